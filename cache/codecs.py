@@ -1,0 +1,102 @@
+"""Codec name -> how a chunk becomes bytes and back, and the Zarr codec chain that says so.
+
+Every chain ends in crc32c. `none`, `zstd` and `blosc-lz4` are read by every Zarr v3 tool; TensorStore does not know
+`numcodecs.lz4` and `pcodec`. No byte shuffle: on post-ReLU maps, whose zeros are scattered, it makes chunks larger.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numcodecs
+import numpy as np
+
+from cache.errors import CacheError
+
+#: Codecs that TensorStore and other non-Python readers cannot decode.
+PYTHON_ONLY = frozenset({"numcodecs.lz4", "pcodec"})
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """Compression of one chunk. `encode` takes a contiguous array; `decode` fills the contiguous array given to it."""
+
+    name: str
+    encode: Callable[[np.ndarray], bytes]
+    decode: Callable[[Any, np.ndarray], None]
+
+
+def _none() -> Codec:
+    def decode(data: Any, out: np.ndarray) -> None:
+        if len(data) != out.nbytes:
+            raise ValueError(f"{len(data)} bytes for a chunk of {out.nbytes}")
+        out.reshape(-1).view(np.uint8)[:] = np.frombuffer(data, np.uint8)
+
+    return Codec("none", lambda chunk: chunk.tobytes(), decode)
+
+
+def _numcodecs(name: str, make: Callable[[int], Any]) -> Codec:
+    def encode(chunk: np.ndarray) -> bytes:
+        return bytes(make(chunk.dtype.itemsize).encode(chunk))
+
+    def decode(data: Any, out: np.ndarray) -> None:
+        flat = out.reshape(-1).view(np.uint8)
+        decoded = make(out.dtype.itemsize).decode(data, out=flat)
+        if decoded is not flat and len(memoryview(decoded)) != out.nbytes:
+            raise ValueError(f"decodes to {len(memoryview(decoded))} bytes, not {out.nbytes}")
+
+    return Codec(name, encode, decode)
+
+
+def _pcodec() -> Codec:
+    from numcodecs.pcodec import PCodec
+
+    def decode(data: Any, out: np.ndarray) -> None:
+        decoded = np.frombuffer(PCodec().decode(bytes(data)), out.dtype)
+        out.reshape(-1)[:] = decoded
+
+    return Codec("pcodec", lambda chunk: bytes(PCodec().encode(chunk)), decode)
+
+
+CODECS: dict[str, Callable[[], Codec]] = {
+    "none": _none,
+    "zstd": partial(_numcodecs, "zstd", lambda _: numcodecs.Zstd(level=1)),
+    "blosc-lz4": partial(
+        _numcodecs,
+        "blosc-lz4",
+        lambda size: numcodecs.Blosc(cname="lz4", clevel=3, shuffle=numcodecs.Blosc.NOSHUFFLE, typesize=size),
+    ),
+    "numcodecs.lz4": partial(_numcodecs, "numcodecs.lz4", lambda _: numcodecs.LZ4()),
+    "pcodec": _pcodec,
+}
+
+
+def codec(name: str) -> Codec:
+    """The codec called `name`; CacheError `spec` for an unknown name."""
+    if name not in CODECS:
+        raise CacheError("spec", f"codec: must be one of {', '.join(CODECS)}; got {name!r}")
+    return CODECS[name]()
+
+
+def zarr_codecs(name: str, itemsize: int) -> dict[str, Any]:
+    """Keyword arguments for `zarr.create_array` that describe the chain of codec `name`."""
+    import zarr.codecs as z
+
+    serializer: Any = z.BytesCodec(endian="little")
+    compressors: list[Any] = [z.Crc32cCodec()]
+    if name == "zstd":
+        compressors.insert(0, z.ZstdCodec(level=1))
+    elif name == "blosc-lz4":
+        compressors.insert(0, z.BloscCodec(cname="lz4", clevel=3, shuffle="noshuffle", typesize=itemsize))
+    elif name == "numcodecs.lz4":
+        from zarr.codecs.numcodecs import LZ4
+
+        compressors.insert(0, LZ4())
+    elif name == "pcodec":
+        from zarr.codecs.numcodecs import PCodec
+
+        serializer = PCodec()
+    elif name != "none":
+        codec(name)
+    return {"serializer": serializer, "compressors": compressors, "filters": []}

@@ -1,0 +1,31 @@
+"""The one exception of this package: a reason from a fixed set, and one line that says what to do."""
+
+REASONS = frozenset(
+    {
+        "busy",  # another process holds the staging directory
+        "damaged",  # bytes differ from what was committed
+        "exists",  # the target holds something else
+        "full",  # no space left
+        "incomplete",  # a commit was asked for before every shard was written
+        "mismatch",  # two things that must agree do not
+        "missing",  # a file or row that should be there is not
+        "newer-format",  # written by a later version of this software
+        "out-of-range",  # a row or expert number the cache does not have
+        "spec",  # a specification that no cache can have
+        "uncommitted",  # a directory without a commit record is not a cache
+    }
+)
+
+
+class CacheError(Exception):
+    """Raised for every problem with a cache.
+
+    `reason` is one of `REASONS`, for programs; `detail` is one line for people: what, rule, got, way out.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        if reason not in REASONS:
+            raise ValueError(f"unknown reason {reason!r}")
+        super().__init__(detail)
+        self.reason = reason
+        self.detail = detail

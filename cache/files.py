@@ -1,0 +1,162 @@
+"""The bytes of a cache's files: a local directory, or any fsspec URL read by ranges."""
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cache.errors import CacheError
+
+MAX_OPEN = 256  # file descriptors kept open per cache
+
+
+class LocalFiles:
+    """Files below a local directory; keeps a bounded number of descriptors open."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._open: OrderedDict[str, int] = OrderedDict()
+        self._busy: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def __str__(self) -> str:
+        return str(self.root)
+
+    def exists(self, name: str) -> bool:
+        return (self.root / name).is_file()
+
+    def size(self, name: str) -> int:
+        """Bytes of `name`; CacheError `missing` if it is not there."""
+        try:
+            return os.stat(self.root / name).st_size
+        except (FileNotFoundError, NotADirectoryError):
+            raise CacheError("missing", f"{self.root / name}: file is missing; restore it or extract again") from None
+
+    def read_all(self, name: str) -> bytes:
+        self.size(name)
+        return (self.root / name).read_bytes()
+
+    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """The bytes `start` to `stop` of each range; a short read is CacheError `damaged`."""
+        handle = self._acquire(name)
+        try:
+            found = [os.pread(handle, stop - start, start) for start, stop in ranges]
+        finally:
+            self._release(handle)
+        for data, (start, stop) in zip(found, ranges, strict=True):
+            if len(data) != stop - start:
+                raise self._short(name, start, stop)
+        return found
+
+    def read_into(self, name: str, start: int, buffers: Sequence[Any]) -> None:
+        """Fills `buffers` (at most 1024) one after the other from `start` on, in one system call where possible."""
+        handle = self._acquire(name)
+        try:
+            wanted = sum(len(b) for b in buffers)
+            position = start
+            while wanted:
+                got = os.preadv(handle, buffers, position)
+                if got == 0:
+                    raise self._short(name, start, position + wanted)
+                wanted -= got
+                position += got
+                if wanted:
+                    buffers = _after(buffers, got)
+        finally:
+            self._release(handle)
+
+    def close(self) -> None:
+        with self._lock:
+            for handle in self._open.values():
+                os.close(handle)
+            self._open.clear()
+
+    def _short(self, name: str, start: int, stop: int) -> CacheError:
+        return CacheError("damaged", f"{self.root / name}: ends before byte {stop} (reading from {start}); truncated")
+
+    def _acquire(self, name: str) -> int:
+        with self._lock:
+            handle = self._open.get(name)
+            if handle is None:
+                self.size(name)
+                handle = os.open(self.root / name, os.O_RDONLY | os.O_CLOEXEC)
+                self._open[name] = handle
+            self._open.move_to_end(name)
+            self._busy[handle] = self._busy.get(handle, 0) + 1
+            idle = [key for key, fd in self._open.items() if not self._busy.get(fd)]
+            for key in idle[: max(0, len(self._open) - MAX_OPEN)]:
+                os.close(self._open.pop(key))
+            return handle
+
+    def _release(self, handle: int) -> None:
+        with self._lock:
+            self._busy[handle] -= 1
+            if not self._busy[handle]:
+                del self._busy[handle]
+
+
+def _after(buffers: Sequence[Any], done: int) -> list[Any]:
+    """What is left of `buffers` once the first `done` bytes are filled."""
+    rest = []
+    for buffer in buffers:
+        if done >= len(buffer):
+            done -= len(buffer)
+        else:
+            rest.append(memoryview(buffer)[done:])
+            done = 0
+    return rest
+
+
+class RemoteFiles:
+    """Files below an fsspec URL (`s3://`, `ssh://`, `https://`, `memory://`), read by ranges."""
+
+    def __init__(self, url: str) -> None:
+        import fsspec
+
+        self._fs, self._root = fsspec.core.url_to_fs(url)
+        self._url = url
+
+    def __str__(self) -> str:
+        return self._url
+
+    def _path(self, name: str) -> str:
+        return f"{self._root.rstrip('/')}/{name}"
+
+    def exists(self, name: str) -> bool:
+        return bool(self._fs.exists(self._path(name)))
+
+    def size(self, name: str) -> int:
+        try:
+            return int(self._fs.size(self._path(name)))
+        except FileNotFoundError:
+            raise CacheError("missing", f"{self._url}/{name}: file is missing") from None
+
+    def read_all(self, name: str) -> bytes:
+        try:
+            return bytes(self._fs.cat_file(self._path(name)))
+        except FileNotFoundError:
+            raise CacheError("missing", f"{self._url}/{name}: file is missing") from None
+
+    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        path = self._path(name)
+        try:
+            found = self._fs.cat_ranges([path] * len(ranges), [r[0] for r in ranges], [r[1] for r in ranges])
+        except FileNotFoundError:
+            raise CacheError("missing", f"{self._url}/{name}: file is missing") from None
+        for data, (start, stop) in zip(found, ranges, strict=True):
+            if len(data) != stop - start:
+                raise CacheError("damaged", f"{self._url}/{name}: bytes {start} to {stop} came back short")
+        return [bytes(data) for data in found]
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+def files_at(location: str | Path) -> LocalFiles | RemoteFiles:
+    """The files of the cache at a path or URL."""
+    text = str(location)
+    if "://" in text and not text.startswith("file://"):
+        return RemoteFiles(text)
+    return LocalFiles(Path(text.removeprefix("file://")))

@@ -1,0 +1,269 @@
+"""Reads committed caches: any rows, in any order, each chunk fetched once and checked.
+
+    cache = open_cache("data/extract/ce_mixup")
+    maps = cache.read([3, 1, 3])            # (3, C, H, W), in the order asked for
+
+The indices of the shards are read once and kept. A gather is planned (`cache.plan`), its byte ranges are fetched by a
+small thread pool, and every chunk's crc32c is checked before its values are handed out. Uncompressed rows that are
+chunks of their own go from the file straight into their slot of the result.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from crc32c import crc32c
+
+from cache import shard as shard_layout
+from cache.codecs import codec
+from cache.errors import CacheError
+from cache.files import LocalFiles, RemoteFiles, files_at
+from cache.plan import Plan, Run, coalesce, plan_rows
+from cache.rows import from_bytes
+from cache.spec import RECORD, ROWS, STATISTICS, CacheSpec, Commit, parse_record, sha256
+
+THREADS = min(4, os.cpu_count() or 1)
+PARALLEL_BYTES = 1024 * 1024  # below this a gather is not worth handing to the pool
+
+
+def open_cache(location: str | Path) -> "Cache":
+    """The committed cache at a directory or fsspec URL.
+
+    Raises CacheError: `uncommitted` without a commit record, `newer-format`, `damaged` or `missing` if a file is not
+    there or not as long as the record says. Values are checked when they are read.
+    """
+    files = files_at(location)
+    if not files.exists(RECORD):
+        raise CacheError(
+            "uncommitted", f"{files}: no {RECORD}, so this is not a finished cache; run h2t extract to make one"
+        )
+    commit = parse_record(files.read_all(RECORD))
+    for name, (size, _) in commit.files.items():
+        found = files.size(name)
+        if found != size:
+            raise CacheError("damaged", f"{files}/{name}: {found} bytes, {RECORD} says {size}; run h2t cache verify")
+    return Cache(files, commit)
+
+
+class Cache:
+    """An open cache. Reading is safe from several threads; `close` (or `with`) releases its files."""
+
+    def __init__(self, files: LocalFiles | RemoteFiles, commit: Commit) -> None:
+        self.files = files
+        self.commit = commit
+        self.spec: CacheSpec = commit.spec
+        self._codec = codec(self.spec.codec)
+        chunks = -(-self.spec.rows // self.spec.chunk_rows)
+        self._indexed = np.zeros((self.experts, self.spec.shards), bool)
+        self._offsets = np.zeros((self.experts, chunks), np.int64)
+        self._sizes = np.zeros((self.experts, chunks), np.int64)
+        self._pool = ThreadPoolExecutor(THREADS, "cache-read")
+
+    def __enter__(self) -> "Cache":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._pool.shutdown()
+        self.files.close()
+
+    @property
+    def experts(self) -> int:
+        return self.spec.experts
+
+    @cached_property
+    def rows(self) -> pa.Table:
+        """The row table (`cache.rows.SCHEMA`), row i of the table describing row i of the maps."""
+        return from_bytes(self._checked(ROWS), self.spec.rows)
+
+    @cached_property
+    def statistics(self) -> bytes:
+        """The batch-norm statistics the rows were computed under, a safetensors file."""
+        return self._checked(STATISTICS)
+
+    def read(self, rows: Sequence[int] | np.ndarray, out: np.ndarray | None = None, expert: int = 0) -> np.ndarray:
+        """Maps of `rows`, (len(rows), C, H, W) in the stored dtype, in the order asked for; repeats are allowed.
+
+        `out`, if given, is a C-contiguous array of that shape and dtype; it is filled and returned. bfloat16 caches
+        give their bits as uint16. Raises CacheError: `out-of-range`, `damaged`, `missing`.
+        """
+        wanted = np.asarray(rows, np.int64)
+        if not 0 <= expert < self.experts:
+            raise CacheError("out-of-range", f"expert: must be 0 to {self.experts - 1}; got {expert}")
+        if wanted.ndim != 1:
+            raise CacheError("out-of-range", f"rows: one dimension expected; got shape {wanted.shape}")
+        if wanted.size and (wanted.min() < 0 or wanted.max() >= self.spec.rows):
+            bad = wanted[(wanted < 0) | (wanted >= self.spec.rows)][0]
+            raise CacheError("out-of-range", f"rows: must be 0 to {self.spec.rows - 1}; got {bad}")
+        shape = (len(wanted), *self.spec.maps[expert])
+        if out is None:
+            out = np.empty(shape, self.spec.stored_dtype)
+        elif out.shape != shape or out.dtype != self.spec.stored_dtype or not out.flags.c_contiguous:
+            raise CacheError(
+                "mismatch", f"out: contiguous {self.spec.stored_dtype} {shape} expected; got {out.dtype} {out.shape}"
+            )
+        if wanted.size:
+            self._gather(plan_rows(wanted, self.spec.chunk_rows), out, expert)
+        return out
+
+    def chunk_ranges(self, chunks: np.ndarray, expert: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Shard, offset and stored size of each of `chunks`, int64; reads the shard indices not yet known."""
+        shards = chunks // self.spec.chunks_per_shard
+        for shard in np.unique(shards[~self._indexed[expert, shards]]).tolist():
+            self._read_index(expert, shard)
+        return shards, self._offsets[expert, chunks], self._sizes[expert, chunks]
+
+    def chunk_fault(self, expert: int, chunk: int, what: str) -> CacheError:
+        """The error for a chunk that is not what was written, naming file, chunk and rows."""
+        shard, within = divmod(chunk, self.spec.chunks_per_shard)
+        first = chunk * self.spec.chunk_rows
+        last = min(first + self.spec.chunk_rows, self.spec.rows) - 1
+        name = self.spec.shard_file(expert, shard)
+        return CacheError("damaged", f"{self.files}/{name}: chunk {within} (rows {first} to {last}): {what}")
+
+    def _checked(self, name: str) -> bytes:
+        data = self.files.read_all(name)
+        if name not in self.commit.files or sha256(data) != self.commit.files[name][1]:
+            raise CacheError("damaged", f"{self.files}/{name}: sha256 differs from {RECORD}; run h2t cache verify")
+        return data
+
+    def _read_index(self, expert: int, shard: int) -> None:
+        spec = self.spec
+        name = spec.shard_file(expert, shard)
+        first = shard * spec.chunks_per_shard
+        used = -(-len(spec.shard_range(shard)) // spec.chunk_rows)
+        size = shard_layout.index_bytes(spec.chunks_per_shard)
+        try:
+            data = self.files.read_ranges(name, [(0, size)])[0]
+            offsets, sizes = shard_layout.parse_index(data, spec.chunks_per_shard, used, self.commit.files[name][0])
+        except CacheError as error:
+            rows = spec.shard_range(shard)
+            raise CacheError(
+                error.reason, f"{self.files}/{name}: {error.detail} (rows {rows.start} to {rows.stop - 1})"
+            ) from None
+        except KeyError:
+            raise CacheError("damaged", f"{self.files}/{name}: not named in {RECORD}") from None
+        self._offsets[expert, first : first + used] = offsets
+        self._sizes[expert, first : first + used] = sizes
+        self._indexed[expert, shard] = True
+
+    def _gather(self, plan: Plan, out: np.ndarray, expert: int) -> None:
+        shards, offsets, sizes = self.chunk_ranges(plan.chunks, expert)
+        row_bytes = self.spec.row_bytes(expert)
+        in_place = (
+            self.spec.chunk_rows == 1
+            and self.spec.codec == "none"
+            and isinstance(self.files, LocalFiles)
+            and bool((sizes == row_bytes + shard_layout.CRC_BYTES).all())
+        )
+        # Position of the first wanted row of each chunk; with one row per chunk, every other wanted row is a repeat.
+        first = np.empty(len(plan.chunks), np.int64)
+        first[plan.which[::-1]] = np.arange(len(plan.which))[::-1]
+        job: Callable[[Run], None]
+        if in_place:
+            job = _InPlace(self, expert, plan.chunks, shards, offsets, first, out)
+        else:
+            job = _Decode(self, expert, plan, shards, offsets, sizes, out)
+        runs = coalesce(shards, offsets, sizes)
+        if len(runs) == 1 or out.nbytes < PARALLEL_BYTES:
+            for run in runs:
+                job(run)
+        else:
+            parts = [runs[i::THREADS] for i in range(THREADS)]
+            for done in [self._pool.submit(_each, job, part) for part in parts]:
+                done.result()
+        if in_place:
+            repeats = np.flatnonzero(first[plan.which] != np.arange(len(plan.which)))
+            if len(repeats):
+                out[repeats] = out[first[plan.which[repeats]]]
+
+
+def _each(job: Callable[[Run], None], runs: Sequence[Run]) -> None:
+    for run in runs:
+        job(run)
+
+
+class _InPlace:
+    """Fetches a run of one-row chunks: each payload straight into its slot of `out`, each checksum beside it."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        expert: int,
+        chunks: np.ndarray,
+        shards: np.ndarray,
+        offsets: np.ndarray,
+        slots: np.ndarray,
+        out: np.ndarray,
+    ) -> None:
+        self.cache, self.expert, self.chunks, self.shards = cache, expert, chunks, shards
+        self.offsets, self.slots = offsets.tolist(), slots.tolist()
+        self.row_bytes = cache.spec.row_bytes(expert)
+        self.bytes = memoryview(out.reshape(-1).view(np.uint8))
+
+    def __call__(self, run: Run) -> None:
+        size, positions = self.row_bytes, range(run.first, run.last)
+        sums = memoryview(bytearray(4 * len(positions)))
+        buffers: list[Any] = []
+        at = run.start
+        for k, j in enumerate(positions):
+            offset = self.offsets[j]
+            if offset > at:
+                buffers.append(bytearray(offset - at))
+            begin = self.slots[j] * size
+            buffers.append(self.bytes[begin : begin + size])
+            buffers.append(sums[4 * k : 4 * k + 4])
+            at = offset + size + 4
+        name = self.cache.spec.shard_file(self.expert, int(self.shards[run.first]))
+        self.cache.files.read_into(name, run.start, buffers)  # type: ignore[union-attr]
+        expected = np.frombuffer(sums, "<u4").tolist()
+        for k, j in enumerate(positions):
+            begin = self.slots[j] * size
+            if crc32c(self.bytes[begin : begin + size]) != expected[k]:
+                raise self.cache.chunk_fault(self.expert, int(self.chunks[j]), "crc32c mismatch")
+
+
+class _Decode:
+    """Fetches a run of chunks, checks and decodes each, and scatters the rows that are wanted from it."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        expert: int,
+        plan: Plan,
+        shards: np.ndarray,
+        offsets: np.ndarray,
+        sizes: np.ndarray,
+        out: np.ndarray,
+    ) -> None:
+        self.cache, self.expert, self.plan = cache, expert, plan
+        self.shards, self.offsets, self.sizes, self.out = shards, offsets, sizes, out
+        self.order = np.argsort(plan.which, kind="stable")
+        self.bounds = np.searchsorted(plan.which[self.order], np.arange(len(plan.chunks) + 1))
+
+    def __call__(self, run: Run) -> None:
+        cache, spec = self.cache, self.cache.spec
+        name = spec.shard_file(self.expert, int(self.shards[run.first]))
+        data = memoryview(cache.files.read_ranges(name, [(run.start, run.stop)])[0])
+        chunk = np.empty((spec.chunk_rows, *spec.maps[self.expert]), spec.stored_dtype)
+        for j in range(run.first, run.last):
+            begin = int(self.offsets[j]) - run.start
+            stored = data[begin : begin + int(self.sizes[j])]
+            if not shard_layout.holds(stored):
+                raise cache.chunk_fault(self.expert, int(self.plan.chunks[j]), "crc32c mismatch")
+            try:
+                cache._codec.decode(stored[: -shard_layout.CRC_BYTES], chunk)
+            except (ValueError, RuntimeError) as error:
+                raise cache.chunk_fault(self.expert, int(self.plan.chunks[j]), f"cannot be decoded ({error})") from None
+            wanted = self.order[self.bounds[j] : self.bounds[j + 1]]
+            self.out[wanted] = chunk[self.plan.within[wanted]]

@@ -1,0 +1,124 @@
+"""The place where a cache grows: a locked directory beside the target, with files kept from one attempt to the next.
+
+It is no DVC output (DVC deletes outputs before a run), it sits on the target's file system so that publishing is one
+rename, and a process holds its lock for as long as it works there.
+"""
+
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+from cache.errors import CacheError
+
+
+def sync_directory(path: Path) -> None:
+    """Makes renames and new names inside `path` survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def full_disk_is_one_line(what: Path) -> Iterator[None]:
+    """Turns ENOSPC and EDQUOT into CacheError `full`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise CacheError(
+                "full", f"{what}: no space left; finished shards are kept, make space and run the same command again"
+            ) from None
+        raise
+
+
+def write_durably(path: Path, data: bytes | bytearray | memoryview) -> None:
+    """Writes `data` to `path` so that at every instant the path holds either the old content or all of the new."""
+    partial = path.with_name(f"{path.name}.partial")
+    with full_disk_is_one_line(path):
+        try:
+            with partial.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+            sync_directory(path.parent)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Staging:
+    """The staging directory of the cache `target`; a context manager that holds its lock.
+
+    Raises CacheError `busy` if another process works there.
+    """
+
+    def __init__(self, target: Path) -> None:
+        self.target = Path(target)
+        self.root = self.target.parent / f".{self.target.name}.staging"
+        self.cache = self.root / "cache"
+        self._lock: int | None = None
+
+    def __enter__(self) -> "Staging":
+        with full_disk_is_one_line(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(handle)
+            raise CacheError(
+                "busy", f"{self.root}: another process is writing this cache; wait for it or stop it"
+            ) from None
+        # The last owner may have removed the directory between our open and our lock.
+        if not (self.root / "lock").exists() or os.fstat(handle).st_ino != (self.root / "lock").stat().st_ino:
+            os.close(handle)
+            return self.__enter__()
+        self._lock = handle
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def keep(self, name: str, data: bytes) -> None:
+        """Keeps `data` for later attempts."""
+        write_durably(self.root / name, data)
+
+    def kept(self, name: str) -> bytes | None:
+        """What an earlier attempt kept under `name`, or None."""
+        path = self.root / name
+        return path.read_bytes() if path.is_file() else None
+
+    def discard_cache(self) -> None:
+        """Forgets the unfinished cache; kept files stay."""
+        (self.root / "journal").unlink(missing_ok=True)
+        shutil.rmtree(self.cache, ignore_errors=True)
+
+    def publish(self, *, replace: bool) -> None:
+        """Renames the finished cache to its target and removes the staging directory."""
+        if self.target.exists() and (not self.target.is_dir() or any(self.target.iterdir())):
+            if not replace:
+                raise CacheError("exists", f"{self.target}: already holds something; remove it or pass --replace")
+            old = self.root / "replaced"
+            shutil.rmtree(old, ignore_errors=True)
+            self.target.rename(old)
+        self.cache.rename(self.target)
+        sync_directory(self.target.parent)
+        shutil.rmtree(self.root)

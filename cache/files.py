@@ -30,7 +30,7 @@ class LocalFiles:
     def size(self, name: str) -> int:
         """Bytes of `name`; CacheError `missing` if it is not there."""
         try:
-            return os.stat(self.root / name).st_size
+            return (self.root / name).stat().st_size
         except (FileNotFoundError, NotADirectoryError):
             raise CacheError("missing", f"{self.root / name}: file is missing; restore it or extract again") from None
 

@@ -1,10 +1,10 @@
 """Rows wanted -> chunks to read, each once, and where their rows go. Pure: no files, no Zarr, no threads.
 
-    rows wanted (any order, repeats allowed)
-        -> `chunks`: the distinct chunks, ascending
-        -> per wanted row: which of them, and which row inside it
-    chunks + their (offset, size) in the shards
-        -> `runs`: consecutive chunks that one read fetches, gaps up to a limit read along
+rows wanted (any order, repeats allowed)
+    -> `chunks`: the distinct chunks, ascending
+    -> per wanted row: which of them, and which row inside it
+chunks + their (offset, size) in the shards
+    -> `runs`: consecutive chunks that one read fetches, gaps up to a limit read along
 """
 
 from dataclasses import dataclass
@@ -46,7 +46,12 @@ class Run:
 
 
 def coalesce(
-    shards: np.ndarray, offsets: np.ndarray, sizes: np.ndarray, *, max_gap: int = MAX_GAP_BYTES, max_chunks: int = MAX_CHUNKS
+    shards: np.ndarray,
+    offsets: np.ndarray,
+    sizes: np.ndarray,
+    *,
+    max_gap: int = MAX_GAP_BYTES,
+    max_chunks: int = MAX_CHUNKS,
 ) -> list[Run]:
     """Runs of chunks to fetch by one read each, in the order of `shards` and `offsets`.
 

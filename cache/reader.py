@@ -209,7 +209,7 @@ class _InPlace:
         self.cache, self.expert, self.chunks, self.shards = cache, expert, chunks, shards
         self.offsets, self.slots = offsets.tolist(), slots.tolist()
         self.row_bytes = cache.spec.row_bytes(expert)
-        self.bytes = memoryview(out.reshape(-1).view(np.uint8))
+        self.bytes = out.reshape(-1).view(np.uint8).data
 
     def __call__(self, run: Run) -> None:
         size, positions = self.row_bytes, range(run.first, run.last)

@@ -21,7 +21,8 @@ def index_bytes(slots: int) -> int:
 
 def sealed(payload: bytes | memoryview) -> bytes:
     """A chunk as stored: its encoded bytes and their crc32c."""
-    return bytes(payload) + crc32c(payload).to_bytes(CRC_BYTES, "little")
+    checksum: int = crc32c(payload)
+    return bytes(payload) + checksum.to_bytes(CRC_BYTES, "little")
 
 
 def _index(sizes: np.ndarray, slots: int) -> bytes:

@@ -35,7 +35,7 @@ def canonical_json(value: Any) -> bytes:
     return text.encode()
 
 
-def sha256(data: bytes) -> str:
+def sha256(data: bytes | bytearray) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
@@ -181,7 +181,8 @@ def parse_record(data: bytes) -> Commit:
             rows, *shape = (int(n) for n in expert["shape"])
             if rows != body["rows"]:
                 raise ValueError("experts differ in rows")
-            maps.append(tuple(shape))
+            channels, height, width = shape
+            maps.append((channels, height, width))
         spec = CacheSpec(
             rows=body["rows"],
             maps=tuple(maps),

@@ -85,7 +85,7 @@ class CacheWriter:
 
         root = self._staging.cache
         with full_disk_is_one_line(root), warnings.catch_warnings():
-            # Zarr warns that consolidated metadata is an extension; format 1 has it so that xarray opens without a scan.
+            # Zarr warns that this is an extension; format 1 has it so that xarray opens without a scan.
             warnings.simplefilter("ignore", zarr.errors.ZarrUserWarning)
             zarr.consolidate_metadata(str(root / MAPS), zarr_format=3)
         for name, data in ((ROWS, self._rows), (STATISTICS, statistics), (CARD, card)):
@@ -116,9 +116,7 @@ class CacheWriter:
         if spec.codec == "none":
             chunks = array.reshape(len(array) // spec.chunk_rows, -1).view(np.uint8)
             return shard_layout.join_plain(chunks, spec.chunks_per_shard)
-        encoded = [
-            self._codec.encode(array[i : i + spec.chunk_rows]) for i in range(0, len(array), spec.chunk_rows)
-        ]
+        encoded = [self._codec.encode(array[i : i + spec.chunk_rows]) for i in range(0, len(array), spec.chunk_rows)]
         return shard_layout.join(encoded, spec.chunks_per_shard)
 
     def _resume(self, token: bytes) -> None:

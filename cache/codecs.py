@@ -36,17 +36,30 @@ def _none() -> Codec:
     return Codec("none", lambda chunk: chunk.tobytes(), decode)
 
 
-def _numcodecs(name: str, make: Callable[[int], Any]) -> Codec:
+def _numcodecs(name: str, make: Callable[[int], Any], stated: Callable[[Any], int]) -> Codec:
     def encode(chunk: np.ndarray) -> bytes:
         return bytes(make(chunk.dtype.itemsize).encode(chunk))
 
     def decode(data: Any, out: np.ndarray) -> None:
-        flat = out.reshape(-1).view(np.uint8)
-        decoded = make(out.dtype.itemsize).decode(data, out=flat)
-        if decoded is not flat and len(memoryview(decoded)) != out.nbytes:
-            raise ValueError(f"decodes to {len(memoryview(decoded))} bytes, not {out.nbytes}")
+        # numcodecs fills the front of a larger `out` and says nothing.
+        if stated(data) != out.nbytes:
+            raise ValueError(f"decodes to {stated(data)} bytes, not {out.nbytes}")
+        make(out.dtype.itemsize).decode(data, out=out.reshape(-1).view(np.uint8))
 
     return Codec(name, encode, decode)
+
+
+def _integer(data: Any, start: int, size: int) -> int:
+    return int.from_bytes(data[start : start + size], "little")
+
+
+def _zstd_bytes(data: Any) -> int:
+    """Decoded size that a Zstandard frame states (RFC 8878, section 3.1.1.1); 0 if it states none."""
+    flags = _integer(data, 4, 1)
+    single = flags >> 5 & 1
+    size = (single, 2, 4, 8)[flags >> 6]
+    start = 5 + (1 - single) + (0, 1, 2, 4)[flags & 3]
+    return _integer(data, start, size) + (256 if size == 2 else 0)
 
 
 def _pcodec() -> Codec:
@@ -54,6 +67,8 @@ def _pcodec() -> Codec:
 
     def decode(data: Any, out: np.ndarray) -> None:
         decoded = np.frombuffer(PCodec().decode(bytes(data)), out.dtype)
+        if decoded.size != out.size:
+            raise ValueError(f"decodes to {decoded.nbytes} bytes, not {out.nbytes}")
         out.reshape(-1)[:] = decoded
 
     return Codec("pcodec", lambda chunk: bytes(PCodec().encode(chunk)), decode)
@@ -61,13 +76,14 @@ def _pcodec() -> Codec:
 
 CODECS: dict[str, Callable[[], Codec]] = {
     "none": _none,
-    "zstd": partial(_numcodecs, "zstd", lambda _: numcodecs.Zstd(level=1)),
+    "zstd": partial(_numcodecs, "zstd", lambda _: numcodecs.Zstd(level=1), _zstd_bytes),
     "blosc-lz4": partial(
         _numcodecs,
         "blosc-lz4",
         lambda size: numcodecs.Blosc(cname="lz4", clevel=3, shuffle=numcodecs.Blosc.NOSHUFFLE, typesize=size),
+        lambda data: _integer(data, 4, 4),
     ),
-    "numcodecs.lz4": partial(_numcodecs, "numcodecs.lz4", lambda _: numcodecs.LZ4()),
+    "numcodecs.lz4": partial(_numcodecs, "numcodecs.lz4", lambda _: numcodecs.LZ4(), lambda data: _integer(data, 0, 4)),
     "pcodec": _pcodec,
 }
 

@@ -97,7 +97,10 @@ class Cache:
         `out`, if given, is a C-contiguous array of that shape and dtype; it is filled and returned. bfloat16 caches
         give their bits as uint16. Raises CacheError: `out-of-range`, `damaged`, `missing`.
         """
-        wanted = np.asarray(rows, np.int64)
+        given = np.asarray(rows)
+        if given.size and given.dtype.kind not in "iu":  # a mask or fractions would read other rows
+            raise CacheError("out-of-range", f"rows: row numbers expected; got {given.dtype}")
+        wanted = given.astype(np.int64, copy=False)
         if not 0 <= expert < self.experts:
             raise CacheError("out-of-range", f"expert: must be 0 to {self.experts - 1}; got {expert}")
         if wanted.ndim != 1:

@@ -4,6 +4,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -60,9 +61,9 @@ def from_bytes(data: bytes, expected_rows: int) -> pa.Table:
     try:
         table = pq.read_table(pa.BufferReader(data))
     except (pa.ArrowException, OSError) as error:
-        raise CacheError("damaged", f"rows.parquet: unreadable ({str(error).splitlines()[0]})") from None
+        raise CacheError("damaged", f"rows.parquet: unreadable ({' '.join(str(error).split())})") from None
     if table.schema.remove_metadata() != SCHEMA:
         raise CacheError("damaged", "rows.parquet: columns differ from format 1")
-    if len(table) != expected_rows or table["row"].to_pylist() != list(range(expected_rows)):
+    if not np.array_equal(table["row"].to_numpy(), np.arange(expected_rows)):
         raise CacheError("damaged", f"rows.parquet: must number rows 0 to {expected_rows - 1}; it does not")
     return table

@@ -155,6 +155,25 @@ class Commit:
     files: Mapping[str, tuple[int, str]]
 
 
+def _count(value: Any, least: int = 1) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{value!r} where a number of at least {least} belongs")
+    return value
+
+
+def _check_shards(spec: CacheSpec, files: Mapping[str, tuple[int, str]]) -> None:
+    """Every shard is named and has room for its index, so `spec` promises nothing that the files cannot hold."""
+    if spec.experts * spec.shards > len(files):
+        raise ValueError("shards are not named")
+    for expert in range(spec.experts):
+        for shard in range(spec.shards):
+            name = spec.shard_file(expert, shard)
+            if name not in files:
+                raise ValueError(f"{name} is not named")
+            if files[name][0] < 16 * spec.chunks_per_shard:
+                raise ValueError(f"{name} is too small for its index")
+
+
 def parse_record(data: bytes) -> Commit:
     """The commit record in `data`, checked against its own digest.
 
@@ -178,27 +197,27 @@ def parse_record(data: bytes) -> Commit:
             raise ValueError(f"layout.index is {layout['index']!r}")
         maps = []
         for expert in body["experts"]:
-            rows, *shape = (int(n) for n in expert["shape"])
+            rows, channels, height, width = (_count(n) for n in expert["shape"])
             if rows != body["rows"]:
                 raise ValueError("experts differ in rows")
-            channels, height, width = shape
             maps.append((channels, height, width))
         spec = CacheSpec(
-            rows=body["rows"],
+            rows=_count(body["rows"]),
             maps=tuple(maps),
-            dtype=layout["dtype"],
-            codec=layout["codec"],
-            chunk_rows=layout["chunk_rows"],
-            shard_rows=layout["shard_rows"],
-            fingerprint_inputs=body["fingerprint_inputs"],
-            provenance=body["provenance"],
+            dtype=str(layout["dtype"]),
+            codec=str(layout["codec"]),
+            chunk_rows=_count(layout["chunk_rows"]),
+            shard_rows=_count(layout["shard_rows"]),
+            fingerprint_inputs=dict(body["fingerprint_inputs"]),
+            provenance=dict(body["provenance"]),
         )
         if spec.fingerprint != body["fingerprint"]:
             raise ValueError("the fingerprint is not that of its inputs")
-        files = {str(k): (int(v["bytes"]), str(v["sha256"])) for k, v in body["files"].items()}
+        files = {name: (_count(v["bytes"], least=0), str(v["sha256"])) for name, v in body["files"].items()}
         for name in files:
-            if name.startswith("/") or "\\" in name or ".." in name.split("/"):
-                raise ValueError(f"file name {name!r} leaves the cache")
+            if "\\" in name or not name.isprintable() or {"", ".", ".."} & set(name.split("/")):
+                raise ValueError(f"{name!r} is no name of a file in the cache")
+        _check_shards(spec, files)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CacheError("damaged", f"{RECORD}: not the record that was written ({error}); {way_out}") from None
     return Commit(spec, files)

@@ -17,8 +17,8 @@ from types import TracebackType
 from cache.errors import CacheError
 
 
-def sync_directory(path: Path) -> None:
-    """Makes renames and new names inside `path` survive a power cut."""
+def sync(path: Path) -> None:
+    """Makes the content of `path` (of a directory: renames and new names in it) survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -49,7 +49,7 @@ def write_durably(path: Path, data: bytes | bytearray | memoryview) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
-            sync_directory(path.parent)
+            sync(path.parent)
         except OSError:
             partial.unlink(missing_ok=True)
             raise
@@ -75,7 +75,10 @@ class Staging:
     def __enter__(self) -> "Staging":
         with full_disk_is_one_line(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                handle = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+            except FileNotFoundError:  # the last owner published between these two lines
+                return self.__enter__()
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -88,6 +91,8 @@ class Staging:
             os.close(handle)
             return self.__enter__()
         self._lock = handle
+        if (self.root / "replaced").exists() and not self.target.exists():
+            (self.root / "replaced").rename(self.target)  # stopped between the two renames of `publish`
         return self
 
     def __exit__(
@@ -116,9 +121,12 @@ class Staging:
         if self.target.exists() and (not self.target.is_dir() or any(self.target.iterdir())):
             if not replace:
                 raise CacheError("exists", f"{self.target}: already holds something; remove it or pass --replace")
-            old = self.root / "replaced"
-            shutil.rmtree(old, ignore_errors=True)
-            self.target.rename(old)
+            shutil.rmtree(self.root / "replaced", ignore_errors=True)
+            self.target.rename(self.root / "replaced")
         self.cache.rename(self.target)
-        sync_directory(self.target.parent)
-        shutil.rmtree(self.root)
+        sync(self.target.parent)
+        # Renamed first: a next owner never sees a half-deleted directory, nor loses its lock file to this deletion.
+        done = self.target.parent / f".{self.target.name}.staging.done"
+        shutil.rmtree(done, ignore_errors=True)
+        self.root.rename(done)
+        shutil.rmtree(done, ignore_errors=True)

@@ -27,13 +27,36 @@ from cache.codecs import codec, zarr_codecs
 from cache.errors import CacheError
 from cache.rows import to_bytes
 from cache.spec import CARD, FORMAT, MAPS, RECORD, ROWS, STATISTICS, CacheSpec, canonical_json, parse_record, sha256
-from cache.staging import Staging, file_sha256, full_disk_is_one_line, sync_directory, write_durably
+from cache.staging import Staging, file_sha256, full_disk_is_one_line, sync, write_durably
 
 
 def committed(target: Path) -> CacheSpec | None:
     """The spec of the cache committed at `target`; None if there is none."""
     record = target / RECORD
     return parse_record(record.read_bytes()).spec if record.is_file() else None
+
+
+def create_group(store: Any, spec: CacheSpec) -> None:
+    """The Zarr group of `spec` and its arrays: metadata only, the shards are laid out by `cache.shard`."""
+    import zarr
+
+    with warnings.catch_warnings():
+        # Zarr warns of codecs that only Python reads; `cache.codecs.PYTHON_ONLY` is where this project says so.
+        warnings.simplefilter("ignore", zarr.errors.ZarrUserWarning)
+        attributes = {"h2t_cache_format": FORMAT, "dtype": spec.dtype}
+        group = zarr.create_group(store, zarr_format=3, attributes=attributes)
+        for expert, shape in enumerate(spec.maps):
+            group.create_array(
+                f"expert_{expert}",
+                shape=(spec.rows, *shape),
+                dtype=spec.stored_dtype,
+                chunks=(spec.chunk_rows, *shape),
+                shards={"shape": (spec.shard_rows, *shape), "index_location": "start"},
+                fill_value=0,
+                chunk_key_encoding={"name": "default", "separator": "."},
+                dimension_names=("row", "channel", "y", "x"),
+                **zarr_codecs(spec.codec, spec.stored_dtype.itemsize),
+            )
 
 
 class CacheWriter:
@@ -61,6 +84,12 @@ class CacheWriter:
         `maps` holds one array per expert, (rows of the shard, C, H, W) in the spec's dtype (bfloat16 as uint16 bits).
         Raises CacheError `full` when the disk is; shards written before stay.
         """
+        if not 0 <= shard < self.spec.shards:
+            raise CacheError("out-of-range", f"shard: must be 0 to {self.spec.shards - 1}; got {shard}")
+        if len(maps) != self.spec.experts:
+            raise CacheError(
+                "mismatch", f"shard {shard}: maps of {self.spec.experts} experts expected; got {len(maps)}"
+            )
         files = {}
         for expert, array in enumerate(maps):
             data = self._encode(shard, expert, array)
@@ -94,10 +123,11 @@ class CacheWriter:
         for path in sorted(root.rglob("*")):
             name = path.relative_to(root).as_posix()
             if path.is_file() and name not in files and name != RECORD:
+                sync(path)  # zarr-python does not
                 files[name] = (path.stat().st_size, file_sha256(path))
         write_durably(root / RECORD, self.spec.record(files))
         for directory in [root, *(p for p in root.rglob("*") if p.is_dir())]:
-            sync_directory(directory)
+            sync(directory)
         self._staging.publish(replace=replace)
 
     def _encode(self, shard: int, expert: int, array: np.ndarray) -> bytes | bytearray:
@@ -155,28 +185,9 @@ class CacheWriter:
         return True
 
     def _create_arrays(self) -> None:
-        """The Zarr group and its arrays: metadata only, the shards are laid out by `cache.shard`."""
-        import zarr
-
-        spec = self.spec
         maps = self._staging.cache / MAPS
         with full_disk_is_one_line(maps):
-            maps.mkdir(parents=True, exist_ok=True)
-            (maps / "zarr.json").unlink(missing_ok=True)
-            group = zarr.create_group(
-                str(maps), zarr_format=3, attributes={"h2t_cache_format": FORMAT, "dtype": spec.dtype}
-            )
-            for expert, shape in enumerate(spec.maps):
-                (maps / f"expert_{expert}").mkdir(exist_ok=True)
-                (maps / f"expert_{expert}" / "zarr.json").unlink(missing_ok=True)
-                group.create_array(
-                    f"expert_{expert}",
-                    shape=(spec.rows, *shape),
-                    dtype=spec.stored_dtype,
-                    chunks=(spec.chunk_rows, *shape),
-                    shards={"shape": (spec.shard_rows, *shape), "index_location": "start"},
-                    fill_value=0,
-                    chunk_key_encoding={"name": "default", "separator": "."},
-                    dimension_names=("row", "channel", "y", "x"),
-                    **zarr_codecs(spec.codec, spec.stored_dtype.itemsize),
-                )
+            for array in [maps, *(maps / f"expert_{expert}" for expert in range(self.spec.experts))]:
+                array.mkdir(parents=True, exist_ok=True)
+                (array / "zarr.json").unlink(missing_ok=True)
+            create_group(str(maps), self.spec)

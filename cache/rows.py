@@ -42,7 +42,7 @@ def _check(table: pa.Table) -> None:
     splits = set(table["split"].unique().to_pylist())
     if not splits <= set(SPLITS):
         raise CacheError("spec", f"row table: split must be one of {', '.join(SPLITS)}; got {sorted(splits)}")
-    if len(table) and min(table["label"].to_numpy()) < 0:
+    if len(table) and table["label"].to_numpy().min() < 0:
         raise CacheError("spec", "row table: labels must be at least 0")
     identity = ["split", "statistics", "source", "view"]
     if len(table.group_by(identity).aggregate([])) != len(table):

@@ -29,6 +29,13 @@ WHOLE_ROW_BYTES = 8 * 1024  # rows of this size or more are a chunk of their own
 SMALL_ROW_CHUNK_BYTES = 64 * 1024  # smaller rows share chunks of about this size
 
 
+def to_float32(maps: np.ndarray, dtype: str) -> np.ndarray:
+    """Stored values of a cache of `dtype` as float32, which holds each of them exactly."""
+    if dtype == "bfloat16":
+        return (maps.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return maps.astype(np.float32)
+
+
 def canonical_json(value: Any) -> bytes:
     """The one way this project writes JSON: UTF-8, sorted keys, no spaces, no NaN."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)

@@ -1,0 +1,203 @@
+"""`h2t cache`: what a cache holds, whether it is sound, its values, its best codec, and how two of them differ."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cache.errors import CacheError
+
+if TYPE_CHECKING:
+    from cache.reader import Cache
+
+
+class OneLineErrors(click.Group):
+    """A group whose CacheErrors, and errors of the disk or the network, are one line on stderr and exit 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CacheError as error:
+            raise click.ClickException(error.detail) from None
+        except (OSError, ImportError) as error:  # ImportError: fsspec names the package that a protocol needs
+            raise click.ClickException(" ".join(str(error).split())) from None
+
+
+@contextmanager
+def opened(location: str) -> Iterator["Cache"]:
+    """The cache at a path or URL."""
+    from cache.reader import open_cache
+
+    try:
+        cache = open_cache(location)
+    except ValueError as error:  # fsspec: unknown protocol
+        raise click.ClickException(f"{location}: {' '.join(str(error).split())}") from None
+    with cache:
+        yield cache
+
+
+def human(size: float) -> str:
+    """`size` bytes in the largest unit that keeps it at 1 or more."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+@click.group(cls=OneLineErrors)
+def cache() -> None:
+    """Look at, check and compare caches. CACHE is a path or a URL."""
+
+
+@cache.command()
+@click.argument("location", metavar="CACHE")
+@click.option("--json", "as_json", is_flag=True, help="The same as one JSON object.")
+def info(location: str, as_json: bool) -> None:
+    """Show what CACHE holds.
+
+    Example: h2t cache info data/extract/ce_mixup
+    """
+    from cache.audit import describe
+
+    with opened(location) as found:
+        about = describe(found)
+    if as_json:
+        click.echo(json.dumps(about, sort_keys=True))
+        return
+    shapes = ", ".join(" x ".join(str(n) for n in expert["shape"]) for expert in about["experts"])
+    click.echo(f"rows         {about['rows']} of {about['samples']} samples, {about['views']} views")
+    for part in about["splits"]:
+        click.echo(f"             {part['rows']} {part['split']} rows under {part['statistics']} statistics")
+    click.echo(f"classes      {about['classes']}")
+    click.echo(f"experts      {len(about['experts'])}: {shapes}, {about['dtype']}")
+    click.echo(
+        f"layout       codec {about['codec']}, {about['chunk_rows']} rows per chunk, {about['shard_rows']} per shard"
+    )
+    click.echo(
+        f"size         {human(about['bytes'])} in {about['shards']} shards, {human(about['value_bytes'])} of values"
+    )
+    click.echo(f"format       {about['format']}")
+    click.echo(f"fingerprint  {about['fingerprint']}")
+    for name in ("fingerprint_inputs", "provenance"):
+        click.echo(name.replace("_", " "))
+        for key, value in sorted(about[name].items()):
+            click.echo(f"             {key}: {value if isinstance(value, str) else json.dumps(value, sort_keys=True)}")
+
+
+@cache.command("verify")
+@click.argument("location", metavar="CACHE")
+@click.option("--quick", is_flag=True, help="Sizes, cache.json, row table, metadata and shard indices only.")
+def verify_command(location: str, quick: bool) -> None:
+    """Check CACHE; exit 1 with one line for each fault.
+
+    Example: h2t cache verify --quick s3://bucket/cache
+    """
+    from cache.audit import describe, verify
+
+    faults = verify(location, quick=quick)
+    for fault in faults:
+        click.echo(str(fault))
+    if faults:
+        raise SystemExit(1)
+    with opened(location) as found:
+        about = describe(found)
+    checked = "sizes, row table, metadata and shard indices" if quick else "every byte"
+    click.echo(f"sound: {about['rows']} rows, {about['files']} files, {human(about['bytes'])}; checked {checked}")
+
+
+@cache.command("stats")
+@click.argument("location", metavar="CACHE")
+@click.option("--json", "as_json", is_flag=True, help="The same as JSON, with the mean norm of every class.")
+def stats_command(location: str, as_json: bool) -> None:
+    """Show the values of CACHE: sparsity, range, NaN and Inf, and the norms of its classes.
+
+    Example: h2t cache stats data/extract/ce_mixup
+    """
+    from cache.audit import stats
+
+    with opened(location) as found:
+        table = stats(found)
+    if as_json:
+        click.echo(json.dumps(table, sort_keys=True))
+        return
+    for line in table:
+        norms = sorted(line["classes"], key=lambda c: c["mean_l2"])
+        click.echo(
+            f"expert {line['expert']}: {line['values']} values, {line['sparsity']:.1%} zeros, "
+            f"min {_number(line['min'])}, max {_number(line['max'])}, mean {_number(line['mean'])}, "
+            f"{line['nan']} NaN, {line['inf']} Inf"
+        )
+        low, high = norms[0], norms[-1]
+        click.echo(
+            f"  mean L2 norm of a class: {low['mean_l2']:.4g} (class {low['label']}) to "
+            f"{high['mean_l2']:.4g} (class {high['label']})"
+        )
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4g}"
+
+
+@cache.command("advise")
+@click.argument("location", metavar="CACHE")
+@click.option(
+    "--disk", default=2.0, show_default=True, type=click.FloatRange(0, min_open=True), help="GB/s of the disk."
+)
+@click.option(
+    "--link", default=0.125, show_default=True, type=click.FloatRange(0, min_open=True), help="GB/s of the network."
+)
+@click.option("--cores", type=click.IntRange(1), help="Cores that decode; all by default.")
+@click.option("--json", "as_json", is_flag=True, help="The same as JSON.")
+def advise_command(location: str, disk: float, link: float, cores: int | None, as_json: bool) -> None:
+    """Measure codecs and chunk sizes on the maps of CACHE and recommend one.
+
+    Example: h2t cache advise data/extract/ce_mixup --disk 3.5
+    """
+    from cache.audit import advise
+
+    with opened(location) as found:
+        table = advise(found, disk_gbps=disk, link_gbps=link, cores=cores)
+    if as_json:
+        click.echo(json.dumps(table, sort_keys=True))
+        return
+    click.echo(f"  {'codec':14} rows/chunk  ratio  encode  decode    scan  random rows       pull  (GB/s, s)")
+    for line in table:
+        click.echo(
+            f"{'*' if line['recommended'] else ' '} {line['codec']:14} {line['chunk_rows']:10} {line['ratio']:6.2f} "
+            f"{line['encode_gbps']:7.2f} {line['decode_gbps']:7.2f} {line['scan_gbps']:7.2f} {line['row_gbps']:12.3f} "
+            f"{line['pull_seconds']:10.1f}"
+        )
+    chosen = next(line for line in table if line["recommended"])
+    click.echo(f"* codec: {chosen['codec']}, {chosen['chunk_rows']} rows per chunk: {chosen['reason']}")
+
+
+@cache.command("diff")
+@click.argument("old", metavar="A")
+@click.argument("new", metavar="B")
+@click.option("--json", "as_json", is_flag=True, help="The same as JSON.")
+def diff_command(old: str, new: str, as_json: bool) -> None:
+    """Show what changed from cache A to cache B: ingredients, layout and rows.
+
+    Example: h2t cache diff old/extract/ce_mixup data/extract/ce_mixup
+    """
+    from cache.audit import diff
+
+    with opened(old) as a, opened(new) as b:
+        found = diff(a, b)
+    if as_json:
+        click.echo(json.dumps(found, sort_keys=True))
+        return
+    click.echo("same values" if found["same_values"] else "different values")
+    for part in ("fingerprint", "layout", "provenance"):
+        for change in found[part]:
+            before, after = (json.dumps(change[k]) if k in change else "(absent)" for k in ("old", "new"))
+            click.echo(f"{part} {change['key']}: {before} -> {after}")
+    rows = found["rows"]
+    counts = ", ".join(f"{rows[kind]['count']} {kind}" for kind in ("added", "removed", "changed"))
+    click.echo(f"rows {rows['old']} -> {rows['new']}: {counts}")
+    for kind in ("added", "removed", "changed"):
+        for row in rows[kind]["rows"]:
+            click.echo(f"  {kind}: {row['split']} {row['statistics']} {row['source']} view {row['view']}")

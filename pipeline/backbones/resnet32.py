@@ -1,0 +1,20 @@
+"""ResNet-32 for small images: 5 blocks in each of 3 stages, maps of 64 channels at a quarter of the input's side.
+
+Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2 (n = 5).
+"""
+
+from torch import nn
+
+from pipeline.cifar_resnet import CifarResNet
+from pipeline.params import Count, Section
+
+
+class Options(Section):
+    """`experts`: parallel branches, 1 for a plain network."""
+
+    experts: Count = 1
+
+
+def build(options: Options) -> nn.Module:
+    """The network with fresh weights from torch's generator."""
+    return CifarResNet(5, options.experts)

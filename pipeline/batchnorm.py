@@ -1,0 +1,193 @@
+"""Batch-norm statistics: which ones a cache's rows are computed under, and how they are estimated.
+
+The published stage II runs batch norm in train mode, so receivers are normalised by balanced batches, donors by
+instance batches, and test images by the running mixture of both. `branchwise` reproduces that from a frozen cache;
+`calibrated` is one set re-estimated on both kinds of batches; `stage1` is the trained one.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import nn
+
+from pipeline import plugins
+from pipeline.classes import class_index
+from pipeline.errors import UserError
+from pipeline.images import Images
+from pipeline.progress import progress
+from pipeline.samples import Samples
+from pipeline.seeds import stream
+
+BATCH = 128
+#: Running mixture of the published loop at rest: two passes a step with momentum 0.1, the instance batch last.
+INSTANCE_SHARE = 0.526
+
+Statistics = dict[str, dict[str, torch.Tensor]]  # statistics name -> buffer name -> values
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Statistics of the rows that a recipe stores and that a host under it reads.
+
+    `train` and `evaluation`: what is stored for training and for evaluation samples. `receiver`, `donors` (by sampler)
+    and `evaluate`: what stage II and evaluation read.
+    """
+
+    train: tuple[str, ...]
+    evaluation: tuple[str, ...]
+    receiver: str
+    donors: Mapping[str, str]
+    evaluate: str
+
+
+def _one(name: str) -> Recipe:
+    return Recipe((name,), (name,), name, {"instance": name, "balanced": name, "reverse": name}, name)
+
+
+RECIPES: dict[str, Recipe] = {
+    "stage1": _one("stage1"),
+    "calibrated": _one("calibrated"),
+    "branchwise": Recipe(
+        train=("balanced", "instance"),
+        evaluation=("mixture", "balanced"),
+        receiver="balanced",
+        donors={"instance": "instance", "balanced": "balanced", "reverse": "reverse"},
+        evaluate="mixture",
+    ),
+}
+#: Not a recipe of its own: adds the rows that a `reverse` donor under `branchwise` reads.
+EXTRA = {"reverse": Recipe(("reverse",), (), "reverse", {}, "mixture")}
+NAMES = (*RECIPES, *EXTRA)
+
+#: Statistics name -> the samplers whose batches it is estimated on, in turn.
+SAMPLERS = {
+    "balanced": ("balanced",),
+    "instance": ("instance",),
+    "reverse": ("reverse",),
+    "calibrated": ("balanced", "instance"),
+}
+
+
+def stored(recipes: list[str], split: str) -> list[str]:
+    """The statistics under which rows of `split` are stored: the union over `recipes`.
+
+    Evaluation rows under `stage1` are always stored: the stage-I head is evaluated on them.
+    """
+    chosen = [{**RECIPES, **EXTRA}[name] for name in recipes]
+    if split == "train":
+        return sorted({s for recipe in chosen for s in recipe.train})
+    return sorted({"stage1"} | {s for recipe in chosen for s in recipe.evaluation})
+
+
+def _norms(backbone: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, module in backbone.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            yield name, module
+
+
+def current(backbone: nn.Module) -> dict[str, torch.Tensor]:
+    """The running means and variances that `backbone` holds now, by buffer name."""
+    return {
+        f"{name}.{kind}": getattr(module, kind).detach().cpu().clone()
+        for name, module in _norms(backbone)
+        for kind in ("running_mean", "running_var")
+    }
+
+
+def use(backbone: nn.Module, buffers: Mapping[str, torch.Tensor]) -> None:
+    """Puts `buffers` in place of the running statistics of `backbone`."""
+    for name, module in _norms(backbone):
+        module.running_mean.copy_(buffers[f"{name}.running_mean"])
+        module.running_var.copy_(buffers[f"{name}.running_var"])
+
+
+@torch.no_grad()
+def estimate(
+    backbone: nn.Module,
+    samplers: tuple[str, ...],
+    samples: Samples,
+    images: Images,
+    *,
+    passes: int,
+    seed: int,
+    device: torch.device,
+    name: str,
+) -> dict[str, torch.Tensor]:
+    """Running statistics over `passes` augmented training batches drawn by `samplers` in turn, weights frozen.
+
+    Cumulative average of the batches' means and unbiased variances, in train mode. `backbone` keeps its own statistics.
+    """
+    before, momenta = current(backbone), {n: m.momentum for n, m in _norms(backbone)}
+    train = samples.of("train")
+    index = class_index(samples.labels[train], samples.facts["classes"])
+    size = min(BATCH, len(train))
+    steps = len(train) // size
+    laws = [plugins.load("samplers", sampler) for sampler in samplers]
+    backbone.eval()
+    for _, module in _norms(backbone):
+        module.reset_running_stats()
+        module.momentum = None  # torch's way to say: cumulative average
+        module.train()
+    try:
+        for number in progress(range(passes), f"batch norm {name}", unit="batch"):
+            which = number % len(laws)
+            turn = number // len(laws)
+
+            def streams(*key: int, which: int = which) -> object:
+                return stream(seed, "batchnorm", name, samplers[which], *key)
+
+            drawn = train[laws[which].draw(index, streams, turn // steps, turn % steps, size)]
+            x = images.batch(drawn.tolist(), [(seed, "batchnorm", name, number, i) for i in range(len(drawn))])
+            backbone(x.to(device))
+        return current(backbone)
+    finally:
+        for norm, module in _norms(backbone):
+            module.momentum = momenta[norm]
+        use(backbone, before)
+        backbone.eval()
+
+
+def compute(
+    backbone: nn.Module,
+    wanted: list[str],
+    samples: Samples,
+    images: Images,
+    *,
+    passes: int,
+    seed: int,
+    device: torch.device,
+) -> Statistics:
+    """All statistics named in `wanted`."""
+    found: Statistics = {}
+    needed = set(wanted) | ({"balanced", "instance"} if "mixture" in wanted else set())
+    for name in sorted(needed & set(SAMPLERS)):
+        found[name] = estimate(
+            backbone, SAMPLERS[name], samples, images, passes=passes, seed=seed, device=device, name=name
+        )
+    if "mixture" in wanted:
+        found["mixture"] = {
+            buffer: INSTANCE_SHARE * value + (1 - INSTANCE_SHARE) * found["balanced"][buffer]
+            for buffer, value in found["instance"].items()
+        }
+    if "stage1" in wanted:
+        found["stage1"] = current(backbone)
+    return {name: found[name] for name in sorted(wanted)}
+
+
+def to_bytes(statistics: Statistics) -> bytes:
+    """A safetensors file with keys `<statistics>/<buffer>`; the same values give the same bytes."""
+    return save({f"{name}/{buffer}": t for name, buffers in statistics.items() for buffer, t in buffers.items()})
+
+
+def from_bytes(data: bytes) -> Statistics:
+    """What `to_bytes` wrote."""
+    found: Statistics = {}
+    for key, tensor in load(data).items():
+        name, _, buffer = key.partition("/")
+        if not buffer:
+            raise UserError(f"batchnorm.safetensors: key {key!r} is not <statistics>/<buffer>")
+        found.setdefault(name, {})[buffer] = tensor
+    return found

@@ -1,0 +1,64 @@
+"""ResNets for small images: 3 stages of basic blocks, widths 16/32/64, with 1 to E expert branches.
+
+Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2 (option-A shortcuts); experts
+share conv1 and layer1 and own the rest, at full width (Wang et al., "RIDE", ICLR 2021, as the H2T authors use it).
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+WIDTHS = (16, 32, 64)
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions and a shortcut without parameters: every second pixel, channels padded with zeros."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.stride = stride
+        self.padding = (outputs - inputs) // 2
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shortcut = x
+        if self.stride != 1 or self.padding:
+            shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
+        x = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(x)) + shortcut)
+
+
+def _layer(blocks: int, inputs: int, outputs: int, stride: int) -> nn.Sequential:
+    rest = [Block(outputs, outputs, 1) for _ in range(blocks - 1)]
+    return nn.Sequential(Block(inputs, outputs, stride), *rest)
+
+
+class CifarResNet(nn.Module):
+    """`forward(x)`: (B, 3, H, W) -> a tuple of E maps (B, 64, H/4, W/4), after the last ReLU, so never negative."""
+
+    channels = WIDTHS[-1]
+
+    def __init__(self, blocks: int, experts: int = 1) -> None:
+        super().__init__()
+        self.experts = experts
+        self.conv1 = nn.Conv2d(3, WIDTHS[0], 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(WIDTHS[0])
+        self.layer1 = _layer(blocks, WIDTHS[0], WIDTHS[0], 1)
+        if experts == 1:
+            self.layer2 = _layer(blocks, WIDTHS[0], WIDTHS[1], 2)
+            self.layer3 = _layer(blocks, WIDTHS[1], WIDTHS[2], 2)
+        else:
+            self.layer2s = nn.ModuleList(_layer(blocks, WIDTHS[0], WIDTHS[1], 2) for _ in range(experts))
+            self.layer3s = nn.ModuleList(_layer(blocks, WIDTHS[1], WIDTHS[2], 2) for _ in range(experts))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x = self.layer1(F.relu(self.bn1(self.conv1(x))))
+        if self.experts == 1:
+            return (self.layer3(self.layer2(x)),)
+        return tuple(third(second(x)) for second, third in zip(self.layer2s, self.layer3s, strict=True))

@@ -1,0 +1,218 @@
+"""The command line: parse, call, print. What a command does is in the stage of its name.
+
+Stages are imported inside the commands, so that `h2t --help` answers at once.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cache.errors import CacheError
+from pipeline.cache_commands import cache as cache_group
+from pipeline.errors import UserError
+
+
+class OneLineErrors(click.Group):
+    """A group whose user errors are one line on stderr and exit code 1; only bugs show a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs the chosen command."""
+        try:
+            return super().invoke(ctx)
+        except (UserError, CacheError) as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(1)
+        except KeyboardInterrupt:
+            click.echo("stopped; run the same command again to go on", err=True)
+            ctx.exit(130)
+
+
+@click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="h2t", prog_name="h2t")
+def main() -> None:
+    r"""Train better classifiers for long-tailed images on cached feature maps.
+
+    \b
+    The stages, in the order of the data: prepare, train-backbone, extract, pool,
+    train-classifier, evaluate, report. `dvc repro` runs them all.
+    """
+
+
+main.add_command(cache_group)
+
+PATH = click.Path(path_type=Path)
+
+
+def stage(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that every stage command has; hands the loaded parameters on as `values`."""
+
+    @click.option("--params", "params_file", type=PATH, default=Path("params.yaml"), show_default=True)
+    @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one parameter.")
+    @click.option("--device", default=None, help="auto, cpu, cuda or cuda:N; by default the parameter `device`.")
+    @click.option("--record", type=PATH, default=None, help="Write time, machine and rates of this run to a JSON file.")
+    @click.option("-v", "--verbose", is_flag=True, help="Say more, and show tracebacks.")
+    @wraps(function)
+    def command(
+        params_file: Path,
+        overrides: tuple[str, ...],
+        device: str | None,
+        record: Path | None,
+        verbose: bool,
+        **arguments: Any,
+    ) -> None:
+        from pipeline import params, settings
+
+        started = time.perf_counter()
+        values = params.load(params_file, overrides)
+        if device is not None:
+            values["device"] = device
+        try:
+            settings.check(values)
+            facts = function(values=values, **arguments)
+        except (UserError, CacheError):
+            if verbose:
+                raise SystemExit(_traceback()) from None
+            raise
+        if record is not None:
+            from pipeline.outputs import write_run_record
+
+            write_run_record(record, {"seconds": round(time.perf_counter() - started, 3), **(facts or {})})
+
+    return command
+
+
+def _traceback() -> str:
+    import traceback
+
+    return traceback.format_exc()
+
+
+@main.command()
+@click.argument("out", type=PATH)
+@stage
+def prepare(values: dict[str, Any], out: Path) -> None:
+    """Choose the samples: hold out, make long-tailed, order the classes."""
+    from pipeline import params
+    from pipeline.stages import prepare as stage_module
+
+    section = params.build(stage_module.Params, "prepare", params.section(values, "prepare"))
+    stage_module.run(section, values["seed"], out, click.echo)
+
+
+@main.command("train-backbone")
+@click.argument("name")
+@click.argument("samples", type=PATH)
+@click.argument("out", type=PATH)
+@stage
+def train_backbone(values: dict[str, Any], name: str, samples: Path, out: Path) -> None:
+    """Stage I: train the backbone NAME, or take its weights from a file."""
+    from pipeline import device, params
+    from pipeline.samples import load_samples
+    from pipeline.stages import train_backbone as stage_module
+
+    section = params.build(stage_module.Params, f"backbones.{name}", params.section(values, f"backbones.{name}"))
+    found = load_samples(samples)
+    images = found.images(params.section(values, "prepare"))
+    stage_module.run(section, name, found, images, values["seed"], device.choose(values["device"]), out, click.echo)
+
+
+@main.command()
+@click.argument("name")
+@click.argument("samples", type=PATH)
+@click.argument("backbone", type=PATH)
+@click.argument("out", type=PATH)
+@click.option("--replace", is_flag=True, help="Replace another cache at OUT.")
+@stage
+def extract(
+    values: dict[str, Any], name: str, samples: Path, backbone: Path, out: Path, replace: bool
+) -> dict[str, Any]:
+    """Run the frozen backbone once and store its feature maps as a cache."""
+    from pipeline import device, params
+    from pipeline.samples import load_samples
+    from pipeline.stages import extract as stage_module
+
+    section = params.build(stage_module.Params, "extract", params.section(values, "extract"))
+    found = load_samples(samples)
+    images = found.images(params.section(values, "prepare"))
+    chosen = device.choose(values["device"])
+    summary = stage_module.run(
+        section, name, found, images, backbone, values["seed"], chosen, out, click.echo, replace=replace
+    )
+    return vars(summary)
+
+
+@main.command("train-classifier")
+@click.argument("name")
+@click.argument("cache")
+@click.argument("backbone", type=PATH)
+@click.argument("out", type=PATH)
+@stage
+def train_classifier(values: dict[str, Any], name: str, cache: str, backbone: Path, out: Path) -> dict[str, Any]:
+    """Stage II: train the grid of heads of host NAME on a cache."""
+    from cache.reader import open_cache
+    from pipeline import device, params
+    from pipeline.stages import train_classifier as stage_module
+
+    section = params.build(stage_module.Params, f"hosts.{name}", params.section(values, f"hosts.{name}"))
+    residency = params.build(stage_module.Residency, "train_classifier", params.section(values, "train_classifier"))
+    with open_cache(cache) as opened:
+        summary = stage_module.run(
+            section, residency, name, opened, backbone, device.choose(values["device"]), out, click.echo
+        )
+    return vars(summary)
+
+
+@main.command()
+@click.argument("name")
+@click.argument("cache")
+@click.argument("heads", type=PATH)
+@click.argument("backbone", type=PATH)
+@click.argument("out", type=PATH)
+@stage
+def evaluate(values: dict[str, Any], name: str, cache: str, heads: Path, backbone: Path, out: Path) -> None:
+    """Evaluate the stage-I head and the heads of host NAME."""
+    from cache.reader import open_cache
+    from pipeline import device, params
+    from pipeline.stages import evaluate as stage_module
+
+    section = params.build(stage_module.Params, "evaluate", params.section(values, "evaluate"))
+    with open_cache(cache) as opened:
+        stage_module.run(section, name, opened, heads, backbone, device.choose(values["device"]), out, click.echo)
+
+
+@main.command()
+@click.argument("evaluate_dir", type=PATH)
+@click.argument("out", type=PATH)
+@stage
+def report(values: dict[str, Any], evaluate_dir: Path, out: Path) -> None:
+    """Tables and pictures of every host named in the parameters."""
+    from pipeline import params
+    from pipeline.stages import report as stage_module
+
+    section = params.build(stage_module.Params, "report", params.section(values, "report"))
+    stage_module.run(section, list(params.section(values, "hosts")), evaluate_dir, out, click.echo)
+
+
+@main.command("list")
+@click.argument("kind", required=False)
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def list_plugins(kind: str | None, as_json: bool) -> None:
+    """The plug-ins of KIND (datasets, backbones, objectives, samplers, pools, hosts), or of every kind."""
+    from pipeline import plugins
+    from pipeline.errors import nearest
+
+    if kind is not None and kind not in plugins.KINDS:
+        raise UserError(f"kind: must be one of {', '.join(plugins.KINDS)}; got {kind!r}{nearest(kind, plugins.KINDS)}")
+    found = {k: {n: plugins.summary(k, n) for n in plugins.names(k)} for k in plugins.KINDS if kind in (None, k)}
+    if as_json:
+        click.echo(json.dumps(found, indent=2, sort_keys=True))
+        return
+    for one, entries in found.items():
+        click.echo(one)
+        for name, line in entries.items():
+            click.echo(f"  {name:18} {line}")

@@ -1,0 +1,47 @@
+"""Digits: 1,797 scans of 8x8 pixels that scikit-learn ships in its package; no download.
+
+Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998
+(its test part). The set has no split of its own: prepare holds out test and validation samples.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from sklearn.datasets import load_digits
+
+from pipeline.images import Collection, Transform
+from pipeline.params import Section
+
+LEVELS = 16  # pixel values are 0 to 16
+
+
+class Options(Section):
+    """Nothing to choose."""
+
+
+def transform(options: Options) -> Transform:
+    """8x8 input, shifted by up to one pixel; a digit has no mirror image."""
+    return Transform(size=8, padding=1, mean=[0.305, 0.305, 0.305], std=[0.376, 0.376, 0.376])
+
+
+def load(options: Options) -> Collection:
+    """All scans, in the package's order."""
+    labels = load_digits().target
+    return Collection(
+        classes=[str(d) for d in range(10)],
+        source=[f"digits/{i:04d}" for i in range(len(labels))],
+        label=[int(y) for y in labels],
+        split=["train"] * len(labels),
+    )
+
+
+def reader(options: Options) -> Callable[[str], bytes]:
+    """The 64 pixel values of a scan, one byte each."""
+    pixels = load_digits().images.astype(np.uint8)
+    return lambda source: pixels[int(source.removeprefix("digits/"))].tobytes()
+
+
+def decode(data: bytes) -> np.ndarray:
+    """The scan as a grey picture, uint8 (8, 8, 3)."""
+    grey = np.frombuffer(data, np.uint8).reshape(8, 8).astype(np.float32) * (255 / LEVELS)
+    return np.repeat(grey.round().astype(np.uint8)[..., None], 3, axis=2)

@@ -1,0 +1,125 @@
+"""Parquet files in the Hugging Face layout: `image: struct<bytes, path>`, `label: int64`, class names in the metadata.
+
+Layout: https://huggingface.co/docs/datasets/image_dataset. A source is file name and row number, so that it stays the
+same wherever the files lie.
+"""
+
+import json
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import UserError
+from pipeline.images import Collection, Transform
+from pipeline.params import Section
+
+CIFAR = Transform(size=32, padding=4, flip=True, mean=[0.4914, 0.4822, 0.4465], std=[0.2023, 0.1994, 0.2010])
+KEEP_BYTES = 512 * 1024**2  # encoded images of the most recently used row groups stay in memory
+
+
+class Options(Section):
+    """`train`, `val` and `test` are lists of files; `val` and `test` may be left out."""
+
+    train: list[str]
+    val: list[str] = []
+    test: list[str] = []
+    image_column: str = "image"
+    label_column: str = "label"
+    transform: Transform = CIFAR
+
+
+def transform(options: Options) -> Transform:
+    """As given in the options; by default that of CIFAR."""
+    return options.transform
+
+
+def _files(options: Options) -> dict[str, tuple[str, pq.ParquetFile]]:
+    """File name -> (split, open file)."""
+    files: dict[str, tuple[str, pq.ParquetFile]] = {}
+    for split in ("train", "val", "test"):
+        for text in getattr(options, split):
+            path = Path(text)
+            if path.name in files:
+                raise UserError(f"prepare.options.{split}: two files are called {path.name!r}; file names must differ")
+            try:
+                files[path.name] = (split, pq.ParquetFile(path))
+            except (OSError, pa.ArrowException) as error:
+                reason = str(error).splitlines()[0]
+                raise UserError(f"prepare.options.{split}: {text}: not a readable Parquet file ({reason})") from None
+            names = files[path.name][1].schema_arrow.names
+            for column in (options.image_column, options.label_column):
+                if column not in names:
+                    raise UserError(f"{text}: no column {column!r}; it has {', '.join(names)}; set prepare.options")
+    return files
+
+
+def _class_names(file: pq.ParquetFile, column: str, labels: list[int]) -> list[str]:
+    """The names in the metadata (`huggingface` JSON, or `classes` with commas), else the numbers."""
+    metadata = file.schema_arrow.metadata or {}
+    with suppress(KeyError, ValueError, TypeError):
+        return [str(n) for n in json.loads(metadata[b"huggingface"])["info"]["features"][column]["names"]]
+    if b"classes" in metadata:
+        return metadata[b"classes"].decode(errors="replace").split(",")
+    return [str(i) for i in range(max(labels) + 1)]
+
+
+def load(options: Options) -> Collection:
+    """Every row of every file, in file order."""
+    source: list[str] = []
+    label: list[int] = []
+    split: list[str] = []
+    files = _files(options)
+    for name, (part, file) in files.items():
+        found = file.read([options.label_column])[options.label_column].to_pylist()
+        bad = next((i for i, y in enumerate(found) if not isinstance(y, int) or y < 0), None)
+        if bad is not None:
+            raise UserError(f"{name}: row {bad}: a label must be a whole number from 0 on; got {found[bad]!r}")
+        source += [f"{name}:{row:09d}" for row in range(len(found))]
+        label += found
+        split += [part] * len(found)
+    if not label:
+        raise UserError("prepare.options.train: the files hold no rows")
+    first = next(iter(files.values()))[1]
+    classes = _class_names(first, options.label_column, label)
+    if max(label) >= len(classes):
+        raise UserError(f"label {max(label)} has no name: the files' metadata names {len(classes)} classes")
+    return Collection(classes, source, label, split)
+
+
+def reader(options: Options) -> Callable[[str], bytes]:
+    """Image bytes by source; the most recently used row groups stay in memory."""
+    files = {name: file for name, (_, file) in _files(options).items()}
+    starts = {
+        name: np.cumsum([0] + [file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)])
+        for name, file in files.items()
+    }
+    groups: OrderedDict[tuple[str, int], Any] = OrderedDict()
+    lock = Lock()
+
+    def read(source: str) -> bytes:
+        name, _, row = source.rpartition(":")
+        number = int(row)
+        group = int(np.searchsorted(starts[name], number, side="right")) - 1
+        key = (name, group)
+        with lock:
+            column = groups.get(key)
+            if column is None:
+                table = files[name].read_row_group(group, [options.image_column])
+                column = groups[key] = table[options.image_column].combine_chunks()
+            groups.move_to_end(key)
+            while len(groups) > 1 and sum(c.nbytes for c in groups.values()) > KEEP_BYTES:
+                groups.popitem(last=False)
+        image = column[number - int(starts[name][group])].as_py()
+        data = image["bytes"] if isinstance(image, dict) else image
+        if not isinstance(data, bytes):
+            raise UserError(f"{source}: the image column must hold encoded bytes; got {type(data).__name__}")
+        return data
+
+    return read

@@ -1,0 +1,14 @@
+"""Errors that are the user's to mend: one line, no traceback."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """What went wrong, by which rule, what was found, and the way out, in one line."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint "; did you mean 'x'?" for a name that is not among `known`, or nothing if none is close."""
+    match = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {match[0]!r}?" if match else ""

@@ -1,0 +1,73 @@
+"""Pictures of results as SVG text; the same data gives the same text."""
+
+import io
+from typing import Any
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib.figure import Figure
+
+COLOURS = {"top1": "#222222", "head": "#2166ac", "medium": "#8a6d00", "tail": "#b2182b"}
+ROW_COLOURS = {"stage I": "#888888", "without H2T": "#2166ac", "with H2T": "#b2182b"}
+
+
+def _svg(figure: Figure) -> str:
+    with mpl.rc_context({"svg.hashsalt": "h2t", "svg.fonttype": "none"}):
+        sink = io.StringIO()
+        figure.savefig(sink, format="svg", metadata={"Date": None})
+    text = sink.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _panels(count: int) -> tuple[Figure, list[Any]]:
+    columns = min(count, 3)
+    lines = -(-count // columns)
+    figure = Figure(figsize=(5.2 * columns, 3.6 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).flatten().tolist()
+    for unused in axes[count:]:
+        unused.set_visible(False)
+    for axis in axes[:count]:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color="#dddddd", linewidth=0.6)
+        axis.set_ylim(0, 102)
+        axis.set_ylabel("test accuracy (%)")
+    return figure, axes[:count]
+
+
+def ratio_picture(curves: pd.DataFrame) -> str:
+    """Accuracy against ratio, one panel per host, a line per group with its standard deviation over seeds."""
+    hosts = list(dict.fromkeys(curves.host))
+    figure, axes = _panels(len(hosts))
+    for host, axis in zip(hosts, axes, strict=True):
+        for group, colour in COLOURS.items():
+            line = curves[(curves.host == host) & (curves.group == group)].sort_values("ratio")
+            if line.accuracy.isna().all():
+                continue
+            axis.plot(line.ratio, line.accuracy, color=colour, marker="o", markersize=3, label=group)
+            spread = line["std"].fillna(0)
+            axis.fill_between(
+                line.ratio, line.accuracy - spread, line.accuracy + spread, color=colour, alpha=0.15, linewidth=0
+            )
+        axis.set_title(host, loc="left")
+        axis.set_xlabel("ratio of replaced channels")
+        axis.legend(frameon=False, fontsize=8)
+    return _svg(figure)
+
+
+def per_class_picture(classes: pd.DataFrame) -> str:
+    """Accuracy of each class, in descending order of training count, one panel per host."""
+    hosts = list(dict.fromkeys(classes.host))
+    figure, axes = _panels(len(hosts))
+    for host, axis in zip(hosts, axes, strict=True):
+        for label, colour in ROW_COLOURS.items():
+            line = classes[(classes.host == host) & (classes.row == label)].sort_values("class")
+            axis.plot(line["class"], line.accuracy, color=colour, marker="o", markersize=3, linewidth=1, label=label)
+        first = classes[(classes.host == host) & (classes.row == "stage I")].sort_values("class")
+        if len(first) <= 20:
+            axis.set_xticks(first["class"], [str(n) for n in first["count"]])
+            axis.set_xlabel("training images of the class")
+        else:
+            axis.set_xlabel("class, in descending order of training images")
+        axis.set_title(host, loc="left")
+        axis.legend(frameon=False, fontsize=8)
+    return _svg(figure)

@@ -1,0 +1,70 @@
+"""What a stage-II method is: trainable parameters, logits, a loss. Written for one head; `pipeline.stack` trains many.
+
+Inside `loss` and `logits` tensors are plain (vmap adds the stack's axis), and nothing may be drawn: randomness comes in
+through `noise`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pipeline.errors import UserError
+from pipeline.head import logits
+from pipeline.network import StageOneHead
+
+State = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a host may know of its task: training counts per class (K,) in descending order, channels, experts."""
+
+    counts: torch.Tensor
+    channels: int
+    experts: int
+
+    @property
+    def classes(self) -> int:
+        return len(self.counts)
+
+
+class GradientHost:
+    """Base of hosts that are trained by gradient descent. A host overrides what is its own."""
+
+    #: Factor on the learning rate of single parameters.
+    rates: Mapping[str, float] = {}
+
+    def __init__(self, classifier: str, scale: float, context: Context) -> None:
+        self.classifier = classifier
+        self.scale = scale
+        self.context = context
+
+    def initial(self, stage1: StageOneHead, draws: np.random.Generator) -> dict[str, torch.Tensor]:
+        """Starting parameters: the stage-I classifier (H2T paper, Algorithm 1). Raises UserError if it does not fit."""
+        if stage1.classifier != self.classifier:
+            raise UserError(
+                f"classifier: a {self.classifier} head cannot start from the {stage1.classifier} head of stage I; "
+                "choose a backbone trained with that classifier, or the other classifier"
+            )
+        context = self.context
+        wanted = (context.experts, context.classes, context.channels)
+        found = tuple(stage1.state["weight"].shape)
+        if found != wanted:
+            raise UserError(f"stage-I head: (experts, classes, channels) must be {wanted}; got {found}")
+        return {name: tensor.clone() for name, tensor in stage1.state.items()}
+
+    def logits(self, state: State, features: torch.Tensor) -> torch.Tensor:
+        """Features (E, B, D) -> logits (B, K), the mean of the experts; without fusion, as at evaluation."""
+        return logits(self.classifier, state, features, self.scale)
+
+    def noise(self, draws: np.random.Generator, batch: int) -> torch.Tensor | None:
+        """The random part of the loss of one batch, or None. Called once per (host, seed, step)."""
+        return None
+
+    def loss(
+        self, state: State, features: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The scalar loss of a batch: features (E, B, D) after fusion and pooling, the receivers' labels (B,)."""
+        raise NotImplementedError

@@ -1,0 +1,7 @@
+"""Host plug-ins: stage-II methods that H2T plugs into. A file defines:
+
+    class Loss(Section)                     its constants, the keys under hosts.<name>.loss
+    class Host(GradientHost)                __init__(loss, classifier, scale, context); see pipeline.host
+
+or, for a method that is no gradient descent, `fit(features, labels) -> state` in place of `loss`.
+"""

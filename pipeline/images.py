@@ -1,0 +1,177 @@
+"""Images as arrays: decoding, the evaluation transform, and augmentation from named streams.
+
+Arrays are uint8 (H, W, 3) until a batch is normalised. The augmentation of an image depends on (seed, source, view)
+alone, so neither the number of workers nor any other image changes it.
+"""
+
+import io
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from pipeline.errors import UserError
+from pipeline.params import Count, NonNegative, Section, at_least
+from pipeline.seeds import stream
+
+KEEP_DECODED_BYTES = 1024**3  # decoded images up to this many bytes in all stay in memory
+
+
+class Transform(Section):
+    """How a dataset's images become network input.
+
+    Evaluation: resize the short side to `resize` (if given), centre crop to `size`. Augmentation: either a random crop
+    of `size` from the image padded by `padding` zeros, or, with `area`, a random resized crop of that share of the
+    image; then a horizontal flip and colour jitter, if set. Both are scaled to [0, 1] and normalised.
+    """
+
+    size: Count
+    resize: Count | None = None
+    padding: Annotated[int, at_least(0)] = 0
+    area: list[float] | None = None
+    flip: bool = False
+    jitter: NonNegative = 0.0
+    mean: list[float]
+    std: list[float]
+
+
+@dataclass(frozen=True)
+class Collection:
+    """What a dataset plug-in finds: parallel lists over images, in the dataset's own order.
+
+    `split` is train, val or test; `label` indexes `classes`, in the dataset's native numbering.
+    """
+
+    classes: list[str]
+    source: list[str]
+    label: list[int]
+    split: list[str]
+
+
+def decode(data: bytes) -> np.ndarray:
+    """An encoded image as uint8 (H, W, 3)."""
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def for_evaluation(image: np.ndarray, transform: Transform) -> np.ndarray:
+    """The evaluation view (view 0), uint8 (size, size, 3)."""
+    size = transform.size
+    if transform.resize is not None:
+        picture = Image.fromarray(image)
+        scale = transform.resize / min(picture.size)
+        width, height = (max(size, round(side * scale)) for side in picture.size)
+        image = np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
+    height, width = image.shape[:2]
+    if height < size or width < size:
+        raise UserError(f"image of {width}x{height} is smaller than transform.size {size}; set transform.resize")
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    return image[top : top + size, left : left + size]
+
+
+def augmented(image: np.ndarray, transform: Transform, draws: np.random.Generator) -> np.ndarray:
+    """One augmented view, uint8 (size, size, 3), from the stream `draws`."""
+    size = transform.size
+    if transform.area is not None:
+        image = _random_resized_crop(image, size, transform.area, draws)
+    else:
+        pad = transform.padding
+        image = np.pad(image, ((pad, pad), (pad, pad), (0, 0))) if pad else image
+        top = int(draws.integers(image.shape[0] - size + 1))
+        left = int(draws.integers(image.shape[1] - size + 1))
+        image = image[top : top + size, left : left + size]
+    if transform.flip and draws.random() < 0.5:
+        image = image[:, ::-1]
+    if transform.jitter:
+        image = _jittered(image, transform.jitter, draws)
+    return image
+
+
+def _random_resized_crop(image: np.ndarray, size: int, area: list[float], draws: np.random.Generator) -> np.ndarray:
+    height, width = image.shape[:2]
+    for _ in range(10):
+        wanted = height * width * draws.uniform(area[0], area[1])
+        aspect = np.exp(draws.uniform(np.log(3 / 4), np.log(4 / 3)))
+        w, h = round(np.sqrt(wanted * aspect)), round(np.sqrt(wanted / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            break
+    else:
+        w = h = min(height, width)
+    top, left = int(draws.integers(height - h + 1)), int(draws.integers(width - w + 1))
+    crop = Image.fromarray(image[top : top + h, left : left + w])
+    return np.asarray(crop.resize((size, size), Image.Resampling.BILINEAR))
+
+
+def _jittered(image: np.ndarray, strength: float, draws: np.random.Generator) -> np.ndarray:
+    from torchvision.transforms.v2 import functional
+
+    x = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+    for change in draws.permutation(3):
+        factor = draws.uniform(max(0.0, 1 - strength), 1 + strength)
+        adjust = (functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation)[change]
+        x = adjust(x, factor)
+    return x.permute(1, 2, 0).numpy()
+
+
+class Images:
+    """The images of a sample table, by sample number, as normalised batches.
+
+    `read` gives the bytes of a source and `decoder` turns them into an array. Small collections are decoded once.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[str],
+        read: Callable[[str], bytes],
+        decoder: Callable[[bytes], np.ndarray],
+        transform: Transform,
+    ) -> None:
+        self.sources = sources
+        self.transform = transform
+        self._read = read
+        self._decoder = decoder
+        self._decoded: dict[int, np.ndarray] = {}
+        self._room = KEEP_DECODED_BYTES
+        self._threads = ThreadPoolExecutor(2, "decode")
+
+    def array(self, sample: int) -> np.ndarray:
+        """The decoded image of `sample`, uint8 (H, W, 3)."""
+        found = self._decoded.get(sample)
+        if found is None:
+            source = self.sources[sample]
+            try:
+                found = self._decoder(self._read(source))
+            except (OSError, ValueError) as error:
+                raise UserError(f"image {source!r}: cannot be decoded ({error}); remove it or mend the file") from None
+            if self._room >= found.nbytes:
+                self._room -= found.nbytes
+                self._decoded[sample] = found
+        return found
+
+    def _view(self, sample: int, key: Sequence[int | str] | None) -> np.ndarray:
+        image = self.array(sample)
+        if key is None:
+            return for_evaluation(image, self.transform)
+        seed, *rest = key
+        return augmented(image, self.transform, stream(int(seed), "view", self.sources[sample], *rest))
+
+    def batch(self, samples: Sequence[int], keys: Sequence[Sequence[int | str] | None]) -> torch.Tensor:
+        """Normalised float32 (B, 3, size, size). A key of None is the evaluation view, (seed, view) augmented."""
+        views = list(self._threads.map(self._view, samples, keys))
+        return normalised(np.stack(views), self.transform)
+
+
+def normalised(images: np.ndarray, transform: Transform) -> torch.Tensor:
+    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W), scaled to [0, 1] and normalised."""
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.float32) / 255
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (transform.mean, transform.std))
+    return ((x - mean) / std).contiguous()
+
+
+def open_images(dataset: Any, options: Section, sources: Sequence[str], transform: Transform) -> Images:
+    """The images of `sources` as the dataset plug-in `dataset` reads and decodes them."""
+    return Images(sources, dataset.reader(options), getattr(dataset, "decode", decode), transform)

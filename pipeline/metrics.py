@@ -1,0 +1,69 @@
+"""Figures of the field from logits: accuracy overall, per class and per class group, and calibration."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from pipeline.classes import GROUPS
+
+BINS = 15
+
+
+def confusion(labels: np.ndarray, guesses: np.ndarray, classes: int) -> np.ndarray:
+    """counts[true, predicted], int64 (classes, classes)."""
+    return np.bincount(labels * classes + guesses, minlength=classes * classes).reshape(classes, classes)
+
+
+def per_class_accuracy(counts: np.ndarray) -> np.ndarray:
+    """Percent right of each class from a confusion matrix; NaN for a class without samples."""
+    totals = counts.sum(1)
+    with np.errstate(invalid="ignore"):
+        return np.where(totals > 0, 100 * np.diag(counts) / np.maximum(totals, 1), np.nan)
+
+
+def group_accuracy(accuracy: np.ndarray, group_of: Sequence[str | None]) -> dict[str, float | None]:
+    """Mean accuracy over the classes of each group that have samples; None for a group without any."""
+    found: dict[str, float | None] = {}
+    for group in GROUPS:
+        members = [a for a, g in zip(accuracy.tolist(), group_of, strict=True) if g == group and not np.isnan(a)]
+        found[group] = float(np.mean(members)) if members else None
+    return found
+
+
+def expected_calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> float:
+    """ECE in percent over equal bins ((b / bins, (b + 1) / bins], right-closed; confidence 0 falls in the first.
+
+    Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, eq. (3).
+    """
+    place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    gap = np.bincount(place, right - confidence, minlength=bins)
+    return float(100 * np.abs(gap).sum() / len(confidence))
+
+
+def softmax_confidence(logits: np.ndarray) -> np.ndarray:
+    """The largest softmax probability of each line of logits (n, classes), float64."""
+    shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
+    return 1 / np.exp(shifted).sum(1)
+
+
+def summary(logits: np.ndarray, labels: np.ndarray, group_of: Sequence[str | None]) -> dict[str, float | None]:
+    """top1, head, medium, tail and ece of logits (n, classes), in percent."""
+    guesses = logits.argmax(1)
+    accuracy = per_class_accuracy(confusion(labels, guesses, logits.shape[1]))
+    right = guesses == labels
+    return {
+        "top1": float(100 * right.mean()),
+        **group_accuracy(accuracy, group_of),
+        "ece": expected_calibration_error(softmax_confidence(logits), right.astype(float)),
+    }
+
+
+def over_seeds(figures: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
+    """Mean of each figure and its standard deviation (`<name>_std`, ddof 1); None where there is nothing to average."""
+    result: dict[str, float | None] = {}
+    for name in figures[0]:
+        values = [v for f in figures if (v := f[name]) is not None]
+        whole = len(values) == len(figures)
+        result[name] = float(np.mean(values)) if whole else None
+        result[f"{name}_std"] = float(np.std(values, ddof=1)) if whole and len(values) > 1 else None
+    return result

@@ -1,0 +1,35 @@
+"""Cross-entropy on the mean of the experts' logits, with a linear classifier.
+
+With `mixup` in the backbone's section this is "CE + mixup", stage I of DR and MiSLAS (H2T paper, section 4.2).
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pipeline.head import global_average, logits
+from pipeline.params import Section
+
+
+class Loss(Section):
+    """Nothing to choose."""
+
+
+class Objective(nn.Module):
+    """Weights start as in the published codes: normal with variance 2 / C, bias uniform within 1 / sqrt(C)."""
+
+    classifier = "linear"
+    scale = 1.0
+
+    def __init__(self, loss: Loss, channels: int, experts: int, counts: torch.Tensor) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(channels)
+        self.weight = nn.Parameter(torch.randn(experts, len(counts), channels) * math.sqrt(2 / channels))
+        self.bias = nn.Parameter(torch.empty(experts, len(counts)).uniform_(-bound, bound))
+
+    def loss(self, maps: tuple[torch.Tensor, ...], labels: torch.Tensor, epoch: int) -> torch.Tensor:
+        """Mean cross-entropy of a batch; maps: E of (B, C, H, W), labels (B,)."""
+        features = torch.stack([global_average(m) for m in maps])
+        return F.cross_entropy(logits("linear", dict(self.named_parameters()), features), labels)

@@ -1,0 +1,79 @@
+"""Writing a stage's outputs: all of them or none, the same bytes for the same content."""
+
+import datetime
+import errno
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+
+CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+@contextmanager
+def fresh_directory(out: Path) -> Iterator[Path]:
+    """A directory to fill that becomes `out` in one rename when the block ends well, and vanishes when it does not."""
+    out = Path(out)
+    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _clear_abandoned(out)
+        partial.mkdir()
+        yield partial
+        if out.is_dir() and not out.is_symlink():
+            shutil.rmtree(out)
+        elif out.exists() or out.is_symlink():
+            out.unlink()
+        partial.rename(out)
+    except OSError as error:
+        if error.errno not in CANNOT_WRITE:
+            raise
+        raise UserError(f"{out}: cannot be written ({error.strerror}); make room or change its owner") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _clear_abandoned(out: Path) -> None:
+    """Removes what killed runs left behind."""
+    for path in out.parent.glob(f".{out.name}.partial-*"):
+        pid = path.name.rpartition("-")[2]
+        if not (pid.isdigit() and Path(f"/proc/{pid}").exists()):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` as indented JSON with sorted keys and no NaN."""
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def write_run_record(path: Path, facts: Mapping[str, Any]) -> None:
+    """What happened in a run (time, machine, commit, `facts`), for `data/runs`; no stage depends on it."""
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        record = {
+            "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "system": platform.system()},
+            "python": platform.python_version(),
+            "versions": {name: version(name) for name in ("torch", "zarr", "numcodecs", "numpy", "dvc")},
+            "commit": _commit(),
+            **facts,
+        }
+        write_json(path, record)
+
+
+def _commit() -> str | None:
+    with suppress(OSError, subprocess.SubprocessError):
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, timeout=10
+        )
+        return found.stdout.strip() or None
+    return None

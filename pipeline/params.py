@@ -1,0 +1,172 @@
+"""params.yaml -> one frozen, strict model per section. Wrong keys, types and ranges are refused by name, in one line.
+
+Each stage and each plug-in declares its own `Section`, so a new option of one stage re-runs no other.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import pydantic
+import yaml
+
+from pipeline import plugins
+from pipeline.errors import UserError, nearest
+
+
+class Section(pydantic.BaseModel):
+    """Base of all parameter models: frozen, no unknown keys, no silent conversion."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def within(low: float, high: float) -> pydantic.AfterValidator:
+    """A validator: the number must lie in [low, high]."""
+
+    def check(value: float) -> float:
+        if not low <= value <= high:
+            raise ValueError(f"must lie in [{low:g}, {high:g}]")
+        return value
+
+    return pydantic.AfterValidator(check)
+
+
+def above(low: float) -> pydantic.AfterValidator:
+    """A validator: the number must be greater than `low`."""
+
+    def check(value: float) -> float:
+        if not value > low:
+            raise ValueError(f"must be greater than {low:g}")
+        return value
+
+    return pydantic.AfterValidator(check)
+
+
+def at_least(low: int) -> pydantic.AfterValidator:
+    """A validator: the number must be at least `low`."""
+
+    def check(value: float) -> float:
+        if not value >= low:
+            raise ValueError(f"must be at least {low}")
+        return value
+
+    return pydantic.AfterValidator(check)
+
+
+def plugin(kind: str) -> pydantic.AfterValidator:
+    """A validator: the string must name a plug-in of `kind`."""
+
+    def check(value: str) -> str:
+        try:
+            plugins.check(kind, value)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        return value
+
+    return pydantic.AfterValidator(check)
+
+
+def _distinct(values: list[Any]) -> list[Any]:
+    if not values or len(set(values)) != len(values):
+        raise ValueError("must be a list of one or more different values")
+    return values
+
+
+DISTINCT = pydantic.AfterValidator(_distinct)
+
+Ratio = Annotated[float, within(0, 1)]
+Positive = Annotated[float, above(0)]
+Count = Annotated[int, at_least(1)]
+NonNegative = Annotated[float, at_least(0)]
+Seed = Annotated[int, within(0, 2**32 - 1)]
+
+S = TypeVar("S", bound=Section)
+
+
+def build(model: type[S], where: str, values: Any) -> S:
+    """`values` (the section called `where`) as a `model`. Raises UserError naming the first wrong key."""
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where}: must be a mapping of keys; got {values!r}")
+    try:
+        return model.model_validate(dict(values))
+    except pydantic.ValidationError as error:
+        # An unknown key is reported first: it is usually the misspelt name of one that is then missing.
+        errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+        raise UserError(_line(model, where, errors[0])) from None
+
+
+def _line(model: type[pydantic.BaseModel], where: str, error: Any) -> str:
+    path = where
+    for part in error["loc"]:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}"
+    got = error["input"]
+    if error["type"] == "extra_forbidden":
+        known = _keys_at(model, error["loc"][:-1])
+        hint = nearest(str(error["loc"][-1]), known) or f" (known: {', '.join(known)})"
+        return f"{path}: unknown key{hint}"
+    if error["type"] == "missing":
+        return f"{path}: missing; add it (h2t presets shows complete files)"
+    if error["type"] == "value_error":
+        return f"{path}: {error['ctx']['error']}; got {_short(got)}"
+    text = error["msg"][0].lower() + error["msg"][1:]
+    return f"{path}: {text.replace('input should be', 'must be')}; got {_short(got)}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _keys_at(model: type[pydantic.BaseModel], loc: Sequence[int | str]) -> list[str]:
+    current: Any = model
+    for part in loc:
+        if isinstance(part, str) and isinstance(current, type) and issubclass(current, pydantic.BaseModel):
+            field = current.model_fields.get(part)
+            current = field.annotation if field else None
+    if isinstance(current, type) and issubclass(current, pydantic.BaseModel):
+        return list(current.model_fields)
+    return []
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The parameters in `path` with `key.sub=value` overrides (YAML values) applied. Raises UserError."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such parameter file; pass --params FILE") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: must be a mapping of sections; got {_short(values)}")
+    for override in overrides:
+        _apply(values, override)
+    return values
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {override}: must read key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override}: the value is not YAML ({' '.join(str(error).split())})") from None
+    *parents, last = key.split(".")
+    at: Any = values
+    for i, part in enumerate(parents):
+        if not isinstance(at, dict) or not isinstance(at.get(part), dict):
+            known = list(at) if isinstance(at, dict) else []
+            raise UserError(f"--set {override}: no section {'.'.join(parents[: i + 1])!r}{nearest(part, known)}")
+        at = at[part]
+    at[last] = value
+
+
+def section(values: Mapping[str, Any], name: str) -> Any:
+    """The raw section `name`, dotted for an entry of a mapping. Raises UserError if it is not there."""
+    at: Any = values
+    for part in name.split("."):
+        if not isinstance(at, Mapping) or part not in at:
+            known = list(at) if isinstance(at, Mapping) else []
+            raise UserError(f"params: no section {name!r}{nearest(part, known)} (there are: {', '.join(known)})")
+        at = at[part]
+    return at

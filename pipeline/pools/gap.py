@@ -1,0 +1,32 @@
+"""Global average pooling: the mean over the image.
+
+Source: Lin et al., "Network In Network", ICLR 2014, section 3.2.
+"""
+
+from collections.abc import Mapping
+
+import torch
+
+from pipeline.head import global_average
+from pipeline.params import Section
+
+
+class Options(Section):
+    """Nothing to choose."""
+
+
+class Pool:
+    """Nothing is trained."""
+
+    commutes = True
+
+    def __init__(self, options: Options, channels: int) -> None:
+        self.channels = channels
+
+    def initial(self) -> dict[str, torch.Tensor]:
+        """Nothing."""
+        return {}
+
+    def __call__(self, state: Mapping[str, torch.Tensor], maps: torch.Tensor) -> torch.Tensor:
+        """(..., C, H, W) -> (..., C)."""
+        return global_average(maps)

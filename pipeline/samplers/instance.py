@@ -1,0 +1,24 @@
+"""Instance-wise: every sample once per epoch, in random order; the last batch may be smaller.
+
+This is the ordinary shuffled loader (H2T paper, section 3.3, the head-biased branch).
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import numpy as np
+
+from pipeline.classes import ClassIndex
+
+Streams = Callable[..., np.random.Generator]
+
+
+@lru_cache(maxsize=64)
+def _order(streams: Streams, epoch: int, samples: int) -> np.ndarray:
+    return streams(epoch).permutation(samples)
+
+
+def draw(classes: ClassIndex, streams: Streams, epoch: int, step: int, size: int) -> np.ndarray:
+    """The next `size` positions of the epoch's permutation, int64; batches before the last must all be of `size`."""
+    first = step * size
+    return _order(streams, epoch, classes.samples)[first : first + size]

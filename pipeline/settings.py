@@ -1,0 +1,66 @@
+"""All of params.yaml at once: every section is checked before any stage starts, so that a slip is found early."""
+
+from typing import Any
+
+from pipeline import params, plugins
+from pipeline.errors import UserError, nearest
+
+SECTIONS = ("seed", "device", "prepare", "backbones", "extract", "hosts", "train_classifier", "evaluate", "report")
+
+
+def check(values: dict[str, Any]) -> None:
+    """Raises UserError for the first wrong, missing or unknown key; fills in `host`, `arch` and `objective` by name."""
+    from pipeline.stages import evaluate, extract, prepare, report, train_backbone, train_classifier
+
+    for name in values:
+        if name not in SECTIONS:
+            raise UserError(f"{name}: unknown section{nearest(name, SECTIONS)} (there are: {', '.join(SECTIONS)})")
+    for name in SECTIONS:
+        if name not in values:
+            raise UserError(f"{name}: missing; add the section to the parameter file")
+    seed = values["seed"]
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise UserError(f"seed: must be a whole number from 0 to 4294967295; got {seed!r}")
+    if not isinstance(values["device"], str):
+        raise UserError(f"device: must be auto, cpu, cuda or cuda:N; got {values['device']!r}")
+    section = params.build(prepare.Params, "prepare", values["prepare"])
+    params.build(plugins.load("datasets", section.dataset).Options, "prepare.options", section.options)
+    extraction = params.build(extract.Params, "extract", values["extract"])
+    params.build(train_classifier.Residency, "train_classifier", values["train_classifier"])
+    params.build(evaluate.Params, "evaluate", values["evaluate"])
+    params.build(report.Params, "report", values["report"])
+    for name, entry in _entries(values, "backbones", ("arch", "objective")).items():
+        backbone = params.build(train_backbone.Params, f"backbones.{name}", entry)
+        where = f"backbones.{name}"
+        params.build(plugins.load("backbones", backbone.arch).Options, f"{where}.options", backbone.options)
+        params.build(plugins.load("objectives", backbone.objective).Loss, f"{where}.loss", backbone.loss)
+    for name, entry in _entries(values, "hosts", ("host",)).items():
+        where = f"hosts.{name}"
+        host = params.build(train_classifier.Params, where, entry)
+        if host.backbone not in values["backbones"]:
+            known = list(values["backbones"])
+            raise UserError(
+                f"{where}.backbone: no backbone {host.backbone!r}{nearest(host.backbone, known)} "
+                f"(there are: {', '.join(known)})"
+            )
+        if host.batchnorm not in extraction.batchnorm:
+            raise UserError(
+                f"{where}.batchnorm: must be one of extract.batchnorm ({', '.join(extraction.batchnorm)}); "
+                f"got {host.batchnorm!r}; add it to extract.batchnorm"
+            )
+        params.build(plugins.load("hosts", host.host).Loss, f"{where}.loss", host.loss)
+        params.build(plugins.load("pools", host.pool).Options, f"{where}.pool_options", host.pool_options)
+
+
+def _entries(values: dict[str, Any], name: str, defaults: tuple[str, ...]) -> dict[str, Any]:
+    """The entries of a mapping section, with the plug-in keys `defaults` set to the entry's own name where absent."""
+    section = values[name]
+    if not isinstance(section, dict) or not section:
+        raise UserError(f"{name}: must be a mapping with at least one entry; got {section!r}")
+    kinds = {"arch": "backbones", "objective": "objectives", "host": "hosts"}
+    for key, entry in section.items():
+        if isinstance(entry, dict):
+            for default in defaults:
+                if default not in entry and key in plugins.names(kinds[default]):
+                    entry[default] = key
+    return section

@@ -1,0 +1,284 @@
+"""evaluate: the stage-I head and every stage-II head on the evaluation rows.
+
+Writes `metrics.json` (stage1, without_h2t, with_h2t: mean and std over seeds), `heads.parquet` (every head's figures),
+`per_class.parquet`, and for the heads behind metrics.json `confusion.parquet` and `predictions.parquet`. The last epoch
+is what is evaluated, and nothing is ever chosen on the test split.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch.func import vmap
+
+from cache.reader import Cache
+from pipeline.classes import by_index, groups
+from pipeline.errors import UserError
+from pipeline.features import FeatureTable
+from pipeline.head import global_average, logits
+from pipeline.heads import Heads, head_parts
+from pipeline.metrics import confusion, over_seeds, per_class_accuracy, softmax_confidence, summary
+from pipeline.network import StageOneHead, backbone_digest, load_head
+from pipeline.outputs import fresh_directory, write_json
+from pipeline.params import Ratio, Section
+from pipeline.stack import POOL
+from pipeline.streams import sample_rows
+
+STAGE1 = "stage1"
+BLOCK_BYTES = 256 * 1024**2
+FIGURES = ("top1", "head", "medium", "tail", "ece")
+
+
+class Params(Section):
+    """Section `evaluate`. `groups` may be two class indices: where medium begins and where tail begins."""
+
+    groups: Literal["paper_index", "paper_threshold", "oltr"] | list[int] = "paper_index"
+    ratio: Ratio = 0.3
+
+
+@dataclass(frozen=True)
+class _Split:
+    """Logits of every head on one split under one kind of statistics."""
+
+    statistics: str
+    labels: np.ndarray
+    samples: np.ndarray
+    logits: np.ndarray  # (heads, n, classes)
+
+
+def run(
+    params: Params,
+    name: str,
+    cache: Cache,
+    heads_dir: Path,
+    backbone_dir: Path,
+    device: torch.device,
+    out: Path,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Evaluates the heads of host `name` into the directory `out`; returns the metrics."""
+    heads = load_heads_for(cache, heads_dir, backbone_dir)
+    stage1 = load_head(backbone_dir)
+    counts = heads.about["counts"]
+    group_of = group_choice(params, counts)
+    splits = [s for s in ("val", "test") if s in set(cache.rows["split"].unique().to_pylist())]
+    if "test" not in splits:
+        raise UserError(f"{cache.files}: has no test rows to evaluate on; give the dataset a test split")
+
+    table = heads.table.to_pylist()
+    recipe_statistics = heads.about["evaluate"]
+    # Under branch-wise statistics DR as published is trained and evaluated under balanced ones alone: an extra line.
+    lines = [recipe_statistics, heads.about["receiver"]]
+    found = {
+        (split, statistics): _evaluate_heads(cache, heads, split, statistics, device)
+        for split in splits
+        for statistics in dict.fromkeys(lines)
+    }
+    first = {split: _evaluate_stage1(cache, stage1, split, device) for split in splits}
+
+    figures: list[dict[str, Any]] = []
+    for (split, statistics), result in found.items():
+        for head in table:
+            one = summary(result.logits[head["number"]], result.labels, group_of)
+            figures.append({**head, "split": split, "statistics": statistics, **one})
+    for split, result in first.items():
+        one = summary(result.logits[0], result.labels, group_of)
+        figures.append({"number": -1, "split": split, "statistics": STAGE1, **one})
+
+    on = [f for f in figures if f["statistics"] == recipe_statistics and f["number"] >= 0]
+    ratio = reported_ratio(on, params.ratio)
+    without = _chosen(on, "test", 0.0)
+    with_h2t = _chosen(on, "test", ratio) if ratio else []
+    metrics = {
+        "stage1": _entry([f for f in figures if f["number"] == -1 and f["split"] == "test"], STAGE1, params),
+        "without_h2t": _entry(without, recipe_statistics, params),
+        "with_h2t": _entry(with_h2t, recipe_statistics, params),
+    }
+    kept = [f["number"] for f in (*without, *with_h2t)]
+    with fresh_directory(out) as into:
+        write_json(into / "metrics.json", metrics)
+        pq.write_table(pa.Table.from_pylist(figures, _schema(figures)), into / "heads.parquet")
+        _write_per_class(into, table, found, first, counts)
+        _write_confusion(into, found[("test", recipe_statistics)], first["test"], kept)
+        _write_predictions(into, found[("test", recipe_statistics)], first["test"], kept)
+    say(f"{name}: " + _one_line(metrics))
+    return metrics
+
+
+def load_heads_for(cache: Cache, heads_dir: Path, backbone_dir: Path) -> Heads:
+    """The heads in `heads_dir`. Raises UserError if they were trained on another backbone's maps."""
+    from pipeline.heads import load_heads
+
+    heads = load_heads(heads_dir)
+    expected = backbone_digest(backbone_dir)
+    if heads.about["backbone"] != expected:
+        raise UserError(
+            f"{heads_dir}: heads were trained on backbone {heads.about['backbone'][:12]}, {backbone_dir} is "
+            f"{expected[:12]}; train the heads again"
+        )
+    if heads.about["cache"] != cache.spec.fingerprint:
+        raise UserError(
+            f"{heads_dir}: heads were trained on cache {heads.about['cache'][:12]}, this one is "
+            f"{cache.spec.fingerprint[:12]}; train the heads again"
+        )
+    return heads
+
+
+def group_choice(params: Params, counts: list[int]) -> list[str | None]:
+    """The group of each class. Raises UserError for indices that do not fit."""
+    if isinstance(params.groups, str):
+        return groups(counts)[params.groups]
+    if len(params.groups) != 2 or not 0 <= params.groups[0] <= params.groups[1] <= len(counts):
+        raise UserError(
+            f"evaluate.groups: must be a name or two rising class indices up to {len(counts)}; got {params.groups}"
+        )
+    return by_index(len(counts), *params.groups)
+
+
+def reported_ratio(figures: list[dict[str, Any]], fallback: float) -> float | None:
+    """The ratio of `with_h2t`: the best mean validation top-1 if there is a validation split, else `fallback`.
+
+    None if no head of the grid (donor instance, selection random) has such a ratio above 0.
+    """
+    ratios = sorted({f["ratio"] for f in figures if f["ratio"] > 0 and _standard(f)})
+    if any(f["split"] == "val" for f in figures):
+        means = {r: float(np.mean([f["top1"] for f in _chosen(figures, "val", r)])) for r in ratios}
+        return max(ratios, key=lambda r: (means[r], -r)) if ratios else None
+    return fallback if fallback in ratios else None
+
+
+def _standard(figure: Mapping[str, Any]) -> bool:
+    return bool(figure["donor"] == "instance" and figure["selection"] == "random")
+
+
+def _chosen(figures: list[dict[str, Any]], split: str, ratio: float) -> list[dict[str, Any]]:
+    """One head per seed at `ratio`. At ratio 0 donor and selection change nothing, so any will do."""
+    found: dict[int, dict[str, Any]] = {}
+    for f in figures:
+        if f["split"] == split and f["ratio"] == ratio and (ratio == 0 or _standard(f)):
+            found.setdefault(f["seed"], f)
+    return list(found.values())
+
+
+def _entry(figures: list[dict[str, Any]], statistics: str, params: Params) -> dict[str, Any] | None:
+    if not figures:
+        return None
+    return {
+        **over_seeds([{k: f[k] for k in FIGURES} for f in figures]),
+        "ratio": figures[0].get("ratio"),
+        "heads": len(figures),
+        "statistics": statistics,
+        "groups": params.groups,
+    }
+
+
+def _evaluate_heads(cache: Cache, heads: Heads, split: str, statistics: str, device: torch.device) -> _Split:
+    host, pool = head_parts(heads.parts, heads.context)
+    rows = sample_rows(cache.rows, split, statistics)
+    pooling = (lambda maps: pool({}, maps)) if pool.commutes else None
+    table = FeatureTable(cache, rows.first, pooling, device=device)
+    state = {name: t.to(device) for name, t in heads.state.items()}
+    x = table.take(rows.first)  # (E, n, C[, H, W])
+
+    def one(head: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        own = {k: t for k, t in head.items() if not k.startswith(POOL)}
+        if x.dim() > 3:
+            x = pool({k.removeprefix(POOL): t for k, t in head.items() if k.startswith(POOL)}, x)
+        result: torch.Tensor = host.logits(own, x)
+        return result
+
+    count = len(heads.table)
+    block = max(1, BLOCK_BYTES // (4 * max(x[:, :1].numel(), len(heads.about["counts"])) * count))
+    with torch.no_grad():
+        parts = [
+            vmap(one, in_dims=(0, None))(state, x[:, first : first + block]) for first in range(0, x.shape[1], block)
+        ]
+    return _Split(statistics, rows.labels, rows.samples, torch.cat(parts, 1).cpu().numpy())
+
+
+def _evaluate_stage1(cache: Cache, head: StageOneHead, split: str, device: torch.device) -> _Split:
+    rows = sample_rows(cache.rows, split, STAGE1)
+    features = FeatureTable(cache, rows.first, global_average, device=device).take(rows.first)
+    state = {name: t.to(device) for name, t in head.state.items()}
+    with torch.no_grad():
+        found = logits(head.classifier, state, features, head.scale)
+    return _Split(STAGE1, rows.labels, rows.samples, found.cpu().numpy()[None])
+
+
+def _schema(figures: list[dict[str, Any]]) -> pa.Schema:
+    kinds = {"number": pa.int64(), "seed": pa.int64(), "replaced": pa.int64(), "ratio": pa.float64()}
+    texts = ("donor", "selection", "split", "statistics")
+    return pa.schema([(k, kinds.get(k, pa.string() if k in texts else pa.float64())) for k in figures[0]])
+
+
+def _write_per_class(
+    into: Path,
+    table: list[dict[str, Any]],
+    found: Mapping[tuple[str, str], _Split],
+    first: Mapping[str, _Split],
+    counts: list[int],
+) -> None:
+    """One line per (head, split, statistics, class), with every group definition beside it."""
+    defined = groups(counts)
+    columns: dict[str, list[Any]] = {k: [] for k in ("number", "split", "statistics", "class", "count", "accuracy")}
+    of: dict[str, list[Any]] = {name: [] for name in defined}
+    results = [(h["number"], h["number"], split, r) for (split, _), r in found.items() for h in table]
+    results += [(-1, 0, split, r) for split, r in first.items()]
+    for head, position, split, result in results:
+        guesses = result.logits[position].argmax(1)
+        accuracy = per_class_accuracy(confusion(result.labels, guesses, len(counts)))
+        columns["number"] += [head] * len(counts)
+        columns["split"] += [split] * len(counts)
+        columns["statistics"] += [result.statistics] * len(counts)
+        columns["class"] += range(len(counts))
+        columns["count"] += counts
+        columns["accuracy"] += [None if np.isnan(a) else float(a) for a in accuracy]
+        for name, members in defined.items():
+            of[name] += members
+    pq.write_table(pa.table({**columns, **of}), into / "per_class.parquet", compression="zstd")
+
+
+def _each(result: _Split, first: _Split, kept: list[int]) -> list[tuple[int, np.ndarray]]:
+    return [(-1, first.logits[0]), *((head, result.logits[head]) for head in kept)]
+
+
+def _write_confusion(into: Path, result: _Split, first: _Split, kept: list[int]) -> None:
+    columns: dict[str, list[Any]] = {k: [] for k in ("number", "true", "predicted", "count")}
+    for head, found in _each(result, first, kept):
+        counts = confusion(result.labels, found.argmax(1), found.shape[1])
+        true, predicted = np.nonzero(counts)
+        columns["number"] += [head] * len(true)
+        columns["true"] += true.tolist()
+        columns["predicted"] += predicted.tolist()
+        columns["count"] += counts[true, predicted].tolist()
+    pq.write_table(pa.table(columns), into / "confusion.parquet", compression="zstd")
+
+
+def _write_predictions(into: Path, result: _Split, first: _Split, kept: list[int]) -> None:
+    parts = []
+    for head, found in _each(result, first, kept):
+        parts.append(
+            pa.table(
+                {
+                    "number": pa.array([head] * len(found), pa.int64()),
+                    "sample": pa.array(result.samples),
+                    "label": pa.array(result.labels.astype(np.int32)),
+                    "predicted": pa.array(found.argmax(1).astype(np.int32)),
+                    "confidence": pa.array(softmax_confidence(found).astype(np.float32)),
+                }
+            )
+        )
+    pq.write_table(pa.concat_tables(parts), into / "predictions.parquet", compression="zstd")
+
+
+def _one_line(metrics: Mapping[str, Any]) -> str:
+    return "; ".join(
+        f"{name} top-1 {entry['top1']:.2f}, tail {entry['tail']:.2f}" if entry and entry["tail"] is not None else name
+        for name, entry in metrics.items()
+        if entry
+    )

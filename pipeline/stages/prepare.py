@@ -1,0 +1,149 @@
+"""prepare: choose the samples. Holds out evaluation samples, makes the rest long-tailed, orders the classes.
+
+Writes `samples.parquet` (one line per sample, sorted by split, label, source) and `classes.json` (names, counts, class
+order, groups, transform). They are a pure function of the dataset and the parameters: another lab gets the same subset.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import plugins
+from pipeline.classes import groups
+from pipeline.errors import UserError
+from pipeline.images import Collection
+from pipeline.outputs import fresh_directory, write_json
+from pipeline.params import Positive, Section, Seed, at_least, build, plugin
+from pipeline.progress import progress
+from pipeline.seeds import stream
+
+
+class Imbalance(Section):
+    """The long tail to cut: `ratio` is the largest class count divided by the smallest."""
+
+    profile: Literal["none", "exponential", "step"] = "none"
+    ratio: Annotated[Positive, at_least(1)] = 1.0
+    seed: Seed = 0
+
+
+class Params(Section):
+    """Section `prepare`."""
+
+    dataset: Annotated[str, plugin("datasets")]
+    options: dict[str, Any] = {}
+    imbalance: Imbalance = Imbalance()
+    test_per_class: Annotated[int, at_least(0)] = 0
+    validation_per_class: Annotated[int, at_least(0)] = 0
+
+
+def run(params: Params, seed: int, out: Path, say: Callable[[str], None]) -> None:
+    """Prepares the samples of the dataset into the directory `out`."""
+    dataset = plugins.load("datasets", params.dataset)
+    options = build(dataset.Options, "prepare.options", params.options)
+    found: Collection = dataset.load(options)
+    label, split = np.array(found.label), np.array(found.split, object)
+
+    _hold_out(label, split, "test", params.test_per_class, "prepare.test_per_class", seed)
+    _hold_out(label, split, "val", params.validation_per_class, "prepare.validation_per_class", seed)
+    kept = _long_tail(label, split, params.imbalance, found.classes)
+
+    counts = np.bincount(label[kept], minlength=len(found.classes))
+    order = np.argsort(-counts, kind="stable")  # class order map: new label -> native label
+    relabel = np.argsort(order)
+    chosen = sorted([*kept.tolist(), *np.flatnonzero(split != "train").tolist()])
+    read = dataset.reader(options)
+    digests = [hashlib.sha256(read(found.source[i])).hexdigest() for i in progress(chosen, "prepare", unit="image")]
+    table = pa.table(
+        {
+            "split": pa.array([str(split[i]) for i in chosen]),
+            "label": pa.array([int(relabel[label[i]]) for i in chosen], pa.int32()),
+            "source": pa.array([found.source[i] for i in chosen]),
+            "digest": pa.array(digests),
+        }
+    ).sort_by([("split", "ascending"), ("label", "ascending"), ("source", "ascending")])
+    if len(pa.compute.unique(table["source"])) != len(table):
+        raise UserError(f"dataset {params.dataset!r}: two images have the same source; sources must be unique")
+    table = table.add_column(0, "sample", pa.array(range(len(table)), pa.int64()))
+
+    ordered = counts[order].tolist()
+    with fresh_directory(out) as into:
+        pq.write_table(table, into / "samples.parquet", compression="zstd")
+        write_json(
+            into / "classes.json",
+            {
+                "dataset": params.dataset,
+                "classes": [found.classes[j] for j in order],
+                "counts": ordered,
+                "order": order.tolist(),
+                "groups": groups(ordered),
+                "transform": json.loads(dataset.transform(options).model_dump_json()),
+                "imbalance": json.loads(params.imbalance.model_dump_json()),
+            },
+        )
+    sizes = {name: table["split"].to_pylist().count(name) for name in ("train", "val", "test")}
+    say(f"{params.dataset}: {len(order)} classes, {ordered[0]} to {ordered[-1]} training samples; {sizes}")
+    if ordered[-1] == 1:
+        say("note: a class has one training sample; its accuracy rests on that one image")
+    if not sizes["val"]:
+        say("note: no validation split; nothing is chosen, evaluate.ratio decides which ratio is reported")
+
+
+def _hold_out(label: np.ndarray, split: np.ndarray, name: str, per_class: int, key: str, seed: int) -> None:
+    """Moves `per_class` random samples of each class from train to `name`, unless the dataset has that split."""
+    if (split == name).any() or not per_class:
+        if name == "test" and not (split == name).any():
+            raise UserError(f"{key}: the dataset has no test split, so some samples must be held out; got {per_class}")
+        return
+    for j in range(label.max() + 1):
+        members = np.flatnonzero((label == j) & (split == "train"))
+        if len(members) <= per_class:
+            raise UserError(
+                f"{key}: class {j} has {len(members)} samples to hold out from and must keep one; got {per_class}"
+            )
+        split[stream(seed, "prepare", name, j).permutation(members)[:per_class]] = name
+
+
+def long_tailed_counts(largest: int, classes: int, imbalance: Imbalance) -> list[int]:
+    """Samples per class: n_j = floor(n_1 * ratio^(-j / (C - 1))) or, for a step, n_1 and floor(n_1 / ratio) halves.
+
+    Source: Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss", NeurIPS 2019.
+    """
+    share = 1 / imbalance.ratio
+    if imbalance.profile == "exponential":
+        return [int(largest * share ** (j / max(1, classes - 1))) for j in range(classes)]
+    if imbalance.profile == "step":
+        return [largest if j < classes // 2 else int(largest * share) for j in range(classes)]
+    return [largest] * classes
+
+
+def _long_tail(label: np.ndarray, split: np.ndarray, imbalance: Imbalance, names: Sequence[str]) -> np.ndarray:
+    """Training samples that stay, chosen by the reference rule: one legacy RandomState through the classes in order.
+
+    With the seed 0 this is the subset that the published codes of LDAM-DRW, MiSLAS, GCL, RIDE, ResLT and H2T train on.
+    """
+    members = [np.flatnonzero((label == j) & (split == "train")) for j in range(len(names))]
+    sizes = [len(m) for m in members]
+    if min(sizes) == 0:
+        empty = sizes.index(0)
+        raise UserError(f"class {empty} ({names[empty]}): every class needs a training sample; got 0; drop the class")
+    if imbalance.profile == "none":
+        return np.concatenate(members)
+    wanted = long_tailed_counts(min(sizes) if len(set(sizes)) > 1 else sizes[0], len(names), imbalance)
+    if min(wanted) == 0:
+        empty = wanted.index(0)
+        raise UserError(
+            f"prepare.imbalance.ratio: class {empty} ({names[empty]}) must keep at least one of its {sizes[empty]} "
+            f"samples; got {imbalance.ratio:g}, which leaves 0; lower the ratio"
+        )
+    draws = np.random.RandomState(imbalance.seed)
+    kept = []
+    for indices, count in zip(members, wanted, strict=True):
+        draws.shuffle(indices)
+        kept.append(indices[:count])
+    return np.concatenate(kept)

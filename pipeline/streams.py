@@ -1,0 +1,111 @@
+"""Which cache rows every batch of stage II is made of, for every seed and donor, at any step, without touching data.
+
+Receivers: class-balanced draws. Donors: instance-wise (the paper's), balanced or reverse draws. Each draw picks a
+training sample, then one of its views uniformly; the branch decides under which batch-norm statistics it is read.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline import plugins
+from pipeline.classes import ClassIndex, class_index
+from pipeline.errors import UserError
+from pipeline.seeds import stream
+
+RECEIVER = "balanced"
+
+
+@dataclass(frozen=True)
+class SampleRows:
+    """Where the views of each sample lie in the cache: rows first[i] to first[i] + views[i]; int64 (n,), by label."""
+
+    first: np.ndarray
+    views: np.ndarray
+    labels: np.ndarray
+    samples: np.ndarray
+
+
+def sample_rows(rows: pa.Table, split: str, statistics: str) -> SampleRows:
+    """The rows of `split` under `statistics`, one entry per sample, in cache order. UserError if there are none."""
+    part = rows.filter((pc.field("split") == split) & (pc.field("statistics") == statistics))
+    if not len(part):
+        has = sorted(set(rows.filter(pc.field("split") == split)["statistics"].to_pylist()))
+        raise UserError(
+            f"cache: has no {split} rows under {statistics!r} statistics (it has: {', '.join(has) or 'none'}); "
+            "add the recipe to extract.batchnorm and extract again"
+        )
+    sample = part["sample"].to_numpy()
+    starts = np.flatnonzero(np.concatenate([[True], sample[1:] != sample[:-1]]))
+    return SampleRows(
+        first=part["row"].to_numpy()[starts],
+        views=np.diff(np.concatenate([starts, [len(sample)]])),
+        labels=part["label"].to_numpy()[starts].astype(np.int64),
+        samples=sample[starts],
+    )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step of every seed: `receivers` and `labels` int64 (seeds, B), `donors` int64 (seeds, donors, B)."""
+
+    receivers: np.ndarray
+    labels: np.ndarray
+    donors: np.ndarray
+
+
+class Streams:
+    """The batches of stage II. An epoch has as many items as training samples; the last batch may be smaller."""
+
+    def __init__(
+        self,
+        rows: pa.Table,
+        class_names: Sequence[str],
+        receiver_statistics: str,
+        donor_statistics: Mapping[str, str],
+        seeds: Sequence[int],
+        batch_size: int,
+    ) -> None:
+        self.seeds = list(seeds)
+        self.donors = list(donor_statistics)
+        self.batch_size = batch_size
+        self._receivers = sample_rows(rows, "train", receiver_statistics)
+        self._donors = {d: sample_rows(rows, "train", s) for d, s in donor_statistics.items()}
+        self.index: ClassIndex = class_index(self._receivers.labels, class_names)
+        self.samples = self.index.samples
+        self.steps = -(-self.samples // batch_size)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Every row that any batch may hold, int64, ascending."""
+        tables = [self._receivers, *self._donors.values()]
+        spans = [np.concatenate([f + np.arange(v) for f, v in zip(t.first, t.views, strict=True)]) for t in tables]
+        return np.unique(np.concatenate(spans))
+
+    def batch(self, epoch: int, step: int) -> Batch:
+        """The rows of `step` (0 to `steps`, exclusive) of `epoch`."""
+        size = min(self.batch_size, self.samples - step * self.batch_size)
+        picked = [self._draw(seed, "receiver", RECEIVER, self._receivers, epoch, step, size) for seed in self.seeds]
+        receivers = np.stack([rows for rows, _ in picked])
+        labels = np.stack([self._receivers.labels[positions] for _, positions in picked])
+        donors = [
+            [self._draw(seed, "donor", name, table, epoch, step, size)[0] for name, table in self._donors.items()]
+            for seed in self.seeds
+        ]
+        return Batch(receivers, labels, np.array(donors, np.int64).reshape(len(self.seeds), len(self.donors), size))
+
+    def _draw(
+        self, seed: int, branch: str, sampler: str, table: SampleRows, epoch: int, step: int, size: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and the sample positions they belong to."""
+        law = plugins.load("samplers", sampler)
+        positions = law.draw(self.index, partial(stream, seed, branch, sampler), epoch, step, size)
+        rows = table.first[positions]
+        views = table.views[positions]
+        if (views > 1).any():
+            rows = rows + stream(seed, branch, sampler, "view", epoch, step).integers(views)
+        return rows, positions

@@ -36,6 +36,16 @@ def committed(target: Path) -> CacheSpec | None:
     return parse_record(record.read_bytes()).spec if record.is_file() else None
 
 
+def _dimension_names(spec: CacheSpec, expert: int) -> tuple[str, ...]:
+    """`row, channel, y, x`; an axis on which experts differ gets the expert's number, or xarray refuses the group."""
+    sizes = zip(*spec.maps, strict=True)
+    axes = [
+        axis if len(set(size)) == 1 else f"{axis}_{expert}"
+        for axis, size in zip(("channel", "y", "x"), sizes, strict=True)
+    ]
+    return ("row", *axes)
+
+
 def create_group(store: Any, spec: CacheSpec) -> None:
     """The Zarr group of `spec` and its arrays: metadata only, the shards are laid out by `cache.shard`."""
     import zarr
@@ -54,7 +64,7 @@ def create_group(store: Any, spec: CacheSpec) -> None:
                 shards={"shape": (spec.shard_rows, *shape), "index_location": "start"},
                 fill_value=0,
                 chunk_key_encoding={"name": "default", "separator": "."},
-                dimension_names=("row", "channel", "y", "x"),
+                dimension_names=_dimension_names(spec, expert),
                 **zarr_codecs(spec.codec, spec.stored_dtype.itemsize),
             )
 

@@ -1,0 +1,124 @@
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+
+from cache.errors import CacheError
+from cache.files import MAX_OPEN, LocalFiles, RemoteFiles, files_at
+
+DATA = np.random.default_rng(0).integers(0, 256, 5000, np.uint8).tobytes()
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@pytest.fixture(params=["local", "file", "memory"])
+def files(request, tmp_path):
+    """Files at a path, a file URL and a remote URL: `data` (5000 bytes), `sub/more` and `empty`."""
+    if request.param == "memory":
+        fs = fsspec.filesystem("memory")
+        url = f"memory://{tmp_path}"
+        for name, data in (("data", DATA), ("sub/more", b"more"), ("empty", b"")):
+            fs.pipe_file(f"{tmp_path}/{name}", data)
+    else:
+        (tmp_path / "sub").mkdir()
+        for name, data in (("data", DATA), ("sub/more", b"more"), ("empty", b"")):
+            (tmp_path / name).write_bytes(data)
+        url = f"file://{tmp_path}" if request.param == "file" else tmp_path
+    found = files_at(url)
+    yield found
+    found.close()
+    if request.param == "memory":
+        fs.rm(str(tmp_path), recursive=True)
+
+
+def test_kind_of_location(tmp_path):
+    assert isinstance(files_at(tmp_path), LocalFiles)
+    assert isinstance(files_at(f"file://{tmp_path}"), LocalFiles)
+    assert isinstance(files_at("memory://x"), RemoteFiles)
+
+
+def test_whole_files(files):
+    assert files.read_all("data") == DATA
+    assert files.read_all("sub/more") == b"more"
+    assert files.read_all("empty") == b""
+    assert [files.size(name) for name in ("data", "sub/more", "empty")] == [5000, 4, 0]
+    assert files.exists("data")
+    assert not files.exists("nothing")
+
+
+def test_ranges_in_the_order_asked_for(files):
+    ranges = [(10, 20), (0, 1), (4999, 5000), (10, 20), (7, 7)]
+    assert [bytes(b) for b in files.read_ranges("data", ranges)] == [DATA[a:b] for a, b in ranges]
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        pytest.param(lambda f: f.size("nothing"), id="size"),
+        pytest.param(lambda f: f.read_all("nothing"), id="read_all"),
+        pytest.param(lambda f: f.read_ranges("nothing", [(0, 1)]), id="read_ranges"),
+        pytest.param(lambda f: f.read_ranges("data/below/a/file", [(0, 1)]), id="below a file"),
+    ],
+)
+def test_missing_files_are_named(files, ask):
+    with pytest.raises(CacheError, match=r"nothing|below") as error:
+        ask(files)
+    assert error.value.reason == "missing"
+
+
+@pytest.mark.parametrize("wanted", [(4999, 5001), (6000, 6001)])
+def test_reading_past_the_end_is_damage_and_never_zeros(files, wanted):
+    with pytest.raises(CacheError, match="data") as error:
+        files.read_ranges("data", [wanted])
+    assert error.value.reason == "damaged"
+
+
+@pytest.mark.parametrize("sizes", [[1], [10, 0, 5], [1] * 700, [4990]])
+def test_buffers_are_filled_one_after_the_other(tmp_path, sizes):
+    (tmp_path / "data").write_bytes(DATA)
+    files = LocalFiles(tmp_path)
+    buffers = [bytearray(size) for size in sizes]
+    files.read_into("data", [(10, 10 + sum(sizes), [memoryview(b) for b in buffers])])
+    assert b"".join(buffers) == DATA[10 : 10 + sum(sizes)]
+    files.close()
+
+
+def test_buffers_past_the_end_are_damage(tmp_path):
+    (tmp_path / "data").write_bytes(DATA)
+    buffers = [memoryview(bytearray(8)), memoryview(bytearray(8))]
+    with pytest.raises(CacheError) as error:
+        LocalFiles(tmp_path).read_into("data", [(4990, 5006, buffers)])
+    assert error.value.reason == "damaged"
+
+
+def test_open_files_are_bounded_and_closed(tmp_path):
+    for i in range(MAX_OPEN + 50):
+        (tmp_path / str(i)).write_bytes(bytes([i % 256]))
+    before = open_files()
+    files = LocalFiles(tmp_path)
+    for _ in range(2):
+        for i in range(MAX_OPEN + 50):
+            assert files.read_ranges(str(i), [(0, 1)]) == [bytes([i % 256])]
+    assert open_files() <= before + MAX_OPEN
+    files.close()
+    assert open_files() == before
+
+
+def test_threads_share_the_descriptors(tmp_path):
+    for i in range(MAX_OPEN + 20):
+        (tmp_path / str(i)).write_bytes(DATA[i : i + 100])
+    files = LocalFiles(tmp_path)
+
+    def read(k: int) -> bool:
+        i = k * 7919 % (MAX_OPEN + 20)
+        return files.read_ranges(str(i), [(3, 9)]) == [DATA[i + 3 : i + 9]]
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(read, range(4000)))
+    files.close()
+    shutil.rmtree(tmp_path)

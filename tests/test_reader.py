@@ -1,0 +1,356 @@
+import json
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from builders import make_cache, make_maps, make_rows, make_spec, make_statistics, reseal, tree
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cache.codecs import CODECS, PYTHON_ONLY
+from cache.errors import CacheError
+from cache.reader import open_cache
+
+LAYOUTS = [
+    pytest.param({}, id="one row per chunk"),
+    pytest.param({"chunk_rows": 2}, id="small rows"),
+    pytest.param({"chunk_rows": 3, "shard_rows": 9, "maps": ((3, 2, 2), (5, 1, 1), (1, 3, 2))}, id="experts"),
+    pytest.param({"maps": ((2, 1, 1), (4, 40, 40)), "shard_rows": 64}, id="one shard, larger than the rows"),
+    pytest.param({"maps": ((1, 1, 1),), "dtype": "float32"}, id="1x1"),
+    pytest.param({"dtype": "bfloat16", "chunk_rows": 4}, id="bfloat16"),
+]
+
+
+def refused(location, rows=None, **how) -> CacheError:
+    with pytest.raises(CacheError) as error, open_cache(location) as cache:
+        cache.read(range(cache.spec.rows) if rows is None else rows, **how)
+    return error.value
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", CODECS)
+def test_every_row_comes_back(cache_dir, name, layout):
+    maps = make_cache(cache_dir, codec=name, **layout)
+    with open_cache(cache_dir) as cache:
+        assert cache.experts == len(maps)
+        for expert, expected in enumerate(maps):
+            found = cache.read(range(11), expert=expert)
+            assert found.dtype == expected.dtype
+            assert found.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", [n for n in CODECS if n not in PYTHON_ONLY])
+def test_other_tools_read_the_same_bits(cache_dir, name, layout):
+    import tensorstore
+    import xarray
+    import zarr
+
+    make_cache(cache_dir, codec=name, **layout)
+    group = zarr.open_group(str(cache_dir / "maps.zarr"), mode="r")
+    data = xarray.open_zarr(str(cache_dir / "maps.zarr"), mask_and_scale=False)
+    with open_cache(cache_dir) as cache:
+        for expert in range(cache.experts):
+            array = f"expert_{expert}"
+            kvstore = {"driver": "file", "path": str(cache_dir / "maps.zarr" / array)}
+            store = tensorstore.open({"driver": "zarr3", "kvstore": kvstore}).result()
+            expected = cache.read(range(11), expert=expert)
+            assert group[array][:].tobytes() == expected.tobytes()
+            assert data[array].values.tobytes() == expected.tobytes()
+            assert [dim.split("_")[0] for dim in data[array].dims] == ["row", "channel", "y", "x"]
+            assert store.read().result().tobytes() == expected.tobytes()
+
+
+def test_dimensions_carry_the_names_of_the_format(cache_dir):
+    import zarr
+
+    make_cache(cache_dir, maps=((3, 2, 2), (3, 1, 2)))
+    group = zarr.open_group(str(cache_dir / "maps.zarr"), mode="r")
+    assert group["expert_0"].metadata.dimension_names == ("row", "channel", "y_0", "x")
+    assert group["expert_1"].metadata.dimension_names == ("row", "channel", "y_1", "x")
+
+
+@pytest.mark.filterwarnings("ignore::zarr.errors.ZarrUserWarning")
+@pytest.mark.parametrize("name", sorted(PYTHON_ONLY))
+def test_zarr_python_reads_the_other_codecs_too(cache_dir, name):
+    import zarr
+
+    maps = make_cache(cache_dir, codec=name, chunk_rows=2)
+    assert zarr.open_group(str(cache_dir / "maps.zarr"), mode="r")["expert_0"][:].tobytes() == maps[0].tobytes()
+
+
+@given(
+    rows=st.integers(1, 20),
+    shape=st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3)),
+    chunk_rows=st.integers(1, 4),
+    chunks_per_shard=st.integers(1, 4),
+    name=st.sampled_from(list(CODECS)),
+    dtype=st.sampled_from(["float16", "float32", "bfloat16"]),
+    data=st.data(),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_shape_and_any_rows(tmp_path, rows, shape, chunk_rows, chunks_per_shard, name, dtype, data):
+    shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+    layout = {"chunk_rows": chunk_rows, "shard_rows": chunk_rows * chunks_per_shard}
+    (maps,) = make_cache(tmp_path / "cache", rows=make_rows(rows), maps=(shape,), codec=name, dtype=dtype, **layout)
+    with open_cache(tmp_path / "cache") as cache:
+        for _ in range(3):
+            wanted = data.draw(st.lists(st.integers(0, rows - 1), max_size=40))
+            assert cache.read(wanted).tobytes() == maps[wanted].tobytes()
+
+
+@pytest.mark.parametrize("layout", [{}, {"codec": "zstd", "chunk_rows": 4, "shard_rows": 64}])
+def test_gathers_large_enough_for_threads(cache_dir, layout):
+    (maps,) = make_cache(cache_dir, rows=make_rows(900), maps=((16, 16, 16),), **{"shard_rows": 64, **layout})
+    rng = np.random.default_rng(0)
+    with open_cache(cache_dir) as cache:
+        for wanted in (
+            rng.integers(0, 900, 1500),
+            np.arange(899, -1, -1),
+            np.zeros(700, np.int64),
+            np.arange(0, 900, 3),
+        ):
+            assert cache.read(wanted).tobytes() == maps[wanted].tobytes()
+
+
+def test_many_threads_read_at_once(cache_dir):
+    (maps,) = make_cache(cache_dir, rows=make_rows(300), shard_rows=7)
+    with open_cache(cache_dir) as cache, ThreadPoolExecutor(8) as pool:
+
+        def same(seed: int) -> bool:
+            wanted = np.random.default_rng(seed).integers(0, 300, 50)
+            return cache.read(wanted).tobytes() == maps[wanted].tobytes()
+
+        assert all(pool.map(same, range(200)))
+
+
+def test_no_rows(cache_dir):
+    make_cache(cache_dir)
+    with open_cache(cache_dir) as cache:
+        assert cache.read([]).shape == (0, 3, 2, 2)
+        assert cache.read(np.zeros(0, np.int64)).shape == (0, 3, 2, 2)
+
+
+def test_the_callers_buffer_is_filled(cache_dir):
+    (maps,) = make_cache(cache_dir)
+    out = np.zeros((3, 3, 2, 2), "<f2")
+    with open_cache(cache_dir) as cache:
+        assert cache.read([3, 1, 3], out=out) is out
+    assert out.tobytes() == maps[[3, 1, 3]].tobytes()
+
+
+@pytest.mark.parametrize(
+    "out",
+    [
+        pytest.param(np.zeros((2, 3, 2, 2), "<f2"), id="rows"),
+        pytest.param(np.zeros((3, 3, 2, 2), "<f4"), id="dtype"),
+        pytest.param(np.zeros((6, 3, 2, 2), "<f2")[::2], id="strided"),
+        pytest.param(np.zeros((3, 3, 2, 2), "<f2", order="F"), id="column order"),
+    ],
+)
+def test_a_buffer_that_does_not_fit_is_refused(cache_dir, out):
+    make_cache(cache_dir)
+    assert refused(cache_dir, [3, 1, 3], out=out).reason == "mismatch"
+
+
+@pytest.mark.parametrize(
+    ("rows", "how"),
+    [
+        pytest.param([11], {}, id="past the end"),
+        pytest.param([-1], {}, id="negative"),
+        pytest.param([2**63], {}, id="huge"),
+        pytest.param([[0, 1]], {}, id="two dimensions"),
+        pytest.param(3, {}, id="no dimension"),
+        pytest.param([1.7], {}, id="fraction"),
+        pytest.param([True, False] * 5, {}, id="mask"),
+        pytest.param([0], {"expert": 1}, id="expert"),
+        pytest.param([0], {"expert": -1}, id="negative expert"),
+    ],
+)
+def test_rows_that_are_not_there_are_refused(cache_dir, rows, how):
+    make_cache(cache_dir)
+    assert refused(cache_dir, rows, **how).reason == "out-of-range"
+
+
+def test_rows_and_statistics(cache_dir):
+    make_cache(cache_dir)
+    with open_cache(cache_dir) as cache:
+        assert cache.rows == make_rows()
+        assert cache.statistics == make_statistics()
+        assert cache.spec == make_spec()
+
+
+def spy_on_reads(monkeypatch) -> list[tuple[str, int, int]]:
+    """File name, start and stop of every positioned read from now on."""
+    reads = []
+    pread, preadv = os.pread, os.preadv
+
+    def note(handle: int, start: int, got: int) -> None:
+        reads.append((Path(f"/proc/self/fd/{handle}").readlink().name, start, start + got))
+
+    def spied_pread(handle, size, start):
+        data = pread(handle, size, start)
+        note(handle, start, len(data))
+        return data
+
+    def spied_preadv(handle, buffers, start, *flags):
+        got = preadv(handle, buffers, start, *flags)
+        note(handle, start, got)
+        return got
+
+    monkeypatch.setattr(os, "pread", spied_pread)
+    monkeypatch.setattr(os, "preadv", spied_preadv)
+    return reads
+
+
+@pytest.mark.parametrize("layout", [{}, {"codec": "zstd"}, {"chunk_rows": 4}, {"codec": "blosc-lz4", "chunk_rows": 4}])
+def test_each_chunk_is_read_once_and_each_index_once(cache_dir, monkeypatch, layout):
+    make_cache(cache_dir, rows=make_rows(200), maps=((64, 4, 4),), **{"shard_rows": 32, **layout})
+    spec = make_spec(rows=200, shard_rows=32, **layout)
+    reads = spy_on_reads(monkeypatch)
+    wanted = np.random.default_rng(0).integers(0, 200, 120)
+    with open_cache(cache_dir) as cache:
+        cache.read(wanted)
+        chunks = np.unique(wanted // spec.chunk_rows)
+        shards, offsets, sizes = cache.chunk_ranges(chunks, 0)
+        index = 16 * spec.chunks_per_shard + 4
+        assert sorted(name for name, start, stop in reads if stop <= index) == [f"c.{s}.0.0.0" for s in range(7)]
+        for shard, offset, size in zip(shards, offsets, sizes, strict=True):
+            over = [(a, b) for name, a, b in reads if name == f"c.{shard}.0.0.0" and a < offset + size and b > offset]
+            assert sum(min(b, offset + size) - max(a, offset) for a, b in over) == size
+        reads.clear()
+        cache.read(wanted)
+        assert not [name for name, start, stop in reads if start < index]
+
+
+class TestDamage:
+    """Whatever is missing or changed: an error that names it, never a value."""
+
+    def shard(self, cache_dir, number=1):
+        return cache_dir / make_spec().shard_file(0, number)
+
+    def test_no_commit_record(self, cache_dir):
+        make_cache(cache_dir)
+        (cache_dir / "cache.json").unlink()
+        assert refused(cache_dir).reason == "uncommitted"
+
+    @pytest.mark.parametrize("place", ["nothing", "file"])
+    def test_no_cache_at_all(self, tmp_path, place):
+        (tmp_path / "file").write_bytes(b"")
+        assert refused(tmp_path / place).reason == "uncommitted"
+
+    def test_a_newer_format(self, cache_dir):
+        make_cache(cache_dir)
+        reseal(cache_dir, lambda body: body.update(format=2))
+        error = refused(cache_dir)
+        assert error.reason == "newer-format"
+        assert "format 2" in error.detail
+
+    def test_a_missing_shard_is_never_zeros(self, cache_dir):
+        make_cache(cache_dir)
+        with open_cache(cache_dir) as cache:
+            self.shard(cache_dir).unlink()
+            assert cache.read([0, 10]).shape == (2, 3, 2, 2)
+            with pytest.raises(CacheError, match=r"c\.1\.0\.0\.0") as error:
+                cache.read([0, 5])
+            assert error.value.reason == "missing"
+        assert refused(cache_dir).reason == "missing"
+
+    @pytest.mark.parametrize("name", ["rows.parquet", "batchnorm.safetensors", "README.md", "maps.zarr/zarr.json"])
+    def test_a_missing_file_is_noticed_at_opening(self, cache_dir, name):
+        make_cache(cache_dir)
+        (cache_dir / name).unlink()
+        error = refused(cache_dir)
+        assert error.reason == "missing"
+        assert name in error.detail
+
+    @pytest.mark.parametrize("layout", [{}, {"codec": "zstd"}, {"chunk_rows": 2}])
+    def test_a_truncated_shard(self, cache_dir, layout):
+        make_cache(cache_dir, **layout)
+        with open_cache(cache_dir) as cache:
+            cache.read([4])  # the index is known, so only the chunk itself can tell
+            os.truncate(self.shard(cache_dir), self.shard(cache_dir).stat().st_size - 1)
+            with pytest.raises(CacheError, match=r"c\.1\.0\.0\.0") as error:
+                cache.read([7])
+            assert error.value.reason == "damaged"
+        assert refused(cache_dir).reason == "damaged"
+
+    @pytest.mark.parametrize("name", CODECS)
+    @pytest.mark.parametrize("chunk_rows", [1, 2])
+    def test_every_byte_of_a_shard_counts(self, cache_dir, name, chunk_rows):
+        (maps,) = make_cache(cache_dir, codec=name, chunk_rows=chunk_rows)
+        whole = self.shard(cache_dir).read_bytes()
+        index = 16 * (4 // chunk_rows) + 4
+        for at in range(0, len(whole), 3):
+            self.shard(cache_dir).write_bytes(whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :])
+            error = refused(cache_dir, [4, 5, 6, 7])
+            assert error.reason == "damaged"
+            assert "c.1.0.0.0" in error.detail
+            assert "rows 4 to 7" in error.detail if at < index else "chunk " in error.detail
+            with open_cache(cache_dir) as cache:
+                assert cache.read([3, 8]).tobytes() == maps[[3, 8]].tobytes()
+
+    def test_the_chunk_and_its_rows_are_named(self, cache_dir):
+        make_cache(cache_dir, chunk_rows=2)
+        data = bytearray(self.shard(cache_dir, 2).read_bytes())
+        data[-1] ^= 1
+        self.shard(cache_dir, 2).write_bytes(data)
+        assert "expert_0/c.2.0.0.0: chunk 1 (rows 10 to 10): crc32c mismatch" in refused(cache_dir).detail
+
+    @pytest.mark.parametrize("name", ["rows.parquet", "batchnorm.safetensors"])
+    def test_row_table_and_statistics_are_held_against_their_sha256(self, cache_dir, name):
+        make_cache(cache_dir)
+        data = bytearray((cache_dir / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        (cache_dir / name).write_bytes(data)
+        with open_cache(cache_dir) as cache, pytest.raises(CacheError, match=name) as error:
+            cache.rows if name == "rows.parquet" else cache.statistics  # noqa: B018
+        assert error.value.reason == "damaged"
+
+    def test_a_chunk_that_decodes_to_less_leaves_no_old_values(self, cache_dir):
+        """A cache.json that claims larger maps, with all checksums true."""
+        make_cache(cache_dir, codec="zstd")
+        reseal(cache_dir, lambda body: body.update(experts=[{"shape": [11, 3, 2, 3]}]))
+        assert refused(cache_dir).reason == "damaged"
+
+
+class TestRemote:
+    @pytest.fixture
+    def url(self, cache_dir):
+        self.maps = make_cache(cache_dir, codec="zstd", chunk_rows=2, maps=((3, 2, 2), (2, 1, 1)))
+        fs = fsspec.filesystem("memory")
+        root = "/remote-cache"
+        for name, data in tree(cache_dir).items():
+            fs.pipe_file(f"{root}/{name}", data)
+        yield f"memory:/{root}"
+        fs.rm(root, recursive=True)
+
+    def test_reads_the_same(self, url):
+        wanted = [10, 3, 3, 0]
+        with open_cache(url) as cache:
+            for expert in (0, 1):
+                assert cache.read(wanted, expert=expert).tobytes() == self.maps[expert][wanted].tobytes()
+            assert cache.rows == make_rows()
+
+    def test_a_missing_shard_is_never_zeros(self, url):
+        with open_cache(url) as cache:
+            fsspec.filesystem("memory").rm("/remote-cache/maps.zarr/expert_0/c.1.0.0.0")
+            with pytest.raises(CacheError) as error:
+                cache.read([5])
+        assert error.value.reason == "missing"
+
+    def test_nothing_there(self):
+        assert refused("memory://nothing-here").reason == "uncommitted"
+
+
+def test_the_public_surface_is_what_the_design_names(cache_dir):
+    make_cache(cache_dir)
+    with open_cache(str(cache_dir)) as cache:
+        assert {"spec", "rows", "experts", "read", "close"} <= set(dir(cache))
+        record = json.loads((cache_dir / "cache.json").read_bytes())
+        assert record["fingerprint"] == cache.spec.fingerprint
+        assert make_maps(cache.spec)[0].shape == tuple(record["experts"][0]["shape"])

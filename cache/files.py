@@ -3,7 +3,7 @@
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,20 +50,20 @@ class LocalFiles:
                 raise self._short(name, start, stop)
         return found
 
-    def read_into(self, name: str, start: int, buffers: Sequence[Any]) -> None:
-        """Fills `buffers` (at most 1024) one after the other from `start` on, in one system call where possible."""
+    def read_into(self, name: str, pieces: Iterable[tuple[int, int, Sequence[Any]]]) -> None:
+        """For each piece (start, stop, buffers), fills the buffers (at most 1024) one after the other with these bytes.
+
+        One system call a piece, unless the kernel stops early. A file that ends too soon is CacheError `damaged`.
+        """
         handle = self._acquire(name)
         try:
-            wanted = sum(len(b) for b in buffers)
-            position = start
-            while wanted:
-                got = os.preadv(handle, buffers, position)
-                if got == 0:
-                    raise self._short(name, start, position + wanted)
-                wanted -= got
-                position += got
-                if wanted:
-                    buffers = _after(buffers, got)
+            for start, stop, buffers in pieces:
+                position = start + os.preadv(handle, buffers, start)
+                while position < stop:
+                    got = os.preadv(handle, _after(buffers, position - start), position)
+                    if got == 0:
+                        raise self._short(name, start, stop)
+                    position += got
         finally:
             self._release(handle)
 
@@ -85,9 +85,10 @@ class LocalFiles:
                 self._open[name] = handle
             self._open.move_to_end(name)
             self._busy[handle] = self._busy.get(handle, 0) + 1
-            idle = [key for key, fd in self._open.items() if not self._busy.get(fd)]
-            for key in idle[: max(0, len(self._open) - MAX_OPEN)]:
-                os.close(self._open.pop(key))
+            if len(self._open) > MAX_OPEN:
+                idle = [key for key, fd in self._open.items() if not self._busy.get(fd)]
+                for key in idle[: len(self._open) - MAX_OPEN]:
+                    os.close(self._open.pop(key))
             return handle
 
     def _release(self, handle: int) -> None:
@@ -146,6 +147,10 @@ class RemoteFiles:
         except FileNotFoundError:
             raise CacheError("missing", f"{self._url}/{name}: file is missing") from None
         for data, (start, stop) in zip(found, ranges, strict=True):
+            if isinstance(data, FileNotFoundError):  # fsspec gives errors in place of the bytes
+                raise CacheError("missing", f"{self._url}/{name}: file is missing")
+            if isinstance(data, Exception):
+                raise data
             if len(data) != stop - start:
                 raise CacheError("damaged", f"{self._url}/{name}: bytes {start} to {stop} came back short")
         return [bytes(data) for data in found]

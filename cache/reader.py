@@ -9,12 +9,11 @@ chunks of their own go from the file straight into their slot of the result.
 """
 
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,12 +23,14 @@ from cache import shard as shard_layout
 from cache.codecs import codec
 from cache.errors import CacheError
 from cache.files import LocalFiles, RemoteFiles, files_at
-from cache.plan import Plan, Run, coalesce, plan_rows
+from cache.plan import Plan, Unit, plan_rows, units
 from cache.rows import from_bytes
 from cache.spec import RECORD, ROWS, STATISTICS, CacheSpec, Commit, parse_record, sha256
 
 THREADS = min(4, os.cpu_count() or 1)
-PARALLEL_BYTES = 1024 * 1024  # below this a gather is not worth handing to the pool
+#: Below this many bytes per system call, handing Python's lock from thread to thread costs more than a second core
+#: brings.
+PARALLEL_READ_BYTES = 64 * 1024
 
 
 def open_cache(location: str | Path) -> "Cache":
@@ -162,111 +163,99 @@ class Cache:
 
     def _gather(self, plan: Plan, out: np.ndarray, expert: int) -> None:
         shards, offsets, sizes = self.chunk_ranges(plan.chunks, expert)
-        row_bytes = self.spec.row_bytes(expert)
         in_place = (
             self.spec.chunk_rows == 1
             and self.spec.codec == "none"
             and isinstance(self.files, LocalFiles)
-            and bool((sizes == row_bytes + shard_layout.CRC_BYTES).all())
+            and bool((sizes == self.spec.row_bytes(expert) + shard_layout.CRC_BYTES).all())
         )
-        # Position of the first wanted row of each chunk; with one row per chunk, every other wanted row is a repeat.
-        first = np.empty(len(plan.chunks), np.int64)
-        first[plan.which[::-1]] = np.arange(len(plan.which))[::-1]
-        job: Callable[[Run], None]
+        job: Callable[[Unit], None]
         if in_place:
-            job = _InPlace(self, expert, plan.chunks, shards, offsets, first, out)
+            job = _InPlace(self, expert, plan, out)
+            work = units(shards, offsets, sizes, max_gap=0)
+            reads = sum(len(unit.runs) for unit in work)
         else:
-            job = _Decode(self, expert, plan, shards, offsets, sizes, out)
-        runs = coalesce(shards, offsets, sizes)
-        if len(runs) == 1 or out.nbytes < PARALLEL_BYTES:
-            for run in runs:
-                job(run)
-        else:
-            parts = [runs[i::THREADS] for i in range(THREADS)]
-            for done in [self._pool.submit(_each, job, part) for part in parts]:
-                done.result()
-        if in_place:
-            repeats = np.flatnonzero(first[plan.which] != np.arange(len(plan.which)))
-            if len(repeats):
-                out[repeats] = out[first[plan.which[repeats]]]
+            job = _Decode(self, expert, plan, offsets, sizes, out)
+            work = units(shards, offsets, sizes)
+            reads = len(work)
+        if len(work) == 1 or sizes.sum() < PARALLEL_READ_BYTES * reads:
+            _each(job, work)
+            return
+        shared = iter(work)
+        tasks = [self._pool.submit(_each, job, shared) for _ in range(min(THREADS, len(work)))]
+        wait(tasks)  # all of them: nothing may write to `out` once this function is left
+        for task in tasks:
+            task.result()
 
 
-def _each(job: Callable[[Run], None], runs: Sequence[Run]) -> None:
-    for run in runs:
-        job(run)
+def _each(job: Callable[[Unit], None], work: Iterable[Unit]) -> None:
+    for unit in work:
+        job(unit)
 
 
 class _InPlace:
-    """Fetches a run of one-row chunks: each payload straight into its slot of `out`, each checksum beside it."""
+    """Fetches one-row chunks: each payload straight into its slot of `out`, each checksum beside it."""
 
-    def __init__(
-        self,
-        cache: Cache,
-        expert: int,
-        chunks: np.ndarray,
-        shards: np.ndarray,
-        offsets: np.ndarray,
-        slots: np.ndarray,
-        out: np.ndarray,
-    ) -> None:
-        self.cache, self.expert, self.chunks, self.shards = cache, expert, chunks, shards
-        self.offsets, self.slots = offsets.tolist(), slots.tolist()
-        self.row_bytes = cache.spec.row_bytes(expert)
-        self.bytes = out.reshape(-1).view(np.uint8).data
+    def __init__(self, cache: Cache, expert: int, plan: Plan, out: np.ndarray) -> None:
+        self.cache, self.expert, self.plan = cache, expert, plan
+        self.rows = out.reshape(len(out), -1)
+        self.bytes = self.rows.reshape(-1).view(np.uint8).data
+        self.starts = plan.leads() * cache.spec.row_bytes(expert)
 
-    def __call__(self, run: Run) -> None:
-        size, positions = self.row_bytes, range(run.first, run.last)
-        sums = memoryview(bytearray(4 * len(positions)))
-        buffers: list[Any] = []
-        at = run.start
-        for k, j in enumerate(positions):
-            offset = self.offsets[j]
-            if offset > at:
-                buffers.append(bytearray(offset - at))
-            begin = self.slots[j] * size
-            buffers.append(self.bytes[begin : begin + size])
-            buffers.append(sums[4 * k : 4 * k + 4])
-            at = offset + size + 4
-        name = self.cache.spec.shard_file(self.expert, int(self.shards[run.first]))
-        self.cache.files.read_into(name, run.start, buffers)  # type: ignore[union-attr]
-        expected = np.frombuffer(sums, "<u4").tolist()
-        for k, j in enumerate(positions):
-            begin = self.slots[j] * size
-            if crc32c(self.bytes[begin : begin + size]) != expected[k]:
-                raise self.cache.chunk_fault(self.expert, int(self.chunks[j]), "crc32c mismatch")
+    def __call__(self, unit: Unit) -> None:
+        cache, begin, count = self.cache, unit.first, unit.last - unit.first
+        size = cache.spec.row_bytes(self.expert)
+        slots = [self.bytes[at : at + size] for at in self.starts[unit.first : unit.last].tolist()]
+        expected = np.empty(count, "<u4")
+        sums = expected.view(np.uint8).data
+        buffers = slots * 2
+        buffers[0::2] = slots
+        buffers[1::2] = [sums[at : at + 4] for at in range(0, 4 * count, 4)]
+        assert isinstance(cache.files, LocalFiles)
+        cache.files.read_into(
+            cache.spec.shard_file(self.expert, unit.shard),
+            ((start, stop, buffers[2 * (a - begin) : 2 * (b - begin)]) for a, b, start, stop in unit.runs),
+        )
+        wrong = np.flatnonzero(np.fromiter(map(crc32c, slots), np.uint32, count) != expected)
+        if len(wrong):
+            raise cache.chunk_fault(self.expert, int(self.plan.chunks[begin + wrong[0]]), "crc32c mismatch")
+        for slot, lead in self.plan.repeats(unit.first, unit.last):
+            self.rows[slot] = self.rows[lead]
 
 
 class _Decode:
-    """Fetches a run of chunks, checks and decodes each, and scatters the rows that are wanted from it."""
+    """Fetches chunks, checks and decodes them: one-row chunks into their slots of `out`, others by way of a copy."""
 
     def __init__(
-        self,
-        cache: Cache,
-        expert: int,
-        plan: Plan,
-        shards: np.ndarray,
-        offsets: np.ndarray,
-        sizes: np.ndarray,
-        out: np.ndarray,
+        self, cache: Cache, expert: int, plan: Plan, offsets: np.ndarray, sizes: np.ndarray, out: np.ndarray
     ) -> None:
-        self.cache, self.expert, self.plan = cache, expert, plan
-        self.shards, self.offsets, self.sizes, self.out = shards, offsets, sizes, out
-        self.order = np.argsort(plan.which, kind="stable")
-        self.bounds = np.searchsorted(plan.which[self.order], np.arange(len(plan.chunks) + 1))
+        self.cache, self.expert, self.plan, self.out = cache, expert, plan, out
+        self.offsets, self.sizes, self.leads = offsets, sizes, plan.leads()
 
-    def __call__(self, run: Run) -> None:
-        cache, spec = self.cache, self.cache.spec
-        name = spec.shard_file(self.expert, int(self.shards[run.first]))
-        data = memoryview(cache.files.read_ranges(name, [(run.start, run.stop)])[0])
-        chunk = np.empty((spec.chunk_rows, *spec.maps[self.expert]), spec.stored_dtype)
-        for j in range(run.first, run.last):
-            begin = int(self.offsets[j]) - run.start
-            stored = data[begin : begin + int(self.sizes[j])]
-            if not shard_layout.holds(stored):
-                raise cache.chunk_fault(self.expert, int(self.plan.chunks[j]), "crc32c mismatch")
-            try:
-                cache._codec.decode(stored[: -shard_layout.CRC_BYTES], chunk)
-            except (ValueError, RuntimeError) as error:
-                raise cache.chunk_fault(self.expert, int(self.plan.chunks[j]), f"cannot be decoded ({error})") from None
-            wanted = self.order[self.bounds[j] : self.bounds[j + 1]]
-            self.out[wanted] = chunk[self.plan.within[wanted]]
+    def __call__(self, unit: Unit) -> None:
+        cache, plan, out = self.cache, self.plan, self.out
+        whole_rows = cache.spec.chunk_rows == 1
+        scratch = np.empty((0 if whole_rows else cache.spec.chunk_rows, *out.shape[1:]), out.dtype)
+        fetched = cache.files.read_ranges(
+            cache.spec.shard_file(self.expert, unit.shard), [(run.start, run.stop) for run in unit.runs]
+        )
+        for run, data in zip(unit.runs, fetched, strict=True):
+            view = memoryview(data)
+            for j in range(run.first, run.last):
+                begin = int(self.offsets[j]) - run.start
+                self._decode(j, view[begin : begin + int(self.sizes[j])], out[self.leads[j]] if whole_rows else scratch)
+                if not whole_rows:
+                    wanted = plan.order[plan.bounds[j] : plan.bounds[j + 1]]
+                    out[wanted] = scratch[plan.within[wanted]]
+        if whole_rows:
+            for slot, lead in plan.repeats(unit.first, unit.last):
+                out[slot] = out[lead]
+
+    def _decode(self, j: int, stored: memoryview, target: np.ndarray) -> None:
+        cache = self.cache
+        if not shard_layout.holds(stored):
+            raise cache.chunk_fault(self.expert, int(self.plan.chunks[j]), "crc32c mismatch")
+        try:
+            cache._codec.decode(stored[: -shard_layout.CRC_BYTES], target)
+        except (ValueError, RuntimeError) as error:
+            raise cache.chunk_fault(self.expert, int(self.plan.chunks[j]), f"cannot be decoded ({error})") from None

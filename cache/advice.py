@@ -87,6 +87,8 @@ def _recommend(table: Sequence[dict[str, Any]], disk_gbps: float) -> None:
 def _sample(cache: Cache, expert: int, run: int, sample_bytes: int) -> np.ndarray:
     """Runs of `run` neighbouring rows, evenly spaced over the cache, about `sample_bytes` in all."""
     rows = cache.spec.rows
+    if rows * cache.spec.row_bytes(expert) <= sample_bytes:
+        return cache.read(np.arange(rows), expert=expert)
     count = max(1, min(rows // run, sample_bytes // (run * cache.spec.row_bytes(expert))))
     starts = np.linspace(0, rows - run, count).astype(np.int64)
     return cache.read((starts[:, None] + np.arange(run)).reshape(-1), expert=expert)

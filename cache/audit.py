@@ -4,6 +4,7 @@ The larger rooms have files of their own and are entered from here: `verify`, `a
 """
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,8 +29,8 @@ IDENTITY = ["split", "statistics", "source", "view"]
 def describe(cache: Cache) -> dict[str, Any]:
     """What `cache` holds, as a JSON object; reads the commit record and the row table only."""
     spec, rows = cache.spec, cache.rows
-    groups = rows.group_by(["split", "statistics"]).aggregate([([], "count_all")])
-    counts = sorted(groups.to_pylist(), key=lambda group: (group["split"], group["statistics"]))
+    # `group_by` imports pandas where it is installed, 0.2 s.
+    counts = Counter(zip(rows["split"].to_pylist(), rows["statistics"].to_pylist(), strict=True))
     return {
         "format": FORMAT,
         "fingerprint": spec.fingerprint,
@@ -47,7 +48,7 @@ def describe(cache: Cache) -> dict[str, Any]:
         "files": len(cache.commit.files) + 1,
         "bytes": sum(size for size, _ in cache.commit.files.values()) + cache.files.size(RECORD),
         "value_bytes": spec.value_bytes,
-        "splits": [{"split": g["split"], "statistics": g["statistics"], "rows": g["count_all"]} for g in counts],
+        "splits": [{"split": a, "statistics": b, "rows": count} for (a, b), count in sorted(counts.items())],
         "provenance": dict(spec.provenance),
     }
 

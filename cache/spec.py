@@ -27,6 +27,7 @@ STORED_AS = {"float16": "float16", "float32": "float32", "bfloat16": "uint16"}
 
 WHOLE_ROW_BYTES = 8 * 1024  # rows of this size or more are a chunk of their own
 SMALL_ROW_CHUNK_BYTES = 64 * 1024  # smaller rows share chunks of about this size
+MAX_CHUNK_BYTES = 2**31  # what Blosc and LZ4 can hold
 
 
 def to_float32(maps: np.ndarray, dtype: str) -> np.ndarray:
@@ -85,6 +86,8 @@ class CacheSpec:
             problem = f"dtype must be one of {', '.join(sorted(STORED_AS))}; got {self.dtype!r}"
         elif self.chunk_rows < 1 or self.shard_rows < 1 or self.shard_rows % self.chunk_rows:
             problem = f"shard_rows must be a multiple of chunk_rows; got {self.shard_rows} and {self.chunk_rows}"
+        elif max(self.chunk_rows * self.row_bytes(e) for e in range(self.experts)) >= MAX_CHUNK_BYTES:
+            problem = f"a chunk must hold less than 2 GiB; got {self.chunk_rows} rows of {self.maps}"
         if problem:
             raise CacheError("spec", problem)
 

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ Files = LocalFiles | RemoteFiles
 
 #: Shards looked at side by side; each is held in memory whole.
 WORKERS = min(4, os.cpu_count() or 1)
+MAX_TASKS = 500  # a task costs dask a millisecond, which is more than a small shard does
 GROUP_KEYS = ("node_type", "zarr_format", "attributes")
 ARRAY_KEYS = (
     *("node_type", "zarr_format", "shape", "data_type", "chunk_grid", "chunk_key_encoding"),
@@ -77,10 +78,14 @@ def verify(location: str | Path, *, quick: bool = False) -> list[Fault]:
         files.close()
 
 
-def _run(jobs: Iterable[tuple[str, Callable[[], list[Fault]]]]) -> list[Fault]:
+def _run(jobs: Sequence[tuple[str, Callable[[], list[Fault]]]]) -> list[Fault]:
     import dask
 
-    tasks = [dask.delayed(_guarded, pure=False)(name, job) for name, job in jobs]
+    def portion(start: int, stop: int) -> list[Fault]:
+        return [fault for name, job in jobs[start:stop] for fault in _guarded(name, job)]
+
+    step = -(-len(jobs) // MAX_TASKS)
+    tasks = [dask.delayed(portion, pure=False)(at, at + step) for at in range(0, len(jobs), step)]
     results = dask.compute(*tasks, scheduler="threads", num_workers=WORKERS)
     return [fault for result in results for fault in result]
 

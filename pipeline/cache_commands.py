@@ -21,6 +21,8 @@ class OneLineErrors(click.Group):
             return super().invoke(ctx)
         except CacheError as error:
             raise click.ClickException(error.detail) from None
+        except BrokenPipeError:  # the reader of our output left; click knows what to do
+            raise
         except (OSError, ImportError) as error:  # ImportError: fsspec names the package that a protocol needs
             raise click.ClickException(" ".join(str(error).split())) from None
 

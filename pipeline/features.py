@@ -5,53 +5,70 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from cache.prefetch import Meter
 from cache.reader import Cache
-from pipeline.progress import progress
 
-BLOCK_BYTES = 64 * 1024**2
+BLOCK_BYTES = 32 * 1024**2  # maps are read, checked and pooled in blocks of about this size
 
 Pooling = Callable[[torch.Tensor], torch.Tensor]
 
 
 def to_tensor(maps: np.ndarray, dtype: str) -> torch.Tensor:
-    """Stored maps as float32; `dtype` is the cache's (bfloat16 is stored as its bits)."""
+    """Stored maps as a tensor of their own dtype; `dtype` is the cache's (bfloat16 is stored as its bits)."""
     tensor = torch.from_numpy(maps)
-    return (tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor).to(torch.float32)
+    return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
+
+
+class FeatureReader:
+    """Reads features of rows: maps as stored or, with `pooling` (channel-wise, without parameters), pooled to float32.
+
+    Pooling as they are read leaves (C,) floats a row and expert in place of (C, H, W).
+    """
+
+    def __init__(self, cache: Cache, pooling: Pooling | None, meter: Meter | None = None) -> None:
+        self.cache = cache
+        self.pooling = pooling
+        self.meter = meter or Meter()
+        channels, height, width = cache.spec.maps[0]
+        self.shape = (channels,) if pooling else (channels, height, width)
+        stored = to_tensor(np.empty(0, cache.spec.stored_dtype), cache.spec.dtype).dtype
+        self.dtype = torch.float32 if pooling else stored
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of the features of one row, all experts."""
+        return self.cache.experts * int(np.prod(self.shape)) * self.dtype.itemsize
+
+    def read(self, rows: np.ndarray) -> torch.Tensor:
+        """Features of `rows` (n,), (E, n, C[, H, W])."""
+        out = torch.empty((self.cache.experts, len(rows), *self.shape), dtype=self.dtype)
+        self.read_into(out, rows, np.arange(len(rows)))
+        return out
+
+    def read_into(self, out: torch.Tensor, rows: np.ndarray, places: np.ndarray) -> None:
+        """Puts the features of `rows` (n,) at `places` (n,) of `out` (E, m, C[, H, W]), a block at a time."""
+        cache = self.cache
+        for expert in range(cache.experts):
+            block = max(1, BLOCK_BYTES // cache.spec.row_bytes(expert))
+            for first in range(0, len(rows), block):
+                maps = to_tensor(cache.read(rows[first : first + block], expert=expert), cache.spec.dtype)
+                place = torch.from_numpy(places[first : first + block])
+                out[expert, place] = self.pooling(maps.to(torch.float32)) if self.pooling else maps
+            chunks = np.unique(rows // cache.spec.chunk_rows)
+            self.meter.bytes_read += int(cache.chunk_ranges(chunks, expert)[2].sum())
 
 
 class FeatureTable:
-    """Features of chosen cache rows in memory; `take` gathers them by row number.
+    """Features of some rows in memory, gathered by row number. `values` is (E, n, C[, H, W]) for the n given `rows`."""
 
-    With `pooling` (channel-wise, without parameters) every map is pooled as it is read: (C,) floats a row and expert
-    in place of (C, H, W).
-    """
-
-    def __init__(
-        self,
-        cache: Cache,
-        rows: np.ndarray,
-        pooling: Pooling | None,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self._place = np.full(cache.spec.rows, -1, np.int64)
-        self._place[rows] = np.arange(len(rows))
-        experts = []
-        for expert in range(cache.experts):
-            block = max(1, BLOCK_BYTES // cache.spec.row_bytes(expert))
-            parts = []
-            for first in progress(range(0, len(rows), block), "read cache", unit="block"):
-                maps = to_tensor(cache.read(rows[first : first + block], expert=expert), cache.spec.dtype).to(dtype)
-                parts.append(pooling(maps) if pooling else maps)
-            experts.append(torch.cat(parts))
-        self.values = torch.stack(experts).to(device)  # (E, rows, C[, H, W])
-
-    @property
-    def channels(self) -> int:
-        return self.values.shape[2]
+    def __init__(self, rows: np.ndarray, values: torch.Tensor, dtype: torch.dtype, device: torch.device) -> None:
+        self._rows = rows
+        self._values = values
+        self._dtype = dtype
+        self._device = device
 
     def take(self, rows: np.ndarray) -> torch.Tensor:
-        """Features of `rows` (..., B) as (..., E, B, C[, H, W])."""
-        place = torch.from_numpy(self._place[rows]).to(self.values.device)
-        return self.values[:, place].movedim(0, place.dim() - 1)
+        """Features of `rows` (..., B), each of which the table must hold, as (..., E, B, C[, H, W])."""
+        place = torch.from_numpy(np.searchsorted(self._rows, rows)).to(self._values.device)
+        found = self._values[:, place].movedim(0, place.dim() - 1)
+        return found.to(self._device, self._dtype)

@@ -49,6 +49,13 @@ def _clear_abandoned(out: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def replace_file(partial: Path, path: Path) -> None:
+    """Puts the file `partial` in place of `path` so that a crash leaves the one or the other, whole."""
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
 def write_json(path: Path, value: Any) -> None:
     """`value` as indented JSON with sorted keys and no NaN."""
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)

@@ -13,13 +13,15 @@ import numpy as np
 import torch
 from torch.func import grad_and_value, vmap
 
+from pipeline.checkpoint import Checkpoint
 from pipeline.features import FeatureTable
-from pipeline.fusion import Rounding, Selection, channel_ranks, fixed_channels, fuse, replaced_channels
+from pipeline.fusion import Rounding, Selection, channel_ranks, fixed_channels, fuse, mix, replaced_channels
 from pipeline.host import GradientHost
 from pipeline.network import StageOneHead
 from pipeline.progress import progress
+from pipeline.residency import Feed, Step
 from pipeline.seeds import stream
-from pipeline.streams import Batch, Streams
+from pipeline.streams import Batch
 
 POOL = "pool."  # prefix of the pool's parameters in a head's state
 
@@ -56,25 +58,29 @@ class Stack:
         host: GradientHost,
         pool: Any,
         heads: Sequence[HeadSetting],
-        streams: Streams,
-        features: FeatureTable,
+        feed: Feed,
         *,
         rounding: Rounding = "floor",
     ) -> None:
-        self.host, self.pool, self.heads, self.streams, self.features = host, pool, list(heads), streams, features
-        self.device, self.dtype = features.values.device, features.values.dtype
-        self.maps = features.values.dim() > 3  # (E, rows, C, H, W): fused as maps, pooled afterwards
+        self.host, self.pool, self.heads, self.feed = host, pool, list(heads), feed
+        self.streams, self.device, self.dtype = feed.streams, feed.device, feed.dtype
+        self.maps = len(feed.shape) == 3  # (C, H, W): fused as maps, pooled afterwards
+        streams = feed.streams
         self._seed = torch.tensor([streams.seeds.index(h.seed) for h in heads], device=self.device)
         self._donor = torch.tensor([streams.donors.index(h.donor) for h in heads], device=self.device)
-        channels = features.channels
+        channels = feed.shape[0]
         self.replaced = np.array([replaced_channels(h.ratio, channels, rounding) for h in heads])
         self._random = np.array([h.selection == "random" for h in heads])
         self._fixed = np.stack(
             [
-                np.zeros(channels, bool) if h.selection == "random" else fixed_channels(h.selection, int(n), channels)
+                fixed_channels(h.selection, int(n), channels)
+                if h.selection in ("first", "middle", "last")
+                else np.zeros(channels, bool)
                 for h, n in zip(heads, self.replaced, strict=True)
             ]
         )
+        mixed = np.array([h.selection == "mixup" for h in heads])
+        self._share = torch.tensor(mixed * self.replaced / channels, device=self.device, dtype=self.dtype)
         self.state: dict[str, torch.Tensor] = {}
 
     def start(self, stage1: StageOneHead) -> None:
@@ -84,13 +90,14 @@ class Stack:
             own = self.host.initial(stage1, stream(head.seed, "initial"))
             each.append({**own, **{POOL + name: t for name, t in self.pool.initial().items()}})
         self.state = {
-            name: torch.stack([e[name] for e in each]).to(self.device, self.dtype, copy=True).requires_grad_()
-            for name in each[0]
+            name: torch.stack([e[name] for e in each]).to(self.device, self.dtype, copy=True) for name in each[0]
         }
+        for name in self.state.keys() - self.host.fixed:
+            self.state[name].requires_grad_()
 
     def masks(self, epoch: int, step: int) -> torch.Tensor:
         """Which channels of each head are replaced in this batch, bool (K, E, C)."""
-        experts, channels = len(self.features.values), self.features.channels
+        experts, channels = self.feed.experts, self.feed.shape[0]
         ranks = np.stack(
             [
                 [channel_ranks(seed, epoch, step, expert, channels) for expert in range(experts)]
@@ -100,51 +107,88 @@ class Stack:
         drawn = ranks[self._seed.cpu().numpy()] < self.replaced[:, None, None]
         return torch.from_numpy(np.where(self._random[:, None, None], drawn, self._fixed[:, None, :])).to(self.device)
 
-    def fused(self, batch: Batch, masks: torch.Tensor) -> torch.Tensor:
+    def fused(self, batch: Batch, table: FeatureTable, masks: torch.Tensor) -> torch.Tensor:
         """The input of every head, (K, E, B, C[, H, W])."""
-        receivers = self.features.take(batch.receivers)[self._seed]
-        if not masks.any():
+        receivers = table.take(batch.receivers)[self._seed]
+        mixed = self._share > 0
+        if not masks.any() and not mixed.any():
             return receivers
-        donors = self.features.take(batch.donors)[self._seed, self._donor]
-        return fuse(receivers, donors, masks[:, :, None, :, None, None] if self.maps else masks[:, :, None, :])
+        donors = table.take(batch.donors)[self._seed, self._donor]
+        inner = (1,) * (receivers.dim() - 4)  # whatever follows the channels
+        x = fuse(receivers, donors, masks.reshape(*masks.shape[:2], 1, -1, *inner))
+        if mixed.any():
+            per_head = (-1, 1, 1, 1, *inner)
+            blend = mix(receivers, donors, self._share.reshape(per_head))
+            x = torch.where(mixed.reshape(per_head), blend, x)
+        return x
+
+    def pooled(self, state: dict[str, torch.Tensor], x: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """The host's own state of one head, and its features: the input (E, B, C[, H, W]) pooled if it is maps."""
+        own = {name: t for name, t in state.items() if not name.startswith(POOL)}
+        if self.maps:
+            x = self.pool({name.removeprefix(POOL): t for name, t in state.items() if name.startswith(POOL)}, x)
+        return own, x
 
     def head_loss(
         self, state: dict[str, torch.Tensor], x: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor | None
     ) -> torch.Tensor:
         """The loss of one head on its input (E, B, C[, H, W])."""
-        own = {name: t for name, t in state.items() if not name.startswith(POOL)}
-        if self.maps:
-            x = self.pool({name.removeprefix(POOL): t for name, t in state.items() if name.startswith(POOL)}, x)
-        return self.host.loss(own, x, labels, noise)
+        own, features = self.pooled(state, x)
+        return self.host.loss(own, features, labels, noise)
 
-    def step(self, batch: Batch, epoch: int, step: int, optimiser: torch.optim.Optimizer) -> torch.Tensor:
+    def step(self, at: Step, optimiser: torch.optim.Optimizer) -> torch.Tensor:
         """One gradient step of every head; returns their losses (K,)."""
-        x = self.fused(batch, self.masks(epoch, step))
+        epoch, step, batch, table = at
+        x = self.fused(batch, table, self.masks(epoch, step))
         labels = torch.from_numpy(batch.labels).to(self.device)[self._seed]
         drawn = [
             self.host.noise(stream(seed, "noise", epoch, step), batch.labels.shape[1]) for seed in self.streams.seeds
         ]
         found = [n for n in drawn if n is not None]
         noise = torch.stack(found).to(self.device, self.dtype)[self._seed] if found else None
-        detached = {name: t.detach() for name, t in self.state.items()}
-        gradient = vmap(grad_and_value(self.head_loss), in_dims=(0, 0, 0, None if noise is None else 0))
-        grads, losses = gradient(detached, x, labels, noise)
-        for name, tensor in self.state.items():
-            tensor.grad = grads[name]
+        trained = {name: t.detach() for name, t in self.state.items() if name not in self.host.fixed}
+        fixed = {name: t for name, t in self.state.items() if name in self.host.fixed}
+
+        def loss(own: dict[str, torch.Tensor], fixed: dict[str, torch.Tensor], *rest: Any) -> torch.Tensor:
+            return self.head_loss({**own, **fixed}, *rest)
+
+        gradient = vmap(grad_and_value(loss), in_dims=(0, 0, 0, 0, None if noise is None else 0))
+        grads, losses = gradient(trained, fixed, x, labels, noise)
+        for name, gradients in grads.items():
+            self.state[name].grad = gradients
         optimiser.step()
+        if fixed:
+            update = vmap(lambda state, x: self.host.update(*self.pooled(state, x)))
+            self.state.update(update({**trained, **fixed}, x))
         return losses.detach()
 
-    def train(self, settings: Optimiser, name: str, report: Callable[[int, torch.Tensor], None]) -> None:
-        """Trains for all epochs; `report(epoch, losses)` gets the mean loss of each head, (K,), after each."""
-        groups = [{"params": [t], "factor": self.host.rates.get(n, 1.0)} for n, t in self.state.items()]
+    def train(
+        self,
+        settings: Optimiser,
+        name: str,
+        report: Callable[[int, torch.Tensor], None],
+        save: Checkpoint | None = None,
+    ) -> None:
+        """Trains for all epochs; `report(epoch, losses)` gets the mean loss of each head, (K,), after each epoch.
+
+        With `save`, training goes on from the step that was saved last, to the same weights.
+        """
+        trained = {name: t for name, t in self.state.items() if name not in self.host.fixed}
+        groups = [{"params": [t], "factor": self.host.rates.get(name, 1.0)} for name, t in trained.items()]
         optimiser = torch.optim.SGD(
             groups, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
         )
-        for epoch in progress(range(settings.epochs), f"train_classifier {name}", unit="epoch"):
-            for group in optimiser.param_groups:
-                group["lr"] = settings.rate(epoch) * group["factor"]
-            total = torch.zeros(len(self.heads), dtype=self.dtype, device=self.device)
-            for step in range(self.streams.steps):
-                batch = self.streams.batch(epoch, step)
-                total += self.step(batch, epoch, step, optimiser) * batch.labels.shape[1]
+        losses = torch.zeros(settings.epochs, len(self.heads), dtype=self.dtype, device=self.device)
+        first = save.restore(self.state, optimiser, losses) if save else 0
+        steps = self.streams.steps
+        bar = progress(None, f"train_classifier {name}", unit="step", total=settings.epochs * steps, initial=first)
+        with bar:
+            for at in self.feed.steps(settings.epochs, *divmod(first, steps)):
+                for group in optimiser.param_groups:
+                    group["lr"] = settings.rate(at.epoch) * group["factor"]
+                losses[at.epoch] += self.step(at, optimiser) * at.batch.labels.shape[1]
+                bar.update()
+                if save:
+                    save.offer(at.epoch * steps + at.step + 1, self.state, optimiser, losses)
+        for epoch, total in enumerate(losses):
             report(epoch, total / self.streams.samples)

@@ -73,25 +73,25 @@ class Streams:
         self.seeds = list(seeds)
         self.donors = list(donor_statistics)
         self.batch_size = batch_size
-        self._receivers = sample_rows(rows, "train", receiver_statistics)
+        self.receivers = sample_rows(rows, "train", receiver_statistics)
         self._donors = {d: sample_rows(rows, "train", s) for d, s in donor_statistics.items()}
-        self.index: ClassIndex = class_index(self._receivers.labels, class_names)
+        self.index: ClassIndex = class_index(self.receivers.labels, class_names)
         self.samples = self.index.samples
         self.steps = -(-self.samples // batch_size)
 
     @property
     def rows(self) -> np.ndarray:
         """Every row that any batch may hold, int64, ascending."""
-        tables = [self._receivers, *self._donors.values()]
+        tables = [self.receivers, *self._donors.values()]
         spans = [np.concatenate([f + np.arange(v) for f, v in zip(t.first, t.views, strict=True)]) for t in tables]
         return np.unique(np.concatenate(spans))
 
     def batch(self, epoch: int, step: int) -> Batch:
         """The rows of `step` (0 to `steps`, exclusive) of `epoch`."""
         size = min(self.batch_size, self.samples - step * self.batch_size)
-        picked = [self._draw(seed, "receiver", RECEIVER, self._receivers, epoch, step, size) for seed in self.seeds]
+        picked = [self._draw(seed, "receiver", RECEIVER, self.receivers, epoch, step, size) for seed in self.seeds]
         receivers = np.stack([rows for rows, _ in picked])
-        labels = np.stack([self._receivers.labels[positions] for _, positions in picked])
+        labels = np.stack([self.receivers.labels[positions] for _, positions in picked])
         donors = [
             [self._draw(seed, "donor", name, table, epoch, step, size)[0] for name, table in self._donors.items()]
             for seed in self.seeds

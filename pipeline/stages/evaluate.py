@@ -19,7 +19,7 @@ from torch.func import vmap
 from cache.reader import Cache
 from pipeline.classes import by_index, groups
 from pipeline.errors import UserError
-from pipeline.features import FeatureTable
+from pipeline.features import FeatureReader
 from pipeline.head import global_average, logits
 from pipeline.heads import Heads, head_parts
 from pipeline.metrics import confusion, over_seeds, per_class_accuracy, softmax_confidence, summary
@@ -181,9 +181,8 @@ def _evaluate_heads(cache: Cache, heads: Heads, split: str, statistics: str, dev
     host, pool = head_parts(heads.parts, heads.context)
     rows = sample_rows(cache.rows, split, statistics)
     pooling = (lambda maps: pool({}, maps)) if pool.commutes else None
-    table = FeatureTable(cache, rows.first, pooling, device=device)
     state = {name: t.to(device) for name, t in heads.state.items()}
-    x = table.take(rows.first)  # (E, n, C[, H, W])
+    x = FeatureReader(cache, pooling).read(rows.first).to(device, torch.float32)  # (E, n, C[, H, W])
 
     def one(head: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         own = {k: t for k, t in head.items() if not k.startswith(POOL)}
@@ -203,7 +202,7 @@ def _evaluate_heads(cache: Cache, heads: Heads, split: str, statistics: str, dev
 
 def _evaluate_stage1(cache: Cache, head: StageOneHead, split: str, device: torch.device) -> _Split:
     rows = sample_rows(cache.rows, split, STAGE1)
-    features = FeatureTable(cache, rows.first, global_average, device=device).take(rows.first)
+    features = FeatureReader(cache, global_average).read(rows.first).to(device)
     state = {name: t.to(device) for name, t in head.state.items()}
     with torch.no_grad():
         found = logits(head.classifier, state, features, head.scale)

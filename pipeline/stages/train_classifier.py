@@ -8,6 +8,7 @@ import itertools
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,15 +19,17 @@ import torch
 
 from cache.reader import Cache
 from pipeline.batchnorm import RECIPES
+from pipeline.checkpoint import Checkpoint
 from pipeline.checkpoints import save_weights
 from pipeline.errors import UserError
-from pipeline.features import FeatureTable
+from pipeline.features import FeatureReader
 from pipeline.fusion import Rounding, Selection
 from pipeline.heads import HeadParts, head_parts
 from pipeline.host import Context
 from pipeline.network import backbone_digest, load_head
 from pipeline.outputs import fresh_directory
 from pipeline.params import DISTINCT, Count, NonNegative, Positive, Ratio, Section, Seed, plugin
+from pipeline.residency import Feed, available_memory, choose_tier
 from pipeline.stack import HeadSetting, Optimiser, Stack
 from pipeline.streams import Streams
 
@@ -67,17 +70,28 @@ class Params(Section):
 
 
 class Residency(Section):
-    """Section `train_classifier`: where features live while heads train. It changes no result."""
+    """Section `train_classifier`: where features live while heads train. It changes no result.
 
+    `memory_bytes`: the budget for features in host memory; null is half of what is available.
+    """
+
+    residency: Literal["auto", "device", "memory", "stream"] = "auto"
+    memory_bytes: Count | None = None
     pooled: bool = True
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What was trained."""
+    """What was trained, and what feeding it cost."""
 
     heads: int
     steps: int
+    residency: str
+    stall: float
+    bytes_read: int
+    bytes_used: int
+    hit_rate: float | None
+    expected_hit_rate: float | None
 
 
 def heads_of(grid: Grid) -> list[HeadSetting]:
@@ -138,8 +152,8 @@ def run(
     )
     host, pool = head_parts(parts, context)
     pooling = (lambda maps: pool({}, maps)) if pool.commutes and residency.pooled else None
-    features = FeatureTable(cache, streams.rows, pooling, device=device)
-    stack = Stack(host, pool, heads, streams, features, rounding=params.rounding)
+    feed = _feed(streams, FeatureReader(cache, pooling), residency, device, say)
+    stack = Stack(host, pool, heads, feed, rounding=params.rounding)
     stack.start(stage1)
 
     history: dict[str, list[Any]] = {"number": [], "epoch": [], "lr": [], "loss": []}
@@ -156,7 +170,9 @@ def run(
         history["lr"] += [settings.rate(epoch)] * len(heads)
         history["loss"] += losses.tolist()
 
-    stack.train(settings, name, report)
+    token = sha256(f"{cache.spec.fingerprint} {backbone_digest(backbone_dir)} {params.model_dump_json()}".encode())
+    save = Checkpoint(out, token.hexdigest())
+    stack.train(settings, name, report, save)
     _check_finite(stack, heads, name)
 
     about = {
@@ -183,7 +199,39 @@ def run(
     final = np.array(history["loss"][-len(heads) :])
     losses = f"final loss {final.min():.3f} to {final.max():.3f}"
     say(f"{name}: {len(heads)} heads, {params.optimiser.epochs} epochs, {losses}")
-    return Summary(len(heads), params.optimiser.epochs * streams.steps)
+    save.clear()
+    meter = feed.meter
+    say(f"{name}: {_cost(feed)}")
+    return Summary(
+        heads=len(heads),
+        steps=params.optimiser.epochs * streams.steps,
+        residency=feed.choice.tier,
+        stall=meter.stall,
+        bytes_read=meter.bytes_read,
+        bytes_used=meter.bytes_used,
+        hit_rate=meter.hit_rate,
+        expected_hit_rate=feed.expected_hit_rate,
+    )
+
+
+def _feed(
+    streams: Streams, reader: FeatureReader, residency: Residency, device: torch.device, say: Callable[[str], None]
+) -> Feed:
+    """The batches with their features, in the tier that the budget allows."""
+    budget = residency.memory_bytes or available_memory() // 2
+    free = int(torch.cuda.mem_get_info(device)[0] * 0.8) if device.type == "cuda" else 0
+    choice = choose_tier(residency.residency, len(streams.rows) * reader.row_bytes, budget, free)
+    return Feed(streams, reader, choice, budget, device, say)
+
+
+def _cost(feed: Feed) -> str:
+    """The stall meter in words."""
+    meter = feed.meter
+    text = f"read {meter.bytes_read / 1e6:.1f} MB for {meter.bytes_used / 1e6:.1f} MB used"
+    if meter.hit_rate is None:
+        return text
+    rate = f"hit rate {100 * meter.hit_rate:.1f} % (expected {100 * (feed.expected_hit_rate or 0):.1f} %)"
+    return f"{text}, waited {100 * meter.stall:.0f} % of the time, {rate}"
 
 
 def _check_finite(stack: Stack, heads: list[HeadSetting], name: str) -> None:

@@ -1,0 +1,173 @@
+"""Where features live while heads train: on the device, in host memory, or streamed with a hot set.
+
+Every tier gives the same batches with the same values; only time and memory differ. In the streaming tier a window of
+steps is planned, the rows it needs are read once, in the background, while the window before it trains. Class-balanced
+draws come back to the small classes again and again, so their rows stay in memory, as many as the budget allows.
+"""
+
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from cache.prefetch import in_background
+from pipeline.features import FeatureReader, FeatureTable
+from pipeline.streams import Batch, Streams
+
+Tier = Literal["device", "memory", "stream"]
+
+#: Shares of a streaming budget: each of the two windows (the one in use and the one being read), and the hot set.
+WINDOW_SHARE = 0.25
+HOT_SHARE = 0.5
+MAX_WINDOW_STEPS = 64
+
+
+def available_memory() -> int:
+    """Bytes of host memory that could be used now."""
+    with open("/proc/meminfo", encoding="ascii") as file:  # noqa: PTH123 - not a path but the kernel's answer
+        for line in file:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return 4 * 1024**3
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A tier and the reason for it, in one line."""
+
+    tier: Tier
+    reason: str
+
+
+def choose_tier(wanted: Literal["auto", "device", "memory", "stream"], need: int, budget: int, free: int) -> Choice:
+    """The tier for `need` bytes of features, `budget` bytes of host memory and `free` bytes on the device (0: none)."""
+    size, room = f"{need / 1e9:.2f} GB of features", f"a budget of {budget / 1e9:.2f} GB"
+    if wanted != "auto":
+        return Choice(wanted, f"{size}, tier as asked")
+    if need <= free:
+        return Choice("device", f"{size} fit the device")
+    if need <= budget:
+        return Choice("memory", f"{size} fit {room}")
+    return Choice("stream", f"{size} exceed {room}")
+
+
+def hot_samples(streams: Streams, row_bytes: int, budget: int) -> tuple[np.ndarray, float]:
+    """(rows of the smallest classes that fit `budget` bytes, expected share of receivers' draws they serve).
+
+    A class that fits in part is kept in part. The share is exact: classes are drawn uniformly, then their samples.
+    """
+    first, views = streams.receivers.first, streams.receivers.views
+    room = budget // row_bytes
+    rows: list[np.ndarray] = []
+    share = 0.0
+    for label in np.argsort(streams.index.counts, kind="stable").tolist():
+        start, count = int(streams.index.starts[label]), int(streams.index.counts[label])
+        ends = np.cumsum(views[start : start + count])
+        kept = int(np.searchsorted(ends, room, side="right"))
+        if kept:
+            base = int(first[start])
+            rows.append(np.arange(base, base + int(ends[kept - 1])))
+            room -= int(ends[kept - 1])
+            share += kept / count / streams.index.classes
+        if kept < count:
+            break
+    return (np.sort(np.concatenate(rows)) if rows else np.empty(0, np.int64)), share
+
+
+class Step(NamedTuple):
+    """One step of training: its batch, and the table that holds the batch's rows."""
+
+    epoch: int
+    step: int
+    batch: Batch
+    table: FeatureTable
+
+
+Window = tuple[int, int, list[Batch], FeatureTable]  # epoch, first step, batches, their rows
+
+
+class Feed:
+    """The batches of stage II with their features, in the tier that `choice` names.
+
+    `say` gets one line about the choice. `meter` counts what it costs.
+    """
+
+    def __init__(
+        self,
+        streams: Streams,
+        reader: FeatureReader,
+        choice: Choice,
+        budget: int,
+        device: torch.device,
+        say: Callable[[str], None],
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.streams, self.reader, self.choice, self.meter = streams, reader, choice, reader.meter
+        self.device, self.dtype = device, dtype
+        self.experts, self.shape = reader.cache.experts, reader.shape
+        self.expected_hit_rate: float | None = None
+        self._window = 1
+        self._hot_rows = np.empty(0, np.int64)
+        if choice.tier == "stream":
+            self._start_streaming(budget)
+            share = 100 * (self.expected_hit_rate or 0)
+            hot = f"hot set of {len(self._hot_rows)} rows, expected hit rate {share:.1f} %"
+            say(f"residency: stream ({choice.reason}); windows of {self._window} steps, {hot}")
+        else:
+            values = reader.read(streams.rows)
+            home = device if choice.tier == "device" else torch.device("cpu")
+            self._table = FeatureTable(streams.rows, values.to(home), dtype, device)
+            say(f"residency: {choice.tier} ({choice.reason})")
+
+    @property
+    def maps(self) -> bool:
+        """Whether features are whole maps (C, H, W), not pooled vectors (C,)."""
+        return len(self.shape) == 3
+
+    def steps(self, epochs: int, first_epoch: int = 0, first_step: int = 0) -> Generator[Step]:
+        """Every step up to `epochs`, from the given one on. Reading ahead does not stop at the end of an epoch."""
+        spec = self.reader.cache.spec
+        row_bytes = sum(spec.row_bytes(expert) for expert in range(spec.experts))
+        windows = self._planned(epochs, first_epoch, first_step)
+        for window in in_background(windows, meter=self.meter) if self.choice.tier == "stream" else windows:
+            epoch, begin, batches, table = window if isinstance(window, tuple) else window()
+            for step, batch in enumerate(batches, begin):
+                self.meter.bytes_used += (batch.receivers.size + batch.donors.size) * row_bytes
+                yield Step(epoch, step, batch, table)
+
+    def _planned(self, epochs: int, first_epoch: int, first_step: int) -> Iterator[Callable[[], Window]]:
+        """One job per window; a window never crosses epochs."""
+        load = self._stream if self.choice.tier == "stream" else self._resident
+        for epoch in range(first_epoch, epochs):
+            begin = first_step if epoch == first_epoch else 0
+            for start in range(begin, self.streams.steps, self._window):
+                yield partial(load, epoch, range(start, min(start + self._window, self.streams.steps)))
+
+    def _resident(self, epoch: int, steps: range) -> Window:
+        return epoch, steps.start, [self.streams.batch(epoch, step) for step in steps], self._table
+
+    def _start_streaming(self, budget: int) -> None:
+        streams, row_bytes = self.streams, self.reader.row_bytes
+        per_step = len(streams.seeds) * (1 + len(streams.donors)) * streams.batch_size * row_bytes
+        self._window = int(max(1, min(MAX_WINDOW_STEPS, WINDOW_SHARE * budget // per_step)))
+        left = max(0, min(int(HOT_SHARE * budget), budget - 2 * self._window * per_step))
+        self._hot_rows, self.expected_hit_rate = hot_samples(streams, row_bytes, left)
+        self._hot = self.reader.read(self._hot_rows)
+
+    def _stream(self, epoch: int, steps: range) -> Window:
+        """The batches of a window and the features of their rows, each row once; hot rows are copied from memory."""
+        batches = [self.streams.batch(epoch, step) for step in steps]
+        rows = np.unique(np.concatenate([part.ravel() for b in batches for part in (b.receivers, b.donors)]))
+        values = torch.empty((self.experts, len(rows), *self.shape), dtype=self.reader.dtype)
+        hot = np.isin(rows, self._hot_rows, assume_unique=True)
+        here, there = np.flatnonzero(hot), np.searchsorted(self._hot_rows, rows[hot])
+        values[:, torch.from_numpy(here)] = self._hot[:, torch.from_numpy(there)]
+        self.reader.read_into(values, rows[~hot], np.flatnonzero(~hot))
+        for batch in batches:
+            self.meter.draws += batch.receivers.size
+            self.meter.hits += int(np.isin(batch.receivers, self._hot_rows).sum())
+        return epoch, steps.start, batches, FeatureTable(rows, values, self.dtype, self.device)

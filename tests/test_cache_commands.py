@@ -1,0 +1,208 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from builders import make_cache, make_rows, tree
+from click.testing import CliRunner
+
+from cache.codecs import CODECS
+from cache.reader import open_cache
+from pipeline.cache_commands import cache, human
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = ["info", "verify", "stats", "advise"]
+
+
+def run(*arguments):
+    return CliRunner().invoke(cache, [str(a) for a in arguments])
+
+
+def lines(*arguments) -> list[str]:
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    return result.stdout.splitlines()
+
+
+def test_info(cache_dir):
+    make_cache(cache_dir, maps=((3, 2, 2), (5, 1, 1)), codec="zstd")
+    text = "\n".join(lines("info", cache_dir))
+    with open_cache(cache_dir) as found:
+        fingerprint = found.spec.fingerprint
+    for part in (
+        "11 of 6 samples, 2 views",
+        "9 train rows under stage1 statistics",
+        "2 test rows under stage1 statistics",
+        "2: 3 x 2 x 2, 5 x 1 x 1, float16",
+        "codec zstd, 1 rows per chunk, 4 per shard",
+        "in 6 shards",
+        fingerprint,
+        'views: {"max": 2, "seed": 0}',
+        "numpy: 2.0",
+    ):
+        assert part in text
+
+
+def test_info_json(cache_dir):
+    make_cache(cache_dir)
+    about = json.loads("".join(lines("info", "--json", cache_dir)))
+    assert about["rows"] == 11
+    assert about["bytes"] == sum(map(len, tree(cache_dir).values()))
+    keys = {"experts", "dtype", "codec", "chunk_rows", "shard_rows", "shards", "splits", "classes", "views"}
+    assert keys | {"fingerprint", "provenance"} <= set(about)
+
+
+@pytest.mark.parametrize("quick", [[], ["--quick"]])
+def test_verify_of_a_sound_cache_is_one_line(cache_dir, quick):
+    make_cache(cache_dir)
+    (line,) = lines("verify", *quick, cache_dir)
+    assert line.startswith("sound: 11 rows, 9 files")
+
+
+@pytest.mark.parametrize("quick", [[], ["--quick"]])
+def test_verify_prints_each_fault_on_its_line_and_exits_1(cache_dir, quick):
+    make_cache(cache_dir)
+    (cache_dir / "maps.zarr/expert_0/c.1.0.0.0").unlink()
+    os.truncate(cache_dir / "README.md", 1)
+    result = run("verify", *quick, cache_dir)
+    assert result.exit_code == 1
+    assert result.stdout.splitlines() == [
+        "README.md: 1 bytes, cache.json says 10",
+        "maps.zarr/expert_0/c.1.0.0.0: chunks 0 to 3 (rows 4 to 7): file is missing",
+    ]
+    assert result.stderr == ""
+
+
+def test_stats(cache_dir):
+    maps = make_cache(cache_dir, maps=((3, 2, 2), (5, 1, 1)))
+    first, norms, second, _ = lines("stats", cache_dir)
+    assert first.startswith("expert 0: 132 values, ")
+    assert f"max {maps[0].max():.4g}" in first
+    assert "0 NaN, 0 Inf" in first
+    assert "mean L2 norm of a class" in norms
+    assert second.startswith("expert 1: 55 values")
+    table = json.loads("".join(lines("stats", "--json", cache_dir)))
+    assert table[0]["sparsity"] == (maps[0] == 0).mean()
+
+
+def test_advise(cache_dir):
+    make_cache(cache_dir)
+    table = lines("advise", cache_dir, "--disk", "3", "--link", "0.1", "--cores", "1")
+    assert all(any(f" {name} " in line for line in table) for name in CODECS)
+    assert table[-1].startswith("* codec: ")
+    assert len(json.loads("".join(lines("advise", "--json", cache_dir)))) == len(table) - 2
+
+
+def test_diff(tmp_path):
+    make_cache(tmp_path / "a")
+    digest = ["0" * 64] * 11
+    make_cache(tmp_path / "b", rows=make_rows(11, digest=digest), fingerprint_inputs={"backbone": "c"}, codec="zstd")
+    out = lines("diff", tmp_path / "a", tmp_path / "b")
+    assert out[0] == "different values"
+    assert f'fingerprint inputs.backbone: "{"b" * 64}" -> "c"' in out
+    assert "fingerprint inputs.views.max: 2 -> (absent)" in out
+    assert 'layout codec: "none" -> "zstd"' in out
+    assert "rows 11 -> 11: 0 added, 0 removed, 11 changed" in out
+    assert lines("diff", tmp_path / "a", tmp_path / "a") == [
+        "same values",
+        "rows 11 -> 11: 0 added, 0 removed, 0 changed",
+    ]
+    assert (
+        json.loads("".join(lines("diff", "--json", tmp_path / "a", tmp_path / "b")))["rows"]["changed"]["count"] == 11
+    )
+
+
+def test_a_url(cache_dir):
+    make_cache(cache_dir)
+    fs = fsspec.filesystem("memory")
+    fs.put(str(cache_dir), "/commanded", recursive=True)
+    for command in COMMANDS:
+        assert lines(command, "memory://commanded")
+    fs.rm("/commanded", recursive=True)
+
+
+@pytest.mark.parametrize("command", ["info", "stats", "advise", "diff"])
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        ("nothing", "no cache.json"),
+        ("newer", "format 7"),
+        ("cut", "cache.json"),
+        ("zz://x", "zz"),
+        ("memory://x", "no cache.json"),
+    ],
+)
+def test_what_is_no_cache_is_one_line_on_stderr(tmp_path, monkeypatch, command, place, says):
+    monkeypatch.chdir(tmp_path)
+    make_cache(tmp_path / "newer")
+    make_cache(tmp_path / "cut")
+    (tmp_path / "newer/cache.json").write_bytes(b'{"format":7}')
+    os.truncate(tmp_path / "cut/cache.json", 99)
+    result = run(command, *[place] * (2 if command == "diff" else 1))
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert says in line
+    assert isinstance(result.exception, SystemExit)
+
+
+def test_a_shard_that_is_gone_is_one_line_too(cache_dir):
+    make_cache(cache_dir)
+    (cache_dir / "maps.zarr/expert_0/c.1.0.0.0").unlink()
+    result = run("stats", cache_dir)
+    assert result.exit_code == 1
+    assert len(result.stderr.splitlines()) == 1
+    assert "c.1.0.0.0" in result.stderr
+
+
+def test_wrong_use_exits_2(cache_dir):
+    assert run("info").exit_code == 2
+    assert run("advise", cache_dir, "--disk", "0").exit_code == 2
+    assert run("nothing", cache_dir).exit_code == 2
+
+
+def test_every_command_has_an_example():
+    for command in [*COMMANDS, "diff"]:
+        assert f"Example: h2t cache {command}" in " ".join(run(command, "--help").output.split())
+
+
+def test_importing_the_commands_is_cheap():
+    heavy = ["torch", "zarr", "dask", "pyarrow", "numpy", "fsspec"]
+    script = f"import sys, pipeline.cache_commands; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+def test_info_opens_no_shard(cache_dir):
+    """The cost of a glance does not grow with the maps: only the record and the row table are opened."""
+    make_cache(cache_dir, rows=make_rows(200), shard_rows=1)
+    script = (
+        "import sys, cache.audit\n"
+        "from pipeline.cache_commands import cache\n"
+        "opened = []\n"
+        "def hook(event, args):\n"
+        f"    if event == 'open' and {str(cache_dir)!r} in str(args[0]): opened.append(str(args[0]))\n"
+        "sys.addaudithook(hook)\n"
+        f"cache(['info', {str(cache_dir)!r}], standalone_mode=False)\n"
+        "print(sorted(name.rsplit('/', 1)[1] for name in opened))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == "['cache.json', 'rows.parquet']"
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1 KB"), (2.35e10, "23.5 GB"), (5e15, "5e+03 TB")]
+)
+def test_sizes_for_people(size, text):
+    assert human(size) == text
+
+
+def test_rows_of_numpy_integers_are_json(cache_dir):
+    make_cache(cache_dir, rows=make_rows(3, label=np.array([0, 1, 2], np.int32)))
+    for command in ("info", "stats", "advise"):
+        json.loads("".join(lines(command, "--json", cache_dir)))

@@ -1,0 +1,100 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cache.plan import coalesce, plan_rows, units
+
+gathers = st.tuples(st.lists(st.integers(0, 60), max_size=80), st.integers(1, 7))
+
+
+@given(gathers)
+def test_every_wanted_row_and_every_chunk_once(gather):
+    """Against the obvious: a dictionary of chunks."""
+    rows, chunk_rows = np.array(gather[0], np.int64), gather[1]
+    expected: dict[int, list[int]] = {}
+    for position, row in enumerate(gather[0]):
+        expected.setdefault(row // chunk_rows, []).append(position)
+    plan = plan_rows(rows, chunk_rows)
+    assert plan.chunks.tolist() == sorted(expected)
+    served = [plan.order[a:b].tolist() for a, b in zip(plan.bounds[:-1], plan.bounds[1:], strict=True)]
+    assert served == [expected[chunk] for chunk in sorted(expected)]
+    assert (plan.chunks[plan.which] * chunk_rows + plan.within).tolist() == gather[0]
+
+
+def test_one_row_and_no_row():
+    plan = plan_rows(np.array([5]), 1)
+    assert (plan.chunks.tolist(), plan.order.tolist(), plan.bounds.tolist(), plan.within.tolist()) == (
+        [5],
+        [0],
+        [0, 1],
+        [0],
+    )
+    assert plan_rows(np.zeros(0, np.int64), 3).chunks.tolist() == []
+
+
+def test_row_numbers_of_the_largest_caches():
+    rows = np.array([10**12, 3, 10**12, 10**12 - 1])
+    plan = plan_rows(rows, 1)
+    assert plan.chunks.tolist() == [3, 10**12 - 1, 10**12]
+    assert plan.order.tolist() == [1, 3, 0, 2]
+
+
+@st.composite
+def chunks_in_shards(draw):
+    """Shard, offset and size of chunks, sorted, with gaps; now and then an offset that goes backwards."""
+    shards, offsets, sizes = [], [], []
+    for shard in range(draw(st.integers(1, 3))):
+        at = 36
+        for _ in range(draw(st.integers(0, 12))):
+            at = max(0, at + draw(st.sampled_from([0, 0, 0, 1, 9, 10, 11, 500, -20])))
+            size = draw(st.integers(5, 40))
+            shards.append(shard)
+            offsets.append(at)
+            sizes.append(size)
+            at += size
+    return tuple(np.array(column, np.int64) for column in (shards, offsets, sizes))
+
+
+def naive_runs(shards, offsets, sizes, max_gap, max_chunks):
+    runs: list[list[int]] = []
+    for i in range(len(shards)):
+        joined = False
+        if runs and shards[runs[-1][-1]] == shards[i] and len(runs[-1]) < max_chunks:
+            gap = offsets[i] - offsets[runs[-1][-1]] - sizes[runs[-1][-1]]
+            joined = 0 <= gap <= max_gap
+        if joined:
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    return [(r[0], r[-1] + 1, offsets[r[0]], offsets[r[-1]] + sizes[r[-1]]) for r in runs]
+
+
+@given(chunks_in_shards(), st.sampled_from([0, 10, 1000]), st.integers(1, 5))
+def test_runs_against_a_naive_evaluator(chunks, max_gap, max_chunks):
+    runs = coalesce(*chunks, max_gap=max_gap, max_chunks=max_chunks)
+    assert [tuple(run) for run in runs] == naive_runs(*chunks, max_gap, max_chunks)
+
+
+@given(chunks_in_shards(), st.sampled_from([1, 60, 10**6]), st.sampled_from([0, 10, 1000]))
+def test_units_hold_every_chunk_once_and_stay_in_their_shard(chunks, unit_bytes, max_gap):
+    shards, offsets, sizes = chunks
+    if not len(shards):
+        return
+    seen = []
+    for unit in units(shards, offsets, sizes, unit_bytes=unit_bytes, max_gap=max_gap):
+        assert [run.first for run in unit.runs] + [unit.last] == [unit.first] + [run.last for run in unit.runs]
+        assert sizes[unit.first + 1 : unit.last].sum() < unit_bytes
+        for run in unit.runs:
+            assert set(shards[run.first : run.last]) == {unit.shard}
+            for j in range(run.first, run.last):
+                assert run.start <= offsets[j]
+                assert offsets[j] + sizes[j] <= run.stop
+                seen.append(j)
+    assert seen == list(range(len(shards)))
+
+
+@pytest.mark.parametrize(("count", "expected"), [(512, 1), (513, 2), (1024, 2)])
+def test_a_read_never_needs_more_buffers_than_the_kernel_takes(count, expected):
+    offsets = np.arange(count, dtype=np.int64) * 10
+    assert len(coalesce(np.zeros(count, np.int64), offsets, np.full(count, 10))) == expected

@@ -4,9 +4,9 @@ Receivers: class-balanced draws. Donors: instance-wise (the paper's), balanced o
 training sample, then one of its views uniformly; the branch decides under which batch-norm statistics it is read.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +18,12 @@ from pipeline.errors import UserError
 from pipeline.seeds import stream
 
 RECEIVER = "balanced"
+
+
+@lru_cache(maxsize=1024)
+def _named_streams(seed: int, branch: str, sampler: str) -> Callable[..., np.random.Generator]:
+    """One object per name, so that a law may remember what it drew from it (an epoch's permutation)."""
+    return partial(stream, seed, branch, sampler)
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,8 @@ class Streams:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Rows and the sample positions they belong to."""
         law = plugins.load("samplers", sampler)
-        positions = law.draw(self.index, partial(stream, seed, branch, sampler), epoch, step, size)
+        # Always a whole batch, cut at the epoch's end: laws count in whole batches.
+        positions = law.draw(self.index, _named_streams(seed, branch, sampler), epoch, step, self.batch_size)[:size]
         rows = table.first[positions]
         views = table.views[positions]
         if (views > 1).any():

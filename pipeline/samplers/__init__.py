@@ -3,5 +3,6 @@
     def draw(classes: ClassIndex, streams: (key...) -> Generator, epoch, step, size) -> int64 (size,)
 
 It returns positions into the class-sorted samples. It is a pure function of its arguments, so any step can be drawn
-without the ones before it. `pipeline.streams` describes ClassIndex and turns positions into cache rows.
+without the ones before it. `size` is that of whole batches; a law without replacement returns fewer at the end of an
+epoch. `pipeline.classes` describes ClassIndex, `pipeline.streams` turns positions into cache rows.
 """

@@ -19,6 +19,6 @@ def _order(streams: Streams, epoch: int, samples: int) -> np.ndarray:
 
 
 def draw(classes: ClassIndex, streams: Streams, epoch: int, step: int, size: int) -> np.ndarray:
-    """The next `size` positions of the epoch's permutation, int64; batches before the last must all be of `size`."""
+    """The next `size` positions of the epoch's permutation, int64; fewer at its end."""
     first = step * size
     return _order(streams, epoch, classes.samples)[first : first + size]

@@ -13,7 +13,7 @@ import torch
 
 from pipeline.seeds import stream
 
-Selection = Literal["random", "first", "middle", "last"]
+Selection = Literal["random", "first", "middle", "last", "mixup"]
 Rounding = Literal["floor", "round"]
 
 
@@ -48,3 +48,11 @@ def fuse(receiver: torch.Tensor, donor: torch.Tensor, mask: torch.Tensor) -> tor
     `mask`, bool, is broadcast against the two; along the batch and the image it has size 1.
     """
     return torch.where(mask, donor, receiver)
+
+
+def mix(receiver: torch.Tensor, donor: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """Feature mixup, the control with the same expectation: (1 - share) receiver + share donor, all channels.
+
+    With share = k / C it equals the mean of `fuse` over random sets of k channels; labels stay the receiver's.
+    """
+    return torch.lerp(receiver, donor, share)

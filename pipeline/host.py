@@ -1,7 +1,7 @@
 """What a stage-II method is: trainable parameters, logits, a loss. Written for one head; `pipeline.stack` trains many.
 
-Inside `loss` and `logits` tensors are plain (vmap adds the stack's axis), and nothing may be drawn: randomness comes in
-through `noise`.
+Inside `loss`, `logits` and `update` tensors are plain (vmap adds the stack's axis), and nothing may be drawn:
+randomness comes in through `noise`.
 """
 
 from collections.abc import Mapping
@@ -19,30 +19,34 @@ State = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Context:
-    """What a host may know of its task: training counts per class (K,) in descending order, channels, experts."""
+    """What a host may know of its task.
+
+    Training counts per class (K,) in descending order, channels, experts, and how many pixels a map has.
+    """
 
     counts: torch.Tensor
     channels: int
     experts: int
+    pixels: int = 1
 
     @property
     def classes(self) -> int:
         return len(self.counts)
 
 
-class GradientHost:
-    """Base of hosts that are trained by gradient descent. A host overrides what is its own."""
+class Host:
+    """What all hosts share: a classifier on pooled features (E, B, D), by default `pipeline.head.logits`."""
 
-    #: Factor on the learning rate of single parameters.
-    rates: Mapping[str, float] = {}
+    #: The sampler of the training batches' receivers.
+    receiver = "balanced"
 
     def __init__(self, classifier: str, scale: float, context: Context) -> None:
         self.classifier = classifier
         self.scale = scale
         self.context = context
 
-    def initial(self, stage1: StageOneHead, draws: np.random.Generator) -> dict[str, torch.Tensor]:
-        """Starting parameters: the stage-I classifier (H2T paper, Algorithm 1). Raises UserError if it does not fit."""
+    def stage1_state(self, stage1: StageOneHead) -> dict[str, torch.Tensor]:
+        """A copy of the stage-I classifier's parameters. Raises UserError if it does not fit this host."""
         if stage1.classifier != self.classifier:
             raise UserError(
                 f"classifier: a {self.classifier} head cannot start from the {stage1.classifier} head of stage I; "
@@ -59,6 +63,19 @@ class GradientHost:
         """Features (E, B, D) -> logits (B, K), the mean of the experts; without fusion, as at evaluation."""
         return logits(self.classifier, state, features, self.scale)
 
+
+class GradientHost(Host):
+    """Base of hosts that are trained by gradient descent. A host overrides what is its own."""
+
+    #: Factor on the learning rate of single parameters.
+    rates: Mapping[str, float] = {}
+    #: Parts of the state that the optimiser leaves alone.
+    fixed: frozenset[str] = frozenset()
+
+    def initial(self, stage1: StageOneHead, draws: np.random.Generator) -> dict[str, torch.Tensor]:
+        """Starting state: the stage-I classifier (H2T paper, Algorithm 1). Raises UserError if it does not fit."""
+        return self.stage1_state(stage1)
+
     def noise(self, draws: np.random.Generator, batch: int) -> torch.Tensor | None:
         """The random part of the loss of one batch, or None. Called once per (host, seed, step)."""
         return None
@@ -67,4 +84,18 @@ class GradientHost:
         self, state: State, features: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor | None
     ) -> torch.Tensor:
         """The scalar loss of a batch: features (E, B, D) after fusion and pooling, the receivers' labels (B,)."""
+        raise NotImplementedError
+
+    def update(self, state: State, features: torch.Tensor) -> dict[str, torch.Tensor]:
+        """New values of `fixed` parts after a step on `features`, such as running means; by default none."""
+        return {}
+
+
+class FittedHost(Host):
+    """Base of hosts that are solved at once, on every training row. They have no donors, hence no H2T."""
+
+    receiver = "instance"
+
+    def fit(self, features: torch.Tensor, labels: torch.Tensor, stage1: StageOneHead) -> dict[str, torch.Tensor]:
+        """The head's state from features (E, N, D) and labels (N,) of the training samples, ascending by label."""
         raise NotImplementedError

@@ -1,7 +1,7 @@
 """report: tables and pictures of every host, from what evaluate wrote.
 
-Writes `results.md` (the table), `index.html` (self-contained: tables, pictures, provenance) and `plots/*.csv`, the data
-behind `dvc plots show`. Only hosts named in the parameters are read; leftovers of earlier runs are named and left out.
+Writes `results.md` (the table), `index.html` (self-contained: tables and pictures), `metrics.json` (that of every host,
+for `dvc metrics show`) and `plots/*.csv`, the data behind `dvc plots show`. Only hosts named in the parameters are read; leftovers of earlier runs are named and left out.
 """
 
 import json
@@ -15,7 +15,7 @@ import pandas as pd
 from pipeline.classes import GROUPS
 from pipeline.errors import UserError
 from pipeline.figures import per_class_picture, ratio_picture
-from pipeline.outputs import fresh_directory
+from pipeline.outputs import fresh_directory, write_json
 from pipeline.page import page
 from pipeline.params import Section
 
@@ -56,6 +56,7 @@ def run(params: Params, hosts: list[str], evaluate_dir: Path, out: Path, say: Ca
         }
         (into / "index.html").write_text(page(params.title, results, ROWS, FIGURES, pictures), encoding="utf-8")
         (into / "ratio.svg").write_text(ratio_picture(curves), encoding="utf-8")
+        write_json(into / "metrics.json", {r.name: r.metrics for r in results})
         plots = into / "plots"
         plots.mkdir()
         _csv(curves, plots / "ratio.csv")

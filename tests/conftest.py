@@ -14,3 +14,39 @@ settings.load_profile("quick")
 def cache_dir(tmp_path):
     """A place for a cache that does not exist yet."""
     return tmp_path / "cache"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tests compute on one thread, so that their results do not hang on the machine's cores."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """(Samples, Images) of the long-tailed digits, prepared once; tests only read them."""
+    from pipeline_builders import make_samples
+
+    return make_samples(tmp_path_factory.mktemp("digits") / "prepare")
+
+
+@pytest.fixture(scope="session")
+def backbone_dir(tmp_path_factory):
+    """A ResNet-20 with random weights, as train_backbone writes it; tests only read it."""
+    from pipeline_builders import make_backbone_dir
+
+    folder = tmp_path_factory.mktemp("backbone") / "b"
+    make_backbone_dir(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def digits_cache(tmp_path_factory, digits, backbone_dir):
+    """The digits' maps of that backbone under the default recipes, two views of rare classes, float32."""
+    from pipeline_builders import extracted
+
+    out = tmp_path_factory.mktemp("extract") / "b"
+    extracted(out, *digits, backbone_dir, max_views=2)
+    return out

@@ -1,0 +1,284 @@
+"""Small inputs for tests of the pipeline: class-sorted samples, caches of random maps, stage-I outputs, real digits.
+
+Every builder has a complete default, so that a test states only what matters to it.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+import yaml
+from builders import make_maps, make_spec, write_cache
+from safetensors.torch import load_file
+
+from cache.reader import open_cache
+from cache.rows import make_rows
+from pipeline.checkpoints import save_weights, weights_digest
+from pipeline.classes import ClassIndex
+from pipeline.features import FeatureReader
+from pipeline.heads import HeadParts, head_parts
+from pipeline.host import Context
+from pipeline.network import StageOneHead
+from pipeline.residency import Choice, Feed
+from pipeline.samples import load_samples
+from pipeline.stack import HeadSetting, Optimiser, Stack
+from pipeline.stages import extract, prepare, train_classifier
+from pipeline.streams import Streams
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+
+
+def silent(line: str) -> None:
+    """Takes what a stage says."""
+
+
+def make_index(counts=(5, 3, 1)) -> ClassIndex:
+    counts = np.array(counts, np.int64)
+    return ClassIndex(np.cumsum(counts) - counts, counts)
+
+
+def make_stage2_rows(**overrides) -> pa.Table:
+    """The row table of a cache for stage II; `views` per class or one number, `val` and `test` samples per class."""
+    given = {
+        "counts": (9, 5, 2),
+        "views": 1,
+        "train": ("balanced", "instance"),
+        "evaluation": ("balanced", "mixture", "stage1"),
+        "val": 2,
+        "test": 3,
+    }
+    given = SimpleNamespace(**{**given, **overrides})
+    columns: dict[str, list] = {k: [] for k in ("sample", "view", "statistics", "split", "label", "source", "digest")}
+    sample = 0
+    for split, sizes in (
+        ("test", [given.test] * len(given.counts)),
+        ("train", given.counts),
+        ("val", [given.val] * len(given.counts)),
+    ):
+        for label, size in enumerate(sizes):
+            views = given.views if isinstance(given.views, int) else given.views[label]
+            for _ in range(size):
+                for statistics in given.train if split == "train" else given.evaluation:
+                    for view in range(views if split == "train" else 1):
+                        source = f"{sample:06}.png"
+                        digest = hashlib.sha256(source.encode()).hexdigest()
+                        line = (sample, view, statistics, split, label, source, digest)
+                        for key, value in zip(columns, line, strict=True):
+                            columns[key].append(value)
+                sample += 1
+    return make_rows(columns)
+
+
+def make_stage2_cache(target: Path, **overrides) -> Path:
+    """A cache of random maps, ready for stage II. Takes the keys of `make_stage2_rows`, of `make_spec`, and:
+
+    `shape` (C, H, W), `experts`, `classes` (names), `backbone` (its digest), `seed` of the maps, `change`(maps, rows).
+    """
+    rows_keys = {"counts", "views", "train", "evaluation", "val", "test"}
+    rows = make_stage2_rows(**{k: overrides.pop(k) for k in rows_keys & set(overrides)})
+    counts = np.bincount(rows.filter(pa.compute.field("split") == "train")["label"].to_numpy())
+    shape, experts = overrides.pop("shape", (6, 2, 2)), overrides.pop("experts", 1)
+    names = overrides.pop("classes", [f"class {j}" for j in range(len(counts))])
+    backbone, seed = overrides.pop("backbone", "b" * 64), overrides.pop("seed", 0)
+    change = overrides.pop("change", None)
+    spec = make_spec(
+        **{
+            "rows": len(rows),
+            "maps": (shape,) * experts,
+            "dtype": "float32",
+            "shard_rows": 8,
+            "fingerprint_inputs": {"backbone": {"weights": backbone}},
+            "provenance": {"classes": list(names), "counts": counts.tolist()},
+            **overrides,
+        }
+    )
+    maps = make_maps(spec, seed)
+    if change is not None:
+        change(maps, rows)
+    write_cache(target, spec, rows, maps)
+    return target
+
+
+def make_stage1_head(classes=3, channels=6, experts=1, seed=0, classifier="linear", scale=1.0) -> StageOneHead:
+    draws = torch.Generator().manual_seed(seed)
+    weight = torch.randn(experts, classes, channels, generator=draws) * 0.3
+    bias = torch.randn(experts, classes, generator=draws) * 0.1
+    return StageOneHead({"weight": weight, "bias": bias}, classifier, scale)
+
+
+def make_backbone_dir(folder: Path, *, arch="resnet20", seed=0, classes=10, experts=1, **head) -> str:
+    """What train_backbone writes, with random weights and batch-norm statistics that are not the initial ones.
+
+    Returns the digest of the weights.
+    """
+    from pipeline import plugins
+
+    module = plugins.load("backbones", arch)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        backbone = module.build(module.Options(experts=experts))
+        for name, buffer in backbone.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_(0, 0.1)
+            if name.endswith("running_var"):
+                buffer.uniform_(0.5, 2)
+    about = {"arch": arch, "options": {"experts": experts}, "channels": backbone.channels, "experts": experts}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_weights(folder / "backbone.safetensors", backbone.state_dict(), about)
+    first = make_stage1_head(classes, backbone.channels, experts, seed, **head)
+    save_weights(
+        folder / "head.safetensors",
+        first.state,
+        {**about, "objective": "ce", "classifier": first.classifier, "scale": first.scale},
+    )
+    return weights_digest(backbone.state_dict())
+
+
+def make_stack(
+    cache: Path,
+    heads,
+    *,
+    pooled=True,
+    dtype=torch.float32,
+    batch_size=4,
+    stage1=None,
+    host="dr",
+    receiver="balanced",
+    donors=None,
+    rounding="floor",
+) -> Stack:
+    """A stack at its start on the cache in the folder `cache`; `heads` are keyword dictionaries of HeadSetting."""
+    settings = [
+        HeadSetting(**{"ratio": 0.3, "donor": "instance", "selection": "random", "seed": 0, **h}) for h in heads
+    ]
+    with open_cache(cache) as opened:
+        streams = Streams(
+            opened.rows,
+            opened.spec.provenance["classes"],
+            receiver,
+            donors or {"instance": "instance"},
+            sorted({h.seed for h in settings}),
+            batch_size,
+        )
+        context = Context(torch.from_numpy(streams.index.counts), opened.spec.maps[0][0], opened.experts)
+        parts = HeadParts(host, {}, "linear", 1.0, "gap", {}, "hosts.test")
+        made, pool = head_parts(parts, context)
+        reader = FeatureReader(opened, (lambda m: pool({}, m)) if pooled else None)
+        feed = Feed(streams, reader, Choice("memory", "test"), 2**30, CPU, silent, dtype=dtype)
+        stack = Stack(made, pool, settings, feed, rounding=rounding)
+    stack.start(stage1 or make_stage1_head(context.classes, context.channels, context.experts))
+    return stack
+
+
+def make_optimiser(**overrides) -> Optimiser:
+    return Optimiser(**{"epochs": 2, "lr": 0.02, "momentum": 0.9, "weight_decay": 5e-4, **overrides})
+
+
+def trained(stack: Stack, **overrides) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+    """(state, losses of each epoch) after training."""
+    losses: list[torch.Tensor] = []
+    stack.train(make_optimiser(**overrides), "test", lambda epoch, found: losses.append(found.clone()))
+    return {k: t.detach() for k, t in stack.state.items()}, losses
+
+
+def make_prepare(**overrides) -> prepare.Params:
+    """Digits, long-tailed, small: 24 ... 3 training samples."""
+    values = {
+        "dataset": "digits",
+        "imbalance": {"profile": "exponential", "ratio": 40.0, "seed": 0},
+        "test_per_class": 50,
+        "validation_per_class": 2,
+    }
+    return prepare.Params.model_validate({**values, **overrides})
+
+
+def make_samples(folder: Path, seed=0, **overrides):
+    """(Samples, Images) of digits, prepared into `folder`."""
+    params = make_prepare(**overrides)
+    prepare.run(params, seed, folder, silent)
+    samples = load_samples(folder)
+    return samples, samples.images(params.model_dump())
+
+
+def make_extract(**overrides) -> extract.Params:
+    values = {"batchnorm_passes": 2, "batch_size": 32, "dtype": "float32"}
+    return extract.Params.model_validate({**values, **overrides})
+
+
+def extracted(out: Path, samples, images, backbone: Path, *, seed=0, replace=False, say=silent, **overrides):
+    """Runs extract; returns its summary."""
+    params = make_extract(**overrides)
+    return extract.run(params, "b", samples, images, backbone, seed, CPU, out, say, replace=replace)
+
+
+def make_host(**overrides) -> train_classifier.Params:
+    """Section `hosts.dr`; `optimiser` and `grid` may be given in part."""
+    values = {
+        "host": "dr",
+        "backbone": "b",
+        "optimiser": {"epochs": 2, "batch_size": 16, **overrides.pop("optimiser", {})},
+        "grid": {"ratio": [0.0, 0.3], "seed": [0, 1], **overrides.pop("grid", {})},
+    }
+    return train_classifier.Params.model_validate({**values, **overrides})
+
+
+def fitted(out: Path, cache: Path, backbone: Path, *, say=silent, pooled=True, **overrides) -> dict[str, torch.Tensor]:
+    """Runs train_classifier; returns the stacked heads."""
+    residency = train_classifier.Residency(pooled=pooled)
+    with open_cache(cache) as opened:
+        train_classifier.run(make_host(**overrides), residency, "dr", opened, backbone, CPU, out, say)
+    return load_file(out / "heads.safetensors")
+
+
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """max|d| / max|w|: the norm-relative distance the design speaks of."""
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def make_params(**overrides) -> dict[str, Any]:
+    """A complete parameter file, tiny: digits, one training epoch of the backbone, four heads."""
+    values = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    values["prepare"].update(test_per_class=40, validation_per_class=14)
+    values["backbones"]["ce_mixup"].update(epochs=1, warmup_epochs=1)
+    values["extract"].update(batchnorm_passes=2)
+    values["hosts"] = {"dr": values["hosts"]["dr"]}
+    values["hosts"]["dr"]["optimiser"].update(epochs=2)
+    values["hosts"]["dr"]["grid"].update(ratio=[0.0, 0.3], seed=[0, 1])
+    for key, value in overrides.items():
+        *parents, last = key.split("__")
+        at = values
+        for part in parents:
+            at = at[part]
+        at[last] = value
+    return values
+
+
+def write_params(path: Path, **overrides) -> Path:
+    path.write_text(yaml.safe_dump(make_params(**overrides), sort_keys=False), encoding="utf-8")
+    return path
+
+
+def environment(**more: str) -> dict[str, str]:
+    """The environment of a child process: our packages importable, one thread."""
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", **more}
+
+
+def h2t(*arguments: Any, cwd: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    """Runs `h2t` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline", *map(str, arguments)],
+        cwd=cwd,
+        env=environment(**more),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )

@@ -1,0 +1,167 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pipeline_builders import make_stack, make_stage2_cache
+
+from pipeline.fusion import channel_ranks, fixed_channels, fuse, replaced_channels
+
+# ratio, channels, floor, round: section 1.1 of the reference facts
+COUNTS = [
+    (0.25, 64, 16, 16),
+    (0.3, 64, 19, 19),
+    (0.4, 64, 25, 26),
+    (0.2, 64, 12, 13),
+    (0.2, 48, 9, 10),
+    (0.35, 48, 16, 17),
+    (0.3, 512, 153, 154),
+    (0.3, 1536, 460, 461),
+    (0.2, 2048, 409, 410),
+    (0.25, 2048, 512, 512),
+    (0.3, 2048, 614, 614),
+    (0.35, 2048, 716, 717),
+    (0.0, 64, 0, 0),
+    (1.0, 64, 64, 64),
+    (0.5, 1, 0, 1),
+    (1.0, 1, 1, 1),
+]
+
+
+@pytest.mark.parametrize(("ratio", "channels", "floor", "rounded"), COUNTS)
+def test_the_replaced_channels_of_the_reference(ratio, channels, floor, rounded):
+    assert replaced_channels(ratio, channels) == floor
+    assert replaced_channels(ratio, channels, "round") == rounded
+
+
+def test_the_product_is_the_floating_point_one():
+    assert replaced_channels(0.29, 100) == 28  # 0.29 * 100 is 28.999...96
+
+
+def slow_fusion(receiver, donor, channels):
+    """The paper's Listing 1, one value at a time."""
+    fused = receiver.clone()
+    for sample in range(receiver.shape[0]):
+        for channel in channels:
+            for y in range(receiver.shape[2]):
+                for x in range(receiver.shape[3]):
+                    fused[sample, channel, y, x] = donor[sample, channel, y, x]
+    return fused
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 5, 1, 1), (3, 8, 2, 3)])
+@pytest.mark.parametrize("ratio", [0.0, 0.2, 0.3, 0.5, 1.0])
+def test_agrees_with_a_slow_reference_and_leaves_its_inputs(shape, ratio):
+    draws = torch.Generator().manual_seed(0)
+    receiver, donor = torch.randn(shape, generator=draws), torch.randn(shape, generator=draws)
+    before = receiver.clone(), donor.clone()
+    ranks = channel_ranks(0, 0, 0, 0, shape[1])
+    count = replaced_channels(ratio, shape[1])
+    mask = torch.from_numpy(ranks < count)
+    fused = fuse(receiver, donor, mask[:, None, None])
+    assert torch.equal(fused, slow_fusion(receiver, donor, np.flatnonzero(ranks < count)))
+    assert torch.equal(receiver, before[0])
+    assert torch.equal(donor, before[1])
+    assert fused.data_ptr() not in (receiver.data_ptr(), donor.data_ptr())
+    changed = (fused != receiver).flatten(2).any(2)  # (samples, channels)
+    assert (changed.sum(1) == count).all()
+    assert (changed == changed[0]).all()  # one set for the whole batch
+
+
+def test_ratio_0_is_the_receiver_and_ratio_1_the_donor():
+    receiver, donor = torch.randn(4, 7, 2, 2), torch.randn(4, 7, 2, 2)
+    ranks = torch.from_numpy(channel_ranks(3, 1, 2, 0, 7))[:, None, None]
+    assert torch.equal(fuse(receiver, donor, ranks < replaced_channels(0.0, 7)), receiver)
+    assert torch.equal(fuse(receiver, donor, ranks < replaced_channels(1.0, 7)), donor)
+
+
+def test_what_is_not_replaced_may_be_anything():
+    receiver = torch.ones(2, 4)
+    donor = torch.full((2, 4), float("nan"))
+    assert torch.equal(fuse(receiver, donor, torch.zeros(4, dtype=torch.bool)), receiver)
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    epoch=st.integers(0, 300),
+    step=st.integers(0, 10**6),
+    channels=st.integers(1, 300),
+    ratios=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+)
+def test_sets_are_permutations_and_nested(seed, epoch, step, channels, ratios):
+    ranks = channel_ranks(seed, epoch, step, 0, channels)
+    assert sorted(ranks) == list(range(channels))
+    small, large = (set(np.flatnonzero(ranks < replaced_channels(r, channels))) for r in sorted(ratios))
+    assert small <= large
+
+
+def test_sets_differ_by_seed_epoch_step_and_expert_and_repeat_for_the_same():
+    base = (0, 0, 0, 0)
+    found = {tuple(channel_ranks(*base, 64))}
+    for place in range(4):
+        other = list(base)
+        other[place] = 1
+        found.add(tuple(channel_ranks(*other, 64)))
+    assert len(found) == 5
+    assert np.array_equal(channel_ranks(*base, 64), channel_ranks(*base, 64))
+
+
+def test_every_channel_is_replaced_equally_often():
+    """Chi-square over 2,000 batches: k of C without replacement, each channel with probability k / C."""
+    batches, channels, count = 2000, 16, 4
+    hits = sum((channel_ranks(0, 0, step, 0, channels) < count).astype(int) for step in range(batches))
+    expected = batches * count / channels
+    # Each hit is Bernoulli; sampling without replacement shrinks the statistic by (C - k) / (C - 1).
+    statistic = ((hits - expected) ** 2 / expected).sum() * (channels - 1) / (channels - count)
+    assert statistic < 55  # chi-square with 15 degrees of freedom exceeds 55 with probability 2e-6
+
+
+@pytest.mark.parametrize(("selection", "expected"), [("first", [0, 1, 2]), ("middle", [3, 4, 5]), ("last", [7, 8, 9])])
+def test_fixed_sets(selection, expected):
+    assert np.flatnonzero(fixed_channels(selection, 3, 10)).tolist() == expected
+    assert fixed_channels(selection, 0, 10).sum() == 0
+    assert fixed_channels(selection, 10, 10).all()
+
+
+def test_masks_of_a_stack(tmp_path):
+    """One set per batch and expert for each seed, nested over ratios, redrawn every batch; fixed sets stay."""
+    ratios = [0.0, 0.2, 0.5, 1.0]
+    heads = [{"ratio": r, "seed": s} for s in (0, 1) for r in ratios]
+    heads += [{"ratio": 0.5, "selection": s} for s in ("first", "middle", "last")]
+    cache = make_stage2_cache(tmp_path / "c", shape=(32, 1, 1), experts=2)
+    stack = make_stack(cache, heads)
+    masks = stack.masks(0, 0).numpy()
+    assert masks.shape == (len(heads), 2, 32)
+    for k, head in enumerate(stack.heads):
+        assert (masks[k].sum(1) == replaced_channels(head.ratio, 32)).all()
+    for first in (0, 4):
+        for k in range(first, first + 3):
+            assert (masks[k] <= masks[k + 1]).all()
+    assert (masks[2, 0] != masks[2, 1]).any()  # experts
+    assert (masks[2] != masks[6]).any()  # seeds
+    later = stack.masks(0, 1).numpy()
+    assert (masks[2] != later[2]).any()
+    assert (stack.masks(1, 0).numpy()[2] != masks[2]).any()
+    assert np.array_equal(later[8:], masks[8:])
+    assert np.array_equal(stack.masks(0, 0).numpy(), masks)
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_a_stacks_input_is_the_slow_fusion_and_the_cache_stays(tmp_path, pooled):
+    heads = [{"ratio": r, "seed": s} for s in (0, 1) for r in (0.0, 0.4, 1.0)]
+    stack = make_stack(make_stage2_cache(tmp_path / "c", experts=2), heads, pooled=pooled)
+    _, _, batch, table = next(stack.feed.steps(1, 0, 1))
+    rows = stack.streams.rows
+    before = table.take(rows).clone()
+    masks = stack.masks(0, 1)
+    fused = stack.fused(batch, table, masks)
+    for k, head in enumerate(stack.heads):
+        place = stack.streams.seeds.index(head.seed)
+        receiver = table.take(batch.receivers[place])
+        donor = table.take(batch.donors[place, 0])
+        for expert in range(2):
+            r, d = (t[expert].reshape(*t[expert].shape[:2], -1, 1) for t in (receiver, donor))
+            slow = slow_fusion(r, d, np.flatnonzero(masks[k, expert].numpy()))
+            assert torch.equal(fused[k, expert].reshape(slow.shape), slow)
+    fused.zero_()
+    assert torch.equal(table.take(rows), before)

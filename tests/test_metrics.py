@@ -1,0 +1,112 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from sklearn.metrics import accuracy_score, confusion_matrix, recall_score
+
+from pipeline.metrics import (
+    BINS,
+    confusion,
+    expected_calibration_error,
+    group_accuracy,
+    over_seeds,
+    per_class_accuracy,
+    softmax_confidence,
+    summary,
+)
+
+
+@given(
+    st.integers(1, 7).flatmap(
+        lambda k: hnp.arrays(np.int64, st.tuples(st.just(2), st.integers(1, 60)), elements=st.integers(0, k - 1))
+    )
+)
+def test_agrees_with_scikit_learn(drawn):
+    labels, guesses = drawn
+    classes = 8
+    counts = confusion(labels, guesses, classes)
+    assert np.array_equal(counts, confusion_matrix(labels, guesses, labels=range(classes)))
+    logits = np.eye(classes)[guesses]
+    found = summary(logits, labels, ["head"] * classes)
+    assert found["top1"] == pytest.approx(100 * accuracy_score(labels, guesses))
+    recall = recall_score(labels, guesses, labels=range(classes), average=None, zero_division=np.nan)
+    assert np.allclose(per_class_accuracy(counts), 100 * recall, equal_nan=True)
+    assert found["head"] == pytest.approx(100 * np.nanmean(recall))
+
+
+def test_one_sample_of_one_class():
+    found = summary(np.array([[3.0]]), np.array([0]), ["tail"])
+    assert found == {"top1": 100.0, "head": None, "medium": None, "tail": 100.0, "ece": 0.0}
+
+
+def test_a_group_is_the_mean_over_its_classes_that_have_samples():
+    accuracy = np.array([100.0, 50.0, np.nan, 0.0])
+    assert group_accuracy(accuracy, ["head", "head", "head", "tail"]) == {"head": 75.0, "medium": None, "tail": 0.0}
+    assert group_accuracy(accuracy, ["head", "head", "tail", None])["tail"] is None
+
+
+def test_of_tied_logits_the_first_class_wins():
+    found = summary(np.zeros((2, 3)), np.array([0, 1]), ["head", "medium", "tail"])
+    assert (found["top1"], found["head"], found["medium"], found["tail"]) == (50.0, 100.0, 0.0, None)
+
+
+@pytest.mark.parametrize(
+    ("confidence", "right", "expected"),
+    [
+        ([1.0], [1], 0.0),
+        ([1.0], [0], 100.0),
+        ([0.8], [1], 20.0),
+        # one bin: |mean right - mean confidence|
+        ([0.81, 0.83, 0.85, 0.82], [1, 1, 0, 0], 100 * abs(0.5 - 0.8275)),
+        # two bins of one: gaps add up weighted, they do not cancel
+        ([0.95, 0.5], [1, 0], 100 * (0.05 + 0.5) / 2),
+        # 0.6 = 9/15 closes bin 9, just above it opens bin 10: opposite gaps stay apart ...
+        ([0.6, 0.6001], [1, 0], 100 * (0.4 + 0.6001) / 2),
+        # ... and would cancel within one bin
+        ([0.6001, 0.6002], [1, 0], 100 * abs(0.5 - 0.60015)),
+        ([0.0], [1], 100.0),
+    ],
+)
+def test_calibration_error_by_hand(confidence, right, expected):
+    found = expected_calibration_error(np.array(confidence), np.array(right, float))
+    assert found == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("edge", range(1, BINS + 1))
+def test_every_edge_belongs_to_the_bin_it_closes(edge):
+    """A sample at edge b/15 shares a bin with one just below it, and with none just above."""
+    at, below, above = edge / BINS, edge / BINS - 1e-4, edge / BINS + 1e-4
+    together = expected_calibration_error(np.array([at, below]), np.array([1.0, 0.0]))
+    assert together == pytest.approx(100 * abs(0.5 - (at + below) / 2), abs=1e-9)
+    if edge < BINS:
+        apart = expected_calibration_error(np.array([at, above]), np.array([1.0, 0.0]))
+        assert apart == pytest.approx(100 * (1 - at + above) / 2, abs=1e-9)
+
+
+@given(hnp.arrays(np.float64, st.integers(1, 80), elements=st.floats(1e-6, 1)), st.integers(0, 2**31))
+def test_calibration_error_agrees_with_digitize(confidence, seed):
+    """The reference codes: `np.digitize(confidence, edges, right=True)`. Points at an edge are the tests above."""
+    confidence = confidence[np.abs(confidence * BINS - np.round(confidence * BINS)) > 1e-9]
+    if not len(confidence):
+        return
+    right = np.random.default_rng(seed).integers(0, 2, len(confidence)).astype(float)
+    place = np.digitize(confidence, np.linspace(0, 1, BINS + 1), right=True)
+    expected = sum(
+        (place == b).mean() * abs(right[place == b].mean() - confidence[place == b].mean()) for b in set(place)
+    )
+    assert expected_calibration_error(confidence, right) == pytest.approx(100 * expected, abs=1e-9)
+
+
+def test_confidence_of_huge_and_equal_logits():
+    found = softmax_confidence(np.array([[1e30, -1e30], [0.0, 0.0], [-1e4, -1e4 - np.log(3)]]))
+    assert np.allclose(found, [1.0, 0.5, 0.75])
+
+
+def test_one_seed_has_no_deviation():
+    assert over_seeds([{"top1": 50.0}]) == {"top1": 50.0, "top1_std": None}
+
+
+def test_mean_and_sample_deviation_over_seeds():
+    found = over_seeds([{"top1": 1.0, "tail": None}, {"top1": 3.0, "tail": None}])
+    assert found == {"top1": 2.0, "top1_std": pytest.approx(2**0.5), "tail": None, "tail_std": None}

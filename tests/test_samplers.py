@@ -1,0 +1,108 @@
+from functools import partial
+
+import numpy as np
+import pytest
+from pipeline_builders import make_index
+from scipy.stats import chisquare
+
+from pipeline import plugins
+from pipeline.seeds import stream
+
+NAMES = plugins.names("samplers")
+LIKELY = 1e-5  # a fair draw falls below this once in 100,000; seeds are fixed, so a test that passes once always does
+
+
+def drawn(name, index, epoch=0, step=0, size=8, seed=0):
+    return plugins.load("samplers", name).draw(index, partial(stream, seed, name), epoch, step, size)
+
+
+def epoch_of(name, index, epoch=0, size=8, seed=0):
+    """An epoch's draws as `pipeline.streams` makes them: whole batches, cut where the epoch ends."""
+    steps = -(-index.samples // size)
+    return np.concatenate([drawn(name, index, epoch, s, size, seed) for s in range(steps)])[: index.samples]
+
+
+def labels_of(index, positions):
+    return np.searchsorted(index.starts, positions, side="right") - 1
+
+
+def test_there_are_samplers():
+    assert {"balanced", "instance", "reverse"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("counts", [(1,), (1, 1), (7,), (5, 3, 1), (100, 10, 1)])
+def test_positions_are_in_range_and_int64(name, counts):
+    index = make_index(counts)
+    found = epoch_of(name, index)
+    assert found.dtype == np.int64
+    assert found.shape == (index.samples,)
+    assert found.min() >= 0
+    assert found.max() < index.samples
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_needs_no_step_before_it(name):
+    index = make_index((40, 20, 3))
+    in_order = [drawn(name, index, e, s) for e in range(3) for s in range(7)]
+    assert np.array_equal(drawn(name, index, 2, 4), in_order[2 * 7 + 4])
+    assert np.array_equal(drawn(name, index, 0, 0), in_order[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_epochs_steps_and_seeds_differ(name):
+    index = make_index((400, 200, 30))
+    base = drawn(name, index, size=64)
+    for other in ({"epoch": 1}, {"step": 1}, {"seed": 1}):
+        assert not np.array_equal(drawn(name, index, size=64, **other), base)
+
+
+@pytest.mark.parametrize(("counts", "size"), [((1,), 4), ((5, 3, 1), 4), ((5, 3, 1), 3), ((5, 3, 1), 100)])
+def test_instance_draws_a_permutation_each_epoch(counts, size):
+    index = make_index(counts)
+    orders = [epoch_of("instance", index, epoch, size) for epoch in range(5)]
+    for order in orders:
+        assert sorted(order) == list(range(index.samples))
+    if index.samples > 5:
+        assert len({tuple(o) for o in orders}) == 5
+
+
+def test_instance_gives_the_same_order_for_every_batch_size():
+    index = make_index((50, 9))
+    assert np.array_equal(epoch_of("instance", index, size=7), epoch_of("instance", index, size=32))
+
+
+def test_balanced_classes_are_uniform_and_samples_uniform_within():
+    index = make_index((500, 60, 20, 5, 1))
+    positions = np.concatenate([epoch_of("balanced", index, e, 64) for e in range(60)])
+    labels = labels_of(index, positions)
+    assert chisquare(np.bincount(labels, minlength=5)).pvalue > LIKELY
+    for j in range(4):
+        inside = positions[labels == j] - index.starts[j]
+        assert chisquare(np.bincount(inside, minlength=index.counts[j])).pvalue > LIKELY
+
+
+def test_balanced_draws_with_replacement_and_without_memory():
+    index = make_index((500, 60, 20, 5))
+    labels = labels_of(index, np.concatenate([epoch_of("balanced", index, e, 64) for e in range(60)]))
+    pairs = np.bincount(labels[:-1] * 4 + labels[1:], minlength=16)  # a class follows each class equally often
+    assert chisquare(pairs).pvalue > LIKELY
+
+
+def test_reverse_classes_follow_one_over_their_count():
+    index = make_index((500, 60, 20, 5))
+    positions = np.concatenate([epoch_of("reverse", index, e, 64) for e in range(60)])
+    labels = labels_of(index, positions)
+    share = (1 / index.counts) / (1 / index.counts).sum()
+    assert chisquare(np.bincount(labels, minlength=4), share * len(labels)).pvalue > LIKELY
+    inside = positions[labels == 2] - index.starts[2]
+    assert chisquare(np.bincount(inside, minlength=20)).pvalue > LIKELY
+
+
+@pytest.mark.parametrize("name", ["balanced", "reverse"])
+def test_these_checks_refuse_another_law(name):
+    """The same chi-square tells instance-wise draws from balanced and reverse ones."""
+    index = make_index((500, 60, 20, 5))
+    labels = labels_of(index, epoch_of("instance", index))
+    share = np.full(4, 0.25) if name == "balanced" else (1 / index.counts) / (1 / index.counts).sum()
+    assert chisquare(np.bincount(labels, minlength=4), share * len(labels)).pvalue < LIKELY

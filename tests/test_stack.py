@@ -1,0 +1,166 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from pipeline_builders import distance, make_optimiser, make_stack, make_stage1_head, make_stage2_cache, trained
+from torch.nn import functional as F
+
+from pipeline.fusion import replaced_channels
+
+GRID = [
+    {"ratio": r, "donor": d, "selection": s, "seed": seed}
+    for r in (0.0, 0.3, 1.0)
+    for d in ("instance", "balanced")
+    for s in ("random", "first", "middle", "last")
+    for seed in (0, 3)
+]
+DONORS = {"instance": "instance", "balanced": "balanced"}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stack") / "c"
+    return make_stage2_cache(folder, counts=(30, 12, 3), shape=(20, 3, 3), views=(1, 1, 2))
+
+
+def test_the_learning_rates_of_the_reference():
+    expected = [0.02, 0.01951, 0.01809, 0.01588, 0.01309, 0.01, 0.00691, 0.00412, 0.00191, 0.00049]
+    optimiser = make_optimiser(epochs=10, lr=0.02)
+    assert [round(optimiser.rate(e), 5) for e in range(10)] == expected
+    assert make_optimiser(epochs=1, lr=0.5).rate(0) == 0.5
+    assert min(make_optimiser(epochs=200).rate(e) for e in range(200)) > 0
+
+
+@pytest.mark.parametrize("experts", [1, 2])
+@pytest.mark.parametrize("pooled", [True, False])
+def test_a_head_of_a_stack_is_the_head_trained_alone_float32(tmp_path, cache, experts, pooled):
+    if experts == 2:
+        cache = make_stage2_cache(tmp_path / "c", counts=(30, 12, 3), shape=(20, 3, 3), experts=2)
+    together, losses = trained(make_stack(cache, GRID, donors=DONORS, pooled=pooled, batch_size=8), lr=0.2)
+    assert all(torch.isfinite(x).all() for x in losses)
+    for k in range(0, len(GRID), 5):
+        alone, lost = trained(
+            make_stack(cache, [GRID[k]], donors={GRID[k]["donor"]: GRID[k]["donor"]}, pooled=pooled, batch_size=8),
+            lr=0.2,
+        )
+        for name in alone:
+            assert distance(together[name][k], alone[name][0]) <= 1e-5
+        assert torch.allclose(torch.stack(losses)[:, k], torch.stack(lost)[:, 0], rtol=1e-4)
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_a_head_of_a_stack_is_the_head_trained_alone_float64(cache, pooled):
+    options = {"pooled": pooled, "dtype": torch.float64, "batch_size": 8}
+    together, _ = trained(make_stack(cache, GRID, donors=DONORS, **options), lr=0.2, epochs=3)
+    for k in range(0, len(GRID), 7):
+        donor = GRID[k]["donor"]
+        alone, _ = trained(make_stack(cache, [GRID[k]], donors={donor: donor}, **options), lr=0.2, epochs=3)
+        for name in alone:
+            assert alone[name].dtype == torch.float64
+            assert float((together[name][k] - alone[name][0]).abs().max()) <= 1e-9
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-9)])
+def test_pooling_first_or_last_gives_the_same_heads(tmp_path, dtype, bound):
+    # Stored as float64 features only on the map path, so maps whose means float32 holds exactly are compared.
+    def quarters(maps, rows):
+        maps[0][:] = np.round(maps[0] * 4) / 4
+
+    folder = make_stage2_cache(tmp_path / "c", counts=(30, 12, 3), shape=(20, 2, 2), change=quarters)
+    on_maps, _ = trained(make_stack(folder, GRID, donors=DONORS, pooled=False, dtype=dtype, batch_size=8), lr=0.2)
+    on_vectors, _ = trained(make_stack(folder, GRID, donors=DONORS, pooled=True, dtype=dtype, batch_size=8), lr=0.2)
+    for name in on_maps:
+        for k in range(len(GRID)):
+            assert distance(on_maps[name][k], on_vectors[name][k]) <= bound
+
+
+def test_ratio_0_needs_no_donor_at_all(tmp_path):
+    """Heads at ratio 0 do not change by one bit when the donors' maps are replaced; others do."""
+    counts = {"counts": (12, 5, 2), "shape": (8, 2, 2)}
+    plain = make_stage2_cache(tmp_path / "a", **counts)
+
+    def noise(maps, rows):
+        maps[0][np.array(rows["statistics"]) == "instance"] = 7.5
+
+    other = make_stage2_cache(tmp_path / "b", change=noise, **counts)
+    heads = [{"ratio": 0.0}, {"ratio": 0.5}]
+    first, _ = trained(make_stack(plain, heads))
+    second, _ = trained(make_stack(other, heads))
+    alone, _ = trained(make_stack(plain, [{"ratio": 0.0}]))
+    for name in first:
+        assert torch.equal(first[name][0], second[name][0])
+        assert not torch.equal(first[name][1], second[name][1])
+        assert distance(first[name][0], alone[name][0]) <= 1e-5
+
+
+def test_heads_of_one_seed_share_batches_and_heads_of_other_seeds_do_not(cache):
+    state, _ = trained(
+        make_stack(cache, [{"ratio": 0.0, "donor": d, "seed": s} for d in DONORS for s in (0, 1)], donors=DONORS)
+    )
+    assert torch.equal(state["weight"][0], state["weight"][2])
+    assert not torch.equal(state["weight"][0], state["weight"][1])
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_one_step_at_a_time_against_a_slow_loop(cache, pooled):
+    """SGD by hand: momentum 0.9, weight decay on every parameter, the rate of the epoch, the mean loss of the batch."""
+    setting = {"ratio": 0.35, "seed": 2}
+    stack = make_stack(cache, [setting], pooled=pooled, batch_size=8, dtype=torch.float64)
+    stage1 = make_stage1_head(3, 20)
+    weight = stage1.state["weight"][0].double()
+    bias = stage1.state["bias"][0].double()
+    speed = [torch.zeros_like(weight), torch.zeros_like(bias)]
+    count = replaced_channels(0.35, 20)
+    expected_losses = []
+    for epoch in range(3):
+        rate = 0.5 * 0.1 * (1 + math.cos(math.pi * epoch / 3))
+        total = 0.0
+        for at in stack.feed.steps(epoch + 1, epoch, 0):
+            receiver = at.table.take(at.batch.receivers[0])[0]
+            donor = at.table.take(at.batch.donors[0, 0])[0]
+            mask = stack.masks(epoch, at.step)[0, 0]
+            assert int(mask.sum()) == count
+            x = receiver.clone()
+            x[:, mask] = donor[:, mask]
+            features = x if pooled else x.mean((2, 3))
+            w, b = weight.clone().requires_grad_(), bias.clone().requires_grad_()
+            loss = F.cross_entropy(features @ w.T + b, torch.from_numpy(at.batch.labels[0]))
+            total += loss.item() * len(features)
+            for i, (value, leaf) in enumerate(zip((weight, bias), torch.autograd.grad(loss, (w, b)), strict=True)):
+                speed[i] = 0.9 * speed[i] + leaf + 5e-4 * value
+                value -= rate * speed[i]
+        expected_losses.append(total / stack.streams.samples)
+    state, losses = trained(stack, epochs=3, lr=0.1)
+    assert distance(state["weight"][0, 0], weight) < 1e-12
+    assert distance(state["bias"][0, 0], bias) < 1e-12
+    assert torch.allclose(torch.stack(losses)[:, 0], torch.tensor(expected_losses, dtype=torch.float64))
+
+
+def test_degenerate_sizes(tmp_path):
+    """One class, one sample, one channel, one pixel; a batch larger than the epoch."""
+    folder = make_stage2_cache(tmp_path / "c", counts=(1,), shape=(1, 1, 1))
+    state, losses = trained(make_stack(folder, [{"ratio": r} for r in (0.0, 0.5, 1.0)], batch_size=128))
+    assert state["weight"].shape == (3, 1, 1, 1)
+    assert all(torch.isfinite(x).all() for x in losses)
+
+
+def test_warm_start_copies_the_stage_one_head_and_leaves_it(cache):
+    stage1 = make_stage1_head(3, 20)
+    before = {k: t.clone() for k, t in stage1.state.items()}
+    stack = make_stack(cache, [{}, {"seed": 1}], stage1=stage1)
+    for name, tensor in stack.state.items():
+        assert torch.equal(tensor[0], before[name])
+        assert torch.equal(tensor[1], before[name])
+    trained(stack)
+    for name in before:
+        assert torch.equal(stage1.state[name], before[name])
+        assert not torch.equal(stack.state[name][0], before[name])
+
+
+def test_training_leaves_the_features_as_they_are(cache):
+    stack = make_stack(cache, GRID, donors=DONORS, pooled=False)
+    table = next(stack.feed.steps(1)).table
+    before = table.take(stack.streams.rows).clone()
+    trained(stack)
+    assert torch.equal(table.take(stack.streams.rows), before)

@@ -16,9 +16,9 @@ SECONDS = 30.0  # between saves; a run shorter than this saves nothing
 class Checkpoint:
     """The saved step of one training run: parameters, momenta and losses, valid for one `token` only."""
 
-    def __init__(self, out: Path, token: str, seconds: float = SECONDS) -> None:
+    def __init__(self, out: Path, token: str, seconds: float = SECONDS, part: int = 0) -> None:
         self.folder = out.parent / f".{out.name}.training"
-        self.path = self.folder / "state.safetensors"
+        self.path = self.folder / f"state-{part}.safetensors"
         self.token = token
         self.seconds = seconds
         self._saved = time.monotonic()

@@ -22,7 +22,7 @@ def to_tensor(maps: np.ndarray, dtype: str) -> torch.Tensor:
 class FeatureReader:
     """Reads features of rows: maps as stored or, with `pooling` (channel-wise, without parameters), pooled to float32.
 
-    Pooling as they are read leaves (C,) floats a row and expert in place of (C, H, W).
+    Pooling as they are read leaves (C,) floats a row and expert in place of (C, H, W); (C, M) for M numbers a channel.
     """
 
     def __init__(self, cache: Cache, pooling: Pooling | None, meter: Meter | None = None) -> None:
@@ -30,7 +30,8 @@ class FeatureReader:
         self.pooling = pooling
         self.meter = meter or Meter()
         channels, height, width = cache.spec.maps[0]
-        self.shape = (channels,) if pooling else (channels, height, width)
+        one = torch.zeros(1, channels, height, width)
+        self.shape = tuple((pooling(one) if pooling else one).shape[1:])
         stored = to_tensor(np.empty(0, cache.spec.stored_dtype), cache.spec.dtype).dtype
         self.dtype = torch.float32 if pooling else stored
 

@@ -34,7 +34,13 @@ def head_parts(parts: HeadParts, context: Context) -> tuple[Any, Any]:
     hosts, pools = plugins.load("hosts", parts.host), plugins.load("pools", parts.pool)
     loss = build(hosts.Loss, f"{parts.where}.loss", parts.loss)
     options = build(pools.Options, f"{parts.where}.pool_options", parts.pool_options)
-    return hosts.Host(loss, parts.classifier, parts.scale, context), pools.Pool(options, context.channels)
+    host, pool = hosts.Host(loss, parts.classifier, parts.scale, context), pools.Pool(options, context.channels)
+    if getattr(pool, "numbers", 1) != host.numbers:
+        raise UserError(
+            f"{parts.where}.pool: host {parts.host} needs {host.numbers} numbers a channel, pool {parts.pool} gives "
+            f"{getattr(pool, 'numbers', 1)}; use pool: {'moments' if host.numbers == 2 else 'gap'}"
+        )
+    return host, pool
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,8 @@ class Heads:
 
     @property
     def context(self) -> Context:
-        return Context(torch.tensor(self.about["counts"]), self.about["channels"], self.about["experts"])
+        counts, *rest = (self.about[f.name] for f in fields(Context))
+        return Context(torch.tensor(counts), *rest)
 
 
 def load_heads(folder: Path) -> Heads:

@@ -39,6 +39,8 @@ class Host:
 
     #: The sampler of the training batches' receivers.
     receiver = "balanced"
+    #: Numbers per channel that its features have: 1, or the 2 of pool `moments` as (E, B, D, 2).
+    numbers = 1
 
     def __init__(self, classifier: str, scale: float, context: Context) -> None:
         self.classifier = classifier

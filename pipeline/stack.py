@@ -50,6 +50,24 @@ class Optimiser:
         return 0.5 * self.lr * (1 + math.cos(math.pi * epoch / self.epochs))
 
 
+def parts_of(heads: Sequence[HeadSetting], head_bytes: int, budget: int) -> list[list[HeadSetting]]:
+    """`heads` in order, in the fewest parts of about equal size whose working memory fits `budget`, at least one each.
+
+    Heads do not see each other, so training part by part gives the same heads.
+    """
+    count = -(-len(heads) * head_bytes // max(budget, 1))
+    size = max(1, -(-len(heads) // count))
+    while size > 1 and size * head_bytes > budget:
+        size -= 1
+    return [list(heads[i : i + size]) for i in range(0, len(heads), size)]
+
+
+def head_bytes(feed: Feed, classes: int, parameters: int) -> int:
+    """About how many bytes one head needs during a step: its input four times, its logits six, its parameters four."""
+    rows = feed.experts * feed.streams.batch_size
+    return 4 * (4 * rows * math.prod(feed.shape) + 6 * rows * classes + 4 * parameters)
+
+
 class Stack:
     """K heads of one host. `state` holds their parameters, name -> (K, ...)."""
 

@@ -75,8 +75,11 @@ class Streams:
         donor_statistics: Mapping[str, str],
         seeds: Sequence[int],
         batch_size: int,
+        *,
+        receiver: str = RECEIVER,
     ) -> None:
         self.seeds = list(seeds)
+        self._receiver = receiver
         self.donors = list(donor_statistics)
         self.batch_size = batch_size
         self.receivers = sample_rows(rows, "train", receiver_statistics)
@@ -95,7 +98,9 @@ class Streams:
     def batch(self, epoch: int, step: int) -> Batch:
         """The rows of `step` (0 to `steps`, exclusive) of `epoch`."""
         size = min(self.batch_size, self.samples - step * self.batch_size)
-        picked = [self._draw(seed, "receiver", RECEIVER, self.receivers, epoch, step, size) for seed in self.seeds]
+        picked = [
+            self._draw(seed, "receiver", self._receiver, self.receivers, epoch, step, size) for seed in self.seeds
+        ]
         receivers = np.stack([rows for rows, _ in picked])
         labels = np.stack([self.receivers.labels[positions] for _, positions in picked])
         donors = [

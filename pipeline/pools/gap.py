@@ -19,6 +19,7 @@ class Pool:
     """Nothing is trained."""
 
     commutes = True
+    linear = True
 
     def __init__(self, options: Options, channels: int) -> None:
         self.channels = channels

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from torch.func import vmap
@@ -73,7 +74,8 @@ def run(
     table = heads.table.to_pylist()
     recipe_statistics = heads.about["evaluate"]
     # Under branch-wise statistics DR as published is trained and evaluated under balanced ones alone: an extra line.
-    lines = [recipe_statistics, heads.about["receiver"]]
+    stored = set(cache.rows.filter(pc.field("split") == "test")["statistics"].to_pylist())
+    lines = [recipe_statistics, *({heads.about["receiver"]} & stored)]
     found = {
         (split, statistics): _evaluate_heads(cache, heads, split, statistics, device)
         for split in splits
@@ -186,7 +188,7 @@ def _evaluate_heads(cache: Cache, heads: Heads, split: str, statistics: str, dev
 
     def one(head: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         own = {k: t for k, t in head.items() if not k.startswith(POOL)}
-        if x.dim() > 3:
+        if pooling is None:
             x = pool({k.removeprefix(POOL): t for k, t in head.items() if k.startswith(POOL)}, x)
         result: torch.Tensor = host.logits(own, x)
         return result

@@ -12,25 +12,25 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
 from cache.reader import Cache
+from pipeline import plugins
 from pipeline.batchnorm import RECIPES
 from pipeline.checkpoint import Checkpoint
 from pipeline.checkpoints import save_weights
 from pipeline.errors import UserError
 from pipeline.features import FeatureReader
-from pipeline.fusion import Rounding, Selection
+from pipeline.fusion import Rounding, Selection, replaced_channels
 from pipeline.heads import HeadParts, head_parts
-from pipeline.host import Context
-from pipeline.network import backbone_digest, load_head
+from pipeline.host import Context, FittedHost
+from pipeline.network import StageOneHead, backbone_digest, load_head
 from pipeline.outputs import fresh_directory
 from pipeline.params import DISTINCT, Count, NonNegative, Positive, Ratio, Section, Seed, plugin
 from pipeline.residency import Feed, available_memory, choose_tier
-from pipeline.stack import HeadSetting, Optimiser, Stack
+from pipeline.stack import POOL, HeadSetting, Optimiser, Stack, head_bytes, parts_of
 from pipeline.streams import Streams
 
 
@@ -54,7 +54,11 @@ class Grid(Section):
 
 
 class Params(Section):
-    """An entry of section `hosts`."""
+    """An entry of section `hosts`.
+
+    `scale` of the logits: by default that of stage I, if the classifier is of its kind, else 1. `experts`, where it is
+    given, is what the cache must have. Hosts that are fitted have neither `optimiser` nor `grid`.
+    """
 
     host: Annotated[str, plugin("hosts")]
     backbone: str
@@ -62,7 +66,8 @@ class Params(Section):
     pool: Annotated[str, plugin("pools")] = "gap"
     pool_options: dict[str, Any] = {}
     classifier: Literal["linear", "cosine"] = "linear"
-    scale: Positive = 1.0
+    scale: Positive | None = None
+    experts: Count | None = None
     loss: dict[str, Any] = {}
     rounding: Rounding = "floor"
     optimiser: OptimiserParams = OptimiserParams()
@@ -72,11 +77,13 @@ class Params(Section):
 class Residency(Section):
     """Section `train_classifier`: where features live while heads train. It changes no result.
 
-    `memory_bytes`: the budget for features in host memory; null is half of what is available.
+    `memory_bytes`: the budget for features in host memory; null is half of what is available. `stack_bytes`: the budget
+    of a training step; a stack that needs more is trained in parts.
     """
 
     residency: Literal["auto", "device", "memory", "stream"] = "auto"
     memory_bytes: Count | None = None
+    stack_bytes: Count = 2 * 1024**3
     pooled: bool = True
 
 
@@ -86,12 +93,23 @@ class Summary:
 
     heads: int
     steps: int
-    residency: str
-    stall: float
-    bytes_read: int
-    bytes_used: int
-    hit_rate: float | None
-    expected_hit_rate: float | None
+    residency: str = "memory"
+    stall: float = 0.0
+    bytes_read: int = 0
+    bytes_used: int = 0
+    hit_rate: float | None = None
+    expected_hit_rate: float | None = None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The heads' parameters, name -> (K, ...), and a line per head and epoch."""
+
+    state: dict[str, torch.Tensor]
+    history: pa.Table
+
+
+HISTORY = pa.schema([("number", pa.int64()), ("epoch", pa.int64()), ("lr", pa.float64()), ("loss", pa.float64())])
 
 
 def heads_of(grid: Grid) -> list[HeadSetting]:
@@ -127,58 +145,40 @@ def run(
     check_backbone(cache, backbone_dir)
     stage1 = load_head(backbone_dir)
     recipe = RECIPES[params.batchnorm]
-    grid = params.grid
-    heads = heads_of(grid)
+    kind = plugins.load("hosts", params.host).Host
+    fitted = issubclass(kind, FittedHost)
+    _check_grid(params, name, cache, fitted)
+    heads = [HeadSetting(0.0, "instance", "random", 0)] if fitted else heads_of(params.grid)
     streams = Streams(
         cache.rows,
         cache.spec.provenance["classes"],
-        recipe.receiver,
-        {donor: recipe.donors[donor] for donor in grid.donor},
-        grid.seed,
+        recipe.donors[kind.receiver],
+        {} if fitted else {donor: recipe.donors[donor] for donor in params.grid.donor},
+        [0] if fitted else params.grid.seed,
         params.optimiser.batch_size,
+        receiver=kind.receiver,
     )
-    shapes = set(cache.spec.maps)
-    if len(shapes) > 1:
-        raise UserError(f"{cache.files}: experts of one shape are needed; got {sorted(shapes)}")
-    context = Context(torch.from_numpy(streams.index.counts), cache.spec.maps[0][0], cache.experts)
+    channels, height, width = cache.spec.maps[0]
+    context = Context(torch.from_numpy(streams.index.counts), channels, cache.experts, height * width)
+    _check_cache(cache, context, kind.numbers)
+    same = stage1.classifier == params.classifier
     parts = HeadParts(
         host=params.host,
         loss=params.loss,
         classifier=params.classifier,
-        scale=params.scale,
+        scale=params.scale or (stage1.scale if same else 1.0),
         pool=params.pool,
         pool_options=params.pool_options,
         where=f"hosts.{name}",
     )
     host, pool = head_parts(parts, context)
-    pooling = (lambda maps: pool({}, maps)) if pool.commutes and residency.pooled else None
-    feed = _feed(streams, FeatureReader(cache, pooling), residency, device, say)
-    stack = Stack(host, pool, heads, feed, rounding=params.rounding)
-    stack.start(stage1)
-
-    history: dict[str, list[Any]] = {"number": [], "epoch": [], "lr": [], "loss": []}
-    settings = Optimiser(
-        epochs=params.optimiser.epochs,
-        lr=params.optimiser.lr,
-        momentum=params.optimiser.momentum,
-        weight_decay=params.optimiser.weight_decay,
-    )
-
-    def report(epoch: int, losses: torch.Tensor) -> None:
-        history["number"] += range(len(heads))
-        history["epoch"] += [epoch] * len(heads)
-        history["lr"] += [settings.rate(epoch)] * len(heads)
-        history["loss"] += losses.tolist()
-
-    token = sha256(f"{cache.spec.fingerprint} {backbone_digest(backbone_dir)} {params.model_dump_json()}".encode())
-    save = Checkpoint(out, token.hexdigest())
-    stack.train(settings, name, report, save)
-    _check_finite(stack, heads, name)
-
+    exact = pool.commutes and (getattr(pool, "linear", False) or "mixup" not in params.grid.selection)
+    pooling = (lambda maps: pool({}, maps)) if exact and (residency.pooled or fitted) else None
+    reader = FeatureReader(cache, pooling)
     about = {
         **asdict(parts),
         "batchnorm": params.batchnorm,
-        "receiver": recipe.receiver,
+        "receiver": recipe.donors[kind.receiver],
         "evaluate": recipe.evaluate,
         "rounding": params.rounding,
         "cache": cache.spec.fingerprint,
@@ -186,25 +186,134 @@ def run(
         "counts": streams.index.counts.tolist(),
         "channels": context.channels,
         "experts": context.experts,
+        "pixels": context.pixels,
     }
+    if fitted:
+        trained, summary = _fit(host, pool, stage1, streams, reader, device), Summary(1, 0)
+    else:
+        feed = _feed(streams, reader, residency, device, say)
+        token = f"{cache.spec.fingerprint} {about['backbone']} {params.model_dump_json()}"
+        trained = _train(params, residency, name, host, pool, heads, feed, stage1, Path(out), token, say)
+        summary = _summary(len(heads), params.optimiser.epochs * streams.steps, feed)
+        say(f"{name}: {_cost(feed)}")
+    _check_finite(trained.state, heads, name)
+    replaced = [replaced_channels(h.ratio, channels, params.rounding) for h in heads]
     table = pa.table({k: [asdict(h)[k] for h in heads] for k in ("ratio", "donor", "selection", "seed")})
     table = table.add_column(0, "number", pa.array(range(len(heads)), pa.int64()))
-    table = table.append_column("replaced", pa.array(stack.replaced.tolist(), pa.int64()))
+    table = table.append_column("replaced", pa.array(replaced, pa.int64()))
     with fresh_directory(out) as into:
-        save_weights(into / "heads.safetensors", stack.state, {"host": params.host})
+        save_weights(into / "heads.safetensors", trained.state, {"host": params.host})
         pq.write_table(
             table.replace_schema_metadata({"h2t": json.dumps(about, sort_keys=True)}), into / "heads.parquet"
         )
-        pq.write_table(pa.table(history), into / "history.parquet")
-    final = np.array(history["loss"][-len(heads) :])
-    losses = f"final loss {final.min():.3f} to {final.max():.3f}"
-    say(f"{name}: {len(heads)} heads, {params.optimiser.epochs} epochs, {losses}")
-    save.clear()
+        pq.write_table(trained.history, into / "history.parquet")
+    Checkpoint(out, "").clear()
+    say(f"{name}: " + ("fitted" if fitted else _outcome(trained.history, params.optimiser.epochs, len(heads))))
+    return summary
+
+
+def _check_grid(params: Params, name: str, cache: Cache, fitted: bool) -> None:
+    """Raises UserError for a grid that this host or this cache cannot have."""
+    where = f"hosts.{name}"
+    for key in ("grid", "optimiser"):
+        if fitted and key in params.model_fields_set:
+            raise UserError(f"{where}.{key}: {params.host} is fitted at once, it is not trained; remove the key")
+    if params.experts not in (None, cache.experts):
+        raise UserError(
+            f"{where}.experts: asks for {params.experts}, the cache of backbone {params.backbone} has {cache.experts}; "
+            f"set backbones.{params.backbone}.options.experts and extract again"
+        )
+    channels = cache.spec.maps[0][0]
+    for i, ratio in enumerate(params.grid.ratio):
+        if ratio and not fitted and not replaced_channels(ratio, channels, params.rounding):
+            raise UserError(
+                f"{where}.grid.ratio[{i}]: {ratio:g} of {channels} channels replaces none of them; "
+                f"use 0 or at least {1 / channels:.3g}"
+            )
+
+
+def _check_cache(cache: Cache, context: Context, numbers: int) -> None:
+    """Raises UserError for a cache whose maps or classes do not suit."""
+    if len(set(cache.spec.maps)) > 1:
+        raise UserError(f"{cache.files}: experts of one shape are needed; got {sorted(set(cache.spec.maps))}")
+    recorded = cache.spec.provenance.get("counts", context.counts.tolist())
+    if list(recorded) != context.counts.tolist():
+        raise UserError(
+            f"{cache.files}: its rows have {context.counts.tolist()} training samples per class, "
+            f"its record says {list(recorded)}; extract again"
+        )
+    if numbers > 1 and "pool" in cache.spec.fingerprint_inputs:
+        raise UserError(f"{cache.files}: is pooled already, this host needs whole maps; use the cache it was made from")
+
+
+def _fit(
+    host: Any, pool: Any, stage1: StageOneHead, streams: Streams, reader: FeatureReader, device: torch.device
+) -> Trained:
+    """The one head of a host that is not trained, from the unaugmented view of every training sample."""
+    features = reader.read(streams.receivers.first).to(device, torch.float32)
+    own = pool.initial()
+    if reader.pooling is None:
+        features = pool({k: t.to(device) for k, t in own.items()}, features)
+    labels = torch.from_numpy(streams.receivers.labels).to(device)
+    state = {**host.fit(features, labels, stage1), **{POOL + k: t for k, t in own.items()}}
+    history = pa.table({"number": [], "epoch": [], "lr": [], "loss": []}, schema=HISTORY)
+    return Trained({k: t.to(torch.float32)[None] for k, t in state.items()}, history)
+
+
+def _train(
+    params: Params,
+    residency: Residency,
+    name: str,
+    host: Any,
+    pool: Any,
+    heads: list[HeadSetting],
+    feed: Feed,
+    stage1: StageOneHead,
+    out: Path,
+    token: str,
+    say: Callable[[str], None],
+) -> Trained:
+    """All heads by gradient descent, in as many parts as the memory for a step asks for."""
+    optimiser = params.optimiser
+    settings = Optimiser(optimiser.epochs, optimiser.lr, optimiser.momentum, optimiser.weight_decay)
+    size = sum(t.numel() for t in stage1.state.values())
+    parts = parts_of(heads, head_bytes(feed, len(host.context.counts), size), residency.stack_bytes)
+    if len(parts) > 1:
+        say(f"{name}: {len(heads)} heads in {len(parts)} parts, to stay below {residency.stack_bytes / 1e9:.2g} GB")
+    states: list[dict[str, torch.Tensor]] = []
+    history: list[dict[str, float]] = []
+    done = 0
+    for number, part in enumerate(parts):
+        stack = Stack(host, pool, part, feed, rounding=params.rounding)
+        stack.start(stage1)
+        numbers = list(range(done, done + len(part)))
+        done += len(part)
+
+        def report(epoch: int, losses: torch.Tensor, numbers: list[int] = numbers) -> None:
+            rate = settings.rate(epoch)
+            history.extend(
+                {"number": n, "epoch": epoch, "lr": rate, "loss": loss}
+                for n, loss in zip(numbers, losses.tolist(), strict=True)
+            )
+
+        key = sha256(f"{token} part {number} of {len(parts)}".encode()).hexdigest()
+        stack.train(settings, name, report, Checkpoint(out, key, part=number))
+        states.append({k: t.detach() for k, t in stack.state.items()})
+    state = {k: torch.cat([s[k] for s in states]) for k in states[0]}
+    table = pa.Table.from_pylist(history, HISTORY).sort_by([("epoch", "ascending"), ("number", "ascending")])
+    return Trained(state, table)
+
+
+def _outcome(history: pa.Table, epochs: int, heads: int) -> str:
+    final = history["loss"].to_numpy()[-heads:]
+    return f"{heads} heads, {epochs} epochs, final loss {final.min():.3f} to {final.max():.3f}"
+
+
+def _summary(heads: int, steps: int, feed: Feed) -> Summary:
     meter = feed.meter
-    say(f"{name}: {_cost(feed)}")
     return Summary(
-        heads=len(heads),
-        steps=params.optimiser.epochs * streams.steps,
+        heads=heads,
+        steps=steps,
         residency=feed.choice.tier,
         stall=meter.stall,
         bytes_read=meter.bytes_read,
@@ -234,8 +343,8 @@ def _cost(feed: Feed) -> str:
     return f"{text}, waited {100 * meter.stall:.0f} % of the time, {rate}"
 
 
-def _check_finite(stack: Stack, heads: list[HeadSetting], name: str) -> None:
-    for key, tensor in stack.state.items():
+def _check_finite(state: dict[str, torch.Tensor], heads: list[HeadSetting], name: str) -> None:
+    for key, tensor in state.items():
         finite = torch.isfinite(tensor).flatten(1).all(1)
         if not finite.all():
             worst = heads[int((~finite).nonzero()[0])]

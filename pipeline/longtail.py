@@ -1,0 +1,46 @@
+"""Formulas that losses of both stages share: margins, weights and priors from the training counts of the classes.
+
+`counts` (K,) are training samples per class, in float.
+"""
+
+import torch
+
+
+def ldam_margins(counts: torch.Tensor, largest: float = 0.5) -> torch.Tensor:
+    """m_j = largest n_j^(-1/4) / max_l n_l^(-1/4), (K,) (Cao et al., "LDAM", NeurIPS 2019, section 3.2)."""
+    margins = counts.double() ** -0.25
+    return largest * margins / margins.max()
+
+
+def effective_weights(counts: torch.Tensor, beta: float) -> torch.Tensor:
+    """Weights proportional to (1 - beta) / (1 - beta^n_j) with mean 1, (K,) (Cui et al., CVPR 2019)."""
+    weights = (1 - beta) / (1 - beta ** counts.double())
+    return weights * len(counts) / weights.sum()
+
+
+def log_prior(counts: torch.Tensor) -> torch.Tensor:
+    """log(n_j / N), (K,)."""
+    return (counts.double() / counts.sum()).log()
+
+
+def cloud_sizes(counts: torch.Tensor) -> torch.Tensor:
+    """delta_j = (log n_max - log n_j) / (log n_max - log n_min) in [0, 1], (K,); 0 for equal counts (GCL, below)."""
+    logs = counts.double().log()
+    return (logs.max() - logs) / (logs.max() - logs.min()).clamp_min(1e-12)
+
+
+def clouded(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    noise: torch.Tensor,
+    clouds: torch.Tensor,
+    amplitude: float,
+    margin: float,
+) -> torch.Tensor:
+    """GCL's logits (B, K) from cosines: cos_ij - amplitude |e_ij| delta_j, and the true class less `margin`.
+
+    `noise` e (B, K): normal with standard deviation 1/3, clamped to [-1, 1]. Source: Li et al., "Long-tailed Visual
+    Recognition via Gaussian Clouded Logit Adjustment", CVPR 2022, section 3.
+    """
+    own = torch.nn.functional.one_hot(labels, logits.shape[-1]).to(logits.dtype)
+    return logits - amplitude * noise.abs() * clouds - margin * own

@@ -1,0 +1,39 @@
+"""Generalised mean: (mean of x^p over the image)^(1/p); p = 1 is the average, a large p nears the maximum.
+
+Source: Radenović, Tolias and Chum, "Fine-tuning CNN Image Retrieval with No Human Annotation", TPAMI 2019, eq. (3).
+"""
+
+from collections.abc import Mapping
+
+import torch
+
+from pipeline.params import Positive, Section
+
+SMALLEST = 1e-6  # values are clamped from below, as in the authors' code: the power of 0 has no gradient
+
+
+class Options(Section):
+    """`exponent` p, and whether it is `trained`; a trained one needs the maps, not pooled vectors."""
+
+    exponent: Positive = 3.0
+    trained: bool = False
+
+
+class Pool:
+    """One exponent for all channels and experts."""
+
+    linear = False
+
+    def __init__(self, options: Options, channels: int) -> None:
+        self.channels = channels
+        self.exponent = options.exponent
+        self.commutes = not options.trained
+
+    def initial(self) -> dict[str, torch.Tensor]:
+        """The exponent, (1,), if it is trained."""
+        return {} if self.commutes else {"exponent": torch.tensor([self.exponent])}
+
+    def __call__(self, state: Mapping[str, torch.Tensor], maps: torch.Tensor) -> torch.Tensor:
+        """(..., C, H, W) -> (..., C)."""
+        exponent = state.get("exponent", torch.tensor([self.exponent], dtype=maps.dtype, device=maps.device))
+        return maps.clamp_min(SMALLEST).pow(exponent).mean((-2, -1)).pow(1 / exponent)

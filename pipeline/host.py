@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from pipeline.errors import UserError
-from pipeline.head import logits
+from pipeline.head import expert_logits, logits
 from pipeline.network import StageOneHead
 
 State = Mapping[str, torch.Tensor]
@@ -60,6 +60,10 @@ class Host:
         if found != wanted:
             raise UserError(f"stage-I head: (experts, classes, channels) must be {wanted}; got {found}")
         return {name: tensor.clone() for name, tensor in stage1.state.items()}
+
+    def expert_logits(self, state: State, features: torch.Tensor) -> torch.Tensor:
+        """Features (E, B, D) -> logits of each expert (E, B, K)."""
+        return expert_logits(self.classifier, state, features, self.scale)
 
     def logits(self, state: State, features: torch.Tensor) -> torch.Tensor:
         """Features (E, B, D) -> logits (B, K), the mean of the experts; without fusion, as at evaluation."""

@@ -3,5 +3,5 @@
     class Loss(Section)                     its constants, the keys under hosts.<name>.loss
     class Host(GradientHost)                __init__(loss, classifier, scale, context); see pipeline.host
 
-or, for a method that is no gradient descent, `fit(features, labels) -> state` in place of `loss`.
+or, for a method that is no gradient descent, `class Host(FittedHost)` with `fit(features, labels, stage1) -> state`.
 """

@@ -1,0 +1,36 @@
+"""Balanced softmax: cross-entropy on z_j + tau log n_j, on instance-sampled batches; plain logits at test time.
+
+Source: Ren et al., "Balanced Meta-Softmax for Long-Tailed Visual Recognition", NeurIPS 2020, eq. (3); with another
+tau it is the logit-adjusted loss of Menon et al., ICLR 2021, eq. (10). The prior corrects for how batches are drawn,
+so receivers are drawn instance-wise: on class-balanced batches it would correct twice.
+"""
+
+import torch
+from torch.nn import functional as F
+
+from pipeline.host import Context, GradientHost, State
+from pipeline.longtail import log_prior
+from pipeline.params import NonNegative, Section
+
+
+class Loss(Section):
+    """`tau`, the strength of the prior; 1 is balanced softmax."""
+
+    tau: NonNegative = 1.0
+
+
+class Host(GradientHost):
+    """Trained on from stage I."""
+
+    receiver = "instance"
+
+    def __init__(self, loss: Loss, classifier: str, scale: float, context: Context) -> None:
+        super().__init__(classifier, scale, context)
+        self.prior = loss.tau * log_prior(context.counts)
+
+    def loss(
+        self, state: State, features: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Mean cross-entropy of the batch."""
+        logits = self.logits(state, features)
+        return F.cross_entropy(logits + self.prior.to(logits), labels)

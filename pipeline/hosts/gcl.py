@@ -1,0 +1,52 @@
+"""GCL: cosine logits clouded by Gaussian noise, more for rarer classes, with a focal weight.
+
+Source: Li et al., "Long-tailed Visual Recognition via Gaussian Clouded Logit Adjustment", CVPR 2022, section 3; stage
+II as in the authors' code: CE(s c') (1 - p_y)^focal, where c'_ij = cos_ij - amplitude |e_ij| d_j, less `margin` for
+the true class, d_j = (log n_max - log n_j) / (log n_max - log n_min), and no gradient flows through the weight.
+"""
+
+import numpy as np
+import torch
+
+from pipeline.errors import UserError
+from pipeline.host import Context, GradientHost, State
+from pipeline.longtail import cloud_sizes, clouded
+from pipeline.params import NonNegative, Section
+
+DEVIATION = 1 / 3
+
+
+class Loss(Section):
+    """`amplitude` of the clouds, `margin` of the true class (both in cosines), exponent of the `focal` weight."""
+
+    amplitude: NonNegative = 0.5
+    margin: NonNegative = 0.1
+    focal: NonNegative = 1.0
+
+
+class Host(GradientHost):
+    """Needs `classifier: cosine`; `scale` is the paper's s (20 in stage II on CIFAR)."""
+
+    def __init__(self, loss: Loss, classifier: str, scale: float, context: Context) -> None:
+        if classifier != "cosine":
+            raise UserError(f"classifier: host gcl clouds cosines; got {classifier!r}; use classifier: cosine")
+        super().__init__(classifier, scale, context)
+        self.constants = loss
+        self.clouds = cloud_sizes(context.counts)
+
+    def noise(self, draws: np.random.Generator, batch: int) -> torch.Tensor:
+        """Noise (batch, K): normal with standard deviation 1/3, clamped to [-1, 1]."""
+        drawn = draws.normal(0, DEVIATION, (batch, self.context.classes))
+        return torch.from_numpy(drawn).clamp(-1, 1)
+
+    def loss(
+        self, state: State, features: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Focal cross-entropy on clouded logits, the mean of the batch."""
+        assert noise is not None
+        own = self.constants
+        cosines = self.logits(state, features) / self.scale
+        moved = clouded(cosines, labels, noise, self.clouds.to(cosines), own.amplitude, own.margin)
+        surprise = -(self.scale * moved).log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+        weight = (1 - (-surprise.detach()).exp()).clamp_min(0) ** own.focal
+        return (weight * surprise).mean()

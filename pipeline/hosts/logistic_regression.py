@@ -1,0 +1,65 @@
+"""Multinomial logistic regression on all training features, solved by L-BFGS: what a linear head can reach.
+
+Source: Liu and Nocedal, "On the Limited Memory BFGS Method for Large Scale Optimization", Mathematical Programming
+1989. Minimises the weighted mean cross-entropy + l2 / 2 |W|^2, which is convex; it starts at 0 and needs no learning
+rate.
+"""
+
+from typing import Literal
+
+import torch
+from torch.nn import functional as F
+
+from pipeline.errors import UserError
+from pipeline.host import Context, FittedHost
+from pipeline.network import StageOneHead
+from pipeline.params import Count, NonNegative, Section
+
+
+class Loss(Section):
+    """`weights`: every sample alike (`instance`) or every class alike (`balanced`)."""
+
+    l2: NonNegative = 1e-3
+    weights: Literal["instance", "balanced"] = "balanced"
+    iterations: Count = 200
+
+
+class Host(FittedHost):
+    """The mean of the experts' logits is linear in all their features together, so one problem gives all weights."""
+
+    def __init__(self, loss: Loss, classifier: str, scale: float, context: Context) -> None:
+        if classifier != "linear":
+            raise UserError(f"classifier: host logistic_regression needs a linear classifier; got {classifier!r}")
+        super().__init__(classifier, 1.0, context)
+        self.constants = loss
+
+    def fit(self, features: torch.Tensor, labels: torch.Tensor, stage1: StageOneHead) -> dict[str, torch.Tensor]:
+        """The minimum, in float64."""
+        experts, _, channels = features.shape
+        classes = self.context.classes
+        joint = features.double().movedim(0, 1).flatten(1) / experts  # (N, E * D)
+        counts = torch.bincount(labels, minlength=classes).double()
+        share = 1 / counts if self.constants.weights == "balanced" else torch.ones_like(counts)
+        share = share[labels] / share[labels].sum()
+        weight = joint.new_zeros(classes, experts * channels).requires_grad_()
+        bias = joint.new_zeros(classes).requires_grad_()
+        solver = torch.optim.LBFGS(
+            [weight, bias],
+            max_iter=self.constants.iterations,
+            history_size=20,
+            tolerance_grad=1e-9,
+            tolerance_change=1e-14,
+            line_search_fn="strong_wolfe",
+        )
+
+        def closure() -> torch.Tensor:
+            solver.zero_grad()
+            surprise = F.cross_entropy(joint @ weight.T + bias, labels, reduction="none")
+            loss = (share * surprise).sum() + self.constants.l2 / 2 * weight.square().sum()
+            loss.backward()
+            return loss
+
+        with torch.enable_grad():
+            solver.step(closure)
+        found = weight.detach().view(classes, experts, channels).movedim(0, 1).contiguous()
+        return {"weight": found, "bias": bias.detach().expand(experts, -1).contiguous()}

@@ -1,0 +1,34 @@
+"""Post-hoc logit adjustment: the stage-I logits less tau log of the class prior; nothing is trained.
+
+Source: Menon et al., "Long-tail Learning via Logit Adjustment", ICLR 2021, eq. (9). Their loss is host
+balanced_softmax.
+"""
+
+import torch
+
+from pipeline.host import Context, FittedHost, State
+from pipeline.longtail import log_prior
+from pipeline.network import StageOneHead
+from pipeline.params import NonNegative, Section
+
+
+class Loss(Section):
+    """`tau`, the strength of the adjustment; 0 is stage I."""
+
+    tau: NonNegative = 1.0
+
+
+class Host(FittedHost):
+    """Logits of stage I less `prior` (K,)."""
+
+    def __init__(self, loss: Loss, classifier: str, scale: float, context: Context) -> None:
+        super().__init__(classifier, scale, context)
+        self.tau = loss.tau
+
+    def fit(self, features: torch.Tensor, labels: torch.Tensor, stage1: StageOneHead) -> dict[str, torch.Tensor]:
+        """The stage-I classifier and tau log(n_j / N)."""
+        return {**self.stage1_state(stage1), "prior": self.tau * log_prior(self.context.counts)}
+
+    def logits(self, state: State, features: torch.Tensor) -> torch.Tensor:
+        """(E, B, D) -> (B, K)."""
+        return super().logits(state, features) - state["prior"]

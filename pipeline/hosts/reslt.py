@@ -1,0 +1,49 @@
+"""ResLT: three branches for head, medium and tail share one linear layer, each with a batch norm of its own.
+
+Source: Cui et al., "ResLT: Residual Learning for Long-tailed Recognition", TPAMI 2022. Loss: (1 - beta) CE(z_H + z_M
++ z_T) + beta I, with I the mean of every branch's own terms (`pipeline.branches`). The authors of H2T train with beta
+0.5 without H2T and 0.3 with it; here one beta serves both, so that they differ in the fusion only.
+"""
+
+import torch
+
+from pipeline.branches import branch_logits, group_starts, reslt_loss, running_statistics
+from pipeline.errors import UserError
+from pipeline.head import logits
+from pipeline.host import Context, GradientHost, State
+from pipeline.params import Ratio, Section
+
+
+class Loss(Section):
+    """`beta`, and `groups`: the first class of medium and of tail, by default those of the papers' tables."""
+
+    beta: Ratio = 0.5
+    groups: list[int] | None = None
+
+
+class Host(GradientHost):
+    """Batch norm runs in train mode on the fused batch; its running statistics serve at evaluation."""
+
+    numbers = 2
+    fixed = frozenset({"running_mean", "running_var"})
+
+    def __init__(self, loss: Loss, classifier: str, scale: float, context: Context) -> None:
+        if classifier != "linear":
+            raise UserError(f"classifier: host reslt has three linear branches; got {classifier!r}; use linear")
+        super().__init__("branches", scale, context)
+        self.beta = loss.beta
+        self.starts = group_starts(loss.groups, context.counts.tolist())
+
+    def logits(self, state: State, features: torch.Tensor) -> torch.Tensor:
+        """Moments (E, B, D, 2) -> the sum of the three branches' logits (B, K), by running statistics."""
+        return logits(self.classifier, state, features[..., 0], self.scale)
+
+    def loss(
+        self, state: State, features: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor | None
+    ) -> torch.Tensor:
+        """ResLT's loss, by the batch's own statistics."""
+        return reslt_loss(self.scale * branch_logits(state, features), labels, self.starts, self.beta)
+
+    def update(self, state: State, features: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The running statistics of the three branches, which see the same maps."""
+        return running_statistics(state, features, self.context.pixels)

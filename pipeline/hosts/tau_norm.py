@@ -1,0 +1,33 @@
+"""tau-normalisation: stage-I weights divided by the tau-th power of their norms, no bias; nothing is trained.
+
+Source: Kang et al., "Decoupling Representation and Classifier for Long-Tailed Recognition", ICLR 2020, eq. (2).
+"""
+
+import torch
+
+from pipeline.errors import UserError
+from pipeline.host import Context, FittedHost
+from pipeline.network import StageOneHead
+from pipeline.params import NonNegative, Section
+
+
+class Loss(Section):
+    """`tau`: 0 keeps the weights, 1 makes them of one length. Choose it on the validation split."""
+
+    tau: NonNegative = 1.0
+
+
+class Host(FittedHost):
+    """Needs a linear classifier: a cosine one is normalised already."""
+
+    def __init__(self, loss: Loss, classifier: str, scale: float, context: Context) -> None:
+        if classifier != "linear":
+            raise UserError(f"classifier: host tau_norm needs a linear classifier; got {classifier!r}")
+        super().__init__(classifier, scale, context)
+        self.tau = loss.tau
+
+    def fit(self, features: torch.Tensor, labels: torch.Tensor, stage1: StageOneHead) -> dict[str, torch.Tensor]:
+        """w_j / |w_j|^tau for each class and expert, with a bias of 0."""
+        weight = self.stage1_state(stage1)["weight"]
+        norm = weight.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        return {"weight": weight / norm**self.tau, "bias": torch.zeros(weight.shape[:2])}

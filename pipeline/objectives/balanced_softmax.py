@@ -1,0 +1,38 @@
+"""Balanced softmax: cross-entropy on z_j + log n_j while training, plain logits at test time.
+
+Source: Ren et al., "Balanced Meta-Softmax for Long-Tailed Visual Recognition", NeurIPS 2020, eq. (3).
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pipeline.head import global_average, logits
+from pipeline.longtail import log_prior
+from pipeline.params import Section
+
+
+class Loss(Section):
+    """Nothing to choose."""
+
+
+class Objective(nn.Module):
+    """On the mean of the experts' logits, with a linear classifier."""
+
+    classifier = "linear"
+    scale = 1.0
+
+    def __init__(self, loss: Loss, channels: int, experts: int, counts: torch.Tensor) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(channels)
+        self.weight = nn.Parameter(torch.randn(experts, len(counts), channels) * math.sqrt(2 / channels))
+        self.bias = nn.Parameter(torch.empty(experts, len(counts)).uniform_(-bound, bound))
+        self.prior = log_prior(counts)
+
+    def loss(self, maps: tuple[torch.Tensor, ...], labels: torch.Tensor, epoch: int) -> torch.Tensor:
+        """Mean loss of a batch; maps: E of (B, C, H, W), labels (B,)."""
+        features = torch.stack([global_average(m) for m in maps])
+        found = logits("linear", dict(self.named_parameters()), features)
+        return F.cross_entropy(found + self.prior.to(found), labels)

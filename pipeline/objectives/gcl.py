@@ -1,0 +1,44 @@
+"""GCL: cosine logits clouded by Gaussian noise, more for rarer classes.
+
+Source: Li et al., "Long-tailed Visual Recognition via Gaussian Clouded Logit Adjustment", CVPR 2022, section 3: the
+loss is CE(s c'), c'_ij = cos_ij - amplitude |e_ij| d_j (less `margin` for the true class), e_ij normal with standard
+deviation 1/3 clamped to [-1, 1], d_j = (log n_max - log n_j) / (log n_max - log n_min).
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pipeline.head import global_average, logits
+from pipeline.longtail import cloud_sizes, clouded
+from pipeline.params import NonNegative, Positive, Section
+
+
+class Loss(Section):
+    """Constants of stage I on CIFAR."""
+
+    amplitude: NonNegative = 0.5
+    margin: NonNegative = 0.0
+    scale: Positive = 30.0
+
+
+class Objective(nn.Module):
+    """On the mean of the experts' cosines; weights start uniform in [-1, 1], then at length 1."""
+
+    classifier = "cosine"
+
+    def __init__(self, loss: Loss, channels: int, experts: int, counts: torch.Tensor) -> None:
+        super().__init__()
+        self.scale = loss.scale
+        self.amplitude, self.margin = loss.amplitude, loss.margin
+        weight = torch.empty(experts, len(counts), channels).uniform_(-1, 1)
+        self.weight = nn.Parameter(F.normalize(weight, dim=-1))
+        self.clouds = cloud_sizes(counts)
+
+    def loss(self, maps: tuple[torch.Tensor, ...], labels: torch.Tensor, epoch: int) -> torch.Tensor:
+        """Mean loss of a batch; maps: E of (B, C, H, W), labels (B,). Draws from torch's generator."""
+        features = torch.stack([global_average(m) for m in maps])
+        cosines = logits("cosine", {"weight": self.weight}, features)
+        noise = (torch.randn_like(cosines) / 3).clamp(-1, 1)
+        moved = clouded(cosines, labels, noise, self.clouds.to(cosines), self.amplitude, self.margin)
+        return F.cross_entropy(self.scale * moved, labels)

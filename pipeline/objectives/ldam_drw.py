@@ -1,0 +1,48 @@
+"""LDAM with deferred re-weighting: larger margins for rarer classes, class weights late in training.
+
+Source: Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss", NeurIPS 2019: the loss is
+CE_w(s (cos_j - 1[j = y] m_y)) with m_j = margin n_j^(-1/4) / max_l n_l^(-1/4); weights w_j proportional to
+(1 - beta) / (1 - beta^n_j), with sum K, from `reweight_epoch` on (section 3.3), 1 before.
+"""
+
+from typing import Annotated
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pipeline.head import global_average, logits
+from pipeline.longtail import effective_weights, ldam_margins
+from pipeline.params import NonNegative, Positive, Section, within
+
+
+class Loss(Section):
+    """`reweight_epoch` counts from 0; the published schedule has 160 of 200."""
+
+    margin: NonNegative = 0.5
+    scale: Positive = 30.0
+    beta: Annotated[float, within(0, 0.999999)] = 0.9999
+    reweight_epoch: int = 160
+
+
+class Objective(nn.Module):
+    """On the mean of the experts' cosines; weights start uniform in [-1, 1], then at length 1."""
+
+    classifier = "cosine"
+
+    def __init__(self, loss: Loss, channels: int, experts: int, counts: torch.Tensor) -> None:
+        super().__init__()
+        self.scale = loss.scale
+        self.reweight_epoch = loss.reweight_epoch
+        weight = torch.empty(experts, len(counts), channels).uniform_(-1, 1)
+        self.weight = nn.Parameter(F.normalize(weight, dim=-1))
+        self.margins = ldam_margins(counts, loss.margin)
+        self.weights = effective_weights(counts, loss.beta)
+
+    def loss(self, maps: tuple[torch.Tensor, ...], labels: torch.Tensor, epoch: int) -> torch.Tensor:
+        """Mean loss of a batch; maps: E of (B, C, H, W), labels (B,)."""
+        features = torch.stack([global_average(m) for m in maps])
+        cosines = logits("cosine", {"weight": self.weight}, features)
+        own = F.one_hot(labels, len(self.margins)) * self.margins.to(cosines)
+        weights = self.weights.to(cosines) if epoch >= self.reweight_epoch else None
+        return F.cross_entropy(self.scale * (cosines - own), labels, weights)

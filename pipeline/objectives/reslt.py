@@ -1,0 +1,49 @@
+"""ResLT: three branches for head, medium and tail share one linear layer, each with a batch norm of its own.
+
+Source: Cui et al., "ResLT: Residual Learning for Long-tailed Recognition", TPAMI 2022: (1 - beta) CE(z_H + z_M + z_T)
++ beta I, I the mean of every branch's own terms (`pipeline.branches`); at test time z_H + z_M + z_T.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from pipeline.branches import branch_logits, group_starts, moments, reslt_loss, running_statistics
+from pipeline.params import Ratio, Section
+
+
+class Loss(Section):
+    """`beta`, and `groups`: the first class of medium and of tail, by default those of the papers' tables."""
+
+    beta: Ratio = 0.995
+    groups: list[int] | None = None
+
+
+class Objective(nn.Module):
+    """Experts share the batch norms and own their linear layers."""
+
+    classifier = "branches"
+    scale = 1.0
+
+    def __init__(self, loss: Loss, channels: int, experts: int, counts: torch.Tensor) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(channels)
+        self.weight = nn.Parameter(torch.randn(experts, len(counts), channels) * math.sqrt(2 / channels))
+        self.bias = nn.Parameter(torch.empty(experts, len(counts)).uniform_(-bound, bound))
+        self.norm_weight = nn.Parameter(torch.ones(3, channels))
+        self.norm_bias = nn.Parameter(torch.zeros(3, channels))
+        self.register_buffer("running_mean", torch.zeros(3, channels))
+        self.register_buffer("running_var", torch.ones(3, channels))
+        self.beta = loss.beta
+        self.starts = group_starts(loss.groups, counts.tolist())
+
+    def loss(self, maps: tuple[torch.Tensor, ...], labels: torch.Tensor, epoch: int) -> torch.Tensor:
+        """Mean loss of a batch; maps: E of (B, C, H, W), labels (B,). Moves the running statistics."""
+        features = torch.stack([moments(m) for m in maps])
+        state = dict(self.state_dict(keep_vars=True))
+        with torch.no_grad():
+            height, width = maps[0].shape[-2:]
+            for name, value in running_statistics(state, features.detach(), height * width).items():
+                getattr(self, name).copy_(value)
+        return reslt_loss(branch_logits(state, features), labels, self.starts, self.beta)

@@ -1,0 +1,74 @@
+"""RIDE: diverse experts, each by a margin loss, with a term that rewards their difference.
+
+Source: Wang et al., "Long-tailed Recognition by Routing Diverse Distribution-Aware Experts", ICLR 2021, section 3, as
+in the authors' code: sum over experts e of CE_w(z_e - s m_y 1_y, y) + diversity T^2 KL(softmax(z / T_j) ||
+softmax(z_e / T_j)) with z the mean of the experts' logits (no gradient through it in the second term) and LDAM's
+margins m. Before `reweight_epoch` w = 1 and T = 1; then w are the weights of LDAM-DRW, T_j = temperature t_j / max t
+with t_j = K eta n_j / N + 1 - eta, and T is the mean of the T_j.
+"""
+
+import math
+from typing import Annotated, Literal
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pipeline.head import expert_logits, global_average
+from pipeline.longtail import effective_weights, ldam_margins
+from pipeline.params import NonNegative, Positive, Ratio, Section, within
+
+
+class Loss(Section):
+    """Constants for CIFAR-100-LT. `scale` is that of a cosine classifier; a linear one has 1."""
+
+    classifier: Literal["linear", "cosine"] = "cosine"
+    scale: Positive = 30.0
+    margin: NonNegative = 0.5
+    diversity: float = -0.45
+    temperature: Positive = 1.0
+    eta: Ratio = 0.05
+    beta: Annotated[float, within(0, 0.999999)] = 0.9999
+    reweight_epoch: int = 160
+
+
+def temperatures(counts: torch.Tensor, temperature: float, eta: float) -> torch.Tensor:
+    """T_j, (K,)."""
+    found = len(counts) * eta * counts.double() / counts.sum() + 1 - eta
+    return temperature * found / found.max()
+
+
+class Objective(nn.Module):
+    """One classifier per expert; at test time the mean of their logits."""
+
+    def __init__(self, loss: Loss, channels: int, experts: int, counts: torch.Tensor) -> None:
+        super().__init__()
+        self.classifier = loss.classifier
+        self.scale = loss.scale if loss.classifier == "cosine" else 1.0
+        self.diversity = loss.diversity
+        self.reweight_epoch = loss.reweight_epoch
+        shape = (experts, len(counts), channels)
+        if loss.classifier == "cosine":
+            self.weight = nn.Parameter(F.normalize(torch.empty(shape).uniform_(-1, 1), dim=-1))
+        else:
+            bound = 1 / math.sqrt(channels)
+            self.weight = nn.Parameter(torch.randn(shape) * math.sqrt(2 / channels))
+            self.bias = nn.Parameter(torch.empty(shape[:2]).uniform_(-bound, bound))
+        self.margins = ldam_margins(counts, loss.margin)
+        self.weights = effective_weights(counts, loss.beta)
+        self.temperatures = temperatures(counts, loss.temperature, loss.eta)
+
+    def loss(self, maps: tuple[torch.Tensor, ...], labels: torch.Tensor, epoch: int) -> torch.Tensor:
+        """Summed over experts, mean over the batch; maps: E of (B, C, H, W), labels (B,)."""
+        features = torch.stack([global_average(m) for m in maps])
+        each = expert_logits(self.classifier, dict(self.named_parameters()), features, self.scale)  # (E, B, K)
+        late = epoch >= self.reweight_epoch
+        weights = self.weights.to(each) if late else None
+        heat = self.temperatures.to(each) if late else torch.ones_like(self.margins).to(each)
+        own = self.scale * F.one_hot(labels, len(self.margins)) * self.margins.to(each)
+        common = (each.detach().mean(0) / heat).log_softmax(-1)
+        total = each.new_zeros(())
+        for logits in each:
+            apart = F.kl_div((logits / heat).log_softmax(-1), common, reduction="batchmean", log_target=True)
+            total = total + F.cross_entropy(logits - own, labels, weights) + self.diversity * heat.mean() ** 2 * apart
+        return total

@@ -116,6 +116,16 @@ class Staging:
         (self.root / "journal").unlink(missing_ok=True)
         shutil.rmtree(self.cache, ignore_errors=True)
 
+    def discard(self) -> None:
+        """Removes the staging directory and all that is kept in it.
+
+        Renamed first: a next owner never sees a half-deleted directory, nor loses its lock file to this deletion.
+        """
+        done = self.target.parent / f".{self.target.name}.staging.done"
+        shutil.rmtree(done, ignore_errors=True)
+        self.root.rename(done)
+        shutil.rmtree(done, ignore_errors=True)
+
     def publish(self, *, replace: bool) -> None:
         """Renames the finished cache to its target and removes the staging directory."""
         if self.target.exists() and (not self.target.is_dir() or any(self.target.iterdir())):
@@ -125,8 +135,4 @@ class Staging:
             self.target.rename(self.root / "replaced")
         self.cache.rename(self.target)
         sync(self.target.parent)
-        # Renamed first: a next owner never sees a half-deleted directory, nor loses its lock file to this deletion.
-        done = self.target.parent / f".{self.target.name}.staging.done"
-        shutil.rmtree(done, ignore_errors=True)
-        self.root.rename(done)
-        shutil.rmtree(done, ignore_errors=True)
+        self.discard()

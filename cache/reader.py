@@ -177,7 +177,7 @@ class Cache:
         else:
             job = _Decode(self, expert, plan, offsets, sizes, out)
             work = units(shards, offsets, sizes)
-            reads = len(work)
+            reads = len(work) if isinstance(self.files, LocalFiles) else 0  # a remote read waits: always side by side
         if len(work) == 1 or sizes.sum() < PARALLEL_READ_BYTES * reads:
             _each(job, work)
             return

@@ -1,0 +1,148 @@
+"""Alternating runs, their medians and spread, and what machine they ran on. Shared by the benchmarks."""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("numpy", "crc32c", "numcodecs", "zarr", "zarrs", "tensorstore", "h5py")
+RESULTS = Path(__file__).parent / "results"
+SLOW_SECONDS = 2.0  # a contestant that takes longer runs in the first rounds only
+SLOW_ROUNDS = 2
+TURN_SECONDS = 0.1  # a turn calls a fast contestant several times, so that it does not pay for its predecessor's traces
+TURN_CALLS = 7
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds of each round, in order, and the setting a contestant ran under."""
+
+    seconds: tuple[float, ...]
+    setting: str = ""
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def spread(self) -> tuple[float, float]:
+        """The 10th and 90th percentile; least and most where there are few rounds."""
+        return spread(self.seconds)
+
+    def json(self) -> dict[str, Any]:
+        low, high = self.spread()
+        body = {"median_s": self.median, "p10_s": low, "p90_s": high, "rounds": len(self.seconds)}
+        return {**body, "setting": self.setting} if self.setting else body
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """The 10th and 90th percentile."""
+    ordered = sorted(values)
+    edge = len(ordered) // 10
+    return ordered[edge], ordered[-1 - edge]
+
+
+def ratio(numerator: Timing, denominator: Timing) -> dict[str, float]:
+    """How many times longer `numerator` takes: median and spread over the rounds that both ran in."""
+    pairs = [a / b for a, b in zip(numerator.seconds, denominator.seconds, strict=False)]
+    low, high = spread(pairs)
+    return {"median": statistics.median(pairs), "p10": low, "p90": high}
+
+
+def alternate(
+    contestants: Mapping[str, Callable[[], object]],
+    rounds: int,
+    before: Callable[[], object] = lambda: None,
+    settings: Mapping[str, str] | None = None,
+) -> dict[str, Timing]:
+    """Every contestant has one turn per round, after one untimed call each, so that noise falls on all alike.
+
+    A turn's time is the median of its calls. Each round starts with another contestant.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    slow = set()
+    for name, call in contestants.items():
+        start = time.perf_counter()
+        call()
+        if time.perf_counter() - start > SLOW_SECONDS:
+            slow.add(name)
+    order = list(contestants)
+    for i in range(rounds):
+        for name in order[i % len(order) :] + order[: i % len(order)]:
+            if name in slow and i >= SLOW_ROUNDS:
+                continue
+            seconds[name].append(_turn(contestants[name], before))
+    return {name: Timing(tuple(values), (settings or {}).get(name, "")) for name, values in seconds.items()}
+
+
+def _turn(call: Callable[[], object], before: Callable[[], object]) -> float:
+    taken: list[float] = []
+    while not taken or (sum(taken) < TURN_SECONDS and len(taken) < TURN_CALLS):
+        before()
+        start = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+def fastest(variants: Mapping[str, Callable[[], object]], rounds: int) -> tuple[str, dict[str, float]]:
+    """The variant with the least median, and the median seconds of each; a single one is not timed."""
+    if len(variants) == 1:
+        return next(iter(variants)), {}
+    medians = {name: timing.median for name, timing in alternate(variants, rounds).items()}
+    return min(medians, key=lambda name: medians[name]), medians
+
+
+def machine() -> dict[str, Any]:
+    """What a reader needs to judge the figures; nothing that names the machine."""
+    model = platform.machine()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    if Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    load = os.getloadavg()[0]
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "memory_gib": round(memory, 1),
+        "system": platform.system(),
+        "load_before": load,
+        "versions": versions,
+    }
+
+
+def arguments(module: str, about: str) -> argparse.ArgumentParser:
+    """The options that all benchmarks share."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{module}", description=about)
+    parser.add_argument("--data", type=Path, required=True, help="directory for the data; what is there is used again")
+    parser.add_argument("--out", type=Path, default=RESULTS / f"{module.removeprefix('bench_')}.json")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--tiny", action="store_true", help="kilobytes and two rounds: does it work, not how fast")
+    return parser
+
+
+def save(path: Path, body: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(body, indent=2, sort_keys=True) + "\n")
+
+
+def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, padded so that it also reads well in a terminal."""
+    widths = [max(len(line[i]) for line in (header, *lines)) for i in range(len(header))]
+    rule = ["-" * width for width in widths]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
+        for line in (header, rule, *lines)
+    )

@@ -1,0 +1,124 @@
+"""Each benchmark runs tiny, and its JSON has the fields that its README promises. Nothing here looks at speed."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TIMING = {"median_s", "p10_s", "p90_s", "rounds"}
+RATIO = {"median", "p10", "p90"}
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks_importable(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+
+
+def run(main: Callable[[list[str]], None], tmp_path: Path) -> dict:
+    out = tmp_path / "result.json"
+    main(["--tiny", "--data", str(tmp_path / "data"), "--out", str(out)])
+    body = json.loads(out.read_text())
+    assert body["tiny"] is True
+    assert {"cpu", "cores", "memory_gib", "system", "versions"} <= set(body["machine"])
+    assert str(tmp_path) not in out.read_text()
+    return body
+
+
+def test_read_benchmark(tmp_path, capsys):
+    pytest.importorskip("tensorstore")
+    pytest.importorskip("h5py")
+    pytest.importorskip("zarrs")
+    from benchmarks.bench_read import main
+
+    body = run(main, tmp_path)
+    assert body["page_cache"] == "warm"
+    assert [r["gather"] for r in body["results"]] == ["iid", "window", "iid, zstd"] * 2
+    for result in body["results"]:
+        assert {"case", "rows", "distinct_rows", "useful_bytes", "fetched_bytes"} <= set(result)
+        for timing in result["contestants"].values():
+            assert set(timing) >= {*TIMING, "useful_gb_per_s"}
+        if "zstd" in result["gather"]:
+            assert set(result["vs_decoding"]) == RATIO
+            continue
+        peers = set(result["contestants"])
+        assert {"ours", "raw", "raw, buffer reused", "h5py", "NumPy memmap"} <= peers
+        assert {"TensorStore gather", "TensorStore async slices", "zarrs slices", "zarr-python slices"} <= peers
+        assert set(result["useful_bytes_vs_raw"]) == set(result["time_vs_raw"]) == RATIO
+        assert set(result["ours_times_faster_than"]) == peers - {"ours"}
+        assert set(result["spent"]) == {"planning", "checksums", "repeats"}
+        assert set(result["sweeps_median_s"]) == peers - {"ours"}
+    assert "zarr-python oindex" in capsys.readouterr().out
+
+
+def test_write_benchmark(tmp_path, capsys):
+    from benchmarks.bench_write import main
+
+    body = run(main, tmp_path)
+    assert [r["codec"] for r in body["results"]] == ["none", "none"]
+    for result in body["results"]:
+        peers = {"ours", "zarr-python", "zarr-python, fsync", "raw", "raw, fsync"}
+        assert set(result["contestants"]) == peers
+        for timing in result["contestants"].values():
+            assert set(timing) >= {*TIMING, "gb_per_s"}
+        assert set(result["ours_times_faster_than"]) == peers - {"ours"}
+        assert set(result["spent"]) == {"encoding", "sha256", "write, fsync and rename"}
+    assert list((tmp_path / "data").iterdir()) == []
+    assert "GB/s" in capsys.readouterr().out
+
+
+def test_synthetic_cache_is_the_same_every_time(tmp_path):
+    from benchmarks.synthetic import main
+    from cache.reader import open_cache
+
+    settings = ["--rows", "60", "--map", "16,4,4", "--classes", "5", "--imbalance", "8", "--experts", "2"]
+    for name in ("a", "b"):
+        main([str(tmp_path / name), *settings, "--shard-bytes", "40000"])
+    files = {p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file()}
+    assert files == {p.relative_to(tmp_path / "b") for p in (tmp_path / "b").rglob("*") if p.is_file()}
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    with open_cache(tmp_path / "a") as cache:
+        maps = cache.read(range(60))
+        assert 0.4 < (maps == 0).mean() < 0.6
+        assert (maps >= 0).all()
+        assert not np.array_equal(maps, cache.read(range(60), expert=1))
+        assert set(cache.rows["statistics"].to_pylist()) == {"stage1"}
+        assert set(cache.rows["split"].to_pylist()) == {"train", "test"}
+
+
+def test_class_counts_are_exponential_and_complete():
+    from benchmarks.synthetic import class_counts
+
+    counts = class_counts(10_000, 10, 100)
+    assert counts.sum() == 10_000
+    assert (np.diff(counts) < 0).all()
+    assert 80 < counts[0] / counts[-1] <= 100
+    assert class_counts(4, 4, 100).tolist() == [1, 1, 1, 1]
+    with pytest.raises(ValueError, match="at least one per class"):
+        class_counts(3, 4, 1)
+
+
+def test_window_draws_are_balanced_over_classes():
+    from benchmarks.bench_read import DONORS, RECEIVERS, window_rows
+
+    labels = np.repeat([0, 1, 2], [900, 90, 10])
+    rows = window_rows(labels, 40, np.random.default_rng(0)).reshape(40, RECEIVERS + DONORS)
+    shares = np.bincount(labels[rows[:, :RECEIVERS]].ravel()) / (40 * RECEIVERS)
+    assert np.abs(shares - 1 / 3).max() < 0.03
+    donors = rows[:, RECEIVERS:].ravel()
+    assert len(np.unique(donors[: len(labels)])) == len(labels)
+
+
+def test_benchmarks_run_as_modules():
+    import subprocess
+
+    for module in ("synthetic", "bench_read", "bench_write"):
+        done = subprocess.run(
+            [sys.executable, "-m", f"benchmarks.{module}", "--help"], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert "usage: " in done.stdout

@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= passive
 .PHONY: repro test check format docs bench faults golden clean
 
 repro: $(VENV)/installed
-	@dvc repro --quiet || dvc repro
+	dvc repro
 	@cat data/report/results.md
 	@echo "The page: data/report/index.html"
 

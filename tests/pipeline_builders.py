@@ -249,6 +249,7 @@ def make_params(**overrides) -> dict[str, Any]:
     values["prepare"].update(test_per_class=40, validation_per_class=14)
     values["backbones"]["ce_mixup"].update(epochs=1, warmup_epochs=1)
     values["extract"].update(batchnorm_passes=2)
+    values["backbones"] = {"ce_mixup": values["backbones"]["ce_mixup"]}
     values["hosts"] = {"dr": values["hosts"]["dr"]}
     values["hosts"]["dr"]["optimiser"].update(epochs=2)
     values["hosts"]["dr"]["grid"].update(ratio=[0.0, 0.3], seed=[0, 1])

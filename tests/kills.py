@@ -1,0 +1,45 @@
+"""Kills a run at random moments and starts it again, until it ends."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def finish(command: Sequence[str], env: dict[str, str], cwd: Path) -> None:
+    """Runs to the end."""
+    done = subprocess.run(command, capture_output=True, env=env, cwd=cwd, timeout=1200)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def journalled(staging: Path) -> int:
+    """Shards in the journal; a line that was cut short does not count."""
+    journal = staging / "journal"
+    return journal.read_bytes().count(b"\n") if journal.is_file() else 0
+
+
+def kill_and_restart(
+    command: Sequence[str], env: dict[str, str], cwd: Path, staging: Path, *, kills: int, shards: int, seed: int
+) -> list[int]:
+    """Kills the run with SIGKILL at `kills` random moments of its work, starts it again each time, and lets it end.
+
+    A moment is a random amount of finished work plus a random pause, not a wall-clock time, so that kills spread over
+    the whole of the work on a slow machine and on a fast one. Returns the shards in the journal after each kill.
+    """
+    draws = random.Random(seed)
+    found = []
+    for moment in sorted(draws.sample(range(shards - 2), kills)):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, cwd=cwd)
+        process.stdout.readline()  # what it will do: rows, bytes, shards kept; now it works
+        while journalled(staging) < moment and process.poll() is None:
+            time.sleep(0.001)
+        time.sleep(draws.uniform(0, 0.05))
+        os.kill(process.pid, signal.SIGKILL)
+        errors = process.communicate()[1]
+        assert process.returncode == -signal.SIGKILL, errors.decode()
+        found.append(journalled(staging))
+    finish(command, env, cwd)
+    return found

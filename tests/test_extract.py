@@ -1,0 +1,322 @@
+import json
+import os
+import shutil
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from builders import tree
+from kills import finish, kill_and_restart
+from pipeline_builders import environment, extracted, make_backbone_dir, make_extract, make_samples, write_params
+
+from cache.errors import CacheError
+from cache.reader import open_cache
+from cache.verify import verify
+from pipeline.batchnorm import from_bytes, use
+from pipeline.checkpoints import load_weights, save_weights
+from pipeline.errors import UserError
+from pipeline.network import load_backbone
+from pipeline.stages.extract import HALF_MAX, row_table, views_per_class
+
+
+def values_of(path: Path) -> dict[tuple, bytes]:
+    """(split, statistics, source, view) -> the row's bytes."""
+    with open_cache(path) as cache:
+        maps = cache.read(np.arange(cache.spec.rows))
+        keys = zip(*(cache.rows[k].to_pylist() for k in ("split", "statistics", "source", "view")), strict=True)
+        return {key: maps[i].tobytes() for i, key in enumerate(keys)}
+
+
+# --- what is stored
+
+
+@pytest.mark.parametrize(
+    ("counts", "most", "target", "expected"),
+    [
+        ([1], 8, 1.0, [1]),
+        ([10, 10], 8, 1.0, [1, 1]),
+        ([100, 10, 1], 8, 1.0, [1, 4, 8]),  # mean 37: ceil(0.37), ceil(3.7), min(8, 37)
+        ([100, 10, 1], 1, 1.0, [1, 1, 1]),
+        ([100, 10, 1], 100, 0.1, [1, 1, 4]),
+        ([100, 10, 1], 100, 3.0, [2, 12, 100]),
+    ],
+)
+def test_views_per_class(counts, most, target, expected):
+    assert views_per_class(counts, most, target) == expected
+
+
+def test_rows_are_those_of_the_recipes_and_evaluation_rows_have_view_0(digits):
+    samples, _ = digits
+    table = row_table(make_extract(batchnorm=["branchwise"], max_views=3), samples).to_pylist()
+    views = views_per_class(samples.counts, 3, 1.0)
+    for split, statistics in (
+        ("train", ["balanced", "instance"]),
+        ("val", ["balanced", "mixture", "stage1"]),
+        ("test", ["balanced", "mixture", "stage1"]),
+    ):
+        part = [r for r in table if r["split"] == split]
+        for sample in samples.of(split):
+            label = int(samples.labels[sample])
+            wanted = [(s, v) for s in statistics for v in range(views[label] if split == "train" else 1)]
+            found = sorted((r["statistics"], r["view"]) for r in part if r["sample"] == sample)
+            assert found == sorted(wanted)
+    assert max(views) > 1
+
+
+def test_stored_maps_are_the_backbones_under_each_rows_statistics(digits, backbone_dir, digits_cache):
+    """One image at a time, padded like extraction pads: the same bits."""
+    _, images = digits
+    backbone = load_backbone(backbone_dir)[0]
+    with open_cache(digits_cache) as cache, torch.no_grad():
+        statistics = from_bytes(cache.statistics)
+        rows = cache.rows.to_pylist()
+        for row in range(0, len(rows), 37):
+            entry = rows[row]
+            key = None if entry["view"] == 0 else (0, entry["view"])
+            x = images.batch([entry["sample"]], [key]).expand(32, -1, -1, -1)
+            use(backbone, statistics[entry["statistics"]])
+            assert np.array_equal(cache.read([row])[0], backbone(x)[0][0].numpy())
+            assert entry["digest"] == _digest(images, entry["source"])
+
+
+def _digest(images, source):
+    import hashlib
+
+    return hashlib.sha256(images._read(source)).hexdigest()
+
+
+def test_views_differ_and_view_0_is_the_evaluation_transform(digits_cache):
+    values = values_of(digits_cache)
+    second = [k for k in values if k[3] == 1]
+    assert len(second) > 20
+    # a shift by up to one pixel is no shift once in nine
+    assert np.mean([values[k] != values[(*k[:3], 0)] for k in second]) > 0.7
+
+
+def test_a_row_hangs_on_no_neighbour_and_no_shard_size(tmp_path, digits, backbone_dir, digits_cache):
+    expected = values_of(digits_cache)
+    for number, layout in enumerate(({"shard_bytes": 30_000, "chunk_rows": 3}, {"shard_bytes": 500_000})):
+        extracted(tmp_path / str(number), *digits, backbone_dir, max_views=2, **layout)
+        assert values_of(tmp_path / str(number)) == expected
+
+
+def test_a_row_hangs_on_no_other_image(tmp_path, backbone_dir):
+    """Half of the images gone: every row that is left has the same bytes."""
+    many = make_samples(tmp_path / "many", validation_per_class=0)
+    few = make_samples(tmp_path / "few", validation_per_class=0, imbalance={"profile": "exponential", "ratio": 60.0})
+    options = {"batchnorm": ["stage1"], "max_views": 3, "view_target": 100.0}
+    extracted(tmp_path / "a", *many, backbone_dir, **options)
+    extracted(tmp_path / "b", *few, backbone_dir, **options)
+    large, small = values_of(tmp_path / "a"), values_of(tmp_path / "b")
+    assert len(small) < len(large)
+    assert all(large[key] == value for key, value in small.items())
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_smaller_dtypes_are_the_rounded_maps(tmp_path, digits, backbone_dir, digits_cache, dtype):
+    extracted(tmp_path / "c", *digits, backbone_dir, max_views=2, dtype=dtype)
+    with open_cache(digits_cache) as exact, open_cache(tmp_path / "c") as rounded:
+        at = np.arange(exact.spec.rows)
+        expected = torch.from_numpy(exact.read(at)).to(getattr(torch, dtype))
+        found = rounded.read(at)
+        bits = expected.view(torch.uint16).numpy() if dtype == "bfloat16" else expected.numpy()
+        assert np.array_equal(found, bits)
+
+
+def test_every_expert_has_its_own_array(tmp_path, digits):
+    make_backbone_dir(tmp_path / "b", experts=3)
+    extracted(tmp_path / "c", *digits, tmp_path / "b", batchnorm=["stage1"])
+    with open_cache(tmp_path / "c") as cache:
+        assert cache.experts == 3
+        maps = [cache.read([5], expert=e) for e in range(3)]
+    assert not np.array_equal(maps[0], maps[1])
+    assert not np.array_equal(maps[1], maps[2])
+
+
+def test_an_extraction_repeats_to_the_byte_and_says_nothing_of_time_or_place(tmp_path, digits, backbone_dir):
+    trees = []
+    for name in ("a", "b"):
+        extracted(tmp_path / name / "c", *digits, backbone_dir)
+        trees.append(tree(tmp_path / name / "c"))
+        assert [p.name for p in (tmp_path / name).iterdir()] == ["c"]
+    assert trees[0] == trees[1]
+    assert str(tmp_path).encode() not in b"".join(trees[0].values())
+
+
+def test_the_written_cache_is_sound(digits_cache):
+    assert verify(str(digits_cache)) == []
+
+
+# --- what is there already
+
+
+def test_the_same_cache_is_not_written_again(tmp_path, digits, backbone_dir):
+    out, said = tmp_path / "c", []
+    extracted(out, *digits, backbone_dir)
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    summary = extracted(out, *digits, backbone_dir, say=said.append)
+    assert summary.forwarded == 0
+    assert "nothing to do" in said[0]
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
+
+
+OTHERS = {
+    "dtype": {"dtype": "float16"},
+    "codec": {"codec": "zstd"},
+    "chunks": {"chunk_rows": 5},
+    "shards": {"shard_bytes": 30_000},
+    "views": {"max_views": 2},
+    "passes": {"batchnorm_passes": 3},
+    "recipes": {"batchnorm": ["stage1"]},
+    "seed": {"seed": 1},
+}
+
+
+@pytest.mark.parametrize("change", OTHERS.values(), ids=OTHERS)
+def test_another_cache_is_refused_and_left_alone_unless_replaced(tmp_path, digits, backbone_dir, change):
+    out = tmp_path / "c"
+    extracted(out, *digits, backbone_dir)
+    before = tree(out)
+    with pytest.raises(CacheError) as error:
+        extracted(out, *digits, backbone_dir, **change)
+    assert error.value.reason == "exists"
+    assert "--replace" in str(error.value)
+    assert tree(out) == before
+    extracted(out, *digits, backbone_dir, replace=True, **change)
+    extracted(tmp_path / "fresh", *digits, backbone_dir, **change)
+    assert tree(out) == tree(tmp_path / "fresh")
+
+
+def test_another_backbone_or_another_image_is_another_cache(tmp_path, digits, backbone_dir):
+    out = tmp_path / "c"
+    extracted(out, *digits, backbone_dir)
+    make_backbone_dir(tmp_path / "other", seed=1)
+    with pytest.raises(CacheError, match="another cache"):
+        extracted(out, *digits, tmp_path / "other")
+    fewer = make_samples(tmp_path / "samples", test_per_class=49)
+    with pytest.raises(CacheError, match="another cache"):
+        extracted(out, *fewer, backbone_dir)
+
+
+def test_a_full_disk_is_seen_beforehand(tmp_path, monkeypatch, digits, backbone_dir):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 1000, 1000))
+    with pytest.raises(CacheError) as error:
+        extracted(tmp_path / "c", *digits, backbone_dir)
+    assert error.value.reason == "full"
+    assert "make space" in str(error.value)
+    assert not (tmp_path / "c").exists()
+
+
+# --- bad networks
+
+
+def spoilt_backbone(folder: Path, change) -> Path:
+    make_backbone_dir(folder)
+    state, about = load_weights(folder / "backbone.safetensors")
+    change(state)
+    save_weights(folder / "backbone.safetensors", state, about)
+    return folder
+
+
+def nothing_published(folder: Path) -> bool:
+    return not (folder / "c").exists()
+
+
+def test_nan_weights_are_refused(tmp_path, digits):
+    backbone = spoilt_backbone(tmp_path / "b", lambda s: s["conv1.weight"].view(-1).__setitem__(0, float("nan")))
+    with pytest.raises(UserError, match=r"conv1\.weight holds NaN or infinity$"):
+        extracted(tmp_path / "c", *digits, backbone)
+    assert nothing_published(tmp_path)
+
+
+def test_maps_that_are_not_finite_are_refused(tmp_path, digits):
+    backbone = spoilt_backbone(tmp_path / "b", lambda s: s["layer3.2.bn2.weight"].fill_(3e38))
+    with pytest.raises(UserError, match=r"^extract: the backbone gave NaN or infinity"):
+        extracted(tmp_path / "c", *digits, backbone, batchnorm=["stage1"])
+    assert nothing_published(tmp_path)
+
+
+def test_what_float16_cannot_hold_is_refused_and_float32_takes_it(tmp_path, digits):
+    backbone = spoilt_backbone(tmp_path / "b", lambda s: s["layer3.2.bn2.weight"].fill_(1e5))
+    with pytest.raises(UserError, match=r"^extract\.dtype: float16 holds values up to 65504; got \d+; use bfloat16"):
+        extracted(tmp_path / "c", *digits, backbone, batchnorm=["stage1"], dtype="float16")
+    assert nothing_published(tmp_path)
+    extracted(tmp_path / "c", *digits, backbone, batchnorm=["stage1"], dtype="float32")
+    with open_cache(tmp_path / "c") as cache:
+        assert cache.read(np.arange(cache.spec.rows)).max() > HALF_MAX
+
+
+# --- kills
+
+
+def extraction(folder: Path, name: str, params: Path, samples: Path, backbone: Path) -> tuple[list[str], Path, Path]:
+    """(command, its output, its staging directory)."""
+    out = folder / name / "b"
+    command = [sys.executable, "-m", "pipeline", "extract", "b", samples, backbone, out, "--params", params]
+    return [*map(str, command), "--device", "cpu"], out, out.parent / ".b.staging"
+
+
+def killed_extraction(folder: Path, params: Path, samples: Path, backbone: Path, kills: int) -> None:
+    """Ends in the same bytes as an uninterrupted one; most kills strike between the first and the last shard."""
+    env = environment()
+    command, whole, _ = extraction(folder, "whole", params, samples, backbone)
+    finish(command, env, folder)
+    with open_cache(whole) as cache:
+        shards, rows = cache.spec.shards, cache.spec.rows
+    assert shards >= 12
+    command, out, staging = extraction(folder, "killed", params, samples, backbone)
+    found = kill_and_restart(command, env, folder, staging, kills=kills, shards=shards, seed=0)
+    between = sum(0 < done < shards for done in found)
+    where = f"between the first and the last shard, after {found} shards"
+    print(f"{rows} rows, {shards} shards; {between} of {kills} kills {where}")  # noqa: T201
+    assert between >= (8 if kills == 10 else kills - 1)
+    assert tree(out) == tree(whole)
+    assert [p.name for p in out.parent.iterdir()] == ["b"]
+
+
+@pytest.mark.timeout(900)
+def test_killed_extraction_of_the_default_data_ends_in_the_same_bytes(tmp_path):
+    """Four kills; ten with H2T_FULL=1."""
+    make_samples(tmp_path / "samples", test_per_class=40, validation_per_class=14)
+    make_backbone_dir(tmp_path / "backbone")
+    params = write_params(
+        tmp_path / "params.yaml", extract__batchnorm_passes=2, extract__chunk_rows=32, extract__shard_bytes=16384
+    )
+    kills = 10 if os.environ.get("H2T_FULL") else 4
+    killed_extraction(tmp_path, params, tmp_path / "samples", tmp_path / "backbone", kills)
+
+
+CIFAR = os.environ.get("H2T_SHARED_DATA", "")
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(not CIFAR, reason="H2T_SHARED_DATA: the folder with cifar10-train.parquet and -test.parquet")
+def test_killed_extraction_of_cifar_ends_in_the_same_bytes(tmp_path):
+    """Ten kills on 22,406 rows of 64x8x8: CIFAR-10-LT 100 and its test split, ResNet-20."""
+    from pipeline.stages import prepare
+
+    section = {
+        "dataset": "parquet",
+        "options": {"train": [f"{CIFAR}/cifar10-train.parquet"], "test": [f"{CIFAR}/cifar10-test.parquet"]},
+        "imbalance": {"profile": "exponential", "ratio": 100.0, "seed": 0},
+        "test_per_class": 0,
+        "validation_per_class": 0,
+    }
+    prepare.run(prepare.Params.model_validate(section), 0, tmp_path / "samples", lambda line: None)
+    counts = json.loads((tmp_path / "samples" / "classes.json").read_text())["counts"]
+    assert counts == [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
+    make_backbone_dir(tmp_path / "backbone")
+    params = write_params(
+        tmp_path / "params.yaml",
+        prepare=section,
+        extract__batchnorm=["stage1"],
+        extract__shard_bytes=2**21,
+        hosts__dr__batchnorm="stage1",
+    )
+    killed_extraction(tmp_path, params, tmp_path / "samples", tmp_path / "backbone", 10)

@@ -56,8 +56,8 @@ def pooled(
         codec=codec,
         chunk_rows=chunk_rows,
         shard_rows=shard_rows_for(row_bytes, chunk_rows, shard_bytes),
-        fingerprint_inputs={"pool": pool_name, "parent": parent.fingerprint},
-        provenance={"pool": pool_name, "parent": dict(parent.provenance), "numpy": np.__version__},
+        fingerprint_inputs={**_backbone(parent), "pool": pool_name, "parent": parent.fingerprint},
+        provenance={**parent.provenance, "pool": pool_name, "pooled_with": {"numpy": np.__version__}},
     )
     have = committed(target)
     if have and not replace:
@@ -88,6 +88,11 @@ def pooled(
         dask.compute(*tasks, scheduler="threads", num_workers=WORKERS)
         writer.commit(cache.statistics, card(spec, cache.rows), replace=replace)
     return spec
+
+
+def _backbone(parent: CacheSpec) -> dict[str, Any]:
+    """The parent's entry about its backbone: who has the copy alone can still tell which backbone made it."""
+    return {k: v for k, v in parent.fingerprint_inputs.items() if k == "backbone"}
 
 
 def _pooled(cache: Cache, pool: Pool, expert: int, start: int, stop: int) -> np.ndarray:

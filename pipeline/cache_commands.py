@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -174,6 +175,27 @@ def advise_command(location: str, disk: float, link: float, cores: int | None, a
         )
     chosen = next(line for line in table if line["recommended"])
     click.echo(f"* codec: {chosen['codec']}, {chosen['chunk_rows']} rows per chunk: {chosen['reason']}")
+
+
+@cache.command("pool")
+@click.argument("location", metavar="CACHE")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--pool", "name", default="gap", show_default=True, help="One of h2t list pools.")
+@click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="An option of the pool.")
+@click.option("--codec", default="none", show_default=True)
+@click.option("--replace", is_flag=True, help="Replace another cache at OUT.")
+def pool_command(location: str, out: Path, name: str, options: tuple[str, ...], codec: str, replace: bool) -> None:
+    """Write the copy OUT of CACHE with one vector per row in place of a map.
+
+    Example: h2t cache pool data/extract/ce_mixup ce_mixup-gap --pool gem --option exponent=3.0
+    """
+    from pipeline import params
+    from pipeline.stages import pool
+
+    chosen = dict(params.assignment("--option", option) for option in options)
+    section = params.build(pool.Params, "pool", {"pool": name, "pool_options": chosen, "codec": codec})
+    with opened(location) as found:
+        pool.run(section, out.name, found, out, click.echo, replace=replace)
 
 
 @cache.command("diff")

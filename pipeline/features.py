@@ -1,16 +1,48 @@
 """Maps from a cache as the tensors that heads train on: whole, or pooled as they stream in."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 
 from cache.prefetch import Meter
 from cache.reader import Cache
+from cache.spec import CacheSpec, canonical_json
+from pipeline import plugins
+from pipeline.errors import UserError
+from pipeline.head import global_average
+from pipeline.params import build
 
 BLOCK_BYTES = 32 * 1024**2  # maps are read, checked and pooled in blocks of about this size
 
 Pooling = Callable[[torch.Tensor], torch.Tensor]
+
+
+def pool_label(pool: str, options: Mapping[str, Any]) -> str:
+    """The name a pooled cache records: the pool, and its options, complete, where it has any."""
+    full = build(plugins.load("pools", pool).Options, "pool_options", options).model_dump()
+    return f"{pool} {canonical_json(full).decode()}" if full else pool
+
+
+def identity_if_pooled(cache: Cache, label: str) -> Pooling | None:
+    """None for a cache of whole maps; for a pooled copy what takes its (C, 1, 1) maps as the features they are.
+
+    Raises UserError if the copy was pooled by anything but `label`.
+    """
+    found = cache.spec.fingerprint_inputs.get("pool")
+    if found is None:
+        return None
+    if found != label:
+        raise UserError(
+            f"{cache.files}: is pooled already, by {found}; {label} is needed here: use the cache it was made from"
+        )
+    return global_average
+
+
+def maps_fingerprint(spec: CacheSpec) -> str:
+    """Identity of the maps behind the features: the parent's fingerprint for a pooled copy, else the cache's own."""
+    return str(spec.fingerprint_inputs.get("parent", spec.fingerprint))
 
 
 def to_tensor(maps: np.ndarray, dtype: str) -> torch.Tensor:

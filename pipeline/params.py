@@ -143,14 +143,19 @@ def load(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     return values
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
+def assignment(option: str, text: str) -> tuple[str, Any]:
+    """`key=value`, the value read as YAML. Raises UserError in the name of the command line's `option`."""
+    key, equals, value = text.partition("=")
     if not equals or not key:
-        raise UserError(f"--set {override}: must read key=value")
+        raise UserError(f"{option} {text}: must read key=value")
     try:
-        value = yaml.safe_load(text)
+        return key, yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise UserError(f"--set {override}: the value is not YAML ({' '.join(str(error).split())})") from None
+        raise UserError(f"{option} {text}: the value is not YAML ({' '.join(str(error).split())})") from None
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, value = assignment("--set", override)
     *parents, last = key.split(".")
     at: Any = values
     for i, part in enumerate(parents):

@@ -5,17 +5,35 @@ from typing import Any
 from pipeline import params, plugins
 from pipeline.errors import UserError, nearest
 
-SECTIONS = ("seed", "device", "prepare", "backbones", "extract", "hosts", "train_classifier", "evaluate", "report")
+SECTIONS = (
+    "seed",
+    "device",
+    "prepare",
+    "backbones",
+    "extract",
+    "pool",
+    "hosts",
+    "train_classifier",
+    "evaluate",
+    "report",
+)
+
+OPTIONAL = ("pool",)  # complete by its defaults, and no other stage waits for it
 
 
 def check(values: dict[str, Any]) -> None:
-    """Raises UserError for the first wrong, missing or unknown key; fills in `host`, `arch` and `objective` by name."""
-    from pipeline.stages import evaluate, extract, prepare, report, train_backbone, train_classifier
+    """Raises UserError for the first wrong, missing or unknown key.
+
+    Fills in `host`, `arch` and `objective` by name, and sections that may be left out.
+    """
+    from pipeline.stages import evaluate, extract, pool, prepare, report, train_backbone, train_classifier
 
     for name in values:
         if name not in SECTIONS:
             raise UserError(f"{name}: unknown section{nearest(name, SECTIONS)} (there are: {', '.join(SECTIONS)})")
     for name in SECTIONS:
+        if name in OPTIONAL:
+            values.setdefault(name, {})
         if name not in values:
             raise UserError(f"{name}: missing; add the section to the parameter file")
     seed = values["seed"]
@@ -26,6 +44,8 @@ def check(values: dict[str, Any]) -> None:
     section = params.build(prepare.Params, "prepare", values["prepare"])
     params.build(plugins.load("datasets", section.dataset).Options, "prepare.options", section.options)
     extraction = params.build(extract.Params, "extract", values["extract"])
+    copies = params.build(pool.Params, "pool", values["pool"])
+    params.build(plugins.load("pools", copies.pool).Options, "pool.pool_options", copies.pool_options)
     params.build(train_classifier.Residency, "train_classifier", values["train_classifier"])
     params.build(evaluate.Params, "evaluate", values["evaluate"])
     params.build(report.Params, "report", values["report"])

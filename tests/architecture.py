@@ -23,6 +23,7 @@ LOADED = {
         "backbones": ["${item.arch}"],
         "samplers": ["balanced", "instance", "reverse"],
     },
+    "pool": {"pools": ["${pool.pool}"]},
     "train_classifier": {
         "hosts": ["${item.host}"],
         "pools": ["${item.pool}"],

@@ -381,7 +381,9 @@ class TestPooled:
                     assert cache.read(range(11), expert=expert).tobytes() == expected.tobytes()
         assert spec.dtype == "float32"
         assert spec.maps == ((3, 1, 1), (5, 1, 1))
-        assert spec.fingerprint_inputs == {"pool": "gap", "parent": parent.spec.fingerprint}
+        backbone = parent.spec.fingerprint_inputs["backbone"]
+        assert spec.fingerprint_inputs == {"backbone": backbone, "pool": "gap", "parent": parent.spec.fingerprint}
+        assert {**spec.provenance, **parent.spec.provenance} == spec.provenance
         assert faults(tmp_path / "b") == []
 
     def test_again_is_nothing_and_another_is_refused(self, tmp_path):

@@ -20,7 +20,7 @@ from torch.func import vmap
 from cache.reader import Cache
 from pipeline.classes import by_index, groups
 from pipeline.errors import UserError
-from pipeline.features import FeatureReader
+from pipeline.features import FeatureReader, identity_if_pooled, maps_fingerprint, pool_label
 from pipeline.head import global_average, logits
 from pipeline.heads import Heads, head_parts
 from pipeline.metrics import confusion, over_seeds, per_class_accuracy, softmax_confidence, summary
@@ -123,10 +123,10 @@ def load_heads_for(cache: Cache, heads_dir: Path, backbone_dir: Path) -> Heads:
             f"{heads_dir}: heads were trained on backbone {heads.about['backbone'][:12]}, {backbone_dir} is "
             f"{expected[:12]}; train the heads again"
         )
-    if heads.about["cache"] != cache.spec.fingerprint:
+    if heads.about["cache"] != maps_fingerprint(cache.spec):
         raise UserError(
             f"{heads_dir}: heads were trained on cache {heads.about['cache'][:12]}, this one is "
-            f"{cache.spec.fingerprint[:12]}; train the heads again"
+            f"{maps_fingerprint(cache.spec)[:12]}; train the heads again"
         )
     return heads
 
@@ -182,7 +182,8 @@ def _entry(figures: list[dict[str, Any]], statistics: str, params: Params) -> di
 def _evaluate_heads(cache: Cache, heads: Heads, split: str, statistics: str, device: torch.device) -> _Split:
     host, pool = head_parts(heads.parts, heads.context)
     rows = sample_rows(cache.rows, split, statistics)
-    pooling = (lambda maps: pool({}, maps)) if pool.commutes else None
+    already = identity_if_pooled(cache, pool_label(heads.parts.pool, heads.parts.pool_options))
+    pooling = already or ((lambda maps: pool({}, maps)) if pool.commutes else None)
     state = {name: t.to(device) for name, t in heads.state.items()}
     x = FeatureReader(cache, pooling).read(rows.first).to(device, torch.float32)  # (E, n, C[, H, W])
 
@@ -204,6 +205,7 @@ def _evaluate_heads(cache: Cache, heads: Heads, split: str, statistics: str, dev
 
 def _evaluate_stage1(cache: Cache, head: StageOneHead, split: str, device: torch.device) -> _Split:
     rows = sample_rows(cache.rows, split, STAGE1)
+    identity_if_pooled(cache, "gap")  # the stage-I head knows averages only
     features = FeatureReader(cache, global_average).read(rows.first).to(device)
     state = {name: t.to(device) for name, t in head.state.items()}
     with torch.no_grad():

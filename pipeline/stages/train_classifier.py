@@ -22,7 +22,7 @@ from pipeline.batchnorm import RECIPES
 from pipeline.checkpoint import Checkpoint
 from pipeline.checkpoints import save_weights
 from pipeline.errors import UserError
-from pipeline.features import FeatureReader
+from pipeline.features import FeatureReader, identity_if_pooled, maps_fingerprint, pool_label
 from pipeline.fusion import Rounding, Selection, replaced_channels
 from pipeline.heads import HeadParts, head_parts
 from pipeline.host import Context, FittedHost
@@ -119,11 +119,8 @@ def heads_of(grid: Grid) -> list[HeadSetting]:
 
 def check_backbone(cache: Cache, backbone_dir: Path) -> None:
     """Raises UserError unless the cache was extracted by the backbone in `backbone_dir`."""
-    found = cache.spec.fingerprint_inputs
-    while "parent" in found:  # a pooled cache carries the ingredients of the cache it was made from
-        found = found["parent"]
     expected = backbone_digest(backbone_dir)
-    recorded = found.get("backbone", {}).get("weights")
+    recorded = cache.spec.fingerprint_inputs.get("backbone", {}).get("weights")
     if recorded != expected:
         raise UserError(
             f"{cache.files}: this cache was extracted by a backbone with weights {str(recorded)[:12]}, "
@@ -174,14 +171,17 @@ def run(
     host, pool = head_parts(parts, context)
     exact = pool.commutes and (getattr(pool, "linear", False) or "mixup" not in params.grid.selection)
     pooling = (lambda maps: pool({}, maps)) if exact and (residency.pooled or fitted) else None
-    reader = FeatureReader(cache, pooling)
+    already = identity_if_pooled(cache, pool_label(params.pool, params.pool_options))
+    if already and not exact:
+        raise UserError(f"{cache.files}: is pooled already; mixup and {params.pool} do not commute, use whole maps")
+    reader = FeatureReader(cache, already or pooling)
     about = {
         **asdict(parts),
         "batchnorm": params.batchnorm,
         "receiver": recipe.donors[kind.receiver],
         "evaluate": recipe.evaluate,
         "rounding": params.rounding,
-        "cache": cache.spec.fingerprint,
+        "cache": maps_fingerprint(cache.spec),
         "backbone": backbone_digest(backbone_dir),
         "counts": streams.index.counts.tolist(),
         "channels": context.channels,

@@ -8,7 +8,7 @@ class UserError(Exception):
     """What went wrong, by which rule, what was found, and the way out, in one line."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: object, known: Iterable[object]) -> str:
     """A hint "; did you mean 'x'?" for a name that is not among `known`, or nothing if none is close."""
-    match = difflib.get_close_matches(name, list(known), n=1)
+    match = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
     return f"; did you mean {match[0]!r}?" if match else ""

@@ -58,8 +58,8 @@ def load_samples(path: Path) -> Samples:
     try:
         table = pq.read_table(folder / "samples.parquet")
         facts = json.loads((folder / "classes.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{error.filename}: no prepared samples here; run h2t prepare {folder}") from None
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no prepared samples here; run h2t prepare {folder}") from None
     except (pa.ArrowException, ValueError, OSError) as error:
         raise UserError(f"{folder}: prepared samples are unreadable ({error}); run h2t prepare again") from None
     return Samples(table, facts)

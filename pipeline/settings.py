@@ -1,8 +1,9 @@
 """All of params.yaml at once: every section is checked before any stage starts, so that a slip is found early."""
 
+import re
 from typing import Any
 
-from pipeline import params, plugins
+from pipeline import device, params, plugins
 from pipeline.errors import UserError, nearest
 
 SECTIONS = (
@@ -39,8 +40,7 @@ def check(values: dict[str, Any]) -> None:
     seed = values["seed"]
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
         raise UserError(f"seed: must be a whole number from 0 to 4294967295; got {seed!r}")
-    if not isinstance(values["device"], str):
-        raise UserError(f"device: must be auto, cpu, cuda or cuda:N; got {values['device']!r}")
+    device.check(values["device"])
     section = params.build(prepare.Params, "prepare", values["prepare"])
     params.build(plugins.load("datasets", section.dataset).Options, "prepare.options", section.options)
     extraction = params.build(extract.Params, "extract", values["extract"])
@@ -79,6 +79,8 @@ def _entries(values: dict[str, Any], name: str, defaults: tuple[str, ...]) -> di
         raise UserError(f"{name}: must be a mapping with at least one entry; got {section!r}")
     kinds = {"arch": "backbones", "objective": "objectives", "host": "hosts"}
     for key, entry in section.items():
+        if not isinstance(key, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", key):
+            raise UserError(f"{name}: names are letters, digits, _ and -, as they become folders; got {key!r}")
         if isinstance(entry, dict):
             for default in defaults:
                 if default not in entry and key in plugins.names(kinds[default]):

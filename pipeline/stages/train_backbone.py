@@ -43,7 +43,7 @@ class Params(Section):
     weight_decay: NonNegative = 2e-4
     warmup_epochs: Annotated[int, at_least(0)] = 5
     schedule: Literal["cosine", "step"] = "step"
-    milestones: list[int] = [160, 180]
+    milestones: list[Annotated[int, at_least(0)]] = [160, 180]
     gamma: Positive = 0.1
     mixup: NonNegative = 0.0
 

@@ -14,16 +14,40 @@ import click
 
 from cache.errors import CacheError
 from pipeline.cache_commands import cache as cache_group
+from pipeline.cache_commands import opened
 from pipeline.errors import UserError
 
 
+class Misuse(click.ClickException):
+    """A command line that cannot be parsed: one line, exit code 2."""
+
+    exit_code = 2
+
+    def __init__(self, error: click.UsageError) -> None:
+        path = error.ctx.command_path if error.ctx else "h2t"
+        super().__init__(f"{' '.join(error.format_message().split())} (see: {path} --help)")
+
+
 class OneLineErrors(click.Group):
-    """A group whose user errors are one line on stderr and exit code 1; only bugs show a traceback."""
+    """A group whose user errors are one line on stderr and exit code 1 or 2; only bugs show a traceback."""
+
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        """Parses the group's own options."""
+        try:
+            return super().make_context(*args, **extra)
+        except click.exceptions.NoArgsIsHelpError:
+            raise
+        except click.UsageError as error:
+            raise Misuse(error) from None
 
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the chosen command."""
         try:
             return super().invoke(ctx)
+        except click.exceptions.NoArgsIsHelpError:
+            raise
+        except click.UsageError as error:
+            raise Misuse(error) from None
         except (UserError, CacheError) as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(1)
@@ -171,15 +195,14 @@ def pool(values: dict[str, Any], name: str, cache: str, out: Path, replace: bool
 @stage
 def train_classifier(values: dict[str, Any], name: str, cache: str, backbone: Path, out: Path) -> dict[str, Any]:
     """Stage II: train the grid of heads of host NAME on a cache."""
-    from cache.reader import open_cache
     from pipeline import device, params
     from pipeline.stages import train_classifier as stage_module
 
     section = params.build(stage_module.Params, f"hosts.{name}", params.section(values, f"hosts.{name}"))
     residency = params.build(stage_module.Residency, "train_classifier", params.section(values, "train_classifier"))
-    with open_cache(cache) as opened:
+    with opened(cache) as found:
         summary = stage_module.run(
-            section, residency, name, opened, backbone, device.choose(values["device"]), out, click.echo
+            section, residency, name, found, backbone, device.choose(values["device"]), out, click.echo
         )
     return vars(summary)
 
@@ -193,13 +216,12 @@ def train_classifier(values: dict[str, Any], name: str, cache: str, backbone: Pa
 @stage
 def evaluate(values: dict[str, Any], name: str, cache: str, heads: Path, backbone: Path, out: Path) -> None:
     """Evaluate the stage-I head and the heads of host NAME."""
-    from cache.reader import open_cache
     from pipeline import device, params
     from pipeline.stages import evaluate as stage_module
 
     section = params.build(stage_module.Params, "evaluate", params.section(values, "evaluate"))
-    with open_cache(cache) as opened:
-        stage_module.run(section, name, opened, heads, backbone, device.choose(values["device"]), out, click.echo)
+    with opened(cache) as found:
+        stage_module.run(section, name, found, heads, backbone, device.choose(values["device"]), out, click.echo)
 
 
 @main.command()

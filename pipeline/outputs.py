@@ -2,6 +2,7 @@
 
 import datetime
 import errno
+import glob
 import json
 import os
 import platform
@@ -16,19 +17,33 @@ from typing import Any
 from pipeline.errors import UserError
 
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+NO_PLACE = {errno.EEXIST, errno.ENOTDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP}
 
 
 @contextmanager
 def fresh_directory(out: Path) -> Iterator[Path]:
-    """A directory to fill that becomes `out` in one rename when the block ends well, and vanishes when it does not."""
+    """A directory to fill that becomes `out` in one rename when the block ends well, and vanishes when it does not.
+
+    An earlier output at `out` is replaced. A directory that holds anything else is refused, not deleted.
+    """
     out = Path(out)
     partial = out.parent / f".{out.name}.partial-{os.getpid()}"
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _clear_abandoned(out)
-        partial.mkdir()
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            _clear_abandoned(out)
+            partial.mkdir()
+        except OSError as error:
+            if error.errno not in NO_PLACE:
+                raise
+            raise UserError(f"{out}: cannot be made ({error.strerror}); give another place") from None
         yield partial
         if out.is_dir() and not out.is_symlink():
+            foreign = sorted({p.name for p in out.iterdir()} - {p.name for p in partial.iterdir()})
+            if foreign:
+                raise UserError(
+                    f"{out}: holds {foreign[0]!r}, which is not of this stage; give another place or remove it"
+                )
             shutil.rmtree(out)
         elif out.exists() or out.is_symlink():
             out.unlink()
@@ -42,10 +57,10 @@ def fresh_directory(out: Path) -> Iterator[Path]:
 
 
 def _clear_abandoned(out: Path) -> None:
-    """Removes what killed runs left behind."""
-    for path in out.parent.glob(f".{out.name}.partial-*"):
+    """Removes what killed runs left behind; one may have had our own process number."""
+    for path in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
         pid = path.name.rpartition("-")[2]
-        if not (pid.isdigit() and Path(f"/proc/{pid}").exists()):
+        if pid == str(os.getpid()) or not (pid.isdigit() and Path(f"/proc/{pid}").exists()):
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -8,13 +8,14 @@ is what is evaluated, and nothing is ever chosen on the test split.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
+from pydantic import BeforeValidator
 from torch.func import vmap
 
 from cache.reader import Cache
@@ -33,12 +34,24 @@ from pipeline.streams import sample_rows
 STAGE1 = "stage1"
 BLOCK_BYTES = 256 * 1024**2
 FIGURES = ("top1", "head", "medium", "tail", "ece")
+GROUP_NAMES = ("paper_index", "paper_threshold", "oltr")
+
+
+def _groups(value: Any) -> Any:
+    if value in GROUP_NAMES:
+        return value
+    whole = isinstance(value, list) and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
+    if whole and len(value) == 2 and 0 <= value[0] <= value[1]:
+        return value
+    raise ValueError(f"must be {', '.join(GROUP_NAMES)} or two rising class indices")
 
 
 class Params(Section):
     """Section `evaluate`. `groups` may be two class indices: where medium begins and where tail begins."""
 
-    groups: Literal["paper_index", "paper_threshold", "oltr"] | list[int] = "paper_index"
+    groups: Annotated[Literal["paper_index", "paper_threshold", "oltr"] | list[int], BeforeValidator(_groups)] = (
+        "paper_index"
+    )
     ratio: Ratio = 0.3
 
 
@@ -135,7 +148,7 @@ def group_choice(params: Params, counts: list[int]) -> list[str | None]:
     """The group of each class. Raises UserError for indices that do not fit."""
     if isinstance(params.groups, str):
         return groups(counts)[params.groups]
-    if len(params.groups) != 2 or not 0 <= params.groups[0] <= params.groups[1] <= len(counts):
+    if params.groups[1] > len(counts):
         raise UserError(
             f"evaluate.groups: must be a name or two rising class indices up to {len(counts)}; got {params.groups}"
         )

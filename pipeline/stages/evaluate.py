@@ -107,6 +107,8 @@ def run(
 
     on = [f for f in figures if f["statistics"] == recipe_statistics and f["number"] >= 0]
     ratio = reported_ratio(on, params.ratio)
+    if ratio is None:
+        say(f"note: {name}: no head to report as with_h2t (donor instance, selection random, ratio {params.ratio:g})")
     without = _chosen(on, "test", 0.0)
     with_h2t = _chosen(on, "test", ratio) if ratio else []
     metrics = {

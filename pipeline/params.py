@@ -3,6 +3,7 @@
 Each stage and each plug-in declares its own `Section`, so a new option of one stage re-runs no other.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -128,10 +129,27 @@ def _keys_at(model: type[pydantic.BaseModel], loc: Sequence[int | str]) -> list[
     return []
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML as DVC reads it: `1e-3` is a number, and a key that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        if len(found) < len(node.value):
+            names = [key.value for key, _ in node.value]
+            twice = next((n for n in names if names.count(n) > 1), "?")
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} stands twice", node.start_mark)
+        return found
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
 def load(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The parameters in `path` with `key.sub=value` overrides (YAML values) applied. Raises UserError."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise UserError(f"{path}: no such parameter file; pass --params FILE") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError, RecursionError) as error:
@@ -149,7 +167,7 @@ def assignment(option: str, text: str) -> tuple[str, Any]:
     if not equals or not key:
         raise UserError(f"{option} {text}: must read key=value")
     try:
-        return key, yaml.safe_load(value)
+        return key, yaml.load(value, _Loader)
     except yaml.YAMLError as error:
         raise UserError(f"{option} {text}: the value is not YAML ({' '.join(str(error).split())})") from None
 

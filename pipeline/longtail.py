@@ -42,5 +42,5 @@ def clouded(
     `noise` e (B, K): normal with standard deviation 1/3, clamped to [-1, 1]. Source: Li et al., "Long-tailed Visual
     Recognition via Gaussian Clouded Logit Adjustment", CVPR 2022, section 3.
     """
-    own = torch.nn.functional.one_hot(labels, logits.shape[-1]).to(logits.dtype)
-    return logits - amplitude * noise.abs() * clouds - margin * own
+    own = labels.unsqueeze(-1) == torch.arange(logits.shape[-1], device=labels.device)
+    return logits - amplitude * noise.abs() * clouds - margin * own.to(logits.dtype)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from cache.reader import open_cache
 from cache.rows import make_rows
+from pipeline import plugins
 from pipeline.checkpoints import save_weights, weights_digest
 from pipeline.classes import ClassIndex
 from pipeline.features import FeatureReader
@@ -84,7 +85,9 @@ def make_stage2_cache(target: Path, **overrides) -> Path:
     """
     rows_keys = {"counts", "views", "train", "evaluation", "val", "test"}
     rows = make_stage2_rows(**{k: overrides.pop(k) for k in rows_keys & set(overrides)})
-    counts = np.bincount(rows.filter(pa.compute.field("split") == "train")["label"].to_numpy())
+    train = rows.filter(pa.compute.field("split") == "train")
+    _, first = np.unique(train["sample"].to_numpy(), return_index=True)
+    counts = np.bincount(train["label"].to_numpy()[first])
     shape, experts = overrides.pop("shape", (6, 2, 2)), overrides.pop("experts", 1)
     names = overrides.pop("classes", [f"class {j}" for j in range(len(counts))])
     backbone, seed = overrides.pop("backbone", "b" * 64), overrides.pop("seed", 0)
@@ -111,7 +114,13 @@ def make_stage1_head(classes=3, channels=6, experts=1, seed=0, classifier="linea
     draws = torch.Generator().manual_seed(seed)
     weight = torch.randn(experts, classes, channels, generator=draws) * 0.3
     bias = torch.randn(experts, classes, generator=draws) * 0.1
-    return StageOneHead({"weight": weight, "bias": bias}, classifier, scale)
+    state = {"weight": weight} if classifier == "cosine" else {"weight": weight, "bias": bias}
+    if classifier == "branches":
+        state["norm_weight"] = torch.rand(3, channels, generator=draws) + 0.5
+        state["norm_bias"] = torch.randn(3, channels, generator=draws) * 0.1
+        state["running_mean"] = torch.rand(3, channels, generator=draws)
+        state["running_var"] = torch.rand(3, channels, generator=draws) + 0.5
+    return StageOneHead(state, classifier, scale)
 
 
 def make_backbone_dir(folder: Path, *, arch="resnet20", seed=0, classes=10, experts=1, **head) -> str:
@@ -151,6 +160,11 @@ def make_stack(
     batch_size=4,
     stage1=None,
     host="dr",
+    loss=None,
+    classifier="linear",
+    scale=1.0,
+    pool="gap",
+    pool_options=None,
     receiver="balanced",
     donors=None,
     rounding="floor",
@@ -167,9 +181,11 @@ def make_stack(
             donors or {"instance": "instance"},
             sorted({h.seed for h in settings}),
             batch_size,
+            receiver=plugins.load("hosts", host).Host.receiver,
         )
-        context = Context(torch.from_numpy(streams.index.counts), opened.spec.maps[0][0], opened.experts)
-        parts = HeadParts(host, {}, "linear", 1.0, "gap", {}, "hosts.test")
+        channels, height, width = opened.spec.maps[0]
+        context = Context(torch.from_numpy(streams.index.counts), channels, opened.experts, height * width)
+        parts = HeadParts(host, loss or {}, classifier, scale, pool, pool_options or {}, "hosts.test")
         made, pool = head_parts(parts, context)
         reader = FeatureReader(opened, (lambda m: pool({}, m)) if pooled else None)
         feed = Feed(streams, reader, Choice("memory", "test"), 2**30, CPU, silent, dtype=dtype)

@@ -1,0 +1,223 @@
+"""What every plug-in must satisfy, as functions that raise AssertionError. The tests run them over the file listings,
+over files dropped into a plug-in folder, and over seeded mistakes.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pipeline_builders import CPU, distance, make_stack, make_stage1_head, trained
+
+from cache.reader import open_cache
+from pipeline import plugins
+from pipeline import stack as stack_module
+from pipeline.batchnorm import RECIPES
+from pipeline.errors import UserError
+from pipeline.head import global_average
+from pipeline.host import Context, FittedHost, GradientHost
+from pipeline.network import StageOneHead
+from pipeline.seeds import stream
+
+COUNTS = (30, 12, 3, 1)
+CHANNELS = 20
+
+
+@dataclass(frozen=True)
+class Made:
+    """A host of default constants with what suits it."""
+
+    name: str
+    classifier: str
+    scale: float
+    pool: str
+    host: Any
+    stage1: StageOneHead
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """For `make_stack`."""
+        return {
+            "host": self.name,
+            "classifier": self.classifier,
+            "scale": self.scale,
+            "pool": self.pool,
+            "stage1": self.stage1,
+        }
+
+
+def make_host(name: str, counts=COUNTS, channels=CHANNELS, experts=1, pixels=4, loss=None, classifier=None) -> Made:
+    """Host `name` with the first classifier that it takes."""
+    module = plugins.load("hosts", name)
+    context = Context(torch.tensor(counts), channels, experts, pixels)
+    for kind in (classifier,) if classifier else ("linear", "cosine"):
+        scale = 1.0 if kind == "linear" else 20.0
+        try:
+            host = module.Host(module.Loss(**(loss or {})), kind, scale, context)
+        except UserError:
+            continue
+        stage1 = make_stage1_head(len(counts), channels, experts, classifier=host.classifier)
+        return Made(name, kind, scale, "moments" if host.numbers == 2 else "gap", host, stage1)
+    raise AssertionError(f"{name} takes neither classifier")
+
+
+def gradient_hosts() -> list[str]:
+    return [n for n in plugins.names("hosts") if issubclass(plugins.load("hosts", n).Host, GradientHost)]
+
+
+def fitted_hosts() -> list[str]:
+    return [n for n in plugins.names("hosts") if issubclass(plugins.load("hosts", n).Host, FittedHost)]
+
+
+def make_features(made: Made, batch: int, experts=1, seed=0) -> torch.Tensor:
+    """Features (E, B, D) as the host's pool gives them, float64, from maps of 4 pixels."""
+    maps = torch.randn(experts, batch, CHANNELS, 2, 2, generator=torch.Generator().manual_seed(seed)).double().abs()
+    if made.host.numbers == 2:
+        return torch.stack([maps.mean((-2, -1)), maps.square().mean((-2, -1))], -1)
+    return global_average(maps)
+
+
+def check_head_alone(name: str, cache: Path, experts: int = 1, pooled: bool = True) -> None:
+    """Head k of a stack is head k alone: 1e-5 of the largest weight in float32, 1e-9 for each element in float64."""
+    heads = [{"ratio": r, "selection": s, "seed": seed} for r in (0.0, 0.3, 1.0) for s in SELECTIONS for seed in (0, 3)]
+    made = make_host(name, experts=experts)
+    for dtype in (torch.float32, torch.float64):
+        options = {**made.options, "pooled": pooled, "dtype": dtype, "batch_size": 16}
+        together, losses = trained(make_stack(cache, heads, **options), lr=0.02)
+        assert all(torch.isfinite(x).all() for x in losses)
+        for k in (0, 3, 5, 8, len(heads) - 1):
+            alone, _ = trained(make_stack(cache, [heads[k]], **options), lr=0.02)
+            for key, expected in alone.items():
+                if dtype == torch.float32:
+                    assert distance(together[key][k], expected[0]) <= 1e-5, (key, heads[k])
+                else:
+                    assert float((together[key][k] - expected[0]).abs().max()) <= 1e-9, (key, heads[k])
+
+
+SELECTIONS = ("random", "first", "mixup")
+
+
+def check_ratio_0(name: str, cache: Path, other: Path) -> None:
+    """At ratio 0 nothing of the donors matters: `other` differs from `cache` in their rows only."""
+    made = make_host(name)
+    heads = [{"ratio": 0.0}, {"ratio": 0.5}]
+    first, _ = trained(make_stack(cache, heads, **made.options))
+    second, _ = trained(make_stack(other, heads, **made.options))
+    for key in first:
+        assert torch.equal(first[key][0], second[key][0])
+    if made.host.receiver == "balanced":  # others receive the changed rows themselves
+        assert any(not torch.equal(first[key][1], second[key][1]) for key in first)
+
+
+def loss_of(made: Made, features: torch.Tensor, labels: torch.Tensor, seed=0) -> tuple[torch.Tensor, dict, Any]:
+    """(loss, state that requires gradients, noise) in float64 at the start."""
+    start = made.host.initial(made.stage1, stream(seed, "initial"))
+    state = {k: t.detach().double().requires_grad_(k not in made.host.fixed) for k, t in start.items()}
+    noise = made.host.noise(stream(seed, "noise", 0, 0), len(labels))
+    noise = None if noise is None else noise.double()
+    return made.host.loss(state, features, labels, noise), state, noise
+
+
+def check_gradients(name: str, counts: tuple[int, ...]) -> None:
+    """Finite gradients of a finite scalar, also for a batch of one class and for features of 0."""
+    made = make_host(name, counts)
+    batches = [
+        (make_features(made, 6), torch.arange(6) % len(counts)),
+        (make_features(made, 4), torch.zeros(4, dtype=torch.long)),
+        (torch.zeros_like(make_features(made, 4)), torch.full((4,), len(counts) - 1)),
+    ]
+    for features, labels in batches:
+        loss, state, _ = loss_of(made, features, labels)
+        assert loss.shape == ()
+        assert torch.isfinite(loss)
+        moving = [t for t in state.values() if t.requires_grad]
+        assert moving
+        for gradient in torch.autograd.grad(loss, moving, allow_unused=True):
+            assert gradient is None or torch.isfinite(gradient).all()
+
+
+def check_logits(name: str) -> None:
+    """Logits (B, K) of float; a sample's do not depend on its neighbours at evaluation."""
+    made = make_host(name)
+    if isinstance(made.host, FittedHost):
+        labels = torch.arange(12) % len(COUNTS)
+        state = made.host.fit(make_features(made, 12).float(), labels.sort().values, made.stage1)
+    else:
+        state = made.host.initial(made.stage1, stream(0, "initial"))
+    state = {k: t.detach().double() for k, t in state.items()}
+    features = make_features(made, 5)
+    with torch.no_grad():
+        found = made.host.logits(state, features)
+        assert found.shape == (5, len(COUNTS))
+        assert torch.isfinite(found).all()
+        assert torch.allclose(made.host.logits(state, features[:, 2:3]), found[2:3], atol=1e-12)
+
+
+def check_fusion(cache: Path, name: str = "dr") -> None:
+    """Every rule of a fused batch, on a real stack: rows, statistics, labels, channel sets, orientation."""
+    made = make_host(name)
+    recipe = RECIPES["branchwise"]
+    ratios = (0.0, 0.3, 1.0)
+    stack = make_stack(
+        cache,
+        [{"ratio": r} for r in ratios],
+        **made.options,
+        pooled=False,
+        receiver=recipe.receiver,
+        donors={"instance": recipe.donors["instance"]},
+        batch_size=16,
+    )
+    with open_cache(cache) as opened:
+        rows, maps = opened.rows, torch.from_numpy(opened.read(np.arange(opened.spec.rows)))
+    statistics, labels = np.array(rows["statistics"]), rows["label"].to_numpy()
+    _, step, batch, table = next(stack.feed.steps(1))
+    receivers, donors = batch.receivers[0], batch.donors[0, 0]
+    assert set(statistics[receivers]) == {"balanced"}
+    assert set(statistics[donors]) == {"instance"}
+    assert np.array_equal(batch.labels[0], labels[receivers])
+    seen: list[torch.Tensor] = []
+    original = made.host.loss
+
+    def listening(state, features, given, noise):
+        seen.append(given)
+        return original(state, features, given, noise)
+
+    stack.host.loss = listening
+    stack.head_loss(
+        {k: t[0] for k, t in stack.state.items()}, maps[receivers][None], torch.from_numpy(batch.labels[0]), None
+    )
+    assert np.array_equal(seen[0].numpy(), labels[receivers])
+    before = maps.clone()
+    x = stack.fused(batch, table, stack.masks(0, step))
+    again = table.take(stack.streams.rows)[0]
+    assert torch.equal(again, before[torch.from_numpy(stack.streams.rows)]), "the features were changed in place"
+    mine, theirs = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    kept = mine.clone(), theirs.clone()
+    stack_module.fuse(mine, theirs, torch.tensor([True, False, True, False]))
+    assert torch.equal(mine, kept[0])
+    assert torch.equal(theirs, kept[1])
+    differs = (maps[receivers] != maps[donors]).flatten(2).any(2)
+    for k, ratio in enumerate(ratios):
+        from_donor = (x[k, 0] == maps[donors]).flatten(2).all(2)
+        from_receiver = (x[k, 0] == maps[receivers]).flatten(2).all(2)
+        assert (from_donor | from_receiver).all()
+        replaced = (from_donor & differs).any(0)
+        assert not (replaced & (from_receiver & differs).any(0)).any(), "samples of a batch differ in their channels"
+        assert int(replaced.sum()) == int(ratio * CHANNELS)
+
+
+def check_evaluation(cache: Path, heads: Any) -> None:
+    """Logits at evaluation are those of the plain test rows under `mixture`, whatever the head's ratio."""
+    from pipeline.heads import head_parts
+    from pipeline.stages import evaluate
+
+    host, _ = head_parts(heads.parts, heads.context)
+    with open_cache(cache) as opened:
+        found = evaluate._evaluate_heads(opened, heads, "test", "mixture", CPU)
+        rows = opened.rows
+        at = np.flatnonzero((np.array(rows["split"]) == "test") & (np.array(rows["statistics"]) == "mixture"))
+        features = global_average(torch.from_numpy(opened.read(at).astype(np.float32)))[None]
+    for k in range(len(heads.table)):
+        expected = host.logits({name: t[k] for name, t in heads.state.items()}, features)
+        assert np.allclose(found.logits[k], expected.numpy(), atol=1e-5), heads.table.to_pylist()[k]

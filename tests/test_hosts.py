@@ -1,0 +1,603 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from conformance import (
+    CHANNELS,
+    COUNTS,
+    check_evaluation,
+    check_fusion,
+    check_gradients,
+    check_head_alone,
+    check_logits,
+    check_ratio_0,
+    fitted_hosts,
+    gradient_hosts,
+    loss_of,
+    make_features,
+    make_host,
+)
+from pipeline_builders import CPU, make_backbone_dir, make_stage1_head, make_stage2_cache, silent
+
+from cache.reader import open_cache
+from pipeline import plugins
+from pipeline import stack as stack_module
+from pipeline.batchnorm import RECIPES, Recipe
+from pipeline.errors import UserError
+from pipeline.heads import load_heads
+from pipeline.host import Context
+from pipeline.hosts.mislas import smoothing
+from pipeline.longtail import effective_weights, ldam_margins
+from pipeline.stages import evaluate, train_classifier
+from pipeline.streams import Batch, Streams
+
+SHAPE = (CHANNELS, 2, 2)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return make_stage2_cache(tmp_path_factory.mktemp("hosts") / "c", counts=COUNTS, shape=SHAPE)
+
+
+@pytest.fixture(scope="module")
+def other_donors(tmp_path_factory):
+    def noise(maps, rows):
+        maps[0][np.array(rows["statistics"]) == "instance"] += 1.5
+
+    return make_stage2_cache(tmp_path_factory.mktemp("other") / "c", counts=COUNTS, shape=SHAPE, change=noise)
+
+
+@pytest.fixture(scope="module")
+def experts_cache(tmp_path_factory):
+    return make_stage2_cache(tmp_path_factory.mktemp("experts") / "c", counts=COUNTS, shape=SHAPE, experts=3)
+
+
+def test_there_are_hosts_of_both_kinds():
+    assert {"dr", "mislas", "gcl", "ride", "reslt", "crt", "lws", "balanced_softmax"} <= set(gradient_hosts())
+    assert {"tau_norm", "ncm", "logit_adjustment", "logistic_regression"} <= set(fitted_hosts())
+
+
+@pytest.mark.parametrize("name", gradient_hosts())
+def test_a_head_of_a_stack_is_the_head_alone(name, cache):
+    check_head_alone(name, cache)
+
+
+@pytest.mark.parametrize("name", gradient_hosts())
+def test_a_head_of_a_stack_is_the_head_alone_with_experts_on_maps(name, experts_cache):
+    check_head_alone(name, experts_cache, experts=3, pooled=False)
+
+
+@pytest.mark.parametrize("name", gradient_hosts())
+def test_ratio_0_has_no_donor(name, cache, other_donors):
+    check_ratio_0(name, cache, other_donors)
+
+
+@pytest.mark.parametrize("name", gradient_hosts())
+@pytest.mark.parametrize("counts", [COUNTS, (9, 1), (1, 1), (4, 4, 4)])
+def test_gradients_are_finite(name, counts):
+    check_gradients(name, counts)
+
+
+@pytest.mark.parametrize("name", plugins.names("hosts"))
+def test_logits(name):
+    check_logits(name)
+
+
+# Slow references in float64, one number at a time, from the papers' formulas.
+
+
+def logits_by_hand(w, b, x):
+    """Mean over experts of w x + b for one sample: w (E, K, D), b (E, K), x (E, D) -> list of K."""
+    experts, classes, size = w.shape
+    return [
+        sum(sum(w[e, j, d] * x[e, d] for d in range(size)) + (b[e, j] if b is not None else 0) for e in range(experts))
+        / experts
+        for j in range(classes)
+    ]
+
+
+def cosines_by_hand(w, x):
+    experts, classes, _ = w.shape
+    return [
+        sum(
+            float(np.dot(w[e, j], x[e])) / math.sqrt(float((w[e, j] ** 2).sum()) * float((x[e] ** 2).sum()))
+            for e in range(experts)
+        )
+        / experts
+        for j in range(classes)
+    ]
+
+
+def minus_log_p(z, y):
+    top = max(z)
+    return top + math.log(sum(math.exp(v - top) for v in z)) - z[y]
+
+
+def ce_reference(s, x, labels, noise):
+    return sum(minus_log_p(logits_by_hand(s["weight"], s["bias"], x[:, i]), y) for i, y in enumerate(labels)) / len(
+        labels
+    )
+
+
+def scaled_logits(s, x):
+    one = {
+        k: s[k] * s["class_scale"][..., None] if k == "weight" else s[k] * s["class_scale"] for k in ("weight", "bias")
+    }
+    return logits_by_hand(one["weight"], one["bias"], x)
+
+
+def lws_reference(s, x, labels, noise):
+    return sum(minus_log_p(scaled_logits(s, x[:, i]), y) for i, y in enumerate(labels)) / len(labels)
+
+
+def mislas_reference(s, x, labels, noise):
+    high, low, total = max(COUNTS), min(COUNTS), 0.0
+    for i, y in enumerate(labels):
+        e = 0.1 + 0.3 * math.sin((COUNTS[y] - low) * math.pi / (2 * (high - low)))
+        z = scaled_logits(s, x[:, i])
+        total += (1 - e) * minus_log_p(z, y) + e * sum(minus_log_p(z, j) for j in range(len(z))) / len(z)
+    return total / len(labels)
+
+
+def gcl_reference(s, x, labels, noise):
+    high, low, total = math.log(max(COUNTS)), math.log(min(COUNTS)), 0.0
+    for i, y in enumerate(labels):
+        cosines = cosines_by_hand(s["weight"], x[:, i])
+        for j in range(len(COUNTS)):
+            cosines[j] -= 0.5 * abs(noise[i, j]) * (high - math.log(COUNTS[j])) / (high - low)
+        cosines[y] -= 0.1
+        surprise = minus_log_p([20 * c for c in cosines], y)
+        total += (1 - math.exp(-surprise)) * surprise
+    return total / len(labels)
+
+
+def balanced_softmax_reference(s, x, labels, noise):
+    total = 0.0
+    for i, y in enumerate(labels):
+        z = logits_by_hand(s["weight"], s["bias"], x[:, i])
+        total += minus_log_p([v + math.log(n) for v, n in zip(z, COUNTS, strict=True)], y)
+    return total / len(labels)
+
+
+def reslt_reference(s, x, labels, noise):
+    """Batch norm from the map's two moments, 4 classes: 1 of head, 2 of medium, 1 of tail; beta 0.5."""
+    experts, batch = x.shape[:2]
+    z = np.zeros((3, batch, len(COUNTS)))
+    for h in range(3):
+        for e in range(experts):
+            mean = x[e, :, :, 0].mean(0)
+            variance = x[e, :, :, 1].mean(0) - mean**2
+            for i in range(batch):
+                normal = (x[e, i, :, 0] - mean) / np.sqrt(variance + 1e-5) * s["norm_weight"][h] + s["norm_bias"][h]
+                z[h, i] += (s["weight"][e] @ normal + s["bias"][e]) / experts
+    fusion = sum(minus_log_p(list(z[:, i].sum(0)), y) for i, y in enumerate(labels)) / batch
+    terms = []
+    for i, y in enumerate(labels):
+        for h, first in enumerate((0, 1, 3)):
+            if y >= first:
+                terms.append(-math.log(math.exp(-minus_log_p(list(z[h, i]), y)) + 1e-7))
+    return 0.5 * fusion + 0.5 * sum(terms) / len(terms)
+
+
+REFERENCES = {
+    "dr": ce_reference,
+    "crt": ce_reference,
+    "ride": ce_reference,
+    "lws": lws_reference,
+    "mislas": mislas_reference,
+    "gcl": gcl_reference,
+    "balanced_softmax": balanced_softmax_reference,
+    "reslt": reslt_reference,
+}
+
+
+@pytest.mark.parametrize("name", gradient_hosts())
+@pytest.mark.parametrize("experts", [1, 3])
+def test_the_loss_is_that_of_a_slow_reference(name, experts):
+    made = make_host(name, experts=experts)
+    labels = torch.tensor([0, 3, 1, 2, 2, 0, 1])
+    features = make_features(made, len(labels), experts, seed=5)
+    loss, state, noise = loss_of(made, features, labels)
+    plain = {k: t.detach().numpy() for k, t in state.items()}
+    expected = REFERENCES[name](plain, features.numpy(), labels.tolist(), None if noise is None else noise.numpy())
+    assert abs(loss.item() - expected) <= 1e-10 * max(1, abs(expected))
+
+
+def test_ride_can_sum_the_losses_of_its_experts():
+    labels = torch.tensor([0, 3, 1])
+    made = make_host("ride", experts=3, loss={"experts": "sum"})
+    features = make_features(made, 3, 3)
+    loss, state, _ = loss_of(made, features, labels)
+    w, b = state["weight"].detach().numpy(), state["bias"].detach().numpy()
+    expected = sum(
+        ce_reference({"weight": w[e : e + 1], "bias": b[e : e + 1]}, features.numpy()[e : e + 1], labels.tolist(), None)
+        for e in range(3)
+    )
+    assert abs(loss.item() - expected) <= 1e-10
+
+
+def test_ride_with_cosines():
+    labels = torch.tensor([0, 3, 1])
+    made = make_host("ride", experts=3, classifier="cosine")
+    features = make_features(made, 3, 3)
+    loss, state, _ = loss_of(made, features, labels)
+    w, x = state["weight"].detach().numpy(), features.numpy()
+    expected = sum(minus_log_p([20 * c for c in cosines_by_hand(w, x[:, i])], y) for i, y in enumerate(labels)) / 3
+    assert abs(loss.item() - float(expected)) <= 1e-10
+
+
+# Check values of the published settings: CIFAR-100-LT, imbalance 100.
+
+CIFAR100 = torch.tensor([int(500 * 0.01 ** (j / 99)) for j in range(100)])
+
+
+def test_counts_of_cifar():
+    assert int(CIFAR100.sum()) == 10847
+    assert int(CIFAR100[35]) == 98
+    ten = [int(5000 * 0.01 ** (j / 9)) for j in range(10)]
+    assert ten == [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
+
+
+def test_margins_and_weights_of_ldam_drw():
+    margins, weights = ldam_margins(CIFAR100), effective_weights(CIFAR100, 0.9999)
+    at = [0, 35, 70, 99]
+    assert [round(float(margins[j]), 3) for j in at] == [0.158, 0.238, 0.358, 0.500]
+    assert [float(weights[j]) for j in at] == pytest.approx([0.0449, 0.2244, 1.153, 4.378], rel=1e-3)
+    assert float(weights.sum()) == pytest.approx(100)
+
+
+def test_smoothing_of_mislas():
+    found = smoothing(CIFAR100, 0.4, 0.1)
+    expected = [0.400, 0.349, 0.187, 0.141, 0.113, 0.100]
+    assert [round(float(found[j]), 3) for j in (0, 10, 35, 50, 70, 99)] == expected
+    assert torch.equal(smoothing(torch.tensor([5, 5]), 0.4, 0.1), torch.full((2,), 0.1, dtype=torch.float64))
+
+
+def test_mislas_trains_its_classifier_at_a_fraction_of_the_rate():
+    assert make_host("mislas").host.rates == {"weight": 0.2, "bias": 0.2}
+
+
+def test_noise_of_gcl_is_clamped_and_belongs_to_the_stream():
+    made = make_host("gcl")
+    drawn = made.host.noise(np.random.default_rng(0), 5000)
+    assert drawn.shape == (5000, 4)
+    assert float(drawn.abs().max()) == 1.0
+    assert float(drawn.std()) == pytest.approx(1 / 3, abs=0.01)
+    assert torch.equal(drawn, made.host.noise(np.random.default_rng(0), 5000))
+
+
+def test_lws_leaves_weights_and_reslt_moves_running_statistics(cache):
+    from pipeline_builders import make_stack, trained
+
+    made = make_host("lws")
+    state, _ = trained(make_stack(cache, [{}], **made.options))
+    assert torch.equal(state["weight"][0], made.stage1.state["weight"])
+    assert not torch.equal(state["class_scale"][0], torch.ones(1, 4))
+    made = make_host("reslt")
+    state, _ = trained(make_stack(cache, [{}], **made.options))
+    assert not torch.equal(state["running_mean"][0], made.stage1.state["running_mean"])
+
+
+def test_running_statistics_of_reslt_are_those_of_torch():
+    made = make_host("reslt", experts=2)
+    maps = torch.rand(2, 6, CHANNELS, 2, 2).double()
+    features = torch.stack([maps.mean((-2, -1)), maps.square().mean((-2, -1))], -1)
+    state = {k: t.double() for k, t in made.stage1.state.items()}
+    norms = [torch.nn.BatchNorm2d(CHANNELS).double() for _ in range(3)]
+    z = torch.zeros(3, 6, len(COUNTS)).double()
+    for h, norm in enumerate(norms):
+        norm.load_state_dict(
+            {
+                "weight": state["norm_weight"][h],
+                "bias": state["norm_bias"][h],
+                "running_mean": state["running_mean"][h],
+                "running_var": state["running_var"][h],
+                "num_batches_tracked": torch.tensor(0),
+            }
+        )
+        for e in range(2):
+            z[h] += (norm(maps[e]).mean((-2, -1)) @ state["weight"][e].T + state["bias"][e]) / 2
+    from pipeline.branches import branch_logits
+
+    assert torch.allclose(branch_logits(state, features), z, atol=1e-12)
+    updated = made.host.update(state, features)
+    for h, norm in enumerate(norms):
+        assert torch.allclose(updated["running_mean"][h], norm.running_mean, atol=1e-12)
+        assert torch.allclose(updated["running_var"][h], norm.running_var, atol=1e-12)
+        norm.eval()
+    moved = {**state, **updated}
+    expected = sum(
+        (norm(maps[e]).mean((-2, -1)) @ state["weight"][e].T + state["bias"][e]) / 2 for norm in norms for e in range(2)
+    )
+    assert torch.allclose(made.host.logits(moved, features), expected, atol=1e-12)
+
+
+# Hosts that are fitted.
+
+
+def fit(name, features, labels, counts, **loss):
+    module = plugins.load("hosts", name)
+    experts, _, channels = features.shape
+    kind = loss.pop("classifier", "linear")
+    host = module.Host(module.Loss(**loss), kind, 1.0, Context(torch.tensor(counts), channels, experts))
+    stage1 = make_stage1_head(len(counts), channels, experts, classifier=kind)
+    return host, stage1, host.fit(features, labels, stage1)
+
+
+@pytest.fixture
+def blobs():
+    """Features (2, 43, 6) of three classes of 30, 10 and 3."""
+    draws = np.random.default_rng(0)
+    labels = np.repeat([0, 1, 2], [30, 10, 3])
+    centres = draws.normal(size=(3, 12)) * 1.2
+    x = centres[labels] + draws.normal(size=(43, 12))
+    return torch.from_numpy(x.reshape(43, 2, 6)).movedim(0, 1).contiguous(), torch.from_numpy(labels), (30, 10, 3)
+
+
+def test_nearest_class_mean(blobs):
+    features, labels, counts = blobs
+    host, _, state = fit("ncm", features, labels, counts)
+    means = torch.stack([features[:, labels == j].mean(1) for j in range(3)], 1)
+    squared = (features[:, :, None] - means[:, None]).square().sum(-1).sum(0)
+    assert torch.equal(host.logits(state, features).argmax(1), squared.argmin(1))
+    host, _, state = fit("ncm", features, labels, counts, classifier="cosine")
+    assert host.logits(state, features).abs().max() <= 1 + 1e-9
+
+
+def test_tau_normalisation(blobs):
+    features, labels, counts = blobs
+    for tau in (0.0, 0.5, 1.0):
+        _, stage1, state = fit("tau_norm", features, labels, counts, tau=tau)
+        for e in range(2):
+            for j in range(3):
+                w = stage1.state["weight"][e, j]
+                assert torch.allclose(state["weight"][e, j], w / math.sqrt(float(w @ w)) ** tau)
+        assert not state["bias"].any()
+
+
+def test_logit_adjustment(blobs):
+    features, labels, counts = blobs
+    host, stage1, state = fit("logit_adjustment", features, labels, counts, tau=1.5)
+    x = features.float()
+    plain = (x @ stage1.state["weight"].mT + stage1.state["bias"][:, None]).mean(0)
+    expected = plain - 1.5 * torch.tensor([math.log(n / 43) for n in counts])
+    assert torch.allclose(host.logits(state, x), expected.to(host.logits(state, x)), atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", ["instance", "balanced"])
+def test_logistic_regression_is_that_of_scikit_learn(blobs, weights):
+    from sklearn.linear_model import LogisticRegression
+
+    features, labels, counts = blobs
+    host, _, state = fit("logistic_regression", features, labels, counts, weights=weights, l2=0.01)
+    joint = features.movedim(0, 1).flatten(1).numpy() / 2
+    peer = LogisticRegression(
+        C=1 / (0.01 * 43), class_weight="balanced" if weights == "balanced" else None, tol=1e-10, max_iter=5000
+    ).fit(joint, labels.numpy())
+    expected = torch.from_numpy(peer.decision_function(joint)).log_softmax(1)
+    assert torch.allclose(host.logits(state, features).log_softmax(1), expected, atol=1e-4)
+
+
+# The stage, end to end, and the mistakes that the checks must find.
+
+
+@pytest.fixture(scope="module")
+def stage1_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stage1") / "b"
+    return folder, make_backbone_dir(folder, classes=len(COUNTS))
+
+
+@pytest.fixture(scope="module")
+def wide_cache(tmp_path_factory, stage1_dir):
+    return make_stage2_cache(
+        tmp_path_factory.mktemp("wide") / "c", counts=COUNTS, shape=(64, 2, 2), backbone=stage1_dir[1]
+    )
+
+
+def run_stage(out, cache, backbone, *, say=silent, residency=None, **section):
+    values = {"host": "dr", "backbone": "b", **section}
+    params = train_classifier.Params.model_validate(values)
+    with open_cache(cache) as opened:
+        where = train_classifier.Residency(**(residency or {}))
+        return train_classifier.run(params, where, "h", opened, backbone, CPU, out, say)
+
+
+@pytest.mark.parametrize("name", fitted_hosts())
+def test_a_fitted_host_has_one_head_and_no_h2t(tmp_path, name, wide_cache, stage1_dir):
+    run_stage(tmp_path / "h", wide_cache, stage1_dir[0], host=name)
+    with open_cache(wide_cache) as opened:
+        found = evaluate.run(evaluate.Params(), "h", opened, tmp_path / "h", stage1_dir[0], CPU, tmp_path / "e", silent)
+    assert found["with_h2t"] is None
+    assert found["without_h2t"]["heads"] == 1
+    assert found["without_h2t"]["top1_std"] is None
+    assert found["without_h2t"]["ratio"] == 0
+    for key in ("grid", "optimiser"):
+        with pytest.raises(UserError, match=f"hosts.h.{key}: {name} is fitted"):
+            run_stage(tmp_path / "x", wide_cache, stage1_dir[0], host=name, **{key: {}})
+
+
+def test_a_stack_that_would_not_fit_is_trained_in_parts(tmp_path, wide_cache, stage1_dir):
+    said = []
+    section = {"grid": {"ratio": [0.0, 0.3, 1.0], "selection": ["random", "mixup"], "seed": [0, 1]}}
+    run_stage(tmp_path / "one", wide_cache, stage1_dir[0], **section)
+    run_stage(
+        tmp_path / "many", wide_cache, stage1_dir[0], residency={"stack_bytes": 700_000}, say=said.append, **section
+    )
+    assert any("12 heads in " in line and "parts" in line for line in said)
+    one, many = load_heads(tmp_path / "one"), load_heads(tmp_path / "many")
+    assert one.table.equals(many.table)
+    for key, tensor in one.state.items():
+        assert float((tensor - many.state[key]).abs().max() / tensor.abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("section", "text"),
+    [
+        ({"host": "ride", "experts": 3}, "hosts.h.experts: asks for 3, the cache of backbone b has 1"),
+        ({"classifier": "cosine"}, "a cosine head cannot start from the linear head"),
+        ({"host": "gcl"}, "host gcl clouds cosines"),
+        ({"host": "reslt"}, "hosts.h.pool: host reslt needs 2 numbers a channel"),
+        ({"pool": "moments"}, "hosts.h.pool: host dr needs 1 numbers a channel"),
+        ({"host": "reslt", "pool": "moments"}, "a branches head cannot start from the linear head"),
+        ({"host": "reslt", "pool": "moments", "loss": {"groups": [3, 1]}}, "loss.groups: must be two rising"),
+        ({"grid": {"ratio": [0.01]}}, r"grid.ratio\[0\]: 0.01 of 64 channels replaces none"),
+        ({"host": "mislas", "loss": {"smooth_head": 1.5}}, r"hosts.h.loss.smooth_head: must lie in \[0, 1\]; got 1.5"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(tmp_path, wide_cache, stage1_dir, section, text):
+    with pytest.raises(UserError, match=text) as caught:
+        run_stage(tmp_path / "h", wide_cache, stage1_dir[0], **section)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "h").exists()
+
+
+@pytest.mark.parametrize("key", ["scale", "temperature"])
+def test_a_scale_of_0_is_refused(key):
+    from pipeline.objectives.ride import Loss
+    from pipeline.params import build
+
+    with pytest.raises(UserError, match=f"loss.{key}: must be greater than 0; got 0"):
+        build(Loss, "loss", {key: 0.0})
+    with pytest.raises(UserError, match=r"hosts\.h\.scale: must be greater than 0; got 0"):
+        build(train_classifier.Params, "hosts.h", {"host": "dr", "backbone": "b", "scale": 0.0})
+
+
+def test_class_counts_that_disagree_are_refused(tmp_path, stage1_dir):
+    wrong = make_stage2_cache(
+        tmp_path / "c",
+        counts=COUNTS,
+        shape=(64, 2, 2),
+        backbone=stage1_dir[1],
+        provenance={"classes": list("abcd"), "counts": [30, 12, 3, 2]},
+    )
+    with pytest.raises(UserError, match="training samples per class"):
+        run_stage(tmp_path / "h", wrong, stage1_dir[0])
+    fewer = make_stage2_cache(tmp_path / "d", counts=(5, 2, 1), shape=(64, 2, 2), backbone=stage1_dir[1])
+    with pytest.raises(UserError, match=r"stage-I head: \(experts, classes, channels\) must be \(1, 3, 64\)"):
+        run_stage(tmp_path / "h", fewer, stage1_dir[0])
+
+
+def test_the_checks_pass_as_things_are(tmp_path, cache, wide_cache, stage1_dir):
+    check_fusion(cache)
+    run_stage(tmp_path / "h", wide_cache, stage1_dir[0], grid={"ratio": [0.0, 0.5], "seed": [0]})
+    check_evaluation(wide_cache, load_heads(tmp_path / "h"))
+
+
+def donors_labels(monkeypatch):
+    original = Streams.batch
+
+    def batch(self, epoch, step):
+        found = original(self, epoch, step)
+        labels = self.receivers.labels[np.searchsorted(self.receivers.first, found.receivers[:, ::-1])]
+        return Batch(found.receivers, labels, found.donors)
+
+    monkeypatch.setattr(Streams, "batch", batch)
+
+
+def in_place(monkeypatch):
+    monkeypatch.setattr(
+        stack_module, "fuse", lambda receiver, donor, mask: receiver.copy_(torch.where(mask, donor, receiver))
+    )
+
+
+def mask_per_sample(monkeypatch):
+    def fuse(receiver, donor, mask):
+        wide = mask.expand(receiver.shape).clone()
+        for i in range(wide.shape[2] if wide.dim() > 3 else 0):
+            wide[:, :, i] = wide[:, :, i].roll(i, dims=2)
+        return torch.where(wide, donor, receiver)
+
+    monkeypatch.setattr(stack_module, "fuse", fuse)
+
+
+def one_too_many(monkeypatch):
+    original = stack_module.replaced_channels
+    monkeypatch.setattr(
+        stack_module, "replaced_channels", lambda r, c, mode: min(c, original(r, c, mode) + (0 < r < 1))
+    )
+
+
+def swapped_branches(monkeypatch):
+    original = stack_module.fuse
+    monkeypatch.setattr(stack_module, "fuse", lambda receiver, donor, mask: original(donor, receiver, mask))
+
+
+def swapped_statistics(monkeypatch):
+    own = RECIPES["branchwise"]
+    swapped = Recipe(own.train, own.evaluation, "instance", {**own.donors, "instance": "balanced"}, own.evaluate)
+    monkeypatch.setitem(RECIPES, "branchwise", swapped)
+
+
+@pytest.mark.parametrize(
+    "mistake", [donors_labels, in_place, mask_per_sample, one_too_many, swapped_branches, swapped_statistics]
+)
+def test_the_checks_find_a_seeded_mistake(mistake, cache, monkeypatch):
+    mistake(monkeypatch)
+    with pytest.raises(AssertionError):
+        check_fusion(cache)
+
+
+def test_the_checks_find_fusion_at_evaluation(tmp_path, wide_cache, stage1_dir, monkeypatch):
+    run_stage(tmp_path / "h", wide_cache, stage1_dir[0], grid={"ratio": [0.5], "seed": [0]})
+    original = evaluate.FeatureReader.read
+
+    def fused(self, rows):
+        found = original(self, rows)
+        return torch.cat([found[:, :, :32], found.roll(1, 1)[:, :, 32:]], 2)
+
+    monkeypatch.setattr(evaluate.FeatureReader, "read", fused)
+    with pytest.raises(AssertionError):
+        check_evaluation(wide_cache, load_heads(tmp_path / "h"))
+
+
+DROPPED = '''"""Hinge: the multi-class hinge loss.
+
+Source: Crammer and Singer, JMLR 2001.
+"""
+
+import torch
+from torch.nn import functional as F
+
+from pipeline.host import GradientHost
+from pipeline.params import Positive, Section
+
+
+class Loss(Section):
+    """The margin."""
+
+    margin: Positive = 1.0
+
+
+class Host(GradientHost):
+    """Started from stage I."""
+
+    def __init__(self, loss, classifier, scale, context):
+        super().__init__(classifier, scale, context)
+        self.margin = loss.margin
+
+    def loss(self, state, features, labels, noise):
+        """Mean of the batch."""
+        logits = self.logits(state, features)
+        own = logits.gather(-1, labels.unsqueeze(-1))
+        return F.relu(self.margin + logits - own).mean()
+'''
+
+
+def test_a_host_file_dropped_into_a_folder_needs_no_other_edit(
+    tmp_path, monkeypatch, cache, other_donors, wide_cache, stage1_dir
+):
+    (tmp_path / "plugins" / "hosts").mkdir(parents=True)
+    (tmp_path / "plugins" / "hosts" / "hinge.py").write_text(DROPPED, encoding="utf-8")
+    monkeypatch.setenv("H2T_PLUGINS", str(tmp_path / "plugins"))
+    assert "hinge" in gradient_hosts()
+    assert plugins.summary("hosts", "hinge") == "Hinge: the multi-class hinge loss."
+    check_head_alone("hinge", cache)
+    check_ratio_0("hinge", cache, other_donors)
+    check_gradients("hinge", (9, 1))
+    check_logits("hinge")
+    check_fusion(cache, "hinge")
+    run_stage(tmp_path / "h", wide_cache, stage1_dir[0], host="hinge", loss={"margin": 2.0})
+    with open_cache(wide_cache) as opened:
+        found = evaluate.run(evaluate.Params(), "h", opened, tmp_path / "h", stage1_dir[0], CPU, tmp_path / "e", silent)
+    assert all(found[row]["top1"] is not None for row in ("stage1", "without_h2t", "with_h2t"))

@@ -195,12 +195,18 @@ def _entry(figures: list[dict[str, Any]], statistics: str, params: Params) -> di
 
 
 def _evaluate_heads(cache: Cache, heads: Heads, split: str, statistics: str, device: torch.device) -> _Split:
-    host, pool = head_parts(heads.parts, heads.context)
     rows = sample_rows(cache.rows, split, statistics)
+    found = head_logits(cache, heads, rows.first, device)
+    return _Split(statistics, rows.labels, rows.samples, found.cpu().numpy())
+
+
+def head_logits(cache: Cache, heads: Heads, rows: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Logits of every head on the cache's `rows` (n,): (heads, n, classes)."""
+    host, pool = head_parts(heads.parts, heads.context)
     already = identity_if_pooled(cache, pool_label(heads.parts.pool, heads.parts.pool_options))
     pooling = already or ((lambda maps: pool({}, maps)) if pool.commutes else None)
     state = {name: t.to(device) for name, t in heads.state.items()}
-    x = FeatureReader(cache, pooling).read(rows.first).to(device, torch.float32)  # (E, n, C[, H, W])
+    x = FeatureReader(cache, pooling).read(rows).to(device, torch.float32)  # (E, n, C[, H, W])
 
     def one(head: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         own = {k: t for k, t in head.items() if not k.startswith(POOL)}
@@ -215,7 +221,7 @@ def _evaluate_heads(cache: Cache, heads: Heads, split: str, statistics: str, dev
         parts = [
             vmap(one, in_dims=(0, None))(state, x[:, first : first + block]) for first in range(0, x.shape[1], block)
         ]
-    return _Split(statistics, rows.labels, rows.samples, torch.cat(parts, 1).cpu().numpy())
+    return torch.cat(parts, 1)
 
 
 def _evaluate_stage1(cache: Cache, head: StageOneHead, split: str, device: torch.device) -> _Split:

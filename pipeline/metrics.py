@@ -35,9 +35,26 @@ def expected_calibration_error(confidence: np.ndarray, right: np.ndarray, bins: 
 
     Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, eq. (3).
     """
-    place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    place = _bins(confidence, bins)
     gap = np.bincount(place, right - confidence, minlength=bins)
     return float(100 * np.abs(gap).sum() / len(confidence))
+
+
+def reliability(confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> list[dict[str, float | int | None]]:
+    """Samples, mean confidence and accuracy in percent of equal bins, as `expected_calibration_error` cuts them."""
+    place = _bins(confidence, bins)
+    found: list[dict[str, float | int | None]] = []
+    for b in range(bins):
+        inside = place == b
+        count = int(inside.sum())
+        mean, share = (float(100 * v[inside].mean()) if count else None for v in (confidence, right))
+        edges = {"low": 100 * b / bins, "high": 100 * (b + 1) / bins}
+        found.append({"bin": b, "count": count, **edges, "confidence": mean, "accuracy": share})
+    return found
+
+
+def _bins(confidence: np.ndarray, bins: int) -> np.ndarray:
+    return np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
 
 
 def softmax_confidence(logits: np.ndarray) -> np.ndarray:

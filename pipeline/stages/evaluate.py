@@ -1,8 +1,8 @@
 """evaluate: the stage-I head and every stage-II head on the evaluation rows.
 
 Writes `metrics.json` (stage1, without_h2t, with_h2t: mean and std over seeds), `heads.parquet` (every head's figures),
-`per_class.parquet`, and for the heads behind metrics.json `confusion.parquet` and `predictions.parquet`. The last epoch
-is what is evaluated, and nothing is ever chosen on the test split.
+`per_class.parquet`, for the heads behind metrics.json `confusion.parquet` and `predictions.parquet`, and what the
+report shows beside them (`pipeline.evidence`). The last epoch is what is evaluated; nothing is chosen on the test split.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,6 +21,7 @@ from torch.func import vmap
 from cache.reader import Cache
 from pipeline.classes import by_index, groups
 from pipeline.errors import UserError
+from pipeline.evidence import write_about, write_embedding, write_reliability, write_weight_norms
 from pipeline.features import FeatureReader, identity_if_pooled, maps_fingerprint, pool_label
 from pipeline.head import global_average, logits
 from pipeline.heads import Heads, head_parts
@@ -123,6 +124,10 @@ def run(
         _write_per_class(into, table, found, first, counts)
         _write_confusion(into, found[("test", recipe_statistics)], first["test"], kept)
         _write_predictions(into, found[("test", recipe_statistics)], first["test"], kept)
+        _write_evidence(
+            into, cache, heads, stage1, found[("test", recipe_statistics)], first["test"], without, with_h2t
+        )
+        write_about(into, cache, heads, sample_rows(cache.rows, "test", recipe_statistics).first, group_of)
     say(f"{name}: " + _one_line(metrics))
     return metrics
 
@@ -298,6 +303,28 @@ def _write_predictions(into: Path, result: _Split, first: _Split, kept: list[int
             )
         )
     pq.write_table(pa.concat_tables(parts), into / "predictions.parquet", compression="zstd")
+
+
+def _write_evidence(
+    into: Path,
+    cache: Cache,
+    heads: Heads,
+    head: StageOneHead,
+    result: _Split,
+    first: _Split,
+    without: list[dict[str, Any]],
+    with_h2t: list[dict[str, Any]],
+) -> None:
+    """Calibration and weight norms of the heads behind metrics.json, an embedding with the first of each kind."""
+    kept = [f["number"] for f in (*without, *with_h2t)]
+    write_reliability(into, dict(_each(result, first, kept)), result.labels)
+    write_weight_norms(into, heads, head, kept)
+    rows = sample_rows(cache.rows, "test", result.statistics).first
+    guesses = {
+        name: result.logits[figures[0]["number"]].argmax(1) if figures else None
+        for name, figures in (("without_h2t", without), ("with_h2t", with_h2t))
+    }
+    write_embedding(into, cache, rows, result.samples, result.labels, guesses)
 
 
 def _one_line(metrics: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ REASONS = frozenset(
         "newer-format",  # written by a later version of this software
         "out-of-range",  # a row or expert number the cache does not have
         "spec",  # a specification that no cache can have
+        "unreachable",  # a remote store refuses, or breaks off
         "uncommitted",  # a directory without a commit record is not a cache
     }
 )

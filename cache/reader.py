@@ -37,7 +37,8 @@ def open_cache(location: str | Path) -> "Cache":
     """The committed cache at a directory or fsspec URL.
 
     Raises CacheError: `uncommitted` without a commit record, `newer-format`, `damaged` or `missing` if a file is not
-    there or not as long as the record says. Values are checked when they are read.
+    there or not as long as the record says, `unreachable`. Values are checked when they are read; so are the sizes of
+    shards that a remote store would have to be asked for one by one.
     """
     files = files_at(location)
     if not files.exists(RECORD):
@@ -45,11 +46,12 @@ def open_cache(location: str | Path) -> "Cache":
             "uncommitted", f"{files}: no {RECORD}, so this is not a finished cache; run h2t extract to make one"
         )
     commit = parse_record(files.read_all(RECORD))
-    for name, (size, _) in commit.files.items():
-        found = files.size(name)
-        if found != size:
-            raise CacheError("damaged", f"{files}/{name}: {found} bytes, {RECORD} says {size}; run h2t cache verify")
-    return Cache(files, commit)
+    cache = Cache(files, commit)
+    sizes = files.known_sizes(commit.files)
+    for name, size in sizes.items():
+        cache.check_size(name, size)
+    cache.unchecked = set(commit.files) - sizes.keys()
+    return cache
 
 
 class Cache:
@@ -59,6 +61,8 @@ class Cache:
         self.files = files
         self.commit = commit
         self.spec: CacheSpec = commit.spec
+        #: Shards whose size is to be checked when their index is read.
+        self.unchecked: set[str] = set()
         self._codec = codec(self.spec.codec)
         chunks = -(-self.spec.rows // self.spec.chunk_rows)
         self._indexed = np.zeros((self.experts, self.spec.shards), bool)
@@ -120,6 +124,14 @@ class Cache:
             self._gather(plan_rows(wanted, self.spec.chunk_rows), out, expert)
         return out
 
+    def check_size(self, name: str, size: int) -> None:
+        """Raises CacheError `damaged` unless `size` is the recorded size of `name`."""
+        expected = self.commit.files[name][0]
+        if size != expected:
+            raise CacheError(
+                "damaged", f"{self.files}/{name}: {size} bytes, {RECORD} says {expected}; run h2t cache verify"
+            )
+
     def chunk_ranges(self, chunks: np.ndarray, expert: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Shard, offset and stored size of each of `chunks`, int64; reads the shard indices not yet known."""
         shards = chunks // self.spec.chunks_per_shard
@@ -147,6 +159,9 @@ class Cache:
         first = shard * spec.chunks_per_shard
         used = -(-len(spec.shard_range(shard)) // spec.chunk_rows)
         size = shard_layout.index_bytes(spec.chunks_per_shard)
+        if name in self.unchecked:
+            self.check_size(name, self.files.size(name))
+            self.unchecked.discard(name)
         try:
             data = self.files.read_ranges(name, [(0, size)])[0]
             offsets, sizes = shard_layout.parse_index(data, spec.chunks_per_shard, used, self.commit.files[name][0])

@@ -16,6 +16,7 @@ from cache.errors import CacheError
 from pipeline.cache_commands import cache as cache_group
 from pipeline.cache_commands import opened
 from pipeline.errors import UserError
+from pipeline.model_commands import export, predict
 
 
 class Misuse(click.ClickException):
@@ -68,6 +69,8 @@ def main() -> None:
 
 
 main.add_command(cache_group)
+main.add_command(export)
+main.add_command(predict)
 
 PATH = click.Path(path_type=Path)
 

@@ -1,0 +1,153 @@
+"""A whole classifier in one file: backbone with its evaluation statistics, and one head.
+
+`model.safetensors` holds the backbone under its own names. A head that is one linear layer on averaged maps lies beside
+it as `fc.weight`, `fc.bias` (or as the architecture calls its last layer), so the file is a state dict of that
+architecture; any other head lies under `h2t.`. The metadata key `h2t` says what the file is, class names included.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline import plugins
+from pipeline.checkpoints import fill, load_weights, save_weights
+from pipeline.errors import UserError
+from pipeline.head import global_average
+from pipeline.heads import HeadParts, head_parts
+from pipeline.host import Context
+from pipeline.images import Transform
+from pipeline.params import build
+from pipeline.stack import POOL
+
+KIND = "h2t model 1"
+PREFIX = "h2t."
+PROBES = 16
+
+
+class LinearHead(nn.Module):
+    """Maps of one expert -> logits (B, K): the average over the image, then one linear layer."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+
+    def forward(self, maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return nn.functional.linear(global_average(maps[0]), self.weight, self.bias)
+
+
+class HostHead(nn.Module):
+    """Maps (B, C, H, W) of E experts -> logits (B, K), as the host and the pool give them."""
+
+    def __init__(self, parts: HeadParts, context: Context, state: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.host, self.pool = head_parts(parts, context)
+        self.names = list(state)
+        for i, name in enumerate(self.names):
+            self.register_buffer(f"state_{i}", state[name])
+
+    def forward(self, maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        state = {name: getattr(self, f"state_{i}") for i, name in enumerate(self.names)}
+        own = {name: t for name, t in state.items() if not name.startswith(POOL)}
+        pool = {name.removeprefix(POOL): t for name, t in state.items() if name.startswith(POOL)}
+        found: torch.Tensor = self.host.logits(own, self.pool(pool, torch.stack(tuple(maps))))
+        return found
+
+
+class Classifier(nn.Module):
+    """Normalised images (B, 3, S, S) -> logits (B, K)."""
+
+    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.head(self.backbone(images))
+        return found
+
+
+@dataclass(frozen=True)
+class Model:
+    """A classifier in eval mode and what is known of it (`about`: classes, transform, setting, origin)."""
+
+    network: Classifier
+    about: Mapping[str, Any]
+
+    @property
+    def classes(self) -> list[str]:
+        return list(self.about["classes"])
+
+    @property
+    def transform(self) -> Transform:
+        return build(Transform, "model: transform", self.about["transform"])
+
+
+def as_linear(
+    parts: HeadParts, context: Context, state: Mapping[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Weight (K, C) and bias (K,) of a head that is one linear layer on averaged maps; None where it is not.
+
+    Found by asking the head itself, so scales of the logits, of classes and added priors are folded in.
+    """
+    host, _ = head_parts(parts, context)
+    if parts.pool != "gap" or context.experts != 1:
+        return None
+    exact = {name: t.double() for name, t in state.items()}
+    points = torch.cat([torch.zeros(1, context.channels), torch.eye(context.channels)]).double()
+    draws = torch.Generator().manual_seed(0)
+    probes = torch.rand(PROBES, context.channels, generator=draws, dtype=torch.float64)
+    with torch.no_grad():
+        found, expected = host.logits(exact, points[None]), host.logits(exact, probes[None])
+    bias = found[0]
+    weight = (found[1:] - bias).T
+    if (probes @ weight.T + bias - expected).abs().max() > 1e-9 * expected.abs().max().clamp_min(1):
+        return None
+    return weight.float().contiguous(), bias.float().contiguous()
+
+
+def save_model(
+    path: Path, backbone: nn.Module, parts: HeadParts, context: Context, state: Mapping[str, torch.Tensor], about: Any
+) -> bool:
+    """Writes a model file; `about` needs arch, options, classes and transform. True if it is a plain state dict."""
+    linear = as_linear(parts, context, state)
+    last = getattr(plugins.load("backbones", about["arch"]), "LAST", "fc")
+    if linear is not None:
+        weights = {f"{last}.weight": linear[0], f"{last}.bias": linear[1]}
+        head: Any = {"linear": last}
+    else:
+        weights = {PREFIX + name: t for name, t in state.items()}
+        counts = context.counts.tolist()
+        head = {"parts": vars(parts), "context": [counts, context.channels, context.experts, context.pixels]}
+    save_weights(path, {**backbone.state_dict(), **weights}, {**about, "kind": KIND, "head": head})
+    return linear is not None
+
+
+def load_model(path: Path) -> Model:
+    """The model in a file that `h2t export` wrote (or in the directory that holds it). Raises UserError."""
+    path = path / "model.safetensors" if path.is_dir() else path
+    state, about = load_weights(path)
+    if about.get("kind") != KIND:
+        raise UserError(f"{path}: holds no whole classifier; h2t export makes one from heads and a backbone")
+    arch = plugins.load("backbones", about["arch"])
+    with torch.random.fork_rng():
+        backbone: nn.Module = arch.build(build(arch.Options, f"{path}: options", about["options"]))
+    head: nn.Module
+    if "linear" in about["head"]:
+        last = about["head"]["linear"]
+        names = (f"{last}.weight", f"{last}.bias")
+        head = LinearHead(*(state.pop(name) for name in names))
+    else:
+        counts, *rest = about["head"]["context"]
+        own = {name.removeprefix(PREFIX): state.pop(name) for name in list(state) if name.startswith(PREFIX)}
+        head = HostHead(HeadParts(**about["head"]["parts"]), Context(torch.tensor(counts), *rest), own)
+    fill(backbone, state, str(path))
+    network = Classifier(backbone, head).requires_grad_(False).eval()
+    return Model(network, about)

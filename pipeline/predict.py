@@ -1,0 +1,127 @@
+"""An exported model on image files: class names and confidences."""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.errors import UserError
+from pipeline.images import Images, Transform, decode
+from pipeline.model import load_model
+from pipeline.outputs import replace_file
+from pipeline.params import build
+
+SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+BATCH = 64
+NEEDS_ONNXRUNTIME = "onnx: needs the package onnxruntime; type: pip install 'h2t[onnx]'"
+
+Logits = Callable[[torch.Tensor], torch.Tensor]
+
+
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """The files among `paths`, and the images below the directories among them, sorted. Raises UserError."""
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise UserError(f"{path}: no such image or directory")
+    if not found:
+        raise UserError(f"{', '.join(map(str, paths))}: no image found (by suffix: {' '.join(sorted(SUFFIXES))})")
+    return found
+
+
+def onnx_session(path: Path) -> tuple[Any, dict[str, Any]]:
+    """An ONNX model that `h2t export` wrote, and what it says of itself. Raises UserError."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise UserError(NEEDS_ONNXRUNTIME) from None
+    try:
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        about = json.loads(session.get_modelmeta().custom_metadata_map["h2t"])
+    except Exception as error:  # noqa: BLE001 - onnxruntime raises classes of its own for every fault of a file
+        raise UserError(f"{path}: not an ONNX model written by h2t export ({str(error).splitlines()[0]})") from None
+    return session, about
+
+
+def open_model(path: Path, device: torch.device) -> tuple[Logits, list[str], Transform]:
+    """Logits, class names and transform of a model: `.onnx`, `.safetensors`, or the directory of an export."""
+    if path.suffix == ".onnx":
+        session, about = onnx_session(path)
+        transform = build(Transform, f"{path}: transform", about["transform"])
+        return (
+            lambda x: torch.from_numpy(session.run(["logits"], {"images": x.numpy()})[0]),
+            about["classes"],
+            transform,
+        )
+    model = load_model(path)
+    network = model.network.to(device)
+    return lambda x: network(x.to(device)).cpu(), model.classes, model.transform
+
+
+@torch.no_grad()
+def predict(
+    model: Path, paths: Sequence[Path], device: torch.device, complain: Callable[[str], None], *, top: int = 1
+) -> list[dict[str, Any]]:
+    """The `top` classes of every image with their confidence (softmax), best first: image, rank, class, confidence.
+
+    An image that cannot be read is told to `complain`, in one line, and left out. Raises UserError if none is left.
+    """
+    logits, classes, transform = open_model(model, device)
+    files = find_images(paths)
+    images = Images([str(f) for f in files], lambda name: Path(name).read_bytes(), decode, transform)
+    lines: list[dict[str, Any]] = []
+    for batch in _readable(images, len(files), complain):
+        share = logits(torch.cat([x for _, x in batch])).double().softmax(1)
+        best, which = share.topk(min(top, len(classes)), 1)
+        for (number, _), values, indices in zip(batch, best.tolist(), which.tolist(), strict=True):
+            lines += [
+                {"image": str(files[number]), "rank": rank, "class": classes[index], "confidence": round(value, 6)}
+                for rank, (value, index) in enumerate(zip(values, indices, strict=True), 1)
+            ]
+    if not lines:
+        raise UserError(f"{model}: none of {len(files)} images could be read")
+    return lines
+
+
+def _readable(images: Images, count: int, complain: Callable[[str], None]) -> Iterator[list[tuple[int, torch.Tensor]]]:
+    """Batches of (number, input (1, 3, S, S)) of the images that can be read."""
+    batch: list[tuple[int, torch.Tensor]] = []
+    for number in range(count):
+        try:
+            batch.append((number, images.batch([number], [None])))
+        except UserError as error:
+            complain(str(error))
+        if len(batch) == BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def as_text(lines: Sequence[dict[str, Any]], kind: str) -> str:
+    """`lines` as `csv` or `json`."""
+    if kind == "json":
+        return json.dumps(lines, indent=1, ensure_ascii=False) + "\n"
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
+
+
+def save(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """Writes `lines` to a .csv or .json file. Raises UserError for another suffix."""
+    kind = path.suffix.removeprefix(".")
+    if kind not in ("csv", "json"):
+        raise UserError(f"{path}: must end in .csv or .json")
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(as_text(lines, kind), encoding="utf-8")
+    replace_file(partial, path)

@@ -4,29 +4,34 @@ Arrays are uint8 (H, W, 3) until a batch is normalised. The augmentation of an i
 alone, so neither the number of workers nor any other image changes it.
 """
 
+import hashlib
 import io
-from collections.abc import Callable, Sequence
+import os
+import struct
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from pipeline.errors import UserError
 from pipeline.params import Count, NonNegative, Section, at_least
 from pipeline.seeds import stream
 
 KEEP_DECODED_BYTES = 1024**3  # decoded images up to this many bytes in all stay in memory
+MAX_PIXELS = 89_478_485  # larger images are refused unread: Pillow's own limit against decompression bombs
 
 
 class Transform(Section):
     """How a dataset's images become network input.
 
     Evaluation: resize the short side to `resize` (if given), centre crop to `size`. Augmentation: either a random crop
-    of `size` from the image padded by `padding` zeros, or, with `area`, a random resized crop of that share of the
-    image; then a horizontal flip and colour jitter, if set. Both are scaled to [0, 1] and normalised.
+    of `size` from the image, resized likewise and padded by `padding` zeros, or, with `area`, a random resized crop of
+    that share of the image; then a horizontal flip and colour jitter, if set. Both are scaled to [0, 1] and normalised.
     """
 
     size: Count
@@ -52,23 +57,70 @@ class Collection:
     split: list[str]
 
 
+class BadImage(UserError):
+    """An image that cannot be used, with its `source` and, in words, the `reason`."""
+
+    def __init__(self, source: str, reason: str) -> None:
+        self.source = source
+        self.reason = reason
+        super().__init__(
+            f"image {source!r}: {reason}; mend or remove the file and prepare again, "
+            "or leave such images out with prepare.bad_images=skip"
+        )
+
+
 def decode(data: bytes) -> np.ndarray:
-    """An encoded image as uint8 (H, W, 3)."""
-    with Image.open(io.BytesIO(data)) as image:
-        return np.asarray(image.convert("RGB"))
+    """An encoded image as uint8 (H, W, 3), by the rules of the published codes (`convert("RGB")` of Pillow).
+
+    Grey is repeated, a palette looked up, transparency dropped, CMYK converted without colour profile, 16-bit values
+    keep their high byte; of an animation the first frame counts; an EXIF orientation is not applied. Raises ValueError
+    for whatever is no image, is truncated, has more than `MAX_PIXELS` pixels or has no fixed range of values.
+    """
+    if not data:
+        raise ValueError("is empty, 0 bytes")
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"has {image.width}x{image.height} pixels, more than {MAX_PIXELS}")
+            if image.mode == "F":
+                raise ValueError("has floating-point pixels, whose range is not known")
+            if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to 255
+                high = np.clip(np.asarray(image), 0, 65535) >> 8
+                return np.repeat(high.astype(np.uint8)[..., None], 3, axis=2)
+            return np.asarray(image.convert("RGB"))
+    except UnidentifiedImageError:
+        raise ValueError("is in no known image format") from None
+    except Image.DecompressionBombError:
+        raise ValueError(f"has more than {MAX_PIXELS} pixels") from None
+    except (OSError, SyntaxError, EOFError, struct.error, zlib.error, IndexError, KeyError, TypeError) as error:
+        raise ValueError(f"cannot be decoded ({error})") from None
+
+
+def _check_size(image: np.ndarray, transform: Transform) -> None:
+    """Raises ValueError for an image that the evaluation view cannot be cut from."""
+    height, width = image.shape[:2]
+    if transform.resize is None and min(height, width) < transform.size:
+        raise ValueError(f"{width}x{height} pixels are less than transform.size {transform.size}; set transform.resize")
+    side = transform.resize or 0
+    if side * side * max(height, width) > MAX_PIXELS * min(height, width):
+        raise ValueError(f"{width}x{height} pixels are too long a strip to be resized")
+
+
+def _resized(image: np.ndarray, transform: Transform) -> np.ndarray:
+    """The image with its short side at `resize`, if that is given."""
+    if transform.resize is None:
+        return image
+    picture = Image.fromarray(image)
+    scale = transform.resize / min(picture.size)
+    width, height = (max(transform.size, round(side * scale)) for side in picture.size)
+    return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
 
 
 def for_evaluation(image: np.ndarray, transform: Transform) -> np.ndarray:
     """The evaluation view (view 0), uint8 (size, size, 3)."""
     size = transform.size
-    if transform.resize is not None:
-        picture = Image.fromarray(image)
-        scale = transform.resize / min(picture.size)
-        width, height = (max(size, round(side * scale)) for side in picture.size)
-        image = np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
+    image = _resized(image, transform)
     height, width = image.shape[:2]
-    if height < size or width < size:
-        raise UserError(f"image of {width}x{height} is smaller than transform.size {size}; set transform.resize")
     top, left = round((height - size) / 2), round((width - size) / 2)
     return image[top : top + size, left : left + size]
 
@@ -80,6 +132,7 @@ def augmented(image: np.ndarray, transform: Transform, draws: np.random.Generato
         image = _random_resized_crop(image, size, transform.area, draws)
     else:
         pad = transform.padding
+        image = _resized(image, transform)
         image = np.pad(image, ((pad, pad), (pad, pad), (0, 0))) if pad else image
         top = int(draws.integers(image.shape[0] - size + 1))
         left = int(draws.integers(image.shape[1] - size + 1))
@@ -136,21 +189,47 @@ class Images:
         self._decoder = decoder
         self._decoded: dict[int, np.ndarray] = {}
         self._room = KEEP_DECODED_BYTES
-        self._threads = ThreadPoolExecutor(2, "decode")
+        self._threads = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "decode")
 
     def array(self, sample: int) -> np.ndarray:
         """The decoded image of `sample`, uint8 (H, W, 3)."""
         found = self._decoded.get(sample)
         if found is None:
-            source = self.sources[sample]
-            try:
-                found = self._decoder(self._read(source))
-            except (OSError, ValueError) as error:
-                raise UserError(f"image {source!r}: cannot be decoded ({error}); remove it or mend the file") from None
+            found = self._load(sample)[1]
             if self._room >= found.nbytes:
                 self._room -= found.nbytes
                 self._decoded[sample] = found
         return found
+
+    def digest(self, sample: int) -> str:
+        """sha256 of the encoded image. Raises BadImage unless it also decodes to an image that can be used."""
+        return hashlib.sha256(self._load(sample)[0]).hexdigest()
+
+    def digests(self, samples: Sequence[int]) -> Iterator[str | BadImage]:
+        """The digest of each sample in order, or what is wrong with it; several are read at once."""
+
+        def check(sample: int) -> str | BadImage:
+            try:
+                return self.digest(sample)
+            except BadImage as bad:
+                return bad
+
+        for first in range(0, len(samples), 256):  # a bound on what waits in memory
+            yield from self._threads.map(check, samples[first : first + 256])
+
+    def _load(self, sample: int) -> tuple[bytes, np.ndarray]:
+        source = self.sources[sample]
+        try:
+            data = self._read(source)
+            image = self._decoder(data)
+            _check_size(image, self.transform)
+        except FileNotFoundError:
+            raise BadImage(source, "is missing") from None
+        except OSError as error:
+            raise BadImage(source, f"cannot be read ({error.strerror or error})") from None
+        except ValueError as error:
+            raise BadImage(source, str(error)) from None
+        return data, image
 
     def _view(self, sample: int, key: Sequence[int | str] | None) -> np.ndarray:
         image = self.array(sample)

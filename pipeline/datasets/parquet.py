@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 from pipeline.errors import UserError
 from pipeline.images import Collection, Transform
 from pipeline.params import Section
+from pipeline.transforms import CIFAR
 
-CIFAR = Transform(size=32, padding=4, flip=True, mean=[0.4914, 0.4822, 0.4465], std=[0.2023, 0.1994, 0.2010])
 KEEP_BYTES = 512 * 1024**2  # encoded images of the most recently used row groups stay in memory
 
 

@@ -2,9 +2,10 @@
 
 Writes `samples.parquet` (one line per sample, sorted by split, label, source) and `classes.json` (names, counts, class
 order, groups, transform). They are a pure function of the dataset and the parameters: another lab gets the same subset.
+Every chosen image is decoded once, so that a bad one is met here and not hours into stage I; what was left out for that
+reason is listed in `skipped.parquet`.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ import pyarrow.parquet as pq
 from pipeline import plugins
 from pipeline.classes import groups
 from pipeline.errors import UserError
-from pipeline.images import Collection
+from pipeline.images import BadImage, Collection, Images, open_images
 from pipeline.outputs import fresh_directory, write_json
 from pipeline.params import Positive, Section, Seed, at_least, build, plugin
 from pipeline.progress import progress
@@ -33,10 +34,11 @@ class Imbalance(Section):
 
 
 class Params(Section):
-    """Section `prepare`."""
+    """Section `prepare`. `bad_images`: stop at the first image that cannot be used, or leave such images out."""
 
     dataset: Annotated[str, plugin("datasets")]
     options: dict[str, Any] = {}
+    bad_images: Literal["refuse", "skip"] = "refuse"
     imbalance: Imbalance = Imbalance()
     test_per_class: Annotated[int, at_least(0)] = 0
     validation_per_class: Annotated[int, at_least(0)] = 0
@@ -53,18 +55,22 @@ def run(params: Params, seed: int, out: Path, say: Callable[[str], None]) -> Non
     _hold_out(label, split, "val", params.validation_per_class, "prepare.validation_per_class", seed)
     kept = _long_tail(label, split, params.imbalance, found.classes)
 
-    counts = np.bincount(label[kept], minlength=len(found.classes))
+    chosen = sorted([*kept.tolist(), *np.flatnonzero(split != "train").tolist()])
+    images = open_images(dataset, options, found.source, dataset.transform(options))
+    digests, bad = _digests(images, chosen, params.bad_images)
+    chosen = [i for i in chosen if i in digests]
+    counts = np.bincount(label[[i for i in chosen if split[i] == "train"]], minlength=len(found.classes))
+    if counts.min() == 0:
+        empty = int(counts.argmin())
+        raise UserError(f"class {empty} ({found.classes[empty]}): none of its training images can be used; mend one")
     order = np.argsort(-counts, kind="stable")  # class order map: new label -> native label
     relabel = np.argsort(order)
-    chosen = sorted([*kept.tolist(), *np.flatnonzero(split != "train").tolist()])
-    read = dataset.reader(options)
-    digests = [hashlib.sha256(read(found.source[i])).hexdigest() for i in progress(chosen, "prepare", unit="image")]
     table = pa.table(
         {
             "split": pa.array([str(split[i]) for i in chosen]),
             "label": pa.array([int(relabel[label[i]]) for i in chosen], pa.int32()),
             "source": pa.array([found.source[i] for i in chosen]),
-            "digest": pa.array(digests),
+            "digest": pa.array([digests[i] for i in chosen]),
         }
     ).sort_by([("split", "ascending"), ("label", "ascending"), ("source", "ascending")])
     if len(pa.compute.unique(table["source"])) != len(table):
@@ -74,6 +80,8 @@ def run(params: Params, seed: int, out: Path, say: Callable[[str], None]) -> Non
     ordered = counts[order].tolist()
     with fresh_directory(out) as into:
         pq.write_table(table, into / "samples.parquet", compression="zstd")
+        if params.bad_images == "skip":
+            pq.write_table(_skipped(bad, split), into / "skipped.parquet", compression="zstd")
         write_json(
             into / "classes.json",
             {
@@ -88,10 +96,39 @@ def run(params: Params, seed: int, out: Path, say: Callable[[str], None]) -> Non
         )
     sizes = {name: table["split"].to_pylist().count(name) for name in ("train", "val", "test")}
     say(f"{params.dataset}: {len(order)} classes, {ordered[0]} to {ordered[-1]} training samples; {sizes}")
+    if bad:
+        first = next(iter(bad.values()))
+        say(f"note: {len(bad)} bad images left out, see skipped.parquet; the first: {first.source} {first.reason}")
     if ordered[-1] == 1:
         say("note: a class has one training sample; its accuracy rests on that one image")
     if not sizes["val"]:
         say("note: no validation split; nothing is chosen, evaluate.ratio decides which ratio is reported")
+
+
+def _digests(images: Images, chosen: Sequence[int], policy: str) -> tuple[dict[int, str], dict[int, BadImage]]:
+    """(image -> sha256 of its bytes, image -> what is wrong with it). Raises BadImage if the policy is to refuse."""
+    good: dict[int, str] = {}
+    bad: dict[int, BadImage] = {}
+    bar = progress(images.digests(chosen), "prepare", unit="image", total=len(chosen))
+    for i, found in zip(chosen, bar, strict=True):
+        if isinstance(found, str):
+            good[i] = found
+        elif policy == "refuse":
+            raise found
+        else:
+            bad[i] = found
+    return good, bad
+
+
+def _skipped(bad: dict[int, BadImage], split: np.ndarray) -> pa.Table:
+    """Columns split, source and reason, sorted by split and source."""
+    return pa.table(
+        {
+            "split": pa.array([str(split[i]) for i in bad], pa.string()),
+            "source": pa.array([image.source for image in bad.values()], pa.string()),
+            "reason": pa.array([image.reason for image in bad.values()], pa.string()),
+        }
+    ).sort_by([("split", "ascending"), ("source", "ascending")])
 
 
 def _hold_out(label: np.ndarray, split: np.ndarray, name: str, per_class: int, key: str, seed: int) -> None:

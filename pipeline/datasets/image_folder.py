@@ -1,0 +1,74 @@
+"""Any folder of images sorted by class: `<train>/<class>/.../<image>`, and the same for validation and test images.
+
+The layout of torchvision's ImageFolder. Without `test`, prepare holds test samples out (`test_per_class`).
+"""
+
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+
+from PIL import Image
+
+from pipeline import list_files
+from pipeline.errors import UserError, nearest
+from pipeline.images import Collection, Transform
+from pipeline.params import Section
+from pipeline.transforms import IMAGENET
+
+
+class Options(Section):
+    """`train`, `val` and `test` are folders inside `root`; `train: .` where the classes lie in `root` itself.
+
+    With `follow_links`, links may lead out of `root`.
+    """
+
+    root: str
+    train: str = "train"
+    val: str | None = None
+    test: str | None = None
+    follow_links: bool = False
+    transform: Transform = IMAGENET
+
+
+def transform(options: Options) -> Transform:
+    """As given in the options; by default that of ImageNet, 224 pixels, with colour jitter."""
+    return options.transform
+
+
+def _images(options: Options, part: str) -> list[tuple[str, str]]:
+    """(class, source) of every image in the folder `part`, sorted by class name, then by path."""
+    root = Path(options.root)
+    if not (root / part).is_dir():
+        raise UserError(f"prepare.options: no folder {root / part}; it must hold a folder for each class")
+    endings = set(Image.registered_extensions())
+    found = []
+    for source in list_files.walk(root, part, options.follow_links):
+        inside = PurePosixPath(source).relative_to(PurePosixPath(part)).parts
+        if PurePosixPath(source).suffix.lower() in endings and len(inside) > 1:
+            found.append((inside[0], source))
+    if not found:
+        raise UserError(f"{root / part}: no images in class folders here; set prepare.options.train, val and test")
+    return sorted(found)
+
+
+def load(options: Options) -> Collection:
+    """Every image, classes in the order of their names. Files that are no images by their ending are left out."""
+    classes = sorted({name for name, _ in _images(options, options.train)})
+    number = {name: j for j, name in enumerate(classes)}
+    source: list[str] = []
+    label: list[int] = []
+    split: list[str] = []
+    for part in ("train", "val", "test"):
+        folder = getattr(options, part)
+        for name, path in _images(options, folder) if folder is not None else ():
+            if name not in number:
+                raise UserError(f"{path}: no training folder for class {name!r}{nearest(name, classes)}")
+            list_files.locate(Path(options.root), path, options.follow_links)
+            source.append(path)
+            label.append(number[name])
+            split.append(part)
+    return Collection(classes, source, label, split)
+
+
+def reader(options: Options) -> Callable[[str], bytes]:
+    """The bytes of an image file under `root`."""
+    return list_files.image_reader(options.root, options.follow_links)

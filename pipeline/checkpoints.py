@@ -7,6 +7,7 @@ Pickled checkpoints are read with `weights_only=True`, so that a file cannot run
 import hashlib
 import json
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,13 @@ from safetensors.torch import load_file, save
 from pipeline.errors import UserError
 
 METADATA = "h2t"
+
+#: How published checkpoints wrap their state dicts: one of these keys, or a pair of backbone and classifier.
+WRAPPERS = ("state_dict", "model", "state_dict_best", "state_dict_model")
+PAIRS = (("state_dict_model", "state_dict_classifier"), ("feat_model", "classifier"))
+#: Names of heads; one layer per expert is `<name>.<expert>`. Where RIDE's are found, a lone `fc` beside them is unused.
+HEADS = ("linears", "linear", "fc", "classifier", "head")
+NORMS = {"norm_weight": "weight", "norm_bias": "bias", "running_mean": "running_mean", "running_var": "running_var"}
 
 
 def save_weights(path: Path, state: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> None:
@@ -67,23 +75,73 @@ def load_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     except (SafetensorError, RuntimeError, OSError, ValueError, EOFError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: not a readable checkpoint ({reason})") from None
-    for key in ("state_dict", "model", "state_dict_model"):
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-    if not isinstance(found, dict) or not any(isinstance(v, torch.Tensor) for v in found.values()):
+    state = _flat(found)
+    if not state:
         raise UserError(f"{path}: holds no state dict; save model.state_dict()")
+    return state
+
+
+def _flat(found: Any) -> dict[str, torch.Tensor]:
+    """One state dict from what a checkpoint wraps; the classifier's keys of a pair get the prefix `classifier.`."""
+    if not isinstance(found, dict):
+        return {}
+    for body, head in PAIRS:
+        if isinstance(found.get(body), dict):
+            return {**_flat(found[body]), **{f"classifier.{k}": v for k, v in _flat(found.get(head)).items()}}
+    for key in WRAPPERS:
+        if isinstance(found.get(key), dict):
+            return _flat(found[key])
     return {str(k).removeprefix("module."): v for k, v in found.items() if isinstance(v, torch.Tensor)}
 
 
 def split_head(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """(backbone, linear head) of a plain classifier's state dict; the head as weight (1, K, C) and bias (1, K)."""
-    for name in ("fc", "linear", "classifier", "head"):
-        if f"{name}.weight" in state and state[f"{name}.weight"].dim() == 2:
-            weight = state[f"{name}.weight"].float()
-            bias = state.get(f"{name}.bias", torch.zeros(len(weight))).float()
-            backbone = {k: v for k, v in state.items() if not k.startswith(f"{name}.")}
-            return backbone, {"weight": weight[None], "bias": bias[None]}
-    raise UserError("checkpoint: no linear head found (fc, linear, classifier or head); its keys: " + _some(state))
+    """(backbone, head) of a classifier's state dict, in this project's names.
+
+    The head is `weight` (E, K, C), or (E, C, K) where a normalised layer without bias stores it so, `bias` (E, K) if
+    there is one, and the batch norms of three branches (3, C). Raises UserError if no head is found.
+    """
+    plain = {_own_name(k): v for k, v in state.items()}
+    name = next((n for n in HEADS if f"{n}.weight" in plain or f"{n}.0.weight" in plain), None)
+    if name is None or plain.get(f"{name}.weight", torch.empty(0, 0)).dim() != 2:
+        raise UserError(
+            "checkpoint: no linear head found (fc, linear, linears, classifier or head); its keys: " + _some(state)
+        )
+    head = {}
+    for part in ("weight", "bias"):
+        each = [plain[k] for k in sorted(plain) if re.fullmatch(rf"{name}\.(\d+\.)?{part}", k)]
+        if each:
+            head[part] = torch.stack(each).float()
+    for ours, theirs in NORMS.items():
+        if all(f"BN{b}.{theirs}" in plain for b in "HMT"):
+            head[ours] = torch.stack([plain[f"BN{b}.{theirs}"] for b in "HMT"]).float()
+    used = (*(f"{n}." for n in HEADS), "BNH.", "BNM.", "BNT.")
+    return {k: v for k, v in plain.items() if not k.startswith(used)}, head
+
+
+def _own_name(key: str) -> str:
+    """A published key without the attribute that held the part: RIDE has `backbone.`, ResLT `model.`."""
+    for prefix in ("backbone.", "model.", "classifier."):
+        if key.startswith(prefix) and key.count(".") > 1:
+            return key.removeprefix(prefix)
+    return key
+
+
+def fit_head(head: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], where: str) -> dict[str, torch.Tensor]:
+    """`head` of a checkpoint in the shapes of the objective's state `own`. Raises UserError if it does not fit."""
+    found = dict(head)
+    wanted = own["weight"].shape
+    transposed = "bias" not in found and found["weight"].mT.shape == wanted  # a normalised layer keeps (C, K)
+    if transposed and ("bias" not in own or found["weight"].shape != wanted):
+        found["weight"] = found["weight"].mT.contiguous()
+    if "bias" in own and "bias" not in found:
+        found["bias"] = torch.zeros_like(own["bias"])
+    for name, tensor in own.items():
+        if name not in found or found[name].shape != tensor.shape:
+            got = tuple(found[name].shape) if name in found else "none"
+            raise UserError(f"{where}: the head's {name} must have shape {tuple(tensor.shape)}; got {got}")
+    if "bias" in found and "bias" not in own:
+        raise UserError(f"{where}: has a linear head with a bias; the objective's cosine classifier has none")
+    return {name: found[name] for name in own}
 
 
 def fill(model: torch.nn.Module, state: Mapping[str, torch.Tensor], what: str) -> None:

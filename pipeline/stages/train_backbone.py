@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from pipeline import plugins
-from pipeline.checkpoints import fill, load_checkpoint, save_weights, split_head
+from pipeline.checkpoints import fill, fit_head, load_checkpoint, save_weights, split_head
 from pipeline.errors import UserError
 from pipeline.head import global_average, logits
 from pipeline.images import Images
@@ -105,13 +105,7 @@ def _load(params: Params, where: str, backbone: torch.nn.Module, objective: torc
             raise UserError(f"{where}.weights: {path.name} must have sha256 {params.sha256}; got {found}")
     body, head = split_head(load_checkpoint(path))
     fill(backbone, body, f"{where}.weights")
-    own = objective.state_dict()
-    if own["weight"].shape != head["weight"].shape:
-        raise UserError(
-            f"{where}.weights: a head of (experts, classes, channels) {tuple(own['weight'].shape)} is needed; "
-            f"got {tuple(head['weight'].shape)}"
-        )
-    objective.load_state_dict({k: head[k] for k in own})
+    objective.load_state_dict(fit_head(head, objective.state_dict(), f"{where}.weights"))
     return []
 
 

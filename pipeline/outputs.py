@@ -26,7 +26,7 @@ def fresh_directory(out: Path) -> Iterator[Path]:
 
     An earlier output at `out` is replaced. A directory that holds anything else is refused, not deleted.
     """
-    out = Path(out)
+    out = Path(os.path.abspath(out))  # noqa: PTH100 - `resolve` would follow a link that is to be replaced
     partial = out.parent / f".{out.name}.partial-{os.getpid()}"
     try:
         try:

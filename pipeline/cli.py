@@ -60,7 +60,7 @@ class OneLineErrors(click.Group):
 @click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="h2t", prog_name="h2t")
 def main() -> None:
-    r"""Train better classifiers for long-tailed images on cached feature maps.
+    """Train better classifiers for long-tailed images on cached feature maps.
 
     \b
     The stages, in the order of the data: prepare, train-backbone, extract, pool,

@@ -2,7 +2,7 @@
 
 Writes `metrics.json` (stage1, without_h2t, with_h2t: mean and std over seeds), `heads.parquet` (every head's figures),
 `per_class.parquet`, for the heads behind metrics.json `confusion.parquet` and `predictions.parquet`, and what
-the report shows beside them (`evidence.py`). The last epoch is what is evaluated; nothing is ever chosen on the test split.
+the report shows beside them (`evidence.py`). The last epoch is what is evaluated; nothing is chosen on the test split.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,0 +1,57 @@
+import pytest
+import torch
+
+from pipeline import plugins
+from pipeline.params import build
+
+
+def make_backbone(name, seed=0, **options):
+    module = plugins.load("backbones", name)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return module.build(build(module.Options, "options", options))
+
+
+SMALL = [n for n in plugins.names("backbones") if n in ("resnet20", "resnet32")]
+
+
+def test_there_are_backbones():
+    assert {"resnet20", "resnet32"} <= set(plugins.names("backbones"))
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("experts", [1, 2, 3])
+def test_maps_of_every_expert(name, experts):
+    net = make_backbone(name, experts=experts).eval()
+    assert net.experts == experts
+    for size in (8, 32):
+        maps = net(torch.randn(2, 3, size, size))
+        assert isinstance(maps, tuple)
+        assert [m.shape for m in maps] == [(2, net.channels, size // 4, size // 4)] * experts
+        assert all((m >= 0).all() for m in maps)
+    if experts > 1:
+        assert not torch.allclose(maps[0], maps[1])
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_row_does_not_depend_on_its_neighbours_and_weights_on_the_seed_only(name):
+    net = make_backbone(name).eval()
+    x = torch.randn(4, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.allclose(net(x)[0][1:2], net(x[1:2])[0], rtol=1e-4, atol=1e-4)
+    again, other = make_backbone(name), make_backbone(name, seed=1)
+    assert torch.equal(net.conv1.weight, again.conv1.weight)
+    assert not torch.equal(net.conv1.weight, other.conv1.weight)
+
+
+def test_parameters_of_resnet32():
+    assert sum(p.numel() for p in make_backbone("resnet32").parameters()) == 463_504
+
+
+def test_experts_share_the_first_layer_and_own_the_rest():
+    net = make_backbone("resnet20", experts=3)
+    loss = net(torch.randn(2, 3, 8, 8))[0].sum()
+    loss.backward()
+    assert net.conv1.weight.grad is not None
+    assert net.layer2s[0][0].conv1.weight.grad is not None
+    assert net.layer2s[1][0].conv1.weight.grad is None

@@ -7,7 +7,6 @@ Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI
 from collections.abc import Callable
 
 import numpy as np
-from sklearn.datasets import load_digits
 
 from pipeline.images import Collection, Transform
 from pipeline.params import Section
@@ -26,6 +25,8 @@ def transform(options: Options) -> Transform:
 
 def load(options: Options) -> Collection:
     """All scans, in the package's order."""
+    from sklearn.datasets import load_digits  # a second of imports, which checking parameters need not pay
+
     labels = load_digits().target
     return Collection(
         classes=[str(d) for d in range(10)],
@@ -37,6 +38,8 @@ def load(options: Options) -> Collection:
 
 def reader(options: Options) -> Callable[[str], bytes]:
     """The 64 pixel values of a scan, one byte each."""
+    from sklearn.datasets import load_digits
+
     pixels = load_digits().images.astype(np.uint8)
     return lambda source: pixels[int(source.removeprefix("digits/"))].tobytes()
 

@@ -65,7 +65,7 @@ def main() -> None:
     \b
     The stages, in the order of the data: prepare, train-backbone, extract, pool,
     train-classifier, evaluate, report. `dvc repro` runs them all.
-    """
+    """  # noqa: D301 - click wants the character, not two
 
 
 main.add_command(cache_group)

@@ -1,0 +1,385 @@
+"""The command line from outside: a refusal is one line on stderr with exit code 1 or 2, and leaves nothing behind."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from pipeline_builders import (
+    environment,
+    extracted,
+    h2t,
+    make_backbone_dir,
+    make_params,
+    make_samples,
+    make_stage2_cache,
+    write_params,
+)
+
+from pipeline.cli import main
+
+
+def refused(*arguments, code=1) -> str:
+    """The one line of a refusal."""
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code == code
+    assert "Traceback" not in result.stderr
+    assert result.stderr.count("\n") == 1, result.stderr
+    return result.stderr.strip()
+
+
+def accepted(*arguments) -> str:
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    return result.stdout
+
+
+@pytest.fixture
+def params(tmp_path):
+    return write_params(tmp_path / "params.yaml")
+
+
+# setting, the line
+SETTINGS = {
+    "ratio out of range": ("hosts.dr.grid.ratio=[0.0, 1.3]", "hosts.dr.grid.ratio[1]: must lie in [0, 1]; got 1.3"),
+    "unknown key": ("prepare.datasett=x", "prepare.datasett: unknown key; did you mean 'dataset'?"),
+    "unknown key of a host": ("hosts.dr.lr=1", "hosts.dr.lr: unknown key"),
+    "unknown key of an optimiser": ("hosts.dr.optimiser.lrr=1", "hosts.dr.optimiser.lrr: unknown key; did you mean"),
+    "unknown key of a loss": ("hosts.dr.loss={s: 1}", "hosts.dr.loss.s: unknown key"),
+    "unknown section": ("prepar={}", "prepar: unknown section; did you mean 'prepare'?"),
+    "wrong type": ("extract.max_views=two", "extract.max_views: must be a valid integer; got 'two'"),
+    "a number for a list": ("hosts.dr.grid.ratio=0.3", "hosts.dr.grid.ratio: must be a valid list; got 0.3"),
+    "true for a number": ("hosts.dr.optimiser.lr=true", "hosts.dr.optimiser.lr: must be a valid number; got True"),
+    "a fraction for a count": ("hosts.dr.optimiser.epochs=1.5", "hosts.dr.optimiser.epochs: must be a valid integer"),
+    "no rate": ("hosts.dr.optimiser.lr=0", "hosts.dr.optimiser.lr: must be greater than 0; got 0"),
+    "not a number": ("hosts.dr.optimiser.lr=.nan", "hosts.dr.optimiser.lr: must be a finite number; got nan"),
+    "a negative count": ("extract.batch_size=-1", "extract.batch_size: must be at least 1; got -1"),
+    "empty grid": ("hosts.dr.grid.seed=[]", "hosts.dr.grid.seed: must be a list of one or more different values"),
+    "seed twice": ("hosts.dr.grid.seed=[1, 1]", "hosts.dr.grid.seed: must be a list of one or more different values"),
+    "unknown host": ("hosts.dr.host=drr", "hosts.dr.host: no host 'drr'; did you mean 'dr'?"),
+    "unknown pool": ("hosts.dr.pool=gapp", "hosts.dr.pool: no pool 'gapp'; did you mean 'gap'?"),
+    "unknown backbone": (
+        "backbones.ce_mixup.arch=resnet23",
+        "backbones.ce_mixup.arch: no backbone 'resnet23'; did you",
+    ),
+    "unknown dataset": ("prepare.dataset=digit", "prepare.dataset: no dataset 'digit'; did you mean 'digits'?"),
+    "a backbone that is not there": ("hosts.dr.backbone=ce", "hosts.dr.backbone: no backbone 'ce'"),
+    "a recipe that is not stored": ("hosts.dr.batchnorm=calibrated", "hosts.dr.batchnorm: must be one of extract"),
+    "seed": ("seed=-1", "seed: must be a whole number from 0 to 4294967295; got -1"),
+    "device": ("device=gpu", "device: must be auto, cpu, cuda or cuda:N; got 'gpu'"),
+    "a device of torch that cannot train": ("device=meta", "device: must be auto, cpu, cuda or cuda:N; got 'meta'"),
+    "groups": ("evaluate.groups=[7, 3]", "evaluate.groups: must be paper_index, paper_threshold, oltr or two rising"),
+    "no hosts": ("hosts={}", "hosts: must be a mapping with at least one entry; got {}"),
+    "a host that is a path": ("hosts={../x: {}}", "hosts: names are letters, digits, _ and -"),
+    "a host that is a number": ("hosts={1: {}}", "hosts: names are letters, digits, _ and -"),
+    "an empty section": ("extract=", "extract: must be a mapping of keys; got None"),
+    "a ratio below 1": ("prepare.imbalance.ratio=0.5", "prepare.imbalance.ratio: must be at least 1; got 0.5"),
+    "no value": ("seed", "--set seed: must read key=value"),
+    "no key": ("=3", "--set =3: must read key=value"),
+    "bad value": ("seed=[1", "--set seed=[1: the value is not YAML"),
+    "no such section to set in": ("host.dr.grid=1", "--set host.dr.grid=1: no section 'host'; did you mean 'hosts'?"),
+    "a class that would be empty": ("prepare.imbalance.ratio=1000", "prepare.imbalance.ratio: class 7 (7) must keep"),
+    "more than a class has": ("prepare.test_per_class=5000", "prepare.test_per_class: class 0 has 178 samples"),
+    "no test split": ("prepare.test_per_class=0", "prepare.test_per_class: the dataset has no test split"),
+}
+
+
+@pytest.mark.parametrize(("setting", "line"), SETTINGS.values(), ids=SETTINGS)
+def test_a_bad_setting_is_one_line_and_leaves_nothing(tmp_path, params, setting, line):
+    out = tmp_path / "data" / "prepare"
+    assert refused("prepare", out, "--params", params, "--set", setting).removeprefix("error: ").startswith(line)
+    assert not list(tmp_path.glob("data/**/*.parquet"))
+    assert not out.exists()
+    assert not list(tmp_path.glob("data/.*"))
+
+
+FILES = {
+    "not YAML": (b"a: [1\n", "not readable as YAML"),
+    "not text": (b"\xff\xfe\x00", "not readable as YAML"),
+    "empty": (b"", "must be a mapping of sections; got None"),
+    "a list": (b"- 1\n", "must be a mapping of sections; got [1]"),
+    "a key twice": (b"seed: 0\nseed: 1\n", "not readable as YAML (the key 'seed' stands twice"),
+    "a number for a key": (b"1: 2\n", "1: unknown section"),
+    "code": (b"seed: !!python/object/apply:os.system ['true']\n", "not readable as YAML"),
+    "too deep": (b"a: " + b"[" * 5000, "not readable as YAML"),
+}
+
+
+@pytest.mark.parametrize(("content", "line"), FILES.values(), ids=FILES)
+def test_a_bad_parameter_file_is_one_line(tmp_path, content, line):
+    (tmp_path / "p.yaml").write_bytes(content)
+    assert line in refused("prepare", tmp_path / "out", "--params", tmp_path / "p.yaml")
+    assert [p.name for p in tmp_path.iterdir()] == ["p.yaml"]
+
+
+def test_a_missing_section_and_a_missing_file_are_named(tmp_path):
+    values = make_params()
+    del values["extract"]
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump(values))
+    assert "extract: missing" in refused("prepare", tmp_path / "out", "--params", tmp_path / "p.yaml")
+    assert "no such parameter file" in refused("prepare", tmp_path / "out", "--params", tmp_path / "q.yaml")
+
+
+USAGE = {
+    "no such command": ["prepair"],
+    "no argument": ["prepare"],
+    "no such option": ["prepare", "out", "--nope"],
+    "too many": ["prepare", "a", "b"],
+    "group option": ["--nope"],
+    "cache command": ["cache", "infoo"],
+}
+
+
+@pytest.mark.parametrize("arguments", USAGE.values(), ids=USAGE)
+def test_misuse_is_one_line_and_exit_code_2(arguments):
+    assert "--help" in refused(*arguments, code=2)
+
+
+def test_numbers_are_read_as_dvc_reads_them(tmp_path, params):
+    accepted("prepare", tmp_path / "out", "--params", params, "--set", "hosts.dr.optimiser.lr=2e-2")
+
+
+# --- places
+
+
+def test_places_that_cannot_be_made_are_one_line(tmp_path, params):
+    (tmp_path / "file").write_text("x")
+    assert "cannot be made" in refused("prepare", tmp_path / "file" / "out", "--params", params)
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def test_a_directory_with_other_things_is_refused_and_left_alone(tmp_path, params):
+    """`h2t prepare data` instead of `data/prepare` must not delete what lies in data."""
+    (tmp_path / "data" / "extract").mkdir(parents=True)
+    (tmp_path / "data" / "extract" / "cache.json").write_text("{}")
+    line = refused("prepare", tmp_path / "data", "--params", params)
+    assert "holds 'extract', which is not of this stage" in line
+    assert (tmp_path / "data" / "extract" / "cache.json").read_text() == "{}"
+    assert [p.name for p in (tmp_path / "data").iterdir()] == ["extract"]
+
+
+def test_an_earlier_output_is_replaced(tmp_path, params):
+    for _ in range(2):
+        accepted("prepare", tmp_path / "out", "--params", params)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["classes.json", "samples.parquet"]
+
+
+# --- inputs of the later stages
+
+
+def arguments(command, tmp_path, params, *paths):
+    name = {"train-classifier": "dr", "evaluate": "dr"}.get(command, "ce_mixup")
+    return [command, name, *paths, tmp_path / "out", "--params", params, "--device", "cpu"]
+
+
+def test_missing_inputs_are_named(tmp_path, params):
+    nothing = tmp_path / "nothing"
+    for command, paths in (("train-backbone", [nothing]), ("extract", [nothing, nothing])):
+        line = refused(*arguments(command, tmp_path, params, *paths))
+        assert line == f"error: {nothing}: no prepared samples here; run h2t prepare {nothing}"
+    make_samples(tmp_path / "samples")
+    line = refused(*arguments("extract", tmp_path, params, tmp_path / "samples", nothing))
+    assert line.startswith(f"error: {nothing / 'backbone.safetensors'}: no such file")
+    line = refused("report", nothing, tmp_path / "out", "--params", params)
+    assert "host 'dr' has not been evaluated" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_name_that_is_not_in_the_parameters_gets_the_nearest(tmp_path, params):
+    line = refused("train-classifier", "drr", tmp_path, tmp_path, tmp_path / "out", "--params", params)
+    assert line.startswith("error: params: no section 'hosts.drr'; did you mean 'dr'?")
+
+
+@pytest.mark.parametrize("kind", ["missing", "uncommitted", "empty"])
+def test_a_cache_that_is_not_one_is_refused(tmp_path, params, kind):
+    cache = tmp_path / "cache"
+    if kind == "uncommitted":
+        make_stage2_cache(cache)
+        (cache / "cache.json").unlink()
+    if kind == "empty":
+        cache.mkdir()
+    make_backbone_dir(tmp_path / "b")
+    line = refused(*arguments("train-classifier", tmp_path, params, cache, tmp_path / "b"))
+    assert "not a finished cache" in line
+    line = refused(*arguments("evaluate", tmp_path, params, cache, tmp_path / "h", tmp_path / "b"))
+    assert "not a finished cache" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_protocol_is_one_line(tmp_path, params):
+    make_backbone_dir(tmp_path / "b")
+    assert "foo" in refused(*arguments("train-classifier", tmp_path, params, "foo://x/y", tmp_path / "b"))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """(cache, backbone directory) of random maps of 64 channels, as a ResNet-20 would have made."""
+    folder = tmp_path_factory.mktemp("small")
+    digest = make_backbone_dir(folder / "b", classes=3)
+    make_stage2_cache(folder / "c", shape=(64, 1, 1), backbone=digest)
+    return folder / "c", folder / "b"
+
+
+def test_a_cache_of_another_backbone_is_refused(tmp_path, params, small):
+    make_backbone_dir(tmp_path / "b", seed=1, classes=3)
+    line = refused(*arguments("train-classifier", tmp_path, params, small[0], tmp_path / "b"))
+    assert "this cache was extracted by a backbone with weights" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_heads_of_another_cache_or_backbone_are_refused(tmp_path, params, small):
+    cache, backbone = small
+    accepted("train-classifier", "dr", cache, backbone, tmp_path / "h", "--params", params)
+    digest = make_backbone_dir(tmp_path / "b", seed=1, classes=3)
+    line = refused(*arguments("evaluate", tmp_path, params, cache, tmp_path / "h", tmp_path / "b"))
+    assert "heads were trained on backbone" in line
+    make_stage2_cache(tmp_path / "c", shape=(64, 1, 1), backbone=digest)
+    line = refused(*arguments("evaluate", tmp_path, params, tmp_path / "c", tmp_path / "h", backbone))
+    assert "heads were trained on cache" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_stage_one_head_that_does_not_fit_is_refused(tmp_path, params, small):
+    make_backbone_dir(tmp_path / "b", classes=7)
+    line = refused(*arguments("train-classifier", tmp_path, params, small[0], tmp_path / "b"))
+    assert "(experts, classes, channels) must be (1, 3, 64); got (1, 7, 64)" in line
+    line = refused(*arguments("train-classifier", tmp_path, params, *small), "--set", "hosts.dr.classifier=cosine")
+    assert "a cosine head cannot start from the linear head of stage I" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_statistics_that_the_cache_lacks_are_named(tmp_path, params, small):
+    setting = ["--set", "hosts.dr.grid.donor=[reverse]"]
+    line = refused(*arguments("train-classifier", tmp_path, params, *small), *setting)
+    assert "has no train rows under 'reverse' statistics (it has: balanced, instance)" in line
+
+
+def test_damage_stops_training(tmp_path, params):
+    digest = make_backbone_dir(tmp_path / "b", classes=3)
+    make_stage2_cache(tmp_path / "c", shape=(64, 1, 1), backbone=digest)
+    shard = next((tmp_path / "c" / "maps.zarr" / "expert_0").glob("c.*"))
+    content = bytearray(shard.read_bytes())
+    content[-40] ^= 1
+    shards = sorted((tmp_path / "c" / "maps.zarr" / "expert_0").glob("c.*"))
+    for path in shards:
+        content = bytearray(path.read_bytes())
+        content[-40] ^= 1
+        path.write_bytes(content)
+    line = refused(*arguments("train-classifier", tmp_path, params, tmp_path / "c", tmp_path / "b"))
+    assert "c." in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_training_that_diverges_is_refused(tmp_path, params, small):
+    line = refused(*arguments("train-classifier", tmp_path, params, *small), "--set", "hosts.dr.optimiser.lr=1e38")
+    assert "training diverged" in line
+    assert "lower hosts.dr.optimiser.lr" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_weights_are_one_line(tmp_path, params, small):
+    cache, backbone = small
+    make_backbone_dir(tmp_path / "b", classes=3)
+    for name in ("backbone.safetensors", "head.safetensors"):
+        good = (backbone / name).read_bytes()
+        for content in (b"", good[: len(good) // 2], b"x" * 100):
+            (tmp_path / "b" / name).write_bytes(content)
+            line = refused(*arguments("train-classifier", tmp_path, params, cache, tmp_path / "b"))
+            assert "not weights written by h2t" in line
+        (tmp_path / "b" / name).write_bytes(good)
+
+
+# --- what works, with a note
+
+
+def test_a_class_with_one_sample_works_with_a_note(tmp_path, params):
+    setting = ["--params", params, "--set", "prepare.imbalance.ratio=110"]
+    said = accepted("prepare", tmp_path / "samples", *setting)
+    assert "note: a class has one training sample" in said
+    assert json.loads((tmp_path / "samples" / "classes.json").read_text())["counts"][-1] == 1
+    digest = make_backbone_dir(tmp_path / "b", classes=2)
+    make_stage2_cache(tmp_path / "c", shape=(64, 1, 1), counts=(3, 1), backbone=digest)
+    accepted("train-classifier", "dr", tmp_path / "c", tmp_path / "b", tmp_path / "h", "--params", params)
+
+
+def test_no_validation_split_works_with_a_note(tmp_path, params):
+    said = accepted("prepare", tmp_path / "samples", "--params", params, "--set", "prepare.validation_per_class=0")
+    assert "note: no validation split" in said
+    digest = make_backbone_dir(tmp_path / "b", classes=3)
+    make_stage2_cache(tmp_path / "c", shape=(64, 1, 1), val=0, backbone=digest)
+    accepted("train-classifier", "dr", tmp_path / "c", tmp_path / "b", tmp_path / "h", "--params", params)
+    run = ["evaluate", "dr", tmp_path / "c", tmp_path / "h", tmp_path / "b"]
+    accepted(*run, tmp_path / "e", "--params", params)
+    assert json.loads((tmp_path / "e" / "metrics.json").read_text())["with_h2t"]["ratio"] == 0.3
+    said = accepted(*run, tmp_path / "f", "--params", params, "--set", "evaluate.ratio=0.7")
+    assert "note: dr: no head to report as with_h2t" in said
+    assert json.loads((tmp_path / "f" / "metrics.json").read_text())["with_h2t"] is None
+
+
+# --- the program itself
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["cache", "--help"], ["prepare", "--help"], ["--version"]])
+def test_help_imports_no_torch(arguments):
+    code = (
+        "import sys, click\n"
+        "from pipeline.cli import main\n"
+        f"sys.argv = ['h2t', *{arguments!r}]\n"
+        "try:\n    main()\n"
+        "except SystemExit as stop:\n    assert not stop.code\n"
+        "heavy = {'torch', 'torchvision', 'zarr', 'pandas', 'sklearn', 'matplotlib', 'pyarrow'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_every_stage_is_a_command():
+    stages = Path(__file__).parent.parent / "pipeline" / "stages"
+    names = {p.stem.replace("_", "-") for p in stages.glob("*.py") if p.stem != "__init__"}
+    assert names <= set(main.commands)
+
+
+def test_a_refusal_in_a_process_of_its_own(tmp_path, params):
+    done = h2t("prepare", "out", "--params", params, "--set", "hosts.dr.grid.ratio=[0.0, 1.3]", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == "error: hosts.dr.grid.ratio[1]: must lie in [0, 1]; got 1.3\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_verbose_shows_where_an_error_comes_from(tmp_path, params):
+    result = CliRunner().invoke(
+        main, ["prepare", str(tmp_path / "o"), "--params", str(params), "-v", "--set", "seed=x"]
+    )
+    assert result.exit_code == 1
+
+
+def test_record_is_written_beside_the_output(tmp_path, params):
+    accepted("prepare", tmp_path / "out", "--params", params, "--record", tmp_path / "runs" / "prepare.json")
+    record = json.loads((tmp_path / "runs" / "prepare.json").read_text())
+    assert record["seconds"] > 0
+    assert set(record) >= {"machine", "versions", "finished"}
+
+
+def test_list_names_every_plugin_with_a_line():
+    found = json.loads(accepted("list", "--json"))
+    assert {"dr"} <= set(found["hosts"])
+    assert all(line for entries in found.values() for line in entries.values())
+    assert "did you mean 'hosts'" in refused("list", "host")
+
+
+def test_the_same_extraction_again_is_a_no_op_and_another_is_refused(tmp_path, digits, backbone_dir):
+    params = write_params(tmp_path / "p.yaml", extract__batch_size=32, extract__dtype="float32")
+    make_samples(tmp_path / "samples")
+    out = tmp_path / "c"
+    extracted(out, *digits, backbone_dir)
+    run = ["extract", "ce_mixup", tmp_path / "samples", backbone_dir, out, "--params", params, "--device", "cpu"]
+    assert "nothing to do" in accepted(*run)
+    line = refused(*run, "--set", "extract.codec=zstd")
+    assert "holds another cache; remove it, or pass --replace" in line

@@ -1,75 +1,166 @@
 """The report as one self-contained page. Every string that comes from data is escaped."""
 
+import json
+import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment
+import numpy as np
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
-TEMPLATE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>
-:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --line: #ddd; --soft: #f5f5f5; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8e8e8; --paper: #161616; --line: #444; --soft: #222; } }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-       max-width: 70rem; margin: 0 auto; padding: 1rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; }
-thead th { border-bottom: 2px solid var(--ink); }
-tr.with { background: var(--soft); font-weight: 600; }
-figure { margin: 1.5rem 0; } figure svg { max-width: 100%; height: auto; background: #fff; border-radius: 6px; }
-</style>
-</head>
-<body>
-<main>
-<h1>{{ title }}</h1>
-<h2>Results</h2>
-<div class="wide"><table>
-<caption>Test accuracy and calibration error in percent; mean ± standard deviation over head seeds,
-last epoch.</caption>
-<thead><tr><th scope="col">host</th><th scope="col">head</th><th scope="col">ratio</th>
-<th scope="col">statistics</th>{% for f in figures %}<th scope="col">{{ f }}</th>{% endfor %}</tr></thead>
-<tbody>
-{% for result in results %}{% for key, label in rows.items() %}{% set entry = result.metrics[key] %}
-<tr class="{{ 'with' if key == 'with_h2t' else '' }}"><td>{{ result.name }}</td><td>{{ label }}</td>
-<td>{{ "–" if entry is none or entry.ratio is none else entry.ratio }}</td>
-<td>{{ "–" if entry is none else entry.statistics }}</td>
-{% for f in figures %}<td>{{ cell(entry, f) }}</td>{% endfor %}</tr>
-{% endfor %}{% endfor %}
-</tbody></table></div>
-<p>“without H2T” is ratio 0. “with H2T” is donor instance, random channels, at the ratio with the best mean validation
-accuracy where there is a validation split, else at the ratio set beforehand. Nothing is chosen on the test split.</p>
-{% for caption, picture in pictures.items() %}
-<figure role="img" aria-label="{{ caption }}"><figcaption><h2>{{ caption }}</h2></figcaption>
-<div class="wide">{{ picture }}</div></figure>
-{% endfor %}
-</main>
-</body>
-</html>
-"""
+from pipeline.results import (
+    FIGURES,
+    ROWS,
+    HostResult,
+    against_zero,
+    between_hosts,
+    class_accuracy,
+    mean_and_std,
+    with_against_without,
+)
+
+TEMPLATES = Path(__file__).parent / "templates"
+VENDOR = ("d3.min.js", "plot.umd.min.js")
+MOST_CLASSES = 100  # more are shown as this many runs of neighbours in the order of training counts
 
 
-def page(
-    title: str,
-    results: Sequence[Any],
-    rows: Mapping[str, str],
-    figures: Sequence[str],
-    pictures: Mapping[str, str],
-) -> str:
-    """The page; `pictures` maps a caption to SVG text made by `pipeline.figures`."""
+def render(title: str, results: Sequence[HostResult], runs: Sequence[Mapping[str, Any]] = ()) -> str:
+    """The page. `runs` are run records (time, machine, rates), which no other part of a report may depend on."""
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(cell=cell, number=_number, size=_size)
+    scripts = [(TEMPLATES / "vendor" / name).read_text(encoding="utf-8") for name in VENDOR]
+    scripts.append((TEMPLATES / "report.js").read_text(encoding="utf-8"))
+    return environment.get_template("report.html").render(
+        title=title,
+        results=results,
+        rows=ROWS,
+        figures=list(FIGURES),
+        changes={r.name: d for r in results if (d := with_against_without(r))},
+        hosts_apart=_between(results),
+        runs=runs,
+        data=_json({"hosts": {r.name: host_data(r) for r in results}, "rows": ROWS}),
+        style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
+        scripts=[Markup(script) for script in scripts],
+    )
 
-    def cell(entry: Mapping[str, Any] | None, figure: str) -> str:
-        if entry is None or entry[figure] is None:
-            return "–"
-        spread = entry[f"{figure}_std"]
-        return f"{entry[figure]:.2f}" + (f" ± {spread:.2f}" if spread is not None else "")
 
-    template = Environment(autoescape=True).from_string(TEMPLATE)
-    safe = {caption: Markup(svg) for caption, svg in pictures.items()}
-    return template.render(title=title, results=results, rows=rows, figures=figures, pictures=safe, cell=cell)
+def cell(entry: Mapping[str, Any] | None, figure: str) -> str:
+    """A figure as mean ± std; a dash for what cannot exist."""
+    if entry is None or entry[figure] is None:
+        return "–"
+    spread = entry[f"{figure}_std"]
+    return f"{entry[figure]:.2f}" + (f" ± {spread:.2f}" if spread is not None else "")
+
+
+def _number(value: Any) -> str:
+    return "–" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _size(count: float) -> str:
+    return next(
+        f"{count / 10**p:.3g} {u}"
+        for p, u in ((9, "GB"), (6, "MB"), (3, "kB"), (0, "bytes"))
+        if count >= 10**p or not p
+    )
+
+
+def _json(value: Any) -> Markup:
+    """JSON that can stand inside a script element, whatever class names hold."""
+    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"), sort_keys=True)
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+def _between(results: Sequence[HostResult]) -> list[dict[str, Any]]:
+    """Every other host against the first, without and with H2T."""
+    lines = []
+    for other in results[1:]:
+        for row in ("without_h2t", "with_h2t"):
+            found = between_hosts(other, results[0], row)
+            if found and any(found.values()):
+                lines.append({"after": other.name, "before": results[0].name, "row": ROWS[row], "differences": found})
+    return lines
+
+
+def host_data(result: HostResult) -> dict[str, Any]:
+    """What the page's script draws for one host; at most `MOST_CLASSES` places along any axis of classes."""
+    runs = np.array_split(np.arange(len(result.about["counts"])), min(len(result.about["counts"]), MOST_CLASSES))
+    curve = {f: [mean_and_std(result.at(r), f) for r in result.ratios] for f in FIGURES}
+    apart = [against_zero(result, r) for r in result.ratios]
+    return {
+        "ratios": result.ratios,
+        "reported": (result.metrics["with_h2t"] or {}).get("ratio"),
+        "mean": {f: _round([m for m, _ in pairs]) for f, pairs in curve.items()},
+        "std": {f: _round([s for _, s in pairs]) for f, pairs in curve.items()},
+        "difference": {
+            f: [d.as_dict() if r and d else None for r, d in zip(result.ratios, (a[f] for a in apart), strict=True)]
+            for f in FIGURES
+        },
+        "classes": _classes(result, runs),
+        "accuracy": [_accuracy(result, [int(n) for n in result.at(r).number], runs) for r in result.ratios],
+        "rows": {row: _row(result, row, runs) for row, entry in result.metrics.items() if entry is not None},
+        "embedding": _embedding(result),
+    }
+
+
+def _classes(result: HostResult, runs: Sequence[np.ndarray]) -> list[dict[str, Any]]:
+    about = result.about
+    single = len(runs) == len(about["counts"])
+    return [
+        {
+            "name": about["classes"][run[0]] if single else f"{run[0]} to {run[-1]}",
+            "count": float(np.mean([about["counts"][c] for c in run])),
+            "group": about["groups"][run[0]],
+        }
+        for run in runs
+    ]
+
+
+def _accuracy(result: HostResult, numbers: Sequence[int], runs: Sequence[np.ndarray]) -> list[float | None]:
+    return _over(class_accuracy(result, numbers).set_index("class").accuracy, runs)
+
+
+def _over(values: "pd.Series[float]", runs: Sequence[np.ndarray]) -> list[float | None]:
+    return _round([values.reindex(run).mean() for run in runs])
+
+
+def _row(result: HostResult, row: str, runs: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Confusion, calibration and weight norms of one line of metrics.json, over its heads."""
+    numbers = result.numbers(row)
+    tables = {n: t[t.number.isin(numbers)] for n, t in result.tables.items() if "number" in t}
+    place = np.concatenate([np.full(len(run), i) for i, run in enumerate(runs)])
+    confusion = np.zeros((len(runs), len(runs)))
+    found = tables["confusion"]
+    np.add.at(confusion, (place[found.true.to_numpy()], place[found.predicted.to_numpy()]), found["count"].to_numpy())
+    bins = []
+    for _, group in tables["reliability"].groupby("bin"):
+        count = group["count"].sum()
+        if count:
+            mean = {k: float((group[k].fillna(0) * group["count"]).sum() / count) for k in ("confidence", "accuracy")}
+            bins.append({"count": int(count), **{k: round(v, 2) for k, v in mean.items()}})
+    norms = tables["weight_norms"].groupby("class").norm.mean()
+    return {
+        "accuracy": _accuracy(result, numbers, runs),
+        "confusion": (confusion / len(numbers)).round(2).tolist(),
+        "reliability": bins,
+        "norms": _over(norms, runs) if len(norms) else None,
+        "ratio": result.metrics[row]["ratio"],
+    }
+
+
+def _embedding(result: HostResult) -> dict[str, Any]:
+    table = result.tables["embedding"]
+    labels = sorted({int(v) for c in ("label", "without_h2t", "with_h2t") for v in table[c].dropna()})
+    return {
+        "names": {label: result.about["classes"][label] for label in labels},
+        "groups": {label: result.about["groups"][label] for label in labels},
+        **{c: _round(table[c]) for c in ("x", "y")},
+        **{c: [None if pd.isna(v) else int(v) for v in table[c]] for c in ("label", "without_h2t", "with_h2t")},
+    }
+
+
+def _round(values: Any, digits: int = 3) -> list[float | None]:
+    """Short numbers for the page, None for what is missing."""
+    return [None if v is None or math.isnan(v) else round(float(v), digits) for v in values]

@@ -1,26 +1,33 @@
 """report: tables and pictures of every host, from what evaluate wrote.
 
-Writes `results.md` (the table), `index.html` (self-contained: tables and pictures), `metrics.json` (that of every host,
-for `dvc metrics show`) and `plots/*.csv`, the data behind `dvc plots show`. Only hosts named in the parameters are read; leftovers of earlier runs are named and left out.
+Writes `index.html` (self-contained), `results.md` (the tables), `ratio.svg`, `metrics.json` (that of every host, for
+`dvc metrics show`) and `plots/*.csv`, the data behind `dvc plots show`. Only hosts named in the parameters are read;
+leftovers of earlier runs are named and left out.
 """
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from pipeline.classes import GROUPS
 from pipeline.errors import UserError
-from pipeline.figures import per_class_picture, ratio_picture
+from pipeline.figures import ratio_picture
 from pipeline.outputs import fresh_directory, write_json
-from pipeline.page import page
+from pipeline.page import cell, render
 from pipeline.params import Section
-
-FIGURES = ("top1", *GROUPS, "ece")
-ROWS = {"stage1": "stage I", "without_h2t": "without H2T", "with_h2t": "with H2T"}
+from pipeline.results import (
+    FIGURES,
+    ROWS,
+    HostResult,
+    between_hosts,
+    load_result,
+    per_class,
+    ratio_curve,
+    with_against_without,
+)
+from pipeline.statistics import Difference
 
 
 class Params(Section):
@@ -29,60 +36,104 @@ class Params(Section):
     title: str = "Long-tailed recognition on cached features"
 
 
-@dataclass(frozen=True)
-class HostResult:
-    """What evaluate wrote for one host."""
-
-    name: str
-    metrics: Mapping[str, Any]
-    heads: pd.DataFrame
-    per_class: pd.DataFrame
-
-
-def run(params: Params, hosts: list[str], evaluate_dir: Path, out: Path, say: Callable[[str], None]) -> None:
-    """Reports on `hosts` into the directory `out`."""
-    results = [_load(name, evaluate_dir) for name in hosts]
+def run(
+    params: Params,
+    hosts: list[str],
+    evaluate_dir: Path,
+    out: Path,
+    say: Callable[[str], None],
+    runs: Path | None = None,
+) -> None:
+    """Reports on `hosts` into the directory `out`. With `runs`, a folder of run records, the page shows them too."""
+    results = [load_result(name, evaluate_dir / name) for name in hosts]
     leftovers = sorted(p.name for p in evaluate_dir.iterdir() if p.is_dir() and p.name not in hosts)
     if leftovers:
         say(f"note: {', '.join(leftovers)}: not among the hosts of the parameters, left out")
-    curves = pd.concat([_ratio_curve(r) for r in results], ignore_index=True)
-    classes = pd.concat([_per_class(r) for r in results], ignore_index=True)
-    table = markdown_table(results)
+    write(params.title, results, out, run_records(runs) if runs else [])
+    say(markdown_table(results))
+
+
+def write(title: str, results: list[HostResult], out: Path, runs: Iterable[Mapping[str, Any]] = ()) -> None:
+    """Everything that a report is made of, into the directory `out`."""
+    curves = pd.concat([ratio_curve(r) for r in results], ignore_index=True)
     with fresh_directory(out) as into:
-        (into / "results.md").write_text(_document(params, results, table), encoding="utf-8")
-        pictures = {
-            "Accuracy against the ratio of replaced channels": ratio_picture(curves),
-            "Accuracy of each class against its training count": per_class_picture(classes),
-        }
-        (into / "index.html").write_text(page(params.title, results, ROWS, FIGURES, pictures), encoding="utf-8")
+        (into / "results.md").write_text(_document(title, results), encoding="utf-8")
+        (into / "index.html").write_text(render(title, results, list(runs)), encoding="utf-8")
         (into / "ratio.svg").write_text(ratio_picture(curves), encoding="utf-8")
         write_json(into / "metrics.json", {r.name: r.metrics for r in results})
         plots = into / "plots"
         plots.mkdir()
         _csv(curves, plots / "ratio.csv")
-        _csv(classes, plots / "per_class.csv")
-    say(table)
+        _csv(pd.concat([per_class(r) for r in results], ignore_index=True), plots / "per_class.csv")
 
 
-def _load(name: str, evaluate_dir: Path) -> HostResult:
-    folder = evaluate_dir / name
-    try:
-        return HostResult(
-            name,
-            json.loads((folder / "metrics.json").read_text(encoding="utf-8")),
-            pd.read_parquet(folder / "heads.parquet"),
-            pd.read_parquet(folder / "per_class.parquet"),
+def compare(a: Path, b: Path, out: Path | None, say: Callable[[str], None]) -> None:
+    """Two folders of evaluated hosts side by side: hosts of the same name, b minus a. With `out`, a whole report too.
+
+    A folder is what evaluate writes to (`data/evaluate`), or one that holds it as `evaluate` (`data`).
+    """
+    folders = [_evaluated(p) for p in (a, b)]
+    names = [sorted(p.parent.name for p in f.glob("*/metrics.json")) for f in folders]
+    shared = [n for n in names[0] if n in names[1]]
+    if not shared:
+        raise UserError(
+            f"{a}, {b}: no host is in both ({', '.join(names[0]) or 'none'}; {', '.join(names[1]) or 'none'})"
         )
-    except FileNotFoundError as error:
-        raise UserError(f"{error.filename}: host {name!r} has not been evaluated; run h2t evaluate {name}") from None
+    pairs = [[load_result(name, folder / name) for folder in folders] for name in shared]
+    say("\n".join(_side_by_side(pairs)))
+    alone = sorted(set(names[0]) ^ set(names[1]))
+    if alone:
+        say(f"\nnote: {', '.join(alone)}: in one of them only, left out")
+    if out is not None:
+        both = [
+            HostResult(f"{label}: {r.name}", r.metrics, r.about, r.tables)
+            for pair in pairs
+            for label, r in zip("AB", pair, strict=True)
+        ]
+        write(f"A: {a}, B: {b}", both, out)
 
 
-def cell(entry: Mapping[str, Any] | None, figure: str) -> str:
-    """A figure as mean ± std; a dash for what cannot exist."""
-    if entry is None or entry[figure] is None:
-        return "–"
-    spread = entry[f"{figure}_std"]
-    return f"{entry[figure]:.2f}" + (f" ± {spread:.2f}" if spread is not None else "")
+def _evaluated(folder: Path) -> Path:
+    return next((p for p in (folder, folder / "evaluate") if any(p.glob("*/metrics.json"))), folder)
+
+
+def _side_by_side(pairs: list[list[HostResult]]) -> list[str]:
+    lines = ["| host | head | A | B | " + " | ".join(f"{f}, B - A" for f in FIGURES) + " |"]
+    lines.append("| --- | --- | --- | --- |" + " --- |" * len(FIGURES))
+    for first, second in pairs:
+        for row, label in ROWS.items():
+            cells = [cell(r.metrics[row], "top1") for r in (first, second)]
+            apart = between_hosts(second, first, row) or _plain(second.metrics[row], first.metrics[row])
+            texts = [text_of(apart[f]) for f in FIGURES]
+            lines.append(f"| {first.name} | {label} | " + " | ".join([*cells, *texts]) + " |")
+    return [*lines, "", "A and B: top-1, mean ± std over seeds. Differences: paired by seed, 95 % interval."]
+
+
+def _plain(after: Mapping[str, Any] | None, before: Mapping[str, Any] | None) -> dict[str, Difference | None]:
+    """Without seeds to pair (stage I): the difference alone."""
+    found: dict[str, Difference | None] = dict.fromkeys(FIGURES)
+    for f in FIGURES if after and before else ():
+        x, y = (after or {})[f], (before or {})[f]
+        found[f] = Difference(x - y, None, None, None, 1) if x is not None and y is not None else None
+    return found
+
+
+def text_of(found: Difference | None) -> str:
+    """A difference in words, a dash for what cannot exist."""
+    return found.text if found else "–"
+
+
+def run_records(folder: Path) -> list[dict[str, Any]]:
+    """The run records in `folder`, in the order of the stages. Raises UserError."""
+    order = ("prepare", "train_backbone", "extract", "pool", "train_classifier", "evaluate", "report")
+    found = []
+    for path in sorted(folder.glob("*/*.json")):
+        try:
+            facts = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path}: not a run record ({error}); remove it") from None
+        found.append({"seconds": None, "machine": {}, **facts, "stage": path.parent.name, "name": path.stem})
+    return sorted(found, key=lambda r: order.index(r["stage"]) if r["stage"] in order else len(order))
 
 
 def markdown_table(results: list[HostResult]) -> str:
@@ -99,7 +150,17 @@ def markdown_table(results: list[HostResult]) -> str:
     return "\n".join(lines)
 
 
-def _document(params: Params, results: list[HostResult], table: str) -> str:
+def difference_table(results: list[HostResult]) -> str:
+    """What H2T changes in each host, paired over seeds."""
+    lines = ["| host | " + " | ".join(FIGURES) + " |", "| --- |" + " --- |" * len(FIGURES)]
+    for result in results:
+        apart = with_against_without(result)
+        if apart:
+            lines.append(f"| {result.name} | " + " | ".join(text_of(apart[f]) for f in FIGURES) + " |")
+    return "\n".join(lines) if len(lines) > 2 else "No host has both."
+
+
+def _document(title: str, results: list[HostResult]) -> str:
     notes = []
     for result in results:
         first = next(e for e in result.metrics.values() if e is not None)
@@ -111,12 +172,17 @@ def _document(params: Params, results: list[HostResult], table: str) -> str:
             notes.append(f"- {result.name}, {extra}")
     return "\n".join(
         [
-            f"# {params.title}",
+            f"# {title}",
             "",
-            table,
+            markdown_table(results),
             "",
             "Percent; mean ± standard deviation over head seeds (it says nothing about other backbones). Last epoch; "
             "nothing is chosen on the test split.",
+            "",
+            "With H2T minus without, paired by seed (same batches), with the 95 % interval of the mean; an interval "
+            "that holds 0 is no difference:",
+            "",
+            difference_table(results),
             "",
             *notes,
             "",
@@ -128,7 +194,7 @@ def _document(params: Params, results: list[HostResult], table: str) -> str:
 
 def _published(result: HostResult) -> str | None:
     """DR as published sees balanced batches only, in training and at evaluation: the ratio-0 heads under `balanced`."""
-    heads = result.heads
+    heads = result.tables["heads"]
     rows = heads[(heads.split == "test") & (heads.statistics == "balanced") & (heads.ratio == 0)]
     own = result.metrics["without_h2t"]
     if own is None or own["statistics"] == "balanced" or not len(rows):
@@ -136,44 +202,6 @@ def _published(result: HostResult) -> str | None:
     rows = rows.drop_duplicates("seed")
     figures = ", ".join(f"{f} {rows[f].mean():.2f}" for f in FIGURES if rows[f].notna().all())
     return f"without H2T, evaluated under `balanced` statistics as the published code does: {figures}."
-
-
-def _ratio_curve(result: HostResult) -> pd.DataFrame:
-    """Mean and std over seeds at each ratio (donor instance, selection random, test split)."""
-    heads = result.heads
-    own = result.metrics["without_h2t"] or result.metrics["with_h2t"]
-    statistics = own["statistics"] if own else None
-    chosen = heads[(heads.split == "test") & (heads.statistics == statistics) & (heads.number >= 0)]
-    chosen = chosen[(chosen.donor == "instance") & (chosen.selection == "random")]
-    parts = []
-    for group in ("top1", *GROUPS):
-        grouped = chosen.groupby("ratio")[group]
-        found = pd.DataFrame({"accuracy": grouped.mean(), "std": grouped.std(ddof=1)}).reset_index()
-        parts.append(found.assign(group=group, host=result.name))
-    return pd.concat(parts, ignore_index=True)[["host", "group", "ratio", "accuracy", "std"]]
-
-
-def _per_class(result: HostResult) -> pd.DataFrame:
-    """Accuracy of each class: stage I, without and with H2T, mean over seeds."""
-    heads = result.heads
-    parts = []
-    for key, label in ROWS.items():
-        entry = result.metrics[key]
-        if entry is None:
-            continue
-        chosen = heads[(heads.split == "test") & (heads.statistics == entry["statistics"])]
-        if key == "stage1":
-            numbers = [-1]
-        else:
-            same = chosen[(chosen.ratio == entry["ratio"]) & (chosen.number >= 0)]
-            if key == "with_h2t":
-                same = same[(same.donor == "instance") & (same.selection == "random")]
-            numbers = same.drop_duplicates("seed").number.tolist()
-        table = result.per_class
-        table = table[(table.split == "test") & (table.statistics == entry["statistics"]) & table.number.isin(numbers)]
-        found = table.groupby("class").agg({"count": "first", "accuracy": "mean"}).reset_index()
-        parts.append(found.assign(row=label, host=result.name))
-    return pd.concat(parts, ignore_index=True)[["host", "row", "class", "count", "accuracy"]]
 
 
 def _csv(table: pd.DataFrame, path: Path) -> None:

@@ -1,0 +1,186 @@
+"""Who may import whom, read from the source; and that dvc.yaml lists exactly the code and parameters of each stage."""
+
+import ast
+
+import pytest
+import yaml
+from architecture import LOADED, PLUGINS, ROOT, closure, code_deps, imports, modules
+from pipeline_builders import make_params
+
+DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+MODULES = modules()
+CACHE = sorted(m for m in MODULES if m.startswith("cache."))
+WRITER_SIDE = {"cache.writer", "cache.staging", "cache.card"}
+READER_SIDE = {"cache.reader", "cache.files", "cache.plan", "cache.prefetch"}
+SHARED = {"cache.shard", "cache.spec", "cache.rows", "cache.codecs", "cache.errors"}
+
+
+def stage_of(name):
+    return DVC[name].get("do", DVC[name])
+
+
+def all_imports(module):
+    return imports(MODULES[module])
+
+
+def roots(module):
+    return {name.split(".")[0] for name in all_imports(module)}
+
+
+def test_the_packages_were_found():
+    assert {"cache.reader", "cache.writer", "pipeline.cli", "pipeline.stages.extract", "pipeline.hosts.dr"} <= set(
+        MODULES
+    )
+    assert {"cache.errors", "pipeline.seeds"} <= closure({"pipeline.stages.train_classifier"})
+
+
+def test_the_import_reader_sees_every_form(tmp_path):
+    path = tmp_path / "m.py"
+    path.write_text("import a.b\nfrom c import d\ndef f():\n    from e.f import g\nif 1:\n    import h as i\n")
+    assert imports(path) == {"a.b", "c", "c.d", "e.f", "e.f.g", "h"}
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_no_relative_imports(module):
+    """They would be invisible to the closure that dvc.yaml is checked against."""
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    assert not [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level]
+
+
+@pytest.mark.parametrize("module", CACHE)
+def test_the_cache_knows_neither_torch_nor_click_nor_the_pipeline(module):
+    assert not roots(module) & {"torch", "torchvision", "click", "pipeline", "PIL", "sklearn"}
+
+
+def test_the_writer_side_does_not_reach_the_reader_side():
+    assert not closure(WRITER_SIDE) & READER_SIDE
+
+
+def test_the_shared_part_reaches_neither_side():
+    assert not closure(SHARED) & (WRITER_SIDE | READER_SIDE)
+
+
+def test_extraction_does_not_reach_the_reader_and_training_not_the_writer():
+    assert not closure({"pipeline.stages.extract"}) & READER_SIDE
+    for stage in ("train_classifier", "evaluate"):
+        assert not closure({f"pipeline.stages.{stage}"}) & WRITER_SIDE
+
+
+PLUGIN_MODULES = sorted(
+    m
+    for m in MODULES
+    if m.split(".")[0] == "pipeline"
+    and m.split(".")[1:2]
+    and m.split(".")[1] in PLUGINS
+    and MODULES[m].name != "__init__.py"
+)
+
+
+@pytest.mark.parametrize("module", PLUGIN_MODULES)
+def test_a_plugin_imports_no_stage_no_other_plugin_and_no_cache(module):
+    for name in all_imports(module):
+        parts = name.split(".")
+        assert parts[0] != "cache", name
+        assert parts[:2] != ["pipeline", "stages"], name
+        assert name in ("pipeline", *MODULES) or parts[0] != "pipeline" or ".".join(parts[:-1]) in MODULES
+        if parts[0] == "pipeline" and len(parts) > 2 and parts[1] in PLUGINS:
+            raise AssertionError(f"{module} imports the plug-in {name}")
+    assert "pipeline.plugins" not in all_imports(module)
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_nothing_imports_the_command_line(module):
+    if module == "pipeline.__main__":
+        return
+    assert "pipeline.cli" not in all_imports(module)
+
+
+@pytest.mark.parametrize("module", sorted(m for m in MODULES if MODULES[m].name == "__init__.py"))
+def test_an_init_holds_a_docstring_at_most(module):
+    body = ast.parse(MODULES[module].read_text(encoding="utf-8")).body
+    assert len(body) <= 1
+    assert all(isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant) for n in body)
+
+
+# --- dvc.yaml
+
+
+def test_every_stage_module_is_a_stage_and_back():
+    files = {p.stem for p in (ROOT / "pipeline" / "stages").glob("*.py")} - {"__init__"}
+    assert files == set(DVC) == set(LOADED)
+
+
+@pytest.mark.parametrize("stage", sorted(LOADED))
+def test_code_dependencies_are_the_import_closure(stage):
+    """If this fails, run `python tests/architecture.py`."""
+    listed = [dep for dep in stage_of(stage)["deps"] if dep.endswith(".py")]
+    assert sorted(listed) == code_deps(stage)
+    assert len(set(listed)) == len(listed)
+
+
+@pytest.mark.parametrize("stage", sorted(LOADED))
+def test_listed_files_exist(stage):
+    for dep in stage_of(stage)["deps"]:
+        if dep.endswith(".py") and "$" not in dep:
+            assert (ROOT / dep).is_file(), dep
+
+
+#: (stage, module): the module can load plug-ins, but the stage calls no function of it that does.
+NEVER_LOADS = {
+    ("train_classifier", "pipeline.samples"),
+    ("train_classifier", "pipeline.batchnorm"),
+    ("train_classifier", "pipeline.network"),
+    ("evaluate", "pipeline.network"),
+    ("evaluate", "pipeline.streams"),
+}
+
+
+def loaded_kinds(module):
+    """The kinds of `plugins.load("kind", ...)` in a module."""
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "plugins.load":
+            yield ast.literal_eval(node.args[0])
+
+
+@pytest.mark.parametrize("stage", sorted(LOADED))
+def test_every_plugin_that_a_stage_loads_is_said_to_be_loaded(stage):
+    """Loading by name is no import, so `architecture.LOADED` states it."""
+    for module in closure({f"pipeline.stages.{stage}"}):
+        if (stage, module) not in NEVER_LOADS:
+            assert set(loaded_kinds(module)) <= set(LOADED[stage]), module
+
+
+PARAMETERS = {
+    "prepare": {"seed", "prepare"},
+    "train_backbone": {"seed", "backbones.${key}"},
+    "extract": {"seed", "extract"},
+    "train_classifier": {"hosts.${key}"},
+    "evaluate": {"evaluate"},
+    "report": {"hosts", "report"},
+}
+
+
+@pytest.mark.parametrize("stage", sorted(PARAMETERS))
+def test_parameters_of_a_stage_are_those_that_change_its_output(stage):
+    """`device`, `train_classifier` (residency) and other stages' sections change no output, so they re-run nothing."""
+    assert set(stage_of(stage)["params"]) == PARAMETERS[stage]
+
+
+def test_every_section_is_some_stages_or_changes_no_output():
+    sections = {p.split(".")[0] for stage in DVC for p in stage_of(stage)["params"]}
+    assert set(make_params()) - sections <= {"device", "train_classifier"}
+
+
+@pytest.mark.parametrize("stage", sorted(LOADED))
+def test_a_stage_reads_only_what_other_stages_write(stage):
+    outs = {out if isinstance(out, str) else next(iter(out)) for s in DVC for out in stage_of(s)["outs"]}
+    outs = {out.split("$")[0] for out in outs}
+    for dep in stage_of(stage)["deps"]:
+        if dep.startswith("data/"):
+            assert any(dep.startswith(out) or out.startswith(dep) for out in outs), dep
+
+
+@pytest.mark.parametrize("stage", sorted(LOADED))
+def test_no_output_persists(stage):
+    """`persist: true` keeps files of other parameters and disables the run cache."""
+    assert all(isinstance(out, str) or not next(iter(out.values())).get("persist") for out in stage_of(stage)["outs"])

@@ -69,7 +69,7 @@ def _size(count: float) -> str:
 
 def _json(value: Any) -> Markup:
     """JSON that can stand inside a script element, whatever class names hold."""
-    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"), sort_keys=True)
+    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 

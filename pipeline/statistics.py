@@ -36,11 +36,16 @@ class Difference:
         return "higher" if self.mean > 0 else "lower"
 
     @property
-    def text(self) -> str:
-        """The mean with its interval and the verdict."""
+    def parts(self) -> tuple[str, str]:
+        """The mean, and its interval with the verdict."""
         if self.low is None or self.high is None:
-            return f"{self.mean:+.2f} ({self.verdict})"
-        return f"{self.mean:+.2f} [{self.low:+.2f}, {self.high:+.2f}] {self.verdict}"
+            return f"{self.mean:+.2f}", self.verdict
+        return f"{self.mean:+.2f}", f"[{self.low:+.2f}, {self.high:+.2f}] {self.verdict}"
+
+    @property
+    def text(self) -> str:
+        """Both on one line."""
+        return " ".join(self.parts)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

@@ -38,12 +38,14 @@ function table(id, columns, lines) {
 function chart(id, options, columns, lines) {
   const place = $(id);
   const width = Math.max(260, Math.min(place.clientWidth || 640, options.most || 900));
-  const drawn = Plot.plot({ width, height: 300, marginLeft: 44, marginBottom: 40, ...options, style: { overflow: "visible" } });
+  const drawn = Plot.plot({ width, height: 300, marginLeft: 44, marginBottom: 46, ...options, style: { overflow: "visible" } });
   drawn.setAttribute("aria-hidden", "true");
   place.replaceChildren(drawn);
   table(id, columns, lines);
 }
 
+/** The lines of metrics.json that this host has, in the order of the table. */
+const present = (h) => Object.keys(rows).filter((key) => h.rows[key]);
 const percent = (label = "test accuracy (%)") => ({ domain: [0, 100], grid: true, label });
 
 function drawRatio() {
@@ -62,23 +64,22 @@ function drawRatio() {
   }, ["group", "accuracy", "std", "at ratio 0"], bars.map((b) => [b.group, b.mean, b.std, b.zero]));
 
   const points = groups.flatMap((f) => h.ratios.map((r, i) => ({ ratio: r, figure: f, group: NAMES[f], mean: h.mean[f][i], std: h.std[f][i] || 0 })));
-  const last = points.filter((p) => p.ratio === h.ratios[h.ratios.length - 1]);
   chart("curve", {
-    x: { label: "ratio of replaced channels", domain: [0, Math.max(...h.ratios, 0.1)] }, y: percent(), marginRight: 60,
+    x: { label: "ratio of replaced channels", domain: [0, Math.max(...h.ratios, 0.1)] }, y: percent(),
     marks: [
       Plot.ruleX([h.ratios[at]], { stroke: "currentColor", strokeDasharray: "4 3" }),
       Plot.areaY(points, { x: "ratio", y1: (p) => p.mean - p.std, y2: (p) => p.mean + p.std, z: "figure", fill: (p) => COLOUR[p.figure], fillOpacity: 0.15 }),
       Plot.lineY(points, { x: "ratio", y: "mean", z: "figure", stroke: (p) => COLOUR[p.figure], strokeWidth: 2 }),
       Plot.dot(points, { x: "ratio", y: "mean", fill: (p) => COLOUR[p.figure], symbol: (p) => ({ all: "circle", head: "square", medium: "diamond", tail: "triangle" })[p.group], r: 3.5, tip: true, title: (p) => `${p.group} at ${p.ratio}: ${text(p.mean)}` }),
-      Plot.text(last, Plot.dodgeY ? { x: "ratio", y: "mean", text: "group", dx: 8, textAnchor: "start", fill: (p) => COLOUR[p.figure] } : {}),
     ],
     symbol: { type: "identity" },
   }, ["ratio", ...groups.map((f) => NAMES[f])], h.ratios.map((r, i) => [String(r), ...groups.map((f) => h.mean[f][i])]));
+  legend("curve", groups.map((f) => [NAMES[f], COLOUR[f]]));
 
   const each = h.classes.map((c, i) => ({ ...c, i, accuracy: h.accuracy[at][i], zero: zero < 0 ? null : h.accuracy[zero][i] }));
   const labels = each.length <= 20;
   chart("bars", {
-    most: 1100, height: labels ? 340 : 300, marginBottom: labels ? 74 : 40, y: percent(), className: "bars",
+    most: 1100, height: labels ? 360 : 300, marginBottom: labels ? 92 : 46, y: percent(), className: "bars",
     x: { type: "band", label: labels ? null : "class, in descending order of training images", tickRotate: labels ? -35 : 0, tickFormat: labels ? (i) => `${each[i].name} (${each[i].count})` : () => "", tickSize: labels ? 4 : 0 },
     marks: [
       Plot.barY(each, { x: "i", y: "accuracy", fill: (c) => COLOUR[c.group] || "currentColor", fillOpacity: 0.8, tip: true, title: (c) => `${c.name}: ${text(c.accuracy)}\n${c.count} training images, ${c.group}` }),
@@ -99,10 +100,10 @@ function drawRatio() {
 
 function drawCounts() {
   const h = hosts[state.host];
-  const kinds = Object.entries(h.rows).map(([key, row]) => [rows[key], row]);
+  const kinds = present(h).map((key) => [rows[key], h.rows[key]]);
   const points = kinds.flatMap(([name, row]) => h.classes.map((c, i) => ({ ...c, row: name, accuracy: row.accuracy[i] })));
   chart("counts", {
-    most: 1100, x: { type: "log", label: "training images of the class", grid: true, reverse: true, tickFormat: "~s" }, y: percent(),
+    most: 1100, x: { type: "log", label: "training images of the class", grid: true, reverse: true, ticks: 5, tickFormat: "~s" }, y: percent(),
     color: { domain: Object.keys(ROW_COLOUR), range: Object.values(ROW_COLOUR), legend: false }, symbol: { domain: Object.keys(ROW_COLOUR), range: ["circle", "square", "triangle"] },
     marks: [
       Plot.line(points, { x: "count", y: "accuracy", stroke: "row", strokeOpacity: h.classes.length > 30 ? 0 : 0.7 }),
@@ -141,7 +142,7 @@ function drawConfusion() {
   const total = Object.values(taken).reduce((a, b) => a + b, 0);
   const bars = Object.entries(taken).map(([p, n]) => ({ ...classes[p], i: +p, share: (100 * n) / total }));
   chart("tail", {
-    height: 340, marginBottom: many ? 40 : 74, y: { label: "tail samples (%)", grid: true }, x: { type: "band", label: many ? "predicted class, in descending order of training images" : null, tickRotate: many ? 0 : -35, tickFormat: many ? () => "" : (i) => classes[i].name, tickSize: 0 },
+    height: 340, marginBottom: many ? 46 : 84, y: { label: "tail samples (%)", grid: true }, x: { type: "band", label: many ? "predicted class, in descending order of training images" : null, tickRotate: many ? 0 : -35, tickFormat: many ? () => "" : (i) => classes[i].name, tickSize: 0 },
     marks: [Plot.barY(bars, { x: "i", y: "share", fill: (b) => COLOUR[b.group] || "currentColor", tip: true, title: (b) => `${b.name} (${b.group}): ${text(b.share, 1)} %` }), Plot.ruleY([0])],
   }, ["predicted", "group", "tail samples (%)"], bars.map((b) => [b.name, b.group, b.share]));
   const share = (from, to) => {
@@ -154,7 +155,7 @@ function drawConfusion() {
 
 function drawCalibration() {
   const h = hosts[state.host];
-  const kinds = Object.entries(h.rows).map(([key, row]) => [rows[key], row]);
+  const kinds = present(h).map((key) => [rows[key], h.rows[key]]);
   const scales = { color: { domain: Object.keys(ROW_COLOUR), range: Object.values(ROW_COLOUR) }, symbol: { domain: Object.keys(ROW_COLOUR), range: ["circle", "square", "triangle"] } };
   const bins = kinds.flatMap(([row, r]) => r.reliability.map((b) => ({ ...b, row })));
   chart("reliability", {
@@ -209,11 +210,11 @@ function drawEmbedding() {
     const points = e.label.map((label, i) => ({ label, guess: guesses[i], x: e.x[i], y: e.y[i], right: guesses[i] === label })).filter((p) => shown.includes(p.label));
     const [x0, x1] = d3.extent(e.x), [y0, y1] = d3.extent(e.y), width = Math.min($(id).clientWidth || 500, 560);
     chart(id, {
-      width, height: width * 0.85, margin: 8, axis: null, x: { domain: [x0, x1] }, y: { domain: [y0, y1] }, color: { type: "identity" },
+      width, height: width * 0.85, margin: 8, axis: null, x: { domain: [x0, x1] }, y: { domain: [y0, y1] }, color: { domain: labels, range: labels.map(colour), unknown: "transparent" },
       marks: [
-        Plot.raster(e[key].map((l) => (shown.includes(l) ? colour(l) : null)), { width: CELLS, height: CELLS, x1: x0, x2: x1, y1: y1, y2: y0, fillOpacity: 0.3, imageRendering: "pixelated" }),
-        Plot.dot(points.filter((p) => p.right), { x: "x", y: "y", r: 2.5, fill: (p) => colour(p.label), tip: true, title: (p) => e.names[p.label] }),
-        Plot.dot(points.filter((p) => !p.right), { x: "x", y: "y", r: 4, symbol: "times", stroke: (p) => colour(p.label), strokeWidth: 2, tip: true, title: (p) => `${e.names[p.label]}, taken for ${e.names[p.guess]}` }),
+        Plot.raster(e[key].map((l) => (shown.includes(l) ? l : null)), { fill: Plot.identity, width: CELLS, height: CELLS, x1: x0, x2: x1, y1: y1, y2: y0, fillOpacity: 0.3, imageRendering: "pixelated" }),
+        Plot.dot(points.filter((p) => p.right), { x: "x", y: "y", r: 2.5, fill: "label", tip: true, title: (p) => e.names[p.label] }),
+        Plot.dot(points.filter((p) => !p.right), { x: "x", y: "y", r: 4, symbol: "times", stroke: "label", strokeWidth: 2, tip: true, title: (p) => `${e.names[p.label]}, taken for ${e.names[p.guess]}` }),
         Plot.frame({ stroke: "var(--line)" }),
       ],
     }, ["class", "samples shown", "right", "regions (% of the picture)"], labels.map((l) => [
@@ -236,7 +237,7 @@ function drawHost() {
   $("ratio").disabled = h.ratios.length < 2;
   state.at = Math.max(0, h.ratios.indexOf(h.reported));
   $("ratio").value = state.at;
-  const kept = Object.keys(h.rows);
+  const kept = present(h);
   if (!kept.includes(state.row)) state.row = kept[kept.length - 1];
   $("row").replaceChildren(...kept.map((k) => element("option", rows[k], { value: k, ...(k === state.row ? { selected: "" } : {}) })));
   choosePairs();

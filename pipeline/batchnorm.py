@@ -120,14 +120,17 @@ def estimate(
 
     Cumulative average of the batches' means and unbiased variances, in train mode. `backbone` keeps its own statistics.
     """
-    before, momenta = current(backbone), {n: m.momentum for n, m in _norms(backbone)}
+    before = current(backbone)
+    backbone.train()
+    live = [m for _, m in _norms(backbone) if m.training]  # a frozen part of the backbone keeps its statistics
+    momenta = [m.momentum for m in live]
     train = samples.of("train")
     index = class_index(samples.labels[train], samples.facts["classes"])
     size = min(BATCH, len(train))
     steps = len(train) // size
     laws = [plugins.load("samplers", sampler) for sampler in samplers]
     backbone.eval()
-    for _, module in _norms(backbone):
+    for module in live:
         module.reset_running_stats()
         module.momentum = None  # torch's way to say: cumulative average
         module.train()
@@ -144,8 +147,8 @@ def estimate(
             backbone(x.to(device))
         return current(backbone)
     finally:
-        for norm, module in _norms(backbone):
-            module.momentum = momenta[norm]
+        for module, momentum in zip(live, momenta, strict=True):
+            module.momentum = momentum
         use(backbone, before)
         backbone.eval()
 

@@ -1,0 +1,36 @@
+"""ResNet-152: maps of 2,048 channels at a 32nd of the input's side; for Places-LT, only its last block trains.
+
+Source: He et al., CVPR 2016. With `trained: last_block` the trunk is frozen, in eval mode, and a new last block per
+expert trains on top of it, as in the published codes for Places-LT (start from torchvision's weights).
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import nn
+
+from pipeline.errors import UserError
+from pipeline.params import Count, Section
+from pipeline.resnets import LastBlockResNet, ResNetMaps, pretrained
+
+
+class Options(Section):
+    """`trained`: all, or last_block. `experts`: parallel branches, 1 for a plain network."""
+
+    trained: Literal["all", "last_block"] = "last_block"
+    experts: Count = 1
+
+
+def build(options: Options) -> nn.Module:
+    """The network with fresh weights from torch's generator."""
+    if options.trained == "last_block":
+        return LastBlockResNet([3, 8, 36, 3], options.experts)
+    return ResNetMaps([3, 8, 36, 3], options.experts)
+
+
+def weights(options: Options) -> Mapping[str, torch.Tensor]:
+    """Torchvision's first ones, trained on ImageNet-1k: those that Places-LT results start from. Raises UserError."""
+    if options.trained == "all" and options.experts > 1:
+        raise UserError(f"torchvision's weights: are those of 1 expert; got {options.experts}; start from a file")
+    return pretrained("resnet152", "IMAGENET1K_V1")

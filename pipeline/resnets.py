@@ -1,0 +1,108 @@
+"""ResNets for large images up to their last maps, with torchvision's key names, and with 1 to E expert branches.
+
+Source: He et al., CVPR 2016; Xie et al., "ResNeXt", CVPR 2017, both as in torchvision. Experts share conv1, layer1 and
+layer2 and own layer3 and layer4, at full width (Wang et al., "RIDE", ICLR 2021, as the H2T authors use it).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torchvision.models import get_model_weights
+from torchvision.models.resnet import Bottleneck, ResNet
+
+from pipeline.errors import UserError
+
+CHANNELS = 2048
+
+
+class ResNetMaps(ResNet):
+    """`forward(x)`: (B, 3, H, W) -> a tuple of E maps (B, 2048, H/32, W/32), after the last ReLU, so never negative."""
+
+    channels = CHANNELS
+
+    def __init__(self, blocks: list[int], experts: int = 1, **shape: int) -> None:
+        super().__init__(Bottleneck, blocks, **shape)
+        del self.fc, self.avgpool
+        self.experts = experts
+        if experts > 1:
+            # Made anew for each expert, so that experts start apart. `inplanes` is what a layer takes in.
+            del self.layer3, self.layer4
+            self.layer3s, self.layer4s = nn.ModuleList(), nn.ModuleList()
+            for _ in range(experts):
+                self.inplanes = CHANNELS // 4
+                self.layer3s.append(self._make_layer(Bottleneck, 256, blocks[2], stride=2))
+                self.layer4s.append(self._make_layer(Bottleneck, 512, blocks[3], stride=2))
+            for name, module in self.named_modules():
+                if isinstance(module, nn.Conv2d) and name.startswith(("layer3s", "layer4s")):
+                    nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def stem(self, x: torch.Tensor) -> torch.Tensor:
+        """What all experts share: (B, 512, H/8, W/8)."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        return self.layer2(self.layer1(x))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x = self.stem(x)
+        if self.experts == 1:
+            return (self.layer4(self.layer3(x)),)
+        return tuple(fourth(third(x)) for third, fourth in zip(self.layer3s, self.layer4s, strict=True))
+
+
+class LastBlockResNet(ResNetMaps):
+    """A frozen trunk and one new bottleneck per expert: the last block, the only part that trains.
+
+    Source: the Places-LT backbone of Kang et al., "Decoupling Representation and Classifier", ICLR 2020, and MiSLAS.
+    The trunk stays in eval mode whatever `train` is told. With one expert the block is `layer4.<last>`, so keys are
+    torchvision's; with more they are `blocks.<expert>`.
+    """
+
+    def __init__(self, blocks: list[int], experts: int = 1) -> None:
+        super().__init__(blocks)
+        self.experts = experts
+        last = blocks[-1] - 1
+        new = [Bottleneck(CHANNELS, CHANNELS // 4) for _ in range(experts)]  # torch's own initial weights
+        if experts == 1:
+            self.layer4[last] = new[0]
+        else:
+            self.layer4 = self.layer4[:last]
+            self.blocks = nn.ModuleList(new)
+        #: Prefixes of the weights that pretrained ones do not replace.
+        self.fresh = (f"layer4.{last}.", "blocks.")
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name.startswith(self.fresh))
+
+    def _new(self) -> list[nn.Module]:
+        return list(self.blocks) if self.experts > 1 else [self.layer4[-1]]
+
+    def train(self, mode: bool = True) -> "LastBlockResNet":
+        """Puts the new blocks in train mode; the trunk stays in eval mode."""
+        super().train(False)
+        self.training = mode
+        for block in self._new():
+            block.train(mode)
+        return self
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with torch.no_grad():
+            x = self.layer3(self.stem(x))
+            for block in self.layer4 if self.experts > 1 else self.layer4[:-1]:
+                x = block(x)
+        return tuple(block(x) for block in self._new())
+
+
+def pretrained(model: str, version: str = "DEFAULT") -> Mapping[str, torch.Tensor]:
+    """Torchvision's state dict for `model`, its head of 1,000 classes included, from torch's cache or the network.
+
+    Raises UserError.
+    """
+    weights: Any = get_model_weights(model)[version]
+    try:
+        return weights.get_state_dict(progress=True, check_hash=True)
+    except (OSError, RuntimeError) as error:
+        file = weights.url.rpartition("/")[2]
+        raise UserError(
+            f"weights {weights}: not in torch's cache and cannot be downloaded ({' '.join(str(error).split())}); "
+            f"put {file} into {torch.hub.get_dir()}/checkpoints, or name the file in backbones.<name>.start"
+        ) from None

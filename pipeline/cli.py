@@ -17,6 +17,7 @@ from pipeline.cache_commands import cache as cache_group
 from pipeline.cache_commands import opened
 from pipeline.errors import UserError
 from pipeline.model_commands import export, predict
+from pipeline.sharing_commands import COMMANDS as SHARING
 
 
 class Misuse(click.ClickException):
@@ -68,6 +69,8 @@ def main() -> None:
     """  # noqa: D301 - click wants the character, not two
 
 
+for command in SHARING:
+    cache_group.add_command(command)
 main.add_command(cache_group)
 main.add_command(export)
 main.add_command(predict)

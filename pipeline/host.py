@@ -49,6 +49,11 @@ class Host:
 
     def stage1_state(self, stage1: StageOneHead) -> dict[str, torch.Tensor]:
         """A copy of the stage-I classifier's parameters. Raises UserError if it does not fit this host."""
+        if not stage1.state:
+            raise UserError(
+                "this host starts from the classifier of stage I, and imported features have none; use crt, ncm or "
+                "logistic_regression"
+            )
         if stage1.classifier != self.classifier:
             raise UserError(
                 f"classifier: a {self.classifier} head cannot start from the {stage1.classifier} head of stage I; "

@@ -12,10 +12,13 @@ from pipeline import plugins
 from pipeline.checkpoints import fill, load_weights, weights_digest
 from pipeline.params import build
 
+#: In place of a backbone's directory and of its digest: the features were imported, nothing is known of their backbone.
+NONE = "none"
+
 
 @dataclass(frozen=True)
 class StageOneHead:
-    """The stage-I classifier: `state` and how it gives logits (`pipeline.head.logits`)."""
+    """The stage-I classifier: `state` (empty where there is none) and how it gives logits (`pipeline.head.logits`)."""
 
     state: Mapping[str, torch.Tensor]
     classifier: str
@@ -35,11 +38,15 @@ def load_backbone(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def backbone_digest(folder: Path) -> str:
-    """sha256 of the backbone's weights, as caches record it."""
+    """sha256 of the backbone's weights, as caches record it; `none` for imported features."""
+    if str(folder) == NONE:
+        return NONE
     return weights_digest(load_weights(folder / "backbone.safetensors")[0])
 
 
 def load_head(folder: Path) -> StageOneHead:
-    """The stage-I classifier."""
+    """The stage-I classifier; an empty one for imported features."""
+    if str(folder) == NONE:
+        return StageOneHead({}, NONE, 1.0)
     state, about = load_weights(folder / "head.safetensors")
     return StageOneHead(state, about["classifier"], about["scale"])

@@ -95,7 +95,7 @@ def run(
         for split in splits
         for statistics in dict.fromkeys(lines)
     }
-    first = {split: _evaluate_stage1(cache, stage1, split, device) for split in splits}
+    first = {split: _evaluate_stage1(cache, stage1, split, device) for split in splits} if stage1.state else {}
 
     figures: list[dict[str, Any]] = []
     for (split, statistics), result in found.items():
@@ -122,10 +122,10 @@ def run(
         write_json(into / "metrics.json", metrics)
         pq.write_table(pa.Table.from_pylist(figures, _schema(figures)), into / "heads.parquet")
         _write_per_class(into, table, found, first, counts)
-        _write_confusion(into, found[("test", recipe_statistics)], first["test"], kept)
-        _write_predictions(into, found[("test", recipe_statistics)], first["test"], kept)
+        _write_confusion(into, found[("test", recipe_statistics)], first.get("test"), kept)
+        _write_predictions(into, found[("test", recipe_statistics)], first.get("test"), kept)
         _write_evidence(
-            into, cache, heads, stage1, found[("test", recipe_statistics)], first["test"], without, with_h2t
+            into, cache, heads, stage1, found[("test", recipe_statistics)], first.get("test"), without, with_h2t
         )
         write_about(into, cache, heads, sample_rows(cache.rows, "test", recipe_statistics).first, group_of)
     say(f"{name}: " + _one_line(metrics))
@@ -272,11 +272,12 @@ def _write_per_class(
     pq.write_table(pa.table({**columns, **of}), into / "per_class.parquet", compression="zstd")
 
 
-def _each(result: _Split, first: _Split, kept: list[int]) -> list[tuple[int, np.ndarray]]:
-    return [(-1, first.logits[0]), *((head, result.logits[head]) for head in kept)]
+def _each(result: _Split, first: _Split | None, kept: list[int]) -> list[tuple[int, np.ndarray]]:
+    """Number and logits of stage I's head, where there is one, and of the heads `kept`."""
+    return [*([(-1, first.logits[0])] if first else []), *((head, result.logits[head]) for head in kept)]
 
 
-def _write_confusion(into: Path, result: _Split, first: _Split, kept: list[int]) -> None:
+def _write_confusion(into: Path, result: _Split, first: _Split | None, kept: list[int]) -> None:
     columns: dict[str, list[Any]] = {k: [] for k in ("number", "true", "predicted", "count")}
     for head, found in _each(result, first, kept):
         counts = confusion(result.labels, found.argmax(1), found.shape[1])
@@ -288,7 +289,7 @@ def _write_confusion(into: Path, result: _Split, first: _Split, kept: list[int])
     pq.write_table(pa.table(columns), into / "confusion.parquet", compression="zstd")
 
 
-def _write_predictions(into: Path, result: _Split, first: _Split, kept: list[int]) -> None:
+def _write_predictions(into: Path, result: _Split, first: _Split | None, kept: list[int]) -> None:
     parts = []
     for head, found in _each(result, first, kept):
         parts.append(
@@ -311,7 +312,7 @@ def _write_evidence(
     heads: Heads,
     head: StageOneHead,
     result: _Split,
-    first: _Split,
+    first: _Split | None,
     without: list[dict[str, Any]],
     with_h2t: list[dict[str, Any]],
 ) -> None:

@@ -26,7 +26,7 @@ from pipeline.features import FeatureReader, identity_if_pooled, maps_fingerprin
 from pipeline.fusion import Rounding, Selection, replaced_channels
 from pipeline.heads import HeadParts, head_parts
 from pipeline.host import Context, FittedHost
-from pipeline.network import StageOneHead, backbone_digest, load_head
+from pipeline.network import NONE, StageOneHead, backbone_digest, load_head
 from pipeline.outputs import fresh_directory
 from pipeline.params import DISTINCT, Count, NonNegative, Positive, Ratio, Section, Seed, plugin
 from pipeline.residency import Feed, available_memory, choose_tier
@@ -121,6 +121,8 @@ def check_backbone(cache: Cache, backbone_dir: Path) -> None:
     """Raises UserError unless the cache was extracted by the backbone in `backbone_dir`."""
     expected = backbone_digest(backbone_dir)
     recorded = cache.spec.fingerprint_inputs.get("backbone", {}).get("weights")
+    if recorded == NONE != expected:
+        raise UserError(f"{cache.files}: was imported, nothing is known of its backbone; give none in its place")
     if recorded != expected:
         raise UserError(
             f"{cache.files}: this cache was extracted by a backbone with weights {str(recorded)[:12]}, "

@@ -1,0 +1,246 @@
+import json
+import pickle
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+from pipeline_builders import write_params
+from safetensors.numpy import save_file
+
+from cache.audit import verify
+from cache.reader import open_cache
+from pipeline.cli import main
+
+
+def h2t(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def make_features(counts=(3, 12, 6), shape=(5,), seed=0, dtype=np.float32):
+    """Features of well-separated classes and their labels, in no order."""
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.repeat(np.arange(len(counts)), counts))
+    centres = np.random.default_rng(9).standard_normal((len(counts), *shape)) * 4
+    return (centres[labels] + rng.standard_normal((len(labels), *shape))).astype(dtype), labels
+
+
+def save_npz(path, x, y):
+    np.savez(path, features=x, labels=y)
+
+
+def save_safetensors(path, x, y):
+    save_file({"embeddings": x, "y": y}, path)
+
+
+def save_parquet(path, x, y):
+    pq.write_table(pa.table({"embedding": list(x), "label": y}), path)
+
+
+def save_fixed_parquet(path, x, y):
+    values = pa.FixedSizeListArray.from_arrays(pa.array(x.reshape(-1)), x.shape[1])
+    pq.write_table(pa.table({"embedding": values, "label": [f"class {v}" for v in y]}), path)
+
+
+WRITERS = [
+    (save_npz, "x.npz"),
+    (save_safetensors, "x.safetensors"),
+    (save_parquet, "x.parquet"),
+    (save_fixed_parquet, "x.parquet"),
+]
+
+
+@pytest.mark.parametrize(("write", "name"), WRITERS)
+def test_every_format_gives_the_rows_that_were_given(tmp_path, write, name):
+    x, y = make_features()
+    write(tmp_path / name, x, y)
+    done = h2t("cache", "import", tmp_path / "c", "--train", tmp_path / name)
+    assert done.exit_code == 0, done.output
+    assert verify(tmp_path / "c") == []
+    with open_cache(tmp_path / "c") as cache:
+        assert cache.spec.maps == ((5, 1, 1),)
+        assert cache.spec.dtype == "float32"
+        assert cache.spec.provenance["counts"] == [12, 6, 3]
+        names = cache.spec.provenance["classes"]
+        assert [n.removeprefix("class ") for n in names] == ["1", "2", "0"]
+        found = cache.read(np.arange(cache.spec.rows))[:, :, 0, 0]
+        samples = cache.rows["sample"].to_numpy()
+        np.testing.assert_array_equal(found, x[samples])
+        given = [names[k].removeprefix("class ") for k in cache.rows["label"].to_pylist()]
+        assert given == [str(v) for v in y[samples]]
+
+
+def test_npy_with_labels_beside_and_class_names(tmp_path):
+    x, y = make_features(shape=(4, 2, 2), dtype=np.float16)
+    np.save(tmp_path / "x.npy", x)
+    np.save(tmp_path / "y.npy", y)
+    (tmp_path / "names.txt").write_text("cat\ndog\nowl\n")
+    done = h2t(
+        "cache", "import", tmp_path / "c", "--train", tmp_path / "x.npy", "--train-labels", tmp_path / "y.npy",
+        "--classes", tmp_path / "names.txt",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    with open_cache(tmp_path / "c") as cache:
+        assert (cache.spec.maps, cache.spec.dtype) == (((4, 2, 2),), "float16")
+        assert cache.spec.provenance["classes"] == ["dog", "owl", "cat"]
+
+
+def imported(tmp_path):
+    for split, seed in (("train", 0), ("test", 1)):
+        save_npz(tmp_path / f"{split}.npz", *make_features(seed=seed))
+    out = tmp_path / "features"
+    done = h2t("cache", "import", out, "--train", tmp_path / "train.npz", "--test", tmp_path / "test.npz")
+    assert done.exit_code == 0, done.output
+    return out
+
+
+@pytest.mark.parametrize("host", ["crt", "ncm", "logistic_regression"])
+def test_hosts_without_a_warm_start_train_on_imported_features(tmp_path, host):
+    cache = imported(tmp_path)
+    params = write_params(tmp_path / "params.yaml")
+    entry = f"hosts.{host}={{backbone: ce_mixup, batchnorm: stage1}}"
+    common = ["--params", params, "--set", entry, "--device", "cpu"]
+    done = h2t("train-classifier", host, cache, "none", tmp_path / "heads", *common)
+    assert done.exit_code == 0, done.output
+    done = h2t("evaluate", host, cache, tmp_path / "heads", "none", tmp_path / "evaluate", *common)
+    assert done.exit_code == 0, done.output
+    metrics = json.loads((tmp_path / "evaluate/metrics.json").read_text())
+    assert metrics["stage1"] is None
+    assert metrics["without_h2t"]["top1"] > 60
+
+
+def test_hosts_with_a_warm_start_say_so(tmp_path):
+    cache = imported(tmp_path)
+    params = write_params(tmp_path / "params.yaml", hosts__dr__batchnorm="stage1")
+    done = h2t("train-classifier", "dr", cache, "none", tmp_path / "heads", "--params", params, "--device", "cpu")
+    assert done.exit_code == 1
+    (line,) = done.stderr.splitlines()
+    assert "imported features have none" in line
+
+
+def test_a_backbone_for_imported_features_is_refused(tmp_path, backbone_dir):
+    cache = imported(tmp_path)
+    params = write_params(tmp_path / "params.yaml", hosts__dr__batchnorm="stage1")
+    done = h2t("train-classifier", "dr", cache, backbone_dir, tmp_path / "heads", "--params", params)
+    assert done.exit_code == 1
+    assert "give none in its place" in done.stderr
+
+
+def test_importing_again_does_nothing_and_other_features_are_refused(tmp_path):
+    cache = imported(tmp_path)
+    before = (cache / "cache.json").read_bytes()
+    imported(tmp_path)
+    save_npz(tmp_path / "other.npz", *make_features(seed=5))
+    done = h2t("cache", "import", cache, "--train", tmp_path / "other.npz")
+    assert done.exit_code == 1
+    assert "holds another cache" in done.stderr
+    assert (cache / "cache.json").read_bytes() == before
+    assert h2t("cache", "import", cache, "--train", tmp_path / "other.npz", "--replace").exit_code == 0
+    assert (cache / "cache.json").read_bytes() != before
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("code ran",))
+
+
+def pickled(path):
+    np.save(path, np.array([Evil()], dtype=object), allow_pickle=True)
+
+
+def pickle_itself(path):
+    path.write_bytes(pickle.dumps(Evil()))
+
+
+def pickled_in_npz(path):
+    np.savez(path, features=np.array([Evil()], dtype=object), labels=np.zeros(1, int))
+
+
+def cut(path):
+    np.save(path, np.zeros((9, 4), np.float32))
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def garbage(path):
+    path.write_bytes(b"PAR1" + b"\xff" * 64)
+
+
+def nan(path):
+    x, y = make_features()
+    x[4, 2] = np.nan
+    save_npz(path, x, y)
+
+
+def ragged(path):
+    pq.write_table(pa.table({"embedding": [[1.0], [1.0, 2.0]], "label": [0, 1]}), path)
+
+
+def no_labels(path):
+    np.savez(path, features=np.zeros((3, 2), np.float32))
+
+
+def few_labels(path):
+    np.savez(path, features=np.zeros((3, 2), np.float32), labels=np.zeros(2, int))
+
+
+def fractions(path):
+    np.savez(path, features=np.zeros((3, 2), np.float32), labels=np.array([0, 0.5, 1]))
+
+
+def cube(path):
+    np.savez(path, features=np.zeros((3, 2, 2), np.float32), labels=np.zeros(3, int))
+
+
+def too_large(path):
+    np.savez(path, features=np.full((3, 2), 1e300), labels=np.zeros(3, int))
+
+
+@pytest.mark.parametrize(
+    ("write", "name", "says"),
+    [
+        (pickled, "x.npy", "Python objects"),
+        (pickle_itself, "x.npy", "cannot be read"),
+        (pickled_in_npz, "x.npz", "allow_pickle"),
+        (cut, "x.npy", "cannot be read"),
+        (garbage, "x.npz", "cannot be read"),
+        (garbage, "x.safetensors", "cannot be read"),
+        (garbage, "x.parquet", "cannot be read"),
+        (garbage, "x.pkl", "must be one of .npy"),
+        (nan, "x.npz", "row 4 (x.npz/000000004) holds NaN"),
+        (ragged, "x.parquet", "different lengths"),
+        (no_labels, "x.npz", "no labels"),
+        (few_labels, "x.npz", "one label for each of 3 rows"),
+        (fractions, "x.npz", "whole numbers or texts"),
+        (cube, "x.npz", "(n, C) or (n, C, H, W)"),
+        (too_large, "x.npz", "beyond float32"),
+    ],
+)
+def test_hostile_input_is_one_line_and_leaves_nothing(tmp_path, capfd, write, name, says):
+    write(tmp_path / name)
+    np.save(tmp_path / "y.npy", np.zeros(9, int))
+    beside = ["--train-labels", tmp_path / "y.npy"] if name.endswith(("npy", "pkl", "safetensors")) else []
+    done = h2t("cache", "import", tmp_path / "c", "--train", tmp_path / name, *beside)
+    assert done.exit_code == 1, done.output
+    (line,) = done.stderr.splitlines()
+    assert says in line
+    assert "code ran" not in done.output + capfd.readouterr().out
+    assert not (tmp_path / "c").exists()
+
+
+def test_an_archive_that_claims_too_much_is_refused_unread(tmp_path, monkeypatch):
+    from pipeline import importing
+
+    save_npz(tmp_path / "x.npz", *make_features())
+    monkeypatch.setattr(importing, "available_memory", lambda: 100)
+    done = h2t("cache", "import", tmp_path / "c", "--train", tmp_path / "x.npz")
+    assert done.exit_code == 1
+    assert "GB of memory" in done.stderr
+
+
+def test_labels_without_training_rows_are_refused(tmp_path):
+    save_npz(tmp_path / "train.npz", *make_features((3, 4)))
+    save_npz(tmp_path / "test.npz", *make_features((3, 4, 5)))
+    done = h2t("cache", "import", tmp_path / "c", "--train", tmp_path / "train.npz", "--test", tmp_path / "test.npz")
+    assert done.exit_code == 1
+    assert "label 2 has no training row" in done.stderr

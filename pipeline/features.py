@@ -14,7 +14,7 @@ from pipeline.errors import UserError
 from pipeline.head import global_average
 from pipeline.params import build
 
-BLOCK_BYTES = 32 * 1024**2  # maps are read, checked and pooled in blocks of about this size
+BLOCK_BYTES = 8 * 1024**2  # maps that are pooled are read in blocks of about this size
 
 Pooling = Callable[[torch.Tensor], torch.Tensor]
 
@@ -74,34 +74,55 @@ class FeatureReader:
 
     def read(self, rows: np.ndarray) -> torch.Tensor:
         """Features of `rows` (n,), (E, n, C[, H, W])."""
-        out = torch.empty((self.cache.experts, len(rows), *self.shape), dtype=self.dtype)
-        self.read_into(out, rows, np.arange(len(rows)))
-        return out
-
-    def read_into(self, out: torch.Tensor, rows: np.ndarray, places: np.ndarray) -> None:
-        """Puts the features of `rows` (n,) at `places` (n,) of `out` (E, m, C[, H, W]), a block at a time."""
-        cache = self.cache
+        cache, spec = self.cache, self.cache.spec
+        if self.pooling is None:  # straight into the result
+            maps = np.empty((cache.experts, len(rows), *self.shape), spec.stored_dtype)
+            for expert in range(cache.experts):
+                cache.read(rows, out=maps[expert], expert=expert)
+            out = to_tensor(maps, spec.dtype)
+        else:
+            out = torch.empty((cache.experts, len(rows), *self.shape), dtype=self.dtype)
+            for expert in range(cache.experts):
+                block = max(1, BLOCK_BYTES // spec.row_bytes(expert))
+                for first in range(0, len(rows), block):
+                    read = to_tensor(cache.read(rows[first : first + block], expert=expert), spec.dtype)
+                    out[expert, first : first + block] = self.pooling(read.to(torch.float32))
+        chunks = np.unique(rows // spec.chunk_rows)
         for expert in range(cache.experts):
-            block = max(1, BLOCK_BYTES // cache.spec.row_bytes(expert))
-            for first in range(0, len(rows), block):
-                maps = to_tensor(cache.read(rows[first : first + block], expert=expert), cache.spec.dtype)
-                place = torch.from_numpy(places[first : first + block])
-                out[expert, place] = self.pooling(maps.to(torch.float32)) if self.pooling else maps
-            chunks = np.unique(rows // cache.spec.chunk_rows)
             self.meter.bytes_read += int(cache.chunk_ranges(chunks, expert)[2].sum())
+        return out
 
 
 class FeatureTable:
-    """Features of some rows in memory, gathered by row number. `values` is (E, n, C[, H, W]) for the n given `rows`."""
+    """Features of some rows in memory, gathered by row number. `values` is (E, n, C[, H, W]) for the n given `rows`.
 
-    def __init__(self, rows: np.ndarray, values: torch.Tensor, dtype: torch.dtype, device: torch.device) -> None:
-        self._rows = rows
+    `rows` are ascending. With `hot`, another table, rows that it holds are found there.
+    """
+
+    def __init__(
+        self,
+        rows: np.ndarray,
+        values: torch.Tensor,
+        dtype: torch.dtype,
+        device: torch.device,
+        hot: "FeatureTable | None" = None,
+    ) -> None:
+        self.rows = rows
         self._values = values
         self._dtype = dtype
         self._device = device
+        self._hot = hot
 
     def take(self, rows: np.ndarray) -> torch.Tensor:
         """Features of `rows` (..., B), each of which the table must hold, as (..., E, B, C[, H, W])."""
-        place = torch.from_numpy(np.searchsorted(self._rows, rows)).to(self._values.device)
-        found = self._values[:, place].movedim(0, place.dim() - 1)
-        return found.to(self._device, self._dtype)
+        return self._gather(rows).movedim(0, rows.ndim - 1).to(self._device, self._dtype)
+
+    def _gather(self, rows: np.ndarray) -> torch.Tensor:
+        """(E, *rows.shape, C[, H, W]) where and as it is kept."""
+        if self._hot is None:
+            return self._values[:, torch.from_numpy(np.searchsorted(self.rows, rows)).to(self._values.device)]
+        out = self._values.new_empty((len(self._values), *rows.shape, *self._values.shape[2:]))
+        hot = np.isin(rows, self._hot.rows)
+        for table, here in ((self._hot, hot), (FeatureTable(self.rows, self._values, self._dtype, self._device), ~hot)):
+            out[:, torch.from_numpy(here)] = table._gather(rows[here])
+        return out

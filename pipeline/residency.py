@@ -156,18 +156,15 @@ class Feed:
         self._window = int(max(1, min(MAX_WINDOW_STEPS, WINDOW_SHARE * budget // per_step)))
         left = max(0, min(int(HOT_SHARE * budget), budget - 2 * self._window * per_step))
         self._hot_rows, self.expected_hit_rate = hot_samples(streams, row_bytes, left)
-        self._hot = self.reader.read(self._hot_rows)
+        self._hot = FeatureTable(self._hot_rows, self.reader.read(self._hot_rows), self.dtype, self.device)
 
     def _stream(self, epoch: int, steps: range) -> Window:
-        """The batches of a window and the features of their rows, each row once; hot rows are copied from memory."""
+        """The batches of a window and the features of their rows, each row once; hot rows are in memory already."""
         batches = [self.streams.batch(epoch, step) for step in steps]
         rows = np.unique(np.concatenate([part.ravel() for b in batches for part in (b.receivers, b.donors)]))
-        values = torch.empty((self.experts, len(rows), *self.shape), dtype=self.reader.dtype)
-        hot = np.isin(rows, self._hot_rows, assume_unique=True)
-        here, there = np.flatnonzero(hot), np.searchsorted(self._hot_rows, rows[hot])
-        values[:, torch.from_numpy(here)] = self._hot[:, torch.from_numpy(there)]
-        self.reader.read_into(values, rows[~hot], np.flatnonzero(~hot))
+        rows = np.setdiff1d(rows, self._hot_rows, assume_unique=True)
+        values = self.reader.read(rows)
         for batch in batches:
             self.meter.draws += batch.receivers.size
             self.meter.hits += int(np.isin(batch.receivers, self._hot_rows).sum())
-        return epoch, steps.start, batches, FeatureTable(rows, values, self.dtype, self.device)
+        return epoch, steps.start, batches, FeatureTable(rows, values, self.dtype, self.device, self._hot)

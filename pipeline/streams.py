@@ -38,19 +38,21 @@ class SampleRows:
 
 def sample_rows(rows: pa.Table, split: str, statistics: str) -> SampleRows:
     """The rows of `split` under `statistics`, one entry per sample, in cache order. UserError if there are none."""
-    part = rows.filter((pc.field("split") == split) & (pc.field("statistics") == statistics))
+    # Masks and not expressions, dlpack and not `to_numpy`: those import Arrow's engine and pandas, 50 MB of memory.
+    ours = pc.equal(rows["split"], split)
+    part = rows.filter(pc.and_(ours, pc.equal(rows["statistics"], statistics)))
     if not len(part):
-        has = sorted(set(rows.filter(pc.field("split") == split)["statistics"].to_pylist()))
+        has = sorted(set(rows.filter(ours)["statistics"].to_pylist()))
         raise UserError(
             f"cache: has no {split} rows under {statistics!r} statistics (it has: {', '.join(has) or 'none'}); "
             "add the recipe to extract.batchnorm and extract again"
         )
-    sample = part["sample"].to_numpy()
+    sample, row, label = (np.from_dlpack(part[name].combine_chunks()) for name in ("sample", "row", "label"))
     starts = np.flatnonzero(np.concatenate([[True], sample[1:] != sample[:-1]]))
     return SampleRows(
-        first=part["row"].to_numpy()[starts],
+        first=row[starts],
         views=np.diff(np.concatenate([starts, [len(sample)]])),
-        labels=part["label"].to_numpy()[starts].astype(np.int64),
+        labels=label[starts].astype(np.int64),
         samples=sample[starts],
     )
 

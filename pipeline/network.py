@@ -44,6 +44,12 @@ def backbone_digest(folder: Path) -> str:
     return weights_digest(load_weights(folder / "backbone.safetensors")[0])
 
 
+def backbone_identity(folder: Path) -> dict[str, Any]:
+    """Arch, options and sha256 of the weights, as caches record them."""
+    state, about = load_weights(folder / "backbone.safetensors")
+    return {"arch": about["arch"], "options": about["options"], "weights": weights_digest(state)}
+
+
 def load_head(folder: Path) -> StageOneHead:
     """The stage-I classifier; an empty one for imported features."""
     if str(folder) == NONE:

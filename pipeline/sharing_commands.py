@@ -1,8 +1,12 @@
-"""`h2t cache import`: what reaches beyond one machine or one program."""
+"""`h2t cache import | why`: caches from other programs, and why a cache is not the one that is asked for."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import click
+
+from pipeline.cache_commands import opened
 
 PATH = click.Path(path_type=Path)
 
@@ -45,4 +49,50 @@ def import_command(
     importing.run(parts, out, click.echo, names=names, replace=replace)
 
 
-COMMANDS = (import_command,)
+@click.command("why")
+@click.argument("location", metavar="CACHE")
+@click.option("--name", help="The backbone's name in the parameters; by default that of the directory.")
+@click.option("--samples", type=PATH, help="What prepare wrote; by default ../../prepare beside CACHE.")
+@click.option("--backbone", type=PATH, help="What train-backbone wrote; by default ../../train_backbone/NAME.")
+@click.option("--params", "params_file", type=PATH, default=Path("params.yaml"), show_default=True)
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one parameter.")
+@click.option("--json", "as_json", is_flag=True, help="The same as JSON.")
+def why_command(
+    location: str,
+    name: str | None,
+    samples: Path | None,
+    backbone: Path | None,
+    params_file: Path,
+    overrides: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Say which ingredient of CACHE differs from what the parameters ask for, and what would be extracted again.
+
+    Example: h2t cache why data/extract/ce_mixup --set extract.max_views=2
+    """
+    from pipeline import params, settings
+    from pipeline.samples import load_samples
+    from pipeline.stages import extract
+    from pipeline.why import why
+
+    values = params.load(params_file, overrides)
+    settings.check(values)
+    place = Path(location)
+    samples = samples or place.parent.parent / "prepare"
+    backbone = backbone or place.parent.parent / "train_backbone" / (name or place.name)
+    with opened(location) as found:
+        verdict = why(
+            found,
+            params.build(extract.Params, "extract", params.section(values, "extract")),
+            load_samples(samples) if (samples / "samples.parquet").is_file() else None,
+            backbone if (backbone / "backbone.safetensors").is_file() else None,
+            values["seed"],
+        )
+    if as_json:
+        click.echo(json.dumps(asdict(verdict), sort_keys=True))
+        return
+    for line in verdict.lines():
+        click.echo(line)
+
+
+COMMANDS = (import_command, why_command)

@@ -37,6 +37,7 @@ from pipeline.params import DISTINCT, Count, Positive, Section
 from pipeline.progress import progress
 from pipeline.samples import Samples
 
+TAP = "last maps before pooling"
 HALF_MAX = 65504.0  # the largest float16
 
 
@@ -112,7 +113,7 @@ def run(
     backbone.to(device)
     rows = row_table(params, samples)
     wanted = sorted(set(rows["statistics"].unique().to_pylist()))
-    inputs = _fingerprint_inputs(params, samples, identity, seed)
+    inputs = fingerprint_inputs(params, samples, identity, seed)
     token = _token(params, device)
     with Staging(out) as staging:
         existing = committed(out)
@@ -141,10 +142,11 @@ def run(
     return Summary(spec.rows, spec.value_bytes, forwarded, spec.shards - len(pending), spec.shards)
 
 
-def _fingerprint_inputs(params: Params, samples: Samples, identity: dict[str, Any], seed: int) -> dict[str, Any]:
+def fingerprint_inputs(params: Params, samples: Samples, identity: dict[str, Any], seed: int) -> dict[str, Any]:
+    """All that decides the values, but for the statistics, which follow from it."""
     table = samples.table.select(["split", "label", "source", "digest"]).to_pydict()
     return {
-        "backbone": {**identity, "tap": "last maps before pooling"},
+        "backbone": {**identity, "tap": TAP},
         "batchnorm": {"recipes": sorted(params.batchnorm), "passes": params.batchnorm_passes, "seed": seed},
         "dataset": sha256(canonical_json(table)),
         "transform": samples.facts["transform"],
@@ -163,7 +165,8 @@ def _token(params: Params, device: torch.device) -> dict[str, Any]:
     }
 
 
-def _layout(params: Params, row_bytes: int) -> tuple[int, int]:
+def layout(params: Params, row_bytes: int) -> tuple[int, int]:
+    """Rows per chunk and per shard."""
     chunk_rows = params.chunk_rows or chunk_rows_for(row_bytes)
     return chunk_rows, shard_rows_for(row_bytes, chunk_rows, params.shard_bytes)
 
@@ -174,11 +177,11 @@ def _same(existing: CacheSpec, inputs: dict[str, Any], params: Params, rows: int
     if not isinstance(found.get("batchnorm"), dict):
         return False
     found["batchnorm"].pop("statistics", None)
-    layout = (existing.codec, existing.dtype, (existing.chunk_rows, existing.shard_rows), existing.rows)
-    return found == inputs and layout == (
+    have = (existing.codec, existing.dtype, (existing.chunk_rows, existing.shard_rows), existing.rows)
+    return found == inputs and have == (
         params.codec,
         params.dtype,
-        _layout(params, max(existing.row_bytes(e) for e in range(existing.experts))),
+        layout(params, max(existing.row_bytes(e) for e in range(existing.experts))),
         rows,
     )
 
@@ -223,7 +226,7 @@ def _spec(
         maps = backbone(torch.zeros(1, 3, size, size, device=device))
     shapes = tuple((m.shape[1], m.shape[2], m.shape[3]) for m in maps)
     itemsize = 4 if params.dtype == "float32" else 2
-    chunk_rows, shard_rows = _layout(params, max(math.prod(s) for s in shapes) * itemsize)
+    chunk_rows, shard_rows = layout(params, max(math.prod(s) for s in shapes) * itemsize)
     return CacheSpec(
         rows=rows,
         maps=shapes,

@@ -1,0 +1,134 @@
+import json
+import shutil
+
+import pyarrow as pa
+import pytest
+from builders import make_cache
+from click.testing import CliRunner
+from pipeline_builders import make_backbone_dir, make_extract, make_samples, write_params
+
+from cache.reader import open_cache
+from pipeline.cli import main
+from pipeline.errors import UserError
+from pipeline.samples import Samples
+from pipeline.why import why
+
+
+def verdict(cache, samples, backbone, *, seed=0, **params):
+    with open_cache(cache) as opened:
+        return why(opened, make_extract(**{"max_views": 2, **params}), samples, backbone, seed)
+
+
+def changed(samples: Samples, change) -> Samples:
+    """`samples` with its lines as `change` leaves them."""
+    lines = samples.table.to_pylist()
+    change(lines)
+    return Samples(pa.Table.from_pylist(lines, samples.table.schema), samples.facts)
+
+
+def test_the_cache_that_is_asked_for(digits_cache, digits, backbone_dir):
+    found = verdict(digits_cache, digits[0], backbone_dir)
+    assert found.reasons == []
+    assert found.lines() == ["this is the cache that is asked for"]
+
+
+@pytest.mark.parametrize(
+    ("params", "ingredient", "detail", "every"),
+    [
+        ({"batchnorm_passes": 3}, "batch norm", "passes 2 -> 3", True),
+        ({"seed": 1}, "batch norm", "seed 0 -> 1", True),
+        ({"dtype": "float16"}, "dtype", "float32 -> float16", True),
+        ({"max_views": 1}, "view policy", "max 2 -> 1", False),
+        ({"batchnorm": ["stage1"]}, "batch norm", "recipes ['branchwise', 'stage1'] -> ['stage1']", False),
+    ],
+)
+def test_each_ingredient_is_named(digits_cache, digits, backbone_dir, params, ingredient, detail, every):
+    found = verdict(digits_cache, digits[0], backbone_dir, **params)
+    first = found.reasons[0]
+    assert (first.ingredient, first.detail, first.every) == (ingredient, detail, every)
+    assert found.rows == (found.of if every else 0)
+
+
+def test_more_views_leave_the_rows_that_are_there(digits_cache, digits, backbone_dir):
+    found = verdict(digits_cache, digits[0], backbone_dir, max_views=3)
+    assert 0 < found.rows < found.of / 4
+
+
+def test_other_weights(tmp_path, digits_cache, digits):
+    make_backbone_dir(tmp_path / "other", seed=1)
+    found = verdict(digits_cache, digits[0], tmp_path / "other")
+    assert found.reasons[0].ingredient == "weights"
+    assert found.reasons[0].detail.startswith("weights ")
+    assert len(found.reasons[0].detail) < 60
+    assert found.rows == found.of
+
+
+def test_another_transform(digits_cache, digits, backbone_dir):
+    samples = digits[0]
+    facts = {**samples.facts, "transform": {**samples.facts["transform"], "padding": 2}}
+    found = verdict(digits_cache, Samples(samples.table, facts), backbone_dir)
+    assert [(r.ingredient, r.detail) for r in found.reasons] == [("transform", "padding 1 -> 2")]
+
+
+def test_changed_test_images_concern_their_own_rows(digits_cache, digits, backbone_dir):
+    def change(lines):
+        mine = [line for line in lines if line["split"] == "test"]
+        mine[0]["digest"] = mine[1]["digest"] = "0" * 64
+        mine[2]["source"] = "digits/new"
+
+    found = verdict(digits_cache, changed(digits[0], change), backbone_dir)
+    (reason,) = found.reasons
+    assert reason.ingredient == "dataset"
+    assert "1 images added (digits/new), 1 images removed" in reason.detail
+    assert "2 images changed" in reason.detail
+    assert found.rows == 3 * 3  # three images under three statistics each
+    assert f"to extract again: 9 of {found.of} rows" in found.lines()[-1]
+
+
+def test_changed_training_images_concern_all_rows_under_statistics_estimated_on_them(
+    digits_cache, digits, backbone_dir
+):
+    def change(lines):
+        next(line for line in lines if line["split"] == "train")["digest"] = "0" * 64
+
+    found = verdict(digits_cache, changed(digits[0], change), backbone_dir)
+    assert "the balanced, instance, mixture statistics would be estimated anew" in found.reasons[0].detail
+    with open_cache(digits_cache) as cache:
+        names = cache.rows["statistics"].to_pylist()
+    assert found.rows == sum(name != "stage1" for name in names) + 1
+
+
+def test_another_layout_is_the_same_values(digits_cache, digits, backbone_dir):
+    found = verdict(digits_cache, digits[0], backbone_dir, codec="zstd")
+    assert found.lines() == [
+        "layout: codec none -> zstd (the same values in other bytes)",
+        "to extract again: nothing; to write again: every shard",
+    ]
+
+
+def test_the_command_finds_its_neighbours(tmp_path, digits_cache, digits, backbone_dir):
+    data = tmp_path / "data"
+    shutil.copytree(digits_cache, data / "extract/b")
+    shutil.copytree(backbone_dir, data / "train_backbone/b")
+    params = write_params(
+        tmp_path / "params.yaml", extract__batch_size=32, extract__dtype="float32", extract__max_views=2
+    )
+
+    def run(*more):
+        return CliRunner().invoke(main, ["cache", "why", str(data / "extract/b"), "--params", str(params), *more])
+
+    done = run()
+    assert done.exit_code == 0, done.output
+    assert "not compared: dataset and transform" in done.stdout
+    make_samples(data / "prepare")
+    assert run().stdout.splitlines()[-1] == "this is the cache that is asked for"
+    found = json.loads(run("--json", "--set", "extract.dtype=float16").stdout)
+    assert found["reasons"][0]["ingredient"] == "dtype"
+
+
+def test_pooled_and_imported_caches_have_no_parameters(tmp_path, digits, backbone_dir):
+    make_cache(tmp_path / "p", fingerprint_inputs={"parent": "a" * 64, "pool": "gap"})
+    make_cache(tmp_path / "i", fingerprint_inputs={"backbone": {"weights": "none"}})
+    for name, says in (("p", "is a pooled copy"), ("i", "was imported")):
+        with pytest.raises(UserError, match=says):
+            verdict(tmp_path / name, digits[0], backbone_dir)

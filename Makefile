@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Threads that wait for work sleep instead of spinning: a shared machine stays usable, and small batches lose nothing.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: repro test check format docs bench faults golden clean
+.PHONY: repro test check format docs bench faults golden page clean
 
 repro: $(VENV)/installed
 	dvc repro
@@ -34,6 +34,18 @@ format: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks
+
+# 100 SIGKILLs at random instants of writing; prints its seed and what was lost.
+faults: $(VENV)/installed
+	$(BIN)/python tests/faults/kill.py
+
+# One of the paper's analyses on the finished cache: make analysis-ratio, analysis-donors, ... (presets/analyses).
+analysis-%: $(VENV)/installed
+	$(BIN)/python -m benchmarks.analyses $* --data $(or $(DATA),data)
+
+# The report with the time and the machine of these runs, which data/report leaves out.
+page: $(VENV)/installed
+	h2t report data/evaluate data/page --runs data/runs
 
 clean:
 	rm -rf data $(VENV)

@@ -132,13 +132,14 @@ def _keys_at(model: type[pydantic.BaseModel], loc: Sequence[int | str]) -> list[
 class _Loader(yaml.SafeLoader):
     """YAML as DVC reads it: `1e-3` is a number, and a key that stands twice is an error."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        found: dict[Any, Any] = super().construct_mapping(node, deep)
-        if len(found) < len(node.value):
-            names = [key.value for key, _ in node.value]
-            twice = next((n for n in names if names.count(n) > 1), "?")
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """As written, before `<<` merges: a merged key may be overridden."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        names = [key.value for key, _ in node.value]
+        twice = next((n for n in names if names.count(n) > 1), None)
+        if twice is not None:
             raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} stands twice", node.start_mark)
-        return found
+        return node
 
 
 _Loader.add_implicit_resolver(

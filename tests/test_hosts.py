@@ -195,6 +195,8 @@ REFERENCES = {
 @pytest.mark.parametrize("name", gradient_hosts())
 @pytest.mark.parametrize("experts", [1, 3])
 def test_the_loss_is_that_of_a_slow_reference(name, experts):
+    if plugins.load("hosts", name).__name__.startswith("h2t_plugins."):
+        pytest.skip("a host from outside: no slow reference here")
     made = make_host(name, experts=experts)
     labels = torch.tensor([0, 3, 1, 2, 2, 0, 1])
     features = make_features(made, len(labels), experts, seed=5)

@@ -176,6 +176,8 @@ def check_reference(name, experts, epoch, **loss):
 @pytest.mark.parametrize("experts", [1, 3])
 @pytest.mark.parametrize("epoch", [0, 159, 160])
 def test_the_loss_is_that_of_a_slow_reference(name, experts, epoch):
+    if plugins.load("objectives", name).__name__.startswith("h2t_plugins."):
+        pytest.skip("an objective from outside: no slow reference here")
     check_reference(name, experts, epoch)
 
 

@@ -18,7 +18,7 @@ import torch
 
 from cache.reader import Cache
 from pipeline import plugins
-from pipeline.batchnorm import RECIPES
+from pipeline.batchnorm import RECIPES, Recipe
 from pipeline.checkpoint import Checkpoint
 from pipeline.checkpoints import save_weights
 from pipeline.errors import UserError
@@ -48,7 +48,7 @@ class Grid(Section):
     """What the heads of the stack vary in; the product of the lists is the heads."""
 
     ratio: Annotated[list[Ratio], DISTINCT] = [0.0, 0.3]
-    donor: Annotated[list[Literal["instance", "balanced", "reverse"]], DISTINCT] = ["instance"]
+    donor: Annotated[list[Annotated[str, plugin("samplers")]], DISTINCT] = ["instance"]
     selection: Annotated[list[Selection], DISTINCT] = ["random"]
     seed: Annotated[list[Seed], DISTINCT] = [0, 1, 2]
 
@@ -112,6 +112,11 @@ class Trained:
 HISTORY = pa.schema([("number", pa.int64()), ("epoch", pa.int64()), ("lr", pa.float64()), ("loss", pa.float64())])
 
 
+def read_under(recipe: Recipe, sampler: str) -> str:
+    """The statistics that rows drawn by `sampler` are read under; those of receivers for samplers of your own."""
+    return recipe.donors.get(sampler, recipe.receiver)
+
+
 def heads_of(grid: Grid) -> list[HeadSetting]:
     """The product of the grid's lists; the seed varies fastest."""
     return [HeadSetting(*h) for h in itertools.product(grid.ratio, grid.donor, grid.selection, grid.seed)]
@@ -151,8 +156,8 @@ def run(
     streams = Streams(
         cache.rows,
         cache.spec.provenance["classes"],
-        recipe.donors[kind.receiver],
-        {} if fitted else {donor: recipe.donors[donor] for donor in params.grid.donor},
+        read_under(recipe, kind.receiver),
+        {} if fitted else {donor: read_under(recipe, donor) for donor in params.grid.donor},
         [0] if fitted else params.grid.seed,
         params.optimiser.batch_size,
         receiver=kind.receiver,
@@ -180,7 +185,7 @@ def run(
     about = {
         **asdict(parts),
         "batchnorm": params.batchnorm,
-        "receiver": recipe.donors[kind.receiver],
+        "receiver": read_under(recipe, kind.receiver),
         "evaluate": recipe.evaluate,
         "rounding": params.rounding,
         "cache": maps_fingerprint(cache.spec),

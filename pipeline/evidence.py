@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 
 from cache.reader import Cache
@@ -77,6 +76,8 @@ def embed(features: np.ndarray) -> np.ndarray:
 
     Source: van der Maaten and Hinton, "Visualizing Data using t-SNE", JMLR 2008. One thread: sums over threads differ.
     """
+    from sklearn.manifold import TSNE  # imported here: it costs seconds, and every stage imports this module's caller
+
     with threadpool_limits(1):
         perplexity = min(PERPLEXITY, (len(features) - 1) / 3)
         found = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(features.astype(np.float64))

@@ -1,0 +1,151 @@
+"""The report in a real browser: no error, no request, what moves moves, and an accessibility checker finds nothing.
+
+Under CI=true a missing browser fails; elsewhere these tests are skipped with the reason.
+"""
+
+import os
+import re
+from importlib.resources import files
+from itertools import pairwise
+from pathlib import Path
+
+import browser
+import pytest
+from report_builders import NASTY, make_evaluated
+
+from pipeline.stages import report
+
+RUN = '{"seconds": 1.5, "stall": 0.25, "bytes_read": 1000, "heads": 9, "commit": "abc", "machine": {"cores": 2}}'
+
+
+@pytest.fixture(scope="module")
+def page_file(tmp_path_factory):
+    """A report on two hosts with run records, as a file."""
+    folder = tmp_path_factory.mktemp("page")
+    evaluated = make_evaluated(folder, "dr")
+    make_evaluated(folder, "other", rounding="round", optimiser={"lr": 0.1})
+    runs = folder / "runs" / "train_classifier"
+    runs.mkdir(parents=True)
+    (runs / "dr.json").write_text(RUN)
+    said: list[str] = []
+    report.run(
+        report.Params(title=f"A title {NASTY}"),
+        ["dr", "other"],
+        evaluated,
+        folder / "report",
+        said.append,
+        folder / "runs",
+    )
+    return folder / "report" / "index.html"
+
+
+@pytest.fixture(scope="module")
+def shown(page_file):
+    """The page, open in a browser."""
+    if browser.find() is None:
+        reason = "no Chromium: apt-get install chromium"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    with browser.Browser() as found:
+        found.open(page_file)
+        yield found
+
+
+def choose(page, control, value, event):
+    """Sets a control as a person does."""
+    page.run(f"document.getElementById({control!r}).value = {str(value)!r}")
+    page.run(f"document.getElementById({control!r}).dispatchEvent(new Event({event!r}))")
+
+
+def bars(page, chart="bars"):
+    """Heights of a chart's bars."""
+    return page.run(
+        f"[...document.querySelectorAll('#{chart} g[aria-label=bar] rect')].map(r => +r.getAttribute('height'))"
+    )
+
+
+def test_one_file_without_network_under_5_mb(page_file):
+    text = page_file.read_text(encoding="utf-8")
+    assert len(text.encode()) < 5e6
+    assert not re.findall(r"<(?:link|script|img|iframe)[^>]+(?:src|href)=[\"'](?!data:|#)", text)
+    assert NASTY not in text
+
+
+def test_no_error_and_no_request(shown, page_file):
+    assert shown.errors == []
+    assert {r for r in shown.requests if not r.startswith("data:")} == {page_file.as_uri()}
+    assert shown.run("document.querySelectorAll('.chart svg').length") >= 9
+    assert shown.run("document.querySelectorAll('img').length") == 0
+
+
+def test_slider_moves_groups_classes_and_words_together(shown):
+    seen = []
+    for at in (0, 1, 2):
+        choose(shown, "ratio", at, "input")
+        words = shown.run("document.getElementById('ratio-text').textContent")
+        value = shown.run("document.getElementById('ratio-value').textContent")
+        seen.append((tuple(bars(shown, "groups")), tuple(bars(shown)), words, value))
+    assert [s[3] for s in seen] == ["0", "0.3", "0.6"]
+    for part in range(3):
+        assert len({s[part] for s in seen}) > 1
+    assert "95 % interval" in seen[1][2]
+    assert "95 % interval" not in seen[0][2]
+
+
+def test_slider_works_by_keyboard(shown):
+    shown.run("document.getElementById('ratio').focus()")
+    before = shown.run("document.getElementById('ratio').value")
+    shown.key("ArrowLeft")
+    assert shown.run("document.getElementById('ratio').value") != before
+
+
+def test_host_changes_what_is_shown(shown):
+    before = shown.run("document.getElementById('ratio-text').textContent")
+    choose(shown, "host", "other", "change")
+    assert shown.run("document.getElementById('ratio-text').textContent") != before
+    assert shown.errors == []
+
+
+@pytest.mark.parametrize("column", range(9))
+def test_columns_sort_both_ways(shown, column):
+    script = f"""(() => {{
+        const button = document.querySelectorAll('#hosts thead button')[{column}]; button.click();
+        return [button.parentElement.getAttribute('aria-sort'), [...document.querySelectorAll('#hosts tbody tr')].map(
+            line => line.cells[{column}].dataset.value ?? line.cells[{column}].textContent)];
+    }})()"""
+    for direction in ("descending", "ascending"):
+        sort, values = shown.run(script)
+        assert sort == direction
+        known = [v for v in values if v != ""]
+        assert values[len(known) :] == [""] * (len(values) - len(known))  # what is missing comes last
+        known = [float(v) for v in known] if column in (2, 4, 5, 6, 7, 8) else known
+        assert known == sorted(known, reverse=direction == "descending")
+
+
+def test_every_chart_has_its_figures_as_a_table(shown):
+    charts = shown.run("[...document.querySelectorAll('.chart')].map(c => c.id)")
+    for chart in charts:
+        assert shown.run(f"document.querySelectorAll('#{chart}-table tbody tr').length") > 0, chart
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1200, False), (1200, True), (390, False), (390, True)])
+def test_accessible_and_no_wider_than_the_screen(shown, width, dark):
+    axe = pytest.importorskip("axe_core_python")
+    shown.resize(width, 850, dark=dark)
+    shown.run("document.querySelectorAll('details').forEach(d => d.open = true)")
+    shown.run("new Promise(done => setTimeout(done, 300))")
+    assert shown.run("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    shown.run(files(axe).joinpath("axe.min.js").read_text(encoding="utf-8") + "; 0")
+    found = shown.run("axe.run(document).then(r => r.violations.map(v => [v.id, v.nodes.map(n => n.failureSummary)]))")
+    assert found == []
+    levels = shown.run("[...document.querySelectorAll('h1,h2,h3')].map(h => +h.tagName[1])")
+    assert levels[0] == 1
+    assert all(b - a <= 1 for a, b in pairwise(levels))
+
+
+def test_motion_only_for_those_who_want_it():
+    style = Path(report.__file__).parent.parent / "templates" / "report.css"
+    for line in style.read_text().splitlines():
+        if any(word in line for word in ("transition", "animation", "scroll-behavior")):
+            assert "prefers-reduced-motion: no-preference" in line

@@ -166,6 +166,14 @@ def test_parameters_of_a_stage_are_those_that_change_its_output(stage):
     assert set(stage_of(stage)["params"]) == PARAMETERS[stage]
 
 
+def test_files_that_a_module_reads_from_our_folders_are_dependencies():
+    """What is no Python and lies in a package (templates, scripts) is invisible to imports."""
+    kept = {p.relative_to(ROOT).as_posix() for d in ("cache", "pipeline") for p in (ROOT / d).rglob("*") if p.is_file()}
+    other = {p for p in kept if not p.endswith((".py", ".pyc", "py.typed"))}
+    listed = {dep for stage in DVC for dep in stage_of(stage)["deps"]}
+    assert not [p for p in sorted(other) if not any(p == dep or p.startswith(f"{dep}/") for dep in listed)]
+
+
 def test_every_section_is_some_stages_or_changes_no_output():
     sections = {p.split(".")[0] for stage in DVC for p in stage_of(stage)["params"]}
     assert set(make_params()) - sections <= {"device", "train_classifier"}

@@ -1,0 +1,164 @@
+import json
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import torch
+from pipeline_builders import CPU, fitted, make_backbone_dir, make_stage2_cache, silent
+from sklearn.metrics import accuracy_score, recall_score
+from torch.nn import functional as F
+
+from cache.reader import open_cache
+from pipeline.classes import groups
+from pipeline.network import load_head
+from pipeline.stages import evaluate
+from pipeline.streams import sample_rows
+
+FIGURES = ("top1", "head", "medium", "tail", "ece")
+KEYS = {*FIGURES, *(f"{f}_std" for f in FIGURES), "ratio", "heads", "statistics", "groups"}
+
+
+def evaluated(out, cache, heads, backbone, say=silent, **params):
+    with open_cache(cache) as opened:
+        section = evaluate.Params.model_validate(params)
+        evaluate.run(section, "dr", opened, heads, backbone, CPU, out, say)
+    return json.loads((out / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(cache, heads, backbone, state of the heads)."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    digest = make_backbone_dir(folder / "b", classes=10)
+    counts = (30, 20, 14, 10, 8, 6, 5, 4, 3, 2)
+    cache = make_stage2_cache(folder / "c", counts=counts, shape=(64, 2, 2), val=3, test=7, backbone=digest)
+    state = fitted(folder / "h", cache, folder / "b", grid={"ratio": [0.0, 0.3, 0.8], "seed": [0, 4]})
+    return cache, folder / "h", folder / "b", state
+
+
+def slow_figures(made, split, statistics, weight, bias, group_of):
+    """Figures by hand: scikit-learn on logits of one head."""
+    with open_cache(made[0]) as cache:
+        rows = sample_rows(cache.rows, split, statistics)
+        features = torch.from_numpy(cache.read(rows.first)).mean((2, 3))
+    logits = F.linear(features, weight, bias)
+    guesses, recall = logits.argmax(1).numpy(), None
+    recall = 100 * recall_score(rows.labels, guesses, average=None, labels=range(10), zero_division=0)
+    named = {g: recall[[k == g for k in group_of]].mean() for g in ("head", "medium", "tail")}
+    return {"top1": 100 * accuracy_score(rows.labels, guesses), **named}
+
+
+def test_metrics_have_exactly_the_contracts_keys(tmp_path, made):
+    metrics = evaluated(tmp_path / "e", *made[:3])
+    assert set(metrics) == {"stage1", "without_h2t", "with_h2t"}
+    for entry in metrics.values():
+        assert set(entry) == KEYS
+        assert all(0 <= entry[f] <= 100 for f in FIGURES)
+    assert (metrics["stage1"]["ratio"], metrics["stage1"]["heads"]) == (None, 1)
+    assert metrics["stage1"]["statistics"] == "stage1"
+    assert metrics["stage1"]["top1_std"] is None
+    assert (metrics["without_h2t"]["ratio"], metrics["without_h2t"]["heads"]) == (0.0, 2)
+    assert metrics["without_h2t"]["statistics"] == metrics["with_h2t"]["statistics"] == "mixture"
+    assert metrics["with_h2t"]["ratio"] in (0.3, 0.8)
+
+
+def test_figures_by_hand(tmp_path, made):
+    """Last-epoch heads on the test rows under the recipe's statistics; the stage-I head on its own."""
+    metrics = evaluated(tmp_path / "e", *made[:3])
+    group_of = groups([30, 20, 14, 10, 8, 6, 5, 4, 3, 2])["paper_index"]
+    state = made[3]
+    lines = pd.read_parquet(made[1] / "heads.parquet")
+    for key in ("without_h2t", "with_h2t"):
+        numbers = lines[lines.ratio == metrics[key]["ratio"]].number
+        each = [
+            slow_figures(made, "test", "mixture", state["weight"][n, 0], state["bias"][n, 0], group_of) for n in numbers
+        ]
+        for figure in ("top1", "head", "medium", "tail"):
+            values = [e[figure] for e in each]
+            assert metrics[key][figure] == pytest.approx(np.mean(values))
+            assert metrics[key][f"{figure}_std"] == pytest.approx(np.std(values, ddof=1))
+    first = load_head(made[2]).state
+    expected = slow_figures(made, "test", "stage1", first["weight"][0], first["bias"][0], group_of)
+    for figure, value in expected.items():
+        assert metrics["stage1"][figure] == pytest.approx(value)
+
+
+def test_the_ratio_is_chosen_on_validation_rows(tmp_path, made):
+    metrics = evaluated(tmp_path / "e", *made[:3])
+    lines = pd.read_parquet(tmp_path / "e" / "heads.parquet")
+    lines = lines[(lines.split == "val") & (lines.statistics == "mixture") & (lines.ratio > 0)]
+    means = lines.groupby("ratio").top1.mean()
+    assert metrics["with_h2t"]["ratio"] == means.idxmax()  # the smallest of equals
+
+
+def figure(ratio, split, top1, seed=0, donor="instance", selection="random"):
+    return {"ratio": ratio, "split": split, "top1": top1, "seed": seed, "donor": donor, "selection": selection}
+
+
+@pytest.mark.parametrize(
+    ("figures", "expected"),
+    [
+        ([], None),
+        ([figure(0.0, "val", 90)], None),
+        ([figure(0.3, "val", 50), figure(0.6, "val", 60), figure(0.3, "test", 99)], 0.6),
+        ([figure(0.6, "val", 50), figure(0.3, "val", 50)], 0.3),
+        (
+            [
+                figure(0.3, "val", 90, 0),
+                figure(0.3, "val", 10, 1),
+                figure(0.6, "val", 55, 0),
+                figure(0.6, "val", 55, 1),
+            ],
+            0.6,
+        ),
+        ([figure(0.9, "val", 99, donor="balanced"), figure(0.2, "val", 1)], 0.2),
+        ([figure(0.9, "val", 99, selection="first"), figure(0.2, "val", 1)], 0.2),
+        ([figure(0.3, "test", 1), figure(0.6, "test", 99)], 0.3),
+        ([figure(0.6, "test", 99)], None),
+    ],
+)
+def test_the_reported_ratio(figures, expected):
+    """Best mean validation top-1, the smaller of equals; without a validation split `evaluate.ratio`, here 0.3."""
+    assert evaluate.reported_ratio(figures, 0.3) == expected
+
+
+def test_empty_groups_and_one_seed_are_null(tmp_path, made):
+    cache, _, backbone, _ = made
+    fitted(tmp_path / "h", cache, backbone, grid={"ratio": [0.0], "seed": [0]})
+    metrics = evaluated(tmp_path / "e", cache, tmp_path / "h", backbone, groups=[10, 10])
+    assert metrics["with_h2t"] is None
+    entry = metrics["without_h2t"]
+    assert entry["groups"] == [10, 10]
+    assert (entry["medium"], entry["tail"]) == (None, None)
+    assert entry["head"] is not None
+    assert all(entry[f"{f}_std"] is None for f in FIGURES)
+
+
+def test_predictions_and_confusion_agree_with_the_figures(tmp_path, made):
+    metrics = evaluated(tmp_path / "e", *made[:3])
+    guesses = pd.read_parquet(tmp_path / "e" / "predictions.parquet")
+    counts = pd.read_parquet(tmp_path / "e" / "confusion.parquet")
+    assert set(guesses.number) == set(counts.number)
+    assert -1 in set(guesses.number)
+    for number, part in guesses.groupby("number"):
+        matrix = counts[counts.number == number]
+        assert matrix["count"].sum() == len(part) == 70
+        right = (part.label == part.predicted).mean()
+        assert matrix[matrix.true == matrix.predicted]["count"].sum() / 70 == pytest.approx(right)
+        assert part.confidence.between(0.1, 1).all()
+        if number == -1:
+            assert 100 * right == pytest.approx(metrics["stage1"]["top1"])
+
+
+def test_per_class_carries_every_group_definition(tmp_path, made):
+    evaluated(tmp_path / "e", *made[:3])
+    table = pq.read_table(tmp_path / "e" / "per_class.parquet")
+    assert {"paper_index", "paper_threshold", "oltr", "accuracy", "count", "class", "number"} <= set(table.column_names)
+
+
+def test_the_same_inputs_give_the_same_bytes(tmp_path, made):
+    for name in "ab":
+        evaluated(tmp_path / name, *made[:3])
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name

@@ -1,0 +1,114 @@
+from typing import Annotated
+
+import pytest
+from pipeline_builders import make_params
+
+from pipeline import settings
+from pipeline.errors import UserError
+from pipeline.params import DISTINCT, Count, Positive, Ratio, Section, above, at_least, build, load, section, within
+
+
+class Inner(Section):
+    ratios: Annotated[list[Ratio], DISTINCT] = [0.0]
+
+
+class Outer(Section):
+    count: Count
+    rate: Positive = 0.1
+    inner: Inner = Inner()
+
+
+CASES = [
+    ({"count": 1}, None),
+    ({"count": 1, "rate": 1}, None),
+    ({"count": 0}, "s.count: must be at least 1; got 0"),
+    ({"count": True}, "s.count: must be a valid integer; got True"),
+    ({"count": 1.0}, "s.count: must be a valid integer; got 1.0"),
+    ({"count": "1"}, "s.count: must be a valid integer; got '1'"),
+    ({"count": None}, "s.count: must be a valid integer; got None"),
+    ({"count": 1, "rate": float("inf")}, "s.rate: must be a finite number; got inf"),
+    ({"count": 1, "rat": 2}, "s.rat: unknown key; did you mean 'rate'?"),
+    ({"cnt": 1}, "s.cnt: unknown key; did you mean 'count'?"),
+    ({"count": 1, "inner": {"ratio": [1]}}, "s.inner.ratio: unknown key; did you mean 'ratios'?"),
+    ({"count": 1, "inner": {"ratios": [0.0, 2.0]}}, "s.inner.ratios[1]: must lie in [0, 1]; got 2.0"),
+    ({"count": 1, "inner": {"ratios": [0, 0.0]}}, "s.inner.ratios: must be a list of one or more different values"),
+    ({}, "s.count: missing"),
+    ([], "s: must be a mapping of keys; got []"),
+]
+
+
+@pytest.mark.parametrize(("values", "line"), CASES, ids=str)
+def test_sections(values, line):
+    if line is None:
+        build(Outer, "s", values)
+        return
+    with pytest.raises(UserError) as error:
+        build(Outer, "s", values)
+    assert str(error.value).startswith(line)
+    assert "\n" not in str(error.value)
+
+
+def test_sections_are_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        build(Outer, "s", {"count": 1}).count = 2
+
+
+@pytest.mark.parametrize(
+    ("validator", "good", "bad"),
+    [(within(0, 1), (0, 1, 0.5), (-1e-9, 1.1)), (above(0), (1e-9,), (0, -1)), (at_least(2), (2, 3), (1.9,))],
+)
+def test_ranges_hold_at_their_ends(validator, good, bad):
+    for value in good:
+        assert validator.func(value) == value
+    for value in bad:
+        with pytest.raises(ValueError, match="must"):
+            validator.func(value)
+
+
+def test_a_long_value_is_cut():
+    with pytest.raises(UserError) as error:
+        build(Outer, "s", {"count": "x" * 5000})
+    assert len(str(error.value)) < 150
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 0.001),
+        ("5E4", 5e4),
+        ("-1.5e+2", -150.0),
+        ("1", 1),
+        ("0.5", 0.5),
+        ("e5", "e5"),
+        ("1e", "1e"),
+        ("[1e-3, 2]", [0.001, 2]),
+        ("null", None),
+        ("true", True),
+    ],
+)
+def test_values_are_read_as_dvc_reads_them(tmp_path, text, value):
+    from ruamel.yaml import YAML
+
+    (tmp_path / "p.yaml").write_text(f"a: {text}\n")
+    found = load(tmp_path / "p.yaml")["a"]
+    assert found == value
+    assert type(found) is type(value)
+    assert YAML(typ="safe").load(f"a: {text}\n")["a"] == value
+    assert load(tmp_path / "p.yaml", [f"a={text}"])["a"] == value
+
+
+def test_overrides_reach_into_sections_and_leave_the_rest(tmp_path):
+    (tmp_path / "p.yaml").write_text("a: {b: {c: 1}, d: 2}\n")
+    assert load(tmp_path / "p.yaml", ["a.b.c=[3]", "e=5"]) == {"a": {"b": {"c": [3]}, "d": 2}, "e": 5}
+
+
+def test_a_section_that_is_not_there_gets_the_nearest():
+    with pytest.raises(UserError, match=r"^params: no section 'hosts\.gcll'; did you mean 'gcl'"):
+        section({"hosts": {"dr": {}, "gcl": {}}}, "hosts.gcll")
+
+
+def test_names_of_plugins_default_to_the_key():
+    values = make_params()
+    del values["hosts"]["dr"]["host"]
+    settings.check(values)
+    assert values["hosts"]["dr"]["host"] == "dr"

@@ -1,0 +1,169 @@
+"""The whole of `dvc repro` on a tiny parameter file, in a copy of the repository."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import yaml
+from builders import tree
+from pipeline_builders import ROOT, environment, make_params
+
+CODE = ("cache", "pipeline", "dvc.yaml", ".dvcignore")
+
+
+def dvc(*arguments: str, cwd: Path) -> str:
+    env = environment(PYTHONPATH=str(cwd), DVC_NO_ANALYTICS="1")
+    env["PATH"] = os.pathsep.join([str(cwd / "bin"), str(Path(sys.executable).parent), env["PATH"]])
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@lru_cache(maxsize=1)
+def graph(repository: Path) -> list[tuple[str, str]]:
+    """(stage, stage fed by it), names with their `@entry`."""
+    lines = dvc("dag", "--mermaid", cwd=repository).splitlines()
+    names = dict(re.findall(r'(node\d+)\["?([^"\]]+)', "\n".join(lines)))
+    return [(names[a], names[b]) for line in lines for a, b in re.findall(r"(node\d+)-->(node\d+)", line)]
+
+
+def changed(repository: Path) -> set[str]:
+    """Stages that `dvc repro` would run: those that changed and all that they feed; without the `@entry`."""
+    reached = set(json.loads(dvc("status", "--json", cwd=repository)))
+    for _ in range(10):
+        reached |= {b for a, b in graph(repository) if a in reached}
+    return {name.split("@")[0] for name in reached}
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    """A repository with our code and tiny parameters, one host; every stage has run once."""
+    root = tmp_path_factory.mktemp("repository")
+    for name in CODE:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, root / name)
+    values = make_params()
+    values["backbones"] = {"ce_mixup": values["backbones"]["ce_mixup"]}
+    (root / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    (root / "bin").mkdir()
+    (root / "bin" / "h2t").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m pipeline "$@"\n')
+    (root / "bin" / "h2t").chmod(0o755)
+    subprocess.run(["git", "init", "-q"], cwd=root, check=True)
+    dvc("init", "-q", cwd=root)
+    shutil.copytree(ROOT / ".dvc" / "plots", root / ".dvc" / "plots", dirs_exist_ok=True)
+    dvc("repro", cwd=root)
+    return root
+
+
+def test_every_stage_wrote_what_the_contract_names(repository):
+    data = repository / "data"
+    assert (data / "prepare" / "samples.parquet").is_file()
+    assert (data / "prepare" / "classes.json").is_file()
+    assert (data / "extract" / "ce_mixup" / "cache.json").is_file()
+    for name in ("backbone.safetensors", "head.safetensors"):
+        assert (data / "train_backbone" / "ce_mixup" / name).is_file()
+    for name in ("heads.safetensors", "heads.parquet", "history.parquet"):
+        assert (data / "train_classifier" / "dr" / name).is_file()
+    for name in ("metrics.json", "heads.parquet", "per_class.parquet", "confusion.parquet", "predictions.parquet"):
+        assert (data / "evaluate" / "dr" / name).is_file()
+    for name in ("index.html", "results.md"):
+        assert (data / "report" / name).is_file()
+
+
+def test_a_second_run_does_nothing(repository):
+    before = {p: p.stat().st_mtime_ns for p in (repository / "data").rglob("*")}
+    assert "Running stage" not in dvc("repro", cwd=repository)
+    assert {p: p.stat().st_mtime_ns for p in (repository / "data").rglob("*")} == before
+
+
+def test_metrics_and_plots_are_where_dvc_looks(repository):
+    metrics = json.loads(dvc("metrics", "show", "--json", cwd=repository))[""]["data"]
+    text = json.dumps(metrics)
+    for name in ("stage1", "without_h2t", "with_h2t", "top1", "tail", "ece"):
+        assert name in text
+    dvc("plots", "show", "-o", "plots", cwd=repository)
+    page = (repository / "plots" / "index.html").read_text(encoding="utf-8")
+    assert "ratio" in page
+    shutil.rmtree(repository / "plots")
+
+
+def parameter(**settings):
+    def edit(repository):
+        path = repository / "params.yaml"
+        values = yaml.safe_load(path.read_text())
+        for key, value in settings.items():
+            *parents, last = key.split("__")
+            at = values
+            for part in parents:
+                at = at[part]
+            at[last] = value
+        path.write_text(yaml.safe_dump(values, sort_keys=False))
+
+    return edit
+
+
+def line_in(name):
+    def edit(repository):
+        path = repository / name
+        path.write_text(path.read_text() + "\n# a remark\n")
+
+    return edit
+
+
+HEADS = {"train_classifier", "evaluate", "report"}
+BODY = {"extract", "pool"}
+ALL = {"prepare", "train_backbone"} | BODY | HEADS
+EDITS = {
+    "a host's file": (line_in("pipeline/hosts/dr.py"), HEADS),
+    "a host's parameter": (parameter(hosts__dr__optimiser__lr=0.01), HEADS),
+    "another host's file": (line_in("pipeline/hosts/gcl.py"), set()),
+    "the reader": (line_in("cache/reader.py"), HEADS | {"pool"}),
+    "the page": (line_in("pipeline/page.py"), {"report"}),
+    "the command line": (line_in("pipeline/cli.py"), set()),
+    "extraction's parameter": (parameter(extract__codec="zstd"), HEADS | BODY),
+    "device": (parameter(device="cpu"), set()),
+    "residency": (parameter(train_classifier__pooled=False), set()),
+    "seed": (parameter(seed=1), ALL),
+    "the backbone": (parameter(backbones__ce_mixup__epochs=2), ALL - {"prepare"}),
+}
+
+
+@pytest.mark.parametrize(("edit", "stages"), EDITS.values(), ids=EDITS)
+def test_an_edit_re_runs_exactly_what_it_can_change(repository, edit, stages):
+    kept = {p: p.read_bytes() for n in (*CODE, "params.yaml") for p in _files(repository / n)}
+    edit(repository)
+    assert any(p.read_bytes() != data for p, data in kept.items())
+    try:
+        assert changed(repository) == stages
+    finally:
+        for path, data in kept.items():
+            path.write_bytes(data)
+
+
+def _files(path: Path) -> list[Path]:
+    return list(path.rglob("*.py")) if path.is_dir() else [path]
+
+
+def test_running_anew_gives_the_same_bytes(repository):
+    """Everything but `data/runs`, which says when and where it ran."""
+
+    def outputs():
+        return {name: data for name, data in tree(repository / "data").items() if not name.startswith("runs/")}
+
+    before = outputs()
+    shutil.rmtree(repository / "data")
+    dvc("repro", "--force", "--no-run-cache", cwd=repository)
+    after = outputs()
+    assert set(after) == set(before)
+    assert [name for name in before if before[name] != after[name]] == []

@@ -1,0 +1,38 @@
+import pytest
+
+from pipeline import plugins
+from pipeline.errors import UserError
+
+
+@pytest.mark.parametrize("kind", plugins.KINDS)
+def test_every_plugin_loads_and_says_what_it_is(kind):
+    names = plugins.names(kind)
+    assert names == sorted(set(names))
+    assert names
+    for name in names:
+        assert plugins.load(kind, name).__name__ == f"pipeline.{kind}.{name}"
+        assert len(plugins.summary(kind, name)) > 10
+
+
+@pytest.mark.parametrize("name", ["gapp", "", "../gap", "__init__", "gap.py", "GAP"])
+def test_an_unknown_name_is_one_line(name):
+    with pytest.raises(UserError, match=r"^no pool ") as error:
+        plugins.load("pools", name)
+    assert "there are: " in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_nearest_is_named():
+    with pytest.raises(UserError, match="did you mean 'balanced'"):
+        plugins.check("samplers", "balancd")
+
+
+def test_a_folder_outside_adds_plugins_and_cannot_hide_ours(tmp_path, monkeypatch):
+    (tmp_path / "pools").mkdir()
+    (tmp_path / "pools" / "mine.py").write_text('"""Mine: a pool from outside."""\nVALUE = 7\n')
+    (tmp_path / "pools" / "gap.py").write_text("raise RuntimeError\n")
+    monkeypatch.setenv("H2T_PLUGINS", str(tmp_path))
+    assert "mine" in plugins.names("pools")
+    assert plugins.load("pools", "mine").VALUE == 7
+    assert plugins.summary("pools", "mine") == "Mine: a pool from outside."
+    assert plugins.load("pools", "gap").__name__ == "pipeline.pools.gap"

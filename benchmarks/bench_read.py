@@ -24,8 +24,9 @@ from crc32c import crc32c
 
 from benchmarks.measure import Timing, alternate, arguments, fastest, machine, ratio, save, table
 from benchmarks.synthetic import write_synthetic
-from cache.plan import plan_rows, units
+from cache.plan import UNIT_BYTES, plan_rows, units
 from cache.reader import THREADS, Cache, open_cache
+from cache.shard import CRC_BYTES
 
 ARRAY = "maps.zarr/expert_0"
 RECEIVERS = DONORS = 128
@@ -91,7 +92,7 @@ def draw(cache: Cache, case: Case) -> dict[str, list[np.ndarray]]:
 class Raw:
     """`preadv` of the runs that our reader makes, nothing else: no checksum, no scatter, no repeats."""
 
-    def __init__(self, cache: Cache, rows: np.ndarray, *, reuse: bool) -> None:
+    def __init__(self, cache: Cache, rows: np.ndarray, memory: np.ndarray, *, reuse: bool) -> None:
         shards, offsets, sizes = cache.chunk_ranges(plan_rows(rows, cache.spec.chunk_rows).chunks, 0)
         work = units(shards, offsets, sizes, max_gap=0)
         root = Path(str(cache.files))
@@ -99,15 +100,15 @@ class Raw:
         runs = [(self.handles[unit.shard], run.start, run.stop) for unit in work for run in unit.runs]
         lengths = np.array([stop - start for _, start, stop in runs])
         self.fetched = int(lengths.sum())
-        # Reused: the bytes hardly leave the processor's cache. Not reused: they end in memory, as a window must.
+        # Reused: each thread has one place, so the bytes hardly leave the processor's cache. Not reused: they end in
+        # memory, as those of a gather must.
+        longest = int(lengths.max())
         places = np.zeros_like(lengths) if reuse else np.cumsum(lengths) - lengths
-        buffers = [np.zeros(lengths.max() if reuse else self.fetched, np.uint8).data for _ in range(THREADS)][
-            : THREADS if reuse else 1
-        ]
+        buffers = [memory.data[longest * i * reuse :] for i in range(THREADS)]
         half = np.searchsorted(np.cumsum(lengths), self.fetched * np.arange(1, THREADS) / THREADS).tolist()
         self.parts = []
         for part, (a, b) in enumerate(zip([0, *half], [*half, len(runs)], strict=True)):
-            buffer = buffers[part % len(buffers)]
+            buffer = buffers[part]
             spots = zip(runs[a:b], places[a:b].tolist(), lengths[a:b].tolist(), strict=True)
             self.parts.append([(h, start, buffer[at : at + size]) for (h, start, _), at, size in spots])
         self.pool = ThreadPoolExecutor(THREADS)
@@ -169,8 +170,9 @@ def zarr_variants(path: Path, out: np.ndarray, pipeline: str) -> dict[str, Read]
         return np.concatenate([array[first:last] for first, last in neighbours(wanted)])
 
     if pipeline == "zarrs":
+        threads = sorted({1, THREADS}) if len(out) <= IID_ROWS else [THREADS]
         base: dict[str, Any] = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}
-        options = {f"{n} threads": {**base, "threading.max_workers": n} for n in sorted({1, THREADS})}
+        options = {f"{n} threads": {**base, "threading.max_workers": n} for n in threads}
     else:
         tried = (1, 10, 64) if len(out) <= IID_ROWS else (10,)
         options = {f"concurrency {n}": {"async.concurrency": n} for n in tried}
@@ -271,6 +273,7 @@ def bench_gather(
     rows = draws[0]
     out = np.zeros((len(rows), *case.shape), cache.spec.stored_dtype)
     expected = crc32c(cache.read(rows, out=out))
+    warm = touch(root, *files)
     drop = drop_page_cache(root, *files) if cold else lambda: None
 
     def in_turn(read: Callable[[np.ndarray], object]) -> Callable[[], object]:
@@ -281,10 +284,14 @@ def bench_gather(
         turns = cycle(raws)
         return lambda: way(next(turns))
 
+    # One piece of memory for all, touched beforehand: a page's first use would count as reading.
+    distinct = max(len(np.unique(wanted)) for wanted in draws)
+    memory = np.full(distinct * (cache.spec.row_bytes() + CRC_BYTES) + THREADS * UNIT_BYTES * 2, 1, np.uint8)
     raws = {
-        name: [Raw(cache, wanted, reuse=reuse) for wanted in draws]
+        name: [Raw(cache, wanted, memory, reuse=reuse) for wanted in draws]
         for name, reuse in (("raw", False), ("raw, buffer reused", True))
     }
+    warm()
     sweeps: dict[str, dict[str, float]] = {}
     chosen: dict[str, Callable[[], object]] = {"ours": in_turn(lambda wanted: cache.read(wanted, out=out))}
     settings: dict[str, str] = {"ours": "out given"}
@@ -315,7 +322,7 @@ def bench_gather(
     for peer, candidates in peers.items():
         best, sweeps[peer] = fastest(candidates, few)
         chosen[peer], settings[peer] = candidates[best], best
-    timings = alternate(chosen, rounds, drop, settings)
+    timings = alternate(chosen, rounds, drop, settings, before_round=(lambda: None) if cold else warm)
     fetched, runs = raws["raw"][0].fetched, sum(map(len, raws["raw"][0].parts))
     for raw in [raw for each in raws.values() for raw in each]:
         raw.close()
@@ -411,9 +418,27 @@ def bench_decode(cache: Cache, case: Case, rounds: int) -> dict[str, Any]:
     }
 
 
+def files_below(*roots: Path) -> list[Path]:
+    return [p for root in roots for p in ([root] if root.is_file() else root.rglob("*")) if p.is_file()]
+
+
+def touch(*roots: Path) -> Callable[[], None]:
+    """Reads these files whole, to have them in the page cache: some systems evict pages long before memory ends."""
+    paths = files_below(*roots)
+    buffer = memoryview(bytearray(4 * 1024 * 1024))
+
+    def read() -> None:
+        for path in paths:
+            with path.open("rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
+
+    return read
+
+
 def drop_page_cache(*roots: Path) -> Callable[[], None]:
     """Asks the kernel to forget these files' pages. Pages that a process has mapped stay."""
-    paths = [p for root in roots for p in ([root] if root.is_file() else root.rglob("*")) if p.is_file()]
+    paths = files_below(*roots)
 
     def drop() -> None:
         for path in paths:
@@ -442,16 +467,18 @@ def show(result: Mapping[str, Any]) -> None:
             name,
             f"{t['median_s'] * 1e3:.2f}",
             f"{t['p10_s'] * 1e3:.2f} to {t['p90_s'] * 1e3:.2f}",
+            f"{t['cpu_s'] * 1e3:.2f}",
             f"{t['useful_gb_per_s']:.3f}",
             f"{t['median_s'] / ours:.2f}",
             t.get("setting", ""),
         )
         for name, t in sorted(result["contestants"].items(), key=lambda item: item[1]["median_s"])
     ]
-    print(table(("contestant", "ms", "10 to 90 %", "useful GB/s", "time / ours", "setting"), lines))
+    print(table(("contestant", "ms", "10 to 90 %", "CPU ms", "useful GB/s", "time / ours", "setting"), lines))
     for key in ("useful_bytes_vs_raw", "time_vs_raw", "vs_decoding"):
         if key in result:
-            print(f"{key}: {result[key]['median']:.2f} ({result[key]['p10']:.2f} to {result[key]['p90']:.2f})")
+            r = result[key]
+            print(f"{key}: {r['median']:.2f} ({r['p10']:.2f} to {r['p90']:.2f}); in CPU time {r['cpu']:.2f}")
     if "spent" in result:
         print("of ours, measured alone: " + ", ".join(f"{k} {v * 1e3:.2f} ms" for k, v in result["spent"].items()))
 
@@ -478,6 +505,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         options.out,
         {
             "benchmark": "read",
+            "load_after": os.getloadavg()[0],
             "page_cache": "dropped before each read" if options.cold else "warm",
             "machine": about,
             "rounds": rounds,

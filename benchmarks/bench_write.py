@@ -179,13 +179,14 @@ def show(result: Mapping[str, Any]) -> None:
             name,
             f"{t['median_s'] * 1e3:.1f}",
             f"{t['p10_s'] * 1e3:.1f} to {t['p90_s'] * 1e3:.1f}",
+            f"{t['cpu_s'] * 1e3:.1f}",
             f"{t['gb_per_s']:.3f}",
             f"{t['median_s'] / ours:.2f}",
             t.get("setting", ""),
         )
         for name, t in sorted(result["contestants"].items(), key=lambda item: item[1]["median_s"])
     ]
-    print(table(("contestant", "ms", "10 to 90 %", "GB/s", "time / ours", "setting"), lines))
+    print(table(("contestant", "ms", "10 to 90 %", "CPU ms", "GB/s", "time / ours", "setting"), lines))
     print("of ours, measured alone: " + ", ".join(f"{k} {v * 1e3:.1f} ms" for k, v in result["spent"].items()))
 
 
@@ -207,7 +208,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         show(results[-1])
     save(
         options.out,
-        {"benchmark": "write", "machine": about, "rounds": rounds, "tiny": options.tiny, "results": results},
+        {
+            "benchmark": "write",
+            "load_after": os.getloadavg()[0],
+            "machine": about,
+            "rounds": rounds,
+            "tiny": options.tiny,
+            "results": results,
+        },
     )
 
 

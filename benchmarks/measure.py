@@ -14,17 +14,21 @@ from typing import Any
 
 PACKAGES = ("numpy", "crc32c", "numcodecs", "zarr", "zarrs", "tensorstore", "h5py")
 RESULTS = Path(__file__).parent / "results"
-SLOW_SECONDS = 2.0  # a contestant that takes longer runs in the first rounds only
-SLOW_ROUNDS = 2
+SLOW_SECONDS = 2.0  # a contestant that takes longer runs in the first round only
+SLOW_ROUNDS = 1
 TURN_SECONDS = 0.1  # a turn calls a fast contestant several times, so that it does not pay for its predecessor's traces
 TURN_CALLS = 7
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds of each round, in order, and the setting a contestant ran under."""
+    """Seconds of each round, in order, and the setting a contestant ran under.
+
+    `cpu` counts what the process computed, on all cores together; it leaves out waiting for a turn on a busy machine.
+    """
 
     seconds: tuple[float, ...]
+    cpu: tuple[float, ...]
     setting: str = ""
 
     @property
@@ -37,7 +41,8 @@ class Timing:
 
     def json(self) -> dict[str, Any]:
         low, high = self.spread()
-        body = {"median_s": self.median, "p10_s": low, "p90_s": high, "rounds": len(self.seconds)}
+        cpu = statistics.median(self.cpu)
+        body = {"median_s": self.median, "p10_s": low, "p90_s": high, "cpu_s": cpu, "rounds": len(self.seconds)}
         return {**body, "setting": self.setting} if self.setting else body
 
 
@@ -49,10 +54,11 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
 
 
 def ratio(numerator: Timing, denominator: Timing) -> dict[str, float]:
-    """How many times longer `numerator` takes: median and spread over the rounds that both ran in."""
+    """How many times longer `numerator` takes: median and spread over the rounds that both ran in; CPU seconds too."""
     pairs = [a / b for a, b in zip(numerator.seconds, denominator.seconds, strict=False)]
     low, high = spread(pairs)
-    return {"median": statistics.median(pairs), "p10": low, "p90": high}
+    cpu = statistics.median(numerator.cpu) / max(1e-9, statistics.median(denominator.cpu))
+    return {"median": statistics.median(pairs), "p10": low, "p90": high, "cpu": cpu}
 
 
 def alternate(
@@ -60,12 +66,13 @@ def alternate(
     rounds: int,
     before: Callable[[], object] = lambda: None,
     settings: Mapping[str, str] | None = None,
+    before_round: Callable[[], object] = lambda: None,
 ) -> dict[str, Timing]:
     """Every contestant has one turn per round, after one untimed call each, so that noise falls on all alike.
 
     A turn's time is the median of its calls. Each round starts with another contestant.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    turns: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
     slow = set()
     for name, call in contestants.items():
         start = time.perf_counter()
@@ -74,21 +81,28 @@ def alternate(
             slow.add(name)
     order = list(contestants)
     for i in range(rounds):
+        before_round()
         for name in order[i % len(order) :] + order[: i % len(order)]:
             if name in slow and i >= SLOW_ROUNDS:
                 continue
-            seconds[name].append(_turn(contestants[name], before))
-    return {name: Timing(tuple(values), (settings or {}).get(name, "")) for name, values in seconds.items()}
+            turns[name].append(_turn(contestants[name], before))
+    found = {}
+    for name, pairs in turns.items():
+        seconds, cpu = zip(*pairs, strict=True)
+        found[name] = Timing(seconds, cpu, (settings or {}).get(name, ""))
+    return found
 
 
-def _turn(call: Callable[[], object], before: Callable[[], object]) -> float:
+def _turn(call: Callable[[], object], before: Callable[[], object]) -> tuple[float, float]:
     taken: list[float] = []
+    cpu: list[float] = []
     while not taken or (sum(taken) < TURN_SECONDS and len(taken) < TURN_CALLS):
         before()
-        start = time.perf_counter()
+        start, started = time.perf_counter(), time.process_time()
         call()
         taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+        cpu.append(time.process_time() - started)
+    return statistics.median(taken), statistics.median(cpu)
 
 
 def fastest(variants: Mapping[str, Callable[[], object]], rounds: int) -> tuple[str, dict[str, float]]:

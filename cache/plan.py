@@ -19,7 +19,7 @@ MAX_GAP_BYTES = 16 * 1024
 #: A vectored read takes 1024 buffers, and a chunk needs two: its payload and its checksum.
 MAX_CHUNKS = 512
 #: Little enough that checking finds the bytes in a CPU cache, enough that the bookkeeping per unit does not count.
-UNIT_BYTES = 2 * 1024 * 1024
+UNIT_BYTES = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)

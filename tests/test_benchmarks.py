@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TIMING = {"median_s", "p10_s", "p90_s", "rounds"}
-RATIO = {"median", "p10", "p90"}
+TIMING = {"median_s", "p10_s", "p90_s", "cpu_s", "rounds"}
+RATIO = {"median", "p10", "p90", "cpu"}
 
 
 @pytest.fixture(autouse=True)

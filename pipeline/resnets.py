@@ -21,6 +21,8 @@ class ResNetMaps(ResNet):
     """`forward(x)`: (B, 3, H, W) -> a tuple of E maps (B, 2048, H/32, W/32), after the last ReLU, so never negative."""
 
     channels = CHANNELS
+    layer3: Any
+    layer4: Any
 
     def __init__(self, blocks: list[int], experts: int = 1, **shape: int) -> None:
         super().__init__(Bottleneck, blocks, **shape)

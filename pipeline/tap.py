@@ -1,5 +1,7 @@
 """Finds the last maps of a torchvision model, and proves that pool and head on them give the model's own logits."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from torchvision.models import get_model, list_models
@@ -22,6 +24,7 @@ class Tapped(nn.Module):
     """`forward(x)`: (B, 3, H, W) -> a tuple of one map (B, C, H', W'). State-dict keys are torchvision's."""
 
     experts = 1
+    _graph: Any
 
     def __init__(self, name: str) -> None:
         super().__init__()

@@ -1,60 +1,47 @@
 """train_backbone (stage I): train a network by an objective, or take its weights from a file.
 
 Writes `backbone.safetensors` (the network up to its maps), `head.safetensors` (the stage-I classifier) and training
-curves as tab-separated files in `plots/metrics`, the layout that DVC's own logger uses.
+curves as tab-separated files in `plots/metrics`, the layout that DVC's own logger uses. The loop is in
+`pipeline.stage_one`; `torchrun --nproc-per-node N -m pipeline train-backbone ...` spreads it over N processes.
 """
 
 import csv
 import hashlib
-import math
+import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import ModuleType
+from typing import Annotated, Any
 
-import numpy as np
 import torch
 
 from pipeline import plugins
-from pipeline.checkpoints import fill, fit_head, load_checkpoint, save_weights, split_head
+from pipeline.checkpoint import Checkpoint
+from pipeline.checkpoints import fill, fit_head, load_checkpoint, save_weights, split_head, weights_digest
 from pipeline.errors import UserError
-from pipeline.head import global_average, logits
 from pipeline.images import Images
 from pipeline.outputs import fresh_directory
-from pipeline.params import Count, NonNegative, Positive, Section, at_least, build, plugin
-from pipeline.progress import progress
+from pipeline.parallel import processes
+from pipeline.params import Section, build, plugin
 from pipeline.samples import Samples
-from pipeline.seeds import stream, torch_seed
+from pipeline.seeds import torch_seed
+from pipeline.stage_one import Curves, StageOne, Training
 
 
-class Params(Section):
-    """An entry of section `backbones`. With `weights`, a checkpoint file, nothing is trained."""
+class Params(Training):
+    """An entry of section `backbones`.
+
+    `start`: the weights that training starts from, `torchvision` or a checkpoint file; a head in them is not used.
+    With `weights`, a checkpoint file, nothing is trained. `sha256` is that of the file.
+    """
 
     arch: Annotated[str, plugin("backbones")]
     options: dict[str, Any] = {}
     objective: Annotated[str, plugin("objectives")] = "ce"
     loss: dict[str, Any] = {}
+    start: str | None = None
     weights: str | None = None
     sha256: str | None = None
-    epochs: Count = 200
-    batch_size: Count = 128
-    lr: Positive = 0.1
-    momentum: NonNegative = 0.9
-    nesterov: bool = False
-    weight_decay: NonNegative = 2e-4
-    warmup_epochs: Annotated[int, at_least(0)] = 5
-    schedule: Literal["cosine", "step"] = "step"
-    milestones: list[Annotated[int, at_least(0)]] = [160, 180]
-    gamma: Positive = 0.1
-    mixup: NonNegative = 0.0
-
-
-def learning_rate(params: Params, epoch: int) -> float:
-    """Per epoch, from 0: linear warm-up, then cosine to 0 or steps at the milestones."""
-    if epoch < params.warmup_epochs:
-        return params.lr * (epoch + 1) / params.warmup_epochs
-    if params.schedule == "cosine":
-        return params.lr * 0.5 * (1 + math.cos(math.pi * epoch / params.epochs))
-    return params.lr * params.gamma ** sum(epoch >= m for m in params.milestones)
 
 
 def run(
@@ -73,19 +60,51 @@ def run(
     counts = torch.tensor(samples.counts)
     with torch.random.fork_rng():
         torch.manual_seed(torch_seed(seed, "stage1", "initial"))
-        backbone = arch.build(build(arch.Options, f"{where}.options", params.options))
+        options = build(arch.Options, f"{where}.options", params.options)
+        backbone = arch.build(options)
         loss = build(objectives.Loss, f"{where}.loss", params.loss)
         objective = objectives.Objective(loss, backbone.channels, backbone.experts, counts)
     if params.weights is not None:
-        curves = _load(params, where, backbone, objective)
+        _load(params, where, backbone, objective)
         say(f"{name}: weights from {Path(params.weights).name}, nothing trained")
-    else:
-        backbone.to(device), objective.to(device)
-        curves = _train(params, name, backbone, objective, samples, images, seed, device)
-        last = curves[-1]
-        say(f"{name}: {params.epochs} epochs, loss {last['loss']:.3f}, training accuracy {last['accuracy']:.1f} %")
+        _write(out, params, backbone, objective, [])
+        return
+    if params.start is not None:
+        _start(params, where, arch, options, backbone)
+    save = Checkpoint(out, _token(params, samples, backbone, seed, device), seconds=0)
+    with processes(device) as group:
+        if params.accumulate % group.size:
+            raise UserError(
+                f"{where}.accumulate: must be a multiple of the {group.size} processes, each of which takes as many "
+                f"parts of a batch; got {params.accumulate}; set it to {group.size}"
+            )
+        first = group.rank == 0
+        training = StageOne(params, backbone, objective, samples, images, seed, group)
+        curves = training.run(name, save, say if first else lambda line: None)
     if not all(torch.isfinite(p).all() for p in backbone.state_dict().values()):
         raise UserError(f"{where}: training diverged, weights are not finite; lower {where}.lr")
+    if first:
+        last = curves[-1]
+        _write(out, params, backbone, objective, curves)
+        save.clear()
+        say(f"{name}: {params.epochs} epochs, loss {last['loss']:.3f}, training accuracy {last['accuracy']:.1f} %")
+
+
+def _token(params: Params, samples: Samples, backbone: torch.nn.Module, seed: int, device: torch.device) -> str:
+    """What must be equal for an unfinished training to be gone on with. Not the number of processes."""
+    table = samples.table.select(["split", "label", "source", "digest"]).to_pydict()
+    about = {
+        "params": params.model_dump(),
+        "samples": table,
+        "initial": weights_digest(backbone.state_dict()),
+        "seed": seed,
+        "device": device.type,
+        "torch": torch.__version__,
+    }
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+def _write(out: Path, params: Params, backbone: torch.nn.Module, objective: Any, curves: Curves) -> None:
     about = {"arch": params.arch, "options": params.options, "channels": backbone.channels, "experts": backbone.experts}
     with fresh_directory(out) as into:
         save_weights(into / "backbone.safetensors", backbone.state_dict(), about)
@@ -97,95 +116,37 @@ def run(
         _write_curves(into / "plots" / "metrics", curves)
 
 
-def _load(params: Params, where: str, backbone: torch.nn.Module, objective: torch.nn.Module) -> list[dict[str, float]]:
-    path = Path(str(params.weights))
+def _checked(params: Params, key: str, path: Path) -> Path:
+    """The file at `path`. Raises UserError if it is not the one that `sha256` names."""
     if params.sha256 is not None and path.is_file():
         found = hashlib.sha256(path.read_bytes()).hexdigest()
         if found != params.sha256:
-            raise UserError(f"{where}.weights: {path.name} must have sha256 {params.sha256}; got {found}")
-    body, head = split_head(load_checkpoint(path))
+            raise UserError(f"{key}: {path.name} must have sha256 {params.sha256}; got {found}")
+    return path
+
+
+def _load(params: Params, where: str, backbone: torch.nn.Module, objective: torch.nn.Module) -> None:
+    body, head = split_head(load_checkpoint(_checked(params, f"{where}.weights", Path(str(params.weights)))))
     fill(backbone, body, f"{where}.weights")
     objective.load_state_dict(fit_head(head, objective.state_dict(), f"{where}.weights"))
-    return []
 
 
-def _train(
-    params: Params,
-    name: str,
-    backbone: torch.nn.Module,
-    objective: torch.nn.Module,
-    samples: Samples,
-    images: Images,
-    seed: int,
-    device: torch.device,
-) -> list[dict[str, float]]:
-    labels = torch.from_numpy(samples.labels)
-    train = samples.of("train")
-    optimiser = torch.optim.SGD(
-        [*backbone.parameters(), *objective.parameters()],
-        lr=params.lr,
-        momentum=params.momentum,
-        weight_decay=params.weight_decay,
-        nesterov=params.nesterov,
-    )
-    curves = []
-    bar = progress(range(params.epochs), f"train_backbone {name}", unit="epoch")
-    for epoch in bar:
-        rate = learning_rate(params, epoch)
-        for group in optimiser.param_groups:
-            group["lr"] = rate
-        backbone.train()
-        draws = stream(seed, "stage1", "epoch", epoch)
-        order = train[draws.permutation(len(train))]
-        total, right = 0.0, 0
-        with torch.random.fork_rng():
-            torch.manual_seed(torch_seed(seed, "stage1", "noise", epoch))
-            for first in range(0, len(order), params.batch_size):
-                batch = order[first : first + params.batch_size]
-                if len(batch) == 1:
-                    continue  # batch norm cannot be trained on one image
-                x = images.batch(batch.tolist(), [(seed, "stage1", epoch)] * len(batch)).to(device)
-                y = labels[batch].to(device)
-                loss, correct = _step_loss(params.mixup, backbone, objective, x, y, epoch, draws)
-                optimiser.zero_grad()
-                loss.backward()
-                optimiser.step()
-                total += float(loss.detach()) * len(batch)
-                right += correct
-        curves.append({"lr": rate, "loss": total / len(order), "accuracy": 100 * right / len(order)})
-        bar.set_postfix(loss=f"{curves[-1]['loss']:.3f}", refresh=False)
-    return curves
+def _start(params: Params, where: str, arch: ModuleType, options: Section, backbone: torch.nn.Module) -> None:
+    """Puts the weights to start from into `backbone`, but for those that it says are to be fresh."""
+    key = f"{where}.start"
+    if params.start == "torchvision":
+        if not hasattr(arch, "weights"):
+            raise UserError(f"{key}: torchvision has no weights for {params.arch}; name a checkpoint file, or null")
+        found = arch.weights(options)
+    else:
+        found = load_checkpoint(_checked(params, key, Path(str(params.start))))
+    fresh = getattr(backbone, "fresh", ())
+    own = backbone.state_dict()
+    kept = {k: v for k, v in own.items() if fresh and k.startswith(fresh)}
+    fill(backbone, {**{k: v for k, v in found.items() if k in own}, **kept}, key)  # heads fit nowhere, on purpose
 
 
-def _step_loss(
-    mixup: float,
-    backbone: torch.nn.Module,
-    objective: Any,
-    x: torch.Tensor,
-    y: torch.Tensor,
-    epoch: int,
-    draws: np.random.Generator,
-) -> tuple[torch.Tensor, int]:
-    """The loss of a batch and how many it gets right.
-
-    Mixup (Zhang et al., ICLR 2018): one share and one permutation per batch, the loss mixed like the images.
-    """
-    share, other = 1.0, y
-    if mixup:
-        share = float(draws.beta(mixup, mixup))
-        order = torch.from_numpy(draws.permutation(len(x))).to(x.device)
-        x, other = share * x + (1 - share) * x[order], y[order]
-    maps = backbone(x)
-    loss = objective.loss(maps, y, epoch)
-    if mixup:
-        loss = share * loss + (1 - share) * objective.loss(maps, other, epoch)
-    with torch.no_grad():
-        features = torch.stack([global_average(m) for m in maps])
-        guess = logits(objective.classifier, objective.state_dict(), features, objective.scale).argmax(1)
-    return loss, int((guess == y).sum())
-
-
-def _write_curves(folder: Path, curves: list[dict[str, float]]) -> None:
+def _write_curves(folder: Path, curves: Curves) -> None:
     for metric in curves[0] if curves else ():
         path = folder / "train" / f"{metric}.tsv"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,238 @@
+"""Stage I: resume, parts and processes, precision, memory format, frozen backbones, starting weights."""
+
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import pytest
+import torch
+from builders import tree
+from pipeline_builders import CPU, distance, environment, make_samples, silent, write_params
+from safetensors.torch import load_file, save_file
+
+from pipeline import params as reading
+from pipeline import stage_one
+from pipeline.checkpoint import Checkpoint
+from pipeline.errors import UserError
+from pipeline.parallel import Group
+from pipeline.seeds import stream
+from pipeline.stages import train_backbone
+from pipeline.stages.train_backbone import Params
+
+TINY = '''"""One convolution."""
+
+from torch import nn
+
+from pipeline.params import Section
+
+
+class Options(Section):
+    """None."""
+
+
+class Net(nn.Module):
+    channels, experts = 8, 1
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return (self.bn1(self.conv1(x)).relu(),)
+
+
+def build(options):
+    return Net()
+'''
+
+
+@pytest.fixture(autouse=True)
+def tiny(tmp_path_factory, monkeypatch):
+    """A backbone that trains in no time, as a plug-in outside of the package."""
+    folder = tmp_path_factory.mktemp("plugins")
+    (folder / "backbones").mkdir()
+    (folder / "backbones/tiny.py").write_text(TINY)
+    monkeypatch.setenv("H2T_PLUGINS", str(folder))
+
+
+def make_training(**overrides) -> Params:
+    values = {"arch": "tiny", "epochs": 2, "batch_size": 64, "warmup_epochs": 0, "lr": 0.02, "mixup": 1.0}
+    return Params(**{**values, **overrides})
+
+
+def trained(out, samples, images, say=silent, **overrides):
+    """The backbone's state after training into `out`."""
+    train_backbone.run(make_training(**overrides), "b", samples, images, 0, CPU, out, say)
+    return load_file(out / "backbone.safetensors")
+
+
+def furthest(found, expected) -> float:
+    return max(distance(found[k].double(), expected[k].double()) for k in expected if expected[k].abs().max() > 0)
+
+
+def test_the_schedule():
+    steps = Params(arch="resnet20", epochs=200)
+    rates = [stage_one.learning_rate(steps, e) for e in (0, 4, 5, 159, 160, 180, 199)]
+    assert rates == pytest.approx([0.02, 0.1, 0.1, 0.1, 0.01, 0.001, 0.001])
+    cosine = Params(arch="resnet20", epochs=10, schedule="cosine", warmup_epochs=0)
+    assert stage_one.learning_rate(cosine, 5) == pytest.approx(0.05)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("more", [{}, {"precision": "fp16", "accumulate": 2, "objective": "reslt"}])
+def test_a_killed_training_goes_on_to_the_same_bytes(digits, tmp_path, monkeypatch, more):
+    trained(tmp_path / "whole", *digits, epochs=3, **more)
+    offer = Checkpoint.offer
+
+    def die(self, steps, *rest):
+        offer(self, steps, *rest)
+        if steps == 2:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "offer", die)
+        with pytest.raises(Killed):
+            trained(tmp_path / "b", *digits, epochs=3, **more)
+    assert not (tmp_path / "b").exists()
+    said = []
+    trained(tmp_path / "b", *digits, said.append, epochs=3, **more)
+    assert said[0] == "b: goes on after epoch 2 of 3"
+    assert tree(tmp_path / "b") == tree(tmp_path / "whole")
+    assert not list(tmp_path.glob(".b.training*"))
+
+
+def test_an_unfinished_training_with_other_settings_is_not_gone_on_with(digits, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(train_backbone, "_write", lambda *a: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(Killed):
+            trained(tmp_path / "b", *digits, epochs=1)
+    said = []
+    trained(tmp_path / "b", *digits, said.append, epochs=1, lr=0.03)
+    assert not any("goes on" in line for line in said)
+
+
+def test_parts_of_a_batch_have_batch_norm_of_their_own(digits, tmp_path):
+    one = trained(tmp_path / "1", *digits, epochs=1, mixup=0.0)
+    two = trained(tmp_path / "2", *digits, epochs=1, mixup=0.0, accumulate=2)
+    assert furthest(two, one) > 1e-3
+    assert all(v == 6 for k, v in two.items() if k.endswith("num_batches_tracked"))  # 347 samples: 6 steps
+
+
+def test_running_statistics_are_those_of_the_mean_part(digits, tmp_path):
+    samples, images = digits
+    params = make_training(epochs=1, batch_size=512, accumulate=2, mixup=0.0, lr=1e-9)
+    state = trained(tmp_path / "b", samples, images, **params.model_dump(exclude={"arch", "epochs"}), epochs=1)
+    train = samples.of("train")
+    order = train[stream(0, "stage1", "epoch", 0).permutation(len(train))]
+    halves = [len(order) - len(order) // 2, len(order) // 2]
+    x = images.batch(order.tolist(), [(0, "stage1", 0)] * len(order))
+    weight = state["conv1.weight"]
+    means = [torch.nn.functional.conv2d(part, weight, None, 2, 1).mean((0, 2, 3)) for part in x.split(halves)]
+    expected = 0.1 * (means[0] + means[1]) / 2
+    assert torch.allclose(state["bn1.running_mean"], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("more", [{"precision": "bf16"}, {"precision": "fp16"}, {"channels_last": True}])
+def test_precision_and_memory_format_stay_near_float32(digits, tmp_path, more):
+    plain = trained(tmp_path / "plain", *digits, epochs=1)
+    found = trained(tmp_path / "found", *digits, epochs=1, **more)
+    assert all(v.dtype == plain[k].dtype for k, v in found.items())
+    assert furthest(found, plain) < (1e-4 if "channels_last" in more else 0.03)
+    assert furthest(found, plain) > 0
+
+
+def test_compile_is_asked_for(digits, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda module: asked.append(module) or module)
+    trained(tmp_path / "b", *digits, epochs=1, compile=True)
+    assert len(asked) == 1
+
+
+def test_only_the_classifier_of_a_frozen_backbone_trains(digits, tmp_path):
+    first = trained(tmp_path / "a", *digits, epochs=1)
+    save_file(first, tmp_path / "start.safetensors")
+    start = str(tmp_path / "start.safetensors")
+    found = trained(tmp_path / "b", *digits, epochs=1, frozen=True, start=start)
+    assert all(torch.equal(found[k], first[k]) for k in first if not k.endswith("num_batches_tracked"))
+    untrained = trained(tmp_path / "c", *digits, epochs=1, frozen=True, start=start, lr=1e-12)
+    heads = [load_file(tmp_path / name / "head.safetensors")["weight"] for name in "bc"]
+    assert untrained
+    assert not torch.allclose(*heads)
+
+
+def test_where_training_starts_from(digits, tmp_path):
+    first = trained(tmp_path / "a", *digits, epochs=1)
+    torch.save(
+        {"state_dict": {**first, "fc.weight": torch.zeros(10, 64), "fc.bias": torch.zeros(10)}}, tmp_path / "s.pth"
+    )
+    found = trained(tmp_path / "b", *digits, epochs=1, start=str(tmp_path / "s.pth"), lr=1e-12)
+    assert torch.allclose(found["conv1.weight"], first["conv1.weight"])
+    with pytest.raises(UserError, match=r"backbones\.b\.start: torchvision has no weights for tiny"):
+        trained(tmp_path / "c", *digits, start="torchvision")
+    with pytest.raises(UserError, match=r"must have sha256 0+; got"):
+        trained(tmp_path / "c", *digits, start=str(tmp_path / "s.pth"), sha256="0" * 64)
+    with pytest.raises(UserError, match=r"conv1\.weight must have shape"):
+        trained(tmp_path / "c", *digits, arch="resnet20", start=str(tmp_path / "s.pth"))
+
+
+def test_training_that_diverges_stops_in_one_line(digits, tmp_path):
+    with pytest.raises(
+        UserError, match=r"backbones\.b: training diverged in epoch 0, the loss is .*; lower backbones\.b\.lr"
+    ):
+        trained(tmp_path / "b", *digits, epochs=1, lr=1e38, mixup=0.0)
+    assert not (tmp_path / "b").exists()
+
+
+def torchrun(folder, out):
+    """Trains in two processes over gloo."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.run(
+        [*command, "-m", "pipeline", "train-backbone", "ce_mixup", "prepare", str(out)],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_two_processes_train_like_one_and_go_on_where_one_was_killed(tmp_path, monkeypatch):
+    entry = make_training(epochs=3, accumulate=2, objective="gcl").model_dump()
+    write_params(tmp_path / "params.yaml", backbones={"ce_mixup": entry})
+    given = reading.load(tmp_path / "params.yaml")["prepare"]
+    kept = ("imbalance", "test_per_class", "validation_per_class")
+    samples, images = make_samples(tmp_path / "prepare", **{k: given[k] for k in kept})
+
+    def one(out, stop=99):
+        offer = Checkpoint.offer
+
+        def die(self, steps, *rest):
+            offer(self, steps, *rest)
+            if steps == stop:
+                raise Killed
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Checkpoint, "offer", die)
+            train_backbone.run(Params(**entry), "ce_mixup", samples, images, 0, CPU, out, silent)
+
+    one(tmp_path / "one")
+    with pytest.raises(Killed):
+        one(tmp_path / "two", stop=1)
+    done = torchrun(tmp_path, "two")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("goes on after epoch 1 of 3") == 1  # one process speaks
+    for name in ("backbone.safetensors", "head.safetensors"):
+        assert furthest(load_file(tmp_path / "two" / name), load_file(tmp_path / "one" / name)) < 1e-3
+
+
+def test_processes_that_do_not_divide_the_parts_are_refused(digits, tmp_path, monkeypatch):
+    @contextmanager
+    def three(device):
+        yield Group(device, 0, 3)
+
+    monkeypatch.setattr(train_backbone, "processes", three)
+    with pytest.raises(UserError, match=r"backbones\.b\.accumulate: must be a multiple of the 3 processes"):
+        trained(tmp_path / "b", *digits, accumulate=2)

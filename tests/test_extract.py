@@ -168,11 +168,8 @@ OTHERS = {
     "dtype": {"dtype": "float16"},
     "codec": {"codec": "zstd"},
     "chunks": {"chunk_rows": 5},
-    "shards": {"shard_bytes": 30_000},
     "views": {"max_views": 2},
-    "passes": {"batchnorm_passes": 3},
     "recipes": {"batchnorm": ["stage1"]},
-    "seed": {"seed": 1},
 }
 
 

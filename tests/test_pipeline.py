@@ -21,7 +21,7 @@ def dvc(*arguments: str, cwd: Path) -> str:
     env = environment(PYTHONPATH=str(cwd), DVC_NO_ANALYTICS="1")
     env["PATH"] = os.pathsep.join([str(cwd / "bin"), str(Path(sys.executable).parent), env["PATH"]])
     done = subprocess.run(
-        [sys.executable, "-m", "dvc", *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "dvc", *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -155,6 +155,7 @@ def _files(path: Path) -> list[Path]:
     return list(path.rglob("*.py")) if path.is_dir() else [path]
 
 
+@pytest.mark.timeout(1800)
 def test_running_anew_gives_the_same_bytes(repository):
     """Everything but `data/runs`, which says when and where it ran."""
 

@@ -4,6 +4,7 @@ Stages are imported inside the commands, so that `h2t --help` answers at once.
 """
 
 import json
+import os
 import time
 from collections.abc import Callable
 from functools import wraps
@@ -18,6 +19,7 @@ from pipeline.cache_commands import opened
 from pipeline.errors import UserError
 from pipeline.model_commands import export, predict
 from pipeline.sharing_commands import COMMANDS as SHARING
+from pipeline.sharing_commands import doctor
 
 
 class Misuse(click.ClickException):
@@ -72,6 +74,7 @@ def main() -> None:
 for command in SHARING:
     cache_group.add_command(command)
 main.add_command(cache_group)
+main.add_command(doctor)
 main.add_command(export)
 main.add_command(predict)
 
@@ -108,7 +111,7 @@ def stage(function: Callable[..., Any]) -> Callable[..., Any]:
             if verbose:
                 raise SystemExit(_traceback()) from None
             raise
-        if record is not None:
+        if record is not None and os.environ.get("RANK", "0") == "0":  # under torchrun the first process writes
             from pipeline.outputs import write_run_record
 
             write_run_record(record, {"seconds": round(time.perf_counter() - started, 3), **(facts or {})})

@@ -1,4 +1,4 @@
-"""`h2t cache import | why`: caches from other programs, and why a cache is not the one that is asked for."""
+"""`h2t cache import | why | publish | pull | gc` and `h2t doctor`: what reaches beyond one machine or one program."""
 
 import json
 from dataclasses import asdict
@@ -95,4 +95,66 @@ def why_command(
         click.echo(line)
 
 
-COMMANDS = (import_command, why_command)
+@click.command("publish")
+@click.option("--remote", help="The remote's name; by default DVC's default remote.")
+@click.option("--uncommitted", is_flag=True, help="Push even though git does not hold this configuration.")
+def publish_command(remote: str | None, uncommitted: bool) -> None:
+    """Push the configuration that is checked out by DVC, and show that the remote holds every object.
+
+    Example: h2t cache publish --remote store
+    """
+    from pipeline.sharing import publish
+
+    publish(Path(), click.echo, remote=remote, uncommitted=uncommitted)
+
+
+@click.command("pull")
+@click.argument("url", metavar="GIT_URL[@REV]")
+@click.option("--rev", help="Branch, tag or commit; for branches with a / in their name.")
+@click.option("--name", help="The backbone whose cache it is; needed where there are several.")
+@click.option("--pooled", is_flag=True, help="The pooled copy, 25 to 64 times smaller.")
+@click.option("--into", type=PATH, default=Path("data"), show_default=True, help="Directory for the outputs.")
+def pull_command(url: str, rev: str | None, name: str | None, pooled: bool, into: Path) -> None:
+    """Fetch a cache and its backbone from another repository, and check every byte.
+
+    Example: h2t cache pull https://example.org/lab/project.git@v1 --pooled
+    """
+    from pipeline.sharing import pull
+
+    pull(url, click.echo, rev=rev, name=name, pooled=pooled, into=into)
+
+
+@click.command("gc")
+@click.option("--apply", is_flag=True, help="Remove; without it the command only says what would go.")
+def gc_command(apply: bool) -> None:
+    """Remove unfinished runs, and DVC objects that no branch, tag, experiment or workspace uses.
+
+    Example: h2t cache gc --apply
+    """
+    from pipeline.sharing import collect_garbage
+
+    collect_garbage(Path(), click.echo, apply=apply)
+
+
+@click.command()
+@click.option("--params", "params_file", type=PATH, default=Path("params.yaml"), show_default=True)
+@click.option("--full", is_flag=True, help="Read every byte of every cache.")
+@click.option("--json", "as_json", is_flag=True, help="The same as JSON.")
+def doctor(params_file: Path, full: bool, as_json: bool) -> None:
+    """Say what is wrong here and what to type; exit 1 if anything is.
+
+    Example: h2t doctor
+    """
+    from pipeline.doctor import examine
+
+    found = examine(Path(), params_file, full=full)
+    if as_json:
+        click.echo(json.dumps([asdict(f) for f in found], indent=1))
+    else:
+        for finding in found:
+            click.echo(str(finding))
+    if any(f.state == "fault" for f in found):
+        raise SystemExit(1)
+
+
+COMMANDS = (import_command, why_command, publish_command, pull_command, gc_command)

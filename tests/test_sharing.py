@@ -1,0 +1,370 @@
+"""Publishing, pulling, doctor: on a small repository of its own with real git, real DVC and a remote that is a path."""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from builders import make_cache, tree
+from click.testing import CliRunner
+from dvc.cli import main as dvc_main
+from dvc.repo import Repo
+from pipeline_builders import ROOT, make_backbone_dir, write_params
+
+from cache.reader import open_cache
+from pipeline import doctor, sharing
+from pipeline.cli import main
+from pipeline.errors import UserError
+
+DVC_YAML = """
+stages:
+  train_backbone:
+    foreach: [b]
+    do:
+      cmd: cp -r made/backbone data/train_backbone/${item}
+      outs: [data/train_backbone/b]
+  extract:
+    foreach: [b]
+    do:
+      cmd: cp -r made/cache data/extract/${item}
+      deps: [made/cache/cache.json]
+      outs: [data/extract/b]
+  pool:
+    foreach: [b]
+    do:
+      cmd: cp -r made/pooled data/pool/${item}
+      outs: [data/pool/b]
+"""
+
+
+def git(*arguments, where):
+    identity = ["-c", "user.name=A", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
+    subprocess.run(["git", *identity, *arguments], cwd=where, check=True, capture_output=True)
+
+
+def dvc(*arguments, where):
+    """In this process: a second of imports less for each command."""
+    with contextlib.chdir(where):
+        assert dvc_main([*arguments, "--quiet"]) == 0
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """A repository whose stages are done and committed, with an empty remote."""
+    home = tmp_path_factory.mktemp("lab")
+    root = home / "a"
+    (root / ".dvc").mkdir(parents=True)
+    for name in ("config", ".gitignore"):
+        shutil.copy(ROOT / ".dvc" / name, root / ".dvc" / name)
+    (root / "dvc.yaml").write_text(DVC_YAML)
+    (root / ".gitignore").write_text("/data/*/*\n/made/\n")
+    write_params(root / "params.yaml")
+    make_cache(root / "made/cache")
+    make_cache(root / "made/pooled", maps=((3, 1, 1),), dtype="float32")
+    make_backbone_dir(root / "made/backbone")
+    for kind in ("train_backbone", "extract", "pool"):
+        (root / "data" / kind).mkdir(parents=True)
+    git("init", "--quiet", "--initial-branch=main", where=root)
+    dvc("remote", "add", "--default", "store", str(home / "store"), where=root)
+    dvc("repro", where=root)
+    git("add", ".", where=root)
+    git("commit", "--quiet", "--message=one", where=root)
+    return home
+
+
+@pytest.fixture
+def lab(original, tmp_path, monkeypatch):
+    """A copy of that repository with a remote of its own, as the working directory."""
+    shutil.copytree(original / "a", tmp_path / "a", symlinks=True)
+    config = tmp_path / "a/.dvc/config"
+    config.write_text(config.read_text().replace(str(original / "store"), str(tmp_path / "store")))
+    git("commit", "--quiet", "--all", "--message=remote", where=tmp_path / "a")
+    (tmp_path / "store").mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+    monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "site"))
+    return tmp_path
+
+
+def h2t(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def server(lab: Path) -> str:
+    """A bare clone, as on a server: git's files only, so the data comes from the remote."""
+    git("clone", "--quiet", "--bare", str(lab / "a"), str(lab / "lab.git"), where=lab)
+    return f"file://{lab / 'lab.git'}"
+
+
+def objects(lab: Path) -> list[Path]:
+    return sorted(p for p in (lab / "store/files").rglob("*") if p.is_file())
+
+
+def test_publish_and_pull_give_the_same_bytes(lab, monkeypatch):
+    done = h2t("cache", "publish")
+    assert done.exit_code == 0, done.output
+    assert "set verify = true" in done.stdout
+    assert "remote store holds all" in done.stdout
+    assert "verify = true" in (lab / "a/.dvc/config").read_text()
+    git("commit", "--quiet", "--all", "--message=verify", where=lab / "a")
+    url = server(lab)
+    monkeypatch.chdir(lab)
+    done = h2t("cache", "pull", url, "--rev", "main", "--into", lab / "b")
+    assert done.exit_code == 0, done.output
+    assert tree(lab / "b/extract/b") == tree(lab / "a/data/extract/b")
+    assert tree(lab / "b/train_backbone/b") == tree(lab / "a/data/train_backbone/b")
+    with open_cache(lab / "b/extract/b") as cache:
+        assert cache.read([3, 1]).shape == (2, 3, 2, 2)
+    done = h2t("cache", "pull", f"{url}@main", "--pooled", "--into", lab / "c")
+    assert done.exit_code == 0, done.output
+    assert sorted(p.name for p in (lab / "c").iterdir()) == ["pool", "train_backbone"]
+    done = h2t("cache", "pull", url, "--into", lab / "b")
+    assert done.exit_code == 1
+    assert "is there already" in done.stderr
+    done = h2t("cache", "pull", url, "--name", "x", "--into", lab / "d")
+    assert "no 'x' in data/extract; choose by --name: b" in done.stderr
+
+
+def test_publish_proves_what_the_remote_holds(lab):
+    assert h2t("cache", "publish").exit_code == 0
+    cut, gone, *_ = objects(lab)
+    for path in (cut, gone):
+        path.chmod(0o644)
+    os.truncate(cut, max(0, cut.stat().st_size - 1))
+    gone.unlink()
+    with Repo(str(lab / "a")) as repo:
+        proof = sharing.prove(repo, "store", sharing.outs(lab / "a"))
+    assert len(proof.faults) == 2
+    assert any("missing" in f for f in proof.faults)
+    assert any(f"has {cut.stat().st_size} of {cut.stat().st_size + 1} bytes" in f for f in proof.faults)
+    done = h2t("cache", "publish")  # DVC sends what is missing and trusts what is there
+    assert done.exit_code == 1
+    assert "1 of" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_pull_refuses_what_is_damaged_and_leaves_nothing(lab, monkeypatch):
+    assert h2t("cache", "publish").exit_code == 0
+    dvc("remote", "modify", "store", "verify", "false", where=lab / "a")
+    git("commit", "--quiet", "--all", "--message=careless", where=lab / "a")
+    shard = (lab / "a/data/extract/b/maps.zarr/expert_0/c.1.0.0.0").read_bytes()
+    (path,) = [p for p in objects(lab) if p.read_bytes() == shard]
+    path.chmod(0o644)
+    path.write_bytes(shard[:-1] + bytes([shard[-1] ^ 1]))
+    url = server(lab)
+    monkeypatch.chdir(lab)
+    done = h2t("cache", "pull", url, "--into", lab / "b")
+    assert done.exit_code == 1
+    assert "what came is damaged" in done.stderr
+    assert [p for p in (lab / "b").rglob("*") if p.is_file()] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda root: (root / "params.yaml").write_text("seed: 1\n"), "params.yaml: not committed"),
+        (lambda root: shutil.rmtree(root / "data/extract/b"), "not up to date"),
+        (lambda root: (root / "dvc.lock").unlink(), "nothing was run yet"),
+        (lambda root: (root / "dvc.lock").write_text("stages: 3"), "not a lock file"),
+        (lambda root: dvc("remote", "remove", "store", where=root), "dvc remote add"),
+        (lambda root: shutil.rmtree(root / ".dvc"), "not inside a DVC repository"),
+    ],
+)
+def test_what_cannot_be_published_is_one_line(lab, change, says):
+    change(lab / "a")
+    done = h2t("cache", "publish")
+    assert done.exit_code == 1
+    (line,) = done.stderr.splitlines()
+    assert says in line
+    assert objects(lab) == []
+
+
+def test_a_damaged_cache_is_not_published(lab):
+    shard = lab / "a/data/extract/b/maps.zarr/expert_0/c.1.0.0.0"
+    data = shard.read_bytes()
+    shard.unlink()
+    shard.write_bytes(data[:-3])
+    dvc("commit", "--force", where=lab / "a")
+    git("commit", "--quiet", "--all", "--message=damaged", where=lab / "a")
+    done = h2t("cache", "publish")
+    assert done.exit_code == 1
+    assert "is damaged" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("git@github.com:lab/x.git", ("git@github.com:lab/x.git", None)),
+        ("git@github.com:lab/x.git@v1", ("git@github.com:lab/x.git", "v1")),
+        ("https://token@host/lab/x", ("https://token@host/lab/x", None)),
+        ("https://token@host/lab/x@abc123", ("https://token@host/lab/x", "abc123")),
+        ("../x@main", ("../x", "main")),
+    ],
+)
+def test_revisions_in_urls(text, expected):
+    assert sharing.split_revision(text) == expected
+
+
+def test_secrets_are_cut_from_messages(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert sharing.redacted("https://user:secret@host/x s3://key@b/y") == "https://host/x s3://b/y"
+    done = h2t("cache", "pull", "https://user:secret@localhost:1/x.git")
+    assert done.exit_code == 1
+    assert "secret" not in done.output
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_gc_removes_what_nobody_works_on(lab):
+    data = lab / "a/data/extract"
+    for name in (".old.staging", ".busy.staging"):
+        (data / name / "cache").mkdir(parents=True)
+        (data / name / "lock").touch()
+        (data / name / "cache/x").write_bytes(b"0" * 1000)
+    with (data / ".busy.staging/lock").open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        done = h2t("cache", "gc")
+        assert done.exit_code == 0, done.output
+        assert "would remove data/extract/.old.staging" in done.stdout
+        assert "busy" not in done.stdout
+        assert (data / ".old.staging").exists()
+        assert h2t("cache", "gc", "--apply").exit_code == 0
+    assert not (data / ".old.staging").exists()
+    assert (data / ".busy.staging").exists()
+    dvc("checkout", "--force", where=lab / "a")  # what is in use is still there
+
+
+# doctor: each of the faults that can be planted is named, and nothing else is
+
+
+def faults(lab, **more) -> dict[str, str]:
+    return {f.check: str(f) for f in doctor.examine(lab / "a", lab / "a/params.yaml", **more) if f.state == "fault"}
+
+
+@pytest.fixture
+def healthy(lab):
+    dvc("remote", "modify", "store", "verify", "true", where=lab / "a")
+    return lab
+
+
+def test_a_healthy_place_has_no_fault(healthy):
+    assert faults(healthy) == {}
+    done = h2t("doctor")
+    assert done.exit_code == 0, done.output
+    assert all(line.startswith(("ok", "note")) for line in done.stdout.splitlines())
+
+
+def plant_no_remote(lab, patch):
+    dvc("remote", "remove", "store", where=lab / "a")
+
+
+def plant_no_verify(lab, patch):
+    dvc("remote", "modify", "store", "verify", "false", where=lab / "a")
+
+
+def plant_no_credentials(lab, patch):
+    def refuse(*_):
+        raise RuntimeError("Unable to locate credentials")
+
+    patch.setattr("dvc.data_cloud.DataCloud.get_remote_odb", refuse)
+
+
+def plant_remote_gone(lab, patch):
+    dvc("remote", "modify", "store", "url", "/nowhere/at/all/store", where=lab / "a")
+
+
+def plant_copies(lab, patch):
+    dvc("config", "cache.type", "copy", where=lab / "a")
+
+
+def plant_full_disk(lab, patch):
+    patch.setattr(doctor, "LOW_DISK", 10**18)
+
+
+def plant_old_version(lab, patch):
+    patch.setattr(doctor, "requires", lambda name: ["zarr>=99", "nosuchpackage>=1"])
+
+
+def plant_device(lab, patch):
+    write_params(lab / "a/params.yaml", device="cuda:7")
+
+
+def plant_missing_data(lab, patch):
+    shutil.rmtree(lab / "a/data/pool/b")
+
+
+def plant_damage(lab, patch):
+    shard = lab / "a/data/extract/b/maps.zarr/expert_0/c.1.0.0.0"
+    shard.unlink()
+    shard.write_bytes(b"short")
+
+
+def plant_wrong_params(lab, patch):
+    write_params(lab / "a/params.yaml", hosts__dr__grid__ratio=[1.3])
+
+
+def plant_writer(lab, patch):
+    staging = lab / "a/data/extract/.b.staging"
+    staging.mkdir()
+    file = (staging / "lock").open("wb")
+    fcntl.flock(file, fcntl.LOCK_EX)
+    patch.setattr(doctor, "_open_for_the_test", file, raising=False)
+
+
+def plant_running_stage(lab, patch):
+    info = {str(lab / "a/data/extract/b"): {"write": {"pid": os.getpid(), "cmd": "dvc repro"}, "read": []}}
+    (lab / "a/.dvc/tmp").mkdir(exist_ok=True)
+    (lab / "a/.dvc/tmp/rwlock").write_text(json.dumps(info))
+
+
+@pytest.mark.parametrize(
+    ("plant", "check", "says"),
+    [
+        (plant_no_remote, "remote", "type: dvc remote add"),
+        (plant_remote_gone, "remote", "is it mounted?"),
+        (plant_no_verify, "verify", "type: dvc remote modify store verify true"),
+        (plant_no_credentials, "credentials", "Unable to locate credentials; type:"),
+        (plant_copies, "links", "type: dvc config cache.type"),
+        (plant_full_disk, "disk", "type: h2t cache gc"),
+        (plant_old_version, "versions", "needed >=99; nosuchpackage is missing; type: pip install"),
+        (plant_device, "device", "cuda:7"),
+        (plant_missing_data, "data", "data/pool/b not here; type: dvc repro --pull"),
+        (plant_damage, "cache", "data/extract/b: maps.zarr/expert_0/c.1.0.0.0"),
+        (plant_wrong_params, "params", "must lie in [0, 1]; got 1.3"),
+        (plant_writer, "lock", "a cache is being written"),
+        (plant_running_stage, "lock", "data/extract/b is in use by dvc, process"),
+    ],
+)
+def test_doctor_names_a_planted_fault_and_nothing_else(healthy, monkeypatch, plant, check, says):
+    if plant is plant_device:
+        import torch
+
+        if torch.cuda.is_available():
+            pytest.skip("the fault is that there is no such device")
+    plant(healthy, monkeypatch)
+    found = faults(healthy)
+    assert list(found) == [check], found
+    assert says in found[check]
+    assert len(found[check].splitlines()) == 1
+    assert h2t("doctor").exit_code == 1
+
+
+def test_full_examination_finds_a_flipped_bit(healthy):
+    shard = healthy / "a/data/extract/b/maps.zarr/expert_0/c.1.0.0.0"
+    data = shard.read_bytes()
+    shard.unlink()
+    shard.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert "cache" not in faults(healthy)
+    assert "crc32c" in faults(healthy, full=True)["cache"]
+
+
+def test_outside_of_a_repository(tmp_path):
+    found = [f for f in doctor.examine(tmp_path, tmp_path / "params.yaml") if f.state == "fault"]
+    assert [f.check for f in found] == ["params", "repository"]
+
+
+def test_no_such_remote():
+    with pytest.raises(UserError, match="not configured"):
+        sharing.remote_name({"remote": {"a": {}}}, "b")

@@ -1,0 +1,142 @@
+"""Tables of docs/results.md from a small cache, their numbers recomputed another way; --compare and --runs."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from pipeline_builders import ROOT, h2t, write_params
+from report_builders import make_evaluated
+from scipy.stats import ttest_rel
+
+from benchmarks import analyses, results
+from pipeline import params
+from pipeline.errors import UserError
+from pipeline.results import FIGURES, load_result
+from pipeline.stages import report, train_classifier
+
+GRID = {"donor": ["instance", "balanced"], "selection": ["random", "first"]}
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    return make_evaluated(tmp_path_factory.mktemp("results"), grid=GRID)
+
+
+def recomputed(folder: Path) -> pd.DataFrame:
+    heads = pd.read_parquet(folder / "dr" / "heads.parquet")
+    return heads[(heads.split == "test") & (heads.statistics == "mixture")]
+
+
+def test_table_of_donors_from_a_small_cache(evaluated):
+    text = results.variant_table(load_result("dr", evaluated / "dr"), 0.3, {}, "")
+    lines = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines()[2:]]
+    heads = recomputed(evaluated)
+    usual = heads[(heads.ratio == 0.3) & (heads.donor == "instance") & (heads.selection == "random")]
+    assert [line[0] for line in lines] == [
+        "without H2T", "instance, random", "balanced, first", "balanced, random", "instance, first",
+    ]  # fmt: skip
+    for label, *figures, apart in lines[1:]:
+        donor, selection = label.split(", ")
+        mine = heads[(heads.ratio == 0.3) & (heads.donor == donor) & (heads.selection == selection)]
+        for figure, cell in zip(("top1", "head", "medium", "tail"), figures, strict=True):
+            assert cell == f"{np.mean(mine[figure]):.2f} ± {np.std(mine[figure], ddof=1):.2f}"
+        if label != "instance, random":
+            test = ttest_rel(mine.top1.to_numpy(), usual.top1.to_numpy())
+            found = [float(n) for n in re.findall(r"[+-]\d+\.\d+", apart)]
+            interval = test.confidence_interval(0.95)
+            each = mine.top1.to_numpy() - usual.top1.to_numpy()
+            low, high = (interval.low, interval.high) if each.std() else (each.mean(), each.mean())
+            assert found == pytest.approx([each.mean(), low, high], abs=0.0051)
+            assert apart.endswith("no difference") == (low <= 0 <= high)
+
+
+def test_ratio_table_has_every_ratio(evaluated):
+    lines = results.ratio_table(load_result("dr", evaluated / "dr")).splitlines()[2:]
+    assert [line.split("|")[1].strip() for line in lines] == ["0", "0.3", "0.6"]
+    assert lines[0].count("–") == 2
+
+
+def test_an_analysis_runs_by_one_command_and_again_to_the_same_table(tmp_path, evaluated):
+    values = {
+        "device": "cpu",
+        "hosts": {
+            "only": {
+                "host": "dr",
+                "backbone": "b0",
+                "optimiser": {"epochs": 1, "batch_size": 16},
+                "grid": {"ratio": [0.0, 0.5], "seed": [0, 1]},
+            }
+        },
+    }
+    tables = []
+    for name in ("a", "b"):
+        analyses.analyse(values, evaluated.parent, tmp_path / name)
+        found = results.load_analysis(tmp_path / name)
+        assert found.runs["only"]["heads"] == 4
+        assert "4 heads" in found.made
+        tables.append((results.ratio_table(found["only"]), (tmp_path / name / "report" / "results.md").read_bytes()))
+    assert tables[0] == tables[1]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "presets" / "analyses").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_analysis_is_complete(path):
+    for name, host in params.load(path)["hosts"].items():
+        made = params.build(train_classifier.Params, f"hosts.{name}", host)
+        assert len(made.grid.seed) == 5 or made.grid == train_classifier.Grid()
+
+
+def test_grid_has_660_heads():
+    host = params.load(ROOT / "presets" / "analyses" / "grid.yaml")["hosts"]["grid"]
+    assert len(train_classifier.heads_of(params.build(train_classifier.Params, "hosts.grid", host).grid)) == 660
+
+
+def test_an_unfinished_analysis_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="make analysis-donors"):
+        results.load_analysis(tmp_path / "donors")
+
+
+def test_compare_two_runs(tmp_path, evaluated):
+    other = make_evaluated(tmp_path, seed=1, grid=GRID)
+    lines: list[str] = []
+    report.compare(evaluated, other.parent, tmp_path / "both", lines.append)
+    table = [line for line in lines[0].splitlines() if line.startswith("| dr")]
+    assert [line.split("|")[2].strip() for line in table] == ["stage I", "without H2T", "with H2T"]
+    first, second = (load_result("dr", f / "dr").metrics["with_h2t"]["top1"] for f in (evaluated, other))
+    assert f"{second - first:+.2f} [" in table[2]
+    page = (tmp_path / "both" / "index.html").read_text()
+    assert "A: dr" in page
+    assert "B: dr" in page
+    same: list[str] = []
+    report.compare(evaluated, evaluated, None, same.append)
+    assert same[0].count("+0.00 [+0.00, +0.00] no difference") == 2 * len(FIGURES)
+
+
+def test_compare_without_a_shared_host(tmp_path, evaluated):
+    with pytest.raises(UserError, match="no host is in both"):
+        report.compare(evaluated, tmp_path, None, print)
+
+
+def test_command_line(tmp_path, evaluated):
+    write_params(tmp_path / "params.yaml")
+    done = h2t("report", "--compare", evaluated, evaluated, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "B - A" in done.stdout
+    missing = h2t("report", evaluated, cwd=tmp_path)
+    assert missing.returncode == 2
+    assert "--compare" in missing.stderr
+
+
+def test_run_records_are_shown_on_request_only(tmp_path, evaluated):
+    runs = tmp_path / "runs" / "extract"
+    runs.mkdir(parents=True)
+    (runs / "b.json").write_text('{"seconds": 12.5, "rows": 77, "commit": "abcdef", "machine": {"cores": 2}}')
+    pages = []
+    for given in (None, tmp_path / "runs"):
+        report.run(report.Params(), ["dr"], evaluated, tmp_path / "out", lambda line: None, given)
+        pages.append((tmp_path / "out" / "index.html").read_text())
+    assert ["abcdef" in p for p in pages] == [False, True]
+    (runs / "b.json").write_text("{")
+    with pytest.raises(UserError, match="not a run record"):
+        report.run_records(tmp_path / "runs")

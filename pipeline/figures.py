@@ -8,7 +8,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 COLOURS = {"top1": "#222222", "head": "#2166ac", "medium": "#8a6d00", "tail": "#b2182b"}
-ROW_COLOURS = {"stage I": "#888888", "without H2T": "#2166ac", "with H2T": "#b2182b"}
 
 
 def _svg(figure: Figure) -> str:
@@ -50,24 +49,5 @@ def ratio_picture(curves: pd.DataFrame) -> str:
             )
         axis.set_title(host, loc="left")
         axis.set_xlabel("ratio of replaced channels")
-        axis.legend(frameon=False, fontsize=8)
-    return _svg(figure)
-
-
-def per_class_picture(classes: pd.DataFrame) -> str:
-    """Accuracy of each class, in descending order of training count, one panel per host."""
-    hosts = list(dict.fromkeys(classes.host))
-    figure, axes = _panels(len(hosts))
-    for host, axis in zip(hosts, axes, strict=True):
-        for label, colour in ROW_COLOURS.items():
-            line = classes[(classes.host == host) & (classes.row == label)].sort_values("class")
-            axis.plot(line["class"], line.accuracy, color=colour, marker="o", markersize=3, linewidth=1, label=label)
-        first = classes[(classes.host == host) & (classes.row == "stage I")].sort_values("class")
-        if len(first) <= 20:
-            axis.set_xticks(first["class"], [str(n) for n in first["count"]])
-            axis.set_xlabel("training images of the class")
-        else:
-            axis.set_xlabel("class, in descending order of training images")
-        axis.set_title(host, loc="left")
         axis.legend(frameon=False, fontsize=8)
     return _svg(figure)

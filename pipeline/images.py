@@ -162,7 +162,7 @@ def _random_resized_crop(image: np.ndarray, size: int, area: list[float], draws:
 def _jittered(image: np.ndarray, strength: float, draws: np.random.Generator) -> np.ndarray:
     from torchvision.transforms.v2 import functional
 
-    x = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+    x = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # a copy: Pillow's own array is read-only
     for change in draws.permutation(3):
         factor = draws.uniform(max(0.0, 1 - strength), 1 + strength)
         adjust = (functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation)[change]

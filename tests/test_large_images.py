@@ -1,0 +1,51 @@
+"""The list-file data sets from end to end on miniature copies, with the networks of the paper, on the CPU."""
+
+import json
+
+import pytest
+from image_builders import make_imagenet_lt, make_inaturalist18, make_places_lt
+from pipeline_builders import CPU, extracted, fitted, silent
+from safetensors.torch import save_file
+
+from cache.reader import open_cache
+from pipeline import plugins
+from pipeline.samples import load_samples
+from pipeline.stages import evaluate, prepare, train_backbone
+
+
+def calm_weights(path, arch, options=()):
+    """Fresh weights whose residual branches are small: a few steps are too few for the running statistics to settle."""
+    module = plugins.load("backbones", arch)
+    state = module.build(module.Options(**dict(options))).state_dict()
+    save_file({k: 0.05 * v if k.endswith(("bn2.weight", "bn3.weight")) else v for k, v in state.items()}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("dataset", "make", "backbone"),
+    [
+        ("imagenet_lt", make_imagenet_lt, {"arch": "resnet50"}),
+        ("places_lt", lambda root: make_places_lt(root, "data_256"), {"arch": "resnet152"}),
+        ("inaturalist18", make_inaturalist18, {"arch": "torchvision", "options": {"model": "resnet18"}}),
+    ],
+)
+def test_from_images_to_metrics(dataset, make, backbone, tmp_path):
+    section = prepare.Params(dataset=dataset, options=make(tmp_path / "images"))
+    prepare.run(section, 0, tmp_path / "prepare", silent)
+    samples = load_samples(tmp_path / "prepare")
+    images = samples.images(section.model_dump())
+    backbone = {**backbone, "start": str(calm_weights(tmp_path / "start.safetensors", **backbone))}
+    training = train_backbone.Params(
+        **backbone, epochs=1, batch_size=8, schedule="cosine", warmup_epochs=0, lr=0.001, mixup=0.2
+    )
+    trained = tmp_path / "backbone"
+    train_backbone.run(training, "b", samples, images, 0, CPU, trained, silent)
+    cache = tmp_path / "cache"
+    extracted(cache, samples, images, trained, batch_size=4, batchnorm_passes=1, max_views=2)
+    fitted(tmp_path / "heads", cache, trained, optimiser={"batch_size": 4})
+    with open_cache(cache) as opened:
+        assert opened.spec.maps == ((512 if backbone["arch"] == "torchvision" else 2048, 1, 1),)
+        out = tmp_path / "evaluate"
+        evaluate.run(evaluate.Params(), "dr", opened, tmp_path / "heads", trained, CPU, out, silent)
+    found = json.loads((out / "metrics.json").read_text())
+    assert 0 <= found["with_h2t"]["top1"] <= 100

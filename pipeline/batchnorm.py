@@ -1,12 +1,6 @@
-"""Batch-norm statistics: which ones a cache's rows are computed under, and how they are estimated.
-
-The published stage II runs batch norm in train mode, so receivers are normalised by balanced batches, donors by
-instance batches, and test images by the running mixture of both. `branchwise` reproduces that from a frozen cache;
-`calibrated` is one set re-estimated on both kinds of batches; `stage1` is the trained one.
-"""
+"""Batch-norm statistics: how they are estimated, put in place and kept. What they are for is in `pipeline.recipes`."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,40 +22,6 @@ INSTANCE_SHARE = 0.526
 Statistics = dict[str, dict[str, torch.Tensor]]  # statistics name -> buffer name -> values
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Statistics of the rows that a recipe stores and that a host under it reads.
-
-    `train` and `evaluation`: what is stored for training and for evaluation samples. `receiver`, `donors` (by sampler)
-    and `evaluate`: what stage II and evaluation read.
-    """
-
-    train: tuple[str, ...]
-    evaluation: tuple[str, ...]
-    receiver: str
-    donors: Mapping[str, str]
-    evaluate: str
-
-
-def _one(name: str) -> Recipe:
-    return Recipe((name,), (name,), name, {"instance": name, "balanced": name, "reverse": name}, name)
-
-
-RECIPES: dict[str, Recipe] = {
-    "stage1": _one("stage1"),
-    "calibrated": _one("calibrated"),
-    "branchwise": Recipe(
-        train=("balanced", "instance"),
-        evaluation=("mixture", "balanced"),
-        receiver="balanced",
-        donors={"instance": "instance", "balanced": "balanced", "reverse": "reverse"},
-        evaluate="mixture",
-    ),
-}
-#: Not a recipe of its own: adds the rows that a `reverse` donor under `branchwise` reads.
-EXTRA = {"reverse": Recipe(("reverse",), (), "reverse", {}, "mixture")}
-NAMES = (*RECIPES, *EXTRA)
-
 #: Statistics name -> the samplers whose batches it is estimated on, in turn.
 SAMPLERS = {
     "balanced": ("balanced",),
@@ -69,17 +29,6 @@ SAMPLERS = {
     "reverse": ("reverse",),
     "calibrated": ("balanced", "instance"),
 }
-
-
-def stored(recipes: list[str], split: str) -> list[str]:
-    """The statistics under which rows of `split` are stored: the union over `recipes`.
-
-    Evaluation rows under `stage1` are always stored: the stage-I head is evaluated on them.
-    """
-    chosen = [{**RECIPES, **EXTRA}[name] for name in recipes]
-    if split == "train":
-        return sorted({s for recipe in chosen for s in recipe.train})
-    return sorted({"stage1"} | {s for recipe in chosen for s in recipe.evaluation})
 
 
 def _norms(backbone: nn.Module) -> Iterator[tuple[str, Any]]:

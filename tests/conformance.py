@@ -13,12 +13,12 @@ from pipeline_builders import CPU, distance, make_stack, make_stage1_head, train
 from cache.reader import open_cache
 from pipeline import plugins
 from pipeline import stack as stack_module
-from pipeline.batchnorm import RECIPES
 from pipeline.classes import ClassIndex
 from pipeline.errors import UserError
 from pipeline.head import global_average, logits
 from pipeline.host import Context, FittedHost, GradientHost
 from pipeline.network import StageOneHead
+from pipeline.recipes import RECIPES
 from pipeline.seeds import stream
 
 COUNTS = (30, 12, 3, 1)

@@ -4,10 +4,11 @@ import torch
 from pipeline_builders import CPU
 
 from pipeline import batchnorm, plugins
-from pipeline.batchnorm import RECIPES, SAMPLERS, compute, current, estimate, from_bytes, stored, to_bytes, use
+from pipeline.batchnorm import SAMPLERS, compute, current, estimate, from_bytes, to_bytes, use
 from pipeline.checkpoints import weights_digest
 from pipeline.errors import UserError
 from pipeline.network import load_backbone
+from pipeline.recipes import RECIPES, stored
 from pipeline.seeds import stream
 
 

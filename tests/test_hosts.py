@@ -23,12 +23,12 @@ from pipeline_builders import CPU, make_backbone_dir, make_stage1_head, make_sta
 from cache.reader import open_cache
 from pipeline import plugins
 from pipeline import stack as stack_module
-from pipeline.batchnorm import RECIPES, Recipe
 from pipeline.errors import UserError
 from pipeline.heads import load_heads
 from pipeline.host import Context
 from pipeline.hosts.mislas import smoothing
 from pipeline.longtail import effective_weights, ldam_margins
+from pipeline.recipes import RECIPES, Recipe
 from pipeline.stages import evaluate, train_classifier
 from pipeline.streams import Batch, Streams
 

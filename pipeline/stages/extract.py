@@ -35,6 +35,7 @@ from pipeline.images import Images
 from pipeline.network import load_backbone
 from pipeline.params import DISTINCT, Count, Positive, Section
 from pipeline.progress import progress
+from pipeline.recipes import stored
 from pipeline.samples import Samples
 
 TAP = "last maps before pooling"
@@ -83,7 +84,7 @@ def row_table(params: Params, samples: Samples) -> pa.Table:
     }
     for sample in samples.table.to_pylist():
         train = sample["split"] == "train"
-        for statistics in batchnorm.stored(list(params.batchnorm), sample["split"]):
+        for statistics in stored(list(params.batchnorm), sample["split"]):
             for view in range(views[sample["label"]] if train else 1):
                 for key in ("sample", "split", "label", "source", "digest"):
                     columns[key].append(sample[key])

@@ -18,7 +18,6 @@ import torch
 
 from cache.reader import Cache
 from pipeline import plugins
-from pipeline.batchnorm import RECIPES, Recipe
 from pipeline.checkpoint import Checkpoint
 from pipeline.checkpoints import save_weights
 from pipeline.errors import UserError
@@ -29,6 +28,7 @@ from pipeline.host import Context, FittedHost
 from pipeline.network import NONE, StageOneHead, backbone_digest, load_head
 from pipeline.outputs import fresh_directory
 from pipeline.params import DISTINCT, Count, NonNegative, Positive, Ratio, Section, Seed, plugin
+from pipeline.recipes import RECIPES, Recipe
 from pipeline.residency import Feed, available_memory, choose_tier
 from pipeline.stack import POOL, HeadSetting, Optimiser, Stack, head_bytes, parts_of
 from pipeline.streams import Streams

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from cache.reader import Cache
 
 
+FOLDER = click.Path(path_type=Path)
+
+
 class OneLineErrors(click.Group):
     """A group whose CacheErrors, and errors of the disk or the network, are one line on stderr and exit 1."""
 
@@ -93,12 +96,23 @@ def info(location: str, as_json: bool) -> None:
 @cache.command("verify")
 @click.argument("location", metavar="CACHE")
 @click.option("--quick", is_flag=True, help="Sizes, cache.json, row table, metadata and shard indices only.")
-def verify_command(location: str, quick: bool) -> None:
-    """Check CACHE; exit 1 with one line for each fault.
+@click.option("--recompute", "count", type=click.IntRange(1), metavar="N", help="Extract N random rows again, too.")
+@click.option("--samples", type=FOLDER, default=Path("data/prepare"), show_default=True, help="For --recompute.")
+@click.option("--backbone", type=FOLDER, help="For --recompute: the backbone that made CACHE.")
+@click.option("--params", "params_file", type=FOLDER, default=Path("params.yaml"), show_default=True)
+@click.option("--seed", default=0, show_default=True, help="Which rows --recompute draws.")
+@click.option("--device", default="auto", show_default=True, help="Where --recompute runs.")
+def verify_command(location: str, quick: bool, count: int | None, **given: Any) -> None:
+    r"""Check CACHE; exit 1 with one line for each fault.
 
+    \b
     Example: h2t cache verify --quick s3://bucket/cache
+             h2t cache verify data/extract/b --recompute 100 --backbone data/train_backbone/b
     """
     from cache.audit import describe, verify
+
+    if count is not None and given["backbone"] is None:
+        raise click.UsageError("--recompute needs --backbone, the directory of the backbone that made CACHE")
 
     faults = verify(location, quick=quick)
     for fault in faults:
@@ -109,6 +123,30 @@ def verify_command(location: str, quick: bool) -> None:
         about = describe(found)
     checked = "sizes, row table, metadata and shard indices" if quick else "every byte"
     click.echo(f"sound: {about['rows']} rows, {about['files']} files, {human(about['bytes'])}; checked {checked}")
+    if count is not None:
+        _recompute(location, count, **given)
+
+
+def _recompute(
+    location: str, count: int, samples: Path, backbone: Path, params_file: Path, seed: int, device: str
+) -> None:
+    from pipeline import params
+    from pipeline.device import choose
+    from pipeline.recompute import recompute
+    from pipeline.samples import load_samples
+
+    section = params.section(params.load(params_file), "prepare")
+    known = load_samples(samples)
+    with opened(location) as found:
+        result = recompute(found, known, known.images(section), backbone, count, seed, choose(device))
+    for fault in result.faults:
+        click.echo(fault)
+    click.echo(
+        f"recomputed {result.rows} rows: {result.same_bits} have the same bits, {len(result.faults)} faults; "
+        f"largest deviation {result.worst:.2g} of a map's largest value, allowed {result.tolerance:g}"
+    )
+    if result.faults:
+        raise SystemExit(1)
 
 
 @cache.command("stats")

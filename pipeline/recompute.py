@@ -1,0 +1,92 @@
+"""Are the maps in a cache those of these images and this backbone? Recomputes some rows and compares.
+
+Finds what checksums cannot: weights or images that are not those the cache was made from, batch norm in the wrong mode,
+a changed transform, another order of colours.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cache.reader import Cache
+from cache.spec import to_float32
+from pipeline import batchnorm
+from pipeline.errors import UserError
+from pipeline.images import Images
+from pipeline.network import load_backbone
+from pipeline.samples import Samples
+from pipeline.seeds import stream
+
+#: How far a recomputed value may be from the stored one, as a share of the largest value of its map. The same device,
+#: thread count and versions give the same bits; others sum in another order and round to the storage type elsewhere.
+TOLERANCE = {"float32": 1e-3, "float16": 4e-3, "bfloat16": 2e-2}
+
+
+@dataclass(frozen=True)
+class Recomputed:
+    """Rows compared, how many of them had the same bits, the largest deviation (a share, as TOLERANCE), and faults."""
+
+    rows: int
+    same_bits: int
+    worst: float
+    tolerance: float
+    faults: list[str]
+
+
+@torch.no_grad()
+def recompute(
+    cache: Cache, samples: Samples, images: Images, backbone_dir: Path, count: int, seed: int, device: torch.device
+) -> Recomputed:
+    """Compares `count` rows, drawn at random by `seed` (all, if there are no more), with what the backbone gives now.
+
+    Raises UserError if the cache cannot be of these inputs: a pooled copy, other weights, another transform.
+    """
+    inputs, spec = cache.spec.fingerprint_inputs, cache.spec
+    if "pool" in inputs:
+        raise UserError(f"{cache.files}: is a pooled copy; recompute rows of the cache it was made from")
+    backbone, identity = load_backbone(backbone_dir)
+    for name, recorded, found in (
+        ("backbone", inputs.get("backbone", {}).get("weights"), identity["weights"]),
+        ("transform", inputs.get("transform"), samples.facts["transform"]),
+    ):
+        if recorded != found:
+            raise UserError(
+                f"{cache.files}: was extracted with another {name} ({recorded}) than the one given ({found})"
+            )
+    backbone.to(device)
+    statistics = batchnorm.from_bytes(cache.statistics)
+    chosen = np.sort(stream(seed, "recompute").choice(spec.rows, min(count, spec.rows), replace=False))
+    known = {
+        (line["split"], line["source"]): line
+        for line in samples.table.select(["sample", "split", "source", "digest"]).to_pylist()
+    }
+    faults: list[str] = []
+    worst, same_bits = 0.0, 0
+    for row, entry in zip(chosen.tolist(), cache.rows.take(chosen).to_pylist(), strict=True):
+        what = f"row {row} ({entry['split']} {entry['source']}, view {entry['view']}, {entry['statistics']})"
+        sample = known.get((entry["split"], entry["source"]))
+        if sample is None:
+            faults.append(f"{what}: its image is not among the samples")
+            continue
+        if sample["digest"] != entry["digest"]:
+            faults.append(f"{what}: its image has other bytes now")
+            continue
+        # Padded as in extraction: at another batch size libraries may sum in another order.
+        key = None if entry["view"] == 0 else (inputs["views"]["seed"], entry["view"])
+        x = images.batch([sample["sample"]], [key]).expand(spec.provenance.get("batch_size", 1), -1, -1, -1)
+        batchnorm.use(backbone, statistics[entry["statistics"]])
+        for expert, maps in enumerate(backbone(x.to(device))):
+            now = maps[0].cpu().to(getattr(torch, spec.dtype)).to(torch.float32).numpy()
+            stored = to_float32(cache.read([row], expert=expert), spec.dtype)[0]
+            same_bits += int(np.array_equal(now, stored))
+            scale = max(float(np.abs(stored).max()), float(np.abs(now).max()), 1e-12)
+            off = float(np.abs(now - stored).max()) / scale
+            worst = max(worst, off)
+            if not off <= TOLERANCE[spec.dtype]:
+                faults.append(
+                    f"{what}, expert {expert}: recomputed values are off by {off:.2g} of the largest; "
+                    f"allowed are {TOLERANCE[spec.dtype]:g}"
+                )
+    return Recomputed(len(chosen), same_bits // spec.experts, worst, TOLERANCE[spec.dtype], faults)

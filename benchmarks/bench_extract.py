@@ -1,0 +1,148 @@
+"""Extraction (images to a committed cache) against the bare forward pass over the same images, on the same device.
+
+    python -m benchmarks.bench_extract --data DIR
+
+Turns alternate. Ours is `extract.run`, all of it: decoding ahead, batches, forward pass, conversion, crc, writing,
+fsync, commit. Bare is the backbone alone on batches that lie ready in memory. `spent` is what single parts take alone.
+"""
+
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from benchmarks.measure import arguments, machine, save, spread, table
+from pipeline import device as devices
+from pipeline import plugins
+from pipeline.checkpoints import save_weights
+from pipeline.images import Images, Transform
+from pipeline.network import load_backbone
+from pipeline.samples import Samples
+from pipeline.stages import extract
+
+WANTED = 0.9  # of the bare forward pass's images per second
+ARCH = "resnet32"
+ROWS, TINY_ROWS = 4096, 160
+SIZE = 32
+
+
+def quiet(line: str) -> None:
+    """Takes what extraction says."""
+
+
+def inputs(folder: Path, rows: int) -> tuple[Samples, Images, Path]:
+    """Random images as samples of ten classes, half for training, and a backbone with random weights."""
+    mean = [0.5, 0.5, 0.5]
+    transform = Transform(size=SIZE, mean=mean, std=mean)
+    half = rows // 2
+    sources = [f"{i:06}" for i in range(rows)]
+    table = pa.table(
+        {
+            "sample": np.arange(rows),
+            "split": ["test"] * (rows - half) + ["train"] * half,
+            "label": pa.array(np.concatenate([np.arange(rows - half) % 10, np.arange(half) % 10]), pa.int32()),
+            "source": sources,
+            "digest": ["0" * 64] * rows,
+        }
+    )
+    counts = np.bincount(np.arange(half) % 10).tolist()
+    facts = {
+        "classes": [str(j) for j in range(10)],
+        "counts": counts,
+        "dataset": "synthetic",
+        "transform": transform.model_dump(),
+    }
+    pixels = np.random.default_rng(0).integers(0, 256, (64, SIZE, SIZE, 3), np.uint8)
+
+    def decoder(data: bytes) -> np.ndarray:
+        image: np.ndarray = pixels[int(data) % len(pixels)]
+        return image
+
+    images = Images(sources, str.encode, decoder, transform)
+    module = plugins.load("backbones", ARCH)
+    torch.manual_seed(0)
+    backbone = module.build(module.Options())
+    about = {"arch": ARCH, "options": {}, "channels": backbone.channels, "experts": 1}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_weights(folder / "backbone.safetensors", backbone.state_dict(), about)
+    return Samples(table, facts), images, folder
+
+
+def seconds(call: Callable[[], object]) -> tuple[float, float]:
+    """By the clock, and computed by this process on all cores together: the steadier figure on a busy machine."""
+    start, started = time.perf_counter(), time.process_time()
+    call()
+    return time.perf_counter() - start, time.process_time() - started
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    parser = arguments("bench_extract", __doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--device", default="auto")
+    parser.set_defaults(rounds=5)
+    options = parser.parse_args(given)
+    about = machine()
+    rows, rounds = (TINY_ROWS, 2) if options.tiny else (ROWS, options.rounds)
+    device = devices.choose(options.device)
+    samples, images, folder = inputs(options.data / "backbone", rows)
+    params = extract.Params(batchnorm=["stage1"], batch_size=32 if options.tiny else 128, shard_bytes=16 * 2**20)
+    numbers = [list(range(i, min(i + params.batch_size, rows))) for i in range(0, rows, params.batch_size)]
+    batches = [images.batch(some, [None] * len(some)).to(device) for some in numbers]
+    backbone, _ = load_backbone(folder)
+    backbone.to(device)
+
+    @torch.no_grad()
+    def bare() -> None:
+        for batch in batches:
+            backbone(batch)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def ours() -> None:
+        shutil.rmtree(options.data / "cache", ignore_errors=True)
+        extract.run(params, "bench", samples, images, folder, 0, device, options.data / "cache", quiet)
+
+    bare()
+    ours()
+    found: dict[str, list[tuple[float, float]]] = {"bare": [], "ours": []}
+    for i in range(rounds):
+        for name, call in (("bare", bare), ("ours", ours)) if i % 2 else (("ours", ours), ("bare", bare)):
+            found[name].append(seconds(call))
+    ratios = [a[0] / b[0] for a, b in zip(found["bare"], found["ours"], strict=True)]
+    cpu = statistics.median(a[1] / b[1] for a, b in zip(found["bare"], found["ours"], strict=True))
+    low, high = spread(ratios)
+    spent = {
+        "row table": seconds(lambda: extract.row_table(params, samples))[1],
+        "decoding and normalising": seconds(lambda: [images.batch(some, [None] * len(some)) for some in numbers])[1],
+        "reading the backbone": seconds(lambda: load_backbone(folder))[1],
+    }
+    shutil.rmtree(options.data / "cache", ignore_errors=True)
+    body: dict[str, Any] = {
+        "tiny": options.tiny,
+        "machine": {**about, "versions": {**about["versions"], "torch": version("torch")}},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "case": f"{rows} images {SIZE}x{SIZE}, {ARCH}, float32, batches of {params.batch_size}",
+        "images_per_second": {name: rows / statistics.median(t for t, _ in times) for name, times in found.items()},
+        "seconds": {name: [t for t, _ in times] for name, times in found.items()},
+        "cpu_seconds": {name: [t for _, t in times] for name, times in found.items()},
+        "of_bare": {"median": statistics.median(ratios), "p10": low, "p90": high, "cpu": cpu},
+        "wanted": WANTED,
+        "spent_cpu_s": spent,
+    }
+    save(options.out, body)
+    print(body["case"], "on", body["device"])
+    lines = [[name, f"{rate:.0f}"] for name, rate in body["images_per_second"].items()]
+    print(table(["", "images/s"], lines))
+    median = body["of_bare"]["median"]
+    print(f"ours / bare: {median:.3f} ({low:.3f} to {high:.3f}), by CPU seconds {cpu:.3f}; wanted {WANTED}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""The benchmarks of an epoch and of extraction run tiny; and streaming holds its memory bound on a smaller cache."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks_importable(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+
+
+def test_epoch_benchmark(tmp_path, capsys):
+    from benchmarks.bench_epoch import main, ways
+
+    main(["--tiny", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "result.json")])
+    body = json.loads((tmp_path / "result.json").read_text())
+    assert str(tmp_path) not in json.dumps(body)
+    assert set(body["results"]) == set(ways(tiny=True))
+    assert body["promises"]["memory_within_bound"]
+    assert body["promises"]["same_weights_as_in_memory"]
+    assert abs(body["promises"]["hit_rate"] - body["promises"]["expected_hit_rate"]) < 0.05  # 30 steps only
+    assert "ours, streaming" in capsys.readouterr().out
+
+
+def test_extraction_benchmark(tmp_path, capsys):
+    from benchmarks.bench_extract import main
+
+    out = tmp_path / "result.json"
+    main(["--tiny", "--data", str(tmp_path / "data"), "--out", str(out), "--device", "cpu"])
+    body = json.loads(out.read_text())
+    assert set(body["seconds"]) == {"bare", "ours"}
+    assert set(body["of_bare"]) == {"median", "p10", "p90", "cpu"}
+    assert [p.name for p in (tmp_path / "data").iterdir()] == ["backbone"]
+    assert "ours / bare" in capsys.readouterr().out
+
+
+def test_streaming_a_cache_ten_times_the_budget_does_not_hold_it(tmp_path):
+    """384 MiB of maps, a budget of 38 MiB: the whole cache in memory would break the bound."""
+    from benchmarks.synthetic import write_synthetic
+
+    rows, size = 49_152, 49_152 * 8192
+    write_synthetic(tmp_path / "c", rows, (64, 8, 8))
+    command = ["stream", str(tmp_path / "c"), "--budget", str(size // 10), "--steps", "80"]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.epoch_run", *command], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    found = json.loads(done.stdout)
+    assert found["peak_beyond_baseline_bytes"] < size // 10 + 200 * 2**20
+    assert found["bytes_read"] < found["bytes_used"]
+    assert found["hit_rate"] == pytest.approx(found["expected_hit_rate"], abs=0.02)

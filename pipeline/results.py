@@ -27,10 +27,9 @@ class HostResult:
     tables: Mapping[str, pd.DataFrame]
 
     @property
-    def statistics(self) -> str | None:
+    def statistics(self) -> str:
         """The statistics that the host's own evaluation rows have."""
-        entry = self.metrics["without_h2t"] or self.metrics["with_h2t"]
-        return str(entry["statistics"]) if entry else None
+        return str(self.about["host"]["evaluate"])
 
     @property
     def heads(self) -> pd.DataFrame:
@@ -123,7 +122,7 @@ def ratio_curve(result: HostResult) -> pd.DataFrame:
         for r in result.ratios
     ]
     return pd.DataFrame(lines, columns=["host", "group", "ratio", "accuracy", "std"]).astype(
-        {"accuracy": float, "std": float}
+        {"ratio": float, "accuracy": float, "std": float}
     )
 
 

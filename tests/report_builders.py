@@ -10,7 +10,7 @@ from pipeline.stages import evaluate, train_classifier
 NASTY = "</script><img src=x onerror=\"console.error('escaped')\">"  # a class name that a page must not run
 
 
-def make_evaluated(folder: Path, name: str = "dr", *, classes=None, grid=None, seed=0, **host) -> Path:
+def make_evaluated(folder: Path, name: str = "dr", *, classes=None, grid=None, seed=0, fitted=False, **host) -> Path:
     """`folder`/evaluate/`name`, as evaluate writes it; returns `folder`/evaluate."""
     names = classes or ["plane", NASTY, "bird & co", "cat"]
     backbone = folder / "train_backbone" / f"b{seed}"
@@ -22,6 +22,8 @@ def make_evaluated(folder: Path, name: str = "dr", *, classes=None, grid=None, s
             cache, counts=counts[: len(names)], classes=names, shape=(64, 2, 2), backbone=digest, test=6, val=0
         )
     params = make_host(grid={"ratio": [0.0, 0.3, 0.6], "seed": [0, 1, 2], **(grid or {})}, **host)
+    if fitted:
+        params = train_classifier.Params(backbone="b", **host)
     with open_cache(cache) as opened:
         heads = folder / "train_classifier" / name
         train_classifier.run(params, train_classifier.Residency(), name, opened, backbone, CPU, heads, silent)

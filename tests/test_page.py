@@ -149,3 +149,19 @@ def test_motion_only_for_those_who_want_it():
     for line in style.read_text().splitlines():
         if any(word in line for word in ("transition", "animation", "scroll-behavior")):
             assert "prefers-reduced-motion: no-preference" in line
+
+
+def test_hosts_that_lack_parts_are_drawn_without_them(shown, tmp_path):
+    """One has no ratio 0, one no donor instance at all, one is fitted; 120 classes are shown in 100 runs."""
+    many = [f"class {i}" for i in range(120)]
+    make_evaluated(tmp_path, "no_zero", classes=many, grid={"ratio": [0.5], "seed": [3]}, optimiser={"epochs": 1})
+    make_evaluated(tmp_path, "reverse", classes=many, grid={"donor": ["balanced"], "ratio": [0.5], "seed": [3]})
+    evaluated = make_evaluated(tmp_path, "ncm", classes=many, host="ncm", fitted=True)
+    report.run(report.Params(), ["no_zero", "reverse", "ncm"], evaluated, tmp_path / "report", lambda line: None)
+    shown.errors.clear()
+    shown.open(tmp_path / "report" / "index.html")
+    for host in ("no_zero", "reverse", "ncm"):
+        choose(shown, "host", host, "change")
+        assert shown.run("document.getElementById('ratio-text').textContent").startswith(host)
+        assert shown.run("document.querySelectorAll('#counts-table tbody tr').length") == 100
+    assert shown.errors == []

@@ -163,7 +163,7 @@ def difference_table(results: list[HostResult]) -> str:
 def _document(title: str, results: list[HostResult]) -> str:
     notes = []
     for result in results:
-        first = next(e for e in result.metrics.values() if e is not None)
+        first = next((e for e in result.metrics.values() if e is not None), {"groups": "none"})
         heads = result.metrics["without_h2t"] or result.metrics["with_h2t"]
         seeds = heads["heads"] if heads else 0
         notes.append(f"- {result.name}: {seeds} head seeds; groups `{first['groups']}`.")

@@ -50,6 +50,11 @@ const percent = (label = "test accuracy (%)") => ({ domain: [0, 100], grid: true
 
 function drawRatio() {
   const h = hosts[state.host], at = state.at, zero = h.ratios.indexOf(0);
+  if (!h.ratios.length) {
+    $("ratio-text").textContent = `${state.host} has no head with donor instance and random channels.`;
+    for (const id of ["groups", "curve", "bars"]) for (const place of [id, `${id}-table`]) $(place).replaceChildren();
+    return;
+  }
   const groups = FIGURES.filter((f) => known(h.mean[f][at]));
   const bars = groups.map((f) => ({ group: NAMES[f], figure: f, mean: h.mean[f][at], std: h.std[f][at], zero: zero < 0 ? null : h.mean[f][zero] }));
   chart("groups", {
@@ -233,7 +238,7 @@ function choosePairs() {
 
 function drawHost() {
   const h = hosts[state.host];
-  $("ratio").max = h.ratios.length - 1;
+  $("ratio").max = Math.max(0, h.ratios.length - 1);
   $("ratio").disabled = h.ratios.length < 2;
   state.at = Math.max(0, h.ratios.indexOf(h.reported));
   $("ratio").value = state.at;

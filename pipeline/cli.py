@@ -258,6 +258,19 @@ def report(
     stage_module.run(section, list(params.section(values, "hosts")), evaluate_dir, out, click.echo, runs)
 
 
+@main.command("presets")
+@click.argument("name", required=False)
+def list_presets(name: str | None) -> None:
+    """The parameter files of the paper's settings; with NAME, its text (h2t presets NAME > params.yaml)."""
+    from pipeline import presets
+
+    if name is not None:
+        click.echo(presets.text(name), nl=False)
+        return
+    for one in presets.names():
+        click.echo(f"{one:24} {presets.summary(one)}")
+
+
 @main.command("list")
 @click.argument("kind", required=False)
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")

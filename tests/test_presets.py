@@ -1,0 +1,59 @@
+"""Every preset is complete and passes the check that stands before every stage."""
+
+import pytest
+from pipeline_builders import ROOT, h2t
+
+from pipeline import params, settings
+
+PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
+PAPER = {f"cifar{c}-{r}" for c in (10, 100) for r in (200, 100, 50)} | {
+    "imagenet_lt-256",
+    "inaturalist18-500",
+    "places_lt-996",
+}
+
+
+def test_every_setting_of_the_papers_tables_has_a_preset():
+    assert {p.stem for p in PRESETS} >= PAPER
+    text = (ROOT / "presets/README.md").read_text(encoding="utf-8")
+    for name in PAPER:
+        assert f"`{name}`" in text, name
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
+def test_a_preset_is_complete_and_valid(path):
+    values = params.load(path)
+    settings.check(values)
+    default = params.load(ROOT / "params.yaml")
+    assert set(values) == set(default)
+    for entry in values["hosts"].values():
+        assert {"host", "backbone", "pool"} <= set(entry)  # dvc.yaml names them
+    for entry in values["backbones"].values():
+        assert {"arch", "objective"} <= set(entry)
+
+
+@pytest.mark.parametrize("name", sorted(PAPER))
+def test_a_preset_of_the_paper_says_what_the_published_codes_say(name):
+    values = params.load(ROOT / "presets" / f"{name}.yaml")
+    first = values["backbones"]["ce_mixup"]
+    recipe = {
+        "cifar": ("resnet32", 200, 128, 1.0, 2e-4),
+        "imagenet": ("resnet50", 180, 256, 0.2, 5e-4),
+        "inaturalist": ("resnet50", 200, 256, 0.2, 1e-4),
+        "places": ("resnet152", 90, 256, 0.2, 5e-4),
+    }
+    wanted = next(v for k, v in recipe.items() if name.startswith(k))
+    assert (first["arch"], first["epochs"], first["batch_size"], first["mixup"], first["weight_decay"]) == wanted
+    dr = values["hosts"]["dr"]
+    assert (dr["optimiser"]["lr"], dr["optimiser"]["epochs"], dr["batchnorm"]) == (0.02, 10, "branchwise")
+    assert {0.0, 0.3} <= set(dr["grid"]["ratio"])
+    if name.startswith("cifar"):
+        imbalance = values["prepare"]["imbalance"]
+        assert imbalance == {"profile": "exponential", "ratio": float(name.split("-")[1]), "seed": 0}
+
+
+def test_the_command_lists_them(tmp_path):
+    done = h2t("presets", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in PAPER:
+        assert name in done.stdout

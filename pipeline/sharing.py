@@ -279,7 +279,7 @@ def pull(
 ) -> Pulled:
     """A cache of a git repository with DVC, verified, and its backbone, to the same places below `into`.
 
-    `into`/extract/NAME (with `pooled` the pooled copy, `into`/pool/NAME) and `into`/train_backbone/NAME. Nothing is left
+    `into`/extract/NAME (`pooled`: the pooled copy, `into`/pool/NAME) and `into`/train_backbone/NAME. Nothing is left
     at those places if a byte is wrong. Raises UserError.
     """
     from dvc.fs import download

@@ -1,7 +1,7 @@
 """docs/results.md and docs/images/ratio.svg from finished analyses, beside the paper's figures.
 
 make analysis-ratio analysis-donors analysis-selection analysis-controls analysis-hosts analysis-pooling
-python -m benchmarks.analyses grid --published 3
+python -m benchmarks.analyses grid --published 5
 python -m benchmarks.results --data data --out docs
 """
 

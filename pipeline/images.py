@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from pipeline import plugins
 from pipeline.errors import UserError
 from pipeline.params import Count, NonNegative, Section, at_least
 from pipeline.seeds import stream
@@ -67,6 +68,9 @@ class BadImage(UserError):
             f"image {source!r}: {reason}; mend or remove the file and prepare again, "
             "or leave such images out with prepare.bad_images=skip"
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BadImage, (self.source, self.reason)
 
 
 def decode(data: bytes) -> np.ndarray:
@@ -174,6 +178,7 @@ class Images:
     """The images of a sample table, by sample number, as normalised batches.
 
     `read` gives the bytes of a source and `decoder` turns them into an array. Small collections are decoded once.
+    `origin`, the dataset's name and options, lets a copy be opened in another process.
     """
 
     def __init__(
@@ -182,7 +187,9 @@ class Images:
         read: Callable[[str], bytes],
         decoder: Callable[[bytes], np.ndarray],
         transform: Transform,
+        origin: tuple[str, Section] | None = None,
     ) -> None:
+        self._origin = origin
         self.sources = sources
         self.transform = transform
         self._read = read
@@ -190,6 +197,11 @@ class Images:
         self._decoded: dict[int, np.ndarray] = {}
         self._room = KEEP_DECODED_BYTES
         self._threads = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "decode")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._origin is None:
+            raise TypeError("images of no dataset cannot be opened in another process")
+        return _reopen, (*self._origin, self.sources, self.transform)
 
     def array(self, sample: int) -> np.ndarray:
         """The decoded image of `sample`, uint8 (H, W, 3)."""
@@ -253,4 +265,9 @@ def normalised(images: np.ndarray, transform: Transform) -> torch.Tensor:
 
 def open_images(dataset: Any, options: Section, sources: Sequence[str], transform: Transform) -> Images:
     """The images of `sources` as the dataset plug-in `dataset` reads and decodes them."""
-    return Images(sources, dataset.reader(options), getattr(dataset, "decode", decode), transform)
+    origin = (dataset.__name__.rpartition(".")[2], options)
+    return Images(sources, dataset.reader(options), getattr(dataset, "decode", decode), transform, origin)
+
+
+def _reopen(name: str, options: Section, sources: Sequence[str], transform: Transform) -> Images:
+    return open_images(plugins.load("datasets", name), options, sources, transform)

@@ -27,9 +27,11 @@ from cache.rows import make_rows
 from cache.spec import CacheSpec, canonical_json, chunk_rows_for, sha256, shard_rows_for
 from cache.staging import Staging
 from cache.writer import CacheWriter, committed
-from pipeline import batchnorm
+from pipeline import batchnorm, cluster
 from pipeline.batchnorm import Statistics
 from pipeline.checkpoints import weights_digest
+from pipeline.cluster import ADDRESS
+from pipeline.device import choose
 from pipeline.errors import UserError
 from pipeline.images import Images
 from pipeline.network import load_backbone
@@ -43,7 +45,10 @@ HALF_MAX = 65504.0  # the largest float16
 
 
 class Params(Section):
-    """Section `extract`. Sizes in bytes; `chunk_rows` is chosen from the row's size unless given."""
+    """Section `extract`. Sizes in bytes; `chunk_rows` is chosen from the row's size unless given.
+
+    `cluster`: null, local:N for N processes here, or the address of a dask scheduler; it changes no byte on the CPU.
+    """
 
     batchnorm: Annotated[list[Literal["stage1", "calibrated", "branchwise", "reverse"]], DISTINCT] = [
         "stage1",
@@ -57,6 +62,7 @@ class Params(Section):
     chunk_rows: Count | None = None
     shard_bytes: Count = 128 * 1024**2
     batch_size: Count = 128
+    cluster: Annotated[str | None, ADDRESS] = None
 
 
 @dataclass(frozen=True)
@@ -132,7 +138,8 @@ def run(
         _announce(spec, name, pending, out, say)
         work = _Work(params, rows, images, backbone, batchnorm.from_bytes(statistics_bytes), seed, device)
         before = weights_digest(dict(backbone.named_parameters()))
-        _extract(work, writer, pending, name)
+        job = _Job(params, rows, images, backbone_dir.resolve(), identity, statistics_bytes, seed, device, spec, token)
+        _extract(work, writer, pending, name, job)
         if weights_digest(dict(backbone.named_parameters())) != before:
             raise UserError(
                 f"{name}: the backbone's weights changed during extraction; its forward pass must not train"
@@ -313,15 +320,67 @@ class _Work:
         return maps.to(torch.float16).numpy()
 
 
-def _extract(work: _Work, writer: CacheWriter, pending: list[int], name: str) -> None:
-    """Forward passes in this thread; images are decoded ahead in one thread, shards written in another."""
+@dataclass(frozen=True)
+class _Job:
+    """All that a worker of a cluster needs to compute shards as this process would."""
+
+    params: Params
+    rows: pa.Table
+    images: Images
+    backbone_dir: Path
+    identity: dict[str, Any]
+    statistics: bytes
+    seed: int
+    device: torch.device
+    spec: CacheSpec
+    token: dict[str, Any]
+
+    def open(self, number: int) -> Callable[[int], list[np.ndarray]]:
+        """Shard -> its maps, an array per expert. Raises UserError where they would come out with other bytes."""
+        device = self.device
+        device = choose(f"cuda:{number % torch.cuda.device_count()}") if device.type == "cuda" else device
+        torch.set_num_threads(self.token["threads"])
+        backbone, identity = load_backbone(self.backbone_dir)
+        found = {**identity, **_token(self.params, device)}
+        for key, value in {**self.identity, **self.token}.items():
+            if found[key] != value:
+                raise UserError(f"extract.cluster: {key} must be {value} on every worker; got {found[key]}")
+        statistics = batchnorm.from_bytes(self.statistics)
+        work = _Work(self.params, self.rows, self.images, backbone.to(device), statistics, self.seed, device)
+        return lambda shard: next(_computed(work, self.spec, [shard], lambda rows: None))[1]
+
+
+def _extract(work: _Work, writer: CacheWriter, pending: list[int], name: str, job: _Job) -> None:
+    """Computes the shards here or on a cluster; another thread writes them."""
     spec = writer.spec
     total = sum(len(spec.shard_range(s)) for s in pending)
-    bar = progress(None, f"extract {name}", unit="row", total=total, unit_scale=True)
     row_bytes = sum(spec.row_bytes(e) for e in range(spec.experts))
-    with ThreadPoolExecutor(1, "decode-ahead") as decoder, ThreadPoolExecutor(1, "write") as scribe, bar:
-        ahead: deque[tuple[int, str, int, Future[torch.Tensor]]] = deque()
+    bar = progress(None, f"extract {name}", unit="row", total=total, unit_scale=True)
+
+    def tick(rows: int) -> None:
+        bar.update(rows)
+        bar.set_postfix_str(f"{bar.n * row_bytes / 1e6:.0f} MB", refresh=False)
+
+    far = work.params.cluster
+    computed = cluster.shards(far, job, pending) if far else _computed(work, spec, pending, tick)
+    with ThreadPoolExecutor(1, "write") as scribe, bar:
         writes: deque[Future[None]] = deque()
+        for shard, maps in computed:
+            if far:
+                tick(len(spec.shard_range(shard)))
+            writes.append(scribe.submit(writer.write, shard, maps))
+            while len(writes) > 2:  # the bound on memory: three shards
+                writes.popleft().result()
+        for write in writes:
+            write.result()
+
+
+def _computed(
+    work: _Work, spec: CacheSpec, pending: list[int], tick: Callable[[int], None]
+) -> Iterator[tuple[int, list[np.ndarray]]]:
+    """(shard, maps of each expert), in order. Forward passes in this thread; images are decoded ahead in another."""
+    with ThreadPoolExecutor(1, "decode-ahead") as decoder:
+        ahead: deque[tuple[int, str, int, Future[torch.Tensor]]] = deque()
         batches = work.batches(pending, spec)
         shard_maps: list[list[np.ndarray]] = [[] for _ in spec.maps]
         filled = 0
@@ -335,12 +394,7 @@ def _extract(work: _Work, writer: CacheWriter, pending: list[int], name: str) ->
             for expert, maps in enumerate(work.forward(decoded.result(), statistics, count)):
                 shard_maps[expert].append(work.stored(maps))
             filled += count
-            bar.update(count)
-            bar.set_postfix_str(f"{bar.n * row_bytes / 1e6:.0f} MB", refresh=False)
+            tick(count)
             if filled == len(spec.shard_range(shard)):
-                writes.append(scribe.submit(writer.write, shard, [np.concatenate(m) for m in shard_maps]))
+                yield shard, [np.concatenate(m) for m in shard_maps]
                 shard_maps, filled = [[] for _ in spec.maps], 0
-                while len(writes) > 2:  # the bound on memory: three shards
-                    writes.popleft().result()
-        for write in writes:
-            write.result()

@@ -1,0 +1,111 @@
+"""Shards spread over processes or machines by dask.distributed.
+
+Every worker opens the job once; shards come back in the order in which they are done. A worker that is lost has its
+shards computed again by the others. Workers must see the same files under the same paths.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import pydantic
+
+from pipeline.errors import UserError
+
+SECONDS = 60  # to find a scheduler and its first worker
+
+
+class Job(Protocol):
+    """What is sent to the workers; it can be pickled."""
+
+    def open(self, number: int) -> Callable[[int], list[np.ndarray]]:
+        """What computes a shard on worker `number`. Raises UserError on a worker that does not fit."""
+
+
+def _check(value: str | None) -> str | None:
+    if value is None or value.startswith(("tcp://", "tls://", "ucx://", "inproc://")):
+        return value
+    kind, _, count = value.partition(":")
+    if kind != "local" or not count.isdigit() or int(count) < 1:
+        raise ValueError("must be null, local:N for N processes here, or tcp://HOST:PORT of a dask scheduler")
+    return value
+
+
+#: A validator: null, local:N or an address of a scheduler.
+ADDRESS = pydantic.AfterValidator(_check)
+
+
+def shards(address: str, job: Job, pending: Sequence[int]) -> Iterator[tuple[int, list[np.ndarray]]]:
+    """(shard, arrays) of every shard of `pending`, in the order of completion. Raises UserError."""
+    try:
+        from distributed import Client, KilledWorker, LocalCluster, WorkerPlugin, as_completed
+    except ImportError:
+        raise UserError("extract.cluster: dask.distributed is not installed; pip install 'h2t[cluster]'") from None
+
+    class Opened(WorkerPlugin):
+        """Puts the job on every worker, also on those that join later or take the place of a lost one."""
+
+        name = "h2t"
+
+        def setup(self, worker: Any) -> None:
+            worker.h2t_job, worker.h2t_compute = job, None
+
+    with _cluster(address, LocalCluster) as at, _connected(Client, at, address) as client:
+        client.register_plugin(Opened())
+        todo = iter(pending)
+        running = as_completed(loop=client.loop)
+
+        def submit() -> None:
+            if (shard := next(todo, None)) is not None:
+                running.add(client.submit(_compute, shard, pure=False))
+
+        for _ in range(2 * len(client.scheduler_info(n_workers=-1)["workers"])):  # one at work and one waiting, each
+            submit()
+        for future in running:
+            try:
+                shard, maps = future.result()
+            except KilledWorker as error:
+                raise UserError(
+                    f"extract.cluster: {error.task} ended {error.allowed_failures + 1} workers, probably by its need "
+                    "of memory; lower extract.batch_size or extract.shard_bytes"
+                ) from None
+            submit()
+            yield shard, maps
+
+
+def _cluster(address: str, local: Any) -> Any:
+    """The address in a context, or a cluster of this machine's own, without a dashboard and without memory limits."""
+    from contextlib import nullcontext
+
+    if not address.startswith("local:"):
+        return nullcontext(address)
+    return local(
+        n_workers=int(address.partition(":")[2]),
+        threads_per_worker=1,
+        dashboard_address=None,
+        memory_limit=0,
+        silence_logs=logging.CRITICAL,
+    )
+
+
+def _connected(client: Any, at: Any, address: str) -> Any:
+    """A client with at least one worker. Raises UserError."""
+    try:
+        found = client(at, timeout=SECONDS, set_as_default=False)
+        found.wait_for_workers(1, timeout=SECONDS)
+    except (OSError, TimeoutError) as error:
+        raise UserError(
+            f"extract.cluster: no answer from {address} or none of its workers within {SECONDS} s ({error}); "
+            "start the scheduler and its workers, or use local:N"
+        ) from None
+    return found
+
+
+def _compute(shard: int) -> tuple[int, list[np.ndarray]]:
+    from distributed import get_worker
+
+    worker: Any = get_worker()
+    if worker.h2t_compute is None:
+        worker.h2t_compute = worker.h2t_job.open(worker.name if isinstance(worker.name, int) else 0)
+    return shard, worker.h2t_compute(shard)

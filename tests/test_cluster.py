@@ -1,0 +1,76 @@
+"""Extraction on several processes: the bytes of one process, also when a worker is killed midway."""
+
+import multiprocessing
+import os
+import pickle
+import signal
+
+import pytest
+import torch
+from builders import tree
+from pipeline_builders import extracted, make_extract
+
+from cache.writer import CacheWriter
+from pipeline.errors import UserError
+from pipeline.images import BadImage
+
+SMALL = {"batchnorm": ["stage1"], "max_views": 2, "shard_bytes": 65536, "batch_size": 16}
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory, digits, backbone_dir):
+    """The cache as one process writes it."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("single") / "b"
+    summary = extracted(out, *digits, backbone_dir, **SMALL)
+    assert summary.shards > 8
+    return tree(out)
+
+
+def test_two_processes_write_the_same_bytes_also_when_one_is_killed(
+    digits, backbone_dir, single, tmp_path, monkeypatch
+):
+    write, killed = CacheWriter.write, []
+
+    def kill_one(self, shard, maps):
+        write(self, shard, maps)
+        if not killed:
+            workers = [p for p in multiprocessing.active_children() if p.is_alive()]
+            assert len(workers) == 2
+            os.kill(workers[0].pid, signal.SIGKILL)
+            killed.append(shard)
+
+    monkeypatch.setattr(CacheWriter, "write", kill_one)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    extracted(tmp_path / "b", *digits, backbone_dir, cluster="local:2", **SMALL)
+    assert killed
+    assert tree(tmp_path / "b") == single
+
+
+def test_a_bad_image_on_a_worker_is_one_line_here():
+    found = pickle.loads(pickle.dumps(BadImage("a.jpg", "is missing")))
+    assert (found.source, found.reason) == ("a.jpg", "is missing")
+    assert str(found) == str(BadImage("a.jpg", "is missing"))
+
+
+def test_images_can_be_opened_elsewhere(digits):
+    _, images = digits
+    again = pickle.loads(pickle.dumps(images))
+    assert torch.equal(again.batch([3, 0], [(0, 1), None]), images.batch([3, 0], [(0, 1), None]))
+
+
+@pytest.mark.parametrize("value", ["local", "local:0", "local:x", "8786", "http://host", "tcp:host"])
+def test_an_address_that_is_none_is_refused(value):
+    with pytest.raises(ValueError, match="must be null, local:N"):
+        make_extract(cluster=value)
+
+
+@pytest.mark.parametrize("value", [None, "local:1", "tcp://10.0.0.1:8786"])
+def test_addresses(value):
+    assert make_extract(cluster=value).cluster == value
+
+
+def test_a_scheduler_that_is_not_there_is_one_line(digits, backbone_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.cluster.SECONDS", 1)
+    with pytest.raises(UserError, match=r"extract\.cluster: no answer from tcp://127\.0\.0\.1:9"):
+        extracted(tmp_path / "b", *digits, backbone_dir, cluster="tcp://127.0.0.1:9", **SMALL)

@@ -489,31 +489,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--case", choices=[c.name for c in CASES], help="only this map shape")
     options = parser.parse_args(argv)
     rounds = 2 if options.tiny else options.rounds
-    results = []
+    results: list[dict[str, Any]] = []
     about = machine()
+
+    def add(result: dict[str, Any]) -> None:
+        """Shows and saves at once: a long run that is stopped leaves what it has."""
+        show(result)
+        results.append(result)
+        save(
+            options.out,
+            {
+                "benchmark": "read",
+                "page_cache": "dropped before each read" if options.cold else "warm",
+                "machine": about,
+                "load_after": os.getloadavg()[0],
+                "rounds": rounds,
+                "threads": THREADS,
+                "tiny": options.tiny,
+                "results": results,
+            },
+        )
+
     options.data.mkdir(parents=True, exist_ok=True)
     for case in TINY if options.tiny else [c for c in CASES if options.case in (None, c.name)]:
         with made_cache(options.data / case.name, case, case.rows, "none") as cache:
             files = copies(cache, options.data, case.name)
             for gather, draws in draw(cache, case).items():
-                results.append(bench_gather(cache, case, gather, draws, files, rounds, cold=options.cold))
-                show(results[-1])
+                add(bench_gather(cache, case, gather, draws, files, rounds, cold=options.cold))
         with made_cache(options.data / f"{case.name}.zstd", case, case.zstd_rows, "zstd") as cache:
-            results.append(bench_decode(cache, case, rounds))
-            show(results[-1])
-    save(
-        options.out,
-        {
-            "benchmark": "read",
-            "load_after": os.getloadavg()[0],
-            "page_cache": "dropped before each read" if options.cold else "warm",
-            "machine": about,
-            "rounds": rounds,
-            "threads": THREADS,
-            "tiny": options.tiny,
-            "results": results,
-        },
-    )
+            add(bench_decode(cache, case, rounds))
 
 
 if __name__ == "__main__":

@@ -37,11 +37,10 @@ class Outcome:
     litter: tuple[str, ...]
 
 
-def start(target: Path) -> tuple[subprocess.Popen[str], set[int]]:
+def start(target: Path, *options: str) -> tuple[subprocess.Popen[str], set[int]]:
     """A writing process, and the shards that it says it will write."""
-    process = subprocess.Popen(
-        [sys.executable, CHILD, target], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT, text=True
-    )
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, CHILD, target, *options], **pipes, env=ENVIRONMENT, text=True)
     assert process.stdout is not None
     return process, {int(shard) for shard in process.stdout.readline().split()[1:]}
 

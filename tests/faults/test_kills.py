@@ -24,8 +24,10 @@ def test_kills_lose_one_shard_at_most_and_never_a_byte(tmp_path, seed):
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_a_writer_that_is_asked_to_end_goes_on_later(tmp_path, how):
     undisturbed(tmp_path / "whole")
-    process, _ = start(tmp_path / "c")
-    for _ in range(2 * 4):  # four shards' begin and end
+    process, _ = start(tmp_path / "c", "--step")
+    process.stdin.write(4 * "\n")
+    process.stdin.flush()
+    for _ in range(2 * 4):  # four shards' begin and end; the fifth waits for its line
         process.stdout.readline()
     process.send_signal(how)
     process.communicate()
@@ -38,8 +40,7 @@ def test_a_writer_that_is_asked_to_end_goes_on_later(tmp_path, how):
 
 def test_a_writer_that_is_stopped_keeps_its_lock_and_goes_on(tmp_path):
     undisturbed(tmp_path / "whole")
-    process, _ = start(tmp_path / "c")
-    process.stdout.readline()
+    process, _ = start(tmp_path / "c", "--step")
     process.send_signal(signal.SIGSTOP)
     time.sleep(0.2)
     second, _ = start(tmp_path / "c")
@@ -47,6 +48,6 @@ def test_a_writer_that_is_stopped_keeps_its_lock_and_goes_on(tmp_path):
     assert second.returncode != 0
     assert "another process is writing this cache" in errors
     process.send_signal(signal.SIGCONT)
-    process.communicate()
+    process.communicate(SHARDS * "\n")
     assert process.returncode == 0
     assert contents(tmp_path / "c") == contents(tmp_path / "whole")

@@ -1,6 +1,8 @@
 """A process that writes a small cache, and says on stdout what it does; for others to kill.
 
-python tests/faults/writing.py TARGET
+python tests/faults/writing.py TARGET [--step]
+
+With --step it waits for a line on stdin before each shard, so that a test knows where it is.
 """
 
 import hashlib
@@ -29,7 +31,7 @@ def spec() -> CacheSpec:
     )
 
 
-def write(target: Path) -> list[int]:
+def write(target: Path, *, step: bool = False) -> list[int]:
     """Writes what is missing of the cache `target`; returns the shards that it wrote."""
     numbers = np.arange(ROWS)
     sources = [f"{i:05}" for i in numbers]
@@ -49,6 +51,8 @@ def write(target: Path) -> list[int]:
         pending = writer.pending
         print("pending", *pending, flush=True)  # noqa: T201
         for shard in pending:
+            if step:
+                sys.stdin.readline()
             print("begin", shard, flush=True)  # noqa: T201
             size = len(writer.spec.shard_range(shard))
             values = np.random.default_rng(shard).standard_normal((size, *SHAPE), np.float32)
@@ -59,4 +63,4 @@ def write(target: Path) -> list[int]:
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]))
+    write(Path(sys.argv[1]), step="--step" in sys.argv)

@@ -4,6 +4,7 @@ Shapes: features (E, B, D) for E experts; weight (E, K, D), bias (E, K) for K cl
 three branches adds batch norm on the features: norm_weight, norm_bias, running_mean, running_var (3, D).
 """
 
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -15,6 +16,16 @@ Classifier = Literal["linear", "cosine", "branches"]
 State = Mapping[str, torch.Tensor]
 
 NORM_EPSILON = 1e-5
+
+
+def fresh_linear(experts: int, classes: int, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Starting weight (E, K, D) and bias (E, K) of stage I, from torch's generator, as the published codes draw them.
+
+    Weight: normal with variance 2 / D (He et al., ICCV 2015); bias: uniform within 1 / sqrt(D), torch's own default.
+    """
+    bound = 1 / math.sqrt(channels)
+    weight = torch.randn(experts, classes, channels) * math.sqrt(2 / channels)
+    return weight, torch.empty(experts, classes).uniform_(-bound, bound)
 
 
 def expert_logits(classifier: str, state: State, features: torch.Tensor, scale: float = 1.0) -> torch.Tensor:

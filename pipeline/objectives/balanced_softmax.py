@@ -3,13 +3,11 @@
 Source: Ren et al., "Balanced Meta-Softmax for Long-Tailed Visual Recognition", NeurIPS 2020, eq. (3).
 """
 
-import math
-
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline.head import global_average, logits
+from pipeline.head import fresh_linear, global_average, logits
 from pipeline.longtail import log_prior
 from pipeline.params import Section
 
@@ -26,9 +24,7 @@ class Objective(nn.Module):
 
     def __init__(self, loss: Loss, channels: int, experts: int, counts: torch.Tensor) -> None:
         super().__init__()
-        bound = 1 / math.sqrt(channels)
-        self.weight = nn.Parameter(torch.randn(experts, len(counts), channels) * math.sqrt(2 / channels))
-        self.bias = nn.Parameter(torch.empty(experts, len(counts)).uniform_(-bound, bound))
+        self.weight, self.bias = map(nn.Parameter, fresh_linear(experts, len(counts), channels))
         self.prior = log_prior(counts)
 
     def loss(self, maps: tuple[torch.Tensor, ...], labels: torch.Tensor, epoch: int) -> torch.Tensor:

@@ -3,13 +3,11 @@
 With `mixup` in the backbone's section this is "CE + mixup", stage I of DR and MiSLAS (H2T paper, section 4.2).
 """
 
-import math
-
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline.head import global_average, logits
+from pipeline.head import fresh_linear, global_average, logits
 from pipeline.params import Section
 
 
@@ -25,9 +23,7 @@ class Objective(nn.Module):
 
     def __init__(self, loss: Loss, channels: int, experts: int, counts: torch.Tensor) -> None:
         super().__init__()
-        bound = 1 / math.sqrt(channels)
-        self.weight = nn.Parameter(torch.randn(experts, len(counts), channels) * math.sqrt(2 / channels))
-        self.bias = nn.Parameter(torch.empty(experts, len(counts)).uniform_(-bound, bound))
+        self.weight, self.bias = map(nn.Parameter, fresh_linear(experts, len(counts), channels))
 
     def loss(self, maps: tuple[torch.Tensor, ...], labels: torch.Tensor, epoch: int) -> torch.Tensor:
         """Mean cross-entropy of a batch; maps: E of (B, C, H, W), labels (B,)."""

@@ -4,12 +4,11 @@ Source: Cui et al., "ResLT: Residual Learning for Long-tailed Recognition", TPAM
 + beta I, I the mean of every branch's own terms (`pipeline.branches`); at test time z_H + z_M + z_T.
 """
 
-import math
-
 import torch
 from torch import nn
 
 from pipeline.branches import branch_logits, group_starts, moments, reslt_loss, running_statistics
+from pipeline.head import fresh_linear
 from pipeline.params import Ratio, Section
 
 
@@ -28,9 +27,7 @@ class Objective(nn.Module):
 
     def __init__(self, loss: Loss, channels: int, experts: int, counts: torch.Tensor) -> None:
         super().__init__()
-        bound = 1 / math.sqrt(channels)
-        self.weight = nn.Parameter(torch.randn(experts, len(counts), channels) * math.sqrt(2 / channels))
-        self.bias = nn.Parameter(torch.empty(experts, len(counts)).uniform_(-bound, bound))
+        self.weight, self.bias = map(nn.Parameter, fresh_linear(experts, len(counts), channels))
         self.norm_weight = nn.Parameter(torch.ones(3, channels))
         self.norm_bias = nn.Parameter(torch.zeros(3, channels))
         self.register_buffer("running_mean", torch.zeros(3, channels))

@@ -7,14 +7,13 @@ margins m. Before `reweight_epoch` w = 1 and T = 1; then w are the weights of LD
 with t_j = K eta n_j / N + 1 - eta, and T is the mean of the T_j.
 """
 
-import math
 from typing import Annotated, Literal
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline.head import expert_logits, global_average
+from pipeline.head import expert_logits, fresh_linear, global_average
 from pipeline.longtail import effective_weights, ldam_margins
 from pipeline.params import NonNegative, Positive, Ratio, Section, within
 
@@ -51,9 +50,7 @@ class Objective(nn.Module):
         if loss.classifier == "cosine":
             self.weight = nn.Parameter(F.normalize(torch.empty(shape).uniform_(-1, 1), dim=-1))
         else:
-            bound = 1 / math.sqrt(channels)
-            self.weight = nn.Parameter(torch.randn(shape) * math.sqrt(2 / channels))
-            self.bias = nn.Parameter(torch.empty(shape[:2]).uniform_(-bound, bound))
+            self.weight, self.bias = map(nn.Parameter, fresh_linear(*shape))
         self.margins = ldam_margins(counts, loss.margin)
         self.weights = effective_weights(counts, loss.beta)
         self.temperatures = temperatures(counts, loss.temperature, loss.eta)

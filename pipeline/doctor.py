@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from cache.errors import CacheError
 from cache.spec import RECORD
-from pipeline import sharing
+from pipeline import garbage, sharing
 from pipeline.errors import UserError
 
 State = Literal["ok", "note", "fault"]
@@ -121,14 +121,14 @@ def _locks(root: Path) -> list[Finding]:
     """Who works here: DVC's own locks and writers of caches."""
     found = []
     lock = root / ".dvc/tmp/lock"
-    if lock.is_file() and sharing.locked(lock):
+    if lock.is_file() and garbage.locked(lock):
         found.append(Finding("lock", "fault", "another dvc command holds .dvc/tmp/lock; wait for it or stop it"))
     for path, number in sorted(_rwlock(root)):
         if Path(f"/proc/{number}").exists():
             found.append(Finding("lock", "fault", f"{path} is in use by dvc, process {number}; wait for it or stop it"))
     for staging in sorted((root / "data").rglob(".*.staging")) if (root / "data").is_dir() else []:
         place = staging.relative_to(root)
-        if sharing.held(staging):
+        if garbage.held(staging):
             found.append(Finding("lock", "fault", f"{place}: a cache is being written; wait for it or stop it"))
         else:
             found.append(

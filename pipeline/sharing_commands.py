@@ -131,7 +131,7 @@ def gc_command(apply: bool) -> None:
 
     Example: h2t cache gc --apply
     """
-    from pipeline.sharing import collect_garbage
+    from pipeline.garbage import collect_garbage
 
     collect_garbage(Path(), click.echo, apply=apply)
 

@@ -86,6 +86,7 @@ def steps(samples: int) -> Iterator[tuple[int, int, int]]:
 def train(samples: Samples, images: Images, folder: Path, ratio: float, seed: int) -> dict[str, Any]:
     """One head from the stage-I network in `folder`: figures, time, and `state` (classifier, running statistics)."""
     backbone, _ = load_backbone(folder)
+    backbone.to(memory_format=torch.channels_last)  # two thirds of the time on a CPU
     stage1 = load_head(folder)
     weight, bias = stage1.state["weight"][0], stage1.state["bias"][0]
     head = nn.Linear(weight.shape[1], weight.shape[0])

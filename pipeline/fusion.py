@@ -13,7 +13,7 @@ import torch
 
 from pipeline.seeds import stream
 
-Selection = Literal["random", "first", "middle", "last", "mixup"]
+Selection = Literal["random", "first", "middle", "last", "mixup", "shuffled"]
 Rounding = Literal["floor", "round"]
 
 
@@ -56,3 +56,19 @@ def mix(receiver: torch.Tensor, donor: torch.Tensor, share: torch.Tensor) -> tor
     With share = k / C it equals the mean of `fuse` over random sets of k channels; labels stay the receiver's.
     """
     return torch.lerp(receiver, donor, share)
+
+
+def donor_orders(seed: int, epoch: int, step: int, expert: int, batch: int, channels: int) -> np.ndarray:
+    """A random order of the batch for each channel by itself, int64 (batch, channels)."""
+    places = np.repeat(np.arange(batch)[:, None], channels, axis=1)
+    return stream(seed, "shuffle", epoch, step, expert).permuted(places, axis=0)
+
+
+def shuffle(donor: torch.Tensor, orders: torch.Tensor) -> torch.Tensor:
+    """Channels of `donor` (..., B, C[, H, W]) drawn from its batch one by one: the control without whole donors.
+
+    `orders` int64 (..., B, C). Each channel keeps its values over the batch; what channels of one image have in common
+    is lost. Labels stay the receiver's.
+    """
+    inner = (1,) * (donor.dim() - orders.dim())  # whatever follows the channels
+    return torch.take_along_dim(donor, orders.reshape(*orders.shape, *inner), dim=orders.dim() - 2)

@@ -15,7 +15,17 @@ from torch.func import grad_and_value, vmap
 
 from pipeline.checkpoint import Checkpoint
 from pipeline.features import FeatureTable
-from pipeline.fusion import Rounding, Selection, channel_ranks, fixed_channels, fuse, mix, replaced_channels
+from pipeline.fusion import (
+    Rounding,
+    Selection,
+    channel_ranks,
+    donor_orders,
+    fixed_channels,
+    fuse,
+    mix,
+    replaced_channels,
+    shuffle,
+)
 from pipeline.host import GradientHost
 from pipeline.network import StageOneHead
 from pipeline.progress import progress
@@ -88,7 +98,8 @@ class Stack:
         self._donor = torch.tensor([streams.donors.index(h.donor) for h in heads], device=self.device)
         channels = feed.shape[0]
         self.replaced = np.array([replaced_channels(h.ratio, channels, rounding) for h in heads])
-        self._random = np.array([h.selection == "random" for h in heads])
+        self._random = np.array([h.selection in ("random", "shuffled") for h in heads])
+        self._shuffled = torch.tensor([h.selection == "shuffled" for h in heads], device=self.device)
         self._fixed = np.stack(
             [
                 fixed_channels(h.selection, int(n), channels)
@@ -125,13 +136,29 @@ class Stack:
         drawn = ranks[self._seed.cpu().numpy()] < self.replaced[:, None, None]
         return torch.from_numpy(np.where(self._random[:, None, None], drawn, self._fixed[:, None, :])).to(self.device)
 
-    def fused(self, batch: Batch, table: FeatureTable, masks: torch.Tensor) -> torch.Tensor:
+    def orders(self, epoch: int, step: int, size: int) -> torch.Tensor | None:
+        """Which donor of the batch each channel comes from, int64 (shuffled heads, E, B, C); None where none is."""
+        if not self._shuffled.any():
+            return None
+        experts, channels = range(self.feed.experts), self.feed.shape[0]
+        found = {
+            seed: np.stack([donor_orders(seed, epoch, step, expert, size, channels) for expert in experts])
+            for seed in {h.seed for h in self.heads if h.selection == "shuffled"}
+        }
+        each = [found[h.seed] for h in self.heads if h.selection == "shuffled"]
+        return torch.from_numpy(np.stack(each)).to(self.device)
+
+    def fused(
+        self, batch: Batch, table: FeatureTable, masks: torch.Tensor, orders: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The input of every head, (K, E, B, C[, H, W])."""
         receivers = table.take(batch.receivers)[self._seed]
         mixed = self._share > 0
         if not masks.any() and not mixed.any():
             return receivers
         donors = table.take(batch.donors)[self._seed, self._donor]
+        if orders is not None:
+            donors[self._shuffled] = shuffle(donors[self._shuffled], orders)
         inner = (1,) * (receivers.dim() - 4)  # whatever follows the channels
         x = fuse(receivers, donors, masks.reshape(*masks.shape[:2], 1, -1, *inner))
         if mixed.any():
@@ -157,7 +184,7 @@ class Stack:
     def step(self, at: Step, optimiser: torch.optim.Optimizer) -> torch.Tensor:
         """One gradient step of every head; returns their losses (K,)."""
         epoch, step, batch, table = at
-        x = self.fused(batch, table, self.masks(epoch, step))
+        x = self.fused(batch, table, self.masks(epoch, step), self.orders(epoch, step, batch.labels.shape[1]))
         labels = torch.from_numpy(batch.labels).to(self.device)[self._seed]
         drawn = [
             self.host.noise(stream(seed, "noise", epoch, step), batch.labels.shape[1]) for seed in self.streams.seeds

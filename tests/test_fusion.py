@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pipeline_builders import make_stack, make_stage2_cache
 
-from pipeline.fusion import channel_ranks, fixed_channels, fuse, replaced_channels
+from pipeline.fusion import channel_ranks, donor_orders, fixed_channels, fuse, replaced_channels, shuffle
 
 # ratio, channels, floor, round: section 1.1 of the reference facts
 COUNTS = [
@@ -165,3 +165,47 @@ def test_a_stacks_input_is_the_slow_fusion_and_the_cache_stays(tmp_path, pooled)
             assert torch.equal(fused[k, expert].reshape(slow.shape), slow)
     fused.zero_()
     assert torch.equal(table.take(rows), before)
+
+
+@pytest.mark.parametrize("inner", [(), (2, 3)])
+def test_shuffled_donors_keep_each_channel_and_lose_what_joins_channels(inner):
+    donor = torch.arange(6 * 5, dtype=torch.float32).reshape(6, 5, *(1,) * len(inner)).expand(6, 5, *inner)
+    orders = donor_orders(0, 1, 2, 0, 6, 5)
+    found = shuffle(donor, torch.from_numpy(orders))
+    for sample in range(6):
+        for channel in range(5):
+            assert torch.equal(found[sample, channel], donor[orders[sample, channel], channel])
+    assert np.array_equal(np.sort(orders, axis=0), np.repeat(np.arange(6)[:, None], 5, axis=1))
+    assert len({tuple(order) for order in orders.T}) > 1
+    assert np.array_equal(donor_orders(0, 1, 2, 0, 6, 5), orders)
+    assert not np.array_equal(donor_orders(0, 1, 3, 0, 6, 5), orders)
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_shuffled_heads_of_a_stack(tmp_path, pooled):
+    """Same channels as `random`; what is replaced comes from the batch's donors, channel by channel; others unmoved."""
+    heads = [
+        {"ratio": r, "selection": s, "seed": seed}
+        for r in (0.4, 1.0)
+        for s in ("random", "shuffled")
+        for seed in (0, 1)
+    ]
+    stack = make_stack(make_stage2_cache(tmp_path / "c", experts=2), heads, pooled=pooled)
+    _, _, batch, table = next(stack.feed.steps(1))
+    masks, orders = stack.masks(0, 0), stack.orders(0, 0, 4)
+    fused, plain = stack.fused(batch, table, masks, orders), stack.fused(batch, table, masks)
+    place = {k: i for i, k in enumerate(k for k, h in enumerate(heads) if h["selection"] == "shuffled")}
+    for k, head in enumerate(heads):
+        seed = stack.streams.seeds.index(head["seed"])
+        if k not in place:
+            assert torch.equal(fused[k], plain[k])
+            continue
+        assert torch.equal(masks[k], masks[k - 2])
+        receiver, donor = table.take(batch.receivers[seed]), table.take(batch.donors[seed, 0])
+        for expert in range(2):
+            order = orders[place[k], expert]
+            assert torch.equal(order, torch.from_numpy(donor_orders(head["seed"], 0, 0, expert, 4, 6)))
+            for channel in range(6):
+                taken = donor[expert, order[:, channel], channel]
+                expected = taken if masks[k, expert, channel] else receiver[expert, :, channel]
+                assert torch.equal(fused[k, expert, :, channel], expected)

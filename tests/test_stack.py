@@ -12,7 +12,7 @@ GRID = [
     {"ratio": r, "donor": d, "selection": s, "seed": seed}
     for r in (0.0, 0.3, 1.0)
     for d in ("instance", "balanced")
-    for s in ("random", "first", "middle", "last")
+    for s in ("random", "first", "middle", "last", "shuffled")
     for seed in (0, 3)
 ]
 DONORS = {"instance": "instance", "balanced": "balanced"}

@@ -7,11 +7,14 @@ The backbone's weights are frozen, yet it is in train mode: each batch is normal
 running statistics, which the test images are read under, move on from those of stage I. Only the classifier is trained;
 the last epoch is evaluated. With --ratio 0 there are no donors and one pass a step: DR as published.
 
+--frozen and --unaugmented take an ingredient away: batch norm keeps the statistics of stage I; every image is seen as
+it is. With both, heads are those of stage II on a cache with `batchnorm: stage1` and one view.
+
 Source: `train_stage2.py` and the configurations of CIFAR-100-LT in the authors' code (none is published for CIFAR-10).
 Samples of a batch and replaced channels are drawn from the same streams as in stage II on a cache, so that a seed here
 and the same seed there differ in nothing but their features. Reads DATA/prepare and DATA/train_backbone, writes
-DATA/online/ratio-R-seed-S.json (figures, time) and .safetensors (classifier, running statistics); a finished seed is
-left alone.
+DATA/online/ratio-R-seed-S.json (figures, time) and .safetensors (classifier, running statistics), with `-frozen` or
+`-unaugmented` in the name; a finished seed is left alone.
 """
 
 import argparse
@@ -42,6 +45,7 @@ from pipeline.samples import Samples, load_samples
 from pipeline.seeds import stream
 
 EPOCHS, BATCH, RATE, MOMENTUM, DECAY = 10, 128, 0.02, 0.9, 5e-4
+SWITCHES = ("frozen", "unaugmented")
 
 
 @dataclass
@@ -83,7 +87,16 @@ def steps(samples: int) -> Iterator[tuple[int, int, int]]:
             yield epoch, step, min(BATCH, samples - step * BATCH)
 
 
-def train(samples: Samples, images: Images, folder: Path, ratio: float, seed: int) -> dict[str, Any]:
+def train(
+    samples: Samples,
+    images: Images,
+    folder: Path,
+    ratio: float,
+    seed: int,
+    *,
+    frozen: bool = False,
+    unaugmented: bool = False,
+) -> dict[str, Any]:
     """One head from the stage-I network in `folder`: figures, time, and `state` (classifier, running statistics)."""
     backbone, _ = load_backbone(folder)
     backbone.to(memory_format=torch.channels_last)  # two thirds of the time on a CPU
@@ -101,8 +114,8 @@ def train(samples: Samples, images: Images, folder: Path, ratio: float, seed: in
     replaced = replaced_channels(ratio, weight.shape[1])
     clock = Clock()
 
-    def augmented(picked: np.ndarray, branch: str, epoch: int, step: int) -> torch.Tensor:
-        keys = [(seed, "online", branch, epoch, step, i) for i in range(len(picked))]
+    def pictures(picked: np.ndarray, branch: str, epoch: int, step: int) -> torch.Tensor:
+        keys = [None if unaugmented else (seed, "online", branch, epoch, step, i) for i in range(len(picked))]
         return clock("images", lambda: images.batch(picked.tolist(), keys))
 
     def maps_of(batch: torch.Tensor) -> torch.Tensor:
@@ -117,7 +130,7 @@ def train(samples: Samples, images: Images, folder: Path, ratio: float, seed: in
         optimiser.step()
         return loss.item()
 
-    backbone.train()
+    backbone.train(not frozen)
     total = 0.0
     started, used = time.perf_counter(), time.process_time()
     for epoch, step, size in steps(len(train_samples)):
@@ -125,10 +138,10 @@ def train(samples: Samples, images: Images, folder: Path, ratio: float, seed: in
             optimiser.param_groups[0]["lr"] = rate(epoch)
             total = 0.0
         picked = train_samples[balanced.draw(classes, receivers, epoch, step, BATCH)[:size]]
-        fused = maps_of(augmented(picked, "receiver", epoch, step))
+        fused = maps_of(pictures(picked, "receiver", epoch, step))
         if ratio > 0:
             donated = train_samples[instance.draw(classes, donors, epoch, step, BATCH)]
-            donor = maps_of(augmented(donated, "donor", epoch, step))
+            donor = maps_of(pictures(donated, "donor", epoch, step))
             channels = torch.from_numpy(channel_ranks(seed, epoch, step, 0, fused.shape[1]) < replaced)
             fused = torch.where(channels[:, None, None], donor, fused)
         total += size * clock("head", partial(learn, fused, torch.from_numpy(labels[picked])))
@@ -142,6 +155,8 @@ def train(samples: Samples, images: Images, folder: Path, ratio: float, seed: in
     return {
         "ratio": ratio,
         "seed": seed,
+        "frozen": frozen,
+        "unaugmented": unaugmented,
         "steps": EPOCHS * -(-len(train_samples) // BATCH),
         "figures": summary(guesses, labels[test], groups(samples.counts)["paper_index"]),
         "loss": total / len(train_samples),
@@ -161,15 +176,19 @@ def main() -> None:
     parser.add_argument("--backbone", default="ce_mixup")
     parser.add_argument("--ratio", type=float, default=0.3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    for name in SWITCHES:
+        parser.add_argument(f"--{name}", action="store_true")
     given = parser.parse_args()
+    switches = {name: getattr(given, name) for name in SWITCHES}
+    variant = "".join(f"-{name}" for name, on in switches.items() if on)
     samples = load_samples(given.data / "prepare")
     images = samples.images(params.section(params.load(given.params), "prepare"))
     for seed in given.seeds:
-        out = given.data / "online" / f"ratio-{given.ratio:g}-seed-{seed}.json"
+        out = given.data / "online" / f"ratio-{given.ratio:g}-seed-{seed}{variant}.json"
         if out.exists():
             print(f"{out}: done before")
             continue
-        found = train(samples, images, given.data / "train_backbone" / given.backbone, given.ratio, seed)
+        found = train(samples, images, given.data / "train_backbone" / given.backbone, given.ratio, seed, **switches)
         out.parent.mkdir(parents=True, exist_ok=True)
         save_file(found.pop("state"), out.with_suffix(".safetensors"))
         write_run_record(out, found)

@@ -1,5 +1,7 @@
 """The one exception of this package: a reason from a fixed set, and one line that says what to do."""
 
+from cache.redaction import redacted
+
 REASONS = frozenset(
     {
         "busy",  # another process holds the staging directory
@@ -21,12 +23,13 @@ REASONS = frozenset(
 class CacheError(Exception):
     """Raised for every problem with a cache.
 
-    `reason` is one of `REASONS`, for programs; `detail` is one line for people: what, rule, got, way out.
+    `reason` is one of `REASONS`, for programs; `detail` is one line for people: what, rule, got, way out. URLs in it
+    lose their login and their query here, so that no message can repeat a password or a token.
     """
 
     def __init__(self, reason: str, detail: str) -> None:
         if reason not in REASONS:
             raise ValueError(f"unknown reason {reason!r}")
-        super().__init__(detail)
         self.reason = reason
-        self.detail = detail
+        self.detail = redacted(detail)
+        super().__init__(self.detail)

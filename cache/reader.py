@@ -11,9 +11,10 @@ chunks of their own go from the file straight into their slot of the result.
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -22,10 +23,13 @@ from crc32c import crc32c
 from cache import shard as shard_layout
 from cache.codecs import codec
 from cache.errors import CacheError
-from cache.files import LocalFiles, RemoteFiles, files_at
+from cache.files import LocalFiles, files_at
 from cache.plan import Plan, Unit, plan_rows, units
+from cache.remote import RemoteFiles
 from cache.rows import from_bytes
-from cache.spec import RECORD, ROWS, STATISTICS, CacheSpec, Commit, parse_record, sha256
+from cache.spec import MAPS, RECORD, ROWS, STATISTICS, CacheSpec, Commit, parse_record, sha256
+
+T = TypeVar("T")
 
 THREADS = min(4, os.cpu_count() or 1)
 #: Below this many bytes per system call, handing Python's lock from thread to thread costs more than a second core
@@ -46,6 +50,8 @@ def open_cache(location: str | Path) -> "Cache":
             "uncommitted", f"{files}: no {RECORD}, so this is not a finished cache; run h2t extract to make one"
         )
     commit = parse_record(files.read_all(RECORD))
+    if isinstance(files, RemoteFiles):
+        files.expect({name: entry for name, entry in commit.files.items() if name.startswith(f"{MAPS}/expert_")})
     cache = Cache(files, commit)
     sizes = files.known_sizes(commit.files)
     for name, size in sizes.items():
@@ -147,6 +153,16 @@ class Cache:
         name = self.spec.shard_file(expert, shard)
         return CacheError("damaged", f"{self.files}/{name}: chunk {within} (rows {first} to {last}): {what}")
 
+    def once_more(self, name: str, job: Callable[[], T]) -> T:
+        """The result of `job` on the file `name`; behind a URL, what does not hold is fetched a second time."""
+        try:
+            return job()
+        except CacheError as error:
+            if error.reason != "damaged" or isinstance(self.files, LocalFiles):
+                raise
+        self.files.forget(name)
+        return job()
+
     def _checked(self, name: str) -> bytes:
         data = self.files.read_all(name)
         if name not in self.commit.files or sha256(data) != self.commit.files[name][1]:
@@ -162,9 +178,13 @@ class Cache:
         if name in self.unchecked:
             self.check_size(name, self.files.size(name))
             self.unchecked.discard(name)
-        try:
+
+        def parsed() -> tuple[np.ndarray, np.ndarray]:
             data = self.files.read_ranges(name, [(0, size)])[0]
-            offsets, sizes = shard_layout.parse_index(data, spec.chunks_per_shard, used, self.commit.files[name][0])
+            return shard_layout.parse_index(data, spec.chunks_per_shard, used, self.commit.files[name][0])
+
+        try:
+            offsets, sizes = self.once_more(name, parsed)
         except CacheError as error:
             rows = spec.shard_range(shard)
             raise CacheError(
@@ -248,12 +268,14 @@ class _Decode:
         self.offsets, self.sizes, self.leads = offsets, sizes, plan.leads()
 
     def __call__(self, unit: Unit) -> None:
+        name = self.cache.spec.shard_file(self.expert, unit.shard)
+        self.cache.once_more(name, partial(self._fill, name, unit))
+
+    def _fill(self, name: str, unit: Unit) -> None:
         cache, plan, out = self.cache, self.plan, self.out
         whole_rows = cache.spec.chunk_rows == 1
         scratch = np.empty((0 if whole_rows else cache.spec.chunk_rows, *out.shape[1:]), out.dtype)
-        fetched = cache.files.read_ranges(
-            cache.spec.shard_file(self.expert, unit.shard), [(run.start, run.stop) for run in unit.runs]
-        )
+        fetched = cache.files.read_ranges(name, [(run.start, run.stop) for run in unit.runs])
         for run, data in zip(unit.runs, fetched, strict=True):
             view = memoryview(data)
             for j in range(run.first, run.last):

@@ -13,7 +13,8 @@ import numpy as np
 from cache import shard as shard_layout
 from cache.codecs import codec
 from cache.errors import CacheError
-from cache.files import LocalFiles, RemoteFiles, files_at
+from cache.files import LocalFiles, files_at
+from cache.remote import RemoteFiles
 from cache.rows import SCHEMA, from_bytes, make_rows
 from cache.spec import CARD, MAPS, RECORD, ROWS, STATISTICS, CacheSpec, Commit, parse_record, sha256
 from cache.writer import create_group
@@ -134,14 +135,7 @@ def _listing(files: Files) -> set[str]:
             links = [name for name in folders if os.path.islink(os.path.join(folder, name))]  # noqa: PTH114, PTH118
             found |= {Path(folder, name).relative_to(files.root).as_posix() for name in [*names, *links]}
         return found
-    import fsspec
-
-    fs, root = fsspec.core.url_to_fs(str(files))
-    root = root.rstrip("/")
-    try:
-        return {str(name)[len(root) :].lstrip("/") for name in fs.find(root)}
-    except (OSError, NotImplementedError):
-        return set()
+    return files.names()
 
 
 def _size_fault(files: Files, commit: Commit, name: str) -> str | None:

@@ -17,6 +17,12 @@ def cache_dir(tmp_path):
 
 
 @pytest.fixture(autouse=True)
+def own_blocks(tmp_path_factory, monkeypatch):
+    """Blocks of remote caches are kept apart from those of whoever runs the tests."""
+    monkeypatch.setenv("H2T_BLOCK_CACHE", str(tmp_path_factory.mktemp("blocks")))
+
+
+@pytest.fixture(autouse=True)
 def one_thread():
     """Tests compute on one thread, so that their results do not hang on the machine's cores."""
     torch = sys.modules.get("torch")

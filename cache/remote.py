@@ -1,0 +1,308 @@
+"""The bytes of a cache behind a URL: ranges side by side, asked for again where a store falters, kept on the disk.
+
+fsspec speaks the protocols and finds the credentials; what it leaves open is done here. A store that does not answer
+is asked again a few times, waiting longer each time. Ranges are fetched together, so that waiting for one of them is
+waiting for all. Shards go through the local block cache (`cache.blocks`) as soon as the commit record says what
+they hold.
+"""
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from itertools import islice
+from typing import Any, TypeVar
+
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+
+from cache.blocks import BLOCK_BYTES, BlockCache, from_environment
+from cache.errors import CacheError
+from cache.redaction import redacted, secrets_in, without
+
+T = TypeVar("T")
+
+TRIES = 5
+FIRST_WAIT, LONGEST_WAIT = 0.4, 10.0  # seconds between two tries: up to the first, doubled, up to the second
+CONNECT_TIMEOUT, READ_TIMEOUT = 10, 30  # seconds
+CONNECTIONS = 64
+BLOCKS_AT_ONCE = 16  # blocks asked for side by side by one thread: what hides the latency, and how much memory it takes
+
+#: HTTP: too early, too slow, too many. Other statuses from 400 to 499 stay what they are, however often one asks.
+WORTH_ANOTHER_TRY = (408, 425, 429)
+FINAL = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, ImportError, ValueError, TypeError)
+FINAL_WORDS = ("credential", "permission", "not trusted", "forbidden", "access denied", "accessdenied", "signature")
+
+
+class RemoteFiles:
+    """Files below an fsspec URL (`s3://`, `ssh://`, `https://`, `memory://`), read by ranges.
+
+    What a store raises becomes CacheError: `missing`, `damaged` where it sends other than the bytes asked for, else
+    `unreachable`. No message holds a login, a token or a query of the URL.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._start(url)
+        self._connect()
+
+    def _start(self, url: str) -> None:
+        self._given, self._url, self._secrets = url, redacted(url), secrets_in(url)
+        self._blocks: BlockCache | None = None
+        self._shards: Mapping[str, tuple[int, str]] = {}
+        self._fetching: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+
+    def _connect(self) -> None:
+        base, _, query = self._given.partition("?")
+        self._query = f"?{query}" if query else ""
+        try:
+            self._fs, self._root = self._ask("", lambda: file_system(base))
+        except (ImportError, ValueError) as error:  # no such protocol, or its package is not installed
+            raise type(error)(without(str(error), self._secrets)) from None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopened, (type(self), self._given, self._shards)
+
+    def after_fork(self) -> None:
+        """Connects anew: what the parent opened, and the thread that served it, stayed there."""
+        self._fetching.clear()
+        self.expect(self._shards)
+        self._connect()
+
+    def __str__(self) -> str:
+        return self._url
+
+    def expect(self, shards: Mapping[str, tuple[int, str]]) -> None:
+        """Says what the record knows of the shards, name -> (bytes, sha256): they go through the blocks from now on."""
+        self._shards, self._blocks = shards, from_environment() if shards else None
+        if self._blocks:
+            self._blocks.claim([digest for _, digest in shards.values()])
+
+    def exists(self, name: str) -> bool:
+        """Whether `name` is there. Where fsspec's own `exists` gets no answer it says no; here that is an error."""
+        try:
+            self._ask(name, lambda: self._fs.cat_file(self._path(name), start=0, end=1))
+        except CacheError as error:
+            if error.reason == "unreachable":
+                raise
+            return error.reason != "missing"
+        return True
+
+    def size(self, name: str) -> int:
+        found = self._ask(name, lambda: self._fs.size(self._path(name)))
+        return len(self.read_all(name)) if found is None else int(found)
+
+    def known_sizes(self, names: Iterable[str]) -> dict[str, int]:
+        """Bytes of those of `names` that a listing of their folder tells, one request a folder and not one a file.
+
+        Where a listing gives no sizes (web servers), its folder's files are left out. CacheError `missing` for a file
+        that is not there.
+        """
+        found = self.listed_sizes(names)
+        # Asked for by itself before it counts as missing: some listings lag behind.
+        return {name: self.size(name) if size is None else size for name, size in found.items()}
+
+    def listed_sizes(self, names: Iterable[str]) -> dict[str, int | None]:
+        """As `known_sizes`, with None for a file that its folder's listing lacks."""
+        found: dict[str, int | None] = {}
+        listings: dict[str, dict[str, int]] = {}
+        for name in names:
+            folder = name.rpartition("/")[0]
+            if folder not in listings:
+                listings[folder] = self._listing(folder)
+            if listings[folder]:
+                found[name] = listings[folder].get(name)
+        return found
+
+    def names(self) -> set[str]:
+        """Every file below the URL; empty where the store cannot list."""
+        root = self._root.rstrip("/")
+        try:
+            return {str(name)[len(root) :].lstrip("/") for name in self._fs.find(root)}
+        except (OSError, NotImplementedError):
+            return set()
+
+    def read_all(self, name: str) -> bytes:
+        return self._ask(name, lambda: bytes(self._fs.cat_file(self._path(name))))
+
+    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """The bytes `start` to `stop` of each range; fewer or more of them are CacheError `damaged`."""
+        if self._blocks is None or name not in self._shards:
+            return self._fetch(name, ranges)
+        size, digest = self._shards[name]
+        if any(stop > size for _, stop in ranges):  # what lies beyond the end, the store shall say
+            return self._fetch(name, ranges)
+        self._fill(name, size, digest, ranges)
+        kept = [self._blocks.read(digest, start, stop) for start, stop in ranges]
+        others = iter(self._fetch(name, [r for r, data in zip(ranges, kept, strict=True) if data is None]))
+        return [next(others) if data is None else data for data in kept]
+
+    def forget(self, name: str) -> None:
+        """Drops what is kept of `name`: it did not hold."""
+        if self._blocks is not None and name in self._shards:
+            self._blocks.forget(self._shards[name][1])
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+    def _path(self, name: str) -> str:
+        return f"{self._root.rstrip('/')}/{name}{self._query}"
+
+    def _listing(self, folder: str) -> dict[str, int]:
+        """Sizes of the files in `folder`; empty where the store cannot tell those of all of them."""
+        path = self._path(folder).rstrip("/")
+        try:
+            self._fs.invalidate_cache(path)
+            entries = [entry for entry in self._fs.ls(path, detail=True) if entry["type"] == "file"]
+        except Exception:  # noqa: BLE001 - each store refuses in its own words; the files are asked for one by one then
+            return {}
+        sizes = {str(entry["name"]).rpartition("/")[2]: entry.get("size") for entry in entries}
+        if any(size is None for size in sizes.values()):
+            return {}
+        return {f"{folder}/{base}".lstrip("/"): int(size) for base, size in sizes.items() if size is not None}
+
+    def _fill(self, name: str, size: int, digest: str, ranges: Sequence[tuple[int, int]]) -> None:
+        """Fetches the blocks of `ranges` that are not kept, as far as there is room. Each block once."""
+        blocks = self._blocks
+        assert blocks is not None
+        wanted = sorted({b for start, stop in ranges for b in range(start // BLOCK_BYTES, -(-stop // BLOCK_BYTES))})
+        with self._fetching[name]:
+            missing = iter([block for block in wanted if not blocks.holds(digest, block)])
+            while group := list(islice(missing, BLOCKS_AT_ONCE)):
+                spans = [(block * BLOCK_BYTES, min((block + 1) * BLOCK_BYTES, size)) for block in group]
+                if not blocks.room(sum(stop - start for start, stop in spans)):
+                    return
+                for block, data in zip(group, self._fetch(name, spans), strict=True):
+                    blocks.put(digest, block, data)
+
+    def _fetch(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """The bytes of each range from the store; where some do not come, these alone are asked for again."""
+        found: list[Any] = [None] * len(ranges)
+
+        def absent() -> None:
+            todo = [i for i, data in enumerate(found) if data is None]
+            came = self._cat([self._path(name)] * len(todo), *zip(*(ranges[i] for i in todo), strict=True))
+            failed = None
+            for i, data in zip(todo, came, strict=True):
+                if isinstance(data, Exception):  # fsspec gives errors in place of the bytes
+                    failed = data
+                else:
+                    found[i] = data
+            if failed:
+                raise failed
+
+        if ranges:
+            self._ask(name, absent)
+        for data, (start, stop) in zip(found, ranges, strict=True):
+            if len(data) != stop - start:
+                raise CacheError(
+                    "damaged", f"{self._url}/{name}: bytes {start} to {stop} were asked for, {len(data)} bytes came"
+                )
+        return [bytes(data) for data in found]
+
+    def _cat(self, paths: list[str], starts: Sequence[int], stops: Sequence[int]) -> list[Any]:
+        if _is_sshfs(self._fs):
+            return _sftp_ranges(self._fs, paths[0], starts, stops)
+        found: list[Any] = self._fs.cat_ranges(paths, list(starts), list(stops))
+        return found
+
+    def _ask(self, name: str, question: Callable[[], T]) -> T:
+        """The store's answer, after as many tries as it takes and `TRIES` at most."""
+        where = f"{self._url}/{name}".rstrip("/")
+        tries = Retrying(
+            stop=stop_after_attempt(TRIES),
+            wait=wait_random_exponential(FIRST_WAIT, LONGEST_WAIT),
+            retry=retry_if_exception(_may_pass),
+            before_sleep=lambda _: self._reconnect(),
+            reraise=True,
+        )
+        try:
+            return tries(question)
+        except Exception as raised:  # each store fails in its own words
+            error = _behind(raised)
+            if isinstance(error, CacheError) or (not name and isinstance(error, (ImportError, ValueError))):
+                raise
+            if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+                raise CacheError("missing", f"{where}: file is missing") from None
+            if getattr(error, "status", None) == 416:  # HTTP: the range lies beyond the end
+                raise CacheError("damaged", f"{where}: is shorter than its index or record says") from None
+            said = without(" ".join(str(error).split()), self._secrets) or type(error).__name__
+            after = f" {TRIES} times" if _may_pass(error) else ""
+            raise CacheError("unreachable", f"{where}: the store did not answer{after} ({said}); try again") from None
+
+    def _reconnect(self) -> None:
+        """A connection that broke stays broken with sshfs; others make their own for each request."""
+        if hasattr(self, "_fs") and _is_sshfs(self._fs):
+            with suppress(Exception):
+                self._fs, _ = file_system(self._given)
+
+
+def _reopened(kind: type[RemoteFiles], url: str, shards: Mapping[str, tuple[int, str]]) -> RemoteFiles:
+    files = kind(url)
+    files.expect(shards)
+    return files
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """The fsspec file system of `url` and the path in it. Timeouts are set, credentials are fsspec's own matter."""
+    import fsspec
+
+    protocol = url.partition("://")[0]
+    options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
+    if protocol in ("http", "https"):
+        import aiohttp
+
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT, sock_read=READ_TIMEOUT)
+        options["client_kwargs"] = {"timeout": timeout}
+    elif protocol in ("s3", "s3a"):
+        # One place tries again, and that is here.
+        tries = {"total_max_attempts": 1}
+        options["config_kwargs"] = {
+            "max_pool_connections": CONNECTIONS, "retries": tries,
+            "connect_timeout": CONNECT_TIMEOUT, "read_timeout": READ_TIMEOUT,
+        }  # fmt: skip
+    elif protocol in ("ssh", "sftp"):
+        # sshfs alone would talk to any host: an empty tuple means ~/.ssh/known_hosts.
+        options |= {"known_hosts": (), "connect_timeout": CONNECT_TIMEOUT, "keepalive_interval": CONNECT_TIMEOUT}
+    fs, root = fsspec.core.url_to_fs(url, **options)
+    if protocol in ("s3", "s3a"):
+        fs.retries = 1
+    return fs, root
+
+
+def _sftp_ranges(fs: Any, path: str, starts: Sequence[int], stops: Sequence[int]) -> list[Any]:
+    """Ranges of one file by sshfs, whose own `cat_file` knows no ranges and sends the whole file."""
+    import asyncio
+
+    from fsspec.asyn import sync
+    from sshfs.utils import wrap_exceptions
+
+    async def ranges() -> list[Any]:
+        async with fs._pool.get() as channel, channel.open(path, "rb") as file:
+            reads = (file.read(stop - start, start) for start, stop in zip(starts, stops, strict=True))
+            return await asyncio.gather(*reads, return_exceptions=True)
+
+    found: list[Any] = sync(fs.loop, wrap_exceptions(ranges))
+    return found
+
+
+def _is_sshfs(fs: Any) -> bool:
+    return type(fs).__module__.partition(".")[0] == "sshfs"
+
+
+def _behind(error: BaseException) -> BaseException:
+    """What went wrong: fsspec's HTTP calls every failure a missing file, and names it as the cause."""
+    cause = error.__cause__
+    masked = isinstance(error, FileNotFoundError) and cause is not None and getattr(cause, "status", None) != 404
+    http = isinstance(cause, TimeoutError) or type(cause).__module__.startswith("aiohttp")
+    return cause if masked and http and cause is not None else error
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether asking again may help."""
+    error = _behind(error)
+    if isinstance(error, (*FINAL, CacheError)) or not isinstance(error, Exception):
+        return False
+    status = getattr(error, "status", None)
+    if isinstance(status, int) and 400 <= status < 500:
+        return status in WORTH_ANOTHER_TRY
+    told = f"{type(error).__name__} {error}".lower()
+    return not any(word in told for word in FINAL_WORDS)

@@ -13,7 +13,7 @@ repro: $(VENV)/installed
 	@cat data/report/results.md
 	@echo "The page: data/report/index.html"
 
-$(VENV)/installed: pyproject.toml
+$(VENV)/installed: pyproject.toml setup.py cache/gather.c
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --editable . --group dev

@@ -6,7 +6,7 @@ Every chain ends in crc32c. `none`, `zstd` and `blosc-lz4` are read by every Zar
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numcodecs
@@ -37,6 +37,8 @@ def _none() -> Codec:
 
 
 def _numcodecs(name: str, make: Callable[[int], Any], stated: Callable[[Any], int]) -> Codec:
+    make = cache(make)  # the objects hold settings and nothing else; several threads may use one
+
     def encode(chunk: np.ndarray) -> bytes:
         return bytes(make(chunk.dtype.itemsize).encode(chunk))
 

@@ -3,7 +3,8 @@
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ class LocalFiles:
         self._open: OrderedDict[str, int] = OrderedDict()
         self._busy: dict[int, int] = {}
         self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type["LocalFiles"], tuple[Path]]:
+        return LocalFiles, (self.root,)
 
     def __str__(self) -> str:
         return str(self.root)
@@ -45,14 +49,11 @@ class LocalFiles:
 
     def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """The bytes `start` to `stop` of each range; a short read is CacheError `damaged`."""
-        handle = self._acquire(name)
-        try:
+        with self.handles([name]) as (handle,):
             found = [os.pread(handle, stop - start, start) for start, stop in ranges]
-        finally:
-            self._release(handle)
         for data, (start, stop) in zip(found, ranges, strict=True):
             if len(data) != stop - start:
-                raise self._short(name, start, stop)
+                raise self.ends_early(name, start, stop)
         return found
 
     def read_into(self, name: str, pieces: Iterable[tuple[int, int, Sequence[Any]]]) -> None:
@@ -60,17 +61,33 @@ class LocalFiles:
 
         One system call a piece, unless the kernel stops early. A file that ends too soon is CacheError `damaged`.
         """
-        handle = self._acquire(name)
-        try:
+        with self.handles([name]) as (handle,):
             for start, stop, buffers in pieces:
                 position = start + os.preadv(handle, buffers, start)
                 while position < stop:
                     got = os.preadv(handle, _after(buffers, position - start), position)
                     if got == 0:
-                        raise self._short(name, start, stop)
+                        raise self.ends_early(name, start, stop)
                     position += got
+
+    @contextmanager
+    def handles(self, names: Sequence[str]) -> Iterator[list[int]]:
+        """Descriptors of `names`, open for reading while the context lasts; CacheError `missing`."""
+        held: list[int] = []
+        try:
+            for name in names:
+                held.append(self._acquire(name))  # noqa: PERF401 - those held when one fails are given back
+            yield held
         finally:
-            self._release(handle)
+            with self._lock:
+                for handle in held:
+                    self._busy[handle] -= 1
+                    if not self._busy[handle]:
+                        del self._busy[handle]
+
+    def ends_early(self, name: str, start: int, stop: int) -> CacheError:
+        """The error for a file that has no bytes left between `start` and `stop`."""
+        return CacheError("damaged", f"{self.root / name}: ends before byte {stop} (reading from {start}); truncated")
 
     def close(self) -> None:
         with self._lock:
@@ -78,8 +95,10 @@ class LocalFiles:
                 os.close(handle)
             self._open.clear()
 
-    def _short(self, name: str, start: int, stop: int) -> CacheError:
-        return CacheError("damaged", f"{self.root / name}: ends before byte {stop} (reading from {start}); truncated")
+    def after_fork(self) -> None:
+        """In a forked child: forgets what threads of the parent held, which do not exist here."""
+        self._lock = threading.Lock()
+        self._busy = {}
 
     def _acquire(self, name: str) -> int:
         with self._lock:
@@ -95,12 +114,6 @@ class LocalFiles:
                 for key in idle[: len(self._open) - MAX_OPEN]:
                     os.close(self._open.pop(key))
             return handle
-
-    def _release(self, handle: int) -> None:
-        with self._lock:
-            self._busy[handle] -= 1
-            if not self._busy[handle]:
-                del self._busy[handle]
 
 
 def _after(buffers: Sequence[Any], done: int) -> list[Any]:

@@ -5,6 +5,7 @@ rows wanted (any order, repeats allowed)
 chunks + their (offset, size) in the shards
     -> `coalesce`: runs of neighbouring chunks, one read each
     -> `units`: runs in portions that fit a core's cache, so that what follows a read finds its bytes there
+    or `portions`: the same chunks shared out among threads, for a reader that finds the runs by itself
 """
 
 from dataclasses import dataclass
@@ -120,11 +121,22 @@ def units(
     max_gap: int = MAX_GAP_BYTES,
 ) -> list[Unit]:
     """The runs of `coalesce` in portions of about `unit_bytes` of chunks, at least one chunk."""
-    portion = np.cumsum(sizes) // unit_bytes
-    new = np.append(True, (shards[1:] != shards[:-1]) | (portion[1:] != portion[:-1]))
-    first = np.flatnonzero(new)
-    last = np.append(first[1:], len(shards))
-    runs = coalesce(np.cumsum(new), offsets, sizes, max_gap=max_gap)
+    spans = portions(shards, sizes, portion_bytes=unit_bytes, max_shards=1)
+    first, last = np.array(spans, np.int64).reshape(-1, 2).T
+    runs = coalesce(np.repeat(np.arange(len(spans)), last - first), offsets, sizes, max_gap=max_gap)
     cuts = np.searchsorted([run.first for run in runs], np.append(first, len(shards))).tolist()
-    portions = [runs[a:b] for a, b in pairwise(cuts)]
-    return list(map(Unit, shards[first].tolist(), first.tolist(), last.tolist(), portions))
+    groups = [runs[a:b] for a, b in pairwise(cuts)]
+    return list(map(Unit, shards[first].tolist(), first.tolist(), last.tolist(), groups))
+
+
+def portions(shards: np.ndarray, sizes: np.ndarray, *, portion_bytes: int, max_shards: int) -> list[tuple[int, int]]:
+    """Chunks in order, in portions `first` to `last` (exclusive) of about `portion_bytes` and at most `max_shards`.
+
+    `shards`, `sizes` int64 (m,), sorted by shard; a portion holds at least one chunk.
+    """
+    if not len(shards):
+        return []
+    part = np.cumsum(sizes) // portion_bytes
+    files = np.cumsum(np.diff(shards, prepend=shards[0]) != 0) // max_shards
+    first = np.flatnonzero(np.append(True, (part[1:] != part[:-1]) | (files[1:] != files[:-1])))
+    return list(zip(first.tolist(), [*first[1:].tolist(), len(shards)], strict=True))

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +24,8 @@ from cache import shard as shard_layout
 from cache.codecs import codec
 from cache.errors import CacheError
 from cache.files import LocalFiles, files_at
-from cache.plan import Plan, Unit, plan_rows, units
+from cache.gather import DONE, MISMATCH, REFUSED, Gather, compiled
+from cache.plan import Plan, Unit, plan_rows, portions, units
 from cache.remote import RemoteFiles
 from cache.rows import from_bytes
 from cache.spec import MAPS, RECORD, ROWS, STATISTICS, CacheSpec, Commit, parse_record, sha256
@@ -35,6 +36,12 @@ THREADS = min(4, os.cpu_count() or 1)
 #: Below this many bytes per system call, handing Python's lock from thread to thread costs more than a second core
 #: brings.
 PARALLEL_READ_BYTES = 64 * 1024
+#: The compiled gather lets that lock go: a thread takes at most this much at a time, and half of it is worth a thread.
+PORTION_BYTES = 4 * 1024 * 1024
+#: Files that one portion holds open at once: together with those of other threads, fewer than a process may open.
+PORTION_SHARDS = 128
+
+W = TypeVar("W")
 
 
 def open_cache(location: str | Path) -> "Cache":
@@ -61,7 +68,10 @@ def open_cache(location: str | Path) -> "Cache":
 
 
 class Cache:
-    """An open cache. Reading is safe from several threads; `close` (or `with`) releases its files."""
+    """An open cache. Reading is safe from several threads, in forked processes and after pickling.
+
+    `close` (or `with`) releases its files.
+    """
 
     def __init__(self, files: LocalFiles | RemoteFiles, commit: Commit) -> None:
         self.files = files
@@ -75,6 +85,10 @@ class Cache:
         self._offsets = np.zeros((self.experts, chunks), np.int64)
         self._sizes = np.zeros((self.experts, chunks), np.int64)
         self._pool = ThreadPoolExecutor(THREADS, "cache-read")
+        self._process = os.getpid()
+
+    def __reduce__(self) -> tuple[Callable[..., "Cache"], tuple[Any, ...]]:
+        return _reopened, (self.files, self.commit, self.unchecked)
 
     def __enter__(self) -> "Cache":
         return self
@@ -85,7 +99,8 @@ class Cache:
         self.close()
 
     def close(self) -> None:
-        self._pool.shutdown()
+        if self._process == os.getpid():
+            self._pool.shutdown()
         self.files.close()
 
     @property
@@ -126,6 +141,8 @@ class Cache:
             raise CacheError(
                 "mismatch", f"out: contiguous {self.spec.stored_dtype} {shape} expected; got {out.dtype} {out.shape}"
             )
+        if self._process != os.getpid():
+            self._after_fork()
         if wanted.size:
             self._gather(plan_rows(wanted, self.spec.chunk_rows), out, expert)
         return out
@@ -198,22 +215,38 @@ class Cache:
 
     def _gather(self, plan: Plan, out: np.ndarray, expert: int) -> None:
         shards, offsets, sizes = self.chunk_ranges(plan.chunks, expert)
+        total = int(sizes.sum())
+        local = isinstance(self.files, LocalFiles)
         in_place = (
-            self.spec.chunk_rows == 1
+            local
+            and self.spec.chunk_rows == 1
             and self.spec.codec == "none"
-            and isinstance(self.files, LocalFiles)
             and bool((sizes == self.spec.row_bytes(expert) + shard_layout.CRC_BYTES).all())
         )
-        job: Callable[[Unit], None]
+        if in_place and (gather := compiled()):
+            portion = min(PORTION_BYTES, max(PORTION_BYTES // 2, -(-total // THREADS)))
+            work = portions(shards, sizes, portion_bytes=portion, max_shards=PORTION_SHARDS)
+            self._share_out(_Compiled(self, gather, expert, plan, shards, offsets, out), work, alone=False)
+            return
         if in_place:
-            job = _InPlace(self, expert, plan, out)
-            work = units(shards, offsets, sizes, max_gap=0)
-            reads = sum(len(unit.runs) for unit in work)
-        else:
-            job = _Decode(self, expert, plan, offsets, sizes, out)
-            work = units(shards, offsets, sizes)
-            reads = len(work) if isinstance(self.files, LocalFiles) else 0  # a remote read waits: always side by side
-        if len(work) == 1 or sizes.sum() < PARALLEL_READ_BYTES * reads:
+            runs = units(shards, offsets, sizes, max_gap=0)
+            alone = total < PARALLEL_READ_BYTES * sum(len(unit.runs) for unit in runs)
+            self._share_out(_InPlace(self, expert, plan, out), runs, alone=alone)
+            return
+        runs = units(shards, offsets, sizes)
+        alone = local and total < PARALLEL_READ_BYTES * len(runs)  # a remote read waits: always side by side
+        self._share_out(_Decode(self, expert, plan, offsets, sizes, out), runs, alone=alone)
+
+    def _after_fork(self) -> None:
+        """In a forked child: the pool's threads and whatever they held stayed behind."""
+        self._pool = ThreadPoolExecutor(THREADS, "cache-read")
+        self._process = os.getpid()
+        if isinstance(self.files, LocalFiles):
+            self.files.after_fork()
+
+    def _share_out(self, job: Callable[[W], None], work: Sequence[W], *, alone: bool) -> None:
+        """`job` for every piece of `work`, by the threads of the pool unless it is better done `alone`."""
+        if alone or len(work) == 1:
             _each(job, work)
             return
         shared = iter(work)
@@ -223,13 +256,64 @@ class Cache:
             task.result()
 
 
-def _each(job: Callable[[Unit], None], work: Iterable[Unit]) -> None:
-    for unit in work:
-        job(unit)
+def _reopened(files: LocalFiles | RemoteFiles, commit: Commit, unchecked: set[str]) -> Cache:
+    cache = Cache(files, commit)
+    cache.unchecked = set(unchecked)
+    return cache
+
+
+def _each(job: Callable[[W], None], work: Iterable[W]) -> None:
+    for piece in work:
+        job(piece)
+
+
+class _Compiled:
+    """Fetches one-row chunks, each payload straight into its slot of `out`, by the compiled gather."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        gather: Gather,
+        expert: int,
+        plan: Plan,
+        shards: np.ndarray,
+        offsets: np.ndarray,
+        out: np.ndarray,
+    ) -> None:
+        self.cache, self.gather, self.expert, self.plan, self.out = cache, gather, expert, plan, out
+        self.shards, self.offsets = shards, offsets
+        self.row_bytes = cache.spec.row_bytes(expert)
+        self.slots = plan.leads() * self.row_bytes
+
+    def __call__(self, portion: tuple[int, int]) -> None:
+        files, spec = self.cache.files, self.cache.spec
+        assert isinstance(files, LocalFiles)
+        first, last = portion
+        present, which = np.unique(self.shards[first:last], return_inverse=True)
+        names = [spec.shard_file(self.expert, shard) for shard in present.tolist()]
+        with files.handles(names) as handles:
+            found = self.gather(
+                np.array(handles, np.int32)[which],
+                self.offsets[first:last],
+                self.slots[first:last],
+                self.out,
+                self.row_bytes,
+            )
+        if found.result != DONE:
+            j = first + found.row
+            name = spec.shard_file(self.expert, int(self.shards[j]))
+            if found.result == MISMATCH:
+                raise self.cache.chunk_fault(self.expert, int(self.plan.chunks[j]), "crc32c mismatch")
+            if found.result == REFUSED:
+                raise OSError(found.errno, os.strerror(found.errno), f"{files}/{name}")
+            start = int(self.offsets[j])
+            raise files.ends_early(name, start, start + self.row_bytes + shard_layout.CRC_BYTES)
+        for slot, lead in self.plan.repeats(first, last):
+            self.out[slot] = self.out[lead]
 
 
 class _InPlace:
-    """Fetches one-row chunks: each payload straight into its slot of `out`, each checksum beside it."""
+    """What `_Compiled` does where that was not built: each payload into its slot, each checksum beside it."""
 
     def __init__(self, cache: Cache, expert: int, plan: Plan, out: np.ndarray) -> None:
         self.cache, self.expert, self.plan = cache, expert, plan

@@ -77,18 +77,19 @@ def code_deps(stage: str) -> list[str]:
         plugged = {m for m in modules() if re.fullmatch(rf"pipeline\.{kind}\.\w+", m)}
         reached |= closure(plugged) - plugged
         deps |= {f"pipeline/{kind}/{name}.py" for name in names}
-    files = {modules()[m].relative_to(ROOT).as_posix() for m in reached}
-    return sorted(files | deps)
+    files = {modules()[m].relative_to(ROOT) for m in reached}
+    compiled = {file.with_suffix(".c") for file in files if (ROOT / file).with_suffix(".c").exists()}
+    return sorted({file.as_posix() for file in files | compiled} | deps)
 
 
 def main() -> None:
-    """Rewrites the `.py` entries under `deps` of every stage, and nothing else."""
+    """Rewrites the code entries under `deps` of every stage, and nothing else."""
     path = ROOT / "dvc.yaml"
     lines, out, stage = path.read_text(encoding="utf-8").splitlines(), [], ""
     for line in lines:
         if match := re.fullmatch(r"  (\w+):", line):
             stage = match[1]
-        if line.strip().startswith("- ") and line.rstrip().endswith(".py"):
+        if line.strip().startswith("- ") and line.rstrip().endswith((".py", ".c")):
             continue
         if line.strip() in ("deps:", "deps: []"):
             indent = line[: len(line) - len(line.lstrip())]

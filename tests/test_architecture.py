@@ -113,7 +113,7 @@ def test_every_stage_module_is_a_stage_and_back():
 @pytest.mark.parametrize("stage", sorted(LOADED))
 def test_code_dependencies_are_the_import_closure(stage):
     """If this fails, run `python tests/architecture.py`."""
-    listed = [dep for dep in stage_of(stage)["deps"] if dep.endswith(".py")]
+    listed = [dep for dep in stage_of(stage)["deps"] if dep.endswith((".py", ".c"))]
     assert sorted(listed) == code_deps(stage)
     assert len(set(listed)) == len(listed)
 
@@ -121,7 +121,7 @@ def test_code_dependencies_are_the_import_closure(stage):
 @pytest.mark.parametrize("stage", sorted(LOADED))
 def test_listed_files_exist(stage):
     for dep in stage_of(stage)["deps"]:
-        if dep.endswith(".py") and "$" not in dep:
+        if dep.endswith((".py", ".c")) and "$" not in dep:
             assert (ROOT / dep).is_file(), dep
 
 
@@ -169,7 +169,7 @@ def test_parameters_of_a_stage_are_those_that_change_its_output(stage):
 def test_files_that_a_module_reads_from_our_folders_are_dependencies():
     """What is no Python and lies in a package (templates, scripts) is invisible to imports."""
     kept = {p.relative_to(ROOT).as_posix() for d in ("cache", "pipeline") for p in (ROOT / d).rglob("*") if p.is_file()}
-    other = {p for p in kept if not p.endswith((".py", ".pyc", "py.typed"))}
+    other = {p for p in kept if not p.endswith((".py", ".pyc", "py.typed", ".so"))}
     listed = {dep for stage in DVC for dep in stage_of(stage)["deps"]}
     assert not [p for p in sorted(other) if not any(p == dep or p.startswith(f"{dep}/") for dep in listed)]
 

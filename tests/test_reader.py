@@ -1,7 +1,9 @@
 import json
+import multiprocessing
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from pathlib import Path
 
 import fsspec
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 
 from cache.codecs import CODECS, PYTHON_ONLY
 from cache.errors import CacheError
+from cache.gather import Gather, compiled
 from cache.reader import open_cache
 
 LAYOUTS = [
@@ -23,6 +26,16 @@ LAYOUTS = [
     pytest.param({"maps": ((1, 1, 1),), "dtype": "float32"}, id="1x1"),
     pytest.param({"dtype": "bfloat16", "chunk_rows": 4}, id="bfloat16"),
 ]
+
+
+@pytest.fixture(params=["compiled", "plain"], autouse=True)
+def way(request, monkeypatch):
+    """Every test here reads by the compiled gather, and as where there is none."""
+    if request.param == "plain":
+        monkeypatch.setattr("cache.reader.compiled", lambda: None)
+    elif compiled() is None:
+        pytest.skip("the compiled gather was not built")
+    return request.param
 
 
 def refused(location, rows=None, **how) -> CacheError:
@@ -128,6 +141,31 @@ def test_many_threads_read_at_once(cache_dir):
         assert all(pool.map(same, range(200)))
 
 
+def _read_and_hash(cache, wanted, answers) -> None:
+    answers.put(sha256(cache.read(wanted)).hexdigest())
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize("layout", [{}, {"codec": "zstd"}])
+def test_another_process_reads_the_open_cache(cache_dir, layout, start):
+    """A forked child has none of its parent's threads; a spawned one gets the cache pickled."""
+    (maps,) = make_cache(cache_dir, rows=make_rows(600), maps=((64, 8, 8),), **{"shard_rows": 64, **layout})
+    wanted = np.random.default_rng(0).permutation(600)
+    context = multiprocessing.get_context(start)
+    with open_cache(cache_dir) as cache, ThreadPoolExecutor(1) as pool:
+        cache.read(wanted)
+        busy = pool.submit(lambda: [cache.read(wanted) for _ in range(20)])  # may hold a lock when the child is forked
+        answers = context.SimpleQueue()
+        children = [context.Process(target=_read_and_hash, args=(cache, wanted, answers)) for _ in range(3)]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join(60)
+            assert child.exitcode == 0
+        assert {answers.get() for _ in children} == {sha256(maps[wanted].tobytes()).hexdigest()}
+        assert len(busy.result()) == 20
+
+
 def test_no_rows(cache_dir):
     make_cache(cache_dir)
     with open_cache(cache_dir) as cache:
@@ -202,8 +240,15 @@ def spy_on_reads(monkeypatch) -> list[tuple[str, int, int]]:
         note(handle, start, got)
         return got
 
+    def spied_gather(self, files, offsets, slots, out, row_bytes):
+        for handle, start in zip(files.tolist(), offsets.tolist(), strict=True):
+            note(handle, start, row_bytes + 4)
+        return gather(self, files, offsets, slots, out, row_bytes)
+
+    gather = Gather.__call__
     monkeypatch.setattr(os, "pread", spied_pread)
     monkeypatch.setattr(os, "preadv", spied_preadv)
+    monkeypatch.setattr(Gather, "__call__", spied_gather)
     return reads
 
 

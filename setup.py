@@ -1,0 +1,10 @@
+"""The compiled gather; everything else about the package stands in pyproject.toml."""
+
+from setuptools import Extension, setup
+
+setup(
+    ext_modules=[
+        # Where it cannot be built, installing goes on and the reader's own loop serves.
+        Extension("cache._gather", ["cache/gather.c"], extra_compile_args=["-O2"], optional=True)
+    ]
+)

@@ -1,206 +1,165 @@
-"""docs/results.md and docs/images/ratio.svg from finished analyses, beside the paper's figures.
+"""docs/results.md and its pictures from finished analyses, online runs and the digits, beside the paper's figures.
 
-make analysis-ratio analysis-donors analysis-selection analysis-controls analysis-hosts analysis-pooling
-python -m benchmarks.analyses grid --published 5
-python -m benchmarks.results --data data --out docs
+The commands that make them stand in `benchmarks/results.md`, the template.
+
+    python -m benchmarks.results --data cifar --digits data --out docs
 """
 
 import argparse
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
+from benchmarks.measure import RESULTS, save
+from benchmarks.online_results import BOUNDS, Online, bounds_table, load_online, recipes_lines, record
+from benchmarks.tables import (
+    DONORS,
+    RECIPES,
+    REPORTED,
+    SELECTIONS,
+    SHORT,
+    Analysis,
+    fusion_table,
+    guesses_table,
+    hosts_table,
+    labelled,
+    load_analysis,
+    parts_table,
+    ratio_table,
+    ratios_table,
+    seeds_table,
+    table,
+    variant_table,
+)
+from pipeline import params
 from pipeline.errors import UserError
 from pipeline.figures import ratio_picture
-from pipeline.results import (
-    FIGURES,
-    HostResult,
-    against_zero,
-    between_hosts,
-    difference,
-    load_result,
-    mean_and_std,
-    ratio_curve,
-    variants,
-)
-from pipeline.stages.report import difference_table, markdown_table
-
-SHORT = ("top1", "head", "medium", "tail")
-DONORS = {"reverse": "63.56 / 48.60 / 24.07 / 46.87", "balanced": "62.72 / 49.14 / 25.93 / 47.30"}
-DONORS |= {"instance": "62.00 / 50.17 / 27.07 / 47.73", "without": "63.67 / 46.63 / 22.21 / 45.68"}
-SELECTIONS = {"first": "47.22", "middle": "47.23", "last": "47.41", "random": "47.73, 47.75, 47.80, 47.71, 47.66"}
-SELECTIONS |= {"without": "45.68"}
+from pipeline.results import HostResult, load_result, ratio_curve
+from pipeline.stages.report import difference_table, markdown_table, run_records
 
 
-@dataclass(frozen=True)
-class Analysis:
-    """A finished analysis: its hosts, and the record of each run."""
-
-    name: str
-    results: list[HostResult]
-    runs: dict[str, dict[str, Any]]
-
-    def __getitem__(self, host: str) -> HostResult:
-        return next(r for r in self.results if r.name == host)
-
-    @property
-    def made(self) -> str:
-        """The command, commit, time and machine in one line."""
-        runs = list(self.runs.values())
-        commits = ", ".join(sorted({str(r["commit"]) for r in runs}))
-        heads, seconds, cpu = (sum(r[k] for r in runs) for k in ("heads", "seconds", "cpu"))
-        machine = runs[0]["machine"]
-        return (
-            f"`make analysis-{self.name}`; commit {commits}; {heads} heads trained in {seconds:.0f} s ({cpu:.0f} s of "
-            f"processor time, {machine['cores']} cores, {machine['processor']}, shared with other work)."
-        )
+def online_tables(online: Online, results: dict[str, HostResult]) -> dict[str, str]:
+    """Places of the section on the published way: the bounds, and every recipe against it."""
+    ours = results["branchwise, 1 view"].at(online.ratio)
+    return {
+        "online bounds": table(
+            ["figure", "online", "ours, branchwise", "ours - online", "bound", "verdict"], bounds_table(online, ours)
+        ),
+        "online recipes": table(["recipe", *(f"{f}, ours - online" for f in BOUNDS)], recipes_lines(online, results)),
+        "online made": online.made,
+    }
 
 
-def load_analysis(folder: Path) -> Analysis:
-    """What `benchmarks.analyses` wrote into `folder`. Raises UserError."""
-    names = [p.parent.name for p in sorted((folder / "evaluate").glob("*/metrics.json"))]
-    if not names:
-        raise UserError(f"{folder}: no finished analysis; run make analysis-{folder.name}")
-    runs = {p.stem: json.loads(p.read_text()) for p in sorted((folder / "runs" / "train_classifier").glob("*.json"))}
-    return Analysis(folder.name, [load_result(n, folder / "evaluate" / n) for n in names], runs)
-
-
-def _row(*cells: object) -> str:
-    return "| " + " | ".join(str(c) for c in cells) + " |"
-
-
-def _table(columns: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
-    return "\n".join([_row(*columns), _row(*["---"] * len(columns)), *(_row(*line) for line in lines)])
-
-
-def _cell(heads: pd.DataFrame, figure: str) -> str:
-    mean, std = mean_and_std(heads, figure)
-    return "–" if mean is None else f"{mean:.2f}" + ("" if std is None else f" ± {std:.2f}")
-
-
-def _text(after: pd.DataFrame, before: pd.DataFrame, figure: str) -> str:
-    found = difference(after, before, figure)
-    return found.text if found else "–"
-
-
-def ratio_table(result: HostResult) -> str:
-    """Every ratio, and what it changes against ratio 0."""
-    lines = []
-    for ratio in result.ratios:
-        apart = against_zero(result, ratio)
-        text = [found.text if ratio and (found := apart[f]) else "–" for f in ("top1", "tail")]
-        lines.append([f"{ratio:g}", *(_cell(result.at(ratio), f) for f in FIGURES), *text])
-    return _table(["ratio", *FIGURES, "top1 against 0", "tail against 0"], lines)
-
-
-def variant_table(result: HostResult, ratio: float, published: dict[str, str], paper: str) -> str:
-    """Donors and selections at one ratio, each against (instance, random), beside the paper's figures."""
-    usual = result.at(ratio)
-    lines = [["without H2T", *(_cell(result.at(0.0), f) for f in SHORT), _text(result.at(0.0), usual, "top1")]]
-    lines.append(["instance, random", *(_cell(usual, f) for f in SHORT), "–"])
-    keys = ["without", "random" if "random" in published else "instance"]
-    for r, donor, selection in variants(result):
-        if r == ratio:
-            heads = result.at(r, donor, selection)
-            lines.append([f"{donor}, {selection}", *(_cell(heads, f) for f in SHORT), _text(heads, usual, "top1")])
-            keys.append(selection if selection in published else donor)
-    if published:
-        lines = [[*line, published.get(key, "–")] for line, key in zip(lines, keys, strict=True)]
-    extra = [paper] if published else []
-    return _table(["donor, selection", *SHORT, "top1 against instance, random", *extra], lines)
-
-
-def parts_table(ratios: Analysis) -> str:
-    """What part of the published gain is batch-norm statistics, and what part is fusion."""
-    branchwise = ratios["branchwise"]
-    heads = branchwise.tables["heads"]
-    balanced = heads[(heads.split == "test") & (heads.statistics == "balanced") & (heads.ratio == 0)]
-    steps = [
-        ("DR as published: trained and evaluated under balanced batches", balanced.sort_values("seed")),
-        ("the same heads, evaluated under the mixture: statistics alone", branchwise.at(0.0)),
-        ("DR + H2T, ratio 0.3, evaluated under the mixture: fusion on top", branchwise.at(0.3)),
-    ]
-    lines = []
-    for i, (label, found) in enumerate(steps):
-        text = [_text(found, steps[i - 1][1], f) if i else "–" for f in ("top1", "tail")]
-        lines.append([label, *(_cell(found, f) for f in SHORT), *text])
-    return _table(["step", *SHORT, "top1 against the line above", "tail against the line above"], lines)
-
-
-def grid_text(grid: Analysis, folder: Path) -> str:
-    """How long 660 heads took, and the published way beside it."""
+def grid_text(grid: Analysis, online: Online) -> str:
+    """How long 660 heads took, and the published way beside it, from whole runs of it."""
     run = grid.runs["grid"]
-    found = json.loads((folder / "runs" / "published" / "grid.json").read_text())
+    ratios = grid["grid"].heads.ratio
+    without = int((ratios == 0).sum())
+    runs = len(ratios) - without / 2  # without donors one pass a step is enough
+    seconds, cpu = (runs * online.median(clock) for clock in ("seconds", "cpu"))
     return (
-        f"{run['heads']} heads took {run['seconds']:.0f} s of stage II ({run['cpu']:.0f} s of processor time).\n"
-        f"The published way runs the backbone twice a step, for every head: {found['step_seconds']:.2f} s a step "
-        f"({found['step_cpu']:.2f} s of processor time), measured over {found['steps']:.0f} steps; "
-        f"for {found['heads']} heads that is {found['seconds'] / 3600:,.0f} hours "
-        f"({found['cpu'] / 3600:,.0f} of processor time), estimated: **{found['seconds'] / run['seconds']:,.0f} times "
-        f"the time** and {found['cpu'] / run['cpu']:,.0f} times the processor time. Reading and augmenting images, "
-        "which the published way repeats as well, is left out; so is the one extraction, which the cache shares."
+        f"{run['heads']} heads took {run['seconds']:.0f} s of stage II ({run['cpu']:.0f} s of processor time). The "
+        "published way runs the backbone twice a step, for every head: "
+        f"{online.median('cpu'):.0f} s of processor time a head (median of the {len(online.runs)} whole runs above), "
+        f"half of it for the {without} heads at ratio 0. For all {run['heads']} that is {cpu / 3600:,.0f} hours of "
+        f"processor time, estimated: **{cpu / run['cpu']:,.0f} times** ours, and {seconds / run['seconds']:,.0f} times "
+        "by the clock, on shared cores. The one extraction, which the cache shares, is left out."
     )
 
 
-def hosts_table(hosts: Analysis) -> str:
-    """Every host with H2T against DR with H2T, paired by seed."""
-    lines = []
-    for result in hosts.results:
-        for row, label in (("without_h2t", "without"), ("with_h2t", "with")):
-            apart = between_hosts(result, hosts["dr"], row) if result.name != "dr" else None
-            if apart:
-                lines.append(
-                    [result.name, label, *(found.text if (found := apart[f]) else "–" for f in ("top1", "tail"))]
-                )
-    return _table(["host", "H2T", "top1 against dr", "tail against dr"], lines)
+def digits_text(data: Path) -> str:
+    """The six hosts of the default parameters, from what `make repro` left in `data`."""
+    names = list(params.load(Path(__file__).parent.parent / "params.yaml")["hosts"])
+    results = [load_result(name, data / "evaluate" / name) for name in names]
+    runs = run_records(data / "runs")
+    commits = ", ".join(sorted({str(r["commit"]) for r in runs}))
+    spent = sum(r["seconds"] for r in runs if r["seconds"])
+    machine = next(r["machine"] for r in runs if r["machine"])
+    made = (
+        f"`make repro`; commit {commits}; {len(runs)} stage runs, {spent:.0f} s in them ({machine['cores']} cores, "
+        f"{machine['processor']}, shared with other work)."
+    )
+    return "\n\n".join([markdown_table(results), "With H2T minus without:", difference_table(results), made])
 
 
-def document(data: Path, template: str) -> str:
-    """The text of docs/results.md: `template` with its {{places}} filled from the analyses in `data`."""
+def document(data: Path, digits: Path, template: str) -> str:
+    """The text of docs/results.md: `template` with its {{places}} filled from what `data` and `digits` hold."""
     found = {p.name: load_analysis(p) for p in sorted((data / "analyses").iterdir()) if p.is_dir()}
     ratio, donors, selection, controls = (found[n] for n in ("ratio", "donors", "selection", "controls"))
+    recipes = labelled(ratio, found["views"])
+    online = load_online(data, REPORTED)
     places = {f"{n} made": a.made for n, a in found.items()}
     places |= {
         "stage I": f"{ratio['stage1'].metrics['stage1']['top1']:.2f}",
-        "ratio table": markdown_table(ratio.results),
-        "ratio branchwise": ratio_table(ratio["branchwise"]),
-        "ratio stage1": ratio_table(ratio["stage1"]),
+        "cache": cache_text(data / "runs" / "extract"),
+        "ratio table": markdown_table(list(recipes.values())),
+        "fusion": fusion_table(recipes),
         "parts": parts_table(ratio),
+        "guesses": guesses_table({n: r for n, r in recipes.items() if n.endswith("1 view")}),
+        "seeds": seeds_table(controls),
         "controls branchwise 1": variant_table(controls["branchwise"], 1.0, {}, ""),
+        "donors reverse": variant_table(
+            donors["branchwise_reverse"], REPORTED, DONORS, "paper, CIFAR-100: head / med / tail / all"
+        ),
         "hosts table": markdown_table(found["hosts"].results),
         "hosts differences": difference_table(found["hosts"].results),
         "hosts apart": hosts_table(found["hosts"]),
         "pooling table": markdown_table(found["pooling"].results),
         "pooling differences": difference_table(found["pooling"].results),
-        "grid text": grid_text(found["grid"], data / "analyses" / "grid"),
-        "grid donors": variant_table(found["grid"]["grid"], 0.3, {}, ""),
+        "grid text": grid_text(found["grid"], online),
+        "grid donors": variant_table(found["grid"]["grid"], REPORTED, {}, ""),
+        "digits": digits_text(digits),
+        **online_tables(online, recipes),
     }
+    places |= {f"ratios {f}": ratios_table(recipes, f) for f in SHORT}
+    for recipe in RECIPES:
+        places[f"ratio {recipe}"] = ratio_table(ratio[recipe])
     for recipe in ("branchwise", "stage1"):
         places[f"donors {recipe}"] = variant_table(
-            donors[recipe], 0.3, DONORS, "paper, CIFAR-100: head / med / tail / all"
+            donors[recipe], REPORTED, DONORS, "paper, CIFAR-100: head / med / tail / all"
         )
-        places[f"selection {recipe}"] = variant_table(selection[recipe], 0.3, SELECTIONS, "paper, CIFAR-100: all")
-        places[f"controls {recipe}"] = variant_table(controls[recipe], 0.3, {}, "")
+        places[f"selection {recipe}"] = variant_table(selection[recipe], REPORTED, SELECTIONS, "paper, CIFAR-100: all")
+        places[f"controls {recipe}"] = variant_table(controls[recipe], REPORTED, {}, "")
     for place, text in places.items():
         template = template.replace("{{" + place + "}}", text)
+    left = re.findall(r"{{(.*?)}}", template)
+    if left:
+        raise UserError(f"the template asks for {', '.join(left)}, which nothing makes")
     return template
+
+
+def cache_text(runs: Path) -> str:
+    """Rows, bytes and time of each cache, from the records of their extraction."""
+    lines = []
+    for path in sorted(runs.glob("*.json")):
+        run = json.loads(path.read_text(encoding="utf-8"))
+        size = f"{run['value_bytes'] / 1e6:.0f} MB"
+        lines.append([f"`{path.stem}`", f"{run['rows']:,}", size, f"{run['seconds']:.0f}", run["commit"]])
+    return table(["cache", "rows", "values", "seconds, shared with other work", "commit"], lines)
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("data"))
+    parser.add_argument("--data", type=Path, default=Path("cifar"), help="analyses and online runs on CIFAR-10-LT")
+    parser.add_argument("--digits", type=Path, default=Path("data"), help="what make repro wrote")
     parser.add_argument("--out", type=Path, default=Path("docs"))
+    parser.add_argument("--record", type=Path, default=RESULTS / "online.json")
     given = parser.parse_args()
     template = (Path(__file__).parent / "results.md").read_text(encoding="utf-8")
-    (given.out / "results.md").write_text(document(given.data, template), encoding="utf-8")
-    ratio = load_analysis(given.data / "analyses" / "ratio")
+    try:
+        (given.out / "results.md").write_text(document(given.data, given.digits, template), encoding="utf-8")
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
+    ratio, views = (load_analysis(given.data / "analyses" / name) for name in ("ratio", "views"))
+    save(given.record, record(load_online(given.data, REPORTED), ratio["branchwise"].at(REPORTED)))
+    pictures = {"ratio": [ratio["branchwise"]], "recipes": list(labelled(ratio, views).values())}
     (given.out / "images").mkdir(exist_ok=True)
-    (given.out / "images" / "ratio.svg").write_text(ratio_picture(ratio_curve(ratio["branchwise"])), encoding="utf-8")
+    for name, results in pictures.items():
+        curves = pd.concat([ratio_curve(result) for result in results], ignore_index=True)
+        (given.out / "images" / f"{name}.svg").write_text(ratio_picture(curves), encoding="utf-8")
 
 
 if __name__ == "__main__":

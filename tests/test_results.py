@@ -10,7 +10,7 @@ from pipeline_builders import ROOT, h2t, write_params
 from report_builders import make_evaluated
 from scipy.stats import ttest_rel
 
-from benchmarks import analyses, results
+from benchmarks import analyses, online_results, tables
 from pipeline import params
 from pipeline.errors import UserError
 from pipeline.results import FIGURES, load_result
@@ -30,7 +30,7 @@ def recomputed(folder: Path) -> pd.DataFrame:
 
 
 def test_table_of_donors_from_a_small_cache(evaluated):
-    text = results.variant_table(load_result("dr", evaluated / "dr"), 0.3, {}, "")
+    text = tables.variant_table(load_result("dr", evaluated / "dr"), 0.3, {}, "")
     lines = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines()[2:]]
     heads = recomputed(evaluated)
     usual = heads[(heads.ratio == 0.3) & (heads.donor == "instance") & (heads.selection == "random")]
@@ -53,7 +53,7 @@ def test_table_of_donors_from_a_small_cache(evaluated):
 
 
 def test_ratio_table_has_every_ratio(evaluated):
-    lines = results.ratio_table(load_result("dr", evaluated / "dr")).splitlines()[2:]
+    lines = tables.ratio_table(load_result("dr", evaluated / "dr")).splitlines()[2:]
     assert [line.split("|")[1].strip() for line in lines] == ["0", "0.3", "0.6"]
     assert lines[0].count("–") == 2
 
@@ -70,14 +70,16 @@ def test_an_analysis_runs_by_one_command_and_again_to_the_same_table(tmp_path, e
             }
         },
     }
-    tables = []
+    found_tables = []
     for name in ("a", "b"):
         analyses.analyse(values, evaluated.parent, tmp_path / name)
-        found = results.load_analysis(tmp_path / name)
+        found = tables.load_analysis(tmp_path / name)
         assert found.runs["only"]["heads"] == 4
         assert "4 heads" in found.made
-        tables.append((results.ratio_table(found["only"]), (tmp_path / name / "report" / "results.md").read_bytes()))
-    assert tables[0] == tables[1]
+        found_tables.append(
+            (tables.ratio_table(found["only"]), (tmp_path / name / "report" / "results.md").read_bytes())
+        )
+    assert found_tables[0] == found_tables[1]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "presets" / "analyses").glob("*.yaml")), ids=lambda p: p.stem)
@@ -92,9 +94,99 @@ def test_grid_has_660_heads():
     assert len(train_classifier.heads_of(params.build(train_classifier.Params, "hosts.grid", host).grid)) == 660
 
 
+def cells_of(text: str) -> list[list[str]]:
+    return [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines()[2:]]
+
+
+def test_table_of_guesses_from_the_predictions(evaluated):
+    lines = cells_of(tables.guesses_table({"r": load_result("dr", evaluated / "dr")}))
+    assert [line[1] for line in lines] == ["stage I", "without H2T", "with H2T"]
+    heads = recomputed(evaluated)
+    numbers = {
+        "stage I": [-1],
+        "without H2T": list(heads[heads.ratio == 0].drop_duplicates("seed").number),
+        "with H2T": list(
+            heads[(heads.ratio == 0.3) & (heads.donor == "instance") & (heads.selection == "random")].number
+        ),
+    }
+    predictions = pd.read_parquet(evaluated / "dr" / "predictions.parquet")
+    for _, row, *shares in lines:
+        mine = predictions[predictions.number.isin(numbers[row]) & (predictions.label == 3)].predicted.to_numpy()
+        expected = [100 * np.mean(mine == j) for j in range(4)]
+        assert [float(s) for s in shares[3:]] == pytest.approx(expected, abs=0.051)
+        groups = [expected[0], expected[1] + expected[2], expected[3]]
+        assert [float(s) for s in shares[:3]] == pytest.approx(groups, abs=0.051)
+
+
+def test_recipes_across_and_what_fusion_adds(evaluated):
+    result = load_result("dr", evaluated / "dr")
+    heads = recomputed(evaluated)
+    usual = heads[((heads.donor == "instance") & (heads.selection == "random")) | (heads.ratio == 0)]
+    means = usual.groupby("ratio").top1.mean()
+    lines = cells_of(tables.ratios_table({"a": result, "b": result}, "top1"))
+    assert [line[0] for line in lines] == ["0", "0.3", "0.6"]
+    assert [float(line[1].split(" ")[0]) for line in lines] == pytest.approx(list(means), abs=0.0051)
+    assert all(line[1] == line[2] for line in lines)
+    [line] = cells_of(tables.fusion_table({"a": result}))
+    assert float(line[1].split(" ")[0]) == pytest.approx(means[0.3] - means[0.0], abs=0.0051)
+    assert float(line[3]) == means.idxmax()
+
+
+def online_of(result, by: float, seeds=(0, 1, 2)) -> online_results.Online:
+    """Online runs whose top-1 lies `by` and, seed by seed, a little more below ours."""
+    runs = []
+    for seed in seeds:
+        head = result.at(0.3).set_index("seed").loc[seed]
+        figures = {f: float(head[f]) - by - 0.01 * seed for f in FIGURES}
+        spent = {"seconds": 700.0 + seed, "cpu": 600.0 + seed, "parts": {"cpu": {"backbone": 540.0, "evaluation": 9}}}
+        runs.append(
+            {"seed": seed, "figures": figures, "commit": "c", "machine": {"cores": 2, "processor": "x"}, **spent}
+        )
+    return online_results.Online(0.3, runs)
+
+
+@pytest.mark.parametrize(("by", "expected"), [(0.1, "within"), (0.28, "mean within, interval not"), (0.4, "outside")])
+def test_ours_beside_online_runs(evaluated, by, expected):
+    result = load_result("dr", evaluated / "dr")
+    online, ours = online_of(result, by), result.at(0.3)
+    lines = online_results.bounds_table(online, ours)
+    assert [line[0] for line in lines] == ["top1", "head", "medium", "tail"]
+    each = [by, by + 0.01, by + 0.02]
+    interval = ttest_rel(each, [0.0] * 3).confidence_interval(0.95)
+    found = [float(n) for n in re.findall(r"[+-]\d+\.\d+", lines[0][3])]
+    assert found == pytest.approx([np.mean(each), interval.low, interval.high], abs=0.0051)
+    assert lines[0][5] == expected
+    body = online_results.record(online, ours)
+    assert body["ours_minus_online"]["top1"]["mean"] == pytest.approx(np.mean(each))
+    assert [o["seed"] for o in body["ours"]] == [0, 1, 2]
+    assert online.median("cpu") == 601
+    assert "601 s of processor time (701 s by the clock" in online.made
+    apart = re.findall(r"[+-]\d+\.\d+", online_results.recipes_lines(online, {"r": result})[0][1])
+    assert [float(n) for n in apart] == found
+
+
+def test_no_online_run_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="online_h2t"):
+        online_results.load_online(tmp_path, 0.3)
+
+
+def test_a_host_whose_rows_the_cache_lacks_is_left_out(tmp_path, evaluated, capsys):
+    short = {"host": "dr", "backbone": "b0", "optimiser": {"epochs": 1, "batch_size": 16}}
+    grid = {"ratio": [0.0, 0.3], "donor": ["reverse"], "seed": [0]}
+    values = {"device": "cpu", "hosts": {"only": short, "reverse": {**short, "grid": grid}}}
+    analyses.analyse(values, evaluated.parent, tmp_path / "a")
+    assert "note: reverse: left out, the cache has no rows under reverse" in capsys.readouterr().out
+    found = tables.load_analysis(tmp_path / "a")
+    assert [r.name for r in found.results] == ["only"]
+    with pytest.raises(UserError, match="left out"):
+        found["reverse"]
+    with pytest.raises(UserError, match="no host is left"):
+        analyses.analyse({**values, "hosts": {"reverse": {**short, "grid": grid}}}, evaluated.parent, tmp_path / "b")
+
+
 def test_an_unfinished_analysis_is_one_line(tmp_path):
     with pytest.raises(UserError, match="make analysis-donors"):
-        results.load_analysis(tmp_path / "donors")
+        tables.load_analysis(tmp_path / "donors")
 
 
 def test_compare_two_runs(tmp_path, evaluated):

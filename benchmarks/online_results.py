@@ -1,0 +1,101 @@
+"""Heads trained on the cache beside the same heads trained online (`benchmarks.online_h2t`), paired by seed."""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from pipeline.errors import UserError
+from pipeline.results import HostResult, difference, mean_and_std
+from pipeline.statistics import Difference
+
+#: How far the cache may lie from the published way, in points.
+BOUNDS = {"top1": 0.3, "head": 1.5, "medium": 1.5, "tail": 1.5}
+
+
+@dataclass(frozen=True)
+class Online:
+    """The finished online runs at one ratio, by seed."""
+
+    ratio: float
+    runs: Sequence[Mapping[str, Any]]
+
+    @property
+    def heads(self) -> pd.DataFrame:
+        """One line per seed: seed, and its figures on the test split."""
+        return pd.DataFrame([{"seed": run["seed"], **run["figures"]} for run in self.runs])
+
+    def median(self, clock: str) -> float:
+        """Of `seconds` by the clock or `cpu` seconds, training alone."""
+        return statistics.median(float(run[clock]) for run in self.runs)
+
+    @property
+    def made(self) -> str:
+        """Command, commit and time in one line."""
+        commits = ", ".join(sorted({str(run["commit"]) for run in self.runs}))
+        cpu = self.runs[0]["parts"]["cpu"]
+        passes = sum(run["parts"]["cpu"]["backbone"] for run in self.runs) / sum(run["cpu"] for run in self.runs)
+        machine = self.runs[0]["machine"]
+        return (
+            f"`python -m benchmarks.online_h2t --ratio {self.ratio:g}`; commit {commits}; a seed takes "
+            f"{self.median('cpu'):.0f} s of processor time ({self.median('seconds'):.0f} s by the clock on "
+            f"{machine['cores']} cores, {machine['processor']}, shared with other work), {100 * passes:.0f} % of it "
+            f"backbone passes; evaluation, {cpu['evaluation']:.0f} s, not counted."
+        )
+
+
+def load_online(data: Path, ratio: float, variant: str = "") -> Online:
+    """The runs in `data`/online at `ratio`; `variant` as in their names, `-frozen` for one. Raises UserError."""
+    paths = sorted((data / "online").glob(f"ratio-{ratio:g}-seed-*[0-9]{variant}.json"))
+    if not paths:
+        raise UserError(f"{data / 'online'}: no run at ratio {ratio:g}; run python -m benchmarks.online_h2t")
+    return Online(ratio, [json.loads(path.read_text(encoding="utf-8")) for path in paths])
+
+
+def verdict(found: Difference, bound: float) -> str:
+    """Whether the whole 95 % interval lies within the bound, only its mean does, or neither."""
+    if found.low is not None and found.high is not None and -bound <= found.low and found.high <= bound:
+        return "within"
+    return "mean within, interval not" if abs(found.mean) <= bound else "outside"
+
+
+def bounds_table(online: Online, ours: pd.DataFrame) -> list[list[str]]:
+    """Lines of figure, online, ours, ours - online, the bound, the verdict."""
+    lines = []
+    for figure, bound in BOUNDS.items():
+        found = difference(ours, online.heads, figure)
+        if found is None:
+            raise UserError("online: no seed was trained both online and on the cache")
+        cells = [_cell(heads, figure) for heads in (online.heads, ours)]
+        lines.append([figure, *cells, found.text.rpartition("]")[0] + "]", f"± {bound:g}", verdict(found, bound)])
+    return lines
+
+
+def recipes_lines(online: Online, results: Mapping[str, HostResult]) -> list[list[str]]:
+    """Lines of recipe, ours - online in each figure: which way to cache comes how near."""
+    lines = []
+    for label, result in results.items():
+        found = [difference(result.at(online.ratio), online.heads, figure) for figure in BOUNDS]
+        lines.append([label, *(f.text.rpartition("]")[0] + "]" if f else "–" for f in found)])
+    return lines
+
+
+def record(online: Online, ours: pd.DataFrame) -> dict[str, Any]:
+    """For benchmarks/results/online.json: every run, ours at the same ratio, and the differences."""
+    found = {figure: difference(ours, online.heads, figure) for figure in BOUNDS}
+    return {
+        "ratio": online.ratio,
+        "command": f"python -m benchmarks.online_h2t --ratio {online.ratio:g}",
+        "runs": list(online.runs),
+        "ours": ours[["seed", *BOUNDS]].to_dict("records"),
+        "ours_minus_online": {k: {**f.as_dict(), "bound": BOUNDS[k]} for k, f in found.items() if f},
+    }
+
+
+def _cell(heads: pd.DataFrame, figure: str) -> str:
+    mean, std = mean_and_std(heads, figure)
+    return f"{mean:.2f}" + ("" if std is None else f" ± {std:.2f}")

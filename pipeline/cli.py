@@ -237,20 +237,23 @@ def evaluate(values: dict[str, Any], name: str, cache: str, heads: Path, backbon
 @click.argument("evaluate_dir", type=PATH, required=False)
 @click.argument("out", type=PATH, required=False)
 @click.option("--runs", type=PATH, help="Folder of run records (data/runs): the page shows time and machine as well.")
-@click.option("--compare", nargs=2, type=PATH, metavar="A B", help="Two folders of evaluated hosts, B against A.")
+@click.option("--compare", nargs=2, metavar="A B", help="Two folders of evaluated hosts or git revisions, B against A.")
 @stage
 def report(
-    values: dict[str, Any], evaluate_dir: Path | None, out: Path | None, runs: Path | None, compare: tuple[Path, Path]
+    values: dict[str, Any], evaluate_dir: Path | None, out: Path | None, runs: Path | None, compare: tuple[str, str]
 ) -> None:
     """Tables and pictures of every host named in the parameters, from EVALUATE_DIR into OUT.
 
-    With --compare A B the hosts that both folders have, side by side; with one argument more, a whole report there.
+    With --compare A B the hosts that both have, side by side; with one argument more, a whole report there.
     """
     from pipeline import params
     from pipeline.stages import report as stage_module
 
     if compare:
-        stage_module.compare(*compare, evaluate_dir, click.echo)
+        from pipeline.revisions import evaluated
+
+        with evaluated(compare[0]) as a, evaluated(compare[1]) as b:
+            stage_module.compare(a, b, evaluate_dir, click.echo, compare)
         return
     if evaluate_dir is None or out is None:
         raise click.UsageError("give EVALUATE_DIR and OUT, or --compare A B")

@@ -67,21 +67,25 @@ def write(title: str, results: list[HostResult], out: Path, runs: Iterable[Mappi
         _csv(pd.concat([per_class(r) for r in results], ignore_index=True), plots / "per_class.csv")
 
 
-def compare(a: Path, b: Path, out: Path | None, say: Callable[[str], None]) -> None:
+def compare(
+    a: Path, b: Path, out: Path | None, say: Callable[[str], None], names: tuple[str, str] | None = None
+) -> None:
     """Two folders of evaluated hosts side by side: hosts of the same name, b minus a. With `out`, a whole report too.
 
-    A folder is what evaluate writes to (`data/evaluate`), or one that holds it as `evaluate` (`data`).
+    A folder is what evaluate writes to (`data/evaluate`), or one that holds it as `evaluate` (`data`). `names`: what to
+    call them, by default their paths.
     """
+    first, second = names or (str(a), str(b))
     folders = [_evaluated(p) for p in (a, b)]
-    names = [sorted(p.parent.name for p in f.glob("*/metrics.json")) for f in folders]
-    shared = [n for n in names[0] if n in names[1]]
+    hosts = [sorted(p.parent.name for p in f.glob("*/metrics.json")) for f in folders]
+    shared = [n for n in hosts[0] if n in hosts[1]]
     if not shared:
         raise UserError(
-            f"{a}, {b}: no host is in both ({', '.join(names[0]) or 'none'}; {', '.join(names[1]) or 'none'})"
+            f"{first}, {second}: no host is in both ({', '.join(hosts[0]) or 'none'}; {', '.join(hosts[1]) or 'none'})"
         )
     pairs = [[load_result(name, folder / name) for folder in folders] for name in shared]
     say("\n".join(_side_by_side(pairs)))
-    alone = sorted(set(names[0]) ^ set(names[1]))
+    alone = sorted(set(hosts[0]) ^ set(hosts[1]))
     if alone:
         say(f"\nnote: {', '.join(alone)}: in one of them only, left out")
     if out is not None:
@@ -90,7 +94,7 @@ def compare(a: Path, b: Path, out: Path | None, say: Callable[[str], None]) -> N
             for pair in pairs
             for label, r in zip("AB", pair, strict=True)
         ]
-        write(f"A: {a}, B: {b}", both, out)
+        write(f"A: {first}, B: {second}", both, out)
 
 
 def _evaluated(folder: Path) -> Path:

@@ -1,0 +1,118 @@
+"""`h2t report --compare` on revisions: real git, real DVC, a remote that is a path."""
+
+import contextlib
+import re
+import shutil
+import subprocess
+
+import pytest
+from click.testing import CliRunner
+from dvc.cli import main as dvc_main
+from pipeline_builders import ROOT, write_params
+from report_builders import make_evaluated
+
+from pipeline.cli import main
+from pipeline.results import load_result
+
+DVC_YAML = """
+stages:
+  evaluate:
+    foreach: [dr]
+    do:
+      cmd: cp -r made/${item} data/evaluate/${item}
+      deps: [made/dr]
+      outs: [data/evaluate/dr]
+"""
+
+
+def git(*arguments, where):
+    identity = ["-c", "user.name=A", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
+    subprocess.run(["git", *identity, *arguments], cwd=where, check=True, capture_output=True)
+
+
+def dvc(*arguments, where):
+    with contextlib.chdir(where):
+        assert dvc_main([*arguments, "--quiet"]) == 0
+
+
+def h2t(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def table_of(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("| dr")]
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """Three commits, `bare` without results, `one` and `two` with those of another seed; the last is checked out."""
+    home = tmp_path_factory.mktemp("lab")
+    root = home / "a"
+    (root / ".dvc").mkdir(parents=True)
+    for name in ("config", ".gitignore"):
+        shutil.copy(ROOT / ".dvc" / name, root / ".dvc" / name)
+    (root / "dvc.yaml").write_text(DVC_YAML)
+    (root / ".gitignore").write_text("/data/*/*\n/made/\n")
+    (root / "data/evaluate").mkdir(parents=True)
+    write_params(root / "params.yaml")
+    git("init", "--quiet", "--initial-branch=main", where=root)
+    dvc("remote", "add", "--default", "store", str(home / "store"), where=root)
+    git("add", ".", where=root)
+    git("commit", "--quiet", "--message=bare", where=root)
+    git("tag", "bare", where=root)
+    for seed, name in enumerate(("one", "two")):
+        made = make_evaluated(home / name, seed=seed) / "dr"
+        shutil.rmtree(root / "made", ignore_errors=True)
+        shutil.copytree(made, root / "made/dr")
+        dvc("repro", where=root)
+        git("add", ".", where=root)
+        git("commit", "--quiet", f"--message={name}", where=root)
+        git("tag", name, where=root)
+    return home
+
+
+@pytest.fixture
+def here(lab, monkeypatch, tmp_path):
+    monkeypatch.chdir(lab / "a")
+    monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "site"))
+    return lab
+
+
+def test_two_revisions_are_the_two_folders(here, tmp_path):
+    folders = h2t("report", "--compare", here / "one/evaluate", here / "two/evaluate")
+    assert folders.exit_code == 0, folders.output
+    found = h2t("report", "--compare", "one", "HEAD", tmp_path / "both")
+    assert found.exit_code == 0, found.output
+    assert len(table_of(found.stdout)) == 3
+    assert table_of(found.stdout) == table_of(folders.stdout)
+    first, second = (load_result("dr", here / n / "evaluate/dr").metrics["with_h2t"]["top1"] for n in ("one", "two"))
+    assert f"{second - first:+.2f} [" in table_of(found.stdout)[2]
+    page = (tmp_path / "both/index.html").read_text()
+    assert "A: one, B: HEAD" in page
+    assert not re.search(r"h2t-revision-", page)
+
+
+def test_a_revision_against_the_workspace(here):
+    same = h2t("report", "--compare", "two", "data")
+    assert same.exit_code == 0, same.output
+    assert "+0.00 [+0.00, +0.00] no difference" in table_of(same.stdout)[1]
+
+
+def test_a_revision_comes_from_the_remote(here, lab):
+    dvc("push", "--all-commits", where=lab / "a")
+    before = table_of(h2t("report", "--compare", "one", "two").stdout)
+    shutil.rmtree(lab / "a/.dvc/cache")
+    found = h2t("report", "--compare", "one", "two")
+    assert found.exit_code == 0, found.output
+    assert table_of(found.stdout) == before
+
+
+@pytest.mark.parametrize(
+    ("place", "rule"),
+    [("bare", "has no data/evaluate"), ("no-such", "is neither a folder nor a revision")],
+)
+def test_what_cannot_be_compared_is_one_line(here, place, rule):
+    found = h2t("report", "--compare", place, "two")
+    assert found.exit_code == 1
+    assert found.stderr.startswith(f"error: {place}: {rule}")
+    assert found.stderr.count("\n") == 1

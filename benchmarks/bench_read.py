@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import h5py
 import numpy as np
@@ -24,8 +25,9 @@ from crc32c import crc32c
 
 from benchmarks.measure import Timing, alternate, arguments, fastest, machine, ratio, save, table
 from benchmarks.synthetic import write_synthetic
-from cache.plan import UNIT_BYTES, plan_rows, units
-from cache.reader import THREADS, Cache, open_cache
+from cache.gather import compiled
+from cache.plan import UNIT_BYTES, plan_rows, portions, units
+from cache.reader import PORTION_BYTES, PORTION_SHARDS, THREADS, Cache, open_cache
 from cache.shard import CRC_BYTES
 
 ARRAY = "maps.zarr/expert_0"
@@ -149,6 +151,16 @@ def neighbours(rows: np.ndarray) -> list[tuple[int, int]]:
     cuts = np.flatnonzero(np.diff(rows) != 1)
     first, last = np.append(0, cuts + 1), np.append(cuts, len(rows) - 1)
     return list(zip(rows[first].tolist(), (rows[last] + 1).tolist(), strict=True))
+
+
+def not_compiled(read: Read) -> Read:
+    """Our read as it is where installing found no compiler."""
+
+    def call(rows: np.ndarray) -> np.ndarray:
+        with mock.patch("cache.reader.compiled", return_value=None):
+            return read(rows)
+
+    return call
 
 
 def zarr_variants(path: Path, out: np.ndarray, pipeline: str) -> dict[str, Read]:
@@ -295,6 +307,8 @@ def bench_gather(
     sweeps: dict[str, dict[str, float]] = {}
     chosen: dict[str, Callable[[], object]] = {"ours": in_turn(lambda wanted: cache.read(wanted, out=out))}
     settings: dict[str, str] = {"ours": "out given"}
+    if compiled():
+        chosen["ours, not compiled"] = in_turn(not_compiled(lambda wanted: cache.read(wanted, out=out)))
     peers: dict[str, dict[str, Callable[[], object]]] = {
         name: {
             "1 thread": raw_in_turn(each, Raw.one_thread),
@@ -357,7 +371,7 @@ def bench_gather(
 
 
 def parts(cache: Cache, rows: np.ndarray, out: np.ndarray, rounds: int) -> dict[str, float]:
-    """Seconds of our read's parts, each measured on its own in one thread."""
+    """Seconds of our read's parts, each measured on its own in one thread; checksums by the package, not compiled."""
     size = cache.spec.row_bytes()
     plan = plan_rows(rows, cache.spec.chunk_rows)
     flat = out.reshape(len(out), -1)
@@ -365,7 +379,8 @@ def parts(cache: Cache, rows: np.ndarray, out: np.ndarray, rounds: int) -> dict[
     slots = [view[at * size : (at + 1) * size] for at in plan.leads().tolist()]
 
     def planning() -> None:
-        units(*cache.chunk_ranges(plan_rows(rows, cache.spec.chunk_rows).chunks, 0), max_gap=0)
+        shards, _, sizes = cache.chunk_ranges(plan_rows(rows, cache.spec.chunk_rows).chunks, 0)
+        portions(shards, sizes, portion_bytes=PORTION_BYTES, max_shards=PORTION_SHARDS)
 
     def repeats() -> None:
         for slot, lead in plan.repeats(0, len(plan.chunks)):

@@ -36,8 +36,8 @@ THREADS = min(4, os.cpu_count() or 1)
 #: Below this many bytes per system call, handing Python's lock from thread to thread costs more than a second core
 #: brings.
 PARALLEL_READ_BYTES = 64 * 1024
-#: The compiled gather lets that lock go: a thread takes at most this much at a time, and half of it is worth a thread.
-PORTION_BYTES = 4 * 1024 * 1024
+#: The compiled gather lets that lock go; this much takes a thread half a millisecond, far longer than handing it over.
+PORTION_BYTES = 1024 * 1024
 #: Files that one portion holds open at once: together with those of other threads, fewer than a process may open.
 PORTION_SHARDS = 128
 
@@ -224,8 +224,7 @@ class Cache:
             and bool((sizes == self.spec.row_bytes(expert) + shard_layout.CRC_BYTES).all())
         )
         if in_place and (gather := compiled()):
-            portion = min(PORTION_BYTES, max(PORTION_BYTES // 2, -(-total // THREADS)))
-            work = portions(shards, sizes, portion_bytes=portion, max_shards=PORTION_SHARDS)
+            work = portions(shards, sizes, portion_bytes=PORTION_BYTES, max_shards=PORTION_SHARDS)
             self._share_out(_Compiled(self, gather, expert, plan, shards, offsets, out), work, alone=False)
             return
         if in_place:
@@ -250,8 +249,12 @@ class Cache:
             _each(job, work)
             return
         shared = iter(work)
-        tasks = [self._pool.submit(_each, job, shared) for _ in range(min(THREADS, len(work)))]
-        wait(tasks)  # all of them: nothing may write to `out` once this function is left
+        # The caller works too: it has begun before another thread is awake.
+        tasks = [self._pool.submit(_each, job, shared) for _ in range(min(THREADS, len(work)) - 1)]
+        try:
+            _each(job, shared)
+        finally:
+            wait(tasks)  # all of them: nothing may write to `out` once this function is left
         for task in tasks:
             task.result()
 
@@ -349,7 +352,7 @@ class _Decode:
         self, cache: Cache, expert: int, plan: Plan, offsets: np.ndarray, sizes: np.ndarray, out: np.ndarray
     ) -> None:
         self.cache, self.expert, self.plan, self.out = cache, expert, plan, out
-        self.offsets, self.sizes, self.leads = offsets, sizes, plan.leads()
+        self.offsets, self.sizes, self.leads = offsets.tolist(), sizes.tolist(), plan.leads().tolist()
 
     def __call__(self, unit: Unit) -> None:
         name = self.cache.spec.shard_file(self.expert, unit.shard)
@@ -363,8 +366,8 @@ class _Decode:
         for run, data in zip(unit.runs, fetched, strict=True):
             view = memoryview(data)
             for j in range(run.first, run.last):
-                begin = int(self.offsets[j]) - run.start
-                self._decode(j, view[begin : begin + int(self.sizes[j])], out[self.leads[j]] if whole_rows else scratch)
+                begin = self.offsets[j] - run.start
+                self._decode(j, view[begin : begin + self.sizes[j]], out[self.leads[j]] if whole_rows else scratch)
                 if not whole_rows:
                     wanted = plan.order[plan.bounds[j] : plan.bounds[j + 1]]
                     out[wanted] = scratch[plan.within[wanted]]

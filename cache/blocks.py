@@ -8,6 +8,7 @@ Training comes back to all rows at random, and then a cache that evicts its own 
 in stays in: only files of other caches, those used longest ago, make room.
 """
 
+import hashlib
 import os
 import shutil
 import threading
@@ -18,6 +19,7 @@ from pathlib import Path
 BLOCK_BYTES = 1024 * 1024
 DEFAULT_BUDGET = 8 * 10**9
 LEAST_FREE = 2 * 10**9  # bytes of the disk that are left to others
+WHOLE = "whole"  # an empty file beside all blocks of a file, once these were found to have its sha256
 LOOK_AGAIN = 256  # blocks stored between two looks at what the disk and other processes do
 
 
@@ -95,7 +97,8 @@ class BlockCache:
             partial.write_bytes(data)
             partial.replace(place)
         except OSError:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
             with self._lock:
                 self.budget = 0
             return
@@ -104,6 +107,28 @@ class BlockCache:
             self._until_look -= 1
             if self._until_look <= 0:
                 self._look()
+
+    def found_whole(self, digest: str, count: int) -> bool | None:
+        """Whether the `count` blocks that make up a file are that file; None while some are not here.
+
+        Chunks carry their checksums with them, so a shard in the place of another one looks right chunk by chunk; this
+        is what tells them apart. Asked once: the answer yes is kept beside the blocks.
+        """
+        folder = self.folder / digest
+        if (folder / WHOLE).is_file():
+            return True
+        found = hashlib.sha256()
+        try:
+            if sum(entry.name.isdecimal() for entry in os.scandir(folder)) < count:
+                return None
+            for block in range(count):
+                found.update((folder / str(block)).read_bytes())
+            if found.hexdigest() != digest:
+                return False
+            (folder / WHOLE).touch()
+        except OSError:
+            return None
+        return True
 
     def forget(self, digest: str) -> None:
         """Drops all blocks of a file."""

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cache import dvc_files
 from cache.errors import CacheError
 from cache.remote import RemoteFiles
 
@@ -131,6 +132,8 @@ def _after(buffers: Sequence[Any], done: int) -> list[Any]:
 def files_at(location: str | Path) -> LocalFiles | RemoteFiles:
     """The files of the cache at a path or URL."""
     text = str(location)
+    if text.startswith(dvc_files.PREFIX):
+        return dvc_files.DvcFiles(text)
     if "://" in text and not text.startswith("file://"):
         return RemoteFiles(text)
     return LocalFiles(Path(text.removeprefix("file://")))

@@ -240,8 +240,7 @@ class Cache:
         """In a forked child: the pool's threads and whatever they held stayed behind."""
         self._pool = ThreadPoolExecutor(THREADS, "cache-read")
         self._process = os.getpid()
-        if isinstance(self.files, LocalFiles):
-            self.files.after_fork()
+        self.files.after_fork()
 
     def _share_out(self, job: Callable[[W], None], work: Sequence[W], *, alone: bool) -> None:
         """`job` for every piece of `work`, by the threads of the pool unless it is better done `alone`."""

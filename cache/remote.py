@@ -26,6 +26,8 @@ FIRST_WAIT, LONGEST_WAIT = 0.4, 10.0  # seconds between two tries: up to the fir
 CONNECT_TIMEOUT, READ_TIMEOUT = 10, 30  # seconds
 CONNECTIONS = 64
 BLOCKS_AT_ONCE = 16  # blocks asked for side by side by one thread: what hides the latency, and how much memory it takes
+#: A request costs about as much as these bytes, and a span is asked for by one.
+MAX_GAP_BYTES, MAX_SPAN_BYTES = 64 * 1024, 4 * 1024 * 1024
 
 #: HTTP: too early, too slow, too many. Other statuses from 400 to 499 stay what they are, however often one asks.
 WORTH_ANOTHER_TRY = (408, 425, 429)
@@ -163,25 +165,39 @@ class RemoteFiles:
         """Fetches the blocks of `ranges` that are not kept, as far as there is room. Each block once."""
         blocks = self._blocks
         assert blocks is not None
-        wanted = sorted({b for start, stop in ranges for b in range(start // BLOCK_BYTES, -(-stop // BLOCK_BYTES))})
+        every = range(-(-size // BLOCK_BYTES))
+        wanted: Sequence[int] = every
+        if len(every) > BLOCKS_AT_ONCE:  # a shard of a few blocks comes whole, and so is known to be the right one
+            parts = (range(start // BLOCK_BYTES, -(-stop // BLOCK_BYTES)) for start, stop in ranges)
+            wanted = sorted(set().union(*parts))
         with self._fetching[name]:
             missing = iter([block for block in wanted if not blocks.holds(digest, block)])
             while group := list(islice(missing, BLOCKS_AT_ONCE)):
                 spans = [(block * BLOCK_BYTES, min((block + 1) * BLOCK_BYTES, size)) for block in group]
                 if not blocks.room(sum(stop - start for start, stop in spans)):
                     return
-                for block, data in zip(group, self._fetch(name, spans), strict=True):
+                for block, data in zip(group, self._spans(name, spans), strict=True):
                     blocks.put(digest, block, data)
+            if blocks.found_whole(digest, len(every)) is False:
+                raise CacheError(
+                    "damaged", f"{self._url}/{name}: sha256 differs from the record; another object is there"
+                )
 
     def _fetch(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """The bytes of each range from the store; where some do not come, these alone are asked for again."""
-        found: list[Any] = [None] * len(ranges)
+        """The bytes of each range from the store; neighbours in one request."""
+        spans, inside = merged(ranges)
+        came = self._spans(name, spans)
+        return [came[span][start : start + size] for span, start, size in inside]
+
+    def _spans(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+        """The bytes of each span, one request each; where some do not come, these alone are asked for again."""
+        found: list[Any] = [None] * len(spans)
 
         def absent() -> None:
             todo = [i for i, data in enumerate(found) if data is None]
-            came = self._cat([self._path(name)] * len(todo), *zip(*(ranges[i] for i in todo), strict=True))
+            starts, stops = zip(*(spans[i] for i in todo), strict=True)
             failed = None
-            for i, data in zip(todo, came, strict=True):
+            for i, data in zip(todo, self._cat([self._path(name)] * len(todo), starts, stops), strict=True):
                 if isinstance(data, Exception):  # fsspec gives errors in place of the bytes
                     failed = data
                 else:
@@ -189,9 +205,9 @@ class RemoteFiles:
             if failed:
                 raise failed
 
-        if ranges:
+        if spans:
             self._ask(name, absent)
-        for data, (start, stop) in zip(found, ranges, strict=True):
+        for data, (start, stop) in zip(found, spans, strict=True):
             if len(data) != stop - start:
                 raise CacheError(
                     "damaged", f"{self._url}/{name}: bytes {start} to {stop} were asked for, {len(data)} bytes came"
@@ -241,12 +257,26 @@ def _reopened(kind: type[RemoteFiles], url: str, shards: Mapping[str, tuple[int,
     return files
 
 
+def merged(ranges: Sequence[tuple[int, int]]) -> tuple[list[tuple[int, int]], list[tuple[int, int, int]]]:
+    """Spans that bridge gaps of `MAX_GAP_BYTES`; and for each range its span, its first byte in that, and its size."""
+    spans: list[tuple[int, int]] = []
+    inside = [(0, 0, 0)] * len(ranges)
+    for i in sorted(range(len(ranges)), key=ranges.__getitem__):
+        start, stop = ranges[i]
+        if spans and start - spans[-1][1] <= MAX_GAP_BYTES and stop - spans[-1][0] <= MAX_SPAN_BYTES:
+            spans[-1] = (spans[-1][0], max(spans[-1][1], stop))
+        else:
+            spans.append((start, stop))
+        inside[i] = (len(spans) - 1, start - spans[-1][0], stop - start)
+    return spans, inside
+
+
 def file_system(url: str) -> tuple[Any, str]:
     """The fsspec file system of `url` and the path in it. Timeouts are set, credentials are fsspec's own matter."""
     import fsspec
 
     protocol = url.partition("://")[0]
-    options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
+    options: dict[str, Any] = {"skip_instance_cache": True}
     if protocol in ("http", "https"):
         import aiohttp
 
@@ -262,6 +292,8 @@ def file_system(url: str) -> tuple[Any, str]:
     elif protocol in ("ssh", "sftp"):
         # sshfs alone would talk to any host: an empty tuple means ~/.ssh/known_hosts.
         options |= {"known_hosts": (), "connect_timeout": CONNECT_TIMEOUT, "keepalive_interval": CONNECT_TIMEOUT}
+    if protocol not in ("ssh", "sftp"):  # sshfs hands every option on to the connection, and keeps no listings
+        options["use_listings_cache"] = False
     fs, root = fsspec.core.url_to_fs(url, **options)
     if protocol in ("s3", "s3a"):
         fs.retries = 1

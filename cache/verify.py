@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -65,7 +65,7 @@ def verify(location: str | Path, *, quick: bool = False) -> list[Fault]:
     def record() -> list[Fault]:
         files = files_at(location)
         if not files.exists(RECORD):
-            return [Fault(RECORD, f"missing, so {location} is not a finished cache")]
+            return [Fault(RECORD, f"missing, so {files} is not a finished cache")]
         found.append((files, parse_record(files.read_all(RECORD))))
         return []
 
@@ -109,12 +109,14 @@ def _jobs(files: Files, commit: Commit, quick: bool) -> list[tuple[str, Callable
     jobs: list[tuple[str, Callable[[], list[Fault]]]] = [(RECORD, partial(_names, commit, {*plain, *shards}))]
     if not quick:
         jobs.append((RECORD, partial(_unnamed, files, commit)))
-    jobs += [(name, partial(_file, files, commit, name, quick)) for name in plain if name in commit.files]
+    told = files.listed_sizes(commit.files) if isinstance(files, RemoteFiles) else {}
+    listed = {name: size for name, size in told.items() if size is not None}
+    jobs += [(name, partial(_file, files, commit, name, quick, listed)) for name in plain if name in commit.files]
     jobs.append((ROWS, partial(_row_table, files, spec)))
     jobs.append((f"{MAPS}/zarr.json", partial(_metadata, files, spec)))
     if not quick:
         jobs.append((STATISTICS, partial(_statistics, files)))
-    jobs += [(name, partial(_shard, files, commit, *place, quick)) for name, place in shards.items()]
+    jobs += [(name, partial(_shard, files, commit, *place, quick, listed)) for name, place in shards.items()]
     return jobs
 
 
@@ -138,19 +140,20 @@ def _listing(files: Files) -> set[str]:
     return files.names()
 
 
-def _size_fault(files: Files, commit: Commit, name: str) -> str | None:
+def _size_fault(files: Files, commit: Commit, name: str, listed: Mapping[str, int]) -> str | None:
+    """What is wrong with the size of `name`, which is asked for unless a listing told it in `listed`."""
     if isinstance(files, LocalFiles) and not files.exists(name):  # also keeps us from waiting at a named pipe
         return "file is missing"
     try:
-        size = files.size(name)
-    except CacheError:
-        return "file is missing"
+        size = listed[name] if name in listed else files.size(name)
+    except CacheError as error:
+        return "file is missing" if error.reason == "missing" else error.detail
     expected = commit.files[name][0]
     return None if size == expected else f"{size} bytes, {RECORD} says {expected}"
 
 
-def _file(files: Files, commit: Commit, name: str, quick: bool) -> list[Fault]:
-    what = _size_fault(files, commit, name)
+def _file(files: Files, commit: Commit, name: str, quick: bool, listed: Mapping[str, int]) -> list[Fault]:
+    what = _size_fault(files, commit, name, listed)
     if what is None and not quick and sha256(files.read_all(name)) != commit.files[name][1]:
         what = f"sha256 differs from {RECORD}"
     return [Fault(name, what)] if what else []
@@ -217,7 +220,9 @@ def _differences(file: str, found: Any, expected: Any, keys: Iterable[str]) -> l
     return [Fault(file, f"{key} is {found.get(key)!r}; {RECORD} asks for {expected[key]!r}") for key in wrong]
 
 
-def _shard(files: Files, commit: Commit, expert: int, shard: int, quick: bool) -> list[Fault]:
+def _shard(
+    files: Files, commit: Commit, expert: int, shard: int, quick: bool, listed: Mapping[str, int]
+) -> list[Fault]:
     spec = commit.spec
     name, rows, slots = spec.shard_file(expert, shard), spec.shard_range(shard), spec.chunks_per_shard
     used = -(-len(rows) // spec.chunk_rows)
@@ -227,7 +232,7 @@ def _shard(files: Files, commit: Commit, expert: int, shard: int, quick: bool) -
         last_row = min(rows.start + (last + 1) * spec.chunk_rows, rows.stop) - 1
         return Fault(name, what, (first, last), (rows.start + first * spec.chunk_rows, last_row))
 
-    wrong_size = _size_fault(files, commit, name)
+    wrong_size = _size_fault(files, commit, name, listed)
     if wrong_size and (quick or wrong_size == "file is missing"):
         return [fault(wrong_size)]
     length = shard_layout.index_bytes(slots)

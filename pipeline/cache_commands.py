@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cache.errors import CacheError
+from cache.redaction import redacted
 
 if TYPE_CHECKING:
     from cache.reader import Cache
@@ -28,7 +29,7 @@ class OneLineErrors(click.Group):
         except BrokenPipeError:  # the reader of our output left; click knows what to do
             raise
         except (OSError, ImportError) as error:  # ImportError: fsspec names the package that a protocol needs
-            raise click.ClickException(" ".join(str(error).split())) from None
+            raise click.ClickException(redacted(" ".join(str(error).split()))) from None
 
 
 @contextmanager
@@ -39,7 +40,7 @@ def opened(location: str) -> Iterator["Cache"]:
     try:
         cache = open_cache(location)
     except ValueError as error:  # fsspec: unknown protocol
-        raise click.ClickException(f"{location}: {' '.join(str(error).split())}") from None
+        raise click.ClickException(redacted(f"{location}: {' '.join(str(error).split())}")) from None
     with cache:
         yield cache
 

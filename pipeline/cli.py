@@ -250,10 +250,11 @@ def report(
     from pipeline.stages import report as stage_module
 
     if compare:
+        from pipeline import comparison
         from pipeline.revisions import evaluated
 
         with evaluated(compare[0]) as a, evaluated(compare[1]) as b:
-            stage_module.compare(a, b, evaluate_dir, click.echo, compare)
+            comparison.compare(a, b, evaluate_dir, click.echo, compare)
         return
     if evaluate_dir is None or out is None:
         raise click.UsageError("give EVALUATE_DIR and OUT, or --compare A B")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cache.errors import CacheError
+from cache.redaction import redacted
 from cache.spec import RECORD
 from pipeline import garbage, sharing
 from pipeline.errors import UserError
@@ -202,7 +203,7 @@ def _remote(root: Path) -> list[Finding]:
         problem = ("remote", f"no answer within {PATIENCE} s")
     finally:
         pool.shutdown(wait=False)
-    url = sharing.redacted(str(config["remote"][name]["url"]))
+    url = redacted(str(config["remote"][name]["url"]))
     if problem:
         remedy = {"credentials": "the login of that service (aws configure, ssh-add, ...)"}.get(problem[0], "")
         return [*found, Finding(problem[0], "fault", f"remote {name} ({url}): {problem[1]}", remedy)]
@@ -221,14 +222,14 @@ def _reach(root: Path, name: str) -> tuple[str, str] | None:
                 return _reach_folder(Path(odb.path))
             odb.fs.exists(odb.oid_to_path("00" * 16))
     except DvcException as error:
-        return "remote", sharing.redacted(_line(error))
+        return "remote", redacted(_line(error))
     except PermissionError:
         return "credentials", "access is denied"
     except Exception as error:  # noqa: BLE001 - every protocol raises its own
         kind, text = type(error).__name__, _line(error)
         told = f"{kind} {text}".lower()
         signs = ("credential", "auth", "denied", "forbidden", "token", "permission", "login", "signature", "accesskey")
-        return ("credentials" if any(s in told for s in signs) else "remote"), sharing.redacted(f"{kind}: {text}")
+        return ("credentials" if any(s in told for s in signs) else "remote"), redacted(f"{kind}: {text}")
     return None
 
 

@@ -3,9 +3,14 @@
 import difflib
 from collections.abc import Iterable
 
+from cache.redaction import redacted
+
 
 class UserError(Exception):
-    """What went wrong, by which rule, what was found, and the way out, in one line."""
+    """What went wrong, by which rule, what was found, and the way out, in one line; URLs without login and query."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redacted(message))
 
 
 def nearest(name: object, known: Iterable[object]) -> str:

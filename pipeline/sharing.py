@@ -6,7 +6,6 @@ and whole, that the remote holds every object at its full length, that what was 
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import tempfile
@@ -20,7 +19,9 @@ from typing import Any
 
 import yaml
 
+from cache.dvc_files import split_revision
 from cache.errors import CacheError
+from cache.redaction import redacted
 from cache.spec import RECORD, parse_record
 from pipeline.errors import UserError
 
@@ -29,11 +30,6 @@ Say = Callable[[str], None]
 THREADS = 8  # requests to a remote at a time
 SHOWN = 3
 LAYOUT = ("dvc.yaml", "dvc.lock", "params.yaml")
-
-
-def redacted(text: str) -> str:
-    """`text` without what stands before an @ in URLs: tokens and passwords."""
-    return re.sub(r"(\w+://)[^/@\s]+@", r"\1", text)
 
 
 def git(*arguments: str, where: Path) -> str:
@@ -263,14 +259,6 @@ class Pulled:
     places: list[Path]
     size: int
     seconds: float
-
-
-def split_revision(text: str) -> tuple[str, str | None]:
-    """(URL, revision) of `URL[@REV]`; the @ of git@host:... and of https://user@host/... is none."""
-    url, at, rev = text.rpartition("@")
-    if at and rev and not re.search(r"[/:\\]", rev):
-        return url, rev
-    return text, None
 
 
 def pull(

@@ -1,17 +1,24 @@
 """Caches behind a URL: few requests to open, ranges only, and every way a store can go wrong is a CacheError."""
 
+import os
+import pickle
 import threading
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing import get_context
+from pathlib import Path
 from types import SimpleNamespace
 
 import fsspec
 import numpy as np
 import pytest
 from builders import make_cache, make_rows, tree
+from crc32c import crc32c
 
 from cache import remote
 from cache.errors import CacheError
 from cache.reader import open_cache
+from cache.verify import verify
 
 SHARD = "maps.zarr/expert_0/c.1.0.0.0"
 SETTINGS = {"rows": make_rows(60), "shard_rows": 4, "maps": ((3, 2, 2), (2, 1, 1))}
@@ -62,6 +69,28 @@ def test_opening_asks_once_per_folder_and_not_once_per_file(memory, monkeypatch)
         assert not any(name == "size" for name, _ in asked)
 
 
+def test_a_quick_check_lists_folders_and_asks_for_no_size(memory, monkeypatch):
+    asked = []
+    for name in ("ls", "info"):
+        original = getattr(type(memory.fs), name)
+
+        def counted(self, path, *rest, _name=name, _original=original, **more):
+            asked.append((_name, path))
+            return _original(self, path, *rest, **more)
+
+        monkeypatch.setattr(type(memory.fs), name, counted)
+    assert verify(memory.url, quick=True) == []
+    assert len([path for name, path in asked if name == "ls"]) == 4
+    assert not any(name == "info" for name, _ in asked)
+    data = memory.fs.cat_file(f"{memory.root}/{SHARD}")
+    memory.fs.pipe_file(f"{memory.root}/{SHARD}", data[:-1])
+    memory.fs.rm(f"{memory.root}/{SHARD.replace('c.1.', 'c.2.')}")
+    faults = verify(memory.url, quick=True)
+    assert sorted(str(f).split(": ")[-1] for f in faults) == [
+        f"{len(data) - 1} bytes, cache.json says {len(data)}", "file is missing",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "change", [lambda d: d[:-1], lambda d: d + b"x", lambda d: b""], ids=["short", "long", "empty"]
 )
@@ -102,10 +131,12 @@ class Handler(BaseHTTPRequestHandler):
 
     files: dict[str, bytes] = {}
     asked: list[tuple[str, str]] = []
+    tokens: set[str] = set()
     spoil = None
 
     def answer(self, *, body_too: bool) -> None:
-        name = self.path.lstrip("/")
+        name, _, query = self.path.lstrip("/").partition("?")
+        type(self).tokens.add(query)
         type(self).asked.append((self.command, name))
         if name not in self.files:
             self.send_error(404)
@@ -143,12 +174,14 @@ class Handler(BaseHTTPRequestHandler):
 def web(tmp_path):
     pytest.importorskip("aiohttp")
     maps = make_cache(tmp_path / "c", **SETTINGS)
-    handler = type("Here", (Handler,), {"files": tree(tmp_path / "c"), "asked": []})
+    handler = type("Here", (Handler,), {"files": tree(tmp_path / "c"), "asked": [], "tokens": set()})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     url = f"http://127.0.0.1:{server.server_address[1]}"
-    yield SimpleNamespace(url=url, handler=handler, files=handler.files, asked=handler.asked, maps=maps)
+    yield SimpleNamespace(
+        url=url, handler=handler, files=handler.files, asked=handler.asked, tokens=handler.tokens, maps=maps
+    )
     server.shutdown()
     server.server_close()
     thread.join()
@@ -213,6 +246,187 @@ def test_a_server_that_ignores_ranges_is_refused(web, monkeypatch):
         with pytest.raises(CacheError) as error:
             cache.read(WANTED)
     assert error.value.reason == "damaged"
+
+
+# --- a store that falters, and one that lies once
+
+
+class Falters:
+    """Answers every shard's range `times` times by `spoil`, then rightly."""
+
+    def __init__(self, times, spoil):
+        self.times, self.spoil = times, spoil
+
+    def __call__(self, name, data):
+        if "expert_" in name and self.times:
+            self.times -= 1
+            return self.spoil(name, data)
+        return data, 206, len(data)
+
+
+@pytest.fixture(params=["8000000", "0"], ids=["blocks kept", "no blocks"])
+def kept(request, monkeypatch):
+    monkeypatch.setenv("H2T_BLOCK_CACHE_BYTES", request.param)
+    return request.param != "0"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        pytest.param(lambda name, data: (b"", 503, 0), id="busy"),
+        pytest.param(lambda name, data: (b"", 429, 0), id="too many"),
+        pytest.param(lambda name, data: (data[: len(data) // 2], 206, len(data)), id="breaks off"),
+    ],
+)
+def test_a_store_that_falters_is_asked_again(web, kept, spoil):
+    with open_cache(web.url) as cache:
+        web.handler.spoil = Falters(remote.TRIES - 1, spoil)
+        assert cache.read(WANTED).tobytes() == web.maps[0][WANTED].tobytes()
+        web.asked.clear()
+        web.handler.spoil = Falters(100, spoil)
+        with pytest.raises(CacheError, match=f"{remote.TRIES} times") as error:
+            cache.read([20])
+    assert error.value.reason == "unreachable"
+    assert len(web.asked) <= remote.TRIES + 1  # and the size of the shard
+
+
+def test_what_cannot_pass_is_asked_once(web, kept):
+    with open_cache(web.url) as cache:
+        cache.read([20])
+        web.asked.clear()
+        web.handler.spoil = Falters(100, lambda name, data: (b"", 403, 0))
+        with pytest.raises(CacheError, match="403"):
+            cache.read([40])
+    assert [command for command, _ in web.asked] == ["HEAD", "GET"]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        pytest.param(lambda name, data: (bytes(len(data)), 206, len(data)), id="zeros"),
+        pytest.param(lambda name, data: (data[::-1], 206, len(data)), id="swapped"),
+        pytest.param(lambda name, data: (data[:-1], 206, len(data) - 1), id="a byte too few"),
+    ],
+)
+def test_bytes_that_do_not_hold_are_fetched_once_more_and_never_kept(web, kept, spoil):
+    with open_cache(web.url) as cache:
+        web.handler.spoil = Falters(1, spoil)
+        assert cache.read([4]).tobytes() == web.maps[0][[4]].tobytes()
+        web.handler.spoil = Falters(1, spoil)
+        assert cache.read([5]).tobytes() == web.maps[0][[5]].tobytes()
+    web.handler.spoil = None
+    with open_cache(web.url) as cache:
+        assert cache.read(WANTED).tobytes() == web.maps[0][WANTED].tobytes()
+
+
+def test_blocks_are_asked_for_once_also_by_the_next_process(web):
+    with open_cache(web.url) as cache:
+        cache.read(WANTED)
+    web.asked.clear()
+    with open_cache(web.url) as cache:
+        assert cache.read(WANTED).tobytes() == web.maps[0][WANTED].tobytes()
+    assert not any(command == "GET" and "/c." in name for command, name in web.asked)
+
+
+def test_a_rotten_block_is_dropped_and_fetched_again(web):
+    with open_cache(web.url) as cache:
+        cache.read(WANTED)
+    kept = sorted(p for p in Path(os.environ["H2T_BLOCK_CACHE"]).rglob("*") if p.name == "0")
+    assert len(kept) == 4
+    for path in kept:
+        path.write_bytes(bytes(path.stat().st_size))
+    with open_cache(web.url) as cache:
+        assert cache.read(WANTED).tobytes() == web.maps[0][WANTED].tobytes()
+
+
+def test_a_replaced_cache_gets_no_block_of_the_old_one(web, tmp_path):
+    with open_cache(web.url) as cache:
+        cache.read(range(60))
+    maps = make_cache(tmp_path / "new", seed=1, **SETTINGS)
+    web.files.clear()
+    web.files.update(tree(tmp_path / "new"))
+    with open_cache(web.url) as cache:
+        assert cache.read(range(60)).tobytes() == maps[0].tobytes()
+
+
+def test_a_cache_replaced_while_it_is_open_is_damage(web, tmp_path):
+    with open_cache(web.url) as cache:
+        cache.read([0])
+        make_cache(tmp_path / "new", seed=1, **SETTINGS)
+        web.files.update(tree(tmp_path / "new"))
+        with pytest.raises(CacheError, match="another object is there") as error:
+            cache.read([59])
+    assert error.value.reason == "damaged"
+
+
+def test_exchanged_shards_are_damage(web):
+    other = SHARD.replace("c.1.", "c.2.")
+    web.files[SHARD], web.files[other] = web.files[other], web.files[SHARD]
+    error = refusal(web.url)
+    assert error.reason == "damaged"
+    assert "another object is there" in error.detail
+
+
+@pytest.mark.parametrize("codec", ["none", "zstd"])
+def test_the_index_of_another_shard_is_damage(web, tmp_path, kept, codec):
+    make_cache(tmp_path / "z", codec=codec, **{**SETTINGS, "shard_rows": 4})
+    web.files.clear()
+    web.files.update(tree(tmp_path / "z"))
+    index = 16 * 4 + 4
+    shard, stale = web.files[SHARD], bytearray(web.files[SHARD.replace("c.1.", "c.0.")][:index])
+    stale[:8] = (int.from_bytes(stale[:8], "little") + 1).to_bytes(8, "little")
+    stale[-4:] = crc32c(bytes(stale[:-4])).to_bytes(4, "little")  # its own checksum holds
+    web.files[SHARD] = bytes(stale) + shard[index:]
+    assert refusal(web.url, [4]).reason == "damaged"
+
+
+def test_many_threads_ask_for_a_block_once(web):
+    with open_cache(web.url) as cache, ThreadPoolExecutor(8) as pool:
+        for found in pool.map(lambda _: cache.read([4, 5]).tobytes(), range(16)):
+            assert found == web.maps[0][[4, 5]].tobytes()
+    assert len([name for command, name in web.asked if command == "GET" and name == SHARD]) == 1
+
+
+def test_neighbours_come_by_one_request():
+    spans, inside = remote.merged([(100, 110), (0, 10), (20, 40), (30, 35), (10**6, 10**6 + 5)])
+    assert spans == [(0, 110), (10**6, 10**6 + 5)]
+    assert inside == [(0, 100, 10), (0, 0, 10), (0, 20, 20), (0, 30, 5), (1, 0, 5)]
+    far = remote.MAX_SPAN_BYTES
+    assert len(remote.merged([(i * 1000, i * 1000 + 1000) for i in range(far // 500)])[0]) == 2 + far % 500 // 500
+
+
+def test_a_token_in_the_query_is_sent_and_never_told(web):
+    with open_cache(f"{web.url}?sig=s3cr3t%2B") as cache:
+        assert cache.read(WANTED).tobytes() == web.maps[0][WANTED].tobytes()
+        assert "s3cr3t" not in f"{cache.files} {cache.files!s}"
+        web.handler.spoil = Falters(100, lambda name, data: (b"", 403, 0))
+        with pytest.raises(CacheError) as error:
+            cache.read([20], expert=1)
+    assert web.tokens == {"sig=s3cr3t%2B"}
+    assert "s3cr3t" not in str(error.value)
+    for secret in ("http://user:s3cr3t@127.0.0.1:1/c", "http://s3cr3t@127.0.0.1:1/c", "nosuch://s3cr3t@h/c?k=s3cr3t"):
+        with pytest.raises((CacheError, ValueError)) as wrong:
+            open_cache(secret)
+        assert "s3cr3t" not in str(wrong.value)
+
+
+def test_a_forked_child_and_a_pickled_cache_read(web):
+    with open_cache(web.url) as cache:
+        again = pickle.loads(pickle.dumps(cache))
+        assert again.read(WANTED).tobytes() == web.maps[0][WANTED].tobytes()
+        with ProcessPoolExecutor(1, get_context("fork"), _give, (cache,)) as pool:
+            assert pool.submit(_read_given, WANTED).result(60) == web.maps[0][WANTED].tobytes()
+
+
+GIVEN = []
+
+
+def _give(cache):
+    GIVEN.append(cache)
+
+
+def _read_given(rows):
+    return GIVEN[0].read(rows).tobytes()
 
 
 def test_no_server_is_one_line(web):

@@ -15,7 +15,10 @@ from dvc.cli import main as dvc_main
 from dvc.repo import Repo
 from pipeline_builders import ROOT, make_backbone_dir, write_params
 
+from cache.errors import CacheError
 from cache.reader import open_cache
+from cache.redaction import redacted
+from cache.verify import verify
 from pipeline import doctor, sharing
 from pipeline.cli import main
 from pipeline.errors import UserError
@@ -128,6 +131,65 @@ def test_publish_and_pull_give_the_same_bytes(lab, monkeypatch):
     assert "no 'x' in data/extract; choose by --name: b" in done.stderr
 
 
+def test_a_published_cache_is_read_from_the_remote_without_a_copy(lab, monkeypatch):
+    assert h2t("cache", "publish").exit_code == 0
+    git("commit", "--quiet", "--all", "--message=verify", where=lab / "a")
+    git("tag", "v1", where=lab / "a")
+    url = server(lab)
+    shutil.rmtree(lab / "a")
+    monkeypatch.chdir(lab)
+    maps = make_cache(lab / "made")
+    before = objects(lab)
+    for address in (f"dvc+{url}@v1#data/extract/b", f"dvc+{url}#data/extract/b/"):
+        with open_cache(address) as cache:
+            assert cache.read([7, 1, 7]).tobytes() == maps[0][[7, 1, 7]].tobytes()
+            assert len(cache.rows) == 11
+        assert verify(address) == []
+    done = h2t("cache", "info", f"dvc+{url}@v1#data/pool/b")
+    assert done.exit_code == 0, done.output
+    assert objects(lab) == before
+    for wrong, reason, says in (
+        (f"dvc+{url}@v2#data/extract/b", "unreachable", "v2"),
+        (f"dvc+{url}@v1#data/extract/x", "missing", "there are: data/extract/b"),
+        (f"dvc+file://{lab}/nowhere.git@v1#data/extract/b", "unreachable", "nowhere"),
+    ):
+        with pytest.raises(CacheError) as error:
+            open_cache(wrong)
+        assert error.value.reason == reason, error.value
+        assert says in error.value.detail
+        assert "\n" not in error.value.detail
+    with pytest.raises(ValueError, match="#PATH expected"):
+        open_cache(f"dvc+{url}@v1")
+
+
+def test_a_remote_that_lies_about_a_published_cache_is_caught(lab):
+    assert h2t("cache", "publish").exit_code == 0
+    git("commit", "--quiet", "--all", "--message=verify", where=lab / "a")
+    address = f"dvc+{server(lab)}#data/extract/b"
+    made = {path.read_bytes(): path for path in objects(lab)}
+    with open_cache(address) as cache:
+        cache.read([5])
+    digest = next(out.digest for out in sharing.outs(lab / "a") if out.path == "data/extract/b")
+    listing = lab / "store/files/md5" / digest[:2] / digest[2:]
+    shard = made[(lab / "a/data/extract/b/maps.zarr/expert_0/c.1.0.0.0").read_bytes()]
+    whole = shard.read_bytes()
+    shard.chmod(0o644)
+    shutil.rmtree(os.environ["H2T_BLOCK_CACHE"])  # what was read before is known to be right
+    shard.write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
+    with open_cache(address) as cache, pytest.raises(CacheError, match="crc32c mismatch"):
+        cache.read([7])
+    shard.unlink()
+    with open_cache(address) as cache, pytest.raises(CacheError, match="is missing"):
+        cache.read([7])
+    listing.chmod(0o644)
+    listing.write_bytes(listing.read_bytes().replace(b"cache.json", b"cache.jso_"))
+    with pytest.raises(CacheError, match="not the one recorded"):
+        open_cache(address)
+    listing.unlink()
+    with pytest.raises(CacheError, match="h2t cache publish"):
+        open_cache(address)
+
+
 def test_publish_proves_what_the_remote_holds(lab):
     assert h2t("cache", "publish").exit_code == 0
     cut, gone, *_ = objects(lab)
@@ -210,7 +272,7 @@ def test_revisions_in_urls(text, expected):
 
 def test_secrets_are_cut_from_messages(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert sharing.redacted("https://user:secret@host/x s3://key@b/y") == "https://host/x s3://b/y"
+    assert redacted("https://user:secret@host/x s3://key@b/y") == "https://host/x s3://b/y"
     done = h2t("cache", "pull", "https://user:secret@localhost:1/x.git")
     assert done.exit_code == 1
     assert "secret" not in done.output

@@ -1,0 +1,143 @@
+"""Real servers on the loopback for tests: an S3 endpoint, an SFTP server, and OpenSSH's own where it is installed."""
+
+import asyncio
+import os
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+S3_KEY, S3_SECRET = "AKIDOFTHETEST", "secretofthetest"
+
+
+@contextmanager
+def s3_endpoint() -> Iterator[dict[str, str]]:
+    """The environment for an S3 endpoint (moto's server) on the loopback; it forgets everything at the end."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    try:
+        yield {
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+            "AWS_ACCESS_KEY_ID": S3_KEY,
+            "AWS_SECRET_ACCESS_KEY": S3_SECRET,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+    finally:
+        server.stop()
+
+
+def put_s3(root: Path, bucket: str, prefix: str, environment: dict[str, str]) -> None:
+    """Copies every file below `root` to `bucket`/`prefix`, making the bucket."""
+    import boto3
+
+    s3 = boto3.client(
+        "s3",
+        endpoint_url=environment["AWS_ENDPOINT_URL"],
+        aws_access_key_id=S3_KEY,
+        aws_secret_access_key=S3_SECRET,
+        region_name="us-east-1",
+    )
+    s3.create_bucket(Bucket=bucket)
+    for path in root.rglob("*"):
+        if path.is_file():
+            s3.upload_file(str(path), bucket, f"{prefix}/{path.relative_to(root).as_posix()}")
+
+
+def make_keys(home: Path, port: int) -> tuple[Path, Path]:
+    """(host key, authorized keys) of a server, and a home directory whose user it lets in."""
+    import asyncssh
+
+    ssh = home / ".ssh"
+    ssh.mkdir(parents=True, mode=0o700)
+    host, user = asyncssh.generate_private_key("ssh-ed25519"), asyncssh.generate_private_key("ssh-ed25519")
+    host.write_private_key(home / "host_key")
+    user.write_private_key(ssh / "id_ed25519")
+    user.write_public_key(ssh / "authorized_keys")
+    known = host.export_public_key().decode().rsplit(" ", 1)[0] if host.get_comment() else host.export_public_key()
+    text = known.decode() if isinstance(known, bytes) else known
+    (ssh / "known_hosts").write_text(f"[127.0.0.1]:{port} {text.strip()}\n")
+    for path in (home / "host_key", ssh / "id_ed25519", ssh / "authorized_keys"):
+        path.chmod(0o600)
+    return home / "host_key", ssh / "authorized_keys"
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+@contextmanager
+def sftp_server(home: Path) -> Iterator[int]:
+    """The port of an SFTP server that is Python's own (asyncssh); `home` becomes the home of a user it lets in."""
+    import asyncssh
+
+    port = free_port()
+    host_key, authorized = make_keys(home, port)
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+
+    async def start():
+        return await asyncssh.listen(
+            "127.0.0.1", port, server_host_keys=[str(host_key)], authorized_client_keys=str(authorized),
+            sftp_factory=True, allow_scp=False,
+        )  # fmt: skip
+
+    server = asyncio.run_coroutine_threadsafe(start(), loop).result(10)
+    try:
+        yield port
+    finally:
+
+        async def stop():
+            server.close()
+            await server.wait_closed()
+
+        asyncio.run_coroutine_threadsafe(stop(), loop).result(10)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+
+
+def sshd_program() -> str | None:
+    """OpenSSH's server, if it is installed."""
+    return shutil.which("sshd") or next((p for p in ("/usr/sbin/sshd",) if os.access(p, os.X_OK)), None)
+
+
+@contextmanager
+def openssh_server(home: Path) -> Iterator[int]:
+    """The port of a real sshd on the loopback, run by this user for this user."""
+    program = sshd_program()
+    assert program, "sshd is not installed"
+    port = free_port()
+    host_key, authorized = make_keys(home, port)
+    if os.geteuid() == 0:
+        Path("/run/sshd").mkdir(exist_ok=True)  # where sshd keeps its unprivileged half, if root starts it
+    settings = {
+        "Port": port, "ListenAddress": "127.0.0.1", "HostKey": host_key, "AuthorizedKeysFile": authorized,
+        "PidFile": "none", "UsePAM": "no", "StrictModes": "no", "PasswordAuthentication": "no",
+        "PermitRootLogin": "yes", "Subsystem": "sftp internal-sftp", "MaxSessions": 64, "MaxStartups": 100,
+    }  # fmt: skip
+    (home / "sshd_config").write_text("".join(f"{key} {value}\n" for key, value in settings.items()))
+    command = [program, "-D", "-e", "-f", str(home / "sshd_config")]
+    with (home / "sshd.log").open("wb") as log:
+        process = subprocess.Popen(command, stderr=log)
+        try:
+            for _ in range(100):
+                with socket.socket() as knock:
+                    if knock.connect_ex(("127.0.0.1", port)) == 0:
+                        break
+                time.sleep(0.05)
+            else:
+                raise RuntimeError((home / "sshd.log").read_text())
+            yield port
+        finally:
+            process.terminate()
+            process.wait(10)

@@ -1,0 +1,99 @@
+"""A cache on a real S3 endpoint and behind a real SFTP server, both on the loopback: read, verified, refused."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from builders import make_cache, make_rows
+from pipeline_builders import ROOT
+from servers import S3_KEY, S3_SECRET, openssh_server, put_s3, s3_endpoint, sftp_server, sshd_program
+
+from cache import remote
+from cache.errors import CacheError
+from cache.reader import open_cache
+from cache.verify import verify
+
+SETTINGS = {"rows": make_rows(60), "shard_rows": 4, "maps": ((3, 2, 2), (2, 1, 1))}
+WANTED = [59, 4, 4, 0, 31]
+SSHD = pytest.param(
+    "sshd", marks=pytest.mark.skipif(not sshd_program(), reason="needs OpenSSH's server: make test-remotes")
+)
+
+
+@pytest.fixture
+def made(tmp_path):
+    return make_cache(tmp_path / "c", **SETTINGS)
+
+
+@pytest.fixture(params=["s3", "sftp", SSHD])
+def store(request, tmp_path, monkeypatch, made):
+    """The URL of the directory that the cache `c` lies in, as a server on the loopback gives it."""
+    if request.param == "s3":
+        with s3_endpoint() as environment:
+            for name, value in environment.items():
+                monkeypatch.setenv(name, value)
+            put_s3(tmp_path / "c", "lab", "x/c", environment)
+            yield "s3://lab/x"
+    else:
+        with {"sftp": sftp_server, "sshd": openssh_server}[request.param](tmp_path / "home") as port:
+            monkeypatch.setenv("HOME", str(tmp_path / "home"))
+            yield f"ssh://{os.environ.get('USER', 'root')}@127.0.0.1:{port}{tmp_path}"
+
+
+@pytest.mark.parametrize("kept", ["8000000", "0"], ids=["blocks kept", "no blocks"])
+def test_a_cache_is_read_and_verified(store, made, monkeypatch, kept):
+    monkeypatch.setenv("H2T_BLOCK_CACHE_BYTES", kept)
+    with open_cache(f"{store}/c") as cache:
+        assert cache.unchecked == set()  # sizes came with the listing
+        for expert in (0, 1):
+            assert cache.read(WANTED, expert=expert).tobytes() == made[expert][WANTED].tobytes()
+        assert cache.rows == SETTINGS["rows"]
+    assert verify(f"{store}/c") == []
+    assert verify(f"{store}/c", quick=True) == []
+
+
+def test_what_is_not_there_is_no_cache(store):
+    with pytest.raises(CacheError) as error:
+        open_cache(f"{store}/d")
+    assert error.value.reason == "uncommitted"
+
+
+def test_a_stranger_is_refused_in_one_line(store, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))  # neither a key nor a known host
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(CacheError) as error:
+        open_cache(f"{store}/c")
+    assert error.value.reason == "unreachable"
+    assert "times" not in error.value.detail  # asking again could not help
+    assert len(error.value.detail.splitlines()) == 1
+
+
+def test_no_server_is_one_line(made, monkeypatch):
+    monkeypatch.setattr(remote, "FIRST_WAIT", 0)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", S3_KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", S3_SECRET)
+    for url in ("s3://lab/x/c", "ssh://user:s3cr3t@127.0.0.1:1/c"):
+        with pytest.raises(CacheError, match=f"{remote.TRIES} times") as error:
+            open_cache(url)
+        assert error.value.reason == "unreachable"
+        assert not any(secret in error.value.detail for secret in (S3_SECRET, "s3cr3t"))
+
+
+def test_the_command_line_tells_no_secret(tmp_path):
+    """Not in a message, not in a log, not in what it leaves behind."""
+    own = {**os.environ, "HOME": str(tmp_path), "H2T_BLOCK_CACHE": str(tmp_path / "blocks"), "PYTHONPATH": str(ROOT)}
+    urls = (
+        "https://s3cr3t:s3cr3t@127.0.0.1:1/c?sig=s3cr3t",
+        "nosuch://u:s3cr3t@h/c",
+        "dvc+https://s3cr3t@127.0.0.1:1/r#x",
+    )
+    for url in urls:
+        command = [sys.executable, "-m", "pipeline", "cache", "info", url]
+        done = subprocess.run(command, env=own, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+        assert done.returncode == 1
+        assert len(done.stderr.splitlines()) == 1, done.stderr
+        assert "s3cr3t" not in done.stdout + done.stderr
+    assert not any(b"s3cr3t" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())

@@ -27,6 +27,7 @@ DONORS |= {"instance": "62.00 / 50.17 / 27.07 / 47.73", "without": "63.67 / 46.6
 SELECTIONS = {"first": "47.22", "middle": "47.23", "last": "47.41", "random": "47.73, 47.75, 47.80, 47.71, 47.66"}
 SELECTIONS |= {"without": "45.68"}
 RECIPES = ("stage1", "calibrated", "branchwise")
+VIEWS = ("1 view", "up to 8 views")
 REPORTED = 0.3  # the paper's ratio
 
 
@@ -81,7 +82,7 @@ def cell(heads: pd.DataFrame, figure: str) -> str:
     return "–" if mean is None else f"{mean:.2f}" + ("" if std is None else f" ± {std:.2f}")
 
 
-def text(after: pd.DataFrame, before: pd.DataFrame, figure: str) -> str:
+def apart_text(after: pd.DataFrame, before: pd.DataFrame, figure: str) -> str:
     found = difference(after, before, figure)
     return found.text if found else "–"
 
@@ -99,13 +100,13 @@ def ratio_table(result: HostResult) -> str:
 def variant_table(result: HostResult, ratio: float, published: dict[str, str], paper: str) -> str:
     """Donors and selections at one ratio, each against (instance, random), beside the paper's figures."""
     usual = result.at(ratio)
-    lines = [["without H2T", *(cell(result.at(0.0), f) for f in SHORT), text(result.at(0.0), usual, "top1")]]
+    lines = [["without H2T", *(cell(result.at(0.0), f) for f in SHORT), apart_text(result.at(0.0), usual, "top1")]]
     lines.append(["instance, random", *(cell(usual, f) for f in SHORT), "–"])
     keys = ["without", "random" if "random" in published else "instance"]
     for r, donor, selection in variants(result):
         if r == ratio:
             heads = result.at(r, donor, selection)
-            lines.append([f"{donor}, {selection}", *(cell(heads, f) for f in SHORT), text(heads, usual, "top1")])
+            lines.append([f"{donor}, {selection}", *(cell(heads, f) for f in SHORT), apart_text(heads, usual, "top1")])
             keys.append(selection if selection in published else donor)
     if published:
         lines = [[*line, published.get(key, "–")] for line, key in zip(lines, keys, strict=True)]
@@ -125,7 +126,7 @@ def parts_table(ratios: Analysis) -> str:
     ]
     lines = []
     for i, (label, found) in enumerate(steps):
-        text = [text(found, steps[i - 1][1], f) if i else "–" for f in ("top1", "tail")]
+        text = [apart_text(found, steps[i - 1][1], f) if i else "–" for f in ("top1", "tail")]
         lines.append([label, *(cell(found, f) for f in SHORT), *text])
     return table(["step", *SHORT, "top1 against the line above", "tail against the line above"], lines)
 
@@ -133,7 +134,7 @@ def parts_table(ratios: Analysis) -> str:
 def labelled(ratio: Analysis, views: Analysis) -> dict[str, HostResult]:
     """The ratio grid under every recipe, with one view of an image and with up to 8, by a label that says so."""
     found = {}
-    for analysis, words in ((ratio, "1 view"), (views, "up to 8 views")):
+    for analysis, words in zip((ratio, views), VIEWS, strict=True):
         for recipe in RECIPES:
             label = f"{recipe}, {words}"
             found[label] = replace(analysis[recipe], name=label)
@@ -153,7 +154,9 @@ def fusion_table(results: dict[str, HostResult]) -> str:
     for label, result in results.items():
         best = max(result.ratios, key=lambda r: result.at(r).top1.mean())
         texts = [
-            text(result.at(r), result.at(0.0), f) if r else "–" for r in (REPORTED, best) for f in ("top1", "tail")
+            apart_text(result.at(r), result.at(0.0), f) if r else "–"
+            for r in (REPORTED, best)
+            for f in ("top1", "tail")
         ]
         lines.append([label, *texts[:2], f"{best:g}", *texts[2:]])
     return table(["recipe", f"top1, {REPORTED:g} - 0", f"tail, {REPORTED:g} - 0", "best ratio", "top1", "tail"], lines)
@@ -174,7 +177,7 @@ def guesses_table(results: dict[str, HostResult]) -> str:
             cells = [f"{share[groups == g].sum():.1f}" for g in ("head", "medium", "tail")]
             lines.append([label, words, *cells, *(f"{s:.1f}" for s in share)])
     names = [f"class {j} ({n:,})" for j, n in zip(classes["class"], classes["count"], strict=True)]
-    return table(["recipe", "head", "to head", "to medium", "to tail", *names], lines)
+    return table(["recipe", "classifier", "to head", "to medium", "to tail", *names], lines)
 
 
 def seeds_table(controls: Analysis) -> str:
@@ -183,7 +186,7 @@ def seeds_table(controls: Analysis) -> str:
     for ratio in (0.0, REPORTED):
         first, other = controls["branchwise"].at(ratio), controls["other_seeds"].at(ratio)
         renumbered = other.assign(seed=first.seed.to_numpy())
-        texts = [text(renumbered, first, f) for f in SHORT]
+        texts = [apart_text(renumbered, first, f) for f in SHORT]
         lines.append([f"{ratio:g}", *texts])
     return table(["ratio", *(f"{f}, other seeds - seeds" for f in SHORT)], lines)
 

@@ -1,6 +1,7 @@
 """Tables of docs/results.md from a small cache, their numbers recomputed another way; --compare and --runs."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,21 @@ def test_recipes_across_and_what_fusion_adds(evaluated):
     assert float(line[3]) == means.idxmax()
 
 
+def test_what_part_is_fusion_and_what_other_seeds_change(evaluated):
+    result = load_result("dr", evaluated / "dr")
+    both = [replace(result, name=name) for name in ("branchwise", "other_seeds")]
+    analysis = tables.Analysis("ratio", both, {})
+    heads = pd.read_parquet(evaluated / "dr" / "heads.parquet")
+    balanced = heads[(heads.split == "test") & (heads.statistics == "balanced") & (heads.ratio == 0)]
+    means = [balanced.top1.mean(), *(result.at(r).top1.mean() for r in (0.0, 0.3))]
+    lines = cells_of(tables.parts_table(analysis))
+    assert [float(line[1].split(" ")[0]) for line in lines] == pytest.approx(means, abs=0.0051)
+    steps = [float(line[5].split(" ")[0]) for line in lines[1:]]
+    assert steps == pytest.approx([means[1] - means[0], means[2] - means[1]], abs=0.0051)
+    for line in cells_of(tables.seeds_table(analysis)):
+        assert line[1] == "+0.00 [+0.00, +0.00] no difference"
+
+
 def online_of(result, by: float, seeds=(0, 1, 2)) -> online_results.Online:
     """Online runs whose top-1 lies `by` and, seed by seed, a little more below ours."""
     runs = []
@@ -145,7 +161,9 @@ def online_of(result, by: float, seeds=(0, 1, 2)) -> online_results.Online:
     return online_results.Online(0.3, runs)
 
 
-@pytest.mark.parametrize(("by", "expected"), [(0.1, "within"), (0.28, "mean within, interval not"), (0.4, "outside")])
+@pytest.mark.parametrize(
+    ("by", "expected"), [(0.1, "within"), (0.28, "partly outside, its mean within"), (0.4, "around a mean outside")]
+)
 def test_ours_beside_online_runs(evaluated, by, expected):
     result = load_result("dr", evaluated / "dr")
     online, ours = online_of(result, by), result.at(0.3)
@@ -156,9 +174,9 @@ def test_ours_beside_online_runs(evaluated, by, expected):
     found = [float(n) for n in re.findall(r"[+-]\d+\.\d+", lines[0][3])]
     assert found == pytest.approx([np.mean(each), interval.low, interval.high], abs=0.0051)
     assert lines[0][5] == expected
-    body = online_results.record(online, ours)
-    assert body["ours_minus_online"]["top1"]["mean"] == pytest.approx(np.mean(each))
-    assert [o["seed"] for o in body["ours"]] == [0, 1, 2]
+    body = online_results.record(online, {"dr": ours})
+    assert body["ours"]["dr"]["minus_online"]["top1"]["mean"] == pytest.approx(np.mean(each))
+    assert [head["seed"] for head in body["ours"]["dr"]["heads"]] == [0, 1, 2]
     assert online.median("cpu") == 601
     assert "601 s of processor time (701 s by the clock" in online.made
     apart = re.findall(r"[+-]\d+\.\d+", online_results.recipes_lines(online, {"r": result})[0][1])

@@ -34,8 +34,12 @@ def _index(sizes: np.ndarray, slots: int) -> bytes:
 
 def join(chunks: Sequence[bytes], slots: int) -> bytes:
     """A shard of `slots` places that holds the encoded `chunks` (without their checksums), in order."""
-    stored = [sealed(chunk) for chunk in chunks]
-    return _index(np.array([len(c) for c in stored], np.uint64), slots) + b"".join(stored)
+    return lay_out([sealed(chunk) for chunk in chunks], slots)
+
+
+def lay_out(stored: Sequence[bytes | memoryview], slots: int) -> bytes:
+    """A shard of `slots` places that holds chunks as they are stored (with their checksums), in order."""
+    return b"".join([_index(np.array([len(c) for c in stored], np.uint64), slots), *stored])
 
 
 def join_plain(chunks: np.ndarray, slots: int) -> bytearray:

@@ -15,7 +15,7 @@ import json
 import os
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +100,12 @@ class CacheWriter:
             raise CacheError(
                 "mismatch", f"shard {shard}: maps of {self.spec.experts} experts expected; got {len(maps)}"
             )
+        self.put(shard, (self._encode(shard, expert, array) for expert, array in enumerate(maps)))
+
+    def put(self, shard: int, encoded: Iterable[bytes | bytearray]) -> None:
+        """Writes `shard` of every expert as the bytes that `cache.shard` laid out, and journals it."""
         files = {}
-        for expert, array in enumerate(maps):
-            data = self._encode(shard, expert, array)
+        for expert, data in enumerate(encoded):
             name = self.spec.shard_file(expert, shard)
             write_durably(self._staging.cache / name, data)
             files[name] = (len(data), sha256(data))

@@ -10,6 +10,7 @@ import click
 
 from cache.errors import CacheError
 from cache.redaction import redacted
+from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from cache.reader import Cache
@@ -42,6 +43,29 @@ def opened(location: str) -> Iterator["Cache"]:
     except ValueError as error:  # fsspec: unknown protocol
         raise click.ClickException(redacted(f"{location}: {' '.join(str(error).split())}")) from None
     with cache:
+        yield cache
+
+
+@contextmanager
+def previous(location: str | None, name: str) -> Iterator["Cache | None"]:
+    """The cache that `extract.statistics_from` names for the backbone `name`: itself, or NAME in that folder."""
+    from cache.files import files_at
+    from cache.spec import RECORD
+
+    if location is None:
+        yield None
+        return
+    places = [location, f"{location.rstrip('/')}/{name}"]
+    try:
+        found = [place for place in places if files_at(place).exists(RECORD)]
+    except (ValueError, ImportError) as error:  # fsspec: unknown protocol, or the package it needs
+        raise UserError(f"extract.statistics_from: {location}: {' '.join(str(error).split())}") from None
+    if not found:
+        raise UserError(
+            f"extract.statistics_from: {location} is no cache and no folder with a cache called {name!r}; name one "
+            "that DVC does not remove before it runs (cp -r data/extract kept, or h2t cache pull), or set it to null"
+        )
+    with opened(found[0]) as cache:
         yield cache
 
 

@@ -15,7 +15,7 @@ import click
 
 from cache.errors import CacheError
 from pipeline.cache_commands import cache as cache_group
-from pipeline.cache_commands import opened
+from pipeline.cache_commands import opened, previous
 from pipeline.errors import UserError
 from pipeline.model_commands import export, predict
 from pipeline.sharing_commands import COMMANDS as SHARING
@@ -160,9 +160,10 @@ def train_backbone(values: dict[str, Any], name: str, samples: Path, out: Path) 
 @click.argument("backbone", type=PATH)
 @click.argument("out", type=PATH)
 @click.option("--replace", is_flag=True, help="Replace another cache at OUT.")
+@click.option("--anew", is_flag=True, help="Compute every row, also those that extract.statistics_from gives.")
 @stage
 def extract(
-    values: dict[str, Any], name: str, samples: Path, backbone: Path, out: Path, replace: bool
+    values: dict[str, Any], name: str, samples: Path, backbone: Path, out: Path, replace: bool, anew: bool
 ) -> dict[str, Any]:
     """Run the frozen backbone once and store its feature maps as a cache."""
     from pipeline import device, params
@@ -173,9 +174,21 @@ def extract(
     found = load_samples(samples)
     images = found.images(params.section(values, "prepare"))
     chosen = device.choose(values["device"])
-    summary = stage_module.run(
-        section, name, found, images, backbone, values["seed"], chosen, out, click.echo, replace=replace
-    )
+    with previous(section.statistics_from, name) as kept:
+        summary = stage_module.run(
+            section,
+            name,
+            found,
+            images,
+            backbone,
+            values["seed"],
+            chosen,
+            out,
+            click.echo,
+            replace=replace,
+            previous=kept,
+            anew=anew,
+        )
     return vars(summary)
 
 

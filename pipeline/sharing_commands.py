@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from pipeline.cache_commands import opened
+from pipeline.cache_commands import opened, previous
 
 PATH = click.Path(path_type=Path)
 
@@ -70,7 +70,7 @@ def why_command(
 
     Example: h2t cache why data/extract/ce_mixup --set extract.max_views=2
     """
-    from pipeline import params, settings
+    from pipeline import device, forward, params, settings
     from pipeline.samples import load_samples
     from pipeline.stages import extract
     from pipeline.why import why
@@ -79,14 +79,18 @@ def why_command(
     settings.check(values)
     place = Path(location)
     samples = samples or place.parent.parent / "prepare"
-    backbone = backbone or place.parent.parent / "train_backbone" / (name or place.name)
-    with opened(location) as found:
+    name = name or place.name
+    backbone = backbone or place.parent.parent / "train_backbone" / name
+    section = params.build(extract.Params, "extract", params.section(values, "extract"))
+    with opened(location) as found, previous(section.statistics_from, name) as kept:
         verdict = why(
             found,
-            params.build(extract.Params, "extract", params.section(values, "extract")),
+            section,
             load_samples(samples) if (samples / "samples.parquet").is_file() else None,
             backbone if (backbone / "backbone.safetensors").is_file() else None,
             values["seed"],
+            kept,
+            forward.settings(section.batch_size, device.choose(values["device"])),
         )
     if as_json:
         click.echo(json.dumps(asdict(verdict), sort_keys=True))

@@ -11,14 +11,15 @@ from typing import Any
 import pyarrow as pa
 
 from cache.reader import Cache
+from cache.spec import sha256
 from pipeline import batchnorm
 from pipeline.errors import UserError
 from pipeline.network import NONE, backbone_identity
+from pipeline.reuse import NAMES, Wanted, changes, kept_statistics, origins
 from pipeline.samples import Samples
 from pipeline.stages import extract
 
 EXAMPLES = 3
-NAMES = {"backbone": "weights", "transform": "transform", "views": "view policy", "batchnorm": "batch norm"}
 
 
 @dataclass(frozen=True)
@@ -32,29 +33,54 @@ class Reason:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Why a cache is not what is asked for; `rows` counts rows to extract again, of `of` that are wanted."""
+    """Why a cache is not what is asked for, and what extract would compute now: `rows` of the `of` that are wanted.
+
+    `source` is the cache that gives the others (`extract.statistics_from`). Where there is none, `possible` counts the
+    rows to extract if it were this cache. `obstacles`: why none of the source's rows can be taken.
+    """
 
     reasons: list[Reason]
     unknown: list[str]
     rows: int
     of: int
     layout: list[str] = field(default_factory=list)
+    source: str | None = None
+    possible: int = 0
+    obstacles: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
         """In words, one line each."""
         found = [f"{r.ingredient}: {r.detail}" for r in self.reasons]
         found += [f"not compared: {what}" for what in self.unknown]
         found += [f"layout: {what} (the same values in other bytes)" for what in self.layout]
-        if self.rows:
-            share = f"{100 * self.rows / self.of:.1f} %"
-            return [*found, f"to extract again: {self.rows} of {self.of} rows ({share})"]
-        if self.layout:
-            return [*found, "to extract again: nothing; to write again: every shard"]
-        return [*found, "to extract again: nothing" if self.reasons else "this is the cache that is asked for"]
+        return [*found, self._cost()]
+
+    def _cost(self) -> str:
+        if not self.reasons and not self.layout:
+            return "nothing else differs" if self.unknown else "this is the cache that is asked for"
+        if self.source is None:
+            less = f"; {self._share(self.possible)} with extract.statistics_from set to this cache"
+            return f"to extract again: all {self.of} rows" + (less if self.possible < self.of else "")
+        why = f" ({'; '.join(self.obstacles)})" if self.obstacles else ""
+        return f"to extract again: {self._share(self.rows)}, the others are taken from {self.source}{why}"
+
+    def _share(self, rows: int) -> str:
+        return f"{rows} of {self.of} rows ({100 * rows / self.of:.1f} %)" if rows else "none"
 
 
-def why(cache: Cache, params: extract.Params, samples: Samples | None, backbone_dir: Path | None, seed: int) -> Verdict:
-    """Compares `cache` with what extract would write now. What is None is not compared. Raises UserError."""
+def why(
+    cache: Cache,
+    params: extract.Params,
+    samples: Samples | None,
+    backbone_dir: Path | None,
+    seed: int,
+    previous: Cache | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Verdict:
+    """Compares `cache` with what extract would write now. What is None is not compared. Raises UserError.
+
+    `previous` is the cache that `extract.statistics_from` names, `settings` what forward passes would run under here.
+    """
     found = cache.spec.fingerprint_inputs
     if "parent" in found:
         raise UserError(f"{cache.files}: is a pooled copy of {found['parent'][:12]}; ask of the cache it was made from")
@@ -73,38 +99,48 @@ def why(cache: Cache, params: extract.Params, samples: Samples | None, backbone_
     else:
         unknown.append("dataset and transform (no prepared samples here)")
     for name, value in asked.items():
-        changes = _changes(_without_statistics(found.get(name)), value)
-        reasons += [Reason(NAMES[name], "; ".join(changes), _concerns_every(name, changes))] if changes else []
+        differ = changes(_without_statistics(found.get(name)), value)
+        reasons += [Reason(NAMES[name], "; ".join(differ), _concerns_every(name, differ))] if differ else []
     if params.dtype != cache.spec.dtype:
         reasons.append(Reason("dtype", f"{cache.spec.dtype} -> {params.dtype}", True))
-    rows, of = cache.spec.rows, cache.spec.rows
-    if samples is not None:
-        wanted = extract.row_table(params, samples)
-        of = len(wanted)
-        reasons += _dataset(cache.rows, wanted, params)
-        rows = of if any(r.every for r in reasons) else len(rows_to_extract(cache.rows, wanted, params))
-    elif not any(r.every for r in reasons):
-        rows = 0
-    return Verdict(reasons, unknown, rows, of, _layout(cache, params))
+    layout = _layout(cache, params)
+    if samples is None:
+        of = cache.spec.rows
+        stale = of if reasons or layout else 0
+        return Verdict(reasons, unknown, stale, of, layout, possible=stale)
+    rows = extract.row_table(params, samples)
+    wanted = Wanted(rows, asked, params.dtype, samples.facts["dataset"], settings or {})
+    kept = kept_statistics(previous, asked, _names(rows))[0] if previous is not None else {}
+    reasons += _statistics(cache, _names(rows), kept) + _dataset(cache.rows, rows, bool(kept))
+    if not reasons and not layout:
+        return Verdict([], unknown, 0, len(rows))
+    missing, hindered = _to_extract(previous or cache, wanted)
+    if previous is None:
+        return Verdict(reasons, unknown, len(rows), len(rows), layout, possible=missing)
+    return Verdict(reasons, unknown, missing, len(rows), layout, str(previous.files), obstacles=hindered)
 
 
-def rows_to_extract(have: pa.Table, wanted: pa.Table, params: extract.Params) -> list[int]:
-    """Rows of `wanted` that the cache with the row table `have` cannot give, all else being equal.
-
-    A row is given by its (statistics, source, view) and its image's digest. Where training samples changed, statistics
-    that are estimated on them change, and with them every row under them, unless they are kept (`statistics_from`).
-    """
-    stale = set() if getattr(params, "statistics_from", None) else _stale(have, wanted)
-    known = set(_keys(have))
-    return [
-        row
-        for row, (key, name) in enumerate(zip(_keys(wanted), wanted["statistics"].to_pylist(), strict=True))
-        if name in stale or key not in known
-    ]
+def _to_extract(source: Cache, wanted: Wanted) -> tuple[int, list[str]]:
+    """How many rows must be computed where `source` gives statistics and rows; and why, in words."""
+    kept, _ = kept_statistics(source, wanted.inputs, _names(wanted.rows))
+    origin, reasons = origins(source, wanted, {*kept, "stage1"})
+    return int((origin < 0).sum()), reasons
 
 
-def _keys(table: pa.Table) -> list[tuple[Any, ...]]:
-    return list(zip(*(table[k].to_pylist() for k in ("statistics", "source", "view", "digest")), strict=True))
+def _names(rows: pa.Table) -> list[str]:
+    return sorted(set(rows["statistics"].unique().to_pylist()))
+
+
+def _statistics(cache: Cache, names: list[str], kept: batchnorm.Statistics) -> list[Reason]:
+    """Batch-norm statistics `names` that are kept now and were others then, or were kept then and are not now."""
+    origin = cache.spec.provenance.get("statistics_from")
+    detail = ""
+    if sorted(kept) == names:
+        differ = changes(cache.spec.fingerprint_inputs["batchnorm"].get("statistics"), sha256(batchnorm.to_bytes(kept)))
+        detail = f"{differ[0]}, kept from another cache" if differ else ""
+    elif origin is not None and not kept:
+        detail = f"were kept from the cache {origin[:12]}, would be estimated anew"
+    return [Reason("batch norm", f"statistics {detail}", False)] if detail else []
 
 
 def _training(table: pa.Table) -> set[tuple[Any, ...]]:
@@ -119,7 +155,7 @@ def _stale(have: pa.Table, wanted: pa.Table) -> set[str]:
     return {*batchnorm.SAMPLERS, "mixture"} & set(wanted["statistics"].unique().to_pylist())
 
 
-def _dataset(have: pa.Table, wanted: pa.Table, params: extract.Params) -> list[Reason]:
+def _dataset(have: pa.Table, wanted: pa.Table, kept: bool) -> list[Reason]:
     """Samples that were added, removed or changed (another image, label or split)."""
     old, new = (_samples(table) for table in (have, wanted))
     parts = {
@@ -130,7 +166,7 @@ def _dataset(have: pa.Table, wanted: pa.Table, params: extract.Params) -> list[R
     if not any(parts.values()):
         return []
     detail = ", ".join(f"{len(v)} images {k}" + _some(v) for k, v in parts.items() if v)
-    stale = set() if getattr(params, "statistics_from", None) else _stale(have, wanted)
+    stale = set() if kept else _stale(have, wanted)
     if stale:
         detail += f"; training images differ, so the {', '.join(sorted(stale))} statistics would be estimated anew"
     return [Reason("dataset", detail, False)]
@@ -155,19 +191,6 @@ def _concerns_every(name: str, changes: list[str]) -> bool:
     """Another view policy or list of recipes adds and removes rows and leaves the others as they are."""
     keeps = ("max ", "target ", "recipes ")
     return not (name in ("views", "batchnorm") and all(c.startswith(keeps) for c in changes))
-
-
-def _changes(old: Any, new: Any) -> list[str]:
-    """`key old -> new` for every key that differs."""
-    if not isinstance(old, Mapping) or not isinstance(new, Mapping):
-        return [] if old == new else [f"{_short(old)} -> {_short(new)}"]
-    keys = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
-    return [f"{k} {_short(old.get(k))} -> {_short(new.get(k))}" for k in keys]
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text[:12] if len(text) == 64 and text.isalnum() else text
 
 
 def _layout(cache: Cache, params: extract.Params) -> list[str]:

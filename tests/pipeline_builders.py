@@ -7,6 +7,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -229,10 +230,24 @@ def make_extract(**overrides) -> extract.Params:
     return extract.Params.model_validate({**values, **overrides})
 
 
-def extracted(out: Path, samples, images, backbone: Path, *, seed=0, replace=False, say=silent, **overrides):
-    """Runs extract; returns its summary."""
+def extracted(
+    out: Path,
+    samples,
+    images,
+    backbone: Path,
+    *,
+    seed=0,
+    say=silent,
+    previous: Path | None = None,
+    replace=False,
+    anew=False,
+    **overrides,
+):
+    """Runs extract; returns its summary. `previous` is where the cache lies that `statistics_from` would name."""
     params = make_extract(**overrides)
-    return extract.run(params, "b", samples, images, backbone, seed, CPU, out, say, replace=replace)
+    with open_cache(previous) if previous is not None else nullcontext() as kept:
+        options = {"replace": replace, "previous": kept, "anew": anew}
+        return extract.run(params, "b", samples, images, backbone, seed, CPU, out, say, **options)
 
 
 def make_host(**overrides) -> train_classifier.Params:

@@ -48,10 +48,10 @@ def test_rows_are_random_distinct_and_no_more_than_there_are(digits, backbone_di
 
 def test_maps_that_are_not_this_backbones_are_found(tmp_path, digits, backbone_dir, monkeypatch):
     """As if batch norm had run in train mode during extraction: sound checksums, wrong values."""
-    from pipeline.stages import extract
+    from pipeline import forward
 
-    original = extract._Work.forward
-    monkeypatch.setattr(extract._Work, "forward", lambda self, *a: [m * 1.01 for m in original(self, *a)])
+    original = forward.Work.forward
+    monkeypatch.setattr(forward.Work, "forward", lambda self, *a: [m * 1.01 for m in original(self, *a)])
     extracted(tmp_path / "c", *digits, backbone_dir)
     found = compared(tmp_path / "c", *digits, backbone_dir, 10)
     assert len(found.faults) == 10

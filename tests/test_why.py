@@ -5,18 +5,20 @@ import pyarrow as pa
 import pytest
 from builders import make_cache
 from click.testing import CliRunner
-from pipeline_builders import make_backbone_dir, make_extract, make_samples, write_params
+from pipeline_builders import CPU, make_backbone_dir, make_extract, make_samples, write_params
 
 from cache.reader import open_cache
 from pipeline.cli import main
 from pipeline.errors import UserError
+from pipeline.forward import settings as settings_of
 from pipeline.samples import Samples
 from pipeline.why import why
 
 
-def verdict(cache, samples, backbone, *, seed=0, **params):
+def verdict(cache, samples, backbone, *, seed=0, previous=None, settings=None, **params):
     with open_cache(cache) as opened:
-        return why(opened, make_extract(**{"max_views": 2, **params}), samples, backbone, seed)
+        section = make_extract(**{"max_views": 2, **params})
+        return why(opened, section, samples, backbone, seed, previous, settings)
 
 
 def changed(samples: Samples, change) -> Samples:
@@ -46,12 +48,22 @@ def test_each_ingredient_is_named(digits_cache, digits, backbone_dir, params, in
     found = verdict(digits_cache, digits[0], backbone_dir, **params)
     first = found.reasons[0]
     assert (first.ingredient, first.detail, first.every) == (ingredient, detail, every)
-    assert found.rows == (found.of if every else 0)
+    assert found.rows == found.of  # nothing names a cache to take rows from
+    if ingredient == "dtype":
+        assert found.lines()[-1] == f"to extract again: all {found.of} rows"
+    elif every:  # other statistics; rows under those of stage I stay, but for augmentations from another seed
+        with open_cache(digits_cache) as cache:
+            lines = cache.rows.to_pylist()
+        anew = [r for r in lines if r["statistics"] != "stage1" or ("seed" in params and r["view"])]
+        assert found.possible == len(anew)
+    else:
+        assert found.possible == 0
+        assert found.lines()[-1].endswith("rows; none with extract.statistics_from set to this cache")
 
 
 def test_more_views_leave_the_rows_that_are_there(digits_cache, digits, backbone_dir):
     found = verdict(digits_cache, digits[0], backbone_dir, max_views=3)
-    assert 0 < found.rows < found.of / 4
+    assert 0 < found.possible < found.of / 4
 
 
 def test_other_weights(tmp_path, digits_cache, digits):
@@ -81,8 +93,13 @@ def test_changed_test_images_concern_their_own_rows(digits_cache, digits, backbo
     assert reason.ingredient == "dataset"
     assert "1 images added (digits/new), 1 images removed" in reason.detail
     assert "2 images changed" in reason.detail
-    assert found.rows == 3 * 3  # three images under three statistics each
-    assert f"to extract again: 9 of {found.of} rows" in found.lines()[-1]
+    assert found.possible == 2 * 3  # two images under three statistics each; the third has another name only
+    assert found.lines()[-1].startswith(f"to extract again: all {found.of} rows; 6 of {found.of} rows (")
+    with open_cache(digits_cache) as previous:
+        found = verdict(digits_cache, changed(digits[0], change), backbone_dir, previous=previous)
+    assert found.rows == 6
+    assert found.lines()[-1].startswith(f"to extract again: 6 of {found.of} rows (")
+    assert f"the others are taken from {digits_cache} (2 images are new or changed)" in found.lines()[-1]
 
 
 def test_changed_training_images_concern_all_rows_under_statistics_estimated_on_them(
@@ -93,17 +110,30 @@ def test_changed_training_images_concern_all_rows_under_statistics_estimated_on_
 
     found = verdict(digits_cache, changed(digits[0], change), backbone_dir)
     assert "the balanced, instance, mixture statistics would be estimated anew" in found.reasons[0].detail
-    with open_cache(digits_cache) as cache:
-        names = cache.rows["statistics"].to_pylist()
-    assert found.rows == sum(name != "stage1" for name in names) + 1
+    assert found.rows == found.of
+    with open_cache(digits_cache) as previous:
+        found = verdict(digits_cache, changed(digits[0], change), backbone_dir, previous=previous)
+    assert "estimated anew" not in found.reasons[0].detail  # they are kept
+    assert found.rows == 3  # one view under three statistics
 
 
 def test_another_layout_is_the_same_values(digits_cache, digits, backbone_dir):
     found = verdict(digits_cache, digits[0], backbone_dir, codec="zstd")
     assert found.lines() == [
         "layout: codec none -> zstd (the same values in other bytes)",
-        "to extract again: nothing; to write again: every shard",
+        f"to extract again: all {found.of} rows; none with extract.statistics_from set to this cache",
     ]
+
+
+def test_what_computes_decides_too(digits_cache, digits, backbone_dir):
+    """Maps of another batch size are within a tolerance, not the same bytes, so they are not taken."""
+    with open_cache(digits_cache) as previous:
+        same = {**settings_of(32, CPU), "threads": previous.spec.provenance["threads"]}
+        ask = {"previous": previous, "codec": "zstd"}
+        assert verdict(digits_cache, digits[0], backbone_dir, settings=same, **ask).rows == 0
+        found = verdict(digits_cache, digits[0], backbone_dir, settings={**same, "batch_size": 64}, **ask)
+    assert found.rows == found.of
+    assert found.lines()[-1].endswith("(batch_size 32 -> 64)")
 
 
 def test_the_command_finds_its_neighbours(tmp_path, digits_cache, digits, backbone_dir):

@@ -1,37 +1,36 @@
 """extract: run the frozen backbone once over every image and store its last feature maps as a cache.
 
-One forward pass per (sample, view, statistics). The unit of work is a shard: batches never straddle shards and every
-forward pass runs at exactly `batch_size` images, so that a row does not depend on its neighbours and a run that was
-killed goes on to the same bytes. Decoding, forward pass and writing overlap.
+One forward pass per (sample, view, statistics), but for rows that a previous cache gives (`pipeline.reuse`). The unit
+of work is a shard: a run that was killed goes on from its finished shards to the same bytes. Decoding, forward pass
+(`pipeline.forward`) and writing overlap.
 """
 
 import math
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pydantic
 import torch
 from torch import nn
 
 from cache.card import card
+from cache.carry import Carrier, Source
 from cache.errors import CacheError
 from cache.rows import make_rows
 from cache.spec import CacheSpec, canonical_json, chunk_rows_for, sha256, shard_rows_for
 from cache.staging import Staging
 from cache.writer import CacheWriter, committed
-from pipeline import batchnorm, cluster
+from pipeline import batchnorm, forward, reuse
 from pipeline.batchnorm import Statistics
 from pipeline.checkpoints import weights_digest
 from pipeline.cluster import ADDRESS
-from pipeline.device import choose
 from pipeline.errors import UserError
 from pipeline.images import Images
 from pipeline.network import load_backbone
@@ -41,13 +40,14 @@ from pipeline.recipes import stored
 from pipeline.samples import Samples
 
 TAP = "last maps before pooling"
-HALF_MAX = 65504.0  # the largest float16
 
 
 class Params(Section):
     """Section `extract`. Sizes in bytes; `chunk_rows` is chosen from the row's size unless given.
 
     `cluster`: null, local:N for N processes here, or the address of a dask scheduler; it changes no byte on the CPU.
+    `statistics_from`: a previous cache, or a folder with one for each backbone, whose batch-norm statistics are kept
+    and from which unchanged rows are taken.
     """
 
     batchnorm: Annotated[list[Literal["stage1", "calibrated", "branchwise", "reverse"]], DISTINCT] = [
@@ -63,15 +63,20 @@ class Params(Section):
     shard_bytes: Count = 128 * 1024**2
     batch_size: Count = 128
     cluster: Annotated[str | None, ADDRESS] = None
+    statistics_from: Annotated[str, pydantic.Field(min_length=1)] | None = None
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What an extraction did; `forwarded` counts images that went through the backbone for rows."""
+    """What an extraction did; `forwarded` counts images that went through the backbone for rows.
+
+    `taken` counts rows that came from a previous cache.
+    """
 
     rows: int
     value_bytes: int
     forwarded: int
+    taken: int
     kept_shards: int
     shards: int
 
@@ -111,43 +116,64 @@ def run(
     say: Callable[[str], None],
     *,
     replace: bool = False,
+    previous: Source | None = None,
+    anew: bool = False,
 ) -> Summary:
     """Extracts the maps of the backbone in `backbone_dir` into the cache `out`; continues a killed run.
 
-    Raises CacheError (`exists`, `busy`, `full`) and UserError.
+    `previous` is the open cache that `extract.statistics_from` names. With `anew` its statistics are kept, but every
+    row is computed: the bytes are the same. Raises CacheError (`exists`, `busy`, `full`, `damaged`) and UserError.
     """
     backbone, identity = load_backbone(backbone_dir)
     backbone.to(device)
     rows = row_table(params, samples)
-    wanted = sorted(set(rows["statistics"].unique().to_pylist()))
+    names = sorted(set(rows["statistics"].unique().to_pylist()))
     inputs = fingerprint_inputs(params, samples, identity, seed)
-    token = _token(params, device)
+    settings = forward.settings(params.batch_size, device)
+    kept: Statistics = {}
+    if previous is not None:
+        kept, lost = reuse.kept_statistics(previous, inputs, names)
+        if lost:
+            say(f"{name}: {lost}")
+    origin = {"statistics_from": previous.spec.fingerprint} if previous is not None and kept else {}
     with Staging(out) as staging:
         existing = committed(out)
-        if existing is not None and _same(existing, inputs, params, len(rows)):
+        if existing is not None and _same(existing, inputs, params, names, len(rows), kept, origin):
             say(f"{name}: {out} already holds this cache ({existing.rows} rows); nothing to do")
             staging.discard()
-            return Summary(existing.rows, existing.value_bytes, 0, existing.shards, existing.shards)
+            return Summary(existing.rows, existing.value_bytes, 0, 0, existing.shards, existing.shards)
         if existing is not None and not replace:
             raise CacheError("exists", f"{out}: holds another cache; remove it, or pass --replace to write this one")
-        statistics_bytes = _statistics(staging, params, wanted, backbone, samples, images, seed, device, inputs, token)
-        inputs["batchnorm"]["statistics"] = sha256(statistics_bytes)
-        spec = _spec(params, backbone, samples, len(rows), inputs, token, device)
-        writer = CacheWriter(staging, spec, rows, token)
+        statistics = _statistics(
+            staging, params, names, kept, backbone, samples, images, seed, device, {**inputs, "settings": settings}
+        )
+        inputs["batchnorm"]["statistics"] = sha256(statistics)
+        spec = _spec(params, backbone, samples, len(rows), inputs, {**settings, **origin}, device)
+        writer = CacheWriter(staging, spec, rows, settings)
         pending = writer.pending
         _announce(spec, name, pending, out, say)
-        work = _Work(params, rows, images, backbone, batchnorm.from_bytes(statistics_bytes), seed, device)
+        todo = {shard: np.array(spec.shard_range(shard)) for shard in pending}
+        carrier = None
+        if previous is not None and not anew:
+            wanted = reuse.Wanted(rows, inputs, params.dtype, samples.facts["dataset"], settings)
+            carrier, said = reuse.carrier(previous, wanted, batchnorm.from_bytes(statistics), spec, pending)
+            say(f"{name}: {said}")
+        if carrier is not None:
+            todo = {shard: numbers[carrier.origin[numbers] < 0] for shard, numbers in todo.items()}
+        job = forward.Job(
+            rows, todo, images, backbone_dir.resolve(), identity, statistics, seed, device, spec, settings
+        )
         before = weights_digest(dict(backbone.named_parameters()))
-        job = _Job(params, rows, images, backbone_dir.resolve(), identity, statistics_bytes, seed, device, spec, token)
-        _extract(work, writer, pending, name, job)
+        _extract(job, backbone, writer, carrier, params.cluster, name)
         if weights_digest(dict(backbone.named_parameters())) != before:
             raise UserError(
                 f"{name}: the backbone's weights changed during extraction; its forward pass must not train"
             )
-        writer.commit(statistics_bytes, card(spec, rows), replace=replace)
-    forwarded = sum(len(spec.shard_range(s)) for s in pending)
+        writer.commit(statistics, card(spec, rows), replace=replace)
+    forwarded = sum(len(numbers) for numbers in todo.values())
+    taken = sum(len(spec.shard_range(shard)) for shard in pending) - forwarded
     say(f"{name}: {spec.rows} rows in {spec.shards} shards, {spec.value_bytes / 1e6:.1f} MB of values -> {out}")
-    return Summary(spec.rows, spec.value_bytes, forwarded, spec.shards - len(pending), spec.shards)
+    return Summary(spec.rows, spec.value_bytes, forwarded, taken, spec.shards - len(pending), spec.shards)
 
 
 def fingerprint_inputs(params: Params, samples: Samples, identity: dict[str, Any], seed: int) -> dict[str, Any]:
@@ -162,61 +188,65 @@ def fingerprint_inputs(params: Params, samples: Samples, identity: dict[str, Any
     }
 
 
-def _token(params: Params, device: torch.device) -> dict[str, Any]:
-    """All that must be equal for two attempts to give the same bytes from the same fingerprint and layout."""
-    return {
-        "batch_size": params.batch_size,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "precision": "float32",
-        "threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in ("numcodecs", "numpy", "pillow", "torch", "torchvision")},
-    }
-
-
 def layout(params: Params, row_bytes: int) -> tuple[int, int]:
     """Rows per chunk and per shard."""
     chunk_rows = params.chunk_rows or chunk_rows_for(row_bytes)
     return chunk_rows, shard_rows_for(row_bytes, chunk_rows, params.shard_bytes)
 
 
-def _same(existing: CacheSpec, inputs: dict[str, Any], params: Params, rows: int) -> bool:
-    """Whether `existing` is the cache that would be written. Its statistics follow from the other ingredients."""
+def _same(
+    existing: CacheSpec,
+    inputs: dict[str, Any],
+    params: Params,
+    names: list[str],
+    rows: int,
+    kept: Statistics,
+    origin: dict[str, str],
+) -> bool:
+    """Whether `existing` is the cache that would be written.
+
+    Its statistics are those kept; those that are estimated follow from the other ingredients.
+    """
     found = {k: dict(v) if isinstance(v, dict) else v for k, v in existing.fingerprint_inputs.items()}
     if not isinstance(found.get("batchnorm"), dict):
         return False
-    found["batchnorm"].pop("statistics", None)
+    digest = found["batchnorm"].pop("statistics", None)
+    if sorted(kept) == names:
+        same_statistics = digest == sha256(batchnorm.to_bytes(kept))
+    else:
+        same_statistics = existing.provenance.get("statistics_from") == origin.get("statistics_from")
+    chunks = layout(params, max(existing.row_bytes(e) for e in range(existing.experts)))
     have = (existing.codec, existing.dtype, (existing.chunk_rows, existing.shard_rows), existing.rows)
-    return found == inputs and have == (
-        params.codec,
-        params.dtype,
-        layout(params, max(existing.row_bytes(e) for e in range(existing.experts))),
-        rows,
-    )
+    return same_statistics and found == inputs and have == (params.codec, params.dtype, chunks, rows)
 
 
 def _statistics(
     staging: Staging,
     params: Params,
-    wanted: list[str],
+    names: list[str],
+    kept: Statistics,
     backbone: nn.Module,
     samples: Samples,
     images: Images,
     seed: int,
     device: torch.device,
-    inputs: dict[str, Any],
-    token: dict[str, Any],
+    depends: dict[str, Any],
 ) -> bytes:
-    """The batch-norm statistics, computed once and kept in staging for later attempts."""
-    key = canonical_json({"inputs": inputs, "token": token})
-    kept = staging.kept("batchnorm.safetensors")
-    if kept is not None and staging.kept("batchnorm.json") == canonical_json({"of": sha256(key), "is": sha256(kept)}):
-        return kept
+    """The batch-norm statistics `names`: those `kept`, the others estimated once and left in staging for next attempts.
+
+    `depends` is all that decides what is estimated.
+    """
+    key = sha256(canonical_json({**depends, "kept": sha256(batchnorm.to_bytes(kept))}))
+    data = staging.kept("batchnorm.safetensors")
+    if data is not None and staging.kept("batchnorm.json") == canonical_json({"of": key, "is": sha256(data)}):
+        return data
+    missing = [name for name in names if name not in kept]
     found = batchnorm.compute(
-        backbone, wanted, samples, images, passes=params.batchnorm_passes, seed=seed, device=device
+        backbone, missing, samples, images, passes=params.batchnorm_passes, seed=seed, device=device
     )
-    data = batchnorm.to_bytes(found)
+    data = batchnorm.to_bytes({name: {**kept, **found}[name] for name in names})
     staging.keep("batchnorm.safetensors", data)
-    staging.keep("batchnorm.json", canonical_json({"of": sha256(key), "is": sha256(data)}))
+    staging.keep("batchnorm.json", canonical_json({"of": key, "is": sha256(data)}))
     return data
 
 
@@ -226,7 +256,7 @@ def _spec(
     samples: Samples,
     rows: int,
     inputs: dict[str, Any],
-    token: dict[str, Any],
+    origin: dict[str, Any],
     device: torch.device,
 ) -> CacheSpec:
     size = samples.transform.size
@@ -244,7 +274,7 @@ def _spec(
         shard_rows=shard_rows,
         fingerprint_inputs=inputs,
         provenance={
-            **token,
+            **origin,
             "classes": list(samples.facts["classes"]),
             "counts": samples.counts,
             "dataset": samples.facts["dataset"],
@@ -266,135 +296,36 @@ def _announce(spec: CacheSpec, name: str, pending: list[int], out: Path, say: Ca
         )
 
 
-@dataclass(frozen=True)
-class _Work:
-    """What turns rows into maps."""
-
-    params: Params
-    rows: pa.Table
-    images: Images
-    backbone: nn.Module
-    statistics: Statistics
-    seed: int
-    device: torch.device
-
-    def batches(self, shards: list[int], spec: CacheSpec) -> Iterator[tuple[int, str, pa.Table]]:
-        """(shard, statistics, rows) of every forward pass, at most `batch_size` rows, in order."""
-        for shard in shards:
-            span = spec.shard_range(shard)
-            part = self.rows.slice(span.start, len(span))
-            names = np.array(part["statistics"])
-            cuts = [0, *(np.flatnonzero(names[1:] != names[:-1]) + 1).tolist(), len(part)]
-            for begin, end in pairwise(cuts):
-                for first in range(begin, end, self.params.batch_size):
-                    count = min(self.params.batch_size, end - first)
-                    yield shard, str(names[first]), part.slice(first, count)
-
-    def decode(self, part: pa.Table) -> torch.Tensor:
-        """Input of one forward pass, always `batch_size` images: the last one is repeated to fill up."""
-        samples, views = part["sample"].to_pylist(), part["view"].to_pylist()
-        keys = [None if view == 0 else (self.seed, view) for view in views]
-        missing = self.params.batch_size - len(samples)
-        batch = self.images.batch(samples, keys)
-        return torch.cat([batch, batch[-1:].expand(missing, -1, -1, -1)]) if missing else batch
-
-    @torch.no_grad()
-    def forward(self, x: torch.Tensor, statistics: str, count: int) -> list[torch.Tensor]:
-        """Maps of the first `count` images, float32 on the CPU, one tensor per expert."""
-        batchnorm.use(self.backbone, self.statistics[statistics])
-        return [m[:count].cpu() for m in self.backbone(x.to(self.device))]
-
-    def stored(self, maps: torch.Tensor) -> np.ndarray:
-        """Maps in the storage dtype. Raises UserError for values it cannot hold."""
-        if not torch.isfinite(maps).all():
-            raise UserError("extract: the backbone gave NaN or infinity; check its weights and the images")
-        if self.params.dtype == "float32":
-            return maps.numpy()
-        if self.params.dtype == "bfloat16":
-            return maps.to(torch.bfloat16).view(torch.uint16).numpy()
-        if float(maps.abs().max()) > HALF_MAX:
-            raise UserError(
-                f"extract.dtype: float16 holds values up to 65504; got {float(maps.abs().max()):.0f}; "
-                "use bfloat16 or float32"
-            )
-        return maps.to(torch.float16).numpy()
-
-
-@dataclass(frozen=True)
-class _Job:
-    """All that a worker of a cluster needs to compute shards as this process would."""
-
-    params: Params
-    rows: pa.Table
-    images: Images
-    backbone_dir: Path
-    identity: dict[str, Any]
-    statistics: bytes
-    seed: int
-    device: torch.device
-    spec: CacheSpec
-    token: dict[str, Any]
-
-    def open(self, number: int) -> Callable[[int], list[np.ndarray]]:
-        """Shard -> its maps, an array per expert. Raises UserError where they would come out with other bytes."""
-        device = self.device
-        device = choose(f"cuda:{number % torch.cuda.device_count()}") if device.type == "cuda" else device
-        torch.set_num_threads(self.token["threads"])
-        backbone, identity = load_backbone(self.backbone_dir)
-        found = {**identity, **_token(self.params, device)}
-        for key, value in {**self.identity, **self.token}.items():
-            if found[key] != value:
-                raise UserError(f"extract.cluster: {key} must be {value} on every worker; got {found[key]}")
-        statistics = batchnorm.from_bytes(self.statistics)
-        work = _Work(self.params, self.rows, self.images, backbone.to(device), statistics, self.seed, device)
-        return lambda shard: next(_computed(work, self.spec, [shard], lambda rows: None))[1]
-
-
-def _extract(work: _Work, writer: CacheWriter, pending: list[int], name: str, job: _Job) -> None:
-    """Computes the shards here or on a cluster; another thread writes them."""
-    spec = writer.spec
-    total = sum(len(spec.shard_range(s)) for s in pending)
+def _extract(
+    job: forward.Job,
+    backbone: nn.Module,
+    writer: CacheWriter,
+    carrier: Carrier | None,
+    address: str | None,
+    name: str,
+) -> None:
+    """Computes the rows to do, here or on a cluster; another thread completes shards and writes them."""
+    spec = job.spec
     row_bytes = sum(spec.row_bytes(e) for e in range(spec.experts))
+    total = sum(len(numbers) for numbers in job.todo.values())
     bar = progress(None, f"extract {name}", unit="row", total=total, unit_scale=True)
 
     def tick(rows: int) -> None:
         bar.update(rows)
         bar.set_postfix_str(f"{bar.n * row_bytes / 1e6:.0f} MB", refresh=False)
 
-    far = work.params.cluster
-    computed = cluster.shards(far, job, pending) if far else _computed(work, spec, pending, tick)
+    def write(shard: int, maps: list[np.ndarray]) -> None:
+        if carrier is None:
+            writer.write(shard, maps)
+        else:
+            writer.put(shard, carrier.complete(shard, maps))
+
     with ThreadPoolExecutor(1, "write") as scribe, bar:
         writes: deque[Future[None]] = deque()
-        for shard, maps in computed:
-            if far:
-                tick(len(spec.shard_range(shard)))
-            writes.append(scribe.submit(writer.write, shard, maps))
+        # Where most rows are carried over, batches are filled across shards.
+        for shard, maps in forward.shards(job, backbone, address, tick, straddle=carrier is not None):
+            writes.append(scribe.submit(write, shard, maps))
             while len(writes) > 2:  # the bound on memory: three shards
                 writes.popleft().result()
-        for write in writes:
-            write.result()
-
-
-def _computed(
-    work: _Work, spec: CacheSpec, pending: list[int], tick: Callable[[int], None]
-) -> Iterator[tuple[int, list[np.ndarray]]]:
-    """(shard, maps of each expert), in order. Forward passes in this thread; images are decoded ahead in another."""
-    with ThreadPoolExecutor(1, "decode-ahead") as decoder:
-        ahead: deque[tuple[int, str, int, Future[torch.Tensor]]] = deque()
-        batches = work.batches(pending, spec)
-        shard_maps: list[list[np.ndarray]] = [[] for _ in spec.maps]
-        filled = 0
-        while True:
-            while len(ahead) < 3 and (item := next(batches, None)) is not None:
-                shard, statistics, part = item
-                ahead.append((shard, statistics, len(part), decoder.submit(work.decode, part)))
-            if not ahead:
-                break
-            shard, statistics, count, decoded = ahead.popleft()
-            for expert, maps in enumerate(work.forward(decoded.result(), statistics, count)):
-                shard_maps[expert].append(work.stored(maps))
-            filled += count
-            tick(count)
-            if filled == len(spec.shard_range(shard)):
-                yield shard, [np.concatenate(m) for m in shard_maps]
-                shard_maps, filled = [[] for _ in spec.maps], 0
+        for done in writes:
+            done.result()

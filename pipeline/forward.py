@@ -1,0 +1,180 @@
+"""Forward passes: rows into maps in the stored dtype, here or on the workers of a cluster.
+
+Every pass runs at exactly `batch_size` images, because at another size libraries sum in another order; at one size a
+row hangs on none of its neighbours. Images are decoded ahead in a thread of their own.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import nn
+
+from cache.spec import CacheSpec
+from pipeline import batchnorm, cluster
+from pipeline.batchnorm import Statistics
+from pipeline.device import choose
+from pipeline.errors import UserError
+from pipeline.images import Images
+from pipeline.network import load_backbone
+
+HALF_MAX = 65504.0  # the largest float16
+
+Todo = Mapping[int, np.ndarray]  # shard -> those of its rows that need a forward pass, ascending
+
+
+def settings(batch_size: int, device: torch.device) -> dict[str, Any]:
+    """All that must be equal for two runs to give the same bytes from the same fingerprint and layout."""
+    return {
+        "batch_size": batch_size,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "precision": "float32",
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in ("numcodecs", "numpy", "pillow", "torch", "torchvision")},
+    }
+
+
+@dataclass(frozen=True)
+class Work:
+    """What turns rows of the table `rows` into maps of `dtype`. `seed` is that of the views."""
+
+    rows: pa.Table
+    images: Images
+    backbone: nn.Module
+    statistics: Statistics
+    batch_size: int
+    dtype: str
+    seed: int
+    device: torch.device
+
+    def batches(self, numbers: np.ndarray) -> Iterator[tuple[str, pa.Table]]:
+        """(statistics, rows) of every forward pass over the rows `numbers`, at most `batch_size` rows, in order."""
+        chosen = self.rows.take(numbers)
+        names = np.array(chosen["statistics"])
+        cuts = [0, *(np.flatnonzero(names[1:] != names[:-1]) + 1).tolist(), len(chosen)]
+        for begin, end in pairwise(cuts):
+            for first in range(begin, end, self.batch_size):
+                yield str(names[first]), chosen.slice(first, min(self.batch_size, end - first))
+
+    def decode(self, part: pa.Table) -> torch.Tensor:
+        """Input of one forward pass, always `batch_size` images: the last one is repeated to fill up."""
+        samples, views = part["sample"].to_pylist(), part["view"].to_pylist()
+        keys = [None if view == 0 else (self.seed, view) for view in views]
+        missing = self.batch_size - len(samples)
+        batch = self.images.batch(samples, keys)
+        return torch.cat([batch, batch[-1:].expand(missing, -1, -1, -1)]) if missing else batch
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor, statistics: str, count: int) -> list[torch.Tensor]:
+        """Maps of the first `count` images, float32 on the CPU, one tensor per expert."""
+        batchnorm.use(self.backbone, self.statistics[statistics])
+        return [m[:count].cpu() for m in self.backbone(x.to(self.device))]
+
+    def stored(self, maps: torch.Tensor) -> np.ndarray:
+        """Maps in the storage dtype. Raises UserError for values it cannot hold."""
+        if not torch.isfinite(maps).all():
+            raise UserError("extract: the backbone gave NaN or infinity; check its weights and the images")
+        if self.dtype == "float32":
+            return maps.numpy()
+        if self.dtype == "bfloat16":
+            return maps.to(torch.bfloat16).view(torch.uint16).numpy()
+        if float(maps.abs().max()) > HALF_MAX:
+            raise UserError(
+                f"extract.dtype: float16 holds values up to 65504; got {float(maps.abs().max()):.0f}; "
+                "use bfloat16 or float32"
+            )
+        return maps.to(torch.float16).numpy()
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a worker of a cluster needs to compute shards as this process would."""
+
+    rows: pa.Table
+    todo: Todo
+    images: Images
+    backbone_dir: Path
+    identity: Mapping[str, Any]
+    statistics: bytes
+    seed: int
+    device: torch.device
+    spec: CacheSpec
+    settings: Mapping[str, Any]
+
+    def open(self, number: int) -> Callable[[int], list[np.ndarray]]:
+        """Shard -> maps of its rows to do, an array per expert. Raises UserError where the bytes would be others."""
+        device = self.device
+        device = choose(f"cuda:{number % torch.cuda.device_count()}") if device.type == "cuda" else device
+        torch.set_num_threads(self.settings["threads"])
+        backbone, identity = load_backbone(self.backbone_dir)
+        found = {**identity, **settings(self.settings["batch_size"], device)}
+        for key, value in {**self.identity, **self.settings}.items():
+            if found[key] != value:
+                raise UserError(f"extract.cluster: {key} must be {value} on every worker; got {found[key]}")
+        work = self.work(backbone.to(device), device)
+        return lambda shard: next(computed(work, self.spec, {shard: self.todo[shard]}, lambda rows: None))[1]
+
+    def work(self, backbone: nn.Module, device: torch.device) -> Work:
+        """What computes rows by `backbone`, which is on `device`."""
+        statistics = batchnorm.from_bytes(self.statistics)
+        batch_size, dtype = self.settings["batch_size"], self.spec.dtype
+        return Work(self.rows, self.images, backbone, statistics, batch_size, dtype, self.seed, device)
+
+
+def shards(
+    job: Job, backbone: nn.Module, address: str | None, tick: Callable[[int], None], *, straddle: bool
+) -> Iterator[tuple[int, list[np.ndarray]]]:
+    """(shard, maps of its rows to do, an array per expert): here, in order, or from the cluster at `address`."""
+    if address is None:
+        yield from computed(job.work(backbone, job.device), job.spec, job.todo, tick, straddle=straddle)
+        return
+    for shard, maps in cluster.shards(address, job, list(job.todo)):
+        tick(len(job.todo[shard]))
+        yield shard, maps
+
+
+def computed(
+    work: Work, spec: CacheSpec, todo: Todo, tick: Callable[[int], None], *, straddle: bool = False
+) -> Iterator[tuple[int, list[np.ndarray]]]:
+    """(shard, maps of its rows to do, an array per expert), in order.
+
+    With `straddle`, a batch may hold rows of several shards: a few rows of each are then no pass of their own.
+    """
+    groups = [np.concatenate(list(todo.values()))] if straddle and todo else todo.values()
+    batches = _forwarded(work, groups)
+    left = [np.empty((0, *shape), spec.stored_dtype) for shape in spec.maps]
+    for shard, rows in todo.items():
+        parts = [[maps] for maps in left]
+        filled = len(left[0])
+        while filled < len(rows):
+            batch = next(batches)
+            for mine, maps in zip(parts, batch, strict=True):
+                mine.append(maps)
+            filled += len(batch[0])
+            tick(len(batch[0]))
+        joined = [np.concatenate(mine) for mine in parts]
+        left = [maps[len(rows) :].copy() for maps in joined]
+        yield shard, [maps[: len(rows)] for maps in joined]
+
+
+def _forwarded(work: Work, groups: Iterable[np.ndarray]) -> Iterator[list[np.ndarray]]:
+    """Maps of every batch, an array per expert. Forward passes in this thread; images are decoded in another."""
+    batches = (batch for numbers in groups for batch in work.batches(numbers))
+    with ThreadPoolExecutor(1, "decode-ahead") as decoder:
+        ahead: deque[tuple[str, int, Future[torch.Tensor]]] = deque()
+        while True:
+            while len(ahead) < 3 and (item := next(batches, None)) is not None:
+                statistics, part = item
+                ahead.append((statistics, len(part), decoder.submit(work.decode, part)))
+            if not ahead:
+                break
+            statistics, count, decoded = ahead.popleft()
+            yield [work.stored(maps) for maps in work.forward(decoded.result(), statistics, count)]

@@ -317,7 +317,7 @@ def _sftp_ranges(fs: Any, path: str, starts: Sequence[int], stops: Sequence[int]
 
 
 def _is_sshfs(fs: Any) -> bool:
-    return type(fs).__module__.partition(".")[0] == "sshfs"
+    return any(kind.__module__.partition(".")[0] == "sshfs" for kind in type(fs).__mro__)  # DVC has a kind of its own
 
 
 def _behind(error: BaseException) -> BaseException:

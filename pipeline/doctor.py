@@ -188,6 +188,8 @@ def _link_works(kind: str, cache: Path, workspace: Path) -> bool:
 def _remote(root: Path) -> list[Finding]:
     """The default remote: configured, checked on arrival, reachable, allowed."""
     config = sharing.config_of(root)
+    if not config.get("remote"):
+        return [Finding("remote", "note", "none: nobody else gets these caches", "dvc remote add --default store PATH")]
     try:
         name = sharing.remote_name(config, None)
     except UserError as error:

@@ -1,9 +1,10 @@
 """Sharing caches by DVC: publish with proof, pull without the repository.
 
 DVC moves the bytes and holds the credentials. What it does not say is checked here: that what is published is committed
-and whole, that the remote holds every object at its full length, that what was pulled is what was extracted.
+and whole, that the remote holds the content of every object, that what was pulled is what was extracted.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -28,6 +29,7 @@ from pipeline.errors import UserError
 Say = Callable[[str], None]
 
 THREADS = 8  # requests to a remote at a time
+PART_BYTES = 1024 * 1024  # of an object that is read to be compared
 SHOWN = 3
 LAYOUT = ("dvc.yaml", "dvc.lock", "params.yaml")
 
@@ -131,8 +133,13 @@ class Proof:
     faults: list[str]
 
 
-def publish(start: Path, say: Say, *, remote: str | None = None, uncommitted: bool = False) -> Proof:
-    """Pushes the configuration that is checked out, and shows that the remote holds all of it. Raises UserError."""
+def publish(
+    start: Path, say: Say, *, remote: str | None = None, uncommitted: bool = False, quick: bool = False
+) -> Proof:
+    """Pushes the configuration that is checked out, and shows that the remote holds all of it. Raises UserError.
+
+    `quick` compares the lengths of the objects only, not their content.
+    """
     from dvc.repo import Repo
 
     root = repository(start)
@@ -148,14 +155,15 @@ def publish(start: Path, say: Say, *, remote: str | None = None, uncommitted: bo
         say(f"{len(found)} outputs, {len(caches(root))} of them caches: pushing to {name}")
         with in_one_line(f"remote {name}"):
             repo.push(run_cache=True, remote=name)
-            proof = prove(repo, name, found)
+            proof = prove(repo, name, found, quick=quick)
     if proof.faults:
         more = f" and {len(proof.faults) - SHOWN} more" if len(proof.faults) > SHOWN else ""
         raise UserError(
             f"remote {name}: {len(proof.faults)} of {proof.objects} objects are not whole there "
             f"({'; '.join(proof.faults[:SHOWN])}{more}); remove these from the remote and publish again"
         )
-    say(f"published: remote {name} holds all {proof.objects} objects, {proof.size / 1e6:.1f} MB, each of full length")
+    how = "each of full length" if quick else "the content of each compared"
+    say(f"published: remote {name} holds all {proof.objects} objects, {proof.size / 1e6:.1f} MB, {how}")
     for line in _next_steps(root):
         say(line)
     return proof
@@ -186,8 +194,16 @@ def set_verify(root: Path, name: str) -> bool:
     if config["remote"][name].get("verify"):
         return False
     inside = [level for level in ("local", "repo") if name in config.load_one(level).get("remote", {})]
-    with config.edit(inside[0] if inside else "local") as level:  # else it is configured for the user or machine
-        level["remote"].setdefault(name, {})["verify"] = "true"
+    level = inside[0] if inside else "local"  # else it is configured for the user or machine
+    path = Path(config.files[level])
+    header = f"['remote \"{name}\"']\n"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if header in text and "verify" not in config.load_one(level)["remote"][name]:
+        # As text: DVC writes the file anew, without its comments.
+        path.write_text(text.replace(header, f"{header}    verify = true\n"), encoding="utf-8")
+        return True
+    with config.edit(level) as section:
+        section["remote"].setdefault(name, {})["verify"] = "true"
     return True
 
 
@@ -203,8 +219,8 @@ def _check_commit(root: Path, uncommitted: bool, say: Say) -> None:
         say(f"note: {', '.join(changed)} not committed; others need the same parameters and dvc repro --pull")
 
 
-def prove(repo: Any, remote: str, found: list[Out]) -> Proof:
-    """Asks the remote for every object behind `found`, and compares lengths with those of the local copies."""
+def prove(repo: Any, remote: str, found: list[Out], *, quick: bool = False) -> Proof:
+    """Asks the remote for every object behind `found`: its length and, unless `quick`, its content, by DVC's digest."""
     local, far = repo.cache.local, repo.cloud.get_remote_odb(remote)
     sizes: dict[str, int] = {}
     for out in found:
@@ -214,14 +230,29 @@ def prove(repo: Any, remote: str, found: list[Out]) -> Proof:
     def ask(digest: str) -> str | None:
         place = far.oid_to_path(digest)
         try:
-            size = int(far.fs.size(place))
+            about = far.fs.info(place)
+            if int(about["size"]) != sizes[digest]:
+                return f"{redacted(place)} has {about['size']} of {sizes[digest]} bytes"
+            if quick or _content(far.fs, place, about, digest.partition(".")[0]):
+                return None
         except FileNotFoundError:
             return f"{redacted(place)} missing"
-        return None if size == sizes[digest] else f"{redacted(place)} has {size} of {sizes[digest]} bytes"
+        return f"{redacted(place)} holds something else"
 
     with ThreadPoolExecutor(THREADS) as pool:
         faults = [fault for fault in pool.map(ask, sizes) if fault]
     return Proof(len(sizes), sum(sizes.values()), faults)
+
+
+def _content(fs: Any, place: str, about: Mapping[str, Any], md5: str) -> bool:
+    """Whether the object at `place` has this md5: by S3's ETag where that is one, else by reading the object."""
+    if str(about.get("ETag", "")).strip('"') == md5:
+        return True
+    found = hashlib.md5(usedforsecurity=False)
+    with fs.open(place, "rb") as file:
+        while part := file.read(PART_BYTES):
+            found.update(part)
+    return found.hexdigest() == md5
 
 
 def _members(odb: Any, digest: str) -> list[str]:

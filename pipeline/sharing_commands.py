@@ -102,14 +102,15 @@ def why_command(
 @click.command("publish")
 @click.option("--remote", help="The remote's name; by default DVC's default remote.")
 @click.option("--uncommitted", is_flag=True, help="Push even though git does not hold this configuration.")
-def publish_command(remote: str | None, uncommitted: bool) -> None:
+@click.option("--quick", is_flag=True, help="Compare the lengths of what the remote holds, not its content.")
+def publish_command(remote: str | None, uncommitted: bool, quick: bool) -> None:
     """Push the configuration that is checked out by DVC, and show that the remote holds every object.
 
     Example: h2t cache publish --remote store
     """
     from pipeline.sharing import publish
 
-    publish(Path(), click.echo, remote=remote, uncommitted=uncommitted)
+    publish(Path(), click.echo, remote=remote, uncommitted=uncommitted, quick=quick)
 
 
 @click.command("pull")

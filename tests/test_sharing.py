@@ -84,7 +84,9 @@ def lab(original, tmp_path, monkeypatch):
     """A copy of that repository with a remote of its own, as the working directory."""
     shutil.copytree(original / "a", tmp_path / "a", symlinks=True)
     config = tmp_path / "a/.dvc/config"
-    config.write_text(config.read_text().replace(str(original / "store"), str(tmp_path / "store")))
+    config.write_text(
+        "# kept for the reader\n" + config.read_text().replace(str(original / "store"), str(tmp_path / "store"))
+    )
     git("commit", "--quiet", "--all", "--message=remote", where=tmp_path / "a")
     (tmp_path / "store").mkdir()
     monkeypatch.chdir(tmp_path / "a")
@@ -176,7 +178,7 @@ def test_a_remote_that_lies_about_a_published_cache_is_caught(lab):
     shard.chmod(0o644)
     shutil.rmtree(os.environ["H2T_BLOCK_CACHE"])  # what was read before is known to be right
     shard.write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
-    with open_cache(address) as cache, pytest.raises(CacheError, match="crc32c mismatch"):
+    with open_cache(address) as cache, pytest.raises(CacheError, match="another object is there"):
         cache.read([7])
     shard.unlink()
     with open_cache(address) as cache, pytest.raises(CacheError, match="is missing"):
@@ -206,6 +208,30 @@ def test_publish_proves_what_the_remote_holds(lab):
     assert done.exit_code == 1
     assert "1 of" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_publish_compares_content(lab):
+    assert h2t("cache", "publish").exit_code == 0
+    path = max(objects(lab), key=lambda p: p.stat().st_size)
+    data = path.read_bytes()
+    path.chmod(0o644)
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    done = h2t("cache", "publish")
+    assert done.exit_code == 1
+    assert "holds something else" in done.stderr
+    done = h2t("cache", "publish", "--quick")  # lengths alone do not tell
+    assert done.exit_code == 0, done.output
+    assert "each of full length" in done.stdout
+
+
+def test_publish_keeps_the_comments_of_the_configuration(lab):
+    config = lab / "a/.dvc/config"
+    before = config.read_text()
+    assert h2t("cache", "publish").exit_code == 0
+    with_it = config.read_text()
+    assert "    verify = true\n" in with_it
+    assert with_it.replace("    verify = true\n", "") == before
+    assert sharing.config_of(lab / "a")["remote"]["store"]["verify"] is True
 
 
 def test_pull_refuses_what_is_damaged_and_leaves_nothing(lab, monkeypatch):
@@ -318,8 +344,16 @@ def test_a_healthy_place_has_no_fault(healthy):
     assert all(line.startswith(("ok", "note")) for line in done.stdout.splitlines())
 
 
-def plant_no_remote(lab, patch):
-    dvc("remote", "remove", "store", where=lab / "a")
+def test_who_works_alone_has_no_fault(healthy):
+    dvc("remote", "remove", "store", where=healthy / "a")
+    assert faults(healthy) == {}
+    (told,) = [f for f in doctor.examine(healthy / "a", healthy / "a/params.yaml") if f.check == "remote"]
+    assert told.state == "note"
+    assert "type: dvc remote add" in str(told)
+
+
+def plant_no_default(lab, patch):
+    dvc("config", "core.remote", "--unset", where=lab / "a")
 
 
 def plant_no_verify(lab, patch):
@@ -384,7 +418,7 @@ def plant_running_stage(lab, patch):
 @pytest.mark.parametrize(
     ("plant", "check", "says"),
     [
-        (plant_no_remote, "remote", "type: dvc remote add"),
+        (plant_no_default, "remote", "remote: none is set; type: dvc remote add --default"),
         (plant_remote_gone, "remote", "is it mounted?"),
         (plant_no_verify, "verify", "type: dvc remote modify store verify true"),
         (plant_no_credentials, "credentials", "Unable to locate credentials; type:"),

@@ -65,7 +65,8 @@ def test_sharing(place, tmp_path):
         shutil.copy(ROOT / ".dvc" / name, home / ".dvc" / name)
     (home / "dvc.yaml").write_text(DVC_YAML)
     (home / "made/prepare/samples/note").write_text("prepared samples")
-    ignored = ["/made/", "/model/", "/heads/", "/result/", "/features/", "/pulled/", "/colleague/", "/pictures/"]
+    folders = ("made", "model", "heads", "result", "features", "pulled", "colleague", "pictures", "kept")
+    ignored = [f"/{folder}/" for folder in folders]
     (home / ".gitignore").write_text("\n".join([*ignored, "*.npz", *(f"/data/{kind}" for kind in KINDS)]))
     write_params(home / "params.yaml", extract__dtype="float32", extract__batch_size=32)
     (home / "pictures").mkdir()

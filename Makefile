@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Threads that wait for work sleep instead of spinning: a shared machine stays usable, and small batches lose nothing.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: repro test check format docs bench faults golden page clean
+.PHONY: repro test test-remotes check format docs bench faults golden page clean
 
 repro: $(VENV)/installed
 	dvc repro
@@ -38,6 +38,11 @@ bench: $(VENV)/installed
 # 100 SIGKILLs at random instants of writing; prints its seed and what was lost.
 faults: $(VENV)/installed
 	$(BIN)/python tests/faults/kill.py
+
+# Two clones over three remotes, and caches on S3 and behind SSH. Installs OpenSSH's server where there is none.
+test-remotes: $(VENV)/installed
+	test -x /usr/sbin/sshd || (apt-get update && apt-get install --yes --no-install-recommends openssh-server)
+	H2T_REMOTES=benchmarks/results/remotes.json $(BIN)/python -m pytest tests/test_two_clones.py tests/test_remote_stores.py
 
 # One of the paper's analyses on the finished cache: make analysis-ratio, analysis-donors, ... (presets/analyses).
 analysis-%: $(VENV)/installed

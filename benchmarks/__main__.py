@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-NEED_DATA = {"read": True, "write": True, "epoch": True, "extract": True, "stack": False}
+NEED_DATA = {"read": True, "write": True, "epoch": True, "extract": True, "stack": False, "remote": True}
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Every benchmark, one after the other, each in a process of its own: `python -m benchmarks [--tiny]`, or `make bench`.
 
-Data (up to about 15 GiB) goes to a temporary directory that is removed at the end; results to `benchmarks/results`.
+Data (up to about 20 GiB) goes to a temporary directory that is removed at the end; results to `benchmarks/results`.
 """
 
 import argparse
@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-NEED_DATA = {"read": True, "write": True, "epoch": True, "extract": True, "stack": False, "remote": True}
+NEED_DATA = {"read": True, "write": True, "epoch": True, "extract": True, "stack": False, "remote": True, "scale": True}
 
 
 def main() -> None:

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.epoch_run import HEADS
-from benchmarks.measure import arguments, machine, save, spread, table
+from benchmarks.measure import MEMORY_SLACK, arguments, machine, save, spread, table
 from benchmarks.synthetic import write_synthetic
 
-SLACK = 300 * 2**20  # of memory beyond the imports and the budget: the step's own tensors, and Python
 SHAPE, TINY_SHAPE = (64, 8, 8), (16, 4, 4)
 ROWS, TINY_ROWS = 262_144, 4_000  # 2 GiB; 2 MB
 PEER_STEPS = 20  # peers are stopped after as many, and an epoch is reckoned from that
@@ -71,7 +70,7 @@ def judged(found: dict[str, list[dict[str, Any]]], budget: int) -> dict[str, Any
     """What this benchmark promises, and whether it held."""
     streamed, kept = found["ours, streaming"], found["ours, in memory"]
     rate, expected = streamed[0]["hit_rate"], streamed[0]["expected_hit_rate"]
-    allowed = budget + SLACK
+    allowed = budget + MEMORY_SLACK
     return {
         "memory_within_bound": all(run["peak_beyond_baseline_bytes"] <= allowed for run in streamed),
         "allowed_beyond_baseline_bytes": allowed,

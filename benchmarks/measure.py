@@ -18,6 +18,8 @@ SLOW_SECONDS = 2.0  # a contestant that takes longer runs in the first round onl
 SLOW_ROUNDS = 1
 TURN_SECONDS = 0.1  # a turn calls a fast contestant several times, so that it does not pay for its predecessor's traces
 TURN_CALLS = 7
+#: Bytes that streaming may take beyond the imports and the budget: the step's own tensors, and Python.
+MEMORY_SLACK = 300 * 2**20
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,9 +19,11 @@ from pipeline.streams import Batch, Streams
 
 Tier = Literal["device", "memory", "stream"]
 
-#: Shares of a streaming budget: each of the two windows (the one in use and the one being read), and the hot set.
+#: Shares of a streaming budget: each of the two windows (the one in use and the one being read), the hot set, and at
+#: most so much of it for a step's own tensors.
 WINDOW_SHARE = 0.25
 HOT_SHARE = 0.5
+OWN_SHARE = 0.25
 MAX_WINDOW_STEPS = 64
 
 
@@ -154,7 +156,10 @@ class Feed:
         streams, row_bytes = self.streams, self.reader.row_bytes
         per_step = len(streams.seeds) * (1 + len(streams.donors)) * streams.batch_size * row_bytes
         self._window = int(max(1, min(MAX_WINDOW_STEPS, WINDOW_SHARE * budget // per_step)))
-        left = max(0, min(int(HOT_SHARE * budget), budget - 2 * self._window * per_step))
+        # A step's rows as the numbers that heads compute with, and once more fused: they lie where the heads are.
+        own = 2 * per_step * self.dtype.itemsize // self.reader.dtype.itemsize if self.device.type == "cpu" else 0
+        own = min(own, int(OWN_SHARE * budget))
+        left = max(0, min(int(HOT_SHARE * budget), budget - 2 * self._window * per_step - own))
         self._hot_rows, self.expected_hit_rate = hot_samples(streams, row_bytes, left)
         self._hot = FeatureTable(self._hot_rows, self.reader.read(self._hot_rows), self.dtype, self.device)
 

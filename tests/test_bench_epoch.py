@@ -54,3 +54,16 @@ def test_streaming_a_cache_ten_times_the_budget_does_not_hold_it(tmp_path):
     assert found["peak_beyond_baseline_bytes"] < size // 10 + 200 * 2**20
     assert found["bytes_read"] < found["bytes_used"]
     assert found["hit_rate"] == pytest.approx(found["expected_hit_rate"], abs=0.02)
+
+
+def test_scale_benchmark(tmp_path, capsys):
+    from benchmarks.bench_scale import main
+
+    main(["--tiny", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "result.json")])
+    body = json.loads((tmp_path / "result.json").read_text())
+    assert str(tmp_path) not in json.dumps(body)
+    assert set(body["steps"]) == {"write", "verify", "pool", "stream"}
+    assert all(step["seconds"] > 0 and step["peak_bytes"] > 10 * 2**20 for step in body["steps"].values())
+    assert body["promises"]["memory_within_bound"]
+    assert list((tmp_path / "data").iterdir()) == []
+    assert "| verify |" in capsys.readouterr().out

@@ -124,7 +124,7 @@ def test_hot_set_holds_the_smallest_classes(cache, rows):
 
 
 def test_measured_hit_rate_is_the_expected_one(cache):
-    feed = make_feed(cache, "stream", seeds=tuple(range(8)), donors=("instance",), budget=55_000)
+    feed = make_feed(cache, "stream", seeds=tuple(range(8)), donors=("instance",), budget=70_000)
     for _ in feed.steps(60):
         pass
     assert 0.2 < feed.expected_hit_rate < 0.9

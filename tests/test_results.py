@@ -12,7 +12,7 @@ from report_builders import make_evaluated
 from scipy.stats import ttest_rel
 
 from benchmarks import analyses, online_results, tables
-from pipeline import params
+from pipeline import comparison, params, reporting
 from pipeline.errors import UserError
 from pipeline.results import FIGURES, load_result
 from pipeline.stages import report, train_classifier
@@ -210,7 +210,7 @@ def test_an_unfinished_analysis_is_one_line(tmp_path):
 def test_compare_two_runs(tmp_path, evaluated):
     other = make_evaluated(tmp_path, seed=1, grid=GRID)
     lines: list[str] = []
-    report.compare(evaluated, other.parent, tmp_path / "both", lines.append)
+    comparison.compare(evaluated, other.parent, tmp_path / "both", lines.append)
     table = [line for line in lines[0].splitlines() if line.startswith("| dr")]
     assert [line.split("|")[2].strip() for line in table] == ["stage I", "without H2T", "with H2T"]
     first, second = (load_result("dr", f / "dr").metrics["with_h2t"]["top1"] for f in (evaluated, other))
@@ -219,13 +219,13 @@ def test_compare_two_runs(tmp_path, evaluated):
     assert "A: dr" in page
     assert "B: dr" in page
     same: list[str] = []
-    report.compare(evaluated, evaluated, None, same.append)
+    comparison.compare(evaluated, evaluated, None, same.append)
     assert same[0].count("+0.00 [+0.00, +0.00] no difference") == 2 * len(FIGURES)
 
 
 def test_compare_without_a_shared_host(tmp_path, evaluated):
     with pytest.raises(UserError, match="no host is in both"):
-        report.compare(evaluated, tmp_path, None, print)
+        comparison.compare(evaluated, tmp_path, None, print)
 
 
 def test_command_line(tmp_path, evaluated):
@@ -249,4 +249,4 @@ def test_run_records_are_shown_on_request_only(tmp_path, evaluated):
     assert ["abcdef" in p for p in pages] == [False, True]
     (runs / "b.json").write_text("{")
     with pytest.raises(UserError, match="not a run record"):
-        report.run_records(tmp_path / "runs")
+        reporting.run_records(tmp_path / "runs")

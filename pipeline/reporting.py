@@ -1,0 +1,119 @@
+"""Evaluated hosts as files: the page, the tables in Markdown, the picture and the data behind the plots."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from pipeline.errors import UserError
+from pipeline.figures import ratio_picture
+from pipeline.outputs import fresh_directory, write_json
+from pipeline.page import cell, render
+from pipeline.results import FIGURES, ROWS, HostResult, per_class, ratio_curve, with_against_without
+from pipeline.statistics import Difference
+
+
+def write(title: str, results: list[HostResult], out: Path, runs: Iterable[Mapping[str, Any]] = ()) -> None:
+    """Everything that a report is made of, into the directory `out`."""
+    curves = pd.concat([ratio_curve(r) for r in results], ignore_index=True)
+    with fresh_directory(out) as into:
+        (into / "results.md").write_text(_document(title, results), encoding="utf-8")
+        (into / "index.html").write_text(render(title, results, list(runs)), encoding="utf-8")
+        (into / "ratio.svg").write_text(ratio_picture(curves), encoding="utf-8")
+        write_json(into / "metrics.json", {r.name: r.metrics for r in results})
+        plots = into / "plots"
+        plots.mkdir()
+        _csv(curves, plots / "ratio.csv")
+        _csv(pd.concat([per_class(r) for r in results], ignore_index=True), plots / "per_class.csv")
+
+
+def text_of(found: Difference | None) -> str:
+    """A difference in words, a dash for what cannot exist."""
+    return found.text if found else "–"
+
+
+def run_records(folder: Path) -> list[dict[str, Any]]:
+    """The run records in `folder`, in the order of the stages. Raises UserError."""
+    order = ("prepare", "train_backbone", "extract", "pool", "train_classifier", "evaluate", "report")
+    found = []
+    for path in sorted(folder.glob("*/*.json")):
+        try:
+            facts = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path}: not a run record ({error}); remove it") from None
+        found.append({"seconds": None, "machine": {}, **facts, "stage": path.parent.name, "name": path.stem})
+    return sorted(found, key=lambda r: order.index(r["stage"]) if r["stage"] in order else len(order))
+
+
+def markdown_table(results: list[HostResult]) -> str:
+    """Hosts x (stage I, without, with) x figures."""
+    lines = [
+        "| host | head | ratio | " + " | ".join(FIGURES) + " |",
+        "| --- | --- | --- |" + " --- |" * len(FIGURES),
+    ]
+    for result in results:
+        for key, label in ROWS.items():
+            entry = result.metrics[key]
+            ratio = "–" if entry is None or entry["ratio"] is None else f"{entry['ratio']:g}"
+            lines.append(f"| {result.name} | {label} | {ratio} | " + " | ".join(cell(entry, f) for f in FIGURES) + " |")
+    return "\n".join(lines)
+
+
+def difference_table(results: list[HostResult]) -> str:
+    """What H2T changes in each host, paired over seeds."""
+    lines = ["| host | " + " | ".join(FIGURES) + " |", "| --- |" + " --- |" * len(FIGURES)]
+    for result in results:
+        apart = with_against_without(result)
+        if apart:
+            lines.append(f"| {result.name} | " + " | ".join(text_of(apart[f]) for f in FIGURES) + " |")
+    return "\n".join(lines) if len(lines) > 2 else "No host has both."
+
+
+def _document(title: str, results: list[HostResult]) -> str:
+    notes = []
+    for result in results:
+        first = next((e for e in result.metrics.values() if e is not None), {"groups": "none"})
+        heads = result.metrics["without_h2t"] or result.metrics["with_h2t"]
+        seeds = heads["heads"] if heads else 0
+        notes.append(f"- {result.name}: {seeds} head seeds; groups `{first['groups']}`.")
+        extra = _published(result)
+        if extra:
+            notes.append(f"- {result.name}, {extra}")
+    return "\n".join(
+        [
+            f"# {title}",
+            "",
+            markdown_table(results),
+            "",
+            "Percent; mean ± standard deviation over head seeds (it says nothing about other backbones). Last epoch; "
+            "nothing is chosen on the test split.",
+            "",
+            "With H2T minus without, paired by seed (same batches), with the 95 % interval of the mean; an interval "
+            "that holds 0 is no difference:",
+            "",
+            difference_table(results),
+            "",
+            *notes,
+            "",
+            "![Accuracy against the ratio of replaced channels](ratio.svg)",
+            "",
+        ]
+    )
+
+
+def _published(result: HostResult) -> str | None:
+    """DR as published sees balanced batches only, in training and at evaluation: the ratio-0 heads under `balanced`."""
+    heads = result.tables["heads"]
+    rows = heads[(heads.split == "test") & (heads.statistics == "balanced") & (heads.ratio == 0)]
+    own = result.metrics["without_h2t"]
+    if own is None or own["statistics"] == "balanced" or not len(rows):
+        return None
+    rows = rows.drop_duplicates("seed")
+    figures = ", ".join(f"{f} {rows[f].mean():.2f}" for f in FIGURES if rows[f].notna().all())
+    return f"without H2T, evaluated under `balanced` statistics as the published code does: {figures}."
+
+
+def _csv(table: pd.DataFrame, path: Path) -> None:
+    table.to_csv(path, index=False, float_format="%.4f", lineterminator="\n")

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from benchmarks.bench_epoch import one
 from benchmarks.measure import arguments, machine, save, spread, table
@@ -51,7 +52,7 @@ def counters(port: int) -> dict[str, int]:
 
 def streamed(port: int, location: str, budget: int, blocks: Path, kept: int, *options: str) -> dict[str, Any]:
     """One run, with the requests and bytes it cost the endpoint."""
-    os.environ |= {
+    settings = {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
         "AWS_ACCESS_KEY_ID": "any",
         "AWS_SECRET_ACCESS_KEY": "any",
@@ -60,7 +61,8 @@ def streamed(port: int, location: str, budget: int, blocks: Path, kept: int, *op
         "H2T_BLOCK_CACHE_BYTES": str(kept),
     }
     before = counters(port)
-    found = one("stream", location, budget, *options)  # type: ignore[arg-type]
+    with mock.patch.dict(os.environ, settings):
+        found = one("stream", location, budget, *options)  # type: ignore[arg-type]
     after = counters(port)
     return {**found, **{name: after[name] - before[name] for name in after}}
 

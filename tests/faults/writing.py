@@ -6,6 +6,7 @@ With --step it waits for a line on stdin before each shard, so that a test knows
 """
 
 import hashlib
+import signal
 import sys
 from pathlib import Path
 
@@ -63,4 +64,5 @@ def write(target: Path, *, step: bool = False) -> list[int]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where whoever started this ignores it
     write(Path(sys.argv[1]), step="--step" in sys.argv)

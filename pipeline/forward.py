@@ -25,18 +25,19 @@ from pipeline.device import choose
 from pipeline.errors import UserError
 from pipeline.images import Images
 from pipeline.network import load_backbone
+from pipeline.precision import Precision, guarded_maps
 
 HALF_MAX = 65504.0  # the largest float16
 
 Todo = Mapping[int, np.ndarray]  # shard -> those of its rows that need a forward pass, ascending
 
 
-def settings(batch_size: int, device: torch.device) -> dict[str, Any]:
+def settings(batch_size: int, precision: Precision, device: torch.device) -> dict[str, Any]:
     """All that must be equal for two runs to give the same bytes from the same fingerprint and layout."""
     return {
         "batch_size": batch_size,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "precision": "float32",
+        "precision": precision,
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in ("numcodecs", "numpy", "pillow", "torch", "torchvision")},
     }
@@ -51,6 +52,7 @@ class Work:
     backbone: nn.Module
     statistics: Statistics
     batch_size: int
+    precision: Precision
     dtype: str
     seed: int
     device: torch.device
@@ -76,7 +78,7 @@ class Work:
     def forward(self, x: torch.Tensor, statistics: str, count: int) -> list[torch.Tensor]:
         """Maps of the first `count` images, float32 on the CPU, one tensor per expert."""
         batchnorm.use(self.backbone, self.statistics[statistics])
-        return [m[:count].cpu() for m in self.backbone(x.to(self.device))]
+        return [m[:count].cpu() for m in guarded_maps(self.backbone, x.to(self.device), self.precision)]
 
     def stored(self, maps: torch.Tensor) -> np.ndarray:
         """Maps in the storage dtype. Raises UserError for values it cannot hold."""
@@ -115,7 +117,7 @@ class Job:
         device = choose(f"cuda:{number % torch.cuda.device_count()}") if device.type == "cuda" else device
         torch.set_num_threads(self.settings["threads"])
         backbone, identity = load_backbone(self.backbone_dir)
-        found = {**identity, **settings(self.settings["batch_size"], device)}
+        found = {**identity, **settings(self.settings["batch_size"], self.settings["precision"], device)}
         for key, value in {**self.identity, **self.settings}.items():
             if found[key] != value:
                 raise UserError(f"extract.cluster: {key} must be {value} on every worker; got {found[key]}")
@@ -125,8 +127,10 @@ class Job:
     def work(self, backbone: nn.Module, device: torch.device) -> Work:
         """What computes rows by `backbone`, which is on `device`."""
         statistics = batchnorm.from_bytes(self.statistics)
-        batch_size, dtype = self.settings["batch_size"], self.spec.dtype
-        return Work(self.rows, self.images, backbone, statistics, batch_size, dtype, self.seed, device)
+        batch_size, precision = self.settings["batch_size"], self.settings["precision"]
+        return Work(
+            self.rows, self.images, backbone, statistics, batch_size, precision, self.spec.dtype, self.seed, device
+        )
 
 
 def shards(

@@ -16,6 +16,7 @@ from pipeline import batchnorm
 from pipeline.errors import UserError
 from pipeline.images import Images
 from pipeline.network import load_backbone
+from pipeline.precision import guarded_maps
 from pipeline.samples import Samples
 from pipeline.seeds import stream
 
@@ -77,7 +78,8 @@ def recompute(
         key = None if entry["view"] == 0 else (inputs["views"]["seed"], entry["view"])
         x = images.batch([sample["sample"]], [key]).expand(spec.provenance.get("batch_size", 1), -1, -1, -1)
         batchnorm.use(backbone, statistics[entry["statistics"]])
-        for expert, maps in enumerate(backbone(x.to(device))):
+        precision = spec.provenance.get("precision", "float32")
+        for expert, maps in enumerate(guarded_maps(backbone, x.to(device), precision)):
             now = maps[0].cpu().to(getattr(torch, spec.dtype)).to(torch.float32).numpy()
             stored = to_float32(cache.read([row], expert=expert), spec.dtype)[0]
             same_bits += int(np.array_equal(now, stored))

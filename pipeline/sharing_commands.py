@@ -90,7 +90,7 @@ def why_command(
             backbone if (backbone / "backbone.safetensors").is_file() else None,
             values["seed"],
             kept,
-            forward.settings(section.batch_size, device.choose(values["device"])),
+            forward.settings(section.batch_size, section.precision, device.choose(values["device"])),
         )
     if as_json:
         click.echo(json.dumps(asdict(verdict), sort_keys=True))

@@ -20,11 +20,10 @@ from pipeline.head import global_average, logits
 from pipeline.images import Images
 from pipeline.parallel import Group
 from pipeline.params import Count, NonNegative, Positive, Section, at_least
+from pipeline.precision import Precision, computing
 from pipeline.progress import progress
 from pipeline.samples import Samples
 from pipeline.seeds import stream, torch_seed
-
-DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Curves = list[dict[str, float]]
 
@@ -45,7 +44,7 @@ class Training(Section):
     gamma: Positive = 0.1
     mixup: NonNegative = 0.0
     accumulate: Count = 1
-    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    precision: Precision = "float32"
     channels_last: bool = False
     compile: bool = False
 
@@ -231,7 +230,7 @@ class StageOne:
             x = part.share * x + (1 - part.share) * x[partner]
         if params.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, DTYPES[params.precision], enabled=params.precision != "float32"):
+        with computing(device, params.precision):
             maps = self._forward(x)
         maps = tuple(m.float() for m in maps)
         loss = self.objective.loss(maps, y, epoch)

@@ -35,6 +35,7 @@ from pipeline.errors import UserError
 from pipeline.images import Images
 from pipeline.network import load_backbone
 from pipeline.params import DISTINCT, Count, Positive, Section
+from pipeline.precision import Precision
 from pipeline.progress import progress
 from pipeline.recipes import stored
 from pipeline.samples import Samples
@@ -45,6 +46,7 @@ TAP = "last maps before pooling"
 class Params(Section):
     """Section `extract`. Sizes in bytes; `chunk_rows` is chosen from the row's size unless given.
 
+    `precision`: what the forward passes compute in; `dtype` is what is stored.
     `cluster`: null, local:N for N processes here, or the address of a dask scheduler; it changes no byte on the CPU.
     `statistics_from`: a previous cache, or a folder with one for each backbone, whose batch-norm statistics are kept
     and from which unchanged rows are taken.
@@ -62,6 +64,7 @@ class Params(Section):
     chunk_rows: Count | None = None
     shard_bytes: Count = 128 * 1024**2
     batch_size: Count = 128
+    precision: Precision = "float32"
     cluster: Annotated[str | None, ADDRESS] = None
     statistics_from: Annotated[str, pydantic.Field(min_length=1)] | None = None
 
@@ -129,7 +132,7 @@ def run(
     rows = row_table(params, samples)
     names = sorted(set(rows["statistics"].unique().to_pylist()))
     inputs = fingerprint_inputs(params, samples, identity, seed)
-    settings = forward.settings(params.batch_size, device)
+    settings = forward.settings(params.batch_size, params.precision, device)
     kept: Statistics = {}
     if previous is not None:
         kept, lost = reuse.kept_statistics(previous, inputs, names)

@@ -1,0 +1,32 @@
+"""The number format that forward passes compute in: float32, or one of two halves by torch's autocast."""
+
+from typing import Literal
+
+import torch
+from torch import nn
+
+Precision = Literal["float32", "bf16", "fp16"]
+
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def computing(device: torch.device, precision: Precision) -> torch.autocast:
+    """A context in which layers that allow it compute in `precision`; weights stay float32."""
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "float32")
+
+
+def guarded_maps(backbone: nn.Module, x: torch.Tensor, precision: Precision) -> list[torch.Tensor]:
+    """Maps of the images `x` (B, 3, H, W) computed in `precision`, as float32 (B, C, H, W), one tensor per expert.
+
+    float16 ends at 65504. An image whose maps are not finite gets those of a pass in float32, and no other image does:
+    its row hangs on none of its neighbours.
+    """
+    with computing(x.device, precision):
+        maps = [m.float() for m in backbone(x)]
+    if precision == "float32":
+        return maps
+    finite = torch.stack([m.flatten(1).isfinite().all(1) for m in maps]).all(0)
+    if finite.all():
+        return maps
+    keep = finite[:, None, None, None]
+    return [torch.where(keep, m, whole) for m, whole in zip(maps, backbone(x), strict=True)]

@@ -1,0 +1,73 @@
+"""Extraction in halves: near float32, guarded against overflow row by row, named in what must be equal to go on."""
+
+import numpy as np
+import pytest
+import torch
+from pipeline_builders import CPU, extracted
+from torch import nn
+
+from cache.reader import open_cache
+from pipeline.precision import guarded_maps
+from pipeline.recompute import recompute
+
+
+def maps_of(path):
+    with open_cache(path) as cache:
+        return cache.read(range(cache.spec.rows)).astype(np.float32), cache.spec
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("bf16", 0.05), ("fp16", 0.01)])
+def test_maps_stay_near_those_of_float32(tmp_path, digits, backbone_dir, precision, bound):
+    extracted(tmp_path / "full", *digits, backbone_dir)
+    extracted(tmp_path / "half", *digits, backbone_dir, precision=precision)
+    (full, spec), (half, spec_half) = maps_of(tmp_path / "full"), maps_of(tmp_path / "half")
+    off = np.abs(full - half).max() / np.abs(full).max()
+    assert 0 < off < bound
+    assert spec_half.provenance["precision"] == precision
+    assert spec.fingerprint == spec_half.fingerprint  # what was computed, not how exactly
+
+    with open_cache(tmp_path / "half") as cache:
+        found = recompute(cache, *digits, backbone_dir, 20, 0, CPU)
+    assert (found.same_bits, found.faults) == (20, [])
+
+
+def test_rows_of_another_precision_are_not_taken(tmp_path, digits, backbone_dir):
+    extracted(tmp_path / "full", *digits, backbone_dir)
+    lines = []
+    summary = extracted(
+        tmp_path / "half", *digits, backbone_dir, previous=tmp_path / "full", precision="bf16", say=lines.append
+    )
+    assert summary.taken == 0
+    assert any("precision" in line for line in lines)
+
+
+class Growing(nn.Module):
+    """A convolution whose sums leave float16 for bright images: 900 times the pixels' sum, over 64 inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(64, 4, 1, bias=False)
+        nn.init.constant_(self.layer.weight, 900.0)
+
+    def forward(self, x):
+        return (self.layer(x),)
+
+
+@torch.no_grad()
+def test_an_image_that_overflows_is_computed_in_float32_and_no_other_is():
+    torch.manual_seed(0)
+    backbone, x = Growing(), torch.rand(6, 64, 3, 3)
+    x[[1, 4]] *= 10  # about 900 * 10 * 32: beyond 65504
+    (alone,) = guarded_maps(backbone, x[[0, 2, 3, 5]], "fp16")
+    (mixed,) = guarded_maps(backbone, x, "fp16")
+    (whole,) = backbone(x)
+    assert mixed.isfinite().all()
+    assert torch.equal(mixed[[1, 4]], whole[[1, 4]])
+    assert torch.equal(mixed[[0, 2, 3, 5]], alone)
+    assert not torch.equal(alone, whole[[0, 2, 3, 5]])
+
+
+@torch.no_grad()
+def test_infinity_of_the_backbone_itself_stays():
+    x = torch.full((1, 64, 1, 1), float("inf"))
+    assert not guarded_maps(Growing(), x, "fp16")[0].isfinite().any()

@@ -128,7 +128,7 @@ def test_another_layout_is_the_same_values(digits_cache, digits, backbone_dir):
 def test_what_computes_decides_too(digits_cache, digits, backbone_dir):
     """Maps of another batch size are within a tolerance, not the same bytes, so they are not taken."""
     with open_cache(digits_cache) as previous:
-        same = {**settings_of(32, CPU), "threads": previous.spec.provenance["threads"]}
+        same = {**settings_of(32, "float32", CPU), "threads": previous.spec.provenance["threads"]}
         ask = {"previous": previous, "codec": "zstd"}
         assert verdict(digits_cache, digits[0], backbone_dir, settings=same, **ask).rows == 0
         found = verdict(digits_cache, digits[0], backbone_dir, settings={**same, "batch_size": 64}, **ask)

@@ -479,7 +479,7 @@ def test_a_killed_incremental_run_goes_on_to_the_same_bytes(before, images, tmp_
     options = ["--params", tmp_path / "params.yaml", "--device", "cpu", *setting]
     run = [sys.executable, "-m", "pipeline", *map(str, [*arguments, *options])]
     found = kill_and_restart(
-        run, environment(), tmp_path, tmp_path / "killed/.b.staging", kills=3, shards=shards, seed=0
+        run, environment(), tmp_path, tmp_path / "killed/.b.staging", kills=3, shards=shards, seed=0, pause=0
     )
     assert sum(0 < done < shards for done in found) >= 2, found
     assert tree(tmp_path / "killed/b") == tree(tmp_path / "whole")

@@ -25,7 +25,7 @@ from cache.codecs import codec
 from cache.errors import CacheError
 from cache.files import LocalFiles, files_at
 from cache.gather import DONE, MISMATCH, REFUSED, Gather, compiled
-from cache.plan import Plan, Unit, plan_rows, portions, units
+from cache.plan import MAX_GAP_BYTES, Plan, Unit, plan_rows, portions, units
 from cache.remote import RemoteFiles
 from cache.rows import from_bytes
 from cache.spec import MAPS, RECORD, ROWS, STATISTICS, CacheSpec, Commit, parse_record, sha256
@@ -40,8 +40,6 @@ PARALLEL_READ_BYTES = 64 * 1024
 PORTION_BYTES = 1024 * 1024
 #: Files that one portion holds open at once: together with those of other threads, fewer than a process may open.
 PORTION_SHARDS = 128
-
-W = TypeVar("W")
 
 
 def open_cache(location: str | Path) -> "Cache":
@@ -141,8 +139,6 @@ class Cache:
             raise CacheError(
                 "mismatch", f"out: contiguous {self.spec.stored_dtype} {shape} expected; got {out.dtype} {out.shape}"
             )
-        if self._process != os.getpid():
-            self._after_fork()
         if wanted.size:
             self._gather(plan_rows(wanted, self.spec.chunk_rows), out, expert)
         return out
@@ -157,6 +153,8 @@ class Cache:
 
     def chunk_ranges(self, chunks: np.ndarray, expert: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Shard, offset and stored size of each of `chunks`, int64; reads the shard indices not yet known."""
+        if self._process != os.getpid():
+            self._after_fork()
         shards = chunks // self.spec.chunks_per_shard
         for shard in np.unique(shards[~self._indexed[expert, shards]]).tolist():
             self._read_index(expert, shard)
@@ -215,26 +213,23 @@ class Cache:
 
     def _gather(self, plan: Plan, out: np.ndarray, expert: int) -> None:
         shards, offsets, sizes = self.chunk_ranges(plan.chunks, expert)
-        total = int(sizes.sum())
         local = isinstance(self.files, LocalFiles)
-        in_place = (
+        whole_rows = (
             local
             and self.spec.chunk_rows == 1
             and self.spec.codec == "none"
             and bool((sizes == self.spec.row_bytes(expert) + shard_layout.CRC_BYTES).all())
         )
-        if in_place and (gather := compiled()):
+        if whole_rows and (gather := compiled()):
             work = portions(shards, sizes, portion_bytes=PORTION_BYTES, max_shards=PORTION_SHARDS)
-            self._share_out(_Compiled(self, gather, expert, plan, shards, offsets, out), work, alone=False)
+            self._share_out(_Compiled(self, gather, expert, plan, shards, offsets, out), work)
             return
-        if in_place:
-            runs = units(shards, offsets, sizes, max_gap=0)
-            alone = total < PARALLEL_READ_BYTES * sum(len(unit.runs) for unit in runs)
-            self._share_out(_InPlace(self, expert, plan, out), runs, alone=alone)
-            return
-        runs = units(shards, offsets, sizes)
-        alone = local and total < PARALLEL_READ_BYTES * len(runs)  # a remote read waits: always side by side
-        self._share_out(_Decode(self, expert, plan, offsets, sizes, out), runs, alone=alone)
+        runs = units(shards, offsets, sizes, max_gap=0 if whole_rows else MAX_GAP_BYTES)
+        reads = sum(len(unit.runs) for unit in runs) if whole_rows else len(runs)
+        # A remote read waits: always side by side.
+        alone = local and sizes.sum() < PARALLEL_READ_BYTES * reads
+        job = _InPlace(self, expert, plan, out) if whole_rows else _Decode(self, expert, plan, offsets, sizes, out)
+        self._share_out(job, runs, alone=alone)
 
     def _after_fork(self) -> None:
         """In a forked child: the pool's threads and whatever they held stayed behind."""
@@ -242,7 +237,7 @@ class Cache:
         self._process = os.getpid()
         self.files.after_fork()
 
-    def _share_out(self, job: Callable[[W], None], work: Sequence[W], *, alone: bool) -> None:
+    def _share_out(self, job: Callable[[T], None], work: Sequence[T], *, alone: bool = False) -> None:
         """`job` for every piece of `work`, by the threads of the pool unless it is better done `alone`."""
         if alone or len(work) == 1:
             _each(job, work)
@@ -264,7 +259,7 @@ def _reopened(files: LocalFiles | RemoteFiles, commit: Commit, unchecked: set[st
     return cache
 
 
-def _each(job: Callable[[W], None], work: Iterable[W]) -> None:
+def _each(job: Callable[[T], None], work: Iterable[T]) -> None:
     for piece in work:
         job(piece)
 

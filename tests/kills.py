@@ -20,6 +20,11 @@ def journalled(staging: Path) -> int:
     return journal.read_bytes().count(b"\n") if journal.is_file() else 0
 
 
+def heard() -> None:
+    """In a new process: Ctrl-C is heard, also where whoever started the tests ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def kill_and_restart(
     command: Sequence[str],
     env: dict[str, str],
@@ -30,24 +35,36 @@ def kill_and_restart(
     shards: int,
     seed: int,
     pause: float = 0.05,
+    how: signal.Signals = signal.SIGKILL,
 ) -> list[int]:
-    """Kills the run with SIGKILL at `kills` random moments of its work, starts it again each time, and lets it end.
+    """Ends the run by the signal `how` at `kills` random moments of its work, starts it again, and at last lets it end.
 
     A moment is a random amount of finished work plus a random pause of at most `pause` seconds, not a wall-clock time,
     so that kills spread over the whole of the work on a slow machine and on a fast one. Returns the shards in the
-    journal after each kill; 0 for a run that had ended before it.
+    journal after each kill.
     """
     draws = random.Random(seed)
     found = []
     for moment in sorted(draws.sample(range(shards - 2), kills)):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, cwd=cwd)
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=env,
+            cwd=cwd,
+            preexec_fn=heard,
+        )
         process.stdout.readline()  # what it will do: rows, bytes, shards kept; now it works
         while journalled(staging) < moment and process.poll() is None:
             time.sleep(0.001)
         time.sleep(draws.uniform(0, pause))
-        process.kill()  # nothing where it has ended
+        process.send_signal(how)
         errors = process.communicate()[1]
-        assert process.returncode in (0, -signal.SIGKILL), errors.decode()
+        if how == signal.SIGKILL:
+            assert process.returncode == -how, errors.decode()
+        else:
+            assert process.returncode != 0, "the run had ended before"
+            assert b"Traceback" not in errors, errors.decode()
         found.append(journalled(staging))
     finish(command, env, cwd)
     return found

@@ -10,11 +10,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(autouse=True)
-def _benchmarks_importable(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
-
-
 def test_epoch_benchmark(tmp_path, capsys):
     from benchmarks.bench_epoch import main, ways
 

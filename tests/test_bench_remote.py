@@ -1,16 +1,6 @@
 """The benchmark of streaming from S3 runs tiny: the figures are there, and the heads are those from the disk."""
 
 import json
-from pathlib import Path
-
-import pytest
-
-ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(autouse=True)
-def _benchmarks_importable(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
 
 
 def test_remote_benchmark(tmp_path, capsys):

@@ -1,16 +1,6 @@
 """The stack benchmark runs tiny, and its JSON has what docs and README quote. Nothing here looks at speed."""
 
 import json
-from pathlib import Path
-
-import pytest
-
-ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(autouse=True)
-def _benchmarks_importable(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
 
 
 def test_stack_benchmark(tmp_path, capsys):

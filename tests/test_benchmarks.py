@@ -13,11 +13,6 @@ TIMING = {"median_s", "p10_s", "p90_s", "cpu_s", "rounds"}
 RATIO = {"median", "p10", "p90", "cpu"}
 
 
-@pytest.fixture(autouse=True)
-def _benchmarks_importable(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
-
-
 def run(main: Callable[[list[str]], None], tmp_path: Path) -> dict:
     out = tmp_path / "result.json"
     main(["--tiny", "--data", str(tmp_path / "data"), "--out", str(out)])

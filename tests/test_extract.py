@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+import signal
 import sys
 from collections import namedtuple
 from pathlib import Path
@@ -259,7 +260,9 @@ def extraction(folder: Path, name: str, params: Path, samples: Path, backbone: P
     return [*map(str, command), "--device", "cpu"], out, out.parent / ".b.staging"
 
 
-def killed_extraction(folder: Path, params: Path, samples: Path, backbone: Path, kills: int) -> None:
+def killed_extraction(
+    folder: Path, params: Path, samples: Path, backbone: Path, kills: int, how: signal.Signals = signal.SIGKILL
+) -> None:
     """Ends in the same bytes as an uninterrupted one; most kills strike between the first and the last shard."""
     env = environment()
     command, whole, _ = extraction(folder, "whole", params, samples, backbone)
@@ -268,7 +271,7 @@ def killed_extraction(folder: Path, params: Path, samples: Path, backbone: Path,
         shards, rows = cache.spec.shards, cache.spec.rows
     assert shards >= 12
     command, out, staging = extraction(folder, "killed", params, samples, backbone)
-    found = kill_and_restart(command, env, folder, staging, kills=kills, shards=shards, seed=0)
+    found = kill_and_restart(command, env, folder, staging, kills=kills, shards=shards, seed=0, how=how)
     between = sum(0 < done < shards for done in found)
     where = f"between the first and the last shard, after {found} shards"
     print(f"{rows} rows, {shards} shards; {between} of {kills} kills {where}")  # noqa: T201
@@ -287,6 +290,18 @@ def test_killed_extraction_of_the_default_data_ends_in_the_same_bytes(tmp_path):
     )
     kills = 10 if os.environ.get("H2T_FULL") else 4
     killed_extraction(tmp_path, params, tmp_path / "samples", tmp_path / "backbone", kills)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_extraction_that_is_asked_to_end_goes_on_to_the_same_bytes(tmp_path, how):
+    """Without a traceback: Ctrl-C is no error of ours."""
+    make_samples(tmp_path / "samples", test_per_class=40, validation_per_class=14)
+    make_backbone_dir(tmp_path / "backbone")
+    params = write_params(
+        tmp_path / "params.yaml", extract__batchnorm_passes=2, extract__chunk_rows=32, extract__shard_bytes=16384
+    )
+    killed_extraction(tmp_path, params, tmp_path / "samples", tmp_path / "backbone", 2, how)
 
 
 CIFAR = os.environ.get("H2T_SHARED_DATA", "")

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache.plan import coalesce, plan_rows, units
+from cache.plan import coalesce, plan_rows, portions, units
 
 gathers = st.tuples(st.lists(st.integers(0, 60), max_size=80), st.integers(1, 7))
 
@@ -98,3 +98,24 @@ def test_units_hold_every_chunk_once_and_stay_in_their_shard(chunks, unit_bytes,
 def test_a_read_never_needs_more_buffers_than_the_kernel_takes(count, expected):
     offsets = np.arange(count, dtype=np.int64) * 10
     assert len(coalesce(np.zeros(count, np.int64), offsets, np.full(count, 10))) == expected
+
+
+@given(
+    sizes=st.lists(st.integers(1, 50), min_size=1, max_size=60),
+    steps=st.data(),
+    portion_bytes=st.integers(1, 200),
+    max_shards=st.integers(1, 5),
+)
+def test_portions_hold_every_chunk_once_and_keep_their_bounds(sizes, steps, portion_bytes, max_shards):
+    moves = steps.draw(st.lists(st.integers(0, 2), min_size=len(sizes), max_size=len(sizes)))
+    shards = np.cumsum(moves)
+    found = portions(shards, np.array(sizes), portion_bytes=portion_bytes, max_shards=max_shards)
+    assert [i for first, last in found for i in range(first, last)] == list(range(len(sizes)))
+    for first, last in found:
+        assert len(set(shards[first:last])) <= max_shards
+        assert sum(sizes[first + 1 : last]) < portion_bytes  # all but one chunk fit
+
+
+def test_no_portions_of_nothing():
+    none = np.empty(0, np.int64)
+    assert portions(none, none, portion_bytes=1, max_shards=1) == []

@@ -1,15 +1,12 @@
 """`h2t report --compare` on revisions: real git, real DVC, a remote that is a path."""
 
-import contextlib
 import re
 import shutil
-import subprocess
 
 import pytest
 from click.testing import CliRunner
-from dvc.cli import main as dvc_main
-from pipeline_builders import ROOT, write_params
 from report_builders import make_evaluated
+from repositories import dvc, git, start_repository
 
 from pipeline.cli import main
 from pipeline.results import load_result
@@ -25,16 +22,6 @@ stages:
 """
 
 
-def git(*arguments, where):
-    identity = ["-c", "user.name=A", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
-    subprocess.run(["git", *identity, *arguments], cwd=where, check=True, capture_output=True)
-
-
-def dvc(*arguments, where):
-    with contextlib.chdir(where):
-        assert dvc_main([*arguments, "--quiet"]) == 0
-
-
 def h2t(*arguments):
     return CliRunner().invoke(main, [str(a) for a in arguments])
 
@@ -47,16 +34,7 @@ def table_of(text: str) -> list[str]:
 def lab(tmp_path_factory):
     """Three commits, `bare` without results, `one` and `two` with those of another seed; the last is checked out."""
     home = tmp_path_factory.mktemp("lab")
-    root = home / "a"
-    (root / ".dvc").mkdir(parents=True)
-    for name in ("config", ".gitignore"):
-        shutil.copy(ROOT / ".dvc" / name, root / ".dvc" / name)
-    (root / "dvc.yaml").write_text(DVC_YAML)
-    (root / ".gitignore").write_text("/data/*/*\n/made/\n")
-    (root / "data/evaluate").mkdir(parents=True)
-    write_params(root / "params.yaml")
-    git("init", "--quiet", "--initial-branch=main", where=root)
-    dvc("remote", "add", "--default", "store", str(home / "store"), where=root)
+    root = start_repository(home, DVC_YAML, ["evaluate"])
     git("add", ".", where=root)
     git("commit", "--quiet", "--message=bare", where=root)
     git("tag", "bare", where=root)

@@ -1,19 +1,17 @@
 """Publishing, pulling, doctor: on a small repository of its own with real git, real DVC and a remote that is a path."""
 
-import contextlib
 import fcntl
 import json
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 from builders import make_cache, tree
 from click.testing import CliRunner
-from dvc.cli import main as dvc_main
 from dvc.repo import Repo
-from pipeline_builders import ROOT, make_backbone_dir, write_params
+from pipeline_builders import make_backbone_dir, write_params
+from repositories import dvc, git, start_repository
 
 from cache.errors import CacheError
 from cache.reader import open_cache
@@ -44,35 +42,14 @@ stages:
 """
 
 
-def git(*arguments, where):
-    identity = ["-c", "user.name=A", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
-    subprocess.run(["git", *identity, *arguments], cwd=where, check=True, capture_output=True)
-
-
-def dvc(*arguments, where):
-    """In this process: a second of imports less for each command."""
-    with contextlib.chdir(where):
-        assert dvc_main([*arguments, "--quiet"]) == 0
-
-
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
     """A repository whose stages are done and committed, with an empty remote."""
     home = tmp_path_factory.mktemp("lab")
-    root = home / "a"
-    (root / ".dvc").mkdir(parents=True)
-    for name in ("config", ".gitignore"):
-        shutil.copy(ROOT / ".dvc" / name, root / ".dvc" / name)
-    (root / "dvc.yaml").write_text(DVC_YAML)
-    (root / ".gitignore").write_text("/data/*/*\n/made/\n")
-    write_params(root / "params.yaml")
+    root = start_repository(home, DVC_YAML, ["train_backbone", "extract", "pool"])
     make_cache(root / "made/cache")
     make_cache(root / "made/pooled", maps=((3, 1, 1),), dtype="float32")
     make_backbone_dir(root / "made/backbone")
-    for kind in ("train_backbone", "extract", "pool"):
-        (root / "data" / kind).mkdir(parents=True)
-    git("init", "--quiet", "--initial-branch=main", where=root)
-    dvc("remote", "add", "--default", "store", str(home / "store"), where=root)
     dvc("repro", where=root)
     git("add", ".", where=root)
     git("commit", "--quiet", "--message=one", where=root)

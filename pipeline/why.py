@@ -103,6 +103,9 @@ def why(
         reasons += [Reason(NAMES[name], "; ".join(differ), _concerns_every(name, differ))] if differ else []
     if params.dtype != cache.spec.dtype:
         reasons.append(Reason("dtype", f"{cache.spec.dtype} -> {params.dtype}", True))
+    computed = cache.spec.provenance.get("precision", params.precision)
+    if computed != params.precision:
+        reasons.append(Reason("precision", f"{computed} -> {params.precision}", True))
     layout = _layout(cache, params)
     if samples is None:
         of = cache.spec.rows

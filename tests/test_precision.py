@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from pipeline_builders import CPU, extracted
+from pipeline_builders import CPU, extracted, make_extract
 from torch import nn
 
+from cache.errors import CacheError
 from cache.reader import open_cache
 from pipeline.precision import guarded_maps
 from pipeline.recompute import recompute
+from pipeline.why import why
 
 
 def maps_of(path):
@@ -39,6 +41,19 @@ def test_rows_of_another_precision_are_not_taken(tmp_path, digits, backbone_dir)
     )
     assert summary.taken == 0
     assert any("precision" in line for line in lines)
+
+
+def test_a_cache_of_another_precision_is_not_the_one_asked_for(tmp_path, digits, backbone_dir):
+    extracted(tmp_path / "c", *digits, backbone_dir)
+    with pytest.raises(CacheError) as error:
+        extracted(tmp_path / "c", *digits, backbone_dir, precision="bf16")
+    assert error.value.reason == "exists"
+    with open_cache(tmp_path / "c") as cache:
+        samples = digits[0]
+        lines = why(cache, make_extract(precision="bf16"), samples, backbone_dir, 0).lines()
+        assert any(line.startswith("precision: float32 -> bf16") for line in lines), lines
+        assert not any("precision" in line for line in why(cache, make_extract(), samples, backbone_dir, 0).lines())
+    assert extracted(tmp_path / "c", *digits, backbone_dir, precision="bf16", replace=True).forwarded > 0
 
 
 class Growing(nn.Module):

@@ -219,8 +219,11 @@ def _same(
     else:
         same_statistics = existing.provenance.get("statistics_from") == origin.get("statistics_from")
     chunks = layout(params, max(existing.row_bytes(e) for e in range(existing.experts)))
-    have = (existing.codec, existing.dtype, (existing.chunk_rows, existing.shard_rows), existing.rows)
-    return same_statistics and found == inputs and have == (params.codec, params.dtype, chunks, rows)
+    # Batch size and threads are within the tolerance of one precision; another precision is not.
+    precision = existing.provenance.get("precision", "float32")
+    have = (existing.codec, existing.dtype, precision, (existing.chunk_rows, existing.shard_rows), existing.rows)
+    asked = (params.codec, params.dtype, params.precision, chunks, rows)
+    return same_statistics and found == inputs and have == asked
 
 
 def _statistics(

@@ -10,8 +10,8 @@ from typing import Any
 import pandas as pd
 
 from pipeline.errors import UserError
-from pipeline.results import HostResult, difference, mean_and_std
-from pipeline.statistics import Difference
+from pipeline.reporting.results import HostResult, difference, mean_and_std
+from pipeline.reporting.statistics import Difference
 
 #: How far the cache may lie from the published way, in points.
 BOUNDS = {"top1": 0.3, "head": 1.5, "medium": 1.5, "tail": 1.5}

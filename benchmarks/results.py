@@ -36,9 +36,9 @@ from benchmarks.tables import (
 )
 from pipeline import params
 from pipeline.errors import UserError
-from pipeline.figures import ratio_picture
-from pipeline.reporting import difference_table, markdown_table, run_records
-from pipeline.results import HostResult, load_result, ratio_curve
+from pipeline.reporting.figures import ratio_picture
+from pipeline.reporting.files import difference_table, markdown_table, run_records
+from pipeline.reporting.results import HostResult, load_result, ratio_curve
 
 
 def online_tables(online: Online, results: dict[str, HostResult]) -> dict[str, str]:

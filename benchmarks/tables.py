@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from pipeline.errors import UserError
-from pipeline.results import (
+from pipeline.reporting.results import (
     FIGURES,
     ROWS,
     HostResult,

@@ -14,12 +14,12 @@ from typing import Any
 import click
 
 from cache.errors import CacheError
-from pipeline.cache_commands import cache as cache_group
-from pipeline.cache_commands import opened, previous
+from pipeline.commands.caches import cache as cache_group
+from pipeline.commands.caches import opened, previous
+from pipeline.commands.models import export, predict
+from pipeline.commands.sharing import COMMANDS as SHARING
+from pipeline.commands.sharing import doctor
 from pipeline.errors import UserError
-from pipeline.model_commands import export, predict
-from pipeline.sharing_commands import COMMANDS as SHARING
-from pipeline.sharing_commands import doctor
 
 
 class Misuse(click.ClickException):
@@ -263,8 +263,8 @@ def report(
     from pipeline.stages import report as stage_module
 
     if compare:
-        from pipeline import comparison
-        from pipeline.revisions import evaluated
+        from pipeline.reporting import comparison
+        from pipeline.sharing.revisions import evaluated
 
         with evaluated(compare[0]) as a, evaluated(compare[1]) as b:
             comparison.compare(a, b, evaluate_dir, click.echo, compare)

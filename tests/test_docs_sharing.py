@@ -13,8 +13,8 @@ from pipeline_builders import CPU, ROOT, environment, fitted, make_prepare, sile
 
 from cache.audit import pooled
 from cache.reader import open_cache
-from pipeline.export import Choice
-from pipeline.export import run as export
+from pipeline.models.export import Choice
+from pipeline.models.export import run as export
 
 KINDS = ("prepare/samples", "train_backbone/ce_mixup", "extract/ce_mixup", "pool/ce_mixup", "train_classifier/dr")
 DVC_YAML = "stages:\n" + "".join(

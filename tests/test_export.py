@@ -15,9 +15,9 @@ from cache.reader import open_cache
 from pipeline import plugins
 from pipeline.cli import main
 from pipeline.errors import UserError
-from pipeline.export import Choice, run
 from pipeline.head import global_average
-from pipeline.model import as_linear, load_model
+from pipeline.models.export import Choice, run
+from pipeline.models.model import as_linear, load_model
 from pipeline.params import build
 from pipeline.stages.evaluate import head_logits, load_heads_for
 from pipeline.streams import sample_rows
@@ -159,7 +159,7 @@ def test_without_images_the_head_is_checked_on_maps(tmp_path, trained, monkeypat
 
 
 def test_onnx_gives_the_same_logits_for_any_batch(tmp_path, trained):
-    from pipeline.predict import open_model
+    from pipeline.models.predict import open_model
 
     found = exported(trained, tmp_path / "m", "ncm", choice=Choice(0), onnx=True)
     assert found["onnx"] < 1e-4
@@ -172,7 +172,7 @@ def test_onnx_gives_the_same_logits_for_any_batch(tmp_path, trained):
 
 
 def test_onnx_without_its_packages_is_one_line(tmp_path, trained, monkeypatch):
-    from pipeline import export
+    from pipeline.models import export
 
     monkeypatch.setattr(export, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'h2t\[onnx\]'"):

@@ -19,7 +19,7 @@ from cache.verify import verify
 from pipeline.batchnorm import from_bytes, use
 from pipeline.checkpoints import load_weights, save_weights
 from pipeline.errors import UserError
-from pipeline.forward import HALF_MAX
+from pipeline.extraction.forward import HALF_MAX
 from pipeline.network import load_backbone
 from pipeline.stages.extract import row_table, views_per_class
 

@@ -229,7 +229,7 @@ def test_hostile_input_is_one_line_and_leaves_nothing(tmp_path, capfd, write, na
 
 
 def test_an_archive_that_claims_too_much_is_refused_unread(tmp_path, monkeypatch):
-    from pipeline import importing
+    from pipeline.sharing import importing
 
     save_npz(tmp_path / "x.npz", *make_features())
     monkeypatch.setattr(importing, "available_memory", lambda: 100)

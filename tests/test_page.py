@@ -13,6 +13,7 @@ import browser
 import pytest
 from report_builders import NASTY, make_evaluated
 
+from pipeline.reporting import page
 from pipeline.stages import report
 
 RUN = '{"seconds": 1.5, "stall": 0.25, "bytes_read": 1000, "heads": 9, "commit": "abc", "machine": {"cores": 2}}'
@@ -145,7 +146,7 @@ def test_accessible_and_no_wider_than_the_screen(shown, width, dark):
 
 
 def test_motion_only_for_those_who_want_it():
-    style = Path(report.__file__).parent.parent / "templates" / "report.css"
+    style = Path(page.__file__).parent / "templates" / "report.css"
     for line in style.read_text().splitlines():
         if any(word in line for word in ("transition", "animation", "scroll-behavior")):
             assert "prefers-reduced-motion: no-preference" in line

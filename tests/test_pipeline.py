@@ -129,7 +129,7 @@ EDITS = {
     "a host's parameter": (parameter(hosts__dr__optimiser__lr=0.01), HEADS),
     "another host's file": (line_in("pipeline/hosts/gcl.py"), set()),
     "the reader": (line_in("cache/reader.py"), HEADS | {"pool"}),
-    "the page": (line_in("pipeline/page.py"), {"report"}),
+    "the page": (line_in("pipeline/reporting/page.py"), {"report"}),
     "the command line": (line_in("pipeline/cli.py"), set()),
     "extraction's parameter": (parameter(extract__codec="zstd"), HEADS | BODY),
     "device": (parameter(device="cpu"), set()),

@@ -8,9 +8,9 @@ from torch import nn
 
 from cache.errors import CacheError
 from cache.reader import open_cache
+from pipeline.extraction.recompute import recompute
+from pipeline.extraction.why import why
 from pipeline.precision import guarded_maps
-from pipeline.recompute import recompute
-from pipeline.why import why
 
 
 def maps_of(path):

@@ -10,7 +10,7 @@ from pipeline_builders import CPU, extracted, make_backbone_dir, make_prepare, m
 from cache.reader import open_cache
 from pipeline.cli import main
 from pipeline.errors import UserError
-from pipeline.recompute import TOLERANCE, recompute
+from pipeline.extraction.recompute import TOLERANCE, recompute
 from pipeline.samples import Samples
 from pipeline.stages import pool
 
@@ -48,7 +48,7 @@ def test_rows_are_random_distinct_and_no_more_than_there_are(digits, backbone_di
 
 def test_maps_that_are_not_this_backbones_are_found(tmp_path, digits, backbone_dir, monkeypatch):
     """As if batch norm had run in train mode during extraction: sound checksums, wrong values."""
-    from pipeline import forward
+    from pipeline.extraction import forward
 
     original = forward.Work.forward
     monkeypatch.setattr(forward.Work, "forward", lambda self, *a: [m * 1.01 for m in original(self, *a)])

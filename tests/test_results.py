@@ -12,9 +12,10 @@ from report_builders import make_evaluated
 from scipy.stats import ttest_rel
 
 from benchmarks import analyses, online_results, tables
-from pipeline import comparison, params, reporting
+from pipeline import params
 from pipeline.errors import UserError
-from pipeline.results import FIGURES, load_result
+from pipeline.reporting import comparison, files
+from pipeline.reporting.results import FIGURES, load_result
 from pipeline.stages import report, train_classifier
 
 GRID = {"donor": ["instance", "balanced"], "selection": ["random", "first"]}
@@ -249,4 +250,4 @@ def test_run_records_are_shown_on_request_only(tmp_path, evaluated):
     assert ["abcdef" in p for p in pages] == [False, True]
     (runs / "b.json").write_text("{")
     with pytest.raises(UserError, match="not a run record"):
-        reporting.run_records(tmp_path / "runs")
+        files.run_records(tmp_path / "runs")

@@ -9,7 +9,7 @@ from report_builders import make_evaluated
 from repositories import dvc, git, start_repository
 
 from pipeline.cli import main
-from pipeline.results import load_result
+from pipeline.reporting.results import load_result
 
 DVC_YAML = """
 stages:

@@ -13,13 +13,14 @@ from dvc.repo import Repo
 from pipeline_builders import make_backbone_dir, write_params
 from repositories import dvc, git, start_repository
 
+from cache.dvc_files import split_revision
 from cache.errors import CacheError
 from cache.reader import open_cache
 from cache.redaction import redacted
 from cache.verify import verify
-from pipeline import doctor, sharing
 from pipeline.cli import main
 from pipeline.errors import UserError
+from pipeline.sharing import doctor, publish, repository
 
 DVC_YAML = """
 stages:
@@ -148,7 +149,7 @@ def test_a_remote_that_lies_about_a_published_cache_is_caught(lab):
     made = {path.read_bytes(): path for path in objects(lab)}
     with open_cache(address) as cache:
         cache.read([5])
-    digest = next(out.digest for out in sharing.outs(lab / "a") if out.path == "data/extract/b")
+    digest = next(out.digest for out in repository.outs(lab / "a") if out.path == "data/extract/b")
     listing = lab / "store/files/md5" / digest[:2] / digest[2:]
     shard = made[(lab / "a/data/extract/b/maps.zarr/expert_0/c.1.0.0.0").read_bytes()]
     whole = shard.read_bytes()
@@ -177,7 +178,7 @@ def test_publish_proves_what_the_remote_holds(lab):
     os.truncate(cut, max(0, cut.stat().st_size - 1))
     gone.unlink()
     with Repo(str(lab / "a")) as repo:
-        proof = sharing.prove(repo, "store", sharing.outs(lab / "a"))
+        proof = publish.prove(repo, "store", repository.outs(lab / "a"))
     assert len(proof.faults) == 2
     assert any("missing" in f for f in proof.faults)
     assert any(f"has {cut.stat().st_size} of {cut.stat().st_size + 1} bytes" in f for f in proof.faults)
@@ -208,7 +209,7 @@ def test_publish_keeps_the_comments_of_the_configuration(lab):
     with_it = config.read_text()
     assert "    verify = true\n" in with_it
     assert with_it.replace("    verify = true\n", "") == before
-    assert sharing.config_of(lab / "a")["remote"]["store"]["verify"] is True
+    assert repository.config_of(lab / "a")["remote"]["store"]["verify"] is True
 
 
 def test_pull_refuses_what_is_damaged_and_leaves_nothing(lab, monkeypatch):
@@ -270,7 +271,7 @@ def test_a_damaged_cache_is_not_published(lab):
     ],
 )
 def test_revisions_in_urls(text, expected):
-    assert sharing.split_revision(text) == expected
+    assert split_revision(text) == expected
 
 
 def test_secrets_are_cut_from_messages(tmp_path, monkeypatch):
@@ -440,4 +441,4 @@ def test_outside_of_a_repository(tmp_path):
 
 def test_no_such_remote():
     with pytest.raises(UserError, match="not configured"):
-        sharing.remote_name({"remote": {"a": {}}}, "b")
+        repository.remote_name({"remote": {"a": {}}}, "b")

@@ -10,9 +10,9 @@ from pipeline_builders import CPU, make_backbone_dir, make_extract, make_samples
 from cache.reader import open_cache
 from pipeline.cli import main
 from pipeline.errors import UserError
-from pipeline.forward import settings as settings_of
+from pipeline.extraction.forward import settings as settings_of
+from pipeline.extraction.why import why
 from pipeline.samples import Samples
-from pipeline.why import why
 
 
 def verdict(cache, samples, backbone, *, seed=0, previous=None, settings=None, **params):

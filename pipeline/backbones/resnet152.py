@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from pipeline.errors import UserError
+from pipeline.networks.resnets import LastBlockResNet, ResNetMaps, pretrained
 from pipeline.params import Count, Section
-from pipeline.resnets import LastBlockResNet, ResNetMaps, pretrained
 
 
 class Options(Section):

@@ -5,7 +5,7 @@ Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, se
 
 from torch import nn
 
-from pipeline.cifar_resnet import CifarResNet
+from pipeline.networks.cifar_resnet import CifarResNet
 from pipeline.params import Count, Section
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from pipeline.errors import UserError
+from pipeline.networks.resnets import ResNetMaps, pretrained
 from pipeline.params import Count, Section
-from pipeline.resnets import ResNetMaps, pretrained
 
 
 class Options(Section):

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from pipeline.errors import UserError, nearest
+from pipeline.networks.resnets import pretrained
+from pipeline.networks.tap import Tapped, model_names
 from pipeline.params import Section
-from pipeline.resnets import pretrained
-from pipeline.tap import Tapped, model_names
 
 
 class Options(Section):

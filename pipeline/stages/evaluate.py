@@ -21,7 +21,6 @@ from torch.func import vmap
 from cache.reader import Cache
 from pipeline.classes import by_index, groups
 from pipeline.errors import UserError
-from pipeline.evidence import write_about, write_embedding, write_reliability, write_weight_norms
 from pipeline.features import FeatureReader, identity_if_pooled, maps_fingerprint, pool_label
 from pipeline.head import global_average, logits
 from pipeline.heads import Heads, head_parts
@@ -29,6 +28,7 @@ from pipeline.metrics import confusion, over_seeds, per_class_accuracy, softmax_
 from pipeline.network import StageOneHead, backbone_digest, load_head
 from pipeline.outputs import fresh_directory, write_json
 from pipeline.params import Ratio, Section
+from pipeline.reporting.evidence import write_about, write_embedding, write_reliability, write_weight_norms
 from pipeline.stack import POOL
 from pipeline.streams import sample_rows
 

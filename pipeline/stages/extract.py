@@ -1,8 +1,8 @@
 """extract: run the frozen backbone once over every image and store its last feature maps as a cache.
 
-One forward pass per (sample, view, statistics), but for rows that a previous cache gives (`pipeline.reuse`). The unit
-of work is a shard: a run that was killed goes on from its finished shards to the same bytes. Decoding, forward pass
-(`pipeline.forward`) and writing overlap.
+One forward pass per (sample, view, statistics), but for rows that a previous cache gives (`pipeline.extraction.reuse`).
+The unit of work is a shard: a run that was killed goes on from its finished shards to the same bytes. Decoding, forward
+pass (`pipeline.extraction.forward`) and writing overlap.
 """
 
 import math
@@ -27,11 +27,12 @@ from cache.rows import make_rows
 from cache.spec import CacheSpec, canonical_json, chunk_rows_for, sha256, shard_rows_for
 from cache.staging import Staging
 from cache.writer import CacheWriter, committed
-from pipeline import batchnorm, forward, reuse
+from pipeline import batchnorm
 from pipeline.batchnorm import Statistics
 from pipeline.checkpoints import weights_digest
-from pipeline.cluster import ADDRESS
 from pipeline.errors import UserError
+from pipeline.extraction import forward, reuse
+from pipeline.extraction.cluster import ADDRESS
 from pipeline.images import Images
 from pipeline.network import load_backbone
 from pipeline.params import DISTINCT, Count, Positive, Section

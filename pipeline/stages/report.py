@@ -27,8 +27,8 @@ def run(
 ) -> None:
     """Reports on `hosts` into the directory `out`. With `runs`, a folder of run records, the page shows them too."""
     # Here and not above: every stage checks the section `report`, and pandas and matplotlib take seconds to import.
-    from pipeline.reporting import markdown_table, run_records, write
-    from pipeline.results import load_result
+    from pipeline.reporting.files import markdown_table, run_records, write
+    from pipeline.reporting.results import load_result
 
     results = [load_result(name, evaluate_dir / name) for name in hosts]
     leftovers = sorted(p.name for p in evaluate_dir.iterdir() if p.is_dir() and p.name not in hosts)

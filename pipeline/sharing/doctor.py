@@ -17,8 +17,8 @@ from typing import Any, Literal
 from cache.errors import CacheError
 from cache.redaction import redacted
 from cache.spec import RECORD
-from pipeline import garbage, sharing
 from pipeline.errors import UserError
+from pipeline.sharing import garbage, repository
 
 State = Literal["ok", "note", "fault"]
 
@@ -45,7 +45,7 @@ def examine(start: Path, params_file: Path, *, full: bool = False) -> list[Findi
     """Every finding about the repository around `start`; `full` reads every byte of every cache."""
     found = [*_versions(), *_params(params_file), *_device(params_file), *_disk(start)]
     try:
-        root = sharing.repository(start)
+        root = repository.repository(start)
     except UserError as error:
         return [*found, Finding("repository", "fault", str(error))]
     for check in (_locks, _links, _remote, _data):
@@ -152,7 +152,7 @@ def _rwlock(root: Path) -> Iterator[tuple[str, int]]:
 
 def _links(root: Path) -> list[Finding]:
     """How files get from DVC's cache into the workspace: without a copy, if the file system can."""
-    config = sharing.config_of(root)
+    config = repository.config_of(root)
     kinds = config.get("cache", {}).get("type") or ["reflink", "copy"]
     kinds = [k.strip() for k in kinds.split(",")] if isinstance(kinds, str) else list(kinds)
     place = Path(config.get("cache", {}).get("dir") or root / ".dvc/cache")
@@ -187,11 +187,11 @@ def _link_works(kind: str, cache: Path, workspace: Path) -> bool:
 
 def _remote(root: Path) -> list[Finding]:
     """The default remote: configured, checked on arrival, reachable, allowed."""
-    config = sharing.config_of(root)
+    config = repository.config_of(root)
     if not config.get("remote"):
         return [Finding("remote", "note", "none: nobody else gets these caches", "dvc remote add --default store PATH")]
     try:
-        name = sharing.remote_name(config, None)
+        name = repository.remote_name(config, None)
     except UserError as error:
         return [Finding("remote", "fault", str(error))]
     found = []
@@ -255,7 +255,7 @@ def _line(error: BaseException) -> str:
 
 def _data(root: Path) -> list[Finding]:
     """Outputs of dvc.lock that are not in the workspace."""
-    found = sharing.outs(root)
+    found = repository.outs(root)
     gone = [o.path for o in found if not (root / o.path).exists()]
     if gone:
         names = ", ".join(gone[:3]) + (f" and {len(gone) - 3} more" if len(gone) > 3 else "")

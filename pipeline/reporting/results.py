@@ -10,7 +10,7 @@ import pandas as pd
 
 from pipeline.classes import GROUPS
 from pipeline.errors import UserError
-from pipeline.statistics import Difference, paired
+from pipeline.reporting.statistics import Difference, paired
 
 FIGURES = ("top1", *GROUPS, "ece")
 ROWS = {"stage1": "stage I", "without_h2t": "without H2T", "with_h2t": "with H2T"}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from pipeline.cache_commands import opened, previous
+from pipeline.commands.caches import opened, previous
 
 PATH = click.Path(path_type=Path)
 
@@ -40,7 +40,7 @@ def import_command(
 
     Example: h2t cache import features --train train.npz --test test.npz
     """
-    from pipeline import importing
+    from pipeline.sharing import importing
 
     keys = importing.Keys(features_key, labels_key)
     given = {"train": (train, train_labels), "val": (val, val_labels), "test": (test, test_labels)}
@@ -70,10 +70,11 @@ def why_command(
 
     Example: h2t cache why data/extract/ce_mixup --set extract.max_views=2
     """
-    from pipeline import device, forward, params, settings
+    from pipeline import device, params, settings
+    from pipeline.extraction import forward
+    from pipeline.extraction.why import why
     from pipeline.samples import load_samples
     from pipeline.stages import extract
-    from pipeline.why import why
 
     values = params.load(params_file, overrides)
     settings.check(values)
@@ -108,7 +109,7 @@ def publish_command(remote: str | None, uncommitted: bool, quick: bool) -> None:
 
     Example: h2t cache publish --remote store
     """
-    from pipeline.sharing import publish
+    from pipeline.sharing.publish import publish
 
     publish(Path(), click.echo, remote=remote, uncommitted=uncommitted, quick=quick)
 
@@ -124,7 +125,7 @@ def pull_command(url: str, rev: str | None, name: str | None, pooled: bool, into
 
     Example: h2t cache pull https://example.org/lab/project.git@v1 --pooled
     """
-    from pipeline.sharing import pull
+    from pipeline.sharing.pull import pull
 
     pull(url, click.echo, rev=rev, name=name, pooled=pooled, into=into)
 
@@ -136,7 +137,7 @@ def gc_command(apply: bool) -> None:
 
     Example: h2t cache gc --apply
     """
-    from pipeline.garbage import collect_garbage
+    from pipeline.sharing.garbage import collect_garbage
 
     collect_garbage(Path(), click.echo, apply=apply)
 
@@ -150,7 +151,7 @@ def doctor(params_file: Path, full: bool, as_json: bool) -> None:
 
     Example: h2t doctor
     """
-    from pipeline.doctor import examine
+    from pipeline.sharing.doctor import examine
 
     found = examine(Path(), params_file, full=full)
     if as_json:

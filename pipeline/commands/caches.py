@@ -157,7 +157,7 @@ def _recompute(
 ) -> None:
     from pipeline import params
     from pipeline.device import choose
-    from pipeline.recompute import recompute
+    from pipeline.extraction.recompute import recompute
     from pipeline.samples import load_samples
 
     section = params.section(params.load(params_file), "prepare")

@@ -11,7 +11,7 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.images import Images, Transform, decode
-from pipeline.model import load_model
+from pipeline.models.model import load_model
 from pipeline.outputs import replace_file
 from pipeline.params import build
 

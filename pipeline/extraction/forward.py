@@ -19,10 +19,11 @@ import torch
 from torch import nn
 
 from cache.spec import CacheSpec
-from pipeline import batchnorm, cluster
+from pipeline import batchnorm
 from pipeline.batchnorm import Statistics
 from pipeline.device import choose
 from pipeline.errors import UserError
+from pipeline.extraction import cluster
 from pipeline.images import Images
 from pipeline.network import load_backbone
 from pipeline.precision import Precision, guarded_maps

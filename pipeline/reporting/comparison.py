@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.page import cell
-from pipeline.reporting import text_of, write
-from pipeline.results import FIGURES, ROWS, HostResult, between_hosts, load_result
-from pipeline.statistics import Difference
+from pipeline.reporting.files import text_of, write
+from pipeline.reporting.page import cell
+from pipeline.reporting.results import FIGURES, ROWS, HostResult, between_hosts, load_result
+from pipeline.reporting.statistics import Difference
 
 
 def compare(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from pipeline.cache_commands import opened
+from pipeline.commands.caches import opened
 
 PATH = click.Path(path_type=Path)
 
@@ -46,8 +46,8 @@ def export(
     --seed 0
     """
     from pipeline import device as devices
-    from pipeline import export as room
     from pipeline import params
+    from pipeline.models import export as room
 
     prepare = params.section(params.load(params_file, overrides), "prepare")
     choice = room.Choice(head, ratio, seed, donor, selection)
@@ -79,7 +79,7 @@ def predict(model: Path, images: tuple[Path, ...], top: int, out: Path | None, a
     Example: h2t predict model photos/ --top 3 --out classes.csv
     """
     from pipeline import device as devices
-    from pipeline import predict as room
+    from pipeline.models import predict as room
 
     unread: list[str] = []
 

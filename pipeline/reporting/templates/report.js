@@ -1,5 +1,5 @@
 "use strict";
-// Draws what pipeline/page.py put into #data. Every chart has the same figures as a table beneath it.
+// Draws what pipeline/reporting/page.py put into #data. Every chart has the same figures as a table beneath it.
 const { hosts, rows } = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
 const FIGURES = ["top1", "head", "medium", "tail"];

@@ -27,7 +27,7 @@ from pipeline.checkpoints import save_weights
 from pipeline.errors import UserError
 from pipeline.heads import Heads
 from pipeline.images import Images, Transform, open_images
-from pipeline.model import Model, load_model, save_model
+from pipeline.models.model import Model, load_model, save_model
 from pipeline.network import load_backbone
 from pipeline.outputs import fresh_directory
 from pipeline.params import build
@@ -240,7 +240,7 @@ def write_onnx(model: Model, path: Path) -> float:
     """
     import onnx
 
-    from pipeline.predict import onnx_session
+    from pipeline.models.predict import onnx_session
 
     size = model.transform.size
     draws = torch.Generator().manual_seed(0)

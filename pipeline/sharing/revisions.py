@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.sharing import in_one_line, repository
+from pipeline.sharing.repository import in_one_line, repository
 
 EVALUATED = "data/evaluate"
 

@@ -8,11 +8,11 @@ from typing import Any
 import pandas as pd
 
 from pipeline.errors import UserError
-from pipeline.figures import ratio_picture
 from pipeline.outputs import fresh_directory, write_json
-from pipeline.page import cell, render
-from pipeline.results import FIGURES, ROWS, HostResult, per_class, ratio_curve, with_against_without
-from pipeline.statistics import Difference
+from pipeline.reporting.figures import ratio_picture
+from pipeline.reporting.page import cell, render
+from pipeline.reporting.results import FIGURES, ROWS, HostResult, per_class, ratio_curve, with_against_without
+from pipeline.reporting.statistics import Difference
 
 
 def write(title: str, results: list[HostResult], out: Path, runs: Iterable[Mapping[str, Any]] = ()) -> None:

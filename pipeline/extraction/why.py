@@ -14,8 +14,8 @@ from cache.reader import Cache
 from cache.spec import sha256
 from pipeline import batchnorm
 from pipeline.errors import UserError
+from pipeline.extraction.reuse import NAMES, Wanted, changes, kept_statistics, origins
 from pipeline.network import NONE, backbone_identity
-from pipeline.reuse import NAMES, Wanted, changes, kept_statistics, origins
 from pipeline.samples import Samples
 from pipeline.stages import extract
 

@@ -11,7 +11,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
-from pipeline.results import (
+from pipeline.reporting.results import (
     FIGURES,
     ROWS,
     HostResult,

@@ -4,7 +4,7 @@ import fcntl
 import shutil
 from pathlib import Path
 
-from pipeline.sharing import Say, git, in_one_line, repository
+from pipeline.sharing.repository import Say, git, in_one_line, repository
 
 
 def abandoned(data: Path) -> list[Path]:

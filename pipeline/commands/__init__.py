@@ -1,0 +1,1 @@
+"""The command groups of `h2t`: parse, call, print."""

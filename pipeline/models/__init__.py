@@ -1,0 +1,1 @@
+"""A head given back: merged with its backbone into one file, exported, used on new images."""

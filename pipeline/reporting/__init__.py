@@ -1,0 +1,1 @@
+"""From what `evaluate` wrote to tables, pictures and the page."""

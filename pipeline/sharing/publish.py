@@ -1,0 +1,178 @@
+"""`h2t cache publish`: push by DVC, with proof.
+
+DVC moves the bytes and holds the credentials. What it does not say is checked here: that what is published is committed
+and whole, and that the remote holds the content of every object.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cache.redaction import redacted
+from pipeline.errors import UserError
+from pipeline.sharing.repository import Out, Say, caches, config_of, git, in_one_line, outs, remote_name, repository
+
+THREADS = 8  # requests to a remote at a time
+PART_BYTES = 1024 * 1024  # of an object that is read to be compared
+SHOWN = 3
+LAYOUT = ("dvc.yaml", "dvc.lock", "params.yaml")
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Objects that the remote must hold, and those it does not hold whole (in words)."""
+
+    objects: int
+    size: int
+    faults: list[str]
+
+
+def publish(
+    start: Path, say: Say, *, remote: str | None = None, uncommitted: bool = False, quick: bool = False
+) -> Proof:
+    """Pushes the configuration that is checked out, and shows that the remote holds all of it. Raises UserError.
+
+    `quick` compares the lengths of the objects only, not their content.
+    """
+    from dvc.repo import Repo
+
+    root = repository(start)
+    name = remote_name(config_of(root), remote)
+    found = outs(root)
+    for cache in caches(root):
+        _check_cache(root / cache)
+    _check_commit(root, uncommitted, say)
+    with in_one_line("dvc"), Repo(str(root)) as repo:
+        _check_workspace(repo)
+        if set_verify(root, name):
+            say(f"remote {name}: set verify = true, so that a damaged object is refused when it is pulled")
+        say(f"{len(found)} outputs, {len(caches(root))} of them caches: pushing to {name}")
+        with in_one_line(f"remote {name}"):
+            repo.push(run_cache=True, remote=name)
+            proof = prove(repo, name, found, quick=quick)
+    if proof.faults:
+        more = f" and {len(proof.faults) - SHOWN} more" if len(proof.faults) > SHOWN else ""
+        raise UserError(
+            f"remote {name}: {len(proof.faults)} of {proof.objects} objects are not whole there "
+            f"({'; '.join(proof.faults[:SHOWN])}{more}); remove these from the remote and publish again"
+        )
+    how = "each of full length" if quick else "the content of each compared"
+    say(f"published: remote {name} holds all {proof.objects} objects, {proof.size / 1e6:.1f} MB, {how}")
+    for line in _next_steps(root):
+        say(line)
+    return proof
+
+
+def _check_workspace(repo: Any) -> None:
+    """Raises UserError unless every stage is as dvc.lock says."""
+    with in_one_line("dvc status"):
+        changed = repo.status()
+    if changed:
+        names = ", ".join(list(changed)[:SHOWN]) + (", ..." if len(changed) > SHOWN else "")
+        raise UserError(f"dvc status: {len(changed)} stages are not up to date ({names}); type: dvc repro")
+
+
+def _check_cache(cache: Path) -> None:
+    from cache.verify import verify
+
+    faults = verify(str(cache), quick=True)
+    if faults:
+        raise UserError(f"{cache}: is damaged ({faults[0]}); type: h2t cache verify {cache}")
+
+
+def set_verify(root: Path, name: str) -> bool:
+    """Sets `verify = true` on the remote, in the file that configures it; True if it was not set."""
+    from dvc.config import Config
+
+    config = Config(dvc_dir=str(root / ".dvc"))
+    if config["remote"][name].get("verify"):
+        return False
+    inside = [level for level in ("local", "repo") if name in config.load_one(level).get("remote", {})]
+    level = inside[0] if inside else "local"  # else it is configured for the user or machine
+    path = Path(config.files[level])
+    header = f"['remote \"{name}\"']\n"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if header in text and "verify" not in config.load_one(level)["remote"][name]:
+        # As text: DVC writes the file anew, without its comments.
+        path.write_text(text.replace(header, f"{header}    verify = true\n"), encoding="utf-8")
+        return True
+    with config.edit(level) as section:
+        section["remote"].setdefault(name, {})["verify"] = "true"
+    return True
+
+
+def _check_commit(root: Path, uncommitted: bool, say: Say) -> None:
+    """Raises UserError for files of the configuration that git does not hold, unless they may be."""
+    changed = [line[3:] for line in git("status", "--porcelain", "--", *LAYOUT, where=root).splitlines()]
+    if changed and not uncommitted:
+        raise UserError(
+            f"{', '.join(changed)}: not committed, so nobody else can ask for this configuration; type: git add "
+            f"{' '.join(changed)} && git commit, or pass --uncommitted"
+        )
+    if changed:
+        say(f"note: {', '.join(changed)} not committed; others need the same parameters and dvc repro --pull")
+
+
+def prove(repo: Any, remote: str, found: list[Out], *, quick: bool = False) -> Proof:
+    """Asks the remote for every object behind `found`: its length and, unless `quick`, its content, by DVC's digest."""
+    local, far = repo.cache.local, repo.cloud.get_remote_odb(remote)
+    sizes: dict[str, int] = {}
+    for out in found:
+        for digest in [out.digest, *_members(local, out.digest)]:
+            sizes[digest] = int(local.fs.size(local.oid_to_path(digest)))
+
+    def ask(digest: str) -> str | None:
+        place = far.oid_to_path(digest)
+        try:
+            about = far.fs.info(place)
+            if int(about["size"]) != sizes[digest]:
+                return f"{redacted(place)} has {about['size']} of {sizes[digest]} bytes"
+            if quick or _content(far.fs, place, about, digest.partition(".")[0]):
+                return None
+        except FileNotFoundError:
+            return f"{redacted(place)} missing"
+        return f"{redacted(place)} holds something else"
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        faults = [fault for fault in pool.map(ask, sizes) if fault]
+    return Proof(len(sizes), sum(sizes.values()), faults)
+
+
+def _content(fs: Any, place: str, about: Mapping[str, Any], md5: str) -> bool:
+    """Whether the object at `place` has this md5: by S3's ETag where that is one, else by reading the object."""
+    if str(about.get("ETag", "")).strip('"') == md5:
+        return True
+    found = hashlib.md5(usedforsecurity=False)
+    with fs.open(place, "rb") as file:
+        while part := file.read(PART_BYTES):
+            found.update(part)
+    return found.hexdigest() == md5
+
+
+def _members(odb: Any, digest: str) -> list[str]:
+    """The objects of a directory."""
+    if not digest.endswith(".dir"):
+        return []
+    return sorted({entry["md5"] for entry in json.loads(odb.fs.cat_file(odb.oid_to_path(digest)))})
+
+
+def _next_steps(root: Path) -> list[str]:
+    lines = []
+    if git("status", "--porcelain", "--", ".dvc/config", where=root):
+        lines.append("to do: git add .dvc/config && git commit")
+    try:
+        ahead = int(git("rev-list", "--count", "@{upstream}..HEAD", where=root))
+    except UserError:
+        ahead = 1
+    if ahead:
+        lines.append("to do: git push")
+    try:
+        origin = redacted(git("remote", "get-url", "origin", where=root).strip())
+    except UserError:
+        origin = "URL"
+    lines.append(f"others type: git clone {origin} && dvc repro --pull, or: h2t cache pull {origin}")
+    return lines

@@ -27,7 +27,7 @@ NAMES = {"backbone": "weights", "transform": "transform", "views": "view policy"
 class Wanted:
     """What decides the bytes of the rows that are wanted. What `inputs` or `settings` lack is not compared.
 
-    `rows` is their table, `inputs` the fingerprint's, `dataset` its plug-in, `settings` those of `pipeline.extraction.forward`.
+    `rows` is their table, `inputs` the fingerprint's, `dataset` its plug-in, `settings` those of the forward passes.
     """
 
     rows: pa.Table

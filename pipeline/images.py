@@ -6,6 +6,7 @@ alone, so neither the number of workers nor any other image changes it.
 
 import hashlib
 import io
+import itertools
 import os
 import struct
 import zlib
@@ -24,6 +25,7 @@ from pipeline.params import Count, NonNegative, Section, at_least
 from pipeline.seeds import stream
 
 KEEP_DECODED_BYTES = 1024**3  # decoded images up to this many bytes in all stay in memory
+AT_ONCE = 8  # images that a thread decodes in one go: for small ones, handing them over costs more than the work
 MAX_PIXELS = 89_478_485  # larger images are refused unread: Pillow's own limit against decompression bombs
 
 
@@ -250,10 +252,15 @@ class Images:
         seed, *rest = key
         return augmented(image, self.transform, stream(int(seed), "view", self.sources[sample], *rest))
 
+    def _views(self, wanted: Sequence[tuple[int, Sequence[int | str] | None]]) -> list[np.ndarray]:
+        return [self._view(sample, key) for sample, key in wanted]
+
     def batch(self, samples: Sequence[int], keys: Sequence[Sequence[int | str] | None]) -> torch.Tensor:
         """Normalised float32 (B, 3, size, size). A key of None is the evaluation view, (seed, view) augmented."""
-        views = list(self._threads.map(self._view, samples, keys))
-        return normalised(np.stack(views), self.transform)
+        wanted = list(zip(samples, keys, strict=True))
+        pieces = [wanted[i : i + AT_ONCE] for i in range(0, len(wanted), AT_ONCE)]
+        views = itertools.chain.from_iterable(self._threads.map(self._views, pieces))
+        return normalised(np.stack(list(views)), self.transform)
 
 
 def normalised(images: np.ndarray, transform: Transform) -> torch.Tensor:

@@ -28,7 +28,7 @@ from pipeline.images import Images
 from pipeline.network import load_backbone
 from pipeline.precision import Precision, guarded_maps
 
-HALF_MAX = 65504.0  # the largest float16
+DTYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 Todo = Mapping[int, np.ndarray]  # shard -> those of its rows that need a forward pass, ascending
 
@@ -83,18 +83,15 @@ class Work:
 
     def stored(self, maps: torch.Tensor) -> np.ndarray:
         """Maps in the storage dtype. Raises UserError for values it cannot hold."""
-        if not torch.isfinite(maps).all():
-            raise UserError("extract: the backbone gave NaN or infinity; check its weights and the images")
-        if self.dtype == "float32":
-            return maps.numpy()
-        if self.dtype == "bfloat16":
-            return maps.to(torch.bfloat16).view(torch.uint16).numpy()
-        if float(maps.abs().max()) > HALF_MAX:
+        kept = maps.to(DTYPES[self.dtype])
+        if not torch.isfinite(kept).all():
+            if not torch.isfinite(maps).all():
+                raise UserError("extract: the backbone gave NaN or infinity; check its weights and the images")
             raise UserError(
-                f"extract.dtype: float16 holds values up to 65504; got {float(maps.abs().max()):.0f}; "
-                "use bfloat16 or float32"
+                f"extract.dtype: {self.dtype} holds values up to {torch.finfo(kept.dtype).max:g}; "
+                f"got {float(maps.abs().max()):.0f}; use bfloat16 or float32"
             )
-        return maps.to(torch.float16).numpy()
+        return (kept.view(torch.uint16) if self.dtype == "bfloat16" else kept).numpy()
 
 
 @dataclass(frozen=True)

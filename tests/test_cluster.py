@@ -1,9 +1,14 @@
 """Extraction on several processes: the bytes of one process, also when a worker is killed midway."""
 
+import json
 import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -44,6 +49,49 @@ def test_two_processes_write_the_same_bytes_also_when_one_is_killed(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     extracted(tmp_path / "b", *digits, backbone_dir, cluster="local:2", **SMALL)
     assert killed
+    assert tree(tmp_path / "b") == single
+
+
+@pytest.fixture
+def scheduler(tmp_path):
+    """A dask scheduler and two workers as people start them, on the loopback: its address, the workers' processes."""
+    about = tmp_path / "scheduler.json"
+
+    def dask(*arguments):
+        command = [sys.executable, "-m", "dask", *arguments, "--no-dashboard"]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, **quiet)
+
+    with ExitStack() as stack:
+
+        def start(*arguments):
+            process = stack.enter_context(dask(*arguments))
+            stack.callback(process.kill)
+            return process
+
+        start("scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(about))
+        until = time.monotonic() + 60
+        while not about.exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        address = json.loads(about.read_text())["address"]
+        yield address, [start("worker", address, "--no-nanny", "--nthreads", "1", "--name", n) for n in "01"]
+
+
+def test_workers_of_a_scheduler_write_the_same_bytes_also_when_one_is_killed(
+    digits, backbone_dir, single, tmp_path, monkeypatch, scheduler
+):
+    address, workers = scheduler
+    write, written = CacheWriter.write, []
+
+    def kill_one(self, shard, maps):
+        write(self, shard, maps)
+        written.append(shard)
+        if len(written) == 2:
+            workers[0].kill()
+
+    monkeypatch.setattr(CacheWriter, "write", kill_one)
+    extracted(tmp_path / "b", *digits, backbone_dir, cluster=address, **SMALL)
+    assert workers[0].wait(10) == -signal.SIGKILL
     assert tree(tmp_path / "b") == single
 
 

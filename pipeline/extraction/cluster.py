@@ -107,5 +107,6 @@ def _compute(shard: int) -> tuple[int, list[np.ndarray]]:
 
     worker: Any = get_worker()
     if worker.h2t_compute is None:
-        worker.h2t_compute = worker.h2t_job.open(worker.name if isinstance(worker.name, int) else 0)
+        number = str(worker.name)  # from `local:N`, or `dask worker --name N`
+        worker.h2t_compute = worker.h2t_job.open(int(number) if number.isdecimal() else 0)
     return shard, worker.h2t_compute(shard)

@@ -18,6 +18,7 @@ from pipeline import device, params
 from pipeline.errors import UserError
 from pipeline.outputs import write_run_record
 from pipeline.recipes import RECIPES
+from pipeline.residency import Residency
 from pipeline.stages import evaluate, report, train_classifier
 
 PRESETS = Path(__file__).parent.parent / "presets" / "analyses"
@@ -26,7 +27,7 @@ PRESETS = Path(__file__).parent.parent / "presets" / "analyses"
 def analyse(values: dict[str, Any], data: Path, out: Path) -> None:
     """Trains, evaluates and reports every host in `values` into `out`; one whose rows the cache lacks is left out."""
     hosts = values["hosts"]
-    residency = params.build(train_classifier.Residency, "train_classifier", values.get("train_classifier", {}))
+    residency = params.build(Residency, "train_classifier", values.get("train_classifier", {}))
     section = params.build(evaluate.Params, "evaluate", values.get("evaluate", {}))
     chosen = device.choose(values.get("device", "auto"))
     done = []

@@ -218,10 +218,11 @@ def pool(values: dict[str, Any], name: str, cache: str, out: Path, replace: bool
 def train_classifier(values: dict[str, Any], name: str, cache: str, backbone: Path, out: Path) -> dict[str, Any]:
     """Stage II: train the grid of heads of host NAME on a cache."""
     from pipeline import device, params
+    from pipeline.residency import Residency
     from pipeline.stages import train_classifier as stage_module
 
     section = params.build(stage_module.Params, f"hosts.{name}", params.section(values, f"hosts.{name}"))
-    residency = params.build(stage_module.Residency, "train_classifier", params.section(values, "train_classifier"))
+    residency = params.build(Residency, "train_classifier", params.section(values, "train_classifier"))
     with opened(cache) as found:
         summary = stage_module.run(
             section, residency, name, found, backbone, device.choose(values["device"]), out, click.echo

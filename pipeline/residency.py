@@ -15,6 +15,7 @@ import torch
 
 from cache.prefetch import in_background
 from pipeline.features import FeatureReader, FeatureTable
+from pipeline.params import Count, Section
 from pipeline.streams import Batch, Streams
 
 Tier = Literal["device", "memory", "stream"]
@@ -25,6 +26,19 @@ WINDOW_SHARE = 0.25
 HOT_SHARE = 0.5
 OWN_SHARE = 0.25
 MAX_WINDOW_STEPS = 64
+
+
+class Residency(Section):
+    """Section `train_classifier`: where features live while heads train. It changes no result.
+
+    `memory_bytes`: the budget for features in host memory; null is half of what is available. `stack_bytes`: the budget
+    of a training step; a stack that needs more is trained in parts.
+    """
+
+    residency: Literal["auto", "device", "memory", "stream"] = "auto"
+    memory_bytes: Count | None = None
+    stack_bytes: Count = 2 * 1024**3
+    pooled: bool = True
 
 
 def available_memory() -> int:
@@ -130,6 +144,16 @@ class Feed:
         """Whether features are whole maps (C, H, W), not pooled vectors (C,)."""
         return len(self.shape) == 3
 
+    @property
+    def cost(self) -> str:
+        """The stall meter in words."""
+        meter = self.meter
+        text = f"read {meter.bytes_read / 1e6:.1f} MB for {meter.bytes_used / 1e6:.1f} MB used"
+        if meter.hit_rate is None:
+            return text
+        rate = f"hit rate {100 * meter.hit_rate:.1f} % (expected {100 * (self.expected_hit_rate or 0):.1f} %)"
+        return f"{text}, waited {100 * meter.stall:.0f} % of the time, {rate}"
+
     def steps(self, epochs: int, first_epoch: int = 0, first_step: int = 0) -> Generator[Step]:
         """Every step up to `epochs`, from the given one on. Reading ahead does not stop at the end of an epoch."""
         spec = self.reader.cache.spec
@@ -173,3 +197,13 @@ class Feed:
             self.meter.draws += batch.receivers.size
             self.meter.hits += int(np.isin(batch.receivers, self._hot_rows).sum())
         return epoch, steps.start, batches, FeatureTable(rows, values, self.dtype, self.device, self._hot)
+
+
+def open_feed(
+    streams: Streams, reader: FeatureReader, settings: Residency, device: torch.device, say: Callable[[str], None]
+) -> Feed:
+    """The batches with their features, in the tier that the budget allows."""
+    budget = settings.memory_bytes or available_memory() // 2
+    free = int(torch.cuda.mem_get_info(device)[0] * 0.8) if device.type == "cuda" else 0
+    choice = choose_tier(settings.residency, len(streams.rows) * reader.row_bytes, budget, free)
+    return Feed(streams, reader, choice, budget, device, say)

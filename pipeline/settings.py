@@ -5,6 +5,7 @@ from typing import Any
 
 from pipeline import device, params, plugins
 from pipeline.errors import UserError, nearest
+from pipeline.residency import Residency
 
 SECTIONS = (
     "seed",
@@ -46,7 +47,7 @@ def check(values: dict[str, Any]) -> None:
     extraction = params.build(extract.Params, "extract", values["extract"])
     copies = params.build(pool.Params, "pool", values["pool"])
     params.build(plugins.load("pools", copies.pool).Options, "pool.pool_options", copies.pool_options)
-    params.build(train_classifier.Residency, "train_classifier", values["train_classifier"])
+    params.build(Residency, "train_classifier", values["train_classifier"])
     params.build(evaluate.Params, "evaluate", values["evaluate"])
     params.build(report.Params, "report", values["report"])
     for name, entry in _entries(values, "backbones", ("arch", "objective")).items():

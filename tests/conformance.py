@@ -210,12 +210,12 @@ def check_fusion(cache: Path, name: str = "dr") -> None:
 
 def check_evaluation(cache: Path, heads: Any) -> None:
     """Logits at evaluation are those of the plain test rows under `mixture`, whatever the head's ratio."""
+    from pipeline import scoring
     from pipeline.heads import head_parts
-    from pipeline.stages import evaluate
 
     host, _ = head_parts(heads.parts, heads.context)
     with open_cache(cache) as opened:
-        found = evaluate._evaluate_heads(opened, heads, "test", "mixture", CPU)
+        found = scoring.score_heads(opened, heads, "test", "mixture", CPU)
         rows = opened.rows
         at = np.flatnonzero((np.array(rows["split"]) == "test") & (np.array(rows["statistics"]) == "mixture"))
         features = global_average(torch.from_numpy(opened.read(at).astype(np.float32)))[None]

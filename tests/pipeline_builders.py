@@ -28,7 +28,7 @@ from pipeline.features import FeatureReader
 from pipeline.heads import HeadParts, head_parts
 from pipeline.host import Context
 from pipeline.network import StageOneHead
-from pipeline.residency import Choice, Feed
+from pipeline.residency import Choice, Feed, Residency
 from pipeline.samples import load_samples
 from pipeline.stack import HeadSetting, Optimiser, Stack
 from pipeline.stages import extract, prepare, train_classifier
@@ -263,7 +263,7 @@ def make_host(**overrides) -> train_classifier.Params:
 
 def fitted(out: Path, cache: Path, backbone: Path, *, say=silent, pooled=True, **overrides) -> dict[str, torch.Tensor]:
     """Runs train_classifier; returns the stacked heads."""
-    residency = train_classifier.Residency(pooled=pooled)
+    residency = Residency(pooled=pooled)
     with open_cache(cache) as opened:
         train_classifier.run(make_host(**overrides), residency, "dr", opened, backbone, CPU, out, say)
     return load_file(out / "heads.safetensors")

@@ -5,6 +5,7 @@ from pathlib import Path
 from pipeline_builders import CPU, make_backbone_dir, make_host, make_stage2_cache, silent
 
 from cache.reader import open_cache
+from pipeline.residency import Residency
 from pipeline.stages import evaluate, train_classifier
 
 NASTY = "</script><img src=x onerror=\"console.error('escaped')\">"  # a class name that a page must not run
@@ -26,6 +27,6 @@ def make_evaluated(folder: Path, name: str = "dr", *, classes=None, grid=None, s
         params = train_classifier.Params(backbone="b", **host)
     with open_cache(cache) as opened:
         heads = folder / "train_classifier" / name
-        train_classifier.run(params, train_classifier.Residency(), name, opened, backbone, CPU, heads, silent)
+        train_classifier.run(params, Residency(), name, opened, backbone, CPU, heads, silent)
         evaluate.run(evaluate.Params(), name, opened, heads, backbone, CPU, folder / "evaluate" / name, silent)
     return folder / "evaluate"

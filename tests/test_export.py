@@ -19,7 +19,8 @@ from pipeline.head import global_average
 from pipeline.models.export import Choice, run
 from pipeline.models.model import as_linear, load_model
 from pipeline.params import build
-from pipeline.stages.evaluate import head_logits, load_heads_for
+from pipeline.residency import Residency
+from pipeline.scoring import head_logits, load_heads_for
 from pipeline.streams import sample_rows
 
 PREPARE = make_prepare().model_dump()
@@ -37,9 +38,7 @@ def trained(tmp_path_factory, digits_cache, backbone_dir):
 
             params = train_classifier.Params(host="ncm", backbone="b", classifier="cosine")
             with open_cache(digits_cache) as opened:
-                train_classifier.run(
-                    params, train_classifier.Residency(), "ncm", opened, backbone_dir, CPU, root / host, silent
-                )
+                train_classifier.run(params, Residency(), "ncm", opened, backbone_dir, CPU, root / host, silent)
         else:
             fitted(root / host, digits_cache, backbone_dir, host=host, **more)
     return SimpleNamespace(root=root, cache=digits_cache, backbone=backbone_dir)

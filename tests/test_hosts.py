@@ -24,11 +24,13 @@ from cache.reader import open_cache
 from pipeline import plugins
 from pipeline import stack as stack_module
 from pipeline.errors import UserError
+from pipeline.features import FeatureReader
 from pipeline.heads import load_heads
 from pipeline.host import Context
 from pipeline.hosts.mislas import smoothing
 from pipeline.longtail import effective_weights, ldam_margins
 from pipeline.recipes import RECIPES, Recipe
+from pipeline.residency import Residency
 from pipeline.stages import evaluate, train_classifier
 from pipeline.streams import Batch, Streams
 
@@ -401,7 +403,7 @@ def run_stage(out, cache, backbone, *, say=silent, residency=None, **section):
     values = {"host": "dr", "backbone": "b", **section}
     params = train_classifier.Params.model_validate(values)
     with open_cache(cache) as opened:
-        where = train_classifier.Residency(**(residency or {}))
+        where = Residency(**(residency or {}))
         return train_classifier.run(params, where, "h", opened, backbone, CPU, out, say)
 
 
@@ -542,13 +544,13 @@ def test_the_checks_find_a_seeded_mistake(mistake, cache, monkeypatch):
 
 def test_the_checks_find_fusion_at_evaluation(tmp_path, wide_cache, stage1_dir, monkeypatch):
     run_stage(tmp_path / "h", wide_cache, stage1_dir[0], grid={"ratio": [0.5], "seed": [0]})
-    original = evaluate.FeatureReader.read
+    original = FeatureReader.read
 
     def fused(self, rows):
         found = original(self, rows)
         return torch.cat([found[:, :, :32], found.roll(1, 1)[:, :, 32:]], 2)
 
-    monkeypatch.setattr(evaluate.FeatureReader, "read", fused)
+    monkeypatch.setattr(FeatureReader, "read", fused)
     with pytest.raises(AssertionError):
         check_evaluation(wide_cache, load_heads(tmp_path / "h"))
 

@@ -23,6 +23,7 @@ from cache.verify import verify
 from pipeline.cli import main
 from pipeline.errors import UserError
 from pipeline.features import FeatureReader, pool_label
+from pipeline.residency import Residency
 from pipeline.stages import evaluate, pool
 
 SHAPE = (64, 2, 2)  # the channels of the backbone in `maps`
@@ -108,9 +109,7 @@ def test_a_head_that_is_fitted_at_once_is_the_same_too(maps, tmp_path):
     for source in (maps / "cache", tmp_path / "copy"):
         with open_cache(source) as cache:
             out = tmp_path / f"heads-{source.name}"
-            train_classifier.run(
-                params, train_classifier.Residency(), "ncm", cache, maps / "backbone", CPU, out, silent
-            )
+            train_classifier.run(params, Residency(), "ncm", cache, maps / "backbone", CPU, out, silent)
         found.append(load_file(out / "heads.safetensors"))
     for key, tensor in found[0].items():
         assert distance(found[1][key], tensor) <= 1e-5

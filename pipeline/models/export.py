@@ -31,7 +31,7 @@ from pipeline.models.model import Model, load_model, save_model
 from pipeline.network import load_backbone
 from pipeline.outputs import fresh_directory
 from pipeline.params import build
-from pipeline.stages.evaluate import head_logits, load_heads_for
+from pipeline.scoring import head_logits, load_heads_for
 from pipeline.streams import sample_rows
 
 CHECKED = 32  # images whose logits are compared

@@ -6,7 +6,6 @@ the report shows beside them (`evidence.py`). The last epoch is what is evaluate
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,24 +15,20 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from pydantic import BeforeValidator
-from torch.func import vmap
 
 from cache.reader import Cache
 from pipeline.classes import by_index, groups
 from pipeline.errors import UserError
-from pipeline.features import FeatureReader, identity_if_pooled, maps_fingerprint, pool_label
-from pipeline.head import global_average, logits
-from pipeline.heads import Heads, head_parts
-from pipeline.metrics import confusion, over_seeds, per_class_accuracy, softmax_confidence, summary
-from pipeline.network import StageOneHead, backbone_digest, load_head
+from pipeline.heads import Heads
+from pipeline.metrics import over_seeds, summary
+from pipeline.network import StageOneHead, load_head
 from pipeline.outputs import fresh_directory, write_json
 from pipeline.params import Ratio, Section
 from pipeline.reporting.evidence import write_about, write_embedding, write_reliability, write_weight_norms
-from pipeline.stack import POOL
+from pipeline.reporting.tables import each, write_confusion, write_per_class, write_predictions
+from pipeline.scoring import STAGE1, Scores, load_heads_for, score_heads, score_stage1
 from pipeline.streams import sample_rows
 
-STAGE1 = "stage1"
-BLOCK_BYTES = 256 * 1024**2
 FIGURES = ("top1", "head", "medium", "tail", "ece")
 GROUP_NAMES = ("paper_index", "paper_threshold", "oltr")
 
@@ -54,16 +49,6 @@ class Params(Section):
         "paper_index"
     )
     ratio: Ratio = 0.3
-
-
-@dataclass(frozen=True)
-class _Split:
-    """Logits of every head on one split under one kind of statistics."""
-
-    statistics: str
-    labels: np.ndarray
-    samples: np.ndarray
-    logits: np.ndarray  # (heads, n, classes)
 
 
 def run(
@@ -91,11 +76,11 @@ def run(
     stored = set(cache.rows.filter(pc.field("split") == "test")["statistics"].to_pylist())
     lines = [recipe_statistics, *({heads.about["receiver"]} & stored)]
     found = {
-        (split, statistics): _evaluate_heads(cache, heads, split, statistics, device)
+        (split, statistics): score_heads(cache, heads, split, statistics, device)
         for split in splits
         for statistics in dict.fromkeys(lines)
     }
-    first = {split: _evaluate_stage1(cache, stage1, split, device) for split in splits} if stage1.state else {}
+    first = {split: score_stage1(cache, stage1, split, device) for split in splits} if stage1.state else {}
 
     figures: list[dict[str, Any]] = []
     for (split, statistics), result in found.items():
@@ -121,34 +106,15 @@ def run(
     with fresh_directory(out) as into:
         write_json(into / "metrics.json", metrics)
         pq.write_table(pa.Table.from_pylist(figures, _schema(figures)), into / "heads.parquet")
-        _write_per_class(into, table, found, first, counts)
-        _write_confusion(into, found[("test", recipe_statistics)], first.get("test"), kept)
-        _write_predictions(into, found[("test", recipe_statistics)], first.get("test"), kept)
+        write_per_class(into, table, found, first, counts)
+        write_confusion(into, found[("test", recipe_statistics)], first.get("test"), kept)
+        write_predictions(into, found[("test", recipe_statistics)], first.get("test"), kept)
         _write_evidence(
             into, cache, heads, stage1, found[("test", recipe_statistics)], first.get("test"), without, with_h2t
         )
         write_about(into, cache, heads, sample_rows(cache.rows, "test", recipe_statistics).first, group_of)
     say(f"{name}: " + _one_line(metrics))
     return metrics
-
-
-def load_heads_for(cache: Cache, heads_dir: Path, backbone_dir: Path) -> Heads:
-    """The heads in `heads_dir`. Raises UserError if they were trained on another backbone's maps."""
-    from pipeline.heads import load_heads
-
-    heads = load_heads(heads_dir)
-    expected = backbone_digest(backbone_dir)
-    if heads.about["backbone"] != expected:
-        raise UserError(
-            f"{heads_dir}: heads were trained on backbone {heads.about['backbone'][:12]}, {backbone_dir} is "
-            f"{expected[:12]}; train the heads again"
-        )
-    if heads.about["cache"] != maps_fingerprint(cache.spec):
-        raise UserError(
-            f"{heads_dir}: heads were trained on cache {heads.about['cache'][:12]}, this one is "
-            f"{maps_fingerprint(cache.spec)[:12]}; train the heads again"
-        )
-    return heads
 
 
 def group_choice(params: Params, counts: list[int]) -> list[str | None]:
@@ -199,111 +165,10 @@ def _entry(figures: list[dict[str, Any]], statistics: str, params: Params) -> di
     }
 
 
-def _evaluate_heads(cache: Cache, heads: Heads, split: str, statistics: str, device: torch.device) -> _Split:
-    rows = sample_rows(cache.rows, split, statistics)
-    found = head_logits(cache, heads, rows.first, device)
-    return _Split(statistics, rows.labels, rows.samples, found.cpu().numpy())
-
-
-def head_logits(cache: Cache, heads: Heads, rows: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Logits of every head on the cache's `rows` (n,): (heads, n, classes)."""
-    host, pool = head_parts(heads.parts, heads.context)
-    already = identity_if_pooled(cache, pool_label(heads.parts.pool, heads.parts.pool_options))
-    pooling = already or ((lambda maps: pool({}, maps)) if pool.commutes else None)
-    state = {name: t.to(device) for name, t in heads.state.items()}
-    x = FeatureReader(cache, pooling).read(rows).to(device, torch.float32)  # (E, n, C[, H, W])
-
-    def one(head: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        own = {k: t for k, t in head.items() if not k.startswith(POOL)}
-        if pooling is None:
-            x = pool({k.removeprefix(POOL): t for k, t in head.items() if k.startswith(POOL)}, x)
-        result: torch.Tensor = host.logits(own, x)
-        return result
-
-    count = len(heads.table)
-    block = max(1, BLOCK_BYTES // (4 * max(x[:, :1].numel(), len(heads.about["counts"])) * count))
-    with torch.no_grad():
-        parts = [
-            vmap(one, in_dims=(0, None))(state, x[:, first : first + block]) for first in range(0, x.shape[1], block)
-        ]
-    return torch.cat(parts, 1)
-
-
-def _evaluate_stage1(cache: Cache, head: StageOneHead, split: str, device: torch.device) -> _Split:
-    rows = sample_rows(cache.rows, split, STAGE1)
-    identity_if_pooled(cache, "gap")  # the stage-I head knows averages only
-    features = FeatureReader(cache, global_average).read(rows.first).to(device)
-    state = {name: t.to(device) for name, t in head.state.items()}
-    with torch.no_grad():
-        found = logits(head.classifier, state, features, head.scale)
-    return _Split(STAGE1, rows.labels, rows.samples, found.cpu().numpy()[None])
-
-
 def _schema(figures: list[dict[str, Any]]) -> pa.Schema:
     kinds = {"number": pa.int64(), "seed": pa.int64(), "replaced": pa.int64(), "ratio": pa.float64()}
     texts = ("donor", "selection", "split", "statistics")
     return pa.schema([(k, kinds.get(k, pa.string() if k in texts else pa.float64())) for k in figures[0]])
-
-
-def _write_per_class(
-    into: Path,
-    table: list[dict[str, Any]],
-    found: Mapping[tuple[str, str], _Split],
-    first: Mapping[str, _Split],
-    counts: list[int],
-) -> None:
-    """One line per (head, split, statistics, class), with every group definition beside it."""
-    defined = groups(counts)
-    columns: dict[str, list[Any]] = {k: [] for k in ("number", "split", "statistics", "class", "count", "accuracy")}
-    of: dict[str, list[Any]] = {name: [] for name in defined}
-    results = [(h["number"], h["number"], split, r) for (split, _), r in found.items() for h in table]
-    results += [(-1, 0, split, r) for split, r in first.items()]
-    for head, position, split, result in results:
-        guesses = result.logits[position].argmax(1)
-        accuracy = per_class_accuracy(confusion(result.labels, guesses, len(counts)))
-        columns["number"] += [head] * len(counts)
-        columns["split"] += [split] * len(counts)
-        columns["statistics"] += [result.statistics] * len(counts)
-        columns["class"] += range(len(counts))
-        columns["count"] += counts
-        columns["accuracy"] += [None if np.isnan(a) else float(a) for a in accuracy]
-        for name, members in defined.items():
-            of[name] += members
-    pq.write_table(pa.table({**columns, **of}), into / "per_class.parquet", compression="zstd")
-
-
-def _each(result: _Split, first: _Split | None, kept: list[int]) -> list[tuple[int, np.ndarray]]:
-    """Number and logits of stage I's head, where there is one, and of the heads `kept`."""
-    return [*([(-1, first.logits[0])] if first else []), *((head, result.logits[head]) for head in kept)]
-
-
-def _write_confusion(into: Path, result: _Split, first: _Split | None, kept: list[int]) -> None:
-    columns: dict[str, list[Any]] = {k: [] for k in ("number", "true", "predicted", "count")}
-    for head, found in _each(result, first, kept):
-        counts = confusion(result.labels, found.argmax(1), found.shape[1])
-        true, predicted = np.nonzero(counts)
-        columns["number"] += [head] * len(true)
-        columns["true"] += true.tolist()
-        columns["predicted"] += predicted.tolist()
-        columns["count"] += counts[true, predicted].tolist()
-    pq.write_table(pa.table(columns), into / "confusion.parquet", compression="zstd")
-
-
-def _write_predictions(into: Path, result: _Split, first: _Split | None, kept: list[int]) -> None:
-    parts = []
-    for head, found in _each(result, first, kept):
-        parts.append(
-            pa.table(
-                {
-                    "number": pa.array([head] * len(found), pa.int64()),
-                    "sample": pa.array(result.samples),
-                    "label": pa.array(result.labels.astype(np.int32)),
-                    "predicted": pa.array(found.argmax(1).astype(np.int32)),
-                    "confidence": pa.array(softmax_confidence(found).astype(np.float32)),
-                }
-            )
-        )
-    pq.write_table(pa.concat_tables(parts), into / "predictions.parquet", compression="zstd")
 
 
 def _write_evidence(
@@ -311,14 +176,14 @@ def _write_evidence(
     cache: Cache,
     heads: Heads,
     head: StageOneHead,
-    result: _Split,
-    first: _Split | None,
+    result: Scores,
+    first: Scores | None,
     without: list[dict[str, Any]],
     with_h2t: list[dict[str, Any]],
 ) -> None:
     """Calibration and weight norms of the heads behind metrics.json, an embedding with the first of each kind."""
     kept = [f["number"] for f in (*without, *with_h2t)]
-    write_reliability(into, dict(_each(result, first, kept)), result.labels)
+    write_reliability(into, dict(each(result, first, kept)), result.labels)
     write_weight_norms(into, heads, head, kept)
     rows = sample_rows(cache.rows, "test", result.statistics).first
     guesses = {

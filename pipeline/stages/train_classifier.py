@@ -29,7 +29,7 @@ from pipeline.network import NONE, StageOneHead, backbone_digest, load_head
 from pipeline.outputs import fresh_directory
 from pipeline.params import DISTINCT, Count, NonNegative, Positive, Ratio, Section, Seed, plugin
 from pipeline.recipes import RECIPES, Recipe
-from pipeline.residency import Feed, available_memory, choose_tier
+from pipeline.residency import Feed, Residency, open_feed
 from pipeline.stack import POOL, HeadSetting, Optimiser, Stack, head_bytes, parts_of
 from pipeline.streams import Streams
 
@@ -72,19 +72,6 @@ class Params(Section):
     rounding: Rounding = "floor"
     optimiser: OptimiserParams = OptimiserParams()
     grid: Grid = Grid()
-
-
-class Residency(Section):
-    """Section `train_classifier`: where features live while heads train. It changes no result.
-
-    `memory_bytes`: the budget for features in host memory; null is half of what is available. `stack_bytes`: the budget
-    of a training step; a stack that needs more is trained in parts.
-    """
-
-    residency: Literal["auto", "device", "memory", "stream"] = "auto"
-    memory_bytes: Count | None = None
-    stack_bytes: Count = 2 * 1024**3
-    pooled: bool = True
 
 
 @dataclass(frozen=True)
@@ -198,11 +185,11 @@ def run(
     if fitted:
         trained, summary = _fit(host, pool, stage1, streams, reader, device), Summary(1, 0)
     else:
-        feed = _feed(streams, reader, residency, device, say)
+        feed = open_feed(streams, reader, residency, device, say)
         token = f"{cache.spec.fingerprint} {about['backbone']} {params.model_dump_json()}"
         trained = _train(params, residency, name, host, pool, heads, feed, stage1, Path(out), token, say)
         summary = _summary(len(heads), params.optimiser.epochs * streams.steps, feed)
-        say(f"{name}: {_cost(feed)}")
+        say(f"{name}: {feed.cost}")
     _check_finite(trained.state, heads, name)
     replaced = [replaced_channels(h.ratio, channels, params.rounding) for h in heads]
     table = pa.table({k: [asdict(h)[k] for h in heads] for k in ("ratio", "donor", "selection", "seed")})
@@ -328,26 +315,6 @@ def _summary(heads: int, steps: int, feed: Feed) -> Summary:
         hit_rate=meter.hit_rate,
         expected_hit_rate=feed.expected_hit_rate,
     )
-
-
-def _feed(
-    streams: Streams, reader: FeatureReader, residency: Residency, device: torch.device, say: Callable[[str], None]
-) -> Feed:
-    """The batches with their features, in the tier that the budget allows."""
-    budget = residency.memory_bytes or available_memory() // 2
-    free = int(torch.cuda.mem_get_info(device)[0] * 0.8) if device.type == "cuda" else 0
-    choice = choose_tier(residency.residency, len(streams.rows) * reader.row_bytes, budget, free)
-    return Feed(streams, reader, choice, budget, device, say)
-
-
-def _cost(feed: Feed) -> str:
-    """The stall meter in words."""
-    meter = feed.meter
-    text = f"read {meter.bytes_read / 1e6:.1f} MB for {meter.bytes_used / 1e6:.1f} MB used"
-    if meter.hit_rate is None:
-        return text
-    rate = f"hit rate {100 * meter.hit_rate:.1f} % (expected {100 * (feed.expected_hit_rate or 0):.1f} %)"
-    return f"{text}, waited {100 * meter.stall:.0f} % of the time, {rate}"
 
 
 def _check_finite(state: dict[str, torch.Tensor], heads: list[HeadSetting], name: str) -> None:

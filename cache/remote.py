@@ -1,9 +1,9 @@
 """The bytes of a cache behind a URL: ranges side by side, asked for again where a store falters, kept on the disk.
 
-fsspec speaks the protocols and finds the credentials; what it leaves open is done here. A store that does not answer
-is asked again a few times, waiting longer each time. Ranges are fetched together, so that waiting for one of them is
-waiting for all. Shards go through the local block cache (`cache.blocks`) as soon as the commit record says what
-they hold.
+fsspec speaks the protocols (`cache.protocols`) and finds the credentials; what it leaves open is done here. A store
+that does not answer is asked again a few times, waiting longer each time. Ranges are fetched together, so that waiting
+for one of them is waiting for all. Shards go through the local block cache (`cache.blocks`) as soon as the commit
+record says what they hold.
 """
 
 import threading
@@ -17,22 +17,16 @@ from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_rand
 
 from cache.blocks import BLOCK_BYTES, BlockCache, from_environment
 from cache.errors import CacheError
+from cache.protocols import behind, file_system, is_sshfs, may_pass, sftp_ranges
 from cache.redaction import redacted, secrets_in, without
 
 T = TypeVar("T")
 
 TRIES = 5
 FIRST_WAIT, LONGEST_WAIT = 0.4, 10.0  # seconds between two tries: up to the first, doubled, up to the second
-CONNECT_TIMEOUT, READ_TIMEOUT = 10, 30  # seconds
-CONNECTIONS = 64
 BLOCKS_AT_ONCE = 16  # blocks asked for side by side by one thread: what hides the latency, and how much memory it takes
 #: A request costs about as much as these bytes, and a span is asked for by one.
 MAX_GAP_BYTES, MAX_SPAN_BYTES = 64 * 1024, 4 * 1024 * 1024
-
-#: HTTP: too early, too slow, too many. Other statuses from 400 to 499 stay what they are, however often one asks.
-WORTH_ANOTHER_TRY = (408, 425, 429)
-FINAL = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, ImportError, ValueError, TypeError)
-FINAL_WORDS = ("credential", "permission", "not trusted", "forbidden", "access denied", "accessdenied", "signature")
 
 
 class RemoteFiles:
@@ -215,8 +209,8 @@ class RemoteFiles:
         return [bytes(data) for data in found]
 
     def _cat(self, paths: list[str], starts: Sequence[int], stops: Sequence[int]) -> list[Any]:
-        if _is_sshfs(self._fs):
-            return _sftp_ranges(self._fs, paths[0], starts, stops)
+        if is_sshfs(self._fs):
+            return sftp_ranges(self._fs, paths[0], starts, stops)
         found: list[Any] = self._fs.cat_ranges(paths, list(starts), list(stops))
         return found
 
@@ -226,14 +220,14 @@ class RemoteFiles:
         tries = Retrying(
             stop=stop_after_attempt(TRIES),
             wait=wait_random_exponential(FIRST_WAIT, LONGEST_WAIT),
-            retry=retry_if_exception(_may_pass),
+            retry=retry_if_exception(may_pass),
             before_sleep=lambda _: self._reconnect(),
             reraise=True,
         )
         try:
             return tries(question)
         except Exception as raised:  # each store fails in its own words
-            error = _behind(raised)
+            error = behind(raised)
             if isinstance(error, CacheError) or (not name and isinstance(error, (ImportError, ValueError))):
                 raise
             if isinstance(error, (FileNotFoundError, NotADirectoryError)):
@@ -241,12 +235,12 @@ class RemoteFiles:
             if getattr(error, "status", None) == 416:  # HTTP: the range lies beyond the end
                 raise CacheError("damaged", f"{where}: is shorter than its index or record says") from None
             said = without(" ".join(str(error).split()), self._secrets) or type(error).__name__
-            after = f" {TRIES} times" if _may_pass(error) else ""
+            after = f" {TRIES} times" if may_pass(error) else ""
             raise CacheError("unreachable", f"{where}: the store did not answer{after} ({said}); try again") from None
 
     def _reconnect(self) -> None:
         """A connection that broke stays broken with sshfs; others make their own for each request."""
-        if hasattr(self, "_fs") and _is_sshfs(self._fs):
+        if hasattr(self, "_fs") and is_sshfs(self._fs):
             with suppress(Exception):
                 self._fs, _ = file_system(self._given)
 
@@ -269,72 +263,3 @@ def merged(ranges: Sequence[tuple[int, int]]) -> tuple[list[tuple[int, int]], li
             spans.append((start, stop))
         inside[i] = (len(spans) - 1, start - spans[-1][0], stop - start)
     return spans, inside
-
-
-def file_system(url: str) -> tuple[Any, str]:
-    """The fsspec file system of `url` and the path in it. Timeouts are set, credentials are fsspec's own matter."""
-    import fsspec
-
-    protocol = url.partition("://")[0]
-    options: dict[str, Any] = {"skip_instance_cache": True}
-    if protocol in ("http", "https"):
-        import aiohttp
-
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT, sock_read=READ_TIMEOUT)
-        options["client_kwargs"] = {"timeout": timeout}
-    elif protocol in ("s3", "s3a"):
-        # One place tries again, and that is here.
-        tries = {"total_max_attempts": 1}
-        options["config_kwargs"] = {
-            "max_pool_connections": CONNECTIONS, "retries": tries,
-            "connect_timeout": CONNECT_TIMEOUT, "read_timeout": READ_TIMEOUT,
-        }  # fmt: skip
-    elif protocol in ("ssh", "sftp"):
-        # sshfs alone would talk to any host: an empty tuple means ~/.ssh/known_hosts.
-        options |= {"known_hosts": (), "connect_timeout": CONNECT_TIMEOUT, "keepalive_interval": CONNECT_TIMEOUT}
-    if protocol not in ("ssh", "sftp"):  # sshfs hands every option on to the connection, and keeps no listings
-        options["use_listings_cache"] = False
-    fs, root = fsspec.core.url_to_fs(url, **options)
-    if protocol in ("s3", "s3a"):
-        fs.retries = 1
-    return fs, root
-
-
-def _sftp_ranges(fs: Any, path: str, starts: Sequence[int], stops: Sequence[int]) -> list[Any]:
-    """Ranges of one file by sshfs, whose own `cat_file` knows no ranges and sends the whole file."""
-    import asyncio
-
-    from fsspec.asyn import sync
-    from sshfs.utils import wrap_exceptions
-
-    async def ranges() -> list[Any]:
-        async with fs._pool.get() as channel, channel.open(path, "rb") as file:
-            reads = (file.read(stop - start, start) for start, stop in zip(starts, stops, strict=True))
-            return await asyncio.gather(*reads, return_exceptions=True)
-
-    found: list[Any] = sync(fs.loop, wrap_exceptions(ranges))
-    return found
-
-
-def _is_sshfs(fs: Any) -> bool:
-    return any(kind.__module__.partition(".")[0] == "sshfs" for kind in type(fs).__mro__)  # DVC has a kind of its own
-
-
-def _behind(error: BaseException) -> BaseException:
-    """What went wrong: fsspec's HTTP calls every failure a missing file, and names it as the cause."""
-    cause = error.__cause__
-    masked = isinstance(error, FileNotFoundError) and cause is not None and getattr(cause, "status", None) != 404
-    http = isinstance(cause, TimeoutError) or type(cause).__module__.startswith("aiohttp")
-    return cause if masked and http and cause is not None else error
-
-
-def _may_pass(error: BaseException) -> bool:
-    """Whether asking again may help."""
-    error = _behind(error)
-    if isinstance(error, (*FINAL, CacheError)) or not isinstance(error, Exception):
-        return False
-    status = getattr(error, "status", None)
-    if isinstance(status, int) and 400 <= status < 500:
-        return status in WORTH_ANOTHER_TRY
-    told = f"{type(error).__name__} {error}".lower()
-    return not any(word in told for word in FINAL_WORDS)

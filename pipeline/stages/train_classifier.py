@@ -163,12 +163,7 @@ def run(
         where=f"hosts.{name}",
     )
     host, pool = head_parts(parts, context)
-    exact = pool.commutes and (getattr(pool, "linear", False) or "mixup" not in params.grid.selection)
-    pooling = (lambda maps: pool({}, maps)) if exact and (residency.pooled or fitted) else None
-    already = identity_if_pooled(cache, pool_label(params.pool, params.pool_options))
-    if already and not exact:
-        raise UserError(f"{cache.files}: is pooled already; mixup and {params.pool} do not commute, use whole maps")
-    reader = FeatureReader(cache, already or pooling)
+    reader = _reader(params, cache, pool, as_maps=not (residency.pooled or fitted))
     about = {
         **asdict(parts),
         "batchnorm": params.batchnorm,
@@ -192,14 +187,9 @@ def run(
         say(f"{name}: {feed.cost}")
     _check_finite(trained.state, heads, name)
     replaced = [replaced_channels(h.ratio, channels, params.rounding) for h in heads]
-    table = pa.table({k: [asdict(h)[k] for h in heads] for k in ("ratio", "donor", "selection", "seed")})
-    table = table.add_column(0, "number", pa.array(range(len(heads)), pa.int64()))
-    table = table.append_column("replaced", pa.array(replaced, pa.int64()))
     with fresh_directory(out) as into:
         save_weights(into / "heads.safetensors", trained.state, {"host": params.host})
-        pq.write_table(
-            table.replace_schema_metadata({"h2t": json.dumps(about, sort_keys=True)}), into / "heads.parquet"
-        )
+        pq.write_table(_table(heads, replaced, about), into / "heads.parquet")
         pq.write_table(trained.history, into / "history.parquet")
     Checkpoint(out, "").clear()
     say(f"{name}: " + ("fitted" if fitted else _outcome(trained.history, params.optimiser.epochs, len(heads))))
@@ -238,6 +228,23 @@ def _check_cache(cache: Cache, context: Context, numbers: int) -> None:
         )
     if numbers > 1 and "pool" in cache.spec.fingerprint_inputs:
         raise UserError(f"{cache.files}: is pooled already, this host needs whole maps; use the cache it was made from")
+
+
+def _reader(params: Params, cache: Cache, pool: Any, *, as_maps: bool) -> FeatureReader:
+    """Reads features pooled where that changes nothing, unless they are wanted `as_maps`. Raises UserError."""
+    exact = pool.commutes and (getattr(pool, "linear", False) or "mixup" not in params.grid.selection)
+    already = identity_if_pooled(cache, pool_label(params.pool, params.pool_options))
+    if already and not exact:
+        raise UserError(f"{cache.files}: is pooled already; mixup and {params.pool} do not commute, use whole maps")
+    return FeatureReader(cache, already or ((lambda maps: pool({}, maps)) if exact and not as_maps else None))
+
+
+def _table(heads: list[HeadSetting], replaced: list[int], about: dict[str, Any]) -> pa.Table:
+    """A line per head: its settings and how many channels are `replaced`; `about` in the schema's metadata."""
+    columns = {k: [asdict(h)[k] for h in heads] for k in ("ratio", "donor", "selection", "seed")}
+    numbers = pa.array(range(len(heads)), pa.int64())
+    table = pa.table({"number": numbers, **columns, "replaced": pa.array(replaced, pa.int64())})
+    return table.replace_schema_metadata({"h2t": json.dumps(about, sort_keys=True)})
 
 
 def _fit(

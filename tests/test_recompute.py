@@ -34,7 +34,7 @@ def test_rows_are_random_distinct_and_no_more_than_there_are(digits, backbone_di
             self.images, self.asked = images, []
 
         def batch(self, samples, keys):
-            self.asked.append((*samples, *keys))
+            self.asked.extend(zip(samples, keys, strict=True))
             return self.images.batch(samples, keys)
 
     asked = []

@@ -4,11 +4,13 @@ Finds what checksums cannot: weights or images that are not those the cache was 
 a changed transform, another order of colours.
 """
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from cache.reader import Cache
 from cache.spec import to_float32
@@ -23,6 +25,9 @@ from pipeline.seeds import stream
 #: How far a recomputed value may be from the stored one, as a share of the largest value of its map. The same device,
 #: thread count and versions give the same bits; others sum in another order and round to the storage type elsewhere.
 TOLERANCE = {"float32": 1e-3, "float16": 4e-3, "bfloat16": 2e-2}
+
+
+Wanted = tuple[int, int, tuple[int, int] | None]  # row, its sample, the key of its view
 
 
 @dataclass(frozen=True)
@@ -57,38 +62,58 @@ def recompute(
                 f"{cache.files}: was extracted with another {name} ({recorded}) than the one given ({found})"
             )
     backbone.to(device)
-    statistics = batchnorm.from_bytes(cache.statistics)
     chosen = np.sort(stream(seed, "recompute").choice(spec.rows, min(count, spec.rows), replace=False))
     known = {
         (line["split"], line["source"]): line
         for line in samples.table.select(["sample", "split", "source", "digest"]).to_pylist()
     }
-    faults: list[str] = []
-    worst, same_bits = 0.0, 0
-    for row, entry in zip(chosen.tolist(), cache.rows.take(chosen).to_pylist(), strict=True):
-        what = f"row {row} ({entry['split']} {entry['source']}, view {entry['view']}, {entry['statistics']})"
+    wrong: dict[int, str] = {}  # row -> what is wrong with it
+    todo: dict[str, list[Wanted]] = {}
+    entries = dict(zip(chosen.tolist(), cache.rows.take(chosen).to_pylist(), strict=True))
+    for row, entry in entries.items():
         sample = known.get((entry["split"], entry["source"]))
         if sample is None:
-            faults.append(f"{what}: its image is not among the samples")
-            continue
-        if sample["digest"] != entry["digest"]:
-            faults.append(f"{what}: its image has other bytes now")
-            continue
-        # Padded as in extraction: at another batch size libraries may sum in another order.
-        key = None if entry["view"] == 0 else (inputs["views"]["seed"], entry["view"])
-        x = images.batch([sample["sample"]], [key]).expand(spec.provenance.get("batch_size", 1), -1, -1, -1)
-        batchnorm.use(backbone, statistics[entry["statistics"]])
-        precision = spec.provenance.get("precision", "float32")
-        for expert, maps in enumerate(guarded_maps(backbone, x.to(device), precision)):
-            now = maps[0].cpu().to(getattr(torch, spec.dtype)).to(torch.float32).numpy()
-            stored = to_float32(cache.read([row], expert=expert), spec.dtype)[0]
-            same_bits += int(np.array_equal(now, stored))
-            scale = max(float(np.abs(stored).max()), float(np.abs(now).max()), 1e-12)
-            off = float(np.abs(now - stored).max()) / scale
-            worst = max(worst, off)
-            if not off <= TOLERANCE[spec.dtype]:
-                faults.append(
-                    f"{what}, expert {expert}: recomputed values are off by {off:.2g} of the largest; "
-                    f"allowed are {TOLERANCE[spec.dtype]:g}"
-                )
+            wrong[row] = ": its image is not among the samples"
+        elif sample["digest"] != entry["digest"]:
+            wrong[row] = ": its image has other bytes now"
+        else:
+            key = None if entry["view"] == 0 else (inputs["views"]["seed"], entry["view"])
+            todo.setdefault(entry["statistics"], []).append((row, sample["sample"], key))
+    worst, same_bits = 0.0, 0
+    for row, expert, now, stored in _both(cache, backbone, images, todo, device):
+        same_bits += int(np.array_equal(now, stored))
+        scale = max(float(np.abs(stored).max()), float(np.abs(now).max()), 1e-12)
+        off = float(np.abs(now - stored).max()) / scale
+        worst = max(worst, off)
+        if not off <= TOLERANCE[spec.dtype]:
+            wrong[row] = (
+                f", expert {expert}: recomputed values are off by {off:.2g} of the largest; "
+                f"allowed are {TOLERANCE[spec.dtype]:g}"
+            )
+    faults = [
+        f"row {row} ({entry['split']} {entry['source']}, view {entry['view']}, {entry['statistics']}){wrong[row]}"
+        for row, entry in entries.items()
+        if row in wrong
+    ]
     return Recomputed(len(chosen), same_bits // spec.experts, worst, TOLERANCE[spec.dtype], faults)
+
+
+def _both(
+    cache: Cache, backbone: nn.Module, images: Images, todo: Mapping[str, list[Wanted]], device: torch.device
+) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
+    """(row, expert, recomputed map, stored map), both float32, of the rows `todo` of each statistics."""
+    spec = cache.spec
+    statistics = batchnorm.from_bytes(cache.statistics)
+    size = spec.provenance.get("batch_size", 1)
+    for name, wanted in todo.items():
+        batchnorm.use(backbone, statistics[name])
+        for part in (wanted[i : i + size] for i in range(0, len(wanted), size)):
+            rows, samples, keys = zip(*part, strict=True)
+            x = images.batch(samples, keys)
+            # Filled up as in extraction: at another batch size libraries may sum in another order.
+            x = torch.cat([x, x[-1:].expand(size - len(x), -1, -1, -1)]).to(device)
+            for expert, maps in enumerate(guarded_maps(backbone, x, spec.provenance.get("precision", "float32"))):
+                now = maps[: len(rows)].cpu().to(getattr(torch, spec.dtype)).to(torch.float32).numpy()
+                stored = to_float32(cache.read(rows, expert=expert), spec.dtype)
+                for row, mine, theirs in zip(rows, now, stored, strict=True):
+                    yield row, expert, mine, theirs

@@ -19,8 +19,9 @@ $(VENV)/installed: pyproject.toml setup.py cache/gather.c
 	$(BIN)/python -m pip install --quiet --editable . --group dev
 	touch $@
 
+# Two processes on two cores; tests compute on one thread each.
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/installed
 	$(BIN)/ruff check

@@ -2,6 +2,10 @@
 
 import json
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 
 def test_remote_benchmark(tmp_path, capsys):
     from benchmarks.bench_remote import LOCAL, WARM, main

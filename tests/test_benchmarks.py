@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 TIMING = {"median_s", "p10_s", "p90_s", "cpu_s", "rounds"}
 RATIO = {"median", "p10", "p90", "cpu"}

@@ -16,6 +16,8 @@ from cache.reader import open_cache
 from pipeline.models.export import Choice
 from pipeline.models.export import run as export
 
+pytestmark = pytest.mark.slow
+
 KINDS = ("prepare/samples", "train_backbone/ce_mixup", "extract/ce_mixup", "pool/ce_mixup", "train_classifier/dr")
 DVC_YAML = "stages:\n" + "".join(
     f"  {kind.replace('/', '_')}:\n    cmd: cp -r made/{kind} data/{kind}\n    outs: [data/{kind}]\n" for kind in KINDS

@@ -22,6 +22,8 @@ from pipeline.errors import UserError
 from pipeline.network import load_backbone
 from pipeline.stages.extract import row_table, views_per_class
 
+pytestmark = pytest.mark.slow
+
 
 def values_of(path: Path) -> dict[tuple, bytes]:
     """(split, statistics, source, view) -> the row's bytes."""

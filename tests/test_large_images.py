@@ -12,6 +12,8 @@ from pipeline import plugins
 from pipeline.samples import load_samples
 from pipeline.stages import evaluate, prepare, train_backbone
 
+pytestmark = pytest.mark.slow
+
 
 def calm_weights(path, arch, options=()):
     """Fresh weights whose residual branches are small: a few steps are too few for the running statistics to settle."""

@@ -21,6 +21,8 @@ from benchmarks import online_h2t
 from cache.reader import open_cache
 from pipeline.stages import evaluate
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):

@@ -14,6 +14,8 @@ import yaml
 from builders import tree
 from pipeline_builders import ROOT, environment, make_params
 
+pytestmark = pytest.mark.slow
+
 CODE = ("cache", "pipeline", "dvc.yaml", ".dvcignore")
 
 

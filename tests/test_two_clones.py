@@ -18,7 +18,7 @@ from builders import tree
 from pipeline_builders import ROOT, environment, write_params
 from servers import openssh_server, s3_endpoint, sshd_program
 
-pytestmark = pytest.mark.sharing
+pytestmark = [pytest.mark.sharing, pytest.mark.slow]
 
 CODE = ("cache", "pipeline", "dvc.yaml", ".dvcignore", ".gitignore", ".dvc/config", ".dvc/.gitignore")
 SSHD = pytest.param("ssh", marks=pytest.mark.skipif(not sshd_program(), reason="needs sshd: make test-remotes"))

@@ -12,6 +12,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # the scripts beside this file a
 from kill import contents, kills, start, undisturbed
 from writing import SHARDS
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_kills_lose_one_shard_at_most_and_never_a_byte(tmp_path, seed):

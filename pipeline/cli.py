@@ -100,7 +100,7 @@ def stage(function: Callable[..., Any]) -> Callable[..., Any]:
     ) -> None:
         from pipeline import params, settings
 
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         values = params.load(params_file, overrides)
         if device is not None:
             values["device"] = device
@@ -114,7 +114,8 @@ def stage(function: Callable[..., Any]) -> Callable[..., Any]:
         if record is not None and os.environ.get("RANK", "0") == "0":  # under torchrun the first process writes
             from pipeline.outputs import write_run_record
 
-            write_run_record(record, {"seconds": round(time.perf_counter() - started, 3), **(facts or {})})
+            taken = {"seconds": time.perf_counter() - started, "cpu": time.process_time() - used}
+            write_run_record(record, {**{k: round(v, 3) for k, v in taken.items()}, **(facts or {})})
 
     return command
 

@@ -11,6 +11,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
+from pipeline.published import estimates
 from pipeline.results import (
     FIGURES,
     ROWS,
@@ -30,7 +31,7 @@ MOST_CLASSES = 100  # more are shown as this many runs of neighbours in the orde
 def render(title: str, results: Sequence[HostResult], runs: Sequence[Mapping[str, Any]] = ()) -> str:
     """The page. `runs` are run records (time, machine, rates), which no other part of a report may depend on."""
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(cell=cell, number=_number, size=_size)
+    environment.filters.update(cell=cell, number=_number, size=_size, duration=_duration, times=_times)
     scripts = [(TEMPLATES / "vendor" / name).read_text(encoding="utf-8") for name in VENDOR]
     scripts.append((TEMPLATES / "report.js").read_text(encoding="utf-8"))
     return environment.get_template("report.html").render(
@@ -41,6 +42,7 @@ def render(title: str, results: Sequence[HostResult], runs: Sequence[Mapping[str
         changes={r.name: d for r in results if (d := with_against_without(r))},
         hosts_apart=_between(results),
         runs=runs,
+        estimates=estimates(results, runs),
         data=_json({"hosts": {r.name: host_data(r) for r in results}, "rows": ROWS}),
         style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
         scripts=[Markup(script) for script in scripts],
@@ -65,6 +67,18 @@ def _size(count: float) -> str:
         for p, u in ((9, "GB"), (6, "MB"), (3, "kB"), (0, "bytes"))
         if count >= 10**p or not p
     )
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    length, unit = next((n, u) for n, u in ((3600, "h"), (60, "min"), (1, "s")) if seconds >= 2 * n or n == 1)
+    value = seconds / length
+    return f"{value:,.0f} {unit}" if value >= 10 else f"{value:.1f} {unit}"
+
+
+def _times(ratio: float | None) -> str:
+    return "–" if ratio is None else f"{ratio:,.0f}" if ratio >= 10 else f"{ratio:.1f}"
 
 
 def _json(value: Any) -> Markup:

@@ -3,6 +3,7 @@
 Under CI=true a missing browser fails; elsewhere these tests are skipped with the reason.
 """
 
+import json
 import os
 import re
 from importlib.resources import files
@@ -15,7 +16,17 @@ from report_builders import NASTY, make_evaluated
 
 from pipeline.stages import report
 
-RUN = '{"seconds": 1.5, "stall": 0.25, "bytes_read": 1000, "heads": 9, "commit": "abc", "machine": {"cores": 2}}'
+MACHINE = {"cores": 2, "processor": "x86_64"}
+RUN = {"seconds": 1.5, "stall": 0.25, "bytes_read": 1000, "heads": 9, "commit": "abc", "machine": MACHINE}
+TRAINED = {"cpu": 2.0, "steps": 20, "batch_size": 32, "resumed_steps": 0}
+EXTRACTED = {
+    "cpu": 6.0,
+    "kept_shards": 0,
+    "taken": 0,
+    "forward_images": 128,
+    "forward_seconds": 0.1,
+    "forward_cpu": 0.2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +35,10 @@ def page_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     evaluated = make_evaluated(folder, "dr")
     make_evaluated(folder, "other", rounding="round", optimiser={"lr": 0.1})
-    runs = folder / "runs" / "train_classifier"
-    runs.mkdir(parents=True)
-    (runs / "dr.json").write_text(RUN)
+    fingerprint = json.loads((evaluated / "dr" / "about.json").read_text())["host"]["cache"]
+    for name, facts in (("train_classifier/dr", TRAINED), ("extract/b", {**EXTRACTED, "fingerprint": fingerprint})):
+        (folder / "runs" / name).parent.mkdir(parents=True)
+        (folder / f"runs/{name}.json").write_text(json.dumps({**RUN, **facts}))
     said: list[str] = []
     report.run(
         report.Params(title=f"A title {NASTY}"),
@@ -77,6 +89,15 @@ def test_no_error_and_no_request(shown, page_file):
     assert {r for r in shown.requests if not r.startswith("data:")} == {page_file.as_uri()}
     assert shown.run("document.querySelectorAll('.chart svg').length") >= 9
     assert shown.run("document.querySelectorAll('img').length") == 0
+
+
+def test_the_published_way_is_estimated_where_runs_are_shown(shown):
+    lines = shown.run("[...document.querySelectorAll('#published-table tbody tr')].map(l => l.innerText.split(/\\s+/))")
+    images = (6 * 2 + 3 * 1) * 20 * 32
+    seconds = images / 1280
+    here, there = ["1.5", "s", "2.0", "s"], [f"{seconds:.1f}", "s", f"{2 * seconds:.0f}", "s"]
+    times = [f"{seconds / 1.5:.1f}", f"{2 * seconds / 2:.1f}", f"{seconds / 3:.1f}", f"{2 * seconds / 8:.1f}"]
+    assert lines == [["dr", "9", *here, *there, *times]]
 
 
 def test_slider_moves_groups_classes_and_words_together(shown):

@@ -1,5 +1,6 @@
 """Tables of docs/results.md from a small cache, their numbers recomputed another way; --compare and --runs."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -60,6 +61,11 @@ def test_ratio_table_has_every_ratio(evaluated):
 
 
 def test_an_analysis_runs_by_one_command_and_again_to_the_same_table(tmp_path, evaluated):
+    record = evaluated.parent / "runs" / "extract" / "b0.json"
+    record.parent.mkdir(parents=True)
+    about = json.loads((evaluated / "dr" / "about.json").read_text())
+    passes = {"forward_images": 100, "forward_seconds": 2.0, "forward_cpu": 3.0, "kept_shards": 0, "taken": 0}
+    record.write_text(json.dumps({"seconds": 4.0, "fingerprint": about["host"]["cache"], **passes}))
     values = {
         "device": "cpu",
         "hosts": {
@@ -77,6 +83,7 @@ def test_an_analysis_runs_by_one_command_and_again_to_the_same_table(tmp_path, e
         found = tables.load_analysis(tmp_path / name)
         assert found.runs["only"]["heads"] == 4
         assert "4 heads" in found.made
+        assert "2 different runs with donors" in (tmp_path / name / "report" / "index.html").read_text()
         found_tables.append(
             (tables.ratio_table(found["only"]), (tmp_path / name / "report" / "results.md").read_bytes())
         )

@@ -251,7 +251,12 @@ def evaluate(values: dict[str, Any], name: str, cache: str, heads: Path, backbon
 @click.argument("evaluate_dir", type=PATH, required=False)
 @click.argument("out", type=PATH, required=False)
 @click.option("--runs", type=PATH, help="Folder of run records (data/runs): the page shows time and machine as well.")
-@click.option("--compare", nargs=2, metavar="A B", help="Two folders of evaluated hosts or git revisions, B against A.")
+@click.option(
+    "--compare",
+    nargs=2,
+    metavar="A B",
+    help="Two folders of evaluated hosts, git revisions or names of experiments, B against A.",
+)
 @stage
 def report(
     values: dict[str, Any], evaluate_dir: Path | None, out: Path | None, runs: Path | None, compare: tuple[str, str]

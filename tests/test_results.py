@@ -54,6 +54,14 @@ def test_table_of_donors_from_a_small_cache(evaluated):
             assert apart.endswith("no difference") == (low <= 0 <= high)
 
 
+def test_a_report_has_the_same_lines_of_other_donors(evaluated):
+    result = load_result("dr", evaluated / "dr")
+    ours, docs = (cells_of(t) for t in (reporting.variants_table([result]), tables.variant_table(result, 0.3, {}, "")))
+    assert result.metrics["with_h2t"]["ratio"] == 0.3
+    assert [[f"{line[1]}, {line[2]}", *line[4:8], line[9]] for line in ours] == docs[2:]
+    assert reporting.variants_table([replace(result, tables={**result.tables, "heads": result.heads[:3]})]) is None
+
+
 def test_ratio_table_has_every_ratio(evaluated):
     lines = tables.ratio_table(load_result("dr", evaluated / "dr")).splitlines()[2:]
     assert [line.split("|")[1].strip() for line in lines] == ["0", "0.3", "0.6"]

@@ -39,18 +39,15 @@ from pipeline.errors import UserError
 from pipeline.figures import ratio_picture
 from pipeline.published import different_runs
 from pipeline.reporting import difference_table, markdown_table, run_records
-from pipeline.results import HostResult, load_result, ratio_curve
+from pipeline.results import load_result, ratio_curve
 
 
-def online_tables(online: Online, results: dict[str, HostResult]) -> dict[str, str]:
-    """Places of the section on the published way: the bounds, and every recipe against it."""
+def online_tables(online: Online, ours: dict[str, pd.DataFrame]) -> dict[str, str]:
+    """Places of the section on the published way: the bounds, and every recipe (heads by its label) against it."""
     columns = ["figure", "online", "ours", "ours - online", "bound", "the 95 % interval lies"]
     return {
-        **{
-            f"online {words}": table(columns, bounds_table(online, results[f"branchwise, {words}"].at(online.ratio)))
-            for words in VIEWS
-        },
-        "online recipes": table(["recipe", *(f"{f}, ours - online" for f in BOUNDS)], recipes_lines(online, results)),
+        **{f"online {words}": table(columns, bounds_table(online, ours[f"branchwise, {words}"])) for words in VIEWS},
+        "online recipes": table(["recipe", *(f"{f}, ours - online" for f in BOUNDS)], recipes_lines(online, ours)),
         "online made": online.made,
     }
 
@@ -115,7 +112,7 @@ def document(data: Path, digits: Path, template: str) -> str:
         "grid text": grid_text(found["grid"], online),
         "grid donors": variant_table(found["grid"]["grid"], REPORTED, {}, ""),
         "digits": digits_text(digits),
-        **online_tables(online, recipes),
+        **online_tables(online, {label: r.at(online.ratio) for label, r in recipes.items()}),
     }
     places |= {f"ratios {f}": ratios_table(recipes, f) for f in SHORT}
     for recipe in RECIPES:

@@ -13,6 +13,7 @@ from report_builders import make_evaluated
 from scipy.stats import ttest_rel
 
 from benchmarks import analyses, online_results, tables
+from benchmarks.results import online_tables
 from pipeline import comparison, params, reporting
 from pipeline.errors import UserError
 from pipeline.results import FIGURES, load_result
@@ -194,8 +195,27 @@ def test_ours_beside_online_runs(evaluated, by, expected):
     assert [head["seed"] for head in body["ours"]["dr"]["heads"]] == [0, 1, 2]
     assert online.median("cpu") == 601
     assert "601 s of processor time (701 s by the clock" in online.made
-    apart = re.findall(r"[+-]\d+\.\d+", online_results.recipes_lines(online, {"r": result})[0][1])
+    apart = re.findall(r"[+-]\d+\.\d+", online_results.recipes_lines(online, {"r": ours})[0][1])
     assert [float(n) for n in apart] == found
+
+
+def test_the_page_of_results_is_its_template_with_the_places_filled():
+    """Nothing in docs/results.md was written or changed by hand."""
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    parts = re.split(r"{{.*?}}", (ROOT / "benchmarks" / "results.md").read_text(encoding="utf-8"))
+    assert re.fullmatch("(.+?)".join(map(re.escape, parts)), text, re.DOTALL)
+
+
+def test_tables_of_the_results_come_from_the_committed_record():
+    """Those beside the published way, from benchmarks/results/online.json alone."""
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    body = json.loads((ROOT / "benchmarks" / "results" / "online.json").read_text(encoding="utf-8"))
+    online = online_results.Online(body["ratio"], body["runs"])
+    labels = [f"{recipe}, {words}" for words in tables.VIEWS for recipe in tables.RECIPES]
+    found = online_tables(online, {label: pd.DataFrame(body["ours"][label]["heads"]) for label in labels})
+    assert len(found) == 4
+    for place, made in found.items():
+        assert made in text, place
 
 
 def test_no_online_run_is_one_line(tmp_path):

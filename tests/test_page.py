@@ -6,6 +6,7 @@ Under CI=true a missing browser fails; elsewhere these tests are skipped with th
 import json
 import os
 import re
+from dataclasses import replace
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +15,7 @@ import browser
 import pytest
 from report_builders import NASTY, make_evaluated
 
+from pipeline.page import render
 from pipeline.results import load_result
 from pipeline.stages import report
 
@@ -218,6 +220,20 @@ def test_motion_only_for_those_who_want_it():
             assert "prefers-reduced-motion: no-preference" in line
 
 
+def test_classifiers_that_are_always_as_sure_are_drawn(shown, page_file, tmp_path):
+    """Thousands of classes can leave one bin of confidence."""
+    result = load_result("dr", page_file.parent.parent / "evaluate" / "dr")
+    bins = result.tables["reliability"]
+    single = replace(
+        result, tables={**result.tables, "reliability": bins[bins.bin == bins.bin[bins["count"] > 0].min()]}
+    )
+    (tmp_path / "page.html").write_text(render("One bin", [single]), encoding="utf-8")
+    shown.errors.clear()
+    shown.open(tmp_path / "page.html")
+    assert shown.run("document.querySelectorAll('#reliability svg').length") == 1
+    assert shown.errors == []
+
+
 def test_hosts_that_lack_parts_are_drawn_without_them(shown, tmp_path):
     """One has no ratio 0, one no donor instance at all, one is fitted; 120 classes are shown in 100 runs."""
     many = [f"class {i}" for i in range(120)]
@@ -231,6 +247,7 @@ def test_hosts_that_lack_parts_are_drawn_without_them(shown, tmp_path):
         choose(shown, "host", host, "change")
         assert shown.run("document.getElementById('ratio-text').textContent").startswith(host)
         assert shown.run("document.querySelectorAll('#counts-table tbody tr').length") == 100
+        assert shown.run("document.querySelectorAll('#confusion-table tbody tr').length") <= 301
     assert shown.errors == []
     assert "120 classes are too many to draw: a place stands for 1 or 2 of them" in shown.run("document.body.innerText")
     assert not shown.run("document.getElementById('variants-text')")  # no host has other donors

@@ -9,6 +9,7 @@ const ROW_COLOUR = { "stage I": "var(--stage1)", "without H2T": "var(--head)", "
 const CLASS_COLOURS = ["#4e79a7", "#f28e2b", "#e15759", "#76b7b2", "#59a14f", "#edc948", "#b07aa1", "#ff9da7", "#9c755f", "#8a8a8a"];
 const NEIGHBOURS = 5;
 const CELLS = 90;
+const LINES = 300; // of a table of pairs of classes
 const state = { host: Object.keys(hosts)[0], at: 0, row: "with_h2t", pair: "" };
 const known = (v) => v !== null && v !== undefined;
 const text = (v, digits = 2) => (known(v) ? Number(v).toFixed(digits) : "–");
@@ -142,7 +143,7 @@ function drawCounts() {
     most: 1100, x: { type: "log", label: "training images of the class", grid: true, reverse: true, ticks, tickFormat: (n) => n.toLocaleString("en") }, y: percent(),
     color: { domain: Object.keys(ROW_COLOUR), range: Object.values(ROW_COLOUR), legend: false }, symbol: { domain: Object.keys(ROW_COLOUR), range: ["circle", "square", "triangle"] },
     marks: [
-      Plot.line(points, { x: "count", y: "accuracy", stroke: "row", strokeOpacity: h.classes.length > 30 ? 0 : 0.7 }),
+      Plot.line(points, { x: "count", y: "accuracy", z: "row", stroke: "row", strokeOpacity: h.classes.length > 30 ? 0 : 0.7 }),
       Plot.dot(points, { x: "count", y: "accuracy", stroke: "row", fill: "row", symbol: "row", r: 4, tip: true, title: (p) => `${p.name} (${p.count}), ${p.row}: ${text(p.accuracy)}` }),
     ],
   }, ["class", "training images", ...kinds.map(([n]) => n)], h.classes.map((c, i) => [c.name, text(c.count, 0), ...kinds.map(([, row]) => row.accuracy[i])]));
@@ -161,6 +162,8 @@ function drawConfusion() {
     const total = line.reduce((a, b) => a + b, 0);
     return line.map((n, p) => ({ t, p, n, share: total ? n / total : 0, wrong: classes[t].group === "tail" && classes[p].group === "head" && n > 0 }));
   });
+  const worth = cells.filter((c) => c.share >= 0.01).sort((a, b) => b.share - a.share);
+  const told = worth.slice(0, LINES).sort((a, b) => a.t - b.t || a.p - b.p);
   const width = Math.min($("confusion").clientWidth || 500, 560);
   const tick = (i) => (many ? "" : short(classes[i].name, 10));
   chart("confusion", {
@@ -172,7 +175,7 @@ function drawConfusion() {
       many ? null : Plot.text(cells.filter((c) => c.share >= 0.005), { x: "p", y: "t", text: (c) => text(100 * c.share, 0), fontSize: 11, fill: (c) => (c.share > 0.55 ? "var(--paper)" : "var(--ink)") }),
       Plot.frame({ stroke: "var(--line)" }),
     ],
-  }, ["true", "predicted", "share (%)"], cells.filter((c) => c.share >= 0.01).map((c) => [classes[c.t].name, classes[c.p].name, 100 * c.share]));
+  }, ["true", "predicted", "share (%)"], [...told.map((c) => [classes[c.t].name, classes[c.p].name, 100 * c.share]), ...(told.length < worth.length ? [["and", `${worth.length - told.length} smaller ones`, "–"]] : [])]);
   const taken = {};
   for (const c of cells) if (classes[c.t].group === "tail") taken[c.p] = (taken[c.p] || 0) + c.n;
   const total = Object.values(taken).reduce((a, b) => a + b, 0);
@@ -199,7 +202,7 @@ function drawCalibration() {
     ...scales, height: 340, x: { domain: [0, 100], label: "confidence (%)", grid: true }, y: percent("accuracy (%)"), r: { range: [2, 8] },
     marks: [
       Plot.line([[0, 0], [100, 100]], { stroke: "currentColor", strokeDasharray: "4 3" }),
-      Plot.line(bins, { x: "confidence", y: "accuracy", stroke: "row" }),
+      Plot.line(bins, { x: "confidence", y: "accuracy", z: "row", stroke: "row" }),
       Plot.dot(bins, { x: "confidence", y: "accuracy", fill: "row", symbol: "row", r: "count", tip: true, title: (b) => `${b.row}: sure ${text(b.confidence, 1)}, right ${text(b.accuracy, 1)}, ${b.count} samples` }),
     ],
   }, ["classifier", "confidence", "accuracy", "samples"], bins.map((b) => [b.row, b.confidence, b.accuracy, String(b.count)]));
@@ -207,7 +210,7 @@ function drawCalibration() {
   const norms = kinds.filter(([, r]) => r.norms).flatMap(([row, r]) => r.norms.map((norm, i) => ({ row, i, norm, name: h.classes[i].name })));
   chart("norms", {
     ...scales, height: 340, x: { label: "class, in descending order of training images", ticks: [] }, y: { label: "length", grid: true, zero: true },
-    marks: [Plot.line(norms, { x: "i", y: "norm", stroke: "row" }), Plot.dot(norms, { x: "i", y: "norm", fill: "row", symbol: "row", r: 3, tip: true, title: (n) => `${n.name}, ${n.row}: ${text(n.norm, 3)}` })],
+    marks: [Plot.line(norms, { x: "i", y: "norm", z: "row", stroke: "row" }), Plot.dot(norms, { x: "i", y: "norm", fill: "row", symbol: "row", r: 3, tip: true, title: (n) => `${n.name}, ${n.row}: ${text(n.norm, 3)}` })],
   }, ["class", ...kinds.map(([n]) => n)], h.classes.map((c, i) => [c.name, ...kinds.map(([, r]) => (r.norms ? r.norms[i] : null))]));
   legend("norms", kinds.map(([n]) => [n, ROW_COLOUR[n]]));
 }

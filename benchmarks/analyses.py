@@ -2,10 +2,11 @@
 
     python -m benchmarks.analyses donors --data data          # presets/analyses/donors.yaml; or the path of a file
 
-Reads `extract` and `train_backbone` in the folder --data and writes `analyses/<name>` beside them.
+Reads `extract`, `train_backbone` and the record of the extraction in the folder --data, writes `analyses/<name>` there.
 """
 
 import argparse
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ def analyse(values: dict[str, Any], data: Path, out: Path) -> None:
                 print(f"note: {name}: left out, the cache has no rows under {missing}; see extract.batchnorm")
                 continue
             done.append(name)
+            _keep_record(data, out, host.backbone)
             trained = out / "train_classifier" / name
             started, used = time.perf_counter(), time.process_time()
             summary = train_classifier.run(host, residency, name, cache, backbone, chosen, trained, print)
@@ -50,6 +52,14 @@ def analyse(values: dict[str, Any], data: Path, out: Path) -> None:
     if not done:
         raise UserError(f"{out.name}: no host is left; add what the notes name to extract.batchnorm and extract again")
     report.run(about, done, out / "evaluate", out / "report", print, out / "runs")
+
+
+def _keep_record(data: Path, out: Path, backbone: str) -> None:
+    """The record of the cache's extraction beside those of the analysis, so that the page can reckon with both."""
+    record = Path("runs") / "extract" / f"{backbone}.json"
+    if (data / record).exists():
+        (out / record).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(data / record, out / record)
 
 
 def lacking(host: train_classifier.Params, cache: Cache) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from pipeline.errors import UserError
-from pipeline.reporting.results import HostResult, difference, mean_and_std
+from pipeline.reporting.results import difference, mean_and_std
 from pipeline.reporting.statistics import Difference
 
 #: How far the cache may lie from the published way, in points.
@@ -75,11 +75,11 @@ def bounds_table(online: Online, ours: pd.DataFrame) -> list[list[str]]:
     return lines
 
 
-def recipes_lines(online: Online, results: Mapping[str, HostResult]) -> list[list[str]]:
+def recipes_lines(online: Online, ours: Mapping[str, pd.DataFrame]) -> list[list[str]]:
     """Lines of recipe, ours - online in each figure: which way to cache comes how near."""
     lines = []
-    for label, result in results.items():
-        found = [difference(result.at(online.ratio), online.heads, figure) for figure in BOUNDS]
+    for label, heads in ours.items():
+        found = [difference(heads, online.heads, figure) for figure in BOUNDS]
         lines.append([label, *(f.text.rpartition("]")[0] + "]" if f else "–" for f in found)])
     return lines
 

@@ -18,7 +18,7 @@ from pipeline.reporting.results import (
     difference,
     load_result,
     mean_and_std,
-    variants,
+    variants_at,
 )
 
 SHORT = ("top1", "head", "medium", "tail")
@@ -103,11 +103,10 @@ def variant_table(result: HostResult, ratio: float, published: dict[str, str], p
     lines = [["without H2T", *(cell(result.at(0.0), f) for f in SHORT), apart_text(result.at(0.0), usual, "top1")]]
     lines.append(["instance, random", *(cell(usual, f) for f in SHORT), "–"])
     keys = ["without", "random" if "random" in published else "instance"]
-    for r, donor, selection in variants(result):
-        if r == ratio:
-            heads = result.at(r, donor, selection)
-            lines.append([f"{donor}, {selection}", *(cell(heads, f) for f in SHORT), apart_text(heads, usual, "top1")])
-            keys.append(selection if selection in published else donor)
+    for v in variants_at(result, ratio):
+        text = found.text if (found := v.apart["top1"]) else "–"
+        lines.append([f"{v.donor}, {v.selection}", *(cell(v.heads, f) for f in SHORT), text])
+        keys.append(v.selection if v.selection in published else v.donor)
     if published:
         lines = [[*line, published.get(key, "–")] for line, key in zip(lines, keys, strict=True)]
     extra = [paper] if published else []

@@ -21,6 +21,7 @@ class Checkpoint:
         self.path = self.folder / f"state-{part}.safetensors"
         self.token = token
         self.seconds = seconds
+        self.restored = 0  # steps that an earlier process did
         self._saved = time.monotonic()
 
     def restore(self, state: dict[str, torch.Tensor], optimiser: torch.optim.Optimizer, losses: torch.Tensor) -> int:
@@ -38,7 +39,8 @@ class Checkpoint:
                 if f"momentum/{name}" in saved:
                     buffer = saved[f"momentum/{name}"].to(tensor.device)
                     optimiser.state[tensor]["momentum_buffer"] = buffer
-        return int(about["steps"])
+        self.restored = int(about["steps"])
+        return self.restored
 
     def offer(
         self,

@@ -100,7 +100,7 @@ def stage(function: Callable[..., Any]) -> Callable[..., Any]:
     ) -> None:
         from pipeline import params, settings
 
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         values = params.load(params_file, overrides)
         if device is not None:
             values["device"] = device
@@ -114,7 +114,8 @@ def stage(function: Callable[..., Any]) -> Callable[..., Any]:
         if record is not None and os.environ.get("RANK", "0") == "0":  # under torchrun the first process writes
             from pipeline.outputs import write_run_record
 
-            write_run_record(record, {"seconds": round(time.perf_counter() - started, 3), **(facts or {})})
+            taken = {"seconds": time.perf_counter() - started, "cpu": time.process_time() - used}
+            write_run_record(record, {**{k: round(v, 3) for k, v in taken.items()}, **(facts or {})})
 
     return command
 
@@ -251,7 +252,12 @@ def evaluate(values: dict[str, Any], name: str, cache: str, heads: Path, backbon
 @click.argument("evaluate_dir", type=PATH, required=False)
 @click.argument("out", type=PATH, required=False)
 @click.option("--runs", type=PATH, help="Folder of run records (data/runs): the page shows time and machine as well.")
-@click.option("--compare", nargs=2, metavar="A B", help="Two folders of evaluated hosts or git revisions, B against A.")
+@click.option(
+    "--compare",
+    nargs=2,
+    metavar="A B",
+    help="Two folders of evaluated hosts, git revisions or names of experiments, B against A.",
+)
 @stage
 def report(
     values: dict[str, Any], evaluate_dir: Path | None, out: Path | None, runs: Path | None, compare: tuple[str, str]

@@ -158,10 +158,14 @@ def test_the_written_cache_is_sound(digits_cache):
 
 def test_the_same_cache_is_not_written_again(tmp_path, digits, backbone_dir):
     out, said = tmp_path / "c", []
-    extracted(out, *digits, backbone_dir)
+    first = extracted(out, *digits, backbone_dir)
+    assert first.forward_images >= first.forwarded == first.rows  # batches are filled up
+    assert first.forward_images % make_extract().batch_size == 0
+    assert first.forward_seconds > 0
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
     summary = extracted(out, *digits, backbone_dir, say=said.append)
-    assert summary.forwarded == 0
+    assert summary.forwarded == summary.forward_images == 0
+    assert summary.fingerprint == first.fingerprint
     assert "nothing to do" in said[0]
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
     assert [p.name for p in tmp_path.iterdir()] == ["c"]

@@ -3,8 +3,10 @@
 Under CI=true a missing browser fails; elsewhere these tests are skipped with the reason.
 """
 
+import json
 import os
 import re
+from dataclasses import replace
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
@@ -14,9 +16,21 @@ import pytest
 from report_builders import NASTY, make_evaluated
 
 from pipeline.reporting import page
+from pipeline.reporting.page import render
+from pipeline.reporting.results import load_result
 from pipeline.stages import report
 
-RUN = '{"seconds": 1.5, "stall": 0.25, "bytes_read": 1000, "heads": 9, "commit": "abc", "machine": {"cores": 2}}'
+MACHINE = {"cores": 2, "processor": "x86_64"}
+RUN = {"seconds": 1.5, "stall": 0.25, "bytes_read": 1000, "heads": 9, "commit": "abc", "machine": MACHINE}
+TRAINED = {"cpu": 2.0, "steps": 20, "batch_size": 32, "resumed_steps": 0}
+EXTRACTED = {
+    "cpu": 6.0,
+    "kept_shards": 0,
+    "taken": 0,
+    "forward_images": 128,
+    "forward_seconds": 0.1,
+    "forward_cpu": 0.2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +38,12 @@ def page_file(tmp_path_factory):
     """A report on two hosts with run records, as a file."""
     folder = tmp_path_factory.mktemp("page")
     evaluated = make_evaluated(folder, "dr")
-    make_evaluated(folder, "other", rounding="round", optimiser={"lr": 0.1})
-    runs = folder / "runs" / "train_classifier"
-    runs.mkdir(parents=True)
-    (runs / "dr.json").write_text(RUN)
+    donors = {"donor": ["instance", "balanced"], "selection": ["random", "first"]}
+    make_evaluated(folder, "other", rounding="round", optimiser={"lr": 0.1}, grid=donors)
+    fingerprint = json.loads((evaluated / "dr" / "about.json").read_text())["host"]["cache"]
+    for name, facts in (("train_classifier/dr", TRAINED), ("extract/b", {**EXTRACTED, "fingerprint": fingerprint})):
+        (folder / "runs" / name).parent.mkdir(parents=True)
+        (folder / f"runs/{name}.json").write_text(json.dumps({**RUN, **facts}))
     said: list[str] = []
     report.run(
         report.Params(title=f"A title {NASTY}"),
@@ -80,6 +96,16 @@ def test_no_error_and_no_request(shown, page_file):
     assert shown.run("document.querySelectorAll('img').length") == 0
 
 
+def test_the_published_way_is_estimated_where_runs_are_shown(shown):
+    lines = shown.run("[...document.querySelectorAll('#published-table tbody tr')].map(l => l.innerText.split(/\\s+/))")
+    images = (6 * 2 + 3 * 1) * 20 * 32
+    seconds = images / 1280
+    here, there = ["1.5", "s", "2.0", "s"], [f"{seconds:.1f}", "s", f"{2 * seconds:.0f}", "s"]
+    times = [f"{seconds / 1.5:.1f}", f"{2 * seconds / 2:.1f}"]
+    shared = [f"{seconds / 3:.1f}", f"{2 * seconds / 8:.1f}"]
+    assert lines == [["dr", *times, *here, *there, "9", *shared]]
+
+
 def test_slider_moves_groups_classes_and_words_together(shown):
     seen = []
     for at in (0, 1, 2):
@@ -108,6 +134,33 @@ def test_host_changes_what_is_shown(shown):
     assert shown.errors == []
 
 
+def test_other_donors_and_channels_move_with_the_slider(shown, page_file):
+    result = load_result("other", page_file.parent.parent / "evaluate" / "other")
+    choose(shown, "host", "other", "change")
+    seen = []
+    for at, ratio in ((1, 0.3), (2, 0.6)):
+        choose(shown, "ratio", at, "input")
+        lines = shown.run(
+            "[...document.querySelectorAll('#variants-tail-table tbody tr')].map(l => l.cells[0].textContent)"
+        )
+        apart = shown.run(
+            "[...document.querySelectorAll('#variants-tail-table tbody tr')].map(l => +l.cells[1].textContent)"
+        )
+        assert lines == ["balanced, first", "balanced, random", "instance, first"]
+        usual = result.at(ratio)["tail"].mean()
+        expected = [result.at(ratio, *name.split(", "))["tail"].mean() - usual for name in lines]
+        assert apart == pytest.approx(expected, abs=0.0051)
+        assert shown.run("document.querySelectorAll('#variants-top1 g[aria-label=dot] circle').length") == 3
+        seen.append(apart)
+    assert seen[0] != seen[1]
+    choose(shown, "ratio", 0, "input")
+    assert "nothing to compare" in shown.run("document.getElementById('variants-text').textContent")
+    choose(shown, "host", "dr", "change")
+    assert "one donor" in shown.run("document.getElementById('variants-text').textContent")
+    assert shown.run("document.querySelectorAll('#variants-top1 svg').length") == 0
+    choose(shown, "host", "other", "change")
+
+
 @pytest.mark.parametrize("column", range(9))
 def test_columns_sort_both_ways(shown, column):
     script = f"""(() => {{
@@ -120,7 +173,7 @@ def test_columns_sort_both_ways(shown, column):
         assert sort == direction
         known = [v for v in values if v != ""]
         assert values[len(known) :] == [""] * (len(values) - len(known))  # what is missing comes last
-        known = [float(v) for v in known] if column in (2, 4, 5, 6, 7, 8) else known
+        known = [float(v) for v in known] if 2 <= column <= 7 else known
         assert known == sorted(known, reverse=direction == "descending")
 
 
@@ -145,11 +198,41 @@ def test_accessible_and_no_wider_than_the_screen(shown, width, dark):
     assert all(b - a <= 1 for a, b in pairwise(levels))
 
 
+CUT = """[...document.querySelectorAll('.chart')].flatMap(chart => {
+    const place = chart.getBoundingClientRect();
+    return [...chart.querySelectorAll('text')].filter(text => {
+        const at = text.getBoundingClientRect();
+        return at.left < place.left - 1 || at.right > place.right + 1 || at.bottom > place.bottom + 1;
+    }).map(text => chart.id + ': ' + text.textContent);
+})"""
+
+
+@pytest.mark.parametrize("width", [1200, 390])
+def test_no_label_is_cut_off(shown, width):
+    shown.resize(width, 850)
+    shown.run("new Promise(done => setTimeout(done, 300))")
+    assert shown.run(CUT) == []
+
+
 def test_motion_only_for_those_who_want_it():
     style = Path(page.__file__).parent / "templates" / "report.css"
     for line in style.read_text().splitlines():
         if any(word in line for word in ("transition", "animation", "scroll-behavior")):
             assert "prefers-reduced-motion: no-preference" in line
+
+
+def test_classifiers_that_are_always_as_sure_are_drawn(shown, page_file, tmp_path):
+    """Thousands of classes can leave one bin of confidence."""
+    result = load_result("dr", page_file.parent.parent / "evaluate" / "dr")
+    bins = result.tables["reliability"]
+    single = replace(
+        result, tables={**result.tables, "reliability": bins[bins.bin == bins.bin[bins["count"] > 0].min()]}
+    )
+    (tmp_path / "page.html").write_text(render("One bin", [single]), encoding="utf-8")
+    shown.errors.clear()
+    shown.open(tmp_path / "page.html")
+    assert shown.run("document.querySelectorAll('#reliability svg').length") == 1
+    assert shown.errors == []
 
 
 def test_hosts_that_lack_parts_are_drawn_without_them(shown, tmp_path):
@@ -165,4 +248,7 @@ def test_hosts_that_lack_parts_are_drawn_without_them(shown, tmp_path):
         choose(shown, "host", host, "change")
         assert shown.run("document.getElementById('ratio-text').textContent").startswith(host)
         assert shown.run("document.querySelectorAll('#counts-table tbody tr').length") == 100
+        assert shown.run("document.querySelectorAll('#confusion-table tbody tr').length") <= 301
     assert shown.errors == []
+    assert "120 classes are too many to draw: a place stands for 1 or 2 of them" in shown.run("document.body.innerText")
+    assert not shown.run("document.getElementById('variants-text')")  # no host has other donors

@@ -1,5 +1,6 @@
 """Tables of docs/results.md from a small cache, their numbers recomputed another way; --compare and --runs."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from report_builders import make_evaluated
 from scipy.stats import ttest_rel
 
 from benchmarks import analyses, online_results, tables
+from benchmarks.results import online_tables
 from pipeline import params
 from pipeline.errors import UserError
 from pipeline.reporting import comparison, files
@@ -54,6 +56,14 @@ def test_table_of_donors_from_a_small_cache(evaluated):
             assert apart.endswith("no difference") == (low <= 0 <= high)
 
 
+def test_a_report_has_the_same_lines_of_other_donors(evaluated):
+    result = load_result("dr", evaluated / "dr")
+    ours, docs = (cells_of(t) for t in (files.variants_table([result]), tables.variant_table(result, 0.3, {}, "")))
+    assert result.metrics["with_h2t"]["ratio"] == 0.3
+    assert [[f"{line[1]}, {line[2]}", *line[4:8], line[9]] for line in ours] == docs[2:]
+    assert files.variants_table([replace(result, tables={**result.tables, "heads": result.heads[:3]})]) is None
+
+
 def test_ratio_table_has_every_ratio(evaluated):
     lines = tables.ratio_table(load_result("dr", evaluated / "dr")).splitlines()[2:]
     assert [line.split("|")[1].strip() for line in lines] == ["0", "0.3", "0.6"]
@@ -61,6 +71,11 @@ def test_ratio_table_has_every_ratio(evaluated):
 
 
 def test_an_analysis_runs_by_one_command_and_again_to_the_same_table(tmp_path, evaluated):
+    record = evaluated.parent / "runs" / "extract" / "b0.json"
+    record.parent.mkdir(parents=True)
+    about = json.loads((evaluated / "dr" / "about.json").read_text())
+    passes = {"forward_images": 100, "forward_seconds": 2.0, "forward_cpu": 3.0, "kept_shards": 0, "taken": 0}
+    record.write_text(json.dumps({"seconds": 4.0, "fingerprint": about["host"]["cache"], **passes}))
     values = {
         "device": "cpu",
         "hosts": {
@@ -78,6 +93,7 @@ def test_an_analysis_runs_by_one_command_and_again_to_the_same_table(tmp_path, e
         found = tables.load_analysis(tmp_path / name)
         assert found.runs["only"]["heads"] == 4
         assert "4 heads" in found.made
+        assert "2 different runs with donors" in (tmp_path / name / "report" / "index.html").read_text()
         found_tables.append(
             (tables.ratio_table(found["only"]), (tmp_path / name / "report" / "results.md").read_bytes())
         )
@@ -180,8 +196,27 @@ def test_ours_beside_online_runs(evaluated, by, expected):
     assert [head["seed"] for head in body["ours"]["dr"]["heads"]] == [0, 1, 2]
     assert online.median("cpu") == 601
     assert "601 s of processor time (701 s by the clock" in online.made
-    apart = re.findall(r"[+-]\d+\.\d+", online_results.recipes_lines(online, {"r": result})[0][1])
+    apart = re.findall(r"[+-]\d+\.\d+", online_results.recipes_lines(online, {"r": ours})[0][1])
     assert [float(n) for n in apart] == found
+
+
+def test_the_page_of_results_is_its_template_with_the_places_filled():
+    """Nothing in docs/results.md was written or changed by hand."""
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    parts = re.split(r"{{.*?}}", (ROOT / "benchmarks" / "results.md").read_text(encoding="utf-8"))
+    assert re.fullmatch("(.+?)".join(map(re.escape, parts)), text, re.DOTALL)
+
+
+def test_tables_of_the_results_come_from_the_committed_record():
+    """Those beside the published way, from benchmarks/results/online.json alone."""
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    body = json.loads((ROOT / "benchmarks" / "results" / "online.json").read_text(encoding="utf-8"))
+    online = online_results.Online(body["ratio"], body["runs"])
+    labels = [f"{recipe}, {words}" for words in tables.VIEWS for recipe in tables.RECIPES]
+    found = online_tables(online, {label: pd.DataFrame(body["ours"][label]["heads"]) for label in labels})
+    assert len(found) == 4
+    for place, made in found.items():
+        assert made in text, place
 
 
 def test_no_online_run_is_one_line(tmp_path):

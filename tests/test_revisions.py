@@ -1,10 +1,11 @@
-"""`h2t report --compare` on revisions: real git, real DVC, a remote that is a path."""
+"""`h2t report --compare` on revisions and experiments: real git, real DVC, a remote that is a path."""
 
 import re
 import shutil
 
 import pytest
 from click.testing import CliRunner
+from pipeline_builders import write_params
 from report_builders import make_evaluated
 from repositories import dvc, git, start_repository
 
@@ -16,9 +17,10 @@ stages:
   evaluate:
     foreach: [dr]
     do:
-      cmd: cp -r made/${item} data/evaluate/${item}
-      deps: [made/dr]
-      outs: [data/evaluate/dr]
+      cmd: cp -r made/${seed}/${item} data/evaluate/${item}
+      deps: ["made/${seed}/${item}"]
+      params: [seed]
+      outs: ["data/evaluate/${item}"]
 """
 
 
@@ -39,9 +41,8 @@ def lab(tmp_path_factory):
     git("commit", "--quiet", "--message=bare", where=root)
     git("tag", "bare", where=root)
     for seed, name in enumerate(("one", "two")):
-        made = make_evaluated(home / name, seed=seed) / "dr"
-        shutil.rmtree(root / "made", ignore_errors=True)
-        shutil.copytree(made, root / "made/dr")
+        shutil.copytree(make_evaluated(home / name, seed=seed) / "dr", root / "made" / str(seed) / "dr")
+        write_params(root / "params.yaml", seed=seed)
         dvc("repro", where=root)
         git("add", ".", where=root)
         git("commit", "--quiet", f"--message={name}", where=root)
@@ -74,6 +75,32 @@ def test_a_revision_against_the_workspace(here):
     same = h2t("report", "--compare", "two", "data")
     assert same.exit_code == 0, same.output
     assert "+0.00 [+0.00, +0.00] no difference" in table_of(same.stdout)[1]
+
+
+def test_an_experiment_goes_by_its_name(here, lab):
+    """`dvc exp run` on the last commit with the seed of the one before it gives the results of that."""
+    dvc("exp", "run", "--name", "trial", "-S", "seed=0", where=lab / "a")
+    found = h2t("report", "--compare", "HEAD", "trial", here / "both")
+    assert found.exit_code == 0, found.output
+    assert table_of(found.stdout) == table_of(h2t("report", "--compare", "two", "one").stdout)
+    assert "A: HEAD, B: trial" in (here / "both/index.html").read_text()
+
+
+def test_an_experiment_whose_name_several_have_is_one_line(here, lab):
+    """DVC lets experiments on other commits have the same name."""
+    root = lab / "a"
+    for tag, seed in (("one", 1), ("two", 0)):
+        git("checkout", "--quiet", "--force", tag, where=root)
+        dvc("checkout", "--force", where=root)
+        dvc("exp", "run", "--name", "twice", "-S", f"seed={seed}", where=root)
+    git("checkout", "--quiet", "--force", "bare", where=root)
+    found = h2t("report", "--compare", "two", "twice")
+    assert found.exit_code == 1
+    assert found.stderr.startswith("error: twice: several experiments have this name")
+    assert found.stderr.count("\n") == 1
+    git("checkout", "--quiet", "--force", "two", where=root)
+    dvc("checkout", "--force", where=root)
+    assert table_of(h2t("report", "--compare", "two", "twice").stdout)  # the one on the commit that is checked out
 
 
 def test_a_revision_comes_from_the_remote(here, lab):

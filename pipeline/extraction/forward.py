@@ -4,6 +4,7 @@ Every pass runs at exactly `batch_size` images, because at another size librarie
 row hangs on none of its neighbours. Images are decoded ahead in a thread of their own.
 """
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -44,6 +45,18 @@ def settings(batch_size: int, precision: Precision, device: torch.device) -> dic
     }
 
 
+@dataclass
+class Passes:
+    """What forward passes took: `images` through them, those that fill up a batch included, and seconds.
+
+    `cpu` is the processor time of the whole process meanwhile, so the decoding of the next images counts in it.
+    """
+
+    images: int = 0
+    seconds: float = 0.0
+    cpu: float = 0.0
+
+
 @dataclass(frozen=True)
 class Work:
     """What turns rows of the table `rows` into maps of `dtype`. `seed` is that of the views."""
@@ -57,6 +70,7 @@ class Work:
     dtype: str
     seed: int
     device: torch.device
+    passes: Passes
 
     def batches(self, numbers: np.ndarray) -> Iterator[tuple[str, pa.Table]]:
         """(statistics, rows) of every forward pass over the rows `numbers`, at most `batch_size` rows, in order."""
@@ -79,7 +93,12 @@ class Work:
     def forward(self, x: torch.Tensor, statistics: str, count: int) -> list[torch.Tensor]:
         """Maps of the first `count` images, float32 on the CPU, one tensor per expert."""
         batchnorm.use(self.backbone, self.statistics[statistics])
-        return [m[:count].cpu() for m in guarded_maps(self.backbone, x.to(self.device), self.precision)]
+        started, used = time.perf_counter(), time.process_time()
+        maps = [m[:count].cpu() for m in guarded_maps(self.backbone, x.to(self.device), self.precision)]
+        self.passes.images += len(x)
+        self.passes.seconds += time.perf_counter() - started
+        self.passes.cpu += time.process_time() - used
+        return maps
 
     def stored(self, maps: torch.Tensor) -> np.ndarray:
         """Maps in the storage dtype. Raises UserError for values it cannot hold."""
@@ -119,24 +138,33 @@ class Job:
         for key, value in {**self.identity, **self.settings}.items():
             if found[key] != value:
                 raise UserError(f"extract.cluster: {key} must be {value} on every worker; got {found[key]}")
-        work = self.work(backbone.to(device), device)
+        work = self.work(backbone.to(device), device, Passes())
         return lambda shard: next(computed(work, self.spec, {shard: self.todo[shard]}, lambda rows: None))[1]
 
-    def work(self, backbone: nn.Module, device: torch.device) -> Work:
-        """What computes rows by `backbone`, which is on `device`."""
+    def work(self, backbone: nn.Module, device: torch.device, passes: Passes) -> Work:
+        """What computes rows by `backbone`, which is on `device`; counts in `passes`."""
         statistics = batchnorm.from_bytes(self.statistics)
-        batch_size, precision = self.settings["batch_size"], self.settings["precision"]
+        batch_size, precision, dtype = self.settings["batch_size"], self.settings["precision"], self.spec.dtype
         return Work(
-            self.rows, self.images, backbone, statistics, batch_size, precision, self.spec.dtype, self.seed, device
+            self.rows, self.images, backbone, statistics, batch_size, precision, dtype, self.seed, device, passes
         )
 
 
 def shards(
-    job: Job, backbone: nn.Module, address: str | None, tick: Callable[[int], None], *, straddle: bool
+    job: Job,
+    backbone: nn.Module,
+    address: str | None,
+    tick: Callable[[int], None],
+    passes: Passes,
+    *,
+    straddle: bool,
 ) -> Iterator[tuple[int, list[np.ndarray]]]:
-    """(shard, maps of its rows to do, an array per expert): here, in order, or from the cluster at `address`."""
+    """(shard, maps of its rows to do, an array per expert): here, in order, or from the cluster at `address`.
+
+    `passes` counts those that run here.
+    """
     if address is None:
-        yield from computed(job.work(backbone, job.device), job.spec, job.todo, tick, straddle=straddle)
+        yield from computed(job.work(backbone, job.device, passes), job.spec, job.todo, tick, straddle=straddle)
         return
     for shard, maps in cluster.shards(address, job, list(job.todo)):
         tick(len(job.todo[shard]))

@@ -10,8 +10,17 @@ import pandas as pd
 from pipeline.errors import UserError
 from pipeline.outputs import fresh_directory, write_json
 from pipeline.reporting.figures import ratio_picture
-from pipeline.reporting.page import cell, render
-from pipeline.reporting.results import FIGURES, ROWS, HostResult, per_class, ratio_curve, with_against_without
+from pipeline.reporting.page import cell, render, spread
+from pipeline.reporting.results import (
+    FIGURES,
+    ROWS,
+    HostResult,
+    mean_and_std,
+    per_class,
+    ratio_curve,
+    variants_at,
+    with_against_without,
+)
 from pipeline.reporting.statistics import Difference
 
 
@@ -71,8 +80,21 @@ def difference_table(results: list[HostResult]) -> str:
     return "\n".join(lines) if len(lines) > 2 else "No host has both."
 
 
+def variants_table(results: list[HostResult]) -> str | None:
+    """Other donors and other channels at the reported ratio, with the difference in top-1; None if there are none."""
+    lines = []
+    for result in results:
+        entry = result.metrics["with_h2t"]
+        for v in variants_at(result, entry["ratio"]) if entry else ():
+            cells = [spread(*mean_and_std(v.heads, f)) for f in FIGURES]
+            label = f"{result.name} | {v.donor} | {v.selection} | {entry['ratio']:g}"
+            lines.append(f"| {label} | " + " | ".join([*cells, text_of(v.apart["top1"])]) + " |")
+    head = "| host | donor | channels | ratio | " + " | ".join(FIGURES) + " | top1 against instance, random |"
+    return "\n".join([head, "| --- | --- | --- | --- |" + " --- |" * (len(FIGURES) + 1), *lines]) if lines else None
+
+
 def _document(title: str, results: list[HostResult]) -> str:
-    notes = []
+    notes, others = [], variants_table(results)
     for result in results:
         first = next((e for e in result.metrics.values() if e is not None), {"groups": "none"})
         heads = result.metrics["without_h2t"] or result.metrics["with_h2t"]
@@ -95,6 +117,7 @@ def _document(title: str, results: list[HostResult]) -> str:
             "",
             difference_table(results),
             "",
+            *(["Other donors and other channels at the reported ratio:", "", others, ""] if others else []),
             *notes,
             "",
             "![Accuracy against the ratio of replaced channels](ratio.svg)",

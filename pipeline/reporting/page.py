@@ -11,6 +11,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
+from pipeline.reporting.published import estimates
 from pipeline.reporting.results import (
     FIGURES,
     ROWS,
@@ -19,6 +20,7 @@ from pipeline.reporting.results import (
     between_hosts,
     class_accuracy,
     mean_and_std,
+    variants_at,
     with_against_without,
 )
 
@@ -30,7 +32,7 @@ MOST_CLASSES = 100  # more are shown as this many runs of neighbours in the orde
 def render(title: str, results: Sequence[HostResult], runs: Sequence[Mapping[str, Any]] = ()) -> str:
     """The page. `runs` are run records (time, machine, rates), which no other part of a report may depend on."""
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(cell=cell, number=_number, size=_size)
+    environment.filters.update(cell=cell, number=_number, size=_size, duration=_duration, times=_times)
     scripts = [(TEMPLATES / "vendor" / name).read_text(encoding="utf-8") for name in VENDOR]
     scripts.append((TEMPLATES / "report.js").read_text(encoding="utf-8"))
     return environment.get_template("report.html").render(
@@ -40,7 +42,11 @@ def render(title: str, results: Sequence[HostResult], runs: Sequence[Mapping[str
         figures=list(FIGURES),
         changes={r.name: d for r in results if (d := with_against_without(r))},
         hosts_apart=_between(results),
+        data_sets=list(dict.fromkeys(_data_set(r) for r in results)),
+        neighbours=_neighbours(results),
+        variants=any(variants_at(r, ratio) for r in results for ratio in r.ratios),
         runs=runs,
+        estimates=estimates(results, runs),
         data=_json({"hosts": {r.name: host_data(r) for r in results}, "rows": ROWS}),
         style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
         scripts=[Markup(script) for script in scripts],
@@ -48,11 +54,13 @@ def render(title: str, results: Sequence[HostResult], runs: Sequence[Mapping[str
 
 
 def cell(entry: Mapping[str, Any] | None, figure: str) -> str:
-    """A figure as mean ± std; a dash for what cannot exist."""
-    if entry is None or entry[figure] is None:
-        return "–"
-    spread = entry[f"{figure}_std"]
-    return f"{entry[figure]:.2f}" + (f" ± {spread:.2f}" if spread is not None else "")
+    """A figure of an entry of metrics.json as mean ± std."""
+    return "–" if entry is None else spread(entry[figure], entry[f"{figure}_std"])
+
+
+def spread(mean: float | None, std: float | None) -> str:
+    """Mean ± std; a dash for what cannot exist."""
+    return "–" if mean is None else f"{mean:.2f}" + (f" ± {std:.2f}" if std is not None else "")
 
 
 def _number(value: Any) -> str:
@@ -67,10 +75,46 @@ def _size(count: float) -> str:
     )
 
 
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    length, unit = next((n, u) for n, u in ((3600, "h"), (60, "min"), (1, "s")) if seconds >= 2 * n or n == 1)
+    value = seconds / length
+    return f"{value:,.0f} {unit}" if value >= 10 else f"{value:.1f} {unit}"
+
+
+def _times(ratio: float | None) -> str:
+    return "–" if ratio is None else f"{ratio:,.0f}" if ratio >= 10 else f"{ratio:.1f}"
+
+
 def _json(value: Any) -> Markup:
     """JSON that can stand inside a script element, whatever class names hold."""
     text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+def _data_set(result: HostResult) -> str:
+    """What the host was trained and tested on, in words."""
+    counts, about = result.about["counts"], result.about["cache"]
+    test = next((n for split, _, n in about["rows_of"] if split == "test"), 0)
+    name = about["provenance"].get("dataset")
+    return (f"Data set {name}: " if name else "") + (
+        f"{len(counts):,} classes; {sum(counts):,} training images, {max(counts):,} of the most frequent class, "
+        f"{min(counts):,} of the rarest; {test:,} test images"
+    )
+
+
+def _neighbours(results: Sequence[HostResult]) -> str | None:
+    """How classes are drawn together where they are too many; None if every class has a place of its own."""
+    classes = max(len(r.about["counts"]) for r in results)
+    if classes <= MOST_CLASSES:
+        return None
+    return f"{classes:,} classes are too many to draw: a place stands for {_run_lengths(classes)} of them"
+
+
+def _run_lengths(classes: int) -> str:
+    least, more = divmod(classes, MOST_CLASSES)
+    return f"{least} or {least + 1}" if more else f"{least}"
 
 
 def _between(results: Sequence[HostResult]) -> list[dict[str, Any]]:
@@ -98,11 +142,27 @@ def host_data(result: HostResult) -> dict[str, Any]:
             f: [d.as_dict() if r and d else None for r, d in zip(result.ratios, (a[f] for a in apart), strict=True)]
             for f in FIGURES
         },
+        "variants": _variants(result),
         "classes": _classes(result, runs),
         "accuracy": [_accuracy(result, [int(n) for n in result.at(r).number], runs) for r in result.ratios],
         "rows": {row: _row(result, row, runs) for row, entry in result.metrics.items() if entry is not None},
         "embedding": _embedding(result),
     }
+
+
+def _variants(result: HostResult) -> list[dict[str, Any]]:
+    """Other donors and choices of channels: figures, and differences from the usual ones of the same ratio."""
+    return [
+        {
+            "at": at,
+            "name": f"{v.donor}, {v.selection}",
+            "mean": {f: mean_and_std(v.heads, f)[0] for f in FIGURES},
+            "std": {f: mean_and_std(v.heads, f)[1] for f in FIGURES},
+            "difference": {f: d.as_dict() if d else None for f, d in v.apart.items()},
+        }
+        for at, ratio in enumerate(result.ratios)
+        for v in variants_at(result, ratio)
+    ]
 
 
 def _classes(result: HostResult, runs: Sequence[np.ndarray]) -> list[dict[str, Any]]:

@@ -101,6 +101,27 @@ def variants(result: HostResult) -> list[tuple[float, str, str]]:
     return sorted(v for v in found if v[1:] != ("instance", "random"))
 
 
+@dataclass(frozen=True)
+class Variant:
+    """Heads of another donor or another choice of channels, and what they change against the usual ones, by figure."""
+
+    donor: str
+    selection: str
+    heads: pd.DataFrame
+    apart: Mapping[str, Difference | None]
+
+
+def variants_at(result: HostResult, ratio: float) -> list[Variant]:
+    """The variants at `ratio`, each against donor instance, selection random at the same ratio, paired by seed."""
+    usual = result.at(ratio)
+    found = []
+    for r, donor, selection in variants(result):
+        if r == ratio:
+            heads = result.at(r, donor, selection)
+            found.append(Variant(donor, selection, heads, {f: difference(heads, usual, f) for f in FIGURES}))
+    return found
+
+
 def mean_and_std(heads: pd.DataFrame, figure: str) -> tuple[float | None, float | None]:
     """Over the seeds in `heads`; None for what cannot exist."""
     values = heads[figure].dropna()

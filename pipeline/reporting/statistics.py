@@ -36,16 +36,14 @@ class Difference:
         return "higher" if self.mean > 0 else "lower"
 
     @property
-    def parts(self) -> tuple[str, str]:
-        """The mean, and its interval with the verdict."""
-        if self.low is None or self.high is None:
-            return f"{self.mean:+.2f}", self.verdict
-        return f"{self.mean:+.2f}", f"[{self.low:+.2f}, {self.high:+.2f}] {self.verdict}"
+    def interval(self) -> str | None:
+        """The interval in brackets; None if there is none."""
+        return None if self.low is None or self.high is None else f"[{self.low:+.2f}, {self.high:+.2f}]"
 
     @property
     def text(self) -> str:
-        """Both on one line."""
-        return " ".join(self.parts)
+        """Mean, interval and verdict on one line."""
+        return " ".join(filter(None, (f"{self.mean:+.2f}", self.interval, self.verdict)))
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

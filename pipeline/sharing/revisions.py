@@ -32,7 +32,12 @@ def evaluated(place: str) -> Iterator[Path]:
             with Repo.open(str(root)) as here:
                 try:
                     commit = resolve_rev(here.scm, place)
-                except RevError:
+                except RevError as error:
+                    if str(error).startswith("ambiguous"):
+                        raise UserError(
+                            f"{place}: several experiments have this name; check out the commit that the one you mean "
+                            "was run on, or give the commit of its own (git for-each-ref refs/exps)"
+                        ) from None
                     raise UserError(f"{place}: is neither a folder nor a revision of {root.name}") from None
             # An index of our own: a shared one can be damaged by others.
             with Repo.open(str(root), rev=commit, config={"core": {"site_cache_dir": f"{scratch}/site"}}) as repo:

@@ -74,15 +74,20 @@ class Params(Section):
 class Summary:
     """What an extraction did; `forwarded` counts images that went through the backbone for rows.
 
-    `taken` counts rows that came from a previous cache.
+    `taken` counts rows that came from a previous cache. `forward_*` is what the forward passes in this process alone
+    took (`forward.Passes`), zeros where they ran on a cluster or none was needed.
     """
 
+    fingerprint: str
     rows: int
     value_bytes: int
     forwarded: int
     taken: int
     kept_shards: int
     shards: int
+    forward_images: int = 0
+    forward_seconds: float = 0.0
+    forward_cpu: float = 0.0
 
 
 def views_per_class(counts: list[int], max_views: int, target: float) -> list[int]:
@@ -145,7 +150,7 @@ def run(
         if existing is not None and _same(existing, inputs, params, names, len(rows), kept, origin):
             say(f"{name}: {out} already holds this cache ({existing.rows} rows); nothing to do")
             staging.discard()
-            return Summary(existing.rows, existing.value_bytes, 0, 0, existing.shards, existing.shards)
+            return _summary(existing, 0, 0, existing.shards, forward.Passes())
         if existing is not None and not replace:
             raise CacheError("exists", f"{out}: holds another cache; remove it, or pass --replace to write this one")
         statistics = _statistics(
@@ -168,7 +173,7 @@ def run(
             rows, todo, images, backbone_dir.resolve(), identity, statistics, seed, device, spec, settings
         )
         before = weights_digest(dict(backbone.named_parameters()))
-        _extract(job, backbone, writer, carrier, params.cluster, name)
+        passes = _extract(job, backbone, writer, carrier, params.cluster, name)
         if weights_digest(dict(backbone.named_parameters())) != before:
             raise UserError(
                 f"{name}: the backbone's weights changed during extraction; its forward pass must not train"
@@ -177,7 +182,22 @@ def run(
     forwarded = sum(len(numbers) for numbers in todo.values())
     taken = sum(len(spec.shard_range(shard)) for shard in pending) - forwarded
     say(f"{name}: {spec.rows} rows in {spec.shards} shards, {spec.value_bytes / 1e6:.1f} MB of values -> {out}")
-    return Summary(spec.rows, spec.value_bytes, forwarded, taken, spec.shards - len(pending), spec.shards)
+    return _summary(spec, forwarded, taken, spec.shards - len(pending), passes)
+
+
+def _summary(spec: CacheSpec, forwarded: int, taken: int, kept: int, passes: forward.Passes) -> Summary:
+    return Summary(
+        fingerprint=spec.fingerprint,
+        rows=spec.rows,
+        value_bytes=spec.value_bytes,
+        forwarded=forwarded,
+        taken=taken,
+        kept_shards=kept,
+        shards=spec.shards,
+        forward_images=passes.images,
+        forward_seconds=round(passes.seconds, 3),
+        forward_cpu=round(passes.cpu, 3),
+    )
 
 
 def fingerprint_inputs(params: Params, samples: Samples, identity: dict[str, Any], seed: int) -> dict[str, Any]:
@@ -310,9 +330,9 @@ def _extract(
     carrier: Carrier | None,
     address: str | None,
     name: str,
-) -> None:
+) -> forward.Passes:
     """Computes the rows to do, here or on a cluster; another thread completes shards and writes them."""
-    spec = job.spec
+    spec, passes = job.spec, forward.Passes()
     row_bytes = sum(spec.row_bytes(e) for e in range(spec.experts))
     total = sum(len(numbers) for numbers in job.todo.values())
     bar = progress(None, f"extract {name}", unit="row", total=total, unit_scale=True)
@@ -330,9 +350,10 @@ def _extract(
     with ThreadPoolExecutor(1, "write") as scribe, bar:
         writes: deque[Future[None]] = deque()
         # Where most rows are carried over, batches are filled across shards.
-        for shard, maps in forward.shards(job, backbone, address, tick, straddle=carrier is not None):
+        for shard, maps in forward.shards(job, backbone, address, tick, passes, straddle=carrier is not None):
             writes.append(scribe.submit(write, shard, maps))
             while len(writes) > 2:  # the bound on memory: three shards
                 writes.popleft().result()
         for done in writes:
             done.result()
+    return passes

@@ -76,10 +76,12 @@ class Params(Section):
 
 @dataclass(frozen=True)
 class Summary:
-    """What was trained, and what feeding it cost."""
+    """What was trained, and what feeding it cost. `resumed_steps` were done by a process that was killed."""
 
     heads: int
     steps: int
+    batch_size: int = 0
+    resumed_steps: int = 0
     residency: str = "memory"
     stall: float = 0.0
     bytes_read: int = 0
@@ -90,10 +92,11 @@ class Summary:
 
 @dataclass(frozen=True)
 class Trained:
-    """The heads' parameters, name -> (K, ...), and a line per head and epoch."""
+    """The heads' parameters, name -> (K, ...), a line per head and epoch, and the steps that were done before."""
 
     state: dict[str, torch.Tensor]
     history: pa.Table
+    restored: int = 0
 
 
 HISTORY = pa.schema([("number", pa.int64()), ("epoch", pa.int64()), ("lr", pa.float64()), ("loss", pa.float64())])
@@ -183,7 +186,7 @@ def run(
         feed = open_feed(streams, reader, residency, device, say)
         token = f"{cache.spec.fingerprint} {about['backbone']} {params.model_dump_json()}"
         trained = _train(params, residency, name, host, pool, heads, feed, stage1, Path(out), token, say)
-        summary = _summary(len(heads), params.optimiser.epochs * streams.steps, feed)
+        summary = _summary(len(heads), params.optimiser, streams.steps, trained.restored, feed)
         say(f"{name}: {feed.cost}")
     _check_finite(trained.state, heads, name)
     replaced = [replaced_channels(h.ratio, channels, params.rounding) for h in heads]
@@ -283,7 +286,7 @@ def _train(
         say(f"{name}: {len(heads)} heads in {len(parts)} parts, to stay below {residency.stack_bytes / 1e9:.2g} GB")
     states: list[dict[str, torch.Tensor]] = []
     history: list[dict[str, float]] = []
-    done = 0
+    done = restored = 0
     for number, part in enumerate(parts):
         stack = Stack(host, pool, part, feed, rounding=params.rounding)
         stack.start(stage1)
@@ -298,11 +301,13 @@ def _train(
             )
 
         key = sha256(f"{token} part {number} of {len(parts)}".encode()).hexdigest()
-        stack.train(settings, name, report, Checkpoint(out, key, part=number))
+        checkpoint = Checkpoint(out, key, part=number)
+        stack.train(settings, name, report, checkpoint)
+        restored += checkpoint.restored
         states.append({k: t.detach() for k, t in stack.state.items()})
     state = {k: torch.cat([s[k] for s in states]) for k in states[0]}
     table = pa.Table.from_pylist(history, HISTORY).sort_by([("epoch", "ascending"), ("number", "ascending")])
-    return Trained(state, table)
+    return Trained(state, table, restored)
 
 
 def _outcome(history: pa.Table, epochs: int, heads: int) -> str:
@@ -310,11 +315,13 @@ def _outcome(history: pa.Table, epochs: int, heads: int) -> str:
     return f"{heads} heads, {epochs} epochs, final loss {final.min():.3f} to {final.max():.3f}"
 
 
-def _summary(heads: int, steps: int, feed: Feed) -> Summary:
+def _summary(heads: int, optimiser: OptimiserParams, steps: int, restored: int, feed: Feed) -> Summary:
     meter = feed.meter
     return Summary(
         heads=heads,
-        steps=steps,
+        steps=optimiser.epochs * steps,
+        batch_size=optimiser.batch_size,
+        resumed_steps=restored,
         residency=feed.choice.tier,
         stall=meter.stall,
         bytes_read=meter.bytes_read,

@@ -9,9 +9,11 @@ const ROW_COLOUR = { "stage I": "var(--stage1)", "without H2T": "var(--head)", "
 const CLASS_COLOURS = ["#4e79a7", "#f28e2b", "#e15759", "#76b7b2", "#59a14f", "#edc948", "#b07aa1", "#ff9da7", "#9c755f", "#8a8a8a"];
 const NEIGHBOURS = 5;
 const CELLS = 90;
+const LINES = 300; // of a table of pairs of classes
 const state = { host: Object.keys(hosts)[0], at: 0, row: "with_h2t", pair: "" };
 const known = (v) => v !== null && v !== undefined;
 const text = (v, digits = 2) => (known(v) ? Number(v).toFixed(digits) : "–");
+const short = (name, most) => (name.length > most ? `${name.slice(0, most - 1)}…` : name);
 const signed = (v) => (v > 0 ? "+" : "") + text(v);
 
 function element(tag, content, attributes = {}) {
@@ -38,7 +40,8 @@ function table(id, columns, lines) {
 function chart(id, options, columns, lines) {
   const place = $(id);
   const width = Math.max(260, Math.min(place.clientWidth || 640, options.most || 900));
-  const drawn = Plot.plot({ width, height: 300, marginLeft: 44, marginBottom: 46, ...options, style: { overflow: "visible" } });
+  const all = { width, height: 300, marginLeft: 44, marginBottom: 46, ...options, style: { overflow: "visible" } };
+  const drawn = Plot.plot({ ...all, x: { labelOffset: all.marginBottom - 6, ...options.x } });
   drawn.setAttribute("aria-hidden", "true");
   place.replaceChildren(drawn);
   table(id, columns, lines);
@@ -46,6 +49,8 @@ function chart(id, options, columns, lines) {
 
 /** The lines of metrics.json that this host has, in the order of the table. */
 const present = (h) => Object.keys(rows).filter((key) => h.rows[key]);
+const GROUPS = ["head", "medium", "tail"];
+const groupLegend = (id, classes) => legend(id, GROUPS.filter((g) => classes.some((c) => c.group === g)).map((g) => [`${g} classes`, COLOUR[g]]));
 const percent = (label = "test accuracy (%)") => ({ domain: [0, 100], grid: true, label });
 
 function drawRatio() {
@@ -82,16 +87,17 @@ function drawRatio() {
   legend("curve", groups.map((f) => [NAMES[f], COLOUR[f]]));
 
   const each = h.classes.map((c, i) => ({ ...c, i, accuracy: h.accuracy[at][i], zero: zero < 0 ? null : h.accuracy[zero][i] }));
-  const labels = each.length <= 20;
+  const labels = each.length <= 20, steep = $("bars").clientWidth < 500;
   chart("bars", {
-    most: 1100, height: labels ? 360 : 300, marginBottom: labels ? 92 : 46, y: percent(), className: "bars",
-    x: { type: "band", label: labels ? null : "class, in descending order of training images", tickRotate: labels ? -35 : 0, tickFormat: labels ? (i) => `${each[i].name} (${each[i].count})` : () => "", tickSize: labels ? 4 : 0 },
+    most: 1100, height: labels ? 360 : 300, marginBottom: labels ? (steep ? 128 : 100) : 46, y: percent(), className: "bars",
+    x: { type: "band", label: labels ? null : "class, in descending order of training images", tickRotate: labels ? (steep ? -70 : -35) : 0, tickFormat: labels ? (i) => `${short(each[i].name, 12)} (${each[i].count})` : () => "", tickSize: labels ? 4 : 0 },
     marks: [
       Plot.barY(each, { x: "i", y: "accuracy", fill: (c) => COLOUR[c.group] || "currentColor", fillOpacity: 0.8, tip: true, title: (c) => `${c.name}: ${text(c.accuracy)}\n${c.count} training images, ${c.group}` }),
       Plot.tickY(each.filter((c) => known(c.zero)), { x: "i", y: "zero", stroke: "currentColor", strokeDasharray: "4 3", strokeWidth: 2 }),
       Plot.ruleY([0]),
     ],
   }, ["class", "training images", "group", "accuracy", "at ratio 0"], each.map((c) => [c.name, text(c.count, 0), c.group, c.accuracy, c.zero]));
+  groupLegend("bars", each);
 
   $("ratio").setAttribute("aria-valuetext", `ratio ${h.ratios[at]}`);
   $("ratio-value").textContent = h.ratios[at];
@@ -103,15 +109,41 @@ function drawRatio() {
     (apart.length ? ` Against ratio 0, same batches, mean and 95 % interval: ${apart.join("; ")}.` : "");
 }
 
+/** Other donors and other channels at this ratio, against the usual ones; a page without any has no such section. */
+function drawVariants() {
+  if (!$("variants-text")) return;
+  const h = hosts[state.host], ratio = h.ratios[state.at], found = h.variants.filter((v) => v.at === state.at);
+  $("variants-text").textContent = found.length
+    ? `${state.host} at ratio ${ratio}: whose channels are given (donor) and which (first, middle, last of the channels, shuffled among donors, or all of them mixed in), paired by seed with donor instance, random channels.`
+    : h.variants.length ? `At ratio ${ratio} of ${state.host} there is nothing to compare; move the slider.` : `${state.host} was trained with one donor and random channels only.`;
+  for (const [id, figure] of [["variants-top1", "top1"], ["variants-tail", "tail"]]) {
+    const lines = found.filter((v) => v.difference[figure]).map((v) => ({ name: v.name, ...v.difference[figure] }));
+    if (!lines.length) { for (const place of [id, `${id}-table`]) $(place).replaceChildren(); continue; }
+    const apart = (v) => v.verdict === "higher" || v.verdict === "lower";
+    chart(id, {
+      height: 70 + 26 * lines.length, marginLeft: 120, marginBottom: 46, x: { label: "difference in points", grid: true }, y: { type: "band", domain: lines.map((v) => v.name), label: null, tickSize: 0 },
+      marks: [
+        Plot.ruleX([0], { stroke: "currentColor" }),
+        Plot.ruleY(lines.filter((v) => known(v.low)), { y: "name", x1: "low", x2: "high", stroke: "var(--head)", strokeWidth: 2 }),
+        Plot.dot(lines, { y: "name", x: "mean", r: 4.5, stroke: "var(--head)", strokeWidth: 2, fill: (v) => (apart(v) ? "var(--head)" : "var(--paper)"), tip: true, title: (v) => `${v.name}: ${signed(v.mean)}` + (known(v.low) ? ` [${signed(v.low)}, ${signed(v.high)}]` : "") + `, ${v.verdict}` }),
+      ],
+    }, ["donor, channels", "difference", "95 % interval", "verdict", NAMES[figure], "std"], found.map((v) => {
+      const d = v.difference[figure];
+      return [v.name, d ? signed(d.mean) : "–", d && known(d.low) ? `${signed(d.low)} to ${signed(d.high)}` : "–", d ? d.verdict : "–", v.mean[figure], v.std[figure]];
+    }));
+  }
+}
+
 function drawCounts() {
   const h = hosts[state.host];
   const kinds = present(h).map((key) => [rows[key], h.rows[key]]);
   const points = kinds.flatMap(([name, row]) => h.classes.map((c, i) => ({ ...c, row: name, accuracy: row.accuracy[i] })));
+  const [least, largest] = d3.extent(h.classes, (c) => c.count), ticks = d3.range(7).flatMap((p) => [1, 2, 5].map((d) => d * 10 ** p)).filter((t) => t >= least && t <= largest);
   chart("counts", {
-    most: 1100, x: { type: "log", label: "training images of the class", grid: true, reverse: true, ticks: 5, tickFormat: "~s" }, y: percent(),
+    most: 1100, x: { type: "log", label: "training images of the class", grid: true, reverse: true, ticks, tickFormat: (n) => n.toLocaleString("en") }, y: percent(),
     color: { domain: Object.keys(ROW_COLOUR), range: Object.values(ROW_COLOUR), legend: false }, symbol: { domain: Object.keys(ROW_COLOUR), range: ["circle", "square", "triangle"] },
     marks: [
-      Plot.line(points, { x: "count", y: "accuracy", stroke: "row", strokeOpacity: h.classes.length > 30 ? 0 : 0.7 }),
+      Plot.line(points, { x: "count", y: "accuracy", z: "row", stroke: "row", strokeOpacity: h.classes.length > 30 ? 0 : 0.7 }),
       Plot.dot(points, { x: "count", y: "accuracy", stroke: "row", fill: "row", symbol: "row", r: 4, tip: true, title: (p) => `${p.name} (${p.count}), ${p.row}: ${text(p.accuracy)}` }),
     ],
   }, ["class", "training images", ...kinds.map(([n]) => n)], h.classes.map((c, i) => [c.name, text(c.count, 0), ...kinds.map(([, row]) => row.accuracy[i])]));
@@ -130,10 +162,12 @@ function drawConfusion() {
     const total = line.reduce((a, b) => a + b, 0);
     return line.map((n, p) => ({ t, p, n, share: total ? n / total : 0, wrong: classes[t].group === "tail" && classes[p].group === "head" && n > 0 }));
   });
+  const worth = cells.filter((c) => c.share >= 0.01).sort((a, b) => b.share - a.share);
+  const told = worth.slice(0, LINES).sort((a, b) => a.t - b.t || a.p - b.p);
   const width = Math.min($("confusion").clientWidth || 500, 560);
-  const tick = (i) => (many ? "" : classes[i].name.slice(0, 9));
+  const tick = (i) => (many ? "" : short(classes[i].name, 10));
   chart("confusion", {
-    width, height: width, marginLeft: many ? 30 : 72, marginBottom: many ? 30 : 72, padding: 0,
+    width, height: width, marginLeft: many ? 30 : 80, marginBottom: many ? 30 : 72, padding: 0,
     x: { type: "band", label: "predicted", tickFormat: tick, tickRotate: many ? 0 : -45, tickSize: 0 }, y: { type: "band", label: "true", tickFormat: tick, tickSize: 0 }, opacity: { domain: [0, 1], range: [0, 1] },
     marks: [
       Plot.cell(cells.filter((c) => c.n), { x: "p", y: "t", fill: (c) => (c.wrong ? "var(--tail)" : "var(--head)"), fillOpacity: "share", tip: true, title: (c) => `${classes[c.t].name} taken for ${classes[c.p].name}: ${text(100 * c.share, 1)} %` }),
@@ -141,15 +175,16 @@ function drawConfusion() {
       many ? null : Plot.text(cells.filter((c) => c.share >= 0.005), { x: "p", y: "t", text: (c) => text(100 * c.share, 0), fontSize: 11, fill: (c) => (c.share > 0.55 ? "var(--paper)" : "var(--ink)") }),
       Plot.frame({ stroke: "var(--line)" }),
     ],
-  }, ["true", "predicted", "share (%)"], cells.filter((c) => c.share >= 0.01).map((c) => [classes[c.t].name, classes[c.p].name, 100 * c.share]));
+  }, ["true", "predicted", "share (%)"], [...told.map((c) => [classes[c.t].name, classes[c.p].name, 100 * c.share]), ...(told.length < worth.length ? [["and", `${worth.length - told.length} smaller ones`, "–"]] : [])]);
   const taken = {};
   for (const c of cells) if (classes[c.t].group === "tail") taken[c.p] = (taken[c.p] || 0) + c.n;
   const total = Object.values(taken).reduce((a, b) => a + b, 0);
   const bars = Object.entries(taken).map(([p, n]) => ({ ...classes[p], i: +p, share: (100 * n) / total }));
   chart("tail", {
-    height: 340, marginBottom: many ? 46 : 84, y: { label: "tail samples (%)", grid: true }, x: { type: "band", label: many ? "predicted class, in descending order of training images" : null, tickRotate: many ? 0 : -35, tickFormat: many ? () => "" : (i) => classes[i].name, tickSize: 0 },
+    height: 340, marginBottom: many ? 46 : 84, y: { label: "tail samples (%)", grid: true }, x: { type: "band", label: many ? "predicted class, in descending order of training images" : null, tickRotate: many ? 0 : -35, tickFormat: many ? () => "" : (i) => short(classes[i].name, 12), tickSize: 0 },
     marks: [Plot.barY(bars, { x: "i", y: "share", fill: (b) => COLOUR[b.group] || "currentColor", tip: true, title: (b) => `${b.name} (${b.group}): ${text(b.share, 1)} %` }), Plot.ruleY([0])],
   }, ["predicted", "group", "tail samples (%)"], bars.map((b) => [b.name, b.group, b.share]));
+  groupLegend("tail", bars);
   const share = (from, to) => {
     const of = cells.filter((c) => classes[c.t].group === from), all = d3.sum(of, (c) => c.n);
     return all ? `${text((100 * d3.sum(of.filter((c) => classes[c.p].group === to), (c) => c.n)) / all, 1)} % of ${from} samples are taken for ${to} classes` : null;
@@ -167,7 +202,7 @@ function drawCalibration() {
     ...scales, height: 340, x: { domain: [0, 100], label: "confidence (%)", grid: true }, y: percent("accuracy (%)"), r: { range: [2, 8] },
     marks: [
       Plot.line([[0, 0], [100, 100]], { stroke: "currentColor", strokeDasharray: "4 3" }),
-      Plot.line(bins, { x: "confidence", y: "accuracy", stroke: "row" }),
+      Plot.line(bins, { x: "confidence", y: "accuracy", z: "row", stroke: "row" }),
       Plot.dot(bins, { x: "confidence", y: "accuracy", fill: "row", symbol: "row", r: "count", tip: true, title: (b) => `${b.row}: sure ${text(b.confidence, 1)}, right ${text(b.accuracy, 1)}, ${b.count} samples` }),
     ],
   }, ["classifier", "confidence", "accuracy", "samples"], bins.map((b) => [b.row, b.confidence, b.accuracy, String(b.count)]));
@@ -175,7 +210,7 @@ function drawCalibration() {
   const norms = kinds.filter(([, r]) => r.norms).flatMap(([row, r]) => r.norms.map((norm, i) => ({ row, i, norm, name: h.classes[i].name })));
   chart("norms", {
     ...scales, height: 340, x: { label: "class, in descending order of training images", ticks: [] }, y: { label: "length", grid: true, zero: true },
-    marks: [Plot.line(norms, { x: "i", y: "norm", stroke: "row" }), Plot.dot(norms, { x: "i", y: "norm", fill: "row", symbol: "row", r: 3, tip: true, title: (n) => `${n.name}, ${n.row}: ${text(n.norm, 3)}` })],
+    marks: [Plot.line(norms, { x: "i", y: "norm", z: "row", stroke: "row" }), Plot.dot(norms, { x: "i", y: "norm", fill: "row", symbol: "row", r: 3, tip: true, title: (n) => `${n.name}, ${n.row}: ${text(n.norm, 3)}` })],
   }, ["class", ...kinds.map(([n]) => n)], h.classes.map((c, i) => [c.name, ...kinds.map(([, r]) => (r.norms ? r.norms[i] : null))]));
   legend("norms", kinds.map(([n]) => [n, ROW_COLOUR[n]]));
 }
@@ -201,8 +236,11 @@ function regions(e, guesses) {
 function drawEmbedding() {
   const e = hosts[state.host].embedding, labels = [...new Set(e.label)].sort((a, b) => a - b);
   const shown = state.pair ? state.pair.split(",").map(Number) : labels;
-  const colour = (label) => (labels.includes(label) ? CLASS_COLOURS[labels.indexOf(label) % CLASS_COLOURS.length] : "#000000");
-  $("embedding-legend").replaceChildren(...shown.map((l) => element("li", e.names[l], { style: `--of: ${colour(l)}` })));
+  const colour = (label) => (labels.includes(label) ? CLASS_COLOURS[labels.indexOf(label) % CLASS_COLOURS.length] : "#808080");
+  const others = ["without_h2t", "with_h2t"].some((row) => e[row].some((l) => known(l) && !labels.includes(l)));
+  $("embedding-legend").replaceChildren(
+    ...shown.map((l) => element("li", e.names[l], { style: `--of: ${colour(l)}` })),
+    ...(others && !state.pair ? [element("li", "any of the classes that are not shown", { style: "--of: var(--line)" })] : []));
   for (const [id, row] of [["without", "without_h2t"], ["with", "with_h2t"]]) {
     const guesses = e[row], there = guesses.length > 0 && guesses.every(known);
     if (!there) {
@@ -215,7 +253,7 @@ function drawEmbedding() {
     const points = e.label.map((label, i) => ({ label, guess: guesses[i], x: e.x[i], y: e.y[i], right: guesses[i] === label })).filter((p) => shown.includes(p.label));
     const [x0, x1] = d3.extent(e.x), [y0, y1] = d3.extent(e.y), width = Math.min($(id).clientWidth || 500, 560);
     chart(id, {
-      width, height: width * 0.85, margin: 8, axis: null, x: { domain: [x0, x1] }, y: { domain: [y0, y1] }, color: { domain: labels, range: labels.map(colour), unknown: "transparent" },
+      width, height: width * 0.85, margin: 8, marginLeft: 8, marginBottom: 8, axis: null, x: { domain: [x0, x1] }, y: { domain: [y0, y1] }, color: { domain: labels, range: labels.map(colour), unknown: "transparent" },
       marks: [
         Plot.raster(e[key].map((l) => (shown.includes(l) ? l : null)), { fill: Plot.identity, width: CELLS, height: CELLS, x1: x0, x2: x1, y1: y1, y2: y0, fillOpacity: 0.3, imageRendering: "pixelated" }),
         Plot.dot(points.filter((p) => p.right), { x: "x", y: "y", r: 2.5, fill: "label", tip: true, title: (p) => e.names[p.label] }),
@@ -249,7 +287,7 @@ function drawHost() {
   drawAll();
 }
 
-function drawAll() { drawRatio(); drawCounts(); drawConfusion(); drawCalibration(); drawEmbedding(); }
+function drawAll() { drawRatio(); drawVariants(); drawCounts(); drawConfusion(); drawCalibration(); drawEmbedding(); }
 
 function sortable(made) {
   made.querySelectorAll("thead button").forEach((button, column) => button.addEventListener("click", () => {
@@ -268,7 +306,7 @@ function sortable(made) {
 }
 
 $("host").addEventListener("change", (event) => { state.host = event.target.value; drawHost(); });
-$("ratio").addEventListener("input", (event) => { state.at = +event.target.value; drawRatio(); });
+$("ratio").addEventListener("input", (event) => { state.at = +event.target.value; drawRatio(); drawVariants(); });
 $("row").addEventListener("change", (event) => { state.row = event.target.value; drawConfusion(); });
 $("pair").addEventListener("change", (event) => { state.pair = event.target.value; drawEmbedding(); });
 let wide = document.documentElement.clientWidth;

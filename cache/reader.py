@@ -205,8 +205,6 @@ class Cache:
             raise CacheError(
                 error.reason, f"{self.files}/{name}: {error.detail} (rows {rows.start} to {rows.stop - 1})"
             ) from None
-        except KeyError:
-            raise CacheError("damaged", f"{self.files}/{name}: not named in {RECORD}") from None
         self._offsets[expert, first : first + used] = offsets
         self._sizes[expert, first : first + used] = sizes
         self._indexed[expert, shard] = True

@@ -64,7 +64,7 @@ def softmax_confidence(logits: np.ndarray) -> np.ndarray:
 
 
 def summary(logits: np.ndarray, labels: np.ndarray, group_of: Sequence[str | None]) -> dict[str, float | None]:
-    """top1, head, medium, tail and ece of logits (n, classes), in percent."""
+    """top1, head, medium, tail and ece of logits (n, classes), in percent; the first of equal logits is the guess."""
     guesses = logits.argmax(1)
     accuracy = per_class_accuracy(confusion(labels, guesses, logits.shape[1]))
     right = guesses == labels

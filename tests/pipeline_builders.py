@@ -48,7 +48,7 @@ def make_index(counts=(5, 3, 1)) -> ClassIndex:
 
 
 def make_stage2_rows(**overrides) -> pa.Table:
-    """The row table of a cache for stage II; `views` per class or one number, `val` and `test` samples per class."""
+    """The row table of a cache for stage II; `views`, and `val` and `test` samples, per class or one number."""
     given = {
         "counts": (9, 5, 2),
         "views": 1,
@@ -61,9 +61,9 @@ def make_stage2_rows(**overrides) -> pa.Table:
     columns: dict[str, list] = {k: [] for k in ("sample", "view", "statistics", "split", "label", "source", "digest")}
     sample = 0
     for split, sizes in (
-        ("test", [given.test] * len(given.counts)),
+        ("test", np.broadcast_to(given.test, len(given.counts)).tolist()),
         ("train", given.counts),
-        ("val", [given.val] * len(given.counts)),
+        ("val", np.broadcast_to(given.val, len(given.counts)).tolist()),
     ):
         for label, size in enumerate(sizes):
             views = given.views if isinstance(given.views, int) else given.views[label]

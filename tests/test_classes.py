@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pipeline.classes import by_index, class_index, groups
+from pipeline.classes import GROUPS, by_index, class_index, groups
 from pipeline.errors import UserError
 from pipeline.stages.prepare import Imbalance, long_tailed_counts
 
@@ -62,6 +62,23 @@ def test_groups_of_the_reference(classes, largest, ratio, threshold, oltr):
 )
 def test_paper_index(classes, expected):
     assert sizes(groups([1] * classes)["paper_index"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("classes", "expected"),
+    [(1, [0, 0, 1]), (2, [1, 1, 0]), (3, [1, 1, 1]), (10, [3, 4, 3]), (100, [36, 35, 29]), (365, [131, 157, 77]),
+     (1000, [390, 445, 165]), (8142, [842, 3701, 3599])],
+)  # fmt: skip
+@pytest.mark.parametrize("count", [1, 20, 21, 100, 101])
+def test_every_class_has_one_group_in_order_and_equal_counts_share_it(classes, expected, count):
+    """All counts equal: by index as ever, by threshold all in one group."""
+    found = groups([count] * classes)
+    assert sizes(found["paper_index"]) == expected
+    for name in found:
+        places = [GROUPS.index(g) for g in found[name]]
+        assert len(places) == classes
+        assert places == sorted(places)
+    assert len(set(found["paper_threshold"])) == len(set(found["oltr"])) == 1
 
 
 def test_the_edges_of_the_thresholds():

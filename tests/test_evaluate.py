@@ -5,12 +5,15 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
-from pipeline_builders import CPU, fitted, make_backbone_dir, make_stage2_cache, silent
+from click.testing import CliRunner
+from pipeline_builders import CPU, fitted, make_backbone_dir, make_stage2_cache, silent, write_params
+from safetensors.torch import load_file, save_file
 from sklearn.metrics import accuracy_score, recall_score
 from torch.nn import functional as F
 
 from cache.reader import open_cache
 from pipeline.classes import groups
+from pipeline.cli import main
 from pipeline.network import load_head
 from pipeline.stages import evaluate
 from pipeline.streams import sample_rows
@@ -162,3 +165,73 @@ def test_the_same_inputs_give_the_same_bytes(tmp_path, made):
         evaluated(tmp_path / name, *made[:3])
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+
+
+def no_nan(path):
+    """The JSON in `path`; NaN and infinities, which are none, fail."""
+    return json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(f"{path.name} holds {word}"))
+
+
+def command(*arguments):
+    done = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert done.exit_code == 0, (done.output, done.exception)
+
+
+def test_one_head_and_classes_without_test_rows_through_the_commands(tmp_path):
+    """Four classes: head [0], medium [1, 2], tail [3]. Class 2 has no test row, nor has the whole tail."""
+    digest = make_backbone_dir(tmp_path / "b", classes=4)
+    options = {"counts": (9, 5, 2, 1), "shape": (64, 1, 1), "test": (6, 5, 0, 0), "val": 0, "backbone": digest}
+    cache = make_stage2_cache(tmp_path / "c", **options)
+    fitted(tmp_path / "h", cache, tmp_path / "b", grid={"ratio": [0.3], "seed": [0]})
+    out, page = tmp_path / "e" / "dr", tmp_path / "r"
+    params = ("--params", write_params(tmp_path / "params.yaml"), "--device", "cpu")
+    command("evaluate", "dr", cache, tmp_path / "h", tmp_path / "b", out, *params)
+    command("report", tmp_path / "e", page, *params)
+
+    metrics, table = no_nan(out / "metrics.json"), pq.read_table(out / "per_class.parquet").to_pandas()
+    assert no_nan(page / "metrics.json") == {"dr": metrics}
+    no_nan(out / "about.json")
+    assert metrics["without_h2t"] is None
+    for key, number in (("stage1", -1), ("with_h2t", 0)):
+        entry = metrics[key]
+        assert entry["tail"] is None
+        assert [entry[f"{f}_std"] for f in FIGURES] == [None] * 5
+        mine = table[(table.number == number) & (table.statistics == entry["statistics"])].sort_values("class")
+        right = mine.accuracy.tolist()
+        assert np.isnan(right[2:]).all()
+        assert (entry["head"], entry["medium"]) == (right[0], right[1])
+        assert entry["top1"] == pytest.approx((6 * right[0] + 5 * right[1]) / 11)
+    assert pq.read_table(out / "per_class.parquet")["accuracy"].null_count == len(table) // 2
+    heads = pq.read_table(out / "heads.parquet")
+    assert heads["tail"].null_count == len(heads)
+    seen = pd.read_parquet(out / "confusion.parquet")
+    assert set(seen.true) == {0, 1}
+
+    text = (page / "results.md").read_text()
+    lines = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| dr")]
+    assert [line[6] for line in lines] == ["–", "–", "–"]  # host, head, ratio, top1, head, medium, tail, ece
+    assert lines[1][2:] == ["–"] * 6  # without H2T
+    assert lines[2][3] == f"{metrics['with_h2t']['top1']:.2f}"  # one seed: no ±
+    for path in (page / "results.md", *sorted((page / "plots").iterdir())):
+        assert "nan" not in path.read_text().lower(), path.name
+
+
+def test_of_equal_logits_the_first_class_counts_in_every_table(tmp_path, made):
+    """Heads and stage I without weights: every logit is 0, every class as good as any other."""
+    cache, heads, backbone, _ = made
+    for source, target in ((heads, tmp_path / "h"), (backbone, tmp_path / "b")):
+        target.mkdir()
+        for path in source.iterdir():
+            (target / path.name).write_bytes(path.read_bytes())
+    state = load_file(heads / "heads.safetensors")
+    save_file({k: torch.zeros_like(t) for k, t in state.items()}, tmp_path / "h" / "heads.safetensors", {"h2t": "{}"})
+    metrics = evaluated(tmp_path / "e", cache, tmp_path / "h", backbone)
+    with_h2t = metrics["with_h2t"]
+    assert [with_h2t[f] for f in ("top1", "medium", "tail", "top1_std")] == [10.0, 0.0, 0.0, 0.0]
+    assert with_h2t["head"] == pytest.approx(100 / 3)  # class 0 of three
+    assert with_h2t["ece"] == pytest.approx(0.0, abs=1e-9)  # confidence 1/10, accuracy 1/10
+    guesses = pd.read_parquet(tmp_path / "e" / "predictions.parquet")
+    confusions = pd.read_parquet(tmp_path / "e" / "confusion.parquet")
+    assert set(guesses[guesses.number >= 0].predicted) == {0}
+    assert set(confusions[confusions.number >= 0].predicted) == {0}
+    assert set(pd.read_parquet(tmp_path / "e" / "embedding.parquet").with_h2t) == {0}

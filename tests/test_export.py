@@ -16,8 +16,10 @@ from pipeline import plugins
 from pipeline.cli import main
 from pipeline.errors import UserError
 from pipeline.head import global_average
+from pipeline.metrics import softmax_confidence
 from pipeline.models.export import Choice, run
 from pipeline.models.model import as_linear, load_model
+from pipeline.models.predict import ranked
 from pipeline.params import build
 from pipeline.residency import Residency
 from pipeline.scoring import head_logits, load_heads_for
@@ -219,6 +221,19 @@ def test_predict_names_classes_as_the_model_does(model, tmp_path):
     out = tmp_path / "classes.csv"
     assert h2t("predict", model / "m/model.safetensors", model / "pictures", "--top", 2, "--out", out).exit_code == 0
     assert out.read_text().splitlines() == [header, *lines]
+
+
+@pytest.mark.parametrize("classes", [1, 2, 10, 20, 100])
+def test_of_equal_logits_the_first_class_comes_first_as_in_evaluate(classes):
+    """Few values among many classes: ties everywhere, also between classes whose softmax is the same number."""
+    values = torch.randint(0, 3, (50, classes), generator=torch.Generator().manual_seed(0)).float()
+    for logits in (values, values * 1e-20, torch.zeros(3, classes)):
+        share, which = ranked(logits, 5)
+        assert torch.equal(which[:, 0], torch.from_numpy(logits.numpy().argmax(1)))
+        assert torch.equal(which[:, 0], logits.argmax(1))
+        expected = np.argsort(-logits.numpy(), axis=1, kind="stable")[:, :5]
+        assert which.tolist() == expected.tolist()
+        assert share[:, 0].numpy() == pytest.approx(softmax_confidence(logits.numpy()), rel=1e-12)
 
 
 def test_predict_leaves_out_what_is_no_image_and_says_so(model, tmp_path):

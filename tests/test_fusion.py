@@ -1,3 +1,5 @@
+from itertools import combinations
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pipeline_builders import make_stack, make_stage2_cache
 
-from pipeline.fusion import channel_ranks, donor_orders, fixed_channels, fuse, replaced_channels, shuffle
+from pipeline.fusion import channel_ranks, donor_orders, fixed_channels, fuse, mix, replaced_channels, shuffle
 
 # ratio, channels, floor, round: section 1.1 of the reference facts
 COUNTS = [
@@ -81,6 +83,15 @@ def test_what_is_not_replaced_may_be_anything():
     assert torch.equal(fuse(receiver, donor, torch.zeros(4, dtype=torch.bool)), receiver)
 
 
+@pytest.mark.parametrize("count", [0, 1, 3, 4])
+def test_mixup_is_the_mean_of_fusion_over_all_sets(count):
+    draws = torch.Generator().manual_seed(0)
+    receiver, donor = (torch.randn(3, 4, 2, 2, generator=draws, dtype=torch.float64) for _ in "ab")
+    masks = [torch.isin(torch.arange(4), torch.tensor(chosen)) for chosen in combinations(range(4), count)]
+    mean = torch.stack([fuse(receiver, donor, mask[:, None, None]) for mask in masks]).mean(0)
+    torch.testing.assert_close(mix(receiver, donor, torch.tensor(count / 4, dtype=torch.float64)), mean)
+
+
 @given(
     seed=st.integers(0, 2**32 - 1),
     epoch=st.integers(0, 300),
@@ -106,6 +117,14 @@ def test_sets_differ_by_seed_epoch_step_and_expert_and_repeat_for_the_same():
     assert np.array_equal(channel_ranks(*base, 64), channel_ranks(*base, 64))
 
 
+def test_the_draws_of_published_heads():
+    """What seed 0 draws today it draws tomorrow: whoever trains again gets the heads of the results."""
+    ranks, orders = channel_ranks(0, 1, 2, 3, 8), donor_orders(0, 1, 2, 3, 3, 4)
+    assert (ranks.dtype, orders.dtype) == (np.int64, np.int64)
+    assert ranks.tolist() == [7, 2, 3, 1, 0, 5, 4, 6]
+    assert orders.tolist() == [[1, 1, 2, 0], [2, 0, 1, 1], [0, 2, 0, 2]]
+
+
 def test_every_channel_is_replaced_equally_often():
     """Chi-square over 2,000 batches: k of C without replacement, each channel with probability k / C."""
     batches, channels, count = 2000, 16, 4
@@ -118,7 +137,9 @@ def test_every_channel_is_replaced_equally_often():
 
 @pytest.mark.parametrize(("selection", "expected"), [("first", [0, 1, 2]), ("middle", [3, 4, 5]), ("last", [7, 8, 9])])
 def test_fixed_sets(selection, expected):
-    assert np.flatnonzero(fixed_channels(selection, 3, 10)).tolist() == expected
+    mask = fixed_channels(selection, 3, 10)
+    assert mask.dtype == bool
+    assert np.flatnonzero(mask).tolist() == expected
     assert fixed_channels(selection, 0, 10).sum() == 0
     assert fixed_channels(selection, 10, 10).all()
 
@@ -178,7 +199,8 @@ def test_shuffled_donors_keep_each_channel_and_lose_what_joins_channels(inner):
     assert np.array_equal(np.sort(orders, axis=0), np.repeat(np.arange(6)[:, None], 5, axis=1))
     assert len({tuple(order) for order in orders.T}) > 1
     assert np.array_equal(donor_orders(0, 1, 2, 0, 6, 5), orders)
-    assert not np.array_equal(donor_orders(0, 1, 3, 0, 6, 5), orders)
+    for other in ((1, 1, 2, 0), (0, 2, 2, 0), (0, 1, 3, 0), (0, 1, 2, 1)):
+        assert not np.array_equal(donor_orders(*other, 6, 5), orders)
 
 
 @pytest.mark.parametrize("pooled", [True, False])

@@ -3,8 +3,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from scipy.special import softmax
 from sklearn.metrics import accuracy_score, confusion_matrix, recall_score
 
+from pipeline.classes import GROUPS, groups
 from pipeline.metrics import (
     BINS,
     confusion,
@@ -33,6 +35,29 @@ def test_agrees_with_scikit_learn(drawn):
     recall = recall_score(labels, guesses, labels=range(classes), average=None, zero_division=np.nan)
     assert np.allclose(per_class_accuracy(counts), 100 * recall, equal_nan=True)
     assert found["head"] == pytest.approx(100 * np.nanmean(recall))
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3, 10, 100, 365, 1000, 8142])
+def test_figures_of_each_number_of_classes_agree_with_scikit_learn(classes):
+    """Random logits with ties, labels that leave classes out: top-1, groups and ECE from independent code."""
+    rng = np.random.default_rng(classes)
+    logits = rng.integers(-3, 4, (300, classes)).astype(np.float32)
+    labels = rng.integers(0, max(1, classes // 2), 300)  # the later half of the classes is absent
+    group_of = groups([1] * classes)["paper_index"]
+    found = summary(logits, labels, group_of)
+    guesses = np.array([row.index(max(row)) for row in logits.tolist()])  # the first of the largest
+    assert found["top1"] == pytest.approx(100 * accuracy_score(labels, guesses))
+    present = np.unique(labels)
+    recall = recall_score(labels, guesses, labels=present, average=None, zero_division=0)
+    for group in GROUPS:
+        members = [r for r, label in zip(recall, present, strict=True) if group_of[label] == group]
+        assert found[group] == (pytest.approx(100 * np.mean(members)) if members else None)
+    confidence = softmax(logits.astype(np.float64), axis=1).max(1)
+    bins: dict[int, list[tuple[float, float]]] = {}
+    for c, r in zip(confidence, guesses == labels, strict=True):
+        bins.setdefault(next(b for b in range(1, BINS + 1) if c <= b / BINS or b == BINS), []).append((c, r))
+    gaps = [len(b) / 300 * abs(np.mean([r for _, r in b]) - np.mean([c for c, _ in b])) for b in bins.values()]
+    assert found["ece"] == pytest.approx(100 * sum(gaps), abs=1e-6)
 
 
 def test_one_sample_of_one_class():

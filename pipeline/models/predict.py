@@ -79,8 +79,7 @@ def predict(
     images = Images([str(f) for f in files], lambda name: Path(name).read_bytes(), decode, transform)
     lines: list[dict[str, Any]] = []
     for batch in _readable(images, len(files), complain):
-        share = logits(torch.cat([x for _, x in batch])).double().softmax(1)
-        best, which = share.topk(min(top, len(classes)), 1)
+        best, which = ranked(logits(torch.cat([x for _, x in batch])), top)
         for (number, _), values, indices in zip(batch, best.tolist(), which.tolist(), strict=True):
             lines += [
                 {"image": str(files[number]), "rank": rank, "class": classes[index], "confidence": round(value, 6)}
@@ -89,6 +88,16 @@ def predict(
     if not lines:
         raise UserError(f"{model}: none of {len(files)} images could be read")
     return lines
+
+
+def ranked(logits: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax and class of the `top` largest of logits (n, classes), float64 and int64 (n, top), best first.
+
+    Of equal logits the first class comes first, as in the figures of evaluate; `topk` gives them in any order.
+    """
+    values = logits.double()
+    which = values.sort(dim=1, descending=True, stable=True).indices[:, :top]
+    return values.softmax(1).gather(1, which), which
 
 
 def _readable(images: Images, count: int, complain: Callable[[str], None]) -> Iterator[list[tuple[int, torch.Tensor]]]:

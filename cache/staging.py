@@ -26,23 +26,32 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def of_the_disk(error: OSError, what: Path) -> CacheError | None:
+    """`error` as CacheError `full` or `unwritable`; None if the disk is not to blame."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        way_out = "finished shards are kept, make space and run the same command again"
+        return CacheError("full", f"{what}: no space left; {way_out}")
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO):
+        why = os.strerror(error.errno).lower()
+        return CacheError("unwritable", f"{what}: {why}; make it writable, or give another place, and run again")
+    return None
+
+
 @contextmanager
-def full_disk_is_one_line(what: Path) -> Iterator[None]:
-    """Turns ENOSPC and EDQUOT into CacheError `full`."""
+def bad_disk_is_one_line(what: Path) -> Iterator[None]:
+    """Turns errors of the disk into CacheError."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise CacheError(
-                "full", f"{what}: no space left; finished shards are kept, make space and run the same command again"
-            ) from None
-        raise
+        if (known := of_the_disk(error, what)) is None:
+            raise
+        raise known from None
 
 
 def write_durably(path: Path, data: bytes | bytearray | memoryview) -> None:
     """Writes `data` to `path` so that at every instant the path holds either the old content or all of the new."""
     partial = path.with_name(f"{path.name}.partial")
-    with full_disk_is_one_line(path):
+    with bad_disk_is_one_line(path):
         try:
             with partial.open("wb") as file:
                 file.write(data)
@@ -63,7 +72,7 @@ def file_sha256(path: Path) -> str:
 class Staging:
     """The staging directory of the cache `target`; a context manager that holds its lock.
 
-    Raises CacheError `busy` if another process works there.
+    Raises CacheError `busy` if another process works there, `full` and `unwritable` if the disk is.
     """
 
     def __init__(self, target: Path) -> None:
@@ -73,7 +82,7 @@ class Staging:
         self._lock: int | None = None
 
     def __enter__(self) -> "Staging":
-        with full_disk_is_one_line(self.root):
+        with bad_disk_is_one_line(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
             try:
                 handle = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -101,6 +110,8 @@ class Staging:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+        if isinstance(error, OSError) and (known := of_the_disk(error, Path(error.filename or self.root))):
+            raise known from None
 
     def keep(self, name: str, data: bytes) -> None:
         """Keeps `data` for later attempts."""

@@ -16,7 +16,7 @@ import click
 from cache.errors import CacheError
 from pipeline.cache_commands import cache as cache_group
 from pipeline.cache_commands import opened, previous
-from pipeline.errors import UserError
+from pipeline.errors import UserError, of_the_machine
 from pipeline.model_commands import export, predict
 from pipeline.sharing_commands import COMMANDS as SHARING
 from pipeline.sharing_commands import doctor
@@ -54,6 +54,12 @@ class OneLineErrors(click.Group):
             raise Misuse(error) from None
         except (UserError, CacheError) as error:
             click.echo(f"error: {error}", err=True)
+            ctx.exit(1)
+        except (OSError, MemoryError, RuntimeError) as error:
+            known = of_the_machine(error)
+            if known is None:
+                raise
+            click.echo(f"error: {known}", err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
             click.echo("stopped; run the same command again to go on", err=True)

@@ -10,7 +10,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -79,6 +79,7 @@ class Staging:
         self.target = Path(target)
         self.root = self.target.parent / f".{self.target.name}.staging"
         self.cache = self.root / "cache"
+        self._done = self.target.parent / f"{self.root.name}.done"
         self._lock: int | None = None
 
     def __enter__(self) -> "Staging":
@@ -132,10 +133,15 @@ class Staging:
 
         Renamed first: a next owner never sees a half-deleted directory, nor loses its lock file to this deletion.
         """
-        done = self.target.parent / f".{self.target.name}.staging.done"
-        shutil.rmtree(done, ignore_errors=True)
-        self.root.rename(done)
-        shutil.rmtree(done, ignore_errors=True)
+        shutil.rmtree(self._done, ignore_errors=True)
+        self.root.rename(self._done)
+        shutil.rmtree(self._done, ignore_errors=True)
+
+    def clear_remains(self) -> None:
+        """Removes what a run leaves that is killed just after it published; not what another process works in."""
+        if self.root.exists() or self._done.exists():
+            with suppress(CacheError), self:
+                self.discard()
 
     def publish(self, *, replace: bool) -> None:
         """Renames the finished cache to its target and removes the staging directory."""

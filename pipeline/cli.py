@@ -55,7 +55,7 @@ class OneLineErrors(click.Group):
         except (UserError, CacheError) as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(1)
-        except (OSError, MemoryError, RuntimeError) as error:
+        except (OSError, MemoryError, RuntimeError, ImportError) as error:
             known = of_the_machine(error)
             if known is None:
                 raise

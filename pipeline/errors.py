@@ -16,8 +16,8 @@ class UserError(Exception):
 
 
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EFBIG}
-#: How torch and the threads of Python say that memory is at its limit, where they do not raise MemoryError.
-NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "can't start new thread")
+#: How torch, threads and the loader of libraries say that memory is at its limit, where they do not raise MemoryError.
+NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "can't start new thread", "map segment")
 
 
 def of_the_machine(error: BaseException) -> UserError | None:
@@ -25,7 +25,7 @@ def of_the_machine(error: BaseException) -> UserError | None:
     if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
         why = os.strerror(error.errno)
         return UserError(f"{error.filename or 'disk'}: {why}; make room or change its owner, and run again")
-    known = isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+    known = isinstance(error, RuntimeError | ImportError) and any(words in str(error) for words in NO_MEMORY)
     if known or isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         said = next(iter(str(error).splitlines()), "").rstrip(". ") or "there is not enough"
         return UserError(f"memory: {said}; raise the limit, or end other programs, and run again")

@@ -18,6 +18,10 @@ LACKS = {
     "memory": (MemoryError(), "memory: there is not enough; raise the limit"),
     "memory, in numpy's words": (MemoryError("Unable to allocate 1. GiB"), "memory: Unable to allocate 1. GiB; raise"),
     "memory for a process": (OSError(errno.ENOMEM, "Cannot allocate memory"), "memory: [Errno 12] Cannot allocate"),
+    "memory for a library": (
+        ImportError("libx.so: failed to map segment from shared object"),
+        "memory: libx.so: failed to map segment from shared object; raise",
+    ),
     "memory for a thread": (RuntimeError("can't start new thread"), "memory: can't start new thread; raise"),
 }
 

@@ -15,6 +15,7 @@ REASONS = frozenset(
         "out-of-range",  # a row or expert number the cache does not have
         "spec",  # a specification that no cache can have
         "unreachable",  # a remote store refuses, or breaks off
+        "unwritable",  # a read-only disk, or someone else's folder
         "uncommitted",  # a directory without a commit record is not a cache
     }
 )

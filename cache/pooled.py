@@ -62,6 +62,7 @@ def pooled(
     have = committed(target)
     if have and not replace:
         if (have.fingerprint, have.layout) == (spec.fingerprint, spec.layout):
+            Staging(target).clear_remains()
             return have
         raise CacheError("exists", f"{target}: holds another cache; remove it or pass --replace")
     block = max(1, BLOCK_BYTES // max(parent.row_bytes(e) for e in range(cache.experts)))

@@ -10,7 +10,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -26,23 +26,32 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def of_the_disk(error: OSError, what: Path) -> CacheError | None:
+    """`error` as CacheError `full` or `unwritable`; None if the disk is not to blame."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        way_out = "finished shards are kept, make space and run the same command again"
+        return CacheError("full", f"{what}: no space left; {way_out}")
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO):
+        why = os.strerror(error.errno).lower()
+        return CacheError("unwritable", f"{what}: {why}; make it writable, or give another place, and run again")
+    return None
+
+
 @contextmanager
-def full_disk_is_one_line(what: Path) -> Iterator[None]:
-    """Turns ENOSPC and EDQUOT into CacheError `full`."""
+def bad_disk_is_one_line(what: Path) -> Iterator[None]:
+    """Turns errors of the disk into CacheError."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise CacheError(
-                "full", f"{what}: no space left; finished shards are kept, make space and run the same command again"
-            ) from None
-        raise
+        if (known := of_the_disk(error, what)) is None:
+            raise
+        raise known from None
 
 
 def write_durably(path: Path, data: bytes | bytearray | memoryview) -> None:
     """Writes `data` to `path` so that at every instant the path holds either the old content or all of the new."""
     partial = path.with_name(f"{path.name}.partial")
-    with full_disk_is_one_line(path):
+    with bad_disk_is_one_line(path):
         try:
             with partial.open("wb") as file:
                 file.write(data)
@@ -63,17 +72,18 @@ def file_sha256(path: Path) -> str:
 class Staging:
     """The staging directory of the cache `target`; a context manager that holds its lock.
 
-    Raises CacheError `busy` if another process works there.
+    Raises CacheError `busy` if another process works there, `full` and `unwritable` if the disk is.
     """
 
     def __init__(self, target: Path) -> None:
         self.target = Path(target)
         self.root = self.target.parent / f".{self.target.name}.staging"
         self.cache = self.root / "cache"
+        self._done = self.target.parent / f"{self.root.name}.done"
         self._lock: int | None = None
 
     def __enter__(self) -> "Staging":
-        with full_disk_is_one_line(self.root):
+        with bad_disk_is_one_line(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
             try:
                 handle = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -101,6 +111,8 @@ class Staging:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+        if isinstance(error, OSError) and (known := of_the_disk(error, Path(error.filename or self.root))):
+            raise known from None
 
     def keep(self, name: str, data: bytes) -> None:
         """Keeps `data` for later attempts."""
@@ -121,10 +133,15 @@ class Staging:
 
         Renamed first: a next owner never sees a half-deleted directory, nor loses its lock file to this deletion.
         """
-        done = self.target.parent / f".{self.target.name}.staging.done"
-        shutil.rmtree(done, ignore_errors=True)
-        self.root.rename(done)
-        shutil.rmtree(done, ignore_errors=True)
+        shutil.rmtree(self._done, ignore_errors=True)
+        self.root.rename(self._done)
+        shutil.rmtree(self._done, ignore_errors=True)
+
+    def clear_remains(self) -> None:
+        """Removes what a run leaves that is killed just after it published; not what another process works in."""
+        if self.root.exists() or self._done.exists():
+            with suppress(CacheError), self:
+                self.discard()
 
     def publish(self, *, replace: bool) -> None:
         """Renames the finished cache to its target and removes the staging directory."""

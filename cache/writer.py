@@ -27,7 +27,7 @@ from cache.codecs import codec, zarr_codecs
 from cache.errors import CacheError
 from cache.rows import to_bytes
 from cache.spec import CARD, FORMAT, MAPS, RECORD, ROWS, STATISTICS, CacheSpec, canonical_json, parse_record, sha256
-from cache.staging import Staging, file_sha256, full_disk_is_one_line, sync, write_durably
+from cache.staging import Staging, bad_disk_is_one_line, file_sha256, sync, write_durably
 
 
 def committed(target: Path) -> CacheSpec | None:
@@ -110,7 +110,7 @@ class CacheWriter:
             write_durably(self._staging.cache / name, data)
             files[name] = (len(data), sha256(data))
         line = canonical_json({"shard": shard, "files": files})
-        with self._lock, full_disk_is_one_line(self._journal), self._journal.open("ab") as journal:
+        with self._lock, bad_disk_is_one_line(self._journal), self._journal.open("ab") as journal:
             journal.write(sha256(line)[:16].encode() + b" " + line + b"\n")
             journal.flush()
             os.fsync(journal.fileno())
@@ -126,7 +126,7 @@ class CacheWriter:
         import zarr
 
         root = self._staging.cache
-        with full_disk_is_one_line(root), warnings.catch_warnings():
+        with bad_disk_is_one_line(root), warnings.catch_warnings():
             # Zarr warns that this is an extension; format 1 has it so that xarray opens without a scan.
             warnings.simplefilter("ignore", zarr.errors.ZarrUserWarning)
             zarr.consolidate_metadata(str(root / MAPS), zarr_format=3)
@@ -199,7 +199,7 @@ class CacheWriter:
 
     def _create_arrays(self) -> None:
         maps = self._staging.cache / MAPS
-        with full_disk_is_one_line(maps):
+        with bad_disk_is_one_line(maps):
             for array in [maps, *(maps / f"expert_{expert}" for expert in range(self.spec.experts))]:
                 array.mkdir(parents=True, exist_ok=True)
                 (array / "zarr.json").unlink(missing_ok=True)

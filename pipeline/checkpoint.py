@@ -1,7 +1,9 @@
 """Unfinished training, kept beside the output so that a killed run goes on from its last saved step."""
 
+import os
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -56,10 +58,11 @@ class Checkpoint:
         for name, tensor in state.items():
             if (buffer := optimiser.state[tensor].get("momentum_buffer")) is not None:
                 tensors[f"momentum/{name}"] = buffer
+        partial = self.folder / f"state-{os.getpid()}.partial"  # two runs may train the same
         self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / "state.partial"
-        save_weights(partial, tensors, {"token": self.token, "steps": steps})
-        replace_file(partial, self.path)
+        with suppress(FileNotFoundError):  # the other run has just ended, and forgotten its steps with ours
+            save_weights(partial, tensors, {"token": self.token, "steps": steps})
+            replace_file(partial, self.path)
         self._saved = time.monotonic()
 
     def clear(self) -> None:

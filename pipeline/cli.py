@@ -19,7 +19,7 @@ from pipeline.commands.caches import opened, previous
 from pipeline.commands.models import export, predict
 from pipeline.commands.sharing import COMMANDS as SHARING
 from pipeline.commands.sharing import doctor
-from pipeline.errors import UserError
+from pipeline.errors import UserError, of_the_machine
 
 
 class Misuse(click.ClickException):
@@ -54,6 +54,12 @@ class OneLineErrors(click.Group):
             raise Misuse(error) from None
         except (UserError, CacheError) as error:
             click.echo(f"error: {error}", err=True)
+            ctx.exit(1)
+        except (OSError, MemoryError, RuntimeError, ImportError) as error:
+            known = of_the_machine(error)
+            if known is None:
+                raise
+            click.echo(f"error: {known}", err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
             click.echo("stopped; run the same command again to go on", err=True)

@@ -2,6 +2,7 @@
 
 import datetime
 import errno
+import fcntl
 import glob
 import json
 import os
@@ -14,9 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.errors import CANNOT_WRITE, UserError
 
-CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 NO_PLACE = {errno.EEXIST, errno.ENOTDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP}
 
 
@@ -24,7 +24,9 @@ NO_PLACE = {errno.EEXIST, errno.ENOTDIR, errno.ENOENT, errno.ENAMETOOLONG, errno
 def fresh_directory(out: Path) -> Iterator[Path]:
     """A directory to fill that becomes `out` in one rename when the block ends well, and vanishes when it does not.
 
-    An earlier output at `out` is replaced. A directory that holds anything else is refused, not deleted.
+    An earlier output at `out` is replaced. Also after a kill or a power cut it is never there in part: the new one is
+    written durably, and the old one is renamed away before it takes its place. A directory that holds anything else is
+    refused, not deleted. Of two processes the later one prevails.
     """
     out = Path(os.path.abspath(out))  # noqa: PTH100 - `resolve` would follow a link that is to be replaced
     partial = out.parent / f".{out.name}.partial-{os.getpid()}"
@@ -38,16 +40,11 @@ def fresh_directory(out: Path) -> Iterator[Path]:
                 raise
             raise UserError(f"{out}: cannot be made ({error.strerror}); give another place") from None
         yield partial
-        if out.is_dir() and not out.is_symlink():
-            foreign = sorted({p.name for p in out.iterdir()} - {p.name for p in partial.iterdir()})
-            if foreign:
-                raise UserError(
-                    f"{out}: holds {foreign[0]!r}, which is not of this stage; give another place or remove it"
-                )
-            shutil.rmtree(out)
-        elif out.exists() or out.is_symlink():
-            out.unlink()
-        partial.rename(out)
+        for path in (*partial.rglob("*"), partial):
+            _make_durable(path)
+        with _alone_in(out.parent):
+            _replace_directory(partial, out)
+            _make_durable(out.parent)
     except OSError as error:
         if error.errno not in CANNOT_WRITE:
             raise
@@ -56,19 +53,62 @@ def fresh_directory(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """No other process renames outputs in `folder` meanwhile. The lock is on the directory: it leaves no file."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _replace_directory(partial: Path, out: Path) -> None:
+    if out.is_dir() and not out.is_symlink():
+        foreign = sorted({p.name for p in out.iterdir()} - {p.name for p in partial.iterdir()})
+        if foreign:
+            raise UserError(f"{out}: holds {foreign[0]!r}, which is not of this stage; give another place or remove it")
+        replaced = out.parent / f".{out.name}.replaced-{os.getpid()}"
+        out.rename(replaced)
+        partial.rename(out)
+        shutil.rmtree(replaced, ignore_errors=True)
+        return
+    if out.exists() or out.is_symlink():
+        out.unlink()
+    partial.rename(out)
+
+
 def _clear_abandoned(out: Path) -> None:
-    """Removes what killed runs left behind; one may have had our own process number."""
-    for path in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
+    """Removes what killed runs left behind; one may have had our own process number.
+
+    What one was about to replace when it was killed is put back.
+    """
+    name = glob.escape(out.name)
+    for path in (*out.parent.glob(f".{name}.replaced-*"), *out.parent.glob(f".{name}.partial-*")):
         pid = path.name.rpartition("-")[2]
-        if pid == str(os.getpid()) or not (pid.isdigit() and Path(f"/proc/{pid}").exists()):
+        if pid != str(os.getpid()) and pid.isdigit() and Path(f"/proc/{pid}").exists():
+            continue
+        if ".replaced-" in path.name[len(out.name) :] and not os.path.lexists(out):
+            path.rename(out)
+        else:
             shutil.rmtree(path, ignore_errors=True)
 
 
 def replace_file(partial: Path, path: Path) -> None:
     """Puts the file `partial` in place of `path` so that a crash leaves the one or the other, whole."""
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
+    _make_durable(partial)
     partial.replace(path)
+
+
+def _make_durable(path: Path) -> None:
+    """What `path` holds survives a power cut; of a directory, the names in it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -78,7 +118,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_run_record(path: Path, facts: Mapping[str, Any]) -> None:
-    """What happened in a run (time, machine, commit, `facts`), for `data/runs`; no stage depends on it."""
+    """What happened in a run (time, machine, commit, `facts`), for `data/runs`; no stage depends on it.
+
+    A disk that cannot take it fails no run, and never leaves half of a record.
+    """
+    partial = path.with_name(f".{path.name}.partial")
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         record = {
@@ -89,13 +133,20 @@ def write_run_record(path: Path, facts: Mapping[str, Any]) -> None:
             "commit": _commit(),
             **facts,
         }
-        write_json(path, record)
+        try:
+            write_json(partial, record)
+            replace_file(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def _commit() -> str | None:
     with suppress(OSError, subprocess.SubprocessError):
         found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, timeout=10
+            ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            timeout=10,
         )
         return found.stdout.strip() or None
     return None

@@ -1,5 +1,7 @@
 """Resume of stage II: interrupted at any step, training ends in the same weights."""
 
+import threading
+
 import pytest
 import torch
 from pipeline_builders import make_optimiser, make_stack, make_stage2_cache, trained
@@ -77,3 +79,26 @@ def test_a_short_run_saves_nothing_and_clear_forgets(cache, tmp_path):
     assert save.path.is_file()
     save.clear()
     assert not save.folder.exists()
+
+
+def test_a_run_saves_while_another_one_of_the_same_ends(tmp_path):
+    """Whoever ends forgets the saved steps of both; the other goes on."""
+    state = {"weight": torch.zeros(3)}
+    optimiser, losses = torch.optim.SGD(state.values(), lr=1), torch.zeros(2, 2)
+    ended = threading.Event()
+
+    def ends() -> None:
+        while not ended.is_set():
+            Checkpoint(tmp_path / "out", "t").clear()
+
+    other = threading.Thread(target=ends)
+    other.start()
+    try:
+        save = Checkpoint(tmp_path / "out", "t", seconds=0)
+        for step in range(300):
+            save.offer(step, state, optimiser, losses)
+    finally:
+        ended.set()
+        other.join()
+    save.offer(7, state, optimiser, losses)
+    assert save.restore(state, optimiser, losses) == 7

@@ -1,6 +1,11 @@
 import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from pipeline_builders import environment
 
 from pipeline.errors import UserError
 from pipeline.outputs import fresh_directory, write_json
@@ -85,3 +90,66 @@ def test_a_place_below_a_file_is_one_line(tmp_path):
 def test_json_has_no_nan(tmp_path):
     with pytest.raises(ValueError, match="Out of range"):
         write_json(tmp_path / "x.json", {"a": float("nan")})
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from pipeline.outputs import fresh_directory
+left = int(sys.argv[2])
+def count(event, args):
+    global left
+    if event in ("os.rename", "os.rmdir", "os.remove", "os.mkdir"):
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(count)
+with fresh_directory(Path(sys.argv[1])) as into:
+    for name in "abc":
+        (into / name).write_text("new")
+print("done")
+"""
+
+
+def test_killed_at_any_step_the_output_is_the_old_or_the_new_one(tmp_path):
+    """Between two renames it is away, and back when the next run begins; it is never there in part."""
+    ends = []
+    for step in range(40):
+        out = tmp_path / str(step) / "out"
+        filled(out, "abc")
+        command = [sys.executable, "-c", KILLED, str(out), str(step)]
+        done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+        assert done.stdout or done.returncode == -signal.SIGKILL, done.stderr
+        if not out.exists():
+            with pytest.raises(ZeroDivisionError), fresh_directory(out):
+                raise ZeroDivisionError
+        ends.append({p.name: p.read_text() for p in out.iterdir()})
+        if done.stdout:
+            break
+    assert all(end in ({n: n for n in "abc"}, dict.fromkeys("abc", "new")) for end in ends), ends
+    assert ends[-1]["a"] == "new"
+    assert len(ends) > 5
+
+
+def test_two_processes_may_write_the_same_output(tmp_path):
+    many = "import sys; from pathlib import Path; from pipeline.outputs import fresh_directory\n"
+    many += "for i in range(200):\n with fresh_directory(Path(sys.argv[1])) as into:\n"
+    many += "  (into / 'a').write_text('a'); (into / 'b').write_text('b')\n"
+    command = [sys.executable, "-c", many, str(tmp_path / "out")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(command, cwd=Path(__file__).parents[1], **pipes) for _ in range(2)]
+    for process in both:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    assert {p.name: p.read_text() for p in (tmp_path / "out").iterdir()} == {"a": "a", "b": "b"}
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_record_that_finds_no_room_is_not_left_in_part(tmp_path):
+    record = "import resource, signal, sys; from pathlib import Path; from pipeline.outputs import write_run_record\n"
+    record += "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))\n"
+    record += "write_run_record(Path(sys.argv[1]), {'seconds': 1.0})"
+    command = [sys.executable, "-B", "-c", record, str(tmp_path / "record.json")]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert names(tmp_path) == []

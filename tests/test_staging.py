@@ -144,3 +144,22 @@ def test_a_failed_write_leaves_the_old_content_alone(tmp_path):
     )
     assert b"File too large" in done.stderr
     assert tree(tmp_path) == {"file": b"one"}
+
+
+@pytest.mark.parametrize("step", ["before it is renamed", "before it is removed"])
+def test_what_a_kill_just_after_publishing_leaves_goes_with_the_next_run(cache_dir, step):
+    with Staging(cache_dir) as staging:
+        finished(staging).cache.rename(cache_dir)
+        if step == "before it is removed":
+            staging.root.rename(staging.root.with_name(f"{staging.root.name}.done"))
+    assert len(list(cache_dir.parent.iterdir())) == 2
+    Staging(cache_dir).clear_remains()
+    assert list(cache_dir.parent.iterdir()) == [cache_dir]
+    assert tree(cache_dir) == {"file": b"new"}
+
+
+def test_what_another_process_works_in_stays(cache_dir):
+    with Staging(cache_dir) as staging:
+        staging.keep("statistics", b"1")
+        Staging(cache_dir).clear_remains()
+        assert staging.kept("statistics") == b"1"

@@ -337,39 +337,6 @@ def test_killed_at_any_file_operation_it_resumes_to_the_same_bytes(tmp_path):
     assert sum(1 <= n < 13 for n in eval(struck)) >= 8
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 1 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", place], capture_output=True, check=False)
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a small file system here: {mounted.stderr.decode().strip()}")
-    yield place
-    subprocess.run(["umount", place], check=True)
-
-
-@pytest.mark.skipif(shutil.which("mount") is None, reason="no mount command")
-def test_a_full_disk_keeps_what_was_finished_and_resumes_when_there_is_room(small_disk, tmp_path):
-    overrides = {"rows": 12, "shard_rows": 1, "maps": ((16, 16, 16),)}  # 8 KiB each, 96 KiB in all
-    spec = make_spec(**overrides)
-    rows, maps = make_rows(12), make_maps(spec)
-    write_cache(tmp_path / "whole", spec, rows, maps)
-    ballast = small_disk / "ballast"
-    ballast.write_bytes(bytes(1024 * 1024 - 80 * 1024))
-    target = small_disk / "cache"
-    with pytest.raises(CacheError) as error:
-        write_cache(target, spec, rows, maps)
-    assert error.value.reason == "full"
-    assert not target.exists()
-    left = pending(target, spec)
-    assert left[0] > 0
-    assert left == list(range(left[0], 12))
-    ballast.unlink()
-    write_cache(target, spec, rows, maps)
-    assert tree(target) == tree(tmp_path / "whole")
-
-
 def test_writing_beside_a_reader_of_the_journal(cache_dir):
     """Threads journal whole lines: after concurrent writes every line is an entry."""
     spec = make_spec(rows=64, shard_rows=1)

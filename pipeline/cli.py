@@ -17,56 +17,13 @@ from cache.errors import CacheError
 from pipeline.commands.caches import cache as cache_group
 from pipeline.commands.caches import opened, previous
 from pipeline.commands.models import export, predict
+from pipeline.commands.one_line import OneLineErrors
 from pipeline.commands.sharing import COMMANDS as SHARING
 from pipeline.commands.sharing import doctor
-from pipeline.errors import UserError, of_the_machine
+from pipeline.errors import UserError
 
 
-class Misuse(click.ClickException):
-    """A command line that cannot be parsed: one line, exit code 2."""
-
-    exit_code = 2
-
-    def __init__(self, error: click.UsageError) -> None:
-        path = error.ctx.command_path if error.ctx else "h2t"
-        super().__init__(f"{' '.join(error.format_message().split())} (see: {path} --help)")
-
-
-class OneLineErrors(click.Group):
-    """A group whose user errors are one line on stderr and exit code 1 or 2; only bugs show a traceback."""
-
-    def make_context(self, *args: Any, **extra: Any) -> click.Context:
-        """Parses the group's own options."""
-        try:
-            return super().make_context(*args, **extra)
-        except click.exceptions.NoArgsIsHelpError:
-            raise
-        except click.UsageError as error:
-            raise Misuse(error) from None
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Runs the chosen command."""
-        try:
-            return super().invoke(ctx)
-        except click.exceptions.NoArgsIsHelpError:
-            raise
-        except click.UsageError as error:
-            raise Misuse(error) from None
-        except (UserError, CacheError) as error:
-            click.echo(f"error: {error}", err=True)
-            ctx.exit(1)
-        except (OSError, MemoryError, RuntimeError, ImportError) as error:
-            known = of_the_machine(error)
-            if known is None:
-                raise
-            click.echo(f"error: {known}", err=True)
-            ctx.exit(1)
-        except KeyboardInterrupt:
-            click.echo("stopped; run the same command again to go on", err=True)
-            ctx.exit(130)
-
-
-@click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="h2t", prog_name="h2t")
 def main() -> None:
     """Train better classifiers for long-tailed images on cached feature maps.

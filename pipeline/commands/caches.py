@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cache.errors import CacheError
 from cache.redaction import redacted
+from pipeline.commands.one_line import OneLineErrors, refuse
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,18 +19,16 @@ if TYPE_CHECKING:
 FOLDER = click.Path(path_type=Path)
 
 
-class OneLineErrors(click.Group):
-    """A group whose CacheErrors, and errors of the disk or the network, are one line on stderr and exit 1."""
+class CacheCommands(OneLineErrors):
+    """Whatever the disk or the network says is one line, too."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except CacheError as error:
-            raise click.ClickException(error.detail) from None
         except BrokenPipeError:  # the reader of our output left; click knows what to do
             raise
         except (OSError, ImportError) as error:  # ImportError: fsspec names the package that a protocol needs
-            raise click.ClickException(redacted(" ".join(str(error).split()))) from None
+            refuse(ctx, redacted(" ".join(str(error).split())))
 
 
 @contextmanager
@@ -41,7 +39,7 @@ def opened(location: str) -> Iterator["Cache"]:
     try:
         cache = open_cache(location)
     except ValueError as error:  # fsspec: unknown protocol
-        raise click.ClickException(redacted(f"{location}: {' '.join(str(error).split())}")) from None
+        raise UserError(f"{location}: {' '.join(str(error).split())}") from None
     with cache:
         yield cache
 
@@ -78,7 +76,7 @@ def human(size: float) -> str:
     return f"{size:.3g} TB"
 
 
-@click.group(cls=OneLineErrors)
+@click.group(cls=CacheCommands)
 def cache() -> None:
     """Look at, check and compare caches. CACHE is a path or a URL."""
 

@@ -1,0 +1,60 @@
+"""Errors on the command line: one line on stderr and exit code 1 or 2; only bugs show a traceback."""
+
+from typing import IO, Any, NoReturn
+
+import click
+
+from cache.errors import CacheError
+from pipeline.errors import UserError, of_the_machine
+
+
+class Misuse(click.ClickException):
+    """A command line that cannot be parsed: one line, exit code 2."""
+
+    exit_code = 2
+
+    def __init__(self, error: click.UsageError) -> None:
+        path = error.ctx.command_path if error.ctx else "h2t"
+        super().__init__(f"{' '.join(error.format_message().split())} (see: {path} --help)")
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Prints the line, as all errors of users are printed."""
+        click.echo(f"error: {self.format_message()}", file=file, err=True)
+
+
+def refuse(ctx: click.Context, message: str) -> NoReturn:
+    """Ends the command with one line on stderr and exit code 1."""
+    click.echo(f"error: {message}", err=True)
+    ctx.exit(1)
+
+
+class OneLineErrors(click.Group):
+    """A group whose user errors are one line on stderr and exit code 1 or 2; only bugs show a traceback."""
+
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        """Parses the group's own options."""
+        try:
+            return super().make_context(*args, **extra)
+        except click.exceptions.NoArgsIsHelpError:
+            raise
+        except click.UsageError as error:
+            raise Misuse(error) from None
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs the chosen command."""
+        try:
+            return super().invoke(ctx)
+        except click.exceptions.NoArgsIsHelpError:
+            raise
+        except click.UsageError as error:
+            raise Misuse(error) from None
+        except (UserError, CacheError) as error:
+            refuse(ctx, str(error))
+        except (OSError, MemoryError, RuntimeError, ImportError) as error:
+            known = of_the_machine(error)
+            if known is None:
+                raise
+            refuse(ctx, str(known))
+        except KeyboardInterrupt:
+            click.echo("stopped; run the same command again to go on", err=True)
+            ctx.exit(130)

@@ -275,4 +275,4 @@ def list_plugins(kind: str | None, as_json: bool) -> None:
     for one, entries in found.items():
         click.echo(one)
         for name, line in entries.items():
-            click.echo(f"  {name:18} {line}")
+            click.echo(f"  {name:20} {line}")

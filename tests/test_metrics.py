@@ -7,6 +7,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix, recall_score
 
 from pipeline.metrics import (
     BINS,
+    answers,
     confusion,
     expected_calibration_error,
     group_accuracy,
@@ -28,7 +29,7 @@ def test_agrees_with_scikit_learn(drawn):
     counts = confusion(labels, guesses, classes)
     assert np.array_equal(counts, confusion_matrix(labels, guesses, labels=range(classes)))
     logits = np.eye(classes)[guesses]
-    found = summary(logits, labels, ["head"] * classes)
+    found = summary(answers(logits), labels, ["head"] * classes)
     assert found["top1"] == pytest.approx(100 * accuracy_score(labels, guesses))
     recall = recall_score(labels, guesses, labels=range(classes), average=None, zero_division=np.nan)
     assert np.allclose(per_class_accuracy(counts), 100 * recall, equal_nan=True)
@@ -36,7 +37,7 @@ def test_agrees_with_scikit_learn(drawn):
 
 
 def test_one_sample_of_one_class():
-    found = summary(np.array([[3.0]]), np.array([0]), ["tail"])
+    found = summary(answers(np.array([[3.0]])), np.array([0]), ["tail"])
     assert found == {"top1": 100.0, "head": None, "medium": None, "tail": 100.0, "ece": 0.0}
 
 
@@ -47,7 +48,7 @@ def test_a_group_is_the_mean_over_its_classes_that_have_samples():
 
 
 def test_of_tied_logits_the_first_class_wins():
-    found = summary(np.zeros((2, 3)), np.array([0, 1]), ["head", "medium", "tail"])
+    found = summary(answers(np.zeros((2, 3))), np.array([0, 1]), ["head", "medium", "tail"])
     assert (found["top1"], found["head"], found["medium"], found["tail"]) == (50.0, 100.0, 0.0, None)
 
 

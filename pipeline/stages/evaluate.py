@@ -5,7 +5,7 @@ Writes `metrics.json` (stage1, without_h2t, with_h2t: mean and std over seeds), 
 the report shows beside them (`evidence.py`). The last epoch is what is evaluated; nothing is chosen on the test split.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,7 +25,7 @@ from pipeline.evidence import write_about, write_embedding, write_reliability, w
 from pipeline.features import FeatureReader, identity_if_pooled, maps_fingerprint, pool_label
 from pipeline.head import global_average, logits
 from pipeline.heads import Heads, head_parts
-from pipeline.metrics import confusion, over_seeds, per_class_accuracy, softmax_confidence, summary
+from pipeline.metrics import Answers, answers, confusion, over_seeds, per_class_accuracy, summary
 from pipeline.network import StageOneHead, backbone_digest, load_head
 from pipeline.outputs import fresh_directory, write_json
 from pipeline.params import Ratio, Section
@@ -58,12 +58,12 @@ class Params(Section):
 
 @dataclass(frozen=True)
 class _Split:
-    """Logits of every head on one split under one kind of statistics."""
+    """What every head says of one split under one kind of statistics. Logits of all heads together can be too large."""
 
     statistics: str
     labels: np.ndarray
     samples: np.ndarray
-    logits: np.ndarray  # (heads, n, classes)
+    said: list[Answers]  # by head
 
 
 def run(
@@ -100,10 +100,10 @@ def run(
     figures: list[dict[str, Any]] = []
     for (split, statistics), result in found.items():
         for head in table:
-            one = summary(result.logits[head["number"]], result.labels, group_of)
+            one = summary(result.said[head["number"]], result.labels, group_of)
             figures.append({**head, "split": split, "statistics": statistics, **one})
     for split, result in first.items():
-        one = summary(result.logits[0], result.labels, group_of)
+        one = summary(result.said[0], result.labels, group_of)
         figures.append({"number": -1, "split": split, "statistics": STAGE1, **one})
 
     on = [f for f in figures if f["statistics"] == recipe_statistics and f["number"] >= 0]
@@ -122,7 +122,7 @@ def run(
         write_json(into / "metrics.json", metrics)
         pq.write_table(pa.Table.from_pylist(figures, _schema(figures)), into / "heads.parquet")
         _write_per_class(into, table, found, first, counts)
-        _write_confusion(into, found[("test", recipe_statistics)], first.get("test"), kept)
+        _write_confusion(into, found[("test", recipe_statistics)], first.get("test"), kept, len(counts))
         _write_predictions(into, found[("test", recipe_statistics)], first.get("test"), kept)
         _write_evidence(
             into, cache, heads, stage1, found[("test", recipe_statistics)], first.get("test"), without, with_h2t
@@ -201,12 +201,23 @@ def _entry(figures: list[dict[str, Any]], statistics: str, params: Params) -> di
 
 def _evaluate_heads(cache: Cache, heads: Heads, split: str, statistics: str, device: torch.device) -> _Split:
     rows = sample_rows(cache.rows, split, statistics)
-    found = head_logits(cache, heads, rows.first, device)
-    return _Split(statistics, rows.labels, rows.samples, found.cpu().numpy())
+    parts: list[list[Answers]] = [[] for _ in heads.table.to_pylist()]
+    for block in _logits_in_blocks(cache, heads, rows.first, device):
+        for mine, logits_of_head in zip(parts, block.cpu().numpy(), strict=True):
+            mine.append(answers(logits_of_head))
+    said = [
+        Answers(*(np.concatenate([getattr(a, k) for a in mine]) for k in ("guesses", "confidence"))) for mine in parts
+    ]
+    return _Split(statistics, rows.labels, rows.samples, said)
 
 
 def head_logits(cache: Cache, heads: Heads, rows: np.ndarray, device: torch.device) -> torch.Tensor:
     """Logits of every head on the cache's `rows` (n,): (heads, n, classes)."""
+    return torch.cat(list(_logits_in_blocks(cache, heads, rows, device)), 1)
+
+
+def _logits_in_blocks(cache: Cache, heads: Heads, rows: np.ndarray, device: torch.device) -> Iterator[torch.Tensor]:
+    """The same for some rows at a time, in order."""
     host, pool = head_parts(heads.parts, heads.context)
     already = identity_if_pooled(cache, pool_label(heads.parts.pool, heads.parts.pool_options))
     pooling = already or ((lambda maps: pool({}, maps)) if pool.commutes else None)
@@ -222,11 +233,10 @@ def head_logits(cache: Cache, heads: Heads, rows: np.ndarray, device: torch.devi
 
     count = len(heads.table)
     block = max(1, BLOCK_BYTES // (4 * max(x[:, :1].numel(), len(heads.about["counts"])) * count))
-    with torch.no_grad():
-        parts = [
-            vmap(one, in_dims=(0, None))(state, x[:, first : first + block]) for first in range(0, x.shape[1], block)
-        ]
-    return torch.cat(parts, 1)
+    for first in range(0, x.shape[1], block):
+        with torch.no_grad():
+            found: torch.Tensor = vmap(one, in_dims=(0, None))(state, x[:, first : first + block])
+        yield found
 
 
 def _evaluate_stage1(cache: Cache, head: StageOneHead, split: str, device: torch.device) -> _Split:
@@ -236,7 +246,7 @@ def _evaluate_stage1(cache: Cache, head: StageOneHead, split: str, device: torch
     state = {name: t.to(device) for name, t in head.state.items()}
     with torch.no_grad():
         found = logits(head.classifier, state, features, head.scale)
-    return _Split(STAGE1, rows.labels, rows.samples, found.cpu().numpy()[None])
+    return _Split(STAGE1, rows.labels, rows.samples, [answers(found.cpu().numpy())])
 
 
 def _schema(figures: list[dict[str, Any]]) -> pa.Schema:
@@ -259,8 +269,7 @@ def _write_per_class(
     results = [(h["number"], h["number"], split, r) for (split, _), r in found.items() for h in table]
     results += [(-1, 0, split, r) for split, r in first.items()]
     for head, position, split, result in results:
-        guesses = result.logits[position].argmax(1)
-        accuracy = per_class_accuracy(confusion(result.labels, guesses, len(counts)))
+        accuracy = per_class_accuracy(confusion(result.labels, result.said[position].guesses, len(counts)))
         columns["number"] += [head] * len(counts)
         columns["split"] += [split] * len(counts)
         columns["statistics"] += [result.statistics] * len(counts)
@@ -272,15 +281,15 @@ def _write_per_class(
     pq.write_table(pa.table({**columns, **of}), into / "per_class.parquet", compression="zstd")
 
 
-def _each(result: _Split, first: _Split | None, kept: list[int]) -> list[tuple[int, np.ndarray]]:
-    """Number and logits of stage I's head, where there is one, and of the heads `kept`."""
-    return [*([(-1, first.logits[0])] if first else []), *((head, result.logits[head]) for head in kept)]
+def _each(result: _Split, first: _Split | None, kept: list[int]) -> list[tuple[int, Answers]]:
+    """Number and answers of stage I's head, where there is one, and of the heads `kept`."""
+    return [*([(-1, first.said[0])] if first else []), *((head, result.said[head]) for head in kept)]
 
 
-def _write_confusion(into: Path, result: _Split, first: _Split | None, kept: list[int]) -> None:
+def _write_confusion(into: Path, result: _Split, first: _Split | None, kept: list[int], classes: int) -> None:
     columns: dict[str, list[Any]] = {k: [] for k in ("number", "true", "predicted", "count")}
     for head, found in _each(result, first, kept):
-        counts = confusion(result.labels, found.argmax(1), found.shape[1])
+        counts = confusion(result.labels, found.guesses, classes)
         true, predicted = np.nonzero(counts)
         columns["number"] += [head] * len(true)
         columns["true"] += true.tolist()
@@ -295,11 +304,11 @@ def _write_predictions(into: Path, result: _Split, first: _Split | None, kept: l
         parts.append(
             pa.table(
                 {
-                    "number": pa.array([head] * len(found), pa.int64()),
+                    "number": pa.array([head] * len(found.guesses), pa.int64()),
                     "sample": pa.array(result.samples),
                     "label": pa.array(result.labels.astype(np.int32)),
-                    "predicted": pa.array(found.argmax(1).astype(np.int32)),
-                    "confidence": pa.array(softmax_confidence(found).astype(np.float32)),
+                    "predicted": pa.array(found.guesses.astype(np.int32)),
+                    "confidence": pa.array(found.confidence.astype(np.float32)),
                 }
             )
         )
@@ -322,7 +331,7 @@ def _write_evidence(
     write_weight_norms(into, heads, head, kept)
     rows = sample_rows(cache.rows, "test", result.statistics).first
     guesses = {
-        name: result.logits[figures[0]["number"]].argmax(1) if figures else None
+        name: result.said[figures[0]["number"]].guesses if figures else None
         for name, figures in (("without_h2t", without), ("with_h2t", with_h2t))
     }
     write_embedding(into, cache, rows, result.samples, result.labels, guesses)

@@ -46,6 +46,8 @@ def render(title: str, results: Sequence[HostResult], runs: Sequence[Mapping[str
         neighbours=_neighbours(results),
         variants=any(variants_at(r, ratio) for r in results for ratio in r.ratios),
         runs=runs,
+        places=list(dict.fromkeys(_place(run) for run in runs)),
+        place_of=_place,
         estimates=estimates(results, runs),
         data=_json({"hosts": {r.name: host_data(r) for r in results}, "rows": ROWS}),
         style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
@@ -115,6 +117,13 @@ def _neighbours(results: Sequence[HostResult]) -> str | None:
 def _run_lengths(classes: int) -> str:
     least, more = divmod(classes, MOST_CLASSES)
     return f"{least} or {least + 1}" if more else f"{least}"
+
+
+def _place(run: Mapping[str, Any]) -> tuple[str, str]:
+    """Commit and machine of a run, in words."""
+    machine = run["machine"]
+    system = ", ".join(str(machine[k]) for k in ("processor", "system") if k in machine)
+    return str(run.get("commit") or "unknown"), f"{machine.get('cores', '?')} cores, {system or 'unknown'}"
 
 
 def _between(results: Sequence[HostResult]) -> list[dict[str, Any]]:

@@ -27,6 +27,7 @@ from pipeline.results import (
 TEMPLATES = Path(__file__).parent / "templates"
 VENDOR = ("d3.min.js", "plot.umd.min.js")
 MOST_CLASSES = 100  # more are shown as this many runs of neighbours in the order of training counts
+NAMED = 10  # classes that gain most and as many that lose most are told by name where runs of neighbours are shown
 
 
 def render(title: str, results: Sequence[HostResult], runs: Sequence[Mapping[str, Any]] = ()) -> str:
@@ -153,6 +154,7 @@ def host_data(result: HostResult) -> dict[str, Any]:
         },
         "variants": _variants(result),
         "classes": _classes(result, runs),
+        "changed": _changed(result) if len(result.about["counts"]) > MOST_CLASSES else None,
         "accuracy": [_accuracy(result, [int(n) for n in result.at(r).number], runs) for r in result.ratios],
         "rows": {row: _row(result, row, runs) for row, entry in result.metrics.items() if entry is not None},
         "embedding": _embedding(result),
@@ -184,6 +186,27 @@ def _classes(result: HostResult, runs: Sequence[np.ndarray]) -> list[dict[str, A
             "group": about["groups"][run[0]],
         }
         for run in runs
+    ]
+
+
+def _changed(result: HostResult) -> list[dict[str, Any]]:
+    """The classes that H2T changes most, from the largest gain to the largest loss; empty for a host without both."""
+    if result.metrics["without_h2t"] is None or result.metrics["with_h2t"] is None:
+        return []
+    tables = [class_accuracy(result, result.numbers(row)).set_index("class") for row in ("without_h2t", "with_h2t")]
+    before, after = (table.accuracy for table in tables)
+    order = (after - before).dropna().sort_values(ascending=False, kind="stable").index
+    ends = [*order[:NAMED], *order[max(NAMED, len(order) - NAMED) :]]
+    about = result.about
+    return [
+        {
+            "name": about["classes"][c],
+            "count": about["counts"][c],
+            "group": about["groups"][c],
+            "without": round(float(before[c]), 2),
+            "with": round(float(after[c]), 2),
+        }
+        for c in ends
     ]
 
 

@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import browser
+import pandas as pd
 import pytest
 from report_builders import NASTY, make_evaluated
 
@@ -239,15 +240,23 @@ def test_hosts_that_lack_parts_are_drawn_without_them(shown, tmp_path):
     many = [f"class {i}" for i in range(120)]
     make_evaluated(tmp_path, "no_zero", classes=many, grid={"ratio": [0.5], "seed": [3]}, optimiser={"epochs": 1})
     make_evaluated(tmp_path, "reverse", classes=many, grid={"donor": ["balanced"], "ratio": [0.5], "seed": [3]})
-    evaluated = make_evaluated(tmp_path, "ncm", classes=many, host="ncm", fitted=True)
-    report.run(report.Params(), ["no_zero", "reverse", "ncm"], evaluated, tmp_path / "report", lambda line: None)
+    make_evaluated(tmp_path, "ncm", classes=many, host="ncm", fitted=True)
+    evaluated = make_evaluated(tmp_path, "dr", classes=many, grid={"ratio": [0.0, 0.3], "seed": [3]})
+    report.run(report.Params(), ["no_zero", "reverse", "ncm", "dr"], evaluated, tmp_path / "report", lambda line: None)
     shown.errors.clear()
     shown.open(tmp_path / "report" / "index.html")
-    for host in ("no_zero", "reverse", "ncm"):
+    for host in ("no_zero", "reverse", "ncm", "dr"):
         choose(shown, "host", host, "change")
         assert shown.run("document.getElementById('ratio-text').textContent").startswith(host)
         assert shown.run("document.querySelectorAll('#counts-table tbody tr').length") == 100
         assert shown.run("document.querySelectorAll('#confusion-table tbody tr').length") <= 301
     assert shown.errors == []
+    by_class = pd.read_parquet(evaluated / "dr" / "per_class.parquet")
+    by_class = by_class[(by_class.split == "test") & (by_class.statistics == "mixture")]
+    gain = by_class.pivot_table(index="class", columns="number", values="accuracy").pipe(lambda t: t[1] - t[0])
+    told = shown.run("[...document.querySelectorAll('#changed-table tbody tr')].map(l => +l.cells[5].textContent)")
+    assert len(told) == 20
+    assert told[:10] == pytest.approx(sorted(gain)[:-11:-1], abs=0.0051)
+    assert told[10:] == pytest.approx(sorted(gain)[9::-1], abs=0.0051)
     assert "120 classes are too many to draw: a place stands for 1 or 2 of them" in shown.run("document.body.innerText")
     assert not shown.run("document.getElementById('variants-text')")  # no host has other donors

@@ -78,12 +78,16 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_run_record(path: Path, facts: Mapping[str, Any]) -> None:
-    """What happened in a run (time, machine, commit, `facts`), for `data/runs`; no stage depends on it."""
+    """What happened in a run (time, machine, commit, `facts`), for `data/runs`; no stage depends on it.
+
+    `load`: how many processes wanted a core in the last minute, without which times of a shared machine say little.
+    """
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         record = {
             "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "system": platform.system()},
+            "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
             "python": platform.python_version(),
             "versions": {name: version(name) for name in ("torch", "zarr", "numcodecs", "numpy", "dvc")},
             "commit": _commit(),

@@ -195,16 +195,16 @@ def _changed(result: HostResult) -> list[dict[str, Any]]:
         return []
     tables = [class_accuracy(result, result.numbers(row)).set_index("class") for row in ("without_h2t", "with_h2t")]
     before, after = (table.accuracy for table in tables)
-    order = (after - before).dropna().sort_values(ascending=False, kind="stable").index
-    ends = [*order[:NAMED], *order[max(NAMED, len(order) - NAMED) :]]
+    apart = (after - before).dropna().sort_values(ascending=False, kind="stable")
+    ends = [*apart[apart > 0].index[:NAMED], *apart[apart < 0].index[-NAMED:]]
     about = result.about
     return [
         {
             "name": about["classes"][c],
             "count": about["counts"][c],
             "group": about["groups"][c],
-            "without": round(float(before[c]), 2),
-            "with": round(float(after[c]), 2),
+            "without": round(float(before[c]), 4),
+            "with": round(float(after[c]), 4),
         }
         for c in ends
     ]

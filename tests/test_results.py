@@ -92,6 +92,7 @@ def test_an_analysis_runs_by_one_command_and_again_to_the_same_table(tmp_path, e
         found = tables.load_analysis(tmp_path / name)
         assert found.runs["only"]["heads"] == 4
         assert "4 heads" in found.made
+        assert f"load average up to {found.runs['only']['load']:g}" in found.made
         assert "2 different runs with donors" in (tmp_path / name / "report" / "index.html").read_text()
         found_tables.append(
             (tables.ratio_table(found["only"]), (tmp_path / name / "report" / "results.md").read_bytes())

@@ -154,7 +154,7 @@ function drawCounts() {
 function drawChanged() {
   if (!$("changed-text")) return;
   const found = hosts[state.host].changed || [];
-  $("changed-text").textContent = found.length ? `${state.host}: those that gain most, then those that lose most, at the ratio of the table above.` : `${state.host} does not have both heads, or too few classes to choose from.`;
+  $("changed-text").textContent = found.length ? `${state.host}: those that gain most, then those that lose most, at the ratio of the table above.` : `${state.host}: no class changes, or there are no heads without and with H2T to compare.`;
   $("changed-table").replaceChildren();
   if (found.length) table("changed", ["class", "training images", "group", "without H2T", "with H2T", "difference"], found.map((c) => [c.name, text(c.count, 0), c.group, c.without, c.with, signed(c.with - c.without)]));
 }

@@ -17,8 +17,8 @@ from pipeline.results import (
     ROWS,
     HostResult,
     against_zero,
-    between_hosts,
     class_accuracy,
+    hosts_apart,
     mean_and_std,
     variants_at,
     with_against_without,
@@ -30,8 +30,16 @@ MOST_CLASSES = 100  # more are shown as this many runs of neighbours in the orde
 NAMED = 10  # classes that gain most and as many that lose most are told by name where runs of neighbours are shown
 
 
-def render(title: str, results: Sequence[HostResult], runs: Sequence[Mapping[str, Any]] = ()) -> str:
-    """The page. `runs` are run records (time, machine, rates), which no other part of a report may depend on."""
+def render(
+    title: str,
+    results: Sequence[HostResult],
+    runs: Sequence[Mapping[str, Any]] = (),
+    against: Mapping[str, str] | None = None,
+) -> str:
+    """The page. `runs` are run records (time, machine, rates), which no other part of a report may depend on.
+
+    `against`: whom hosts are compared with (`results.hosts_apart`).
+    """
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(cell=cell, number=_number, size=_size, duration=_duration, times=_times)
     scripts = [(TEMPLATES / "vendor" / name).read_text(encoding="utf-8") for name in VENDOR]
@@ -42,7 +50,8 @@ def render(title: str, results: Sequence[HostResult], runs: Sequence[Mapping[str
         rows=ROWS,
         figures=list(FIGURES),
         changes={r.name: d for r in results if (d := with_against_without(r))},
-        hosts_apart=_between(results),
+        hosts_apart=hosts_apart(results, against),
+        side_by_side=against is not None,
         data_sets=list(dict.fromkeys(_data_set(r) for r in results)),
         neighbours=_neighbours(results),
         variants=any(variants_at(r, ratio) for r in results for ratio in r.ratios),
@@ -125,17 +134,6 @@ def _place(run: Mapping[str, Any]) -> tuple[str, str]:
     machine = run["machine"]
     system = ", ".join(str(machine[k]) for k in ("processor", "system") if k in machine)
     return str(run.get("commit") or "unknown"), f"{machine.get('cores', '?')} cores, {system or 'unknown'}"
-
-
-def _between(results: Sequence[HostResult]) -> list[dict[str, Any]]:
-    """Every other host against the first, without and with H2T."""
-    lines = []
-    for other in results[1:]:
-        for row in ("without_h2t", "with_h2t"):
-            found = between_hosts(other, results[0], row)
-            if found and any(found.values()):
-                lines.append({"after": other.name, "before": results[0].name, "row": ROWS[row], "differences": found})
-    return lines
 
 
 def host_data(result: HostResult) -> dict[str, Any]:

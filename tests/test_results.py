@@ -251,9 +251,11 @@ def test_compare_two_runs(tmp_path, evaluated):
     assert [line.split("|")[2].strip() for line in table] == ["stage I", "without H2T", "with H2T"]
     first, second = (load_result("dr", f / "dr").metrics["with_h2t"]["top1"] for f in (evaluated, other))
     assert f"{second - first:+.2f} [" in table[2]
+    assert f" at {load_result('dr', other / 'dr').metrics['with_h2t']['ratio']:g} |" in table[2]
+    assert " at " not in table[1]
     page = (tmp_path / "both" / "index.html").read_text()
-    assert "A: dr" in page
-    assert "B: dr" in page
+    assert "B: dr minus A: dr, with H2T" in page
+    assert f">{second - first:+.2f}<span" in page
     same: list[str] = []
     comparison.compare(evaluated, evaluated, None, same.append)
     assert same[0].count("+0.00 [+0.00, +0.00] no difference") == 2 * len(FIGURES)

@@ -37,7 +37,7 @@ from pipeline.batchnorm import current
 from pipeline.classes import class_index, groups
 from pipeline.fusion import channel_ranks, replaced_channels
 from pipeline.images import Images
-from pipeline.metrics import summary
+from pipeline.metrics import answers, summary
 from pipeline.network import load_backbone, load_head
 from pipeline.outputs import write_run_record
 from pipeline.samplers import balanced, instance
@@ -158,7 +158,7 @@ def train(
         "frozen": frozen,
         "unaugmented": unaugmented,
         "steps": EPOCHS * -(-len(train_samples) // BATCH),
-        "figures": summary(guesses, labels[test], groups(samples.counts)["paper_index"]),
+        "figures": summary(answers(guesses), labels[test], groups(samples.counts)["paper_index"]),
         "loss": total / len(train_samples),
         "seconds": round(seconds, 2),
         "cpu": round(cpu, 2),

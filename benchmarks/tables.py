@@ -54,9 +54,11 @@ class Analysis:
         commits = ", ".join(sorted({str(r["commit"]) for r in runs}))
         heads, seconds, cpu = (sum(r[k] for r in runs) for k in ("heads", "seconds", "cpu"))
         machine = runs[0]["machine"]
+        loads = [r["load"] for r in runs if r.get("load") is not None]
+        shared = f"load average up to {max(loads):g}" if loads else "shared with other work"
         return (
             f"`make analysis-{self.name}`; commit {commits}; {heads} heads trained in {seconds:.0f} s ({cpu:.0f} s of "
-            f"processor time, {machine['cores']} cores, {machine['processor']}, shared with other work)."
+            f"processor time, {machine['cores']} cores, {machine['processor']}, {shared})."
         )
 
 

@@ -1,6 +1,7 @@
 """Figures of the field from logits: accuracy overall, per class and per class group, and calibration."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -63,15 +64,27 @@ def softmax_confidence(logits: np.ndarray) -> np.ndarray:
     return 1 / np.exp(shifted).sum(1)
 
 
-def summary(logits: np.ndarray, labels: np.ndarray, group_of: Sequence[str | None]) -> dict[str, float | None]:
-    """top1, head, medium, tail and ece of logits (n, classes), in percent; the first of equal logits is the guess."""
-    guesses = logits.argmax(1)
-    accuracy = per_class_accuracy(confusion(labels, guesses, logits.shape[1]))
-    right = guesses == labels
+@dataclass(frozen=True)
+class Answers:
+    """What a classifier says of n samples: the class it guesses, and how sure it is, (n,) each."""
+
+    guesses: np.ndarray
+    confidence: np.ndarray
+
+
+def answers(logits: np.ndarray) -> Answers:
+    """Of logits (n, classes); the first of equal logits is the guess."""
+    return Answers(logits.argmax(1), softmax_confidence(logits))
+
+
+def summary(found: Answers, labels: np.ndarray, group_of: Sequence[str | None]) -> dict[str, float | None]:
+    """top1, head, medium, tail and ece in percent; `group_of` has one entry for each class."""
+    accuracy = per_class_accuracy(confusion(labels, found.guesses, len(group_of)))
+    right = found.guesses == labels
     return {
         "top1": float(100 * right.mean()),
         **group_accuracy(accuracy, group_of),
-        "ece": expected_calibration_error(softmax_confidence(logits), right.astype(float)),
+        "ece": expected_calibration_error(found.confidence, right.astype(float)),
     }
 
 

@@ -120,6 +120,7 @@ def write_json(path: Path, value: Any) -> None:
 def write_run_record(path: Path, facts: Mapping[str, Any]) -> None:
     """What happened in a run (time, machine, commit, `facts`), for `data/runs`; no stage depends on it.
 
+    `load`: how many processes wanted a core in the last minute, without which times of a shared machine say little.
     A disk that cannot take it fails no run, and never leaves half of a record.
     """
     partial = path.with_name(f".{path.name}.partial")
@@ -128,6 +129,7 @@ def write_run_record(path: Path, facts: Mapping[str, Any]) -> None:
         record = {
             "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "system": platform.system()},
+            "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
             "python": platform.python_version(),
             "versions": {name: version(name) for name in ("torch", "zarr", "numcodecs", "numpy", "dvc")},
             "commit": _commit(),

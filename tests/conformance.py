@@ -212,16 +212,19 @@ def check_evaluation(cache: Path, heads: Any) -> None:
     """Logits at evaluation are those of the plain test rows under `mixture`, whatever the head's ratio."""
     from pipeline import scoring
     from pipeline.heads import head_parts
+    from pipeline.streams import sample_rows
 
     host, _ = head_parts(heads.parts, heads.context)
     with open_cache(cache) as opened:
-        found = scoring.score_heads(opened, heads, "test", "mixture", CPU)
         rows = opened.rows
+        found = scoring.head_logits(opened, heads, sample_rows(rows, "test", "mixture").first, CPU).numpy()
+        said = scoring.score_heads(opened, heads, "test", "mixture", CPU).said
         at = np.flatnonzero((np.array(rows["split"]) == "test") & (np.array(rows["statistics"]) == "mixture"))
         features = global_average(torch.from_numpy(opened.read(at).astype(np.float32)))[None]
     for k in range(len(heads.table)):
         expected = host.logits({name: t[k] for name, t in heads.state.items()}, features)
-        assert np.allclose(found.logits[k], expected.numpy(), atol=1e-5), heads.table.to_pylist()[k]
+        assert np.allclose(found[k], expected.numpy(), atol=1e-5), heads.table.to_pylist()[k]
+        assert np.array_equal(said[k].guesses, found[k].argmax(1))
 
 
 def check_objective(name: str, experts: int = 2, counts=COUNTS) -> None:

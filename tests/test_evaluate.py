@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -6,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
-from pipeline_builders import CPU, fitted, make_backbone_dir, make_stage2_cache, silent, write_params
+from pipeline_builders import CPU, environment, fitted, make_backbone_dir, make_stage2_cache, silent, write_params
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import accuracy_score, recall_score
 from torch.nn import functional as F
@@ -235,3 +237,36 @@ def test_of_equal_logits_the_first_class_counts_in_every_table(tmp_path, made):
     assert set(guesses[guesses.number >= 0].predicted) == {0}
     assert set(confusions[confusions.number >= 0].predicted) == {0}
     assert set(pd.read_parquet(tmp_path / "e" / "embedding.parquet").with_h2t) == {0}
+
+
+PEAK = """
+import sys
+from pathlib import Path
+import sklearn.manifold
+import torch
+from benchmarks.epoch_run import memory
+from cache.reader import open_cache
+from pipeline import scoring
+from pipeline.stages import evaluate
+
+scoring.BLOCK_BYTES = 8 * 2**20
+folder = Path(sys.argv[1])
+with open_cache(folder / "c") as cache:
+    before = memory("VmRSS")
+    evaluate.run(evaluate.Params(), "dr", cache, folder / "h", folder / "b", torch.device("cpu"), folder / "e", print)
+print(memory("VmHWM") - before)
+"""
+
+
+def test_memory_does_not_grow_by_the_logits_of_all_heads(tmp_path):
+    """Two times 40 heads x 1,200 images x 600 classes are 230 MB; thousands of classes would not fit anywhere."""
+    digest = make_backbone_dir(tmp_path / "b", classes=600)
+    cache = make_stage2_cache(
+        tmp_path / "c", counts=[2] * 600, shape=(64, 1, 1), val=0, test=2, backbone=digest, shard_rows=4096
+    )
+    grid = {"ratio": [0.0, 0.2, 0.3, 0.4], "seed": list(range(10))}
+    fitted(tmp_path / "h", cache, tmp_path / "b", grid=grid, optimiser={"epochs": 1, "batch_size": 600})
+    command = [sys.executable, "-c", PEAK, str(tmp_path)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) < 250e6

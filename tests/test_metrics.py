@@ -9,6 +9,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix, recall_score
 from pipeline.classes import GROUPS, groups
 from pipeline.metrics import (
     BINS,
+    answers,
     confusion,
     expected_calibration_error,
     group_accuracy,
@@ -30,7 +31,7 @@ def test_agrees_with_scikit_learn(drawn):
     counts = confusion(labels, guesses, classes)
     assert np.array_equal(counts, confusion_matrix(labels, guesses, labels=range(classes)))
     logits = np.eye(classes)[guesses]
-    found = summary(logits, labels, ["head"] * classes)
+    found = summary(answers(logits), labels, ["head"] * classes)
     assert found["top1"] == pytest.approx(100 * accuracy_score(labels, guesses))
     recall = recall_score(labels, guesses, labels=range(classes), average=None, zero_division=np.nan)
     assert np.allclose(per_class_accuracy(counts), 100 * recall, equal_nan=True)
@@ -44,7 +45,7 @@ def test_figures_of_each_number_of_classes_agree_with_scikit_learn(classes):
     logits = rng.integers(-3, 4, (300, classes)).astype(np.float32)
     labels = rng.integers(0, max(1, classes // 2), 300)  # the later half of the classes is absent
     group_of = groups([1] * classes)["paper_index"]
-    found = summary(logits, labels, group_of)
+    found = summary(answers(logits), labels, group_of)
     guesses = np.array([row.index(max(row)) for row in logits.tolist()])  # the first of the largest
     assert found["top1"] == pytest.approx(100 * accuracy_score(labels, guesses))
     present = np.unique(labels)
@@ -61,7 +62,7 @@ def test_figures_of_each_number_of_classes_agree_with_scikit_learn(classes):
 
 
 def test_one_sample_of_one_class():
-    found = summary(np.array([[3.0]]), np.array([0]), ["tail"])
+    found = summary(answers(np.array([[3.0]])), np.array([0]), ["tail"])
     assert found == {"top1": 100.0, "head": None, "medium": None, "tail": 100.0, "ece": 0.0}
 
 
@@ -72,7 +73,7 @@ def test_a_group_is_the_mean_over_its_classes_that_have_samples():
 
 
 def test_of_tied_logits_the_first_class_wins():
-    found = summary(np.zeros((2, 3)), np.array([0, 1]), ["head", "medium", "tail"])
+    found = summary(answers(np.zeros((2, 3))), np.array([0, 1]), ["head", "medium", "tail"])
     assert (found["top1"], found["head"], found["medium"], found["tail"]) == (50.0, 100.0, 0.0, None)
 
 

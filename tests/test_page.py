@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import browser
+import pandas as pd
 import pytest
 from report_builders import NASTY, make_evaluated
 
@@ -214,6 +215,14 @@ def test_no_label_is_cut_off(shown, width):
     assert shown.run(CUT) == []
 
 
+def test_the_column_that_stays_leaves_room_on_a_phone(shown):
+    """Names of hosts and classes stay while a table scrolls, so they must not fill it."""
+    shown.resize(390, 850)
+    shown.run("document.querySelectorAll('details').forEach(d => d.open = true)")
+    widths = shown.run("[...document.querySelectorAll('tbody th')].map(h => h.getBoundingClientRect().width)")
+    assert max(widths) < 390 * 0.6
+
+
 def test_motion_only_for_those_who_want_it():
     style = Path(page.__file__).parent / "templates" / "report.css"
     for line in style.read_text().splitlines():
@@ -240,15 +249,25 @@ def test_hosts_that_lack_parts_are_drawn_without_them(shown, tmp_path):
     many = [f"class {i}" for i in range(120)]
     make_evaluated(tmp_path, "no_zero", classes=many, grid={"ratio": [0.5], "seed": [3]}, optimiser={"epochs": 1})
     make_evaluated(tmp_path, "reverse", classes=many, grid={"donor": ["balanced"], "ratio": [0.5], "seed": [3]})
-    evaluated = make_evaluated(tmp_path, "ncm", classes=many, host="ncm", fitted=True)
-    report.run(report.Params(), ["no_zero", "reverse", "ncm"], evaluated, tmp_path / "report", lambda line: None)
+    make_evaluated(tmp_path, "ncm", classes=many, host="ncm", fitted=True)
+    evaluated = make_evaluated(
+        tmp_path, "dr", classes=many, grid={"ratio": [0.0, 0.3], "seed": [3]}, optimiser={"lr": 1.0}
+    )
+    report.run(report.Params(), ["no_zero", "reverse", "ncm", "dr"], evaluated, tmp_path / "report", lambda line: None)
     shown.errors.clear()
     shown.open(tmp_path / "report" / "index.html")
-    for host in ("no_zero", "reverse", "ncm"):
+    for host in ("no_zero", "reverse", "ncm", "dr"):
         choose(shown, "host", host, "change")
         assert shown.run("document.getElementById('ratio-text').textContent").startswith(host)
         assert shown.run("document.querySelectorAll('#counts-table tbody tr').length") == 100
         assert shown.run("document.querySelectorAll('#confusion-table tbody tr').length") <= 301
     assert shown.errors == []
+    by_class = pd.read_parquet(evaluated / "dr" / "per_class.parquet")
+    by_class = by_class[(by_class.split == "test") & (by_class.statistics == "mixture")]
+    gain = by_class.pivot_table(index="class", columns="number", values="accuracy").pipe(lambda t: t[1] - t[0])
+    told = shown.run("[...document.querySelectorAll('#changed-table tbody tr')].map(l => +l.cells[5].textContent)")
+    gains, losses = sorted(gain[gain > 0], reverse=True), sorted(gain[gain < 0], reverse=True)
+    assert told == pytest.approx([*gains[:10], *losses[-10:]], abs=0.0051)
+    assert {t > 0 for t in told} == {True, False}
     assert "120 classes are too many to draw: a place stands for 1 or 2 of them" in shown.run("document.body.innerText")
     assert not shown.run("document.getElementById('variants-text')")  # no host has other donors

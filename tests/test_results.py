@@ -93,6 +93,7 @@ def test_an_analysis_runs_by_one_command_and_again_to_the_same_table(tmp_path, e
         found = tables.load_analysis(tmp_path / name)
         assert found.runs["only"]["heads"] == 4
         assert "4 heads" in found.made
+        assert f"load average up to {found.runs['only']['load']:g}" in found.made
         assert "2 different runs with donors" in (tmp_path / name / "report" / "index.html").read_text()
         found_tables.append(
             (tables.ratio_table(found["only"]), (tmp_path / name / "report" / "results.md").read_bytes())
@@ -251,9 +252,11 @@ def test_compare_two_runs(tmp_path, evaluated):
     assert [line.split("|")[2].strip() for line in table] == ["stage I", "without H2T", "with H2T"]
     first, second = (load_result("dr", f / "dr").metrics["with_h2t"]["top1"] for f in (evaluated, other))
     assert f"{second - first:+.2f} [" in table[2]
+    assert f" at {load_result('dr', other / 'dr').metrics['with_h2t']['ratio']:g} |" in table[2]
+    assert " at " not in table[1]
     page = (tmp_path / "both" / "index.html").read_text()
-    assert "A: dr" in page
-    assert "B: dr" in page
+    assert "B: dr minus A: dr, with H2T" in page
+    assert f">{second - first:+.2f}<span" in page
     same: list[str] = []
     comparison.compare(evaluated, evaluated, None, same.append)
     assert same[0].count("+0.00 [+0.00, +0.00] no difference") == 2 * len(FIGURES)

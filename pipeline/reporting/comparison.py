@@ -38,7 +38,7 @@ def compare(
             for pair in pairs
             for label, r in zip("AB", pair, strict=True)
         ]
-        write(f"A: {first}, B: {second}", both, out)
+        write(f"A: {first}, B: {second}", both, out, against={f"B: {name}": f"A: {name}" for name in shared})
 
 
 def _evaluated(folder: Path) -> Path:
@@ -50,11 +50,21 @@ def _side_by_side(pairs: list[list[HostResult]]) -> list[str]:
     lines.append("| --- | --- | --- | --- |" + " --- |" * len(FIGURES))
     for first, second in pairs:
         for row, label in ROWS.items():
-            cells = [cell(r.metrics[row], "top1") for r in (first, second)]
+            cells = [_top1(r.metrics[row]) for r in (first, second)]
             apart = between_hosts(second, first, row) or _plain(second.metrics[row], first.metrics[row])
             texts = [text_of(apart[f]) for f in FIGURES]
             lines.append(f"| {first.name} | {label} | " + " | ".join([*cells, *texts]) + " |")
-    return [*lines, "", "A and B: top-1, mean ± std over seeds. Differences: paired by seed, 95 % interval."]
+    return [
+        *lines,
+        "",
+        "A and B: top-1, mean ± std over seeds, with H2T at its ratio. Differences: paired by seed, 95 % interval.",
+    ]
+
+
+def _top1(entry: Mapping[str, Any] | None) -> str:
+    """Mean ± std, and the ratio, which may have been chosen: another one is no small difference."""
+    at = f" at {entry['ratio']:g}" if entry and entry["ratio"] else ""
+    return cell(entry, "top1") + at
 
 
 def _plain(after: Mapping[str, Any] | None, before: Mapping[str, Any] | None) -> dict[str, Difference | None]:

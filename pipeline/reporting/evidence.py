@@ -17,7 +17,7 @@ from cache.reader import Cache
 from pipeline.features import FeatureReader, to_tensor
 from pipeline.head import global_average
 from pipeline.heads import Heads
-from pipeline.metrics import reliability, softmax_confidence
+from pipeline.metrics import Answers, reliability
 from pipeline.network import StageOneHead
 from pipeline.outputs import write_json
 
@@ -27,15 +27,16 @@ SPARSITY_ROWS = 256
 PERPLEXITY = 30
 FEWEST = 8  # samples below which there is nothing to embed
 
-Logits = Mapping[int, np.ndarray]  # head number (-1 is stage I) -> (n, classes)
 
+def write_reliability(into: Path, said: Mapping[int, Answers], labels: np.ndarray) -> None:
+    """`reliability.parquet`: samples, mean confidence and accuracy (both in percent) of each head and bin.
 
-def write_reliability(into: Path, logits: Logits, labels: np.ndarray) -> None:
-    """`reliability.parquet`: samples, mean confidence and accuracy (both in percent) of each head and bin."""
+    `said`: head number (-1 is stage I) -> what it says of the samples.
+    """
     lines = []
-    for number, found in logits.items():
-        right = (found.argmax(1) == labels).astype(float)
-        bins = reliability(softmax_confidence(found), right)
+    for number, found in said.items():
+        right = (found.guesses == labels).astype(float)
+        bins = reliability(found.confidence, right)
         lines += [{"number": number, **b} for b in bins]
     names = ("low", "high", "confidence", "accuracy")
     schema = pa.schema([(k, pa.int64()) for k in ("number", "bin", "count")] + [(k, pa.float64()) for k in names])

@@ -24,12 +24,18 @@ from pipeline.reporting.results import (
 from pipeline.reporting.statistics import Difference
 
 
-def write(title: str, results: list[HostResult], out: Path, runs: Iterable[Mapping[str, Any]] = ()) -> None:
-    """Everything that a report is made of, into the directory `out`."""
+def write(
+    title: str,
+    results: list[HostResult],
+    out: Path,
+    runs: Iterable[Mapping[str, Any]] = (),
+    against: Mapping[str, str] | None = None,
+) -> None:
+    """Everything that a report is made of, into the directory `out`. `against`: whom hosts are compared with."""
     curves = pd.concat([ratio_curve(r) for r in results], ignore_index=True)
     with fresh_directory(out) as into:
         (into / "results.md").write_text(_document(title, results), encoding="utf-8")
-        (into / "index.html").write_text(render(title, results, list(runs)), encoding="utf-8")
+        (into / "index.html").write_text(render(title, results, list(runs), against), encoding="utf-8")
         (into / "ratio.svg").write_text(ratio_picture(curves), encoding="utf-8")
         write_json(into / "metrics.json", {r.name: r.metrics for r in results})
         plots = into / "plots"

@@ -17,8 +17,8 @@ from pipeline.reporting.results import (
     ROWS,
     HostResult,
     against_zero,
-    between_hosts,
     class_accuracy,
+    hosts_apart,
     mean_and_std,
     variants_at,
     with_against_without,
@@ -27,10 +27,19 @@ from pipeline.reporting.results import (
 TEMPLATES = Path(__file__).parent / "templates"
 VENDOR = ("d3.min.js", "plot.umd.min.js")
 MOST_CLASSES = 100  # more are shown as this many runs of neighbours in the order of training counts
+NAMED = 10  # classes that gain most and as many that lose most are told by name where runs of neighbours are shown
 
 
-def render(title: str, results: Sequence[HostResult], runs: Sequence[Mapping[str, Any]] = ()) -> str:
-    """The page. `runs` are run records (time, machine, rates), which no other part of a report may depend on."""
+def render(
+    title: str,
+    results: Sequence[HostResult],
+    runs: Sequence[Mapping[str, Any]] = (),
+    against: Mapping[str, str] | None = None,
+) -> str:
+    """The page. `runs` are run records (time, machine, rates), which no other part of a report may depend on.
+
+    `against`: whom hosts are compared with (`results.hosts_apart`).
+    """
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(cell=cell, number=_number, size=_size, duration=_duration, times=_times)
     scripts = [(TEMPLATES / "vendor" / name).read_text(encoding="utf-8") for name in VENDOR]
@@ -41,11 +50,14 @@ def render(title: str, results: Sequence[HostResult], runs: Sequence[Mapping[str
         rows=ROWS,
         figures=list(FIGURES),
         changes={r.name: d for r in results if (d := with_against_without(r))},
-        hosts_apart=_between(results),
+        hosts_apart=hosts_apart(results, against),
+        side_by_side=against is not None,
         data_sets=list(dict.fromkeys(_data_set(r) for r in results)),
         neighbours=_neighbours(results),
         variants=any(variants_at(r, ratio) for r in results for ratio in r.ratios),
         runs=runs,
+        places=list(dict.fromkeys(_place(run) for run in runs)),
+        place_of=_place,
         estimates=estimates(results, runs),
         data=_json({"hosts": {r.name: host_data(r) for r in results}, "rows": ROWS}),
         style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
@@ -117,15 +129,11 @@ def _run_lengths(classes: int) -> str:
     return f"{least} or {least + 1}" if more else f"{least}"
 
 
-def _between(results: Sequence[HostResult]) -> list[dict[str, Any]]:
-    """Every other host against the first, without and with H2T."""
-    lines = []
-    for other in results[1:]:
-        for row in ("without_h2t", "with_h2t"):
-            found = between_hosts(other, results[0], row)
-            if found and any(found.values()):
-                lines.append({"after": other.name, "before": results[0].name, "row": ROWS[row], "differences": found})
-    return lines
+def _place(run: Mapping[str, Any]) -> tuple[str, str]:
+    """Commit and machine of a run, in words."""
+    machine = run["machine"]
+    system = ", ".join(str(machine[k]) for k in ("processor", "system") if k in machine)
+    return str(run.get("commit") or "unknown"), f"{machine.get('cores', '?')} cores, {system or 'unknown'}"
 
 
 def host_data(result: HostResult) -> dict[str, Any]:
@@ -144,6 +152,7 @@ def host_data(result: HostResult) -> dict[str, Any]:
         },
         "variants": _variants(result),
         "classes": _classes(result, runs),
+        "changed": _changed(result) if len(result.about["counts"]) > MOST_CLASSES else None,
         "accuracy": [_accuracy(result, [int(n) for n in result.at(r).number], runs) for r in result.ratios],
         "rows": {row: _row(result, row, runs) for row, entry in result.metrics.items() if entry is not None},
         "embedding": _embedding(result),
@@ -175,6 +184,27 @@ def _classes(result: HostResult, runs: Sequence[np.ndarray]) -> list[dict[str, A
             "group": about["groups"][run[0]],
         }
         for run in runs
+    ]
+
+
+def _changed(result: HostResult) -> list[dict[str, Any]]:
+    """The classes that H2T changes most, from the largest gain to the largest loss; empty for a host without both."""
+    if result.metrics["without_h2t"] is None or result.metrics["with_h2t"] is None:
+        return []
+    tables = [class_accuracy(result, result.numbers(row)).set_index("class") for row in ("without_h2t", "with_h2t")]
+    before, after = (table.accuracy for table in tables)
+    apart = (after - before).dropna().sort_values(ascending=False, kind="stable")
+    ends = [*apart[apart > 0].index[:NAMED], *apart[apart < 0].index[-NAMED:]]
+    about = result.about
+    return [
+        {
+            "name": about["classes"][c],
+            "count": about["counts"][c],
+            "group": about["groups"][c],
+            "without": round(float(before[c]), 4),
+            "with": round(float(after[c]), 4),
+        }
+        for c in ends
     ]
 
 

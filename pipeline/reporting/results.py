@@ -101,6 +101,24 @@ def variants(result: HostResult) -> list[tuple[float, str, str]]:
     return sorted(v for v in found if v[1:] != ("instance", "random"))
 
 
+def hosts_apart(
+    results: Sequence[HostResult], against: Mapping[str, str] | None
+) -> list[tuple[str, dict[str, Difference | None]]]:
+    """What sets hosts apart, without and with H2T, by a label that says who is compared.
+
+    `against` names for each host the one it is compared with; None: every other host with the first.
+    """
+    by_name = {r.name: r for r in results}
+    against = against or {r.name: results[0].name for r in results[1:]}
+    lines = []
+    for after, before in against.items():
+        for row in ("without_h2t", "with_h2t"):
+            found = between_hosts(by_name[after], by_name[before], row)
+            if found and any(found.values()):
+                lines.append((f"{after} minus {before}, {ROWS[row]}", found))
+    return lines
+
+
 @dataclass(frozen=True)
 class Variant:
     """Heads of another donor or another choice of channels, and what they change against the usual ones, by figure."""

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.classes import groups
-from pipeline.metrics import confusion, per_class_accuracy, softmax_confidence
+from pipeline.metrics import Answers, confusion, per_class_accuracy
 from pipeline.scoring import Scores
 
 
@@ -27,8 +27,7 @@ def write_per_class(
     results = [(h["number"], h["number"], split, r) for (split, _), r in found.items() for h in table]
     results += [(-1, 0, split, r) for split, r in first.items()]
     for head, position, split, result in results:
-        guesses = result.logits[position].argmax(1)
-        accuracy = per_class_accuracy(confusion(result.labels, guesses, len(counts)))
+        accuracy = per_class_accuracy(confusion(result.labels, result.said[position].guesses, len(counts)))
         columns["number"] += [head] * len(counts)
         columns["split"] += [split] * len(counts)
         columns["statistics"] += [result.statistics] * len(counts)
@@ -40,16 +39,16 @@ def write_per_class(
     pq.write_table(pa.table({**columns, **of}), into / "per_class.parquet", compression="zstd")
 
 
-def each(result: Scores, first: Scores | None, kept: list[int]) -> list[tuple[int, np.ndarray]]:
-    """Number and logits of stage I's head, where there is one, and of the heads `kept`."""
-    return [*([(-1, first.logits[0])] if first else []), *((head, result.logits[head]) for head in kept)]
+def each(result: Scores, first: Scores | None, kept: list[int]) -> list[tuple[int, Answers]]:
+    """Number and answers of stage I's head, where there is one, and of the heads `kept`."""
+    return [*([(-1, first.said[0])] if first else []), *((head, result.said[head]) for head in kept)]
 
 
-def write_confusion(into: Path, result: Scores, first: Scores | None, kept: list[int]) -> None:
+def write_confusion(into: Path, result: Scores, first: Scores | None, kept: list[int], classes: int) -> None:
     """How often each class was taken for each other one, for stage I and the heads `kept`."""
     columns: dict[str, list[Any]] = {k: [] for k in ("number", "true", "predicted", "count")}
     for head, found in each(result, first, kept):
-        counts = confusion(result.labels, found.argmax(1), found.shape[1])
+        counts = confusion(result.labels, found.guesses, classes)
         true, predicted = np.nonzero(counts)
         columns["number"] += [head] * len(true)
         columns["true"] += true.tolist()
@@ -65,11 +64,11 @@ def write_predictions(into: Path, result: Scores, first: Scores | None, kept: li
         parts.append(
             pa.table(
                 {
-                    "number": pa.array([head] * len(found), pa.int64()),
+                    "number": pa.array([head] * len(found.guesses), pa.int64()),
                     "sample": pa.array(result.samples),
                     "label": pa.array(result.labels.astype(np.int32)),
-                    "predicted": pa.array(found.argmax(1).astype(np.int32)),
-                    "confidence": pa.array(softmax_confidence(found).astype(np.float32)),
+                    "predicted": pa.array(found.guesses.astype(np.int32)),
+                    "confidence": pa.array(found.confidence.astype(np.float32)),
                 }
             )
         )

@@ -85,10 +85,10 @@ def run(
     figures: list[dict[str, Any]] = []
     for (split, statistics), result in found.items():
         for head in table:
-            one = summary(result.logits[head["number"]], result.labels, group_of)
+            one = summary(result.said[head["number"]], result.labels, group_of)
             figures.append({**head, "split": split, "statistics": statistics, **one})
     for split, result in first.items():
-        one = summary(result.logits[0], result.labels, group_of)
+        one = summary(result.said[0], result.labels, group_of)
         figures.append({"number": -1, "split": split, "statistics": STAGE1, **one})
 
     on = [f for f in figures if f["statistics"] == recipe_statistics and f["number"] >= 0]
@@ -107,7 +107,7 @@ def run(
         write_json(into / "metrics.json", metrics)
         pq.write_table(pa.Table.from_pylist(figures, _schema(figures)), into / "heads.parquet")
         write_per_class(into, table, found, first, counts)
-        write_confusion(into, found[("test", recipe_statistics)], first.get("test"), kept)
+        write_confusion(into, found[("test", recipe_statistics)], first.get("test"), kept, len(counts))
         write_predictions(into, found[("test", recipe_statistics)], first.get("test"), kept)
         _write_evidence(
             into, cache, heads, stage1, found[("test", recipe_statistics)], first.get("test"), without, with_h2t
@@ -187,7 +187,7 @@ def _write_evidence(
     write_weight_norms(into, heads, head, kept)
     rows = sample_rows(cache.rows, "test", result.statistics).first
     guesses = {
-        name: result.logits[figures[0]["number"]].argmax(1) if figures else None
+        name: result.said[figures[0]["number"]].guesses if figures else None
         for name, figures in (("without_h2t", without), ("with_h2t", with_h2t))
     }
     write_embedding(into, cache, rows, result.samples, result.labels, guesses)

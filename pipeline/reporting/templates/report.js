@@ -150,6 +150,15 @@ function drawCounts() {
   legend("counts", kinds.map(([n]) => [n, ROW_COLOUR[n]]));
 }
 
+/** By name, on pages where classes are too many to draw each. */
+function drawChanged() {
+  if (!$("changed-text")) return;
+  const found = hosts[state.host].changed || [];
+  $("changed-text").textContent = found.length ? `${state.host}: those that gain most, then those that lose most, at the ratio of the table above.` : `${state.host}: no class changes, or there are no heads without and with H2T to compare.`;
+  $("changed-table").replaceChildren();
+  if (found.length) table("changed", ["class", "training images", "group", "without H2T", "with H2T", "difference"], found.map((c) => [c.name, text(c.count, 0), c.group, c.without, c.with, signed(c.with - c.without)]));
+}
+
 function legend(id, entries) {
   const figure = $(id).parentElement;
   const list = figure.querySelector(".legend") || figure.insertBefore(element("ul", null, { class: "legend" }), $(id));
@@ -287,7 +296,7 @@ function drawHost() {
   drawAll();
 }
 
-function drawAll() { drawRatio(); drawVariants(); drawCounts(); drawConfusion(); drawCalibration(); drawEmbedding(); }
+function drawAll() { drawRatio(); drawVariants(); drawCounts(); drawChanged(); drawConfusion(); drawCalibration(); drawEmbedding(); }
 
 function sortable(made) {
   made.querySelectorAll("thead button").forEach((button, column) => button.addEventListener("click", () => {

@@ -10,6 +10,7 @@ import pytest
 from builders import make_cache, tree
 from click.testing import CliRunner
 from dvc.repo import Repo
+from dvc.rwlock import SCHEMA as RWLOCK_AS_DVC_READS_IT
 from pipeline_builders import make_backbone_dir, write_params
 from repositories import dvc, git, start_repository
 
@@ -388,9 +389,13 @@ def plant_writer(lab, patch):
 
 
 def plant_running_stage(lab, patch):
-    info = {str(lab / "a/data/extract/b"): {"write": {"pid": os.getpid(), "cmd": "dvc repro"}, "read": []}}
+    holder = {"pid": os.getpid(), "cmd": "dvc repro"}
+    info = {
+        "write": {str(lab / "a/data/extract/b"): holder},
+        "read": {str(lab / "a/cache/card.py"): [holder], str(lab / "a/cache/rows.py"): [holder]},
+    }
     (lab / "a/.dvc/tmp").mkdir(exist_ok=True)
-    (lab / "a/.dvc/tmp/rwlock").write_text(json.dumps(info))
+    (lab / "a/.dvc/tmp/rwlock").write_text(json.dumps(RWLOCK_AS_DVC_READS_IT(info)))
 
 
 @pytest.mark.parametrize(

@@ -141,13 +141,12 @@ def _locks(root: Path) -> list[Finding]:
 
 
 def _rwlock(root: Path) -> Iterator[tuple[str, int]]:
-    """(path, process) of what running stages have locked."""
+    """(output, process) of what running stages write; what they only read is long, and says no more."""
     with suppress(OSError, ValueError, AttributeError, TypeError, KeyError):
-        for path, holders in json.loads((root / ".dvc/tmp/rwlock").read_text(encoding="utf-8") or "{}").items():
-            writers = [holders["write"]] if holders.get("write") else []
-            for holder in [*writers, *holders.get("read", [])]:
-                name = Path(path).relative_to(root) if Path(path).is_relative_to(root) else Path(path).name
-                yield str(name), int(holder["pid"])
+        locks = json.loads((root / ".dvc/tmp/rwlock").read_text(encoding="utf-8") or "{}")
+        for path, holder in locks.get("write", {}).items():
+            name = Path(path).relative_to(root) if Path(path).is_relative_to(root) else Path(path).name
+            yield str(name), int(holder["pid"])
 
 
 def _links(root: Path) -> list[Finding]:

@@ -8,10 +8,15 @@ import shutil
 from pathlib import Path
 
 import click
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import stranger
+import yaml
 from click.testing import CliRunner
 from dvc.cli import DvcParserError, parse_args
+from dvc.repo import Repo
+from image_builders import write_image
 from printed import PAGES, PROGRAMS, ROOT, blocks, commands, printed, words
 from report_builders import make_evaluated
 
@@ -26,6 +31,7 @@ HERE = (
     "h2t list",
     "h2t list datasets",
     "h2t list backbones",
+    "h2t list objectives",
     "h2t presets",
     "h2t presets NAME > params.yaml",
     "h2t presets cifar10-100-parquet > cifar.yaml",
@@ -188,6 +194,38 @@ def test_links_lead_somewhere_and_shell_blocks_are_marked(page):
     assert [link for link in links if not ((ROOT / page).parent / link).exists()] == []
     for block in blocks(page, ""):
         assert not re.search(rf"^\s*({'|'.join(PROGRAMS)}) ", block, re.MULTILINE), block
+
+
+# --- the parameters of the README are those of a run
+
+
+@pytest.fixture
+def pets(tmp_path):
+    """The files that the README's parameters name: four classes, long-tailed by `prepare`."""
+    for split, per_class in (("train", 60), ("test", 5)):
+        labels = [j for j in range(4) for _ in range(per_class)]
+        images = [
+            {"bytes": write_image(tmp_path / "one.png", i).read_bytes(), "path": None} for i in range(len(labels))
+        ]
+        (tmp_path / "pets").mkdir(exist_ok=True)
+        pq.write_table(pa.table({"image": images, "label": labels}), tmp_path / f"pets/{split}.parquet")
+    return tmp_path
+
+
+def test_the_parameters_of_the_readme_prepare_and_are_read_by_dvc(pets, monkeypatch):
+    (block,) = blocks("README.md", "yaml")
+    values = yaml.safe_load((ROOT / "params.yaml").read_text())
+    for section, entries in yaml.safe_load(block).items():
+        values[section] |= entries
+    (pets / "params.yaml").write_text(yaml.safe_dump(values))
+    shutil.copy(ROOT / "dvc.yaml", pets / "dvc.yaml")
+    monkeypatch.chdir(pets)
+    done = CliRunner().invoke(main, ["prepare", "data/prepare"])
+    assert done.exit_code == 0, done.output
+    assert "'test': 20" in done.stdout
+    stages = {stage.addressing for stage in Repo.init(no_scm=True).index.stages}
+    assert "train_backbone@ce_mixup" in stages
+    assert "report" in stages
 
 
 # --- the cheap ones are run

@@ -23,6 +23,7 @@ from pipeline.sharing import garbage, repository
 State = Literal["ok", "note", "fault"]
 
 LOW_DISK = 2 * 10**9
+NAMED_BY_DVC = {"backbones": ("arch", "objective"), "hosts": ("host", "backbone", "pool")}
 PATIENCE = 30  # seconds that a remote may take to answer
 FICLONE = 0x40049409
 
@@ -82,13 +83,19 @@ def _versions() -> list[Finding]:
 
 
 def _params(path: Path) -> list[Finding]:
-    """Every section of the parameters."""
+    """Every section of the parameters, and the keys that dvc.yaml names, which DVC fills with no default."""
     from pipeline import params, settings
 
     try:
-        settings.check(params.load(path))
+        values = params.load(path)
+        settings.check(values)
     except UserError as error:
         return [Finding("params", "fault", str(error))]
+    for section, keys in NAMED_BY_DVC.items():
+        for name, entry in values[section].items():
+            if lacking := [key for key in keys if key not in entry]:
+                detail = f"{section}.{name}: dvc.yaml needs {', '.join(lacking)} in every entry; write it out"
+                return [Finding("params", "fault", detail)]
     return [Finding("params", "ok", f"{path} is complete and right")]
 
 

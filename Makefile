@@ -1,4 +1,5 @@
 # Two commands for a new machine: `make repro` shows the result, `make test` runs the tests.
+# PYTHON makes the environment; another one later takes `make clean` first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,18 +7,22 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Threads that wait for work sleep instead of spinning: a shared machine stays usable, and small batches lose nothing.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: repro test test-remotes check format docs bench faults golden page clean
+.PHONY: repro test test-remotes stranger check format bench faults page clean
 
 repro: $(VENV)/installed
 	dvc repro
+	@echo
 	@cat data/report/results.md
-	@echo "The page: data/report/index.html"
+	@echo "The page: data/report/index.html. The commands h2t and dvc: source $(VENV)/bin/activate"
 
 $(VENV)/installed: pyproject.toml setup.py cache/gather.c
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --editable . --group dev
-	touch $@
+	@test -x $(BIN)/python || $(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))" || \
+	  { echo "error: $(PYTHON) is no Python 3.11 to 3.13; name one, for example: make repro PYTHON=python3.12" >&2; exit 1; }
+	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV), which takes minutes, as torch is large; what pip says: $(VENV)/install.log"
+	@($(BIN)/python -m pip install --upgrade "pip>=25.1" && $(BIN)/python -m pip install --editable . --group dev) \
+	  > $(VENV)/install.log 2>&1 || { tail -n 20 $(VENV)/install.log >&2; exit 1; }
+	@touch $@
 
 # Two processes on two cores; tests compute on one thread each.
 test: $(VENV)/installed
@@ -44,6 +49,10 @@ faults: $(VENV)/installed
 test-remotes: $(VENV)/installed
 	test -x /usr/sbin/sshd || (apt-get update && apt-get install --yes --no-install-recommends openssh-server)
 	H2T_REMOTES=benchmarks/results/remotes.json $(BIN)/python -m pytest tests/test_two_clones.py tests/test_remote_stores.py
+
+# A fresh clone, `make repro` with PYTHON, then what README and docs print, command by command: about an hour.
+stranger:
+	$(PYTHON) tests/stranger.py --python $(PYTHON)
 
 # One of the paper's analyses on the finished cache: make analysis-ratio, analysis-donors, ... (presets/analyses).
 analysis-%: $(VENV)/installed

@@ -93,7 +93,7 @@ def _traceback() -> str:
 @click.argument("out", type=PATH)
 @stage
 def prepare(values: dict[str, Any], out: Path) -> None:
-    """Choose the samples: hold out, make long-tailed, order the classes."""
+    """Hold samples out, make long-tailed, order classes."""
     from pipeline import params
     from pipeline.stages import prepare as stage_module
 
@@ -107,7 +107,7 @@ def prepare(values: dict[str, Any], out: Path) -> None:
 @click.argument("out", type=PATH)
 @stage
 def train_backbone(values: dict[str, Any], name: str, samples: Path, out: Path) -> None:
-    """Stage I: train the backbone NAME, or take its weights from a file."""
+    """Stage I: train backbone NAME or take its weights."""
     from pipeline import device, params
     from pipeline.samples import load_samples
     from pipeline.stages import train_backbone as stage_module
@@ -129,7 +129,7 @@ def train_backbone(values: dict[str, Any], name: str, samples: Path, out: Path) 
 def extract(
     values: dict[str, Any], name: str, samples: Path, backbone: Path, out: Path, replace: bool, anew: bool
 ) -> dict[str, Any]:
-    """Run the frozen backbone once and store its feature maps as a cache."""
+    """Run the frozen backbone once, into a cache of maps."""
     from pipeline import device, params
     from pipeline.samples import load_samples
     from pipeline.stages import extract as stage_module
@@ -163,7 +163,7 @@ def extract(
 @click.option("--replace", is_flag=True, help="Replace another cache at OUT.")
 @stage
 def pool(values: dict[str, Any], name: str, cache: str, out: Path, replace: bool) -> None:
-    """Copy a cache with one vector per row in place of a map."""
+    """Copy a cache with a vector per row, not a map."""
     from cache.reader import open_cache
     from pipeline import params
     from pipeline.stages import pool as stage_module
@@ -180,7 +180,7 @@ def pool(values: dict[str, Any], name: str, cache: str, out: Path, replace: bool
 @click.argument("out", type=PATH)
 @stage
 def train_classifier(values: dict[str, Any], name: str, cache: str, backbone: Path, out: Path) -> dict[str, Any]:
-    """Stage II: train the grid of heads of host NAME on a cache."""
+    """Stage II: train the heads of host NAME on a cache."""
     from pipeline import device, params
     from pipeline.residency import Residency
     from pipeline.stages import train_classifier as stage_module
@@ -202,7 +202,7 @@ def train_classifier(values: dict[str, Any], name: str, cache: str, backbone: Pa
 @click.argument("out", type=PATH)
 @stage
 def evaluate(values: dict[str, Any], name: str, cache: str, heads: Path, backbone: Path, out: Path) -> None:
-    """Evaluate the stage-I head and the heads of host NAME."""
+    """Evaluate the stage-I head and those of host NAME."""
     from pipeline import device, params
     from pipeline.stages import evaluate as stage_module
 
@@ -225,7 +225,7 @@ def evaluate(values: dict[str, Any], name: str, cache: str, heads: Path, backbon
 def report(
     values: dict[str, Any], evaluate_dir: Path | None, out: Path | None, runs: Path | None, compare: tuple[str, str]
 ) -> None:
-    """Tables and pictures of every host named in the parameters, from EVALUATE_DIR into OUT.
+    """Write tables and pictures. Of every host in the parameters, from EVALUATE_DIR into OUT.
 
     With --compare A B the hosts that both have, side by side; with one argument more, a whole report there.
     """
@@ -248,7 +248,7 @@ def report(
 @main.command("presets")
 @click.argument("name", required=False)
 def list_presets(name: str | None) -> None:
-    """The parameter files of the paper's settings; with NAME, its text (h2t presets NAME > params.yaml)."""
+    """List the paper's settings. With NAME, that file's text: h2t presets NAME > params.yaml."""
     from pipeline import presets
 
     if name is not None:
@@ -262,7 +262,7 @@ def list_presets(name: str | None) -> None:
 @click.argument("kind", required=False)
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def list_plugins(kind: str | None, as_json: bool) -> None:
-    """The plug-ins of KIND (datasets, backbones, objectives, samplers, pools, hosts), or of every kind."""
+    """List what can be plugged in. KIND: datasets, backbones, objectives, samplers, pools or hosts."""
     from pipeline import plugins
     from pipeline.errors import nearest
 
@@ -272,7 +272,8 @@ def list_plugins(kind: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(found, indent=2, sort_keys=True))
         return
+    width = max(len(name) for entries in found.values() for name in entries)
     for one, entries in found.items():
         click.echo(one)
         for name, line in entries.items():
-            click.echo(f"  {name:20} {line}")
+            click.echo(f"  {name:{width}}  {line}")

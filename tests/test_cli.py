@@ -323,6 +323,19 @@ def test_no_validation_split_works_with_a_note(tmp_path, params):
 # --- the program itself
 
 
+@pytest.mark.parametrize("group", [[], ["cache"]])
+def test_lists_of_commands_are_whole_on_a_narrow_terminal(group):
+    text = CliRunner().invoke(main, [*group, "--help"], terminal_width=80).stdout
+    assert "publish" in text or "evaluate" in text
+    assert [line for line in text.partition("Commands:")[2].splitlines() if line.endswith("...")] == []
+
+
+def test_the_list_of_plugins_is_a_table():
+    entries = [[*line.split(maxsplit=1), line] for line in accepted("list").splitlines() if line.startswith("  ")]
+    assert len(entries) > 30
+    assert len({line.index(summary) for _, summary, line in entries}) == 1
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["cache", "--help"], ["prepare", "--help"], ["--version"]])
 def test_help_imports_no_torch(arguments):
     code = (

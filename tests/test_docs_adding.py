@@ -18,6 +18,7 @@ from conformance import (
 from pipeline_builders import ROOT, make_params, make_samples, make_stage2_cache
 
 from pipeline import plugins, settings
+from pipeline.sharing.doctor import NAMED_BY_DVC
 
 PAGES = sorted((ROOT / "docs").glob("adding-a*.md"))
 
@@ -64,7 +65,11 @@ def test_a_page_is_short_and_its_parameters_are_accepted(page, outside):
     assert name in plugins.names(kind)
     assert plugins.summary(kind, name).endswith(".")
     for block in blocks(page, "yaml"):
-        settings.check(merged(make_params(), yaml.safe_load(block)))
+        written = yaml.safe_load(block)
+        settings.check(merged(make_params(), written))
+        for section, entries in written.items():
+            for entry in entries.values():
+                assert set(NAMED_BY_DVC[section]) <= set(entry)
 
 
 def test_the_host_of_the_page(outside, tmp_path):

@@ -3,14 +3,17 @@
 import fcntl
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from builders import make_cache, tree
 from click.testing import CliRunner
 from dvc.repo import Repo
-from pipeline_builders import make_backbone_dir, write_params
+from dvc.rwlock import SCHEMA as RWLOCK_AS_DVC_READS_IT
+from pipeline_builders import ROOT, make_backbone_dir, make_params, write_params
 from repositories import dvc, git, start_repository
 
 from cache.dvc_files import split_revision
@@ -388,14 +391,34 @@ def plant_writer(lab, patch):
 
 
 def plant_running_stage(lab, patch):
-    info = {str(lab / "a/data/extract/b"): {"write": {"pid": os.getpid(), "cmd": "dvc repro"}, "read": []}}
+    holder = {"pid": os.getpid(), "cmd": "dvc repro"}
+    info = {
+        "write": {str(lab / "a/data/extract/b"): holder},
+        "read": {str(lab / "a/cache/card.py"): [holder], str(lab / "a/cache/rows.py"): [holder]},
+    }
     (lab / "a/.dvc/tmp").mkdir(exist_ok=True)
-    (lab / "a/.dvc/tmp/rwlock").write_text(json.dumps(info))
+    (lab / "a/.dvc/tmp/rwlock").write_text(json.dumps(RWLOCK_AS_DVC_READS_IT(info)))
+
+
+def plant_entry_that_dvc_cannot_fill(lab, patch):
+    values = make_params()
+    values["backbones"]["mine"] = {"arch": "resnet20"}
+    (lab / "a/params.yaml").write_text(yaml.safe_dump(values))
+
+
+def test_doctor_knows_which_keys_dvc_names():
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].values()
+    found = {section: set() for section in doctor.NAMED_BY_DVC}
+    for stage in stages:
+        if "foreach" in stage:
+            found[stage["foreach"].strip("${}")] |= set(re.findall(r"\$\{item\.(\w+)\}", json.dumps(stage["do"])))
+    assert found == {section: set(keys) for section, keys in doctor.NAMED_BY_DVC.items()}
 
 
 @pytest.mark.parametrize(
     ("plant", "check", "says"),
     [
+        (plant_entry_that_dvc_cannot_fill, "params", "backbones.mine: dvc.yaml needs objective in every entry"),
         (plant_no_default, "remote", "remote: none is set; type: dvc remote add --default"),
         (plant_remote_gone, "remote", "is it mounted?"),
         (plant_no_verify, "verify", "type: dvc remote modify store verify true"),

@@ -176,7 +176,7 @@ def _recompute(
 @click.argument("location", metavar="CACHE")
 @click.option("--json", "as_json", is_flag=True, help="The same as JSON, with the mean norm of every class.")
 def stats_command(location: str, as_json: bool) -> None:
-    """Show the values of CACHE: sparsity, range, NaN and Inf, and the norms of its classes.
+    """Show sparsity, range, NaN and class norms of CACHE.
 
     Example: h2t cache stats data/extract/ce_mixup
     """
@@ -216,7 +216,7 @@ def _number(value: float | None) -> str:
 @click.option("--cores", type=click.IntRange(1), help="Cores that decode; all by default.")
 @click.option("--json", "as_json", is_flag=True, help="The same as JSON.")
 def advise_command(location: str, disk: float, link: float, cores: int | None, as_json: bool) -> None:
-    """Measure codecs and chunk sizes on the maps of CACHE and recommend one.
+    """Measure codecs and chunk sizes on CACHE; name the best.
 
     Example: h2t cache advise data/extract/ce_mixup --disk 3.5
     """
@@ -246,7 +246,7 @@ def advise_command(location: str, disk: float, link: float, cores: int | None, a
 @click.option("--codec", default="none", show_default=True)
 @click.option("--replace", is_flag=True, help="Replace another cache at OUT.")
 def pool_command(location: str, out: Path, name: str, options: tuple[str, ...], codec: str, replace: bool) -> None:
-    """Write the copy OUT of CACHE with one vector per row in place of a map.
+    """Write the copy OUT of CACHE with a vector per row. Each is a row's map, pooled.
 
     Example: h2t cache pool data/extract/ce_mixup ce_mixup-gap --pool gem --option exponent=3.0
     """
@@ -264,7 +264,7 @@ def pool_command(location: str, out: Path, name: str, options: tuple[str, ...], 
 @click.argument("new", metavar="B")
 @click.option("--json", "as_json", is_flag=True, help="The same as JSON.")
 def diff_command(old: str, new: str, as_json: bool) -> None:
-    """Show what changed from cache A to cache B: ingredients, layout and rows.
+    """Show what changed from cache A to B. Ingredients, layout and rows.
 
     Example: h2t cache diff old/extract/ce_mixup data/extract/ce_mixup
     """

@@ -40,7 +40,7 @@ def export(
     overrides: tuple[str, ...],
     device: str,
 ) -> None:
-    """Write one head of HEADS, alone and merged with its BACKBONE, to the directory OUT.
+    """Write one head, alone and merged with its BACKBONE. It is one of HEADS, and OUT a directory.
 
     Example: h2t export data/train_classifier/dr data/extract/ce_mixup data/train_backbone/ce_mixup model --ratio 0.3
     --seed 0
@@ -74,7 +74,7 @@ def export(
 @click.option("--json", "as_json", is_flag=True, help="JSON instead of CSV.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 def predict(model: Path, images: tuple[Path, ...], top: int, out: Path | None, as_json: bool, device: str) -> None:
-    """Name the class of IMAGES (files or directories) by an exported MODEL.
+    """Name the class of IMAGES by an exported MODEL. IMAGES are files or directories.
 
     Example: h2t predict model photos/ --top 3 --out classes.csv
     """

@@ -36,7 +36,7 @@ def import_command(
     classes: Path | None,
     replace: bool,
 ) -> None:
-    """Make a cache OUT of features that another program computed.
+    """Make a cache OUT of features from another program.
 
     Example: h2t cache import features --train train.npz --test test.npz
     """
@@ -66,7 +66,7 @@ def why_command(
     overrides: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Say which ingredient of CACHE differs from what the parameters ask for, and what would be extracted again.
+    """Say in what CACHE differs from the parameters. Tells also what would be extracted again.
 
     Example: h2t cache why data/extract/ce_mixup --set extract.max_views=2
     """
@@ -105,7 +105,7 @@ def why_command(
 @click.option("--uncommitted", is_flag=True, help="Push even though git does not hold this configuration.")
 @click.option("--quick", is_flag=True, help="Compare the lengths of what the remote holds, not its content.")
 def publish_command(remote: str | None, uncommitted: bool, quick: bool) -> None:
-    """Push the configuration that is checked out by DVC, and show that the remote holds every object.
+    """Push results by DVC and prove that the remote holds them. Those of the configuration that is checked out.
 
     Example: h2t cache publish --remote store
     """
@@ -121,7 +121,7 @@ def publish_command(remote: str | None, uncommitted: bool, quick: bool) -> None:
 @click.option("--pooled", is_flag=True, help="The pooled copy, 25 to 64 times smaller.")
 @click.option("--into", type=PATH, default=Path("data"), show_default=True, help="Directory for the outputs.")
 def pull_command(url: str, rev: str | None, name: str | None, pooled: bool, into: Path) -> None:
-    """Fetch a cache and its backbone from another repository, and check every byte.
+    """Fetch and check a cache from another repository. Its backbone comes along.
 
     Example: h2t cache pull https://example.org/lab/project.git@v1 --pooled
     """
@@ -133,7 +133,7 @@ def pull_command(url: str, rev: str | None, name: str | None, pooled: bool, into
 @click.command("gc")
 @click.option("--apply", is_flag=True, help="Remove; without it the command only says what would go.")
 def gc_command(apply: bool) -> None:
-    """Remove unfinished runs, and DVC objects that no branch, tag, experiment or workspace uses.
+    """Remove unfinished runs and unused DVC objects. Used is what a branch, tag, experiment or the workspace names.
 
     Example: h2t cache gc --apply
     """
@@ -147,7 +147,7 @@ def gc_command(apply: bool) -> None:
 @click.option("--full", is_flag=True, help="Read every byte of every cache.")
 @click.option("--json", "as_json", is_flag=True, help="The same as JSON.")
 def doctor(params_file: Path, full: bool, as_json: bool) -> None:
-    """Say what is wrong here and what to type; exit 1 if anything is.
+    """Say what is wrong here and what to type. Exit 1 if anything is.
 
     Example: h2t doctor
     """

@@ -23,6 +23,7 @@ from pipeline.sharing import garbage, repository
 State = Literal["ok", "note", "fault"]
 
 LOW_DISK = 2 * 10**9
+NAMED_BY_DVC = {"backbones": ("arch", "objective"), "hosts": ("host", "backbone", "pool")}
 PATIENCE = 30  # seconds that a remote may take to answer
 FICLONE = 0x40049409
 
@@ -82,13 +83,19 @@ def _versions() -> list[Finding]:
 
 
 def _params(path: Path) -> list[Finding]:
-    """Every section of the parameters."""
+    """Every section of the parameters, and the keys that dvc.yaml names, which DVC fills with no default."""
     from pipeline import params, settings
 
     try:
-        settings.check(params.load(path))
+        values = params.load(path)
+        settings.check(values)
     except UserError as error:
         return [Finding("params", "fault", str(error))]
+    for section, keys in NAMED_BY_DVC.items():
+        for name, entry in values[section].items():
+            if lacking := [key for key in keys if key not in entry]:
+                detail = f"{section}.{name}: dvc.yaml needs {', '.join(lacking)} in every entry; write it out"
+                return [Finding("params", "fault", detail)]
     return [Finding("params", "ok", f"{path} is complete and right")]
 
 
@@ -141,13 +148,12 @@ def _locks(root: Path) -> list[Finding]:
 
 
 def _rwlock(root: Path) -> Iterator[tuple[str, int]]:
-    """(path, process) of what running stages have locked."""
+    """(output, process) of what running stages write; what they only read is long, and says no more."""
     with suppress(OSError, ValueError, AttributeError, TypeError, KeyError):
-        for path, holders in json.loads((root / ".dvc/tmp/rwlock").read_text(encoding="utf-8") or "{}").items():
-            writers = [holders["write"]] if holders.get("write") else []
-            for holder in [*writers, *holders.get("read", [])]:
-                name = Path(path).relative_to(root) if Path(path).is_relative_to(root) else Path(path).name
-                yield str(name), int(holder["pid"])
+        locks = json.loads((root / ".dvc/tmp/rwlock").read_text(encoding="utf-8") or "{}")
+        for path, holder in locks.get("write", {}).items():
+            name = Path(path).relative_to(root) if Path(path).is_relative_to(root) else Path(path).name
+            yield str(name), int(holder["pid"])
 
 
 def _links(root: Path) -> list[Finding]:

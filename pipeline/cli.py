@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from cache.errors import CacheError
+from cache.redaction import one_line, redacted
 from pipeline.cache_commands import cache as cache_group
 from pipeline.cache_commands import opened, previous
 from pipeline.errors import UserError
@@ -29,7 +30,7 @@ class Misuse(click.ClickException):
 
     def __init__(self, error: click.UsageError) -> None:
         path = error.ctx.command_path if error.ctx else "h2t"
-        super().__init__(f"{' '.join(error.format_message().split())} (see: {path} --help)")
+        super().__init__(one_line(redacted(f"{' '.join(error.format_message().split())} (see: {path} --help)")))
 
 
 class OneLineErrors(click.Group):

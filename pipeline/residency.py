@@ -27,15 +27,6 @@ OWN_SHARE = 0.25
 MAX_WINDOW_STEPS = 64
 
 
-def available_memory() -> int:
-    """Bytes of host memory that could be used now."""
-    with open("/proc/meminfo", encoding="ascii") as file:  # noqa: PTH123 - not a path but the kernel's answer
-        for line in file:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return 4 * 1024**3
-
-
 @dataclass(frozen=True)
 class Choice:
     """A tier and the reason for it, in one line."""

@@ -260,7 +260,7 @@ def _write_per_class(
     results += [(-1, 0, split, r) for split, r in first.items()]
     for head, position, split, result in results:
         guesses = result.logits[position].argmax(1)
-        accuracy = per_class_accuracy(confusion(result.labels, guesses, len(counts)))
+        accuracy = per_class_accuracy(result.labels, guesses, len(counts))
         columns["number"] += [head] * len(counts)
         columns["split"] += [split] * len(counts)
         columns["statistics"] += [result.statistics] * len(counts)
@@ -280,12 +280,11 @@ def _each(result: _Split, first: _Split | None, kept: list[int]) -> list[tuple[i
 def _write_confusion(into: Path, result: _Split, first: _Split | None, kept: list[int]) -> None:
     columns: dict[str, list[Any]] = {k: [] for k in ("number", "true", "predicted", "count")}
     for head, found in _each(result, first, kept):
-        counts = confusion(result.labels, found.argmax(1), found.shape[1])
-        true, predicted = np.nonzero(counts)
+        true, predicted, count = confusion(result.labels, found.argmax(1), found.shape[1])
         columns["number"] += [head] * len(true)
         columns["true"] += true.tolist()
         columns["predicted"] += predicted.tolist()
-        columns["count"] += counts[true, predicted].tolist()
+        columns["count"] += count.tolist()
     pq.write_table(pa.table(columns), into / "confusion.parquet", compression="zstd")
 
 

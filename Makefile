@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Threads that wait for work sleep instead of spinning: a shared machine stays usable, and small batches lose nothing.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: repro test test-remotes check format docs bench faults golden page clean
+.PHONY: repro test test-remotes check format docs bench faults fuzz audit golden page clean
 
 repro: $(VENV)/installed
 	dvc repro
@@ -43,6 +43,16 @@ faults: $(VENV)/installed
 test-remotes: $(VENV)/installed
 	test -x /usr/sbin/sshd || (apt-get update && apt-get install --yes --no-install-recommends openssh-server)
 	H2T_REMOTES=benchmarks/results/remotes.json $(BIN)/python -m pytest tests/test_two_clones.py tests/test_remote_stores.py
+
+# A million executions of every parser under the coverage-guided fuzzer; prints the seed and a table.
+fuzz: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --group fuzz
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/campaign.py
+
+# Known vulnerabilities of what is installed, where the package index tells of them.
+audit: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --group audit
+	$(BIN)/python tests/vulnerabilities.py
 
 # One of the paper's analyses on the finished cache: make analysis-ratio, analysis-donors, ... (presets/analyses).
 analysis-%: $(VENV)/installed

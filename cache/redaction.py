@@ -1,5 +1,6 @@
 """What people may read: no secret of a URL, and no character that a terminal takes for more than a character."""
 
+import html
 import re
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
@@ -50,6 +51,11 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def in_markdown(text: str) -> str:
+    """`text` as it can stand in a line or a cell of a Markdown table without being more than text."""
+    return html.escape(printable(text), quote=False).replace("|", "\\|").replace("`", "&#96;")
 
 
 def one_line(text: str) -> str:

@@ -187,6 +187,10 @@ def _parsed(text: str) -> Any:
     """The value of a YAML text. Raises ValueError with the reason in one line."""
     try:
         return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:  # in words only: its own text quotes a piece, which may be that of a URL
+        mark = error.problem_mark or error.context_mark
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ValueError(f"{error.problem or error.context}{where}"[:TEXT_LIMIT]) from None
     # For tags and dates that do not fit, PyYAML's constructors fail in whatever way they fail.
     except (
         yaml.YAMLError,

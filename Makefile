@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Threads that wait for work sleep instead of spinning: a shared machine stays usable, and small batches lose nothing.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: repro test test-remotes stranger check format bench faults page clean
+.PHONY: repro test test-remotes stranger check format bench faults fuzz audit coverage mutants page clean
 
 repro: $(VENV)/installed
 	dvc repro
@@ -53,6 +53,16 @@ test-remotes: $(VENV)/installed
 # A fresh clone, `make repro` with PYTHON, then what README and docs print, command by command: about an hour.
 stranger:
 	$(PYTHON) tests/stranger.py --python $(PYTHON)
+
+# A million executions of every parser under the coverage-guided fuzzer; prints the seed and a table.
+fuzz: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --group fuzz
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/campaign.py
+
+# Known vulnerabilities of what is installed, where the package index tells of them.
+audit: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --group audit
+	$(BIN)/python tests/vulnerabilities.py
 
 # One of the paper's analyses on the finished cache: make analysis-ratio, analysis-donors, ... (presets/analyses).
 analysis-%: $(VENV)/installed

@@ -4,6 +4,7 @@ from collections import Counter
 
 import pyarrow as pa
 
+from cache.redaction import in_markdown
 from cache.spec import CacheSpec, canonical_json
 
 
@@ -14,12 +15,12 @@ def card(spec: CacheSpec, rows: pa.Table) -> bytes:
         "# Feature cache",
         "",
         f"{spec.rows} rows, {spec.experts} expert(s), maps of {' and '.join(str(m) for m in dict.fromkeys(spec.maps))} "
-        f"(channel, y, x), {spec.dtype}, codec `{spec.codec}`.",
+        f"(channel, y, x), {spec.dtype}, codec `{in_markdown(spec.codec)}`.",
         f"Fingerprint `{spec.fingerprint}`.",
         "",
         "| split | statistics | rows |",
         "| --- | --- | --- |",
-        *(f"| {split} | {statistics} | {n} |" for (split, statistics), n in sorted(parts.items())),
+        *(f"| {in_markdown(a)} | {in_markdown(b)} | {n} |" for (a, b), n in sorted(parts.items())),
         "",
         "```python",
         "from cache.reader import open_cache",

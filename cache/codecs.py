@@ -68,14 +68,22 @@ def _zstd_bytes(data: Any) -> int:
     return _integer(data, start, size) + (256 if size == 2 else 0)
 
 
+def _blosc_bytes(data: Any) -> int:
+    """Decoded size that a Blosc header states; 0 unless it also states the size that is here, as Blosc reads so far."""
+    return _integer(data, 4, 4) if _integer(data, 12, 4) == len(data) else 0
+
+
 def _pcodec() -> Codec:
     from numcodecs.pcodec import PCodec
+    from pcodec import standalone
 
     def decode(data: Any, out: np.ndarray) -> None:
-        decoded = np.frombuffer(PCodec().decode(bytes(data)), out.dtype)
-        if decoded.size != out.size:
-            raise ValueError(f"decodes to {decoded.nbytes} bytes, not {out.nbytes}")
-        out.reshape(-1)[:] = decoded
+        try:  # into `out`: a few bytes can say that they decode to gigabytes
+            progress = standalone.simple_decompress_into(bytes(data), out.reshape(-1))
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+        if progress.n_processed != out.size or not progress.finished:
+            raise ValueError(f"decodes to other than {out.size} values")
 
     return Codec("pcodec", lambda chunk: bytes(PCodec().encode(chunk)), decode)
 
@@ -88,7 +96,7 @@ CODECS: dict[str, Callable[[], Codec]] = {
         "blosc-lz4",
         lambda size: numcodecs.Blosc(cname="lz4", clevel=3, shuffle=numcodecs.Blosc.NOSHUFFLE, typesize=size),
         blosc.decompress,
-        lambda data: _integer(data, 4, 4),
+        _blosc_bytes,
     ),
     "numcodecs.lz4": partial(
         _numcodecs, "numcodecs.lz4", lambda _: numcodecs.LZ4(), lz4.decompress, lambda data: _integer(data, 0, 4)

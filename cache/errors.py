@@ -1,6 +1,6 @@
 """The one exception of this package: a reason from a fixed set, and one line that says what to do."""
 
-from cache.redaction import redacted
+from cache.redaction import one_line, redacted
 
 REASONS = frozenset(
     {
@@ -25,12 +25,13 @@ class CacheError(Exception):
     """Raised for every problem with a cache.
 
     `reason` is one of `REASONS`, for programs; `detail` is one line for people: what, rule, got, way out. URLs in it
-    lose their login and their query here, so that no message can repeat a password or a token.
+    lose their login and their query here, so that no message can repeat a password or a token, and names that came from
+    data can neither begin a line nor steer a terminal.
     """
 
     def __init__(self, reason: str, detail: str) -> None:
         if reason not in REASONS:
             raise ValueError(f"unknown reason {reason!r}")
         self.reason = reason
-        self.detail = redacted(detail)
+        self.detail = one_line(redacted(detail))
         super().__init__(self.detail)

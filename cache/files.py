@@ -1,6 +1,8 @@
 """The bytes of a cache's files: a local directory here, anything behind a URL in `cache.remote`."""
 
+import errno
 import os
+import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,6 +14,7 @@ from cache import dvc_files
 from cache.errors import CacheError
 from cache.remote import RemoteFiles
 
+NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 MAX_OPEN = 256  # file descriptors kept open per cache
 
 
@@ -36,9 +39,14 @@ class LocalFiles:
     def size(self, name: str) -> int:
         """Bytes of `name`; CacheError `missing` if it is not there."""
         try:
-            return (self.root / name).stat().st_size
-        except (FileNotFoundError, NotADirectoryError):
+            found = (self.root / name).stat()
+        except OSError as error:
+            if error.errno not in NO_FILE:
+                raise
             raise CacheError("missing", f"{self.root / name}: file is missing; restore it or extract again") from None
+        if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for, a device may never end
+            raise CacheError("damaged", f"{self.root / name}: not a plain file")
+        return found.st_size
 
     def known_sizes(self, names: Iterable[str]) -> dict[str, int]:
         """Bytes of each of `names`; CacheError `missing` if one is not there."""
@@ -46,7 +54,10 @@ class LocalFiles:
 
     def read_all(self, name: str) -> bytes:
         self.size(name)
-        return (self.root / name).read_bytes()
+        try:
+            return (self.root / name).read_bytes()
+        except OSError as error:
+            raise self.refused(name, error) from None
 
     def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """The bytes `start` to `stop` of each range; a short read is CacheError `damaged`."""
@@ -79,6 +90,8 @@ class LocalFiles:
             for name in names:
                 held.append(self._acquire(name))  # noqa: PERF401 - those held when one fails are given back
             yield held
+        except OSError as error:
+            raise self.refused(names[0], error) from None
         finally:
             with self._lock:
                 for handle in held:
@@ -89,6 +102,12 @@ class LocalFiles:
     def ends_early(self, name: str, start: int, stop: int) -> CacheError:
         """The error for a file that has no bytes left between `start` and `stop`."""
         return CacheError("damaged", f"{self.root / name}: ends before byte {stop} (reading from {start}); truncated")
+
+    def refused(self, name: str, error: OSError) -> Exception:
+        """The error for a disk that does not give what it holds; others stay what they are."""
+        if error.errno != errno.EIO:
+            return error
+        return CacheError("damaged", f"{self.root / name}: cannot be read ({error.strerror})")
 
     def close(self) -> None:
         with self._lock:

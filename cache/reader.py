@@ -57,10 +57,10 @@ def open_cache(location: str | Path) -> "Cache":
     commit = parse_record(files.read_all(RECORD))
     if isinstance(files, RemoteFiles):
         files.expect({name: entry for name, entry in commit.files.items() if name.startswith(f"{MAPS}/expert_")})
-    cache = Cache(files, commit)
     sizes = files.known_sizes(commit.files)
     for name, size in sizes.items():
-        cache.check_size(name, size)
+        _check_size(files, commit, name, size)
+    cache = Cache(files, commit)
     cache.unchecked = set(commit.files) - sizes.keys()
     return cache
 
@@ -79,9 +79,12 @@ class Cache:
         self.unchecked: set[str] = set()
         self._codec = codec(self.spec.codec)
         chunks = -(-self.spec.rows // self.spec.chunk_rows)
-        self._indexed = np.zeros((self.experts, self.spec.shards), bool)
-        self._offsets = np.zeros((self.experts, chunks), np.int64)
-        self._sizes = np.zeros((self.experts, chunks), np.int64)
+        try:
+            self._indexed = np.zeros((self.experts, self.spec.shards), bool)
+            self._offsets = np.zeros((self.experts, chunks), np.int64)
+            self._sizes = np.zeros((self.experts, chunks), np.int64)
+        except (MemoryError, ValueError):  # of a store that does not tell the sizes of its files
+            raise CacheError("full", f"{files}: no memory to keep track of {chunks} chunks") from None
         self._pool = ThreadPoolExecutor(THREADS, "cache-read")
         self._process = os.getpid()
 
@@ -145,11 +148,7 @@ class Cache:
 
     def check_size(self, name: str, size: int) -> None:
         """Raises CacheError `damaged` unless `size` is the recorded size of `name`."""
-        expected = self.commit.files[name][0]
-        if size != expected:
-            raise CacheError(
-                "damaged", f"{self.files}/{name}: {size} bytes, {RECORD} says {expected}; run h2t cache verify"
-            )
+        _check_size(self.files, self.commit, name, size)
 
     def chunk_ranges(self, chunks: np.ndarray, expert: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Shard, offset and stored size of each of `chunks`, int64; reads the shard indices not yet known."""
@@ -251,6 +250,12 @@ class Cache:
             task.result()
 
 
+def _check_size(files: LocalFiles | RemoteFiles, commit: Commit, name: str, size: int) -> None:
+    expected = commit.files[name][0]
+    if size != expected:
+        raise CacheError("damaged", f"{files}/{name}: {size} bytes, {RECORD} says {expected}; run h2t cache verify")
+
+
 def _reopened(files: LocalFiles | RemoteFiles, commit: Commit, unchecked: set[str]) -> Cache:
     cache = Cache(files, commit)
     cache.unchecked = set(unchecked)
@@ -300,7 +305,7 @@ class _Compiled:
             if found.result == MISMATCH:
                 raise self.cache.chunk_fault(self.expert, int(self.plan.chunks[j]), "crc32c mismatch")
             if found.result == REFUSED:
-                raise OSError(found.errno, os.strerror(found.errno), f"{files}/{name}")
+                raise files.refused(name, OSError(found.errno, os.strerror(found.errno), f"{files}/{name}"))
             start = int(self.offsets[j])
             raise files.ends_early(name, start, start + self.row_bytes + shard_layout.CRC_BYTES)
         for slot, lead in self.plan.repeats(first, last):

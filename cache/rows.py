@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cache.errors import CacheError
+from cache.memory import available_memory
 
 SCHEMA = pa.schema(
     [
@@ -23,6 +25,9 @@ SCHEMA = pa.schema(
     ]
 )
 ORDER = [(name, "ascending") for name in ("split", "statistics", "label", "source", "view")]
+TEXTS = [field.name for field in SCHEMA if field.type == pa.string()]
+ROW_BYTES = sum(4 if field.type == pa.string() else field.type.bit_width // 8 for field in SCHEMA)  # beside its texts
+FEW_ROWS = 10_000  # are read before another thread is awake
 SPLITS = ("train", "val", "test")
 
 
@@ -57,15 +62,44 @@ def to_bytes(table: pa.Table) -> bytes:
 
 
 def from_bytes(data: bytes, expected_rows: int) -> pa.Table:
-    """The row table in `data`; CacheError `damaged` if it is no row table of `expected_rows` rows."""
+    """The row table in `data`; CacheError `damaged` if it is no row table of `expected_rows` rows, `full` if its values
+    would not fit into memory: a file of a few kilobytes can hold billions of equal rows.
+    """
     try:
-        table = pq.ParquetFile(pa.BufferReader(data)).read()  # `read_table` imports Arrow datasets, 0.2 s
-    except (pa.ArrowException, OSError) as error:
+        source = pa.BufferReader(data)
+        file = pq.ParquetFile(source)  # `read_table` imports Arrow datasets, 0.2 s
+        if file.schema_arrow.remove_metadata() != SCHEMA:
+            raise CacheError("damaged", "rows.parquet: columns differ from format 1")
+        misnumbered = CacheError("damaged", f"rows.parquet: must number rows 0 to {expected_rows - 1}; it does not")
+        if file.metadata.num_rows != expected_rows:
+            raise misnumbered
+        _check_memory(expected_rows * ROW_BYTES)
+        # Each text once, however often it stands in a column.
+        table = pq.ParquetFile(source, metadata=file.metadata, read_dictionary=TEXTS).read(
+            use_threads=expected_rows > FEW_ROWS
+        )
+        if len(table) != expected_rows or any(column.null_count for column in table.columns):
+            raise misnumbered
+        _check_memory(expected_rows * ROW_BYTES + sum(_text_bytes(table[name]) for name in TEXTS))
+        table = table.cast(SCHEMA)
+        table.validate(full=True)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise CacheError("damaged", f"rows.parquet: unreadable ({' '.join(str(error).split())})") from None
-    if table.schema.remove_metadata() != SCHEMA:
-        raise CacheError("damaged", "rows.parquet: columns differ from format 1")
-    numbers = table["row"].combine_chunks()
     # `to_numpy` imports pandas where it is installed, 0.2 s.
-    if numbers.null_count or not np.array_equal(np.from_dlpack(numbers), np.arange(expected_rows)):
-        raise CacheError("damaged", f"rows.parquet: must number rows 0 to {expected_rows - 1}; it does not")
+    row, *others = (np.from_dlpack(table[name].combine_chunks()) for name in ("row", "sample", "view", "label"))
+    if not np.array_equal(row, np.arange(expected_rows)):
+        raise misnumbered
+    if any(numbers.min() < 0 for numbers in others):
+        raise CacheError("damaged", "rows.parquet: samples, views and labels must be at least 0")
     return table
+
+
+def _check_memory(need: int) -> None:
+    if need > available_memory():
+        raise CacheError("full", f"rows.parquet: would take {need / 1e9:.1f} GB of memory, more than there is free")
+
+
+def _text_bytes(column: pa.ChunkedArray) -> int:
+    """Bytes of the texts of a column of dictionaries, written out."""
+    lengths = (pc.take(pc.binary_length(chunk.dictionary), chunk.indices) for chunk in column.chunks)
+    return sum(pc.sum(each).as_py() or 0 for each in lengths)

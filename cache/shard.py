@@ -11,6 +11,7 @@ from crc32c import crc32c
 from cache.errors import CacheError
 
 CRC_BYTES = 4
+MAX_BYTES = 2**63 - 1  # of a file; offsets and sizes are handed on as int64
 EMPTY = np.uint64(2**64 - 1)  # offset and length of a chunk that lies wholly beyond the array's end
 
 
@@ -74,7 +75,7 @@ def parse_index(data: bytes, slots: int, used: int, shard_bytes: int) -> tuple[n
     table = table[:used]
     if (table == EMPTY).any():
         raise CacheError("damaged", f"shard index: chunk {int(np.argmax((table == EMPTY).any(1)))} is missing")
-    limit = np.uint64(shard_bytes)
+    limit = np.uint64(min(shard_bytes, MAX_BYTES))
     if ((table[:, 0] > limit) | (table[:, 1] > limit - np.minimum(table[:, 0], limit))).any():
         raise CacheError("damaged", "shard index: a chunk reaches outside the shard")
     return table[:, 0].astype(np.int64), table[:, 1].astype(np.int64)

@@ -7,6 +7,7 @@ nothing that only decides the bytes, so a cache with another codec or another ch
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -166,8 +167,15 @@ class Commit:
 
 
 def _count(value: Any, least: int = 1) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{value!r} where a number of at least {least} belongs")
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**63:
+        raise ValueError(f"{value!r} where a number from {least} to 2**63 - 1 belongs")
+    return value
+
+
+def _digest(value: Any) -> str:
+    """A digest also names a folder of the block cache, so it is nothing but one."""
+    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
+        raise ValueError(f"{value!r} where a sha256 belongs")
     return value
 
 
@@ -223,11 +231,13 @@ def parse_record(data: bytes) -> Commit:
         )
         if spec.fingerprint != body["fingerprint"]:
             raise ValueError("the fingerprint is not that of its inputs")
-        files = {name: (_count(v["bytes"], least=0), str(v["sha256"])) for name, v in body["files"].items()}
+        files = {name: (_count(v["bytes"], least=0), _digest(v["sha256"])) for name, v in body["files"].items()}
         for name in files:
             if "\\" in name or not name.isprintable() or {"", ".", ".."} & set(name.split("/")):
                 raise ValueError(f"{name!r} is no name of a file in the cache")
         _check_shards(spec, files)
+    except MemoryError:
+        raise CacheError("full", f"{RECORD}: no memory to read its {len(data)} bytes") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CacheError("damaged", f"{RECORD}: not the record that was written ({error}); {way_out}") from None
     return Commit(spec, files)

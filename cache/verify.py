@@ -14,6 +14,7 @@ from cache import shard as shard_layout
 from cache.codecs import codec
 from cache.errors import CacheError
 from cache.files import LocalFiles, files_at
+from cache.redaction import one_line
 from cache.remote import RemoteFiles
 from cache.rows import SCHEMA, from_bytes, make_rows
 from cache.spec import CARD, MAPS, RECORD, ROWS, STATISTICS, CacheSpec, Commit, parse_record, sha256
@@ -49,7 +50,7 @@ class Fault:
             first, last = self.chunks
             text += f": chunk {first}" if first == last else f": chunks {first} to {last}"
             text += f" (rows {self.rows[0]} to {self.rows[1]})"
-        return _one_line(f"{text}: {self.what}")
+        return one_line(f"{text}: {self.what}")
 
 
 def verify(location: str | Path, *, quick: bool = False) -> list[Fault]:
@@ -278,7 +279,3 @@ def _runs(bad: Iterable[tuple[int, str]]) -> list[tuple[str, int, int]]:
         else:
             runs.append((what, chunk, chunk))
     return runs
-
-
-def _one_line(text: str) -> str:
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

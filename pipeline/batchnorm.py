@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn
 
@@ -135,9 +136,13 @@ def to_bytes(statistics: Statistics) -> bytes:
 
 
 def from_bytes(data: bytes) -> Statistics:
-    """What `to_bytes` wrote."""
+    """What `to_bytes` wrote. Raises UserError for anything else."""
     found: Statistics = {}
-    for key, tensor in load(data).items():
+    try:
+        tensors = load(data)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise UserError(f"batchnorm.safetensors: cannot be read ({error}); extract again") from None
+    for key, tensor in tensors.items():
         name, _, buffer = key.partition("/")
         if not buffer:
             raise UserError(f"batchnorm.safetensors: key {key!r} is not <statistics>/<buffer>")

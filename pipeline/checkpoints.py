@@ -28,6 +28,17 @@ HEADS = ("linears", "linear", "fc", "classifier", "head")
 NORMS = {"norm_weight": "weight", "norm_bias": "bias", "running_mean": "running_mean", "running_var": "running_var"}
 
 
+class _About(dict[str, Any]):
+    """What a file says of itself; a key that it lacks is a UserError."""
+
+    def __init__(self, path: Path, said: Any) -> None:
+        super().__init__(dict(said))
+        self._path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise UserError(f"{self._path}: not weights written by h2t (it does not say its {key}); make them anew")
+
+
 def save_weights(path: Path, state: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> None:
     """Writes `state` and the JSON object `about`; the same input gives the same bytes."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in state.items()}
@@ -39,11 +50,11 @@ def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """State and `about` of a file that `save_weights` wrote. Raises UserError."""
     try:
         with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {})[METADATA])
+            about = _About(path, json.loads((file.metadata() or {})[METADATA]))
             return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118 - not a mapping
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run the stage that makes it (dvc repro)") from None
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
+    except (SafetensorError, KeyError, ValueError, TypeError, OSError, RuntimeError, RecursionError) as error:
         raise UserError(f"{path}: not weights written by h2t ({error}); make them anew") from None
 
 
@@ -72,9 +83,15 @@ def load_checkpoint(path: Path) -> dict[str, torch.Tensor]:
         raise UserError(
             f"{path}: refused, it holds more than tensors and loading it could run code; save a plain state dict"
         ) from None
-    except (SafetensorError, RuntimeError, OSError, ValueError, EOFError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    # A damaged file makes torch, its unpickler and zip fail in ways that nobody lists.
+    except Exception as error:  # noqa: BLE001
+        reason = str(error).splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path}: not a readable checkpoint ({reason})") from None
+    return state_dict_in(found, path)
+
+
+def state_dict_in(found: Any, path: Path) -> dict[str, torch.Tensor]:
+    """The state dict in what the checkpoint `path` holds, however wrapped. Raises UserError if there is none."""
     state = _flat(found)
     if not state:
         raise UserError(f"{path}: holds no state dict; save model.state_dict()")
@@ -110,12 +127,24 @@ def split_head(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tenso
     for part in ("weight", "bias"):
         each = [plain[k] for k in sorted(plain) if re.fullmatch(rf"{name}\.(\d+\.)?{part}", k)]
         if each:
-            head[part] = torch.stack(each).float()
+            head[part] = _stacked(each, f"{name}.{part}", 2 if part == "weight" else 1)
     for ours, theirs in NORMS.items():
         if all(f"BN{b}.{theirs}" in plain for b in "HMT"):
-            head[ours] = torch.stack([plain[f"BN{b}.{theirs}"] for b in "HMT"]).float()
+            head[ours] = _stacked([plain[f"BN{b}.{theirs}"] for b in "HMT"], f"BN[HMT].{theirs}", 1)
     used = (*(f"{n}." for n in HEADS), "BNH.", "BNM.", "BNT.")
     return {k: v for k, v in plain.items() if not k.startswith(used)}, head
+
+
+def _stacked(each: list[torch.Tensor], what: str, dims: int) -> torch.Tensor:
+    """One tensor of those of all experts or branches, `dims` axes each. Raises UserError for what no weights are."""
+    shapes = sorted({tuple(t.shape) for t in each})
+    odd = any(t.layout != torch.strided or t.is_complex() or t.is_quantized or t.is_meta for t in each)
+    if odd or len(shapes) > 1 or len(shapes[0]) != dims:
+        raise UserError(
+            f"checkpoint: {what} must be plain numbers with {dims} axes, of one shape in all experts or branches; got "
+            f"{', '.join(map(str, shapes[:3]))}"
+        )
+    return torch.stack(each).float()
 
 
 def _own_name(key: str) -> str:

@@ -1,7 +1,8 @@
 """Class facts: where each class lies among class-sorted samples, and which classes are head, medium and tail."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +12,14 @@ from pipeline.errors import UserError
 PAPER_INDEX = {10: (3, 4), 100: (36, 35), 1000: (390, 445), 8142: (842, 3701), 365: (131, 157)}
 
 GROUPS = ("head", "medium", "tail")
+
+
+def recorded_names(provenance: Mapping[str, Any], where: object) -> list[str]:
+    """The class names that the record of the cache `where` holds. Raises UserError: anybody may have written it."""
+    names = provenance.get("classes")
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{where}: its record names no classes; extract again, or import the features anew")
+    return names
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +39,9 @@ class ClassIndex:
 
 
 def class_index(labels: np.ndarray, names: Sequence[str]) -> ClassIndex:
-    """The index of sorted `labels`, int (n,). Raises UserError for a class without samples."""
+    """The index of sorted `labels`, int (n,). Raises UserError for a class without samples, or the other way."""
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(names):
+        raise UserError(f"labels {labels.min()} to {labels.max()} for {len(names)} classes; extract again")
     counts = np.bincount(labels, minlength=len(names)).astype(np.int64)
     if (counts == 0).any():
         empty = int(np.argmin(counts))

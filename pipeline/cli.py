@@ -164,13 +164,12 @@ def extract(
 @stage
 def pool(values: dict[str, Any], name: str, cache: str, out: Path, replace: bool) -> None:
     """Copy a cache with a vector per row, not a map."""
-    from cache.reader import open_cache
     from pipeline import params
     from pipeline.stages import pool as stage_module
 
     section = params.build(stage_module.Params, "pool", params.section(values, "pool"))
-    with open_cache(cache) as opened:
-        stage_module.run(section, name, opened, out, click.echo, replace=replace)
+    with opened(cache) as found:
+        stage_module.run(section, name, found, out, click.echo, replace=replace)
 
 
 @main.command("train-classifier")

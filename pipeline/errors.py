@@ -5,14 +5,16 @@ import errno
 import os
 from collections.abc import Iterable
 
-from cache.redaction import redacted
+from cache.redaction import one_line, redacted
+
+LONGEST_NAME = 100  # comparing takes time that grows with its square
 
 
 class UserError(Exception):
     """What went wrong, by which rule, what was found, and the way out, in one line; URLs without login and query."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(redacted(message))
+        super().__init__(one_line(redacted(message)))
 
 
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EFBIG}
@@ -34,5 +36,7 @@ def of_the_machine(error: BaseException) -> UserError | None:
 
 def nearest(name: object, known: Iterable[object]) -> str:
     """A hint "; did you mean 'x'?" for a name that is not among `known`, or nothing if none is close."""
-    match = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
+    if len(text := str(name)) > LONGEST_NAME:
+        return ""
+    match = difflib.get_close_matches(text, [str(k) for k in known], n=1)
     return f"; did you mean {match[0]!r}?" if match else ""

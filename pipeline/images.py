@@ -26,6 +26,8 @@ from pipeline.seeds import stream
 
 KEEP_DECODED_BYTES = 1024**3  # decoded images up to this many bytes in all stay in memory
 AT_ONCE = 8  # images that a thread decodes in one go: for small ones, handing them over costs more than the work
+#: What is opened; MPO comes as JPEG. Pillow knows more, some by other programs: for EPS it starts Ghostscript.
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP")
 MAX_PIXELS = 89_478_485  # larger images are refused unread: Pillow's own limit against decompression bombs
 
 
@@ -85,7 +87,7 @@ def decode(data: bytes) -> np.ndarray:
     if not data:
         raise ValueError("is empty, 0 bytes")
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"has {image.width}x{image.height} pixels, more than {MAX_PIXELS}")
             if image.mode == "F":

@@ -14,6 +14,8 @@ from pipeline.errors import UserError
 from pipeline.images import Collection, Transform
 from pipeline.params import Section
 
+LABEL_DIGITS = 9
+
 
 class Options(Section):
     """Base of the list-file datasets' options.
@@ -45,7 +47,11 @@ def locate(root: Path, source: str, follow_links: bool) -> Path:
     path = root / source
     if follow_links:
         return path
-    if _leaves(str(root), str(path.parent)) or (path.is_symlink() and _leaves(str(root), str(path))):
+    try:
+        leaves = _leaves(str(root), str(path.parent)) or (path.is_symlink() and _leaves(str(root), str(path)))
+    except (OSError, RuntimeError) as error:  # too long a name, or links in a circle
+        raise UserError(f"path {source!r}: cannot be looked up ({getattr(error, 'strerror', None) or error})") from None
+    if leaves:
         raise UserError(
             f"path {source!r}: a link leads out of the root; set prepare.options.root to where it leads, "
             "or prepare.options.follow_links to true"
@@ -80,7 +86,7 @@ def read_list(path: Path, root: Path, follow_links: bool) -> tuple[list[str], li
         if not line.strip():
             continue
         source, label = [*line.rsplit(None, 1), ""][:2]
-        if not (label.isascii() and label.isdigit()):
+        if not (label.isascii() and label.isdigit() and len(label) <= LABEL_DIGITS):
             raise UserError(f"{path}:{number}: must read 'relative/path label', the label from 0 on; got {line!r}")
         try:
             locate(root, source.strip(), follow_links)
@@ -110,6 +116,12 @@ def load(options: Options, class_of: Callable[[str], str]) -> Collection:
             split += [name] * len(paths)
     _refuse_repeats(source)
     train = [i for i, part in enumerate(split) if part == "train"]
+    highest = max(train, key=label.__getitem__)
+    if label[highest] >= len(train):
+        raise UserError(
+            f"{options.train}: label {label[highest]} of {source[highest]!r}: labels count the classes from 0 on and "
+            f"every class needs an image, so those of {len(train)} images lie below {len(train)}"
+        )
     classes = class_names([source[i] for i in train], [label[i] for i in train], class_of)
     worst = max(range(len(label)), key=label.__getitem__)
     if label[worst] >= len(classes):

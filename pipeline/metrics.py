@@ -10,16 +10,20 @@ from pipeline.classes import GROUPS
 BINS = 15
 
 
-def confusion(labels: np.ndarray, guesses: np.ndarray, classes: int) -> np.ndarray:
-    """counts[true, predicted], int64 (classes, classes)."""
-    return np.bincount(labels * classes + guesses, minlength=classes * classes).reshape(classes, classes)
+def confusion(labels: np.ndarray, guesses: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(true, predicted, count) of every pair that occurs, by true and then predicted class; int64 (pairs,) each.
+
+    Pairs and not a matrix: that of 100,000 classes would take 80 GB.
+    """
+    pairs, count = np.unique(labels.astype(np.int64) * classes + guesses, return_counts=True)
+    return *np.divmod(pairs, classes), count
 
 
-def per_class_accuracy(counts: np.ndarray) -> np.ndarray:
-    """Percent right of each class from a confusion matrix; NaN for a class without samples."""
-    totals = counts.sum(1)
-    with np.errstate(invalid="ignore"):
-        return np.where(totals > 0, 100 * np.diag(counts) / np.maximum(totals, 1), np.nan)
+def per_class_accuracy(labels: np.ndarray, guesses: np.ndarray, classes: int) -> np.ndarray:
+    """Percent right of each class, (classes,); NaN for a class without samples."""
+    totals = np.bincount(labels, minlength=classes)
+    right = np.bincount(labels[guesses == labels], minlength=classes)
+    return np.where(totals > 0, 100 * right / np.maximum(totals, 1), np.nan)
 
 
 def group_accuracy(accuracy: np.ndarray, group_of: Sequence[str | None]) -> dict[str, float | None]:
@@ -79,7 +83,7 @@ def answers(logits: np.ndarray) -> Answers:
 
 def summary(found: Answers, labels: np.ndarray, group_of: Sequence[str | None]) -> dict[str, float | None]:
     """top1, head, medium, tail and ece in percent; `group_of` has one entry for each class."""
-    accuracy = per_class_accuracy(confusion(labels, found.guesses, len(group_of)))
+    accuracy = per_class_accuracy(labels, found.guesses, len(group_of))
     right = found.guesses == labels
     return {
         "top1": float(100 * right.mean()),

@@ -83,6 +83,10 @@ Seed = Annotated[int, within(0, 2**32 - 1)]
 
 S = TypeVar("S", bound=Section)
 
+MAX_NODES = 100_000  # of a parameter file
+MAX_DIGITS = 300  # of a whole number; more is no number of ours, and Python neither prints nor converts the longest
+TEXT_LIMIT = 400
+
 
 def build(model: type[S], where: str, values: Any) -> S:
     """`values` (the section called `where`) as a `model`. Raises UserError naming the first wrong key."""
@@ -130,31 +134,84 @@ def _keys_at(model: type[pydantic.BaseModel], loc: Sequence[int | str]) -> list[
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as DVC reads it: `1e-3` is a number, and a key that stands twice is an error."""
+    """YAML as DVC reads it: `1e-3` is a number, and a key that stands twice is an error.
+
+    An alias counts as all that it stands for, so that a few lines cannot mean billions.
+    """
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._sizes: dict[int, int] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        alias = self.check_event(yaml.AliasEvent)
+        node: yaml.Node | None = super().compose_node(parent, index)
+        if isinstance(node, yaml.CollectionNode) and id(node) not in self._sizes:
+            if alias:
+                raise yaml.composer.ComposerError(None, None, "an alias inside of what it stands for", node.start_mark)
+            inside = [part for entry in node.value for part in (entry if isinstance(entry, tuple) else (entry,))]
+            size = 1 + sum(self._sizes.get(id(part), 1) for part in inside)
+            if size > MAX_NODES:
+                raise yaml.composer.ComposerError(
+                    None, None, f"more than {MAX_NODES} values, aliases counted as what they stand for", node.start_mark
+                )
+            self._sizes[id(node)] = size
+        return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """As written, before `<<` merges: a merged key may be overridden."""
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
-        names = [key.value for key, _ in node.value]
-        twice = next((n for n in names if names.count(n) > 1), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} stands twice", node.start_mark)
+        seen: set[str] = set()
+        for name in (key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} stands twice", node.start_mark)
+            seen.add(name)
         return node
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """Numbers that can also be printed, and computed with as fractions."""
+        if len(node.value) > MAX_DIGITS:
+            raise yaml.constructor.ConstructorError(None, None, "a number of too many digits", node.start_mark)
+        number: int = super().construct_yaml_int(node)
+        return number
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
 
 
+def _parsed(text: str) -> Any:
+    """The value of a YAML text. Raises ValueError with the reason in one line."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:  # in words only: its own text quotes a piece, which may be that of a URL
+        mark = error.problem_mark or error.context_mark
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ValueError(f"{error.problem or error.context}{where}"[:TEXT_LIMIT]) from None
+    # For tags and dates that do not fit, PyYAML's constructors fail in whatever way they fail.
+    except (
+        yaml.YAMLError,
+        ValueError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        RecursionError,
+    ) as error:
+        raise ValueError(" ".join(str(error).split())[:TEXT_LIMIT]) from None
+
+
 def load(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The parameters in `path` with `key.sub=value` overrides (YAML values) applied. Raises UserError."""
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        values = _parsed(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such parameter file; pass --params FILE") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: not readable as YAML ({error})") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: must be a mapping of sections; got {_short(values)}")
     for override in overrides:
@@ -168,9 +225,9 @@ def assignment(option: str, text: str) -> tuple[str, Any]:
     if not equals or not key:
         raise UserError(f"{option} {text}: must read key=value")
     try:
-        return key, yaml.load(value, _Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{option} {text}: the value is not YAML ({' '.join(str(error).split())})") from None
+        return key, _parsed(value)
+    except ValueError as error:
+        raise UserError(f"{option} {text}: the value is not YAML ({error})") from None
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
@@ -190,7 +247,7 @@ def section(values: Mapping[str, Any], name: str) -> Any:
     at: Any = values
     for part in name.split("."):
         if not isinstance(at, Mapping) or part not in at:
-            known = list(at) if isinstance(at, Mapping) else []
+            known = list(map(str, at)) if isinstance(at, Mapping) else []
             raise UserError(f"params: no section {name!r}{nearest(part, known)} (there are: {', '.join(known)})")
         at = at[part]
     return at

@@ -4,12 +4,14 @@ import ast
 import importlib
 import importlib.util
 import os
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
 
 from pipeline.errors import UserError, nearest
 
+_FILE = re.compile(r"[^\W_][\w-]{0,99}")  # what a plug-in's file may be called, without its ending
 KINDS = ("datasets", "backbones", "objectives", "samplers", "pools", "hosts")
 
 
@@ -28,7 +30,7 @@ def names(kind: str) -> list[str]:
 
 def check(kind: str, name: str) -> None:
     """Raises UserError if there is no such plug-in."""
-    if name not in names(kind):
+    if not _FILE.fullmatch(name) or not any((folder / f"{name}.py").is_file() for folder in folders(kind)):
         raise UserError(
             f"no {kind.removesuffix('s')} {name!r}{nearest(name, names(kind))} (there are: {', '.join(names(kind))})"
         )

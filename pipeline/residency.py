@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
+from cache.memory import available_memory
 from cache.prefetch import in_background
 from pipeline.features import FeatureReader, FeatureTable
 from pipeline.params import Count, Section
@@ -39,15 +40,6 @@ class Residency(Section):
     memory_bytes: Count | None = None
     stack_bytes: Count = 2 * 1024**3
     pooled: bool = True
-
-
-def available_memory() -> int:
-    """Bytes of host memory that could be used now."""
-    with open("/proc/meminfo", encoding="ascii") as file:  # noqa: PTH123 - not a path but the kernel's answer
-        for line in file:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return 4 * 1024**3
 
 
 @dataclass(frozen=True)

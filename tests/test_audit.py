@@ -178,18 +178,22 @@ class TestHostile:
             pytest.param(lambda b: b["layout"].update(codec="gzip"), "codec", id="codec"),
             pytest.param(lambda b: b["layout"].update(codec="zstd"), "cannot be decoded", id="other codec"),
             pytest.param(lambda b: b["layout"].update(dtype=["float16"]), "dtype", id="dtype is a list"),
-            pytest.param(lambda b: b["layout"].update(chunk_rows=2**70, shard_rows=2**70), "2 GiB", id="huge chunk"),
+            pytest.param(lambda b: b["layout"].update(chunk_rows=2**40, shard_rows=2**40), "2 GiB", id="huge chunk"),
+            pytest.param(lambda b: b["layout"].update(chunk_rows=2**70, shard_rows=2**70), "2**63", id="no int64"),
             pytest.param(lambda b: b.update(rows=2**62, experts=[{"shape": [2**62, 3, 2, 2]}]), "named", id="huge"),
             pytest.param(lambda b: b.update(experts=[{"shape": [11, 2**40, 2**10, 2]}]), "2 GiB", id="huge map"),
             pytest.param(lambda b: b.update(experts=[{"shape": [11, 3, 2, 1]}]), "cannot be decoded", id="small map"),
-            pytest.param(lambda b: b["files"].update({"../x": {"bytes": 1, "sha256": ""}}), "no name", id="outside"),
+            pytest.param(
+                lambda b: b["files"].update({"../x": {"bytes": 1, "sha256": "0" * 64}}), "no name", id="outside"
+            ),
             pytest.param(lambda b: b["files"].pop("README.md"), "README.md: not named", id="unnamed"),
             pytest.param(
-                lambda b: b["files"].update({"maps.zarr": {"bytes": 1, "sha256": ""}}),
+                lambda b: b["files"].update({"maps.zarr": {"bytes": 1, "sha256": "0" * 64}}),
                 "no file of format 1",
                 id="folder",
             ),
-            pytest.param(lambda b: b["files"]["README.md"].update(sha256="x" * 99), "sha256 differs", id="no digest"),
+            pytest.param(lambda b: b["files"]["README.md"].update(sha256="x" * 99), "a sha256 belongs", id="no digest"),
+            pytest.param(lambda b: b["files"]["README.md"].update(sha256="0" * 64), "sha256 differs", id="other"),
         ],
     )
     def test_commit_record(self, cache_dir, change, says):

@@ -1,10 +1,12 @@
 import re
+import shutil
 
 import pytest
 from pipeline_builders import CPU, fitted, make_backbone_dir, make_stage2_cache, silent
 
 from cache.reader import open_cache
 from pipeline.errors import UserError
+from pipeline.reporting import comparison, files
 from pipeline.stages import evaluate, report
 
 EVIL = ['<img src=x onerror="alert(1)">', "a & b | c", "</script><script>alert(2)</script>", "'; --", "$x^2$", "Ü 漢字"]
@@ -67,3 +69,42 @@ def test_the_same_input_gives_the_same_bytes(tmp_path, evaluated):
         reported(tmp_path / name, evaluated)
     for path in (p for p in (tmp_path / "a").rglob("*") if p.is_file()):
         assert path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes(), path.name
+
+
+def test_hostile_names_of_hosts_are_text_on_the_page_and_in_markdown(tmp_path, evaluated):
+    """Folders of somebody else's results are compared by their names, which may be anything that a folder can be."""
+    name = '`a`|b|\n# <img src=x onerror="alert(4)">'.replace("/", "")
+    for side in "ab":
+        shutil.copytree(evaluated / "dr", tmp_path / side / name)
+    said = []
+    comparison.compare(tmp_path / "a", tmp_path / "b", tmp_path / "out", said.append, ("A|<b>x</b>", "B\n# y"))
+    text = (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
+    for document in (text, "\n".join(said)):
+        assert "<img" not in document
+        assert "<b>" not in document
+        assert "\n# " not in document.removeprefix("# ")
+        for line in document.splitlines():
+            if line.startswith("|") and "---" not in line:
+                assert len(re.findall(r"(?<!\\)\|", line)) in (7, 9, 10), line
+    page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    assert "<img" not in page
+    assert "<b>x" not in page
+
+
+@pytest.mark.parametrize(
+    "data", [b"{", b"[1]", b"\xff", b"null", b"[" * 9999, b'{"a": 1}'], ids=lambda d: d.decode("latin-1")[:9]
+)
+def test_results_that_are_none(tmp_path, evaluated, data):
+    shutil.copytree(evaluated / "dr", tmp_path / "dr")
+    (tmp_path / "dr" / "metrics.json").write_bytes(data)
+    with pytest.raises(UserError, match="not what evaluate wrote"):
+        reported(tmp_path / "r", tmp_path)
+    (tmp_path / "runs" / "x").mkdir(parents=True)
+    (tmp_path / "runs" / "x" / "y.json").write_bytes(data)
+    if not data.endswith(b"}"):
+        with pytest.raises(UserError, match="not a run record"):
+            files.run_records(tmp_path / "runs")
+    (tmp_path / "dr" / "metrics.json").write_bytes((evaluated / "dr" / "metrics.json").read_bytes())
+    (tmp_path / "dr" / "heads.parquet").write_bytes(data)
+    with pytest.raises(UserError, match="not what evaluate wrote"):
+        reported(tmp_path / "r", tmp_path)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cache.redaction import redacted
+from cache.redaction import one_line, printable, redacted
 from pipeline.commands.one_line import OneLineErrors, refuse
 from pipeline.errors import UserError
 
@@ -28,7 +28,7 @@ class CacheCommands(OneLineErrors):
         except BrokenPipeError:  # the reader of our output left; click knows what to do
             raise
         except (OSError, ImportError) as error:  # ImportError: fsspec names the package that a protocol needs
-            refuse(ctx, redacted(" ".join(str(error).split())))
+            refuse(ctx, one_line(redacted(" ".join(str(error).split()))))
 
 
 @contextmanager
@@ -99,7 +99,7 @@ def info(location: str, as_json: bool) -> None:
     shapes = ", ".join(" x ".join(str(n) for n in expert["shape"]) for expert in about["experts"])
     click.echo(f"rows         {about['rows']} of {about['samples']} samples, {about['views']} views")
     for part in about["splits"]:
-        click.echo(f"             {part['rows']} {part['split']} rows under {part['statistics']} statistics")
+        click.echo(printable(f"             {part['rows']} {part['split']} rows under {part['statistics']} statistics"))
     click.echo(f"classes      {about['classes']}")
     click.echo(f"experts      {len(about['experts'])}: {shapes}, {about['dtype']}")
     click.echo(
@@ -113,7 +113,8 @@ def info(location: str, as_json: bool) -> None:
     for name in ("fingerprint_inputs", "provenance"):
         click.echo(name.replace("_", " "))
         for key, value in sorted(about[name].items()):
-            click.echo(f"             {key}: {value if isinstance(value, str) else json.dumps(value, sort_keys=True)}")
+            told = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+            click.echo(f"             {printable(f'{key}: {told}')}")
 
 
 @cache.command("verify")
@@ -279,10 +280,10 @@ def diff_command(old: str, new: str, as_json: bool) -> None:
     for part in ("fingerprint", "layout", "provenance"):
         for change in found[part]:
             before, after = (json.dumps(change[k]) if k in change else "(absent)" for k in ("old", "new"))
-            click.echo(f"{part} {change['key']}: {before} -> {after}")
+            click.echo(printable(f"{part} {change['key']}: {before} -> {after}"))
     rows = found["rows"]
     counts = ", ".join(f"{rows[kind]['count']} {kind}" for kind in ("added", "removed", "changed"))
     click.echo(f"rows {rows['old']} -> {rows['new']}: {counts}")
     for kind in ("added", "removed", "changed"):
         for row in rows[kind]["rows"]:
-            click.echo(f"  {kind}: {row['split']} {row['statistics']} {row['source']} view {row['view']}")
+            click.echo(printable(f"  {kind}: {row['split']} {row['statistics']} {row['source']} view {row['view']}"))

@@ -5,6 +5,7 @@ from typing import IO, Any, NoReturn
 import click
 
 from cache.errors import CacheError
+from cache.redaction import one_line, redacted
 from pipeline.errors import UserError, of_the_machine
 
 
@@ -15,7 +16,7 @@ class Misuse(click.ClickException):
 
     def __init__(self, error: click.UsageError) -> None:
         path = error.ctx.command_path if error.ctx else "h2t"
-        super().__init__(f"{' '.join(error.format_message().split())} (see: {path} --help)")
+        super().__init__(one_line(redacted(f"{' '.join(error.format_message().split())} (see: {path} --help)")))
 
     def show(self, file: IO[Any] | None = None) -> None:
         """Prints the line, as all errors of users are printed."""

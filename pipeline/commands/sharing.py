@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from cache.redaction import printable
 from pipeline.commands.caches import opened, previous
 
 PATH = click.Path(path_type=Path)
@@ -45,7 +46,7 @@ def import_command(
     keys = importing.Keys(features_key, labels_key)
     given = {"train": (train, train_labels), "val": (val, val_labels), "test": (test, test_labels)}
     parts = {split: importing.read_part(f, y, keys) for split, (f, y) in given.items() if f is not None}
-    names = classes.read_text(encoding="utf-8").splitlines() if classes is not None else None
+    names = importing.read_names(classes) if classes is not None else None
     importing.run(parts, out, click.echo, names=names, replace=replace)
 
 
@@ -97,7 +98,7 @@ def why_command(
         click.echo(json.dumps(asdict(verdict), sort_keys=True))
         return
     for line in verdict.lines():
-        click.echo(line)
+        click.echo(printable(line))
 
 
 @click.command("publish")

@@ -10,7 +10,7 @@ from PIL import Image
 
 from pipeline import list_files
 from pipeline.errors import UserError, nearest
-from pipeline.images import Collection, Transform
+from pipeline.images import FORMATS, Collection, Transform
 from pipeline.params import Section
 from pipeline.transforms import IMAGENET
 
@@ -39,7 +39,7 @@ def _images(options: Options, part: str) -> list[tuple[str, str]]:
     root = Path(options.root)
     if not (root / part).is_dir():
         raise UserError(f"prepare.options: no folder {root / part}; it must hold a folder for each class")
-    endings = set(Image.registered_extensions())
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS}
     found = []
     for source in list_files.walk(root, part, options.follow_links):
         inside = PurePosixPath(source).relative_to(PurePosixPath(part)).parts

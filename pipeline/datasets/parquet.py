@@ -49,11 +49,14 @@ def _files(options: Options) -> dict[str, tuple[str, pq.ParquetFile]]:
             if path.name in files:
                 raise UserError(f"prepare.options.{split}: two files are called {path.name!r}; file names must differ")
             try:
-                files[path.name] = (split, pq.ParquetFile(path))
-            except (OSError, pa.ArrowException) as error:
+                file = pq.ParquetFile(path)
+                names = file.schema_arrow.names
+                if file.metadata.num_rows > path.stat().st_size:  # a few bytes can say billions of equal rows
+                    raise ValueError(f"{file.metadata.num_rows} rows in {path.stat().st_size} bytes hold no images")
+            except (OSError, pa.ArrowException, ValueError) as error:
                 reason = str(error).splitlines()[0]
                 raise UserError(f"prepare.options.{split}: {text}: not a readable Parquet file ({reason})") from None
-            names = files[path.name][1].schema_arrow.names
+            files[path.name] = (split, file)
             for column in (options.image_column, options.label_column):
                 if column not in names:
                     raise UserError(f"{text}: no column {column!r}; it has {', '.join(names)}; set prepare.options")
@@ -67,6 +70,11 @@ def _class_names(file: pq.ParquetFile, column: str, labels: list[int]) -> list[s
         return [str(n) for n in json.loads(metadata[b"huggingface"])["info"]["features"][column]["names"]]
     if b"classes" in metadata:
         return metadata[b"classes"].decode(errors="replace").split(",")
+    if max(labels) >= len(labels):
+        raise UserError(
+            f"label {max(labels)}: labels count the classes from 0 on and every class needs an image, so those of "
+            f"{len(labels)} images lie below {len(labels)}"
+        )
     return [str(i) for i in range(max(labels) + 1)]
 
 
@@ -77,7 +85,10 @@ def load(options: Options) -> Collection:
     split: list[str] = []
     files = _files(options)
     for name, (part, file) in files.items():
-        found = file.read([options.label_column])[options.label_column].to_pylist()
+        try:
+            found = file.read([options.label_column])[options.label_column].to_pylist()
+        except (OSError, pa.ArrowException, ValueError) as error:
+            raise UserError(f"{name}: column {options.label_column!r} cannot be read ({error})") from None
         bad = next((i for i, y in enumerate(found) if not isinstance(y, int) or y < 0), None)
         if bad is not None:
             raise UserError(f"{name}: row {bad}: a label must be a whole number from 0 on; got {found[bad]!r}")
@@ -105,13 +116,18 @@ def reader(options: Options) -> Callable[[str], bytes]:
 
     def read(source: str) -> bytes:
         name, _, row = source.rpartition(":")
+        if name not in starts or not row.isdecimal() or int(row) >= starts[name][-1]:
+            raise UserError(f"{source}: no such row in the files of prepare.options")
         number = int(row)
         group = int(np.searchsorted(starts[name], number, side="right")) - 1
         key = (name, group)
         with lock:
             column = groups.get(key)
             if column is None:
-                table = files[name].read_row_group(group, [options.image_column])
+                try:
+                    table = files[name].read_row_group(group, [options.image_column])
+                except pa.ArrowException as error:
+                    raise OSError(str(error)) from None
                 column = groups[key] = table[options.image_column].combine_chunks()
             groups.move_to_end(key)
             while len(groups) > 1 and sum(c.nbytes for c in groups.values()) > KEEP_BYTES:

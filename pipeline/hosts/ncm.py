@@ -26,8 +26,12 @@ class Host(FittedHost):
         """Class means as weights, of features scaled to length 1 for the cosine."""
         if self.classifier == "cosine":
             features = F.normalize(features, dim=-1)
-        members = F.one_hot(labels, self.context.classes).to(features)
-        means = members.T @ features / members.sum(0).unsqueeze(-1)  # (E, K, D)
+        # Sums over runs of sorted samples: a matrix of members would take 80 GB for 100,000 classes of one sample.
+        order = labels.argsort(stable=True)
+        counts = labels.bincount(minlength=self.context.classes)
+        values = features[:, order].movedim(0, 1).to(torch.float64).contiguous()  # (n, E, D)
+        sums = torch.segment_reduce(values, "sum", lengths=counts)
+        means = (sums / counts[:, None, None]).movedim(1, 0).to(features.dtype).contiguous()  # (E, K, D)
         if self.classifier == "cosine":
             return {"weight": means}
         return {"weight": means, "bias": -means.square().sum(-1) / 2}

@@ -24,6 +24,7 @@ from cache.reader import Cache
 from cache.spec import to_float32
 from pipeline import batchnorm, plugins
 from pipeline.checkpoints import save_weights
+from pipeline.classes import recorded_names
 from pipeline.errors import UserError
 from pipeline.heads import Heads
 from pipeline.images import Images, Transform, open_images
@@ -111,7 +112,7 @@ def run(
     about = {
         "arch": identity["arch"],
         "options": identity["options"],
-        "classes": list(cache.spec.provenance["classes"]),
+        "classes": recorded_names(cache.spec.provenance, cache.files),
         "transform": pictures.images.transform.model_dump(),
         "statistics": kind,
         "host": heads.about["host"],

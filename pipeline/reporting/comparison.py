@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from cache.redaction import in_markdown
 from pipeline.errors import UserError
 from pipeline.reporting.files import text_of, write
 from pipeline.reporting.page import cell
@@ -53,7 +54,7 @@ def _side_by_side(pairs: list[list[HostResult]]) -> list[str]:
             cells = [_top1(r.metrics[row]) for r in (first, second)]
             apart = between_hosts(second, first, row) or _plain(second.metrics[row], first.metrics[row])
             texts = [text_of(apart[f]) for f in FIGURES]
-            lines.append(f"| {first.name} | {label} | " + " | ".join([*cells, *texts]) + " |")
+            lines.append(f"| {in_markdown(first.name)} | {label} | " + " | ".join([*cells, *texts]) + " |")
     return [
         *lines,
         "",

@@ -14,6 +14,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from cache.reader import Cache
+from pipeline.classes import recorded_names
 from pipeline.features import FeatureReader, to_tensor
 from pipeline.head import global_average
 from pipeline.heads import Heads
@@ -89,7 +90,7 @@ def write_embedding(
     into: Path, cache: Cache, rows: np.ndarray, samples: np.ndarray, labels: np.ndarray, guesses: Mapping[str, Any]
 ) -> None:
     """`embedding.parquet`: places of some test rows, and what each head in `guesses` (name -> (n,) or None) says."""
-    places = shown_samples(labels, len(cache.spec.provenance["classes"]))
+    places = shown_samples(labels, len(recorded_names(cache.spec.provenance, cache.files)))
     few = len(places) < FEWEST
     at = np.zeros((0, 2)) if few else embed(_features(cache, rows[places]))
     places = places[:0] if few else places
@@ -135,6 +136,6 @@ def write_about(into: Path, cache: Cache, heads: Heads, rows: np.ndarray, group_
     }
     counts = heads.about["counts"]
     settings = {k: v for k, v in heads.about.items() if k not in ("counts", "where")}
-    names = list(spec.provenance["classes"])
+    names = recorded_names(spec.provenance, cache.files)
     about = {"host": settings, "classes": names, "counts": counts, "groups": list(group_of), "cache": facts}
     write_json(into / "about.json", about)

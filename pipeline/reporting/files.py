@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from cache.redaction import in_markdown
 from pipeline.errors import UserError
 from pipeline.outputs import fresh_directory, write_json
 from pipeline.reporting.figures import ratio_picture
@@ -55,8 +56,8 @@ def run_records(folder: Path) -> list[dict[str, Any]]:
     found = []
     for path in sorted(folder.glob("*/*.json")):
         try:
-            facts = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+            facts = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, OSError, RecursionError) as error:
             raise UserError(f"{path}: not a run record ({error}); remove it") from None
         found.append({"seconds": None, "machine": {}, **facts, "stage": path.parent.name, "name": path.stem})
     return sorted(found, key=lambda r: order.index(r["stage"]) if r["stage"] in order else len(order))
@@ -72,7 +73,11 @@ def markdown_table(results: list[HostResult]) -> str:
         for key, label in ROWS.items():
             entry = result.metrics[key]
             ratio = "–" if entry is None or entry["ratio"] is None else f"{entry['ratio']:g}"
-            lines.append(f"| {result.name} | {label} | {ratio} | " + " | ".join(cell(entry, f) for f in FIGURES) + " |")
+            lines.append(
+                f"| {in_markdown(result.name)} | {label} | {ratio} | "
+                + " | ".join(cell(entry, f) for f in FIGURES)
+                + " |"
+            )
     return "\n".join(lines)
 
 
@@ -82,7 +87,7 @@ def difference_table(results: list[HostResult]) -> str:
     for result in results:
         apart = with_against_without(result)
         if apart:
-            lines.append(f"| {result.name} | " + " | ".join(text_of(apart[f]) for f in FIGURES) + " |")
+            lines.append(f"| {in_markdown(result.name)} | " + " | ".join(text_of(apart[f]) for f in FIGURES) + " |")
     return "\n".join(lines) if len(lines) > 2 else "No host has both."
 
 
@@ -105,13 +110,14 @@ def _document(title: str, results: list[HostResult]) -> str:
         first = next((e for e in result.metrics.values() if e is not None), {"groups": "none"})
         heads = result.metrics["without_h2t"] or result.metrics["with_h2t"]
         seeds = heads["heads"] if heads else 0
-        notes.append(f"- {result.name}: {seeds} head seeds; groups `{first['groups']}`.")
+        name = in_markdown(result.name)
+        notes.append(f"- {name}: {seeds} head seeds; groups `{in_markdown(str(first['groups']))}`.")
         extra = _published(result)
         if extra:
-            notes.append(f"- {result.name}, {extra}")
+            notes.append(f"- {name}, {extra}")
     return "\n".join(
         [
-            f"# {title}",
+            f"# {in_markdown(title)}",
             "",
             markdown_table(results),
             "",

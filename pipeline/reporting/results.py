@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 
 from pipeline.classes import GROUPS
 from pipeline.errors import UserError
@@ -14,6 +15,7 @@ from pipeline.reporting.statistics import Difference, paired
 
 FIGURES = ("top1", *GROUPS, "ece")
 ROWS = {"stage1": "stage I", "without_h2t": "without H2T", "with_h2t": "with H2T"}
+ABOUT = {"host", "classes", "counts", "groups", "cache"}
 TABLES = ("heads", "per_class", "confusion", "reliability", "weight_norms", "embedding")
 
 
@@ -60,10 +62,16 @@ class HostResult:
 def load_result(name: str, folder: Path) -> HostResult:
     """What evaluate wrote into `folder`. Raises UserError."""
     try:
-        metrics, about = (json.loads((folder / f"{n}.json").read_text(encoding="utf-8")) for n in ("metrics", "about"))
+        texts = ((folder / f"{n}.json").read_text(encoding="utf-8") for n in ("metrics", "about"))
+        metrics, about = (dict(json.loads(text)) for text in texts)
+        lacks = (ROWS.keys() - metrics.keys()) | (ABOUT - about.keys())
+        if lacks:
+            raise ValueError(f"it lacks {', '.join(sorted(lacks))}")
         return HostResult(name, metrics, about, {t: pd.read_parquet(folder / f"{t}.parquet") for t in TABLES})
     except FileNotFoundError as error:
         raise UserError(f"{error.filename}: host {name!r} has not been evaluated; run h2t evaluate {name}") from None
+    except (ValueError, TypeError, OSError, RecursionError, pa.ArrowException) as error:
+        raise UserError(f"{folder}: not what evaluate wrote ({error}); run h2t evaluate {name} again") from None
 
 
 def _by_seed(heads: pd.DataFrame, figure: str) -> dict[int, float]:

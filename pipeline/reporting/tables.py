@@ -27,7 +27,7 @@ def write_per_class(
     results = [(h["number"], h["number"], split, r) for (split, _), r in found.items() for h in table]
     results += [(-1, 0, split, r) for split, r in first.items()]
     for head, position, split, result in results:
-        accuracy = per_class_accuracy(confusion(result.labels, result.said[position].guesses, len(counts)))
+        accuracy = per_class_accuracy(result.labels, result.said[position].guesses, len(counts))
         columns["number"] += [head] * len(counts)
         columns["split"] += [split] * len(counts)
         columns["statistics"] += [result.statistics] * len(counts)
@@ -48,12 +48,11 @@ def write_confusion(into: Path, result: Scores, first: Scores | None, kept: list
     """How often each class was taken for each other one, for stage I and the heads `kept`."""
     columns: dict[str, list[Any]] = {k: [] for k in ("number", "true", "predicted", "count")}
     for head, found in each(result, first, kept):
-        counts = confusion(result.labels, found.guesses, classes)
-        true, predicted = np.nonzero(counts)
+        true, predicted, count = confusion(result.labels, found.guesses, classes)
         columns["number"] += [head] * len(true)
         columns["true"] += true.tolist()
         columns["predicted"] += predicted.tolist()
-        columns["count"] += counts[true, predicted].tolist()
+        columns["count"] += count.tolist()
     pq.write_table(pa.table(columns), into / "confusion.parquet", compression="zstd")
 
 

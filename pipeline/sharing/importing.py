@@ -14,18 +14,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save
 
 from cache.card import card
 from cache.errors import CacheError
+from cache.memory import available_memory
 from cache.rows import SPLITS, make_rows
 from cache.spec import CacheSpec, canonical_json, chunk_rows_for, sha256, shard_rows_for
 from cache.staging import Staging
 from cache.writer import CacheWriter, committed
 from pipeline.errors import UserError
 from pipeline.network import NONE
-from pipeline.residency import available_memory
 
 FEATURES = ("features", "embeddings", "embedding", "feature", "x")
 LABELS = ("labels", "label", "targets", "target", "y")
@@ -33,7 +33,6 @@ SOURCES = ("source", "path", "id", "key")
 SHARD_BYTES = 128 * 1024**2
 BLOCK_ROWS = 1024
 TEXT_LIMIT = 200
-BAD_FILE = (zipfile.BadZipFile, SafetensorError, pa.ArrowException)
 
 
 @dataclass(frozen=True)
@@ -67,12 +66,21 @@ def read_part(path: Path, labels: Path | None, keys: Keys) -> Part:
             given = arrays.pick(LABELS, keys.labels, "labels")
         else:
             given = readers.get(labels.suffix, _npy)(labels).pick(LABELS, keys.labels, "labels")
-        sources = arrays.texts(SOURCES)
+        return _checked(path, features, given, arrays.texts(SOURCES))
     except FileNotFoundError as error:
         raise UserError(f"{error.filename or path}: no such file") from None
-    except (OSError, ValueError, EOFError, MemoryError, KeyError, *BAD_FILE) as error:
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the reader of each format fails in ways of its own
         raise UserError(f"{path}: cannot be read ({_short(error)})") from None
-    return _checked(path, features, given, sources)
+
+
+def read_names(path: Path) -> list[str]:
+    """Class names, one a line. Raises UserError."""
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a readable list of class names ({error}); it must be UTF-8 text") from None
 
 
 def _short(error: BaseException) -> str:
@@ -120,7 +128,14 @@ def _npz(path: Path) -> _Arrays:
     if need > available_memory():
         raise ValueError(f"needs {need / 1e9:.1f} GB of memory; save .npy files, they are read in place")
     file = np.load(path, allow_pickle=False)
-    return _Arrays(path, {name: partial(file.__getitem__, name) for name in file.files})
+    return _Arrays(path, {name: partial(_member, file, name) for name in file.files})
+
+
+def _member(file: Any, name: str) -> np.ndarray:
+    found = file[name]
+    if not isinstance(found, np.ndarray):
+        raise ValueError(f"{name!r} is no array")
+    return found
 
 
 def _safetensors(path: Path) -> _Arrays:

@@ -137,13 +137,19 @@ def _hold_out(label: np.ndarray, split: np.ndarray, name: str, per_class: int, k
         if name == "test" and not (split == name).any():
             raise UserError(f"{key}: the dataset has no test split, so some samples must be held out; got {per_class}")
         return
-    for j in range(label.max() + 1):
-        members = np.flatnonzero((label == j) & (split == "train"))
+    for j, members in enumerate(_members(label, split, label.max() + 1)):
         if len(members) <= per_class:
             raise UserError(
                 f"{key}: class {j} has {len(members)} samples to hold out from and must keep one; got {per_class}"
             )
         split[stream(seed, "prepare", name, j).permutation(members)[:per_class]] = name
+
+
+def _members(label: np.ndarray, split: np.ndarray, classes: int) -> list[np.ndarray]:
+    """The training samples of each class, ascending; sorted once, as looking for each class takes hours for 100,000."""
+    train = np.flatnonzero(split == "train")
+    train = train[np.argsort(label[train], kind="stable")]
+    return np.split(train, np.searchsorted(label[train], np.arange(1, classes)))
 
 
 def long_tailed_counts(largest: int, classes: int, imbalance: Imbalance) -> list[int]:
@@ -164,7 +170,7 @@ def _long_tail(label: np.ndarray, split: np.ndarray, imbalance: Imbalance, names
 
     With the seed 0 this is the subset that the published codes of LDAM-DRW, MiSLAS, GCL, RIDE, ResLT and H2T train on.
     """
-    members = [np.flatnonzero((label == j) & (split == "train")) for j in range(len(names))]
+    members = _members(label, split, len(names))
     sizes = [len(m) for m in members]
     if min(sizes) == 0:
         empty = sizes.index(0)

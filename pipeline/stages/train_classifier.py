@@ -20,6 +20,7 @@ from cache.reader import Cache
 from pipeline import plugins
 from pipeline.checkpoint import Checkpoint
 from pipeline.checkpoints import save_weights
+from pipeline.classes import recorded_names
 from pipeline.errors import UserError
 from pipeline.features import FeatureReader, identity_if_pooled, maps_fingerprint, pool_label
 from pipeline.fusion import Rounding, Selection, replaced_channels
@@ -115,7 +116,8 @@ def heads_of(grid: Grid) -> list[HeadSetting]:
 def check_backbone(cache: Cache, backbone_dir: Path) -> None:
     """Raises UserError unless the cache was extracted by the backbone in `backbone_dir`."""
     expected = backbone_digest(backbone_dir)
-    recorded = cache.spec.fingerprint_inputs.get("backbone", {}).get("weights")
+    backbone = cache.spec.fingerprint_inputs.get("backbone")
+    recorded = backbone.get("weights") if isinstance(backbone, dict) else None
     if recorded == NONE != expected:
         raise UserError(f"{cache.files}: was imported, nothing is known of its backbone; give none in its place")
     if recorded != expected:
@@ -145,7 +147,7 @@ def run(
     heads = [HeadSetting(0.0, "instance", "random", 0)] if fitted else heads_of(params.grid)
     streams = Streams(
         cache.rows,
-        cache.spec.provenance["classes"],
+        recorded_names(cache.spec.provenance, cache.files),
         read_under(recipe, kind.receiver),
         {} if fitted else {donor: read_under(recipe, donor) for donor in params.grid.donor},
         [0] if fitted else params.grid.seed,
@@ -224,10 +226,10 @@ def _check_cache(cache: Cache, context: Context, numbers: int) -> None:
     if len(set(cache.spec.maps)) > 1:
         raise UserError(f"{cache.files}: experts of one shape are needed; got {sorted(set(cache.spec.maps))}")
     recorded = cache.spec.provenance.get("counts", context.counts.tolist())
-    if list(recorded) != context.counts.tolist():
+    if recorded != context.counts.tolist():
         raise UserError(
             f"{cache.files}: its rows have {context.counts.tolist()} training samples per class, "
-            f"its record says {list(recorded)}; extract again"
+            f"its record says {recorded}; extract again"
         )
     if numbers > 1 and "pool" in cache.spec.fingerprint_inputs:
         raise UserError(f"{cache.files}: is pooled already, this host needs whole maps; use the cache it was made from")

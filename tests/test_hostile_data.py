@@ -1,0 +1,416 @@
+"""Hostile images, lists, tables, features and parameters by the commands that read them: one line, and nothing is left.
+
+Small random ones are in tests/fuzz; here stands one example of each kind. Caches have a file of their own.
+"""
+
+import io
+import os
+import resource
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from click.testing import CliRunner
+from image_builders import SMALL, make_image_folder, make_imagenet_lt
+from PIL import Image
+from pipeline_builders import make_params, write_params
+
+from cache.reader import open_cache
+from pipeline import images, params
+from pipeline.cli import main
+from pipeline.errors import UserError
+from pipeline.stages.prepare import Imbalance, _long_tail
+
+
+def refused(*arguments, leaves=None) -> str:
+    """The one line of a refusal, which leaves nothing at `leaves`."""
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code in (1, 2), result.output
+    assert result.stderr.endswith("\n")
+    assert result.stderr[:-1].isprintable(), result.stderr
+    assert len(result.stderr) < 4000
+    assert leaves is None or not leaves.exists()
+    return result.stderr
+
+
+def accepted(*arguments) -> str:
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    return result.stdout
+
+
+def prepare(folder, dataset, options, check=refused, **section):
+    """What `h2t prepare` says of a dataset."""
+    values = make_params(prepare={"dataset": dataset, "options": options, **section})
+    (folder / "params.yaml").write_text(yaml.safe_dump(values))
+    more = {"leaves": folder / "out"} if check is refused else {}
+    return check("prepare", folder / "out", "--params", folder / "params.yaml", **more)
+
+
+# Parameters.
+
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10)
+)
+MERGES = "a0: &a0 {k0: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 10))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (BOMB, "aliases counted"),
+        (MERGES, "aliases counted"),
+        ("a: &a [*a]", "inside of what it stands for"),
+        ("a: &a {b: *a}", "inside of what it stands for"),
+        ("[" * 5000, "not readable"),
+        ("a: " + "{a: " * 5000, "not readable"),
+        ("- " * 5000, "not readable"),
+        ("a: 0x" + "f" * 10**5, "too many digits"),
+        ("a: " + "9" * 10**5, "too many digits"),
+        ("a: " + "1:" * 10**5 + "1", "too many digits"),
+        ("a: 2001-99-99", "month must be"),
+        ("a: !!timestamp x", "not readable"),
+        ("a: !!int ''", "not readable"),
+        ("a: !!python/object/apply:os.system [touch ran]", "could not determine a constructor"),
+        ("a: !!python/name:os.system", "could not determine a constructor"),
+        ("a: 1\na: 2", "stands twice"),
+        ("? [a]\n: 1", "unhashable"),
+        ("a: \x07", "not readable"),
+        ("- 1", "must be a mapping of sections"),
+        ("", "must be a mapping of sections"),
+        ("\ufeff\ufeffa: 1", "unknown section"),
+        ('"\\ud800": 1', "unknown section"),
+        ('"a\\nb\\e[2J": 1', "unknown section"),
+        ("? \n", "unknown section"),
+        ("1: 2", "unknown section"),
+    ],
+    ids=lambda value: value[:24] if len(value) < 40 else value[:24] + "...",
+)
+def test_parameters_that_are_none(tmp_path, text, says):
+    (tmp_path / "p.yaml").write_text(text, encoding="utf-8")
+    assert says in refused("prepare", tmp_path / "out", "--params", tmp_path / "p.yaml", leaves=tmp_path / "out")
+
+
+def test_parameters_that_are_not_utf_8(tmp_path):
+    (tmp_path / "p.yaml").write_bytes(b"seed: \xff\xfe")
+    assert "not readable as YAML" in refused("prepare", tmp_path / "out", "--params", tmp_path / "p.yaml")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=1e400", "seed=.nan", "seed=-1", "seed=2001-01-01", "hosts.dr.optimiser.lr=1e400",
+        "hosts.dr.optimiser.lr=.inf",
+        "hosts.dr.optimiser.lr=.nan", "hosts.dr.grid.ratio=[.nan]", "prepare.imbalance.ratio=.inf",
+        "prepare=2001-01-01",
+        "hosts.dr.grid.seed=[1e400]", "seed=" + "[" * 5000, "seed=!!timestamp x", "seed=0x" + "f" * 9999,
+        "seed=\x1b[2J",
+        "prepare.dataset=../../etc/passwd", "hosts.dr.host=__init__", "hosts.dr.host=" + "a" * 5000, "hosts.dr.pool=.",
+        "hosts.dr.host=\ud800", "hosts.a\nb.c=1", "hosts={? {a: b} : 1}", "hosts={[a]: 1}", "seed.a=1", "=1", "x", "",
+        "prepare.options={? : 1}", "evaluate.groups=[1, .nan]", "extract.shard_bytes=-9223372036854775809",
+    ],
+)  # fmt: skip
+def test_overrides_that_are_none(tmp_path, override):
+    file = write_params(tmp_path / "p.yaml")
+    refused("prepare", tmp_path / "out", "--params", file, "--set", override, leaves=tmp_path / "out")
+
+
+def test_aliases_and_merges_of_a_usual_size_stay(tmp_path):
+    (tmp_path / "p.yaml").write_text("a: &a {x: 1, y: [1, 2]}\nb: {<<: *a, x: 2}\nc: [*a, *a]\n")
+    assert params.load(tmp_path / "p.yaml")["b"] == {"x": 2, "y": [1, 2]}
+
+
+# List files.
+
+
+def listed(tmp_path, *lines: str, train=None, **options):
+    """What prepare says of a miniature ImageNet-LT with `lines` (or the bytes `train`) for training."""
+    given = make_imagenet_lt(tmp_path / "images")
+    path = tmp_path / "images" / "ImageNet_LT_train.txt"
+    text = train if train is not None else "".join(f"{line}\n" for line in lines).encode()
+    path.write_bytes(text if lines == () else path.read_bytes() + text)
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    (tmp_path / "images" / "link.png").symlink_to(tmp_path / "secret.png")
+    (tmp_path / "images" / "out").symlink_to(tmp_path)
+    (tmp_path / "images" / "circle").symlink_to(tmp_path / "images" / "circle")
+    return prepare(tmp_path, "imagenet_lt", {**given, **options})
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("../secret.png 0", "must be relative"),
+        ("train/../../secret.png 0", "must be relative"),
+        ("/etc/passwd 0", "must be relative"),
+        ("~/.ssh/id_rsa 0", "must be relative"),
+        ("a\\..\\b 0", "must be relative"),
+        ("a\0b 0", "must be relative"),
+        ("link.png 0", "a link leads out of the root"),
+        ("out/secret.png 0", "a link leads out of the root"),
+        ("circle/x 0", "cannot be looked up"),
+        ("x" * 5000 + " 0", "cannot be looked up"),
+        ("a/" * 3000 + "b 0", "cannot be looked up"),
+        ("train/x.png -1", "must read 'relative/path label'"),
+        ("train/x.png 1.5", "must read 'relative/path label'"),
+        ("train/x.png 1e3", "must read 'relative/path label'"),
+        ("train/x.png ٣", "must read 'relative/path label'"),
+        ("train/x.png " + "9" * 5000, "must read 'relative/path label'"),
+        ("train/x.png 4000000000", "must read 'relative/path label'"),
+        ("train/x.png 400000000", "lie below 12"),
+        ("train/x.png", "must read 'relative/path label'"),
+        ("train/n01443537/n01443537_2.JPEG 1", "is named twice"),
+        ("train/\x1b[2J\u202e.png 0", "is missing"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_lines_of_a_list_file_that_are_none(tmp_path, line, says):
+    assert says in listed(tmp_path, line)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (b"\xff\xfe 0\n", "must be UTF-8"),
+        (b"", "an empty list file"),
+        (b"\n \n", "an empty list file"),
+        (b"\0" * 99, "must read"),
+    ],
+)
+def test_list_files_that_are_none(tmp_path, text, says):
+    assert says in listed(tmp_path, train=text)
+
+
+def test_a_list_file_that_is_no_file(tmp_path):
+    assert "no such list file" in listed(tmp_path, "a 0", train=b"a 0", lists=str(tmp_path / "nowhere"))
+    (tmp_path / "b" / "lists" / "ImageNet_LT_train.txt").mkdir(parents=True)
+    assert "not a readable list file" in listed(tmp_path / "b", train=b"x", lists=str(tmp_path / "b" / "lists"))
+
+
+# Images.
+
+
+def image_folder(tmp_path, name: str, data: bytes, **section):
+    options = make_image_folder(tmp_path / "images")
+    victim = next(p for p in sorted((tmp_path / "images").rglob("*")) if p.is_file() and "train" in str(p))
+    victim.unlink()
+    victim.with_name(name).write_bytes(data)
+    return prepare(tmp_path, "image_folder", options, **section)
+
+
+def postscript() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (9, 9)).save(file, "EPS")
+    return file.getvalue()
+
+
+def png(width: int, height: int, data: bytes) -> bytes:
+    """A PNG of one grey plane whose compressed rows are `data`."""
+    import struct
+    import zlib
+
+    def part(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + part(b"IHDR", head) + part(b"IDAT", data) + part(b"IEND", b"")
+
+
+def test_images_that_are_bombs(tmp_path):
+    import zlib
+
+    jpeg = io.BytesIO()
+    Image.new("L", (8, 8)).save(jpeg, "JPEG")
+    header = bytearray(jpeg.getvalue())
+    at = header.index(b"\xff\xc0") + 5
+    header[at : at + 4] = b"\xff\xff\xff\xff"  # 65,535 x 65,535 pixels
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for data in (png(2**31 - 1, 2**31 - 1, b""), png(60000, 60000, zlib.compress(bytes(2**24))), bytes(header)):
+        with pytest.raises(ValueError, match=r"pixels|cannot be decoded"):
+            images.decode(data)
+    text = b"\x89PNG\r\n\x1a\n" + png(8, 8, zlib.compress(bytes(72)))[8:33] + _text_chunk(zlib.compress(bytes(2**27)))
+    with pytest.raises(ValueError, match=r"cannot be decoded|too large"):
+        images.decode(text)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024
+
+
+def _text_chunk(data: bytes) -> bytes:
+    import struct
+    import zlib
+
+    body = b"zTXtx\0\0" + data
+    return struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+
+
+def test_an_image_never_starts_another_program(tmp_path, monkeypatch):
+    """Pillow hands PostScript to Ghostscript."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    (tmp_path / "bin" / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    assert "is in no known image format" in image_folder(tmp_path, "x.jpg", postscript())
+    assert not (tmp_path / "ran").exists()
+
+
+# Tables of images.
+
+
+def tables(tmp_path, table: pa.Table, **section):
+    pq.write_table(table, tmp_path / "train.parquet")
+    options = {"train": [str(tmp_path / "train.parquet")], "transform": {**SMALL, "size": 8, "resize": None}}
+    return prepare(tmp_path, "parquet", options, **section)
+
+
+def pictures(count: int = 6, labels=None) -> pa.Table:
+    found = []
+    for i in range(count):
+        file = io.BytesIO()
+        Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(file, "PNG")
+        found.append({"bytes": file.getvalue(), "path": f"{i}.png"})
+    return pa.table({"image": found, "label": [i % 2 for i in range(count)] if labels is None else labels})
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        ([0, 1, 0, 1, 0, -1], "from 0 on; got -1"),
+        ([0, 1, 0, 1, 0, 2**62], "lie below 6"),
+        ([0, 1, 0, 1, 0, None], "from 0 on; got None"),
+        ([0.0, 1.0, 0.5, 1.0, 0.0, 1.0], "from 0 on; got 0.0"),
+        (["a", "b", "a", "b", "a", "b"], "from 0 on; got 'a'"),
+        ([[0], [1], [0], [1], [0], [1]], "from 0 on; got [0]"),
+    ],
+)
+def test_labels_of_a_table_that_are_none(tmp_path, labels, says):
+    assert says in tables(tmp_path, pictures(labels=labels), test_per_class=1)
+
+
+def test_a_table_of_few_bytes_and_a_billion_rows(tmp_path):
+    """Rows that cost no bytes hold no images: refused before a label is read."""
+    label = pa.array([0]).take(pa.array(np.zeros(2**24, np.int8)))
+    table = pa.table({"image": pa.nulls(2**24, pa.binary()), "label": label})
+    assert "hold no images" in tables(tmp_path, table, test_per_class=1)
+    assert (tmp_path / "train.parquet").stat().st_size < 2**20
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        pictures().slice(0, 0),
+        pa.table({"image": ["x"] * 6, "label": [0, 1] * 3}),
+        pa.table({"image": pa.nulls(6), "label": [0, 1] * 3}),
+    ],
+    ids=["no rows", "texts", "nulls"],
+)
+def test_tables_that_hold_no_images(tmp_path, table):
+    tables(tmp_path, table, test_per_class=1)
+
+
+def test_a_damaged_table(tmp_path):
+    pq.write_table(pictures(60), tmp_path / "x.parquet", compression="zstd")
+    data = bytearray((tmp_path / "x.parquet").read_bytes())
+    data[100:3000] = os.urandom(2900)
+    (tmp_path / "x.parquet").write_bytes(data)
+    prepare(tmp_path, "parquet", {"train": [str(tmp_path / "x.parquet")]}, test_per_class=1)
+
+
+def test_one_class_is_a_data_set(tmp_path):
+    told = ""
+
+    def check(*arguments):
+        nonlocal told
+        told = accepted(*arguments)
+
+    pq.write_table(pictures(labels=[0] * 6), tmp_path / "train.parquet")
+    options = {"train": [str(tmp_path / "train.parquet")], "transform": {**SMALL, "size": 8, "resize": None}}
+    prepare(tmp_path, "parquet", options, check, test_per_class=1)
+    assert "1 classes" in told
+
+
+def test_100000_classes_are_cut_in_a_second():
+    label = np.random.default_rng(0).permutation(np.repeat(np.arange(100_000), 2))
+    split = np.full(len(label), "train", object)
+    kept = _long_tail(label, split, Imbalance(profile="step", ratio=2.0), [str(i) for i in range(100_000)])
+    assert len(kept) == 150_000
+    assert np.bincount(label[kept], minlength=100_000).tolist() == [2] * 50_000 + [1] * 50_000
+
+
+# Features.
+
+
+def test_100000_classes_from_import_to_metrics(tmp_path):
+    rng = np.random.default_rng(0)
+    labels = np.arange(100_000)
+    np.savez(tmp_path / "train.npz", x=rng.random((100_000, 2), np.float32), y=labels)
+    np.savez(tmp_path / "test.npz", x=rng.random((40, 2), np.float32), y=labels[:40])
+    cache = tmp_path / "c"
+    accepted("cache", "import", cache, "--train", tmp_path / "train.npz", "--test", tmp_path / "test.npz")
+    with open_cache(cache) as opened:
+        assert len(opened.spec.provenance["classes"]) == 100_000
+    file = write_params(tmp_path / "p.yaml", hosts__ncm={"host": "ncm", "backbone": "ce_mixup", "batchnorm": "stage1"})
+    common = ["--params", file, "--device", "cpu"]
+    accepted("train-classifier", "ncm", cache, "none", tmp_path / "h", *common)
+    accepted("evaluate", "ncm", cache, tmp_path / "h", "none", tmp_path / "e", *common)
+    table = pq.read_table(tmp_path / "e" / "confusion.parquet").to_pydict()
+    assert sum(table["count"]) == 40
+    assert set(table["true"]) == set(range(40))
+
+
+def save(path, x, y):
+    np.savez(path, x=np.asarray(x), y=np.asarray(y))
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "says"),
+    [
+        (np.zeros((0, 3), np.float32), np.zeros(0, int), "got float32 (0, 3)"),
+        ([[1.0, np.nan]], [0], "holds NaN"),
+        ([[1.0, -np.inf]], [0], "holds NaN, infinity"),
+        ([[1j]], [0], "must be numbers"),
+        ([["1"]], [0], "must be numbers"),
+        (np.zeros((2, 3)), [0, np.nan], "whole numbers or texts"),
+        (np.zeros((2, 3)), [[0], [1]], "one label for each"),
+    ],
+    ids=["no rows", "nan", "inf", "complex", "text", "nan label", "two axes"],
+)
+def test_features_that_are_none(tmp_path, x, y, says):
+    save(tmp_path / "x.npz", x, y)
+    assert says in refused("cache", "import", tmp_path / "c", "--train", tmp_path / "x.npz", leaves=tmp_path / "c")
+
+
+def test_negative_labels_are_names_like_others(tmp_path):
+    """People's labels are names here; those of a cache count from 0."""
+    save(tmp_path / "x.npz", np.eye(3, dtype=np.float32), [-5, -5, 2**62])
+    accepted("cache", "import", tmp_path / "c", "--train", tmp_path / "x.npz")
+    with open_cache(tmp_path / "c") as cache:
+        assert cache.spec.provenance["classes"] == ["-5", str(2**62)]
+        assert cache.rows["label"].to_pylist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\n", None], ids=["not utf-8", "a folder"])
+def test_class_names_that_are_none(tmp_path, content):
+    save(tmp_path / "x.npz", np.eye(2, dtype=np.float32), [0, 1])
+    names = tmp_path / "names.txt"
+    names.mkdir() if content is None else names.write_bytes(content)
+    said = refused("cache", "import", tmp_path / "c", "--train", tmp_path / "x.npz", "--classes", names)
+    assert "not a readable list of class names" in said
+
+
+def test_sources_that_stand_twice_are_not_taken_for_names(tmp_path):
+    table = pa.table({"embedding": [[1.0], [2.0]], "label": [0, 1], "path": ["same", "same"]})
+    pq.write_table(table, tmp_path / "x.parquet")
+    accepted("cache", "import", tmp_path / "c", "--train", tmp_path / "x.parquet")
+    with open_cache(tmp_path / "c") as cache:
+        assert cache.rows["source"].to_pylist() == ["x.parquet/000000000", "x.parquet/000000001"]
+
+
+def test_a_refusal_is_one_line_whatever_the_names_hold(tmp_path):
+    with pytest.raises(UserError) as error:
+        raise UserError("a\nb\x1b[2J\u2028" + "x" * 10**6 + " https://ann:secret@host/x?token=secret end")
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 2100
+    assert "secret" not in str(error.value)
+    assert str(error.value).startswith("a\\nb\\x1b[2J\\u2028")
+    assert str(error.value).endswith(" end")

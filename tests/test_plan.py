@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -20,6 +22,17 @@ def test_every_wanted_row_and_every_chunk_once(gather):
     served = [plan.order[a:b].tolist() for a, b in zip(plan.bounds[:-1], plan.bounds[1:], strict=True)]
     assert served == [expected[chunk] for chunk in sorted(expected)]
     assert (plan.chunks[plan.which] * chunk_rows + plan.within).tolist() == gather[0]
+
+
+@given(gathers, st.data())
+def test_leads_and_repeats_of_any_part(gather, data):
+    """A chunk's first wanted row gets the chunk's bytes; each later one is named with it, as numbers of Python."""
+    plan = plan_rows(np.array(gather[0], np.int64), gather[1])
+    served = [plan.order[a:b].tolist() for a, b in pairwise(plan.bounds)]
+    assert plan.leads().tolist() == [rows[0] for rows in served]
+    first = data.draw(st.integers(0, len(served)))
+    last = data.draw(st.integers(first, len(served)))
+    assert plan.repeats(first, last) == [(row, rows[0]) for rows in served[first:last] for row in rows[1:]]
 
 
 def test_one_row_and_no_row():

@@ -314,6 +314,26 @@ def test_what_lies_between_is_bridged_only_on_the_way_to_a_copy(cache_dir, monke
     assert sum(sizes) == (stored.sum() if reads == 2 else offsets[1] + stored[1] - offsets[0])
 
 
+@pytest.mark.parametrize("most", [1, 25, 30, 61])
+def test_a_kernel_that_stops_early_is_asked_for_the_rest(cache_dir, monkeypatch, most):
+    """A read may end within a payload, within a checksum, or between two rows."""
+    monkeypatch.setattr("cache.reader.compiled", lambda: None)
+    (maps,) = make_cache(cache_dir)
+    preadv = os.preadv
+
+    def short(handle: int, buffers: list, at: int) -> int:
+        whole = bytearray(min(most, sum(map(len, buffers))))
+        got = preadv(handle, [whole], at)
+        for buffer in buffers:
+            part, whole = whole[: len(buffer)], whole[len(buffer) :]
+            memoryview(buffer).cast("B")[: len(part)] = part
+        return got
+
+    monkeypatch.setattr(os, "preadv", short)
+    with open_cache(cache_dir) as cache:
+        assert cache.read([0, 1, 2, 3, 9, 10]).tobytes() == maps[[0, 1, 2, 3, 9, 10]].tobytes()
+
+
 def test_a_pickled_cache_keeps_what_it_has_yet_to_check(cache_dir):
     make_cache(cache_dir)
     with open_cache(cache_dir) as cache:

@@ -35,18 +35,16 @@ class LocalFiles:
 
     def size(self, name: str) -> int:
         """Bytes of `name`; CacheError `missing` if it is not there."""
-        try:
+        with self._missing_is_one_line(name):
             return (self.root / name).stat().st_size
-        except (FileNotFoundError, NotADirectoryError):
-            raise CacheError("missing", f"{self.root / name}: file is missing; restore it or extract again") from None
 
     def known_sizes(self, names: Iterable[str]) -> dict[str, int]:
         """Bytes of each of `names`; CacheError `missing` if one is not there."""
         return {name: self.size(name) for name in names}
 
     def read_all(self, name: str) -> bytes:
-        self.size(name)
-        return (self.root / name).read_bytes()
+        with self._missing_is_one_line(name):
+            return (self.root / name).read_bytes()
 
     def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """The bytes `start` to `stop` of each range; a short read is CacheError `damaged`."""
@@ -101,12 +99,19 @@ class LocalFiles:
         self._lock = threading.Lock()
         self._busy = {}
 
+    @contextmanager
+    def _missing_is_one_line(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except (FileNotFoundError, NotADirectoryError):
+            raise CacheError("missing", f"{self.root / name}: file is missing; restore it or extract again") from None
+
     def _acquire(self, name: str) -> int:
         with self._lock:
             handle = self._open.get(name)
             if handle is None:
-                self.size(name)
-                handle = os.open(self.root / name, os.O_RDONLY | os.O_CLOEXEC)
+                with self._missing_is_one_line(name):
+                    handle = os.open(self.root / name, os.O_RDONLY | os.O_CLOEXEC)
                 self._open[name] = handle
             self._open.move_to_end(name)
             self._busy[handle] = self._busy.get(handle, 0) + 1

@@ -5,6 +5,7 @@ Stages are imported inside the commands, so that `h2t --help` answers at once.
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from functools import wraps
@@ -21,6 +22,8 @@ from pipeline.model_commands import export, predict
 from pipeline.sharing_commands import COMMANDS as SHARING
 from pipeline.sharing_commands import doctor
 
+STOPPED = 130  # the exit code after Ctrl-C, as shells have it
+
 
 class Misuse(click.ClickException):
     """A command line that cannot be parsed: one line, exit code 2."""
@@ -34,6 +37,17 @@ class Misuse(click.ClickException):
 
 class OneLineErrors(click.Group):
     """A group whose user errors are one line on stderr and exit code 1 or 2; only bugs show a traceback."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Runs a command line. After Ctrl-C it waits for no thread: one that Python lost track of would never end."""
+        try:
+            return super().main(*args, **extra)
+        except SystemExit as end:
+            if end.code == STOPPED:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(STOPPED)
+            raise
 
     def make_context(self, *args: Any, **extra: Any) -> click.Context:
         """Parses the group's own options."""
@@ -63,7 +77,7 @@ class OneLineErrors(click.Group):
             ctx.exit(1)
         except KeyboardInterrupt:
             click.echo("stopped; run the same command again to go on", err=True)
-            ctx.exit(130)
+            ctx.exit(STOPPED)
 
 
 @click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})

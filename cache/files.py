@@ -38,12 +38,8 @@ class LocalFiles:
 
     def size(self, name: str) -> int:
         """Bytes of `name`; CacheError `missing` if it is not there."""
-        try:
+        with self.in_one_line(name):
             found = (self.root / name).stat()
-        except OSError as error:
-            if error.errno not in NO_FILE:
-                raise
-            raise CacheError("missing", f"{self.root / name}: file is missing; restore it or extract again") from None
         if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for, a device may never end
             raise CacheError("damaged", f"{self.root / name}: not a plain file")
         return found.st_size
@@ -54,10 +50,8 @@ class LocalFiles:
 
     def read_all(self, name: str) -> bytes:
         self.size(name)
-        try:
+        with self.in_one_line(name):
             return (self.root / name).read_bytes()
-        except OSError as error:
-            raise self.refused(name, error) from None
 
     def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """The bytes `start` to `stop` of each range; a short read is CacheError `damaged`."""
@@ -89,9 +83,8 @@ class LocalFiles:
         try:
             for name in names:
                 held.append(self._acquire(name))  # noqa: PERF401 - those held when one fails are given back
-            yield held
-        except OSError as error:
-            raise self.refused(names[0], error) from None
+            with self.in_one_line(names[0]):
+                yield held
         finally:
             with self._lock:
                 for handle in held:
@@ -102,12 +95,6 @@ class LocalFiles:
     def ends_early(self, name: str, start: int, stop: int) -> CacheError:
         """The error for a file that has no bytes left between `start` and `stop`."""
         return CacheError("damaged", f"{self.root / name}: ends before byte {stop} (reading from {start}); truncated")
-
-    def refused(self, name: str, error: OSError) -> Exception:
-        """The error for a disk that does not give what it holds; others stay what they are."""
-        if error.errno != errno.EIO:
-            return error
-        return CacheError("damaged", f"{self.root / name}: cannot be read ({error.strerror})")
 
     def close(self) -> None:
         with self._lock:
@@ -120,12 +107,26 @@ class LocalFiles:
         self._lock = threading.Lock()
         self._busy = {}
 
+    @contextmanager
+    def in_one_line(self, name: str) -> Iterator[None]:
+        """Turns what the disk says of `name` into CacheError, where the file or the disk is to blame."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno in NO_FILE:
+                raise CacheError(
+                    "missing", f"{self.root / name}: file is missing; restore it or extract again"
+                ) from None
+            if error.errno == errno.EIO:
+                raise CacheError("damaged", f"{self.root / name}: cannot be read ({error.strerror})") from None
+            raise
+
     def _acquire(self, name: str) -> int:
         with self._lock:
             handle = self._open.get(name)
             if handle is None:
-                self.size(name)
-                handle = os.open(self.root / name, os.O_RDONLY | os.O_CLOEXEC)
+                with self.in_one_line(name):
+                    handle = os.open(self.root / name, os.O_RDONLY | os.O_CLOEXEC)
                 self._open[name] = handle
             self._open.move_to_end(name)
             self._busy[handle] = self._busy.get(handle, 0) + 1

@@ -305,7 +305,8 @@ class _Compiled:
             if found.result == MISMATCH:
                 raise self.cache.chunk_fault(self.expert, int(self.plan.chunks[j]), "crc32c mismatch")
             if found.result == REFUSED:
-                raise files.refused(name, OSError(found.errno, os.strerror(found.errno), f"{files}/{name}"))
+                with files.in_one_line(name):
+                    raise OSError(found.errno, os.strerror(found.errno), f"{files}/{name}")
             start = int(self.offsets[j])
             raise files.ends_early(name, start, start + self.row_bytes + shard_layout.CRC_BYTES)
         for slot, lead in self.plan.repeats(first, last):

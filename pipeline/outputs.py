@@ -48,7 +48,8 @@ def fresh_directory(out: Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno not in CANNOT_WRITE:
             raise
-        raise UserError(f"{out}: cannot be written ({error.strerror}); make room or change its owner") from None
+        why = os.strerror(error.errno)  # pyarrow says it at length
+        raise UserError(f"{out}: cannot be written ({why}); make room or change its owner") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -107,6 +108,9 @@ def _make_durable(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems sync no directories
+            raise
     finally:
         os.close(handle)
 

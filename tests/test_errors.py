@@ -2,11 +2,13 @@
 
 import errno
 import resource
+import subprocess
+import sys
 
 import pytest
 import torch
 from click.testing import CliRunner
-from pipeline_builders import make_samples, write_params
+from pipeline_builders import environment, make_samples, write_params
 
 from pipeline.cli import main
 from pipeline.errors import of_the_machine
@@ -59,3 +61,23 @@ def test_the_command_line_says_it(tmp_path):
         "error: disk: File too large; make room or change its owner, and run again\n",
     )
     assert not out.exists()
+
+
+LOST = """
+import os, signal, threading, time
+from pipeline.cli import main
+@main.command("work")
+def work():
+    threading.Thread(target=threading.Event().wait).start()
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+main(["work"])
+"""
+
+
+def test_ctrl_c_waits_for_no_thread(tmp_path):
+    """Struck while a pool starts a thread, Python forgets that thread and would wait for it for ever."""
+    command = [sys.executable, "-c", LOST]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "stopped; run the same command again to go on\n")

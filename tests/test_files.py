@@ -1,4 +1,5 @@
 import shutil
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -122,3 +123,37 @@ def test_threads_share_the_descriptors(tmp_path):
         assert all(pool.map(read, range(4000)))
     files.close()
     shutil.rmtree(tmp_path)
+
+
+@pytest.mark.parametrize("read", ["read_all", "handles"])
+def test_a_file_that_vanishes_as_it_is_opened_is_missing(tmp_path, read):
+    """Another process removes it between any two system calls of ours."""
+    path = tmp_path / "shard"
+    stop = threading.Event()
+
+    def come_and_go() -> None:
+        while not stop.is_set():
+            path.write_bytes(b"x")
+            path.unlink()
+
+    other = threading.Thread(target=come_and_go)
+    other.start()
+    found, tries = set(), 0
+    try:
+        while tries < 3000 or (len(found) < 2 and tries < 300_000):
+            tries += 1
+            files = LocalFiles(tmp_path)
+            try:
+                if read == "read_all":
+                    files.read_all("shard")
+                else:
+                    with files.handles(["shard"]):
+                        pass
+                found.add("there")
+            except CacheError as error:
+                found.add(error.reason)
+            files.close()
+    finally:
+        stop.set()
+        other.join()
+    assert found == {"there", "missing"}

@@ -1,5 +1,7 @@
 """Errors on the command line: one line on stderr and exit code 1 or 2; only bugs show a traceback."""
 
+import os
+import sys
 from typing import IO, Any, NoReturn
 
 import click
@@ -7,6 +9,8 @@ import click
 from cache.errors import CacheError
 from cache.redaction import one_line, redacted
 from pipeline.errors import UserError, of_the_machine
+
+STOPPED = 130  # the exit code after Ctrl-C, as shells have it
 
 
 class Misuse(click.ClickException):
@@ -31,6 +35,17 @@ def refuse(ctx: click.Context, message: str) -> NoReturn:
 
 class OneLineErrors(click.Group):
     """A group whose user errors are one line on stderr and exit code 1 or 2; only bugs show a traceback."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Runs a command line. After Ctrl-C it waits for no thread: one that Python lost track of would never end."""
+        try:
+            return super().main(*args, **extra)
+        except SystemExit as end:
+            if end.code == STOPPED:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(STOPPED)
+            raise
 
     def make_context(self, *args: Any, **extra: Any) -> click.Context:
         """Parses the group's own options."""
@@ -58,4 +73,4 @@ class OneLineErrors(click.Group):
             refuse(ctx, str(known))
         except KeyboardInterrupt:
             click.echo("stopped; run the same command again to go on", err=True)
-            ctx.exit(130)
+            ctx.exit(STOPPED)

@@ -19,6 +19,7 @@ from pipeline_builders import ROOT, environment, make_stage2_cache, write_params
 
 from cache import codecs, shard
 from cache.audit import verify
+from cache.dvc_files import members
 from cache.errors import CacheError
 from cache.reader import open_cache
 from cache.rows import SCHEMA, from_bytes, to_bytes
@@ -299,6 +300,24 @@ def test_a_record_that_is_none(tmp_path, text):
     make_cache(tmp_path / "c")
     (tmp_path / "c" / "cache.json").write_bytes(text)
     assert "cache.json" in refused("cache", "info", tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    "listing",
+    [
+        b'[{"md5":"../../../../etc/passwd","relpath":"cache.json"}]',
+        b'[{"md5":"0123456789abcdef0123456789abcdeF","relpath":"cache.json"}]',
+        b'[{"md5":5,"relpath":"a"}]',
+        b'[{"relpath":"a"}]',
+        b"[1]",
+        b"{",
+        b"[" * 9999,
+    ],
+)
+def test_an_md5_in_a_list_of_dvc_is_an_md5(listing):
+    with pytest.raises(CacheError, match="DVC's list of files") as error:
+        members(listing)
+    assert error.value.reason == "damaged"
 
 
 # Lies in what decides nothing for the reader, but something for stage II.

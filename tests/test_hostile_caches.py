@@ -354,6 +354,20 @@ def test_a_record_that_does_not_suit_stage_two(tmp_path, change):
     assert not (tmp_path / "h").exists()
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_maps_that_are_no_numbers_train_nothing(tmp_path, value):
+    def change(maps, rows):
+        maps[0][rows["split"].to_numpy() == "train"] = value
+
+    cache = make_stage2_cache(
+        tmp_path / "c", backbone="none", train=("stage1",), evaluation=("stage1",), change=change
+    )  # fmt: skip
+    params = write_params(tmp_path / "p.yaml", hosts__dr__batchnorm="stage1", hosts__dr__host="crt")
+    said = refused("train-classifier", "dr", cache, "none", tmp_path / "h", "--params", params, "--device", "cpu")
+    assert "NaN" in said or "finite" in said
+    assert not (tmp_path / "h").exists()
+
+
 def test_what_a_cache_says_of_itself_cannot_steer_a_terminal(tmp_path):
     spec = {"provenance": {"note\n": "a\nsound: 1 rows\x1b[2J", "list": ["\u202e\x07"]}}
     make_cache(tmp_path / "c", **spec)

@@ -96,8 +96,20 @@ def _resolve(address: Address) -> tuple[Any, dict[str, str]]:
                 ) from None
             if hashlib.md5(listing, usedforsecurity=False).hexdigest() + DIRECTORY != digest:
                 raise CacheError("damaged", f"{address.path}: the remote's list of its files is not the one recorded")
-            files = {entry["relpath"]: odb.oid_to_path(entry["md5"]) for entry in json.loads(listing)}
+            files = {name: odb.oid_to_path(digest) for name, digest in members(listing).items()}
     return fs, {name[len(inside) :]: place for name, place in files.items() if name.startswith(inside)}
+
+
+def members(listing: bytes) -> dict[str, str]:
+    """Name -> md5 of the files of a directory, from DVC's list of them. Raises CacheError, as an md5 becomes a path."""
+    try:
+        found = {str(entry["relpath"]): str(entry["md5"]) for entry in json.loads(listing)}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CacheError("damaged", f"DVC's list of files: cannot be read ({error})") from None
+    for name, digest in found.items():
+        if not re.fullmatch("[0-9a-f]{32}", digest):
+            raise CacheError("damaged", f"DVC's list of files: {name!r} has {digest!r} where an md5 belongs")
+    return found
 
 
 def _output(repo: Any, path: str) -> tuple[Any, str]:

@@ -75,7 +75,12 @@ def secrets_in(url: str) -> set[str]:
         found.add(parts.password)
     elif parts.username and parts.scheme.startswith("http"):  # a token in place of a name
         found.add(parts.username)
-    return {form for secret in found if secret for form in (secret, unquote(secret), quote(secret, safe=""))}
+    return {
+        form
+        for secret in found
+        if secret
+        for form in (secret, unquote(secret), quote(secret, "", errors="surrogatepass"))
+    }
 
 
 def without(text: str, secrets: set[str]) -> str:

@@ -144,7 +144,10 @@ def _stacked(each: list[torch.Tensor], what: str, dims: int) -> torch.Tensor:
             f"checkpoint: {what} must be plain numbers with {dims} axes, of one shape in all experts or branches; got "
             f"{', '.join(map(str, shapes[:3]))}"
         )
-    return torch.stack(each).float()
+    found = torch.stack(each).float()
+    if not torch.isfinite(found).all():
+        raise UserError(f"checkpoint: {what} holds NaN or infinity")
+    return found
 
 
 def _own_name(key: str) -> str:

@@ -170,6 +170,10 @@ def test_files_that_are_no_checkpoints(tmp_path, content, name):
         (lambda s: s.update(extra=torch.ones(1)), "1 keys fit nowhere: extra"),
         (lambda s: s.update({"conv1.weight": torch.ones(1)}), "conv1.weight must have shape"),
         (lambda s: s["conv1.weight"].fill_(torch.nan), "holds NaN or infinity"),
+        (lambda s: s["fc.weight"].fill_(torch.inf), "fc.weight holds NaN or infinity"),
+        (lambda s: s["fc.bias"][:1].fill_(torch.nan), "fc.bias holds NaN or infinity"),
+        (lambda s: s.update({"fc.0.bias": torch.ones(3)}), "fc.bias must be plain numbers"),
+        (lambda s: s.update({"fc.bias": torch.ones(10, dtype=torch.complex64)}), "fc.bias must be plain numbers"),
         (lambda s: s.update({"fc.weight": torch.ones(7, 64)}), r"the head's weight must have shape \(1, 10, 64\)"),
     ],
 )

@@ -19,6 +19,7 @@ from pipeline_builders import ROOT, environment, make_stage2_cache, write_params
 
 from cache import codecs, shard
 from cache.audit import verify
+from cache.dvc_files import members
 from cache.errors import CacheError
 from cache.reader import open_cache
 from cache.rows import SCHEMA, from_bytes, to_bytes
@@ -301,6 +302,24 @@ def test_a_record_that_is_none(tmp_path, text):
     assert "cache.json" in refused("cache", "info", tmp_path / "c")
 
 
+@pytest.mark.parametrize(
+    "listing",
+    [
+        b'[{"md5":"../../../../etc/passwd","relpath":"cache.json"}]',
+        b'[{"md5":"0123456789abcdef0123456789abcdeF","relpath":"cache.json"}]',
+        b'[{"md5":5,"relpath":"a"}]',
+        b'[{"relpath":"a"}]',
+        b"[1]",
+        b"{",
+        b"[" * 9999,
+    ],
+)
+def test_an_md5_in_a_list_of_dvc_is_an_md5(listing):
+    with pytest.raises(CacheError, match="DVC's list of files") as error:
+        members(listing)
+    assert error.value.reason == "damaged"
+
+
 # Lies in what decides nothing for the reader, but something for stage II.
 
 
@@ -332,6 +351,20 @@ def test_a_record_that_does_not_suit_stage_two(tmp_path, change):
     reseal(cache, whole)
     params = write_params(tmp_path / "p.yaml", hosts__dr__batchnorm="stage1", hosts__dr__host="crt")
     refused("train-classifier", "dr", cache, "none", tmp_path / "h", "--params", params, "--device", "cpu")
+    assert not (tmp_path / "h").exists()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_maps_that_are_no_numbers_train_nothing(tmp_path, value):
+    def change(maps, rows):
+        maps[0][rows["split"].to_numpy() == "train"] = value
+
+    cache = make_stage2_cache(
+        tmp_path / "c", backbone="none", train=("stage1",), evaluation=("stage1",), change=change
+    )  # fmt: skip
+    params = write_params(tmp_path / "p.yaml", hosts__dr__batchnorm="stage1", hosts__dr__host="crt")
+    said = refused("train-classifier", "dr", cache, "none", tmp_path / "h", "--params", params, "--device", "cpu")
+    assert "NaN" in said or "finite" in said
     assert not (tmp_path / "h").exists()
 
 

@@ -242,7 +242,9 @@ def place(tmp_path_factory, digits_cache):
     shutil.copytree(digits_cache, root / "data/extract/ce_mixup")
     (root / "data/runs/report").mkdir(parents=True)
     (root / "data/runs/report/report.json").write_text(json.dumps({"seconds": 1.0}))
-    shutil.copytree(root / "data/evaluate", root / "OTHER/data/evaluate")
+    with contextlib.chdir(root):
+        assert CliRunner().invoke(main, ["report", "data/evaluate", "data/report"]).exit_code == 0
+    shutil.copytree(root / "data", root / "OTHER/data")
     return root
 
 

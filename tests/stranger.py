@@ -63,6 +63,8 @@ def steps() -> list[tuple[str, str]]:
                 found.setdefault(command.text, page)
             if command.text == "make analysis-ratio":
                 for path in sorted((ROOT / "presets" / "analyses").glob("*.yaml")):
+                    for first in re.findall(r"^#   (h2t .*)$", path.read_text(encoding="utf-8"), re.MULTILINE):
+                        found.setdefault(first, str(path.relative_to(ROOT)))
                     found.setdefault(f"make analysis-{path.stem}", page)
     (block,) = blocks("docs/results.md")
     return [*((page, text) for text, page in found.items()), ("docs/results.md", block)]

@@ -32,6 +32,7 @@ FOLLOWED = (
 #: Commands on them that are not typed here, and why; tests/test_docs_commands.py says who runs them.
 LEFT = {
     "make test": "what CI runs",
+    "make stranger": "this",
     "make test-remotes": "installs an ssh server",
     "make faults": "a campaign",
     "python -m benchmarks.bench_remote": "a benchmark",

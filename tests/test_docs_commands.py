@@ -48,6 +48,7 @@ BY_BLOCK = {"docs/sharing.md": "tests/test_docs_sharing.py::test_sharing"}
 #: Who runs the others: a test (with other paths or fewer processes) or the script of CI.
 ELSEWHERE = {
     ".ci/run": ("make test", "make check"),
+    "tests/stranger.py": ("make stranger",),
     "tests/faults/test_kills.py::test_kills_lose_one_shard_at_most_and_never_a_byte": ("make faults",),
     "tests/test_bench_epoch.py::test_epoch_benchmark": ("python -m benchmarks.bench_epoch --data DIR",),
     "tests/test_bench_epoch.py::test_extraction_benchmark": ("python -m benchmarks.bench_extract --data DIR",),

@@ -82,7 +82,9 @@ def main() -> None:
     out = given.out or given.data / "analyses" / path.stem
     try:
         analyse(params.load(path, given.set), given.data, out)
-    except (UserError, CacheError) as error:
+    except CacheError as error:
+        raise SystemExit(f"error: {error} (the first lines of {path} say which caches it needs)") from None
+    except UserError as error:
         raise SystemExit(f"error: {error}") from None
 
 

@@ -40,10 +40,11 @@ def write_weights(path: Path) -> None:
 def main() -> None:
     params = Path("cifar.yaml")
     values = yaml.safe_load(params.read_text(encoding="utf-8"))
-    write_images(Path("small-train.parquet"), 120, 0)
-    write_images(Path("small-test.parquet"), 10, 1)
+    write_images(Path("small-train.parquet"), 24, 0)
+    write_images(Path("small-test.parquet"), 5, 1)
     write_weights(Path("small.safetensors"))
     values["prepare"]["options"] = {"train": ["small-train.parquet"], "test": ["small-test.parquet"]}
+    values["prepare"]["imbalance"]["ratio"] = 12.0
     values["backbones"]["ce_mixup"]["weights"] = "small.safetensors"
     values["extract"]["batchnorm_passes"] = 2
     params.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")

@@ -32,6 +32,7 @@ FOLLOWED = (
 #: Commands on them that are not typed here, and why; tests/test_docs_commands.py says who runs them.
 LEFT = {
     "make test": "what CI runs",
+    "make stranger": "this",
     "make test-remotes": "installs an ssh server",
     "make faults": "a campaign",
     "python -m benchmarks.bench_remote": "a benchmark",
@@ -63,6 +64,8 @@ def steps() -> list[tuple[str, str]]:
                 found.setdefault(command.text, page)
             if command.text == "make analysis-ratio":
                 for path in sorted((ROOT / "presets" / "analyses").glob("*.yaml")):
+                    for first in re.findall(r"^#   (h2t .*)$", path.read_text(encoding="utf-8"), re.MULTILINE):
+                        found.setdefault(first, str(path.relative_to(ROOT)))
                     found.setdefault(f"make analysis-{path.stem}", page)
     (block,) = blocks("docs/results.md")
     return [*((page, text) for text, page in found.items()), ("docs/results.md", block)]

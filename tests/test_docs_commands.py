@@ -48,8 +48,10 @@ BY_BLOCK = {"docs/sharing.md": "tests/test_docs_sharing.py::test_sharing"}
 
 #: Who runs the others: a test (with other paths or fewer processes) or the script of CI.
 ELSEWHERE = {
-    ".ci/run": ("make test", "make check"),
+    ".ci/run": ("make test", "make check", "make audit"),
+    "tests/stranger.py": ("make stranger",),
     "tests/faults/test_kills.py::test_kills_lose_one_shard_at_most_and_never_a_byte": ("make faults",),
+    "tests/fuzz/test_fuzz.py::test_nothing_is_found": ("make fuzz",),
     "tests/test_bench_epoch.py::test_epoch_benchmark": ("python -m benchmarks.bench_epoch --data DIR",),
     "tests/test_bench_epoch.py::test_extraction_benchmark": ("python -m benchmarks.bench_extract --data DIR",),
     "tests/test_bench_epoch.py::test_scale_benchmark": ("python -m benchmarks.bench_scale --data DIR",),
@@ -243,7 +245,9 @@ def place(tmp_path_factory, digits_cache):
     shutil.copytree(digits_cache, root / "data/extract/ce_mixup")
     (root / "data/runs/report").mkdir(parents=True)
     (root / "data/runs/report/report.json").write_text(json.dumps({"seconds": 1.0}))
-    shutil.copytree(root / "data/evaluate", root / "OTHER/data/evaluate")
+    with contextlib.chdir(root):
+        assert CliRunner().invoke(main, ["report", "data/evaluate", "data/report"]).exit_code == 0
+    shutil.copytree(root / "data", root / "OTHER/data")
     return root
 
 

@@ -244,6 +244,12 @@ def test_an_unfinished_analysis_is_one_line(tmp_path):
         tables.load_analysis(tmp_path / "donors")
 
 
+def test_an_analysis_without_its_cache_says_where_the_cache_is_described(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["analyses", "views", "--data", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"ce_mixup_views8: .*presets/analyses/views\.yaml say which caches it needs"):
+        analyses.main()
+
+
 def test_compare_two_runs(tmp_path, evaluated):
     other = make_evaluated(tmp_path, seed=1, grid=GRID)
     lines: list[str] = []

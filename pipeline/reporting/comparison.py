@@ -43,7 +43,8 @@ def compare(
 
 
 def _evaluated(folder: Path) -> Path:
-    return next((p for p in (folder, folder / "evaluate") if any(p.glob("*/metrics.json"))), folder)
+    """`evaluate` first: `data` itself also holds a `report/metrics.json`."""
+    return next((p for p in (folder / "evaluate", folder) if any(p.glob("*/metrics.json"))), folder)
 
 
 def _side_by_side(pairs: list[list[HostResult]]) -> list[str]:

@@ -3,6 +3,7 @@
 Stages are imported inside the commands, so that `h2t --help` answers at once.
 """
 
+import _thread
 import json
 import os
 import sys
@@ -40,6 +41,19 @@ class OneLineErrors(click.Group):
 
     def main(self, *args: Any, **extra: Any) -> Any:
         """Runs a command line. After Ctrl-C it waits for no thread: one that Python lost track of would never end."""
+        others = sys.unraisablehook
+
+        def once_more() -> None:
+            time.sleep(0.01)
+            _thread.interrupt_main()
+
+        def hook(met: Any) -> None:
+            if met.exc_type is KeyboardInterrupt:  # in a callback, where Python prints and forgets it
+                _thread.start_new_thread(once_more, ())
+            else:
+                others(met)
+
+        sys.unraisablehook = hook
         try:
             return super().main(*args, **extra)
         except SystemExit as end:
@@ -48,6 +62,8 @@ class OneLineErrors(click.Group):
                 sys.stderr.flush()
                 os._exit(STOPPED)
             raise
+        finally:
+            sys.unraisablehook = others
 
     def make_context(self, *args: Any, **extra: Any) -> click.Context:
         """Parses the group's own options."""

@@ -72,9 +72,13 @@ def _replace_directory(partial: Path, out: Path) -> None:
         if foreign:
             raise UserError(f"{out}: holds {foreign[0]!r}, which is not of this stage; give another place or remove it")
         replaced = out.parent / f".{out.name}.replaced-{os.getpid()}"
-        out.rename(replaced)
-        partial.rename(out)
-        shutil.rmtree(replaced, ignore_errors=True)
+        try:
+            out.rename(replaced)
+            partial.rename(out)
+        finally:
+            if not os.path.lexists(out):  # Ctrl-C between the two
+                replaced.rename(out)
+            shutil.rmtree(replaced, ignore_errors=True)
         return
     if out.exists() or out.is_symlink():
         out.unlink()

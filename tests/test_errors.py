@@ -66,18 +66,28 @@ def test_the_command_line_says_it(tmp_path):
 LOST = """
 import os, signal, threading, time
 from pipeline.cli import main
-@main.command("work")
-def work():
+class Closing:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(1000):
+            pass
+@main.command("thread")
+def thread():
     threading.Thread(target=threading.Event().wait).start()
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(60)
+@main.command("callback")
+def callback():
+    Closing()
+    time.sleep(20)
 signal.signal(signal.SIGINT, signal.default_int_handler)
-main(["work"])
+main()
 """
 
 
-def test_ctrl_c_waits_for_no_thread(tmp_path):
-    """Struck while a pool starts a thread, Python forgets that thread and would wait for it for ever."""
-    command = [sys.executable, "-c", LOST]
+@pytest.mark.parametrize("met", ["thread", "callback"])
+def test_ctrl_c_ends_a_command_wherever_it_meets_it(tmp_path, met):
+    """While a pool starts a thread, which Python then waits for in vain; or in a callback, where Python forgets it."""
+    command = [sys.executable, "-c", LOST, met]
     done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (130, "stopped; run the same command again to go on\n")

@@ -131,6 +131,23 @@ def test_killed_at_any_step_the_output_is_the_old_or_the_new_one(tmp_path):
     assert len(ends) > 5
 
 
+def test_ctrl_c_between_the_renames_puts_the_old_output_back(tmp_path):
+    out = tmp_path / "out"
+    filled(out, "abc")
+    stop = KILLED.replace("os.kill(os.getpid(), signal.SIGKILL)", "left = 10**9; raise KeyboardInterrupt")
+    ends = []
+    for step in range(40):
+        command = [sys.executable, "-c", stop, str(out), str(step)]
+        done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+        ends.append({p.name: p.read_text() for p in out.iterdir()})
+        if done.stdout or ends[-1]["a"] == "new":
+            break
+        assert names(tmp_path) == ["out"]
+    assert all(end == {n: n for n in "abc"} for end in ends[:-1]), ends
+    assert ends[-1] == dict.fromkeys("abc", "new")
+    assert len(ends) > 2
+
+
 def test_two_processes_may_write_the_same_output(tmp_path):
     many = "import sys; from pathlib import Path; from pipeline.outputs import fresh_directory\n"
     many += "for i in range(200):\n with fresh_directory(Path(sys.argv[1])) as into:\n"

@@ -1,7 +1,11 @@
 """Errors on the command line: one line on stderr and exit code 1 or 2; only bugs show a traceback."""
 
+import _thread
 import os
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import IO, Any, NoReturn
 
 import click
@@ -33,13 +37,36 @@ def refuse(ctx: click.Context, message: str) -> NoReturn:
     ctx.exit(1)
 
 
+@contextmanager
+def _interrupts_are_heard() -> Iterator[None]:
+    """A Ctrl-C that strikes in a callback, where Python prints and forgets it, comes once more."""
+    others = sys.unraisablehook
+
+    def once_more() -> None:
+        time.sleep(0.01)
+        _thread.interrupt_main()
+
+    def hook(met: Any) -> None:
+        if met.exc_type is KeyboardInterrupt:
+            _thread.start_new_thread(once_more, ())
+        else:
+            others(met)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = others
+
+
 class OneLineErrors(click.Group):
     """A group whose user errors are one line on stderr and exit code 1 or 2; only bugs show a traceback."""
 
     def main(self, *args: Any, **extra: Any) -> Any:
         """Runs a command line. After Ctrl-C it waits for no thread: one that Python lost track of would never end."""
         try:
-            return super().main(*args, **extra)
+            with _interrupts_are_heard():
+                return super().main(*args, **extra)
         except SystemExit as end:
             if end.code == STOPPED:
                 sys.stdout.flush()

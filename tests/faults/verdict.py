@@ -34,7 +34,7 @@ def struck(
         allowed.append({})
     wrong = []
     if found not in allowed:
-        wrong.append("the output is torn")
+        wrong.append("the output is torn" if found else "the older output is gone")
     if 0 in ends and found != new:
         wrong.append("exit 0, but the output is not whole")
     if fault.ends is not None and not set(ends) <= set(fault.ends):

@@ -31,19 +31,23 @@ def redacted(text: str) -> str:
 
 def _without_secrets(rest: str) -> str:
     """What follows the :// of a URL."""
-    place = re.split(r"[/?#]", rest, maxsplit=1)[0]
-    _, colon, port = re.sub(r"\[[^\]]*\]", "", place).rpartition(":")
     closing = _CLOSING.search(rest[-_LONGEST_SCHEME:])
     after = closing[0] if closing else ""
-    if "@" in place:
-        rest = rest[place.rindex("@") + 1 :]
-    elif "@" in rest and ((colon and not port.isdecimal()) or re.search(":.*@", rest[len(place) :])):
-        return f"***{after}"
+    rest = rest[_place(rest).rfind("@") + 1 :]
+    place = _place(rest)
+    _, colon, port = re.sub(r"\[[^\]]*\]", "", place).rpartition(":")
+    if "@" in rest and ((colon and not port.isdecimal()) or re.search(":.*@", rest[len(place) :])):
+        return f"***{after}"  # a login with a / ? or # in it
     kept, sign, _ = rest.partition("?")
     path, _, fragment = kept.partition("#")
     if "=" in fragment:
         return path + after
     return kept + after if sign else kept
+
+
+def _place(rest: str) -> str:
+    """Login, host and port."""
+    return re.split(r"[/?#]", rest, maxsplit=1)[0]
 
 
 def printable(text: str) -> str:

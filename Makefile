@@ -83,7 +83,7 @@ coverage: $(VENV)/installed
 mutants: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --group mutants
 	rm -rf mutants
-	TMPDIR=$$(test -w /dev/shm && mktemp -d -p /dev/shm || mktemp -d) OMP_NUM_THREADS=1 $(BIN)/mutmut run > mutants.log
+	TMPDIR=$$(test -w /dev/shm && mktemp -d -p /dev/shm || mktemp -d) OMP_NUM_THREADS=1 timeout 3h $(BIN)/mutmut run > mutants.log
 	$(BIN)/python tests/mutants.py
 
 # One of the paper's analyses on the finished cache: make analysis-ratio, analysis-donors, ... (presets/analyses).

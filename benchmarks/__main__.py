@@ -9,7 +9,16 @@ import sys
 import tempfile
 from pathlib import Path
 
-NEED_DATA = {"read": True, "write": True, "epoch": True, "extract": True, "stack": False, "remote": True, "scale": True}
+NEED_DATA = {
+    "read": True,
+    "write": True,
+    "epoch": True,
+    "extract": True,
+    "stack": False,
+    "remote": True,
+    "scale": True,
+    "long": True,
+}
 
 
 def main() -> None:

@@ -82,6 +82,7 @@ def write_synthetic(
     row_bytes = int(np.prod(shape)) * (4 if dtype == "float32" else 2)
     chunk_rows = chunk_rows_for(row_bytes)
     settings = {"rows": rows, "map": list(shape), "classes": classes, "imbalance": imbalance, "seed": seed}
+    counts = class_counts(rows - rows // TEST_SHARE, classes, imbalance).tolist()
     spec = CacheSpec(
         rows=rows,
         maps=(shape,) * experts,
@@ -89,7 +90,8 @@ def write_synthetic(
         codec=codec,
         chunk_rows=chunk_rows,
         shard_rows=shard_rows_for(row_bytes, chunk_rows, shard_bytes),
-        fingerprint_inputs={"synthetic": settings},
+        fingerprint_inputs={"synthetic": settings, "backbone": {"weights": "none"}},
+        provenance={"classes": [f"class {j}" for j in range(classes)], "counts": counts},
     )
     with Staging(out) as staging:
         writer = CacheWriter(staging, spec, row_table(rows, classes, imbalance), {"numpy": np.__version__})

@@ -24,15 +24,15 @@ def test_every_wanted_row_and_every_chunk_once(gather):
     assert (plan.chunks[plan.which] * chunk_rows + plan.within).tolist() == gather[0]
 
 
-@given(gathers, st.data())
-def test_leads_and_repeats_of_any_part(gather, data):
+@given(gathers)
+def test_leads_and_repeats_of_any_part(gather):
     """A chunk's first wanted row gets the chunk's bytes; each later one is named with it, as numbers of Python."""
     plan = plan_rows(np.array(gather[0], np.int64), gather[1])
     served = [plan.order[a:b].tolist() for a, b in pairwise(plan.bounds)]
     assert plan.leads().tolist() == [rows[0] for rows in served]
-    first = data.draw(st.integers(0, len(served)))
-    last = data.draw(st.integers(first, len(served)))
-    assert plan.repeats(first, last) == [(row, rows[0]) for rows in served[first:last] for row in rows[1:]]
+    count = len(served)
+    for first, last in [(0, count), (count // 3, count - count // 4), (count, count), *pairwise(range(count))]:
+        assert plan.repeats(first, last) == [(row, rows[0]) for rows in served[first:last] for row in rows[1:]]
 
 
 def test_one_row_and_no_row():
@@ -98,6 +98,8 @@ def test_units_hold_every_chunk_once_and_stay_in_their_shard(chunks, unit_bytes,
     for unit in units(shards, offsets, sizes, unit_bytes=unit_bytes, max_gap=max_gap):
         assert [run.first for run in unit.runs] + [unit.last] == [unit.first] + [run.last for run in unit.runs]
         assert sizes[unit.first + 1 : unit.last].sum() < unit_bytes
+        for before, after in pairwise(unit.runs):  # apart by more than the gap that is bridged, or out of order
+            assert not 0 <= after.start - before.stop <= max_gap
         for run in unit.runs:
             assert set(shards[run.first : run.last]) == {unit.shard}
             for j in range(run.first, run.last):
@@ -127,6 +129,8 @@ def test_portions_hold_every_chunk_once_and_keep_their_bounds(sizes, steps, port
     for first, last in found:
         assert len(set(shards[first:last])) <= max_shards
         assert sum(sizes[first + 1 : last]) < portion_bytes  # all but one chunk fit
+    # No smaller than the bounds ask for.
+    assert len(found) <= 1 + sum(sizes) // portion_bytes + (len(set(shards)) - 1) // max_shards
 
 
 def test_no_portions_of_nothing():

@@ -81,11 +81,9 @@ def prepare(page: str, plugins: Path) -> None:
 
 def stands_for(command: str, folder: Path, python: str) -> str:
     """The command with what its capital letters and paths of another machine stand for."""
-    if command.startswith("h2t prepare OUT"):  # the page's line of parameters
-        command += " --set prepare.dataset=stripes --set 'prepare.options={images: 40}'"
-        command += (
-            " --set prepare.imbalance.ratio=4 --set prepare.test_per_class=10 --set prepare.validation_per_class=2"
-        )
+    if command.startswith("h2t prepare OUT"):  # the page's line of parameters, and few enough images to hold out
+        command += " --set prepare.dataset=stripes --set 'prepare.options={images: 40}' --set prepare.imbalance.ratio=4"
+        command += " --set prepare.test_per_class=10 --set prepare.validation_per_class=2"
     if command == "make format":  # it has nothing to mend
         command += " && git diff --exit-code --stat -- '*.py' dvc.yaml"
     if command.startswith("make repro"):
@@ -135,7 +133,8 @@ def follow(folder: Path, python: str, only: str) -> int:
             continue
         prepare(page, folder / "plugins")
         typed = stands_for(command, folder, python)
-        passed, seconds = run(typed, clone, log, H2T_PLUGINS=str(folder / "plugins") if "adding" in page else "")
+        own = {"H2T_PLUGINS": str(folder / "plugins")} if "adding" in page else {}
+        passed, seconds = run(typed, clone, log, **own)
         say(f"{'ok  ' if passed else 'FAIL'} {seconds:7.1f} s  {page:26} {command.splitlines()[0]}")
         failed += not passed
         if command.startswith("make repro"):

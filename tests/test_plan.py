@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cache.plan import coalesce, plan_rows, portions, units
@@ -25,13 +25,14 @@ def test_every_wanted_row_and_every_chunk_once(gather):
 
 
 @given(gathers)
+@example(([0, 1, 1, 1], 1))
 def test_leads_and_repeats_of_any_part(gather):
     """A chunk's first wanted row gets the chunk's bytes; each later one is named with it, as numbers of Python."""
     plan = plan_rows(np.array(gather[0], np.int64), gather[1])
     served = [plan.order[a:b].tolist() for a, b in pairwise(plan.bounds)]
     assert plan.leads().tolist() == [rows[0] for rows in served]
     count = len(served)
-    for first, last in [(0, count), (count // 3, count - count // 4), (count, count), *pairwise(range(count))]:
+    for first, last in [(0, count), (count // 3, count - count // 4), (count, count), *pairwise(range(count + 1))]:
         assert plan.repeats(first, last) == [(row, rows[0]) for rows in served[first:last] for row in rows[1:]]
 
 
@@ -102,6 +103,8 @@ def test_units_hold_every_chunk_once_and_stay_in_their_shard(chunks, unit_bytes,
             assert not 0 <= after.start - before.stop <= max_gap
         for run in unit.runs:
             assert set(shards[run.first : run.last]) == {unit.shard}
+            gaps = offsets[run.first + 1 : run.last] - (offsets + sizes)[run.first : run.last - 1]
+            assert ((gaps >= 0) & (gaps <= max_gap)).all()
             for j in range(run.first, run.last):
                 assert run.start <= offsets[j]
                 assert offsets[j] + sizes[j] <= run.stop

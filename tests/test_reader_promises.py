@@ -344,3 +344,11 @@ def test_a_pickled_cache_keeps_what_it_has_yet_to_check(cache_dir):
             with pytest.raises(CacheError, match="181 bytes"):
                 again.read([4])
             assert again.read([0]).shape == (1, 3, 2, 2)
+
+
+def test_a_size_is_checked_once(cache_dir):
+    make_cache(cache_dir)
+    with open_cache(cache_dir) as cache:
+        cache.unchecked = {f"maps.zarr/expert_0/c.{i}.0.0.0" for i in (1, 2)}
+        cache.read([0, 4])
+        assert cache.unchecked == {"maps.zarr/expert_0/c.2.0.0.0"}

@@ -72,7 +72,10 @@ def one_line(text: str) -> str:
 
 def secrets_in(url: str) -> set[str]:
     """What in `url` must not be repeated, however a library words it: password, token, values of the query."""
-    parts = urlsplit(url.removeprefix("dvc+"))
+    try:
+        parts = urlsplit(url.removeprefix("dvc+"))
+    except ValueError:  # whose own words quote what stands in brackets, which may be a password
+        raise ValueError(f"{redacted(url)}: not a URL; write [ and ] of a login as %5B and %5D") from None
     texts = (parts.query, parts.fragment, parts.fragment.partition("?")[2])
     found = {value for text in texts for _, value in parse_qsl(text)}
     if parts.password:

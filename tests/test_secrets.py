@@ -30,6 +30,7 @@ URLS = [
     f"http://127.0.0.1:1/c?a=1&X-Amz-Signature=({SECRET})",
     f"nosuch://ann:{SECRET}@host/c?token={SECRET}",
     f"nosuch://host/c?sig='{SECRET}'",
+    f"http://ann[{SECRET}:x]y@127.0.0.1:1/c",
     f"dvc+http://ann:{SECRET}@127.0.0.1:1/lab.git@v1#data/extract/b",
     f"dvc+nosuch://127.0.0.1:1/lab.git?token={SECRET}#data/extract/b",
 ]

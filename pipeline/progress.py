@@ -6,6 +6,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+# A thread less: one that finds no memory at its start makes Python wait for it for ever.
+tqdm.monitor_interval = 0
+
 
 def progress(items: Iterable[Any] | None, what: str, *, unit: str, total: int | None = None, **more: Any) -> Any:
     """A tqdm bar over `items` (or to be updated by hand, for None) that appears after a second."""

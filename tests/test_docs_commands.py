@@ -50,7 +50,12 @@ BY_BLOCK = {"docs/sharing.md": "tests/test_docs_sharing.py::test_sharing"}
 ELSEWHERE = {
     ".ci/run": ("make test", "make check", "make audit"),
     "tests/stranger.py": ("make stranger",),
-    "tests/faults/test_kills.py::test_kills_lose_one_shard_at_most_and_never_a_byte": ("make faults",),
+    "tests/faults/test_kills.py::test_kills_lose_one_shard_at_most_and_never_a_byte": (
+        "make faults",
+        "python tests/faults/kill.py --seed 20261124",
+    ),
+    "tests/test_faults.py::test_twenty_faults_do_no_harm": ("python tests/faults/campaign.py --seed 20261124",),
+    "Makefile": ("python tests/faults/repro.py --runs 1 --seed 1",),  # make faults
     "tests/fuzz/test_fuzz.py::test_nothing_is_found": ("make fuzz",),
     "tests/test_bench_epoch.py::test_epoch_benchmark": ("python -m benchmarks.bench_epoch --data DIR",),
     "tests/test_bench_epoch.py::test_extraction_benchmark": ("python -m benchmarks.bench_extract --data DIR",),

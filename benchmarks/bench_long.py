@@ -27,6 +27,7 @@ from benchmarks.epoch_run import memory, quiet
 from benchmarks.measure import arguments, machine, save, table
 from benchmarks.synthetic import write_synthetic
 from cache.reader import THREADS, open_cache
+from pipeline import residency
 from pipeline.residency import Feed, Step
 from pipeline.stages import train_classifier
 
@@ -94,17 +95,15 @@ def long_run(folder: Path, epochs: int, tiny: bool) -> dict[str, Any]:
             "grid": {"ratio": [0.0, 0.3], "seed": [0]},
         }
     )
-    residency = train_classifier.Residency(memory_bytes=budget, pooled=False)
+    settings = residency.Residency(memory_bytes=budget, pooled=False)
     Watched.samples = []
-    train_classifier.Feed = Watched  # type: ignore[misc]
+    residency.Feed = Watched  # type: ignore[misc]
     try:
         with open_cache(maps) as cache:
             out = folder / "heads"
-            summary = train_classifier.run(
-                host, residency, "long", cache, Path("none"), torch.device("cpu"), out, quiet
-            )
+            summary = train_classifier.run(host, settings, "long", cache, Path("none"), torch.device("cpu"), out, quiet)
     finally:
-        train_classifier.Feed = Feed  # type: ignore[misc]
+        residency.Feed = Feed  # type: ignore[misc]
     shutil.rmtree(folder / "heads")
     shutil.rmtree(maps)
     return {

@@ -69,7 +69,8 @@ audit: $(VENV)/installed
 # The tests again, counting lines, those of child processes too: at least 95 % of cache/ and 90 % of pipeline/.
 coverage: $(VENV)/installed
 	rm -f .coverage .coverage.*
-	$(BIN)/coverage run -m pytest $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(TESTS)
+	find . -maxdepth 1 -name '.coverage.*' -size -100c -delete    # what a test killed while it was written
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --include='cache/*'
 	$(BIN)/coverage report --include='pipeline/*'

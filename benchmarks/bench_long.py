@@ -100,6 +100,7 @@ def long_run(folder: Path, epochs: int, tiny: bool) -> dict[str, Any]:
     residency.Feed = Watched  # type: ignore[misc]
     try:
         with open_cache(maps) as cache:
+            cache.read(np.arange(rows))  # starts the threads of the reader, which wait for their first large gather
             out = folder / "heads"
             summary = train_classifier.run(host, settings, "long", cache, Path("none"), torch.device("cpu"), out, quiet)
     finally:

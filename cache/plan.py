@@ -132,11 +132,15 @@ def units(
 def portions(shards: np.ndarray, sizes: np.ndarray, *, portion_bytes: int, max_shards: int) -> list[tuple[int, int]]:
     """Chunks in order, in portions `first` to `last` (exclusive) of about `portion_bytes` and at most `max_shards`.
 
-    `shards`, `sizes` int64 (m,), sorted by shard; a portion holds at least one chunk.
+    `shards`, `sizes` int64 (m,), sorted by shard. A portion holds at least one chunk; portions are about alike, so that
+    those who share them out are done together.
     """
     if not len(shards):
         return []
-    part = np.cumsum(sizes) // portion_bytes
+    ends = np.cumsum(sizes)
+    count = max(1, -(-ends[-1] // portion_bytes))
+    alike = max(1, -(-ends[-1] // count))
+    part = (ends - 1) // alike
     files = np.cumsum(np.diff(shards, prepend=shards[0]) != 0) // max_shards
     first = np.flatnonzero(np.append(True, (part[1:] != part[:-1]) | (files[1:] != files[:-1])))
     return list(zip(first.tolist(), [*first[1:].tolist(), len(shards)], strict=True))

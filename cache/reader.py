@@ -85,8 +85,7 @@ class Cache:
             self._sizes = np.zeros((self.experts, chunks), np.int64)
         except (MemoryError, ValueError):  # of a store that does not tell the sizes of its files
             raise CacheError("full", f"{files}: no memory to keep track of {chunks} chunks") from None
-        self._pool = ThreadPoolExecutor(THREADS, "cache-read")
-        self._process = os.getpid()
+        self._start_pool()
 
     def __reduce__(self) -> tuple[Callable[..., "Cache"], tuple[Any, ...]]:
         return _reopened, (self.files, self.commit, self.unchecked)
@@ -230,9 +229,13 @@ class Cache:
 
     def _after_fork(self) -> None:
         """In a forked child: the pool's threads and whatever they held stayed behind."""
-        self._pool = ThreadPoolExecutor(THREADS, "cache-read")
-        self._process = os.getpid()
+        self._start_pool()
         self.files.after_fork()
+
+    def _start_pool(self) -> None:
+        """Threads beside that of the caller, which works too."""
+        self._pool = ThreadPoolExecutor(max(1, THREADS - 1), "cache-read")
+        self._process = os.getpid()
 
     def _share_out(self, job: Callable[[T], None], work: Sequence[T], *, alone: bool = False) -> None:
         """`job` for every piece of `work`, by the threads of the pool unless it is better done `alone`."""

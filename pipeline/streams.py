@@ -86,6 +86,7 @@ class Streams:
         self.batch_size = batch_size
         self.receivers = sample_rows(rows, "train", receiver_statistics)
         self._donors = {d: sample_rows(rows, "train", s) for d, s in donor_statistics.items()}
+        self._laws = {sampler: plugins.load("samplers", sampler) for sampler in (receiver, *donor_statistics)}
         self.index: ClassIndex = class_index(self.receivers.labels, class_names)
         self.samples = self.index.samples
         self.steps = -(-self.samples // batch_size)
@@ -115,9 +116,9 @@ class Streams:
         self, seed: int, branch: str, sampler: str, table: SampleRows, epoch: int, step: int, size: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """Rows and the sample positions they belong to."""
-        law = plugins.load("samplers", sampler)
         # Always a whole batch, cut at the epoch's end: laws count in whole batches.
-        positions = law.draw(self.index, _named_streams(seed, branch, sampler), epoch, step, self.batch_size)[:size]
+        streams = _named_streams(seed, branch, sampler)
+        positions = self._laws[sampler].draw(self.index, streams, epoch, step, self.batch_size)[:size]
         rows = table.first[positions]
         views = table.views[positions]
         if (views > 1).any():

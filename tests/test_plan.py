@@ -136,6 +136,13 @@ def test_portions_hold_every_chunk_once_and_keep_their_bounds(sizes, steps, port
     assert len(found) <= 1 + sum(sizes) // portion_bytes + (len(set(shards)) - 1) // max_shards
 
 
+def test_portions_are_alike():
+    """Not a full one and a crumb, for which another thread would be woken."""
+    one_shard = np.zeros(129, np.int64)
+    assert portions(one_shard, one_shard + 8, portion_bytes=1024, max_shards=1) == [(0, 64), (64, 129)]
+    assert portions(one_shard[:128], one_shard[:128] + 8, portion_bytes=1024, max_shards=1) == [(0, 128)]
+
+
 def test_no_portions_of_nothing():
     none = np.empty(0, np.int64)
     assert portions(none, none, portion_bytes=1, max_shards=1) == []

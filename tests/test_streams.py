@@ -189,3 +189,19 @@ def test_all_rows_are_listed_once_and_every_batch_stays_within():
     assert set(column(rows, "split", listed)) == {"train"}
     receivers, _, donors = whole_epoch(streams)
     assert set(receivers.ravel()) | set(donors.ravel()) <= set(listed)
+
+
+def test_samplers_are_loaded_once_and_not_at_every_draw(tmp_path, monkeypatch):
+    """A look at the disk for each draw makes Python's table of interned path parts grow over thousands of steps."""
+    monkeypatch.setenv("H2T_PLUGINS", str(tmp_path))
+    plugin = tmp_path / "samplers" / "first.py"
+    plugin.parent.mkdir()
+    plugin.write_text(
+        "import numpy as np\n\ndef draw(index, streams, epoch, step, size):\n    return np.zeros(size, int)\n"
+    )
+    rows = make_stage2_rows()
+    first = min(column(rows, "sample", np.array(rows["split"]) == "train"))
+    streams = make_streams(rows, donor_statistics={"first": "instance"})
+    plugin.unlink()
+    donors = whole_epoch(streams)[2]
+    assert set(column(rows, "sample", donors.ravel())) == {first}

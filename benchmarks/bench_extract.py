@@ -1,6 +1,7 @@
 """Extraction (images to a committed cache) against the bare forward pass over the same images, on the same device.
 
     python -m benchmarks.bench_extract --data DIR
+    python -m benchmarks.bench_extract --data DIR --device cuda --arch resnet50 --size 224 --precision bf16
 
 Turns alternate. Ours is `extract.run`, all of it: decoding ahead, batches, forward pass, conversion, crc, writing,
 fsync, commit. Bare is the backbone alone on batches that lie ready in memory. `spent` is what single parts take alone.
@@ -24,6 +25,7 @@ from pipeline import plugins
 from pipeline.checkpoints import save_weights
 from pipeline.images import Images, Transform
 from pipeline.network import load_backbone
+from pipeline.precision import computing
 from pipeline.samples import Samples
 from pipeline.stages import extract
 
@@ -31,16 +33,17 @@ WANTED = 0.9  # of the bare forward pass's images per second
 ARCH = "resnet32"
 ROWS, TINY_ROWS = 16384, 160  # enough that starting and committing do not count
 SIZE = 32
+READY = 128  # batches in memory for the bare pass, which begins again with the first
 
 
 def quiet(line: str) -> None:
     """Takes what extraction says."""
 
 
-def inputs(folder: Path, rows: int) -> tuple[Samples, Images, Path]:
+def inputs(folder: Path, rows: int, arch: str, size: int) -> tuple[Samples, Images, Path]:
     """Random images as samples of ten classes, half for training, and a backbone with random weights."""
     mean = [0.5, 0.5, 0.5]
-    transform = Transform(size=SIZE, mean=mean, std=mean)
+    transform = Transform(size=size, mean=mean, std=mean)
     half = rows // 2
     sources = [f"{i:06}" for i in range(rows)]
     table = pa.table(
@@ -59,17 +62,17 @@ def inputs(folder: Path, rows: int) -> tuple[Samples, Images, Path]:
         "dataset": "synthetic",
         "transform": transform.model_dump(),
     }
-    pixels = np.random.default_rng(0).integers(0, 256, (64, SIZE, SIZE, 3), np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (64, size, size, 3), np.uint8)
 
     def decoder(data: bytes) -> np.ndarray:
         image: np.ndarray = pixels[int(data) % len(pixels)]
         return image
 
     images = Images(sources, str.encode, decoder, transform)
-    module = plugins.load("backbones", ARCH)
+    module = plugins.load("backbones", arch)
     torch.manual_seed(0)
     backbone = module.build(module.Options())
-    about = {"arch": ARCH, "options": {}, "channels": backbone.channels, "experts": 1}
+    about = {"arch": arch, "options": {}, "channels": backbone.channels, "experts": 1}
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(folder / "backbone.safetensors", backbone.state_dict(), about)
     return Samples(table, facts), images, folder
@@ -85,22 +88,32 @@ def seconds(call: Callable[[], object]) -> tuple[float, float]:
 def main(given: Sequence[str] | None = None) -> None:
     parser = arguments("bench_extract", __doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--arch", default=ARCH)
+    parser.add_argument("--size", type=int, default=SIZE, help="of the images, pixels")
+    parser.add_argument("--precision", default="float32", help="float32, bf16 or fp16")
+    parser.add_argument("--images", type=int, default=ROWS)
     parser.set_defaults(rounds=5)
     options = parser.parse_args(given)
     about = machine()
-    rows, rounds = (TINY_ROWS, 2) if options.tiny else (ROWS, options.rounds)
+    rows, rounds = (TINY_ROWS, 2) if options.tiny else (options.images, options.rounds)
     device = devices.choose(options.device)
-    samples, images, folder = inputs(options.data / "backbone", rows)
-    params = extract.Params(batchnorm=["stage1"], batch_size=32 if options.tiny else 128, shard_bytes=16 * 2**20)
+    samples, images, folder = inputs(options.data / "backbone", rows, options.arch, options.size)
+    params = extract.Params(
+        batchnorm=["stage1"],
+        batch_size=32 if options.tiny else 128,
+        shard_bytes=16 * 2**20,
+        precision=options.precision,
+    )
     numbers = [list(range(i, min(i + params.batch_size, rows))) for i in range(0, rows, params.batch_size)]
-    batches = [images.batch(some, [None] * len(some)).to(device) for some in numbers]
+    lying_ready = [images.batch(some, [None] * len(some)).to(device) for some in numbers[:READY]]
     backbone, _ = load_backbone(folder)
     backbone.to(device)
 
     @torch.no_grad()
     def bare() -> None:
-        for batch in batches:
-            backbone(batch)
+        with computing(device, params.precision):
+            for i in range(len(numbers)):
+                backbone(lying_ready[i % READY])
         if device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -128,7 +141,8 @@ def main(given: Sequence[str] | None = None) -> None:
         "machine": {**about, "versions": {**about["versions"], "torch": version("torch")}},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
-        "case": f"{rows} images {SIZE}x{SIZE}, {ARCH}, float32, batches of {params.batch_size}",
+        "case": f"{rows} images {options.size}x{options.size}, {options.arch}, {params.precision}, "
+        f"batches of {params.batch_size}",
         "images_per_second": {name: rows / statistics.median(t for t, _ in times) for name, times in found.items()},
         "seconds": {name: [t for t, _ in times] for name, times in found.items()},
         "cpu_seconds": {name: [t for _, t in times] for name, times in found.items()},

@@ -14,7 +14,8 @@ from pipeline.errors import UserError
 from pipeline.head import global_average
 from pipeline.params import build
 
-BLOCK_BYTES = 8 * 1024**2  # maps that are pooled are read in blocks of about this size
+CPU = torch.device("cpu")
+BLOCK_BYTES = 8 * 1024**2  # maps that are pooled or go to a GPU are read in blocks of about this size
 
 Pooling = Callable[[torch.Tensor], torch.Tensor]
 
@@ -51,6 +52,12 @@ def to_tensor(maps: np.ndarray, dtype: str) -> torch.Tensor:
     return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
 
 
+def to_array(tensor: torch.Tensor) -> np.ndarray:
+    """A tensor on the CPU as the array that a cache stores; the same memory."""
+    found: np.ndarray = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return found
+
+
 class FeatureReader:
     """Reads features of rows: maps as stored or, with `pooling` (channel-wise, without parameters), pooled to float32.
 
@@ -72,25 +79,31 @@ class FeatureReader:
         """Bytes of the features of one row, all experts."""
         return self.cache.experts * int(np.prod(self.shape)) * self.dtype.itemsize
 
-    def read(self, rows: np.ndarray) -> torch.Tensor:
-        """Features of `rows` (n,), (E, n, C[, H, W])."""
+    def read(self, rows: np.ndarray, device: torch.device = CPU) -> torch.Tensor:
+        """Features of `rows` (n,), (E, n, C[, H, W]), on `device`; the last may still be on their way to a GPU."""
         cache, spec = self.cache, self.cache.spec
-        if self.pooling is None:  # straight into the result
-            maps = np.empty((cache.experts, len(rows), *self.shape), spec.stored_dtype)
-            for expert in range(cache.experts):
-                cache.read(rows, out=maps[expert], expert=expert)
-            out = to_tensor(maps, spec.dtype)
-        else:
-            out = torch.empty((cache.experts, len(rows), *self.shape), dtype=self.dtype)
-            for expert in range(cache.experts):
-                block = max(1, BLOCK_BYTES // spec.row_bytes(expert))
-                for first in range(0, len(rows), block):
-                    read = to_tensor(cache.read(rows[first : first + block], expert=expert), spec.dtype)
-                    out[expert, first : first + block] = self.pooling(read.to(torch.float32))
+        out = torch.empty((cache.experts, len(rows), *self.shape), dtype=self.dtype, device=device)
         chunks = np.unique(rows // spec.chunk_rows)
+        at_once = self.pooling is None and device.type == "cpu"  # straight into the result
         for expert in range(cache.experts):
+            block = max(1, len(rows) if at_once else BLOCK_BYTES // spec.row_bytes(expert))
+            for first in range(0, len(rows), block):
+                part = rows[first : first + block]
+                self._fill(out[expert, first : first + len(part)], part, expert)
             self.meter.bytes_read += int(cache.chunk_ranges(chunks, expert)[2].sum())
         return out
+
+    def _fill(self, into: torch.Tensor, rows: np.ndarray, expert: int) -> None:
+        """Features of `rows` into `into` (n, C[, H, W])."""
+        if self.pooling is not None:
+            read = to_tensor(self.cache.read(rows, expert=expert), self.cache.spec.dtype)
+            into.copy_(self.pooling(read.to(torch.float32)))
+        elif into.is_cuda:  # fetches from pinned memory by itself
+            staging = torch.empty(into.shape, dtype=into.dtype, pin_memory=True)
+            self.cache.read(rows, out=to_array(staging), expert=expert)
+            into.copy_(staging, non_blocking=True)
+        else:
+            self.cache.read(rows, out=to_array(into), expert=expert)
 
 
 class FeatureTable:

@@ -2,7 +2,8 @@
 
 Every tier gives the same batches with the same values; only time and memory differ. In the streaming tier a window of
 steps is planned, the rows it needs are read once, in the background, while the window before it trains. Class-balanced
-draws come back to the small classes again and again, so their rows stay in memory, as many as the budget allows.
+draws come back to the small classes again and again, so their rows stay in memory, as many as the budget allows. On a
+GPU windows and hot set lie there: each row goes over once a window, and batches are gathered where heads train.
 """
 
 from collections.abc import Callable, Generator, Iterator
@@ -15,7 +16,7 @@ import torch
 
 from cache.memory import available_memory
 from cache.prefetch import in_background
-from pipeline.features import FeatureReader, FeatureTable
+from pipeline.features import CPU, FeatureReader, FeatureTable
 from pipeline.params import Count, Section
 from pipeline.streams import Batch, Streams
 
@@ -126,9 +127,8 @@ class Feed:
             hot = f"hot set of {len(self._hot_rows)} rows, expected hit rate {share:.1f} %"
             say(f"residency: stream ({choice.reason}); windows of {self._window} steps, {hot}")
         else:
-            values = reader.read(streams.rows)
-            home = device if choice.tier == "device" else torch.device("cpu")
-            self._table = FeatureTable(streams.rows, values.to(home), dtype, device)
+            values = reader.read(streams.rows, device if choice.tier == "device" else CPU)
+            self._table = FeatureTable(streams.rows, values, dtype, device)
             say(f"residency: {choice.tier} ({choice.reason})")
 
     @property
@@ -172,19 +172,20 @@ class Feed:
         streams, row_bytes = self.streams, self.reader.row_bytes
         per_step = len(streams.seeds) * (1 + len(streams.donors)) * streams.batch_size * row_bytes
         self._window = int(max(1, min(MAX_WINDOW_STEPS, WINDOW_SHARE * budget // per_step)))
-        # A step's rows as the numbers that heads compute with, and once more fused: they lie where the heads are.
-        own = 2 * per_step * self.dtype.itemsize // self.reader.dtype.itemsize if self.device.type == "cpu" else 0
+        # A step's rows as the numbers that heads compute with, and once more fused.
+        own = 2 * per_step * self.dtype.itemsize // self.reader.dtype.itemsize
         own = min(own, int(OWN_SHARE * budget))
         left = max(0, min(int(HOT_SHARE * budget), budget - 2 * self._window * per_step - own))
         self._hot_rows, self.expected_hit_rate = hot_samples(streams, row_bytes, left)
-        self._hot = FeatureTable(self._hot_rows, self.reader.read(self._hot_rows), self.dtype, self.device)
+        values = self.reader.read(self._hot_rows, self.device)
+        self._hot = FeatureTable(self._hot_rows, values, self.dtype, self.device)
 
     def _stream(self, epoch: int, steps: range) -> Window:
         """The batches of a window and the features of their rows, each row once; hot rows are in memory already."""
         batches = [self.streams.batch(epoch, step) for step in steps]
         rows = np.unique(np.concatenate([part.ravel() for b in batches for part in (b.receivers, b.donors)]))
         rows = np.setdiff1d(rows, self._hot_rows, assume_unique=True)
-        values = self.reader.read(rows)
+        values = self.reader.read(rows, self.device)
         for batch in batches:
             self.meter.draws += batch.receivers.size
             self.meter.hits += int(np.isin(batch.receivers, self._hot_rows).sum())
@@ -194,8 +195,8 @@ class Feed:
 def open_feed(
     streams: Streams, reader: FeatureReader, settings: Residency, device: torch.device, say: Callable[[str], None]
 ) -> Feed:
-    """The batches with their features, in the tier that the budget allows."""
+    """The batches with their features, in the tier that the budget allows; what streams to a GPU has to fit it, too."""
     budget = settings.memory_bytes or available_memory() // 2
     free = int(torch.cuda.mem_get_info(device)[0] * 0.8) if device.type == "cuda" else 0
     choice = choose_tier(settings.residency, len(streams.rows) * reader.row_bytes, budget, free)
-    return Feed(streams, reader, choice, budget, device, say)
+    return Feed(streams, reader, choice, min(budget, free or budget), device, say)

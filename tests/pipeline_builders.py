@@ -241,13 +241,14 @@ def extracted(
     previous: Path | None = None,
     replace=False,
     anew=False,
+    device=CPU,
     **overrides,
 ):
     """Runs extract; returns its summary. `previous` is where the cache lies that `statistics_from` would name."""
     params = make_extract(**overrides)
     with open_cache(previous) if previous is not None else nullcontext() as kept:
         options = {"replace": replace, "previous": kept, "anew": anew}
-        return extract.run(params, "b", samples, images, backbone, seed, CPU, out, say, **options)
+        return extract.run(params, "b", samples, images, backbone, seed, device, out, say, **options)
 
 
 def make_host(**overrides) -> train_classifier.Params:
@@ -261,11 +262,13 @@ def make_host(**overrides) -> train_classifier.Params:
     return train_classifier.Params.model_validate({**values, **overrides})
 
 
-def fitted(out: Path, cache: Path, backbone: Path, *, say=silent, pooled=True, **overrides) -> dict[str, torch.Tensor]:
-    """Runs train_classifier; returns the stacked heads."""
-    residency = Residency(pooled=pooled)
+def fitted(
+    out: Path, cache: Path, backbone: Path, *, say=silent, pooled=True, device=CPU, residency=None, **overrides
+) -> dict[str, torch.Tensor]:
+    """Runs train_classifier; returns the stacked heads. `residency`: overrides of its section."""
+    settings = Residency(pooled=pooled, **(residency or {}))
     with open_cache(cache) as opened:
-        train_classifier.run(make_host(**overrides), residency, "dr", opened, backbone, CPU, out, say)
+        train_classifier.run(make_host(**overrides), settings, "dr", opened, backbone, device, out, say)
     return load_file(out / "heads.safetensors")
 
 

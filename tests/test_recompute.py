@@ -50,8 +50,8 @@ def test_maps_that_are_not_this_backbones_are_found(tmp_path, digits, backbone_d
     """As if batch norm had run in train mode during extraction: sound checksums, wrong values."""
     from pipeline.extraction import forward
 
-    original = forward.Work.forward
-    monkeypatch.setattr(forward.Work, "forward", lambda self, *a: [m * 1.01 for m in original(self, *a)])
+    original = forward.guarded_maps
+    monkeypatch.setattr(forward, "guarded_maps", lambda *a: [m * 1.01 for m in original(*a)])
     extracted(tmp_path / "c", *digits, backbone_dir)
     found = compared(tmp_path / "c", *digits, backbone_dir, 10)
     assert len(found.faults) == 10

@@ -1,7 +1,8 @@
 """Forward passes: rows into maps in the stored dtype, here or on the workers of a cluster.
 
 Every pass runs at exactly `batch_size` images, because at another size libraries sum in another order; at one size a
-row hangs on none of its neighbours. Images are decoded ahead in a thread of their own.
+row hangs on none of its neighbours. Images are decoded ahead in a thread of their own. On a GPU the next pass is
+launched before the maps of the last one have arrived; they are converted there, so that half as many bytes come over.
 """
 
 import time
@@ -49,12 +50,46 @@ def settings(batch_size: int, precision: Precision, device: torch.device) -> dic
 class Passes:
     """What forward passes took: `images` through them, those that fill up a batch included, and seconds.
 
-    `cpu` is the processor time of the whole process meanwhile, so the decoding of the next images counts in it.
+    `cpu` is the processor time of the whole process meanwhile, so the decoding of the next images counts in it. On a
+    GPU `seconds` are its own, from the images' copy to that of the maps, and `cpu` is what launching took.
     """
 
     images: int = 0
     seconds: float = 0.0
     cpu: float = 0.0
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A forward pass that may still run: its `maps` as computed, and as they are `kept`, in the storage dtype.
+
+    On a GPU `kept` and `finite` are on their way to pinned memory, and there once `done` has happened.
+    """
+
+    maps: list[torch.Tensor]
+    kept: list[torch.Tensor]
+    finite: torch.Tensor
+    started: torch.cuda.Event | None = None
+    done: torch.cuda.Event | None = None
+
+    def landed(self, passes: Passes) -> list[np.ndarray]:
+        """Waits for the maps, an array per expert. Raises UserError for values that the storage dtype cannot hold."""
+        if self.started is not None and self.done is not None:
+            self.done.synchronize()
+            passes.seconds += self.started.elapsed_time(self.done) / 1000
+        if not self.finite:
+            raise self._unfit()
+        return [(m.view(torch.uint16) if m.dtype == torch.bfloat16 else m).numpy() for m in self.kept]
+
+    def _unfit(self) -> UserError:
+        if not all(m.isfinite().all() for m in self.maps):
+            return UserError("extract: the backbone gave NaN or infinity; check its weights and the images")
+        dtype, largest = self.kept[0].dtype, max(float(m.abs().max()) for m in self.maps)
+        name = str(dtype).removeprefix("torch.")
+        return UserError(
+            f"extract.dtype: {name} holds values up to {torch.finfo(dtype).max:g}; "
+            f"got {largest:.0f}; use bfloat16 or float32"
+        )
 
 
 @dataclass(frozen=True)
@@ -87,30 +122,30 @@ class Work:
         keys = [None if view == 0 else (self.seed, view) for view in views]
         missing = self.batch_size - len(samples)
         batch = self.images.batch(samples, keys)
-        return torch.cat([batch, batch[-1:].expand(missing, -1, -1, -1)]) if missing else batch
+        if missing:
+            batch = torch.cat([batch, batch[-1:].expand(missing, -1, -1, -1)])
+        return batch.pin_memory() if self.device.type == "cuda" else batch
 
     @torch.no_grad()
-    def forward(self, x: torch.Tensor, statistics: str, count: int) -> list[torch.Tensor]:
-        """Maps of the first `count` images, float32 on the CPU, one tensor per expert."""
-        batchnorm.use(self.backbone, self.statistics[statistics])
-        started, used = time.perf_counter(), time.process_time()
-        maps = [m[:count].cpu() for m in guarded_maps(self.backbone, x.to(self.device), self.precision)]
-        self.passes.images += len(x)
-        self.passes.seconds += time.perf_counter() - started
-        self.passes.cpu += time.process_time() - used
-        return maps
+    def launch(self, x: torch.Tensor, count: int) -> Launched:
+        """Starts the forward pass of the images `x`, of which the first `count` are wanted; on the CPU it is done then.
 
-    def stored(self, maps: torch.Tensor) -> np.ndarray:
-        """Maps in the storage dtype. Raises UserError for values it cannot hold."""
-        kept = maps.to(DTYPES[self.dtype])
-        if not torch.isfinite(kept).all():
-            if not torch.isfinite(maps).all():
-                raise UserError("extract: the backbone gave NaN or infinity; check its weights and the images")
-            raise UserError(
-                f"extract.dtype: {self.dtype} holds values up to {torch.finfo(kept.dtype).max:g}; "
-                f"got {float(maps.abs().max()):.0f}; use bfloat16 or float32"
-            )
-        return (kept.view(torch.uint16) if self.dtype == "bfloat16" else kept).numpy()
+        The backbone's batch-norm statistics are those in place.
+        """
+        cuda = self.device.type == "cuda"
+        clock, used = time.perf_counter(), time.process_time()
+        started = _event(self.device) if cuda else None
+        found = guarded_maps(self.backbone, x.to(self.device, non_blocking=True), self.precision)
+        self.passes.images += len(x)
+        self.passes.seconds += 0 if cuda else time.perf_counter() - clock
+        self.passes.cpu += time.process_time() - used
+        maps = [m[:count] for m in found]
+        kept = [m.to(DTYPES[self.dtype]) for m in maps]
+        finite = torch.stack([m.isfinite().all() for m in kept]).all()
+        if cuda:
+            kept, finite = [_pinned(m) for m in kept], _pinned(finite)
+        done = _event(self.device) if cuda else None
+        return Launched(maps, kept, finite, started, done)
 
 
 @dataclass(frozen=True)
@@ -198,6 +233,8 @@ def computed(
 def _forwarded(work: Work, groups: Iterable[np.ndarray]) -> Iterator[list[np.ndarray]]:
     """Maps of every batch, an array per expert. Forward passes in this thread; images are decoded in another."""
     batches = (batch for numbers in groups for batch in work.batches(numbers))
+    in_place: str | None = None
+    flying: Launched | None = None
     with ThreadPoolExecutor(1, "decode-ahead") as decoder:
         ahead: deque[tuple[str, int, Future[torch.Tensor]]] = deque()
         while True:
@@ -207,4 +244,24 @@ def _forwarded(work: Work, groups: Iterable[np.ndarray]) -> Iterator[list[np.nda
             if not ahead:
                 break
             statistics, count, decoded = ahead.popleft()
-            yield [work.stored(maps) for maps in work.forward(decoded.result(), statistics, count)]
+            x = decoded.result()
+            if statistics != in_place:
+                batchnorm.use(work.backbone, work.statistics[statistics])
+                in_place = statistics
+            last, flying = flying, work.launch(x, count)
+            if last is not None:
+                yield last.landed(work.passes)
+        if flying is not None:
+            yield flying.landed(work.passes)
+
+
+def _event(device: torch.device) -> torch.cuda.Event:
+    """A point in the work of a GPU, with its time."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _pinned(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in pinned memory, under way."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

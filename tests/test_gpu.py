@@ -1,0 +1,111 @@
+"""What only a GPU shows; skipped without one. Results are compared with those of the CPU, which other tests check."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from pipeline_builders import distance, extracted, fitted, write_params
+from pipeline_builders import h2t as command
+
+from cache.reader import open_cache
+from pipeline import device as devices
+from pipeline.checkpoints import load_weights, save_weights
+from pipeline.errors import UserError
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+DEVICE = "cuda"
+DTYPES = {"float16": 2e-3, "bfloat16": 2e-2, "float32": 1e-4}  # allowed differences: roundings, other sums
+
+
+@pytest.fixture(scope="module")
+def device():
+    return devices.choose(DEVICE)
+
+
+def maps_of(path) -> torch.Tensor:
+    """All maps of a cache, float32."""
+    with open_cache(path) as cache:
+        found = torch.from_numpy(cache.read(np.arange(cache.spec.rows)))
+        return (found.view(torch.bfloat16) if cache.spec.dtype == "bfloat16" else found).float()
+
+
+def spoilt(folder, backbone_dir, scale: float):
+    """The backbone with maps that are larger by `scale`."""
+    state, about = load_weights(backbone_dir / "backbone.safetensors")
+    state["layer3.2.bn2.weight"].fill_(scale)
+    shutil.copytree(backbone_dir, folder)
+    save_weights(folder / "backbone.safetensors", state, about)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_maps_are_those_of_the_cpu(tmp_path, digits, backbone_dir, device, dtype):
+    """Statistics from one cache, so that both forward passes see the same ones."""
+    extracted(tmp_path / "cpu", *digits, backbone_dir, dtype=dtype)
+    found = []
+    for name in ("gpu", "again"):
+        previous = {"previous": tmp_path / "cpu", "anew": True}
+        summary = extracted(tmp_path / name, *digits, backbone_dir, dtype=dtype, device=device, **previous)
+        assert summary.forwarded == summary.rows
+        assert summary.forward_seconds > 0
+        found.append(maps_of(tmp_path / name))
+    assert distance(found[0], maps_of(tmp_path / "cpu")) < DTYPES[dtype]
+    assert distance(found[1], found[0]) < DTYPES[dtype] / 10
+
+
+def test_what_the_storage_cannot_hold_is_refused(tmp_path, digits, backbone_dir, device):
+    backbone = spoilt(tmp_path / "b", backbone_dir, 1e5)
+    with pytest.raises(UserError, match=r"^extract\.dtype: float16 holds values up to 65504; got \d+; use bfloat16"):
+        extracted(tmp_path / "c", *digits, backbone, batchnorm=["stage1"], dtype="float16", device=device)
+    assert not (tmp_path / "c").exists()
+
+
+def test_half_precision_leaves_no_gap(tmp_path, digits, backbone_dir, device):
+    extracted(tmp_path / "cpu", *digits, backbone_dir, batchnorm=["stage1"])
+    for precision, bound in (("bf16", 0.05), ("fp16", 0.01)):
+        extracted(tmp_path / precision, *digits, backbone_dir, batchnorm=["stage1"], precision=precision, device=device)
+        found = maps_of(tmp_path / precision)
+        assert found.isfinite().all()
+        assert 0 < distance(found, maps_of(tmp_path / "cpu")) < bound
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_heads_of_every_tier_are_those_of_the_cpu(tmp_path, digits_cache, backbone_dir, device, pooled):
+    expected = fitted(tmp_path / "cpu", digits_cache, backbone_dir, pooled=pooled)
+    with open_cache(digits_cache) as cache:
+        budget = cache.spec.value_bytes // (256 if pooled else 4)
+    for tier in ("device", "memory", "stream"):
+        said = []
+        settings = {"residency": tier, "memory_bytes": budget}
+        found = fitted(
+            tmp_path / tier,
+            digits_cache,
+            backbone_dir,
+            pooled=pooled,
+            device=device,
+            residency=settings,
+            say=said.append,
+        )
+        assert any(f"residency: {tier}" in line for line in said)
+        for name, heads in expected.items():
+            assert distance(found[name], heads) < 1e-3, (tier, name)
+
+
+def test_the_pipeline_from_end_to_end(tmp_path):
+    """Every stage that computes, on the GPU, by its command."""
+    write_params(tmp_path / "params.yaml", device=DEVICE)
+    for arguments in (
+        ("prepare", "prepare"),
+        ("train-backbone", "ce_mixup", "prepare", "b"),
+        ("extract", "ce_mixup", "prepare", "b", "c"),
+        ("train-classifier", "dr", "c", "b", "heads"),
+        ("evaluate", "dr", "c", "heads", "b", "evaluate/dr"),
+    ):
+        done = command(*arguments, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    done = command("cache", "verify", "c", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr

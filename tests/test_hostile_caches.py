@@ -6,6 +6,7 @@ Small random ones are in tests/fuzz; here stands one example of each kind, by th
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pytest
 from builders import make_cache, make_rows, make_spec, reseal, reseal_file, tree
 from click.testing import CliRunner
-from pipeline_builders import ROOT, environment, make_stage2_cache, write_params
+from pipeline_builders import ROOT, environment, make_samples, make_stage2_cache, write_params
 
 from cache import codecs, shard
 from cache.audit import verify
@@ -23,7 +24,7 @@ from cache.dvc_files import members
 from cache.errors import CacheError
 from cache.reader import open_cache
 from cache.rows import SCHEMA, from_bytes, to_bytes
-from cache.spec import ROWS
+from cache.spec import ROWS, canonical_json, sha256
 from pipeline.cli import main
 
 
@@ -323,6 +324,17 @@ def test_an_md5_in_a_list_of_dvc_is_an_md5(listing):
 # Lies in what decides nothing for the reader, but something for stage II.
 
 
+def with_its_fingerprint(change):
+    """`change` to a record whose fingerprint is that of its inputs all the same."""
+
+    def whole(body):
+        change(body)
+        inputs = {"inputs": body["fingerprint_inputs"], "dtype": body["layout"]["dtype"]}
+        body["fingerprint"] = sha256(canonical_json(inputs))
+
+    return whole
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -339,19 +351,42 @@ def test_an_md5_in_a_list_of_dvc_is_an_md5(listing):
     ids=["none", "object", "numbers", "one", "count", "counts", "text", "list", "pool"],
 )
 def test_a_record_that_does_not_suit_stage_two(tmp_path, change):
-    from cache.spec import canonical_json, sha256
-
     cache = make_stage2_cache(tmp_path / "c", backbone="none", train=("stage1",), evaluation=("stage1",))
-
-    def whole(body):
-        change(body)
-        inputs = {"inputs": body["fingerprint_inputs"], "dtype": body["layout"]["dtype"]}
-        body["fingerprint"] = sha256(canonical_json(inputs))
-
-    reseal(cache, whole)
+    reseal(cache, with_its_fingerprint(change))
     params = write_params(tmp_path / "p.yaml", hosts__dr__batchnorm="stage1", hosts__dr__host="crt")
     refused("train-classifier", "dr", cache, "none", tmp_path / "h", "--params", params, "--device", "cpu")
     assert not (tmp_path / "h").exists()
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("fingerprint_inputs", "backbone", "text"),
+        ("fingerprint_inputs", "batchnorm", ["a"]),
+        ("fingerprint_inputs", "transform", None),
+        ("fingerprint_inputs", "views", {}),
+        ("fingerprint_inputs", "views", {"seed": "\x1b[2J"}),
+        ("fingerprint_inputs", "parent", 7),
+        ("provenance", "batch_size", 0),
+        ("provenance", "batch_size", "many"),
+        ("provenance", "batch_size", 2**62),
+        ("provenance", "precision", ["\n"]),
+        ("provenance", "statistics_from", {"a": 1}),
+    ],
+)
+def test_a_record_that_does_not_suit_extraction(tmp_path, backbone_dir, digits_cache, part, key, value):
+    """Asked why, recomputed, and as a source of statistics and rows: one line each, and nothing written."""
+    shutil.copytree(digits_cache, tmp_path / "b")
+    reseal(tmp_path / "b", with_its_fingerprint(lambda body: body[part].__setitem__(key, value)))
+    make_samples(tmp_path / "prepare")
+    params = ("--params", write_params(tmp_path / "p.yaml", extract__max_views=2))
+    inputs = ("--samples", tmp_path / "prepare", "--backbone", backbone_dir)
+    refused("cache", "verify", tmp_path / "b", "--recompute", "3", "--device", "cpu", *inputs, *params)
+    refused("cache", "why", tmp_path / "b", "--name", "ce_mixup", *inputs, *params)
+    setting = ("--set", f"extract.statistics_from={tmp_path}/b", "--device", "cpu")
+    line = refused("extract", "ce_mixup", tmp_path / "prepare", backbone_dir, tmp_path / "out", *params, *setting)
+    assert line.startswith("error: extract.statistics_from: ")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -408,7 +408,7 @@ def test_what_is_no_extracted_cache_is_one_line(before, tmp_path, command):
     make_cache(tmp_path / "pooled", fingerprint_inputs={"parent": "a" * 64, "pool": "gap"})
     for place, says in (
         ("nowhere", "nowhere is no cache and no folder with a cache called 'b'"),
-        ("pooled", "pooled is a pooled copy; name a cache that h2t extract wrote"),
+        ("pooled", "pooled: is a pooled copy of "),
     ):
         code, _, error = command("out", "--set", f"extract.statistics_from={tmp_path}/{place}")
         assert code == 1

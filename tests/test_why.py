@@ -159,6 +159,6 @@ def test_the_command_finds_its_neighbours(tmp_path, digits_cache, digits, backbo
 def test_pooled_and_imported_caches_have_no_parameters(tmp_path, digits, backbone_dir):
     make_cache(tmp_path / "p", fingerprint_inputs={"parent": "a" * 64, "pool": "gap"})
     make_cache(tmp_path / "i", fingerprint_inputs={"backbone": {"weights": "none"}})
-    for name, says in (("p", "is a pooled copy"), ("i", "was imported")):
+    for name, says in (("p", "is a pooled copy"), ("i", "holds imported features")):
         with pytest.raises(UserError, match=says):
             verdict(tmp_path / name, digits[0], backbone_dir)

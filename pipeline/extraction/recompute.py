@@ -16,6 +16,7 @@ from cache.reader import Cache
 from cache.spec import to_float32
 from pipeline import batchnorm
 from pipeline.errors import UserError
+from pipeline.extraction.recorded import ingredients
 from pipeline.images import Images
 from pipeline.network import load_backbone
 from pipeline.precision import guarded_maps
@@ -49,13 +50,11 @@ def recompute(
 
     Raises UserError if the cache cannot be of these inputs: a pooled copy, other weights, another transform.
     """
-    inputs, spec = cache.spec.fingerprint_inputs, cache.spec
-    if "pool" in inputs:
-        raise UserError(f"{cache.files}: is a pooled copy; recompute rows of the cache it was made from")
+    inputs, spec = ingredients(cache.files, cache.spec), cache.spec
     backbone, identity = load_backbone(backbone_dir)
     for name, recorded, found in (
-        ("backbone", inputs.get("backbone", {}).get("weights"), identity["weights"]),
-        ("transform", inputs.get("transform"), samples.facts["transform"]),
+        ("backbone", inputs["backbone"].get("weights"), identity["weights"]),
+        ("transform", inputs["transform"], samples.facts["transform"]),
     ):
         if recorded != found:
             raise UserError(

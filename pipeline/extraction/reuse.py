@@ -16,8 +16,7 @@ from cache.carry import Carrier, Source, broken_shards
 from cache.spec import CacheSpec
 from pipeline import batchnorm
 from pipeline.batchnorm import Statistics
-from pipeline.errors import UserError
-from pipeline.network import NONE
+from pipeline.extraction.recorded import ingredients
 
 #: Ingredient of the fingerprint -> how people call it.
 NAMES = {"backbone": "weights", "transform": "transform", "views": "view policy", "batchnorm": "batch norm"}
@@ -43,10 +42,7 @@ def kept_statistics(previous: Source, inputs: Mapping[str, Any], names: Sequence
     They belong to a backbone, and are what the parameters ask for if passes and seed are the same. Raises UserError for
     a cache that no extraction wrote, CacheError if the statistics are damaged.
     """
-    found = previous.spec.fingerprint_inputs
-    if not found.keys() >= NAMES.keys() or found["backbone"].get("weights") == NONE:
-        kind = "is a pooled copy" if "parent" in found else "holds imported features"
-        raise UserError(f"extract.statistics_from: {previous.files} {kind}; name a cache that h2t extract wrote")
+    found = ingredients(f"extract.statistics_from: {previous.files}", previous.spec)
     differ = _differ("backbone", found, inputs)
     for key in ("passes", "seed"):
         differ += [f"batch norm: {c}" for c in changes(found["batchnorm"], inputs["batchnorm"], [key])]

@@ -13,9 +13,9 @@ import pyarrow as pa
 from cache.reader import Cache
 from cache.spec import sha256
 from pipeline import batchnorm
-from pipeline.errors import UserError
+from pipeline.extraction.recorded import ingredients
 from pipeline.extraction.reuse import NAMES, Wanted, changes, kept_statistics, origins
-from pipeline.network import NONE, backbone_identity
+from pipeline.network import backbone_identity
 from pipeline.samples import Samples
 from pipeline.stages import extract
 
@@ -81,11 +81,7 @@ def why(
 
     `previous` is the cache that `extract.statistics_from` names, `settings` what forward passes would run under here.
     """
-    found = cache.spec.fingerprint_inputs
-    if "parent" in found:
-        raise UserError(f"{cache.files}: is a pooled copy of {found['parent'][:12]}; ask of the cache it was made from")
-    if found.get("backbone", {}).get("weights") == NONE:
-        raise UserError(f"{cache.files}: was imported; no parameters lead to it")
+    found = ingredients(cache.files, cache.spec)
     reasons: list[Reason] = []
     unknown: list[str] = []
     asked: dict[str, Any] = {}

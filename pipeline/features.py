@@ -128,7 +128,10 @@ class FeatureTable:
 
     def take(self, rows: np.ndarray) -> torch.Tensor:
         """Features of `rows` (..., B), each of which the table must hold, as (..., E, B, C[, H, W])."""
-        return self._gather(rows).movedim(0, rows.ndim - 1).to(self._device, self._dtype)
+        found = self._gather(rows)
+        if self._device.type == "cuda" and not found.is_cuda:  # as they are kept, and without waiting
+            found = found.pin_memory().to(self._device, non_blocking=True)
+        return found.movedim(0, rows.ndim - 1).to(self._device, self._dtype)
 
     def _gather(self, rows: np.ndarray) -> torch.Tensor:
         """(E, *rows.shape, C[, H, W]) where and as it is kept."""

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import torch
 from threadpoolctl import threadpool_limits
 
+from cache.memory import available_memory
 from cache.reader import Cache
 from pipeline.classes import recorded_names
 from pipeline.features import FeatureReader, to_tensor
@@ -26,6 +27,7 @@ SHOWN = 10  # classes in the embedding: all of them, or as many spread over the 
 PER_CLASS = 60
 SPARSITY_ROWS = 256
 PERPLEXITY = 30
+ROOM = 256 * 2**20  # bytes of memory that t-SNE and its libraries may need
 FEWEST = 8  # samples below which there is nothing to embed
 
 
@@ -80,6 +82,8 @@ def embed(features: np.ndarray) -> np.ndarray:
     """
     from sklearn.manifold import TSNE  # imported here: it costs seconds, and every stage imports this module's caller
 
+    if available_memory() < ROOM:  # OpenBLAS asks for its buffers again and again, for ever
+        raise MemoryError(f"t-SNE needs {ROOM // 2**20} MB")
     with threadpool_limits(1):
         perplexity = min(PERPLEXITY, (len(features) - 1) / 3)
         found = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(features.astype(np.float64))

@@ -3,11 +3,9 @@
 import _thread
 import os
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import TracebackType
 from typing import IO, Any, NoReturn
 
 import click
@@ -17,7 +15,6 @@ from cache.redaction import one_line, redacted
 from pipeline.errors import UserError, of_the_machine
 
 STOPPED = 130  # the exit code after Ctrl-C, as shells have it
-NO_THREAD = f"error: {of_the_machine(MemoryError('too little to start a thread'))}\n".encode()
 
 
 class Misuse(click.ClickException):
@@ -40,19 +37,9 @@ def refuse(ctx: click.Context, message: str) -> NoReturn:
     ctx.exit(1)
 
 
-def _never_started(trace: TracebackType | None) -> bool:
-    """Whether the error is that of a thread that has not come so far as to say that it began."""
-    thread = trace.tb_frame.f_locals.get("self") if trace else None
-    return isinstance(thread, threading.Thread) and not thread._started.is_set()  # type: ignore[attr-defined]
-
-
 @contextmanager
-def _nothing_is_forgotten() -> Iterator[None]:
-    """Two things that Python prints and forgets.
-
-    A Ctrl-C that strikes in a callback comes once more. A thread that finds no memory at its very start ends the
-    command: whoever started it would wait for ever, and no output is whole before it is in its place.
-    """
+def _interrupts_are_heard() -> Iterator[None]:
+    """A Ctrl-C that strikes in a callback, where Python prints and forgets it, comes once more."""
     others = sys.unraisablehook
 
     def once_more() -> None:
@@ -62,9 +49,6 @@ def _nothing_is_forgotten() -> Iterator[None]:
     def hook(met: Any) -> None:
         if met.exc_type is KeyboardInterrupt:
             _thread.start_new_thread(once_more, ())
-        elif _never_started(met.exc_traceback):
-            os.write(2, NO_THREAD)
-            os._exit(1)
         else:
             others(met)
 
@@ -81,7 +65,7 @@ class OneLineErrors(click.Group):
     def main(self, *args: Any, **extra: Any) -> Any:
         """Runs a command line. After Ctrl-C it waits for no thread: one that Python lost track of would never end."""
         try:
-            with _nothing_is_forgotten():
+            with _interrupts_are_heard():
                 return super().main(*args, **extra)
         except SystemExit as end:
             if end.code == STOPPED:

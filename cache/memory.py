@@ -18,7 +18,7 @@ def available_memory() -> int:
 
 
 def _machine() -> int:
-    for line in (PROC / "meminfo").read_text(encoding="ascii").splitlines():
+    for line in _read(PROC / "meminfo").splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return 4 * 1024**3
@@ -28,28 +28,29 @@ def _address_space() -> int:
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit == resource.RLIM_INFINITY:
         return sys.maxsize
-    pages = int((PROC / "self" / "statm").read_text(encoding="ascii").split()[0])
+    pages = int(_read(PROC / "self" / "statm").split()[0])
     return limit - pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _groups() -> Iterator[int]:
     """What each control group above this process leaves; inside a container only those that it sees."""
-    for line in (PROC / "self" / "cgroup").read_text(encoding="utf-8").splitlines():
+    for line in _read(PROC / "self" / "cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        folder, limit, used, reclaimable = V1 if controllers else V2
-        at = GROUPS / folder / path.strip("/")
-        for group in (at, *at.parents):
-            if not group.is_relative_to(GROUPS / folder):
-                break
-            try:
-                most = (group / limit).read_text(encoding="ascii").strip()
-                if most != "max":
-                    statistics = dict(
-                        s.split() for s in (group / "memory.stat").read_text(encoding="ascii").splitlines()
-                    )
-                    now = int((group / used).read_text(encoding="ascii")) - int(statistics[reclaimable])
-                    yield int(most) - now
-            except (OSError, KeyError):  # a group that is not shown here
-                continue
+        if not controllers or "memory" in controllers.split(","):
+            folder, *files = V1 if controllers else V2
+            at = GROUPS / folder / path.strip("/")
+            yield from (_left(g, *files) for g in (at, *at.parents) if g.is_relative_to(GROUPS / folder))
+
+
+def _left(group: Path, limit: str, used: str, reclaimable: str) -> int:
+    try:
+        if (most := _read(group / limit).strip()) == "max":
+            return sys.maxsize
+        parts = dict(map(str.split, _read(group / "memory.stat").splitlines()))
+        return int(most) - int(_read(group / used)) + int(parts[reclaimable])
+    except (OSError, KeyError):  # not shown here
+        return sys.maxsize
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")

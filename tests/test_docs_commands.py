@@ -56,6 +56,8 @@ ELSEWHERE = {
     ),
     "tests/test_faults.py::test_twenty_faults_do_no_harm": ("python tests/faults/campaign.py --seed 20261124",),
     "Makefile": ("python tests/faults/repro.py --runs 1 --seed 1",),  # make faults
+    "docs/log.md": ("make coverage", "make mutants"),  # by hand, for minutes on all cores; the log has the figures
+    "tests/test_recompute.py::test_command": ("h2t cache verify --recompute N",),
     "tests/fuzz/test_fuzz.py::test_nothing_is_found": ("make fuzz",),
     "tests/test_bench_epoch.py::test_epoch_benchmark": ("python -m benchmarks.bench_epoch --data DIR",),
     "tests/test_bench_epoch.py::test_extraction_benchmark": ("python -m benchmarks.bench_extract --data DIR",),

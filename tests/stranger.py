@@ -38,7 +38,7 @@ LEFT = {
     "make mutants": "half an hour",
     "make fuzz": "a campaign",
     "make faults": "a campaign",
-    "python tests/faults/campaign.py --seed 20261124": "part of make faults",
+    "python tests/faults/campaign.py --seed 20261126": "part of make faults",
     "h2t cache info": "its name alone",
     "h2t predict": "its name alone",
     "h2t cache verify --recompute N": "no N",

@@ -53,7 +53,7 @@ test-remotes: $(VENV)/installed
 	test -x /usr/sbin/sshd || (apt-get update && apt-get install --yes --no-install-recommends openssh-server)
 	H2T_REMOTES=benchmarks/results/remotes.json $(BIN)/python -m pytest tests/test_two_clones.py tests/test_remote_stores.py
 
-# A fresh clone, `make repro` with PYTHON, then what README and docs print, command by command: about an hour.
+# A fresh clone, `make repro` with PYTHON, then what README and docs print, command by command: half an hour.
 stranger:
 	$(PYTHON) tests/stranger.py --python $(PYTHON)
 
@@ -79,7 +79,7 @@ coverage: $(VENV)/installed
 	@$(BIN)/coverage report --include='cache/*' --fail-under=95 > /dev/null
 	@$(BIN)/coverage report --include='pipeline/*' --fail-under=90 > /dev/null
 
-# About a thousand small changes to three files, one at a time: does a test fail? Half an hour on two idle cores.
+# About a thousand small changes to three files, one at a time: does a test fail? A quarter of an hour on two idle cores.
 # Caches of the tests lie in memory where they can: each of their files waits for the disk.
 mutants: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --group mutants

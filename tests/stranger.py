@@ -35,7 +35,7 @@ LEFT = {
     "make stranger": "this",
     "make test-remotes": "installs an ssh server",
     "make coverage": "the tests once more",
-    "make mutants": "half an hour",
+    "make mutants": "a quarter of an hour",
     "make fuzz": "a campaign",
     "make faults": "a campaign",
     "python tests/faults/campaign.py --seed 20261126": "part of make faults",

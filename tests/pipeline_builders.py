@@ -17,6 +17,7 @@ import pyarrow as pa
 import torch
 import yaml
 from builders import make_maps, make_spec, write_cache
+from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from cache.reader import open_cache
@@ -317,3 +318,17 @@ def h2t(*arguments: Any, cwd: Path, **more: str) -> subprocess.CompletedProcess[
         text=True,
         timeout=300,
     )
+
+
+def refused(*arguments, leaves=None) -> str:
+    """The one line of a refusal, which leaves nothing at `leaves`."""
+    from pipeline.cli import main
+
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code in (1, 2), result.output
+    assert result.stderr.endswith("\n")
+    assert result.stderr[:-1].isprintable(), result.stderr
+    assert len(result.stderr) < 4000
+    assert leaves is None or not leaves.exists()
+    return result.stderr

@@ -15,25 +15,13 @@ import yaml
 from click.testing import CliRunner
 from image_builders import SMALL, make_image_folder, make_imagenet_lt
 from PIL import Image
-from pipeline_builders import make_params, write_params
+from pipeline_builders import make_params, refused, write_params
 
 from cache.reader import open_cache
 from pipeline import images
 from pipeline.cli import main
 from pipeline.errors import UserError
 from pipeline.stages.prepare import Imbalance, _long_tail
-
-
-def refused(*arguments, leaves=None) -> str:
-    """The one line of a refusal, which leaves nothing at `leaves`."""
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    assert isinstance(result.exception, SystemExit), result.exception
-    assert result.exit_code in (1, 2), result.output
-    assert result.stderr.endswith("\n")
-    assert result.stderr[:-1].isprintable(), result.stderr
-    assert len(result.stderr) < 4000
-    assert leaves is None or not leaves.exists()
-    return result.stderr
 
 
 def accepted(*arguments) -> str:

@@ -1,24 +1,9 @@
 """Hostile parameter files and overrides: one line by the command that reads them, in bounded time and memory."""
 
 import pytest
-from click.testing import CliRunner
-from pipeline_builders import write_params
+from pipeline_builders import refused, write_params
 
 from pipeline import params
-from pipeline.cli import main
-
-
-def refused(*arguments, leaves=None) -> str:
-    """The one line of a refusal, which leaves nothing at `leaves`."""
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    assert isinstance(result.exception, SystemExit), result.exception
-    assert result.exit_code in (1, 2), result.output
-    assert result.stderr.endswith("\n")
-    assert result.stderr[:-1].isprintable(), result.stderr
-    assert len(result.stderr) < 4000
-    assert leaves is None or not leaves.exists()
-    return result.stderr
-
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10)

@@ -11,6 +11,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -46,13 +47,14 @@ def inputs(folder: Path, rows: int, arch: str, size: int) -> tuple[Samples, Imag
     transform = Transform(size=size, mean=mean, std=mean)
     half = rows // 2
     sources = [f"{i:06}" for i in range(rows)]
+    digests = [sha256(source.encode()).hexdigest() for source in sources]
     table = pa.table(
         {
             "sample": np.arange(rows),
             "split": ["test"] * (rows - half) + ["train"] * half,
             "label": pa.array(np.concatenate([np.arange(rows - half) % 10, np.arange(half) % 10]), pa.int32()),
             "source": sources,
-            "digest": ["0" * 64] * rows,
+            "digest": digests,
         }
     )
     counts = np.bincount(np.arange(half) % 10).tolist()
@@ -68,7 +70,7 @@ def inputs(folder: Path, rows: int, arch: str, size: int) -> tuple[Samples, Imag
         image: np.ndarray = pixels[int(data) % len(pixels)]
         return image
 
-    images = Images(sources, str.encode, decoder, transform)
+    images = Images(sources, digests, str.encode, decoder, transform)
     module = plugins.load("backbones", arch)
     torch.manual_seed(0)
     backbone = module.build(module.Options())

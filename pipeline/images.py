@@ -182,12 +182,15 @@ class Images:
     """The images of a sample table, by sample number, as normalised batches.
 
     `read` gives the bytes of a source and `decoder` turns them into an array. Small collections are decoded once.
-    `origin`, the dataset's name and options, lets a copy be opened in another process.
+    `expected` holds the sha256 of every image in hex; bytes are compared with it each time before they are decoded.
+    None is for images that nothing is known of yet. `origin`, the dataset's name and options, lets a copy be opened in
+    another process.
     """
 
     def __init__(
         self,
         sources: Sequence[str],
+        expected: Sequence[str] | None,
         read: Callable[[str], bytes],
         decoder: Callable[[bytes], np.ndarray],
         transform: Transform,
@@ -195,6 +198,7 @@ class Images:
     ) -> None:
         self._origin = origin
         self.sources = sources
+        self._expected = expected
         self.transform = transform
         self._read = read
         self._decoder = decoder
@@ -205,10 +209,10 @@ class Images:
     def __reduce__(self) -> tuple[Any, ...]:
         if self._origin is None:
             raise TypeError("images of no dataset cannot be opened in another process")
-        return _reopen, (*self._origin, self.sources, self.transform)
+        return _reopen, (*self._origin, self.sources, self._expected, self.transform)
 
     def array(self, sample: int) -> np.ndarray:
-        """The decoded image of `sample`, uint8 (H, W, 3)."""
+        """The decoded image of `sample`, uint8 (H, W, 3). Raises BadImage, and UserError if its bytes have changed."""
         found = self._decoded.get(sample)
         if found is None:
             found = self._load(sample)[1]
@@ -237,6 +241,7 @@ class Images:
         source = self.sources[sample]
         try:
             data = self._read(source)
+            self._check(sample, data)
             image = self._decoder(data)
             _check_size(image, self.transform)
         except FileNotFoundError:
@@ -246,6 +251,17 @@ class Images:
         except ValueError as error:
             raise BadImage(source, str(error)) from None
         return data, image
+
+    def _check(self, sample: int, data: bytes) -> None:
+        """Raises UserError unless `data` are the bytes that are expected of `sample`."""
+        if self._expected is None:
+            return
+        source, expected, found = self.sources[sample], self._expected[sample], hashlib.sha256(data).hexdigest()
+        if found != expected:
+            raise UserError(
+                f"image {source!r}: has changed since it was prepared, its sha256 must be {expected[:12]}; "
+                f"got {found[:12]}; put the old image back, or prepare again (dvc repro or h2t prepare)"
+            )
 
     def _view(self, sample: int, key: Sequence[int | str] | None) -> np.ndarray:
         image = self.array(sample)
@@ -272,11 +288,15 @@ def normalised(images: np.ndarray, transform: Transform) -> torch.Tensor:
     return ((x - mean) / std).contiguous()
 
 
-def open_images(dataset: Any, options: Section, sources: Sequence[str], transform: Transform) -> Images:
-    """The images of `sources` as the dataset plug-in `dataset` reads and decodes them."""
+def open_images(
+    dataset: Any, options: Section, sources: Sequence[str], expected: Sequence[str] | None, transform: Transform
+) -> Images:
+    """The images of `sources`, of which `expected` are the digests, as the plug-in `dataset` reads and decodes them."""
     origin = (dataset.__name__.rpartition(".")[2], options)
-    return Images(sources, dataset.reader(options), getattr(dataset, "decode", decode), transform, origin)
+    return Images(sources, expected, dataset.reader(options), getattr(dataset, "decode", decode), transform, origin)
 
 
-def _reopen(name: str, options: Section, sources: Sequence[str], transform: Transform) -> Images:
-    return open_images(plugins.load("datasets", name), options, sources, transform)
+def _reopen(
+    name: str, options: Section, sources: Sequence[str], expected: Sequence[str] | None, transform: Transform
+) -> Images:
+    return open_images(plugins.load("datasets", name), options, sources, expected, transform)

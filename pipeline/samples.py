@@ -42,14 +42,15 @@ class Samples:
         return self.table["label"].to_numpy().astype(np.int64)
 
     def images(self, prepare: Mapping[str, Any]) -> Images:
-        """The images, read as the parameters' section `prepare` says."""
+        """The images, read as the parameters' section `prepare` says; their bytes must be those that were prepared."""
         dataset = plugins.load("datasets", prepare["dataset"])
         if prepare["dataset"] != self.facts["dataset"]:
             raise UserError(
                 f"prepare.dataset: samples were prepared from {self.facts['dataset']!r}; got {prepare['dataset']!r}"
             )
         options = build(dataset.Options, "prepare.options", prepare.get("options", {}))
-        return open_images(dataset, options, self.table["source"].to_pylist(), self.transform)
+        sources, digests = (self.table[name].to_pylist() for name in ("source", "digest"))
+        return open_images(dataset, options, sources, digests, self.transform)
 
 
 def load_samples(path: Path) -> Samples:

@@ -137,14 +137,14 @@ def test_an_image_that_turns_bad_later_stops_the_run_in_one_line(tmp_path):
     truncate(tmp_path / "images" / VICTIM)
     found = samples.images(section.model_dump())
     number = samples.table["source"].to_pylist().index(VICTIM)
-    with pytest.raises(BadImage, match="truncated"):
+    with pytest.raises(UserError, match=f"image '{VICTIM}': has changed since it was prepared"):
         found.batch([0, number], [None, None])
 
 
 def test_an_image_smaller_than_the_crop_needs_resize(tmp_path):
     path = write_image(tmp_path / "a.jpg", size=(20, 40))
     transform = images.Transform(size=32, mean=[0.5] * 3, std=[0.5] * 3)
-    held = images.Images(["a"], lambda _: path.read_bytes(), decode, transform)
+    held = images.Images(["a"], None, lambda _: path.read_bytes(), decode, transform)
     with pytest.raises(BadImage, match=r"20x40 pixels are less than transform\.size 32"):
         held.array(0)
 

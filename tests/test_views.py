@@ -22,7 +22,7 @@ def folder(tmp_path_factory):
 
 
 def make_images(folder, sources, threads=2):
-    images = Images(sources, lambda s: (folder / s).read_bytes(), decode, Transform(**SMALL))
+    images = Images(sources, None, lambda s: (folder / s).read_bytes(), decode, Transform(**SMALL))
     images._threads._max_workers = threads
     return images
 

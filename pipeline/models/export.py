@@ -11,7 +11,6 @@ import logging
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -108,12 +107,12 @@ def run(
     if kind not in statistics:
         raise UserError(f"{cache.files}: holds no {kind!r} batch-norm statistics; extract again")
     batchnorm.use(backbone, statistics[kind])
-    pictures = _pictures(cache, prepare)
+    images = _images(cache, prepare)
     about = {
         "arch": identity["arch"],
         "options": identity["options"],
         "classes": recorded_names(cache.spec.provenance, cache.files),
-        "transform": pictures.images.transform.model_dump(),
+        "transform": images.transform.model_dump(),
         "statistics": kind,
         "host": heads.about["host"],
         "setting": {k: setting[k] for k in ("ratio", "donor", "selection", "seed")},
@@ -129,7 +128,7 @@ def run(
         path = into / "model.safetensors"
         plain = save_model(path, backbone, heads.parts, heads.context, state, about)
         model = load_model(path)
-        found = _check(model, cache, rows, expected, pictures if with_images else None, device, say)
+        found = _check(model, cache, rows, expected, images if with_images else None, device, say)
         if onnx:
             found["onnx"] = write_onnx(model, into / "model.onnx")
     what = "a state dict of its architecture" if plain else "no plain state dict (the head is not one linear layer)"
@@ -141,21 +140,14 @@ def run(
     return found
 
 
-@dataclass(frozen=True)
-class _Pictures:
-    """The images behind the rows of a cache, by row number, and the bytes of a source."""
-
-    images: Images
-    read: Callable[[str], bytes]
-
-
-def _pictures(cache: Cache, prepare: Mapping[str, Any]) -> _Pictures:
+def _images(cache: Cache, prepare: Mapping[str, Any]) -> Images:
+    """The images behind the rows of a cache, by row number."""
     dataset = plugins.load("datasets", prepare["dataset"])
     options = build(dataset.Options, "prepare.options", prepare.get("options", {}))
     recorded = cache.spec.fingerprint_inputs.get("transform")  # a pooled cache has none
     transform = build(Transform, "cache: transform", recorded) if recorded else dataset.transform(options)
-    sources = cache.rows["source"].to_pylist()
-    return _Pictures(open_images(dataset, options, sources, transform), dataset.reader(options))
+    sources, digests = (cache.rows[name].to_pylist() for name in ("source", "digest"))
+    return open_images(dataset, options, sources, digests, transform)
 
 
 def _rows(cache: Cache, statistics: str) -> np.ndarray:
@@ -169,13 +161,13 @@ def _check(
     cache: Cache,
     rows: np.ndarray,
     expected: torch.Tensor,
-    pictures: _Pictures | None,
+    images: Images | None,
     device: torch.device,
     say: Callable[[str], None],
 ) -> dict[str, float]:
     """Compares the model with `expected`, the logits (n, K) of evaluate on the cache's `rows`. Raises UserError."""
     allowed = TOLERANCE[cache.spec.dtype]
-    if pictures is None:
+    if images is None:
         if "pool" in cache.spec.fingerprint_inputs:
             raise UserError(f"{cache.files}: is pooled, so without images nothing can be compared; give the images")
         say("not compared on images: the head is checked on cached maps, the backbone by its digest")
@@ -183,9 +175,8 @@ def _check(
         given: Any = _maps(cache, rows)
         name = "maps"
     else:
-        _same_images(cache, rows, pictures)
         network, name = model.network.to(device), "images"
-        given = pictures.images.batch(rows.tolist(), [None] * len(rows)).to(device)
+        given = _views(images, rows).to(device)
     with torch.no_grad():
         found = network(given).cpu()
     model.network.cpu()
@@ -204,20 +195,13 @@ def _maps(cache: Cache, rows: np.ndarray) -> tuple[torch.Tensor, ...]:
     return tuple(torch.from_numpy(to_float32(maps, cache.spec.dtype)) for maps in read)
 
 
-def _same_images(cache: Cache, rows: np.ndarray, pictures: _Pictures) -> None:
-    """Raises UserError for an image that cannot be read or is not the one that was extracted."""
-    digests = cache.rows["digest"]
-    for row in rows.tolist():
-        source = pictures.images.sources[row]
-        try:
-            data = pictures.read(source)
-        except (OSError, ValueError, KeyError, IndexError, UserError) as error:
-            raise UserError(
-                f"image {source!r}: cannot be read ({' '.join(str(error).split())}); mend prepare.options, or pass "
-                "--without-images to compare on cached maps alone"
-            ) from None
-        if sha256(data).hexdigest() != digests[row].as_py():
-            raise UserError(f"image {source!r}: is not the one in the cache; extract again")
+def _views(images: Images, rows: np.ndarray) -> torch.Tensor:
+    """The evaluation views of `rows`. Raises UserError for an image that is not there or has changed."""
+    try:
+        return images.batch(rows.tolist(), [None] * len(rows))
+    except (KeyError, IndexError, UserError) as error:  # the first two: sources of another dataset
+        said = str(error) if isinstance(error, UserError) else f"prepare: not the dataset of this cache ({error!r})"
+        raise UserError(f"{said}; or pass --without-images to compare on cached maps alone") from None
 
 
 def distance(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -76,7 +76,7 @@ def predict(
     """
     logits, classes, transform = open_model(model, device)
     files = find_images(paths)
-    images = Images([str(f) for f in files], lambda name: Path(name).read_bytes(), decode, transform)
+    images = Images([str(f) for f in files], None, lambda name: Path(name).read_bytes(), decode, transform)
     lines: list[dict[str, Any]] = []
     for batch in _readable(images, len(files), complain):
         best, which = ranked(logits(torch.cat([x for _, x in batch])), top)

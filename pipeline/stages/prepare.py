@@ -56,7 +56,7 @@ def run(params: Params, seed: int, out: Path, say: Callable[[str], None]) -> Non
     kept = _long_tail(label, split, params.imbalance, found.classes)
 
     chosen = sorted([*kept.tolist(), *np.flatnonzero(split != "train").tolist()])
-    images = open_images(dataset, options, found.source, dataset.transform(options))
+    images = open_images(dataset, options, found.source, None, dataset.transform(options))  # digests are made here
     digests, bad = _digests(images, chosen, params.bad_images)
     chosen = [i for i in chosen if i in digests]
     counts = np.bincount(label[[i for i in chosen if split[i] == "train"]], minlength=len(found.classes))

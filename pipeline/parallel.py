@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import distributed
 
+from pipeline.errors import UserError, of_the_machine
+
 
 @dataclass(frozen=True)
 class Group:
@@ -18,11 +20,22 @@ class Group:
     size: int = 1
 
     def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Puts the sum over all processes in place of each tensor; all of one dtype. One message for all of them."""
+        """Puts the sum over all processes in place of each tensor; all of one dtype. One message for all of them.
+
+        Raises UserError where another process has ended.
+        """
         if self.size == 1 or not tensors:
             return
         flat = torch.cat([t.reshape(-1) for t in tensors])
-        distributed.all_reduce(flat)
+        try:
+            distributed.all_reduce(flat)
+        except RuntimeError as error:  # gloo has no class of its own for it
+            if of_the_machine(error) is not None:
+                raise
+            said = str(error).splitlines()[0]
+            raise UserError(
+                f"torchrun: another process of this training has ended ({said}); see what it says, and run again"
+            ) from None
         for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 

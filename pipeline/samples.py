@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import plugins
@@ -15,10 +16,13 @@ from pipeline.errors import UserError
 from pipeline.images import Images, Transform, open_images
 from pipeline.params import build
 
+TEXT = pa.string()
+SCHEMA = pa.schema({"sample": pa.int64(), "split": TEXT, "label": pa.int32(), "source": TEXT, "digest": TEXT})
+
 
 @dataclass(frozen=True)
 class Samples:
-    """`table`: sample, split, label, source, digest, sorted by split, label, source; row i describes sample i."""
+    """`table`: columns as SCHEMA, sorted by split, label, source; row i describes sample i. `facts`: classes.json."""
 
     table: pa.Table
     facts: Mapping[str, Any]
@@ -49,6 +53,13 @@ class Samples:
                 f"prepare.dataset: samples were prepared from {self.facts['dataset']!r}; got {prepare['dataset']!r}"
             )
         options = build(dataset.Options, "prepare.options", prepare.get("options", {}))
+        had, asked = self.transform.model_dump(), dataset.transform(options).model_dump()
+        if differ := [key for key in had if had[key] != asked[key]]:
+            key = differ[0]
+            raise UserError(
+                f"prepare.options.transform.{key}: samples were prepared with {had[key]}; got {asked[key]}; "
+                "prepare again (dvc repro or h2t prepare)"
+            )
         sources, digests = (self.table[name].to_pylist() for name in ("source", "digest"))
         return open_images(dataset, options, sources, digests, self.transform)
 
@@ -63,4 +74,13 @@ def load_samples(path: Path) -> Samples:
         raise UserError(f"{folder}: no prepared samples here; run h2t prepare {folder}") from None
     except (pa.ArrowException, ValueError, OSError) as error:
         raise UserError(f"{folder}: prepared samples are unreadable ({error}); run h2t prepare again") from None
+    if not table.schema.equals(SCHEMA) or any(column.null_count for column in table.columns):
+        raise UserError(f"{folder}: samples.parquet is not a table that prepare wrote; run h2t prepare again")
+    labels, counts = np.unique(table.filter(pc.field("split") == "train")["label"], return_counts=True)
+    try:
+        same = facts["counts"] == counts.tolist() and list(range(len(facts["classes"]))) == labels.tolist()
+    except (KeyError, TypeError):
+        same = False
+    if not same:
+        raise UserError(f"{folder}: classes.json is not of this samples.parquet; run h2t prepare again")
     return Samples(table, facts)

@@ -320,6 +320,14 @@ def h2t(*arguments: Any, cwd: Path, **more: str) -> subprocess.CompletedProcess[
     )
 
 
+def torchrun(*arguments: Any, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Runs `h2t` in two processes over gloo."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pipeline"]
+    return subprocess.run(
+        [*command, *map(str, arguments)], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300
+    )
+
+
 def refused(*arguments, leaves=None) -> str:
     """The one line of a refusal, which leaves nothing at `leaves`."""
     from pipeline.cli import main

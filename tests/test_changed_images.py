@@ -13,7 +13,7 @@ import pytest
 from builders import tree
 from image_builders import make_image_folder, write_image
 from PIL import Image
-from pipeline_builders import CPU, extracted, h2t, make_backbone_dir, refused, silent, write_params
+from pipeline_builders import CPU, extracted, h2t, make_backbone_dir, refused, silent, torchrun, write_params
 
 from pipeline import images as images_module
 from pipeline.checkpoint import Checkpoint
@@ -32,7 +32,7 @@ EXTRACT = {
     "batch_size": 2,
     "batchnorm_passes": 2,
 }
-TRAINING = {"arch": "resnet20", "epochs": 3, "warmup_epochs": 0, "batch_size": 4}
+TRAINING = {"arch": "resnet20", "epochs": 3, "warmup_epochs": 0, "batch_size": 4, "accumulate": 2}
 
 
 def section_of(place: Path) -> dict:
@@ -145,6 +145,16 @@ def test_an_extraction_goes_on_to_the_same_bytes_once_the_image_is_back(place, c
     summary = extracted(place / "out", *opened(place), place / "backbone", **EXTRACT)
     assert summary.kept_shards > 0
     assert tree(place / "out") == tree(place / "cache")
+
+
+def test_of_several_processes_none_shows_a_traceback(place):
+    """One meets the image; the other one, which waits for it, says that it has ended."""
+    said = overwrite(place)
+    done = torchrun("train-backbone", "ce_mixup", "samples", "out", cwd=place)
+    assert done.returncode == 1
+    assert f"error: {said}" in done.stderr.splitlines()
+    assert "[rank" not in done.stderr  # how torch marks the traceback of a process
+    assert not (place / "out").exists()
 
 
 def test_stage_one_goes_on_to_the_same_bytes_once_the_image_is_back(place, monkeypatch):

@@ -1,15 +1,19 @@
 """Digits and the long-tailed subset; datasets made of files have tests of their own."""
 
+import dataclasses
 import hashlib
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from pipeline_builders import make_prepare, make_samples, silent
 from sklearn.datasets import load_digits
 
 from pipeline.datasets import digits
 from pipeline.errors import UserError
+from pipeline.samples import load_samples
 from pipeline.stages import prepare
 from pipeline.stages.prepare import Imbalance, long_tailed_counts
 
@@ -99,6 +103,55 @@ def test_samples_of_another_dataset_are_refused(digits):
     samples, _ = digits
     with pytest.raises(UserError, match="samples were prepared from 'digits'; got 'parquet'"):
         samples.images({"dataset": "parquet", "options": {"train": ["x"]}})
+
+
+def test_samples_prepared_with_another_transform_are_refused(digits):
+    samples, _ = digits
+    other = dataclasses.replace(
+        samples, facts={**samples.facts, "transform": {**samples.facts["transform"], "size": 7}}
+    )
+    with pytest.raises(
+        UserError, match=r"prepare\.options\.transform\.size: samples were prepared with 7; got 8; prepare"
+    ):
+        other.images({"dataset": "digits"})
+
+
+def drop_a_name(folder):
+    facts = json.loads((folder / "classes.json").read_text())
+    (folder / "classes.json").write_text(json.dumps({**facts, "classes": facts["classes"][:-1]}))
+
+
+def take_other_counts(folder):
+    facts = json.loads((folder / "classes.json").read_text())
+    (folder / "classes.json").write_text(json.dumps({**facts, "counts": [*facts["counts"][:-1], 2]}))
+
+
+def drop_digests(folder):
+    table = pq.read_table(folder / "samples.parquet")
+    pq.write_table(table.drop_columns("digest"), folder / "samples.parquet")
+
+
+def leave_out_a_digest(folder):
+    table = pq.read_table(folder / "samples.parquet")
+    digests = [None, *table["digest"].to_pylist()[1:]]
+    pq.write_table(table.set_column(4, "digest", pa.array(digests, pa.string())), folder / "samples.parquet")
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (drop_a_name, "classes.json is not of this samples.parquet"),
+        (take_other_counts, "classes.json is not of this samples.parquet"),
+        (lambda folder: (folder / "classes.json").write_text("[]"), "classes.json is not of this samples.parquet"),
+        (drop_digests, "samples.parquet is not a table that prepare wrote"),
+        (leave_out_a_digest, "samples.parquet is not a table that prepare wrote"),
+    ],
+)
+def test_samples_and_class_facts_of_different_runs_are_refused(tmp_path, damage, says):
+    make_samples(tmp_path / "s")
+    damage(tmp_path / "s")
+    with pytest.raises(UserError, match=f"{says}; run h2t prepare again"):
+        load_samples(tmp_path / "s")
 
 
 def test_digits_are_grey_and_span_the_range():

@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 from cache.audit import verify
 from cache.reader import open_cache
 from pipeline.cli import main
+from pipeline.sharing import importing
 
 
 def h2t(*arguments):
@@ -244,3 +245,25 @@ def test_labels_without_training_rows_are_refused(tmp_path):
     done = h2t("cache", "import", tmp_path / "c", "--train", tmp_path / "train.npz", "--test", tmp_path / "test.npz")
     assert done.exit_code == 1
     assert "label 2 has no training row" in done.stderr
+
+
+def test_features_that_change_while_they_are_imported_are_refused(tmp_path, monkeypatch):
+    """An .npy file is read in place, first for its digests and again for its values."""
+    x, y = make_features()
+    np.save(tmp_path / "x.npy", x)
+    np.save(tmp_path / "y.npy", y)
+    writer = importing.CacheWriter
+
+    def late(*given):
+        np.save(tmp_path / "x.npy", x + 1)
+        return writer(*given)
+
+    command = ["cache", "import", tmp_path / "c", "--train", tmp_path / "x.npy", "--train-labels", tmp_path / "y.npy"]
+    with monkeypatch.context() as patch:
+        patch.setattr(importing, "CacheWriter", late)
+        done = h2t(*command)
+    assert done.exit_code == 1
+    assert "changed while it was imported; import again once the file is finished" in done.stderr
+    assert not (tmp_path / "c").exists()
+    assert h2t(*command).exit_code == 0
+    assert verify(tmp_path / "c") == []

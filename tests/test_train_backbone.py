@@ -1,13 +1,12 @@
 """Stage I: resume, parts and processes, precision, memory format, frozen backbones, starting weights."""
 
-import subprocess
-import sys
+import hashlib
 from contextlib import contextmanager
 
 import pytest
 import torch
 from builders import tree
-from pipeline_builders import CPU, distance, environment, make_samples, silent, write_params
+from pipeline_builders import CPU, distance, make_samples, silent, torchrun, write_params
 from safetensors.torch import load_file, save_file
 
 from pipeline import params as reading
@@ -178,25 +177,33 @@ def test_where_training_starts_from(digits, tmp_path):
         trained(tmp_path / "c", *digits, arch="resnet20", start=str(tmp_path / "s.pth"))
 
 
+@pytest.mark.parametrize("key", ["start", "weights"])
+def test_a_checkpoint_replaced_after_its_sha256_was_compared_is_refused(digits, tmp_path, monkeypatch, key):
+    for number in (0, 1):
+        state = {"conv1.weight": torch.full((8, 3, 3, 3), float(number)), "fc.weight": torch.zeros(10, 8)}
+        norm = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
+        state |= {f"bn1.{k}": torch.full((8,), v) for k, v in norm.items()}
+        torch.save(state, tmp_path / f"{number}.pth")
+    path, load = tmp_path / "0.pth", train_backbone.load_checkpoint
+    given = {key: str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "epochs": 1}
+    trained(tmp_path / "a", *digits, **given)
+
+    def late(path):
+        (tmp_path / "1.pth").replace(path)
+        return load(path)
+
+    monkeypatch.setattr(train_backbone, "load_checkpoint", late)
+    with pytest.raises(UserError, match=rf"backbones\.b\.{key}: 0\.pth changed while it was read; run again"):
+        trained(tmp_path / "b", *digits, **given)
+    assert not (tmp_path / "b").exists()
+
+
 def test_training_that_diverges_stops_in_one_line(digits, tmp_path):
     with pytest.raises(
         UserError, match=r"backbones\.b: training diverged in epoch 0, the loss is .*; lower backbones\.b\.lr"
     ):
         trained(tmp_path / "b", *digits, epochs=1, lr=1e38, mixup=0.0)
     assert not (tmp_path / "b").exists()
-
-
-def torchrun(folder, out):
-    """Trains in two processes over gloo."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.run(
-        [*command, "-m", "pipeline", "train-backbone", "ce_mixup", "prepare", str(out)],
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 def test_two_processes_train_like_one_and_go_on_where_one_was_killed(tmp_path, monkeypatch):
@@ -221,7 +228,7 @@ def test_two_processes_train_like_one_and_go_on_where_one_was_killed(tmp_path, m
     one(tmp_path / "one")
     with pytest.raises(Killed):
         one(tmp_path / "two", stop=1)
-    done = torchrun(tmp_path, "two")
+    done = torchrun("train-backbone", "ce_mixup", "prepare", "two", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("goes on after epoch 1 of 3") == 1  # one process speaks
     for name in ("backbone.safetensors", "head.safetensors"):

@@ -283,10 +283,18 @@ def run(
                 for first in range(0, len(mine), BLOCK_ROWS):
                     at = mine[first : first + BLOCK_ROWS]
                     maps[at] = _maps(part, wanted[at] - start, dtype)
+            _check_digests(rows.slice(held.start, len(held)), maps)
             writer.write(shard, [maps])
         writer.commit(save({}), card(spec, rows), replace=replace)
     say(f"{out}: {spec.rows} rows of {' x '.join(map(str, shape))}, {len(labels)} classes, {dtype}")
     return spec
+
+
+def _check_digests(rows: pa.Table, maps: np.ndarray) -> None:
+    """Raises UserError unless `maps` are those that the digests in `rows` were made of: files are read twice."""
+    for source, expected, row in zip(rows["source"].to_pylist(), rows["digest"].to_pylist(), maps, strict=True):
+        if sha256(row.tobytes()) != expected:
+            raise UserError(f"features: {source} changed while it was imported; import again once the file is finished")
 
 
 def _rows(parts: Mapping[str, Part], labels: list[Any], dtype: str) -> tuple[pa.Table, np.ndarray]:

@@ -8,6 +8,7 @@ curves as tab-separated files in `plots/metrics`, the layout that DVC's own logg
 import csv
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -116,17 +117,24 @@ def _write(out: Path, params: Params, backbone: torch.nn.Module, objective: Any,
         _write_curves(into / "plots" / "metrics", curves)
 
 
-def _checked(params: Params, key: str, path: Path) -> Path:
-    """The file at `path`. Raises UserError if it is not the one that `sha256` names."""
-    if params.sha256 is not None and path.is_file():
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
-        if found != params.sha256:
-            raise UserError(f"{key}: {path.name} must have sha256 {params.sha256}; got {found}")
-    return path
+def _checkpoint(params: Params, key: str, path: Path) -> dict[str, torch.Tensor]:
+    """The state dict in `path`. Raises UserError if it is not the file that `sha256` names, or changes meanwhile."""
+    if params.sha256 is None or not path.is_file():
+        return load_checkpoint(path)
+    with path.open("rb") as file:
+        before = os.fstat(file.fileno())
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != params.sha256:
+        raise UserError(f"{key}: {path.name} must have sha256 {params.sha256}; got {found}")
+    state = load_checkpoint(path)
+    after = path.stat()
+    if any(getattr(before, k) != getattr(after, k) for k in ("st_ino", "st_size", "st_mtime_ns")):
+        raise UserError(f"{key}: {path.name} changed while it was read; run again")
+    return state
 
 
 def _load(params: Params, where: str, backbone: torch.nn.Module, objective: torch.nn.Module) -> None:
-    body, head = split_head(load_checkpoint(_checked(params, f"{where}.weights", Path(str(params.weights)))))
+    body, head = split_head(_checkpoint(params, f"{where}.weights", Path(str(params.weights))))
     fill(backbone, body, f"{where}.weights")
     objective.load_state_dict(fit_head(head, objective.state_dict(), f"{where}.weights"))
 
@@ -139,7 +147,7 @@ def _start(params: Params, where: str, arch: ModuleType, options: Section, backb
             raise UserError(f"{key}: torchvision has no weights for {params.arch}; name a checkpoint file, or null")
         found = arch.weights(options)
     else:
-        found = load_checkpoint(_checked(params, key, Path(str(params.start))))
+        found = _checkpoint(params, key, Path(str(params.start)))
     fresh = getattr(backbone, "fresh", ())
     own = backbone.state_dict()
     kept = {k: v for k, v in own.items() if fresh and k.startswith(fresh)}

@@ -1,7 +1,7 @@
 """Numbers of stages and built-in plug-ins: what DVC watches in place of code.
 
-Each stage and plug-in file states `NUMBER`, a date and a counter (2026112601). `stages.yaml` repeats the numbers, and DVC
-reruns a stage whose number changed. docs/numbers.md says when to raise a number.
+Each stage and plug-in file states `NUMBER`, a date and a counter (2026112601). `stages.yaml` repeats the numbers, and
+DVC reruns a stage whose number changed. docs/numbers.md says when to raise a number.
 """
 
 import re

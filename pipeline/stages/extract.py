@@ -50,7 +50,8 @@ class Params(Section):
     """Section `extract`. Sizes in bytes; `chunk_rows` is chosen from the row's size unless given.
 
     `precision`: what the forward passes compute in; `dtype` is what is stored.
-    `cluster`: null, local:N for N processes here, or the address of a dask scheduler; it changes no byte on the CPU.
+    `cluster`: null, local:N for N processes here, or the address of a dask scheduler; it changes no byte on the CPU. In
+    params.yaml it is `run.cluster`, as DVC watches this section.
     `statistics_from`: a previous cache, or a folder with one for each backbone, whose batch-norm statistics are kept
     and from which unchanged rows are taken.
     """

@@ -25,7 +25,7 @@ SECTIONS = (
 
 OPTIONAL = ("pool", "run")  # complete by their defaults
 
-#: (section, key) that change no byte. They belong into `run`, which DVC does not watch; the old place is still accepted.
+#: (section, key) that change no byte. They belong into `run`, which DVC does not watch; their old place is accepted.
 MOVED = (("extract", "cluster"),)
 
 

@@ -1,4 +1,4 @@
-"""`h2t cache import | why | publish | pull | gc`, `h2t doctor`, `h2t upgrade`: beyond one machine, program or version."""
+"""`h2t cache import | why | publish | pull | gc`, `h2t doctor`, `h2t upgrade`: beyond one machine or program."""
 
 import json
 from dataclasses import asdict

@@ -36,7 +36,6 @@ check: $(VENV)/installed
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	$(BIN)/python tests/architecture.py
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks

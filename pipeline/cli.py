@@ -19,7 +19,7 @@ from pipeline.commands.caches import opened, previous
 from pipeline.commands.models import export, predict
 from pipeline.commands.one_line import OneLineErrors
 from pipeline.commands.sharing import COMMANDS as SHARING
-from pipeline.commands.sharing import doctor
+from pipeline.commands.sharing import doctor, upgrade
 from pipeline.errors import UserError
 
 
@@ -38,6 +38,7 @@ for command in SHARING:
     cache_group.add_command(command)
 main.add_command(cache_group)
 main.add_command(doctor)
+main.add_command(upgrade)
 main.add_command(export)
 main.add_command(predict)
 
@@ -61,14 +62,15 @@ def stage(function: Callable[..., Any]) -> Callable[..., Any]:
         verbose: bool,
         **arguments: Any,
     ) -> None:
-        from pipeline import params, settings
+        from pipeline import numbers, params, settings
 
         started, used = time.perf_counter(), time.process_time()
         values = params.load(params_file, overrides)
         if device is not None:
             values["device"] = device
         try:
-            settings.check(values)
+            settings.check(values, click.echo)
+            numbers.check()
             facts = function(values=values, **arguments)
         except (UserError, CacheError):
             if verbose:

@@ -9,12 +9,14 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pipeline import code
 from pipeline.errors import CANNOT_WRITE, UserError
 
 NO_PLACE = {errno.EEXIST, errno.ENOTDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP}
@@ -141,6 +143,7 @@ def write_run_record(path: Path, facts: Mapping[str, Any]) -> None:
             "python": platform.python_version(),
             "versions": {name: version(name) for name in ("torch", "zarr", "numcodecs", "numpy", "dvc")},
             "commit": _commit(),
+            "code": code.digests(sys.modules),
             **facts,
         }
         try:

@@ -16,8 +16,11 @@ KINDS = ("datasets", "backbones", "objectives", "samplers", "pools", "hosts")
 
 
 def folders(kind: str) -> list[Path]:
-    """Where plug-ins of `kind` are looked up: this package, then $H2T_PLUGINS/<kind> for files outside of it."""
-    found = [Path(__file__).parent / kind]
+    """Where plug-ins of `kind` are looked up: this package, plugins/<kind> of the project, then $H2T_PLUGINS/<kind>.
+
+    The project is the working directory: `h2t` and `dvc repro` run where params.yaml is.
+    """
+    found = [Path(__file__).parent / kind, Path.cwd() / "plugins" / kind]
     if extra := os.environ.get("H2T_PLUGINS"):
         found.append(Path(extra) / kind)
     return found
@@ -39,11 +42,10 @@ def check(kind: str, name: str) -> None:
 def load(kind: str, name: str) -> ModuleType:
     """The module of plug-in `name`, and nothing else of its folder. Raises UserError for an unknown name."""
     check(kind, name)
-    inside, *outside = folders(kind)
-    if (inside / f"{name}.py").is_file():
+    path = next(p for folder in folders(kind) if (p := folder / f"{name}.py").is_file())
+    if path.parent == Path(__file__).parent / kind:
         return importlib.import_module(f"pipeline.{kind}.{name}")
     qualified = f"h2t_plugins.{kind}.{name}"
-    path = outside[0] / f"{name}.py"
     loaded = sys.modules.get(qualified)
     if loaded is not None and loaded.__file__ == str(path):
         return loaded

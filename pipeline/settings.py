@@ -1,10 +1,12 @@
 """All of params.yaml at once: every section is checked before any stage starts, so that a slip is found early."""
 
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import Annotated, Any
 
 from pipeline import device, params, plugins
 from pipeline.errors import UserError, nearest
+from pipeline.extraction.cluster import ADDRESS
 from pipeline.residency import Residency
 
 SECTIONS = (
@@ -18,15 +20,28 @@ SECTIONS = (
     "train_classifier",
     "evaluate",
     "report",
+    "run",
 )
 
-OPTIONAL = ("pool",)  # complete by its defaults, and no other stage waits for it
+OPTIONAL = ("pool", "run")  # complete by their defaults
+
+#: (section, key) that change no byte. They belong into `run`, which DVC does not watch; their old place is accepted.
+MOVED = (("extract", "cluster"),)
 
 
-def check(values: dict[str, Any]) -> None:
+class Run(params.Section):
+    """Section `run`: how stages run; it changes no result.
+
+    `cluster`: where `extract` runs: null (this process), local:N for N processes here, or a dask scheduler's address.
+    """
+
+    cluster: Annotated[str | None, ADDRESS] = None
+
+
+def check(values: dict[str, Any], say: Callable[[str], None] = lambda line: None) -> None:
     """Raises UserError for the first wrong, missing or unknown key.
 
-    Fills in `host`, `arch` and `objective` by name, and sections that may be left out.
+    Fills in `host`, `arch` and `objective` by name, sections that may be left out, and what `run` says about a stage.
     """
     from pipeline.stages import evaluate, extract, pool, prepare, report, train_backbone, train_classifier
 
@@ -42,6 +57,13 @@ def check(values: dict[str, Any]) -> None:
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
         raise UserError(f"seed: must be a whole number from 0 to 4294967295; got {seed!r}")
     device.check(values["device"])
+    run = params.build(Run, "run", values["run"])
+    for of, key in MOVED:
+        entries = values[of] if isinstance(values[of], dict) else {}
+        if entries.get(key) is not None:
+            say(f"note: {of}.{key} belongs into the section run: where it is, DVC takes it for other results")
+        elif (given := getattr(run, key)) is not None:
+            values[of] = {**entries, key: given}
     section = params.build(prepare.Params, "prepare", values["prepare"])
     params.build(plugins.load("datasets", section.dataset).Options, "prepare.options", section.options)
     extraction = params.build(extract.Params, "extract", values["extract"])

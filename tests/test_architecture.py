@@ -1,11 +1,14 @@
-"""Who may import whom, read from the source; and that dvc.yaml lists exactly the code and parameters of each stage."""
+"""Who may import whom, read from the source; and that dvc.yaml watches the numbers and parameters of each stage."""
 
 import ast
 
 import pytest
 import yaml
-from architecture import LOADED, PLUGINS, ROOT, closure, code_deps, imports, modules
+from architecture import LOADED, PLUGINS, ROOT, closure, imports, modules
 from pipeline_builders import make_params
+
+from pipeline import numbers, settings
+from pipeline.stages import extract
 
 DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 MODULES = modules()
@@ -42,7 +45,7 @@ def test_the_import_reader_sees_every_form(tmp_path):
 
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_no_relative_imports(module):
-    """They would be invisible to the closure that dvc.yaml is checked against."""
+    """They would be invisible to the closures that this file and `h2t doctor` follow."""
     tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
     assert not [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level]
 
@@ -110,19 +113,34 @@ def test_every_stage_module_is_a_stage_and_back():
     assert files == set(DVC) == set(LOADED)
 
 
-@pytest.mark.parametrize("stage", sorted(LOADED))
-def test_code_dependencies_are_the_import_closure(stage):
-    """If this fails, run `python tests/architecture.py`."""
-    listed = [dep for dep in stage_of(stage)["deps"] if dep.endswith((".py", ".c"))]
-    assert sorted(listed) == code_deps(stage)
-    assert len(set(listed)) == len(listed)
+def watched(stage, file):
+    """What `stage` watches of params.yaml or stages.yaml."""
+    params = stage_of(stage)["params"]
+    if file == "params.yaml":
+        return {p for p in params if isinstance(p, str)}
+    return {key for p in params if isinstance(p, dict) for key in p.get(file, [])}
 
 
 @pytest.mark.parametrize("stage", sorted(LOADED))
-def test_listed_files_exist(stage):
-    for dep in stage_of(stage)["deps"]:
-        if dep.endswith((".py", ".c")) and "$" not in dep:
-            assert (ROOT / dep).is_file(), dep
+def test_a_stage_watches_its_number_and_those_of_the_plug_ins_it_loads(stage):
+    expected = {f"{kind}.{name}" for kind, names in LOADED[stage].items() for name in names}
+    assert watched(stage, "stages.yaml") == {stage} | expected
+
+
+@pytest.mark.parametrize("stage", sorted(LOADED))
+def test_of_code_a_stage_watches_the_projects_own_plug_ins(stage):
+    deps = [dep for dep in stage_of(stage)["deps"] if not dep.startswith("data/")]
+    assert sorted(deps) == sorted(f"plugins/{kind}" for kind in LOADED[stage])
+    assert all((ROOT / dep).is_dir() for dep in deps)
+
+
+def test_stages_yaml_holds_the_numbers_of_the_code():
+    """If this fails, run `h2t upgrade --apply`."""
+    assert (ROOT / "stages.yaml").read_text(encoding="utf-8") == numbers.text(numbers.built_in())
+
+
+def test_dvc_yaml_is_short():
+    assert len((ROOT / "dvc.yaml").read_text(encoding="utf-8").splitlines()) <= 130
 
 
 #: (stage, module): the module can load plug-ins, but the stage calls no function of it that does.
@@ -154,6 +172,7 @@ PARAMETERS = {
     "prepare": {"seed", "prepare"},
     "train_backbone": {"seed", "backbones.${key}"},
     "extract": {"seed", "extract"},
+    "pool": {"pool"},
     "train_classifier": {"hosts.${key}"},
     "evaluate": {"evaluate"},
     "report": {"hosts", "report"},
@@ -163,20 +182,21 @@ PARAMETERS = {
 @pytest.mark.parametrize("stage", sorted(PARAMETERS))
 def test_parameters_of_a_stage_are_those_that_change_its_output(stage):
     """`device`, `train_classifier` (residency) and other stages' sections change no output, so they re-run nothing."""
-    assert set(stage_of(stage)["params"]) == PARAMETERS[stage]
-
-
-def test_files_that_a_module_reads_from_our_folders_are_dependencies():
-    """What is no Python and lies in a package (templates, scripts) is invisible to imports."""
-    kept = {p.relative_to(ROOT).as_posix() for d in ("cache", "pipeline") for p in (ROOT / d).rglob("*") if p.is_file()}
-    other = {p for p in kept if not p.endswith((".py", ".pyc", "py.typed", ".so"))}
-    listed = {dep for stage in DVC for dep in stage_of(stage)["deps"]}
-    assert not [p for p in sorted(other) if not any(p == dep or p.startswith(f"{dep}/") for dep in listed)]
+    assert watched(stage, "params.yaml") == PARAMETERS[stage]
 
 
 def test_every_section_is_some_stages_or_changes_no_output():
-    sections = {p.split(".")[0] for stage in DVC for p in stage_of(stage)["params"]}
-    assert set(make_params()) - sections <= {"device", "train_classifier"}
+    sections = {p.split(".")[0] for stage in DVC for p in watched(stage, "params.yaml")}
+    assert set(settings.SECTIONS) - sections == {"device", "train_classifier", "run"}
+    assert set(make_params()) <= set(settings.SECTIONS)
+
+
+def test_settings_that_change_no_byte_lie_in_a_section_that_nobody_watches():
+    """Whole sections are watched, so a new key is watched from the start, unless it is put into `run`."""
+    assert set(settings.Run.model_fields) == {key for _, key in settings.MOVED}
+    assert set(settings.Run.model_fields) & set(extract.Params.model_fields) == {"cluster"}
+    values = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    assert not [(section, key) for section, key in settings.MOVED if key in values[section]]
 
 
 @pytest.mark.parametrize("stage", sorted(LOADED))

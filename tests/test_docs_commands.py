@@ -228,7 +228,9 @@ def test_the_parameters_of_the_readme_prepare_and_are_read_by_dvc(pets, monkeypa
     for section, entries in yaml.safe_load(block).items():
         values[section] |= entries
     (pets / "params.yaml").write_text(yaml.safe_dump(values))
-    shutil.copy(ROOT / "dvc.yaml", pets / "dvc.yaml")
+    for name in ("dvc.yaml", "stages.yaml"):
+        shutil.copy(ROOT / name, pets / name)
+    shutil.copytree(ROOT / "plugins", pets / "plugins")
     monkeypatch.chdir(pets)
     done = CliRunner().invoke(main, ["prepare", "data/prepare"])
     assert done.exit_code == 0, done.output

@@ -459,7 +459,7 @@ def test_on_a_cluster(before, tmp_path, command, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     setting = ("--set", f"extract.statistics_from={before}/old")
     assert command("here", *setting)[0] == 0
-    code, said, error = command("there", *setting, "--set", "extract.cluster=local:2")
+    code, said, error = command("there", *setting, "--set", "run={cluster: local:2}")
     assert code == 0, error
     assert "taken from" in said
     assert tree(tmp_path / "there") == tree(tmp_path / "here")

@@ -16,7 +16,7 @@ from pipeline_builders import ROOT, environment, make_params
 
 pytestmark = pytest.mark.slow
 
-CODE = ("cache", "pipeline", "dvc.yaml", ".dvcignore")
+CODE = ("cache", "pipeline", "plugins", "dvc.yaml", "stages.yaml", ".dvcignore")
 
 
 def dvc(*arguments: str, cwd: Path) -> str:
@@ -115,6 +115,23 @@ def parameter(**settings):
     return edit
 
 
+def number(*keys):
+    def edit(repository):
+        path = repository / "stages.yaml"
+        values = yaml.safe_load(path.read_text())
+        at = values[keys[0]] if len(keys) > 1 else values
+        at[keys[-1]] += 1
+        path.write_text(yaml.safe_dump(values))
+
+    return edit
+
+
+def remark_everywhere(repository):
+    for package in ("cache", "pipeline"):
+        for path in (repository / package).rglob("*.py"):
+            path.write_text(path.read_text() + "\n# a remark\n")
+
+
 def line_in(name):
     def edit(repository):
         path = repository / name
@@ -127,12 +144,15 @@ HEADS = {"train_classifier", "evaluate", "report"}
 BODY = {"extract", "pool"}
 ALL = {"prepare", "train_backbone"} | BODY | HEADS
 EDITS = {
-    "a host's file": (line_in("pipeline/hosts/dr.py"), HEADS),
+    "a remark in every file": (remark_everywhere, set()),
+    "a host's number": (number("hosts", "dr"), HEADS),
+    "another host's number": (number("hosts", "gcl"), set()),
+    "a backbone's number": (number("backbones", "resnet20"), ALL - {"prepare"}),
+    "a pool's number": (number("pools", "gap"), HEADS | {"pool"}),
+    "a stage's number": (number("extract"), HEADS | BODY),
+    "a host of one's own": (line_in("plugins/hosts/.gitkeep"), HEADS),
     "a host's parameter": (parameter(hosts__dr__optimiser__lr=0.01), HEADS),
-    "another host's file": (line_in("pipeline/hosts/gcl.py"), set()),
-    "the reader": (line_in("cache/reader.py"), HEADS | {"pool"}),
-    "the page": (line_in("pipeline/reporting/page.py"), {"report"}),
-    "the command line": (line_in("pipeline/cli.py"), set()),
+    "where extraction runs": (parameter(run__cluster="local:2"), set()),
     "extraction's parameter": (parameter(extract__codec="zstd"), HEADS | BODY),
     "device": (parameter(device="cpu"), set()),
     "residency": (parameter(train_classifier__pooled=False), set()),
@@ -154,7 +174,7 @@ def test_an_edit_re_runs_exactly_what_it_can_change(repository, edit, stages):
 
 
 def _files(path: Path) -> list[Path]:
-    return list(path.rglob("*.py")) if path.is_dir() else [path]
+    return [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
 
 
 @pytest.mark.timeout(1800)

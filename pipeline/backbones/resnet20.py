@@ -8,6 +8,8 @@ from torch import nn
 from pipeline.networks.cifar_resnet import CifarResNet
 from pipeline.params import Count, Section
 
+NUMBER = 2026112601  # other results, another number: docs/numbers.md
+
 
 class Options(Section):
     """`experts`: parallel branches, 1 for a plain network."""

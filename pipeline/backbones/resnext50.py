@@ -12,6 +12,8 @@ from pipeline.errors import UserError
 from pipeline.networks.resnets import ResNetMaps, pretrained
 from pipeline.params import Count, Section
 
+NUMBER = 2026112601  # other results, another number: docs/numbers.md
+
 
 class Options(Section):
     """`experts`: parallel branches, 1 for a plain network."""

@@ -14,6 +14,8 @@ from pipeline.networks.resnets import pretrained
 from pipeline.networks.tap import Tapped, model_names
 from pipeline.params import Section
 
+NUMBER = 2026112601  # other results, another number: docs/numbers.md
+
 
 class Options(Section):
     """`model`: a name such as efficientnet_b0."""

@@ -1,4 +1,4 @@
-"""`h2t cache import | why | publish | pull | gc` and `h2t doctor`: what reaches beyond one machine or one program."""
+"""`h2t cache import | why | publish | pull | gc`, `h2t doctor`, `h2t upgrade`: beyond one machine or program."""
 
 import json
 from dataclasses import asdict
@@ -162,6 +162,18 @@ def doctor(params_file: Path, full: bool, as_json: bool) -> None:
             click.echo(str(finding))
     if any(f.state == "fault" for f in found):
         raise SystemExit(1)
+
+
+@click.command()
+@click.option("--apply", is_flag=True, help="Write stages.yaml and dvc.lock; without it the command only says what.")
+def upgrade(apply: bool) -> None:
+    """Say what this version of h2t would run again, and why. Results that it would make alike are taken over.
+
+    Example: h2t upgrade --apply
+    """
+    from pipeline.sharing.upgrade import upgrade as run
+
+    run(Path(), click.echo, apply=apply)
 
 
 COMMANDS = (import_command, why_command, publish_command, pull_command, gc_command)

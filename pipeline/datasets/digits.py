@@ -14,6 +14,8 @@ import numpy as np
 from pipeline.images import Collection, Transform
 from pipeline.params import Section
 
+NUMBER = 2026112601  # other results, another number: docs/numbers.md
+
 LEVELS = 16  # pixel values are 0 to 16
 
 

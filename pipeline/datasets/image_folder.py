@@ -14,6 +14,8 @@ from pipeline.images import FORMATS, Collection, Transform
 from pipeline.params import Section
 from pipeline.transforms import IMAGENET
 
+NUMBER = 2026112601  # other results, another number: docs/numbers.md
+
 
 class Options(Section):
     """`train`, `val` and `test` are folders inside `root`; `train: .` where the classes lie in `root` itself.

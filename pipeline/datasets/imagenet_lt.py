@@ -11,6 +11,8 @@ from pipeline import list_files
 from pipeline.images import Collection, Transform
 from pipeline.transforms import IMAGENET
 
+NUMBER = 2026112601  # other results, another number: docs/numbers.md
+
 
 class Options(list_files.Options):
     """`val: ImageNet_LT_val.txt` (20 images a class) exists in some of the published codes only."""

@@ -10,6 +10,8 @@ from pipeline import list_files
 from pipeline.images import Collection, Transform
 from pipeline.transforms import INATURALIST
 
+NUMBER = 2026112601  # other results, another number: docs/numbers.md
+
 
 class Options(list_files.Options):
     """There is no published validation list; `prepare.validation_per_class` can carve one from training images."""

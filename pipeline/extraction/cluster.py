@@ -41,7 +41,7 @@ def shards(address: str, job: Job, pending: Sequence[int]) -> Iterator[tuple[int
     try:
         from distributed import Client, KilledWorker, LocalCluster, WorkerPlugin, as_completed
     except ImportError:
-        raise UserError("extract.cluster: dask.distributed is not installed; pip install 'h2t[cluster]'") from None
+        raise UserError("run.cluster: dask.distributed is not installed; pip install 'h2t[cluster]'") from None
 
     class Opened(WorkerPlugin):
         """Puts the job on every worker, also on those that join later or take the place of a lost one."""
@@ -67,7 +67,7 @@ def shards(address: str, job: Job, pending: Sequence[int]) -> Iterator[tuple[int
                 shard, maps = future.result()
             except KilledWorker as error:
                 raise UserError(
-                    f"extract.cluster: {error.task} ended {error.allowed_failures + 1} workers, probably by its need "
+                    f"run.cluster: {error.task} ended {error.allowed_failures + 1} workers, probably by its need "
                     "of memory; lower extract.batch_size or extract.shard_bytes"
                 ) from None
             submit()
@@ -96,7 +96,7 @@ def _connected(client: Any, at: Any, address: str) -> Any:
         found.wait_for_workers(1, timeout=SECONDS)
     except (OSError, TimeoutError) as error:
         raise UserError(
-            f"extract.cluster: no answer from {address} or none of its workers within {SECONDS} s ({error}); "
+            f"run.cluster: no answer from {address} or none of its workers within {SECONDS} s ({error}); "
             "start the scheduler and its workers, or use local:N"
         ) from None
     return found

@@ -172,7 +172,7 @@ class Job:
         found = {**identity, **settings(self.settings["batch_size"], self.settings["precision"], device)}
         for key, value in {**self.identity, **self.settings}.items():
             if found[key] != value:
-                raise UserError(f"extract.cluster: {key} must be {value} on every worker; got {found[key]}")
+                raise UserError(f"run.cluster: {key} must be {value} on every worker; got {found[key]}")
         work = self.work(backbone.to(device), device, Passes())
         return lambda shard: next(computed(work, self.spec, {shard: self.todo[shard]}, lambda rows: None))[1]
 

@@ -15,6 +15,8 @@ from pipeline.host import Context, FittedHost
 from pipeline.network import StageOneHead
 from pipeline.params import Count, NonNegative, Section
 
+NUMBER = 2026112601  # other results, another number: docs/numbers.md
+
 
 class Loss(Section):
     """`weights`: every sample alike (`instance`) or every class alike (`balanced`)."""

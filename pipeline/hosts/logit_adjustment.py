@@ -11,6 +11,8 @@ from pipeline.longtail import log_prior
 from pipeline.network import StageOneHead
 from pipeline.params import NonNegative, Section
 
+NUMBER = 2026112601  # other results, another number: docs/numbers.md
+
 
 class Loss(Section):
     """`tau`, the strength of the adjustment; 0 is stage I."""

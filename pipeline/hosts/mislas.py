@@ -14,6 +14,8 @@ from pipeline.host import Context, GradientHost, State
 from pipeline.network import StageOneHead
 from pipeline.params import Positive, Ratio, Section
 
+NUMBER = 2026112601  # other results, another number: docs/numbers.md
+
 
 class Loss(Section):
     """Smoothing of the largest class and of the smallest; the classifier's share of the scales' learning rate."""

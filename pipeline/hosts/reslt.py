@@ -13,6 +13,8 @@ from pipeline.head import logits
 from pipeline.host import Context, GradientHost, State
 from pipeline.params import Ratio, Section
 
+NUMBER = 2026112601  # other results, another number: docs/numbers.md
+
 
 class Loss(Section):
     """`beta`, and `groups`: the first class of medium and of tail, by default those of the papers' tables."""

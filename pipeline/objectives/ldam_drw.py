@@ -15,6 +15,8 @@ from pipeline.head import global_average, logits
 from pipeline.longtail import effective_weights, ldam_margins
 from pipeline.params import NonNegative, Positive, Section, within
 
+NUMBER = 2026112601  # other results, another number: docs/numbers.md
+
 
 class Loss(Section):
     """`reweight_epoch` counts from 0; the published schedule has 160 of 200."""

@@ -11,6 +11,8 @@ from pipeline.branches import branch_logits, group_starts, moments, reslt_loss, 
 from pipeline.head import fresh_linear
 from pipeline.params import Ratio, Section
 
+NUMBER = 2026112601  # other results, another number: docs/numbers.md
+
 
 class Loss(Section):
     """`beta`, and `groups`: the first class of medium and of tail, by default those of the papers' tables."""

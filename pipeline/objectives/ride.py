@@ -17,6 +17,8 @@ from pipeline.head import expert_logits, fresh_linear, global_average
 from pipeline.longtail import effective_weights, ldam_margins
 from pipeline.params import NonNegative, Positive, Ratio, Section, within
 
+NUMBER = 2026112601  # other results, another number: docs/numbers.md
+
 
 class Loss(Section):
     """Constants for CIFAR-100-LT. `scale` is that of a cosine classifier; a linear one has 1."""

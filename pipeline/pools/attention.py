@@ -10,6 +10,8 @@ import torch
 
 from pipeline.params import Section
 
+NUMBER = 2026112601  # other results, another number: docs/numbers.md
+
 
 class Options(Section):
     """Nothing to choose."""

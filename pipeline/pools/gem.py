@@ -9,6 +9,8 @@ import torch
 
 from pipeline.params import Positive, Section
 
+NUMBER = 2026112601  # other results, another number: docs/numbers.md
+
 SMALLEST = 1e-6  # values are clamped from below, as in the authors' code: the power of 0 has no gradient
 
 

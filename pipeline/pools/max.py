@@ -9,6 +9,8 @@ import torch
 
 from pipeline.params import Section
 
+NUMBER = 2026112601  # other results, another number: docs/numbers.md
+
 
 class Options(Section):
     """Nothing to choose."""

@@ -9,6 +9,8 @@ import numpy as np
 
 from pipeline.classes import ClassIndex
 
+NUMBER = 2026112601  # other results, another number: docs/numbers.md
+
 Streams = Callable[..., np.random.Generator]
 
 

@@ -14,9 +14,13 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from cache.errors import CacheError
 from cache.redaction import redacted
 from cache.spec import RECORD
+from pipeline import numbers
+from pipeline.code import made_by_other_code
 from pipeline.errors import UserError
 from pipeline.sharing import garbage, repository
 
@@ -49,7 +53,7 @@ def examine(start: Path, params_file: Path, *, full: bool = False) -> list[Findi
         root = repository.repository(start)
     except UserError as error:
         return [*found, Finding("repository", "fault", str(error))]
-    for check in (_locks, _links, _remote, _data):
+    for check in (_numbers, _locks, _links, _remote, _data, _code):
         try:
             found += check(root)
         except (UserError, CacheError) as error:
@@ -123,6 +127,37 @@ def _disk(start: Path) -> list[Finding]:
     if free < LOW_DISK:
         return [Finding("disk", "fault", f"{detail}, less than {LOW_DISK / 1e9:.0f} GB", "h2t cache gc")]
     return [Finding("disk", "ok", detail)]
+
+
+def _numbers(root: Path) -> list[Finding]:
+    """stages.yaml against the numbers in the code and the plug-ins of this project."""
+    path = root / numbers.FILE
+    if not path.is_file():
+        return []
+    numbers.check(path)
+    missing = sorted(numbers.in_code().keys() - numbers.read(path).keys())
+    if missing:
+        detail = f"{numbers.FILE} has no line for {', '.join(missing)}, and DVC asks for one"
+        return [Finding("numbers", "fault", detail, "h2t upgrade --apply")]
+    return [Finding("numbers", "ok", f"{numbers.FILE} has those of this version")]
+
+
+def _code(root: Path) -> list[Finding]:
+    """Outputs that were made by other code of the same number, as far as run records tell."""
+    try:
+        lock = dict(yaml.safe_load((root / "dvc.lock").read_text(encoding="utf-8"))["stages"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):  # told by the check of the data
+        return []
+    return [
+        Finding(
+            "code",
+            "note",
+            f"{stage} was run by other code of the same number ({', '.join(files[:3])}"
+            + (f" and {len(files) - 3} more)" if len(files) > 3 else ")"),
+            f"dvc repro --force --single-item {stage}, to compare",
+        )
+        for stage, files in made_by_other_code(root, lock)
+    ]
 
 
 def _locks(root: Path) -> list[Finding]:

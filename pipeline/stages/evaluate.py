@@ -29,6 +29,8 @@ from pipeline.reporting.tables import each, write_confusion, write_per_class, wr
 from pipeline.scoring import STAGE1, Scores, load_heads_for, score_heads, score_stage1
 from pipeline.streams import sample_rows
 
+NUMBER = 2026112601  # other results, another number: docs/numbers.md
+
 FIGURES = ("top1", "head", "medium", "tail", "ece")
 GROUP_NAMES = ("paper_index", "paper_threshold", "oltr")
 

@@ -41,6 +41,8 @@ from pipeline.progress import progress
 from pipeline.recipes import stored
 from pipeline.samples import Samples
 
+NUMBER = 2026112601  # other results, another number: docs/numbers.md
+
 TAP = "last maps before pooling"
 
 
@@ -48,7 +50,8 @@ class Params(Section):
     """Section `extract`. Sizes in bytes; `chunk_rows` is chosen from the row's size unless given.
 
     `precision`: what the forward passes compute in; `dtype` is what is stored.
-    `cluster`: null, local:N for N processes here, or the address of a dask scheduler; it changes no byte on the CPU.
+    `cluster`: null, local:N for N processes here, or the address of a dask scheduler; it changes no byte on the CPU. In
+    params.yaml it is `run.cluster`, as DVC watches this section.
     `statistics_from`: a previous cache, or a folder with one for each backbone, whose batch-norm statistics are kept
     and from which unchanged rows are taken.
     """

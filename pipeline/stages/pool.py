@@ -21,6 +21,8 @@ from pipeline.features import pool_label
 from pipeline.params import Section, build, plugin
 from pipeline.progress import progress
 
+NUMBER = 2026112601  # other results, another number: docs/numbers.md
+
 
 class Params(Section):
     """Section `pool`: which pool, with its options, and the codec of the copy."""

@@ -24,6 +24,8 @@ from pipeline.params import Positive, Section, Seed, at_least, build, plugin
 from pipeline.progress import progress
 from pipeline.seeds import stream
 
+NUMBER = 2026112601  # other results, another number: docs/numbers.md
+
 
 class Imbalance(Section):
     """The long tail to cut: `ratio` is the largest class count divided by the smallest."""

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from pipeline.params import Section
 
+NUMBER = 2026112601  # other results, another number: docs/numbers.md
+
 
 class Params(Section):
     """Section `report`."""

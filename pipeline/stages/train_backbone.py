@@ -28,6 +28,8 @@ from pipeline.samples import Samples
 from pipeline.seeds import torch_seed
 from pipeline.stage_one import Curves, StageOne, Training
 
+NUMBER = 2026112601  # other results, another number: docs/numbers.md
+
 
 class Params(Training):
     """An entry of section `backbones`.

@@ -34,6 +34,8 @@ from pipeline.residency import Feed, Residency, open_feed
 from pipeline.stack import POOL, HeadSetting, Optimiser, Stack, head_bytes, parts_of
 from pipeline.streams import Streams
 
+NUMBER = 2026112601  # other results, another number: docs/numbers.md
+
 
 class OptimiserParams(Section):
     """Stage-II training; the learning rate follows half a cosine over the epochs."""

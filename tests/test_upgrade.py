@@ -1,0 +1,204 @@
+"""`h2t upgrade` on the project in tests/golden/first, whose dvc.lock and outputs version 0.1.0 wrote."""
+
+import contextlib
+import json
+import shutil
+
+import pytest
+import yaml
+from builders import tree
+from click.testing import CliRunner
+from dvc.repo import Repo
+from golden_cases import FIRST
+from pipeline_builders import ROOT
+from repositories import dvc, git
+
+from pipeline import numbers
+from pipeline.cli import main
+from pipeline.sharing.doctor import examine
+from pipeline.sharing.upgrade import same_meaning, upgrade
+
+STAGES = {"prepare", "train_backbone@few", "extract@few", "pool@few", "train_classifier@dr", "evaluate@dr", "report"}
+LEFT_OUT = {"pool@few", "report"}  # whose outputs are not in tests/golden/first
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """That project with our dvc.yaml and stages.yaml in a repository, as the working directory."""
+    root = tmp_path / "project"
+    shutil.copytree(FIRST, root)
+    shutil.copytree(ROOT / "plugins", root / "plugins", dirs_exist_ok=True)
+    for name in ("dvc.yaml", "stages.yaml", ".dvcignore"):
+        shutil.copy(ROOT / name, root / name)
+    git("init", "--quiet", "--initial-branch=main", where=root)
+    dvc("init", where=root)
+    monkeypatch.chdir(root)
+    return root
+
+
+def h2t(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def changed(root):
+    """Stages that DVC would run, but for outputs that were left out of the example."""
+    with contextlib.chdir(root), Repo(str(root)) as repo:
+        found = repo.status()
+    gone = {name for name, what in found.items() if all(list(w) == ["changed outs"] for w in what)}
+    assert gone <= LEFT_OUT
+    return set(found) - gone
+
+
+def edit(path, change):
+    values = yaml.safe_load(path.read_text())
+    change(values)
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+def test_a_lock_file_from_before_the_numbers_is_taken_over(project):
+    before = tree(project)
+    assert changed(project) == STAGES
+    said = h2t("upgrade")
+    assert said.exit_code == 0, said.output
+    assert "7 stages are taken over" in said.stdout
+    assert "runs again" not in said.stdout
+    assert {name: data for name, data in tree(project).items() if name in before} == before, "said, not done"
+    done = h2t("upgrade", "--apply")
+    assert done.exit_code == 0, done.output
+    assert changed(project) == set()
+    lock = yaml.safe_load((project / "dvc.lock").read_text())["stages"]
+    assert lock["extract@few"]["params"]["stages.yaml"]["extract"] == numbers.FIRST
+    assert not [d for stage in lock.values() for d in stage.get("deps", []) if d["path"].endswith(".py")]
+    old = yaml.safe_load((FIRST / "dvc.lock").read_text())["stages"]
+    assert {k: v["outs"] for k, v in lock.items()} == {k: v["outs"] for k, v in old.items()}
+    assert {k: v for k, v in tree(project / "data").items()} == tree(FIRST / "data")
+    assert "nothing to change" in h2t("upgrade").stdout
+
+
+def test_what_the_first_version_wrote_is_verified_and_trained_on(project):
+    assert h2t("cache", "verify", "data/extract/few").exit_code == 0
+    done = h2t("train-classifier", "dr", "data/extract/few", "data/train_backbone/few", "heads")
+    assert done.exit_code == 0, done.output
+    again = h2t("evaluate", "dr", "data/extract/few", "data/train_classifier/dr", "data/train_backbone/few", "out")
+    assert again.exit_code == 0, again.output
+    assert json.loads((project / "out/metrics.json").read_text())["with_h2t"]["heads"] == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "stages"),
+    [
+        (("extract", "codec"), "zstd", {"extract@few"}),
+        (("hosts", "dr", "optimiser", "lr"), 0.5, {"train_classifier@dr", "report"}),
+        (("seed",), 7, {"prepare", "train_backbone@few", "extract@few"}),
+        (("extract", "chunk_rows"), None, set()),  # its default
+        (("hosts", "dr", "rounding"), "floor", set()),
+        (("run",), {"cluster": "local:2"}, set()),
+    ],
+)
+def test_parameters_must_mean_the_same(project, key, value, stages):
+    def change(values):
+        for part in key[:-1]:
+            values = values[part]
+        values[key[-1]] = value
+
+    edit(project / "params.yaml", change)
+    plan = upgrade(project, lambda line: None, apply=True)
+    assert {redo.stage for redo in plan.redo} == stages
+    assert changed(project) == stages
+
+
+def test_a_section_without_what_changes_no_byte_means_the_same():
+    section = yaml.safe_load((FIRST / "params.yaml").read_text())["extract"]
+    assert "cluster" in section
+    assert same_meaning("extract", section, {k: v for k, v in section.items() if k != "cluster"})
+    assert same_meaning("extract", {**section, "cluster": "local:2"}, section)
+    assert not same_meaning("extract", section, {**section, "dtype": "float32"})
+    assert not same_meaning("extract", section, {**section, "unknown": 1})
+
+
+def test_it_says_what_another_number_concerns_and_why(project):
+    """As after an upgrade: results were made under an earlier number of `extract` than the code has."""
+    upgrade(project, lambda line: None, apply=True)
+    for name in ("dvc.lock", "stages.yaml"):
+        path = project / name
+        path.write_text(path.read_text().replace("extract: 2026112601", "extract: 2026112507"))
+    refused = h2t("prepare", "out")
+    assert refused.exit_code == 1
+    assert "type: h2t upgrade" in refused.stderr
+    said = h2t("upgrade").stdout
+    assert "stages.yaml: extract: 2026112507 -> 2026112601" in said
+    (line,) = [one for one in said.splitlines() if "runs again" in one]
+    assert line.startswith("extract@few runs again and writes data/extract/few: extract has the number 2026112601, was")
+    assert line.endswith("read by evaluate@dr, pool@few, report, train_classifier@dr")
+    assert "2026112507" in (project / "stages.yaml").read_text()
+    assert h2t("upgrade", "--apply").exit_code == 0
+    assert changed(project) == {"extract@few"}
+    assert h2t("prepare", "out").exit_code == 0
+
+
+def test_data_that_differ_are_not_taken_over(project):
+    path = project / "data/train_classifier/dr/heads.parquet"
+    path.write_bytes(path.read_bytes() + b"x")
+    plan = upgrade(project, lambda line: None)
+    assert {redo.stage: redo.reasons for redo in plan.redo} == {
+        "evaluate@dr": ["data/train_classifier/dr is another than was read"]
+    }
+
+
+def test_it_works_in_a_clone_without_data(project):
+    shutil.rmtree(project / "data")
+    plan = upgrade(project, lambda line: None, apply=True)
+    assert set(plan.taken_over) == STAGES
+    old = yaml.safe_load((FIRST / "dvc.lock").read_text())["stages"]
+    new = yaml.safe_load((project / "dvc.lock").read_text())["stages"]
+    assert {k: v["outs"] for k, v in new.items()} == {k: v["outs"] for k, v in old.items()}
+    found = {d["path"]: d["md5"] for d in new["extract@few"]["deps"] if d["path"].startswith("data/")}
+    assert found == {d["path"]: d["md5"] for d in old["extract@few"]["deps"] if d["path"].startswith("data/")}
+
+
+def test_a_plug_in_of_the_project_gets_its_line_and_reruns_what_uses_its_kind(project):
+    upgrade(project, lambda line: None, apply=True)
+    assert numbers.read(project / "stages.yaml")["backbones.few"] == numbers.OWN
+    shutil.copy(ROOT / "pipeline/hosts/dr.py", project / "plugins/hosts/mine.py")
+    found = {finding.check: finding for finding in examine(project, project / "params.yaml")}
+    assert found["numbers"].state == "fault"
+    assert "hosts.mine" in found["numbers"].detail
+    assert "type: h2t upgrade --apply" in str(found["numbers"])
+    plan = upgrade(project, lambda line: None, apply=True)
+    assert set(plan.numbers) == {"hosts.mine"}
+    assert {redo.stage for redo in plan.redo} == {"train_classifier@dr", "evaluate@dr"}
+
+
+def test_a_dvc_yaml_that_watches_no_numbers_is_one_line(project):
+    path = project / "dvc.yaml"
+    path.write_text("\n".join(line for line in path.read_text().splitlines() if "- stages.yaml:" not in line))
+    done = h2t("upgrade", "--apply")
+    assert done.exit_code == 1
+    assert "dvc.yaml: watches no numbers" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_outside_of_a_repository_it_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = h2t("upgrade")
+    assert done.exit_code == 1
+    assert "not inside a DVC repository" in done.stderr
+
+
+def test_doctor_names_outputs_that_were_made_by_other_code_of_the_same_number(project):
+    upgrade(project, lambda line: None, apply=True)
+    arguments = ("train-classifier", "dr", "data/extract/few", "data/train_backbone/few", "out")
+    record = project / "data/runs/train_classifier/dr.json"
+    assert h2t(*arguments, "--record", record).exit_code == 0
+    values = json.loads(record.read_text())
+    assert {"pipeline/stack.py", "pipeline/hosts/dr.py", "cache/reader.py"} <= set(values["code"])
+
+    def notes():
+        return [str(f) for f in examine(project, project / "params.yaml") if f.check == "code"]
+
+    assert notes() == []
+    values["code"]["pipeline/stack.py"] = "0" * 16
+    values["code"]["pipeline/reporting/page.py"] = "0" * 16  # training does not reach it
+    record.write_text(json.dumps(values))
+    (note,) = notes()
+    assert "train_classifier@dr was run by other code of the same number (pipeline/stack.py)" in note

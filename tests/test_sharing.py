@@ -305,6 +305,183 @@ def test_gc_removes_what_nobody_works_on(lab):
     dvc("checkout", "--force", where=lab / "a")  # what is in use is still there
 
 
+# gc: what others use stays
+
+
+def second_version(root: Path) -> None:
+    """Another cache in the place of the first, committed: the objects of the first are unused from now on."""
+    shutil.rmtree(root / "made/cache")
+    make_cache(root / "made/cache", seed=1)
+    dvc("repro", where=root)
+    git("commit", "--quiet", "--all", "--message=two", where=root)
+
+
+def dvc_objects(cache: Path) -> dict[str, bytes]:
+    return {name: data for name, data in tree(cache / "files").items()}
+
+
+@pytest.fixture(params=["symlink", "hardlink"])
+def two_clones(lab, request):
+    """Clones `a` and `b` on one DVC cache, as docs/sharing.md says; `b` has another cache than `a`, uncommitted."""
+    config = lab / "a/.dvc/config"
+    config.write_text(re.sub("type = .*", f"type = {request.param}", config.read_text()))
+    git("commit", "--quiet", "--all", "--message=links", where=lab / "a")
+    git("clone", "--quiet", str(lab / "a"), str(lab / "b"), where=lab)
+    shutil.move(lab / "a/.dvc/cache", lab / "shared")
+    shutil.copytree(lab / "a/made", lab / "b/made")
+    for clone in ("a", "b"):
+        dvc("cache", "dir", "--local", str(lab / "shared"), where=lab / clone)
+        dvc("config", "--local", "cache.shared", "group", where=lab / clone)
+        dvc("checkout", "--relink", "--force", where=lab / clone)
+    second_version(lab / "b")
+    return lab
+
+
+def test_gc_in_one_clone_leaves_the_other_ones_bytes(two_clones):
+    lab = two_clones
+    before, objects_before = tree(lab / "b/data"), dvc_objects(lab / "shared")
+    done = h2t("cache", "gc")
+    assert done.exit_code == 0, done.output
+    assert "would not remove" in done.stdout
+    assert "Remov" not in done.output
+    done = h2t("cache", "gc", "--apply")
+    assert done.exit_code == 1
+    (line,) = done.stderr.splitlines()
+    assert "cache.shared is set" in line
+    assert "--alone" in line
+    assert dvc_objects(lab / "shared") == objects_before
+    dvc("checkout", "--relink", "--force", where=lab / "b")
+    assert tree(lab / "b/data") == before
+    assert verify(str(lab / "b/data/extract/b")) == []
+
+
+def share_by_setting(lab, patch):
+    dvc("config", "--local", "cache.shared", "group", where=lab / "a")
+    return "cache.shared is set"
+
+
+def share_by_local_directory(lab, patch):
+    shutil.move(lab / "a/.dvc/cache", lab / "shared")
+    dvc("cache", "dir", "--local", str(lab / "shared"), where=lab / "a")
+    return "lies outside of this repository"
+
+
+def share_by_global_directory(lab, patch):
+    patch.setenv("DVC_GLOBAL_CONFIG_DIR", str(lab / "global"))
+    shutil.move(lab / "a/.dvc/cache", lab / "shared")
+    (lab / "global").mkdir()
+    (lab / "global/config").write_text(f"[cache]\n    dir = {lab}/shared\n")
+    return "lies outside of this repository"
+
+
+def share_by_system_setting(lab, patch):
+    patch.setenv("DVC_SYSTEM_CONFIG_DIR", str(lab / "system"))
+    (lab / "system").mkdir()
+    (lab / "system/config").write_text("[cache]\n    shared = group\n")
+    return "cache.shared is set"
+
+
+def share_by_link(lab, patch):
+    shutil.move(lab / "a/.dvc/cache", lab / "shared")
+    (lab / "a/.dvc/cache").symlink_to(lab / "shared")
+    return "lies outside of this repository"
+
+
+def share_by_hard_links(lab, patch):
+    """Another clone's cache.dir is this repository's cache: nothing in our configuration says so."""
+    git("clone", "--quiet", str(lab / "a"), str(lab / "b"), where=lab)
+    dvc("cache", "dir", "--local", str(lab / "a/.dvc/cache"), where=lab / "b")
+    dvc("config", "--local", "cache.type", "hardlink", where=lab / "b")
+    dvc("checkout", where=lab / "b")
+    return "hard links outside of this repository"
+
+
+@pytest.mark.parametrize(
+    "share",
+    [
+        share_by_setting,
+        share_by_local_directory,
+        share_by_global_directory,
+        share_by_system_setting,
+        share_by_link,
+        share_by_hard_links,
+    ],
+)
+def test_gc_leaves_a_dvc_cache_that_others_may_use(lab, monkeypatch, share):
+    says = share(lab, monkeypatch)
+    second_version(lab / "a")
+    shared = lab / "shared" if (lab / "shared").exists() else lab / "a/.dvc/cache"
+    before = dvc_objects(shared)
+    done = h2t("cache", "gc", "--apply")
+    assert done.exit_code == 1, done.output
+    assert says in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert dvc_objects(shared) == before
+    done = h2t("cache", "gc", "--apply", "--alone")
+    assert done.exit_code == 0, done.output
+    assert 0 < len(dvc_objects(shared)) < len(before)
+
+
+@pytest.mark.parametrize("links", ["hardlink", "symlink", "copy"])
+def test_gc_says_what_would_go_and_removes_just_that(lab, links):
+    root = lab / "a"
+    dvc("config", "--local", "cache.type", links, where=root)
+    before = set(dvc_objects(root / ".dvc/cache"))
+    second_version(root)
+    everything = dvc_objects(root / ".dvc/cache")
+    done = h2t("cache", "gc")
+    assert done.exit_code == 0, done.output
+    assert "Remov" not in done.output
+    assert dvc_objects(root / ".dvc/cache") == everything
+    number = int(re.search(r"would remove (\d+) objects? of DVC's cache", done.stdout)[1])
+    done = h2t("cache", "gc", "--apply")
+    assert done.exit_code == 0, done.output
+    left = dvc_objects(root / ".dvc/cache")
+    gone = set(everything) - set(left)
+    assert f"removed {number} objects of DVC's cache" in done.stdout
+    assert len(gone) == number
+    assert gone < before
+    assert "no branch" not in h2t("cache", "gc").stdout
+    dvc("checkout", "--relink", "--force", where=root)
+
+
+def test_gc_puts_back_a_cache_that_a_stopped_writer_had_set_aside(lab):
+    """A writer that is killed between its two renames leaves the only copy of the old cache in its staging directory."""
+    data = lab / "a/data/extract"
+    before = tree(data / "b")
+    (data / ".b.staging").mkdir()
+    (data / "b").rename(data / ".b.staging/replaced")
+    done = h2t("cache", "gc")
+    assert "would put back data/extract/b" in done.stdout
+    assert not (data / "b").exists()
+    done = h2t("cache", "gc", "--apply")
+    assert done.exit_code == 0, done.output
+    assert tree(data / "b") == before
+    assert not (data / ".b.staging").exists()
+
+
+def test_gc_removes_no_directory_of_somebody_else(lab):
+    data = lab / "a/data/extract"
+    (lab / "mine").mkdir()
+    (lab / "mine/notes").write_text("x")
+    (data / ".x.staging").symlink_to(lab / "mine")
+    (data / ".x.partial-backup").mkdir()
+    done = h2t("cache", "gc", "--apply")
+    assert done.exit_code == 0, done.output
+    assert "unfinished" not in done.stdout
+    assert (lab / "mine/notes").exists()
+    assert (data / ".x.partial-backup").exists()
+
+
+def test_gc_clears_no_data_folder_outside_of_the_repository(lab):
+    shutil.move(lab / "a/data", lab / "elsewhere")
+    (lab / "a/data").symlink_to(lab / "elsewhere")
+    (lab / "elsewhere/extract/.x.partial-999999999").mkdir()
+    done = h2t("cache", "gc", "--apply")
+    assert "leads out of this repository" in done.stdout
+    assert (lab / "elsewhere/extract/.x.partial-999999999").exists()
+
+
 # doctor: each of the faults that can be planted is named, and nothing else is
 
 

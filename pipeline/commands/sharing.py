@@ -133,14 +133,15 @@ def pull_command(url: str, rev: str | None, name: str | None, pooled: bool, into
 
 @click.command("gc")
 @click.option("--apply", is_flag=True, help="Remove; without it the command only says what would go.")
-def gc_command(apply: bool) -> None:
+@click.option("--alone", is_flag=True, help="Nobody else links into this DVC cache: remove from it although it is shared.")
+def gc_command(apply: bool, alone: bool) -> None:
     """Remove unfinished runs and unused DVC objects. Used is what a branch, tag, experiment or the workspace names.
 
     Example: h2t cache gc --apply
     """
     from pipeline.sharing.garbage import collect_garbage
 
-    collect_garbage(Path(), click.echo, apply=apply)
+    collect_garbage(Path(), click.echo, apply=apply, alone=alone)
 
 
 @click.command()

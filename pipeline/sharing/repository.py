@@ -99,6 +99,11 @@ def _short(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
+def counted(number: int, what: str) -> str:
+    """`number` of `what`, in the singular or the plural: 1 object, 2 objects."""
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
 def caches(root: Path) -> list[Path]:
     """Directories of caches among the outputs in dvc.lock, relative to `root`."""
     return [Path(o.path) for o in outs(root) if (root / o.path / RECORD).is_file()]

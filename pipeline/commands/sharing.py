@@ -105,14 +105,15 @@ def why_command(
 @click.option("--remote", help="The remote's name; by default DVC's default remote.")
 @click.option("--uncommitted", is_flag=True, help="Push even though git does not hold this configuration.")
 @click.option("--quick", is_flag=True, help="Compare the lengths of what the remote holds, not its content.")
-def publish_command(remote: str | None, uncommitted: bool, quick: bool) -> None:
+@click.option("--repair", is_flag=True, help="Send again what the remote does not hold whole.")
+def publish_command(remote: str | None, uncommitted: bool, quick: bool, repair: bool) -> None:
     """Push results by DVC and prove that the remote holds them. Those of the configuration that is checked out.
 
     Example: h2t cache publish --remote store
     """
     from pipeline.sharing.publish import publish
 
-    publish(Path(), click.echo, remote=remote, uncommitted=uncommitted, quick=quick)
+    publish(Path(), click.echo, remote=remote, uncommitted=uncommitted, quick=quick, repair=repair)
 
 
 @click.command("pull")
@@ -146,7 +147,7 @@ def gc_command(apply: bool, alone: bool) -> None:
 
 @click.command()
 @click.option("--params", "params_file", type=PATH, default=Path("params.yaml"), show_default=True)
-@click.option("--full", is_flag=True, help="Read every byte of every cache.")
+@click.option("--full", is_flag=True, help="Read every byte of every output.")
 @click.option("--json", "as_json", is_flag=True, help="The same as JSON.")
 def doctor(params_file: Path, full: bool, as_json: bool) -> None:
     """Say what is wrong here and what to type. Exit 1 if anything is.

@@ -95,6 +95,11 @@ def outs(root: Path) -> list[Out]:
         raise UserError(f"{path}: not a lock file of DVC ({_short(error)}); restore it from git") from None
 
 
+def dvc_cache(root: Path) -> Path:
+    """The folder of DVC's cache, as its configuration of every level says."""
+    return Path(config_of(root).get("cache", {}).get("dir") or root / ".dvc/cache")
+
+
 def _short(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 

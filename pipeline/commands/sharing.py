@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from cache.redaction import printable
+from pipeline.commands import names
 from pipeline.commands.caches import opened, previous
 
 PATH = click.Path(path_type=Path)
@@ -83,6 +84,7 @@ def why_command(
     samples = samples or place.parent.parent / "prepare"
     name = name or place.name
     backbone = backbone or place.parent.parent / "train_backbone" / name
+    names.check_folders(values, "backbones", name, location, backbone)
     section = params.build(extract.Params, "extract", params.section(values, "extract"))
     with opened(location) as found, previous(section.statistics_from, name) as kept:
         verdict = why(

@@ -26,7 +26,7 @@ def fresh_directory(out: Path) -> Iterator[Path]:
 
     An earlier output at `out` is replaced. Also after a kill or a power cut it is never there in part: the new one is
     written durably, and the old one is renamed away before it takes its place. A file, and a directory that holds
-    anything else, is refused, not deleted; of a link only the link is replaced. Of two processes the later one prevails.
+    anything else, is refused, not deleted; of a link only the link is replaced. Of two processes the later one wins.
     """
     out = Path(os.path.abspath(out))  # noqa: PTH100 - `resolve` would follow a link that is to be replaced
     if out.is_file() and not out.is_symlink():

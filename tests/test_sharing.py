@@ -256,7 +256,7 @@ def test_pull_goes_on_where_it_failed(lab, monkeypatch, of):
     done = h2t("cache", "pull", url, "--into", lab / "b")
     assert done.exit_code == 0, done.output
     assert {part: tree(lab / "b" / part) for part in wanted} == wanted
-    assert [p for p in (lab / "b").rglob(".*")] == []
+    assert list((lab / "b").rglob(".*")) == []
     assert {name: (target / name).stat().st_ino for name in came} == came  # not fetched again
 
 
@@ -373,7 +373,7 @@ def second_version(root: Path) -> None:
 
 
 def dvc_objects(cache: Path) -> dict[str, bytes]:
-    return {name: data for name, data in tree(cache / "files").items()}
+    return tree(cache / "files")
 
 
 @pytest.fixture(params=["symlink", "hardlink"])
@@ -502,7 +502,7 @@ def test_gc_says_what_would_go_and_removes_just_that(lab, links):
 
 
 def test_gc_puts_back_a_cache_that_a_stopped_writer_had_set_aside(lab):
-    """A writer that is killed between its two renames leaves the only copy of the old cache in its staging directory."""
+    """A writer that is killed between its two renames leaves the only copy of the old cache in its staging."""
     data = lab / "a/data/extract"
     before = tree(data / "b")
     (data / ".b.staging").mkdir()

@@ -1,7 +1,7 @@
-"""Does what a command is given belong to the NAME it is given? Told from what files record, and from folder names.
+"""Refuses paths that do not belong to a command's NAME, by what the files there record and by the folders' names.
 
-Weights of one architecture fit each other's places, so a backbone in the place of another one raises no error by itself.
-Digests cannot tell which name is meant; architecture, options and objective can, where they differ, and so can a folder
+The weights of two backbones of one architecture fit into each other, so mixing them up raises no error by itself. A
+digest does not say which name is meant. Architecture, options and objective do where they differ, and so does a folder
 that is called like another entry of the parameters.
 """
 
@@ -93,7 +93,7 @@ def check_host(
 
 
 def check_evaluated(values: Mapping[str, Any], folder: Path) -> None:
-    """Raises UserError for an evaluation in `folder` that is of another kind of host than its name in the parameters."""
+    """Raises UserError for an evaluation in `folder` of another kind of host than the parameters say."""
     for name, entry in values["hosts"].items():
         try:
             found = json.loads((folder / name / "about.json").read_text(encoding="utf-8"))["host"]["host"]

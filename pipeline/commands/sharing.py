@@ -136,7 +136,9 @@ def pull_command(url: str, rev: str | None, name: str | None, pooled: bool, into
 
 @click.command("gc")
 @click.option("--apply", is_flag=True, help="Remove; without it the command only says what would go.")
-@click.option("--alone", is_flag=True, help="Nobody else links into this DVC cache: remove from it although it is shared.")
+@click.option(
+    "--alone", is_flag=True, help="Nobody else links into this DVC cache: remove from it although it is shared."
+)
 def gc_command(apply: bool, alone: bool) -> None:
     """Remove unfinished runs and unused DVC objects. Used is what a branch, tag, experiment or the workspace names.
 

@@ -277,7 +277,9 @@ def _queue(root: Path, params_file: Path) -> list[Finding]:
 
     found = []
     if not str(root).isascii():
-        detail = f"dvc exp run --queue and --temp fail in {root}, DVC needs a path of ASCII letters; move the project there"
+        detail = (
+            f"dvc exp run --queue and --temp fail in {root}, DVC needs a path of ASCII letters; move the project there"
+        )
         found.append(Finding("queue", "note", detail))
     try:
         named = list(_paths(params.load(params_file)))
@@ -393,7 +395,7 @@ class _Output:
         """Links that lead nowhere, also those that dvc.lock does not know."""
         paths = [self.place, *(self.place.rglob("*") if self.place.is_dir() else ())]
         for path in sorted(path for path in paths if path.is_symlink() and not path.exists()):
-            self.here.append(f"{path.relative_to(self.place).as_posix()} is a link to {os.readlink(path)}, which is gone")
+            self.here.append(f"{path.relative_to(self.place).as_posix()} is a link to {path.readlink()}, which is gone")
 
     def _members(self) -> dict[str, str]:
         """md5 of every file by its path in the output; of an output that is a file, by the empty path."""

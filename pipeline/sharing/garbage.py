@@ -106,7 +106,7 @@ def _unused(repo: Any) -> list[Path]:
 
 @contextmanager
 def _dvc_silent() -> Iterator[list[logging.LogRecord]]:
-    """Holds back what DVC prints of its garbage collection ("Removing", "Removed", in dry runs too), and collects it."""
+    """Collects what DVC says of its garbage collection ("Removing", in dry runs too) instead of printing it."""
     told: list[logging.LogRecord] = []
 
     class Collect(logging.Handler):

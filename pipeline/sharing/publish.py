@@ -73,11 +73,14 @@ def publish(
             repo.push(run_cache=True, remote=name)
             proof = prove(repo, name, found, quick=quick)
             if proof.faults and repair:
-                say(f"remote {name}: {counted(len(proof.faults), 'object')} not whole there ({_some(proof)}): sending again")
+                broken = counted(len(proof.faults), "object")
+                say(f"remote {name}: {broken} not whole there ({_some(proof)}): sending again")
                 _send(repo, name, proof.faults)
                 proof = prove(repo, name, found, quick=quick)
     if proof.faults:
-        way_out = "mend the remote itself, it does not keep what is sent" if repair else "type: h2t cache publish --repair"
+        way_out = (
+            "mend the remote itself, it does not keep what is sent" if repair else "type: h2t cache publish --repair"
+        )
         raise UserError(
             f"remote {name}: {len(proof.faults)} of {counted(proof.objects, 'object')} not whole there "
             f"({_some(proof)}); {way_out}"

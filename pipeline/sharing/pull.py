@@ -35,8 +35,8 @@ def pull(
     """A cache of a git repository with DVC, verified, and its backbone, to the same places below `into`.
 
     `into`/extract/NAME (`pooled`: the pooled copy, `into`/pool/NAME) and `into`/train_backbone/NAME. Nothing is left
-    at those places if a byte is wrong. What came before an attempt failed is kept beside them, and the same call goes on
-    from there. Raises UserError.
+    at those places if a byte is wrong. What came before an attempt failed is kept beside them, and the same call
+    continues from there. Raises UserError.
     """
     from dvc.repo import Repo
 
@@ -130,7 +130,9 @@ def _fetch(files: Any, listing: Mapping[str, _Remote], target: Path, where: str,
             wrong = [name for name in pool.map(get, missing) if name]
         if wrong:
             more = f" and {counted(len(wrong) - 1, 'other')}" if len(wrong) > 1 else ""
-            raise UserError(f"{where}: what came is damaged ({wrong[0]}{more}); ask its owner: h2t cache publish --repair")
+            raise UserError(
+                f"{where}: what came is damaged ({wrong[0]}{more}); ask its owner: h2t cache publish --repair"
+            )
         if is_cache:
             _check_whole(place, where)
         size = sum((place / name).stat().st_size for name in missing)

@@ -516,6 +516,18 @@ def test_gc_puts_back_a_cache_that_a_stopped_writer_had_set_aside(lab):
     assert not (data / ".b.staging").exists()
 
 
+@pytest.mark.parametrize("place", ["tmpabc", "standalone/tmpabc"])
+def test_gc_waits_for_a_running_experiment(lab, place):
+    """What it has made so far is named by no commit yet."""
+    second_version(lab / "a")
+    (lab / "a/.dvc/tmp/exps" / place).mkdir(parents=True)
+    before = dvc_objects(lab / "a/.dvc/cache")
+    done = h2t("cache", "gc", "--apply", "--alone")
+    assert done.exit_code == 1
+    assert f".dvc/tmp/exps/{place}" in done.stderr
+    assert dvc_objects(lab / "a/.dvc/cache") == before
+
+
 def test_gc_removes_no_directory_of_somebody_else(lab):
     data = lab / "a/data/extract"
     (lab / "mine").mkdir()

@@ -11,7 +11,6 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +23,7 @@ LEFT_BY_PROCESS = re.compile(r"\..+\.(partial|pulled)-(?P<process>\d+)")
 EVERY_PROJECT = "dvc gc --workspace --all-branches --all-tags --all-experiments --projects OTHER ..."
 
 
-@dataclass(frozen=True)
-class Garbage:
-    """Bytes of unfinished runs, and the objects of DVC's cache with their bytes, that were or would be removed."""
-
-    unfinished: int
-    objects: int
-    object_bytes: int
-
-
-def collect_garbage(start: Path, say: Say, *, apply: bool, alone: bool = False) -> Garbage:
+def collect_garbage(start: Path, say: Say, *, apply: bool, alone: bool = False) -> None:
     """Removes directories of unfinished runs below `data`, and DVC objects that nothing in git or here uses.
 
     Without `apply` it only says what would go. A DVC cache that others may link into is left as it is and UserError
@@ -43,20 +33,16 @@ def collect_garbage(start: Path, say: Say, *, apply: bool, alone: bool = False) 
 
     root = repository(start)
     git("rev-parse", "--verify", "HEAD", where=root)  # without a commit every object would be garbage
-    unfinished = _clear_unfinished(root, say, apply=apply, alone=alone)
+    _clear_unfinished(root, say, apply=apply, alone=alone)
     with in_one_line("dvc gc"), Repo(str(root)) as repo:
-        others = None if alone else who_else(root, Path(repo.cache.local.path))
         objects = _unused(repo)
         size = sum(path.stat().st_size for path in objects)
         what = f"{counted(len(objects), 'object')} of DVC's cache, {size / 1e6:.1f} MB"
-        if objects and others:
-            kept = (
-                f"{what}: nothing here names them, but {others}, and another project may use them; name all projects "
-                f"({EVERY_PROJECT}), or pass --alone if there is no other"
-            )
-            if apply:
-                raise UserError(f"not removed: {kept}")
-            say(f"would not remove {kept}")
+        reason = _in_use(root, Path(repo.cache.local.path), alone=alone) if objects else None
+        if reason and apply:
+            raise UserError(f"not removed: {what}: nothing here names them, but {reason}")
+        if reason:
+            say(f"would not remove {what}: nothing here names them, but {reason}")
         elif objects:
             if apply:
                 with _dvc_silent():
@@ -64,7 +50,21 @@ def collect_garbage(start: Path, say: Say, *, apply: bool, alone: bool = False) 
             say(f"{'removed' if apply else 'would remove'} {what}: no branch, tag, experiment or workspace names them")
     if not apply:
         say("nothing was removed; pass --apply to remove")
-    return Garbage(unfinished, len(objects), size)
+
+
+def _in_use(root: Path, objects: Path, *, alone: bool) -> str | None:
+    """Why unused objects may be in use after all, and the way out; None if nothing says so."""
+    exps = root / ".dvc/tmp/exps"
+    running = sorted(path for pattern in ("tmp*", "standalone/tmp*") for path in exps.glob(pattern) if path.is_dir())
+    if running:
+        place = running[0].relative_to(root)
+        return f"an experiment runs, or was stopped, in {place}; wait for its end, or remove that folder"
+    if not alone and (others := who_else(root, objects)):
+        return (
+            f"{others}, and another project may use them; name all projects ({EVERY_PROJECT}), or pass --alone if "
+            "there is no other"
+        )
+    return None
 
 
 def who_else(root: Path, objects: Path) -> str | None:
@@ -128,14 +128,13 @@ def _dvc_silent() -> Iterator[list[logging.LogRecord]]:
             log.propagate = propagate
 
 
-def _clear_unfinished(root: Path, say: Say, *, apply: bool, alone: bool) -> int:
-    """Removes what unfinished runs left below `data`; returns its bytes."""
+def _clear_unfinished(root: Path, say: Say, *, apply: bool, alone: bool) -> None:
+    """Removes what unfinished runs left below `data`."""
     data = root / "data"
     found = abandoned(data) if data.is_dir() else []
     if found and not alone and not data.resolve().is_relative_to(root.resolve()):
         say(f"note: {data} leads out of this repository, others may work there; --alone clears it, too")
-        return 0
-    total = 0
+        return
     for path in found:
         place, size = path.relative_to(root), _bytes_in(path)
         aside = _set_aside(path)
@@ -145,9 +144,7 @@ def _clear_unfinished(root: Path, say: Say, *, apply: bool, alone: bool) -> int:
         if apply and not _clear(path):
             say(f"kept {place}: it is in use now")
             continue
-        total += size
         say(f"{'removed' if apply else 'would remove'} {place}: {size / 1e6:.1f} MB of an unfinished run")
-    return total
 
 
 def _bytes_in(folder: Path) -> int:

@@ -144,10 +144,21 @@ class Staging:
                 self.discard()
 
     def publish(self, *, replace: bool) -> None:
-        """Renames the finished cache to its target and removes the staging directory."""
+        """Renames the finished cache to its target and removes the staging directory.
+
+        With `replace` an earlier cache at the target goes. Raises CacheError `exists` for what holds anything else.
+        """
         if self.target.exists() and (not self.target.is_dir() or any(self.target.iterdir())):
             if not replace:
                 raise CacheError("exists", f"{self.target}: already holds something; remove it or pass --replace")
+            parts = {path.name for path in self.cache.iterdir()}
+            held = {path.name for path in self.target.iterdir()} if self.target.is_dir() else {self.target.name}
+            if strangers := sorted(held - parts):
+                raise CacheError(
+                    "exists",
+                    f"{self.target}: holds {strangers[0]}, which is no part of a cache and would be deleted; move it "
+                    "away, and run again: the finished cache is kept",
+                )
             shutil.rmtree(self.root / "replaced", ignore_errors=True)
             self.target.rename(self.root / "replaced")
         self.cache.rename(self.target)

@@ -31,9 +31,16 @@ from cache.staging import Staging, bad_disk_is_one_line, file_sha256, sync, writ
 
 
 def committed(target: Path) -> CacheSpec | None:
-    """The spec of the cache committed at `target`; None if there is none."""
+    """The spec of the cache committed at `target`; None if nothing is there.
+
+    Raises CacheError `exists` for anything else: it is not replaced, whoever asks for that.
+    """
     record = target / RECORD
-    return parse_record(record.read_bytes()).spec if record.is_file() else None
+    if record.is_file():
+        return parse_record(record.read_bytes()).spec
+    if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
+        raise CacheError("exists", f"{target}: holds something that is no cache; remove it, or give another place")
+    return None
 
 
 def _dimension_names(spec: CacheSpec, expert: int) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from cache.errors import CacheError
+from pipeline.commands import names
 from pipeline.commands.caches import cache as cache_group
 from pipeline.commands.caches import opened, previous
 from pipeline.commands.models import export, predict
@@ -115,6 +116,7 @@ def train_backbone(values: dict[str, Any], name: str, samples: Path, out: Path) 
     from pipeline.stages import train_backbone as stage_module
 
     section = params.build(stage_module.Params, f"backbones.{name}", params.section(values, f"backbones.{name}"))
+    names.check_folders(values, "backbones", name, out)
     found = load_samples(samples)
     images = found.images(params.section(values, "prepare"))
     stage_module.run(section, name, found, images, values["seed"], device.choose(values["device"]), out, click.echo)
@@ -137,7 +139,9 @@ def extract(
     from pipeline.stages import extract as stage_module
 
     section = params.build(stage_module.Params, "extract", params.section(values, "extract"))
+    names.check_folders(values, "backbones", name, out)
     found = load_samples(samples)
+    names.check_backbone(values, name, backbone, click.echo)
     images = found.images(params.section(values, "prepare"))
     chosen = device.choose(values["device"])
     with previous(section.statistics_from, name) as kept:
@@ -170,6 +174,7 @@ def pool(values: dict[str, Any], name: str, cache: str, out: Path, replace: bool
     from pipeline.stages import pool as stage_module
 
     section = params.build(stage_module.Params, "pool", params.section(values, "pool"))
+    names.check_folders(values, "backbones", name, cache, out)
     with opened(cache) as found:
         stage_module.run(section, name, found, out, click.echo, replace=replace)
 
@@ -189,6 +194,7 @@ def train_classifier(values: dict[str, Any], name: str, cache: str, backbone: Pa
     section = params.build(stage_module.Params, f"hosts.{name}", params.section(values, f"hosts.{name}"))
     residency = params.build(Residency, "train_classifier", params.section(values, "train_classifier"))
     with opened(cache) as found:
+        names.check_host(values, name, cache, backbone, out, click.echo)
         summary = stage_module.run(
             section, residency, name, found, backbone, device.choose(values["device"]), out, click.echo
         )
@@ -209,6 +215,7 @@ def evaluate(values: dict[str, Any], name: str, cache: str, heads: Path, backbon
 
     section = params.build(stage_module.Params, "evaluate", params.section(values, "evaluate"))
     with opened(cache) as found:
+        names.check_host(values, name, cache, backbone, out, click.echo, heads)
         stage_module.run(section, name, found, heads, backbone, device.choose(values["device"]), out, click.echo)
 
 
@@ -243,6 +250,7 @@ def report(
     if evaluate_dir is None or out is None:
         raise click.UsageError("give EVALUATE_DIR and OUT, or --compare A B")
     section = params.build(stage_module.Params, "report", params.section(values, "report"))
+    names.check_evaluated(values, evaluate_dir)
     stage_module.run(section, list(params.section(values, "hosts")), evaluate_dir, out, click.echo, runs)
 
 

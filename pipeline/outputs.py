@@ -27,10 +27,12 @@ def fresh_directory(out: Path) -> Iterator[Path]:
     """A directory to fill that becomes `out` in one rename when the block ends well, and vanishes when it does not.
 
     An earlier output at `out` is replaced. Also after a kill or a power cut it is never there in part: the new one is
-    written durably, and the old one is renamed away before it takes its place. A directory that holds anything else is
-    refused, not deleted. Of two processes the later one prevails.
+    written durably, and the old one is renamed away before it takes its place. A file, and a directory that holds
+    anything else, is refused, not deleted; of a link only the link is replaced. Of two processes the later one wins.
     """
     out = Path(os.path.abspath(out))  # noqa: PTH100 - `resolve` would follow a link that is to be replaced
+    if out.is_file() and not out.is_symlink():
+        raise UserError(f"{out}: is a file, this command writes a directory; give another place or remove it")
     partial = out.parent / f".{out.name}.partial-{os.getpid()}"
     try:
         try:
@@ -82,7 +84,7 @@ def _replace_directory(partial: Path, out: Path) -> None:
                 replaced.rename(out)
             shutil.rmtree(replaced, ignore_errors=True)
         return
-    if out.exists() or out.is_symlink():
+    if out.is_symlink():
         out.unlink()
     partial.rename(out)
 
@@ -90,12 +92,12 @@ def _replace_directory(partial: Path, out: Path) -> None:
 def _clear_abandoned(out: Path) -> None:
     """Removes what killed runs left behind; one may have had our own process number.
 
-    What one was about to replace when it was killed is put back.
+    What one was about to replace when it was killed is put back. Names that end in no process number are not ours.
     """
     name = glob.escape(out.name)
     for path in (*out.parent.glob(f".{name}.replaced-*"), *out.parent.glob(f".{name}.partial-*")):
         pid = path.name.rpartition("-")[2]
-        if pid != str(os.getpid()) and pid.isdigit() and Path(f"/proc/{pid}").exists():
+        if not pid.isdigit() or (pid != str(os.getpid()) and Path(f"/proc/{pid}").exists()):
             continue
         if ".replaced-" in path.name[len(out.name) :] and not os.path.lexists(out):
             path.rename(out)

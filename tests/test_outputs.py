@@ -81,6 +81,21 @@ def test_a_link_is_replaced_and_its_target_stays(tmp_path):
     assert not (tmp_path / "out").is_symlink()
 
 
+def test_a_file_is_refused(tmp_path):
+    (tmp_path / "params.yaml").write_text("mine")
+    with pytest.raises(UserError, match="is a file"):
+        filled(tmp_path / "params.yaml")
+    assert (tmp_path / "params.yaml").read_text() == "mine"
+    assert names(tmp_path) == ["params.yaml"]
+
+
+def test_what_is_only_called_like_our_remains_stays(tmp_path):
+    for name in (".out.partial-backup", ".out.replaced-by-hand"):
+        (tmp_path / name).mkdir()
+    filled(tmp_path / "out")
+    assert names(tmp_path) == [".out.partial-backup", ".out.replaced-by-hand", "out"]
+
+
 def test_a_place_below_a_file_is_one_line(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="cannot be made"):

@@ -1,6 +1,7 @@
 """Publishing, pulling, doctor: on a small repository of its own with real git, real DVC and a remote that is a path."""
 
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -108,8 +109,14 @@ def test_publish_and_pull_give_the_same_bytes(lab, monkeypatch):
     assert done.exit_code == 0, done.output
     assert sorted(p.name for p in (lab / "c").iterdir()) == ["pool", "train_backbone"]
     done = h2t("cache", "pull", url, "--into", lab / "b")
+    assert done.exit_code == 0, done.output
+    assert done.stdout.count("is here already") == 2
+    assert "pulled 0.0 MB" in done.stdout
+    (lab / "b/extract/b/README.md").write_text("mine")
+    done = h2t("cache", "pull", url, "--into", lab / "b")
     assert done.exit_code == 1
-    assert "is there already" in done.stderr
+    assert "extract/b: is there already and holds something else" in done.stderr
+    assert (lab / "b/extract/b/README.md").read_text() == "mine"
     done = h2t("cache", "pull", url, "--name", "x", "--into", lab / "d")
     assert "no 'x' in data/extract; choose by --name: b" in done.stderr
 
@@ -183,12 +190,19 @@ def test_publish_proves_what_the_remote_holds(lab):
     with Repo(str(lab / "a")) as repo:
         proof = publish.prove(repo, "store", repository.outs(lab / "a"))
     assert len(proof.faults) == 2
-    assert any("missing" in f for f in proof.faults)
-    assert any(f"has {cut.stat().st_size} of {cut.stat().st_size + 1} bytes" in f for f in proof.faults)
+    assert any("missing" in f for f in proof.faults.values())
+    assert any(f"has {cut.stat().st_size} of {cut.stat().st_size + 1} bytes" in f for f in proof.faults.values())
     done = h2t("cache", "publish")  # DVC sends what is missing and trusts what is there
     assert done.exit_code == 1
     assert "1 of" in done.stderr
+    assert "type: h2t cache publish --repair" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+    assert objects(lab) != []
+    done = h2t("cache", "publish", "--repair")
+    assert done.exit_code == 0, done.output
+    assert "1 object not whole there" in done.stdout
+    assert "holds all of" in done.stdout
+    assert h2t("cache", "publish").exit_code == 0
 
 
 def test_publish_compares_content(lab):
@@ -203,6 +217,47 @@ def test_publish_compares_content(lab):
     done = h2t("cache", "publish", "--quick")  # lengths alone do not tell
     assert done.exit_code == 0, done.output
     assert "each of full length" in done.stdout
+    assert h2t("cache", "publish", "--repair").exit_code == 0
+    assert path.read_bytes() == data
+
+
+def test_what_is_damaged_here_is_not_sent(lab):
+    assert h2t("cache", "publish").exit_code == 0
+    digest = max(repository.outs(lab / "a"), key=lambda out: out.path == "data/extract/b").digest
+    far, here = (lab / home / digest[:2] / digest[2:] for home in ("store/files/md5", "a/.dvc/cache/files/md5"))
+    for path in (far, here):
+        path.chmod(0o644)
+        path.write_bytes(path.read_bytes().replace(b"}]", b"}\n]").replace(b", ", b",", 1))
+    done = h2t("cache", "publish", "--repair")
+    assert done.exit_code == 1
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("of", ["data/extract/b", "data/train_backbone/b"])
+def test_pull_goes_on_where_it_failed(lab, monkeypatch, of):
+    """An object that is missing at the remote stops it in the first or in the second part."""
+    assert h2t("cache", "publish").exit_code == 0
+    git("commit", "--quiet", "--all", "--message=verify", where=lab / "a")
+    url = server(lab)
+    monkeypatch.chdir(lab)
+    wanted = {part: tree(lab / "a/data" / part) for part in ("extract/b", "train_backbone/b")}
+    largest = max(tree(lab / "a" / of).values(), key=len)
+    (gone,) = [path for path in objects(lab) if path.read_bytes() == largest]
+    gone.rename(lab / "gone")
+    done = h2t("cache", "pull", url, "--into", lab / "b")
+    assert done.exit_code == 1
+    assert len(done.stderr.splitlines()) == 1
+    target = lab / "b" / of.removeprefix("data/")
+    assert not target.exists()
+    staging = target.parent / ".b.staging/cache"
+    came = {p.relative_to(staging): p.stat().st_ino for p in staging.rglob("*") if p.is_file()}
+    assert came
+    (lab / "gone").rename(gone)
+    done = h2t("cache", "pull", url, "--into", lab / "b")
+    assert done.exit_code == 0, done.output
+    assert {part: tree(lab / "b" / part) for part in wanted} == wanted
+    assert list((lab / "b").rglob(".*")) == []
+    assert {name: (target / name).stat().st_ino for name in came} == came  # not fetched again
 
 
 def test_publish_keeps_the_comments_of_the_configuration(lab):
@@ -215,7 +270,7 @@ def test_publish_keeps_the_comments_of_the_configuration(lab):
     assert repository.config_of(lab / "a")["remote"]["store"]["verify"] is True
 
 
-def test_pull_refuses_what_is_damaged_and_leaves_nothing(lab, monkeypatch):
+def test_pull_refuses_what_is_damaged(lab, monkeypatch):
     assert h2t("cache", "publish").exit_code == 0
     dvc("remote", "modify", "store", "verify", "false", where=lab / "a")
     git("commit", "--quiet", "--all", "--message=careless", where=lab / "a")
@@ -228,7 +283,8 @@ def test_pull_refuses_what_is_damaged_and_leaves_nothing(lab, monkeypatch):
     done = h2t("cache", "pull", url, "--into", lab / "b")
     assert done.exit_code == 1
     assert "what came is damaged" in done.stderr
-    assert [p for p in (lab / "b").rglob("*") if p.is_file()] == []
+    assert not (lab / "b/extract/b").exists()
+    assert not (lab / "b/train_backbone").exists()
 
 
 @pytest.mark.parametrize(
@@ -303,6 +359,195 @@ def test_gc_removes_what_nobody_works_on(lab):
     assert not (data / ".old.staging").exists()
     assert (data / ".busy.staging").exists()
     dvc("checkout", "--force", where=lab / "a")  # what is in use is still there
+
+
+# gc: what others use stays
+
+
+def second_version(root: Path) -> None:
+    """Another cache in the place of the first, committed: the objects of the first are unused from now on."""
+    shutil.rmtree(root / "made/cache")
+    make_cache(root / "made/cache", seed=1)
+    dvc("repro", where=root)
+    git("commit", "--quiet", "--all", "--message=two", where=root)
+
+
+def dvc_objects(cache: Path) -> dict[str, bytes]:
+    return tree(cache / "files")
+
+
+@pytest.fixture(params=["symlink", "hardlink"])
+def two_clones(lab, request):
+    """Clones `a` and `b` on one DVC cache, as docs/sharing.md says; `b` has another cache than `a`, uncommitted."""
+    config = lab / "a/.dvc/config"
+    config.write_text(re.sub("type = .*", f"type = {request.param}", config.read_text()))
+    git("commit", "--quiet", "--all", "--message=links", where=lab / "a")
+    git("clone", "--quiet", str(lab / "a"), str(lab / "b"), where=lab)
+    shutil.move(lab / "a/.dvc/cache", lab / "shared")
+    shutil.copytree(lab / "a/made", lab / "b/made")
+    for clone in ("a", "b"):
+        dvc("cache", "dir", "--local", str(lab / "shared"), where=lab / clone)
+        dvc("config", "--local", "cache.shared", "group", where=lab / clone)
+        dvc("checkout", "--relink", "--force", where=lab / clone)
+    second_version(lab / "b")
+    return lab
+
+
+def test_gc_in_one_clone_leaves_the_other_ones_bytes(two_clones):
+    lab = two_clones
+    before, objects_before = tree(lab / "b/data"), dvc_objects(lab / "shared")
+    done = h2t("cache", "gc")
+    assert done.exit_code == 0, done.output
+    assert "would not remove" in done.stdout
+    assert "Remov" not in done.output
+    done = h2t("cache", "gc", "--apply")
+    assert done.exit_code == 1
+    (line,) = done.stderr.splitlines()
+    assert "cache.shared is set" in line
+    assert "--alone" in line
+    assert dvc_objects(lab / "shared") == objects_before
+    dvc("checkout", "--relink", "--force", where=lab / "b")
+    assert tree(lab / "b/data") == before
+    assert verify(str(lab / "b/data/extract/b")) == []
+
+
+def share_by_setting(lab, patch):
+    dvc("config", "--local", "cache.shared", "group", where=lab / "a")
+    return "cache.shared is set"
+
+
+def share_by_local_directory(lab, patch):
+    shutil.move(lab / "a/.dvc/cache", lab / "shared")
+    dvc("cache", "dir", "--local", str(lab / "shared"), where=lab / "a")
+    return "lies outside of this repository"
+
+
+def share_by_global_directory(lab, patch):
+    patch.setenv("DVC_GLOBAL_CONFIG_DIR", str(lab / "global"))
+    shutil.move(lab / "a/.dvc/cache", lab / "shared")
+    (lab / "global").mkdir()
+    (lab / "global/config").write_text(f"[cache]\n    dir = {lab}/shared\n")
+    return "lies outside of this repository"
+
+
+def share_by_system_setting(lab, patch):
+    patch.setenv("DVC_SYSTEM_CONFIG_DIR", str(lab / "system"))
+    (lab / "system").mkdir()
+    (lab / "system/config").write_text("[cache]\n    shared = group\n")
+    return "cache.shared is set"
+
+
+def share_by_link(lab, patch):
+    shutil.move(lab / "a/.dvc/cache", lab / "shared")
+    (lab / "a/.dvc/cache").symlink_to(lab / "shared")
+    return "lies outside of this repository"
+
+
+def share_by_hard_links(lab, patch):
+    """Another clone's cache.dir is this repository's cache: nothing in our configuration says so."""
+    git("clone", "--quiet", str(lab / "a"), str(lab / "b"), where=lab)
+    dvc("cache", "dir", "--local", str(lab / "a/.dvc/cache"), where=lab / "b")
+    dvc("config", "--local", "cache.type", "hardlink", where=lab / "b")
+    dvc("checkout", where=lab / "b")
+    return "hard links outside of this repository"
+
+
+@pytest.mark.parametrize(
+    "share",
+    [
+        share_by_setting,
+        share_by_local_directory,
+        share_by_global_directory,
+        share_by_system_setting,
+        share_by_link,
+        share_by_hard_links,
+    ],
+)
+def test_gc_leaves_a_dvc_cache_that_others_may_use(lab, monkeypatch, share):
+    says = share(lab, monkeypatch)
+    second_version(lab / "a")
+    shared = lab / "shared" if (lab / "shared").exists() else lab / "a/.dvc/cache"
+    before = dvc_objects(shared)
+    done = h2t("cache", "gc", "--apply")
+    assert done.exit_code == 1, done.output
+    assert says in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert dvc_objects(shared) == before
+    done = h2t("cache", "gc", "--apply", "--alone")
+    assert done.exit_code == 0, done.output
+    assert 0 < len(dvc_objects(shared)) < len(before)
+
+
+@pytest.mark.parametrize("links", ["hardlink", "symlink", "copy"])
+def test_gc_says_what_would_go_and_removes_just_that(lab, links):
+    root = lab / "a"
+    dvc("config", "--local", "cache.type", links, where=root)
+    before = set(dvc_objects(root / ".dvc/cache"))
+    second_version(root)
+    everything = dvc_objects(root / ".dvc/cache")
+    done = h2t("cache", "gc")
+    assert done.exit_code == 0, done.output
+    assert "Remov" not in done.output
+    assert dvc_objects(root / ".dvc/cache") == everything
+    number = int(re.search(r"would remove (\d+) objects? of DVC's cache", done.stdout)[1])
+    done = h2t("cache", "gc", "--apply")
+    assert done.exit_code == 0, done.output
+    left = dvc_objects(root / ".dvc/cache")
+    gone = set(everything) - set(left)
+    assert f"removed {number} objects of DVC's cache" in done.stdout
+    assert len(gone) == number
+    assert gone < before
+    assert "no branch" not in h2t("cache", "gc").stdout
+    dvc("checkout", "--relink", "--force", where=root)
+
+
+def test_gc_puts_back_a_cache_that_a_stopped_writer_had_set_aside(lab):
+    """A writer that is killed between its two renames leaves the only copy of the old cache in its staging."""
+    data = lab / "a/data/extract"
+    before = tree(data / "b")
+    (data / ".b.staging").mkdir()
+    (data / "b").rename(data / ".b.staging/replaced")
+    done = h2t("cache", "gc")
+    assert "would put back data/extract/b" in done.stdout
+    assert not (data / "b").exists()
+    done = h2t("cache", "gc", "--apply")
+    assert done.exit_code == 0, done.output
+    assert tree(data / "b") == before
+    assert not (data / ".b.staging").exists()
+
+
+@pytest.mark.parametrize("place", ["tmpabc", "standalone/tmpabc"])
+def test_gc_waits_for_a_running_experiment(lab, place):
+    """What it has made so far is named by no commit yet."""
+    second_version(lab / "a")
+    (lab / "a/.dvc/tmp/exps" / place).mkdir(parents=True)
+    before = dvc_objects(lab / "a/.dvc/cache")
+    done = h2t("cache", "gc", "--apply", "--alone")
+    assert done.exit_code == 1
+    assert f".dvc/tmp/exps/{place}" in done.stderr
+    assert dvc_objects(lab / "a/.dvc/cache") == before
+
+
+def test_gc_removes_no_directory_of_somebody_else(lab):
+    data = lab / "a/data/extract"
+    (lab / "mine").mkdir()
+    (lab / "mine/notes").write_text("x")
+    (data / ".x.staging").symlink_to(lab / "mine")
+    (data / ".x.partial-backup").mkdir()
+    done = h2t("cache", "gc", "--apply")
+    assert done.exit_code == 0, done.output
+    assert "unfinished" not in done.stdout
+    assert (lab / "mine/notes").exists()
+    assert (data / ".x.partial-backup").exists()
+
+
+def test_gc_clears_no_data_folder_outside_of_the_repository(lab):
+    shutil.move(lab / "a/data", lab / "elsewhere")
+    (lab / "a/data").symlink_to(lab / "elsewhere")
+    (lab / "elsewhere/extract/.x.partial-999999999").mkdir()
+    done = h2t("cache", "gc", "--apply")
+    assert "leads out of this repository" in done.stdout
+    assert (lab / "elsewhere/extract/.x.partial-999999999").exists()
 
 
 # doctor: each of the faults that can be planted is named, and nothing else is
@@ -415,9 +660,56 @@ def test_doctor_knows_which_keys_dvc_names():
     assert found == {section: set(keys) for section, keys in doctor.NAMED_BY_DVC.items()}
 
 
+def plant_missing_file(lab, patch):
+    (lab / "a/data/pool/b/README.md").unlink()
+
+
+def plant_dangling_link(lab, patch):
+    file = lab / "a/data/train_backbone/b/head.safetensors"
+    file.unlink()
+    file.symlink_to(lab / "gone")
+
+
+def plant_other_size(lab, patch):
+    file = lab / "a/data/train_backbone/b/head.safetensors"
+    data = file.read_bytes()
+    file.unlink()
+    file.write_bytes(data[:-1])
+
+
+def object_of(lab, path: str) -> Path:
+    """The DVC object behind a file of an output; no other name is linked to it any more."""
+    digest = hashlib.md5((lab / "a" / path).read_bytes()).hexdigest()
+    return lab / "a/.dvc/cache/files/md5" / digest[:2] / digest[2:]
+
+
+def plant_missing_object(lab, patch):
+    object_of(lab, "data/train_backbone/b/head.safetensors").unlink()
+
+
+def plant_cut_object(lab, patch):
+    """Where files are hard links, the workspace is cut with it."""
+    dvc("config", "--local", "cache.type", "hardlink", where=lab / "a")
+    dvc("checkout", "--relink", where=lab / "a")
+    path = object_of(lab, "data/train_backbone/b/head.safetensors")
+    path.chmod(0o644)
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def plant_missing_listing(lab, patch):
+    (digest,) = (o.digest for o in repository.outs(lab / "a") if o.path == "data/train_backbone/b")
+    (lab / "a/.dvc/cache/files/md5" / digest[:2] / digest[2:]).unlink()
+
+
 @pytest.mark.parametrize(
     ("plant", "check", "says"),
     [
+        (plant_missing_file, "cache", "README.md"),
+        (plant_dangling_link, "data", "head.safetensors is a link to"),
+        (plant_other_size, "data", "type: dvc checkout data/train_backbone/b"),
+        (plant_missing_object, "data", "the DVC object of head.safetensors is missing; type: dvc commit"),
+        (plant_cut_object, "data", "in dvc.lock"),
+        (plant_missing_listing, "data", "its list of files is missing in DVC's cache; type: dvc commit"),
         (plant_entry_that_dvc_cannot_fill, "params", "backbones.mine: dvc.yaml needs objective in every entry"),
         (plant_no_default, "remote", "remote: none is set; type: dvc remote add --default"),
         (plant_remote_gone, "remote", "is it mounted?"),
@@ -455,6 +747,50 @@ def test_full_examination_finds_a_flipped_bit(healthy):
     shard.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     assert "cache" not in faults(healthy)
     assert "crc32c" in faults(healthy, full=True)["cache"]
+
+
+def test_full_examination_finds_a_changed_byte_outside_of_caches(healthy):
+    file = healthy / "a/data/train_backbone/b/head.safetensors"
+    data = file.read_bytes()
+    file.unlink()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert faults(healthy) == {}
+    assert "head.safetensors holds something else" in faults(healthy, full=True)["data"]
+
+
+def test_doctor_finds_what_another_project_removed_from_a_shared_cache(two_clones, monkeypatch):
+    """Both clones know why; the other clone's links lead nowhere, or its objects are gone."""
+    lab = two_clones
+    dvc("remote", "modify", "store", "verify", "true", where=lab / "a")
+    assert h2t("cache", "gc", "--apply", "--alone").exit_code == 0
+    monkeypatch.chdir(lab / "b")
+    found = [f for f in doctor.examine(lab / "b", lab / "b/params.yaml") if f.check in ("data", "cache")]
+    assert any(f.state == "fault" and "data/extract/b" in f.detail for f in found), found
+
+
+def notes_of_the_queue(root: Path) -> list[str]:
+    return [f.detail for f in doctor.examine(root, root / "params.yaml") if f.check == "queue" and f.state == "note"]
+
+
+def test_doctor_knows_what_an_experiment_queue_will_not_find(lab):
+    root = lab / "a"
+    for folder in ("tracked", "by_dvc", "images"):
+        (root / folder).mkdir()
+        (root / folder / "x").write_text("x")
+    options = {"root": "images", "test": "tracked", "val": "by_dvc", "train": str(root / "images")}
+    write_params(root / "params.yaml", prepare__options=options)
+    (root / ".gitignore").write_text((root / ".gitignore").read_text() + "/images/\n")
+    git("add", "tracked", where=root)
+    dvc("add", "by_dvc", where=root)
+    (note,) = notes_of_the_queue(root)
+    assert "prepare.options.root: images is relative and not in git" in note
+    assert str(root / "images") in note
+
+
+def test_doctor_knows_that_an_experiment_queue_needs_an_ascii_path(lab):
+    shutil.move(lab / "a", lab / "prüf")
+    (note,) = notes_of_the_queue(lab / "prüf")
+    assert "ASCII" in note
 
 
 def test_outside_of_a_repository(tmp_path):

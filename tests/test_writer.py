@@ -131,6 +131,47 @@ def test_a_committed_cache_is_not_overwritten(cache_dir):
     assert list(cache_dir.parent.iterdir()) == [cache_dir]
 
 
+def keep_a_file(place):
+    place.write_text("mine")
+
+
+def keep_a_folder(place):
+    place.mkdir()
+    (place / "thesis.txt").write_text("mine")
+
+
+def keep_a_readme(place):
+    place.mkdir()
+    (place / "README.md").write_text("mine")
+
+
+def keep_a_note_in_a_cache(place):
+    make_cache(place, seed=1)
+    (place / "thesis.txt").write_text("mine")
+
+
+@pytest.mark.parametrize("keep", [keep_a_file, keep_a_folder, keep_a_readme, keep_a_note_in_a_cache])
+def test_replacing_a_cache_deletes_nothing_else(cache_dir, keep):
+    keep(cache_dir)
+    before = tree(cache_dir) if cache_dir.is_dir() else cache_dir.read_text()
+    spec = make_spec()
+    with pytest.raises(CacheError) as error:
+        committed(cache_dir)
+        write_cache(cache_dir, spec, make_rows(), make_maps(spec), replace=True)
+    assert error.value.reason == "exists"
+    assert (tree(cache_dir) if cache_dir.is_dir() else cache_dir.read_text()) == before
+
+
+def test_replacing_a_link_leaves_what_it_leads_to(cache_dir):
+    make_cache(cache_dir.with_name("target"), seed=1)
+    before = tree(cache_dir.with_name("target"))
+    cache_dir.symlink_to(cache_dir.with_name("target"))
+    spec = make_spec()
+    write_cache(cache_dir, spec, make_rows(), make_maps(spec), replace=True)
+    assert tree(cache_dir.with_name("target")) == before
+    assert not cache_dir.is_symlink()
+
+
 def test_a_second_writer_is_refused(cache_dir):
     with Staging(cache_dir) as staging:
         writer_in(staging)

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from cache.redaction import printable
+from pipeline.commands import names
 from pipeline.commands.caches import opened, previous
 
 PATH = click.Path(path_type=Path)
@@ -83,6 +84,7 @@ def why_command(
     samples = samples or place.parent.parent / "prepare"
     name = name or place.name
     backbone = backbone or place.parent.parent / "train_backbone" / name
+    names.check_folders(values, "backbones", name, location, backbone)
     section = params.build(extract.Params, "extract", params.section(values, "extract"))
     with opened(location) as found, previous(section.statistics_from, name) as kept:
         verdict = why(
@@ -105,14 +107,15 @@ def why_command(
 @click.option("--remote", help="The remote's name; by default DVC's default remote.")
 @click.option("--uncommitted", is_flag=True, help="Push even though git does not hold this configuration.")
 @click.option("--quick", is_flag=True, help="Compare the lengths of what the remote holds, not its content.")
-def publish_command(remote: str | None, uncommitted: bool, quick: bool) -> None:
+@click.option("--repair", is_flag=True, help="Send again what the remote does not hold whole.")
+def publish_command(remote: str | None, uncommitted: bool, quick: bool, repair: bool) -> None:
     """Push results by DVC and prove that the remote holds them. Those of the configuration that is checked out.
 
     Example: h2t cache publish --remote store
     """
     from pipeline.sharing.publish import publish
 
-    publish(Path(), click.echo, remote=remote, uncommitted=uncommitted, quick=quick)
+    publish(Path(), click.echo, remote=remote, uncommitted=uncommitted, quick=quick, repair=repair)
 
 
 @click.command("pull")
@@ -133,19 +136,22 @@ def pull_command(url: str, rev: str | None, name: str | None, pooled: bool, into
 
 @click.command("gc")
 @click.option("--apply", is_flag=True, help="Remove; without it the command only says what would go.")
-def gc_command(apply: bool) -> None:
+@click.option(
+    "--alone", is_flag=True, help="Nobody else links into this DVC cache: remove from it although it is shared."
+)
+def gc_command(apply: bool, alone: bool) -> None:
     """Remove unfinished runs and unused DVC objects. Used is what a branch, tag, experiment or the workspace names.
 
     Example: h2t cache gc --apply
     """
     from pipeline.sharing.garbage import collect_garbage
 
-    collect_garbage(Path(), click.echo, apply=apply)
+    collect_garbage(Path(), click.echo, apply=apply, alone=alone)
 
 
 @click.command()
 @click.option("--params", "params_file", type=PATH, default=Path("params.yaml"), show_default=True)
-@click.option("--full", is_flag=True, help="Read every byte of every cache.")
+@click.option("--full", is_flag=True, help="Read every byte of every output.")
 @click.option("--json", "as_json", is_flag=True, help="The same as JSON.")
 def doctor(params_file: Path, full: bool, as_json: bool) -> None:
     """Say what is wrong here and what to type. Exit 1 if anything is.

@@ -69,7 +69,8 @@ def load_result(name: str, folder: Path) -> HostResult:
             raise ValueError(f"it lacks {', '.join(sorted(lacks))}")
         return HostResult(name, metrics, about, {t: pd.read_parquet(folder / f"{t}.parquet") for t in TABLES})
     except FileNotFoundError as error:
-        raise UserError(f"{error.filename}: host {name!r} has not been evaluated; run h2t evaluate {name}") from None
+        where = error.filename or folder  # pyarrow names no file
+        raise UserError(f"{where}: host {name!r} has not been evaluated; run h2t evaluate {name}") from None
     except (ValueError, TypeError, OSError, RecursionError, pa.ArrowException) as error:
         raise UserError(f"{folder}: not what evaluate wrote ({error}); run h2t evaluate {name} again") from None
 

@@ -1,11 +1,12 @@
 """What is wrong with this place, and what to type: one check after the other, none of which stops the next."""
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as Late
 from contextlib import suppress
@@ -23,6 +24,7 @@ from pipeline import numbers
 from pipeline.code import made_by_other_code
 from pipeline.errors import UserError
 from pipeline.sharing import garbage, repository
+from pipeline.sharing.repository import counted
 
 State = Literal["ok", "note", "fault"]
 
@@ -34,12 +36,13 @@ FICLONE = 0x40049409
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found, in one line, and what to type."""
+    """What one check found, in one line, what to type, and the output that it concerns, if it concerns one."""
 
     check: str
     state: State
     detail: str
     remedy: str = ""
+    place: str = ""
 
     def __str__(self) -> str:
         line = f"{self.state:5} {self.check:12} {self.detail}"
@@ -47,18 +50,29 @@ class Finding:
 
 
 def examine(start: Path, params_file: Path, *, full: bool = False) -> list[Finding]:
-    """Every finding about the repository around `start`; `full` reads every byte of every cache."""
+    """Every finding about the repository around `start`; `full` reads every byte of every output."""
     found = [*_versions(), *_params(params_file), *_device(params_file), *_disk(start)]
     try:
         root = repository.repository(start)
     except UserError as error:
         return [*found, Finding("repository", "fault", str(error))]
-    for check in (_numbers, _locks, _links, _remote, _data, _code):
+    caches = _caches(root, full)
+    known = {f.place for f in caches if f.state == "fault"}
+    checks: dict[str, Callable[[], list[Finding]]] = {
+        "numbers": lambda: _numbers(root),
+        "locks": lambda: _locks(root),
+        "links": lambda: _links(root),
+        "queue": lambda: _queue(root, params_file),
+        "remote": lambda: _remote(root),
+        "data": lambda: _data(root, known, full=full),
+        "code": lambda: _code(root),
+    }
+    for name, check in checks.items():
         try:
-            found += check(root)
+            found += check()
         except (UserError, CacheError) as error:
-            found.append(Finding(check.__name__.strip("_"), "fault", str(error)))
-    return [*found, *_caches(root, full)]
+            found.append(Finding(name, "fault", str(error)))
+    return [*found, *caches]
 
 
 def _versions() -> list[Finding]:
@@ -196,7 +210,7 @@ def _links(root: Path) -> list[Finding]:
     config = repository.config_of(root)
     kinds = config.get("cache", {}).get("type") or ["reflink", "copy"]
     kinds = [k.strip() for k in kinds.split(",")] if isinstance(kinds, str) else list(kinds)
-    place = Path(config.get("cache", {}).get("dir") or root / ".dvc/cache")
+    place = repository.dvc_cache(root)
     try:
         place.mkdir(parents=True, exist_ok=True)
         works = next((kind for kind in kinds if _link_works(kind, place, root)), None)
@@ -294,14 +308,152 @@ def _line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def _data(root: Path) -> list[Finding]:
-    """Outputs of dvc.lock that are not in the workspace."""
-    found = repository.outs(root)
-    gone = [o.path for o in found if not (root / o.path).exists()]
+def _queue(root: Path, params_file: Path) -> list[Finding]:
+    """What `dvc exp run --queue` and `--temp` would not find: they work in a copy of what git holds, elsewhere."""
+    from pipeline import params
+
+    found = []
+    if not str(root).isascii():
+        detail = (
+            f"dvc exp run --queue and --temp fail in {root}, DVC needs a path of ASCII letters; move the project there"
+        )
+        found.append(Finding("queue", "note", detail))
+    try:
+        named = list(_paths(params.load(params_file)))
+    except UserError:  # told by the check of the parameters
+        return found
+    for key, path in named:
+        if Path(path).is_absolute() or not (root / path).exists() or _in_the_copy(root, path):
+            continue
+        detail = f"{key}: {path} is relative and not in git, so dvc exp run --queue and --temp will not find it"
+        found.append(Finding("queue", "note", f"{detail}; write {root / path}"))
+    return found
+
+
+def _paths(values: Any) -> Iterator[tuple[str, str]]:
+    """(key, text) of every parameter that may name a file or folder of data."""
+    sections = {
+        "prepare.options": values.get("prepare", {}).get("options", {}),
+        "extract": {"statistics_from": values.get("extract", {}).get("statistics_from")},
+        **{
+            f"backbones.{name}": {key: entry.get(key) for key in ("weights", "start")}
+            for name, entry in values.get("backbones", {}).items()
+            if isinstance(entry, dict)
+        },
+    }
+    for section, entries in sections.items():
+        for key, value in entries.items() if isinstance(entries, dict) else ():
+            for text in value if isinstance(value, list) else [value]:
+                if isinstance(text, str) and text:
+                    yield f"{section}.{key}", text
+
+
+def _in_the_copy(root: Path, path: str) -> bool:
+    """Whether git or DVC would bring all of `path` into a copy of the repository."""
+    if any((root / f"{part}.dvc").is_file() for part in (path.rstrip("/"), *map(str, Path(path).parents))):
+        return True
+    try:
+        return not repository.git("ls-files", "--others", "--directory", "--", path, where=root)
+    except UserError:  # no git, or the path leads out of the repository
+        return False
+
+
+def _data(root: Path, known: Collection[str], *, full: bool) -> list[Finding]:
+    """Every file of every output of dvc.lock, and the DVC object behind it. `known`: caches whose fault is told."""
+    outs = repository.outs(root)
+    gone = [out.path for out in outs if not os.path.lexists(root / out.path)]
+    found = []
     if gone:
         names = ", ".join(gone[:3]) + (f" and {len(gone) - 3} more" if len(gone) > 3 else "")
-        return [Finding("data", "fault", f"{names} not here", "dvc repro --pull")]
-    return [Finding("data", "ok", f"{len(found)} outputs are here")]
+        found.append(Finding("data", "fault", f"{names} not here", "dvc repro --pull"))
+    store = repository.dvc_cache(root)
+    files = 0
+    for out in outs:
+        if out.path in gone or out.path in known:
+            continue
+        about = _Output(out, root / out.path, store)
+        files += about.examine(full=full)
+        if about.faults:
+            more = f" and {len(about.faults) - 1} more" if len(about.faults) > 1 else ""
+            found.append(Finding("data", "fault", f"{out.path}: {about.faults[0]}{more}", about.remedy, out.path))
+    if found:
+        return found
+    how = "every byte compared" if full else "sizes compared"
+    told = f"{counted(len(outs), 'output')} with {counted(files, 'file')}: all here, and in DVC's cache; {how}"
+    return [Finding("data", "ok", told)]
+
+
+class _Output:
+    """One output of dvc.lock: its files at `place` against the objects in DVC's cache `store`."""
+
+    def __init__(self, out: repository.Out, place: Path, store: Path) -> None:
+        self.out, self.place, self.store = out, place, store
+        self.here: list[str] = []  # what is wrong in the workspace
+        self.objects: list[str] = []  # and in DVC's cache
+
+    @property
+    def faults(self) -> list[str]:
+        return self.here + self.objects
+
+    @property
+    def remedy(self) -> str:
+        """What to type."""
+        if not self.objects:
+            return f"dvc checkout {self.out.path}"
+        if self.here:
+            return f"dvc fetch {self.out.path} && dvc checkout {self.out.path}, or dvc repro"
+        return "dvc commit, which puts what is here into DVC's cache again"
+
+    def examine(self, *, full: bool) -> int:
+        """Fills the lists of faults; returns the number of files that were compared."""
+        self._dangling()
+        members = self._members()
+        total = 0
+        for name, digest in sorted(members.items()):
+            path, thing = self.place / name, self._object(digest)
+            size = thing.stat().st_size if thing.is_file() else None
+            total += size or 0
+            if size is None:
+                self.objects.append(f"the DVC object of {name or self.out.path} is missing")
+            elif full and _md5(thing) != digest:
+                self.objects.append(f"the DVC object of {name or self.out.path} is damaged")
+            if not path.is_file():
+                if not path.is_symlink():  # a dangling link is told already
+                    self.here.append(f"{name or 'the file'} is missing")
+            elif size is not None and path.stat().st_size != size:
+                self.here.append(f"{name or 'the file'} has {path.stat().st_size} bytes, {size} in DVC's cache")
+            elif full and not (size is not None and path.samefile(thing)) and _md5(path) != digest:
+                self.here.append(f"{name or 'the file'} holds something else")
+        if not self.objects and members and self.out.size not in (0, total):
+            self.objects.append(f"its DVC objects have {total} bytes, {self.out.size} in dvc.lock")
+        return len(members)
+
+    def _dangling(self) -> None:
+        """Links that lead nowhere, also those that dvc.lock does not know."""
+        paths = [self.place, *(self.place.rglob("*") if self.place.is_dir() else ())]
+        for path in sorted(path for path in paths if path.is_symlink() and not path.exists()):
+            self.here.append(f"{path.relative_to(self.place).as_posix()} is a link to {path.readlink()}, which is gone")
+
+    def _members(self) -> dict[str, str]:
+        """md5 of every file by its path in the output; of an output that is a file, by the empty path."""
+        if not self.out.digest.endswith(".dir"):
+            return {"": self.out.digest}
+        try:
+            listing = json.loads(self._object(self.out.digest).read_bytes())
+            return {str(entry["relpath"]): str(entry["md5"]) for entry in listing}
+        except FileNotFoundError:
+            self.objects.append("its list of files is missing in DVC's cache")
+        except (OSError, ValueError, TypeError, KeyError):
+            self.objects.append("its list of files in DVC's cache is damaged")
+        return {}
+
+    def _object(self, digest: str) -> Path:
+        return self.store / "files/md5" / digest[:2] / digest[2:]
+
+
+def _md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()
 
 
 def _caches(root: Path, full: bool) -> list[Finding]:
@@ -318,7 +470,7 @@ def _caches(root: Path, full: bool) -> list[Finding]:
         if faults:
             more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
             remedy = f"rm -r {place} && dvc checkout {place}, or dvc repro --pull"
-            found.append(Finding("cache", "fault", f"{place}: {faults[0]}{more}", remedy))
+            found.append(Finding("cache", "fault", f"{place}: {faults[0]}{more}", remedy, str(place)))
         else:
             found.append(Finding("cache", "ok", f"{place} is sound ({'every byte' if full else 'quick'})"))
     return found

@@ -1,21 +1,191 @@
-"""Clearing away what nobody needs: abandoned staging directories, and DVC objects that nothing uses."""
+"""Clearing away what nobody needs: directories of unfinished runs, and DVC objects that nothing uses.
+
+What others may use is not removed: a DVC cache that other clones link into, and directories that a process works in.
+"""
 
 import fcntl
+import logging
+import os
+import re
 import shutil
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from pipeline.sharing.repository import Say, git, in_one_line, repository
+from cache.staging import Staging
+from pipeline.errors import UserError
+from pipeline.sharing.repository import Say, config_of, counted, git, in_one_line, repository
+
+STAGING = re.compile(r"\.(?P<target>.+?)\.staging(\.done)?")
+LEFT_BY_PROCESS = re.compile(r"\..+\.(partial|pulled)-(?P<process>\d+)")
+EVERY_PROJECT = "dvc gc --workspace --all-branches --all-tags --all-experiments --projects OTHER ..."
+
+
+def collect_garbage(start: Path, say: Say, *, apply: bool, alone: bool = False) -> None:
+    """Removes directories of unfinished runs below `data`, and DVC objects that nothing in git or here uses.
+
+    Without `apply` it only says what would go. A DVC cache that others may link into is left as it is and UserError
+    raised, unless the caller knows that they are `alone`; the directories are removed before that.
+    """
+    from dvc.repo import Repo
+
+    root = repository(start)
+    git("rev-parse", "--verify", "HEAD", where=root)  # without a commit every object would be garbage
+    _clear_unfinished(root, say, apply=apply, alone=alone)
+    with in_one_line("dvc gc"), Repo(str(root)) as repo:
+        objects = _unused(repo)
+        size = sum(path.stat().st_size for path in objects)
+        what = f"{counted(len(objects), 'object')} of DVC's cache, {size / 1e6:.1f} MB"
+        reason = _in_use(root, Path(repo.cache.local.path), alone=alone) if objects else None
+        if reason and apply:
+            raise UserError(f"not removed: {what}: nothing here names them, but {reason}")
+        if reason:
+            say(f"would not remove {what}: nothing here names them, but {reason}")
+        elif objects:
+            if apply:
+                with _dvc_silent():
+                    _gc(repo, dry=False)
+            say(f"{'removed' if apply else 'would remove'} {what}: no branch, tag, experiment or workspace names them")
+    if not apply:
+        say("nothing was removed; pass --apply to remove")
+
+
+def _in_use(root: Path, objects: Path, *, alone: bool) -> str | None:
+    """Why unused objects may be in use after all, and the way out; None if nothing says so."""
+    exps = root / ".dvc/tmp/exps"
+    running = sorted(path for pattern in ("tmp*", "standalone/tmp*") for path in exps.glob(pattern) if path.is_dir())
+    if running:
+        place = running[0].relative_to(root)
+        return f"an experiment runs, or was stopped, in {place}; wait for its end, or remove that folder"
+    if not alone and (others := who_else(root, objects)):
+        return (
+            f"{others}, and another project may use them; name all projects ({EVERY_PROJECT}), or pass --alone if "
+            "there is no other"
+        )
+    return None
+
+
+def who_else(root: Path, objects: Path) -> str | None:
+    """Why projects other than the one at `root` may use the DVC objects in the folder `objects`; None if none seem to.
+
+    Symbolic links of other projects cannot be counted, hence the rule on where the folder lies.
+    """
+    if config_of(root).get("cache", {}).get("shared"):
+        return "cache.shared is set"
+    if not objects.resolve().is_relative_to(root.resolve()):
+        return f"cache.dir ({objects.parent.parent}) lies outside of this repository"
+    here: Counter[tuple[int, int]] = Counter()
+    linked: dict[tuple[int, int], int] = {}
+    for folder, _, names in os.walk(root):
+        for name in names:
+            about = os.lstat(os.path.join(folder, name))  # noqa: PTH118 - a Path for each of many files takes long
+            if about.st_nlink > 1:
+                here[about.st_dev, about.st_ino] += 1
+                if Path(folder).is_relative_to(objects):
+                    linked[about.st_dev, about.st_ino] = about.st_nlink
+    elsewhere = sum(links > here[key] for key, links in linked.items())
+    if elsewhere:
+        verb = "has" if elsewhere == 1 else "have"
+        return f"{counted(elsewhere, 'object')} {verb} hard links outside of this repository"
+    return None
+
+
+def _gc(repo: Any, *, dry: bool) -> None:
+    repo.gc(workspace=True, all_branches=True, all_tags=True, all_experiments=True, force=True, dry=dry)
+
+
+def _unused(repo: Any) -> list[Path]:
+    """The objects that DVC's own garbage collection would remove."""
+    with _dvc_silent() as told:
+        _gc(repo, dry=True)
+    paths = (Path(str(record.args[0])) for record in told if isinstance(record.args, tuple) and record.args)
+    return sorted({path for path in paths if path.is_file()})
+
+
+@contextmanager
+def _dvc_silent() -> Iterator[list[logging.LogRecord]]:
+    """Collects what DVC says of its garbage collection ("Removing", in dry runs too) instead of printing it."""
+    told: list[logging.LogRecord] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            told.append(record)
+
+    objects, summary, collect = logging.getLogger("dvc_data.hashfile.gc"), logging.getLogger("dvc.repo.gc"), Collect()
+    before = [(log, log.level, log.propagate) for log in (objects, summary)]
+    try:
+        objects.setLevel(logging.INFO)
+        summary.setLevel(logging.WARNING)
+        objects.propagate = False
+        objects.addHandler(collect)
+        yield told
+    finally:
+        objects.removeHandler(collect)
+        for log, level, propagate in before:
+            log.setLevel(level)
+            log.propagate = propagate
+
+
+def _clear_unfinished(root: Path, say: Say, *, apply: bool, alone: bool) -> None:
+    """Removes what unfinished runs left below `data`."""
+    data = root / "data"
+    found = abandoned(data) if data.is_dir() else []
+    if found and not alone and not data.resolve().is_relative_to(root.resolve()):
+        say(f"note: {data} leads out of this repository, others may work there; --alone clears it, too")
+        return
+    for path in found:
+        place, size = path.relative_to(root), _bytes_in(path)
+        aside = _set_aside(path)
+        if aside is not None:
+            size -= _bytes_in(path / "replaced")
+            say(f"{'put' if apply else 'would put'} back {aside.relative_to(root)}, which a stopped run had set aside")
+        if apply and not _clear(path):
+            say(f"kept {place}: it is in use now")
+            continue
+        say(f"{'removed' if apply else 'would remove'} {place}: {size / 1e6:.1f} MB of an unfinished run")
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
+
+
+def _target(staging: Path) -> Path | None:
+    """The cache that a staging directory is of; None for directories of another kind."""
+    found = STAGING.fullmatch(staging.name)
+    return staging.parent / found["target"] if found else None
+
+
+def _set_aside(path: Path) -> Path | None:
+    """The place of the committed cache that lies in this staging directory since its writer was stopped, if one does.
+
+    A writer that replaces a cache moves the old one there just before the new one takes its place.
+    """
+    target = _target(path)
+    return target if target and (path / "replaced").exists() and not target.exists() else None
+
+
+def _clear(path: Path) -> bool:
+    """Removes the directory of an unfinished run, under its lock; True if it is gone."""
+    target = _target(path)
+    if target is None:
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        Staging(target).clear_remains()  # puts back what was set aside
+    return not path.exists()
 
 
 def abandoned(data: Path) -> list[Path]:
-    """Staging directories and partial outputs below `data` in which nobody works."""
-    found = [
-        path
-        for pattern in (".*.staging", ".*.staging.done", ".*.partial-*", ".*.pulled-*")
-        for path in data.rglob(pattern)
-        if path.is_dir() and not held(path) and not _alive(path)
-    ]
-    return sorted(set(found))
+    """Directories of unfinished runs below `data` in which nobody works; links are none."""
+    found = []
+    for path in data.rglob(".*"):
+        process = LEFT_BY_PROCESS.fullmatch(path.name)
+        if not (process or STAGING.fullmatch(path.name)) or path.is_symlink() or not path.is_dir():
+            continue
+        if not held(path) and not (process and Path(f"/proc/{process['process']}").exists()):
+            found.append(path)
+    return sorted(found)
 
 
 def held(staging: Path) -> bool:
@@ -33,33 +203,3 @@ def locked(path: Path) -> bool:
             return True
         fcntl.flock(file, fcntl.LOCK_UN)
     return False
-
-
-def _alive(path: Path) -> bool:
-    """Whether the process that a directory is named after still runs."""
-    number = path.name.rpartition("-")[2]
-    return number.isdigit() and Path(f"/proc/{number}").exists()
-
-
-def collect_garbage(start: Path, say: Say, *, apply: bool) -> int:
-    """Removes abandoned staging directories (returns their bytes), and DVC objects that nothing in git or here uses.
-
-    Without `apply` it only says what would go.
-    """
-    from dvc.repo import Repo
-
-    root = repository(start)
-    verb = "removed" if apply else "would remove"
-    total = 0
-    for path in abandoned(root / "data") if (root / "data").is_dir() else []:
-        size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
-        total += size
-        say(f"{verb} {path.relative_to(root)}: {size / 1e6:.1f} MB of an unfinished run")
-        if apply:
-            shutil.rmtree(path, ignore_errors=True)
-    git("rev-parse", "--verify", "HEAD", where=root)  # without a commit every object would be garbage
-    with in_one_line("dvc gc"), Repo(str(root)) as repo:
-        repo.gc(workspace=True, all_branches=True, all_tags=True, all_experiments=True, force=True, dry=not apply)
-    if not apply:
-        say("nothing was removed; pass --apply to remove")
-    return total

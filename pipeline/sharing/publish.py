@@ -6,7 +6,7 @@ and whole, and that the remote holds the content of every object.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,18 @@ from typing import Any
 
 from cache.redaction import redacted
 from pipeline.errors import UserError
-from pipeline.sharing.repository import Out, Say, caches, config_of, git, in_one_line, outs, remote_name, repository
+from pipeline.sharing.repository import (
+    Out,
+    Say,
+    caches,
+    config_of,
+    counted,
+    git,
+    in_one_line,
+    outs,
+    remote_name,
+    repository,
+)
 
 THREADS = 8  # requests to a remote at a time
 PART_BYTES = 1024 * 1024  # of an object that is read to be compared
@@ -24,19 +35,26 @@ LAYOUT = ("dvc.yaml", "dvc.lock", "params.yaml")
 
 @dataclass(frozen=True)
 class Proof:
-    """Objects that the remote must hold, and those it does not hold whole (in words)."""
+    """Objects that the remote must hold, their bytes, and what is wrong with those that it does not hold whole."""
 
     objects: int
     size: int
-    faults: list[str]
+    faults: dict[str, str]  # by digest, in words
 
 
 def publish(
-    start: Path, say: Say, *, remote: str | None = None, uncommitted: bool = False, quick: bool = False
+    start: Path,
+    say: Say,
+    *,
+    remote: str | None = None,
+    uncommitted: bool = False,
+    quick: bool = False,
+    repair: bool = False,
 ) -> Proof:
     """Pushes the configuration that is checked out, and shows that the remote holds all of it. Raises UserError.
 
-    `quick` compares the lengths of the objects only, not their content.
+    `quick` compares the lengths of the objects only, not their content. `repair` sends again, once, what the remote
+    does not hold whole: DVC itself sends only what is missing.
     """
     from dvc.repo import Repo
 
@@ -50,18 +68,25 @@ def publish(
         _check_workspace(repo)
         if set_verify(root, name):
             say(f"remote {name}: set verify = true, so that a damaged object is refused when it is pulled")
-        say(f"{len(found)} outputs, {len(caches(root))} of them caches: pushing to {name}")
+        say(f"{counted(len(found), 'output')}, {len(caches(root))} of them caches: pushing to {name}")
         with in_one_line(f"remote {name}"):
             repo.push(run_cache=True, remote=name)
             proof = prove(repo, name, found, quick=quick)
+            if proof.faults and repair:
+                broken = counted(len(proof.faults), "object")
+                say(f"remote {name}: {broken} not whole there ({_some(proof)}): sending again")
+                _send(repo, name, proof.faults)
+                proof = prove(repo, name, found, quick=quick)
     if proof.faults:
-        more = f" and {len(proof.faults) - SHOWN} more" if len(proof.faults) > SHOWN else ""
+        way_out = (
+            "mend the remote itself, it does not keep what is sent" if repair else "type: h2t cache publish --repair"
+        )
         raise UserError(
-            f"remote {name}: {len(proof.faults)} of {proof.objects} objects are not whole there "
-            f"({'; '.join(proof.faults[:SHOWN])}{more}); remove these from the remote and publish again"
+            f"remote {name}: {len(proof.faults)} of {counted(proof.objects, 'object')} not whole there "
+            f"({_some(proof)}); {way_out}"
         )
     how = "each of full length" if quick else "the content of each compared"
-    say(f"published: remote {name} holds all {proof.objects} objects, {proof.size / 1e6:.1f} MB, {how}")
+    say(f"published: remote {name} holds all of {counted(proof.objects, 'object')}, {proof.size / 1e6:.1f} MB, {how}")
     for line in _next_steps(root):
         say(line)
     return proof
@@ -73,7 +98,7 @@ def _check_workspace(repo: Any) -> None:
         changed = repo.status()
     if changed:
         names = ", ".join(list(changed)[:SHOWN]) + (", ..." if len(changed) > SHOWN else "")
-        raise UserError(f"dvc status: {len(changed)} stages are not up to date ({names}); type: dvc repro")
+        raise UserError(f"dvc status: {counted(len(changed), 'stage')} not up to date ({names}); type: dvc repro")
 
 
 def _check_cache(cache: Path) -> None:
@@ -122,8 +147,11 @@ def prove(repo: Any, remote: str, found: list[Out], *, quick: bool = False) -> P
     local, far = repo.cache.local, repo.cloud.get_remote_odb(remote)
     sizes: dict[str, int] = {}
     for out in found:
-        for digest in [out.digest, *_members(local, out.digest)]:
-            sizes[digest] = int(local.fs.size(local.oid_to_path(digest)))
+        try:
+            for digest in [out.digest, *_members(local, out.digest)]:
+                sizes[digest] = int(local.fs.size(local.oid_to_path(digest)))
+        except FileNotFoundError:
+            raise UserError(f"{out.path}: objects of it are missing in DVC's cache here; type: h2t doctor") from None
 
     def ask(digest: str) -> str | None:
         place = far.oid_to_path(digest)
@@ -138,8 +166,23 @@ def prove(repo: Any, remote: str, found: list[Out], *, quick: bool = False) -> P
         return f"{redacted(place)} holds something else"
 
     with ThreadPoolExecutor(THREADS) as pool:
-        faults = [fault for fault in pool.map(ask, sizes) if fault]
+        faults = {digest: fault for digest, fault in zip(sizes, pool.map(ask, sizes), strict=True) if fault}
     return Proof(len(sizes), sum(sizes.values()), faults)
+
+
+def _some(proof: Proof) -> str:
+    more = f" and {len(proof.faults) - SHOWN} more" if len(proof.faults) > SHOWN else ""
+    return "; ".join(list(proof.faults.values())[:SHOWN]) + more
+
+
+def _send(repo: Any, remote: str, digests: Iterable[str]) -> None:
+    """Writes these objects to the remote, whatever it holds in their places. Raises UserError for one damaged here."""
+    local, far = repo.cache.local, repo.cloud.get_remote_odb(remote)
+    for digest in digests:
+        place = local.oid_to_path(digest)
+        if not _content(local.fs, place, {}, digest.partition(".")[0]):
+            raise UserError(f"{place}: is damaged here, too; type: h2t doctor --full")
+        far.fs.put_file(place, far.oid_to_path(digest))
 
 
 def _content(fs: Any, place: str, about: Mapping[str, Any], md5: str) -> bool:

@@ -1,23 +1,28 @@
 """`h2t cache pull`: a published cache without the repository it is from, and every byte of it checked."""
 
+import hashlib
 import os
-import shutil
 import tempfile
 import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cache.dvc_files import split_revision
 from cache.redaction import redacted
 from cache.spec import RECORD, parse_record
+from cache.staging import Staging, sync
 from pipeline.errors import UserError
-from pipeline.sharing.repository import Say, in_one_line
+from pipeline.sharing.repository import Say, counted, in_one_line
+
+THREADS = 8  # files at a time
 
 
 @dataclass(frozen=True)
 class Pulled:
-    """What was pulled: places, bytes, seconds."""
+    """What was pulled: places, bytes that were not here already, seconds."""
 
     places: list[Path]
     size: int
@@ -30,44 +35,111 @@ def pull(
     """A cache of a git repository with DVC, verified, and its backbone, to the same places below `into`.
 
     `into`/extract/NAME (`pooled`: the pooled copy, `into`/pool/NAME) and `into`/train_backbone/NAME. Nothing is left
-    at those places if a byte is wrong. Raises UserError.
+    at those places if a byte is wrong. What came before an attempt failed is kept beside them, and the same call
+    continues from there. Raises UserError.
     """
-    from dvc.fs import download
     from dvc.repo import Repo
 
     url, rev = (url, rev) if rev else split_revision(url)
     kind = "pool" if pooled else "extract"
     started = time.perf_counter()
     where = redacted(url) + (f"@{rev}" if rev else "")
-    places: list[Path] = []
     # An index of our own: a shared one can be damaged by others.
     with tempfile.TemporaryDirectory(prefix="h2t-pull-") as scratch, in_one_line(where):
         config = {"core": {"site_cache_dir": scratch}}
         with Repo.open(url, rev=rev, subrepos=True, uninitialized=True, config=config) as repo:
             files = repo.dvcfs
             chosen = _one_of(_folders(files, f"data/{kind}"), name, where, kind)
-            wanted = [f"{kind}/{chosen}", f"train_backbone/{chosen}"]
-            for part in wanted:
-                if (into / part).exists():
-                    raise UserError(f"{into / part}: is there already; remove it, or give another --into")
-            for part in wanted:
-                target = into / part
-                target.parent.mkdir(parents=True, exist_ok=True)
-                partial = target.parent / f".{target.name}.pulled-{os.getpid()}"
-                try:
-                    download(files, f"data/{part}", str(partial.resolve()))
-                    if part == wanted[0]:
-                        _check_whole(partial, where)
-                    partial.rename(target)
-                finally:
-                    shutil.rmtree(partial, ignore_errors=True)
-                places.append(target)
-    size = sum(f.stat().st_size for place in places for f in place.rglob("*") if f.is_file())
+            parts = {part: _listing(files, f"data/{part}") for part in (f"{kind}/{chosen}", f"train_backbone/{chosen}")}
+            whole = {part for part, listing in parts.items() if _is_here(into / part, listing)}
+            size = 0
+            for part, listing in parts.items():
+                if part in whole:
+                    say(f"{into / part}: is here already, every byte checked")
+                else:
+                    size += _fetch(files, listing, into / part, where, is_cache=part.startswith(kind))
+    places = [into / part for part in parts]
     seconds = time.perf_counter() - started
     spec = parse_record((places[0] / RECORD).read_bytes()).spec
-    say(f"{places[0]}: {spec.rows} rows, fingerprint {spec.fingerprint[:12]}, every byte checked")
+    say(f"{places[0]}: {counted(spec.rows, 'row')}, fingerprint {spec.fingerprint[:12]}, every byte checked")
     say(f"pulled {size / 1e6:.1f} MB in {seconds:.1f} s from {where}")
     return Pulled(places, size, seconds)
+
+
+@dataclass(frozen=True)
+class _Remote:
+    """A file of the repository: its path there, and its md5, which DVC knows of the outputs of stages."""
+
+    path: str
+    md5: str | None
+
+    def is_at(self, place: Path) -> bool:
+        """Whether the file at `place` has the same content."""
+        if self.md5 is None or not place.is_file():
+            return False
+        with place.open("rb") as file:
+            return hashlib.file_digest(file, "md5").hexdigest() == self.md5
+
+
+def _listing(files: Any, folder: str) -> dict[str, _Remote]:
+    """The files of a folder of the repository, by their paths inside of it. Raises UserError for a path out of it."""
+    found = {}
+    for root, _, infos in files.walk(folder, detail=True):
+        for name, info in infos.items():
+            path = f"{root}/{name}"
+            inside = PurePosixPath(path.lstrip("/")).relative_to(folder)
+            if ".." in inside.parts:
+                raise UserError(f"{path}: leads out of {folder}; this repository is not to be trusted")
+            found[str(inside)] = _Remote(path, (info.get("dvc_info") or {}).get("md5"))
+    return found
+
+
+def _files_in(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or path.is_file()}
+
+
+def _is_here(target: Path, listing: Mapping[str, _Remote]) -> bool:
+    """Whether `target` holds just these files; False where nothing is. Raises UserError if it holds anything else."""
+    if not os.path.lexists(target):
+        return False
+    if _files_in(target) == set(listing) and all(file.is_at(target / name) for name, file in listing.items()):
+        return True
+    raise UserError(f"{target}: is there already and holds something else; remove it, or give another --into")
+
+
+def _fetch(files: Any, listing: Mapping[str, _Remote], target: Path, where: str, *, is_cache: bool) -> int:
+    """Downloads these files and puts them at `target` once all are whole; returns the bytes that had to come.
+
+    What an earlier attempt left beside `target` is kept, file by file, if its content is right. Raises UserError, and
+    CacheError if another process writes there.
+    """
+    with Staging(target) as staging:
+        place = staging.cache
+        for name in (_files_in(place) if place.is_dir() else set()) - set(listing):
+            (place / name).unlink()
+        missing = [name for name, file in listing.items() if not file.is_at(place / name)]
+
+        def get(name: str) -> str | None:
+            into = place / name
+            into.parent.mkdir(parents=True, exist_ok=True)
+            into.unlink(missing_ok=True)
+            files.get_file(listing[name].path, str(into.resolve()))
+            return None if listing[name].md5 is None or listing[name].is_at(into) else name
+
+        with ThreadPoolExecutor(THREADS) as pool:
+            wrong = [name for name in pool.map(get, missing) if name]
+        if wrong:
+            more = f" and {counted(len(wrong) - 1, 'other')}" if len(wrong) > 1 else ""
+            raise UserError(
+                f"{where}: what came is damaged ({wrong[0]}{more}); ask its owner: h2t cache publish --repair"
+            )
+        if is_cache:
+            _check_whole(place, where)
+        size = sum((place / name).stat().st_size for name in missing)
+        for folder in (place, *(path for path in place.rglob("*") if path.is_dir())):
+            sync(folder)
+        staging.publish(replace=False)
+    return size
 
 
 def _folders(files: Any, folder: str) -> list[str]:
@@ -91,4 +163,4 @@ def _check_whole(cache: Path, where: str) -> None:
 
     faults = verify(str(cache))
     if faults:
-        raise UserError(f"{where}: what came is damaged ({faults[0]}); ask its owner to publish again")
+        raise UserError(f"{where}: what came is damaged ({faults[0]}); ask its owner: h2t cache publish --repair")

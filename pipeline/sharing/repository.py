@@ -95,8 +95,18 @@ def outs(root: Path) -> list[Out]:
         raise UserError(f"{path}: not a lock file of DVC ({_short(error)}); restore it from git") from None
 
 
+def dvc_cache(root: Path) -> Path:
+    """The folder of DVC's cache, as its configuration of every level says."""
+    return Path(config_of(root).get("cache", {}).get("dir") or root / ".dvc/cache")
+
+
 def _short(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def counted(number: int, what: str) -> str:
+    """`number` of `what`, in the singular or the plural: 1 object, 2 objects."""
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def caches(root: Path) -> list[Path]:

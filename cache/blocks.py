@@ -39,7 +39,7 @@ def from_environment() -> "BlockCache | None":
 
 
 def arriving(digest: str, version: str) -> str:
-    """The key of a file that the record gives the sha256 `digest`, as long as only parts of `version` of it are here."""
+    """The key of parts of one `version` of a file that should have the sha256 `digest`, until all of it is here."""
     return f"{digest}-{hashlib.sha256(version.encode()).hexdigest()[:16]}"
 
 

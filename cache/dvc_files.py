@@ -53,6 +53,10 @@ def parse_address(text: str) -> Address:
 class DvcFiles(RemoteFiles):
     """The files below a path of a DVC repository at a revision, as objects of its remote."""
 
+    def _start(self, url: str) -> None:
+        super()._start(url)
+        self._places: dict[str, str] = {}
+
     def _connect(self) -> None:
         address = parse_address(self._given)
         try:
@@ -62,11 +66,8 @@ class DvcFiles(RemoteFiles):
         except Exception as error:  # noqa: BLE001 - git, DVC and every protocol raise their own
             said = without(" ".join(str(error).split())[:300], self._secrets) or type(error).__name__
             raise CacheError("unreachable", f"{self._url}: cannot be looked up ({said})") from None
-        self._places = self._places or places  # in another process, what was opened and not what a branch names by now
-
-    def _start(self, url: str) -> None:
-        super()._start(url)
-        self._places: dict[str, str] = {}
+        if not self._places:  # in another process it is what was opened, whatever a branch names by now
+            self._places = places
 
     def _opened(self) -> dict[str, Any]:
         return {**super()._opened(), "_places": self._places}

@@ -30,8 +30,19 @@ from cache.protocols import behind, file_system, is_sshfs, may_pass
 from cache.redaction import redacted, secrets_in, without
 from cache.spec import MAX_RECORD_BYTES, RECORD, sha256
 from cache.transfer import (
-    Answer, Pace, Patience, TooSlow, Unasked, Version, about, below, listing, read_spans, read_whole, version_of,
-)  # fmt: skip
+    Answer,
+    Pace,
+    Patience,
+    TooSlow,
+    Unasked,
+    Version,
+    about,
+    below,
+    listing,
+    read_spans,
+    read_whole,
+    version_of,
+)
 
 T = TypeVar("T")
 

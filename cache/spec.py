@@ -145,7 +145,10 @@ class CacheSpec:
         }
 
     def record(self, files: Mapping[str, tuple[int, str]]) -> bytes:
-        """The commit record, `cache.json`, for `files`: relative path -> (bytes, sha256). CacheError `spec` if too long."""
+        """The commit record, `cache.json`, for `files`: relative path -> (bytes, sha256).
+
+        Raises CacheError `spec` if it would be longer than `MAX_RECORD_BYTES`.
+        """
         body: dict[str, Any] = {
             "format": FORMAT,
             "fingerprint": self.fingerprint,

@@ -34,7 +34,7 @@ class TooSlow(ValueError):
 
 
 class Version(NamedTuple):
-    """What tells a file from another one that takes its place: an ETag, or size in bytes and time of the last change."""
+    """What tells a file from another one in its place: an ETag, or size in bytes and time of the last change."""
 
     tag: str | None = None
     size: int | None = None

@@ -17,7 +17,7 @@ from cache.files import LocalFiles, files_at
 from cache.redaction import one_line
 from cache.remote import RemoteFiles
 from cache.rows import SCHEMA, from_bytes, make_rows
-from cache.spec import CARD, MAPS, MAX_RECORD_BYTES, RECORD, ROWS, STATISTICS, CacheSpec, Commit, parse_record, sha256
+from cache.spec import CARD, MAPS, MAX_RECORD_BYTES, RECORD, ROWS, STATISTICS, Commit, parse_record, sha256
 from cache.writer import create_group
 
 Files = LocalFiles | RemoteFiles

@@ -8,7 +8,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -40,10 +40,8 @@ class Handler(BaseHTTPRequestHandler):
         spoil = getattr(self, f"_{mode}", None) if name.startswith(target) else None
         if spoil and name in self.files:
             type(self).asked.append((self.command, name))
-            try:
+            with suppress(OSError):  # the client has had enough
                 spoil(self._sought(self.files[name])[0])
-            except OSError:  # the client has had enough
-                pass
             self.close_connection = True
         else:
             self._sound(body_too=True)

@@ -8,7 +8,7 @@ import time
 
 import pytest
 from builders import make_cache, make_rows, tree
-from hostile_server import BOMB_BYTES, hostile_server
+from hostile_server import hostile_server
 from pipeline_builders import ROOT
 
 from cache import files as local

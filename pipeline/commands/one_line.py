@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, Any, NoReturn
+from typing import IO, Any, NoReturn, TextIO
 
 import click
 
@@ -65,11 +65,18 @@ def _warnings_are_lines() -> Iterator[None]:
     """What a cache cannot promise is one line on stderr, without the place in the source."""
     others = warnings.showwarning
 
-    def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
         if issubclass(category, CacheWarning):
             click.echo(one_line(f"warning: {message}"), err=True)
         else:
-            others(message, category, *place)
+            others(message, category, filename, lineno, file, line)
 
     warnings.showwarning = show
     try:

@@ -25,15 +25,28 @@ import pyarrow as pa
 from cache import shard as shard_layout
 from cache.codecs import codec, zarr_codecs
 from cache.errors import CacheError
+from cache.files import LocalFiles
 from cache.rows import to_bytes
-from cache.spec import CARD, FORMAT, MAPS, RECORD, ROWS, STATISTICS, CacheSpec, canonical_json, parse_record, sha256
+from cache.spec import (
+    CARD,
+    FORMAT,
+    MAPS,
+    MAX_RECORD_BYTES,
+    RECORD,
+    ROWS,
+    STATISTICS,
+    CacheSpec,
+    canonical_json,
+    parse_record,
+    sha256,
+)
 from cache.staging import Staging, bad_disk_is_one_line, file_sha256, sync, write_durably
 
 
 def committed(target: Path) -> CacheSpec | None:
     """The spec of the cache committed at `target`; None if there is none."""
-    record = target / RECORD
-    return parse_record(record.read_bytes()).spec if record.is_file() else None
+    files = LocalFiles(target)
+    return parse_record(files.read_all(RECORD, MAX_RECORD_BYTES)).spec if files.exists(RECORD) else None
 
 
 def _dimension_names(spec: CacheSpec, expert: int) -> tuple[str, ...]:
@@ -75,6 +88,8 @@ class CacheWriter:
     def __init__(self, staging: Staging, spec: CacheSpec, rows: pa.Table, token: Mapping[str, Any]) -> None:
         if len(rows) != spec.rows:
             raise CacheError("mismatch", f"row table: {len(rows)} rows for a cache of {spec.rows}")
+        shards = (spec.shard_file(e, s) for e in range(spec.experts) for s in range(spec.shards))
+        spec.record(dict.fromkeys(shards, (0, sha256(b""))))  # too many shards are refused before the first is written
         self.spec = spec
         self._staging = staging
         self._rows = to_bytes(rows)

@@ -111,6 +111,9 @@ class Handler(BaseHTTPRequestHandler):
         self._head(200, {"Content-Length": "100"})
         self.wfile.write(data[:1])
 
+    def _broken(self, data: bytes) -> None:
+        self.send_error(500)
+
     def _steady(self, data: bytes) -> None:
         """About 5 kB/s."""
         _, status, headers = self._sought(self.files[self._parts()[2]])

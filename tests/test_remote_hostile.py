@@ -7,12 +7,14 @@ import sys
 import time
 
 import pytest
+from aiohttp import ClientResponseError
 from builders import make_cache, make_rows, tree
+from fsspec.implementations.local import LocalFileSystem
 from hostile_server import hostile_server
 from pipeline_builders import ROOT
 
 from cache import files as local
-from cache import remote, transfer
+from cache import remote, spec, transfer
 from cache.errors import CacheError
 from cache.reader import open_cache
 from cache.spec import MAPS, MAX_RECORD_BYTES, RECORD, ROWS, STATISTICS
@@ -146,3 +148,38 @@ def test_a_local_file_is_read_up_to_its_recorded_size(tmp_path):
     assert files.read_all("x", 5) == b"12345"
     with pytest.raises(CacheError, match="longer than the 4 bytes"):
         files.read_all("x", 4)
+
+
+def test_a_cache_of_too_many_shards_is_refused_before_the_first_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(spec, "MAX_RECORD_BYTES", 2000)
+    with pytest.raises(CacheError, match="make shards larger"):
+        make_cache(tmp_path / "c", **{**SETTINGS, "shard_rows": 1})
+
+
+@pytest.mark.parametrize("name", [RECORD, "files/md5/ab/cdef.dir"])
+def test_dvcs_own_client_is_bounded_and_asks_once(tmp_path, name):
+    """The file system of a DVC remote on a web server: it packs, waits and asks again by itself otherwise."""
+    from dvc_http import HTTPFileSystem
+
+    with hostile_server({name: b"[1,2,3]"}) as (url, handler):
+        fs = HTTPFileSystem(url=url).fs
+
+        def whole(mode: str) -> bytes:
+            patience = transfer.Patience(transfer.Pace())
+            return transfer.read_whole(fs, f"{url}/{mode}/{name[:5]}/{name}", 1000, patience).data
+
+        assert whole("unspoiled") == b"[1,2,3]"
+        for mode in ("gzip", "endless", "lies"):
+            with pytest.raises(transfer.Unasked):
+                whole(mode)
+        handler.asked.clear()
+        with pytest.raises(ClientResponseError, match="500"):
+            whole("broken")
+        assert len(handler.asked) == 1
+
+
+def test_a_list_of_files_at_a_dvc_remote_is_bounded(tmp_path, monkeypatch):
+    """DVC's own parts are as they are; only what the remote gives is too long."""
+    (tmp_path / "listing").write_bytes(b"x" * 100)
+    with pytest.raises(transfer.Unasked, match="longer than the 99 bytes"):
+        transfer.read_whole(LocalFileSystem(), str(tmp_path / "listing"), 99, transfer.Patience(transfer.Pace()))

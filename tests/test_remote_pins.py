@@ -1,7 +1,10 @@
 """A cache at a URL that is replaced while it is open: its old values or CacheError `replaced`, never some of each."""
 
+import os
 import pickle
 import random
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -12,6 +15,7 @@ import numpy as np
 import pytest
 from builders import make_cache, make_rows, tree
 from hostile_server import hostile_server
+from pipeline_builders import ROOT
 
 from cache import blocks, remote
 from cache.errors import CacheError, CacheWarning
@@ -291,3 +295,14 @@ def test_versions():
     assert Version(None, 1, ("mtime", "2")).differs(Version(None, 1, ("mtime", "3")))
     assert not Version(None, 1, ("mtime", "2")).differs(Version(None, 1, ("created", "3")))
     assert not Version("a", None).differs(Version(None, None))
+
+
+def test_the_command_line_says_it_in_one_line(web, tmp_path):
+    url, handler = web
+    handler.tagged = False
+    own = {**os.environ, "H2T_BLOCK_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "pipeline", "cache", "info", url]
+    done = subprocess.run(command, env=own, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    assert done.stderr.startswith(f"warning: {url}: the store tells neither ETag nor time")
+    assert len(done.stderr.splitlines()) == 1

@@ -18,9 +18,10 @@ MEBIBYTE = bytes(1024**2)
 
 @cache
 def bomb() -> bytes:
-    """Zeros that take `BOMB_BYTES` once they are unpacked."""
-    packer = zlib.compressobj(1, wbits=31)  # in the format of gzip
-    return b"".join([packer.compress(MEBIBYTE) for _ in range(BOMB_BYTES // len(MEBIBYTE))] + [packer.flush()])
+    """Gzip of `BOMB_BYTES` of zeros, without the end of the stream: a reader must not get so far."""
+    packer = zlib.compressobj(1, wbits=31)
+    first, next_one = (packer.compress(MEBIBYTE) + packer.flush(zlib.Z_FULL_FLUSH) for _ in range(2))
+    return first + next_one * (BOMB_BYTES // len(MEBIBYTE) - 1)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -96,8 +97,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def _slow(self, data: bytes) -> None:
         """A byte every tenth of a second."""
-        _, status, headers = self._sought(self.files[self._parts()[2]])
-        self._head(status, headers | {"Content-Length": str(len(data))})
+        whole = self.files[self._parts()[2]]
+        _, status, headers = self._sought(whole)
+        self._head(status, headers | {"Content-Length": str(len(data))}, whole)
         for i in range(len(data)):
             self.wfile.write(data[i : i + 1])
             time.sleep(0.1)
@@ -116,8 +118,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def _steady(self, data: bytes) -> None:
         """About 5 kB/s."""
-        _, status, headers = self._sought(self.files[self._parts()[2]])
-        self._head(status, headers | {"Content-Length": str(len(data))})
+        whole = self.files[self._parts()[2]]
+        _, status, headers = self._sought(whole)
+        self._head(status, headers | {"Content-Length": str(len(data))}, whole)
         for at in range(0, len(data), 500):
             self.wfile.write(data[at : at + 500])
             time.sleep(0.1)

@@ -1,8 +1,10 @@
 """Blocks of remote files kept on the local disk, within a budget of bytes.
 
-A block is filed under the sha256 that the commit record gives its file, so the blocks of a cache that was replaced are
-never asked for again, and copies of a cache at two places share theirs. What is in a block is checked where it is used,
-by the checksums of the chunks; one that does not hold is forgotten and fetched again.
+Blocks are filed under a key. That of a file which is known to be the one in the commit record is its sha256: copies of
+a cache at two places share such blocks, and those of a replaced cache are never asked for again. A file that arrives
+bit by bit is known only once it is whole; until then its key also names where it came from and in which version
+(`arriving`), so blocks of two files that were given out as one never meet. What is in a block is checked where it is
+used, by the checksums of the chunks; one that does not hold is forgotten and fetched again.
 
 Training comes back to all rows at random, and then a cache that evicts its own blocks keeps none for long. So what is
 in stays in: only files of other caches, those used longest ago, make room.
@@ -19,7 +21,7 @@ from pathlib import Path
 BLOCK_BYTES = 1024 * 1024
 DEFAULT_BUDGET = 8 * 10**9
 LEAST_FREE = 2 * 10**9  # bytes of the disk that are left to others
-WHOLE = "whole"  # an empty file beside all blocks of a file, once these were found to have its sha256
+WHOLE = "whole"  # an empty file beside the blocks of a file that was found to have its sha256
 LOOK_AGAIN = 256  # blocks stored between two looks at what the disk and other processes do
 
 
@@ -36,6 +38,11 @@ def from_environment() -> "BlockCache | None":
     return BlockCache(Path(folder), int(text)) if int(text) else None
 
 
+def arriving(digest: str, version: str) -> str:
+    """The key of parts of one `version` of a file that should have the sha256 `digest`, until all of it is here."""
+    return f"{digest}-{hashlib.sha256(version.encode()).hexdigest()[:16]}"
+
+
 class BlockCache:
     """Blocks below `folder`, at most `budget` bytes of them. Safe from several threads, and beside other processes.
 
@@ -49,6 +56,10 @@ class BlockCache:
         self._used = 0
         self._until_look = 0
 
+    def after_fork(self) -> None:
+        """In a forked child: forgets what threads of the parent held."""
+        self._lock = threading.Lock()
+
     def claim(self, digests: Collection[str]) -> None:
         """Says that files with these sha256 are in use: their blocks are not given up."""
         with self._lock:
@@ -58,14 +69,14 @@ class BlockCache:
                 with suppress(OSError):
                     os.utime(self.folder / digest)
 
-    def read(self, digest: str, start: int, stop: int) -> bytes | None:
+    def read(self, key: str, start: int, stop: int) -> bytes | None:
         """Bytes `start` to `stop` of the file, or None unless all their blocks are here."""
         parts = []
         try:
             for block in range(start // BLOCK_BYTES, -(-stop // BLOCK_BYTES)):
                 at = max(start - block * BLOCK_BYTES, 0)
                 size = min(stop - block * BLOCK_BYTES, BLOCK_BYTES) - at
-                handle = os.open(self.folder / digest / str(block), os.O_RDONLY | os.O_CLOEXEC)
+                handle = os.open(self.folder / key / str(block), os.O_RDONLY | os.O_CLOEXEC)
                 try:
                     parts.append(os.pread(handle, size, at))
                 finally:
@@ -75,8 +86,8 @@ class BlockCache:
         found = parts[0] if len(parts) == 1 else b"".join(parts)
         return found if len(found) == stop - start else None
 
-    def holds(self, digest: str, block: int) -> bool:
-        return (self.folder / digest / str(block)).is_file()
+    def holds(self, key: str, block: int) -> bool:
+        return (self.folder / key / str(block)).is_file()
 
     def room(self, size: int) -> bool:
         """Whether `size` more bytes fit, once files of others are given up for them."""
@@ -86,11 +97,11 @@ class BlockCache:
                 self._give_up(size)
             return self._used + size <= self.budget
 
-    def put(self, digest: str, block: int, data: bytes) -> None:
+    def put(self, key: str, block: int, data: bytes) -> None:
         """Keeps a block, if there is room and the disk lets us."""
         if not self.room(len(data)):
             return
-        place = self.folder / digest / str(block)
+        place = self.folder / key / str(block)
         partial = place.with_name(f".{block}.{os.getpid()}.{threading.get_ident()}")
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -108,15 +119,24 @@ class BlockCache:
             if self._until_look <= 0:
                 self._look()
 
-    def found_whole(self, digest: str, count: int) -> bool | None:
-        """Whether the `count` blocks that make up a file are that file; None while some are not here.
+    def is_whole(self, digest: str) -> bool:
+        """Whether the blocks under `digest` were found to be that file; single ones may have gone since."""
+        return (self.folder / digest / WHOLE).is_file()
+
+    def put_whole(self, digest: str, data: bytes) -> None:
+        """Keeps a file whose sha256 was compared."""
+        for block, at in enumerate(range(0, len(data), BLOCK_BYTES)):
+            self.put(digest, block, data[at : at + BLOCK_BYTES])
+        with suppress(OSError):
+            (self.folder / digest / WHOLE).touch()
+
+    def found_whole(self, key: str, digest: str, count: int) -> bool | None:
+        """Whether the `count` blocks under `key` make up the file with this sha256; None while some are not here.
 
         Chunks carry their checksums with them, so a shard in the place of another one looks right chunk by chunk; this
-        is what tells them apart. Asked once: the answer yes is kept beside the blocks.
+        is what tells them apart. Asked once: those of the right file are filed under its digest from then on.
         """
-        folder = self.folder / digest
-        if (folder / WHOLE).is_file():
-            return True
+        folder, place = self.folder / key, self.folder / digest
         found = hashlib.sha256()
         try:
             if sum(entry.name.isdecimal() for entry in os.scandir(folder)) < count:
@@ -126,13 +146,18 @@ class BlockCache:
             if found.hexdigest() != digest:
                 return False
             (folder / WHOLE).touch()
+            if not self.is_whole(digest):
+                shutil.rmtree(place, ignore_errors=True)  # blocks of an earlier release, which were never compared
+                folder.rename(place)
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
         except OSError:
             return None
         return True
 
-    def forget(self, digest: str) -> None:
-        """Drops all blocks of a file."""
-        shutil.rmtree(self.folder / digest, ignore_errors=True)
+    def forget(self, key: str) -> None:
+        """Drops all blocks under `key`."""
+        shutil.rmtree(self.folder / key, ignore_errors=True)
         with self._lock:
             self._look()
 
@@ -152,12 +177,16 @@ class BlockCache:
             return []
 
     def _give_up(self, size: int) -> None:
-        others = [(_last_use(folder), folder) for folder in self._folders() if folder.name not in self._mine]
+        others = [(_last_use(folder), folder) for folder in self._folders() if _digest(folder) not in self._mine]
         for _, folder in sorted(others):
             if self._used + size <= self.budget:
                 return
             self._used -= _bytes_in(folder)
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _digest(folder: Path) -> str:
+    return folder.name.partition("-")[0]
 
 
 def _bytes_in(folder: Path) -> int:

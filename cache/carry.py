@@ -26,7 +26,7 @@ RUN_BYTES = 64 * 1024**2  # neighbouring chunks read in one go
 class Files(Protocol):
     """The files of an open cache, by name."""
 
-    def read_all(self, name: str) -> bytes: ...
+    def read_all(self, name: str, at_most: int) -> bytes: ...
 
     def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]: ...
 
@@ -65,7 +65,7 @@ def broken_shards(source: Source, rows: np.ndarray) -> Mapping[int, str]:
     for shard in np.unique(rows // source.spec.shard_rows).tolist():
         for expert in range(source.spec.experts):
             name = source.spec.shard_file(expert, shard)
-            if sha256(source.files.read_all(name)) != source.commit.files[name][1]:
+            if sha256(source.files.read_all(name, source.commit.files[name][0])) != source.commit.files[name][1]:
                 found[shard] = f"{source.files}/{name}: sha256 differs from cache.json"
     return found
 

@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 from cache.errors import CacheError
 from cache.redaction import without
 from cache.remote import RemoteFiles
+from cache.transfer import Pace, Patience, Unasked, read_whole
 
 PREFIX = "dvc+"
+MAX_LISTING_BYTES = 32 * 1024**2  # 250,000 files of a directory
 DIRECTORY = ".dir"  # what DVC's digests of directories end in
 
 
@@ -51,15 +53,27 @@ def parse_address(text: str) -> Address:
 class DvcFiles(RemoteFiles):
     """The files below a path of a DVC repository at a revision, as objects of its remote."""
 
+    def _start(self, url: str) -> None:
+        super()._start(url)
+        self._places: dict[str, str] = {}
+
     def _connect(self) -> None:
         address = parse_address(self._given)
         try:
-            self._fs, self._places = _resolve(address)
+            self._store, places = _resolve(address)
         except CacheError:
             raise
         except Exception as error:  # noqa: BLE001 - git, DVC and every protocol raise their own
             said = without(" ".join(str(error).split())[:300], self._secrets) or type(error).__name__
             raise CacheError("unreachable", f"{self._url}: cannot be looked up ({said})") from None
+        if not self._places:  # in another process it is what was opened, whatever a branch names by now
+            self._places = places
+
+    def _opened(self) -> dict[str, Any]:
+        return {**super()._opened(), "_places": self._places}
+
+    def _check_record(self, *, content: bool = False) -> None:
+        """Nothing: objects are named by their digest, so another cache has others."""
 
     def names(self) -> set[str]:
         return set(self._places)
@@ -89,7 +103,9 @@ def _resolve(address: Address) -> tuple[Any, dict[str, str]]:
             if not digest.endswith(DIRECTORY):
                 raise CacheError("missing", f"{address.path}: a file, where a cache is a directory")
             try:
-                listing = fs.cat_file(odb.oid_to_path(digest))
+                listing = read_whole(fs, odb.oid_to_path(digest), MAX_LISTING_BYTES, Patience(Pace())).data
+            except Unasked as error:
+                raise CacheError("damaged", f"{address.path}: the remote's list of its files: {error}") from None
             except FileNotFoundError:
                 raise CacheError(
                     "missing", f"{address.path}: was not published, the remote lacks it; type there: h2t cache publish"

@@ -13,6 +13,7 @@ REASONS = frozenset(
         "missing",  # a file or row that should be there is not
         "newer-format",  # written by a later version of this software
         "out-of-range",  # a row or expert number the cache does not have
+        "replaced",  # another cache lies where this one was opened
         "spec",  # a specification that no cache can have
         "unreachable",  # a remote store refuses, or breaks off
         "unwritable",  # a read-only disk, or someone else's folder
@@ -35,3 +36,7 @@ class CacheError(Exception):
         self.reason = reason
         self.detail = one_line(redacted(detail))
         super().__init__(self.detail)
+
+
+class CacheWarning(UserWarning):
+    """What a cache cannot promise where it lies."""

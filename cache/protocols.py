@@ -1,6 +1,5 @@
-"""What stores differ in: how each is opened, ranges over SSH, and which of its failures may pass."""
+"""What stores differ in: how each is opened, which of them one is, and which of its failures may pass."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from cache.errors import CacheError
@@ -43,24 +42,21 @@ def file_system(url: str) -> tuple[Any, str]:
     return fs, root
 
 
-def sftp_ranges(fs: Any, path: str, starts: Sequence[int], stops: Sequence[int]) -> list[Any]:
-    """Ranges of one file by sshfs, whose own `cat_file` knows no ranges and sends the whole file."""
-    import asyncio
+def is_http(fs: Any) -> bool:
+    return _from(fs, "fsspec.implementations.http")
 
-    from fsspec.asyn import sync
-    from sshfs.utils import wrap_exceptions
 
-    async def ranges() -> list[Any]:
-        async with fs._pool.get() as channel, channel.open(path, "rb") as file:
-            reads = (file.read(stop - start, start) for start, stop in zip(starts, stops, strict=True))
-            return await asyncio.gather(*reads, return_exceptions=True)
-
-    found: list[Any] = sync(fs.loop, wrap_exceptions(ranges))
-    return found
+def is_s3(fs: Any) -> bool:
+    return _from(fs, "s3fs")
 
 
 def is_sshfs(fs: Any) -> bool:
-    return any(kind.__module__.partition(".")[0] == "sshfs" for kind in type(fs).__mro__)  # DVC has a kind of its own
+    return _from(fs, "sshfs")
+
+
+def _from(fs: Any, module: str) -> bool:
+    """Whether `fs` is of a class of `module`, or derived from one: DVC has kinds of its own."""
+    return any(f"{kind.__module__}.".startswith(f"{module}.") for kind in type(fs).__mro__)
 
 
 def behind(error: BaseException) -> BaseException:

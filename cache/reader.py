@@ -28,7 +28,7 @@ from cache.gather import DONE, MISMATCH, REFUSED, Gather, compiled
 from cache.plan import MAX_GAP_BYTES, Plan, Unit, plan_rows, portions, units
 from cache.remote import RemoteFiles
 from cache.rows import from_bytes
-from cache.spec import MAPS, RECORD, ROWS, STATISTICS, CacheSpec, Commit, parse_record, sha256
+from cache.spec import MAPS, MAX_RECORD_BYTES, RECORD, ROWS, STATISTICS, CacheSpec, Commit, parse_record, sha256
 
 T = TypeVar("T")
 
@@ -54,7 +54,7 @@ def open_cache(location: str | Path) -> "Cache":
         raise CacheError(
             "uncommitted", f"{files}: no {RECORD}, so this is not a finished cache; run h2t extract to make one"
         )
-    commit = parse_record(files.read_all(RECORD))
+    commit = parse_record(files.read_all(RECORD, MAX_RECORD_BYTES))
     if isinstance(files, RemoteFiles):
         files.expect({name: entry for name, entry in commit.files.items() if name.startswith(f"{MAPS}/expert_")})
     sizes = files.known_sizes(commit.files)
@@ -177,10 +177,15 @@ class Cache:
         return job()
 
     def _checked(self, name: str) -> bytes:
-        data = self.files.read_all(name)
-        if name not in self.commit.files or sha256(data) != self.commit.files[name][1]:
-            raise CacheError("damaged", f"{self.files}/{name}: sha256 differs from {RECORD}; run h2t cache verify")
-        return data
+        size, digest = self.commit.files.get(name, (0, None))
+
+        def whole() -> bytes:
+            data = self.files.read_all(name, size)
+            if sha256(data) != digest:
+                raise CacheError("damaged", f"{self.files}/{name}: sha256 differs from {RECORD}; run h2t cache verify")
+            return data
+
+        return self.once_more(name, whole)
 
     def _read_index(self, expert: int, shard: int) -> None:
         spec = self.spec

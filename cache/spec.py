@@ -22,6 +22,8 @@ ROWS = "rows.parquet"
 STATISTICS = "batchnorm.safetensors"
 CARD = "README.md"
 MAPS = "maps.zarr"
+#: A record of 200,000 shards takes 27 MB. What is longer is not read.
+MAX_RECORD_BYTES = 32 * 1024**2
 
 #: Storage dtype of the arrays. Neither NumPy nor zarr-python knows bfloat16, so its bits are stored as uint16.
 STORED_AS = {"float16": "float16", "float32": "float32", "bfloat16": "uint16"}
@@ -143,7 +145,10 @@ class CacheSpec:
         }
 
     def record(self, files: Mapping[str, tuple[int, str]]) -> bytes:
-        """The commit record, `cache.json`, for `files`: relative path -> (bytes, sha256)."""
+        """The commit record, `cache.json`, for `files`: relative path -> (bytes, sha256).
+
+        Raises CacheError `spec` if it would be longer than `MAX_RECORD_BYTES`.
+        """
         body: dict[str, Any] = {
             "format": FORMAT,
             "fingerprint": self.fingerprint,
@@ -155,7 +160,12 @@ class CacheSpec:
             "provenance": self.provenance,
         }
         body["self"] = sha256(canonical_json(body))
-        return canonical_json(body)
+        record = canonical_json(body)
+        if len(record) > MAX_RECORD_BYTES:
+            raise CacheError(
+                "spec", f"{RECORD}: may have {MAX_RECORD_BYTES} bytes; got {len(record)}; make shards larger"
+            )
+        return record
 
 
 @dataclass(frozen=True, slots=True)

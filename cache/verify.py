@@ -17,7 +17,7 @@ from cache.files import LocalFiles, files_at
 from cache.redaction import one_line
 from cache.remote import RemoteFiles
 from cache.rows import SCHEMA, from_bytes, make_rows
-from cache.spec import CARD, MAPS, RECORD, ROWS, STATISTICS, CacheSpec, Commit, parse_record, sha256
+from cache.spec import CARD, MAPS, MAX_RECORD_BYTES, RECORD, ROWS, STATISTICS, Commit, parse_record, sha256
 from cache.writer import create_group
 
 Files = LocalFiles | RemoteFiles
@@ -67,7 +67,7 @@ def verify(location: str | Path, *, quick: bool = False) -> list[Fault]:
         files = files_at(location)
         if not files.exists(RECORD):
             return [Fault(RECORD, f"missing, so {files} is not a finished cache")]
-        found.append((files, parse_record(files.read_all(RECORD))))
+        found.append((files, parse_record(files.read_all(RECORD, MAX_RECORD_BYTES))))
         return []
 
     faults = _guarded(RECORD, record)
@@ -113,10 +113,10 @@ def _jobs(files: Files, commit: Commit, quick: bool) -> list[tuple[str, Callable
     told = files.listed_sizes(commit.files) if isinstance(files, RemoteFiles) else {}
     listed = {name: size for name, size in told.items() if size is not None}
     jobs += [(name, partial(_file, files, commit, name, quick, listed)) for name in plain if name in commit.files]
-    jobs.append((ROWS, partial(_row_table, files, spec)))
-    jobs.append((f"{MAPS}/zarr.json", partial(_metadata, files, spec)))
+    jobs.append((ROWS, partial(_row_table, files, commit)))
+    jobs.append((f"{MAPS}/zarr.json", partial(_metadata, files, commit)))
     if not quick:
-        jobs.append((STATISTICS, partial(_statistics, files)))
+        jobs.append((STATISTICS, partial(_statistics, files, commit)))
     jobs += [(name, partial(_shard, files, commit, *place, quick, listed)) for name, place in shards.items()]
     return jobs
 
@@ -155,25 +155,25 @@ def _size_fault(files: Files, commit: Commit, name: str, listed: Mapping[str, in
 
 def _file(files: Files, commit: Commit, name: str, quick: bool, listed: Mapping[str, int]) -> list[Fault]:
     what = _size_fault(files, commit, name, listed)
-    if what is None and not quick and sha256(files.read_all(name)) != commit.files[name][1]:
+    if what is None and not quick and sha256(files.read_all(name, commit.files[name][0])) != commit.files[name][1]:
         what = f"sha256 differs from {RECORD}"
     return [Fault(name, what)] if what else []
 
 
-def _row_table(files: Files, spec: CacheSpec) -> list[Fault]:
-    if not files.exists(ROWS):
+def _row_table(files: Files, commit: Commit) -> list[Fault]:
+    if ROWS not in commit.files or not files.exists(ROWS):
         return []
-    table = from_bytes(files.read_all(ROWS), spec.rows)
+    table = from_bytes(files.read_all(ROWS, commit.files[ROWS][0]), commit.spec.rows)
     if make_rows({name: table[name].combine_chunks() for name in SCHEMA.names}) != table:
         return [Fault(ROWS, "rows are not in the order of format 1")]
     return []
 
 
-def _statistics(files: Files) -> list[Fault]:
+def _statistics(files: Files, commit: Commit) -> list[Fault]:
     """The structure of the safetensors file: a header, and tensors that fill the rest without a gap."""
-    if not files.exists(STATISTICS):
+    if STATISTICS not in commit.files or not files.exists(STATISTICS):
         return []
-    data = files.read_all(STATISTICS)
+    data = files.read_all(STATISTICS, commit.files[STATISTICS][0])
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     header.pop("__metadata__", None)
@@ -187,21 +187,21 @@ def _statistics(files: Files) -> list[Fault]:
     return []
 
 
-def _metadata(files: Files, spec: CacheSpec) -> list[Fault]:
+def _metadata(files: Files, commit: Commit) -> list[Fault]:
     """Zarr metadata as written against the metadata that the commit record asks for."""
     from zarr.storage import MemoryStore
 
     store: dict[str, Any] = {}
-    create_group(MemoryStore(store), spec)
+    create_group(MemoryStore(store), commit.spec)
     faults = []
-    names = ["zarr.json", *(f"expert_{e}/zarr.json" for e in range(spec.experts))]
+    names = ["zarr.json", *(f"expert_{e}/zarr.json" for e in range(commit.spec.experts))]
     expected = {name: json.loads(store[name].to_bytes()) for name in names}
     found: dict[str, Any] = {}
     for name in names:
-        if not files.exists(f"{MAPS}/{name}"):
+        if f"{MAPS}/{name}" not in commit.files or not files.exists(f"{MAPS}/{name}"):
             continue  # reported as missing
         try:
-            found[name] = json.loads(files.read_all(f"{MAPS}/{name}"))
+            found[name] = json.loads(files.read_all(f"{MAPS}/{name}", commit.files[f"{MAPS}/{name}"][0]))
             keys = GROUP_KEYS if name == "zarr.json" else ARRAY_KEYS
             faults += _differences(f"{MAPS}/{name}", found[name], expected[name], keys)
         except (ValueError, TypeError, AttributeError) as error:
@@ -237,7 +237,7 @@ def _shard(
     if wrong_size and (quick or wrong_size == "file is missing"):
         return [fault(wrong_size)]
     length = shard_layout.index_bytes(slots)
-    data = files.read_ranges(name, [(0, length)])[0] if quick else files.read_all(name)
+    data = files.read_ranges(name, [(0, length)])[0] if quick else files.read_all(name, size)
     try:
         offsets, sizes = shard_layout.parse_index(data[:length], slots, used, size)
     except CacheError as error:

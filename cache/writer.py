@@ -26,7 +26,19 @@ from cache import shard as shard_layout
 from cache.codecs import codec, zarr_codecs
 from cache.errors import CacheError
 from cache.rows import to_bytes
-from cache.spec import CARD, FORMAT, MAPS, RECORD, ROWS, STATISTICS, CacheSpec, canonical_json, parse_record, sha256
+from cache.spec import (
+    CARD,
+    FORMAT,
+    MAPS,
+    MAX_RECORD_BYTES,
+    RECORD,
+    ROWS,
+    STATISTICS,
+    CacheSpec,
+    canonical_json,
+    parse_record,
+    sha256,
+)
 from cache.staging import Staging, bad_disk_is_one_line, file_sha256, sync, write_durably
 
 
@@ -37,7 +49,8 @@ def committed(target: Path) -> CacheSpec | None:
     """
     record = target / RECORD
     if record.is_file():
-        return parse_record(record.read_bytes()).spec
+        with record.open("rb") as file:
+            return parse_record(file.read(MAX_RECORD_BYTES + 1)).spec
     if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
         raise CacheError("exists", f"{target}: holds something that is no cache; remove it, or give another place")
     return None
@@ -82,6 +95,8 @@ class CacheWriter:
     def __init__(self, staging: Staging, spec: CacheSpec, rows: pa.Table, token: Mapping[str, Any]) -> None:
         if len(rows) != spec.rows:
             raise CacheError("mismatch", f"row table: {len(rows)} rows for a cache of {spec.rows}")
+        shards = (spec.shard_file(e, s) for e in range(spec.experts) for s in range(spec.shards))
+        spec.record(dict.fromkeys(shards, (0, sha256(b""))))  # too many shards are refused before the first is written
         self.spec = spec
         self._staging = staging
         self._rows = to_bytes(rows)

@@ -34,8 +34,8 @@ def s3_endpoint() -> Iterator[dict[str, str]]:
         server.stop()
 
 
-def put_s3(root: Path, bucket: str, prefix: str, environment: dict[str, str]) -> None:
-    """Copies every file below `root` to `bucket`/`prefix`, making the bucket."""
+def put_s3(root: Path, bucket: str, prefix: str, environment: dict[str, str], *, make_bucket: bool = True) -> None:
+    """Copies every file below `root` to `bucket`/`prefix`."""
     import boto3
 
     s3 = boto3.client(
@@ -45,7 +45,8 @@ def put_s3(root: Path, bucket: str, prefix: str, environment: dict[str, str]) ->
         aws_secret_access_key=S3_SECRET,
         region_name="us-east-1",
     )
-    s3.create_bucket(Bucket=bucket)
+    if make_bucket:
+        s3.create_bucket(Bucket=bucket)
     for path in root.rglob("*"):
         if path.is_file():
             s3.upload_file(str(path), bucket, f"{prefix}/{path.relative_to(root).as_posix()}")

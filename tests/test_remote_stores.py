@@ -41,6 +41,23 @@ def store(request, tmp_path, monkeypatch, made):
             yield f"ssh://{os.environ.get('USER', 'root')}@127.0.0.1:{port}{tmp_path}"
 
 
+@pytest.fixture
+def replace(store, tmp_path):
+    """Puts another cache of the same shape in the place of `c`."""
+
+    def put() -> None:
+        make_cache(tmp_path / "new", seed=1, **SETTINGS)
+        if store.startswith("s3:"):
+            put_s3(tmp_path / "new", "lab", "x/c", dict(os.environ), make_bucket=False)
+        else:
+            (tmp_path / "c").rename(tmp_path / "old")
+            (tmp_path / "new").rename(tmp_path / "c")
+            for path in (tmp_path / "c").rglob("*"):
+                os.utime(path, (path.stat().st_mtime + 2,) * 2)  # SFTP tells whole seconds
+
+    return put
+
+
 @pytest.mark.parametrize("kept", ["8000000", "0"], ids=["blocks kept", "no blocks"])
 def test_a_cache_is_read_and_verified(store, made, monkeypatch, kept):
     monkeypatch.setenv("H2T_BLOCK_CACHE_BYTES", kept)
@@ -51,6 +68,17 @@ def test_a_cache_is_read_and_verified(store, made, monkeypatch, kept):
         assert cache.rows == SETTINGS["rows"]
     assert verify(f"{store}/c") == []
     assert verify(f"{store}/c", quick=True) == []
+
+
+def test_a_replaced_cache_is_noticed(store, tmp_path, monkeypatch, replace):
+    monkeypatch.setenv("H2T_BLOCK_CACHE_BYTES", "0")
+    with open_cache(f"{store}/c") as cache, open_cache(f"{store}/c") as other:
+        cache.read(WANTED)
+        replace()
+        for read in (lambda: cache.read([4]), lambda: cache.read([20]), lambda: other.read([0])):
+            with pytest.raises(CacheError, match="was replaced while it was open") as error:
+                read()
+            assert error.value.reason == "replaced"
 
 
 def test_what_is_not_there_is_no_cache(store):

@@ -17,6 +17,7 @@ from dvc.rwlock import SCHEMA as RWLOCK_AS_DVC_READS_IT
 from pipeline_builders import ROOT, make_backbone_dir, make_params, write_params
 from repositories import dvc, git, start_repository
 
+from cache import dvc_files
 from cache.dvc_files import split_revision
 from cache.errors import CacheError
 from cache.reader import open_cache
@@ -152,7 +153,7 @@ def test_a_published_cache_is_read_from_the_remote_without_a_copy(lab, monkeypat
         open_cache(f"dvc+{url}@v1")
 
 
-def test_a_remote_that_lies_about_a_published_cache_is_caught(lab):
+def test_a_remote_that_lies_about_a_published_cache_is_caught(lab, monkeypatch):
     assert h2t("cache", "publish").exit_code == 0
     git("commit", "--quiet", "--all", "--message=verify", where=lab / "a")
     address = f"dvc+{server(lab)}#data/extract/b"
@@ -171,6 +172,9 @@ def test_a_remote_that_lies_about_a_published_cache_is_caught(lab):
     shard.unlink()
     with open_cache(address) as cache, pytest.raises(CacheError, match="is missing"):
         cache.read([7])
+    with monkeypatch.context() as small, pytest.raises(CacheError, match="longer than the 10 bytes"):
+        small.setattr(dvc_files, "MAX_LISTING_BYTES", 10)
+        open_cache(address)
     listing.chmod(0o644)
     listing.write_bytes(listing.read_bytes().replace(b"cache.json", b"cache.jso_"))
     with pytest.raises(CacheError, match="not the one recorded"):

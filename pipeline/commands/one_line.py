@@ -4,13 +4,14 @@ import _thread
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, Any, NoReturn
+from typing import IO, Any, NoReturn, TextIO
 
 import click
 
-from cache.errors import CacheError
+from cache.errors import CacheError, CacheWarning
 from cache.redaction import one_line, redacted
 from pipeline.errors import UserError, of_the_machine
 
@@ -59,13 +60,38 @@ def _interrupts_are_heard() -> Iterator[None]:
         sys.unraisablehook = others
 
 
+@contextmanager
+def _warnings_are_lines() -> Iterator[None]:
+    """What a cache cannot promise is one line on stderr, without the place in the source."""
+    others = warnings.showwarning
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if issubclass(category, CacheWarning):
+            click.echo(one_line(f"warning: {message}"), err=True)
+        else:
+            others(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = others
+
+
 class OneLineErrors(click.Group):
     """A group whose user errors are one line on stderr and exit code 1 or 2; only bugs show a traceback."""
 
     def main(self, *args: Any, **extra: Any) -> Any:
         """Runs a command line. After Ctrl-C it waits for no thread: one that Python lost track of would never end."""
         try:
-            with _interrupts_are_heard():
+            with _interrupts_are_heard(), _warnings_are_lines():
                 return super().main(*args, **extra)
         except SystemExit as end:
             if end.code == STOPPED:

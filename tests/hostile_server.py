@@ -1,0 +1,146 @@
+"""A web server that gives a cache as it is or spoils one of its files, for tests of what a reader takes from it.
+
+Paths are /MODE/TARGET/NAME: where NAME begins with TARGET, MODE spoils the answer; all else is sound.
+"""
+
+import hashlib
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+BOMB_BYTES = 600 * 1024**2
+MEBIBYTE = bytes(1024**2)
+
+
+@cache
+def bomb() -> bytes:
+    """Gzip of `BOMB_BYTES` of zeros, without the end of the stream: a reader must not get so far."""
+    packer = zlib.compressobj(1, wbits=31)
+    first, next_one = (packer.compress(MEBIBYTE) + packer.flush(zlib.Z_FULL_FLUSH) for _ in range(2))
+    return first + next_one * (BOMB_BYTES // len(MEBIBYTE) - 1)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Serves `files` by ranges, with an ETag if `tagged`; `asked` are (method, name) of all requests."""
+
+    files: dict[str, bytes] = {}
+    asked: list[tuple[str, str]] = []
+    encodings: set[str] = set()
+    tagged = True
+
+    def do_HEAD(self) -> None:
+        self._sound(body_too=False)
+
+    def do_GET(self) -> None:
+        mode, target, name = self._parts()
+        type(self).encodings.add(self.headers.get("Accept-Encoding", ""))
+        spoil = getattr(self, f"_{mode}", None) if name.startswith(target) else None
+        if spoil and name in self.files:
+            type(self).asked.append((self.command, name))
+            with suppress(OSError):  # the client has had enough
+                spoil(self._sought(self.files[name])[0])
+            self.close_connection = True
+        else:
+            self._sound(body_too=True)
+
+    def _parts(self) -> list[str]:
+        return self.path.lstrip("/").replace("%20", " ").split("/", 2)
+
+    def _sought(self, data: bytes) -> tuple[bytes, int, dict[str, str]]:
+        if not (wanted := self.headers.get("Range")):
+            return data, 200, {}
+        first, _, last = wanted.removeprefix("bytes=").partition("-")
+        part = data[int(first) : int(last) + 1]
+        return part, 206, {"Content-Range": f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}"}
+
+    def _sound(self, *, body_too: bool) -> None:
+        files = self.files  # may be exchanged at any moment
+        name = self._parts()[2]
+        type(self).asked.append((self.command, name))
+        if name not in files:
+            self.send_error(404)
+            return
+        data, status, headers = self._sought(files[name])
+        self._head(status, headers | {"Content-Length": str(len(data))}, files[name])
+        if body_too:
+            self.wfile.write(data)
+
+    def _head(self, status: int, headers: dict[str, str], data: bytes = b"") -> None:
+        if self.tagged:
+            headers["ETag"] = f'"{hashlib.md5(data).hexdigest()}"'
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.end_headers()
+
+    def _gzip(self, data: bytes) -> None:
+        self._head(200, {"Content-Encoding": "gzip", "Content-Length": str(len(bomb()))})
+        self.wfile.write(bomb())
+
+    def _endless(self, data: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        self._head(status, headers or {})
+        self.wfile.write(data)
+        for _ in range(BOMB_BYTES // len(MEBIBYTE)):
+            self.wfile.write(MEBIBYTE)
+
+    def _range(self, data: bytes) -> None:
+        """The right range, and no end."""
+        _, status, headers = self._sought(self.files[self._parts()[2]])
+        self._endless(data, status, headers)
+
+    def _lies(self, data: bytes) -> None:
+        self._endless(data, 200, {"Content-Length": str(10**12)})
+
+    def _slow(self, data: bytes) -> None:
+        """A byte every tenth of a second."""
+        whole = self.files[self._parts()[2]]
+        _, status, headers = self._sought(whole)
+        self._head(status, headers | {"Content-Length": str(len(data))}, whole)
+        for i in range(len(data)):
+            self.wfile.write(data[i : i + 1])
+            time.sleep(0.1)
+
+    def _silent(self, data: bytes) -> None:
+        time.sleep(20)
+
+    def _breaks(self, data: bytes) -> None:
+        """Half a second, a byte, and gone."""
+        time.sleep(0.5)
+        self._head(200, {"Content-Length": "100"})
+        self.wfile.write(data[:1])
+
+    def _broken(self, data: bytes) -> None:
+        self.send_error(500)
+
+    def _steady(self, data: bytes) -> None:
+        """About 5 kB/s."""
+        whole = self.files[self._parts()[2]]
+        _, status, headers = self._sought(whole)
+        self._head(status, headers | {"Content-Length": str(len(data))}, whole)
+        for at in range(0, len(data), 500):
+            self.wfile.write(data[at : at + 500])
+            time.sleep(0.1)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def hostile_server(files: dict[str, bytes]) -> Iterator[tuple[str, type[Handler]]]:
+    """(URL, handler) of a server of `files` on the loopback."""
+    handler = type("Here", (Handler,), {"files": files, "asked": [], "encodings": set()})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    server.block_on_close = False
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}", handler
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-from cache.memory import available_memory
+from cache.memory import available_memory, return_freed_arrays
 from cache.prefetch import in_background
 from pipeline.errors import UserError
 from pipeline.features import CPU, FeatureReader, FeatureTable
@@ -36,6 +36,7 @@ HOST_SHARE = 0.5
 DEVICE_SHARE = 0.8
 MOST_HOST_SHARE = 0.75  # for features, whatever `memory_bytes` says
 MOST_STEP_BYTES = 2 * 1024**3
+RESERVE = 128 * 1024**2  # of host memory, for what torch loads at its first step (80 MB) and the like
 
 
 class Residency(Section):
@@ -78,13 +79,15 @@ class Room:
 
 
 def find_room(settings: Residency, device: torch.device) -> Room:
-    """What `settings` ask for, within what is available now."""
-    host = available_memory()
+    """What `settings` ask for, within what is available now; where that is little, memory is freed at once."""
+    host = max(0, available_memory() - RESERVE)
     gpu = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     features = min(settings.memory_bytes or int(HOST_SHARE * host), int(MOST_HOST_SHARE * host))
     on_gpu = int(DEVICE_SHARE * gpu)
     left = gpu - on_gpu if gpu else host - features
     step = min(settings.stack_bytes or min(MOST_STEP_BYTES, left // 2), gpu or host)
+    if host < 2 * MOST_STEP_BYTES:
+        return_freed_arrays()
     return Room(host, gpu, features, on_gpu, step)
 
 
@@ -200,7 +203,10 @@ class Feed:
         return f"{text}, waited {100 * meter.stall:.0f} % of the time, {rate}"
 
     def steps(self, epochs: int, first_epoch: int = 0, first_step: int = 0) -> Generator[Step]:
-        """Every step up to `epochs`, from the given one on. Reading ahead does not stop at the end of an epoch."""
+        """Every step up to `epochs`, from the given one on. Reading ahead does not stop at the end of an epoch.
+
+        Whoever keeps a step after its use keeps a window, the third, in memory.
+        """
         spec = self.reader.cache.spec
         row_bytes = sum(spec.row_bytes(expert) for expert in range(spec.experts))
         windows = self._planned(epochs, first_epoch, first_step)
@@ -209,6 +215,7 @@ class Feed:
             for step, batch in enumerate(batches, begin):
                 self.meter.bytes_used += (batch.receivers.size + batch.donors.size) * row_bytes
                 yield Step(epoch, step, batch, table)
+            del window, batches, table  # before the next but one is read: two windows at a time
 
     def _planned(self, epochs: int, first_epoch: int, first_step: int) -> Iterator[Callable[[], Window]]:
         """One job per window; a window never crosses epochs."""

@@ -290,5 +290,6 @@ class Stack:
                     raise NotFinite(at.epoch, *bad)
                 if save:
                     save.offer(at.epoch * steps + at.step + 1, self.state, optimiser, losses)
+                del at  # it holds a window of features
         for epoch, total in enumerate(losses):
             report(epoch, total / self.streams.samples)

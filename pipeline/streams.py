@@ -44,7 +44,7 @@ def sample_rows(rows: pa.Table, split: str, statistics: str) -> SampleRows:
     """The rows of `split` under `statistics`, one entry per sample, in cache order. UserError if there are none."""
     # Masks and not expressions, dlpack and not `to_numpy`: those import Arrow's engine and pandas, 50 MB of memory.
     ours = pc.equal(rows["split"], split)
-    part = rows.filter(pc.and_(ours, pc.equal(rows["statistics"], statistics)))
+    part = rows.select(["sample", "row", "label"]).filter(pc.and_(ours, pc.equal(rows["statistics"], statistics)))
     if not len(part):
         has = sorted(set(rows.filter(ours)["statistics"].to_pylist()))
         raise UserError(

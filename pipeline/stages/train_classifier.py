@@ -210,10 +210,10 @@ def run(
         room = find_room(residency, device)
         choice = plan_tier(streams, reader, residency, room)
         size = _step_size(streams, reader, stage1, pool)
-        parts = _parts(name, heads, size, choice, room, len(streams.rows) * reader.row_bytes, Path(out), token)
-        if len(parts) > 1:
-            say(f"{name}: {len(heads)} heads in {len(parts)} parts, to stay below {room.step / 1e9:.2g} GB a step")
-        rows = max(size.window(part) for part in parts) // reader.row_bytes
+        planned = _parts(name, heads, size, choice, room, len(streams.rows) * reader.row_bytes, Path(out), token)
+        if len(planned) > 1:
+            say(f"{name}: {len(heads)} heads in {len(planned)} parts, to stay below {room.step / 1e9:.2g} GB a step")
+        rows = max(size.window(part) for part in planned) // reader.row_bytes
         feed = Feed(streams, reader, choice, room.windows, device, say, step_rows=rows)
         try:
             trained = _train(params, name, host, pool, parts, feed, stage1, Path(out), token)

@@ -216,7 +216,7 @@ def run(
         rows = max(size.window(part) for part in planned) // reader.row_bytes
         feed = Feed(streams, reader, choice, room.windows, device, say, step_rows=rows)
         try:
-            trained = _train(params, name, host, pool, parts, feed, stage1, Path(out), token)
+            trained = _train(params, name, host, pool, planned, feed, stage1, Path(out), token)
         except NotFinite as bad:
             Checkpoint(out, "").clear()  # else training on a mended cache would resume from these weights
             raise _diverged(name, fitted, cache, streams.rows, bad.parameter, heads[bad.head]) from None

@@ -84,7 +84,7 @@ def at_most(high: float) -> pydantic.AfterValidator:
 
     def check(value: float) -> float:
         if not value <= high:
-            raise ValueError(f"must be at most {high:.12g}")
+            raise ValueError(f"must be at most {high if isinstance(high, int) else f'{high:g}'}")
         return value
 
     return pydantic.AfterValidator(check)

@@ -43,7 +43,7 @@ from pipeline.recipes import stored
 from pipeline.samples import Samples
 
 TAP = "last maps before pooling"
-MOST_VIEWS = 2**15  # views are numbered in 16 bits
+MOST_VIEWS = 2**15  # views are numbered from 0 in 16 bits
 
 
 class Params(Section):

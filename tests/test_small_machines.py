@@ -240,7 +240,7 @@ def test_evaluation_in_blocks_says_the_same(tmp_path, cache, backbone, monkeypat
     with open_cache(cache) as opened:
         whole = score_heads(opened, heads, "test", "mixture", CPU), score_stage1(opened, head, "test", CPU)
         read = []
-        monkeypatch.setattr(scoring, "available_memory", lambda: 80_000)
+        monkeypatch.setattr(scoring, "available_memory", lambda: 16_000)
         monkeypatch.setattr(
             opened, "read", lambda rows, *a, _read=opened.read, **k: read.append(len(rows)) or _read(rows, *a, **k)
         )

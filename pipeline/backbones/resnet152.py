@@ -12,7 +12,7 @@ from torch import nn
 
 from pipeline.errors import UserError
 from pipeline.networks.resnets import LastBlockResNet, ResNetMaps, pretrained
-from pipeline.params import Count, Section
+from pipeline.params import Experts, Section
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
@@ -21,7 +21,7 @@ class Options(Section):
     """`trained`: all, or last_block. `experts`: parallel branches, 1 for a plain network."""
 
     trained: Literal["all", "last_block"] = "last_block"
-    experts: Count = 1
+    experts: Experts = 1
 
 
 def build(options: Options) -> nn.Module:

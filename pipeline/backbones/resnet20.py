@@ -6,7 +6,7 @@ Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, se
 from torch import nn
 
 from pipeline.networks.cifar_resnet import CifarResNet
-from pipeline.params import Count, Section
+from pipeline.params import Experts, Section
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
@@ -14,7 +14,7 @@ NUMBER = 2026112601  # other results, another number: docs/numbers.md
 class Options(Section):
     """`experts`: parallel branches, 1 for a plain network."""
 
-    experts: Count = 1
+    experts: Experts = 1
 
 
 def build(options: Options) -> nn.Module:

@@ -10,7 +10,7 @@ from torch import nn
 
 from pipeline.errors import UserError
 from pipeline.networks.resnets import ResNetMaps, pretrained
-from pipeline.params import Count, Section
+from pipeline.params import Experts, Section
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
@@ -18,7 +18,7 @@ NUMBER = 2026112601  # other results, another number: docs/numbers.md
 class Options(Section):
     """`experts`: parallel branches, 1 for a plain network."""
 
-    experts: Count = 1
+    experts: Experts = 1
 
 
 def build(options: Options) -> nn.Module:

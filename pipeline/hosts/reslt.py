@@ -11,7 +11,7 @@ from pipeline.branches import branch_logits, group_starts, reslt_loss, running_s
 from pipeline.errors import UserError
 from pipeline.head import logits
 from pipeline.host import Context, GradientHost, State
-from pipeline.params import Ratio, Section
+from pipeline.params import Index, Ratio, Section
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
@@ -20,7 +20,7 @@ class Loss(Section):
     """`beta`, and `groups`: the first class of medium and of tail, by default those of the papers' tables."""
 
     beta: Ratio = 0.5
-    groups: list[int] | None = None
+    groups: list[Index] | None = None
 
 
 class Host(GradientHost):

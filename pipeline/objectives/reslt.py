@@ -9,7 +9,7 @@ from torch import nn
 
 from pipeline.branches import branch_logits, group_starts, moments, reslt_loss, running_statistics
 from pipeline.head import fresh_linear
-from pipeline.params import Ratio, Section
+from pipeline.params import Index, Ratio, Section
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
@@ -18,7 +18,7 @@ class Loss(Section):
     """`beta`, and `groups`: the first class of medium and of tail, by default those of the papers' tables."""
 
     beta: Ratio = 0.995
-    groups: list[int] | None = None
+    groups: list[Index] | None = None
 
 
 class Objective(nn.Module):

@@ -302,7 +302,7 @@ class TestDamage:
             assert cache.read([0, 10]).shape == (2, 3, 2, 2)
             with pytest.raises(CacheError, match=r"c\.1\.0\.0\.0") as error:
                 cache.read([0, 5])
-            assert error.value.reason == "missing"
+            assert error.value.reason == "replaced"
         assert refused(cache_dir).reason == "missing"
 
     @pytest.mark.parametrize("name", ["rows.parquet", "batchnorm.safetensors", "README.md", "maps.zarr/zarr.json"])
@@ -321,7 +321,7 @@ class TestDamage:
             os.truncate(self.shard(cache_dir), self.shard(cache_dir).stat().st_size - 1)
             with pytest.raises(CacheError, match=r"c\.1\.0\.0\.0") as error:
                 cache.read([7])
-            assert error.value.reason == "damaged"
+            assert error.value.reason == "replaced"
         assert refused(cache_dir).reason == "damaged"
 
     @pytest.mark.parametrize("name", CODECS)

@@ -23,6 +23,8 @@ MAX_OPEN = 256  # file descriptors kept open per cache
 #: What tells a file from another that takes its name: inode, bytes, time of the last change of its content (ns). Not
 #: the device, which differs between machines that mount the same disk, and not ctime, which linking and chmod change.
 Stamp = tuple[int, int, int]
+#: A descriptor, with the bytes and the time of the last change that its file had when it was opened.
+Opened = tuple[int, int, int]
 
 
 class LocalFiles:
@@ -42,7 +44,7 @@ class LocalFiles:
         self.root = root
         self._pins: dict[str, Stamp] = dict(pins or {})
         self._recorded: Mapping[str, tuple[int, str]] = recorded or {}
-        self._open: OrderedDict[str, tuple[int, Stamp]] = OrderedDict()  # as it was when it was opened
+        self._open: OrderedDict[str, Opened] = OrderedDict()
         self._busy: dict[int, int] = {}
         self._lock = threading.Lock()
         self._use = InUse(self)
@@ -83,7 +85,7 @@ class LocalFiles:
 
     def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """The bytes `start` to `stop` of each range; a short read is CacheError `damaged`."""
-        with self.handles([name]) as (handle,):
+        with self._unchanged(name) as handle:
             found = [os.pread(handle, stop - start, start) for start, stop in ranges]
             for data, (start, stop) in zip(found, ranges, strict=True):
                 if len(data) != stop - start:
@@ -95,7 +97,7 @@ class LocalFiles:
 
         One system call a piece, unless the kernel stops early. A file that ends too soon is CacheError `damaged`.
         """
-        with self.handles([name]) as (handle,):
+        with self._unchanged(name) as handle:
             for start, stop, buffers in pieces:
                 position = start + os.preadv(handle, buffers, start)
                 while position < stop:
@@ -105,41 +107,58 @@ class LocalFiles:
                     position += got
 
     @contextmanager
-    def handles(self, names: Sequence[str]) -> Iterator[list[int]]:
+    def handles(self, names: Sequence[str]) -> Iterator[list[Opened]]:
         """Descriptors of `names`, open for reading while the context lasts; CacheError `missing`, `replaced`.
 
-        When the context ends, the files must be what they were: so all that was read in it came from the pinned files.
+        Whoever has read from one makes sure afterwards that its file is as it was when it was opened.
         """
         with self._use:
-            held: list[tuple[int, Stamp]] = []
+            held: list[Opened] = []
             try:
                 with self._lock:
                     for name in names:
                         held.append(self._acquire(name))  # noqa: PERF401 - those held when one fails are given back
                     self._close_idle()
-                try:
-                    with self.in_one_line(names[0]):
-                        yield [handle for handle, _ in held]
-                except CacheError:
-                    self._check_unchanged(names, held)  # the better reason
-                    raise
-                self._check_unchanged(names, held)
+                with self.in_one_line(names[0]):
+                    yield held
             finally:
                 with self._lock:
-                    for handle, _ in held:
+                    for handle, *_ in held:
                         self._busy[handle] -= 1
                         if not self._busy[handle]:
                             del self._busy[handle]
+
+    @contextmanager
+    def _unchanged(self, name: str) -> Iterator[int]:
+        """A descriptor of `name`; on leaving, its file must be as it was when it was opened."""
+        with self.handles([name]) as (opened,):
+            try:
+                yield opened[0]
+            except CacheError:
+                self._check_unchanged(name, opened)  # the better reason
+                raise
+            self._check_unchanged(name, opened)
+
+    def _check_unchanged(self, name: str, opened: Opened) -> None:
+        handle, *before = opened
+        now = os.fstat(handle)
+        if [now.st_size, now.st_mtime_ns] != before:
+            raise self.replaced(name)
 
     def ends_early(self, name: str, start: int, stop: int) -> CacheError:
         """The error for a file that has no bytes left between `start` and `stop`."""
         return CacheError("damaged", f"{self.root / name}: ends before byte {stop} (reading from {start}); truncated")
 
+    def replaced(self, name: str) -> CacheError:
+        """The error for a file that is not, or no longer, what was opened."""
+        what = "was replaced, changed or removed after this cache was opened"
+        return CacheError("replaced", f"{self.root / name}: {what}; open what is there now")
+
     def close(self) -> None:
         """Waits for those who read, then closes all descriptors; whoever comes later gets CacheError `closed`."""
         self._use.close()
         with self._lock:
-            for handle, _ in self._open.values():
+            for handle, *_ in self._open.values():
                 os.close(handle)
             self._open.clear()
 
@@ -156,7 +175,7 @@ class LocalFiles:
             yield
         except OSError as error:
             if error.errno == errno.ESTALE or (error.errno in NO_FILE and name in self._pins):
-                raise self._replaced(name) from None
+                raise self.replaced(name) from None
             if error.errno in NO_FILE:
                 raise CacheError(
                     "missing", f"{self.root / name}: file is missing; restore it or extract again"
@@ -165,7 +184,7 @@ class LocalFiles:
                 raise CacheError("damaged", f"{self.root / name}: cannot be read ({error.strerror})") from None
             raise
 
-    def _acquire(self, name: str) -> tuple[int, Stamp]:
+    def _acquire(self, name: str) -> Opened:
         found = self._open.get(name)
         if found is None:
             with self.in_one_line(name):
@@ -178,31 +197,31 @@ class LocalFiles:
     def _close_idle(self) -> None:
         """Closes the descriptors unused for longest, as far as there are too many."""
         if len(self._open) > MAX_OPEN:
-            idle = [name for name, (handle, _) in self._open.items() if not self._busy.get(handle)]
+            idle = [name for name, (handle, *_) in self._open.items() if not self._busy.get(handle)]
             for name in idle[: len(self._open) - MAX_OPEN]:
                 os.close(self._open.pop(name)[0])
 
-    def _opened(self, name: str) -> tuple[int, Stamp]:
-        """A new descriptor of `name` and its stamp. Raises CacheError `replaced` unless it is the pinned file."""
+    def _opened(self, name: str) -> Opened:
+        """A new descriptor of `name`. Raises CacheError `replaced` unless it is that of the pinned file."""
         # A pipe would be waited for without O_NONBLOCK; plain files do not know it.
         handle = os.open(self.root / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             found = os.fstat(handle)
             if not stat.S_ISREG(found.st_mode):  # a device may never end
                 raise (
-                    self._replaced(name)
+                    self.replaced(name)
                     if name in self._pins
                     else CacheError("damaged", f"{self.root / name}: not a plain file")
                 )
             stamp = _stamp(found)
             if self._pins.setdefault(name, stamp) != stamp:
                 if not self._has_recorded_bytes(name, handle):
-                    raise self._replaced(name)
+                    raise self.replaced(name)
                 self._pins[name] = stamp
         except BaseException:
             os.close(handle)
             raise
-        return handle, stamp
+        return handle, found.st_size, found.st_mtime_ns
 
     def _has_recorded_bytes(self, name: str, handle: int) -> bool:
         size, digest = self._recorded.get(name, (-1, ""))
@@ -212,15 +231,6 @@ class LocalFiles:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         os.lseek(handle, 0, os.SEEK_SET)  # for whoever reads on
         return found == digest
-
-    def _check_unchanged(self, names: Sequence[str], held: Sequence[tuple[int, Stamp]]) -> None:
-        for name, (handle, stamp) in zip(names, held, strict=True):
-            if _stamp(os.fstat(handle)) != stamp:
-                raise self._replaced(name)
-
-    def _replaced(self, name: str) -> CacheError:
-        what = "was replaced, changed or removed after this cache was opened"
-        return CacheError("replaced", f"{self.root / name}: {what}; open what is there now")
 
 
 def _stamp(found: os.stat_result) -> Stamp:

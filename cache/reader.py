@@ -25,7 +25,7 @@ from cache import shard as shard_layout
 from cache.codecs import codec
 from cache.errors import CacheError
 from cache.files import LocalFiles, files_at
-from cache.gather import DONE, MISMATCH, REFUSED, Gather, compiled
+from cache.gather import CHANGED, DONE, MISMATCH, REFUSED, Gather, compiled
 from cache.in_use import InUse
 from cache.plan import MAX_GAP_BYTES, Plan, Unit, plan_rows, portions, units
 from cache.remote import RemoteFiles
@@ -341,14 +341,18 @@ class _Compiled:
         first, last = portion
         present, which = np.unique(self.shards[first:last], return_inverse=True)
         names = [spec.shard_file(self.expert, shard) for shard in present.tolist()]
-        with files.handles(names) as handles:
+        with files.handles(names) as held:
+            opened = np.array(held, np.int64)
             found = self.gather(
-                np.array(handles, np.int32)[which],
+                opened[:, 0].astype(np.int32)[which],
                 self.offsets[first:last],
                 self.slots[first:last],
                 self.out,
                 self.row_bytes,
+                opened,
             )
+        if found.result == CHANGED:
+            raise files.replaced(names[found.row])
         if found.result != DONE:
             j = first + found.row
             name = spec.shard_file(self.expert, int(self.shards[j]))

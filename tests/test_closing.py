@@ -118,7 +118,7 @@ def test_close_waits_for_the_descriptors_in_use(cache_dir):
     inside, leave, order = threading.Event(), threading.Event(), []
 
     def use() -> None:
-        with files.handles([name]) as (handle,):
+        with files.handles([name]) as ((handle, *_),):
             inside.set()
             leave.wait(20)
             order.append(os.pread(handle, 4, 0))

@@ -240,10 +240,10 @@ def spy_on_reads(monkeypatch) -> list[tuple[str, int, int]]:
         note(handle, start, got)
         return got
 
-    def spied_gather(self, files, offsets, slots, out, row_bytes):
+    def spied_gather(self, files, offsets, slots, out, row_bytes, opened):
         for handle, start in zip(files.tolist(), offsets.tolist(), strict=True):
             note(handle, start, row_bytes + 4)
-        return gather(self, files, offsets, slots, out, row_bytes)
+        return gather(self, files, offsets, slots, out, row_bytes, opened)
 
     gather = Gather.__call__
     monkeypatch.setattr(os, "pread", spied_pread)

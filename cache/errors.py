@@ -5,6 +5,7 @@ from cache.redaction import one_line, redacted
 REASONS = frozenset(
     {
         "busy",  # another process holds the staging directory
+        "closed",  # the cache was closed before, or by another thread
         "damaged",  # bytes differ from what was committed
         "exists",  # the target holds something else
         "full",  # no space left
@@ -13,7 +14,7 @@ REASONS = frozenset(
         "missing",  # a file or row that should be there is not
         "newer-format",  # written by a later version of this software
         "out-of-range",  # a row or expert number the cache does not have
-        "replaced",  # another cache lies where this one was opened
+        "replaced",  # the files are no longer those that were opened
         "spec",  # a specification that no cache can have
         "unreachable",  # a remote store refuses, or breaks off
         "unwritable",  # a read-only disk, or someone else's folder

@@ -7,6 +7,7 @@
 #include <errno.h>
 #include <stdint.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <sys/uio.h>
 
 #if defined(__x86_64__)
@@ -25,7 +26,7 @@ int usable(void) { return 1; }
 #error "this processor has no crc32c instruction that we know how to name"
 #endif
 
-enum { DONE, MISMATCH, ENDS_EARLY, REFUSED };  /* as in cache/gather.py */
+enum { DONE, MISMATCH, ENDS_EARLY, REFUSED, CHANGED };  /* as in cache/gather.py */
 enum { CRC_BYTES = 4, AT_ONCE = 3, MAX_ROWS = 128, BLOCK_BYTES = 512 * 1024 };
 
 static uint64_t word_at(const uint8_t *bytes)
@@ -80,13 +81,21 @@ static int fill(int file, struct iovec *parts, int count, int64_t offset, int *d
     return DONE;
 }
 
+/* Whether an open file is as it was: its size, and when its content was changed (ns). */
+static int unchanged(int file, int64_t size, int64_t changed)
+{
+    struct stat now;
+    return fstat(file, &now) == 0 && now.st_size == size
+        && (int64_t)now.st_mtim.tv_sec * 1000000000 + now.st_mtim.tv_nsec == changed;
+}
+
 /* Row i: the `row_bytes` bytes at `offsets[i]` of the open file `files[i]`, to `out + slots[i]`; its crc32c follows it.
  *
  * Rows that lie side by side are read together. In blocks, so that checking finds the bytes in the processor's cache.
  * Anything but DONE: `found[0]` is the row in question, `found[1]` the errno of REFUSED.
  */
-int gather(int64_t count, const int32_t *files, const int64_t *offsets, const int64_t *slots, uint8_t *out,
-           int64_t row_bytes, int64_t found[2])
+static int read_rows(int64_t count, const int32_t *files, const int64_t *offsets, const int64_t *slots, uint8_t *out,
+                     int64_t row_bytes, int64_t found[2])
 {
     struct iovec parts[2 * MAX_ROWS];
     uint8_t *rows[MAX_ROWS + AT_ONCE];
@@ -125,4 +134,21 @@ int gather(int64_t count, const int32_t *files, const int64_t *offsets, const in
         }
     }
     return DONE;
+}
+
+/* `read_rows`, then a look at `open_count` files: `opened` has the descriptor, size and time of the last change of each.
+ *
+ * CHANGED, whatever else was found: file `found[0]` of these was written to, so the rows may be old and new ones. Another
+ * parameter takes another name for this function: a library that was built before is then not used.
+ */
+int gather_unchanged(int64_t count, const int32_t *files, const int64_t *offsets, const int64_t *slots, uint8_t *out,
+                     int64_t row_bytes, int64_t open_count, const int64_t *opened, int64_t found[2])
+{
+    int result = read_rows(count, files, offsets, slots, out, row_bytes, found);
+    for (int64_t i = 0; i < open_count; i++)
+        if (!unchanged((int)opened[3 * i], opened[3 * i + 1], opened[3 * i + 2])) {
+            found[0] = i;
+            return CHANGED;
+        }
+    return result;
 }

@@ -9,6 +9,7 @@ chunks of their own go from the file straight into their slot of the result.
 """
 
 import os
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cached_property, partial
@@ -24,13 +25,18 @@ from cache import shard as shard_layout
 from cache.codecs import codec
 from cache.errors import CacheError
 from cache.files import LocalFiles, files_at
-from cache.gather import DONE, MISMATCH, REFUSED, Gather, compiled
+from cache.gather import CHANGED, DONE, MISMATCH, REFUSED, Gather, compiled
+from cache.in_use import InUse
 from cache.plan import MAX_GAP_BYTES, Plan, Unit, plan_rows, portions, units
 from cache.remote import RemoteFiles
 from cache.rows import from_bytes
 from cache.spec import MAPS, MAX_RECORD_BYTES, RECORD, ROWS, STATISTICS, CacheSpec, Commit, parse_record, sha256
 
 T = TypeVar("T")
+
+#: Held while a forked child sets up a cache; around a fork, too, so that it is free in the child.
+_FORK = threading.RLock()
+os.register_at_fork(before=_FORK.acquire, after_in_parent=_FORK.release, after_in_child=_FORK.release)
 
 THREADS = min(4, os.cpu_count() or 1)
 #: Below this many bytes per system call, handing Python's lock from thread to thread costs more than a second core
@@ -46,20 +52,28 @@ def open_cache(location: str | Path) -> "Cache":
     """The committed cache at a directory or fsspec URL.
 
     Raises CacheError: `uncommitted` without a commit record, `newer-format`, `damaged` or `missing` if a file is not
-    there or not as long as the record says, `unreachable`. Values are checked when they are read; so are the sizes of
-    shards that a remote store would have to be asked for one by one.
+    there or not as long as the record says, `replaced` if another cache takes its place meanwhile, `unreachable`.
+    Values are checked when they are read; so are the sizes of shards that a remote store would have to be asked for one
+    by one.
     """
     files = files_at(location)
     if not files.exists(RECORD):
         raise CacheError(
             "uncommitted", f"{files}: no {RECORD}, so this is not a finished cache; run h2t extract to make one"
         )
-    commit = parse_record(files.read_all(RECORD, MAX_RECORD_BYTES))
+    record = files.read_all(RECORD, MAX_RECORD_BYTES)
+    commit = parse_record(record)
     if isinstance(files, RemoteFiles):
         files.expect({name: entry for name, entry in commit.files.items() if name.startswith(f"{MAPS}/expert_")})
-    sizes = files.known_sizes(commit.files)
-    for name, size in sizes.items():
-        _check_size(files, commit, name, size)
+    else:
+        files.expect({**commit.files, RECORD: (len(record), sha256(record))})
+    try:
+        sizes = files.known_sizes(commit.files)
+        for name, size in sizes.items():
+            _check_size(files, commit, name, size)
+    finally:
+        if isinstance(files, LocalFiles):
+            files.size(RECORD)  # the files are pinned now; were they so beside the record that was read?
     cache = Cache(files, commit)
     cache.unchecked = set(commit.files) - sizes.keys()
     return cache
@@ -68,7 +82,9 @@ def open_cache(location: str | Path) -> "Cache":
 class Cache:
     """An open cache. Reading is safe from several threads, in forked processes and after pickling.
 
-    `close` (or `with`) releases its files.
+    It stays the cache that was opened: where another takes its place on disk, reading gives the old values or raises
+    CacheError `replaced`, never a mixture. `close` (or `with`) waits for reads that are under way, then releases the
+    files; every later call raises CacheError `closed`.
     """
 
     def __init__(self, files: LocalFiles | RemoteFiles, commit: Commit) -> None:
@@ -78,6 +94,7 @@ class Cache:
         #: Shards whose size is to be checked when their index is read.
         self.unchecked: set[str] = set()
         self._codec = codec(self.spec.codec)
+        self._use = InUse(files)
         chunks = -(-self.spec.rows // self.spec.chunk_rows)
         try:
             self._indexed = np.zeros((self.experts, self.spec.shards), bool)
@@ -88,10 +105,12 @@ class Cache:
         self._start_pool()
 
     def __reduce__(self) -> tuple[Callable[..., "Cache"], tuple[Any, ...]]:
-        return _reopened, (self.files, self.commit, self.unchecked)
+        with self._in_use():
+            return _reopened, (self.files, self.commit, self.unchecked)
 
     def __enter__(self) -> "Cache":
-        return self
+        with self._in_use():
+            return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -99,7 +118,14 @@ class Cache:
         self.close()
 
     def close(self) -> None:
-        if self._process == os.getpid():
+        """Waits for the reads of other threads, then releases files and threads. Closing again does nothing."""
+        forked = self._process != os.getpid()
+        if forked:  # the parent's threads do not exist here
+            self._use.after_fork()
+            if isinstance(self.files, LocalFiles):
+                self.files.after_fork()
+        self._use.close()
+        if not forked:
             self._pool.shutdown()
         self.files.close()
 
@@ -107,21 +133,24 @@ class Cache:
     def experts(self) -> int:
         return self.spec.experts
 
-    @cached_property
+    @property
     def rows(self) -> pa.Table:
         """The row table (`cache.rows.SCHEMA`), row i of the table describing row i of the maps."""
-        return from_bytes(self._checked(ROWS), self.spec.rows)
+        with self._in_use():
+            return self._rows
 
-    @cached_property
+    @property
     def statistics(self) -> bytes:
         """The batch-norm statistics the rows were computed under, a safetensors file."""
-        return self._checked(STATISTICS)
+        with self._in_use():
+            return self._statistics
 
     def read(self, rows: Sequence[int] | np.ndarray, out: np.ndarray | None = None, expert: int = 0) -> np.ndarray:
         """Maps of `rows`, (len(rows), C, H, W) in the stored dtype, in the order asked for; repeats are allowed.
 
         `out`, if given, is a C-contiguous array of that shape and dtype; it is filled and returned. bfloat16 caches
-        give their bits as uint16. Raises CacheError: `out-of-range`, `damaged`, `missing`.
+        give their bits as uint16. Raises CacheError: `out-of-range`, `mismatch`, `damaged`, `missing`, `replaced`,
+        `closed`.
         """
         given = np.asarray(rows)
         if given.size and given.dtype.kind not in "iu":  # a mask or fractions would read other rows
@@ -141,8 +170,9 @@ class Cache:
             raise CacheError(
                 "mismatch", f"out: contiguous {self.spec.stored_dtype} {shape} expected; got {out.dtype} {out.shape}"
             )
-        if wanted.size:
-            self._gather(plan_rows(wanted, self.spec.chunk_rows), out, expert)
+        with self._in_use():
+            if wanted.size:
+                self._gather(plan_rows(wanted, self.spec.chunk_rows), out, expert)
         return out
 
     def check_size(self, name: str, size: int) -> None:
@@ -151,12 +181,8 @@ class Cache:
 
     def chunk_ranges(self, chunks: np.ndarray, expert: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Shard, offset and stored size of each of `chunks`, int64; reads the shard indices not yet known."""
-        if self._process != os.getpid():
-            self._after_fork()
-        shards = chunks // self.spec.chunks_per_shard
-        for shard in np.unique(shards[~self._indexed[expert, shards]]).tolist():
-            self._read_index(expert, shard)
-        return shards, self._offsets[expert, chunks], self._sizes[expert, chunks]
+        with self._in_use():
+            return self._chunk_ranges(chunks, expert)
 
     def chunk_fault(self, expert: int, chunk: int, what: str) -> CacheError:
         """The error for a chunk that is not what was written, naming file, chunk and rows."""
@@ -176,6 +202,20 @@ class Cache:
         self.files.forget(name)
         return job()
 
+    @cached_property
+    def _rows(self) -> pa.Table:
+        return from_bytes(self._checked(ROWS), self.spec.rows)
+
+    @cached_property
+    def _statistics(self) -> bytes:
+        return self._checked(STATISTICS)
+
+    def _in_use(self) -> InUse:
+        """What every method that needs files or threads enters, so that `close` knows of it."""
+        if self._process != os.getpid():
+            self._after_fork()
+        return self._use
+
     def _checked(self, name: str) -> bytes:
         size, digest = self.commit.files.get(name, (0, None))
 
@@ -186,6 +226,12 @@ class Cache:
             return data
 
         return self.once_more(name, whole)
+
+    def _chunk_ranges(self, chunks: np.ndarray, expert: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        shards = chunks // self.spec.chunks_per_shard
+        for shard in np.unique(shards[~self._indexed[expert, shards]]).tolist():
+            self._read_index(expert, shard)
+        return shards, self._offsets[expert, chunks], self._sizes[expert, chunks]
 
     def _read_index(self, expert: int, shard: int) -> None:
         spec = self.spec
@@ -199,11 +245,14 @@ class Cache:
 
         def parsed() -> tuple[np.ndarray, np.ndarray]:
             data = self.files.read_ranges(name, [(0, size)])[0]
-            return shard_layout.parse_index(data, spec.chunks_per_shard, used, self.commit.files[name][0])
+            shard_bytes, _ = self.commit.files[name]
+            return shard_layout.parse_index(data, spec.chunks_per_shard, used, shard_bytes, spec.chunk_bytes(expert))
 
         try:
             offsets, sizes = self.once_more(name, parsed)
         except CacheError as error:
+            if error.reason == "replaced":
+                raise
             rows = spec.shard_range(shard)
             raise CacheError(
                 error.reason, f"{self.files}/{name}: {error.detail} (rows {rows.start} to {rows.stop - 1})"
@@ -213,14 +262,9 @@ class Cache:
         self._indexed[expert, shard] = True
 
     def _gather(self, plan: Plan, out: np.ndarray, expert: int) -> None:
-        shards, offsets, sizes = self.chunk_ranges(plan.chunks, expert)
+        shards, offsets, sizes = self._chunk_ranges(plan.chunks, expert)
         local = isinstance(self.files, LocalFiles)
-        whole_rows = (
-            local
-            and self.spec.chunk_rows == 1
-            and self.spec.codec == "none"
-            and bool((sizes == self.spec.row_bytes(expert) + shard_layout.CRC_BYTES).all())
-        )
+        whole_rows = local and self.spec.chunk_rows == 1 and self.spec.codec == "none"
         if whole_rows and (gather := compiled()):
             work = portions(shards, sizes, portion_bytes=PORTION_BYTES, max_shards=PORTION_SHARDS)
             self._share_out(_Compiled(self, gather, expert, plan, shards, offsets, out), work)
@@ -233,9 +277,12 @@ class Cache:
         self._share_out(job, runs, alone=alone)
 
     def _after_fork(self) -> None:
-        """In a forked child: the pool's threads and whatever they held stayed behind."""
-        self._start_pool()
-        self.files.after_fork()
+        """In a forked child: the parent's threads and whatever they held stayed behind."""
+        with _FORK:
+            if self._process != os.getpid():  # another thread of the child may have come first
+                self._use.after_fork()
+                self.files.after_fork()
+                self._start_pool()
 
     def _start_pool(self) -> None:
         """Threads beside that of the caller, which works too."""
@@ -299,14 +346,18 @@ class _Compiled:
         first, last = portion
         present, which = np.unique(self.shards[first:last], return_inverse=True)
         names = [spec.shard_file(self.expert, shard) for shard in present.tolist()]
-        with files.handles(names) as handles:
+        with files.handles(names) as held:
+            opened = np.array(held, np.int64)
             found = self.gather(
-                np.array(handles, np.int32)[which],
+                opened[:, 0].astype(np.int32)[which],
                 self.offsets[first:last],
                 self.slots[first:last],
                 self.out,
                 self.row_bytes,
+                opened,
             )
+        if found.result == CHANGED:
+            raise files.replaced(names[found.row])
         if found.result != DONE:
             j = first + found.row
             name = spec.shard_file(self.expert, int(self.shards[j]))

@@ -58,11 +58,14 @@ def join_plain(chunks: np.ndarray, slots: int) -> bytearray:
     return shard
 
 
-def parse_index(data: bytes, slots: int, used: int, shard_bytes: int) -> tuple[np.ndarray, np.ndarray]:
+def parse_index(
+    data: bytes, slots: int, used: int, shard_bytes: int, chunk_bytes: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Offsets and stored sizes (int64, length `used`) of the chunks of a shard.
 
-    `data` is the index region of a shard of `shard_bytes`. Raises CacheError `damaged` if the checksum does not
-    hold, if a chunk that must be there is not, or if one reaches outside the shard.
+    `data` is the index region of a shard of `shard_bytes`; `chunk_bytes` is the size of every encoded chunk where the
+    codec fixes it. Raises CacheError `damaged` unless the checksum holds and the chunks fill the rest of the shard one
+    after the other, in order: an entry that stands twice or in another's place would give wrong rows.
     """
     if len(data) != index_bytes(slots):
         raise CacheError("damaged", f"shard index: {index_bytes(slots)} bytes expected; got {len(data)}")
@@ -78,7 +81,20 @@ def parse_index(data: bytes, slots: int, used: int, shard_bytes: int) -> tuple[n
     limit = np.uint64(min(shard_bytes, MAX_BYTES))
     if ((table[:, 0] > limit) | (table[:, 1] > limit - np.minimum(table[:, 0], limit))).any():
         raise CacheError("damaged", "shard index: a chunk reaches outside the shard")
-    return table[:, 0].astype(np.int64), table[:, 1].astype(np.int64)
+    offsets, sizes = table[:, 0].astype(np.int64), table[:, 1].astype(np.int64)
+    ends = offsets + sizes
+    misplaced = offsets != np.append(index_bytes(slots), ends[:-1])
+    if misplaced.any():
+        place = int(np.argmax(misplaced))
+        raise CacheError("damaged", f"shard index: chunk {place} does not follow the one before it")
+    if ends[-1] != shard_bytes:
+        raise CacheError("damaged", f"shard index: chunks end at byte {ends[-1]}, the shard at {shard_bytes}")
+    if chunk_bytes is not None and (sizes != chunk_bytes + CRC_BYTES).any():
+        place = int(np.argmax(sizes != chunk_bytes + CRC_BYTES))
+        raise CacheError(
+            "damaged", f"shard index: chunk {place} must have {chunk_bytes + CRC_BYTES} bytes; got {sizes[place]}"
+        )
+    return offsets, sizes
 
 
 def holds(stored: memoryview | bytes) -> bool:

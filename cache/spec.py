@@ -107,6 +107,10 @@ class CacheSpec:
         """Bytes of one uncompressed row of `expert`."""
         return math.prod(self.maps[expert]) * self.stored_dtype.itemsize
 
+    def chunk_bytes(self, expert: int = 0) -> int | None:
+        """Bytes of one encoded chunk of `expert` where all have the same: uncompressed; else None."""
+        return self.chunk_rows * self.row_bytes(expert) if self.codec == "none" else None
+
     @property
     def value_bytes(self) -> int:
         """Bytes of all uncompressed rows of all experts."""

@@ -127,7 +127,7 @@ def test_threads_share_the_descriptors(tmp_path):
 
 @pytest.mark.parametrize("read", ["read_all", "handles"])
 def test_a_file_that_vanishes_as_it_is_opened_is_missing(tmp_path, read):
-    """Another process removes it between any two system calls of ours."""
+    """Another process removes it between any two system calls of ours, or writes it while it is open."""
     path = tmp_path / "shard"
     stop = threading.Event()
 
@@ -156,4 +156,4 @@ def test_a_file_that_vanishes_as_it_is_opened_is_missing(tmp_path, read):
     finally:
         stop.set()
         other.join()
-    assert found == {"there", "missing"}
+    assert {"there", "missing"} <= found <= {"there", "missing", "replaced"}

@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from builders import make_rows, make_spec, make_statistics, tree, write_cache
 
 from cache.audit import verify
+from cache.errors import CacheError
 from cache.reader import open_cache
 from cache.spec import FORMAT
 
@@ -116,6 +118,31 @@ def crc32c_by_hand(data: bytes) -> int:
         for _ in range(8):
             crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
     return crc ^ 0xFFFFFFFF
+
+
+@pytest.mark.parametrize("codec", make.CODECS)
+@pytest.mark.parametrize("change", ["doubled", "exchanged", "moved"])
+def test_chunks_in_other_places_are_refused(codec, change, tmp_path):
+    """Rules 5.2 and 8.6, whatever the checksums say: each chunk and the index have theirs right."""
+    root = shutil.copytree(GOLDEN / codec, tmp_path / "cache")
+    path = root / "maps.zarr/expert_0/c.0.0.0.0"
+    data = path.read_bytes()
+    (start, first), (middle, second) = np.frombuffer(data, "<u8", 4).reshape(2, 2).tolist()
+    entries = {
+        "doubled": [start, first, start, first],
+        "exchanged": [middle, second, start, first],
+        "moved": [start + second, first, start, second],  # with the chunks themselves
+    }[change]
+    index = np.array(entries, "<u8").tobytes()
+    body = data[middle:] + data[start:middle] if change == "moved" else data[start:]
+    path.write_bytes(index + crc32c_by_hand(index).to_bytes(4, "little") + body)
+    assert path.stat().st_size == len(data)
+    with open_cache(root) as cache:
+        assert cache.read([4]).tobytes() == make.maps()[0][[4]].tobytes()
+        for rows in ([0], [2], range(4)):
+            with pytest.raises(CacheError, match="does not follow the one before it") as error:
+                cache.read(rows)
+            assert error.value.reason == "damaged"
 
 
 def test_the_last_shard_names_only_its_own_chunks():

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import cache.gather
-from cache.gather import DONE, ENDS_EARLY, MISMATCH, REFUSED, compiled
+from cache.gather import CHANGED, DONE, ENDS_EARLY, MISMATCH, REFUSED, compiled
 
 pytestmark = pytest.mark.skipif(compiled() is None, reason="the compiled gather was not built")
 
@@ -31,15 +31,20 @@ class Store:
         for path, part in zip(self.paths, self.rows, strict=True):
             path.write_bytes(b"".join(row.tobytes() + crc32c(row).to_bytes(4, "little") for row in part))
 
-    def gather(self, file: np.ndarray, row: np.ndarray, slot: np.ndarray | None = None, slots: int | None = None):
-        """(outcome, what lies in the slots)"""
+    def gather(
+        self, file: np.ndarray, row: np.ndarray, slot: np.ndarray | None = None, slots: int | None = None, changes=()
+    ):
+        """(outcome, what lies in the slots); `changes` are made to the files once they are open"""
         slot = np.arange(len(row)) if slot is None else slot
         out = np.zeros((slots or len(row), self.row_bytes), np.uint8)
         with ExitStack() as stack:
             handles = [stack.enter_context(path.open("rb")).fileno() for path in self.paths]
-            outcome = compiled()(
-                np.array(handles, np.int32)[file], row * self.stored, slot * self.row_bytes, out, self.row_bytes
-            )
+            stats = [os.fstat(handle) for handle in handles]
+            opened = np.array([(h, s.st_size, s.st_mtime_ns) for h, s in zip(handles, stats, strict=True)])
+            for change in changes:
+                change()
+            files = np.array(handles, np.int32)[file]
+            outcome = compiled()(files, row * self.stored, slot * self.row_bytes, out, self.row_bytes, opened)
         return outcome, out
 
     def change(self, at: int, bit: int = 1) -> None:
@@ -106,9 +111,28 @@ def test_a_file_that_cannot_be_read(tmp_path):
     store = Store(tmp_path, 2, 64)
     with store.paths[0].open("ab") as file:
         outcome = compiled()(
-            np.full(1, file.fileno(), np.int32), zeros(1), zeros(1), np.zeros(64, np.uint8), store.row_bytes
+            np.full(1, file.fileno(), np.int32),
+            zeros(1),
+            zeros(1),
+            np.zeros(64, np.uint8),
+            store.row_bytes,
+            np.zeros((0, 3), np.int64),
         )
     assert (outcome.result, outcome.row, outcome.errno) == (REFUSED, 0, errno.EBADF)
+
+
+@pytest.mark.parametrize("change", ["content", "length", "time"])
+def test_a_file_that_was_written_to_after_it_was_opened(tmp_path, change):
+    """Whatever its rows say: all of them may hold."""
+    store = Store(tmp_path, 5, 64, files=3)
+    path = store.paths[1]
+    changes = {
+        "content": lambda: path.write_bytes(store.paths[2].read_bytes()),
+        "length": lambda: os.truncate(path, 3),
+        "time": lambda: os.utime(path, ns=(0, path.stat().st_mtime_ns + 1)),
+    }
+    outcome, _ = store.gather(np.arange(3).repeat(5), np.tile(np.arange(5), 3), changes=[changes[change]])
+    assert (outcome.result, outcome.row) == (CHANGED, 1)
 
 
 def test_neighbours_are_read_together(tmp_path):

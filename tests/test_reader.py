@@ -240,10 +240,10 @@ def spy_on_reads(monkeypatch) -> list[tuple[str, int, int]]:
         note(handle, start, got)
         return got
 
-    def spied_gather(self, files, offsets, slots, out, row_bytes):
+    def spied_gather(self, files, offsets, slots, out, row_bytes, opened):
         for handle, start in zip(files.tolist(), offsets.tolist(), strict=True):
             note(handle, start, row_bytes + 4)
-        return gather(self, files, offsets, slots, out, row_bytes)
+        return gather(self, files, offsets, slots, out, row_bytes, opened)
 
     gather = Gather.__call__
     monkeypatch.setattr(os, "pread", spied_pread)
@@ -302,7 +302,7 @@ class TestDamage:
             assert cache.read([0, 10]).shape == (2, 3, 2, 2)
             with pytest.raises(CacheError, match=r"c\.1\.0\.0\.0") as error:
                 cache.read([0, 5])
-            assert error.value.reason == "missing"
+            assert error.value.reason == "replaced"
         assert refused(cache_dir).reason == "missing"
 
     @pytest.mark.parametrize("name", ["rows.parquet", "batchnorm.safetensors", "README.md", "maps.zarr/zarr.json"])
@@ -321,7 +321,7 @@ class TestDamage:
             os.truncate(self.shard(cache_dir), self.shard(cache_dir).stat().st_size - 1)
             with pytest.raises(CacheError, match=r"c\.1\.0\.0\.0") as error:
                 cache.read([7])
-            assert error.value.reason == "damaged"
+            assert error.value.reason == "replaced"
         assert refused(cache_dir).reason == "damaged"
 
     @pytest.mark.parametrize("name", CODECS)

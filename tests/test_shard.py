@@ -86,13 +86,27 @@ EMPTY = 2**64 - 1
         pytest.param([[36, 5], [41, 60]], 2, "outside the shard", id="too long"),
         pytest.param([[36, 5], [2**64 - 5, 4]], 2, "outside the shard", id="far away"),
         pytest.param([[2**64 - 2, 2**64 - 2], [41, 5]], 2, "outside the shard", id="overflow"),
+        pytest.param([[36, 32], [36, 32]], 2, "chunk 1 does not follow", id="doubled"),
+        pytest.param([[68, 32], [36, 32]], 2, "chunk 0 does not follow", id="exchanged"),
+        pytest.param([[36, 32], [67, 33]], 2, "chunk 1 does not follow", id="overlap"),
+        pytest.param([[36, 31], [68, 32]], 2, "chunk 1 does not follow", id="gap"),
+        pytest.param([[35, 33], [68, 32]], 2, "chunk 0 does not follow", id="over the index"),
+        pytest.param([[36, 32], [68, 31]], 2, "end at byte 99, the shard at 100", id="end"),
+        pytest.param([[36, 32], [EMPTY, EMPTY]], 1, "end at byte 68, the shard at 100", id="more bytes than chunks"),
+        pytest.param([[36, 31], [67, 33]], 2, "chunk 0 must have 32 bytes; got 31", id="another size"),
     ],
 )
 def test_an_index_that_cannot_be_is_refused(entries, used, says):
     index = shard.sealed(np.array(entries, "<u8").tobytes())
     with pytest.raises(CacheError, match=says) as error:
-        shard.parse_index(index, 2, used, 100)
+        shard.parse_index(index, 2, used, 100, 28)
     assert error.value.reason == "damaged"
+
+
+def test_where_the_codec_leaves_the_sizes_free_any_may_be():
+    index = shard.sealed(np.array([[36, 31], [67, 33]], "<u8").tobytes())
+    offsets, sizes = shard.parse_index(index, 2, 2, 100)
+    assert (offsets.tolist(), sizes.tolist()) == ([36, 67], [31, 33])
 
 
 def test_an_index_of_another_length_is_refused():

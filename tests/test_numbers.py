@@ -58,13 +58,19 @@ def test_a_file_of_something_else_is_one_line(tmp_path, text):
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
-        ("extract: 2026112601", "extract: 2026112507", "extract must have the number 2026112601 of the installed h2t; "
-         "got 2026112507"),
+        (
+            "extract: 2026112601",
+            "extract: 2026112507",
+            "extract must have the number 2026112601 of the installed h2t",
+        ),
         ("  dr: 2026112601\n", "", "hosts.dr must have the number 2026112601 of the installed h2t; got none"),
-        ("  dr: 2026112601\n", "  dr: 2026112601\n  later: 2027010101\n", "hosts.later must have the number none of the "
-         "installed h2t; got 2027010101"),
+        (
+            "  dr: 2",
+            "  later: 2027010101\n  dr: 2",
+            "hosts.later must have the number none of the installed h2t",
+        ),
     ],
-)  # fmt: skip
+)
 def test_another_number_is_refused_before_anything_is_written(project, old, new, says):
     change(project, old, new)
     line = refused("prepare", "data/prepare", leaves=project / "data")

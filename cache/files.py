@@ -50,12 +50,11 @@ class LocalFiles:
 
     def read_all(self, name: str, at_most: int) -> bytes:
         """All bytes of `name`; CacheError `damaged` if there are more than `at_most`."""
-        self.size(name)
-        with self.in_one_line(name), (self.root / name).open("rb") as file:
-            data = file.read(at_most + 1)
-        if len(data) > at_most:
+        size = self.size(name)
+        if size > at_most:
             raise CacheError("damaged", f"{self.root / name}: is longer than the {at_most} bytes that it may have")
-        return data
+        with self.in_one_line(name), (self.root / name).open("rb") as file:
+            return file.read(size)
 
     def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """The bytes `start` to `stop` of each range; a short read is CacheError `damaged`."""

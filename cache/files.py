@@ -82,10 +82,10 @@ class LocalFiles:
     def read_all(self, name: str, at_most: int) -> bytes:
         """All bytes of `name`; CacheError `damaged` if there are more than `at_most`."""
         with self._use, self.in_one_line(name), os.fdopen(self._opened(name)[0], "rb") as file:
-            data = file.read(at_most + 1)
-        if len(data) > at_most:
-            raise CacheError("damaged", f"{self.root / name}: is longer than the {at_most} bytes that it may have")
-        return data
+            size = os.fstat(file.fileno()).st_size
+            if size <= at_most:
+                return file.read(size)
+        raise CacheError("damaged", f"{self.root / name}: is longer than the {at_most} bytes that it may have")
 
     def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """The bytes `start` to `stop` of each range; a short read is CacheError `damaged`."""

@@ -245,7 +245,10 @@ def _shard(
     if wrong_size and (quick or wrong_size == "file is missing"):
         return [fault(wrong_size)]
     length = shard_layout.index_bytes(slots)
-    data = files.read_ranges(name, [(0, length)])[0] if quick else files.read_all(name, size)
+    try:
+        data = files.read_ranges(name, [(0, length)])[0] if quick else files.read_all(name, size)
+    except CacheError as error:
+        return [fault(wrong_size or error.detail)]  # a file longer than recorded is not read
     try:
         offsets, sizes = shard_layout.parse_index(data[:length], slots, used, size, spec.chunk_bytes(expert))
     except CacheError as error:

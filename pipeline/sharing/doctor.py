@@ -70,8 +70,8 @@ def examine(start: Path, params_file: Path, *, full: bool = False) -> list[Findi
     for name, check in checks.items():
         try:
             found += check()
-        except (UserError, CacheError) as error:
-            found.append(Finding(name, "fault", str(error)))
+        except (UserError, CacheError, OSError) as error:
+            found.append(Finding(name, "fault", redacted(str(error))))
     return [*found, *caches]
 
 
@@ -323,7 +323,7 @@ def _queue(root: Path, params_file: Path) -> list[Finding]:
     except UserError:  # told by the check of the parameters
         return found
     for key, path in named:
-        if Path(path).is_absolute() or not (root / path).exists() or _in_the_copy(root, path):
+        if os.path.isabs(path) or not os.path.exists(root / path) or _in_the_copy(root, path):  # noqa: PTH110, PTH117
             continue
         detail = f"{key}: {path} is relative and not in git, so dvc exp run --queue and --temp will not find it"
         found.append(Finding("queue", "note", f"{detail}; write {root / path}"))
@@ -333,19 +333,23 @@ def _queue(root: Path, params_file: Path) -> list[Finding]:
 def _paths(values: Any) -> Iterator[tuple[str, str]]:
     """(key, text) of every parameter that may name a file or folder of data."""
     sections = {
-        "prepare.options": values.get("prepare", {}).get("options", {}),
-        "extract": {"statistics_from": values.get("extract", {}).get("statistics_from")},
-        **{
-            f"backbones.{name}": {key: entry.get(key) for key in ("weights", "start")}
-            for name, entry in values.get("backbones", {}).items()
-            if isinstance(entry, dict)
-        },
+        "prepare.options": _mapping(_mapping(values, "prepare"), "options"),
+        "extract": {"statistics_from": _mapping(values, "extract").get("statistics_from")},
     }
+    for name in _mapping(values, "backbones"):
+        entry = _mapping(_mapping(values, "backbones"), name)
+        sections[f"backbones.{name}"] = {key: entry.get(key) for key in ("weights", "start")}
     for section, entries in sections.items():
-        for key, value in entries.items() if isinstance(entries, dict) else ():
+        for key, value in entries.items():
             for text in value if isinstance(value, list) else [value]:
                 if isinstance(text, str) and text:
                     yield f"{section}.{key}", text
+
+
+def _mapping(values: Any, key: str) -> dict[str, Any]:
+    """The mapping `values[key]`; an empty one for anything else, which the check of the parameters tells."""
+    found = values.get(key) if isinstance(values, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def _in_the_copy(root: Path, path: str) -> bool:

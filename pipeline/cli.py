@@ -29,8 +29,8 @@ def main() -> None:
     """Train better classifiers for long-tailed images on cached feature maps.
 
     \b
-    The stages, in the order of the data: prepare, train-backbone, extract, pool,
-    train-classifier, evaluate, report. `dvc repro` runs them all.
+    The stages, in the order of the data: watch, inputs, prepare, train-backbone, extract,
+    pool, train-classifier, evaluate, report. `dvc repro` runs them all.
     """  # noqa: D301 - click wants the character, not two
 
 
@@ -62,6 +62,7 @@ def stage(function: Callable[..., Any]) -> Callable[..., Any]:
         **arguments: Any,
     ) -> None:
         from pipeline import params, settings
+        from pipeline.stages import inputs
 
         started, used = time.perf_counter(), time.process_time()
         values = params.load(params_file, overrides)
@@ -69,6 +70,7 @@ def stage(function: Callable[..., Any]) -> Callable[..., Any]:
             values["device"] = device
         try:
             settings.check(values)
+            inputs.check(values, params_file.parent)
             facts = function(values=values, **arguments)
         except (UserError, CacheError):
             if verbose:
@@ -87,6 +89,29 @@ def _traceback() -> str:
     import traceback
 
     return traceback.format_exc()
+
+
+@main.command()
+@click.argument("name")
+@click.argument("out", type=PATH)
+@click.option("--params", "params_file", type=PATH, default=Path("params.yaml"), show_default=True)
+def watch(name: str, out: Path, params_file: Path) -> None:
+    """Write the digest of input NAME, a file or folder that the parameters name under `inputs`."""
+    from pipeline import params
+    from pipeline.stages import watch as stage_module
+
+    stage_module.run(name, params.load(params_file).get("inputs") or {}, out, click.echo)
+
+
+@main.command()
+@click.argument("digests", type=PATH)
+@click.argument("out", type=PATH)
+@stage
+def inputs(values: dict[str, Any], digests: Path, out: Path) -> None:
+    """Sort the digests of the inputs, in the folder DIGESTS, by the stages that read them."""
+    from pipeline.stages import inputs as stage_module
+
+    stage_module.run(values, digests, out, click.echo)
 
 
 @main.command()

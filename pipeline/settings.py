@@ -10,6 +10,7 @@ from pipeline.residency import Residency
 SECTIONS = (
     "seed",
     "device",
+    "inputs",
     "prepare",
     "backbones",
     "extract",
@@ -20,7 +21,7 @@ SECTIONS = (
     "report",
 )
 
-OPTIONAL = ("pool",)  # complete by its defaults, and no other stage waits for it
+OPTIONAL = ("inputs", "pool")  # complete by their defaults
 
 
 def check(values: dict[str, Any]) -> None:
@@ -42,6 +43,8 @@ def check(values: dict[str, Any]) -> None:
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
         raise UserError(f"seed: must be a whole number from 0 to 4294967295; got {seed!r}")
     device.check(values["device"])
+    for name in values["inputs"] or ():
+        _check_name("inputs", name, "files")
     section = params.build(prepare.Params, "prepare", values["prepare"])
     params.build(plugins.load("datasets", section.dataset).Options, "prepare.options", section.options)
     extraction = params.build(extract.Params, "extract", values["extract"])
@@ -80,10 +83,14 @@ def _entries(values: dict[str, Any], name: str, defaults: tuple[str, ...]) -> di
         raise UserError(f"{name}: must be a mapping with at least one entry; got {section!r}")
     kinds = {"arch": "backbones", "objective": "objectives", "host": "hosts"}
     for key, entry in section.items():
-        if not isinstance(key, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", key):
-            raise UserError(f"{name}: names are letters, digits, _ and -, as they become folders; got {key!r}")
+        _check_name(name, key, "folders")
         if isinstance(entry, dict):
             for default in defaults:
                 if default not in entry and key in plugins.names(kinds[default]):
                     entry[default] = key
     return section
+
+
+def _check_name(section: str, key: Any, become: str) -> None:
+    if not isinstance(key, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", key):
+        raise UserError(f"{section}: names are letters, digits, _ and -, as they become {become}; got {key!r}")

@@ -72,9 +72,11 @@ def stage(function: Callable[..., Any]) -> Callable[..., Any]:
             settings.check(values)
             inputs.check(values, params_file.parent)
             facts = function(values=values, **arguments)
-        except (UserError, CacheError):
+        except (UserError, CacheError) as error:
             if verbose:
                 raise SystemExit(_traceback()) from None
+            if hint := inputs.in_queue(values):
+                raise UserError(f"{error}{hint}") from None
             raise
         if record is not None and os.environ.get("RANK", "0") == "0":  # under torchrun the first process writes
             from pipeline.outputs import write_run_record

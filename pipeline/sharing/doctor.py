@@ -125,7 +125,9 @@ def _inputs(path: Path) -> list[Finding]:
         except UserError as error:
             found.append(Finding("inputs", "fault", str(error)))
         if not Path(place).is_absolute():
-            detail = f"inputs.{name}: {place} is a relative path, which experiment queues (dvc exp run --queue) do not find"
+            detail = (
+                f"inputs.{name}: {place} is a relative path, which experiment queues (dvc exp run --queue) do not find"
+            )
             found.append(Finding("inputs", "note", f"{detail}; write {Path(place).absolute()} for them"))
     return found or [Finding("inputs", "ok", f"{len(given)} watched by DVC")]
 

@@ -43,7 +43,10 @@ def _read(path: Path) -> dict[str, Any]:
         facts = json.loads(path.read_text(encoding="utf-8"))
         return {"sha256": str(facts["sha256"]), "also": [str(name) for name in facts["also"]]}
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: no digest of that input; type: dvc repro watch@{path.stem}") from None
+        raise UserError(
+            f"{path}: no digest of input {path.stem}; type: dvc repro watch@{path.stem}, or without the files themselves: "
+            "dvc repro --pull"
+        ) from None
 
 
 def _with_links(names: list[str], found: Mapping[str, dict[str, Any]]) -> set[str]:
@@ -75,9 +78,7 @@ def named(values: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     for name, entry in values["backbones"].items():
         files = {key: entry.get(key) for key in ("weights", "start")}
         found[f"backbones/{name}"] = {
-            f"backbones.{name}.{key}": path
-            for key, path in files.items()
-            if path is not None and path not in NO_FILES
+            f"backbones.{name}.{key}": path for key, path in files.items() if path is not None and path not in NO_FILES
         }
     return found
 
@@ -97,6 +98,18 @@ def check(values: Mapping[str, Any], project: Path) -> None:
                 f"{key}: DVC does not watch {path}, so a change there would go unnoticed; name it, or a folder around "
                 f"it, in the section `inputs` (inputs: {{data: {path}}}), and write {INPUTS}data here"
             )
+
+
+def in_queue(values: Mapping[str, Any]) -> str:
+    """What to add to an error in the temporary workspace of an experiment, if an input is not found there."""
+    parts = Path.cwd().parts
+    gone = [p for p in (values.get("inputs") or {}).values() if not Path(p).is_absolute() and not Path(p).exists()]
+    if not gone or not any(parts[i : i + 3] == (".dvc", "tmp", "exps") for i in range(len(parts))):
+        return ""
+    return (
+        f"; the relative path {gone[0]} leads nowhere in the temporary workspace of an experiment (--queue, --temp): "
+        "write an absolute one under `inputs`"
+    )
 
 
 def _watched(project: Path, inputs: Mapping[str, str]) -> list[str]:

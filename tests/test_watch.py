@@ -1,4 +1,4 @@
-"""Images, lists, tables and weights are inputs: DVC notices what comes, goes or changes, and runs what that concerns."""
+"""Images, lists, tables and weights are inputs: DVC notices what changes there, and runs what that concerns."""
 
 import json
 import os
@@ -252,7 +252,7 @@ def test_an_input_that_nothing_names_is_said(tmp_path):
 
 
 def test_a_lost_digest_names_the_way_out(tmp_path):
-    with pytest.raises(UserError, match=r"dvc repro watch@photos, or without the files themselves: dvc repro --pull"):
+    with pytest.raises(UserError, match=r"dvc repro watch@photos, or, without the files themselves, dvc repro --pull"):
         inputs.run(values_of("photos"), tmp_path, tmp_path / "out", silent)
 
 
@@ -276,9 +276,6 @@ class Project:
 
     def __init__(self, root: Path) -> None:
         self.root, self.calls = root, root.parent / f"{root.name}.calls"
-
-    def write(self, **more) -> None:
-        write(self.root, self.values)
 
     def changed(self) -> set[str]:
         """The stages that `dvc status` names."""

@@ -44,8 +44,8 @@ def _read(path: Path) -> dict[str, Any]:
         return {"sha256": str(facts["sha256"]), "also": [str(name) for name in facts["also"]]}
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
-            f"{path}: no digest of input {path.stem}; type: dvc repro watch@{path.stem}, or without the files themselves: "
-            "dvc repro --pull"
+            f"{path}: no digest of input {path.stem}; type: dvc repro watch@{path.stem}, or, without the files "
+            "themselves, dvc repro --pull"
         ) from None
 
 

@@ -16,7 +16,7 @@ from pipeline_builders import ROOT, environment, make_params
 
 pytestmark = pytest.mark.slow
 
-CODE = ("cache", "pipeline", "dvc.yaml", ".dvcignore")
+CODE = ("cache", "pipeline", "inputs", "dvc.yaml", ".dvcignore")
 
 
 def dvc(*arguments: str, cwd: Path) -> str:

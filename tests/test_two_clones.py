@@ -20,7 +20,7 @@ from servers import openssh_server, s3_endpoint, sshd_program
 
 pytestmark = [pytest.mark.sharing, pytest.mark.slow]
 
-CODE = ("cache", "pipeline", "dvc.yaml", ".dvcignore", ".gitignore", ".dvc/config", ".dvc/.gitignore")
+CODE = ("cache", "pipeline", "inputs", "dvc.yaml", ".dvcignore", ".gitignore", ".dvc/config", ".dvc/.gitignore")
 SSHD = pytest.param("ssh", marks=pytest.mark.skipif(not sshd_program(), reason="needs sshd: make test-remotes"))
 COUNTING_H2T = """#!/bin/sh
 echo "$1 $2" >> "$H2T_CALLS"

@@ -30,8 +30,8 @@ def main() -> None:
     """Train better classifiers for long-tailed images on cached feature maps.
 
     \b
-    The stages, in the order of the data: prepare, train-backbone, extract, pool,
-    train-classifier, evaluate, report. `dvc repro` runs them all.
+    The stages, in the order of the data: watch, inputs, prepare, train-backbone, extract,
+    pool, train-classifier, evaluate, report. `dvc repro` runs them all.
     """  # noqa: D301 - click wants the character, not two
 
 
@@ -64,6 +64,7 @@ def stage(function: Callable[..., Any]) -> Callable[..., Any]:
         **arguments: Any,
     ) -> None:
         from pipeline import numbers, params, settings
+        from pipeline.stages import inputs
 
         started, used = time.perf_counter(), time.process_time()
         values = params.load(params_file, overrides)
@@ -72,10 +73,13 @@ def stage(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             settings.check(values, click.echo)
             numbers.check()
+            inputs.check(values, params_file.parent)
             facts = function(values=values, **arguments)
-        except (UserError, CacheError):
+        except (UserError, CacheError) as error:
             if verbose:
                 raise SystemExit(_traceback()) from None
+            if hint := inputs.in_queue(values):
+                raise UserError(f"{error}{hint}") from None
             raise
         if record is not None and os.environ.get("RANK", "0") == "0":  # under torchrun the first process writes
             from pipeline.outputs import write_run_record
@@ -90,6 +94,29 @@ def _traceback() -> str:
     import traceback
 
     return traceback.format_exc()
+
+
+@main.command()
+@click.argument("name")
+@click.argument("out", type=PATH)
+@click.option("--params", "params_file", type=PATH, default=Path("params.yaml"), show_default=True)
+def watch(name: str, out: Path, params_file: Path) -> None:
+    """Write the digest of input NAME, a file or folder that the parameters name under `inputs`."""
+    from pipeline import params
+    from pipeline.stages import watch as stage_module
+
+    stage_module.run(name, params.load(params_file).get("inputs") or {}, out, click.echo)
+
+
+@main.command()
+@click.argument("digests", type=PATH)
+@click.argument("out", type=PATH)
+@stage
+def inputs(values: dict[str, Any], digests: Path, out: Path) -> None:
+    """Sort the digests of the inputs, in the folder DIGESTS, by the stages that read them."""
+    from pipeline.stages import inputs as stage_module
+
+    stage_module.run(values, digests, out, click.echo)
 
 
 @main.command()

@@ -132,6 +132,13 @@ def load(options: Options, class_of: Callable[[str], str]) -> Collection:
     return Collection(classes, source, label, split)
 
 
+def inputs(options: Options) -> dict[str, str]:
+    """The folder of the images and each list."""
+    lists = Path(options.lists or options.root)
+    given = {part: getattr(options, part) for part in ("train", "val", "test")}
+    return {"root": options.root, **{part: str(lists / name) for part, name in given.items() if name is not None}}
+
+
 def _refuse_repeats(sources: Sequence[str]) -> None:
     seen: set[str] = set()
     for source in sources:

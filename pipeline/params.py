@@ -3,6 +3,7 @@
 Each stage and each plug-in declares its own `Section`, so a new option of one stage re-runs no other.
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -125,6 +126,9 @@ Side = Annotated[Count, at_most(16_384)]  # of an image, in pixels
 Seed = Annotated[int, within(0, 2**32 - 1)]
 
 S = TypeVar("S", bound=Section)
+
+INPUTS = "inputs/"  # how a parameter that names a file begins, where the place stands in the section `inputs`
+NAME_FILES = ("prepare", "backbones", "extract", "hosts")  # the sections whose parameters may name files
 
 MAX_NODES = 100_000  # of a parameter file
 MAX_DIGITS = 300  # of a whole number; more is no number of ours, and Python neither prints nor converts the longest
@@ -259,7 +263,27 @@ def load(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise UserError(f"{path}: must be a mapping of sections; got {_short(values)}")
     for override in overrides:
         _apply(values, override)
-    return values
+    known = values.get("inputs") or {}
+    if not isinstance(known, Mapping) or not all(isinstance(p, str) and p.strip() for p in known.values()):
+        raise UserError("inputs: must map names to files or folders (inputs: {images: photos})")
+    return {k: _located(v, k, known) if k in NAME_FILES else v for k, v in values.items()}
+
+
+def _located(value: Any, where: str, known: Mapping[str, str]) -> Any:
+    """`value` with each `inputs/NAME/...` replaced by that input's absolute path. Raises UserError for no such name."""
+    if isinstance(value, Mapping):
+        return {k: _located(v, f"{where}.{k}", known) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_located(v, f"{where}[{i}]", known) for i, v in enumerate(value)]
+    if not isinstance(value, str) or not value.startswith(INPUTS):
+        return value
+    name, _, inside = value.removeprefix(INPUTS).partition("/")
+    if name not in known:
+        raise UserError(
+            f"{where}: no input {name!r}{nearest(name, known)}; name its file or folder under `inputs` "
+            f"(inputs: {{{name or 'images'}: PATH}})"
+        )
+    return os.path.abspath(os.path.join(known[name], inside))  # noqa: PTH100, PTH118 - keeps links
 
 
 def assignment(option: str, text: str) -> tuple[str, Any]:

@@ -12,6 +12,7 @@ from pipeline.residency import Residency
 SECTIONS = (
     "seed",
     "device",
+    "inputs",
     "prepare",
     "backbones",
     "extract",
@@ -23,7 +24,7 @@ SECTIONS = (
     "run",
 )
 
-OPTIONAL = ("pool", "run")  # complete by their defaults
+OPTIONAL = ("inputs", "pool", "run")  # complete by their defaults
 
 #: (section, key) that change no byte. They belong into `run`, which DVC does not watch; their old place is accepted.
 MOVED = (("extract", "cluster"),)
@@ -64,6 +65,8 @@ def check(values: dict[str, Any], say: Callable[[str], None] = lambda line: None
             say(f"note: {of}.{key} belongs into the section run: where it is, DVC takes it for other results")
         elif (given := getattr(run, key)) is not None:
             values[of] = {**entries, key: given}
+    for name in values["inputs"] or ():
+        _check_name("inputs", name, "files")
     section = params.build(prepare.Params, "prepare", values["prepare"])
     params.build(plugins.load("datasets", section.dataset).Options, "prepare.options", section.options)
     extraction = params.build(extract.Params, "extract", values["extract"])
@@ -102,10 +105,14 @@ def _entries(values: dict[str, Any], name: str, defaults: tuple[str, ...]) -> di
         raise UserError(f"{name}: must be a mapping with at least one entry; got {section!r}")
     kinds = {"arch": "backbones", "objective": "objectives", "host": "hosts"}
     for key, entry in section.items():
-        if not isinstance(key, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", key):
-            raise UserError(f"{name}: names are letters, digits, _ and -, as they become folders; got {key!r}")
+        _check_name(name, key, "folders")
         if isinstance(entry, dict):
             for default in defaults:
                 if default not in entry and key in plugins.names(kinds[default]):
                     entry[default] = key
     return section
+
+
+def _check_name(section: str, key: Any, become: str) -> None:
+    if not isinstance(key, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", key):
+        raise UserError(f"{section}: names are letters, digits, _ and -, as they become {become}; got {key!r}")

@@ -226,7 +226,7 @@ def test_the_parameters_of_the_readme_prepare_and_are_read_by_dvc(pets, monkeypa
     (block,) = blocks("README.md", "yaml")
     values = yaml.safe_load((ROOT / "params.yaml").read_text())
     for section, entries in yaml.safe_load(block).items():
-        values[section] |= entries
+        values[section] = values.get(section, {}) | entries
     (pets / "params.yaml").write_text(yaml.safe_dump(values))
     for name in ("dvc.yaml", "stages.yaml"):
         shutil.copy(ROOT / name, pets / name)

@@ -16,7 +16,7 @@ from pipeline_builders import ROOT, environment, make_params
 
 pytestmark = pytest.mark.slow
 
-CODE = ("cache", "pipeline", "plugins", "dvc.yaml", "stages.yaml", ".dvcignore")
+CODE = ("cache", "pipeline", "plugins", "inputs", "dvc.yaml", "stages.yaml", ".dvcignore")
 
 
 def dvc(*arguments: str, cwd: Path) -> str:

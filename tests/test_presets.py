@@ -4,6 +4,7 @@ import pytest
 from pipeline_builders import ROOT, h2t
 
 from pipeline import params, settings
+from pipeline.stages import inputs
 
 PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
 PAPER = {f"cifar{c}-{r}" for c in (10, 100) for r in (200, 100, 50)} | {
@@ -25,7 +26,8 @@ def test_a_preset_is_complete_and_valid(path):
     values = params.load(path)
     settings.check(values)
     default = params.load(ROOT / "params.yaml")
-    assert set(values) == set(default)
+    assert set(values) - {"inputs"} == set(default)
+    inputs.check(values, ROOT)
     for entry in values["hosts"].values():
         assert {"host", "backbone", "pool"} <= set(entry)  # dvc.yaml names them
     for entry in values["backbones"].values():

@@ -24,6 +24,7 @@ CODE = (
     "cache",
     "pipeline",
     "plugins",
+    "inputs",
     "dvc.yaml",
     "stages.yaml",
     ".dvcignore",

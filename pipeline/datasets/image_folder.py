@@ -71,6 +71,12 @@ def load(options: Options) -> Collection:
     return Collection(classes, source, label, split)
 
 
+def inputs(options: Options) -> dict[str, str]:
+    """The folder of each part."""
+    given = {part: getattr(options, part) for part in ("train", "val", "test")}
+    return {part: str(Path(options.root) / folder) for part, folder in given.items() if folder is not None}
+
+
 def reader(options: Options) -> Callable[[str], bytes]:
     """The bytes of an image file under `root`."""
     return list_files.image_reader(options.root, options.follow_links)

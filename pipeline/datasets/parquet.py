@@ -106,6 +106,11 @@ def load(options: Options) -> Collection:
     return Collection(classes, source, label, split)
 
 
+def inputs(options: Options) -> dict[str, str]:
+    """Each file."""
+    return {f"{part}[{i}]": path for part in ("train", "val", "test") for i, path in enumerate(getattr(options, part))}
+
+
 def reader(options: Options) -> Callable[[str], bytes]:
     """Image bytes by source; the most recently used row groups stay in memory."""
     files = {name: file for name, (_, file) in _files(options).items()}

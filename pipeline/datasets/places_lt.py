@@ -38,6 +38,11 @@ def load(options: Options) -> Collection:
     return list_files.load(options, class_name)
 
 
+def inputs(options: Options) -> dict[str, str]:
+    """The images and the lists."""
+    return list_files.inputs(options)
+
+
 def reader(options: Options) -> Callable[[str], bytes]:
     """The bytes of an image file under `root`."""
     return list_files.image_reader(options.root, options.follow_links)

@@ -51,7 +51,7 @@ class Finding:
 
 def examine(start: Path, params_file: Path, *, full: bool = False) -> list[Finding]:
     """Every finding about the repository around `start`; `full` reads every byte of every output."""
-    found = [*_versions(), *_params(params_file), *_device(params_file), *_disk(start)]
+    found = [*_versions(), *_params(params_file), *_inputs(params_file), *_device(params_file), *_disk(start)]
     try:
         root = repository.repository(start)
     except UserError as error:
@@ -115,6 +115,39 @@ def _params(path: Path) -> list[Finding]:
                 detail = f"{section}.{name}: dvc.yaml needs {', '.join(lacking)} in every entry; write it out"
                 return [Finding("params", "fault", detail)]
     return [Finding("params", "ok", f"{path} is complete and right")]
+
+
+def _inputs(path: Path) -> list[Finding]:
+    """Files and folders from outside: watched by DVC, there, and such that DVC can watch them."""
+    from pipeline import params, settings
+    from pipeline.stages import inputs, watch
+
+    try:
+        values = params.load(path)
+        settings.check(values)
+    except UserError:  # told by the check of the parameters
+        return []
+    given = values["inputs"] or {}
+    found = []
+    try:
+        inputs.check(values, path.parent)
+    except UserError as error:
+        found.append(Finding("inputs", "fault", str(error)))
+    for name, place in given.items():
+        if not Path(place).exists():
+            remedy = "dvc repro --pull, which needs it only where images are read anew"
+            found.append(Finding("inputs", "note", f"inputs.{name}: {place} is not here", remedy))
+            continue
+        try:
+            watch.check(name, given)
+        except UserError as error:
+            found.append(Finding("inputs", "fault", str(error)))
+        if not Path(place).is_absolute():
+            detail = (
+                f"inputs.{name}: {place} is a relative path, which experiment queues (dvc exp run --queue) do not find"
+            )
+            found.append(Finding("inputs", "note", f"{detail}; write {Path(place).absolute()} for them"))
+    return found or [Finding("inputs", "ok", f"{len(given)} watched by DVC")]
 
 
 def _device(path: Path) -> list[Finding]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from cache.card import card
 from cache.errors import CacheError
+from cache.memory import available_memory
 from cache.reader import Cache
 from cache.spec import CacheSpec, chunk_rows_for, shard_rows_for, to_float32
 from cache.staging import Staging
@@ -16,7 +17,7 @@ from cache.writer import CacheWriter, committed
 
 Pool = Callable[[np.ndarray], np.ndarray]
 
-WORKERS = min(4, os.cpu_count() or 1)
+WORKERS = min(4, os.cpu_count() or 1)  # at most; fewer where memory is short
 SHARD_BYTES = 64 * 1024 * 1024
 #: Stored bytes of the maps pooled at once. Blocks start anew in every shard and their size depends on the cache only,
 #: so a row is pooled among the same rows in every attempt.
@@ -85,8 +86,11 @@ def pooled(
             if progress:
                 progress(len(rows))
 
+        # A worker holds a shard, once more as it is written, and a block in the parent's dtype and twice in float32.
+        own = 2 * sum(spec.shard_rows * spec.row_bytes(e) for e in range(spec.experts)) + 5 * BLOCK_BYTES
+        workers = max(1, min(WORKERS, available_memory() // (2 * own)))
         tasks = [dask.delayed(shard, pure=False)(number) for number in writer.pending]
-        dask.compute(*tasks, scheduler="threads", num_workers=WORKERS)
+        dask.compute(*tasks, scheduler="threads", num_workers=workers)
         writer.commit(cache.statistics, card(spec, cache.rows), replace=replace)
     return spec
 

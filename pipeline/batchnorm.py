@@ -136,7 +136,7 @@ def to_bytes(statistics: Statistics) -> bytes:
 
 
 def from_bytes(data: bytes) -> Statistics:
-    """What `to_bytes` wrote. Raises UserError for anything else."""
+    """What `to_bytes` wrote. Raises UserError for anything else, and for numbers that are not finite."""
     found: Statistics = {}
     try:
         tensors = load(data)
@@ -146,5 +146,7 @@ def from_bytes(data: bytes) -> Statistics:
         name, _, buffer = key.partition("/")
         if not buffer:
             raise UserError(f"batchnorm.safetensors: key {key!r} is not <statistics>/<buffer>")
+        if not tensor.isfinite().all():
+            raise UserError(f"batchnorm.safetensors: {key} holds NaN or infinity; extract again")
         found.setdefault(name, {})[buffer] = tensor
     return found

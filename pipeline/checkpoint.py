@@ -26,6 +26,15 @@ class Checkpoint:
         self.restored = 0  # steps that an earlier process did
         self._saved = time.monotonic()
 
+    @classmethod
+    def saved(cls, out: Path) -> dict[int, str]:
+        """The tokens of the parts with a saved step: part -> token."""
+        found: dict[int, str] = {}
+        for path in cls(out, "").folder.glob("state-*.safetensors"):
+            with suppress(UserError, ValueError):
+                found[int(path.stem.removeprefix("state-"))] = str(load_weights(path)[1]["token"])
+        return found
+
     def restore(self, state: dict[str, torch.Tensor], optimiser: torch.optim.Optimizer, losses: torch.Tensor) -> int:
         """Fills the arguments from the saved step and returns how many steps are done; 0 if there is nothing to use."""
         try:

@@ -106,6 +106,24 @@ class FeatureReader:
             self.cache.read(rows, out=to_array(into), expert=expert)
 
 
+def first_not_finite(cache: Cache, rows: np.ndarray) -> str | None:
+    """Which of `rows` (n,) is the first to hold NaN or infinity, in words; None if all maps are finite.
+
+    Reads every map of `rows`, so it is for finding out what went wrong.
+    """
+    spec = cache.spec
+    block = max(1, BLOCK_BYTES // max(spec.row_bytes(expert) for expert in range(spec.experts)))
+    for first in range(0, len(rows), block):
+        part = rows[first : first + block]
+        finite = np.ones(len(part), bool)
+        for expert in range(spec.experts):
+            finite &= to_tensor(cache.read(part, expert=expert), spec.dtype).isfinite().flatten(1).all(1).numpy()
+        if not finite.all():
+            row = int(part[np.argmin(finite)])
+            return f"row {row} ({cache.rows['source'][row].as_py()})"
+    return None
+
+
 class FeatureTable:
     """Features of some rows in memory, gathered by row number. `values` is (E, n, C[, H, W]) for the n given `rows`.
 

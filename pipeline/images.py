@@ -16,19 +16,27 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import numpy as np
+import pydantic
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from cache.memory import available_memory
 from pipeline import plugins
 from pipeline.errors import UserError
-from pipeline.params import Count, NonNegative, Section, at_least
+from pipeline.params import Index, NonNegative, Positive, Ratio, Real, Section, Side, at_most
 from pipeline.seeds import stream
 
-KEEP_DECODED_BYTES = 1024**3  # decoded images up to this many bytes in all stay in memory
+KEEP_DECODED_BYTES = 1024**3  # of decoded images stay in memory, or a quarter of what is available
 AT_ONCE = 8  # images that a thread decodes in one go: for small ones, handing them over costs more than the work
 #: What is opened; MPO comes as JPEG. Pillow knows more, some by other programs: for EPS it starts Ghostscript.
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP")
 MAX_PIXELS = 89_478_485  # larger images are refused unread: Pillow's own limit against decompression bombs
+
+
+def _rising_pair(value: list[float]) -> list[float]:
+    if len(value) != 2 or not 0 < value[0] <= value[1]:
+        raise ValueError("must be two rising shares above 0")
+    return value
 
 
 class Transform(Section):
@@ -39,14 +47,14 @@ class Transform(Section):
     that share of the image; then a horizontal flip and colour jitter, if set. Both are scaled to [0, 1] and normalised.
     """
 
-    size: Count
-    resize: Count | None = None
-    padding: Annotated[int, at_least(0)] = 0
-    area: list[float] | None = None
+    size: Side
+    resize: Side | None = None
+    padding: Annotated[Index, at_most(16_384)] = 0
+    area: Annotated[list[Ratio], pydantic.AfterValidator(_rising_pair)] | None = None
     flip: bool = False
-    jitter: NonNegative = 0.0
-    mean: list[float]
-    std: list[float]
+    jitter: Annotated[NonNegative, at_most(1000)] = 0.0
+    mean: Annotated[list[Real], pydantic.Field(min_length=3, max_length=3)]
+    std: Annotated[list[Positive], pydantic.Field(min_length=3, max_length=3)]
 
 
 @dataclass(frozen=True)
@@ -199,7 +207,7 @@ class Images:
         self._read = read
         self._decoder = decoder
         self._decoded: dict[int, np.ndarray] = {}
-        self._room = KEEP_DECODED_BYTES
+        self._room = min(KEEP_DECODED_BYTES, available_memory() // 4)
         self._threads = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "decode")
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -14,11 +14,36 @@ import yaml
 from pipeline import plugins
 from pipeline.errors import UserError, nearest
 
+FLOAT32_MAX = 3.4028234663852886e38
+FLOAT32_SMALLEST = 1.1754943508222875e-38  # above 0, in full precision
+INT64_MAX = 2**63 - 1
+MOST = 1e18  # of a constant: products of two still fit float32
+
+
+def _representable(value: Any) -> Any:
+    """`value`, if each number in it fits what computes with it: float32 and int64. Raises ValueError."""
+    if isinstance(value, list | tuple):
+        for part in value:
+            _representable(part)
+    elif isinstance(value, int) and not -INT64_MAX - 1 <= value <= INT64_MAX:
+        raise ValueError("must be a whole number of at most 64 bits")
+    elif isinstance(value, float) and not abs(value) <= FLOAT32_MAX:
+        raise ValueError(f"must be a number that float32 holds, up to {FLOAT32_MAX:.3g}")
+    return value
+
 
 class Section(pydantic.BaseModel):
-    """Base of all parameter models: frozen, no unknown keys, no silent conversion."""
+    """Base of all parameter models: frozen, no unknown keys, no silent conversion, no number beyond float32 or int64.
+
+    Fields state the range that makes sense for them by the types below.
+    """
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    @pydantic.field_validator("*")
+    @classmethod
+    def _fits(cls, value: Any) -> Any:
+        return _representable(value)
 
 
 def within(low: float, high: float) -> pydantic.AfterValidator:
@@ -54,6 +79,17 @@ def at_least(low: int) -> pydantic.AfterValidator:
     return pydantic.AfterValidator(check)
 
 
+def at_most(high: float) -> pydantic.AfterValidator:
+    """A validator: the number must be at most `high`."""
+
+    def check(value: float) -> float:
+        if not value <= high:
+            raise ValueError(f"must be at most {high if isinstance(high, int) else f'{high:g}'}")
+        return value
+
+    return pydantic.AfterValidator(check)
+
+
 def plugin(kind: str) -> pydantic.AfterValidator:
     """A validator: the string must name a plug-in of `kind`."""
 
@@ -76,9 +112,16 @@ def _distinct(values: list[Any]) -> list[Any]:
 DISTINCT = pydantic.AfterValidator(_distinct)
 
 Ratio = Annotated[float, within(0, 1)]
-Positive = Annotated[float, above(0)]
-Count = Annotated[int, at_least(1)]
-NonNegative = Annotated[float, at_least(0)]
+Positive = Annotated[float, above(0), within(FLOAT32_SMALLEST, MOST)]
+NonNegative = Annotated[float, at_least(0), at_most(MOST)]
+Real = Annotated[float, within(-MOST, MOST)]
+Rate = Annotated[Positive, at_most(1e6)]  # of learning
+Index = Annotated[int, at_least(0), at_most(INT64_MAX)]
+Count = Annotated[int, at_least(1), at_most(2**31 - 1)]
+Bytes = Annotated[int, at_least(1), at_most(INT64_MAX)]
+Epochs = Annotated[Count, at_most(1_000_000)]
+Experts = Annotated[Count, at_most(1000)]
+Side = Annotated[Count, at_most(16_384)]  # of an image, in pixels
 Seed = Annotated[int, within(0, 2**32 - 1)]
 
 S = TypeVar("S", bound=Section)

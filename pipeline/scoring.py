@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch.func import vmap
 
+from cache.memory import available_memory
 from cache.reader import Cache
 from pipeline.errors import UserError
-from pipeline.features import FeatureReader, identity_if_pooled, maps_fingerprint, pool_label
+from pipeline.features import FeatureReader, first_not_finite, identity_if_pooled, maps_fingerprint, pool_label
 from pipeline.head import global_average, logits
 from pipeline.heads import Heads, head_parts, load_heads
 from pipeline.metrics import Answers, answers
@@ -19,7 +20,7 @@ from pipeline.stack import POOL
 from pipeline.streams import sample_rows
 
 STAGE1 = "stage1"
-BLOCK_BYTES = 256 * 1024**2
+BLOCK_BYTES = 256 * 1024**2  # of what is computed at once, or an eighth of the memory that is available
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,11 @@ def score_heads(cache: Cache, heads: Heads, split: str, statistics: str, device:
     for block in _logits_in_blocks(cache, heads, rows.first, device):
         for mine, logits_of_head in zip(parts, block.cpu().numpy(), strict=True):
             mine.append(answers(logits_of_head))
-    said = [
-        Answers(*(np.concatenate([getattr(a, k) for a in mine]) for k in ("guesses", "confidence"))) for mine in parts
-    ]
-    return Scores(statistics, rows.labels, rows.samples, said)
+    return Scores(statistics, rows.labels, rows.samples, [_joined(mine) for mine in parts])
+
+
+def _joined(parts: list[Answers]) -> Answers:
+    return Answers(*(np.concatenate([getattr(a, k) for a in parts]) for k in ("guesses", "confidence")))
 
 
 def head_logits(cache: Cache, heads: Heads, rows: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -68,12 +70,12 @@ def head_logits(cache: Cache, heads: Heads, rows: np.ndarray, device: torch.devi
 
 
 def _logits_in_blocks(cache: Cache, heads: Heads, rows: np.ndarray, device: torch.device) -> Iterator[torch.Tensor]:
-    """The same for some rows at a time, in order."""
+    """The same for some rows at a time, in order. Raises UserError for logits that are not finite."""
     host, pool = head_parts(heads.parts, heads.context)
     already = identity_if_pooled(cache, pool_label(heads.parts.pool, heads.parts.pool_options))
     pooling = already or ((lambda maps: pool({}, maps)) if pool.commutes else None)
     state = {name: t.to(device) for name, t in heads.state.items()}
-    x = FeatureReader(cache, pooling).read(rows).to(device, torch.float32)  # (E, n, C[, H, W])
+    reader = FeatureReader(cache, pooling)
 
     def one(head: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         own = {k: t for k, t in head.items() if not k.startswith(POOL)}
@@ -82,20 +84,39 @@ def _logits_in_blocks(cache: Cache, heads: Heads, rows: np.ndarray, device: torc
         result: torch.Tensor = host.logits(own, x)
         return result
 
-    count = len(heads.table)
-    block = max(1, BLOCK_BYTES // (4 * max(x[:, :1].numel(), len(heads.about["counts"])) * count))
-    for first in range(0, x.shape[1], block):
+    numbers = reader.row_bytes // reader.dtype.itemsize
+    for part in _blocks(rows, max(numbers, len(heads.about["counts"])) * len(heads.table)):
+        x = reader.read(part).to(device, torch.float32)  # (E, n, C[, H, W])
         with torch.no_grad():
-            found: torch.Tensor = vmap(one, in_dims=(0, None))(state, x[:, first : first + block])
+            found: torch.Tensor = vmap(one, in_dims=(0, None))(state, x)
+        _check_finite(found, cache, part)
         yield found
+
+
+def _blocks(rows: np.ndarray, numbers: int) -> list[np.ndarray]:
+    """`rows` in blocks that suit memory, if each needs so many `numbers` in float32."""
+    block = max(1, min(BLOCK_BYTES, available_memory() // 8) // (4 * numbers))
+    return [rows[first : first + block] for first in range(0, len(rows), block)]
+
+
+def _check_finite(found: torch.Tensor, cache: Cache, rows: np.ndarray) -> None:
+    """Raises UserError for logits (..., n, classes) of `rows` that are not finite, naming the row at fault."""
+    if not found.isfinite().all():
+        row = first_not_finite(cache, rows)
+        what = f"{row} holds NaN or infinity" if row else "the heads' weights hold NaN, infinity or too large numbers"
+        raise UserError(f"{cache.files}: {what}; {'extract' if row else 'train them'} again")
 
 
 def score_stage1(cache: Cache, head: StageOneHead, split: str, device: torch.device) -> Scores:
     """What the stage-I head says of the samples of `split`, under its own statistics; one head."""
     rows = sample_rows(cache.rows, split, STAGE1)
     identity_if_pooled(cache, "gap")  # the stage-I head knows averages only
-    features = FeatureReader(cache, global_average).read(rows.first).to(device)
+    reader = FeatureReader(cache, global_average)
     state = {name: t.to(device) for name, t in head.state.items()}
-    with torch.no_grad():
-        found = logits(head.classifier, state, features, head.scale)
-    return Scores(STAGE1, rows.labels, rows.samples, [answers(found.cpu().numpy())])
+    said: list[Answers] = []
+    for part in _blocks(rows.first, reader.row_bytes // 4 + cache.experts * head.state["weight"].shape[-2]):
+        with torch.no_grad():
+            found = logits(head.classifier, state, reader.read(part).to(device), head.scale)
+        _check_finite(found, cache, part)
+        said.append(answers(found.cpu().numpy()))
+    return Scores(STAGE1, rows.labels, rows.samples, [_joined(said)])

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import pydantic
 import torch
 
 from pipeline.checkpoint import Checkpoint
@@ -19,7 +20,7 @@ from pipeline.errors import UserError
 from pipeline.head import global_average, logits
 from pipeline.images import Images
 from pipeline.parallel import Group
-from pipeline.params import Count, NonNegative, Positive, Section, at_least
+from pipeline.params import Count, Epochs, Index, NonNegative, Positive, Rate, Ratio, Section, at_most
 from pipeline.precision import Precision, computing
 from pipeline.progress import progress
 from pipeline.samples import Samples
@@ -32,21 +33,27 @@ class Training(Section):
     """How a backbone is trained. `frozen`: only the classifier is, on a backbone in eval mode."""
 
     frozen: bool = False
-    epochs: Count = 200
+    epochs: Epochs = 200
     batch_size: Count = 128
-    lr: Positive = 0.1
-    momentum: NonNegative = 0.9
+    lr: Rate = 0.1
+    momentum: Ratio = 0.9
     nesterov: bool = False
     weight_decay: NonNegative = 2e-4
-    warmup_epochs: Annotated[int, at_least(0)] = 5
+    warmup_epochs: Index = 5
     schedule: Literal["cosine", "step"] = "step"
-    milestones: list[int] = [160, 180]
-    gamma: Positive = 0.1
+    milestones: list[Index] = [160, 180]
+    gamma: Annotated[Positive, at_most(1)] = 0.1
     mixup: NonNegative = 0.0
     accumulate: Count = 1
     precision: Precision = "float32"
     channels_last: bool = False
     compile: bool = False
+
+    @pydantic.model_validator(mode="after")
+    def _nesterov(self) -> "Training":
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum above 0")
+        return self
 
 
 def learning_rate(params: Training, epoch: int) -> float:

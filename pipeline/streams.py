@@ -5,6 +5,7 @@ training sample, then one of its views uniformly; the branch decides under which
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -18,6 +19,9 @@ from pipeline.errors import UserError
 from pipeline.seeds import stream
 
 RECEIVER = "balanced"
+#: A batch larger than the data is drawn with the training set's size, or this one if that is larger: draws of any usual
+#: batch size stay what they were, and one of a billion costs nothing.
+MOST_DRAWN = 8192
 
 
 @lru_cache(maxsize=1024)
@@ -40,7 +44,7 @@ def sample_rows(rows: pa.Table, split: str, statistics: str) -> SampleRows:
     """The rows of `split` under `statistics`, one entry per sample, in cache order. UserError if there are none."""
     # Masks and not expressions, dlpack and not `to_numpy`: those import Arrow's engine and pandas, 50 MB of memory.
     ours = pc.equal(rows["split"], split)
-    part = rows.filter(pc.and_(ours, pc.equal(rows["statistics"], statistics)))
+    part = rows.select(["sample", "row", "label"]).filter(pc.and_(ours, pc.equal(rows["statistics"], statistics)))
     if not len(part):
         has = sorted(set(rows.filter(ours)["statistics"].to_pylist()))
         raise UserError(
@@ -67,7 +71,10 @@ class Batch:
 
 
 class Streams:
-    """The batches of stage II. An epoch has as many items as training samples; the last batch may be smaller."""
+    """The batches of stage II. An epoch has as many items as training samples; the last batch may be smaller.
+
+    `batch_size` is that of the largest batch: what was asked for, but no more than there are samples.
+    """
 
     def __init__(
         self,
@@ -83,13 +90,26 @@ class Streams:
         self.seeds = list(seeds)
         self._receiver = receiver
         self.donors = list(donor_statistics)
-        self.batch_size = batch_size
         self.receivers = sample_rows(rows, "train", receiver_statistics)
         self._donors = {d: sample_rows(rows, "train", s) for d, s in donor_statistics.items()}
         self._laws = {sampler: plugins.load("samplers", sampler) for sampler in (receiver, *donor_statistics)}
         self.index: ClassIndex = class_index(self.receivers.labels, class_names)
         self.samples = self.index.samples
-        self.steps = -(-self.samples // batch_size)
+        self.batch_size = min(batch_size, self.samples)
+        self._drawn = min(batch_size, max(self.samples, MOST_DRAWN))
+        self.steps = -(-self.samples // self.batch_size)
+
+    def of(self, seeds: Sequence[int], donors: Sequence[str]) -> "Streams":
+        """The same batches, for some of the seeds and donors only."""
+        some = copy(self)
+        some.seeds, some.donors = list(seeds), list(donors)
+        some._donors = {donor: self._donors[donor] for donor in donors}
+        return some
+
+    @property
+    def step_rows(self) -> int:
+        """How many rows the largest step draws."""
+        return len(self.seeds) * (1 + len(self.donors)) * self.batch_size
 
     @property
     def rows(self) -> np.ndarray:
@@ -118,7 +138,7 @@ class Streams:
         """Rows and the sample positions they belong to."""
         # Always a whole batch, cut at the epoch's end: laws count in whole batches.
         streams = _named_streams(seed, branch, sampler)
-        positions = self._laws[sampler].draw(self.index, streams, epoch, step, self.batch_size)[:size]
+        positions = self._laws[sampler].draw(self.index, streams, epoch, step, self._drawn)[:size]
         rows = table.first[positions]
         views = table.views[positions]
         if (views > 1).any():

@@ -1,9 +1,13 @@
 """Hostile parameter files and overrides: one line by the command that reads them, in bounded time and memory."""
 
+import math
+from typing import Annotated, Literal, get_args, get_origin
+
+import pydantic
 import pytest
 from pipeline_builders import refused, write_params
 
-from pipeline import params
+from pipeline import params, plugins
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10)
@@ -69,6 +73,79 @@ def test_parameters_that_are_not_utf_8(tmp_path):
 def test_overrides_that_are_none(tmp_path, override):
     file = write_params(tmp_path / "p.yaml")
     refused("prepare", tmp_path / "out", "--params", file, "--set", override, leaves=tmp_path / "out")
+
+
+def _models():
+    """Every parameter model: those of the stages and of every plug-in, and the models inside them."""
+    from pipeline.residency import Residency
+    from pipeline.stages import evaluate, extract, pool, prepare, report, train_backbone, train_classifier
+
+    stages = (evaluate, extract, pool, prepare, report, train_backbone, train_classifier)
+    found = [Residency, *(stage.Params for stage in stages)]
+    for kind, name in (("datasets", "Options"), ("backbones", "Options"), ("pools", "Options"), ("hosts", "Loss")):
+        found += [getattr(plugins.load(kind, n), name) for n in plugins.names(kind)]
+    found += [plugins.load("objectives", n).Loss for n in plugins.names("objectives")]
+    inner = [f.annotation for model in found for f in model.model_fields.values()]
+    return {*found, *(m for m in inner if isinstance(m, type) and issubclass(m, params.Section))}
+
+
+def _numbers(field):
+    """The types inside a field's annotation, with what is annotated on each: (type, metadata)."""
+
+    def walk(annotation, metadata):
+        if annotation in (int, float):
+            yield annotation, metadata
+        elif get_origin(annotation) is Annotated:
+            inner, *more = get_args(annotation)
+            yield from walk(inner, [*more, *metadata])
+        else:
+            for part in get_args(annotation):
+                if get_origin(annotation) is not Literal:
+                    yield from walk(part, metadata)
+
+    return list(walk(field.annotation, list(field.metadata)))
+
+
+@pytest.mark.parametrize("model", sorted(_models(), key=lambda m: f"{m.__module__}.{m.__name__}"), ids=str)
+def test_every_number_of_every_model_has_a_range(model):
+    """No bare int or float, and nothing that float32 or int64 cannot hold gets through, in a list or alone."""
+    config = pydantic.ConfigDict(strict=True, allow_inf_nan=False)
+    for name, field in model.model_fields.items():
+        numbers = _numbers(field)
+        for kind, metadata in numbers:
+            assert metadata, f"{model.__module__}: {name} is a bare {kind.__name__}; give it a type of pipeline.params"
+        if not numbers:
+            continue
+        adapter = pydantic.TypeAdapter(Annotated[field.annotation, *field.metadata, 0], config=config)
+        for value in (1e39, -1e39, math.nan, math.inf, 2**63, -(2**63) - 1):
+            for given in (value, [value], [value] * 2, [value] * 3):
+                with pytest.raises(pydantic.ValidationError):
+                    adapter.validate_python(given)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("hosts.dr.optimiser.lr=1e300", "hosts.dr.optimiser.lr: must lie in"),
+        ("hosts.dr.optimiser.lr=1e-300", "hosts.dr.optimiser.lr: must lie in"),
+        ("hosts.dr.optimiser.momentum=1.5", r"hosts.dr.optimiser.momentum: must lie in [0, 1]"),
+        ("hosts.dr.optimiser.weight_decay=1e300", "hosts.dr.optimiser.weight_decay: must be at most 1e+18"),
+        ("hosts.dr.scale=1e300", "hosts.dr.scale: must lie in"),
+        ("hosts.dr.optimiser.epochs=99999999999", "hosts.dr.optimiser.epochs: must be at most"),
+        ("backbones.ce_mixup.lr=1e300", "backbones.ce_mixup.lr: must lie in"),
+        ("backbones.ce_mixup.mixup=1e300", "backbones.ce_mixup.mixup: must be at most"),
+        ("backbones.ce_mixup.gamma=1e30", "backbones.ce_mixup.gamma: must"),
+        ("backbones.ce_mixup.warmup_epochs=99999999999999999999", "warmup_epochs: must be at most"),
+        ("backbones.ce_mixup={arch: resnet20, nesterov: true, momentum: 0.0}", "nesterov needs a momentum above 0"),
+        ("backbones.ce_mixup.options={experts: 1000000000}", "experts: must be at most 1000; got 1000000000"),
+        ("extract.batch_size=1000000000", "extract.batch_size: must be at most 1048576"),
+        ("extract.max_views=40000", "extract.max_views: must be at most 32768"),
+        ("train_classifier.memory_bytes=9223372036854775808", "memory_bytes: must be at most 9223372036854775807"),
+    ],
+)  # fmt: skip
+def test_numbers_that_nothing_can_compute_with_are_refused_by_name(tmp_path, override, says):
+    file = write_params(tmp_path / "p.yaml")
+    assert says in refused("prepare", tmp_path / "out", "--params", file, "--set", override, leaves=tmp_path / "out")
 
 
 def test_aliases_and_merges_of_a_usual_size_stay(tmp_path):

@@ -65,6 +65,32 @@ def test_ranges_hold_at_their_ends(validator, good, bad):
             validator.func(value)
 
 
+class Bare(Section):
+    """A plug-in of somebody who states no ranges."""
+
+    rate: float = 0.0
+    count: int = 0
+    rates: list[float] = []
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"rate": 1e39}, "s.rate: must be a number that float32 holds, up to 3.4e+38; got 1e+39"),
+        ({"rate": -1e39}, "s.rate: must be a number that float32 holds, up to 3.4e+38; got -1e+39"),
+        ({"rate": float("nan")}, "s.rate: must be a finite number; got nan"),
+        ({"rates": [1.0, 1e300]}, "s.rates: must be a number that float32 holds"),
+        ({"count": 2**63}, "s.count: must be a whole number of at most 64 bits; got 9223372036854775808"),
+        ({"count": -(2**63) - 1}, "s.count: must be a whole number of at most 64 bits"),
+    ],
+)
+def test_no_number_goes_beyond_float32_or_int64(values, line):
+    with pytest.raises(UserError) as error:
+        build(Bare, "s", values)
+    assert str(error.value).startswith(line)
+    build(Bare, "s", {"rate": 3e38, "count": 2**63 - 1, "rates": [-3e38]})
+
+
 def test_a_long_value_is_cut():
     with pytest.raises(UserError) as error:
         build(Outer, "s", {"count": "x" * 5000})

@@ -12,14 +12,14 @@ from torch import nn
 
 from pipeline.errors import UserError
 from pipeline.networks.resnets import LastBlockResNet, ResNetMaps, pretrained
-from pipeline.params import Count, Section
+from pipeline.params import Experts, Section
 
 
 class Options(Section):
     """`trained`: all, or last_block. `experts`: parallel branches, 1 for a plain network."""
 
     trained: Literal["all", "last_block"] = "last_block"
-    experts: Count = 1
+    experts: Experts = 1
 
 
 def build(options: Options) -> nn.Module:

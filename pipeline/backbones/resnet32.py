@@ -6,13 +6,13 @@ Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, se
 from torch import nn
 
 from pipeline.networks.cifar_resnet import CifarResNet
-from pipeline.params import Count, Section
+from pipeline.params import Experts, Section
 
 
 class Options(Section):
     """`experts`: parallel branches, 1 for a plain network."""
 
-    experts: Count = 1
+    experts: Experts = 1
 
 
 def build(options: Options) -> nn.Module:

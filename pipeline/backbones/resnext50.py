@@ -10,13 +10,13 @@ from torch import nn
 
 from pipeline.errors import UserError
 from pipeline.networks.resnets import ResNetMaps, pretrained
-from pipeline.params import Count, Section
+from pipeline.params import Experts, Section
 
 
 class Options(Section):
     """`experts`: parallel branches, 1 for a plain network."""
 
-    experts: Count = 1
+    experts: Experts = 1
 
 
 def build(options: Options) -> nn.Module:

@@ -5,7 +5,10 @@ shards computed again by the others. Workers must see the same files under the s
 """
 
 import logging
+import queue
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,6 +17,9 @@ import pydantic
 from pipeline.errors import UserError
 
 SECONDS = 60  # to find a scheduler and its first worker
+QUIET = 60.0  # seconds without a shard after which a line says whom the extraction waits for; again after 2, 4, 8 times
+ANSWER = 10.0  # seconds within which a scheduler answers
+SILENT = 20.0  # of these, seconds in which a worker at work reports, even if it is busy
 
 
 class Job(Protocol):
@@ -36,10 +42,15 @@ def _check(value: str | None) -> str | None:
 ADDRESS = pydantic.AfterValidator(_check)
 
 
-def shards(address: str, job: Job, pending: Sequence[int]) -> Iterator[tuple[int, list[np.ndarray]]]:
-    """(shard, arrays) of every shard of `pending`, in the order of completion. Raises UserError."""
+def shards(
+    address: str, job: Job, pending: Sequence[int], say: Callable[[str], None]
+) -> Iterator[tuple[int, list[np.ndarray]]]:
+    """(shard, arrays) of every shard of `pending`, in the order of completion. Raises UserError.
+
+    `say` is told whom the extraction waits for when no shard has come for `QUIET` seconds.
+    """
     try:
-        from distributed import Client, KilledWorker, LocalCluster, WorkerPlugin, as_completed
+        from distributed import Client, KilledWorker, LocalCluster, WorkerPlugin
     except ImportError:
         raise UserError("extract.cluster: dask.distributed is not installed; pip install 'h2t[cluster]'") from None
 
@@ -54,15 +65,19 @@ def shards(address: str, job: Job, pending: Sequence[int]) -> Iterator[tuple[int
     with _cluster(address, LocalCluster) as at, _connected(Client, at, address) as client:
         client.register_plugin(Opened())
         todo = iter(pending)
-        running = as_completed(loop=client.loop)
+        running: set[Any] = set()  # dask forgets the work of a future that nobody holds
+        done: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
         def submit() -> None:
             if (shard := next(todo, None)) is not None:
-                running.add(client.submit(_compute, shard, pure=False))
+                running.add(future := client.submit(_compute, shard, pure=False))
+                future.add_done_callback(done.put)
 
         for _ in range(2 * len(client.scheduler_info(n_workers=-1)["workers"])):  # one at work and one waiting, each
             submit()
-        for future in running:
+        while running:
+            future = _next(done, client, say)
+            running.remove(future)
             try:
                 shard, maps = future.result()
             except KilledWorker as error:
@@ -100,6 +115,47 @@ def _connected(client: Any, at: Any, address: str) -> Any:
             "start the scheduler and its workers, or use local:N"
         ) from None
     return found
+
+
+def _next(done: "queue.SimpleQueue[Any]", client: Any, say: Callable[[str], None]) -> Any:
+    """The next future that is done; says whom it waits for after `QUIET` seconds, and then ever more rarely."""
+    started, wait = time.monotonic(), QUIET
+    while True:
+        with suppress(queue.Empty):
+            return done.get(timeout=wait - SILENT)
+        before = _workers(client)
+        with suppress(queue.Empty):
+            return done.get(timeout=SILENT)
+        waited = time.monotonic() - started
+        say(f"extract.cluster: no shard for {waited:.0f} s; {_awaited(client, before, _workers(client))}")
+        wait = waited  # the next line comes after twice the time, then four times
+
+
+def _workers(client: Any) -> dict[str, Any] | None:
+    """What the scheduler knows of each worker, by address; None if it does not answer."""
+    try:
+        found: dict[str, Any] = client.sync(client.scheduler.identity, n_workers=-1, callback_timeout=ANSWER)["workers"]
+    except (OSError, TimeoutError):
+        return None
+    return found
+
+
+def _awaited(client: Any, before: dict[str, Any] | None, now: dict[str, Any] | None) -> str:
+    """Which workers have not reported between `before` and `now`, or else have a shard, and what to do about it."""
+    scheduler = client.scheduler.address
+    if before is None or now is None:
+        return f"the scheduler {scheduler} does not answer; continue its process, or stop this command"
+    if not now:
+        return f"the scheduler {scheduler} has no workers; start some, or stop this command"
+    # Compared with itself, as the scheduler's clock may not be ours.
+    silent = [a for a, w in now.items() if a in before and w["last_seen"] == before[a]["last_seen"]]
+    named = ", ".join(f"{now[a]['name']} at {a}" for a in silent or now)
+    if silent:
+        return (
+            f"no report for {SILENT:.0f} s from worker {named}; continue its process, or end it: others then compute "
+            "its shards"
+        )
+    return f"every worker still reports ({named}); if this is too long, lower extract.shard_bytes"
 
 
 def _compute(shard: int) -> tuple[int, list[np.ndarray]]:

@@ -191,17 +191,18 @@ def shards(
     address: str | None,
     tick: Callable[[int], None],
     passes: Passes,
+    say: Callable[[str], None],
     *,
     straddle: bool,
 ) -> Iterator[tuple[int, list[np.ndarray]]]:
     """(shard, maps of its rows to do, an array per expert): here, in order, or from the cluster at `address`.
 
-    `passes` counts those that run here.
+    `passes` counts those that run here. `say` is told which workers a cluster waits for.
     """
     if address is None:
         yield from computed(job.work(backbone, job.device, passes), job.spec, job.todo, tick, straddle=straddle)
         return
-    for shard, maps in cluster.shards(address, job, list(job.todo)):
+    for shard, maps in cluster.shards(address, job, list(job.todo), say):
         tick(len(job.todo[shard]))
         yield shard, maps
 

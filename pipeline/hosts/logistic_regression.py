@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from pipeline.errors import UserError
 from pipeline.host import Context, FittedHost
 from pipeline.network import StageOneHead
-from pipeline.params import Count, NonNegative, Section
+from pipeline.params import Epochs, NonNegative, Section
 
 
 class Loss(Section):
@@ -21,7 +21,7 @@ class Loss(Section):
 
     l2: NonNegative = 1e-3
     weights: Literal["instance", "balanced"] = "balanced"
-    iterations: Count = 200
+    iterations: Epochs = 200
 
 
 class Host(FittedHost):

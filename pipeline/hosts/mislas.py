@@ -12,7 +12,7 @@ import torch
 
 from pipeline.host import Context, GradientHost, State
 from pipeline.network import StageOneHead
-from pipeline.params import Positive, Ratio, Section
+from pipeline.params import Rate, Ratio, Section
 
 
 class Loss(Section):
@@ -20,7 +20,7 @@ class Loss(Section):
 
     smooth_head: Ratio = 0.4
     smooth_tail: Ratio = 0.1
-    classifier_rate: Positive = 0.2
+    classifier_rate: Rate = 0.2
 
 
 def smoothing(counts: torch.Tensor, head: float, tail: float) -> torch.Tensor:

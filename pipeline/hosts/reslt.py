@@ -11,14 +11,14 @@ from pipeline.branches import branch_logits, group_starts, reslt_loss, running_s
 from pipeline.errors import UserError
 from pipeline.head import logits
 from pipeline.host import Context, GradientHost, State
-from pipeline.params import Ratio, Section
+from pipeline.params import Index, Ratio, Section
 
 
 class Loss(Section):
     """`beta`, and `groups`: the first class of medium and of tail, by default those of the papers' tables."""
 
     beta: Ratio = 0.5
-    groups: list[int] | None = None
+    groups: list[Index] | None = None
 
 
 class Host(GradientHost):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from pipeline.head import global_average, logits
 from pipeline.longtail import effective_weights, ldam_margins
-from pipeline.params import NonNegative, Positive, Section, within
+from pipeline.params import Index, NonNegative, Positive, Section, within
 
 
 class Loss(Section):
@@ -22,7 +22,7 @@ class Loss(Section):
     margin: NonNegative = 0.5
     scale: Positive = 30.0
     beta: Annotated[float, within(0, 0.999999)] = 0.9999
-    reweight_epoch: int = 160
+    reweight_epoch: Index = 160
 
 
 class Objective(nn.Module):

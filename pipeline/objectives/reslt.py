@@ -9,14 +9,14 @@ from torch import nn
 
 from pipeline.branches import branch_logits, group_starts, moments, reslt_loss, running_statistics
 from pipeline.head import fresh_linear
-from pipeline.params import Ratio, Section
+from pipeline.params import Index, Ratio, Section
 
 
 class Loss(Section):
     """`beta`, and `groups`: the first class of medium and of tail, by default those of the papers' tables."""
 
     beta: Ratio = 0.995
-    groups: list[int] | None = None
+    groups: list[Index] | None = None
 
 
 class Objective(nn.Module):

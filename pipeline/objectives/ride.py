@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from pipeline.head import expert_logits, fresh_linear, global_average
 from pipeline.longtail import effective_weights, ldam_margins
-from pipeline.params import NonNegative, Positive, Ratio, Section, within
+from pipeline.params import Index, NonNegative, Positive, Ratio, Real, Section, within
 
 
 class Loss(Section):
@@ -24,11 +24,11 @@ class Loss(Section):
     classifier: Literal["linear", "cosine"] = "cosine"
     scale: Positive = 30.0
     margin: NonNegative = 0.5
-    diversity: float = -0.45
+    diversity: Real = -0.45
     temperature: Positive = 1.0
     eta: Ratio = 0.05
     beta: Annotated[float, within(0, 0.999999)] = 0.9999
-    reweight_epoch: int = 160
+    reweight_epoch: Index = 160
 
 
 def temperatures(counts: torch.Tensor, temperature: float, eta: float) -> torch.Tensor:

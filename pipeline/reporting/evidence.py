@@ -120,9 +120,8 @@ def write_about(into: Path, cache: Cache, heads: Heads, rows: np.ndarray, group_
     table, spec = cache.rows, cache.spec
     kinds = table.group_by(["split", "statistics"]).aggregate([("row", "count")]).to_pylist()
     rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), SPARSITY_ROWS)).round().astype(int)]
-    zeros = [
-        float((to_tensor(cache.read(rows, expert=e), spec.dtype) == 0).double().mean()) for e in range(spec.experts)
-    ]
+    maps = (to_tensor(cache.read(rows, expert=e), spec.dtype) for e in range(spec.experts))
+    zeros = [(m.numel() - int(m.count_nonzero())) / m.numel() for m in maps]
     facts = {
         "rows": spec.rows,
         "rows_of": sorted([k["split"], k["statistics"], k["row_count"]] for k in kinds),

@@ -23,7 +23,7 @@ from pipeline.heads import Heads
 from pipeline.metrics import over_seeds, summary
 from pipeline.network import StageOneHead, load_head
 from pipeline.outputs import fresh_directory, write_json
-from pipeline.params import Ratio, Section
+from pipeline.params import Index, Ratio, Section
 from pipeline.reporting.evidence import write_about, write_embedding, write_reliability, write_weight_norms
 from pipeline.reporting.tables import each, write_confusion, write_per_class, write_predictions
 from pipeline.scoring import STAGE1, Scores, load_heads_for, score_heads, score_stage1
@@ -45,7 +45,7 @@ def _groups(value: Any) -> Any:
 class Params(Section):
     """Section `evaluate`. `groups` may be two class indices: where medium begins and where tail begins."""
 
-    groups: Annotated[Literal["paper_index", "paper_threshold", "oltr"] | list[int], BeforeValidator(_groups)] = (
+    groups: Annotated[Literal["paper_index", "paper_threshold", "oltr"] | list[Index], BeforeValidator(_groups)] = (
         "paper_index"
     )
     ratio: Ratio = 0.3

@@ -33,15 +33,17 @@ from pipeline.checkpoints import weights_digest
 from pipeline.errors import UserError
 from pipeline.extraction import forward, reuse
 from pipeline.extraction.cluster import ADDRESS
+from pipeline.extraction.recorded import MOST_IMAGES
 from pipeline.images import Images
 from pipeline.network import load_backbone
-from pipeline.params import DISTINCT, Count, Positive, Section
+from pipeline.params import DISTINCT, Bytes, Count, Epochs, Positive, Section, at_most
 from pipeline.precision import Precision
 from pipeline.progress import progress
 from pipeline.recipes import stored
 from pipeline.samples import Samples
 
 TAP = "last maps before pooling"
+MOST_VIEWS = 2**15  # views are numbered from 0 in 16 bits
 
 
 class Params(Section):
@@ -57,14 +59,14 @@ class Params(Section):
         "stage1",
         "branchwise",
     ]
-    batchnorm_passes: Count = 200
-    max_views: Count = 1
+    batchnorm_passes: Epochs = 200
+    max_views: Annotated[Count, at_most(MOST_VIEWS)] = 1
     view_target: Positive = 1.0
     dtype: Literal["float16", "float32", "bfloat16"] = "float16"
     codec: Literal["none", "zstd", "blosc-lz4", "numcodecs.lz4", "pcodec"] = "none"
     chunk_rows: Count | None = None
-    shard_bytes: Count = 128 * 1024**2
-    batch_size: Count = 128
+    shard_bytes: Bytes = 128 * 1024**2
+    batch_size: Annotated[Count, at_most(MOST_IMAGES)] = 128
     precision: Precision = "float32"
     cluster: Annotated[str | None, ADDRESS] = None
     statistics_from: Annotated[str, pydantic.Field(min_length=1)] | None = None
@@ -173,7 +175,7 @@ def run(
             rows, todo, images, backbone_dir.resolve(), identity, statistics, seed, device, spec, settings
         )
         before = weights_digest(dict(backbone.named_parameters()))
-        passes = _extract(job, backbone, writer, carrier, params.cluster, name)
+        passes = _extract(job, backbone, writer, carrier, params.cluster, name, say)
         if weights_digest(dict(backbone.named_parameters())) != before:
             raise UserError(
                 f"{name}: the backbone's weights changed during extraction; its forward pass must not train"
@@ -330,6 +332,7 @@ def _extract(
     carrier: Carrier | None,
     address: str | None,
     name: str,
+    say: Callable[[str], None],
 ) -> forward.Passes:
     """Computes the rows to do, here or on a cluster; another thread completes shards and writes them."""
     spec, passes = job.spec, forward.Passes()
@@ -350,7 +353,7 @@ def _extract(
     with ThreadPoolExecutor(1, "write") as scribe, bar:
         writes: deque[Future[None]] = deque()
         # Where most rows are carried over, batches are filled across shards.
-        for shard, maps in forward.shards(job, backbone, address, tick, passes, straddle=carrier is not None):
+        for shard, maps in forward.shards(job, backbone, address, tick, passes, say, straddle=carrier is not None):
             writes.append(scribe.submit(write, shard, maps))
             while len(writes) > 2:  # the bound on memory: three shards
                 writes.popleft().result()

@@ -20,7 +20,7 @@ from pipeline.classes import groups
 from pipeline.errors import UserError
 from pipeline.images import BadImage, Collection, Images, open_images
 from pipeline.outputs import fresh_directory, write_json
-from pipeline.params import Positive, Section, Seed, at_least, build, plugin
+from pipeline.params import Index, Positive, Section, Seed, at_least, build, plugin
 from pipeline.progress import progress
 from pipeline.seeds import stream
 
@@ -40,8 +40,8 @@ class Params(Section):
     options: dict[str, Any] = {}
     bad_images: Literal["refuse", "skip"] = "refuse"
     imbalance: Imbalance = Imbalance()
-    test_per_class: Annotated[int, at_least(0)] = 0
-    validation_per_class: Annotated[int, at_least(0)] = 0
+    test_per_class: Index = 0
+    validation_per_class: Index = 0
 
 
 def run(params: Params, seed: int, out: Path, say: Callable[[str], None]) -> None:

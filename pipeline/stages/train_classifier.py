@@ -12,36 +12,50 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from cache.memory import available_memory
 from cache.reader import Cache
 from pipeline import plugins
 from pipeline.checkpoint import Checkpoint
 from pipeline.checkpoints import save_weights
 from pipeline.classes import recorded_names
 from pipeline.errors import UserError
-from pipeline.features import FeatureReader, identity_if_pooled, maps_fingerprint, pool_label
+from pipeline.features import FeatureReader, first_not_finite, identity_if_pooled, maps_fingerprint, pool_label
 from pipeline.fusion import Rounding, Selection, replaced_channels
 from pipeline.heads import HeadParts, head_parts
 from pipeline.host import Context, FittedHost
 from pipeline.network import NONE, StageOneHead, backbone_digest, load_head
 from pipeline.outputs import fresh_directory
-from pipeline.params import DISTINCT, Count, NonNegative, Positive, Ratio, Section, Seed, plugin
+from pipeline.params import DISTINCT, Count, Epochs, Experts, NonNegative, Positive, Rate, Ratio, Section, Seed, plugin
 from pipeline.recipes import RECIPES, Recipe
-from pipeline.residency import Feed, Residency, open_feed
-from pipeline.stack import POOL, HeadSetting, Optimiser, Stack, head_bytes, parts_of
+from pipeline.residency import WINDOW_SHARE, Choice, Feed, Residency, Room, find_room, plan_tier
+from pipeline.stack import (
+    FLOAT,
+    POOL,
+    HeadSetting,
+    NotFinite,
+    Optimiser,
+    Stack,
+    StepSize,
+    not_finite,
+    part_sizes,
+    parts_of,
+    seeds_and_donors,
+)
 from pipeline.streams import Streams
 
 
 class OptimiserParams(Section):
     """Stage-II training; the learning rate follows half a cosine over the epochs."""
 
-    epochs: Count = 10
+    epochs: Epochs = 10
     batch_size: Count = 128
-    lr: Positive = 0.02
-    momentum: NonNegative = 0.9
+    lr: Rate = 0.02
+    momentum: Ratio = 0.9
     weight_decay: NonNegative = 5e-4
 
 
@@ -68,7 +82,7 @@ class Params(Section):
     pool_options: dict[str, Any] = {}
     classifier: Literal["linear", "cosine"] = "linear"
     scale: Positive | None = None
-    experts: Count | None = None
+    experts: Experts | None = None
     loss: dict[str, Any] = {}
     rounding: Rounding = "floor"
     optimiser: OptimiserParams = OptimiserParams()
@@ -99,6 +113,10 @@ class Trained:
     history: pa.Table
     restored: int = 0
 
+
+RESULT_COPIES = 3  # of all heads' weights: as they are collected, and twice as they are written
+TRAINED_POOL_COPIES = 8  # of a head's input, for the gradients of a pool with parameters (measured on `gem`)
+RESUME_SLACK = 1.5  # by so much a step may exceed its budget, rather than that training starts anew in other parts
 
 HISTORY = pa.schema([("number", pa.int64()), ("epoch", pa.int64()), ("lr", pa.float64()), ("loss", pa.float64())])
 
@@ -183,14 +201,27 @@ def run(
         "pixels": context.pixels,
     }
     if fitted:
+        _check_fit(name, streams, reader)
         trained, summary = _fit(host, pool, stage1, streams, reader, device), Summary(1, 0)
+        if bad := not_finite(trained.state):
+            raise _diverged(name, fitted, cache, streams.receivers.first, bad[1], heads[0])
     else:
-        feed = open_feed(streams, reader, residency, device, say)
         token = f"{cache.spec.fingerprint} {about['backbone']} {params.model_dump_json()}"
-        trained = _train(params, residency, name, host, pool, heads, feed, stage1, Path(out), token, say)
+        room = find_room(residency, device)
+        choice = plan_tier(streams, reader, residency, room)
+        size = _step_size(streams, reader, stage1, pool)
+        planned = _parts(name, heads, size, choice, room, len(streams.rows) * reader.row_bytes, Path(out), token)
+        if len(planned) > 1:
+            say(f"{name}: {len(heads)} heads in {len(planned)} parts, to stay below {room.step / 1e9:.2g} GB a step")
+        rows = max(size.window(part) for part in planned) // reader.row_bytes
+        feed = Feed(streams, reader, choice, room.windows, device, say, step_rows=rows)
+        try:
+            trained = _train(params, name, host, pool, planned, feed, stage1, Path(out), token)
+        except NotFinite as bad:
+            Checkpoint(out, "").clear()  # else training on a mended cache would resume from these weights
+            raise _diverged(name, fitted, cache, streams.rows, bad.parameter, heads[bad.head]) from None
         summary = _summary(len(heads), params.optimiser, streams.steps, trained.restored, feed)
         say(f"{name}: {feed.cost}")
-    _check_finite(trained.state, heads, name)
     replaced = [replaced_channels(h.ratio, channels, params.rounding) for h in heads]
     with fresh_directory(out) as into:
         save_weights(into / "heads.safetensors", trained.state, {"host": params.host})
@@ -252,6 +283,19 @@ def _table(heads: list[HeadSetting], replaced: list[int], about: dict[str, Any])
     return table.replace_schema_metadata({"h2t": json.dumps(about, sort_keys=True)})
 
 
+def _check_fit(name: str, streams: Streams, reader: FeatureReader) -> None:
+    """Raises UserError if the features of all training samples, in float64 as well, and their logits cannot fit."""
+    samples, numbers = streams.samples, reader.row_bytes // reader.dtype.itemsize
+    logits = reader.cache.experts * samples * streams.index.classes
+    need = samples * numbers * (reader.dtype.itemsize + 3 * FLOAT) + 6 * FLOAT * logits
+    room = available_memory()
+    if need > room:
+        raise UserError(
+            f"hosts.{name}: is fitted on the features of {samples} samples at once, which needs {need / 1e9:.2f} GB; "
+            f"{room / 1e9:.2f} GB are available; raise the limit, or use a host that is trained"
+        )
+
+
 def _fit(
     host: Any, pool: Any, stage1: StageOneHead, streams: Streams, reader: FeatureReader, device: torch.device
 ) -> Trained:
@@ -266,31 +310,89 @@ def _fit(
     return Trained({k: t.to(torch.float32)[None] for k, t in state.items()}, history)
 
 
+def _step_size(streams: Streams, reader: FeatureReader, stage1: StageOneHead, pool: Any) -> StepSize:
+    """What a training step of these features needs."""
+    experts, classes = reader.cache.experts, streams.index.classes
+    numbers = reader.row_bytes // reader.dtype.itemsize
+    own = experts * classes * (reader.cache.spec.maps[0][0] + 1)
+    return StepSize(
+        batch=streams.batch_size,
+        numbers=numbers,
+        kept=reader.dtype.itemsize,
+        logits=experts * streams.batch_size * classes,
+        parameters=max(own, sum(t.numel() for t in stage1.state.values())),
+        pool_copies=TRAINED_POOL_COPIES if len(reader.shape) == 3 and pool.initial() else 0,
+    )
+
+
+def _parts(
+    name: str,
+    heads: list[HeadSetting],
+    size: StepSize,
+    choice: Choice,
+    room: Room,
+    features: int,
+    out: Path,
+    token: str,
+) -> list[list[HeadSetting]]:
+    """The heads in the fewest parts whose steps fit, or in those of the training that resumes, if they still fit.
+
+    Raises UserError if not even one head fits: `features` are the bytes of those that stay in memory.
+    """
+    results = RESULT_COPIES * len(heads) * FLOAT * size.parameters
+    if results > room.host:
+        raise UserError(
+            f"hosts.{name}.grid: the weights of {len(heads)} heads need {results / 1e9:.2f} GB, "
+            f"{room.host / 1e9:.2f} GB are available; train fewer heads at a time, or raise the limit"
+        )
+    streamed = choice.tier == "stream"
+
+    def fits(parts: list[list[HeadSetting]], slack: float = 1.0) -> bool:
+        step, window = slack * room.step, slack * WINDOW_SHARE * room.windows
+        return all(size.of(part) <= step and (not streamed or size.window(part) <= window) for part in parts)
+
+    ways = [parts_of(heads, n) for n in part_sizes(len(heads))]
+    saved = Checkpoint.saved(out)
+    for parts in ways:
+        if any(_key(token, n, parts) == key for n, key in saved.items()) and fits(parts, RESUME_SLACK):
+            return parts
+    for parts in ways:
+        if fits(parts):
+            return parts
+    here = choice.tier == "device" or not room.gpu  # features lie where heads train
+    need = max(size.of(p) + (2 * size.window(p) if streamed else features * here) for p in ways[-1])
+    if need > room.where_trained:
+        raise UserError(
+            f"hosts.{name}: training one head at a time needs {need / 1e9:.2f} GB, {room.where_trained / 1e9:.2f} GB "
+            f"are available; lower hosts.{name}.optimiser.batch_size ({size.batch} samples a step), or raise the limit"
+        )
+    return ways[-1]
+
+
+def _key(token: str, number: int, parts: list[list[HeadSetting]]) -> str:
+    """The checkpoint's token of a part."""
+    return sha256(f"{token} part {number} of {len(parts)}".encode()).hexdigest()
+
+
 def _train(
     params: Params,
-    residency: Residency,
     name: str,
     host: Any,
     pool: Any,
-    heads: list[HeadSetting],
+    parts: list[list[HeadSetting]],
     feed: Feed,
     stage1: StageOneHead,
     out: Path,
     token: str,
-    say: Callable[[str], None],
 ) -> Trained:
-    """All heads by gradient descent, in as many parts as the memory for a step asks for."""
+    """All heads by gradient descent, part by part."""
     optimiser = params.optimiser
     settings = Optimiser(optimiser.epochs, optimiser.lr, optimiser.momentum, optimiser.weight_decay)
-    size = sum(t.numel() for t in stage1.state.values())
-    parts = parts_of(heads, head_bytes(feed, len(host.context.counts), size), residency.stack_bytes)
-    if len(parts) > 1:
-        say(f"{name}: {len(heads)} heads in {len(parts)} parts, to stay below {residency.stack_bytes / 1e9:.2g} GB")
-    states: list[dict[str, torch.Tensor]] = []
+    state: dict[str, torch.Tensor] = {}
     history: list[dict[str, float]] = []
     done = restored = 0
     for number, part in enumerate(parts):
-        stack = Stack(host, pool, part, feed, rounding=params.rounding)
+        stack = Stack(host, pool, part, feed.of(*seeds_and_donors(part)), rounding=params.rounding)
         stack.start(stage1)
         numbers = list(range(done, done + len(part)))
         done += len(part)
@@ -302,12 +404,16 @@ def _train(
                 for n, loss in zip(numbers, losses.tolist(), strict=True)
             )
 
-        key = sha256(f"{token} part {number} of {len(parts)}".encode()).hexdigest()
-        checkpoint = Checkpoint(out, key, part=number)
-        stack.train(settings, name, report, checkpoint)
+        checkpoint = Checkpoint(out, _key(token, number, parts), part=number)
+        try:
+            stack.train(settings, name, report, checkpoint)
+        except NotFinite as bad:
+            raise NotFinite(bad.epoch, numbers[bad.head], bad.parameter) from None
         restored += checkpoint.restored
-        states.append({k: t.detach() for k, t in stack.state.items()})
-    state = {k: torch.cat([s[k] for s in states]) for k in states[0]}
+        for key, tensor in stack.state.items():
+            if key not in state:
+                state[key] = torch.empty(sum(map(len, parts)), *tensor.shape[1:], dtype=tensor.dtype)
+            state[key][numbers] = tensor.detach().cpu()
     table = pa.Table.from_pylist(history, HISTORY).sort_by([("epoch", "ascending"), ("number", "ascending")])
     return Trained(state, table, restored)
 
@@ -333,12 +439,16 @@ def _summary(heads: int, optimiser: OptimiserParams, steps: int, restored: int, 
     )
 
 
-def _check_finite(state: dict[str, torch.Tensor], heads: list[HeadSetting], name: str) -> None:
-    for key, tensor in state.items():
-        finite = torch.isfinite(tensor).flatten(1).all(1)
-        if not finite.all():
-            worst = heads[int((~finite).nonzero()[0])]
-            raise UserError(
-                f"hosts.{name}: training diverged: {key} of the head with ratio {worst.ratio:g}, seed {worst.seed} "
-                f"is not finite; lower hosts.{name}.optimiser.lr"
-            )
+def _diverged(name: str, fitted: bool, cache: Cache, rows: np.ndarray, parameter: str, head: HeadSetting) -> UserError:
+    """Why `parameter` of `head` is not finite: a row of the cache, which is looked for only now, or the settings."""
+    if (row := first_not_finite(cache, rows)) is not None:
+        return UserError(
+            f"{cache.files}: {row} holds NaN or infinity, and hosts.{name} trains on it; extract again, or mend and "
+            "import the features again"
+        )
+    if fitted:
+        return UserError(f"hosts.{name}: {parameter} is not finite; choose other constants in hosts.{name}.loss")
+    return UserError(
+        f"hosts.{name}: training diverged: {parameter} of the head with ratio {head.ratio:g}, seed {head.seed} "
+        f"is not finite; lower hosts.{name}.optimiser.lr"
+    )

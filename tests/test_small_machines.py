@@ -1,0 +1,261 @@
+"""Stage II, evaluation and pooling where memory is short, batches larger than the data, rows that are not finite."""
+
+import numpy as np
+import pytest
+import torch
+from pipeline_builders import CPU, fitted, make_backbone_dir, make_host, make_stage2_cache, silent
+
+from cache import pooled
+from cache.reader import open_cache
+from pipeline import batchnorm, residency, scoring
+from pipeline.errors import UserError
+from pipeline.fusion import Selection
+from pipeline.heads import load_heads
+from pipeline.network import load_head
+from pipeline.residency import Residency, find_room
+from pipeline.scoring import score_heads, score_stage1
+from pipeline.stack import HeadSetting, StepSize, part_sizes, parts_of
+from pipeline.stages import evaluate, pool, train_classifier
+from pipeline.streams import MOST_DRAWN, Streams
+
+COUNTS = (30, 12, 6)
+SHAPE = (64, 4, 4)
+GRID = {"ratio": [0.0, 0.3], "seed": list(range(6))}
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("backbone") / "b"
+    return folder, make_backbone_dir(folder, classes=len(COUNTS))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory, backbone):
+    return make_stage2_cache(tmp_path_factory.mktemp("small") / "c", counts=COUNTS, shape=SHAPE, backbone=backbone[1])
+
+
+def spoilt(folder, backbone, value=np.nan, **where):
+    """A cache with one value of the first row of `where` (column = value) replaced."""
+
+    def change(maps, rows):
+        at = np.all([np.array(rows[k]) == v for k, v in where.items()], 0)
+        maps[0][np.flatnonzero(at)[0], 3, 1, 1] = value
+
+    return make_stage2_cache(folder, counts=COUNTS, shape=SHAPE, backbone=backbone, change=change)
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    """Sets what is available, in bytes beyond the reserve."""
+    monkeypatch.setattr(residency, "return_freed_arrays", lambda: None)
+
+    def available(size):
+        monkeypatch.setattr(residency, "available_memory", lambda: size + residency.RESERVE)
+
+    return available
+
+
+def test_a_stack_shrinks_to_the_memory_there_is_and_gives_the_same_heads(tmp_path, cache, backbone, memory):
+    whole = fitted(tmp_path / "whole", cache, backbone[0], pooled=False, grid=GRID)
+    memory(4_000_000)
+    said = []
+    parts = fitted(tmp_path / "parts", cache, backbone[0], pooled=False, grid=GRID, say=said.append)
+    assert any("12 heads in " in line and " parts, to stay below 0.001 GB a step" in line for line in said), said
+    for key, tensor in whole.items():
+        assert float((tensor - parts[key]).abs().max() / tensor.abs().max()) <= 1e-5
+
+
+def test_windows_shrink_to_the_part_that_trains(tmp_path, cache, backbone, memory):
+    """A streamed step of all seeds would exceed the budget for a window; that of a part does not."""
+    memory(3_000_000)
+    said = []
+    streamed = {"residency": "stream"}
+    parts = fitted(tmp_path / "p", cache, backbone[0], pooled=False, grid=GRID, say=said.append, residency=streamed)
+    assert any("parts" in line for line in said)
+    assert any("residency: stream" in line for line in said)
+    whole = fitted(tmp_path / "whole", cache, backbone[0], pooled=False, grid=GRID, residency={"stack_bytes": 2**30})
+    for key, tensor in whole.items():
+        assert float((tensor - parts[key]).abs().max() / tensor.abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("available", "grid", "text"),
+    [
+        (
+            200_000,
+            {"ratio": [0.0]},
+            r"hosts\.dr: training one head at a time needs .*optimiser\.batch_size \(16",
+        ),
+        (500_000, {"seed": list(range(2000))}, r"hosts\.dr\.grid: the weights of 4000 heads need .*train fewer heads"),
+    ],
+)
+def test_what_cannot_fit_is_one_line_before_the_first_step(tmp_path, cache, backbone, memory, available, grid, text):
+    memory(available)
+    with pytest.raises(UserError, match=text):
+        fitted(tmp_path / "h", cache, backbone[0], pooled=False, grid=grid)
+    assert not (tmp_path / "h").exists()
+
+
+def test_a_tier_that_was_asked_for_and_cannot_fit_is_one_line(tmp_path, cache, backbone, memory):
+    memory(300_000)
+    with pytest.raises(UserError, match=r"train_classifier\.residency: memory needs .* set it to auto or stream"):
+        fitted(tmp_path / "h", cache, backbone[0], pooled=False, residency={"residency": "memory"})
+
+
+def test_a_fitted_host_that_cannot_fit_is_one_line(tmp_path, cache, backbone, monkeypatch):
+    monkeypatch.setattr(train_classifier, "available_memory", lambda: 10_000)
+    params = train_classifier.Params.model_validate({"host": "ncm", "backbone": "b"})
+    with open_cache(cache) as opened, pytest.raises(UserError, match="is fitted on the features of 48 samples at once"):
+        train_classifier.run(params, Residency(), "ncm", opened, backbone[0], CPU, tmp_path / "h", silent)
+
+
+def test_budgets_are_shares_of_what_is_available(memory):
+    memory(8_000_000_000)
+    room = find_room(Residency(), CPU)
+    assert (room.features, room.step) == (4_000_000_000, 2_000_000_000)
+    memory(10**12)
+    assert find_room(Residency(), CPU).step == 2 * 1024**3
+    memory(1_000_000_000)
+    room = find_room(Residency(memory_bytes=10**12, stack_bytes=10**12), CPU)
+    assert (room.features, room.step) == (750_000_000, 1_000_000_000)
+
+
+def test_training_resumes_in_the_parts_it_was_begun_in(tmp_path, cache, backbone, memory, monkeypatch):
+    """Killed in parts, then continued with more memory: the steps that were saved are not done again."""
+    from pipeline import checkpoint
+
+    monkeypatch.setattr(checkpoint.Checkpoint.__init__, "__defaults__", (0.0, 0))
+    memory(4_000_000)
+    expected = fitted(tmp_path / "whole", cache, backbone[0], pooled=False, grid=GRID)
+    offer, saved = checkpoint.Checkpoint.offer, []
+
+    def die(self, steps, *rest):
+        offer(self, steps, *rest)
+        saved.append(steps)
+        if len(saved) == 10:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.Checkpoint, "offer", die)
+    with pytest.raises(KeyboardInterrupt):
+        fitted(tmp_path / "h", cache, backbone[0], pooled=False, grid=GRID)
+    monkeypatch.setattr(checkpoint.Checkpoint, "offer", offer)
+    memory(5_500_000)
+    with open_cache(cache) as opened:
+        host = make_host(grid=GRID)
+        args = (opened, backbone[0], CPU, tmp_path / "h", silent)
+        summary = train_classifier.run(host, Residency(pooled=False), "dr", *args)
+    assert summary.resumed_steps == 10
+    found = load_heads(tmp_path / "h").state
+    for key, tensor in expected.items():
+        assert torch.equal(found[key], tensor)
+
+
+def test_parts_cover_all_heads_in_order():
+    heads = [HeadSetting(0.1, "instance", "random", s) for s in range(13)]
+    assert part_sizes(13) == [13, 7, 5, 4, 3, 2, 1]
+    for size in part_sizes(13):
+        parts = parts_of(heads, size)
+        assert [h for part in parts for h in part] == heads
+        assert len({len(p) for p in parts[:-1]}) <= 1
+        assert len(parts) == -(-13 // size)
+
+
+@pytest.mark.parametrize("selection", ["random", "mixup", "shuffled"])
+def test_a_step_of_more_heads_seeds_or_donors_needs_more(selection: Selection):
+    size = StepSize(batch=8, numbers=100, kept=2, logits=80, parameters=30)
+    one = [HeadSetting(0.1, "instance", selection, 0)]
+    more = [*one, HeadSetting(0.2, "instance", selection, 0)]
+    seeds = [*one, HeadSetting(0.1, "instance", selection, 1)]
+    assert size.of(one) < size.of(more) < size.of(seeds)
+    assert (size.window(one), size.window(more), size.window(seeds)) == (3200, 3200, 6400)
+
+
+def test_a_batch_larger_than_the_data_is_not_drawn(cache):
+    with open_cache(cache) as opened:
+        names = opened.spec.provenance["classes"]
+
+        def batch(size):
+            streams = Streams(
+                opened.rows, names, "balanced", {"balanced": "balanced", "instance": "instance"}, [0], size
+            )
+            assert streams.steps == 1
+            assert streams.batch_size == sum(COUNTS)
+            return streams.batch(0, 0)
+
+        huge, large, plain = batch(10**9), batch(MOST_DRAWN), batch(128)
+    for a, b in zip((huge.receivers, huge.donors), (large.receivers, large.donors), strict=True):
+        assert np.array_equal(a, b)
+    assert plain.receivers.shape == huge.receivers.shape == (1, sum(COUNTS))
+
+
+def test_training_with_a_huge_batch_ends(tmp_path, cache, backbone):
+    fitted(tmp_path / "h", cache, backbone[0], optimiser={"batch_size": 10**9})
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("options", [{"pooled": True}, {"pooled": False}, {"residency": {"residency": "stream"}}])
+def test_a_row_that_is_not_finite_is_named_by_training(tmp_path, backbone, value, options):
+    folder = spoilt(tmp_path / "c", backbone[1], value, split="train", label=2, statistics="balanced")
+    with open_cache(folder) as opened:
+        rows = opened.rows
+        at = np.flatnonzero((np.array(rows["label"]) == 2) & (np.array(rows["statistics"]) == "balanced"))
+        row = next(r for r in at.tolist() if rows["split"][r].as_py() == "train")
+        source = rows["source"][row].as_py()
+    with pytest.raises(UserError, match=rf"row {row} \({source}\) holds NaN or infinity, and hosts\.dr trains on it"):
+        fitted(tmp_path / "h", folder, backbone[0], **options)
+    assert not (tmp_path / "h").exists()
+    assert not (tmp_path / ".h.training").exists()
+
+
+def test_a_fitted_host_names_the_row_too(tmp_path, backbone):
+    folder = spoilt(tmp_path / "c", backbone[1], split="train", label=2, statistics="instance")
+    params = train_classifier.Params.model_validate({"host": "ncm", "backbone": "b"})
+    with open_cache(folder) as opened, pytest.raises(UserError, match=r"row \d+ \(\d+\.png\) holds NaN"):
+        train_classifier.run(params, Residency(), "ncm", opened, backbone[0], CPU, tmp_path / "h", silent)
+
+
+def test_without_such_a_row_the_learning_rate_is_named(tmp_path, cache, backbone):
+    with pytest.raises(UserError, match=r"training diverged.*lower hosts\.dr\.optimiser\.lr"):
+        fitted(tmp_path / "h", cache, backbone[0], optimiser={"lr": 1e6, "weight_decay": 1e6, "epochs": 9})
+
+
+@pytest.mark.parametrize("statistics", ["mixture", "stage1"])
+def test_a_row_that_is_not_finite_is_named_by_evaluation(tmp_path, cache, backbone, statistics):
+    fitted(tmp_path / "h", cache, backbone[0])
+    folder = spoilt(tmp_path / "c", backbone[1], split="test", statistics=statistics)
+    with open_cache(folder) as opened, pytest.raises(UserError, match=r"row \d+ \(\d+\.png\) holds NaN or infinity"):
+        evaluate.run(evaluate.Params(), "dr", opened, tmp_path / "h", backbone[0], CPU, tmp_path / "e", silent)
+
+
+def test_statistics_that_are_not_finite_are_named():
+    data = batchnorm.to_bytes({"balanced": {"bn1.running_mean": torch.tensor([0.0, float("nan")])}})
+    with pytest.raises(UserError, match=r"balanced/bn1\.running_mean holds NaN or infinity"):
+        batchnorm.from_bytes(data)
+
+
+@pytest.mark.parametrize("gem", [{}, {"pool": "gem", "pool_options": {"trained": True}}])
+def test_evaluation_in_blocks_says_the_same(tmp_path, cache, backbone, monkeypatch, gem):
+    fitted(tmp_path / "h", cache, backbone[0], pooled=False, **gem)
+    heads, head = load_heads(tmp_path / "h"), load_head(backbone[0])
+    with open_cache(cache) as opened:
+        whole = score_heads(opened, heads, "test", "mixture", CPU), score_stage1(opened, head, "test", CPU)
+        read = []
+        monkeypatch.setattr(scoring, "available_memory", lambda: 16_000)
+        monkeypatch.setattr(
+            opened, "read", lambda rows, *a, _read=opened.read, **k: read.append(len(rows)) or _read(rows, *a, **k)
+        )
+        parts = score_heads(opened, heads, "test", "mixture", CPU), score_stage1(opened, head, "test", CPU)
+    assert max(read) < 9
+    for a, b in zip(whole, parts, strict=True):
+        for x, y in zip(a.said, b.said, strict=True):
+            assert np.array_equal(x.guesses, y.guesses)
+            assert np.allclose(x.confidence, y.confidence, atol=1e-6)
+
+
+def test_a_pooled_copy_is_the_same_with_little_memory(tmp_path, cache, monkeypatch):
+    with open_cache(cache) as opened:
+        pool.run(pool.Params(), "b", opened, tmp_path / "a", silent)
+        monkeypatch.setattr(pooled, "available_memory", lambda: 1)
+        pool.run(pool.Params(), "b", opened, tmp_path / "b", silent)
+    with open_cache(tmp_path / "a") as a, open_cache(tmp_path / "b") as b:
+        assert a.commit.files == b.commit.files

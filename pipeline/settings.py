@@ -1,32 +1,54 @@
 """All of params.yaml at once: every section is checked before any stage starts, so that a slip is found early."""
 
 import re
+from copy import copy
 from typing import Any
 
 from pipeline import device, params, plugins
 from pipeline.errors import UserError, nearest
 from pipeline.residency import Residency
 
+#: Every section of params.yaml, in the order of the data.
 SECTIONS = (
     "seed",
     "device",
     "prepare",
+    "backbone_defaults",
     "backbones",
     "extract",
     "pool",
+    "host_defaults",
     "hosts",
     "train_classifier",
     "evaluate",
     "report",
 )
-
-OPTIONAL = ("pool",)  # complete by its defaults, and no other stage waits for it
+#: What a section that is left out stands for. The other sections must be there.
+LEFT_OUT: dict[str, Any] = {
+    "seed": 0,
+    "device": "auto",
+    "backbone_defaults": {},
+    "extract": {},
+    "pool": {},
+    "host_defaults": {},
+    "train_classifier": {},
+    "evaluate": {},
+    "report": {},
+}
+#: Section of entries -> (section with their defaults, plug-in keys that an entry's own name stands for).
+ENTRIES = {
+    "backbones": ("backbone_defaults", {"arch": "backbones", "objective": "objectives"}),
+    "hosts": ("host_defaults", {"host": "hosts"}),
+}
+#: A host with a closed-form fit has neither, so it does not take them from `host_defaults`.
+TRAINED_ONLY = ("optimiser", "grid")
 
 
 def check(values: dict[str, Any]) -> None:
     """Raises UserError for the first wrong, missing or unknown key.
 
-    Fills in `host`, `arch` and `objective` by name, and sections that may be left out.
+    Fills in what is left out: whole sections, `host`, `arch` and `objective` by an entry's name, and in each entry the
+    values of `backbone_defaults` or `host_defaults`.
     """
     from pipeline.stages import evaluate, extract, pool, prepare, report, train_backbone, train_classifier
 
@@ -34,8 +56,8 @@ def check(values: dict[str, Any]) -> None:
         if name not in SECTIONS:
             raise UserError(f"{name}: unknown section{nearest(name, SECTIONS)} (there are: {', '.join(SECTIONS)})")
     for name in SECTIONS:
-        if name in OPTIONAL:
-            values.setdefault(name, {})
+        if name in LEFT_OUT:
+            values.setdefault(name, copy(LEFT_OUT[name]))
         if name not in values:
             raise UserError(f"{name}: missing; add the section to the parameter file")
     seed = values["seed"]
@@ -50,12 +72,14 @@ def check(values: dict[str, Any]) -> None:
     params.build(Residency, "train_classifier", values["train_classifier"])
     params.build(evaluate.Params, "evaluate", values["evaluate"])
     params.build(report.Params, "report", values["report"])
-    for name, entry in _entries(values, "backbones", ("arch", "objective")).items():
+    params.check_partial(train_backbone.Params, "backbone_defaults", values["backbone_defaults"])
+    params.check_partial(train_classifier.Params, "host_defaults", values["host_defaults"])
+    for name, entry in complete(values, "backbones").items():
         backbone = params.build(train_backbone.Params, f"backbones.{name}", entry)
         where = f"backbones.{name}"
         params.build(plugins.load("backbones", backbone.arch).Options, f"{where}.options", backbone.options)
         params.build(plugins.load("objectives", backbone.objective).Loss, f"{where}.loss", backbone.loss)
-    for name, entry in _entries(values, "hosts", ("host",)).items():
+    for name, entry in complete(values, "hosts").items():
         where = f"hosts.{name}"
         host = params.build(train_classifier.Params, where, entry)
         if host.backbone not in values["backbones"]:
@@ -73,17 +97,29 @@ def check(values: dict[str, Any]) -> None:
         params.build(plugins.load("pools", host.pool).Options, f"{where}.pool_options", host.pool_options)
 
 
-def _entries(values: dict[str, Any], name: str, defaults: tuple[str, ...]) -> dict[str, Any]:
-    """The entries of a mapping section, with the plug-in keys `defaults` set to the entry's own name where absent."""
+def complete(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """The entries of section `name`, each with the defaults merged in. Raises UserError.
+
+    An entry named like a plug-in needs no key for it. `values` then holds the complete entries, too.
+    """
     section = values[name]
     if not isinstance(section, dict) or not section:
         raise UserError(f"{name}: must be a mapping with at least one entry; got {section!r}")
-    kinds = {"arch": "backbones", "objective": "objectives", "host": "hosts"}
+    defaults_name, kinds = ENTRIES[name]
+    defaults = values.get(defaults_name, {})
     for key, entry in section.items():
         if not isinstance(key, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", key):
             raise UserError(f"{name}: names are letters, digits, _ and -, as they become folders; got {key!r}")
         if isinstance(entry, dict):
-            for default in defaults:
-                if default not in entry and key in plugins.names(kinds[default]):
-                    entry[default] = key
+            named = {k: key for k, kind in kinds.items() if key in plugins.names(kind)}
+            own = {**named, **entry} if name == "hosts" else entry
+            section[key] = params.merged(_for_host(own, defaults) if name == "hosts" else {**named, **defaults}, own)
     return section
+
+
+def _for_host(host: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """`defaults` without the keys that only trained hosts have."""
+    name = host.get("host", defaults.get("host"))
+    if isinstance(name, str) and name in plugins.names("hosts") and plugins.load("hosts", name).Host.fitted:
+        return {k: v for k, v in defaults.items() if k not in TRAINED_ONLY}
+    return defaults

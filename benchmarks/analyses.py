@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from cache.errors import CacheError
 from cache.reader import Cache, open_cache
-from pipeline import device, params
+from pipeline import device, params, settings
 from pipeline.errors import UserError
 from pipeline.outputs import write_run_record
 from pipeline.recipes import RECIPES
@@ -27,7 +27,7 @@ PRESETS = Path(__file__).parent.parent / "presets" / "analyses"
 
 def analyse(values: dict[str, Any], data: Path, out: Path) -> None:
     """Trains, evaluates and reports every host in `values` into `out`; one whose rows the cache lacks is left out."""
-    hosts = values["hosts"]
+    hosts = settings.complete(values, "hosts")
     residency = params.build(Residency, "train_classifier", values.get("train_classifier", {}))
     section = params.build(evaluate.Params, "evaluate", values.get("evaluate", {}))
     chosen = device.choose(values.get("device", "auto"))

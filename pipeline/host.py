@@ -37,6 +37,8 @@ class Context:
 class Host:
     """What all hosts share: a classifier on pooled features (E, B, D), by default `pipeline.head.logits`."""
 
+    #: True for a closed-form fit, False for gradient descent.
+    fitted = False
     #: The sampler of the training batches' receivers.
     receiver = "balanced"
     #: Numbers per channel that its features have: 1, or the 2 of pool `moments` as (E, B, D, 2).
@@ -105,6 +107,7 @@ class GradientHost(Host):
 class FittedHost(Host):
     """Base of hosts that are solved at once, on every training row. They have no donors, hence no H2T."""
 
+    fitted = True
     receiver = "instance"
 
     def fit(self, features: torch.Tensor, labels: torch.Tensor, stage1: StageOneHead) -> dict[str, torch.Tensor]:

@@ -137,14 +137,38 @@ TEXT_LIMIT = 400
 
 def build(model: type[S], where: str, values: Any) -> S:
     """`values` (the section called `where`) as a `model`. Raises UserError naming the first wrong key."""
+    if errors := _errors(model, where, values):
+        raise UserError(_line(model, where, errors[0]))
+    return model.model_validate(dict(values))
+
+
+def check_partial(model: type[Section], where: str, values: Any) -> None:
+    """Raises UserError for the first wrong key of `values`, which may leave out required keys of `model`."""
+    for error in _errors(model, where, values):
+        if error["type"] != "missing":
+            raise UserError(_line(model, where, error))
+
+
+def _errors(model: type[Section], where: str, values: Any) -> list[Any]:
+    """What is wrong with `values`. Unknown keys come first: one is usually the misspelt name of a missing one."""
     if not isinstance(values, Mapping):
         raise UserError(f"{where}: must be a mapping of keys; got {values!r}")
     try:
-        return model.model_validate(dict(values))
+        model.model_validate(dict(values))
     except pydantic.ValidationError as error:
-        # An unknown key is reported first: it is usually the misspelt name of one that is then missing.
-        errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-        raise UserError(_line(model, where, errors[0])) from None
+        return sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    return []
+
+
+def merged(defaults: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """`defaults` with the values of `own` in their place; mappings merge key by key, lists are replaced whole."""
+    found = dict(defaults)
+    for key, value in own.items():
+        below = found.get(key)
+        if isinstance(below, Mapping) and isinstance(value, Mapping):
+            value = merged(below, value)
+        found[key] = value
+    return found
 
 
 def _line(model: type[pydantic.BaseModel], where: str, error: Any) -> str:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from copy import copy
 from typing import Annotated, Any
 
 from pipeline import device, params, plugins
@@ -9,22 +10,44 @@ from pipeline.errors import UserError, nearest
 from pipeline.extraction.cluster import ADDRESS
 from pipeline.residency import Residency
 
+#: Every section of params.yaml, in the order of the data.
 SECTIONS = (
     "seed",
     "device",
     "inputs",
     "prepare",
+    "backbone_defaults",
     "backbones",
     "extract",
     "pool",
+    "host_defaults",
     "hosts",
     "train_classifier",
     "evaluate",
     "report",
     "run",
 )
-
-OPTIONAL = ("inputs", "pool", "run")  # complete by their defaults
+#: What a section that is left out stands for. The other sections must be there.
+LEFT_OUT: dict[str, Any] = {
+    "seed": 0,
+    "device": "auto",
+    "inputs": {},
+    "backbone_defaults": {},
+    "extract": {},
+    "pool": {},
+    "host_defaults": {},
+    "train_classifier": {},
+    "evaluate": {},
+    "report": {},
+    "run": {},
+}
+#: Section of entries -> (section with their defaults, plug-in keys that an entry's own name stands for).
+ENTRIES = {
+    "backbones": ("backbone_defaults", {"arch": "backbones", "objective": "objectives"}),
+    "hosts": ("host_defaults", {"host": "hosts"}),
+}
+#: A host with a closed-form fit has neither, so it does not take them from `host_defaults`.
+TRAINED_ONLY = ("optimiser", "grid")
 
 #: (section, key) that change no byte. They belong into `run`, which DVC does not watch; their old place is accepted.
 MOVED = (("extract", "cluster"),)
@@ -42,7 +65,8 @@ class Run(params.Section):
 def check(values: dict[str, Any], say: Callable[[str], None] = lambda line: None) -> None:
     """Raises UserError for the first wrong, missing or unknown key.
 
-    Fills in `host`, `arch` and `objective` by name, sections that may be left out, and what `run` says about a stage.
+    Fills in what is left out: whole sections, `host`, `arch` and `objective` by an entry's name, in each entry the
+    values of `backbone_defaults` or `host_defaults`, and in a stage's section what `run` says about it.
     """
     from pipeline.stages import evaluate, extract, pool, prepare, report, train_backbone, train_classifier
 
@@ -50,8 +74,8 @@ def check(values: dict[str, Any], say: Callable[[str], None] = lambda line: None
         if name not in SECTIONS:
             raise UserError(f"{name}: unknown section{nearest(name, SECTIONS)} (there are: {', '.join(SECTIONS)})")
     for name in SECTIONS:
-        if name in OPTIONAL:
-            values.setdefault(name, {})
+        if name in LEFT_OUT:
+            values.setdefault(name, copy(LEFT_OUT[name]))
         if name not in values:
             raise UserError(f"{name}: missing; add the section to the parameter file")
     seed = values["seed"]
@@ -75,12 +99,14 @@ def check(values: dict[str, Any], say: Callable[[str], None] = lambda line: None
     params.build(Residency, "train_classifier", values["train_classifier"])
     params.build(evaluate.Params, "evaluate", values["evaluate"])
     params.build(report.Params, "report", values["report"])
-    for name, entry in _entries(values, "backbones", ("arch", "objective")).items():
+    params.check_partial(train_backbone.Params, "backbone_defaults", values["backbone_defaults"])
+    params.check_partial(train_classifier.Params, "host_defaults", values["host_defaults"])
+    for name, entry in complete(values, "backbones").items():
         backbone = params.build(train_backbone.Params, f"backbones.{name}", entry)
         where = f"backbones.{name}"
         params.build(plugins.load("backbones", backbone.arch).Options, f"{where}.options", backbone.options)
         params.build(plugins.load("objectives", backbone.objective).Loss, f"{where}.loss", backbone.loss)
-    for name, entry in _entries(values, "hosts", ("host",)).items():
+    for name, entry in complete(values, "hosts").items():
         where = f"hosts.{name}"
         host = params.build(train_classifier.Params, where, entry)
         if host.backbone not in values["backbones"]:
@@ -98,21 +124,33 @@ def check(values: dict[str, Any], say: Callable[[str], None] = lambda line: None
         params.build(plugins.load("pools", host.pool).Options, f"{where}.pool_options", host.pool_options)
 
 
-def _entries(values: dict[str, Any], name: str, defaults: tuple[str, ...]) -> dict[str, Any]:
-    """The entries of a mapping section, with the plug-in keys `defaults` set to the entry's own name where absent."""
+def complete(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """The entries of section `name`, each with the defaults merged in. Raises UserError.
+
+    An entry named like a plug-in needs no key for it. `values` then holds the complete entries, too.
+    """
     section = values[name]
     if not isinstance(section, dict) or not section:
         raise UserError(f"{name}: must be a mapping with at least one entry; got {section!r}")
-    kinds = {"arch": "backbones", "objective": "objectives", "host": "hosts"}
+    defaults_name, kinds = ENTRIES[name]
+    defaults = values.get(defaults_name, {})
     for key, entry in section.items():
         _check_name(name, key, "folders")
         if isinstance(entry, dict):
-            for default in defaults:
-                if default not in entry and key in plugins.names(kinds[default]):
-                    entry[default] = key
+            named = {k: key for k, kind in kinds.items() if key in plugins.names(kind)}
+            own = {**named, **entry} if name == "hosts" else entry
+            section[key] = params.merged(_for_host(own, defaults) if name == "hosts" else {**named, **defaults}, own)
     return section
 
 
 def _check_name(section: str, key: Any, become: str) -> None:
     if not isinstance(key, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", key):
         raise UserError(f"{section}: names are letters, digits, _ and -, as they become {become}; got {key!r}")
+
+
+def _for_host(host: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """`defaults` without the keys that only trained hosts have."""
+    name = host.get("host", defaults.get("host"))
+    if isinstance(name, str) and name in plugins.names("hosts") and plugins.load("hosts", name).Host.fitted:
+        return {k: v for k, v in defaults.items() if k not in TRAINED_ONLY}
+    return defaults

@@ -5,8 +5,11 @@ from pipeline.plugins import KINDS as PLUGINS
 
 __all__ = ["LOADED", "PLUGINS", "ROOT", "closure", "imports", "modules"]
 
-#: Stage -> plug-ins it loads by name: folder -> how dvc.yaml names the one in use.
+#: Stage -> plug-ins it loads by name: folder -> how dvc.yaml names the one in use. None: the stage watches the whole
+#: kind, because a value that params.yaml may leave out cannot be named.
 LOADED = {
+    "watch": {},
+    "inputs": {"datasets": None},
     "prepare": {"datasets": ["${prepare.dataset}"]},
     "train_backbone": {
         "datasets": ["${prepare.dataset}"],
@@ -18,12 +21,12 @@ LOADED = {
         "backbones": ["${item.arch}"],
         "samplers": ["balanced", "instance", "reverse"],
     },
-    "pool": {"pools": ["${pool.pool}"]},
+    "pool": {"pools": None},
     "train_classifier": {
         "hosts": ["${item.host}"],
-        "pools": ["${item.pool}"],
+        "pools": None,
         "samplers": ["balanced", "instance", "reverse"],
     },
-    "evaluate": {"hosts": ["${item.host}"], "pools": ["${item.pool}"]},
+    "evaluate": {"hosts": ["${item.host}"], "pools": None},
     "report": {},
 }

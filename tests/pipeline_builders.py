@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from cache.reader import open_cache
 from cache.rows import make_rows
-from pipeline import plugins
+from pipeline import params, plugins
 from pipeline.checkpoints import save_weights, weights_digest
 from pipeline.classes import ClassIndex
 from pipeline.features import FeatureReader
@@ -284,8 +284,8 @@ def make_params(**overrides) -> dict[str, Any]:
     values["prepare"].update(test_per_class=40, validation_per_class=14)
     values["backbones"]["ce_mixup"].update(epochs=1, warmup_epochs=1)
     values["extract"].update(batchnorm_passes=2)
-    values["backbones"] = {"ce_mixup": values["backbones"]["ce_mixup"]}
-    values["hosts"] = {"dr": values["hosts"]["dr"]}
+    dr = params.merged(values["host_defaults"], values["hosts"]["dr"])
+    values.update(backbone_defaults={}, host_defaults={}, hosts={"dr": {"host": "dr", "pool": "gap", **dr}})
     values["hosts"]["dr"]["optimiser"].update(epochs=2)
     values["hosts"]["dr"]["grid"].update(ratio=[0.0, 0.3], seed=[0, 1])
     for key, value in overrides.items():

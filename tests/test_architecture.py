@@ -123,14 +123,16 @@ def watched(stage, file):
 
 @pytest.mark.parametrize("stage", sorted(LOADED))
 def test_a_stage_watches_its_number_and_those_of_the_plug_ins_it_loads(stage):
-    expected = {f"{kind}.{name}" for kind, names in LOADED[stage].items() for name in names}
+    expected = set()
+    for kind, names in LOADED[stage].items():
+        expected |= {kind} if names is None else {f"{kind}.{name}" for name in names}
     assert watched(stage, "stages.yaml") == {stage} | expected
 
 
 @pytest.mark.parametrize("stage", sorted(LOADED))
 def test_of_code_a_stage_watches_the_projects_own_plug_ins(stage):
     """Extraction loads samplers of ours alone, which none of the project can replace."""
-    deps = [dep for dep in stage_of(stage)["deps"] if not dep.startswith("data/")]
+    deps = [dep for dep in stage_of(stage)["deps"] if dep.startswith("plugins")]
     kinds = set(LOADED[stage]) - ({"samplers"} if stage == "extract" else set())
     assert sorted(deps) == sorted(f"plugins/{kind}" for kind in kinds)
     assert all((ROOT / dep).is_dir() for dep in deps)
@@ -171,11 +173,13 @@ def test_every_plugin_that_a_stage_loads_is_said_to_be_loaded(stage):
 
 
 PARAMETERS = {
+    "watch": set(),
+    "inputs": {"prepare", "backbones", "backbone_defaults", "extract"},
     "prepare": {"seed", "prepare"},
-    "train_backbone": {"seed", "backbones.${key}"},
+    "train_backbone": {"seed", "backbones.${key}", "backbone_defaults"},
     "extract": {"seed", "extract"},
     "pool": {"pool"},
-    "train_classifier": {"hosts.${key}"},
+    "train_classifier": {"hosts.${key}", "host_defaults"},
     "evaluate": {"evaluate"},
     "report": {"hosts", "report"},
 }
@@ -189,7 +193,7 @@ def test_parameters_of_a_stage_are_those_that_change_its_output(stage):
 
 def test_every_section_is_some_stages_or_changes_no_output():
     sections = {p.split(".")[0] for stage in DVC for p in watched(stage, "params.yaml")}
-    assert set(settings.SECTIONS) - sections == {"device", "train_classifier", "run"}
+    assert set(settings.SECTIONS) - sections == {"device", "inputs", "train_classifier", "run"}
     assert set(make_params()) <= set(settings.SECTIONS)
 
 

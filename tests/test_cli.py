@@ -118,9 +118,9 @@ def test_a_bad_parameter_file_is_one_line(tmp_path, content, line):
 
 def test_a_missing_section_and_a_missing_file_are_named(tmp_path):
     values = make_params()
-    del values["extract"]
+    del values["hosts"]
     (tmp_path / "p.yaml").write_text(yaml.safe_dump(values))
-    assert "extract: missing" in refused("prepare", tmp_path / "out", "--params", tmp_path / "p.yaml")
+    assert "hosts: missing" in refused("prepare", tmp_path / "out", "--params", tmp_path / "p.yaml")
     assert "no such parameter file" in refused("prepare", tmp_path / "out", "--params", tmp_path / "q.yaml")
 
 

@@ -1,3 +1,4 @@
+import copy
 from typing import Annotated
 
 import pytest
@@ -138,3 +139,52 @@ def test_names_of_plugins_default_to_the_key():
     del values["hosts"]["dr"]["host"]
     settings.check(values)
     assert values["hosts"]["dr"]["host"] == "dr"
+
+
+def test_an_entry_has_the_defaults_where_it_says_nothing_else():
+    values = make_params()
+    values["host_defaults"] = {"batchnorm": "stage1", "optimiser": {"lr": 0.5, "epochs": 7}, "grid": {"ratio": [0.0]}}
+    values["hosts"] = {
+        "dr": {"backbone": "ce_mixup", "optimiser": {"epochs": 3}},
+        "ncm": {"backbone": "ce_mixup"},
+    }
+    settings.check(values)
+    assert values["hosts"]["dr"] == {
+        "host": "dr",
+        "backbone": "ce_mixup",
+        "batchnorm": "stage1",
+        "optimiser": {"lr": 0.5, "epochs": 3},
+        "grid": {"ratio": [0.0]},
+    }
+    # A closed-form fit takes neither an optimiser nor a grid.
+    assert values["hosts"]["ncm"] == {"host": "ncm", "backbone": "ce_mixup", "batchnorm": "stage1"}
+
+
+def test_checking_twice_changes_nothing():
+    values = make_params()
+    settings.check(values)
+    once = copy.deepcopy(values)
+    settings.check(values)
+    assert values == once
+
+
+@pytest.mark.parametrize(
+    ("section", "wrong", "line"),
+    [
+        ("host_defaults", {"optimiser": {"lrr": 1}}, r"^host_defaults\.optimiser\.lrr: unknown key; did you mean 'lr'"),
+        ("backbone_defaults", {"epochs": 0}, r"^backbone_defaults\.epochs: must be at least 1; got 0"),
+        ("host_defaults", [], r"^host_defaults: must be a mapping of keys; got \[\]"),
+    ],
+)
+def test_a_wrong_default_is_named_where_it_stands(section, wrong, line):
+    values = make_params(**{section: wrong})
+    with pytest.raises(UserError, match=line):
+        settings.check(values)
+
+
+def test_sections_may_be_left_out():
+    values = make_params()
+    for name in settings.LEFT_OUT:
+        values.pop(name, None)
+    settings.check(values)
+    assert set(values) == set(settings.SECTIONS)

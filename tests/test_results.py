@@ -14,7 +14,7 @@ from scipy.stats import ttest_rel
 
 from benchmarks import analyses, online_results, tables
 from benchmarks.results import online_tables
-from pipeline import params
+from pipeline import params, settings
 from pipeline.errors import UserError
 from pipeline.reporting import comparison, files
 from pipeline.reporting.results import FIGURES, load_result
@@ -103,13 +103,13 @@ def test_an_analysis_runs_by_one_command_and_again_to_the_same_table(tmp_path, e
 
 @pytest.mark.parametrize("path", sorted((ROOT / "presets" / "analyses").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_analysis_is_complete(path):
-    for name, host in params.load(path)["hosts"].items():
+    for name, host in settings.complete(params.load(path), "hosts").items():
         made = params.build(train_classifier.Params, f"hosts.{name}", host)
         assert len(made.grid.seed) == 5 or made.grid == train_classifier.Grid()
 
 
 def test_grid_has_660_heads():
-    host = params.load(ROOT / "presets" / "analyses" / "grid.yaml")["hosts"]["grid"]
+    host = settings.complete(params.load(ROOT / "presets" / "analyses" / "grid.yaml"), "hosts")["grid"]
     assert len(train_classifier.heads_of(params.build(train_classifier.Params, "hosts.grid", host).grid)) == 660
 
 

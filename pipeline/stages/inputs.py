@@ -17,6 +17,8 @@ from pipeline.errors import UserError
 from pipeline.outputs import fresh_directory, write_json
 from pipeline.params import INPUTS, build
 
+NUMBER = 2026112601  # other results, another number: docs/numbers.md
+
 NO_FILES = ("torchvision", "pretrained", "none")  # what `weights` and `start` of a backbone may say instead of a file
 
 

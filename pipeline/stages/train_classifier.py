@@ -27,7 +27,7 @@ from pipeline.errors import UserError
 from pipeline.features import FeatureReader, first_not_finite, identity_if_pooled, maps_fingerprint, pool_label
 from pipeline.fusion import Rounding, Selection, replaced_channels
 from pipeline.heads import HeadParts, head_parts
-from pipeline.host import Context, FittedHost
+from pipeline.host import Context
 from pipeline.network import NONE, StageOneHead, backbone_digest, load_head
 from pipeline.outputs import fresh_directory
 from pipeline.params import DISTINCT, Count, Epochs, Experts, NonNegative, Positive, Rate, Ratio, Section, Seed, plugin
@@ -162,7 +162,7 @@ def run(
     stage1 = load_head(backbone_dir)
     recipe = RECIPES[params.batchnorm]
     kind = plugins.load("hosts", params.host).Host
-    fitted = issubclass(kind, FittedHost)
+    fitted = kind.fitted
     _check_grid(params, name, cache, fitted)
     heads = [HeadSetting(0.0, "instance", "random", 0)] if fitted else heads_of(params.grid)
     streams = Streams(

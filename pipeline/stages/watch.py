@@ -14,6 +14,8 @@ from pathlib import Path
 from pipeline.errors import UserError, nearest
 from pipeline.outputs import write_json
 
+NUMBER = 2026112601  # other results, another number: docs/numbers.md
+
 THREADS = 8  # files read at a time, for folders on a network
 
 

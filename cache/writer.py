@@ -25,7 +25,6 @@ import pyarrow as pa
 from cache import shard as shard_layout
 from cache.codecs import codec, zarr_codecs
 from cache.errors import CacheError
-from cache.files import LocalFiles
 from cache.rows import to_bytes
 from cache.spec import (
     CARD,
@@ -45,8 +44,11 @@ from cache.staging import Staging, bad_disk_is_one_line, file_sha256, sync, writ
 
 def committed(target: Path) -> CacheSpec | None:
     """The spec of the cache committed at `target`; None if there is none."""
-    files = LocalFiles(target)
-    return parse_record(files.read_all(RECORD, MAX_RECORD_BYTES)).spec if files.exists(RECORD) else None
+    record = target / RECORD
+    if not record.is_file():
+        return None
+    with record.open("rb") as file:
+        return parse_record(file.read(MAX_RECORD_BYTES + 1)).spec  # a longer one does not parse
 
 
 def _dimension_names(spec: CacheSpec, expert: int) -> tuple[str, ...]:

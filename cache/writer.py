@@ -50,7 +50,7 @@ def committed(target: Path) -> CacheSpec | None:
     record = target / RECORD
     if record.is_file():
         with record.open("rb") as file:
-            return parse_record(file.read(MAX_RECORD_BYTES + 1)).spec
+            return parse_record(file.read(MAX_RECORD_BYTES + 1)).spec  # a longer one does not parse
     if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
         raise CacheError("exists", f"{target}: holds something that is no cache; remove it, or give another place")
     return None

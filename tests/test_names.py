@@ -134,6 +134,7 @@ def test_report_names_what_is_missing_in_an_evaluation(tmp_path):
         ("s3://bucket/caches/b", "b"),
         ("https://host/caches/b?token=x/y", "b"),
         ("dvc+https://host/lab.git@v1#data/extract/b", "b"),
+        ("http://ann[secret:x]y@127.0.0.1:1/b", "b"),
         ("dvc+git@host:lab/x.git#data/extract/b", "b"),
     ],
 )

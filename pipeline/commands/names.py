@@ -9,7 +9,6 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from pipeline.errors import UserError
 
@@ -17,9 +16,9 @@ from pipeline.errors import UserError
 def folder_name(location: object) -> str:
     """The last part of a path or URL: `ce_mixup` of data/extract/ce_mixup and of dvc+URL#data/extract/ce_mixup."""
     text = str(location)
-    if "://" in text:
-        parts = urlsplit(text)
-        text = parts.fragment or parts.path
+    if "://" in text:  # not urlsplit, which raises an error that quotes a malformed login
+        before, _, fragment = text.partition("#")
+        text = fragment or before.partition("?")[0]
     return text.rstrip("/").rpartition("/")[2]
 
 

@@ -92,6 +92,11 @@ ELSEWHERE = {
     "tests/test_train_backbone.py::test_two_processes_train_like_one_and_go_on_where_one_was_killed": (
         "torchrun --nproc-per-node 4 -m pipeline train-backbone ce_mixup data/prepare data/train_backbone/ce_mixup",
     ),
+    "tests/test_golden.py::test_results_are_rewritten_for_a_new_number_only": ("python tests/golden_cases.py",),
+    "tests/test_upgrade.py::test_a_lock_file_from_before_the_numbers_is_taken_over": (
+        "h2t upgrade",
+        "h2t upgrade --apply",
+    ),
     "tests/test_two_clones.py::test_nobody_extracts_twice": ("make test-remotes", "dvc repro --pull"),
 }
 

@@ -6,6 +6,8 @@ import pytest
 
 from pipeline import numbers
 
+pytestmark = pytest.mark.slow
+
 HOW = """{case}: other results under the number {number}. If that is meant, raise the number:
   1. in the file of {case}: NUMBER = the date and a counter, never a number that was used before
   2. h2t upgrade --apply

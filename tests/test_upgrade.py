@@ -18,6 +18,8 @@ from pipeline.cli import main
 from pipeline.sharing.doctor import examine
 from pipeline.sharing.upgrade import same_meaning, upgrade
 
+pytestmark = pytest.mark.slow
+
 STAGES = {"prepare", "train_backbone@few", "extract@few", "pool@few", "train_classifier@dr", "evaluate@dr", "report"}
 LEFT_OUT = {"data/pool/few", "data/report"}  # of tests/golden/first
 

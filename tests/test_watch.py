@@ -315,7 +315,7 @@ def start_project(root: Path, values: dict) -> Project:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)  # ten times what it takes, for machines with other work
+@pytest.mark.timeout(1200)  # a dozen programs that import torch, on a busy machine
 def test_dvc_runs_what_a_change_concerns_and_nothing_else(tmp_path):
     # Weights to start from lie outside of the repository, at an absolute path with a space.
     make_backbone_dir(tmp_path / "first", seed=1)

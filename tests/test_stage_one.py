@@ -18,7 +18,23 @@ from pipeline.seeds import stream, torch_seed
 from pipeline.stage_one import StageOne, Training
 
 EPOCHS, BATCH, RATE, MOMENTUM, DECAY = 3, 128, 0.1, 0.9, 5e-4
-EXACT = 1e-10
+CHANNELS, EXACT = 8, 1e-10
+
+
+class Net(nn.Module):
+    """A convolution that the experts share, then one of their own, each with batch norm."""
+
+    def __init__(self, experts):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, CHANNELS, 3, 2, 1, bias=False), nn.BatchNorm2d(CHANNELS), nn.ReLU())
+        self.each = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 3, 1, 1, bias=False), nn.BatchNorm2d(CHANNELS), nn.ReLU())
+            for _ in range(experts)
+        )
+
+    def forward(self, x):
+        shared = self.stem(x)
+        return tuple(expert(shared) for expert in self.each)
 
 
 class InDouble:
@@ -36,11 +52,11 @@ class InDouble:
 
 def network(experts, name, counts, **loss):
     """Backbone and objective as stage I starts them, float64."""
-    arch, objectives = plugins.load("backbones", "resnet20"), plugins.load("objectives", name)
+    objectives = plugins.load("objectives", name)
     with torch.random.fork_rng():
         torch.manual_seed(torch_seed(0, "stage1", "initial"))
-        backbone = arch.build(arch.Options(experts=experts))
-        objective = objectives.Objective(objectives.Loss(**loss), backbone.channels, experts, torch.tensor(counts))
+        backbone = Net(experts)
+        objective = objectives.Objective(objectives.Loss(**loss), CHANNELS, experts, torch.tensor(counts))
     return backbone.double(), objective.double()
 
 
@@ -59,14 +75,11 @@ class Ce:
     """MiSLAS's stage I: a linear layer on the pooled map."""
 
     def __init__(self, objective, counts):
-        self.layer = (
-            nn.Parameter(objective.weight.detach()[0].clone()),
-            nn.Parameter(objective.bias.detach()[0].clone()),
-        )
-        self.parameters = {"weight": self.layer[0], "bias": self.layer[1]}
+        start = {k: getattr(objective, k).detach()[0].clone() for k in ("weight", "bias")}
+        self.parameters = {k: nn.Parameter(v) for k, v in start.items()}
 
     def __call__(self, maps):
-        return maps[0].mean((2, 3)) @ self.layer[0].T + self.layer[1]
+        return maps[0].mean((2, 3)) @ self.parameters["weight"].T + self.parameters["bias"]
 
     def cost(self, z, y, epoch):
         return cross_entropy(z, y)
@@ -189,10 +202,8 @@ def apart(found, expected) -> float:
 def test_steps_are_those_of_the_published_loop(digits, tmp_path, name, head, loss, more):
     samples, images = digits
     experts = 1 if name == "ce" else 2
-    params = Training(
-        epochs=EPOCHS, batch_size=BATCH, lr=RATE, momentum=MOMENTUM, weight_decay=DECAY, warmup_epochs=2, milestones=[2],
-        **more,
-    )  # fmt: skip
+    recipe = {"epochs": EPOCHS, "batch_size": BATCH, "lr": RATE, "momentum": MOMENTUM, "weight_decay": DECAY}
+    params = Training(**recipe, warmup_epochs=2, milestones=[2], **more)
     backbone, objective = network(experts, name, samples.counts, **loss)
     other, _ = network(experts, name, samples.counts, **loss)
     by_hand = head(objective, samples.counts)

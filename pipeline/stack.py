@@ -99,7 +99,8 @@ class Stack:
         channels = feed.shape[0]
         self.replaced = np.array([replaced_channels(h.ratio, channels, rounding) for h in heads])
         self._random = np.array([h.selection in ("random", "shuffled") for h in heads])
-        self._shuffled = torch.tensor([h.selection == "shuffled" for h in heads], device=self.device)
+        shuffled = np.flatnonzero([h.selection == "shuffled" for h in heads])
+        self._shuffled = torch.from_numpy(shuffled).to(self.device)  # numbers: a mask would make a GPU wait
         self._fixed = np.stack(
             [
                 fixed_channels(h.selection, int(n), channels)
@@ -109,6 +110,7 @@ class Stack:
             ]
         )
         mixed = np.array([h.selection == "mixup" for h in heads])
+        self._mixing = bool((mixed & (self.replaced > 0)).any())
         self._share = torch.tensor(mixed * self.replaced / channels, device=self.device, dtype=self.dtype)
         self.state: dict[str, torch.Tensor] = {}
 
@@ -138,7 +140,7 @@ class Stack:
 
     def orders(self, epoch: int, step: int, size: int) -> torch.Tensor | None:
         """Which donor of the batch each channel comes from, int64 (shuffled heads, E, B, C); None where none is."""
-        if not self._shuffled.any():
+        if not len(self._shuffled):
             return None
         experts, channels = range(self.feed.experts), self.feed.shape[0]
         found = {
@@ -153,18 +155,16 @@ class Stack:
     ) -> torch.Tensor:
         """The input of every head, (K, E, B, C[, H, W])."""
         receivers = table.take(batch.receivers)[self._seed]
-        mixed = self._share > 0
-        if not masks.any() and not mixed.any():
+        if not self.replaced.any():
             return receivers
         donors = table.take(batch.donors)[self._seed, self._donor]
         if orders is not None:
             donors[self._shuffled] = shuffle(donors[self._shuffled], orders)
         inner = (1,) * (receivers.dim() - 4)  # whatever follows the channels
         x = fuse(receivers, donors, masks.reshape(*masks.shape[:2], 1, -1, *inner))
-        if mixed.any():
-            per_head = (-1, 1, 1, 1, *inner)
-            blend = mix(receivers, donors, self._share.reshape(per_head))
-            x = torch.where(mixed.reshape(per_head), blend, x)
+        if self._mixing:
+            share = self._share.reshape(-1, 1, 1, 1, *inner)
+            x = torch.where(share > 0, mix(receivers, donors, share), x)
         return x
 
     def pooled(self, state: dict[str, torch.Tensor], x: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:

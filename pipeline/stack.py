@@ -94,7 +94,8 @@ class Stack:
         self.streams, self.device, self.dtype = feed.streams, feed.device, feed.dtype
         self.maps = len(feed.shape) == 3  # (C, H, W): fused as maps, pooled afterwards
         streams = feed.streams
-        self._seed = torch.tensor([streams.seeds.index(h.seed) for h in heads], device=self.device)
+        self._seed_place = np.array([streams.seeds.index(h.seed) for h in heads])
+        self._seed = torch.from_numpy(self._seed_place).to(self.device)
         self._donor = torch.tensor([streams.donors.index(h.donor) for h in heads], device=self.device)
         channels = feed.shape[0]
         self.replaced = np.array([replaced_channels(h.ratio, channels, rounding) for h in heads])
@@ -135,7 +136,7 @@ class Stack:
                 for seed in self.streams.seeds
             ]
         )
-        drawn = ranks[self._seed.cpu().numpy()] < self.replaced[:, None, None]
+        drawn = ranks[self._seed_place] < self.replaced[:, None, None]
         return torch.from_numpy(np.where(self._random[:, None, None], drawn, self._fixed[:, None, :])).to(self.device)
 
     def orders(self, epoch: int, step: int, size: int) -> torch.Tensor | None:

@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Threads that wait for work sleep instead of spinning: a shared machine stays usable, and small batches lose nothing.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: repro test test-remotes stranger check format bench faults fuzz audit coverage mutants page clean
+.PHONY: repro test test-remotes stranger check format bench gpu faults fuzz audit coverage mutants page clean
 
 repro: $(VENV)/installed
 	dvc repro
@@ -39,6 +39,10 @@ format: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks
+
+# What only a GPU can show, with JSON for every piece in benchmarks/results: make gpu, make gpu PIECES="stack stage2".
+gpu: $(VENV)/installed
+	$(BIN)/python -m benchmarks.gpu $(PIECES)
 
 # Faults at random instants: 100 kills of the cache's writer, 320 runs over twelve faults and every stage, and some of
 # `dvc repro`. Prints seeds and what was lost; begins no run after 50 minutes. docs/reliability.md

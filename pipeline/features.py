@@ -155,8 +155,10 @@ class FeatureTable:
         """(E, *rows.shape, C[, H, W]) where and as it is kept."""
         if self._hot is None:
             return self._values[:, torch.from_numpy(np.searchsorted(self.rows, rows)).to(self._values.device)]
-        out = self._values.new_empty((len(self._values), *rows.shape, *self._values.shape[2:]))
-        hot = np.isin(rows, self._hot.rows)
+        flat, shape = rows.ravel(), self._values.shape
+        out = self._values.new_empty((shape[0], len(flat), *shape[2:]))
+        hot = np.isin(flat, self._hot.rows)
         for table, here in ((self._hot, hot), (FeatureTable(self.rows, self._values, self._dtype, self._device), ~hot)):
-            out[:, torch.from_numpy(here)] = table._gather(rows[here])
-        return out
+            places = np.flatnonzero(here)  # numbers: a mask would make a GPU wait
+            out[:, torch.from_numpy(places).to(out.device)] = table._gather(flat[places])
+        return out.view(shape[0], *rows.shape, *shape[2:])

@@ -1,7 +1,7 @@
 """Pool + classifier: how pooled features become logits, for stage I and stage II alike.
 
 Shapes: features (E, B, D) for E experts; weight (E, K, D), bias (E, K) for K classes; logits (B, K). A classifier of
-three branches adds batch norm on the features: norm_weight, norm_bias, running_mean, running_var (3, D).
+branches adds batch norm on the features: norm_weight, norm_bias, running_mean, running_var (branches, D), two or three.
 """
 
 import math
@@ -32,7 +32,7 @@ def expert_logits(classifier: str, state: State, features: torch.Tensor, scale: 
     """Logits of each expert, (E, B, K).
 
     linear: f w + b, times `scale`; cosine: `scale` times the cosine of f and w, without bias (Li et al., "GCL", CVPR
-    2022, and RIDE's cosine classifier); branches: the sum of ResLT's three, by their running statistics.
+    2022, and RIDE's cosine classifier); branches: the sum of ResLT's, by their running statistics.
     """
     weight = state["weight"]
     if classifier == "cosine":
@@ -41,7 +41,8 @@ def expert_logits(classifier: str, state: State, features: torch.Tensor, scale: 
         slope = state["norm_weight"] * torch.rsqrt(state["running_var"] + NORM_EPSILON)
         shift = state["norm_bias"] - slope * state["running_mean"]
         # The mean over the image commutes with batch norm by fixed statistics, so the sum is one affine map.
-        return scale * ((features * slope.sum(0) + shift.sum(0)) @ weight.mT + 3 * state["bias"].unsqueeze(-2))
+        bias = len(slope) * state["bias"].unsqueeze(-2)
+        return scale * ((features * slope.sum(0) + shift.sum(0)) @ weight.mT + bias)
     return scale * (features @ weight.transpose(-1, -2) + state["bias"].unsqueeze(-2))
 
 

@@ -4,6 +4,7 @@ Arrays are uint8 (H, W, 3) until a batch is normalised. The augmentation of an i
 alone, so neither the number of workers nor any other image changes it.
 """
 
+import copy
 import hashlib
 import io
 import itertools
@@ -141,8 +142,11 @@ def for_evaluation(image: np.ndarray, transform: Transform) -> np.ndarray:
     return image[top : top + size, left : left + size]
 
 
-def augmented(image: np.ndarray, transform: Transform, draws: np.random.Generator) -> np.ndarray:
-    """One augmented view, uint8 (size, size, 3), from the stream `draws`."""
+def augmented(image: np.ndarray, transform: Transform, draws: np.random.Generator, rotation: float = 0.0) -> np.ndarray:
+    """One augmented view, uint8 (size, size, 3), from the stream `draws`, turned by up to `rotation` degrees.
+
+    Corners that turning lays bare are black, and pixels are those of the nearest neighbour, torchvision's defaults.
+    """
     size = transform.size
     if transform.area is not None:
         image = _random_resized_crop(image, size, transform.area, draws)
@@ -155,6 +159,8 @@ def augmented(image: np.ndarray, transform: Transform, draws: np.random.Generato
         image = image[top : top + size, left : left + size]
     if transform.flip and draws.random() < 0.5:
         image = image[:, ::-1]
+    if rotation:
+        image = np.asarray(Image.fromarray(image).rotate(draws.uniform(-rotation, rotation)))
     if transform.jitter:
         image = _jittered(image, transform.jitter, draws)
     return image
@@ -205,6 +211,7 @@ class Images:
         origin: tuple[str, Section] | None = None,
     ) -> None:
         self._origin = origin
+        self._rotation = 0.0
         self.sources = sources
         self._expected = expected
         self.transform = transform
@@ -217,7 +224,13 @@ class Images:
     def __reduce__(self) -> tuple[Any, ...]:
         if self._origin is None:
             raise TypeError("images of no dataset cannot be opened in another process")
-        return _reopen, (*self._origin, self.sources, self._expected, self.transform)
+        return _reopen, (*self._origin, self.sources, self._expected, self.transform), {"_rotation": self._rotation}
+
+    def turned(self, rotation: float) -> "Images":
+        """The same images, augmented views of which are also turned by up to `rotation` degrees."""
+        found = copy.copy(self)
+        found._rotation = rotation
+        return found
 
     def array(self, sample: int) -> np.ndarray:
         """The decoded image of `sample`, uint8 (H, W, 3). Raises BadImage, and UserError if its bytes have changed."""
@@ -276,7 +289,8 @@ class Images:
         if key is None:
             return for_evaluation(image, self.transform)
         seed, *rest = key
-        return augmented(image, self.transform, stream(int(seed), "view", self.sources[sample], *rest))
+        draws = stream(int(seed), "view", self.sources[sample], *rest)
+        return augmented(image, self.transform, draws, self._rotation)
 
     def _views(self, wanted: Sequence[tuple[int, Sequence[int | str] | None]]) -> list[np.ndarray]:
         return [self._view(sample, key) for sample, key in wanted]

@@ -286,7 +286,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path}: must be a mapping of sections; got {_short(values)}")
     for override in overrides:
-        _apply(values, override)
+        apply(values, override)
     known = values.get("inputs") or {}
     if not isinstance(known, Mapping) or not all(isinstance(p, str) and p.strip() for p in known.values()):
         raise UserError("inputs: must map names to files or folders (inputs: {images: photos})")
@@ -321,7 +321,8 @@ def assignment(option: str, text: str) -> tuple[str, Any]:
         raise UserError(f"{option} {text}: the value is not YAML ({error})") from None
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def apply(values: dict[str, Any], override: str) -> None:
+    """Sets `key.sub=value`, the value read as YAML. Raises UserError, also for a section that is not there."""
     key, value = assignment("--set", override)
     *parents, last = key.split(".")
     at: Any = values

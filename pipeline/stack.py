@@ -146,12 +146,14 @@ class Stack:
         self.streams, self.device, self.dtype = feed.streams, feed.device, feed.dtype
         self.maps = len(feed.shape) == 3  # (C, H, W): fused as maps, pooled afterwards
         streams = feed.streams
-        self._seed = torch.tensor([streams.seeds.index(h.seed) for h in heads], device=self.device)
+        self._seed_place = np.array([streams.seeds.index(h.seed) for h in heads])
+        self._seed = torch.from_numpy(self._seed_place).to(self.device)
         self._donor = torch.tensor([streams.donors.index(h.donor) for h in heads], device=self.device)
         channels = feed.shape[0]
         self.replaced = np.array([replaced_channels(h.ratio, channels, rounding) for h in heads])
         self._random = np.array([h.selection in ("random", "shuffled") for h in heads])
-        self._shuffled = torch.tensor([h.selection == "shuffled" for h in heads], device=self.device)
+        shuffled = np.flatnonzero([h.selection == "shuffled" for h in heads])
+        self._shuffled = torch.from_numpy(shuffled).to(self.device)  # numbers: a mask would make a GPU wait
         self._fixed = np.stack(
             [
                 fixed_channels(h.selection, int(n), channels)
@@ -161,6 +163,7 @@ class Stack:
             ]
         )
         mixed = np.array([h.selection == "mixup" for h in heads])
+        self._mixing = bool((mixed & (self.replaced > 0)).any())
         self._share = torch.tensor(mixed * self.replaced / channels, device=self.device, dtype=self.dtype)
         self.state: dict[str, torch.Tensor] = {}
 
@@ -185,12 +188,12 @@ class Stack:
                 for seed in self.streams.seeds
             ]
         )
-        drawn = ranks[self._seed.cpu().numpy()] < self.replaced[:, None, None]
+        drawn = ranks[self._seed_place] < self.replaced[:, None, None]
         return torch.from_numpy(np.where(self._random[:, None, None], drawn, self._fixed[:, None, :])).to(self.device)
 
     def orders(self, epoch: int, step: int, size: int) -> torch.Tensor | None:
         """Which donor of the batch each channel comes from, int64 (shuffled heads, E, B, C); None where none is."""
-        if not self._shuffled.any():
+        if not len(self._shuffled):
             return None
         experts, channels = range(self.feed.experts), self.feed.shape[0]
         found = {
@@ -205,18 +208,16 @@ class Stack:
     ) -> torch.Tensor:
         """The input of every head, (K, E, B, C[, H, W])."""
         receivers = table.take(batch.receivers)[self._seed]
-        mixed = self._share > 0
-        if not masks.any() and not mixed.any():
+        if not self.replaced.any():
             return receivers
         donors = table.take(batch.donors)[self._seed, self._donor]
         if orders is not None:
             donors[self._shuffled] = shuffle(donors[self._shuffled], orders)
         inner = (1,) * (receivers.dim() - 4)  # whatever follows the channels
         x = fuse(receivers, donors, masks.reshape(*masks.shape[:2], 1, -1, *inner))
-        if mixed.any():
-            per_head = (-1, 1, 1, 1, *inner)
-            blend = mix(receivers, donors, self._share.reshape(per_head))
-            x = torch.where(mixed.reshape(per_head), blend, x)
+        if self._mixing:
+            share = self._share.reshape(-1, 1, 1, 1, *inner)
+            x = torch.where(share > 0, mix(receivers, donors, share), x)
         return x
 
     def pooled(self, state: dict[str, torch.Tensor], x: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import pydantic
@@ -19,8 +19,9 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.errors import UserError
 from pipeline.head import global_average, logits
 from pipeline.images import Images
+from pipeline.objective import Objective
 from pipeline.parallel import Group
-from pipeline.params import Count, Epochs, Index, NonNegative, Positive, Rate, Ratio, Section, at_most
+from pipeline.params import Count, Epochs, Index, NonNegative, Positive, Rate, Ratio, Section, at_most, within
 from pipeline.precision import Precision, computing
 from pipeline.progress import progress
 from pipeline.samples import Samples
@@ -30,7 +31,11 @@ Curves = list[dict[str, float]]
 
 
 class Training(Section):
-    """How a backbone is trained. `frozen`: only the classifier is, on a backbone in eval mode."""
+    """How a backbone is trained. `frozen`: only the classifier is, on a backbone in eval mode.
+
+    The learning rate starts at `warmup_from` of `lr`. `drop_last` leaves out an epoch's last batch if it is smaller.
+    `rotation`: augmented images are turned by up to so many degrees (in stage I alone, not in the cache's views).
+    """
 
     frozen: bool = False
     epochs: Epochs = 200
@@ -40,10 +45,13 @@ class Training(Section):
     nesterov: bool = False
     weight_decay: NonNegative = 2e-4
     warmup_epochs: Index = 5
+    warmup_from: Ratio = 0.0
     schedule: Literal["cosine", "step"] = "step"
     milestones: list[Index] = [160, 180]
     gamma: Annotated[Positive, at_most(1)] = 0.1
     mixup: NonNegative = 0.0
+    rotation: Annotated[float, within(0, 180)] = 0.0
+    drop_last: bool = False
     accumulate: Count = 1
     precision: Precision = "float32"
     channels_last: bool = False
@@ -59,7 +67,8 @@ class Training(Section):
 def learning_rate(params: Training, epoch: int) -> float:
     """Per epoch, from 0: linear warm-up, then cosine to 0 or steps at the milestones."""
     if epoch < params.warmup_epochs:
-        return params.lr * (epoch + 1) / params.warmup_epochs
+        risen = params.lr * (epoch + 1) / params.warmup_epochs
+        return risen + params.warmup_from * (params.lr - risen)
     if params.schedule == "cosine":
         return params.lr * 0.5 * (1 + math.cos(math.pi * epoch / params.epochs))
     return params.lr * params.gamma ** sum(epoch >= m for m in params.milestones)
@@ -83,7 +92,7 @@ class StageOne:
         self,
         params: Training,
         backbone: torch.nn.Module,
-        objective: Any,
+        objective: Objective,
         samples: Samples,
         images: Images,
         seed: int,
@@ -96,7 +105,7 @@ class StageOne:
         if params.frozen:
             self.backbone.requires_grad_(False)
         self._forward = torch.compile(self.backbone) if params.compile else self.backbone
-        self._images = images
+        self._images = images.turned(params.rotation) if params.rotation else images
         self._labels = torch.from_numpy(samples.labels)
         self._train = samples.of("train")
         both = (("backbone", self.backbone), ("objective", self.objective))
@@ -115,7 +124,12 @@ class StageOne:
         self._curves = torch.zeros(params.epochs, 3, dtype=torch.float64)
 
     def run(self, name: str, save: Checkpoint, say: Callable[[str], None]) -> Curves:
-        """Trains the epochs that are left. Raises UserError when the loss is no longer finite."""
+        """Trains the epochs that are left. Raises UserError for a loss that is not finite, or no batch."""
+        if len(self._train) < (self.params.batch_size if self.params.drop_last else 2):
+            raise UserError(
+                f"backbones.{name}.batch_size: an epoch of {len(self._train)} training images has no whole batch; "
+                "prepare more images, or lower batch_size"
+            )
         state = {**self._state, "scaler": self._scale}
         done = save.restore(state, self._optimiser, self._curves)
         self._load_scale()
@@ -150,11 +164,13 @@ class StageOne:
             group["lr"] = rate
         self.backbone.train(not self.params.frozen)
         totals = torch.zeros(2, dtype=torch.float64, device=self.group.device)
+        seen = 0
         with torch.random.fork_rng():
             for parts, inputs in self._decoded(epoch):
                 totals += self._step(parts, inputs, epoch)
+                seen += sum(len(part.samples) for part in parts)
         self.group.add_up([totals])
-        loss, right = (totals / len(self._train)).tolist()
+        loss, right = (totals / seen).tolist()
         return torch.tensor([rate, loss, 100 * right], dtype=torch.float64)
 
     def _batches(self, epoch: int) -> Iterator[list[_Part]]:
@@ -164,7 +180,7 @@ class StageOne:
         order = self._train[draws.permutation(len(self._train))]
         for step, first in enumerate(range(0, len(order), params.batch_size)):
             batch = order[first : first + params.batch_size]
-            if len(batch) == 1:
+            if len(batch) == 1 or (params.drop_last and len(batch) < params.batch_size):
                 continue  # batch norm cannot be trained on one image
             share = float(draws.beta(params.mixup, params.mixup)) if params.mixup else 1.0
             yield [
@@ -228,7 +244,7 @@ class StageOne:
     def _loss(self, part: _Part, x: torch.Tensor, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(mean loss, correct guesses) of a part.
 
-        Mixup (Zhang et al., ICLR 2018): one share per batch, one permutation per part, the loss mixed like the images.
+        Mixup (Zhang et al., ICLR 2018): one share per batch, one permutation per part.
         """
         params, device = self.params, self.group.device
         x, y = x.to(device), self._labels[part.samples].to(device)
@@ -239,10 +255,11 @@ class StageOne:
             x = x.contiguous(memory_format=torch.channels_last)
         with computing(device, params.precision):
             maps = self._forward(x)
-        maps = tuple(m.float() for m in maps)
-        loss = self.objective.loss(maps, y, epoch)
+        maps = tuple(m.to(torch.promote_types(m.dtype, torch.float32)) for m in maps)
         if params.mixup:
-            loss = part.share * loss + (1 - part.share) * self.objective.loss(maps, y[partner], epoch)
+            loss = self.objective.loss(maps, y, epoch, y[partner], part.share)
+        else:
+            loss = self.objective.loss(maps, y, epoch)
         with torch.no_grad():
             features = torch.stack([global_average(m) for m in maps])
             state = self.objective.state_dict()

@@ -23,6 +23,7 @@ from pipeline_builders import CPU, make_backbone_dir, make_stage1_head, make_sta
 from cache.reader import open_cache
 from pipeline import plugins
 from pipeline import stack as stack_module
+from pipeline.branches import branch_logits
 from pipeline.errors import UserError
 from pipeline.features import FeatureReader
 from pipeline.heads import load_heads
@@ -302,8 +303,6 @@ def test_running_statistics_of_reslt_are_those_of_torch():
         )
         for e in range(2):
             z[h] += (norm(maps[e]).mean((-2, -1)) @ state["weight"][e].T + state["bias"][e]) / 2
-    from pipeline.branches import branch_logits
-
     assert torch.allclose(branch_logits(state, features), z, atol=1e-12)
     updated = made.host.update(state, features)
     for h, norm in enumerate(norms):
@@ -320,13 +319,13 @@ def test_running_statistics_of_reslt_are_those_of_torch():
 # Hosts that are fitted.
 
 
-def fit(name, features, labels, counts, **loss):
+def fit(name, values, labels, counts, **loss):
     module = plugins.load("hosts", name)
-    experts, _, channels = features.shape
+    experts, _, channels = values.shape
     kind = loss.pop("classifier", "linear")
     host = module.Host(module.Loss(**loss), kind, 1.0, Context(torch.tensor(counts), channels, experts))
     stage1 = make_stage1_head(len(counts), channels, experts, classifier=kind)
-    return host, stage1, host.fit(features, labels, stage1)
+    return host, stage1, host.fit(values, labels, stage1)
 
 
 @pytest.fixture
@@ -342,11 +341,62 @@ def blobs():
 def test_nearest_class_mean(blobs):
     features, labels, counts = blobs
     host, _, state = fit("ncm", features, labels, counts)
-    means = torch.stack([features[:, labels == j].mean(1) for j in range(3)], 1)
-    squared = (features[:, :, None] - means[:, None]).square().sum(-1).sum(0)
-    assert torch.equal(host.logits(state, features).argmax(1), squared.argmin(1))
+    assert host.features == "centred_l2"
+    for placing in ("raw", "l2", "centred_l2"):
+        host, _, state = fit("ncm", features, labels, counts, features=placing)
+        squared = nearest_mean_by_hand(features.numpy(), labels.numpy(), placing)
+        found = -2 * host.logits(state, features) * len(features)  # squared distances but for a term without class
+        apart = found.numpy() - squared
+        assert np.abs(apart - apart[:, :1]).max() < 1e-12
+        assert np.array_equal(found.argmin(1), squared.argmin(1))
     host, _, state = fit("ncm", features, labels, counts, classifier="cosine")
     assert host.logits(state, features).abs().max() <= 1 + 1e-9
+
+
+def nearest_mean_by_hand(features, labels, placing):
+    """Squared distances (N, 3), summed over experts, by the formulas of Kang et al., section 4.1, and their code."""
+    found = np.zeros((features.shape[1], 3))
+    for x in features:
+        if placing == "centred_l2":
+            x = x - sum(x) / len(x)
+        if placing != "raw":
+            x = np.array([row / math.sqrt(sum(row**2)) for row in x])
+        for j in range(3):
+            own = [row for row, y in zip(x, labels, strict=True) if y == j]
+            mean = sum(own) / len(own)
+            found[:, j] += [sum((row - mean) ** 2) for row in x]
+    return found
+
+
+def test_heads_of_ncm_from_before_it_centred_are_read_as_they_were(blobs):
+    features, labels, counts = blobs
+    _, _, old = fit("ncm", features, labels, counts, features="raw")
+    host, _, _ = fit("ncm", features, labels, counts)
+    plain, _, _ = fit("ncm", features, labels, counts, features="raw")
+    assert torch.equal(host.logits(old, features), plain.logits(old, features))
+
+
+def test_reslt_with_two_branches_ignores_a_third():
+    """iNaturalist's two branches: the loss by hand, and stage I must have as many."""
+    three, two = make_host("reslt"), make_host("reslt", loss={"groups": [1]})
+    features = make_features(three, 5)
+    labels = torch.tensor([0, 1, 2, 3, 1])
+    state = {k: t.double() for k, t in three.stage1.state.items()}
+    first = {
+        k: t[:2] if k in ("norm_weight", "norm_bias", "running_mean", "running_var") else t for k, t in state.items()
+    }
+    z = branch_logits(state, features)[:2].numpy()
+    terms = [
+        -math.log(math.exp(-minus_log_p(list(z[h, i]), y)) + 1e-7)
+        for h in range(2)
+        for i, y in enumerate(labels.tolist())
+        if y >= h
+    ]
+    fusion = sum(minus_log_p(list(z[:, i].sum(0)), y) for i, y in enumerate(labels.tolist())) / 5
+    expected = 0.5 * fusion + 0.5 * sum(terms) / len(terms)
+    assert two.host.loss(first, features, labels, None).item() == pytest.approx(expected, abs=1e-12)
+    with pytest.raises(UserError, match=r"loss\.groups: stage I has 3 branches, so 2 class indices; got \[1\]"):
+        two.host.initial(three.stage1, np.random.default_rng(0))
 
 
 def test_tau_normalisation(blobs):
@@ -444,7 +494,7 @@ def test_a_stack_that_would_not_fit_is_trained_in_parts(tmp_path, wide_cache, st
         ({"host": "reslt"}, "hosts.h.pool: host reslt needs 2 numbers a channel"),
         ({"pool": "moments"}, "hosts.h.pool: host dr needs 1 numbers a channel"),
         ({"host": "reslt", "pool": "moments"}, "a branches head cannot start from the linear head"),
-        ({"host": "reslt", "pool": "moments", "loss": {"groups": [3, 1]}}, "loss.groups: must be two rising"),
+        ({"host": "reslt", "pool": "moments", "loss": {"groups": [3, 1]}}, "loss.groups: must be one or two rising"),
         ({"grid": {"ratio": [0.01]}}, r"grid.ratio\[0\]: 0.01 of 64 channels replaces none"),
         ({"host": "mislas", "loss": {"smooth_head": 1.5}}, r"hosts.h.loss.smooth_head: must lie in \[0, 1\]; got 1.5"),
     ],

@@ -237,9 +237,33 @@ def test_running_statistics_of_reslt_follow_the_batches():
         assert torch.allclose(objective.running_var[h], norm.running_var)
 
 
+@pytest.mark.parametrize("name", plugins.names("objectives"))
+def test_with_mixup_the_loss_is_mixed_and_running_statistics_move_once(name):
+    partners = LABELS.flip(0)
+    maps = make_maps(2)
+
+    def after(*mixed):
+        objective = make_objective(name, 2)
+        torch.manual_seed(3)
+        loss = objective.loss(maps, *mixed)
+        return loss, dict(objective.named_buffers())
+
+    with torch.random.fork_rng():
+        plain, once = after(LABELS, 170)
+        noise = torch.get_rng_state()
+        mixed, found = after(LABELS, 170, partners, 0.7)
+        torch.set_rng_state(noise)  # objectives that draw do so for each set of labels
+        other = make_objective(name, 2)
+        other = other.cost(other(maps), partners, 170)
+    assert mixed.item() == pytest.approx(0.7 * plain.item() + 0.3 * other.item(), abs=1e-12)
+    assert all(torch.equal(found[k], once[k]) for k in once)
+
+
 def test_groups_of_reslt():
-    with pytest.raises(UserError, match=r"loss\.groups: must be two rising class indices up to 4"):
-        make_objective("reslt", groups=[2, 9])
+    for wrong in ([2, 9], [3, 1], [], [1, 2, 3]):
+        with pytest.raises(UserError, match=r"loss\.groups: must be one or two rising class indices up to 4"):
+            make_objective("reslt", groups=wrong)
+    assert make_objective("reslt", groups=[2]).norm_weight.shape == (2, CHANNELS)
     assert make_objective("reslt", groups=[1, 2]).starts == (1, 2)
     assert make_objective("reslt", counts=(9,) * 100).starts == (36, 71)
     assert make_objective("reslt", counts=(9,) * 10).starts == (3, 7)

@@ -89,6 +89,49 @@ def test_balanced_draws_with_replacement_and_without_memory():
     assert chisquare(pairs).pvalue > LIKELY
 
 
+def looped(index, size, epochs, order):
+    """The published loader's way, with iterators: lists that are shuffled anew at their end."""
+
+    def cycle(of, which, count):
+        number = 0
+        while True:
+            yield from order(of, which, number, count)
+            number += 1
+
+    classes = cycle("classes", 0, index.classes)
+    inside = [cycle("samples", j, int(index.counts[j])) for j in range(index.classes)]
+
+    def positions():
+        while True:
+            label = next(classes)
+            for _ in range(4):
+                yield int(index.starts[label] + next(inside[label]))
+
+    flow = positions()
+    steps = -(-index.samples // size)
+    return [[next(flow) for _ in range(size)] for _ in range(epochs * steps)]
+
+
+@pytest.mark.parametrize("size", [8, 6, 5, 100])
+def test_cyclic_is_the_published_loop_of_shuffled_lists(size):
+    index = make_index((40, 20, 7, 3, 1))
+    address = partial(stream, 0, "cyclic")
+    expected = looped(index, size, 3, lambda *key: address(*key[:3]).permutation(key[3]))
+    steps = -(-index.samples // size)
+    found = [drawn("cyclic", index, e, s, size).tolist() for e in range(3) for s in range(steps)]
+    assert found == expected
+
+
+def test_cyclic_sees_every_sample_of_a_class_before_it_sees_one_again():
+    index = make_index((60, 20, 7, 3))
+    positions = np.concatenate([drawn("cyclic", index, e, s, 16) for e in range(8) for s in range(6)])
+    labels = labels_of(index, positions)
+    assert np.ptp(np.bincount(labels, minlength=4)) <= 4  # classes differ by a visit at most
+    for j in range(4):
+        seen = np.bincount(positions[labels == j] - index.starts[j], minlength=index.counts[j])
+        assert np.ptp(seen) <= 1
+
+
 def test_reverse_classes_follow_one_over_their_count():
     index = make_index((500, 60, 20, 5))
     positions = np.concatenate([epoch_of("reverse", index, e, 64) for e in range(60)])

@@ -1,6 +1,7 @@
 """Stage I: resume, parts and processes, precision, memory format, frozen backbones, starting weights."""
 
 import hashlib
+import pickle
 from contextlib import contextmanager
 
 import pytest
@@ -75,6 +76,36 @@ def test_the_schedule():
     assert rates == pytest.approx([0.02, 0.1, 0.1, 0.1, 0.01, 0.001, 0.001])
     cosine = Params(arch="resnet20", epochs=10, schedule="cosine", warmup_epochs=0)
     assert stage_one.learning_rate(cosine, 5) == pytest.approx(0.05)
+
+
+def test_warm_up_may_start_above_0():
+    """ResLT's: a third of the rate plus two thirds of it, risen by a fifth an epoch."""
+    warm = Params(arch="resnet20", lr=0.3, warmup_from=1 / 3)
+    expected = [0.3 * ((1 - f) / 3 + f) for f in (0.2, 0.4, 0.6, 0.8, 1.0)] + [0.3]
+    assert [stage_one.learning_rate(warm, e) for e in range(6)] == pytest.approx(expected, abs=1e-15)
+
+
+def test_a_smaller_last_batch_can_be_left_out(digits, tmp_path):
+    kept = trained(tmp_path / "1", *digits, epochs=1)
+    left = trained(tmp_path / "2", *digits, epochs=1, drop_last=True)
+    batches = [{int(v) for k, v in s.items() if k.endswith("num_batches_tracked")} for s in (kept, left)]
+    assert batches == [{6}, {5}]  # 351 samples, 64 a batch
+    with pytest.raises(
+        UserError, match=r"backbones\.b\.batch_size: an epoch of 351 training images has no whole batch"
+    ):
+        trained(tmp_path / "3", *digits, epochs=1, drop_last=True, batch_size=400)
+
+
+def test_rotation_turns_the_images_of_stage_one(digits, tmp_path):
+    samples, images = digits
+    one, key = int(samples.of("train")[0]), (0, "stage1", 0)
+    plain = images.batch([one], [key])
+    assert torch.equal(images.turned(1e-6).batch([one], [key]), plain)
+    turned = images.turned(90.0)
+    assert torch.equal(turned.batch([one], [None]), images.batch([one], [None]))  # not in the evaluation view
+    assert not torch.equal(turned.batch([one], [key]), plain)
+    assert torch.equal(pickle.loads(pickle.dumps(turned)).batch([one], [key]), turned.batch([one], [key]))
+    assert furthest(trained(tmp_path / "1", *digits, rotation=15.0), trained(tmp_path / "2", *digits)) > 1e-3
 
 
 class Killed(BaseException):

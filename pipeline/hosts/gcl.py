@@ -2,7 +2,8 @@
 
 Source: Li et al., "Long-tailed Visual Recognition via Gaussian Clouded Logit Adjustment", CVPR 2022, section 3; stage
 II as in the authors' code: CE(s c') (1 - p_y)^focal, where c'_ij = cos_ij - amplitude |e_ij| d_j, less `margin` for
-the true class, d_j = (log n_max - log n_j) / (log n_max - log n_min), and no gradient flows through the weight.
+the true class, d_j = (log n_max - log n_j) / (log n_max - log n_min), and no gradient flows through the weight. On
+CIFAR that code also mixes images (mixup) and trains for 30 epochs. No cache holds maps of mixed images, so here none.
 """
 
 import numpy as np

@@ -18,7 +18,10 @@ NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class Loss(Section):
-    """Smoothing of the largest class and of the smallest; the classifier's share of the scales' learning rate."""
+    """Smoothing of the largest class and of the smallest; the classifier's share of the scales' learning rate.
+
+    By default those of CIFAR-100-LT, imbalance ratio 100; the presets hold those of the other sets.
+    """
 
     smooth_head: Ratio = 0.4
     smooth_tail: Ratio = 0.1

@@ -5,19 +5,21 @@ Source: Cui et al., "ResLT: Residual Learning for Long-tailed Recognition", TPAM
 0.5 without H2T and 0.3 with it; here one beta serves both, so that they differ in the fusion only.
 """
 
+import numpy as np
 import torch
 
 from pipeline.branches import branch_logits, group_starts, reslt_loss, running_statistics
 from pipeline.errors import UserError
 from pipeline.head import logits
 from pipeline.host import Context, GradientHost, State
+from pipeline.network import StageOneHead
 from pipeline.params import Index, Ratio, Section
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class Loss(Section):
-    """`beta`, and `groups`: the first class of medium and of tail, by default those of the papers' tables."""
+    """`beta`, and `groups`, those of stage I: the class at which each branch after the first begins."""
 
     beta: Ratio = 0.5
     groups: list[Index] | None = None
@@ -36,8 +38,18 @@ class Host(GradientHost):
         self.beta = loss.beta
         self.starts = group_starts(loss.groups, context.counts.tolist())
 
+    def initial(self, stage1: StageOneHead, draws: np.random.Generator) -> dict[str, torch.Tensor]:
+        """The stage-I classifier. Raises UserError if it has another number of branches than `groups` asks for."""
+        state = super().initial(stage1, draws)
+        if len(state["norm_weight"]) != 1 + len(self.starts):
+            raise UserError(
+                f"loss.groups: stage I has {len(state['norm_weight'])} branches, so {len(state['norm_weight']) - 1} "
+                f"class indices; got {list(self.starts)}; set it as in the backbone's section"
+            )
+        return state
+
     def logits(self, state: State, features: torch.Tensor) -> torch.Tensor:
-        """Moments (E, B, D, 2) -> the sum of the three branches' logits (B, K), by running statistics."""
+        """Moments (E, B, D, 2) -> the sum of the branches' logits (B, K), by running statistics."""
         return logits(self.classifier, state, features[..., 0], self.scale)
 
     def loss(
@@ -47,5 +59,5 @@ class Host(GradientHost):
         return reslt_loss(self.scale * branch_logits(state, features), labels, self.starts, self.beta)
 
     def update(self, state: State, features: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The running statistics of the three branches, which see the same maps."""
+        """The running statistics of the branches, which see the same maps."""
         return running_statistics(state, features, self.context.pixels)

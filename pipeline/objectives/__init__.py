@@ -1,7 +1,9 @@
 """Stage-I objectives. A file defines:
 
 class Loss(Section)                         its keys under backbones.<name>.loss
-class Objective(nn.Module)                  __init__(loss, channels, experts, counts): the stage-I head;
+class Objective(pipeline.objective.Objective)
+                                            __init__(loss, channels, experts, counts): the stage-I head;
                                             `classifier`: a kind of pipeline.head.Classifier, and `scale`, which
-                                            say how its state gives logits; `loss(maps, labels, epoch)` -> scalar
+                                            say how its state gives logits; `forward(maps)` -> what the loss needs,
+                                            `cost(found, labels, epoch)` -> the mean loss, a scalar
 """

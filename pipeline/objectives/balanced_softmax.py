@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from pipeline import objective
 from pipeline.head import fresh_linear, global_average, logits
 from pipeline.longtail import log_prior
 from pipeline.params import Section
@@ -18,7 +19,7 @@ class Loss(Section):
     """Nothing to choose."""
 
 
-class Objective(nn.Module):
+class Objective(objective.Objective):
     """On the mean of the experts' logits, with a linear classifier."""
 
     classifier = "linear"
@@ -29,8 +30,11 @@ class Objective(nn.Module):
         self.weight, self.bias = map(nn.Parameter, fresh_linear(experts, len(counts), channels))
         self.prior = log_prior(counts)
 
-    def loss(self, maps: tuple[torch.Tensor, ...], labels: torch.Tensor, epoch: int) -> torch.Tensor:
-        """Mean loss of a batch; maps: E of (B, C, H, W), labels (B,)."""
+    def forward(self, maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Logits (B, K)."""
         features = torch.stack([global_average(m) for m in maps])
-        found = logits("linear", dict(self.named_parameters()), features)
+        return logits("linear", dict(self.named_parameters()), features)
+
+    def cost(self, found: torch.Tensor, labels: torch.Tensor, epoch: int) -> torch.Tensor:
+        """Cross-entropy of the logits (B, K) with the prior added."""
         return F.cross_entropy(found + self.prior.to(found), labels)

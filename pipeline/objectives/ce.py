@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from pipeline import objective
 from pipeline.head import fresh_linear, global_average, logits
 from pipeline.params import Section
 
@@ -17,7 +18,7 @@ class Loss(Section):
     """Nothing to choose."""
 
 
-class Objective(nn.Module):
+class Objective(objective.Objective):
     """Weights start as in the published codes: normal with variance 2 / C, bias uniform within 1 / sqrt(C)."""
 
     classifier = "linear"
@@ -27,7 +28,11 @@ class Objective(nn.Module):
         super().__init__()
         self.weight, self.bias = map(nn.Parameter, fresh_linear(experts, len(counts), channels))
 
-    def loss(self, maps: tuple[torch.Tensor, ...], labels: torch.Tensor, epoch: int) -> torch.Tensor:
-        """Mean cross-entropy of a batch; maps: E of (B, C, H, W), labels (B,)."""
+    def forward(self, maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Logits (B, K)."""
         features = torch.stack([global_average(m) for m in maps])
-        return F.cross_entropy(logits("linear", dict(self.named_parameters()), features), labels)
+        return logits("linear", dict(self.named_parameters()), features)
+
+    def cost(self, found: torch.Tensor, labels: torch.Tensor, epoch: int) -> torch.Tensor:
+        """Cross-entropy of the logits (B, K)."""
+        return F.cross_entropy(found, labels)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from pipeline import objective
 from pipeline.head import global_average, logits
 from pipeline.longtail import cloud_sizes, clouded
 from pipeline.params import NonNegative, Positive, Section
@@ -24,7 +25,7 @@ class Loss(Section):
     scale: Positive = 30.0
 
 
-class Objective(nn.Module):
+class Objective(objective.Objective):
     """On the mean of the experts' cosines; weights start uniform in [-1, 1], then at length 1."""
 
     classifier = "cosine"
@@ -37,10 +38,13 @@ class Objective(nn.Module):
         self.weight = nn.Parameter(F.normalize(weight, dim=-1))
         self.clouds = cloud_sizes(counts)
 
-    def loss(self, maps: tuple[torch.Tensor, ...], labels: torch.Tensor, epoch: int) -> torch.Tensor:
-        """Mean loss of a batch; maps: E of (B, C, H, W), labels (B,). Draws from torch's generator."""
+    def forward(self, maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Cosines (B, K)."""
         features = torch.stack([global_average(m) for m in maps])
-        cosines = logits("cosine", {"weight": self.weight}, features)
-        noise = (torch.randn_like(cosines) / 3).clamp(-1, 1)
-        moved = clouded(cosines, labels, noise, self.clouds.to(cosines), self.amplitude, self.margin)
+        return logits("cosine", {"weight": self.weight}, features)
+
+    def cost(self, found: torch.Tensor, labels: torch.Tensor, epoch: int) -> torch.Tensor:
+        """Cross-entropy of the clouded cosines (B, K). Draws from torch's generator at every call."""
+        noise = (torch.randn_like(found) / 3).clamp(-1, 1)
+        moved = clouded(found, labels, noise, self.clouds.to(found), self.amplitude, self.margin)
         return F.cross_entropy(self.scale * moved, labels)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from pipeline import objective
 from pipeline.head import global_average, logits
 from pipeline.longtail import effective_weights, ldam_margins
 from pipeline.params import Index, NonNegative, Positive, Section, within
@@ -27,7 +28,7 @@ class Loss(Section):
     reweight_epoch: Index = 160
 
 
-class Objective(nn.Module):
+class Objective(objective.Objective):
     """On the mean of the experts' cosines; weights start uniform in [-1, 1], then at length 1."""
 
     classifier = "cosine"
@@ -41,10 +42,13 @@ class Objective(nn.Module):
         self.margins = ldam_margins(counts, loss.margin)
         self.weights = effective_weights(counts, loss.beta)
 
-    def loss(self, maps: tuple[torch.Tensor, ...], labels: torch.Tensor, epoch: int) -> torch.Tensor:
-        """Mean loss of a batch; maps: E of (B, C, H, W), labels (B,)."""
+    def forward(self, maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Cosines (B, K)."""
         features = torch.stack([global_average(m) for m in maps])
-        cosines = logits("cosine", {"weight": self.weight}, features)
-        own = F.one_hot(labels, len(self.margins)) * self.margins.to(cosines)
-        weights = self.weights.to(cosines) if epoch >= self.reweight_epoch else None
-        return F.cross_entropy(self.scale * (cosines - own), labels, weights)
+        return logits("cosine", {"weight": self.weight}, features)
+
+    def cost(self, found: torch.Tensor, labels: torch.Tensor, epoch: int) -> torch.Tensor:
+        """Weighted cross-entropy of the cosines (B, K) less the margins."""
+        own = F.one_hot(labels, len(self.margins)) * self.margins.to(found)
+        weights = self.weights.to(found) if epoch >= self.reweight_epoch else None
+        return F.cross_entropy(self.scale * (found - own), labels, weights)

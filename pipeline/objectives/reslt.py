@@ -7,6 +7,7 @@ Source: Cui et al., "ResLT: Residual Learning for Long-tailed Recognition", TPAM
 import torch
 from torch import nn
 
+from pipeline import objective
 from pipeline.branches import branch_logits, group_starts, moments, reslt_loss, running_statistics
 from pipeline.head import fresh_linear
 from pipeline.params import Index, Ratio, Section
@@ -15,13 +16,13 @@ NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class Loss(Section):
-    """`beta`, and `groups`: the first class of medium and of tail, by default those of the papers' tables."""
+    """`beta`, and `groups`: where each branch after the first begins (`pipeline.branches.group_starts`)."""
 
     beta: Ratio = 0.995
     groups: list[Index] | None = None
 
 
-class Objective(nn.Module):
+class Objective(objective.Objective):
     """Experts share the batch norms and own their linear layers."""
 
     classifier = "branches"
@@ -30,19 +31,24 @@ class Objective(nn.Module):
     def __init__(self, loss: Loss, channels: int, experts: int, counts: torch.Tensor) -> None:
         super().__init__()
         self.weight, self.bias = map(nn.Parameter, fresh_linear(experts, len(counts), channels))
-        self.norm_weight = nn.Parameter(torch.ones(3, channels))
-        self.norm_bias = nn.Parameter(torch.zeros(3, channels))
-        self.register_buffer("running_mean", torch.zeros(3, channels))
-        self.register_buffer("running_var", torch.ones(3, channels))
         self.beta = loss.beta
         self.starts = group_starts(loss.groups, counts.tolist())
+        shape = (1 + len(self.starts), channels)
+        self.norm_weight = nn.Parameter(torch.ones(shape))
+        self.norm_bias = nn.Parameter(torch.zeros(shape))
+        self.register_buffer("running_mean", torch.zeros(shape))
+        self.register_buffer("running_var", torch.ones(shape))
 
-    def loss(self, maps: tuple[torch.Tensor, ...], labels: torch.Tensor, epoch: int) -> torch.Tensor:
-        """Mean loss of a batch; maps: E of (B, C, H, W), labels (B,). Moves the running statistics."""
+    def forward(self, maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Logits of each branch, (branches, B, K). Moves the running statistics."""
         features = torch.stack([moments(m) for m in maps])
         state = dict(self.state_dict(keep_vars=True))
         with torch.no_grad():
             height, width = maps[0].shape[-2:]
             for name, value in running_statistics(state, features.detach(), height * width).items():
                 getattr(self, name).copy_(value)
-        return reslt_loss(branch_logits(state, features), labels, self.starts, self.beta)
+        return branch_logits(state, features)
+
+    def cost(self, found: torch.Tensor, labels: torch.Tensor, epoch: int) -> torch.Tensor:
+        """ResLT's loss of the branches' logits (branches, B, K)."""
+        return reslt_loss(found, labels, self.starts, self.beta)

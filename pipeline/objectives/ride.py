@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from pipeline import objective
 from pipeline.head import expert_logits, fresh_linear, global_average
 from pipeline.longtail import effective_weights, ldam_margins
 from pipeline.params import Index, NonNegative, Positive, Ratio, Real, Section, within
@@ -21,7 +22,11 @@ NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class Loss(Section):
-    """Constants for CIFAR-100-LT. `scale` is that of a cosine classifier; a linear one has 1."""
+    """Constants for CIFAR-100-LT.
+
+    `scale` is that of a cosine classifier. A linear one has 1, and so have its margins, which differs from the authors'
+    code: there the margins keep LDAM's 30 whatever the classifier. No configuration with a linear one was published.
+    """
 
     classifier: Literal["linear", "cosine"] = "cosine"
     scale: Positive = 30.0
@@ -39,7 +44,7 @@ def temperatures(counts: torch.Tensor, temperature: float, eta: float) -> torch.
     return temperature * found / found.max()
 
 
-class Objective(nn.Module):
+class Objective(objective.Objective):
     """One classifier per expert; at test time the mean of their logits."""
 
     def __init__(self, loss: Loss, channels: int, experts: int, counts: torch.Tensor) -> None:
@@ -57,17 +62,20 @@ class Objective(nn.Module):
         self.weights = effective_weights(counts, loss.beta)
         self.temperatures = temperatures(counts, loss.temperature, loss.eta)
 
-    def loss(self, maps: tuple[torch.Tensor, ...], labels: torch.Tensor, epoch: int) -> torch.Tensor:
-        """Summed over experts, mean over the batch; maps: E of (B, C, H, W), labels (B,)."""
+    def forward(self, maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Logits of each expert, (E, B, K)."""
         features = torch.stack([global_average(m) for m in maps])
-        each = expert_logits(self.classifier, dict(self.named_parameters()), features, self.scale)  # (E, B, K)
+        return expert_logits(self.classifier, dict(self.named_parameters()), features, self.scale)
+
+    def cost(self, found: torch.Tensor, labels: torch.Tensor, epoch: int) -> torch.Tensor:
+        """Summed over experts, mean over the batch, from each expert's logits (E, B, K)."""
         late = epoch >= self.reweight_epoch
-        weights = self.weights.to(each) if late else None
-        heat = self.temperatures.to(each) if late else torch.ones_like(self.margins).to(each)
-        own = self.scale * F.one_hot(labels, len(self.margins)) * self.margins.to(each)
-        common = (each.detach().mean(0) / heat).log_softmax(-1)
-        total = each.new_zeros(())
-        for logits in each:
+        weights = self.weights.to(found) if late else None
+        heat = self.temperatures.to(found) if late else torch.ones_like(self.margins).to(found)
+        own = self.scale * F.one_hot(labels, len(self.margins)) * self.margins.to(found)
+        common = (found.detach().mean(0) / heat).log_softmax(-1)
+        total = found.new_zeros(())
+        for logits in found:
             apart = F.kl_div((logits / heat).log_softmax(-1), common, reduction="batchmean", log_target=True)
             total = total + F.cross_entropy(logits - own, labels, weights) + self.diversity * heat.mean() ** 2 * apart
         return total

@@ -74,7 +74,8 @@ class Params(Section):
     """An entry of section `hosts`.
 
     `scale` of the logits: by default that of stage I, if the classifier is of its kind, else 1. `experts`, where it is
-    given, is what the cache must have. Hosts that are fitted have neither `optimiser` nor `grid`.
+    given, is what the cache must have. `receiver` names the sampler of the training batches in the place of the host's
+    own. Hosts that are fitted have neither `optimiser` nor `grid`.
     """
 
     host: Annotated[str, plugin("hosts")]
@@ -87,6 +88,7 @@ class Params(Section):
     experts: Experts | None = None
     loss: dict[str, Any] = {}
     rounding: Rounding = "floor"
+    receiver: Annotated[str, plugin("samplers")] | None = None
     optimiser: OptimiserParams = OptimiserParams()
     grid: Grid = Grid()
 
@@ -163,16 +165,17 @@ def run(
     recipe = RECIPES[params.batchnorm]
     kind = plugins.load("hosts", params.host).Host
     fitted = kind.fitted
+    receiver = params.receiver or kind.receiver
     _check_grid(params, name, cache, fitted)
     heads = [HeadSetting(0.0, "instance", "random", 0)] if fitted else heads_of(params.grid)
     streams = Streams(
         cache.rows,
         recorded_names(cache.spec.provenance, cache.files),
-        read_under(recipe, kind.receiver),
+        read_under(recipe, receiver),
         {} if fitted else {donor: read_under(recipe, donor) for donor in params.grid.donor},
         [0] if fitted else params.grid.seed,
         params.optimiser.batch_size,
-        receiver=kind.receiver,
+        receiver=receiver,
     )
     channels, height, width = cache.spec.maps[0]
     context = Context(torch.from_numpy(streams.index.counts), channels, cache.experts, height * width)
@@ -192,7 +195,7 @@ def run(
     about = {
         **asdict(parts),
         "batchnorm": params.batchnorm,
-        "receiver": read_under(recipe, kind.receiver),
+        "receiver": read_under(recipe, receiver),
         "evaluate": recipe.evaluate,
         "rounding": params.rounding,
         "cache": maps_fingerprint(cache.spec),
@@ -237,7 +240,7 @@ def run(
 def _check_grid(params: Params, name: str, cache: Cache, fitted: bool) -> None:
     """Raises UserError for a grid that this host or this cache cannot have."""
     where = f"hosts.{name}"
-    for key in ("grid", "optimiser"):
+    for key in ("grid", "optimiser", "receiver"):
         if fitted and key in params.model_fields_set:
             raise UserError(f"{where}.{key}: {params.host} is fitted at once, it is not trained; remove the key")
     if params.experts not in (None, cache.experts):

@@ -1,0 +1,190 @@
+"""Every forward path that a GPU takes, by tensors that have a device and no values: PyTorch's FakeTensorMode.
+
+No driver is needed, and a tensor that was left on the CPU raises where it meets one of the device. What it cannot run:
+gradients, `.numpy()`, pinned copies, autocast, and whatever looks at values. tests/test_gpu.py has those, on a GPU.
+"""
+
+import numpy as np
+import pytest
+import torch
+from conformance import CHANNELS, COUNTS, fitted_hosts, gradient_hosts, make_features, make_host
+from pipeline_builders import CPU, make_stage2_cache, silent
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.func import vmap
+
+from cache.reader import open_cache
+from pipeline import batchnorm, plugins
+from pipeline.features import FeatureReader
+from pipeline.head import global_average
+from pipeline.heads import HeadParts, head_parts
+from pipeline.host import Context
+from pipeline.network import StageOneHead
+from pipeline.parallel import Group
+from pipeline.precision import guarded_maps
+from pipeline.residency import Choice, Feed
+from pipeline.scoring import head_logits, score_stage1
+from pipeline.stack import HeadSetting, Stack
+from pipeline.stage_one import StageOne, Training
+from pipeline.streams import Streams
+
+GPU = torch.device("cuda", 0)
+SELECTIONS = ("random", "first", "mixup", "shuffled")
+
+
+@pytest.fixture
+def fake():
+    torch.__future__.set_overwrite_module_params_on_conversion(True)  # a module that moves gets fake parameters
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            yield mode
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fake") / "c"
+    return make_stage2_cache(folder, counts=COUNTS, shape=(CHANNELS, 2, 2), experts=2)
+
+
+def on_gpu(tensors):
+    return {name: torch.empty(t.shape, dtype=t.dtype, device=GPU) for name, t in tensors.items()}
+
+
+def backbone(name, experts=1):
+    """With numbers: `.to` then gives it tensors of the device."""
+    module = plugins.load("backbones", name)
+    with unset_fake_temporarily():
+        return module.build(module.Options(experts=experts))
+
+
+def test_the_mode_finds_a_tensor_left_on_the_cpu(fake):
+    with pytest.raises(RuntimeError, match="device"):
+        torch.zeros(2, device=GPU) + torch.zeros(2)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnet50"])
+def test_extraction(fake, name):
+    net = backbone(name).to(GPU).eval()
+    with torch.no_grad():
+        maps = guarded_maps(net, torch.empty(2, 3, 64, 64, device=GPU), "float32")
+    assert {m.device for m in maps} == {GPU}
+
+
+def test_statistics(fake):
+    """As they are put in place, moved by a pass and taken back; the cumulative average itself looks at values."""
+    net = backbone("resnet20").to(GPU)
+    batchnorm.use(net.eval(), batchnorm.current(net))
+    with torch.no_grad():
+        net.train()(torch.empty(2, 3, 8, 8, device=GPU))
+    assert {t.device for t in batchnorm.current(net).values()} == {CPU}
+    assert {b.device for b in net.buffers()} == {GPU}
+
+
+@pytest.mark.parametrize("name", plugins.names("objectives"))
+@pytest.mark.parametrize("more", [{"mixup": 0.0}, {"mixup": 1.0}])
+def test_stage_one_up_to_its_loss(fake, digits, tmp_path, name, more):
+    samples, images = digits
+    module = plugins.load("objectives", name)
+    net = backbone("resnet20", experts=2)
+    with unset_fake_temporarily():
+        objective = module.Objective(module.Loss(), net.channels, 2, torch.tensor(samples.counts))
+    training = StageOne(Training(batch_size=8, **more), net, objective, samples, images, 0, Group(GPU, 0, 1))
+    parts = next(training._batches(0))
+    x = torch.empty(len(parts[0].samples), 3, 8, 8)
+    for epoch in (0, 199):
+        loss, right = training._loss(parts[0], x, epoch)
+        assert loss.device == right.device == GPU
+
+
+def host_of(name):
+    """Made with numbers: a host looks at class counts."""
+    with unset_fake_temporarily():
+        return make_host(name, experts=2)
+
+
+def open_stack(opened, name, tier, pooled):
+    made = host_of(name)
+    host = plugins.load("hosts", name).Host
+    streams = Streams(
+        opened.rows, opened.spec.provenance["classes"], host.receiver, {"instance": "instance"}, [0, 1], 4,
+        receiver=host.receiver,
+    )  # fmt: skip
+    with unset_fake_temporarily():
+        context = Context(torch.from_numpy(streams.index.counts), CHANNELS, 2, 4)
+        parts = HeadParts(name, {}, made.classifier, made.scale, made.pool, {}, "hosts.fake")
+        made_host, pool = head_parts(parts, context)
+    reader = FeatureReader(opened, (lambda m: pool({}, m)) if pooled else None)
+    feed = Feed(streams, reader, Choice(tier, "test"), 10 * reader.row_bytes, GPU, silent)
+    heads = [HeadSetting(r, "instance", s, seed) for r in (0.0, 0.5) for s in SELECTIONS for seed in (0, 1)]
+    stack = Stack(made_host, pool, heads, feed)
+    stack.start(made.stage1)
+    return stack
+
+
+@pytest.mark.parametrize("name", gradient_hosts())
+@pytest.mark.parametrize("tier", ["device", "stream"])
+def test_features_fusion_and_losses_of_a_stack(fake, cache, name, tier):
+    """A window as it is loaded (its thread would not know the mode), and a step up to the losses of all heads."""
+    with open_cache(cache) as opened:
+        stack = open_stack(opened, name, tier, pooled=True)
+        load = stack.feed._stream if tier == "stream" else stack.feed._resident
+        _, _, (batch, *_), table = load(0, range(2))
+        size = batch.labels.shape[1]
+        x = stack.fused(batch, table, stack.masks(0, 0), stack.orders(0, 0, size))
+        assert x.device == GPU
+        labels = torch.from_numpy(batch.labels).to(GPU)[stack._seed]
+        noise = stack.host.noise(np.random.default_rng(0), size)
+        noise = None if noise is None else noise.to(GPU, torch.float32)
+        state = {k: t.detach() for k, t in stack.state.items()}
+        losses = vmap(stack.head_loss, in_dims=(0, 0, 0, None))(state, x, labels, noise)
+        assert losses.shape == (16,)
+        assert losses.device == GPU
+        updated = vmap(lambda s, x: stack.host.update(*stack.pooled(s, x)))(state, x)
+        assert all(t.device == GPU for t in updated.values())
+
+
+@pytest.mark.parametrize("name", sorted({*gradient_hosts(), *fitted_hosts()} - {"logistic_regression", "ncm"}))
+def test_hosts_on_features_of_the_device(fake, name):
+    made = host_of(name)
+    labels = torch.empty(7, dtype=torch.long, device=GPU)
+    features = on_gpu({"x": make_features(made, 7, 2)})["x"].float()
+    if name in gradient_hosts():
+        state = on_gpu(made.host.initial(made.stage1, np.random.default_rng(0)))
+    else:
+        state = on_gpu(made.host.fit(features, labels, made.stage1))
+    found = made.host.logits({k: t.float() for k, t in state.items()}, features)
+    assert (found.shape, found.device) == ((7, len(COUNTS)), GPU)
+
+
+@pytest.mark.parametrize("name", plugins.names("pools"))
+def test_pools(fake, name):
+    module = plugins.load("pools", name)
+    pool = module.Pool(module.Options(), CHANNELS)
+    assert pool(on_gpu(pool.initial()), torch.empty(2, 5, CHANNELS, 3, 3, device=GPU)).device == GPU
+
+
+def test_scoring(fake, cache):
+    from types import SimpleNamespace
+
+    parts = HeadParts("dr", {}, "linear", 1.0, "gap", {}, "hosts.fake")
+    state = {"weight": torch.empty(3, 2, len(COUNTS), CHANNELS), "bias": torch.empty(3, 2, len(COUNTS))}
+    heads = SimpleNamespace(
+        parts=parts,
+        context=Context(torch.tensor(COUNTS), CHANNELS, 2, 4),
+        state=state,
+        table=[0, 1, 2],
+        about={"counts": list(COUNTS)},
+    )
+    with open_cache(cache) as opened:
+        found = head_logits(opened, heads, np.arange(9), GPU)
+        assert (found.shape, found.device) == ((3, 9, len(COUNTS)), GPU)
+        head = StageOneHead({k: t[0] for k, t in state.items()}, "linear", 1.0)
+        with pytest.raises(RuntimeError, match="numpy"):  # the logits arrive, and become numbers
+            score_stage1(opened, head, "test", GPU)
+
+
+def test_a_predicted_image(fake):
+    net = backbone("resnet20").to(GPU).eval()
+    maps = net(torch.empty(2, 3, 32, 32).to(GPU))
+    assert global_average(maps[0]).device == GPU

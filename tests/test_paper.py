@@ -1,0 +1,105 @@
+"""A table of the paper by one command: complete parameters, what is finished is left alone, one entry a row."""
+
+import json
+
+import pytest
+from pipeline_builders import ROOT
+from small_cifar import write_images
+
+from benchmarks import paper
+from pipeline import params
+from pipeline.errors import UserError
+
+TINY = [
+    "device=cpu",
+    "prepare.imbalance.ratio=12.0",
+    "backbones.ce_mixup.arch=resnet20",
+    "backbones.ce_mixup.epochs=1",
+    "extract.batchnorm_passes=2",
+    "hosts.dr.optimiser.epochs=1",
+    "hosts.mislas.optimiser.epochs=1",
+]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    write_images(folder / "train.parquet", 24, 0)
+    write_images(folder / "test.parquet", 5, 1)
+    return [str(folder / "train.parquet"), str(folder / "test.parquet")]
+
+
+@pytest.mark.parametrize("table", paper.TABLES)
+def test_every_table_has_complete_parameters_and_its_published_rows(table):
+    values = paper.parameters(table)
+    hosts = values["hosts"]
+    for name, host in hosts.items():
+        assert host["grid"] == {"ratio": [0.0] if name == "ldam_drw" else [0.0, 0.3], "seed": [0, 1, 2, 3, 4]}
+    rows = {r for h in hosts if h in paper.ROWS for r in (paper.ROWS[h], f"{paper.ROWS[h]} + H2T")}
+    rows |= {paper.STAGE_ONE_ROWS[h] for h in hosts if h in paper.STAGE_ONE_ROWS}
+    assert set(paper.PUBLISHED[table]) <= rows
+    text = (ROOT / "presets" / f"{paper.TABLES[table]}.yaml").read_text(encoding="utf-8")
+    assert f"DR {paper.PUBLISHED[table]['DR']:.2f}" in " ".join(text.split())  # as the preset's header has it
+
+
+def test_a_table_from_images_to_figures_and_again(tmp_path, files, capsys):
+    values = paper.parameters("6-100", ["ce_mixup"], parquet=files, overrides=TINY)
+    results = tmp_path / "paper.json"
+    entries = paper.Run("6-100", values, tmp_path / "run", {"ce_mixup": 1}).run(results)
+    rows = ["CE", "DR", "DR, statistics as with H2T", "DR + H2T", "MiSLAS", "MiSLAS + H2T"]
+    assert [e["row"] for e in entries] == rows
+    assert [e["published"] for e in entries] == [70.70, 79.15, None, 82.87, 82.12, 83.23]
+    assert all(0 <= e["top1"] <= 100 and e["device"] == "cpu" and e["backbone_epochs"] == 1 for e in entries)
+    assert entries[0]["seeds"] == []
+    assert entries[1]["seeds"] == [0, 1, 2, 3, 4]
+    kept = json.loads(results.read_text())
+    assert sorted(e["row"] for e in kept) == sorted(rows)
+    assert params.load(tmp_path / "run/params.yaml") == values
+    capsys.readouterr()
+    made = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*.safetensors")}
+    assert paper.Run("6-100", values, tmp_path / "run", {"ce_mixup": 1}).run(results) == entries
+    said = capsys.readouterr().out
+    assert said.count("finished before") == 6  # prepare, stage I, and twice the heads and their evaluation
+    assert "already holds this cache" in said
+    assert {p: p.stat().st_mtime_ns for p in made} == made
+    assert json.loads(results.read_text()) == kept
+    assert "| DR + H2T | 1 |" in paper.shown(entries)
+
+
+def test_other_settings_are_not_taken_for_finished(tmp_path):
+    calls = []
+
+    def work():
+        calls.append(1)
+        (tmp_path / "out").touch()
+
+    for about in ({"lr": 0.1}, {"lr": 0.1}, {"lr": 0.2}):
+        paper.unless_done(tmp_path / "runs/record.json", tmp_path / "out", about, work)
+    assert len(calls) == 2
+    (tmp_path / "out").unlink()
+    paper.unless_done(tmp_path / "runs/record.json", tmp_path / "out", {"lr": 0.2}, work)
+    assert len(calls) == 3
+
+
+def test_a_finished_stage_one_can_be_given():
+    files, epochs = paper.weights_of(["ce_mixup=a@b/x.safetensors@100", "gcl=y.safetensors"])
+    assert files == {"ce_mixup": "a@b/x.safetensors", "gcl": "y.safetensors"}
+    assert epochs == {"ce_mixup": 100, "gcl": None}
+    values = paper.parameters("6-100", ["ce_mixup"], weights=files)
+    assert values["backbones"] == {"ce_mixup": {"arch": "resnet32", "objective": "ce", "weights": files["ce_mixup"]}}
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: paper.parameters("5"), "table: must be one of 1-200"),
+        (lambda: paper.parameters("6-100", ["ce"]), "backbone: must be one of ce_mixup"),
+        (lambda: paper.weights_of(["ce_mixup"]), "--weights ce_mixup: must read NAME=FILE"),
+        (lambda: paper.parameters("6-100", overrides=["prepare.x.y=1"]), "no section 'prepare.x'"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(call, text):
+    with pytest.raises(UserError) as caught:
+        call()
+    assert text in str(caught.value)
+    assert "\n" not in str(caught.value)

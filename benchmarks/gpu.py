@@ -83,7 +83,8 @@ def tests(at: Setting) -> dict[str, Any]:
 def extract(at: Setting) -> dict[str, Any]:
     """Images per second of extraction and of the forward pass alone."""
     size = ("--arch", "resnet20", "--size", "32") if at.tiny else ("--arch", "resnet50", "--size", "224")
-    found = at.benchmark("bench_extract", *size, "--precision", "bf16", "--rounds", "3")
+    precision = "float32" if at.tiny else "bf16"  # which some processors compute by emulation
+    found = at.benchmark("bench_extract", *size, "--precision", precision, "--rounds", "3")
     ratio = found["of_bare"]["median"]
     return {**found, "bound": f"of_bare >= {OF_BARE}", "holds": ratio >= OF_BARE}
 

@@ -20,12 +20,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
+from zlib import crc32
 
 import image_builders
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import yaml
 import zarr
 from PIL import Image
 from safetensors.numpy import load_file
@@ -160,6 +162,31 @@ def h2t(*arguments: str) -> None:
         raise RuntimeError(f"h2t {' '.join(arguments)}: exit {code}")
 
 
+def _with_input() -> None:
+    """An input of two files, which a backbone names as its weights."""
+    Path("photos/a").mkdir(parents=True)
+    Path("photos/a/1.png").write_bytes(b"one")
+    Path("photos/2.png").write_bytes(b"two")
+    values = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
+    values["inputs"] = {"photos": "photos"}
+    values["backbones"]["few"]["weights"] = "inputs/photos/2.png"
+    Path("params.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+
+
+def watch() -> Result:
+    _with_input()
+    h2t("watch", "photos", "out/photos.json")
+    return documents(Path("out"), "photos.json")
+
+
+def inputs() -> Result:
+    _with_input()
+    Path("digests").mkdir()
+    Path("digests/photos.json").write_text('{"sha256": "ab", "also": []}', encoding="utf-8")
+    h2t("inputs", "digests", "out")
+    return documents(Path("out"), "prepare.json", "extract.json", "backbones/few.json")
+
+
 def prepare(*settings: str) -> Result:
     h2t("prepare", "out", *[word for setting in settings for word in ("--set", setting)])
     return tables(Path("out"), "samples.parquet") | documents(Path("out"), "classes.json")
@@ -211,6 +238,8 @@ def report() -> Result:
 
 
 STAGES: dict[str, Callable[[], Result]] = {
+    "watch": watch,
+    "inputs": inputs,
     "prepare": prepare,
     "train_backbone": train_backbone,
     "extract": extract,
@@ -343,8 +372,8 @@ def samplers(name: str) -> Result:
     starts = np.cumsum(counts) - counts
     classes = SimpleNamespace(counts=counts, starts=starts, classes=len(counts), samples=int(counts.sum()))
 
-    def streams(*key: int) -> np.random.Generator:
-        return np.random.default_rng([7, *key])
+    def streams(*key: int | str) -> np.random.Generator:
+        return np.random.default_rng([7, *(crc32(part.encode()) if isinstance(part, str) else part for part in key)])
 
     draw = plugins.load("samplers", name).draw
     drawn = [draw(classes, streams, epoch, step, 16) for epoch in (0, 1) for step in (0, 1)]

@@ -13,6 +13,8 @@ import numpy as np
 
 from pipeline.classes import ClassIndex
 
+NUMBER = 2026112601  # other results, another number: docs/numbers.md
+
 AT_A_TIME = 4
 
 Streams = Callable[..., np.random.Generator]

@@ -1,5 +1,6 @@
 """Images, lists, tables and weights are inputs: DVC notices what changes there, and runs what that concerns."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -277,10 +278,13 @@ class Project:
     def __init__(self, root: Path) -> None:
         self.root, self.calls = root, root.parent / f"{root.name}.calls"
 
+    def status(self) -> dict:
+        with contextlib.chdir(self.root), Repo() as repo:
+            return repo.status()
+
     def changed(self) -> set[str]:
         """The stages that `dvc status` names."""
-        with Repo(str(self.root)) as repo:
-            return set(repo.status())
+        return set(self.status())
 
     def ran(self, *arguments: str) -> list[str]:
         """The stages that `dvc repro` ran."""
@@ -390,8 +394,7 @@ def test_who_lacks_the_images_trains_heads(tmp_path):
     write(other.root, values)
     assert other.ran("--pull", "train_classifier") == ["train-classifier"]
     # The images are all that `publish` overlooks.
-    with Repo(str(other.root)) as repo:
-        status = repo.status()
+    status = other.status()
     assert _absent_input("watch@photos", status["watch@photos"])
     assert not any(_absent_input(stage, why) for stage, why in status.items() if stage != "watch@photos")
 

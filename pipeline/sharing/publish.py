@@ -104,7 +104,11 @@ def _check_workspace(repo: Any) -> None:
 def _absent_input(stage: str, changes: Any) -> bool:
     """Whether all that differs is that the files of an input are not here; their digest is."""
     deps = [set(change.get("changed deps", {"": ""}).values()) for change in changes if isinstance(change, dict)]
-    return stage.startswith("watch@") and len(deps) == len(changes) and all(kinds == {"deleted"} for kinds in deps)
+    return (
+        stage.rpartition(":")[2].startswith("watch@")
+        and len(deps) == len(changes)
+        and all(kinds == {"deleted"} for kinds in deps)
+    )
 
 
 def _check_cache(cache: Path) -> None:

@@ -15,7 +15,7 @@ repro: $(VENV)/installed
 	@cat data/report/results.md
 	@echo "The page: data/report/index.html. The commands h2t and dvc: source $(VENV)/bin/activate"
 
-$(VENV)/installed: pyproject.toml setup.py cache/gather.c
+$(VENV)/installed: pyproject.toml setup.py cache/read/gather.c
 	@test -x $(BIN)/python || $(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))" || \
 	  { echo "error: $(PYTHON) is no Python 3.11 to 3.13; name one, for example: make repro PYTHON=python3.12" >&2; exit 1; }
 	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv $(VENV)

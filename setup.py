@@ -5,6 +5,6 @@ from setuptools import Extension, setup
 setup(
     ext_modules=[
         # Where it cannot be built, installing goes on and the reader's own loop serves.
-        Extension("cache._gather", ["cache/gather.c"], extra_compile_args=["-O2"], optional=True)
+        Extension("h2t.cache.read._gather", ["h2t/cache/read/gather.c"], extra_compile_args=["-O2"], optional=True)
     ]
 )

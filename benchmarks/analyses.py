@@ -13,14 +13,15 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from cache.errors import CacheError
-from cache.reader import Cache, open_cache
-from pipeline import device, params, settings
-from pipeline.errors import UserError
-from pipeline.outputs import write_run_record
-from pipeline.recipes import RECIPES
-from pipeline.residency import Residency
-from pipeline.stages import evaluate, report, train_classifier
+from h2t.cache.errors import CacheError
+from h2t.cache.reader import Cache, open_cache
+from h2t.pipeline.base import device, params
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.outputs import write_run_record
+from h2t.pipeline.extraction.recipes import RECIPES
+from h2t.pipeline.heads.residency import Residency
+from h2t.pipeline.inspection import settings
+from h2t.pipeline.stages import evaluate, report, train_classifier
 
 PRESETS = Path(__file__).parent.parent / "presets" / "analyses"
 

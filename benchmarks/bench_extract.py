@@ -21,14 +21,14 @@ import pyarrow as pa
 import torch
 
 from benchmarks.measure import arguments, machine, save, spread, table
-from pipeline import device as devices
-from pipeline import plugins
-from pipeline.checkpoints import save_weights
-from pipeline.images import Images, Transform
-from pipeline.network import load_backbone
-from pipeline.precision import computing
-from pipeline.samples import Samples
-from pipeline.stages import extract
+from h2t.pipeline.base import device as devices
+from h2t.pipeline.base import plugins
+from h2t.pipeline.base.precision import computing
+from h2t.pipeline.data.images import Images, Transform
+from h2t.pipeline.data.samples import Samples
+from h2t.pipeline.networks.trained import load_backbone
+from h2t.pipeline.networks.weights import save_weights
+from h2t.pipeline.stages import extract
 
 WANTED = 0.9  # of the bare forward pass's images per second
 ARCH = "resnet32"

@@ -26,10 +26,10 @@ import torch
 from benchmarks.epoch_run import memory, quiet
 from benchmarks.measure import arguments, machine, save, table
 from benchmarks.synthetic import write_synthetic
-from cache.reader import open_cache
-from pipeline import residency
-from pipeline.residency import Feed, Step
-from pipeline.stages import train_classifier
+from h2t.cache.reader import open_cache
+from h2t.pipeline.heads import residency
+from h2t.pipeline.heads.residency import Feed, Step
+from h2t.pipeline.stages import train_classifier
 
 ROOT = Path(__file__).parents[1]
 ROWS, TINY_ROWS = 1024, 256
@@ -167,7 +167,7 @@ def many_shards(folder: Path, shards: int, rounds: int) -> dict[str, Any]:
 
 
 def _info(maps: Path, shards: int) -> None:
-    command = [sys.executable, "-m", "pipeline", "cache", "info", str(maps)]
+    command = [sys.executable, "-m", "h2t.pipeline", "cache", "info", str(maps)]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert f"in {shards} shards" in said
 

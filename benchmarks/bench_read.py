@@ -25,10 +25,10 @@ from crc32c import crc32c
 
 from benchmarks.measure import Timing, alternate, arguments, fastest, machine, ratio, save, table
 from benchmarks.synthetic import write_synthetic
-from cache.gather import compiled
-from cache.plan import UNIT_BYTES, plan_rows, portions, units
-from cache.reader import PORTION_BYTES, PORTION_SHARDS, THREADS, Cache, open_cache
-from cache.shard import CRC_BYTES
+from h2t.cache.format.shard import CRC_BYTES
+from h2t.cache.read.gather import compiled
+from h2t.cache.read.plan import UNIT_BYTES, plan_rows, portions, units
+from h2t.cache.reader import PORTION_BYTES, PORTION_SHARDS, THREADS, Cache, open_cache
 
 ARRAY = "maps.zarr/expert_0"
 RECEIVERS = DONORS = 128
@@ -157,7 +157,7 @@ def not_compiled(read: Read) -> Read:
     """Our read as it is where installing found no compiler."""
 
     def call(rows: np.ndarray) -> np.ndarray:
-        with mock.patch("cache.reader.compiled", return_value=None):
+        with mock.patch("h2t.cache.reader.compiled", return_value=None):
             return read(rows)
 
     return call
@@ -394,7 +394,7 @@ def parts(cache: Cache, rows: np.ndarray, out: np.ndarray, rounds: int) -> dict[
 
 def bench_decode(cache: Cache, case: Case, rounds: int) -> dict[str, Any]:
     """Our read of a compressed cache against decoding the same chunks, already in memory, on all cores."""
-    from cache.codecs import codec
+    from h2t.cache.format.codecs import codec
 
     rng = np.random.default_rng(2026)
     rows = rng.permutation(cache.spec.rows)[: cache.spec.rows // 2]

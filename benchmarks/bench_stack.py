@@ -22,16 +22,16 @@ import torch
 
 from benchmarks.measure import RESULTS, Timing, machine, ratio, save, table
 from benchmarks.synthetic import write_synthetic
-from cache.reader import open_cache
-from pipeline.device import choose
-from pipeline.features import FeatureReader
-from pipeline.head import global_average
-from pipeline.heads import HeadParts, head_parts
-from pipeline.host import Context
-from pipeline.network import StageOneHead
-from pipeline.residency import Choice, Feed
-from pipeline.stack import HeadSetting, Optimiser, Stack
-from pipeline.streams import Streams
+from h2t.cache.reader import open_cache
+from h2t.pipeline.base.device import choose
+from h2t.pipeline.heads.batches import Streams
+from h2t.pipeline.heads.features import FeatureReader
+from h2t.pipeline.heads.host import Context
+from h2t.pipeline.heads.residency import Choice, Feed
+from h2t.pipeline.heads.stack import HeadSetting, Optimiser, Stack
+from h2t.pipeline.heads.stored import HeadParts, head_parts
+from h2t.pipeline.networks.classifier import global_average
+from h2t.pipeline.networks.trained import StageOneHead
 
 RATIOS = [round(0.1 * i, 1) for i in range(11)]
 SEEDS = [0, 1, 2, 3, 4]

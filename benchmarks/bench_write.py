@@ -20,11 +20,11 @@ import zarr
 
 from benchmarks.measure import alternate, arguments, fastest, machine, ratio, save, table
 from benchmarks.synthetic import SHARD_BYTES, relu_maps, row_table
-from cache.codecs import zarr_codecs
-from cache.reader import THREADS
-from cache.spec import CacheSpec, chunk_rows_for, sha256, shard_rows_for
-from cache.staging import Staging, write_durably
-from cache.writer import CacheWriter
+from h2t.cache.format.codecs import zarr_codecs
+from h2t.cache.format.spec import CacheSpec, chunk_rows_for, sha256, shard_rows_for
+from h2t.cache.reader import THREADS
+from h2t.cache.write.staging import Staging, write_durably
+from h2t.cache.write.writer import CacheWriter
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,15 +20,15 @@ import numpy as np
 import torch
 import torch._dynamo  # what torch.func loads at its first use: a cost of importing, whatever the data
 
-from cache.reader import Cache, open_cache
-from pipeline.features import FeatureReader, FeatureTable
-from pipeline.fusion import replaced_channels
-from pipeline.heads import HeadParts, head_parts
-from pipeline.host import Context
-from pipeline.network import StageOneHead
-from pipeline.residency import Choice, Feed, Step
-from pipeline.stack import HeadSetting, Stack
-from pipeline.streams import Batch, Streams
+from h2t.cache.reader import Cache, open_cache
+from h2t.pipeline.heads.batches import Batch, Streams
+from h2t.pipeline.heads.features import FeatureReader, FeatureTable
+from h2t.pipeline.heads.fusion import replaced_channels
+from h2t.pipeline.heads.host import Context
+from h2t.pipeline.heads.residency import Choice, Feed, Step
+from h2t.pipeline.heads.stack import HeadSetting, Stack
+from h2t.pipeline.heads.stored import HeadParts, head_parts
+from h2t.pipeline.networks.trained import StageOneHead
 
 CPU = torch.device("cpu")
 WAYS = ("stream", "memory", "oindex", "dataloader")

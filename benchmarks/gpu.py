@@ -32,16 +32,16 @@ import torch
 from benchmarks.bench_stack import RATIOS, SEEDS
 from benchmarks.measure import RESULTS, machine, save
 from benchmarks.synthetic import write_synthetic
-from cache.reader import open_cache
-from pipeline import device as devices
-from pipeline.errors import UserError
-from pipeline.features import FeatureReader
-from pipeline.heads import HeadParts, head_parts
-from pipeline.host import Context
-from pipeline.network import StageOneHead
-from pipeline.residency import Choice, Feed
-from pipeline.stack import HeadSetting, Optimiser, Stack
-from pipeline.streams import Streams
+from h2t.cache.reader import open_cache
+from h2t.pipeline.base import device as devices
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.heads.batches import Streams
+from h2t.pipeline.heads.features import FeatureReader
+from h2t.pipeline.heads.host import Context
+from h2t.pipeline.heads.residency import Choice, Feed
+from h2t.pipeline.heads.stack import HeadSetting, Optimiser, Stack
+from h2t.pipeline.heads.stored import HeadParts, head_parts
+from h2t.pipeline.networks.trained import StageOneHead
 
 ROOT = Path(__file__).parent.parent
 TRAIN_IMAGES = 115_846  # of ImageNet-LT

@@ -32,17 +32,17 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline import params
-from pipeline.batchnorm import current
-from pipeline.classes import class_index, groups
-from pipeline.fusion import channel_ranks, replaced_channels
-from pipeline.images import Images
-from pipeline.metrics import answers, summary
-from pipeline.network import load_backbone, load_head
-from pipeline.outputs import write_run_record
-from pipeline.samplers import balanced, instance
-from pipeline.samples import Samples, load_samples
-from pipeline.seeds import stream
+from h2t.pipeline.base import params
+from h2t.pipeline.base.outputs import write_run_record
+from h2t.pipeline.base.seeds import stream
+from h2t.pipeline.data.classes import class_index, groups
+from h2t.pipeline.data.images import Images
+from h2t.pipeline.data.samples import Samples, load_samples
+from h2t.pipeline.evaluation.metrics import answers, summary
+from h2t.pipeline.extraction.batchnorm import current
+from h2t.pipeline.heads.fusion import channel_ranks, replaced_channels
+from h2t.pipeline.networks.trained import load_backbone, load_head
+from h2t.pipeline.samplers import balanced, instance
 
 EPOCHS, BATCH, RATE, MOMENTUM, DECAY = 10, 128, 0.02, 0.9, 5e-4
 SWITCHES = ("frozen", "unaugmented")

@@ -9,9 +9,9 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline.errors import UserError
-from pipeline.reporting.results import difference, mean_and_std
-from pipeline.reporting.statistics import Difference
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.reporting.intervals import Difference
+from h2t.pipeline.reporting.results import difference, mean_and_std
 
 #: How far the cache may lie from the published way, in points.
 BOUNDS = {"top1": 0.3, "head": 1.5, "medium": 1.5, "tail": 1.5}

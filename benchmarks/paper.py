@@ -27,15 +27,17 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 
-from cache.errors import CacheError
-from cache.reader import open_cache
-from pipeline import device, params, presets, settings
-from pipeline.errors import UserError
-from pipeline.network import backbone_digest
-from pipeline.outputs import replace_file, write_json, write_run_record
-from pipeline.residency import Residency
-from pipeline.samples import Samples, load_samples
-from pipeline.stages import evaluate, extract, prepare, train_backbone, train_classifier
+from h2t.cache.errors import CacheError
+from h2t.cache.reader import open_cache
+from h2t.pipeline.base import device, params
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.outputs import replace_file, write_json, write_run_record
+from h2t.pipeline.command_line import presets
+from h2t.pipeline.data.samples import Samples, load_samples
+from h2t.pipeline.heads.residency import Residency
+from h2t.pipeline.inspection import settings
+from h2t.pipeline.networks.trained import backbone_digest
+from h2t.pipeline.stages import evaluate, extract, prepare, train_backbone, train_classifier
 
 RESULTS = Path(__file__).parent / "results" / "paper.json"
 RATIO, SEEDS = 0.3, [0, 1, 2, 3, 4]

@@ -34,12 +34,12 @@ from benchmarks.tables import (
     table,
     variant_table,
 )
-from pipeline import params
-from pipeline.errors import UserError
-from pipeline.reporting.figures import ratio_picture
-from pipeline.reporting.files import difference_table, markdown_table, run_records
-from pipeline.reporting.published import different_runs
-from pipeline.reporting.results import load_result, ratio_curve
+from h2t.pipeline.base import params
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.reporting.figures import ratio_picture
+from h2t.pipeline.reporting.files import difference_table, markdown_table, run_records
+from h2t.pipeline.reporting.published import different_runs
+from h2t.pipeline.reporting.results import load_result, ratio_curve
 
 
 def online_tables(online: Online, ours: dict[str, pd.DataFrame]) -> dict[str, str]:

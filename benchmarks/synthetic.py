@@ -16,10 +16,10 @@ import numpy as np
 import pyarrow as pa
 from safetensors.numpy import save
 
-from cache.rows import make_rows
-from cache.spec import CacheSpec, chunk_rows_for, shard_rows_for
-from cache.staging import Staging
-from cache.writer import CacheWriter
+from h2t.cache.format.rows import make_rows
+from h2t.cache.format.spec import CacheSpec, chunk_rows_for, shard_rows_for
+from h2t.cache.write.staging import Staging
+from h2t.cache.write.writer import CacheWriter
 
 SHARD_BYTES = 64 * 1024 * 1024
 TEST_SHARE = 20  # every 20th row belongs to the test split, with equal class counts

@@ -8,8 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline.errors import UserError
-from pipeline.reporting.results import (
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.reporting.results import (
     FIGURES,
     ROWS,
     HostResult,

@@ -1,6 +1,6 @@
 """The one exception of this package: a reason from a fixed set, and one line that says what to do."""
 
-from cache.redaction import one_line, redacted
+from h2t.cache.redaction import one_line, redacted
 
 REASONS = frozenset(
     {

@@ -3,7 +3,7 @@
     cache = open_cache("data/extract/ce_mixup")
     maps = cache.read([3, 1, 3])            # (3, C, H, W), in the order asked for
 
-The indices of the shards are read once and kept. A gather is planned (`cache.plan`), its byte ranges are fetched by a
+The indices of the shards are read once and kept. A gather is planned (`read.plan`), its byte ranges are fetched by a
 small thread pool, and every chunk's crc32c is checked before its values are handed out. Uncompressed rows that are
 chunks of their own go from the file straight into their slot of the result.
 """
@@ -21,16 +21,26 @@ import numpy as np
 import pyarrow as pa
 from crc32c import crc32c
 
-from cache import shard as shard_layout
-from cache.codecs import codec
-from cache.errors import CacheError
-from cache.files import LocalFiles, files_at
-from cache.gather import CHANGED, DONE, MISMATCH, REFUSED, Gather, compiled
-from cache.in_use import InUse
-from cache.plan import MAX_GAP_BYTES, Plan, Unit, plan_rows, portions, units
-from cache.remote import RemoteFiles
-from cache.rows import from_bytes
-from cache.spec import MAPS, MAX_RECORD_BYTES, RECORD, ROWS, STATISTICS, CacheSpec, Commit, parse_record, sha256
+from h2t.cache.errors import CacheError
+from h2t.cache.format import shard as shard_layout
+from h2t.cache.format.codecs import codec
+from h2t.cache.format.rows import from_bytes
+from h2t.cache.format.spec import (
+    MAPS,
+    MAX_RECORD_BYTES,
+    RECORD,
+    ROWS,
+    STATISTICS,
+    CacheSpec,
+    Commit,
+    parse_record,
+    sha256,
+)
+from h2t.cache.read.files import LocalFiles, files_at
+from h2t.cache.read.gather import CHANGED, DONE, MISMATCH, REFUSED, Gather, compiled
+from h2t.cache.read.in_use import InUse
+from h2t.cache.read.plan import MAX_GAP_BYTES, Plan, Unit, plan_rows, portions, units
+from h2t.cache.read.remote import RemoteFiles
 
 T = TypeVar("T")
 
@@ -135,7 +145,7 @@ class Cache:
 
     @property
     def rows(self) -> pa.Table:
-        """The row table (`cache.rows.SCHEMA`), row i of the table describing row i of the maps."""
+        """The row table (`cache.format.rows.SCHEMA`), row i of the table describing row i of the maps."""
         with self._in_use():
             return self._rows
 

@@ -1,9 +1,9 @@
-"""The command `h2t`, which `python -m pipeline` is too."""
+"""The command `h2t`, which `python -m h2t.pipeline` is too."""
 
 import atexit
 import gc
 
-from pipeline.cli import main
+from h2t.pipeline.command_line.main import main
 
 #: Importing torch makes half a million objects that stay. Looking for garbage among them after every 700 new ones, and
 #: through all of them at the end, takes half a second of every command.

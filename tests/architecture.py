@@ -1,7 +1,11 @@
 """Imports as a graph, and the plug-ins that each stage loads by name, which no import shows."""
 
-from pipeline.code import ROOT, closure, imports, modules
-from pipeline.plugins import KINDS as PLUGINS
+from pathlib import Path
+
+from h2t.pipeline.base.code import closure, imports, modules
+from h2t.pipeline.base.plugins import KINDS as PLUGINS
+
+ROOT = Path(__file__).parent.parent
 
 __all__ = ["LOADED", "PLUGINS", "ROOT", "closure", "imports", "modules"]
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from cache.rows import make_rows as rows_of
-from cache.spec import CacheSpec
-from cache.staging import Staging
-from cache.writer import CacheWriter
+from h2t.cache.format.rows import make_rows as rows_of
+from h2t.cache.format.spec import CacheSpec
+from h2t.cache.write.staging import Staging
+from h2t.cache.write.writer import CacheWriter
 
 TOKEN = {"batch_size": 4}
 
@@ -88,7 +88,7 @@ def tree(root: Path) -> dict[str, bytes]:
 
 def reseal(root: Path, change) -> None:
     """Lets `change` edit the object in cache.json and makes its own sha256 true again, as a hostile author would."""
-    from cache.spec import canonical_json, sha256
+    from h2t.cache.format.spec import canonical_json, sha256
 
     body = json.loads((root / "cache.json").read_bytes())
     change(body)
@@ -99,7 +99,7 @@ def reseal(root: Path, change) -> None:
 
 def reseal_file(root: Path, name: str) -> None:
     """Makes cache.json agree with the present bytes of `name`."""
-    from cache.spec import sha256
+    from h2t.cache.format.spec import sha256
 
     data = (root / name).read_bytes()
     reseal(root, lambda body: body["files"].__setitem__(name, {"bytes": len(data), "sha256": sha256(data)}))

@@ -10,16 +10,16 @@ import numpy as np
 import torch
 from pipeline_builders import CPU, distance, make_stack, make_stage1_head, trained
 
-from cache.reader import open_cache
-from pipeline import plugins
-from pipeline import stack as stack_module
-from pipeline.classes import ClassIndex
-from pipeline.errors import UserError
-from pipeline.head import global_average, logits
-from pipeline.host import Context, FittedHost, GradientHost
-from pipeline.network import StageOneHead
-from pipeline.recipes import RECIPES
-from pipeline.seeds import stream
+from h2t.cache.reader import open_cache
+from h2t.pipeline.base import plugins
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.seeds import stream
+from h2t.pipeline.data.classes import ClassIndex
+from h2t.pipeline.extraction.recipes import RECIPES
+from h2t.pipeline.heads import stack as stack_module
+from h2t.pipeline.heads.host import Context, FittedHost, GradientHost
+from h2t.pipeline.networks.classifier import global_average, logits
+from h2t.pipeline.networks.trained import StageOneHead
 
 COUNTS = (30, 12, 3, 1)
 CHANNELS = 20
@@ -210,9 +210,9 @@ def check_fusion(cache: Path, name: str = "dr") -> None:
 
 def check_evaluation(cache: Path, heads: Any) -> None:
     """Logits at evaluation are those of the plain test rows under `mixture`, whatever the head's ratio."""
-    from pipeline import scoring
-    from pipeline.heads import head_parts
-    from pipeline.streams import sample_rows
+    from h2t.pipeline.evaluation import scoring
+    from h2t.pipeline.heads.batches import sample_rows
+    from h2t.pipeline.heads.stored import head_parts
 
     host, _ = head_parts(heads.parts, heads.context)
     with open_cache(cache) as opened:

@@ -32,7 +32,7 @@ import zarr
 from PIL import Image
 from safetensors.numpy import load_file
 
-from pipeline import numbers, plugins
+from h2t.pipeline.base import numbers, plugins
 
 HERE = Path(__file__).parent / "golden"
 FIRST, RESULTS = HERE / "first", HERE / "results"

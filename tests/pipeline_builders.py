@@ -20,20 +20,20 @@ from builders import make_maps, make_spec, write_cache
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from cache.reader import open_cache
-from cache.rows import make_rows
-from pipeline import params, plugins
-from pipeline.checkpoints import save_weights, weights_digest
-from pipeline.classes import ClassIndex
-from pipeline.features import FeatureReader
-from pipeline.heads import HeadParts, head_parts
-from pipeline.host import Context
-from pipeline.network import StageOneHead
-from pipeline.residency import Choice, Feed, Residency
-from pipeline.samples import load_samples
-from pipeline.stack import HeadSetting, Optimiser, Stack
-from pipeline.stages import extract, prepare, train_classifier
-from pipeline.streams import Streams
+from h2t.cache.format.rows import make_rows
+from h2t.cache.reader import open_cache
+from h2t.pipeline.base import params, plugins
+from h2t.pipeline.data.classes import ClassIndex
+from h2t.pipeline.data.samples import load_samples
+from h2t.pipeline.heads.batches import Streams
+from h2t.pipeline.heads.features import FeatureReader
+from h2t.pipeline.heads.host import Context
+from h2t.pipeline.heads.residency import Choice, Feed, Residency
+from h2t.pipeline.heads.stack import HeadSetting, Optimiser, Stack
+from h2t.pipeline.heads.stored import HeadParts, head_parts
+from h2t.pipeline.networks.trained import StageOneHead
+from h2t.pipeline.networks.weights import save_weights, weights_digest
+from h2t.pipeline.stages import extract, prepare, train_classifier
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -130,7 +130,7 @@ def make_backbone_dir(folder: Path, *, arch="resnet20", seed=0, classes=10, expe
 
     Returns the digest of the weights.
     """
-    from pipeline import plugins
+    from h2t.pipeline.base import plugins
 
     module = plugins.load("backbones", arch)
     with torch.random.fork_rng():
@@ -311,7 +311,7 @@ def environment(**more: str) -> dict[str, str]:
 def h2t(*arguments: Any, cwd: Path, **more: str) -> subprocess.CompletedProcess[str]:
     """Runs `h2t` in a process of its own."""
     return subprocess.run(
-        [sys.executable, "-m", "pipeline", *map(str, arguments)],
+        [sys.executable, "-m", "h2t.pipeline", *map(str, arguments)],
         cwd=cwd,
         env=environment(**more),
         capture_output=True,
@@ -322,7 +322,16 @@ def h2t(*arguments: Any, cwd: Path, **more: str) -> subprocess.CompletedProcess[
 
 def torchrun(*arguments: Any, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Runs `h2t` in two processes over gloo."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pipeline"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "h2t.pipeline",
+    ]
     return subprocess.run(
         [*command, *map(str, arguments)], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300
     )
@@ -330,7 +339,7 @@ def torchrun(*arguments: Any, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 def refused(*arguments, leaves=None) -> str:
     """The one line of a refusal, which leaves nothing at `leaves`."""
-    from pipeline.cli import main
+    from h2t.pipeline.command_line.main import main
 
     result = CliRunner().invoke(main, [str(a) for a in arguments])
     assert isinstance(result.exception, SystemExit), result.exception

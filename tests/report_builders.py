@@ -4,9 +4,9 @@ from pathlib import Path
 
 from pipeline_builders import CPU, make_backbone_dir, make_host, make_stage2_cache, silent
 
-from cache.reader import open_cache
-from pipeline.residency import Residency
-from pipeline.stages import evaluate, train_classifier
+from h2t.cache.reader import open_cache
+from h2t.pipeline.heads.residency import Residency
+from h2t.pipeline.stages import evaluate, train_classifier
 
 NASTY = "</script><img src=x onerror=\"console.error('escaped')\">"  # a class name that a page must not run
 

@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
-from pipeline import plugins
+from h2t.pipeline.base import plugins
 
 CLASSES, SIDE = 10, 32
 

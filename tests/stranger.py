@@ -52,7 +52,8 @@ LEFT = {
     "h2t cache verify URL": "no URL",
     "h2t cache pull $REPOSITORY@REV --into kept": "no repository",
     "h2t extract --anew": "its name alone",
-    "torchrun --nproc-per-node 4 -m pipeline train-backbone ce_mixup data/prepare data/train_backbone/ce_mixup": "GPUs",
+    "torchrun --nproc-per-node 4 -m h2t.pipeline train-backbone ce_mixup data/prepare "
+    "data/train_backbone/ce_mixup": "GPUs",
 }
 IDENTITY = {"GIT_AUTHOR_NAME": "A", "GIT_COMMITTER_NAME": "A"} | dict.fromkeys(
     ("GIT_AUTHOR_EMAIL", "GIT_COMMITTER_EMAIL"), "a@example.org"

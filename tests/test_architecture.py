@@ -7,15 +7,22 @@ import yaml
 from architecture import LOADED, PLUGINS, ROOT, closure, imports, modules
 from pipeline_builders import make_params
 
-from pipeline import numbers, settings
-from pipeline.stages import extract
+from h2t.pipeline.base import numbers
+from h2t.pipeline.inspection import settings
+from h2t.pipeline.stages import extract
 
 DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 MODULES = modules()
-CACHE = sorted(m for m in MODULES if m.startswith("cache."))
-WRITER_SIDE = {"cache.writer", "cache.staging", "cache.card"}
-READER_SIDE = {"cache.reader", "cache.files", "cache.plan", "cache.prefetch"}
-SHARED = {"cache.shard", "cache.spec", "cache.rows", "cache.codecs", "cache.errors"}
+CACHE = sorted(m for m in MODULES if m.startswith("h2t.cache."))
+WRITER_SIDE = {"h2t.cache.write.writer", "h2t.cache.write.staging", "h2t.cache.format.card"}
+READER_SIDE = {"h2t.cache.reader", "h2t.cache.read.files", "h2t.cache.read.plan", "h2t.cache.read.prefetch"}
+SHARED = {
+    "h2t.cache.format.shard",
+    "h2t.cache.format.spec",
+    "h2t.cache.format.rows",
+    "h2t.cache.format.codecs",
+    "h2t.cache.errors",
+}
 
 
 def stage_of(name):
@@ -30,11 +37,44 @@ def roots(module):
     return {name.split(".")[0] for name in all_imports(module)}
 
 
+#: The rooms of `pipeline/`, from the lowest floor up (docs/decisions/0014-rooms-that-follow-the-flow.md).
+FLOORS = (
+    "base",
+    "data",
+    "datasets",
+    "samplers",
+    "networks",
+    "backbones",
+    "pools",
+    "training",
+    "objectives",
+    "extraction",
+    "heads",
+    "hosts",
+    "evaluation",
+    "reporting",
+    "stages",
+    "models",
+    "sharing",
+    "inspection",
+    "command_line",
+)
+
+
+def room(module):
+    """The room of a module of the pipeline: `heads` of h2t.pipeline.heads.stack."""
+    return module.split(".")[2]
+
+
 def test_the_packages_were_found():
-    assert {"cache.reader", "cache.writer", "pipeline.cli", "pipeline.stages.extract", "pipeline.hosts.dr"} <= set(
-        MODULES
-    )
-    assert {"cache.errors", "pipeline.seeds"} <= closure({"pipeline.stages.train_classifier"})
+    assert {
+        "h2t.cache.reader",
+        "h2t.cache.write.writer",
+        "h2t.pipeline.command_line.main",
+        "h2t.pipeline.stages.extract",
+        "h2t.pipeline.hosts.dr",
+    } <= set(MODULES)
+    assert {"h2t.cache.errors", "h2t.pipeline.base.seeds"} <= closure({"h2t.pipeline.stages.train_classifier"})
 
 
 def test_the_import_reader_sees_every_form(tmp_path):
@@ -52,7 +92,8 @@ def test_no_relative_imports(module):
 
 @pytest.mark.parametrize("module", CACHE)
 def test_the_cache_knows_neither_torch_nor_click_nor_the_pipeline(module):
-    assert not roots(module) & {"torch", "torchvision", "click", "pipeline", "PIL", "sklearn"}
+    assert not roots(module) & {"torch", "torchvision", "click", "PIL", "sklearn"}
+    assert not [name for name in all_imports(module) if name.startswith("h2t.pipeline")]
 
 
 def test_the_writer_side_does_not_reach_the_reader_side():
@@ -64,38 +105,54 @@ def test_the_shared_part_reaches_neither_side():
 
 
 def test_extraction_does_not_reach_the_reader_and_training_not_the_writer():
-    assert not closure({"pipeline.stages.extract"}) & READER_SIDE
+    assert not closure({"h2t.pipeline.stages.extract"}) & READER_SIDE
     for stage in ("train_classifier", "evaluate"):
-        assert not closure({f"pipeline.stages.{stage}"}) & WRITER_SIDE
+        assert not closure({f"h2t.pipeline.stages.{stage}"}) & WRITER_SIDE
+
+
+def test_no_module_lies_loose():
+    assert {m for m in MODULES if m.count(".") == 2 and m.startswith("h2t.pipeline.")} == {
+        f"h2t.pipeline.{name}" for name in ("__main__", *FLOORS)
+    }
+
+
+@pytest.mark.parametrize("module", sorted(m for m in MODULES if m.count(".") > 2 and m.startswith("h2t.pipeline.")))
+def test_no_import_runs_upward(module):
+    above = FLOORS[FLOORS.index(room(module)) + 1 :]
+    rising = [n for n in all_imports(module) if n.startswith("h2t.pipeline.") and room(n) in above]
+    assert not rising
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_our_packages_have_one_name(module):
+    """`cache` and `pipeline` would be second copies of `h2t.cache` and `h2t.pipeline`, with classes of their own."""
+    assert not roots(module) & {"cache", "pipeline"}
 
 
 PLUGIN_MODULES = sorted(
     m
     for m in MODULES
-    if m.split(".")[0] == "pipeline"
-    and m.split(".")[1:2]
-    and m.split(".")[1] in PLUGINS
-    and MODULES[m].name != "__init__.py"
+    if m.startswith("h2t.pipeline.") and m.count(".") == 3 and room(m) in PLUGINS and MODULES[m].name != "__init__.py"
 )
+
+
+def test_the_plugins_were_found():
+    assert len(PLUGIN_MODULES) > 40
 
 
 @pytest.mark.parametrize("module", PLUGIN_MODULES)
 def test_a_plugin_imports_no_stage_no_other_plugin_and_no_cache(module):
-    for name in all_imports(module):
-        parts = name.split(".")
-        assert parts[0] != "cache", name
-        assert parts[:2] != ["pipeline", "stages"], name
-        assert name in ("pipeline", *MODULES) or parts[0] != "pipeline" or ".".join(parts[:-1]) in MODULES
-        if parts[0] == "pipeline" and len(parts) > 2 and parts[1] in PLUGINS:
-            raise AssertionError(f"{module} imports the plug-in {name}")
-    assert "pipeline.plugins" not in all_imports(module)
+    ours = [name for name in all_imports(module) if name.startswith("h2t.")]
+    assert not [name for name in ours if name.startswith("h2t.cache")]
+    assert not [name for name in ours if name.count(".") > 1 and room(name) in ("stages", *PLUGINS)]
+    assert "h2t.pipeline.base.plugins" not in ours
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_nothing_imports_the_command_line(module):
-    if module == "pipeline.__main__":
+    if module == "h2t.pipeline.__main__":
         return
-    assert "pipeline.cli" not in all_imports(module)
+    assert "h2t.pipeline.command_line.main" not in all_imports(module)
 
 
 @pytest.mark.parametrize("module", sorted(m for m in MODULES if MODULES[m].name == "__init__.py"))
@@ -149,11 +206,11 @@ def test_dvc_yaml_is_short():
 
 #: (stage, module): the module can load plug-ins, but the stage calls no function of it that does.
 NEVER_LOADS = {
-    ("train_classifier", "pipeline.samples"),
-    ("train_classifier", "pipeline.batchnorm"),
-    ("train_classifier", "pipeline.network"),
-    ("evaluate", "pipeline.network"),
-    ("evaluate", "pipeline.streams"),
+    ("train_classifier", "h2t.pipeline.data.samples"),
+    ("train_classifier", "h2t.pipeline.extraction.batchnorm"),
+    ("train_classifier", "h2t.pipeline.networks.trained"),
+    ("evaluate", "h2t.pipeline.networks.trained"),
+    ("evaluate", "h2t.pipeline.heads.batches"),
 }
 
 
@@ -167,7 +224,7 @@ def loaded_kinds(module):
 @pytest.mark.parametrize("stage", sorted(LOADED))
 def test_every_plugin_that_a_stage_loads_is_said_to_be_loaded(stage):
     """Loading by name is no import, so `architecture.LOADED` states it."""
-    for module in closure({f"pipeline.stages.{stage}"}):
+    for module in closure({f"h2t.pipeline.stages.{stage}"}):
         if (stage, module) not in NEVER_LOADS:
             assert set(loaded_kinds(module)) <= set(LOADED[stage]), module
 

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from builders import make_cache, make_maps, make_rows, make_spec, reseal, reseal_file, tree, write_cache
 
-from cache.audit import advise, describe, diff, pooled, stats, verify
-from cache.codecs import CODECS, PYTHON_ONLY
-from cache.errors import CacheError
-from cache.reader import open_cache
-from cache.spec import to_float32
-from cache.staging import Staging
-from cache.writer import committed
+from h2t.cache.errors import CacheError
+from h2t.cache.format.codecs import CODECS, PYTHON_ONLY
+from h2t.cache.format.spec import to_float32
+from h2t.cache.reader import open_cache
+from h2t.cache.tools.audit import advise, describe, diff, pooled, stats, verify
+from h2t.cache.write.staging import Staging
+from h2t.cache.write.writer import committed
 
 FLIPS = 1000 if os.environ.get("H2T_FULL") else 200
 
@@ -242,7 +242,7 @@ class TestHostile:
     def test_rows_in_another_order(self, cache_dir):
         import pyarrow as pa
 
-        from cache.rows import SCHEMA, to_bytes
+        from h2t.cache.format.rows import SCHEMA, to_bytes
 
         make_cache(cache_dir)
         table = make_rows().take(list(range(10, -1, -1)))
@@ -297,7 +297,7 @@ class TestStats:
     @pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
     @pytest.mark.parametrize("count", [1, 11, 700])
     def test_against_numpy(self, cache_dir, dtype, count, monkeypatch):
-        monkeypatch.setattr("cache.audit.BLOCK_BYTES", 5000)  # several blocks
+        monkeypatch.setattr("h2t.cache.tools.audit.BLOCK_BYTES", 5000)  # several blocks
         rows = make_rows(count)
         spec = make_spec(rows=count, dtype=dtype, chunk_rows=2, shard_rows=64, maps=((3, 2, 2), (2, 1, 1)))
         write_cache(cache_dir, spec, rows, make_maps(spec))
@@ -405,8 +405,8 @@ class TestPooled:
         assert committed(tmp_path / "b").fingerprint_inputs["pool"] == "max"
 
     def test_an_interrupted_copy_goes_on_where_it_stopped(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("cache.pooled.WORKERS", 1)
-        monkeypatch.setattr("cache.pooled.BLOCK_BYTES", 24 * 3)
+        monkeypatch.setattr("h2t.cache.tools.pooled.WORKERS", 1)
+        monkeypatch.setattr("h2t.cache.tools.pooled.BLOCK_BYTES", 24 * 3)
         make_cache(tmp_path / "a", rows=make_rows(500), maps=((700, 2, 2),), shard_rows=64)
         calls = []
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from pipeline import plugins
-from pipeline.params import build
+from h2t.pipeline.base import plugins
+from h2t.pipeline.base.params import build
 
 
 def make_backbone(name, seed=0, **options):

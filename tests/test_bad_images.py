@@ -11,11 +11,11 @@ from image_builders import make_imagenet_lt, write_image
 from PIL import Image
 from pipeline_builders import silent
 
-from pipeline import images
-from pipeline.errors import UserError
-from pipeline.images import BadImage, decode
-from pipeline.samples import load_samples
-from pipeline.stages import prepare
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.data import images
+from h2t.pipeline.data.images import BadImage, decode
+from h2t.pipeline.data.samples import load_samples
+from h2t.pipeline.stages import prepare
 
 
 def encoded(image: Image.Image, kind: str, **save) -> bytes:

@@ -3,13 +3,14 @@ import pytest
 import torch
 from pipeline_builders import CPU
 
-from pipeline import batchnorm, plugins
-from pipeline.batchnorm import SAMPLERS, compute, current, estimate, from_bytes, to_bytes, use
-from pipeline.checkpoints import weights_digest
-from pipeline.errors import UserError
-from pipeline.network import load_backbone
-from pipeline.recipes import RECIPES, stored
-from pipeline.seeds import stream
+from h2t.pipeline.base import plugins
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.seeds import stream
+from h2t.pipeline.extraction import batchnorm
+from h2t.pipeline.extraction.batchnorm import SAMPLERS, compute, current, estimate, from_bytes, to_bytes, use
+from h2t.pipeline.extraction.recipes import RECIPES, stored
+from h2t.pipeline.networks.trained import load_backbone
+from h2t.pipeline.networks.weights import weights_digest
 
 
 def state_of(backbone):
@@ -26,7 +27,7 @@ def batches_of(name, samples, images, passes, seed):
     train = samples.of("train")
     labels = samples.labels[train]
     counts = np.bincount(labels)
-    from pipeline.classes import ClassIndex
+    from h2t.pipeline.data.classes import ClassIndex
 
     index = ClassIndex(np.cumsum(counts) - counts, counts)
     size = min(128, len(train))

@@ -69,7 +69,7 @@ def test_write_benchmark(tmp_path, capsys):
 
 def test_synthetic_cache_is_the_same_every_time(tmp_path):
     from benchmarks.synthetic import main
-    from cache.reader import open_cache
+    from h2t.cache.reader import open_cache
 
     settings = ["--rows", "60", "--map", "16,4,4", "--classes", "5", "--imbalance", "8", "--experts", "2"]
     for name in ("a", "b"):

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from cache import blocks
-from cache.blocks import BLOCK_BYTES, BlockCache, from_environment
+from h2t.cache.read import blocks
+from h2t.cache.read.blocks import BLOCK_BYTES, BlockCache, from_environment
 
 A, B, C = ("a" * 64, "b" * 64, "c" * 64)
 

@@ -10,9 +10,9 @@ import pytest
 from builders import make_cache, make_rows, tree
 from click.testing import CliRunner
 
-from cache.codecs import CODECS
-from cache.reader import open_cache
-from pipeline.commands.caches import cache, human
+from h2t.cache.format.codecs import CODECS
+from h2t.cache.reader import open_cache
+from h2t.pipeline.command_line.caches import cache, human
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ["info", "verify", "stats", "advise"]
@@ -173,7 +173,7 @@ def test_every_command_has_an_example():
 
 def test_importing_the_commands_is_cheap():
     heavy = ["torch", "zarr", "dask", "pyarrow", "numpy", "fsspec"]
-    script = f"import sys, pipeline.commands.caches; print([m for m in {heavy} if m in sys.modules])"
+    script = f"import sys, h2t.pipeline.command_line.caches; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
 
@@ -183,7 +183,7 @@ def test_info_opens_no_shard(cache_dir):
     make_cache(cache_dir, rows=make_rows(200), shard_rows=1)
     script = (
         "import sys, cache.audit\n"
-        "from pipeline.commands.caches import cache\n"
+        "from h2t.pipeline.command_line.caches import cache\n"
         "opened = []\n"
         "def hook(event, args):\n"
         f"    if event == 'open' and {str(cache_dir)!r} in str(args[0]): opened.append(str(args[0]))\n"

@@ -15,11 +15,11 @@ from image_builders import make_image_folder, write_image
 from PIL import Image
 from pipeline_builders import CPU, extracted, h2t, make_backbone_dir, refused, silent, torchrun, write_params
 
-from pipeline import images as images_module
-from pipeline.checkpoint import Checkpoint
-from pipeline.errors import UserError
-from pipeline.samples import Samples, load_samples
-from pipeline.stages import prepare, train_backbone
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.data import images as images_module
+from h2t.pipeline.data.samples import Samples, load_samples
+from h2t.pipeline.stages import prepare, train_backbone
+from h2t.pipeline.training.resume import Checkpoint
 
 VICTIM, OTHER = "train/cat/1.png", "train/dog/1.png"
 TRANSFORM = {"size": 8, "resize": 8, "padding": 1, "flip": True, "mean": [0.5] * 3, "std": [0.25] * 3}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from pipeline_builders import make_optimiser, make_stack, make_stage2_cache, trained
 
-from pipeline.checkpoint import Checkpoint
+from h2t.pipeline.training.resume import Checkpoint
 
 HEADS = [{"ratio": 0.0}, {"ratio": 0.5}]
 

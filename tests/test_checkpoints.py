@@ -4,12 +4,12 @@ import pytest
 import torch
 from pipeline_builders import CPU, silent
 
-from pipeline import plugins
-from pipeline.checkpoints import fill, fit_head, load_checkpoint, load_weights, save_weights, split_head
-from pipeline.errors import UserError
-from pipeline.head import logits
-from pipeline.network import load_backbone, load_head
-from pipeline.stages import train_backbone
+from h2t.pipeline.base import plugins
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.networks.classifier import logits
+from h2t.pipeline.networks.trained import load_backbone, load_head
+from h2t.pipeline.networks.weights import fill, fit_head, load_checkpoint, load_weights, save_weights, split_head
+from h2t.pipeline.stages import train_backbone
 
 
 def network(arch="resnet32", experts=1, seed=0):

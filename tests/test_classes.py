@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from pipeline.classes import GROUPS, by_index, class_index, groups
-from pipeline.errors import UserError
-from pipeline.stages.prepare import Imbalance, long_tailed_counts
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.data.classes import GROUPS, by_index, class_index, groups
+from h2t.pipeline.stages.prepare import Imbalance, long_tailed_counts
 
 
 def sizes(group_of):

@@ -19,7 +19,7 @@ from pipeline_builders import (
     write_params,
 )
 
-from pipeline.cli import main
+from h2t.pipeline.command_line.main import main
 
 
 def refused(*arguments, code=1) -> str:
@@ -340,7 +340,7 @@ def test_the_list_of_plugins_is_a_table():
 def test_help_imports_no_torch(arguments):
     code = (
         "import sys, click\n"
-        "from pipeline.cli import main\n"
+        "from h2t.pipeline.command_line.main import main\n"
         f"sys.argv = ['h2t', *{arguments!r}]\n"
         "try:\n    main()\n"
         "except SystemExit as stop:\n    assert not stop.code\n"

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from builders import make_cache, make_rows
 
-from cache.errors import CacheError
-from cache.files import LocalFiles
-from cache.gather import compiled
-from cache.in_use import InUse
-from cache.reader import open_cache
+from h2t.cache.errors import CacheError
+from h2t.cache.read.files import LocalFiles
+from h2t.cache.read.gather import compiled
+from h2t.cache.read.in_use import InUse
+from h2t.cache.reader import open_cache
 
 LAYOUTS = {"compiled": {}, "in place": {}, "decoded": {"codec": "zstd"}}
 
@@ -26,7 +26,7 @@ def open_files() -> int:
 @pytest.fixture(params=LAYOUTS)
 def layout(request, monkeypatch):
     if request.param == "in place":
-        monkeypatch.setattr("cache.reader.compiled", lambda: None)
+        monkeypatch.setattr("h2t.cache.reader.compiled", lambda: None)
     elif request.param == "compiled" and compiled() is None:
         pytest.skip("the compiled gather was not built")
     return LAYOUTS[request.param]

@@ -15,9 +15,9 @@ import torch
 from builders import tree
 from pipeline_builders import extracted, make_extract
 
-from cache.writer import CacheWriter
-from pipeline.errors import UserError
-from pipeline.images import BadImage
+from h2t.cache.write.writer import CacheWriter
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.data.images import BadImage
 
 SMALL = {"batchnorm": ["stage1"], "max_views": 2, "shard_bytes": 65536, "batch_size": 16}
 
@@ -99,8 +99,8 @@ def test_a_stopped_worker_is_named_and_going_on_is_enough(
     digits, backbone_dir, single, scheduler, tmp_path, monkeypatch
 ):
     address, workers = scheduler
-    monkeypatch.setattr("pipeline.extraction.cluster.QUIET", 6.0)
-    monkeypatch.setattr("pipeline.extraction.cluster.SILENT", 4.0)
+    monkeypatch.setattr("h2t.pipeline.extraction.cluster.QUIET", 6.0)
+    monkeypatch.setattr("h2t.pipeline.extraction.cluster.SILENT", 4.0)
     write, said, stopped = CacheWriter.write, [], []
 
     def stop_one(self, shard, maps):
@@ -145,6 +145,6 @@ def test_addresses(value):
 
 
 def test_a_scheduler_that_is_not_there_is_one_line(digits, backbone_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.extraction.cluster.SECONDS", 1)
+    monkeypatch.setattr("h2t.pipeline.extraction.cluster.SECONDS", 1)
     with pytest.raises(UserError, match=r"run\.cluster: no answer from tcp://127\.0\.0\.1:9"):
         extracted(tmp_path / "b", *digits, backbone_dir, cluster="tcp://127.0.0.1:9", **SMALL)

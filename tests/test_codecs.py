@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache.codecs import CODECS, codec, zarr_codecs
-from cache.errors import CacheError
+from h2t.cache.errors import CacheError
+from h2t.cache.format.codecs import CODECS, codec, zarr_codecs
 
 DTYPES = ["<f2", "<f4", "<u2"]
 

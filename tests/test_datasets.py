@@ -11,11 +11,11 @@ import pytest
 from pipeline_builders import make_prepare, make_samples, silent
 from sklearn.datasets import load_digits
 
-from pipeline.datasets import digits
-from pipeline.errors import UserError
-from pipeline.samples import load_samples
-from pipeline.stages import prepare
-from pipeline.stages.prepare import Imbalance, long_tailed_counts
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.data.samples import load_samples
+from h2t.pipeline.datasets import digits
+from h2t.pipeline.stages import prepare
+from h2t.pipeline.stages.prepare import Imbalance, long_tailed_counts
 
 
 def counts(largest, classes, ratio, profile="exponential"):

@@ -18,12 +18,13 @@ from image_builders import (
 )
 from pipeline_builders import silent
 
-from pipeline import cifar_files, list_files, plugins
-from pipeline.classes import groups
-from pipeline.errors import UserError
-from pipeline.params import build
-from pipeline.stages import prepare
-from pipeline.stages.prepare import Imbalance, long_tailed_counts
+from h2t.pipeline.base import plugins
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.params import build
+from h2t.pipeline.data import cifar_files, list_files
+from h2t.pipeline.data.classes import groups
+from h2t.pipeline.stages import prepare
+from h2t.pipeline.stages.prepare import Imbalance, long_tailed_counts
 
 
 def opened(name: str, values: dict):

@@ -17,8 +17,9 @@ from conformance import (
 )
 from pipeline_builders import ROOT, make_params, make_samples, make_stage2_cache
 
-from pipeline import plugins, settings
-from pipeline.sharing.doctor import NAMED_BY_DVC
+from h2t.pipeline.base import plugins
+from h2t.pipeline.inspection import settings
+from h2t.pipeline.inspection.doctor import NAMED_BY_DVC
 
 PAGES = sorted((ROOT / "docs").glob("adding-a*.md"))
 

@@ -20,7 +20,7 @@ from image_builders import write_image
 from printed import PAGES, PROGRAMS, ROOT, blocks, commands, printed, words
 from report_builders import make_evaluated
 
-from pipeline.cli import main
+from h2t.pipeline.command_line.main import main
 
 COMMANDS = [command for page in PAGES for command in printed(page)]
 TEXTS = sorted({command.text for command in COMMANDS})
@@ -90,7 +90,7 @@ ELSEWHERE = {
         "h2t cache pull $REPOSITORY@REV --into kept",
     ),
     "tests/test_train_backbone.py::test_two_processes_train_like_one_and_go_on_where_one_was_killed": (
-        "torchrun --nproc-per-node 4 -m pipeline train-backbone ce_mixup data/prepare data/train_backbone/ce_mixup",
+        "torchrun --nproc-per-node 4 -m h2t.pipeline train-backbone ce_mixup data/prepare data/train_backbone/ce_mixup",
     ),
     "tests/test_golden.py::test_results_are_rewritten_for_a_new_number_only": ("python tests/golden_cases.py",),
     "tests/test_upgrade.py::test_a_lock_file_from_before_the_numbers_is_taken_over": (

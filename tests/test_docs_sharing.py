@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 from pipeline_builders import CPU, ROOT, environment, fitted, make_prepare, silent, write_params
 
-from cache.audit import pooled
-from cache.reader import open_cache
-from pipeline.models.export import Choice
-from pipeline.models.export import run as export
+from h2t.cache.reader import open_cache
+from h2t.cache.tools.audit import pooled
+from h2t.pipeline.models.export import Choice
+from h2t.pipeline.models.export import run as export
 
 pytestmark = pytest.mark.slow
 

@@ -12,10 +12,10 @@ import pytest
 from pipeline_builders import CPU, make_stage2_cache, silent
 from scipy.stats import chi2, chisquare, norm
 
-from cache.reader import open_cache
-from pipeline.features import FeatureReader
-from pipeline.residency import Choice, Feed
-from pipeline.streams import Streams
+from h2t.cache.reader import open_cache
+from h2t.pipeline.heads.batches import Streams
+from h2t.pipeline.heads.features import FeatureReader
+from h2t.pipeline.heads.residency import Choice, Feed
 
 COUNTS = np.array([60, 25, 10, 4, 1])
 LABELS = np.repeat(np.arange(5), COUNTS)

@@ -12,11 +12,11 @@ import torch
 from pipeline_builders import distance, extracted, fitted
 from torch.nn import functional as F
 
-from cache.reader import open_cache
-from pipeline.batchnorm import from_bytes, use
-from pipeline.fusion import channel_ranks
-from pipeline.network import load_backbone, load_head
-from pipeline.streams import Streams
+from h2t.cache.reader import open_cache
+from h2t.pipeline.extraction.batchnorm import from_bytes, use
+from h2t.pipeline.heads.batches import Streams
+from h2t.pipeline.heads.fusion import channel_ranks
+from h2t.pipeline.networks.trained import load_backbone, load_head
 
 BATCH = 32  # of extraction and of stage II alike, so that both run the same forward passes
 EPOCHS = 2
@@ -132,7 +132,7 @@ def test_layout_changes_no_bit_of_a_head(tmp_path, digits, backbone_dir, digits_
 @pytest.mark.parametrize("workers", [1, 5])
 def test_workers_change_no_bit_of_a_head(tmp_path, monkeypatch, backbone_dir, digits_cache, workers):
     expected = fitted(tmp_path / "a", digits_cache, backbone_dir, pooled=False)
-    monkeypatch.setattr("cache.reader.THREADS", workers)
+    monkeypatch.setattr("h2t.cache.reader.THREADS", workers)
     found = fitted(tmp_path / "b", digits_cache, backbone_dir, pooled=False)
     for name in expected:
         assert torch.equal(found[name], expected[name])

@@ -10,8 +10,8 @@ import torch
 from click.testing import CliRunner
 from pipeline_builders import environment, make_samples, write_params
 
-from pipeline.cli import main
-from pipeline.errors import of_the_machine
+from h2t.pipeline.base.errors import of_the_machine
+from h2t.pipeline.command_line.main import main
 
 LACKS = {
     "room": (OSError(errno.ENOSPC, "", "data/x"), "data/x: No space left on device; make room"),
@@ -65,7 +65,7 @@ def test_the_command_line_says_it(tmp_path):
 
 LOST = """
 import os, signal, threading, time
-from pipeline.cli import main
+from h2t.pipeline.command_line.main import main
 class Closing:
     def __del__(self):
         os.kill(os.getpid(), signal.SIGINT)

@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from sklearn.metrics import accuracy_score, recall_score
 from torch.nn import functional as F
 
-from cache.reader import open_cache
-from pipeline.classes import groups
-from pipeline.cli import main
-from pipeline.network import load_head
-from pipeline.stages import evaluate
-from pipeline.streams import sample_rows
+from h2t.cache.reader import open_cache
+from h2t.pipeline.command_line.main import main
+from h2t.pipeline.data.classes import groups
+from h2t.pipeline.heads.batches import sample_rows
+from h2t.pipeline.networks.trained import load_head
+from h2t.pipeline.stages import evaluate
 
 FIGURES = ("top1", "head", "medium", "tail", "ece")
 KEYS = {*FIGURES, *(f"{f}_std" for f in FIGURES), "ratio", "heads", "statistics", "groups"}
@@ -245,9 +245,9 @@ from pathlib import Path
 import sklearn.manifold
 import torch
 from benchmarks.epoch_run import memory
-from cache.reader import open_cache
-from pipeline import scoring
-from pipeline.stages import evaluate
+from h2t.cache.reader import open_cache
+from h2t.pipeline.evaluation import scoring
+from h2t.pipeline.stages import evaluate
 
 scoring.BLOCK_BYTES = 8 * 2**20
 folder = Path(sys.argv[1])

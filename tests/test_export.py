@@ -11,19 +11,19 @@ from pipeline_builders import CPU, fitted, make_prepare, silent, write_params
 from safetensors.torch import load_file
 from torchvision.models import resnet18
 
-from cache.reader import open_cache
-from pipeline import plugins
-from pipeline.cli import main
-from pipeline.errors import UserError
-from pipeline.head import global_average
-from pipeline.metrics import softmax_confidence
-from pipeline.models.export import Choice, run
-from pipeline.models.model import as_linear, load_model
-from pipeline.models.predict import ranked
-from pipeline.params import build
-from pipeline.residency import Residency
-from pipeline.scoring import head_logits, load_heads_for
-from pipeline.streams import sample_rows
+from h2t.cache.reader import open_cache
+from h2t.pipeline.base import plugins
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.params import build
+from h2t.pipeline.command_line.main import main
+from h2t.pipeline.evaluation.metrics import softmax_confidence
+from h2t.pipeline.evaluation.scoring import head_logits, load_heads_for
+from h2t.pipeline.heads.batches import sample_rows
+from h2t.pipeline.heads.residency import Residency
+from h2t.pipeline.models.export import Choice, run
+from h2t.pipeline.models.model import as_linear, load_model
+from h2t.pipeline.models.predict import ranked
+from h2t.pipeline.networks.classifier import global_average
 
 PREPARE = make_prepare().model_dump()
 ONE = Choice(ratio=0.3, seed=1)
@@ -36,7 +36,7 @@ def trained(tmp_path_factory, digits_cache, backbone_dir):
     for host in ("dr", "mislas", "ncm"):
         more = {"optimiser": {"epochs": 1}} if host != "ncm" else {}
         if host == "ncm":
-            from pipeline.stages import train_classifier
+            from h2t.pipeline.stages import train_classifier
 
             params = train_classifier.Params(host="ncm", backbone="b", classifier="cosine")
             with open_cache(digits_cache) as opened:
@@ -74,7 +74,7 @@ def test_a_linear_head_is_a_plain_state_dict_with_evaluation_statistics(tmp_path
     own = load_file(trained.backbone / "backbone.safetensors")
     assert set(state) == set(own) | {"fc.weight", "fc.bias"}
     with open_cache(trained.cache) as cache:
-        from pipeline import batchnorm
+        from h2t.pipeline.extraction import batchnorm
 
         mixture = batchnorm.from_bytes(cache.statistics)["mixture"]
     assert all(torch.equal(state[name], t) for name, t in mixture.items())
@@ -106,7 +106,7 @@ def test_cosine_heads_are_not_linear_and_are_exported_all_the_same(tmp_path, tra
 
 
 def test_scales_and_priors_are_folded_into_one_layer(trained):
-    from pipeline.heads import load_heads
+    from h2t.pipeline.heads.stored import load_heads
 
     heads = load_heads(trained.root / "mislas")
     state = {k: t[1].clone() for k, t in heads.state.items()}
@@ -131,7 +131,7 @@ def test_a_choice_that_fits_no_or_several_heads_is_one_line(tmp_path, trained, c
 
 
 def test_nothing_is_left_behind_when_logits_differ(tmp_path, trained, monkeypatch):
-    from pipeline import batchnorm
+    from h2t.pipeline.extraction import batchnorm
 
     monkeypatch.setattr(batchnorm, "use", lambda backbone, buffers: None)  # the wrong statistics: those of stage I
     with pytest.raises(UserError, match="logits on images differ"):
@@ -160,7 +160,7 @@ def test_without_images_the_head_is_checked_on_maps(tmp_path, trained, monkeypat
 
 
 def test_onnx_gives_the_same_logits_for_any_batch(tmp_path, trained):
-    from pipeline.models.predict import open_model
+    from h2t.pipeline.models.predict import open_model
 
     found = exported(trained, tmp_path / "m", "ncm", choice=Choice(0), onnx=True)
     assert found["onnx"] < 1e-4
@@ -173,7 +173,7 @@ def test_onnx_gives_the_same_logits_for_any_batch(tmp_path, trained):
 
 
 def test_onnx_without_its_packages_is_one_line(tmp_path, trained, monkeypatch):
-    from pipeline.models import export
+    from h2t.pipeline.models import export
 
     monkeypatch.setattr(export, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'h2t\[onnx\]'"):
@@ -213,7 +213,7 @@ def test_predict_names_classes_as_the_model_does(model, tmp_path):
     loaded = load_model(model / "m")
     digits = plugins.load("datasets", "digits")
     read = digits.reader(digits.Options())
-    from pipeline.images import normalised
+    from h2t.pipeline.data.images import normalised
 
     x = normalised(np.stack([digits.decode(read("digits/0000"))]), loaded.transform)
     with torch.no_grad():

@@ -13,14 +13,14 @@ from builders import tree
 from kills import finish, kill_and_restart
 from pipeline_builders import environment, extracted, make_backbone_dir, make_extract, make_samples, write_params
 
-from cache.errors import CacheError
-from cache.reader import open_cache
-from cache.verify import verify
-from pipeline.batchnorm import from_bytes, use
-from pipeline.checkpoints import load_weights, save_weights
-from pipeline.errors import UserError
-from pipeline.network import load_backbone
-from pipeline.stages.extract import row_table, views_per_class
+from h2t.cache.errors import CacheError
+from h2t.cache.reader import open_cache
+from h2t.cache.tools.verify import verify
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.extraction.batchnorm import from_bytes, use
+from h2t.pipeline.networks.trained import load_backbone
+from h2t.pipeline.networks.weights import load_weights, save_weights
+from h2t.pipeline.stages.extract import row_table, views_per_class
 
 pytestmark = pytest.mark.slow
 
@@ -261,7 +261,7 @@ def test_what_float16_cannot_hold_is_refused_and_float32_takes_it(tmp_path, digi
 def extraction(folder: Path, name: str, params: Path, samples: Path, backbone: Path) -> tuple[list[str], Path, Path]:
     """(command, its output, its staging directory)."""
     out = folder / name / "b"
-    command = [sys.executable, "-m", "pipeline", "extract", "b", samples, backbone, out, "--params", params]
+    command = [sys.executable, "-m", "h2t.pipeline", "extract", "b", samples, backbone, out, "--params", params]
     return [*map(str, command), "--device", "cpu"], out, out.parent / ".b.staging"
 
 
@@ -317,7 +317,7 @@ CIFAR = os.environ.get("H2T_SHARED_DATA", "")
 @pytest.mark.skipif(not CIFAR, reason="H2T_SHARED_DATA: the folder with cifar10-train.parquet and -test.parquet")
 def test_killed_extraction_of_cifar_ends_in_the_same_bytes(tmp_path):
     """Ten kills on 22,406 rows of 64x8x8: CIFAR-10-LT 100 and its test split, ResNet-20."""
-    from pipeline.stages import prepare
+    from h2t.pipeline.stages import prepare
 
     section = {
         "dataset": "parquet",

@@ -12,20 +12,21 @@ from pipeline_builders import CPU, make_stage2_cache, silent
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.func import vmap
 
-from cache.reader import open_cache
-from pipeline import batchnorm, plugins
-from pipeline.features import FeatureReader
-from pipeline.head import global_average
-from pipeline.heads import HeadParts, head_parts
-from pipeline.host import Context
-from pipeline.network import StageOneHead
-from pipeline.parallel import Group
-from pipeline.precision import guarded_maps
-from pipeline.residency import Choice, Feed
-from pipeline.scoring import head_logits, score_stage1
-from pipeline.stack import HeadSetting, Stack
-from pipeline.stage_one import StageOne, Training
-from pipeline.streams import Streams
+from h2t.cache.reader import open_cache
+from h2t.pipeline.base import plugins
+from h2t.pipeline.base.precision import guarded_maps
+from h2t.pipeline.evaluation.scoring import head_logits, score_stage1
+from h2t.pipeline.extraction import batchnorm
+from h2t.pipeline.heads.batches import Streams
+from h2t.pipeline.heads.features import FeatureReader
+from h2t.pipeline.heads.host import Context
+from h2t.pipeline.heads.residency import Choice, Feed
+from h2t.pipeline.heads.stack import HeadSetting, Stack
+from h2t.pipeline.heads.stored import HeadParts, head_parts
+from h2t.pipeline.networks.classifier import global_average
+from h2t.pipeline.networks.trained import StageOneHead
+from h2t.pipeline.training.loop import StageOne, Training
+from h2t.pipeline.training.parallel import Group
 
 GPU = torch.device("cuda", 0)
 SELECTIONS = ("random", "first", "mixup", "shuffled")

@@ -7,8 +7,8 @@ import fsspec
 import numpy as np
 import pytest
 
-from cache.errors import CacheError
-from cache.files import MAX_OPEN, LocalFiles, RemoteFiles, files_at
+from h2t.cache.errors import CacheError
+from h2t.cache.read.files import MAX_OPEN, LocalFiles, RemoteFiles, files_at
 
 DATA = np.random.default_rng(0).integers(0, 256, 5000, np.uint8).tobytes()
 

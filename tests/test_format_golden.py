@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from builders import make_rows, make_spec, make_statistics, tree, write_cache
 
-from cache.audit import verify
-from cache.errors import CacheError
-from cache.reader import open_cache
-from cache.spec import FORMAT
+from h2t.cache.errors import CacheError
+from h2t.cache.format.spec import FORMAT
+from h2t.cache.reader import open_cache
+from h2t.cache.tools.audit import verify
 
 GOLDEN = Path(__file__).parent / "golden"
 _found = importlib.util.spec_from_file_location("golden_make", GOLDEN / "make.py")

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pipeline_builders import make_stack, make_stage2_cache
 
-from pipeline.fusion import channel_ranks, donor_orders, fixed_channels, fuse, mix, replaced_channels, shuffle
+from h2t.pipeline.heads.fusion import channel_ranks, donor_orders, fixed_channels, fuse, mix, replaced_channels, shuffle
 
 # ratio, channels, floor, round: section 1.1 of the reference facts
 COUNTS = [

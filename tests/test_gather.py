@@ -14,8 +14,8 @@ from crc32c import crc32c
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import cache.gather
-from cache.gather import CHANGED, DONE, ENDS_EARLY, MISMATCH, REFUSED, compiled
+import h2t
+from h2t.cache.read.gather import CHANGED, DONE, ENDS_EARLY, MISMATCH, REFUSED, compiled
 
 pytestmark = pytest.mark.skipif(compiled() is None, reason="the compiled gather was not built")
 
@@ -156,9 +156,10 @@ def test_neighbours_are_read_together(tmp_path):
 
 def test_without_the_library_there_is_none(tmp_path):
     """A copy of the package without what the compiler made, or with something that is no library."""
-    ignore = shutil.ignore_patterns("_gather*", "__pycache__")
-    package = shutil.copytree(Path(cache.gather.__file__).parent, tmp_path / "cache", ignore=ignore)
-    ask = [sys.executable, "-c", "import cache.gather as g; print(g.__file__, g.compiled())"]
+    ignore = shutil.ignore_patterns("_gather*", "__pycache__", "pipeline", "presets")
+    copied = shutil.copytree(Path(h2t.__file__).parent, tmp_path / "h2t", ignore=ignore)
+    package = copied / "cache" / "read"
+    ask = [sys.executable, "-c", "import h2t.cache.read.gather as g; print(g.__file__, g.compiled())"]
 
     def answer() -> str:
         run = subprocess.run(ask, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True)

@@ -4,7 +4,7 @@ import golden_cases
 import numpy as np
 import pytest
 
-from pipeline import numbers
+from h2t.pipeline.base import numbers
 
 pytestmark = pytest.mark.slow
 

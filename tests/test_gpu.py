@@ -8,10 +8,10 @@ import torch
 from pipeline_builders import distance, extracted, fitted, write_params
 from pipeline_builders import h2t as command
 
-from cache.reader import open_cache
-from pipeline import device as devices
-from pipeline.checkpoints import load_weights, save_weights
-from pipeline.errors import UserError
+from h2t.cache.reader import open_cache
+from h2t.pipeline.base import device as devices
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.networks.weights import load_weights, save_weights
 
 pytestmark = [
     pytest.mark.gpu,

@@ -2,7 +2,7 @@ import pytest
 import torch
 from pipeline_builders import make_stage1_head
 
-from pipeline.head import expert_logits, global_average, logits
+from h2t.pipeline.networks.classifier import expert_logits, global_average, logits
 
 
 @pytest.mark.parametrize("experts", [1, 3])

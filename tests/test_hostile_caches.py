@@ -18,14 +18,14 @@ from builders import make_cache, make_rows, make_spec, reseal, reseal_file, tree
 from click.testing import CliRunner
 from pipeline_builders import ROOT, environment, make_samples, make_stage2_cache, write_params
 
-from cache import codecs, shard
-from cache.audit import verify
-from cache.dvc_files import members
-from cache.errors import CacheError
-from cache.reader import open_cache
-from cache.rows import SCHEMA, from_bytes, to_bytes
-from cache.spec import ROWS, canonical_json, sha256
-from pipeline.cli import main
+from h2t.cache.errors import CacheError
+from h2t.cache.format import codecs, shard
+from h2t.cache.format.rows import SCHEMA, from_bytes, to_bytes
+from h2t.cache.format.spec import ROWS, canonical_json, sha256
+from h2t.cache.read.dvc_files import members
+from h2t.cache.reader import open_cache
+from h2t.cache.tools.audit import verify
+from h2t.pipeline.command_line.main import main
 
 
 def refused(*arguments) -> str:
@@ -134,9 +134,9 @@ ABSURD = {
 OPENER = """
 import resource, sys
 import numpy as np
-from cache.errors import CacheError
-from cache.reader import open_cache
-from cache.verify import verify
+from h2t.cache.errors import CacheError
+from h2t.cache.reader import open_cache
+from h2t.cache.tools.verify import verify
 import dask.threaded, zarr
 
 pages = int(open("/proc/self/statm").read().split()[0])
@@ -218,7 +218,7 @@ def test_absurd_shapes_and_bombs_are_refused_in_little_memory(tmp_path):
 
 
 def test_a_row_table_that_grows_beyond_memory_is_refused(tmp_path, monkeypatch):
-    from cache import rows
+    from h2t.cache.format import rows
 
     data = table_bomb(rows=500, length=2**16)
     assert len(data) < 100_000

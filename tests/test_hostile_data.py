@@ -17,11 +17,11 @@ from image_builders import SMALL, make_image_folder, make_imagenet_lt
 from PIL import Image
 from pipeline_builders import make_params, refused, write_params
 
-from cache.reader import open_cache
-from pipeline import images
-from pipeline.cli import main
-from pipeline.errors import UserError
-from pipeline.stages.prepare import Imbalance, _long_tail
+from h2t.cache.reader import open_cache
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.command_line.main import main
+from h2t.pipeline.data import images
+from h2t.pipeline.stages.prepare import Imbalance, _long_tail
 
 
 def accepted(*arguments) -> str:

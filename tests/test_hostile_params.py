@@ -7,7 +7,7 @@ import pydantic
 import pytest
 from pipeline_builders import refused, write_params
 
-from pipeline import params, plugins
+from h2t.pipeline.base import params, plugins
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10)
@@ -77,8 +77,8 @@ def test_overrides_that_are_none(tmp_path, override):
 
 def _models():
     """Every parameter model: those of the stages and of every plug-in, and the models inside them."""
-    from pipeline.residency import Residency
-    from pipeline.stages import evaluate, extract, pool, prepare, report, train_backbone, train_classifier
+    from h2t.pipeline.heads.residency import Residency
+    from h2t.pipeline.stages import evaluate, extract, pool, prepare, report, train_backbone, train_classifier
 
     stages = (evaluate, extract, pool, prepare, report, train_backbone, train_classifier)
     found = [Residency, *(stage.Params for stage in stages)]
@@ -113,7 +113,7 @@ def test_every_number_of_every_model_has_a_range(model):
     for name, field in model.model_fields.items():
         numbers = _numbers(field)
         for kind, metadata in numbers:
-            assert metadata, f"{model.__module__}: {name} is a bare {kind.__name__}; give it a type of pipeline.params"
+            assert metadata, f"{model.__module__}: {name} is a bare {kind.__name__}; give it a type of base.params"
         if not numbers:
             continue
         adapter = pydantic.TypeAdapter(Annotated[field.annotation, *field.metadata, 0], config=config)

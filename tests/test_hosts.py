@@ -20,20 +20,20 @@ from conformance import (
 )
 from pipeline_builders import CPU, make_backbone_dir, make_stage1_head, make_stage2_cache, silent
 
-from cache.reader import open_cache
-from pipeline import plugins
-from pipeline import stack as stack_module
-from pipeline.branches import branch_logits
-from pipeline.errors import UserError
-from pipeline.features import FeatureReader
-from pipeline.heads import load_heads
-from pipeline.host import Context
-from pipeline.hosts.mislas import smoothing
-from pipeline.longtail import effective_weights, ldam_margins
-from pipeline.recipes import RECIPES, Recipe
-from pipeline.residency import Residency
-from pipeline.stages import evaluate, train_classifier
-from pipeline.streams import Batch, Streams
+from h2t.cache.reader import open_cache
+from h2t.pipeline.base import plugins
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.extraction.recipes import RECIPES, Recipe
+from h2t.pipeline.heads import stack as stack_module
+from h2t.pipeline.heads.batches import Batch, Streams
+from h2t.pipeline.heads.features import FeatureReader
+from h2t.pipeline.heads.host import Context
+from h2t.pipeline.heads.residency import Residency
+from h2t.pipeline.heads.stored import load_heads
+from h2t.pipeline.hosts.mislas import smoothing
+from h2t.pipeline.networks.branches import branch_logits
+from h2t.pipeline.stages import evaluate, train_classifier
+from h2t.pipeline.training.longtail import effective_weights, ldam_margins
 
 SHAPE = (CHANNELS, 2, 2)
 
@@ -508,8 +508,8 @@ def test_what_does_not_fit_is_one_line(tmp_path, wide_cache, stage1_dir, section
 
 @pytest.mark.parametrize("key", ["scale", "temperature"])
 def test_a_scale_of_0_is_refused(key):
-    from pipeline.objectives.ride import Loss
-    from pipeline.params import build
+    from h2t.pipeline.base.params import build
+    from h2t.pipeline.objectives.ride import Loss
 
     with pytest.raises(UserError, match=f"loss.{key}: must be greater than 0; got 0"):
         build(Loss, "loss", {key: 0.0})
@@ -613,8 +613,8 @@ Source: Crammer and Singer, JMLR 2001.
 import torch
 from torch.nn import functional as F
 
-from pipeline.host import GradientHost
-from pipeline.params import Positive, Section
+from h2t.pipeline.heads.host import GradientHost
+from h2t.pipeline.base.params import Positive, Section
 
 
 class Loss(Section):

@@ -9,10 +9,10 @@ from click.testing import CliRunner
 from pipeline_builders import write_params
 from safetensors.numpy import save_file
 
-from cache.audit import verify
-from cache.reader import open_cache
-from pipeline.cli import main
-from pipeline.sharing import importing
+from h2t.cache.reader import open_cache
+from h2t.cache.tools.audit import verify
+from h2t.pipeline.command_line.main import main
+from h2t.pipeline.sharing import importing
 
 
 def h2t(*arguments):
@@ -230,7 +230,7 @@ def test_hostile_input_is_one_line_and_leaves_nothing(tmp_path, capfd, write, na
 
 
 def test_an_archive_that_claims_too_much_is_refused_unread(tmp_path, monkeypatch):
-    from pipeline.sharing import importing
+    from h2t.pipeline.sharing import importing
 
     save_npz(tmp_path / "x.npz", *make_features())
     monkeypatch.setattr(importing, "available_memory", lambda: 100)

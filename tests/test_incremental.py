@@ -13,13 +13,13 @@ from image_builders import write_image
 from kills import kill_and_restart
 from pipeline_builders import environment, extracted, make_backbone_dir, silent, write_params
 
-from cache.carry import Carrier, broken_shards
-from cache.errors import CacheError
-from cache.reader import open_cache
-from cache.verify import verify
-from pipeline.cli import main
-from pipeline.samples import load_samples
-from pipeline.stages import prepare
+from h2t.cache.errors import CacheError
+from h2t.cache.reader import open_cache
+from h2t.cache.tools.verify import verify
+from h2t.cache.write.carry import Carrier, broken_shards
+from h2t.pipeline.command_line.main import main
+from h2t.pipeline.data.samples import load_samples
+from h2t.pipeline.stages import prepare
 
 TRANSFORM = {"size": 8, "resize": 8, "padding": 1, "flip": True, "mean": [0.5] * 3, "std": [0.25] * 3}
 COUNTS = {"owl": 9, "cat": 8, "fox": 3}
@@ -477,7 +477,7 @@ def test_a_killed_incremental_run_goes_on_to_the_same_bytes(before, images, tmp_
         shards = cache.spec.shards
     arguments = ["extract", "b", tmp_path / "samples", before / "backbone", tmp_path / "killed/b"]
     options = ["--params", tmp_path / "params.yaml", "--device", "cpu", *setting]
-    run = [sys.executable, "-m", "pipeline", *map(str, [*arguments, *options])]
+    run = [sys.executable, "-m", "h2t.pipeline", *map(str, [*arguments, *options])]
     found = kill_and_restart(
         run, environment(), tmp_path, tmp_path / "killed/.b.staging", kills=3, shards=shards, seed=0, pause=0
     )

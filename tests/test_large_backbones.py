@@ -5,9 +5,10 @@ import torch
 from pipeline_builders import make_samples
 from torchvision.models import get_model
 
-from pipeline import batchnorm, plugins
-from pipeline.errors import UserError
-from pipeline.params import build
+from h2t.pipeline.base import plugins
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.params import build
+from h2t.pipeline.extraction import batchnorm
 
 
 def make_backbone(name, **options):

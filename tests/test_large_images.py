@@ -7,10 +7,10 @@ from image_builders import make_imagenet_lt, make_inaturalist18, make_places_lt
 from pipeline_builders import CPU, extracted, fitted, silent
 from safetensors.torch import save_file
 
-from cache.reader import open_cache
-from pipeline import plugins
-from pipeline.samples import load_samples
-from pipeline.stages import evaluate, prepare, train_backbone
+from h2t.cache.reader import open_cache
+from h2t.pipeline.base import plugins
+from h2t.pipeline.data.samples import load_samples
+from h2t.pipeline.stages import evaluate, prepare, train_backbone
 
 pytestmark = pytest.mark.slow
 

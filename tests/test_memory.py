@@ -7,8 +7,8 @@ import sys
 import pytest
 from pipeline_builders import ROOT
 
-from cache import memory
-from cache.memory import available_memory
+from h2t.cache import memory
+from h2t.cache.memory import available_memory
 
 GIB = 2**30
 
@@ -62,7 +62,7 @@ def test_a_container_sees_its_own_group_at_the_root(machine):
 def test_the_limit_of_the_address_space_is_heeded():
     script = """if True:
         import resource
-        from cache.memory import available_memory
+        from h2t.cache.memory import available_memory
         before = available_memory()
         resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))
         assert 2**29 < available_memory() < 2**31 <= before, (before, available_memory())

@@ -6,8 +6,8 @@ from hypothesis.extra import numpy as hnp
 from scipy.special import softmax
 from sklearn.metrics import accuracy_score, confusion_matrix, recall_score
 
-from pipeline.classes import GROUPS, groups
-from pipeline.metrics import (
+from h2t.pipeline.data.classes import GROUPS, groups
+from h2t.pipeline.evaluation.metrics import (
     BINS,
     answers,
     confusion,

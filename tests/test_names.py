@@ -16,8 +16,8 @@ from pipeline_builders import (
 )
 from report_builders import make_evaluated
 
-from pipeline.checkpoints import load_weights, save_weights
-from pipeline.commands.names import folder_name
+from h2t.pipeline.command_line.names import folder_name
+from h2t.pipeline.networks.weights import load_weights, save_weights
 
 
 @pytest.fixture

@@ -6,13 +6,13 @@ import pytest
 from click.testing import CliRunner
 from pipeline_builders import ROOT, refused, write_params
 
-from pipeline import numbers, plugins
-from pipeline.cli import main
-from pipeline.errors import UserError
+from h2t.pipeline.base import numbers, plugins
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.command_line.main import main
 
 MINE = '''"""Mine: the largest value of each channel."""
 
-from pipeline.params import Section
+from h2t.pipeline.base.params import Section
 
 
 class Options(Section):
@@ -101,7 +101,7 @@ def test_plug_ins_of_the_project_are_found_and_need_no_number(project):
 def test_a_plug_in_of_the_project_cannot_hide_ours(project):
     (project / "plugins/pools").mkdir(parents=True)
     (project / "plugins/pools/gap.py").write_text("raise RuntimeError\n")
-    assert plugins.load("pools", "gap").__name__ == "pipeline.pools.gap"
+    assert plugins.load("pools", "gap").__name__ == "h2t.pipeline.pools.gap"
     assert numbers.in_code() == numbers.built_in()
 
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import plugins
-from pipeline.errors import UserError
-from pipeline.head import logits
-from pipeline.objectives.ride import temperatures
+from h2t.pipeline.base import plugins
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.networks.classifier import logits
+from h2t.pipeline.objectives.ride import temperatures
 
 COUNTS = (30, 12, 3, 1)
 CHANNELS = 6

@@ -18,8 +18,8 @@ from pipeline_builders import (
 from safetensors.torch import load_file
 
 from benchmarks import online_h2t
-from cache.reader import open_cache
-from pipeline.stages import evaluate
+from h2t.cache.reader import open_cache
+from h2t.pipeline.stages import evaluate
 
 pytestmark = pytest.mark.slow
 

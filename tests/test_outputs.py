@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from pipeline_builders import environment
 
-from pipeline.errors import UserError
-from pipeline.outputs import fresh_directory, write_json
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.outputs import fresh_directory, write_json
 
 
 def filled(out, names=("a", "b")):
@@ -110,7 +110,7 @@ def test_json_has_no_nan(tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from pipeline.outputs import fresh_directory
+from h2t.pipeline.base.outputs import fresh_directory
 left = int(sys.argv[2])
 def count(event, args):
     global left
@@ -164,7 +164,7 @@ def test_ctrl_c_between_the_renames_puts_the_old_output_back(tmp_path):
 
 
 def test_two_processes_may_write_the_same_output(tmp_path):
-    many = "import sys; from pathlib import Path; from pipeline.outputs import fresh_directory\n"
+    many = "import sys; from pathlib import Path; from h2t.pipeline.base.outputs import fresh_directory\n"
     many += "for i in range(200):\n with fresh_directory(Path(sys.argv[1])) as into:\n"
     many += "  (into / 'a').write_text('a'); (into / 'b').write_text('b')\n"
     command = [sys.executable, "-c", many, str(tmp_path / "out")]
@@ -178,7 +178,8 @@ def test_two_processes_may_write_the_same_output(tmp_path):
 
 
 def test_a_record_that_finds_no_room_is_not_left_in_part(tmp_path):
-    record = "import resource, signal, sys; from pathlib import Path; from pipeline.outputs import write_run_record\n"
+    record = "import resource, signal, sys; from pathlib import Path\n"
+    record += "from h2t.pipeline.base.outputs import write_run_record\n"
     record += "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))\n"
     record += "write_run_record(Path(sys.argv[1]), {'seconds': 1.0})"
     command = [sys.executable, "-B", "-c", record, str(tmp_path / "record.json")]

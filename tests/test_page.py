@@ -16,10 +16,10 @@ import pandas as pd
 import pytest
 from report_builders import NASTY, make_evaluated
 
-from pipeline.reporting import page
-from pipeline.reporting.page import render
-from pipeline.reporting.results import load_result
-from pipeline.stages import report
+from h2t.pipeline.reporting import page
+from h2t.pipeline.reporting.page import render
+from h2t.pipeline.reporting.results import load_result
+from h2t.pipeline.stages import report
 
 MACHINE = {"cores": 2, "processor": "x86_64"}
 RUN = {"seconds": 1.5, "stall": 0.25, "bytes_read": 1000, "heads": 9, "commit": "abc", "machine": MACHINE}

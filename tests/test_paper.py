@@ -7,8 +7,8 @@ from pipeline_builders import ROOT
 from small_cifar import write_images
 
 from benchmarks import paper
-from pipeline import params
-from pipeline.errors import UserError
+from h2t.pipeline.base import params
+from h2t.pipeline.base.errors import UserError
 
 TINY = [
     "device=cpu",

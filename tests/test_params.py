@@ -4,9 +4,21 @@ from typing import Annotated
 import pytest
 from pipeline_builders import make_params
 
-from pipeline import settings
-from pipeline.errors import UserError
-from pipeline.params import DISTINCT, Count, Positive, Ratio, Section, above, at_least, build, load, section, within
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.params import (
+    DISTINCT,
+    Count,
+    Positive,
+    Ratio,
+    Section,
+    above,
+    at_least,
+    build,
+    load,
+    section,
+    within,
+)
+from h2t.pipeline.inspection import settings
 
 
 class Inner(Section):

@@ -16,7 +16,7 @@ from pipeline_builders import ROOT, environment, make_params
 
 pytestmark = pytest.mark.slow
 
-CODE = ("cache", "pipeline", "plugins", "inputs", "dvc.yaml", "stages.yaml", ".dvcignore")
+CODE = ("h2t", "cache", "pipeline", "plugins", "inputs", "dvc.yaml", "stages.yaml", ".dvcignore")
 
 
 def dvc(*arguments: str, cwd: Path) -> str:
@@ -52,14 +52,14 @@ def repository(tmp_path_factory):
     for name in CODE:
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(source, root / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(source, root / name)
     values = make_params()
     values["backbones"] = {"ce_mixup": values["backbones"]["ce_mixup"]}
     (root / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     (root / "bin").mkdir()
-    (root / "bin" / "h2t").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m pipeline "$@"\n')
+    (root / "bin" / "h2t").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m h2t.pipeline "$@"\n')
     (root / "bin" / "h2t").chmod(0o755)
     subprocess.run(["git", "init", "-q"], cwd=root, check=True)
     dvc("init", "-q", cwd=root)

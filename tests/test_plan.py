@@ -5,7 +5,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from cache.plan import coalesce, plan_rows, portions, units
+from h2t.cache.read.plan import coalesce, plan_rows, portions, units
 
 gathers = st.tuples(st.lists(st.integers(0, 60), max_size=80), st.integers(1, 7))
 

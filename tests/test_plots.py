@@ -8,7 +8,7 @@ import yaml
 from pipeline_builders import ROOT
 from report_builders import make_evaluated
 
-from pipeline.stages import report
+from h2t.pipeline.stages import report
 
 
 def fields(value):

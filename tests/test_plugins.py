@@ -1,7 +1,7 @@
 import pytest
 
-from pipeline import plugins
-from pipeline.errors import UserError
+from h2t.pipeline.base import plugins
+from h2t.pipeline.base.errors import UserError
 
 
 @pytest.mark.parametrize("kind", plugins.KINDS)
@@ -35,4 +35,4 @@ def test_a_folder_outside_adds_plugins_and_cannot_hide_ours(tmp_path, monkeypatc
     assert "mine" in plugins.names("pools")
     assert plugins.load("pools", "mine").VALUE == 7
     assert plugins.summary("pools", "mine") == "Mine: a pool from outside."
-    assert plugins.load("pools", "gap").__name__ == "pipeline.pools.gap"
+    assert plugins.load("pools", "gap").__name__ == "h2t.pipeline.pools.gap"

@@ -17,14 +17,14 @@ from pipeline_builders import (
 )
 from safetensors.torch import load_file
 
-from cache.errors import CacheError
-from cache.reader import open_cache
-from cache.verify import verify
-from pipeline.cli import main
-from pipeline.errors import UserError
-from pipeline.features import FeatureReader, pool_label
-from pipeline.residency import Residency
-from pipeline.stages import evaluate, pool
+from h2t.cache.errors import CacheError
+from h2t.cache.reader import open_cache
+from h2t.cache.tools.verify import verify
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.command_line.main import main
+from h2t.pipeline.heads.features import FeatureReader, pool_label
+from h2t.pipeline.heads.residency import Residency
+from h2t.pipeline.stages import evaluate, pool
 
 SHAPE = (64, 2, 2)  # the channels of the backbone in `maps`
 
@@ -55,7 +55,7 @@ def evaluated(cache, heads, backbone, out):
     ("name", "options"), [("gap", {}), ("max", {}), ("gem", {}), ("gem", {"exponent": 2.0})], ids=str
 )
 def test_a_copy_holds_what_pooling_while_reading_gives(maps, tmp_path, name, options, codec):
-    from pipeline import plugins
+    from h2t.pipeline.base import plugins
 
     spec = copied(maps / "cache", tmp_path / "copy", pool=name, pool_options=options, codec=codec)
     module = plugins.load("pools", name)
@@ -101,7 +101,7 @@ def test_heads_trained_on_a_copy_are_those_trained_on_the_maps(maps, tmp_path, h
 
 
 def test_a_head_that_is_fitted_at_once_is_the_same_too(maps, tmp_path):
-    from pipeline.stages import train_classifier
+    from h2t.pipeline.stages import train_classifier
 
     copied(maps / "cache", tmp_path / "copy")
     params = train_classifier.Params(host="ncm", backbone="b")
@@ -199,7 +199,7 @@ def test_commands(maps, tmp_path):
 def test_the_section_may_be_left_out():
     from pipeline_builders import make_params
 
-    from pipeline import settings
+    from h2t.pipeline.inspection import settings
 
     values = make_params()
     del values["pool"]

@@ -3,9 +3,9 @@ import torch
 from conformance import make_host
 from pipeline_builders import distance, make_stack, make_stage2_cache, trained
 
-from pipeline import plugins
-from pipeline.fusion import fuse, mix
-from pipeline.params import build
+from h2t.pipeline.base import plugins
+from h2t.pipeline.base.params import build
+from h2t.pipeline.heads.fusion import fuse, mix
 
 TRAINED = {"gem": {"trained": True}}
 

@@ -6,11 +6,11 @@ import torch
 from pipeline_builders import CPU, extracted, make_extract
 from torch import nn
 
-from cache.errors import CacheError
-from cache.reader import open_cache
-from pipeline.extraction.recompute import recompute
-from pipeline.extraction.why import why
-from pipeline.precision import guarded_maps
+from h2t.cache.errors import CacheError
+from h2t.cache.reader import open_cache
+from h2t.pipeline.base.precision import guarded_maps
+from h2t.pipeline.inspection.recompute import recompute
+from h2t.pipeline.inspection.why import why
 
 
 def maps_of(path):

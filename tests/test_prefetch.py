@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 
-from cache.prefetch import Meter, in_background
+from h2t.cache.read.prefetch import Meter, in_background
 
 
 def value(k):

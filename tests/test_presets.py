@@ -4,8 +4,9 @@ import pytest
 import yaml
 from pipeline_builders import ROOT, h2t
 
-from pipeline import params, settings
-from pipeline.stages import inputs, prepare, train_backbone, train_classifier
+from h2t.pipeline.base import params
+from h2t.pipeline.inspection import settings
+from h2t.pipeline.stages import inputs, prepare, train_backbone, train_classifier
 
 PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
 PAPER = {f"cifar{c}-{r}" for c in (10, 100) for r in (200, 100, 50)} | {

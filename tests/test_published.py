@@ -16,12 +16,12 @@ from pipeline_builders import (
     silent,
 )
 
-from cache.reader import open_cache
-from pipeline.outputs import write_run_record
-from pipeline.reporting import files
-from pipeline.reporting.published import different_runs, estimates
-from pipeline.reporting.results import load_result
-from pipeline.stages import evaluate, train_classifier
+from h2t.cache.reader import open_cache
+from h2t.pipeline.base.outputs import write_run_record
+from h2t.pipeline.reporting import files
+from h2t.pipeline.reporting.published import different_runs, estimates
+from h2t.pipeline.reporting.results import load_result
+from h2t.pipeline.stages import evaluate, train_classifier
 
 GRID = {
     "ratio": [0.0, 0.3, 1.0],

@@ -13,10 +13,10 @@ from builders import make_cache, make_maps, make_rows, make_spec, make_statistic
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cache.codecs import CODECS, PYTHON_ONLY
-from cache.errors import CacheError
-from cache.gather import Gather, compiled
-from cache.reader import open_cache
+from h2t.cache.errors import CacheError
+from h2t.cache.format.codecs import CODECS, PYTHON_ONLY
+from h2t.cache.read.gather import Gather, compiled
+from h2t.cache.reader import open_cache
 
 LAYOUTS = [
     pytest.param({}, id="one row per chunk"),
@@ -32,7 +32,7 @@ LAYOUTS = [
 def way(request, monkeypatch):
     """Every test here reads by the compiled gather, and as where there is none."""
     if request.param == "plain":
-        monkeypatch.setattr("cache.reader.compiled", lambda: None)
+        monkeypatch.setattr("h2t.cache.reader.compiled", lambda: None)
     elif compiled() is None:
         pytest.skip("the compiled gather was not built")
     return request.param

@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 from builders import make_cache, make_rows, reseal, tree
 
-from cache.audit import describe
-from cache.errors import CacheError
-from cache.gather import Gather, compiled
-from cache.reader import THREADS, open_cache
+from h2t.cache.errors import CacheError
+from h2t.cache.read.gather import Gather, compiled
+from h2t.cache.reader import THREADS, open_cache
+from h2t.cache.tools.audit import describe
 
 
 @pytest.fixture(params=["compiled", "plain"])
 def way(request, monkeypatch):
     """By the compiled gather, and as where there is none."""
     if request.param == "plain":
-        monkeypatch.setattr("cache.reader.compiled", lambda: None)
+        monkeypatch.setattr("h2t.cache.reader.compiled", lambda: None)
     elif compiled() is None:
         pytest.skip("the compiled gather was not built")
     return request.param
@@ -290,7 +290,7 @@ def test_a_small_gather_is_read_by_its_caller_alone(cache_dir, way, readers, lay
 @pytest.mark.parametrize(("layout", "reads"), [({}, 2), ({"codec": "zstd"}, 1), ({"chunk_rows": 2}, 1)])
 def test_what_lies_between_is_bridged_only_on_the_way_to_a_copy(cache_dir, monkeypatch, layout, reads):
     """Rows that go straight into their slots are read without a byte that nobody asked for."""
-    monkeypatch.setattr("cache.reader.compiled", lambda: None)
+    monkeypatch.setattr("h2t.cache.reader.compiled", lambda: None)
     make_cache(cache_dir, rows=make_rows(12), **{"shard_rows": 12, **layout})
     sizes = []
     pread, preadv = os.pread, os.preadv
@@ -308,7 +308,7 @@ def test_what_lies_between_is_bridged_only_on_the_way_to_a_copy(cache_dir, monke
 @pytest.mark.parametrize("most", [1, 25, 30, 61])
 def test_a_kernel_that_stops_early_is_asked_for_the_rest(cache_dir, monkeypatch, most):
     """A read may end within a payload, within a checksum, or between two rows."""
-    monkeypatch.setattr("cache.reader.compiled", lambda: None)
+    monkeypatch.setattr("h2t.cache.reader.compiled", lambda: None)
     (maps,) = make_cache(cache_dir)
     preadv = os.preadv
 

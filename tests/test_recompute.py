@@ -7,12 +7,12 @@ import pytest
 from click.testing import CliRunner
 from pipeline_builders import CPU, extracted, make_backbone_dir, make_prepare, make_samples, write_params
 
-from cache.reader import open_cache
-from pipeline.cli import main
-from pipeline.errors import UserError
-from pipeline.extraction.recompute import TOLERANCE, recompute
-from pipeline.samples import Samples
-from pipeline.stages import pool
+from h2t.cache.reader import open_cache
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.command_line.main import main
+from h2t.pipeline.data.samples import Samples
+from h2t.pipeline.inspection.recompute import TOLERANCE, recompute
+from h2t.pipeline.stages import pool
 
 
 def compared(cache, samples, images, backbone, count=40, seed=0):
@@ -48,7 +48,7 @@ def test_rows_are_random_distinct_and_no_more_than_there_are(digits, backbone_di
 
 def test_maps_that_are_not_this_backbones_are_found(tmp_path, digits, backbone_dir, monkeypatch):
     """As if batch norm had run in train mode during extraction: sound checksums, wrong values."""
-    from pipeline.extraction import forward
+    from h2t.pipeline.extraction import forward
 
     original = forward.guarded_maps
     monkeypatch.setattr(forward, "guarded_maps", lambda *a: [m * 1.01 for m in original(*a)])

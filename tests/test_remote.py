@@ -16,10 +16,10 @@ import pytest
 from builders import make_cache, make_rows, tree
 from crc32c import crc32c
 
-from cache import remote
-from cache.errors import CacheError
-from cache.reader import open_cache
-from cache.verify import verify
+from h2t.cache.errors import CacheError
+from h2t.cache.read import remote
+from h2t.cache.reader import open_cache
+from h2t.cache.tools.verify import verify
 
 SHARD = "maps.zarr/expert_0/c.1.0.0.0"
 SETTINGS = {"rows": make_rows(60), "shard_rows": 4, "maps": ((3, 2, 2), (2, 1, 1))}

@@ -13,12 +13,13 @@ from fsspec.implementations.local import LocalFileSystem
 from hostile_server import hostile_server
 from pipeline_builders import ROOT
 
-from cache import files as local
-from cache import remote, spec, transfer
-from cache.errors import CacheError
-from cache.reader import open_cache
-from cache.spec import MAPS, MAX_RECORD_BYTES, RECORD, ROWS, STATISTICS
-from cache.verify import verify
+from h2t.cache.errors import CacheError
+from h2t.cache.format import spec
+from h2t.cache.format.spec import MAPS, MAX_RECORD_BYTES, RECORD, ROWS, STATISTICS
+from h2t.cache.read import files as local
+from h2t.cache.read import remote, transfer
+from h2t.cache.reader import open_cache
+from h2t.cache.tools.verify import verify
 
 SETTINGS = {"rows": make_rows(60), "shard_rows": 20, "maps": ((3, 2, 2),)}
 MOST_MORE = 200 * 1024**2
@@ -27,9 +28,9 @@ MOST_MORE = 200 * 1024**2
 READER = """
 import json, os, resource, sys
 import numpy as np
-from cache.errors import CacheError
-from cache.reader import open_cache
-from cache.verify import verify
+from h2t.cache.errors import CacheError
+from h2t.cache.reader import open_cache
+from h2t.cache.tools.verify import verify
 
 def whole(url):
     with open_cache(url) as cache:

@@ -17,12 +17,12 @@ from builders import make_cache, make_rows, tree
 from hostile_server import hostile_server
 from pipeline_builders import ROOT
 
-from cache import blocks, remote
-from cache.errors import CacheError, CacheWarning
-from cache.reader import open_cache
-from cache.spec import RECORD, ROWS, STATISTICS
-from cache.transfer import Version, version_of
-from cache.verify import verify
+from h2t.cache.errors import CacheError, CacheWarning
+from h2t.cache.format.spec import RECORD, ROWS, STATISTICS
+from h2t.cache.read import blocks, remote
+from h2t.cache.read.transfer import Version, version_of
+from h2t.cache.reader import open_cache
+from h2t.cache.tools.verify import verify
 
 SETTINGS = {"rows": make_rows(60), "shard_rows": 4, "maps": ((3, 2, 2),)}
 SHARD = "maps.zarr/expert_0/c.1.0.0.0"  # rows 4 to 7
@@ -301,7 +301,7 @@ def test_the_command_line_says_it_in_one_line(web, tmp_path):
     url, handler = web
     handler.tagged = False
     own = {**os.environ, "H2T_BLOCK_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "pipeline", "cache", "info", url]
+    command = [sys.executable, "-m", "h2t.pipeline", "cache", "info", url]
     done = subprocess.run(command, env=own, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0
     assert done.stderr.startswith(f"warning: {url}: the store tells neither ETag nor time")

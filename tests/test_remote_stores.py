@@ -9,10 +9,10 @@ from builders import make_cache, make_rows
 from pipeline_builders import ROOT
 from servers import S3_KEY, S3_SECRET, openssh_server, put_s3, s3_endpoint, sftp_server, sshd_program
 
-from cache import remote
-from cache.errors import CacheError
-from cache.reader import open_cache
-from cache.verify import verify
+from h2t.cache.errors import CacheError
+from h2t.cache.read import remote
+from h2t.cache.reader import open_cache
+from h2t.cache.tools.verify import verify
 
 SETTINGS = {"rows": make_rows(60), "shard_rows": 4, "maps": ((3, 2, 2), (2, 1, 1))}
 WANTED = [59, 4, 4, 0, 31]
@@ -119,7 +119,7 @@ def test_the_command_line_tells_no_secret(tmp_path):
         "dvc+https://s3cr3t@127.0.0.1:1/r#x",
     )
     for url in urls:
-        command = [sys.executable, "-m", "pipeline", "cache", "info", url]
+        command = [sys.executable, "-m", "h2t.pipeline", "cache", "info", url]
         done = subprocess.run(command, env=own, capture_output=True, text=True, cwd=tmp_path, timeout=120)
         assert done.returncode == 1
         assert len(done.stderr.splitlines()) == 1, done.stderr

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from builders import make_cache, make_maps, make_rows, make_spec, make_statistics, tree, write_cache
 
-from cache.audit import verify
-from cache.errors import CacheError
-from cache.files import LocalFiles
-from cache.gather import compiled
-from cache.reader import open_cache
-from cache.spec import RECORD
+from h2t.cache.errors import CacheError
+from h2t.cache.format.spec import RECORD
+from h2t.cache.read.files import LocalFiles
+from h2t.cache.read.gather import compiled
+from h2t.cache.reader import open_cache
+from h2t.cache.tools.audit import verify
 
 ROWS = 24
 WAYS = {
@@ -30,7 +30,7 @@ WAYS = {
 def layout(request, monkeypatch):
     """The layout of a cache that is read in one of the ways there are."""
     if request.param == "in place":
-        monkeypatch.setattr("cache.reader.compiled", lambda: None)
+        monkeypatch.setattr("h2t.cache.reader.compiled", lambda: None)
     elif request.param == "compiled" and compiled() is None:
         pytest.skip("the compiled gather was not built")
     return WAYS[request.param]

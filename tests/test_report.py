@@ -4,10 +4,10 @@ import shutil
 import pytest
 from pipeline_builders import CPU, fitted, make_backbone_dir, make_stage2_cache, silent
 
-from cache.reader import open_cache
-from pipeline.errors import UserError
-from pipeline.reporting import comparison, files
-from pipeline.stages import evaluate, report
+from h2t.cache.reader import open_cache
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.reporting import comparison, files
+from h2t.pipeline.stages import evaluate, report
 
 EVIL = ['<img src=x onerror="alert(1)">', "a & b | c", "</script><script>alert(2)</script>", "'; --", "$x^2$", "Ü 漢字"]
 

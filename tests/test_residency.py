@@ -5,11 +5,11 @@ import pytest
 import torch
 from pipeline_builders import CPU, make_stage2_cache, silent
 
-from cache.reader import open_cache
-from pipeline.features import FeatureReader
-from pipeline.head import global_average
-from pipeline.residency import Choice, Feed, choose_tier, hot_samples
-from pipeline.streams import Streams
+from h2t.cache.reader import open_cache
+from h2t.pipeline.heads.batches import Streams
+from h2t.pipeline.heads.features import FeatureReader
+from h2t.pipeline.heads.residency import Choice, Feed, choose_tier, hot_samples
+from h2t.pipeline.networks.classifier import global_average
 
 COUNTS = (40, 12, 5, 2)
 

@@ -14,11 +14,12 @@ from scipy.stats import ttest_rel
 
 from benchmarks import analyses, online_results, tables
 from benchmarks.results import online_tables
-from pipeline import params, settings
-from pipeline.errors import UserError
-from pipeline.reporting import comparison, files
-from pipeline.reporting.results import FIGURES, load_result
-from pipeline.stages import report, train_classifier
+from h2t.pipeline.base import params
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.inspection import settings
+from h2t.pipeline.reporting import comparison, files
+from h2t.pipeline.reporting.results import FIGURES, load_result
+from h2t.pipeline.stages import report, train_classifier
 
 GRID = {"donor": ["instance", "balanced"], "selection": ["random", "first"]}
 

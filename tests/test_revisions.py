@@ -9,8 +9,8 @@ from pipeline_builders import write_params
 from report_builders import make_evaluated
 from repositories import dvc, git, start_repository
 
-from pipeline.cli import main
-from pipeline.reporting.results import load_result
+from h2t.pipeline.command_line.main import main
+from h2t.pipeline.reporting.results import load_result
 
 DVC_YAML = """
 stages:

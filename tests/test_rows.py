@@ -8,8 +8,8 @@ from builders import make_rows
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache.errors import CacheError
-from cache.rows import SCHEMA, from_bytes, to_bytes
+from h2t.cache.errors import CacheError
+from h2t.cache.format.rows import SCHEMA, from_bytes, to_bytes
 
 KEYS = ["split", "statistics", "label", "source", "view"]
 

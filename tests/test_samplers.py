@@ -5,8 +5,8 @@ import pytest
 from pipeline_builders import make_index
 from scipy.stats import chisquare
 
-from pipeline import plugins
-from pipeline.seeds import stream
+from h2t.pipeline.base import plugins
+from h2t.pipeline.base.seeds import stream
 
 NAMES = plugins.names("samplers")
 LIKELY = 1e-5  # a fair draw falls below this once in 100,000; seeds are fixed, so a test that passes once always does
@@ -17,7 +17,7 @@ def drawn(name, index, epoch=0, step=0, size=8, seed=0):
 
 
 def epoch_of(name, index, epoch=0, size=8, seed=0):
-    """An epoch's draws as `pipeline.streams` makes them: whole batches, cut where the epoch ends."""
+    """An epoch's draws as `heads.batches` makes them: whole batches, cut where the epoch ends."""
     steps = -(-index.samples // size)
     return np.concatenate([drawn(name, index, epoch, s, size, seed) for s in range(steps)])[: index.samples]
 

@@ -12,11 +12,12 @@ from pipeline_builders import make_params, make_stage2_cache
 from repositories import dvc, git, start_repository
 from test_remote import Handler
 
-from cache import redaction, remote
-from cache.errors import CacheError
-from pipeline.cli import main
-from pipeline.commands.caches import previous
-from pipeline.errors import UserError
+from h2t.cache import redaction
+from h2t.cache.errors import CacheError
+from h2t.cache.read import remote
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.command_line.caches import previous
+from h2t.pipeline.command_line.main import main
 
 SECRET = "Xk7SECRETq9"
 

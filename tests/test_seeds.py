@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.seeds import stream, torch_seed
+from h2t.pipeline.base.seeds import stream, torch_seed
 
 PINNED = ([135, 14, 937, 257], [464, 179, 545, 647], 3866525415616801780)
 

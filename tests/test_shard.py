@@ -4,10 +4,10 @@ from builders import make_maps, make_spec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache import shard
-from cache.codecs import CODECS, codec
-from cache.errors import CacheError
-from cache.writer import create_group
+from h2t.cache.errors import CacheError
+from h2t.cache.format import shard
+from h2t.cache.format.codecs import CODECS, codec
+from h2t.cache.write.writer import create_group
 
 
 def zarr_shard(spec, values) -> bytes:

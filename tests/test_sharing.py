@@ -17,15 +17,16 @@ from dvc.rwlock import SCHEMA as RWLOCK_AS_DVC_READS_IT
 from pipeline_builders import ROOT, make_backbone_dir, make_params, write_params
 from repositories import dvc, git, start_repository
 
-from cache import dvc_files
-from cache.dvc_files import split_revision
-from cache.errors import CacheError
-from cache.reader import open_cache
-from cache.redaction import redacted
-from cache.verify import verify
-from pipeline.cli import main
-from pipeline.errors import UserError
-from pipeline.sharing import doctor, publish, repository
+from h2t.cache.errors import CacheError
+from h2t.cache.read import dvc_files
+from h2t.cache.read.dvc_files import split_revision
+from h2t.cache.reader import open_cache
+from h2t.cache.redaction import redacted
+from h2t.cache.tools.verify import verify
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.command_line.main import main
+from h2t.pipeline.inspection import doctor
+from h2t.pipeline.sharing import publish, repository
 
 DVC_YAML = """
 stages:

@@ -6,11 +6,11 @@ import subprocess
 import pytest
 from builders import TOKEN, make_maps, make_rows, make_spec, make_statistics, tree, write_cache
 
-from cache.errors import CacheError
-from cache.staging import Staging
-from cache.writer import CacheWriter
-from pipeline.errors import UserError
-from pipeline.outputs import fresh_directory
+from h2t.cache.errors import CacheError
+from h2t.cache.write.staging import Staging
+from h2t.cache.write.writer import CacheWriter
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.outputs import fresh_directory
 
 pytestmark = pytest.mark.skipif(shutil.which("mount") is None, reason="no mount command")
 

@@ -5,18 +5,20 @@ import pytest
 import torch
 from pipeline_builders import CPU, fitted, make_backbone_dir, make_host, make_stage2_cache, silent
 
-from cache import pooled
-from cache.reader import open_cache
-from pipeline import batchnorm, residency, scoring
-from pipeline.errors import UserError
-from pipeline.fusion import Selection
-from pipeline.heads import load_heads
-from pipeline.network import load_head
-from pipeline.residency import Residency, find_room
-from pipeline.scoring import score_heads, score_stage1
-from pipeline.stack import HeadSetting, StepSize, part_sizes, parts_of
-from pipeline.stages import evaluate, pool, train_classifier
-from pipeline.streams import MOST_DRAWN, Streams
+from h2t.cache.reader import open_cache
+from h2t.cache.tools import pooled
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.evaluation import scoring
+from h2t.pipeline.evaluation.scoring import score_heads, score_stage1
+from h2t.pipeline.extraction import batchnorm
+from h2t.pipeline.heads import residency
+from h2t.pipeline.heads.batches import MOST_DRAWN, Streams
+from h2t.pipeline.heads.fusion import Selection
+from h2t.pipeline.heads.residency import Residency, find_room
+from h2t.pipeline.heads.stack import HeadSetting, StepSize, part_sizes, parts_of
+from h2t.pipeline.heads.stored import load_heads
+from h2t.pipeline.networks.trained import load_head
+from h2t.pipeline.stages import evaluate, pool, train_classifier
 
 COUNTS = (30, 12, 6)
 SHAPE = (64, 4, 4)
@@ -122,7 +124,7 @@ def test_budgets_are_shares_of_what_is_available(memory):
 
 def test_training_resumes_in_the_parts_it_was_begun_in(tmp_path, cache, backbone, memory, monkeypatch):
     """Killed in parts, then continued with more memory: the steps that were saved are not done again."""
-    from pipeline import checkpoint
+    from h2t.pipeline.training import resume as checkpoint
 
     monkeypatch.setattr(checkpoint.Checkpoint.__init__, "__defaults__", (0.0, 0))
     memory(4_000_000)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from builders import make_spec
 
-from cache.errors import CacheError
-from cache.spec import (
+from h2t.cache.errors import CacheError
+from h2t.cache.format.spec import (
     FORMAT,
     CacheSpec,
     canonical_json,

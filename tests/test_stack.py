@@ -6,7 +6,7 @@ import torch
 from pipeline_builders import distance, make_optimiser, make_stack, make_stage1_head, make_stage2_cache, trained
 from torch.nn import functional as F
 
-from pipeline.fusion import replaced_channels
+from h2t.pipeline.heads.fusion import replaced_channels
 
 GRID = [
     {"ratio": r, "donor": d, "selection": s, "seed": seed}

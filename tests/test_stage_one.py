@@ -1,6 +1,6 @@
 """Steps of stage I against a loop written here from the published recipes, in float64.
 
-The loop shares nothing with `pipeline.stage_one` but the network, the decoded images and the addresses of random draws:
+The loop shares nothing with `training.loop` but the network, the decoded images and the addresses of random draws:
 samples' order, mixup's share and partners. Optimiser, schedule, mixup, losses and batch norm of the head are its own.
 """
 
@@ -11,11 +11,11 @@ import torch
 from pipeline_builders import CPU, silent
 from torch import nn
 
-from pipeline import plugins
-from pipeline.checkpoint import Checkpoint
-from pipeline.parallel import Group
-from pipeline.seeds import stream, torch_seed
-from pipeline.stage_one import StageOne, Training
+from h2t.pipeline.base import plugins
+from h2t.pipeline.base.seeds import stream, torch_seed
+from h2t.pipeline.training.loop import StageOne, Training
+from h2t.pipeline.training.parallel import Group
+from h2t.pipeline.training.resume import Checkpoint
 
 EPOCHS, BATCH, RATE, MOMENTUM, DECAY = 3, 128, 0.1, 0.9, 5e-4
 CHANNELS, EXACT = 8, 1e-10

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from builders import tree
 
-from cache.errors import CacheError
-from cache.staging import Staging, write_durably
+from h2t.cache.errors import CacheError
+from h2t.cache.write.staging import Staging, write_durably
 
 HOLD = """
 import sys, time
-from cache.staging import Staging
+from h2t.cache.write.staging import Staging
 with Staging(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)
@@ -84,7 +84,7 @@ def test_publish_replaces_only_when_told_to(cache_dir):
 
 REPLACE = """
 import os, signal, sys
-from cache.staging import Staging
+from h2t.cache.write.staging import Staging
 left = int(sys.argv[2])
 def count(event, args):
     global left

@@ -3,9 +3,9 @@ import pytest
 from pipeline_builders import make_stage2_rows
 from scipy.stats import chisquare
 
-from pipeline.errors import UserError
-from pipeline.stages.prepare import Imbalance, long_tailed_counts
-from pipeline.streams import Streams, sample_rows
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.heads.batches import Streams, sample_rows
+from h2t.pipeline.stages.prepare import Imbalance, long_tailed_counts
 
 LIKELY = 1e-5
 DONORS = {"instance": "instance", "balanced": "balanced"}

@@ -10,20 +10,20 @@ from builders import tree
 from pipeline_builders import CPU, distance, make_samples, silent, torchrun, write_params
 from safetensors.torch import load_file, save_file
 
-from pipeline import params as reading
-from pipeline import stage_one
-from pipeline.checkpoint import Checkpoint
-from pipeline.errors import UserError
-from pipeline.parallel import Group
-from pipeline.seeds import stream
-from pipeline.stages import train_backbone
-from pipeline.stages.train_backbone import Params
+from h2t.pipeline.base import params as reading
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.seeds import stream
+from h2t.pipeline.stages import train_backbone
+from h2t.pipeline.stages.train_backbone import Params
+from h2t.pipeline.training import loop as stage_one
+from h2t.pipeline.training.parallel import Group
+from h2t.pipeline.training.resume import Checkpoint
 
 TINY = '''"""One convolution."""
 
 from torch import nn
 
-from pipeline.params import Section
+from h2t.pipeline.base.params import Section
 
 
 class Options(Section):

@@ -23,7 +23,7 @@ REQUIRED = {
     "numpy.load": ("allow_pickle", False),
 }
 #: Where a module is loaded by name: plug-ins, which are code and said to be (SECURITY.md).
-LOADS_CODE = {"pipeline.plugins"}
+LOADS_CODE = {"h2t.pipeline.base.plugins"}
 
 
 def calls(tree: ast.AST):
@@ -69,7 +69,7 @@ def test_the_source_runs_nothing_that_comes_from_data(module):
 def test_yaml_is_read_by_the_safe_loader_alone():
     import yaml
 
-    from pipeline.params import _Loader
+    from h2t.pipeline.base.params import _Loader
 
     assert issubclass(_Loader, yaml.SafeLoader)
     assert not any("python" in str(tag) for tag in (*_Loader.yaml_constructors, *_Loader.yaml_multi_constructors))
@@ -94,9 +94,11 @@ WATCHED = """
 import json, os, sys
 import numpy as np
 
-from cache import audit, codecs, reader, verify
+from h2t.cache.tools import audit, verify
+from h2t.cache.format import codecs
+from h2t.cache import reader
 import dask.threaded, numcodecs.pcodec, pcodec, zarr, zarr.codecs, zarr.codecs.numcodecs, zarr.storage
-from pipeline import batchnorm
+from h2t.pipeline.extraction import batchnorm
 
 sys.path[:0] = [{tests!r}]
 from fuzz.oracle import Watch

@@ -21,6 +21,7 @@ from servers import openssh_server, s3_endpoint, sshd_program
 pytestmark = [pytest.mark.sharing, pytest.mark.slow]
 
 CODE = (
+    "h2t",
     "cache",
     "pipeline",
     "plugins",
@@ -35,7 +36,7 @@ CODE = (
 SSHD = pytest.param("ssh", marks=pytest.mark.skipif(not sshd_program(), reason="needs sshd: make test-remotes"))
 COUNTING_H2T = """#!/bin/sh
 echo "$1 $2" >> "$H2T_CALLS"
-exec {python} -m pipeline "$@"
+exec {python} -m h2t.pipeline "$@"
 """
 
 
@@ -91,7 +92,7 @@ def finished(tmp_path_factory):
     for name in CODE:
         (a.where / name).parent.mkdir(exist_ok=True)
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, a.where / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(ROOT / name, a.where / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(ROOT / name, a.where / name)
     write_params(a.where / "params.yaml")
@@ -165,8 +166,9 @@ def test_nobody_extracts_twice(finished, remote, tmp_path):
 
     # C: without the repository, the pooled copy alone, and a head trained from it.
     c.where.mkdir()
-    for name in ("params.yaml", "pipeline", "cache"):
-        (shutil.copytree if (a.where / name).is_dir() else shutil.copy)(a.where / name, c.where / name)
+    shutil.copy(a.where / "params.yaml", c.where)
+    for name in ("h2t", "pipeline", "cache"):
+        shutil.copytree(a.where / name, c.where / name, symlinks=True)
     told = timed(
         "C pulls the pooled cache", c, "h2t", "cache", "pull", f"file://{tmp_path}/server.git@main", "--pooled"
     )

@@ -13,10 +13,10 @@ from golden_cases import FIRST
 from pipeline_builders import ROOT
 from repositories import dvc, git
 
-from pipeline import numbers
-from pipeline.cli import main
-from pipeline.sharing.doctor import examine
-from pipeline.sharing.upgrade import same_meaning, upgrade
+from h2t.pipeline.base import numbers
+from h2t.pipeline.command_line.main import main
+from h2t.pipeline.inspection.doctor import examine
+from h2t.pipeline.inspection.upgrade import same_meaning, upgrade
 
 pytestmark = pytest.mark.slow
 
@@ -195,14 +195,14 @@ def test_doctor_names_outputs_that_were_made_by_other_code_of_the_same_number(pr
     record = project / "data/runs/train_classifier/dr.json"
     assert h2t(*arguments, "--record", record).exit_code == 0
     values = json.loads(record.read_text())
-    assert {"pipeline/stack.py", "pipeline/hosts/dr.py", "cache/reader.py"} <= set(values["code"])
+    assert {"pipeline/heads/stack.py", "pipeline/hosts/dr.py", "cache/reader.py"} <= set(values["code"])
 
     def notes():
         return [str(f) for f in examine(project, project / "params.yaml") if f.check == "code"]
 
     assert notes() == []
-    values["code"]["pipeline/stack.py"] = "0" * 16
+    values["code"]["pipeline/heads/stack.py"] = "0" * 16
     values["code"]["pipeline/reporting/page.py"] = "0" * 16  # training does not reach it
     record.write_text(json.dumps(values))
     (note,) = notes()
-    assert "train_classifier@dr was run by other code of the same number (pipeline/stack.py)" in note
+    assert "train_classifier@dr was run by other code of the same number (pipeline/heads/stack.py)" in note

@@ -6,11 +6,11 @@ import torch
 from image_builders import SMALL, make_imagenet_lt, write_image
 from pipeline_builders import extracted, make_backbone_dir, silent
 
-from cache.reader import open_cache
-from pipeline.images import Images, Transform, decode
-from pipeline.samples import load_samples
-from pipeline.stages import prepare
-from pipeline.stages.extract import views_per_class
+from h2t.cache.reader import open_cache
+from h2t.pipeline.data.images import Images, Transform, decode
+from h2t.pipeline.data.samples import load_samples
+from h2t.pipeline.stages import prepare
+from h2t.pipeline.stages.extract import views_per_class
 
 
 @pytest.fixture(scope="module")

@@ -15,18 +15,18 @@ from image_builders import make_imagenet_lt, write_image
 from pipeline_builders import ROOT, environment, make_backbone_dir, make_params, refused, silent
 from repositories import dvc, git
 
-from pipeline import params, plugins
-from pipeline.cli import main
-from pipeline.errors import UserError
-from pipeline.sharing.doctor import examine
-from pipeline.sharing.publish import _absent_input
-from pipeline.stages import inputs, watch
+from h2t.pipeline.base import params, plugins
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.command_line.main import main
+from h2t.pipeline.inspection.doctor import examine
+from h2t.pipeline.sharing.publish import _absent_input
+from h2t.pipeline.stages import inputs, watch
 
 TRANSFORM = {"size": 8, "resize": 8, "mean": [0.5] * 3, "std": [0.25] * 3}
-PROJECT = ("cache", "pipeline", "plugins", "stages.yaml", "dvc.yaml", ".dvcignore", "inputs", ".dvc")
+PROJECT = ("h2t", "cache", "pipeline", "plugins", "stages.yaml", "dvc.yaml", ".dvcignore", "inputs", ".dvc")
 COUNTING_H2T = """#!/bin/sh
 case "$1" in watch|train-backbone|extract) echo "$1@$2";; *) echo "$1";; esac >> {calls}
-exec {python} -m pipeline "$@"
+exec {python} -m h2t.pipeline "$@"
 """
 
 
@@ -306,7 +306,7 @@ def start_project(root: Path, values: dict) -> Project:
     for name in PROJECT:
         if (ROOT / name).is_dir() and name != ".dvc":
             ignored = shutil.ignore_patterns("__pycache__", "*.json" if name == "inputs" else "*.so")
-            shutil.copytree(ROOT / name, root / name, ignore=ignored)
+            shutil.copytree(ROOT / name, root / name, symlinks=True, ignore=ignored)
         elif (ROOT / name).is_file():
             shutil.copy(ROOT / name, root / name)
     (root / ".dvc").mkdir()

@@ -7,12 +7,12 @@ from builders import make_cache
 from click.testing import CliRunner
 from pipeline_builders import CPU, make_backbone_dir, make_extract, make_samples, write_params
 
-from cache.reader import open_cache
-from pipeline.cli import main
-from pipeline.errors import UserError
-from pipeline.extraction.forward import settings as settings_of
-from pipeline.extraction.why import why
-from pipeline.samples import Samples
+from h2t.cache.reader import open_cache
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.command_line.main import main
+from h2t.pipeline.data.samples import Samples
+from h2t.pipeline.extraction.forward import settings as settings_of
+from h2t.pipeline.inspection.why import why
 
 
 def verdict(cache, samples, backbone, *, seed=0, previous=None, settings=None, **params):

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from builders import TOKEN, make_cache, make_maps, make_rows, make_spec, make_statistics, tree, write_cache
 
-from cache.codecs import CODECS
-from cache.errors import CacheError
-from cache.staging import Staging
-from cache.writer import CacheWriter, committed
+from h2t.cache.errors import CacheError
+from h2t.cache.format.codecs import CODECS
+from h2t.cache.write.staging import Staging
+from h2t.cache.write.writer import CacheWriter, committed
 
 ROOT = Path(__file__).parents[1]
 

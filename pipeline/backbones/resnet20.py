@@ -5,8 +5,8 @@ Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, se
 
 from torch import nn
 
-from pipeline.networks.cifar_resnet import CifarResNet
-from pipeline.params import Experts, Section
+from h2t.pipeline.base.params import Experts, Section
+from h2t.pipeline.networks.cifar_resnet import CifarResNet
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from pipeline.errors import UserError
-from pipeline.networks.resnets import ResNetMaps, pretrained
-from pipeline.params import Experts, Section
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.params import Experts, Section
+from h2t.pipeline.networks.resnets import ResNetMaps, pretrained
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from pipeline.errors import UserError, nearest
-from pipeline.networks.resnets import pretrained
-from pipeline.networks.tap import Tapped, model_names
-from pipeline.params import Section
+from h2t.pipeline.base.errors import UserError, nearest
+from h2t.pipeline.base.params import Section
+from h2t.pipeline.networks.resnets import pretrained
+from h2t.pipeline.networks.tap import Tapped, model_names
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 

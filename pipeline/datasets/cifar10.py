@@ -5,9 +5,9 @@ With `imbalance: {profile: exponential, ratio: R, seed: 0}` the training samples
 
 from collections.abc import Callable
 
-from pipeline import cifar_files
-from pipeline.cifar_files import Options, decode
-from pipeline.images import Collection, Transform
+from h2t.pipeline.data import cifar_files
+from h2t.pipeline.data.cifar_files import Options, decode
+from h2t.pipeline.data.images import Collection, Transform
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.images import Collection, Transform
-from pipeline.params import Section
+from h2t.pipeline.base.params import Section
+from h2t.pipeline.data.images import Collection, Transform
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 

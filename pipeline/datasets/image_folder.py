@@ -8,11 +8,11 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
-from pipeline import list_files
-from pipeline.errors import UserError, nearest
-from pipeline.images import FORMATS, Collection, Transform
-from pipeline.params import Section
-from pipeline.transforms import IMAGENET
+from h2t.pipeline.base.errors import UserError, nearest
+from h2t.pipeline.base.params import Section
+from h2t.pipeline.data import list_files
+from h2t.pipeline.data.images import FORMATS, Collection, Transform
+from h2t.pipeline.data.transforms import IMAGENET
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 

@@ -7,9 +7,9 @@ validation images sorted into folders by class. The published validation list, i
 
 from collections.abc import Callable
 
-from pipeline import list_files
-from pipeline.images import Collection, Transform
-from pipeline.transforms import IMAGENET
+from h2t.pipeline.data import list_files
+from h2t.pipeline.data.images import Collection, Transform
+from h2t.pipeline.data.transforms import IMAGENET
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 

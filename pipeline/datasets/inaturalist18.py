@@ -6,9 +6,9 @@ Source: Van Horn et al., "The iNaturalist Species Classification and Detection D
 
 from collections.abc import Callable
 
-from pipeline import list_files
-from pipeline.images import Collection, Transform
-from pipeline.transforms import INATURALIST
+from h2t.pipeline.data import list_files
+from h2t.pipeline.data.images import Collection, Transform
+from h2t.pipeline.data.transforms import INATURALIST
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 

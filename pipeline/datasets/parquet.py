@@ -16,10 +16,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import UserError
-from pipeline.images import Collection, Transform
-from pipeline.params import Section
-from pipeline.transforms import CIFAR
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.params import Section
+from h2t.pipeline.data.images import Collection, Transform
+from h2t.pipeline.data.transforms import CIFAR
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 

@@ -7,9 +7,9 @@ both read: `data_256/a/airfield/00000001.jpg` with `val_256/Places365_val_000000
 
 from collections.abc import Callable
 
-from pipeline import list_files
-from pipeline.images import Collection, Transform
-from pipeline.transforms import IMAGENET
+from h2t.pipeline.data import list_files
+from h2t.pipeline.data.images import Collection, Transform
+from h2t.pipeline.data.transforms import IMAGENET
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 

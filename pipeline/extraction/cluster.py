@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import pydantic
 
-from pipeline.errors import UserError
+from h2t.pipeline.base.errors import UserError
 
 SECONDS = 60  # to find a scheduler and its first worker
 QUIET = 60.0  # seconds without a shard after which a line says whom the extraction waits for; again after 2, 4, 8 times

@@ -20,15 +20,14 @@ import pyarrow as pa
 import torch
 from torch import nn
 
-from cache.spec import CacheSpec
-from pipeline import batchnorm
-from pipeline.batchnorm import Statistics
-from pipeline.device import choose
-from pipeline.errors import UserError
-from pipeline.extraction import cluster
-from pipeline.images import Images
-from pipeline.network import load_backbone
-from pipeline.precision import Precision, guarded_maps
+from h2t.cache.format.spec import CacheSpec
+from h2t.pipeline.base.device import choose
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.precision import Precision, guarded_maps
+from h2t.pipeline.data.images import Images
+from h2t.pipeline.extraction import batchnorm, cluster
+from h2t.pipeline.extraction.batchnorm import Statistics
+from h2t.pipeline.networks.trained import load_backbone
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import pydantic
 
-from cache.spec import CacheSpec
-from pipeline.errors import UserError
-from pipeline.network import NONE
-from pipeline.precision import Precision
+from h2t.cache.format.spec import CacheSpec
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.precision import Precision
+from h2t.pipeline.networks.trained import NONE
 
 MOST_IMAGES = 2**20  # in a batch: no machine holds more, and a count of bytes must not overflow
 
@@ -39,7 +39,7 @@ def ingredients(files: object, spec: CacheSpec) -> Mapping[str, Any]:
     """The fingerprint's ingredients of the cache `files`.
 
     Raises UserError for a cache that no extraction wrote: a pooled copy, imported features, or what cannot be used as
-    `pipeline.stages.extract` writes it.
+    `stages.extract` writes it.
     """
     found = spec.fingerprint_inputs
     if "parent" in found:

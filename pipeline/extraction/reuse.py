@@ -12,11 +12,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from cache.carry import Carrier, Source, broken_shards
-from cache.spec import CacheSpec
-from pipeline import batchnorm
-from pipeline.batchnorm import Statistics
-from pipeline.extraction.recorded import ingredients
+from h2t.cache.format.spec import CacheSpec
+from h2t.cache.write.carry import Carrier, Source, broken_shards
+from h2t.pipeline.extraction import batchnorm
+from h2t.pipeline.extraction.batchnorm import Statistics
+from h2t.pipeline.extraction.recorded import ingredients
 
 #: Ingredient of the fingerprint -> how people call it.
 NAMES = {"backbone": "weights", "transform": "transform", "views": "view policy", "batchnorm": "batch norm"}

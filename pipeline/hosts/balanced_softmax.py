@@ -8,9 +8,9 @@ so receivers are drawn instance-wise: on class-balanced batches it would correct
 import torch
 from torch.nn import functional as F
 
-from pipeline.host import Context, GradientHost, State
-from pipeline.longtail import log_prior
-from pipeline.params import NonNegative, Section
+from h2t.pipeline.base.params import NonNegative, Section
+from h2t.pipeline.heads.host import Context, GradientHost, State
+from h2t.pipeline.training.longtail import log_prior
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from pipeline.host import Context, GradientHost, State
-from pipeline.network import StageOneHead
-from pipeline.params import Section
+from h2t.pipeline.base.params import Section
+from h2t.pipeline.heads.host import Context, GradientHost, State
+from h2t.pipeline.networks.trained import StageOneHead
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 

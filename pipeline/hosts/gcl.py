@@ -9,10 +9,10 @@ CIFAR that code also mixes images (mixup) and trains for 30 epochs. No cache hol
 import numpy as np
 import torch
 
-from pipeline.errors import UserError
-from pipeline.host import Context, GradientHost, State
-from pipeline.longtail import cloud_sizes, clouded
-from pipeline.params import NonNegative, Section
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.params import NonNegative, Section
+from h2t.pipeline.heads.host import Context, GradientHost, State
+from h2t.pipeline.training.longtail import cloud_sizes, clouded
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 

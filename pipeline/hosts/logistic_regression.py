@@ -10,10 +10,10 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
-from pipeline.errors import UserError
-from pipeline.host import Context, FittedHost
-from pipeline.network import StageOneHead
-from pipeline.params import Epochs, NonNegative, Section
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.params import Epochs, NonNegative, Section
+from h2t.pipeline.heads.host import Context, FittedHost
+from h2t.pipeline.networks.trained import StageOneHead
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 

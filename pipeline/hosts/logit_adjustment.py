@@ -6,10 +6,10 @@ balanced_softmax.
 
 import torch
 
-from pipeline.host import Context, FittedHost, State
-from pipeline.longtail import log_prior
-from pipeline.network import StageOneHead
-from pipeline.params import NonNegative, Section
+from h2t.pipeline.base.params import NonNegative, Section
+from h2t.pipeline.heads.host import Context, FittedHost, State
+from h2t.pipeline.networks.trained import StageOneHead
+from h2t.pipeline.training.longtail import log_prior
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 

@@ -10,9 +10,9 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
-from pipeline.host import Context, FittedHost, State
-from pipeline.network import StageOneHead
-from pipeline.params import Section
+from h2t.pipeline.base.params import Section
+from h2t.pipeline.heads.host import Context, FittedHost, State
+from h2t.pipeline.networks.trained import StageOneHead
 
 NUMBER = 2026112602  # other results, another number: docs/numbers.md
 

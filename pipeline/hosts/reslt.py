@@ -1,19 +1,19 @@
 """ResLT: three branches for head, medium and tail share one linear layer, each with a batch norm of its own.
 
 Source: Cui et al., "ResLT: Residual Learning for Long-tailed Recognition", TPAMI 2022. Loss: (1 - beta) CE(z_H + z_M
-+ z_T) + beta I, with I the mean of every branch's own terms (`pipeline.branches`). The authors of H2T train with beta
++ z_T) + beta I, with I the mean of every branch's own terms (`networks.branches`). The authors of H2T train with beta
 0.5 without H2T and 0.3 with it; here one beta serves both, so that they differ in the fusion only.
 """
 
 import numpy as np
 import torch
 
-from pipeline.branches import branch_logits, group_starts, reslt_loss, running_statistics
-from pipeline.errors import UserError
-from pipeline.head import logits
-from pipeline.host import Context, GradientHost, State
-from pipeline.network import StageOneHead
-from pipeline.params import Index, Ratio, Section
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.params import Index, Ratio, Section
+from h2t.pipeline.heads.host import Context, GradientHost, State
+from h2t.pipeline.networks.branches import branch_logits, group_starts, reslt_loss, running_statistics
+from h2t.pipeline.networks.classifier import logits
+from h2t.pipeline.networks.trained import StageOneHead
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 

@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
-from pipeline.host import Context, GradientHost, State
-from pipeline.params import Section
+from h2t.pipeline.base.params import Section
+from h2t.pipeline.heads.host import Context, GradientHost, State
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 

@@ -19,20 +19,21 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from cache.reader import Cache
-from cache.spec import to_float32
-from pipeline import batchnorm, plugins
-from pipeline.checkpoints import save_weights
-from pipeline.classes import recorded_names
-from pipeline.errors import UserError
-from pipeline.heads import Heads
-from pipeline.images import Images, Transform, open_images
-from pipeline.models.model import Model, load_model, save_model
-from pipeline.network import load_backbone
-from pipeline.outputs import fresh_directory
-from pipeline.params import build
-from pipeline.scoring import head_logits, load_heads_for
-from pipeline.streams import sample_rows
+from h2t.cache.format.spec import to_float32
+from h2t.cache.reader import Cache
+from h2t.pipeline.base import plugins
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.outputs import fresh_directory
+from h2t.pipeline.base.params import build
+from h2t.pipeline.data.classes import recorded_names
+from h2t.pipeline.data.images import Images, Transform, open_images
+from h2t.pipeline.evaluation.scoring import head_logits, load_heads_for
+from h2t.pipeline.extraction import batchnorm
+from h2t.pipeline.heads.batches import sample_rows
+from h2t.pipeline.heads.stored import Heads
+from h2t.pipeline.models.model import Model, load_model, save_model
+from h2t.pipeline.networks.trained import load_backbone
+from h2t.pipeline.networks.weights import save_weights
 
 CHECKED = 32  # images whose logits are compared
 #: What the storage type of the maps may cost in logits, max|d| / max|logit|; arithmetic alone stays below the first.
@@ -225,7 +226,7 @@ def write_onnx(model: Model, path: Path) -> float:
     """
     import onnx
 
-    from pipeline.models.predict import onnx_session
+    from h2t.pipeline.models.predict import onnx_session
 
     size = model.transform.size
     draws = torch.Generator().manual_seed(0)

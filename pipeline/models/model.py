@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline import plugins
-from pipeline.checkpoints import fill, load_weights, save_weights
-from pipeline.errors import UserError
-from pipeline.head import global_average
-from pipeline.heads import HeadParts, head_parts
-from pipeline.host import Context
-from pipeline.images import Transform
-from pipeline.params import build
-from pipeline.stack import POOL
+from h2t.pipeline.base import plugins
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.params import build
+from h2t.pipeline.data.images import Transform
+from h2t.pipeline.heads.host import Context
+from h2t.pipeline.heads.stack import POOL
+from h2t.pipeline.heads.stored import HeadParts, head_parts
+from h2t.pipeline.networks.classifier import global_average
+from h2t.pipeline.networks.weights import fill, load_weights, save_weights
 
 KIND = "h2t model 1"
 PREFIX = "h2t."

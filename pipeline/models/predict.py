@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from pipeline.errors import UserError
-from pipeline.images import Images, Transform, decode
-from pipeline.models.model import load_model
-from pipeline.outputs import replace_file
-from pipeline.params import build
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.outputs import replace_file
+from h2t.pipeline.base.params import build
+from h2t.pipeline.data.images import Images, Transform, decode
+from h2t.pipeline.models.model import load_model
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 BATCH = 64

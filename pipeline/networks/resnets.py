@@ -12,7 +12,7 @@ from torch import nn
 from torchvision.models import get_model_weights
 from torchvision.models.resnet import Bottleneck, ResNet
 
-from pipeline.errors import UserError
+from h2t.pipeline.base.errors import UserError
 
 CHANNELS = 2048
 

@@ -7,7 +7,7 @@ from torch import nn
 from torchvision.models import get_model, list_models
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-from pipeline.errors import UserError
+from h2t.pipeline.base.errors import UserError
 
 SIDE = 224  # of the input that the tap is checked on
 TOLERANCE = 1e-5  # of max|d| / max|logit|: float32 sums in another order

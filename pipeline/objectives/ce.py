@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline import objective
-from pipeline.head import fresh_linear, global_average, logits
-from pipeline.params import Section
+from h2t.pipeline.base.params import Section
+from h2t.pipeline.networks.classifier import fresh_linear, global_average, logits
+from h2t.pipeline.training import objective
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline import objective
-from pipeline.head import global_average, logits
-from pipeline.longtail import cloud_sizes, clouded
-from pipeline.params import NonNegative, Positive, Section
+from h2t.pipeline.base.params import NonNegative, Positive, Section
+from h2t.pipeline.networks.classifier import global_average, logits
+from h2t.pipeline.training import objective
+from h2t.pipeline.training.longtail import cloud_sizes, clouded
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 

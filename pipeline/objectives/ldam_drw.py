@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline import objective
-from pipeline.head import global_average, logits
-from pipeline.longtail import effective_weights, ldam_margins
-from pipeline.params import Index, NonNegative, Positive, Section, within
+from h2t.pipeline.base.params import Index, NonNegative, Positive, Section, within
+from h2t.pipeline.networks.classifier import global_average, logits
+from h2t.pipeline.training import objective
+from h2t.pipeline.training.longtail import effective_weights, ldam_margins
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 

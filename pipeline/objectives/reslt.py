@@ -1,22 +1,22 @@
 """ResLT: three branches for head, medium and tail share one linear layer, each with a batch norm of its own.
 
 Source: Cui et al., "ResLT: Residual Learning for Long-tailed Recognition", TPAMI 2022: (1 - beta) CE(z_H + z_M + z_T)
-+ beta I, I the mean of every branch's own terms (`pipeline.branches`); at test time z_H + z_M + z_T.
++ beta I, I the mean of every branch's own terms (`networks.branches`); at test time z_H + z_M + z_T.
 """
 
 import torch
 from torch import nn
 
-from pipeline import objective
-from pipeline.branches import branch_logits, group_starts, moments, reslt_loss, running_statistics
-from pipeline.head import fresh_linear
-from pipeline.params import Index, Ratio, Section
+from h2t.pipeline.base.params import Index, Ratio, Section
+from h2t.pipeline.networks.branches import branch_logits, group_starts, moments, reslt_loss, running_statistics
+from h2t.pipeline.networks.classifier import fresh_linear
+from h2t.pipeline.training import objective
 
 NUMBER = 2026112602  # other results, another number: docs/numbers.md
 
 
 class Loss(Section):
-    """`beta`, and `groups`: where each branch after the first begins (`pipeline.branches.group_starts`)."""
+    """`beta`, and `groups`: where each branch after the first begins (`networks.branches.group_starts`)."""
 
     beta: Ratio = 0.995
     groups: list[Index] | None = None

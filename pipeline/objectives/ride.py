@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline import objective
-from pipeline.head import expert_logits, fresh_linear, global_average
-from pipeline.longtail import effective_weights, ldam_margins
-from pipeline.params import Index, NonNegative, Positive, Ratio, Real, Section, within
+from h2t.pipeline.base.params import Index, NonNegative, Positive, Ratio, Real, Section, within
+from h2t.pipeline.networks.classifier import expert_logits, fresh_linear, global_average
+from h2t.pipeline.training import objective
+from h2t.pipeline.training.longtail import effective_weights, ldam_margins
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 

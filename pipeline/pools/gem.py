@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from pipeline.params import Positive, Section
+from h2t.pipeline.base.params import Positive, Section
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 

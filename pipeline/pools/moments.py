@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import torch
 
-from pipeline.branches import moments
-from pipeline.params import Section
+from h2t.pipeline.base.params import Section
+from h2t.pipeline.networks.branches import moments
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 

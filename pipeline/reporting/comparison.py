@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cache.redaction import in_markdown
-from pipeline.errors import UserError
-from pipeline.reporting.files import text_of, write
-from pipeline.reporting.page import cell
-from pipeline.reporting.results import FIGURES, ROWS, HostResult, between_hosts, load_result
-from pipeline.reporting.statistics import Difference
+from h2t.cache.redaction import in_markdown
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.reporting.files import text_of, write
+from h2t.pipeline.reporting.intervals import Difference
+from h2t.pipeline.reporting.page import cell
+from h2t.pipeline.reporting.results import FIGURES, ROWS, HostResult, between_hosts, load_result
 
 
 def compare(

@@ -7,12 +7,13 @@ from typing import Any
 
 import pandas as pd
 
-from cache.redaction import in_markdown
-from pipeline.errors import UserError
-from pipeline.outputs import fresh_directory, write_json
-from pipeline.reporting.figures import ratio_picture
-from pipeline.reporting.page import cell, render, spread
-from pipeline.reporting.results import (
+from h2t.cache.redaction import in_markdown
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.outputs import fresh_directory, write_json
+from h2t.pipeline.reporting.figures import ratio_picture
+from h2t.pipeline.reporting.intervals import Difference
+from h2t.pipeline.reporting.page import cell, render, spread
+from h2t.pipeline.reporting.results import (
     FIGURES,
     ROWS,
     HostResult,
@@ -22,7 +23,6 @@ from pipeline.reporting.results import (
     variants_at,
     with_against_without,
 )
-from pipeline.reporting.statistics import Difference
 
 
 def write(

@@ -11,8 +11,8 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
-from pipeline.reporting.published import estimates
-from pipeline.reporting.results import (
+from h2t.pipeline.reporting.published import estimates
+from h2t.pipeline.reporting.results import (
     FIGURES,
     ROWS,
     HostResult,

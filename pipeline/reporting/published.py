@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline.reporting.results import HostResult
+from h2t.pipeline.reporting.results import HostResult
 
 CLOCKS = ("seconds", "cpu")
 

@@ -9,9 +9,9 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
-from pipeline.classes import GROUPS
-from pipeline.errors import UserError
-from pipeline.reporting.statistics import Difference, paired
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.data.classes import GROUPS
+from h2t.pipeline.reporting.intervals import Difference, paired
 
 FIGURES = ("top1", *GROUPS, "ece")
 ROWS = {"stage1": "stage I", "without_h2t": "without H2T", "with_h2t": "with H2T"}

@@ -4,5 +4,5 @@
 
 It returns positions into the class-sorted samples. It is a pure function of its arguments, so any step can be drawn
 without the ones before it. `size` is that of whole batches; a law without replacement returns fewer at the end of an
-epoch. `pipeline.classes` describes ClassIndex, `pipeline.streams` turns positions into cache rows.
+epoch. `data.classes` describes ClassIndex, `heads.batches` turns positions into cache rows.
 """

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from pipeline.classes import ClassIndex
+from h2t.pipeline.data.classes import ClassIndex
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 

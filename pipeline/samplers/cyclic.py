@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from pipeline.classes import ClassIndex
+from h2t.pipeline.data.classes import ClassIndex
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 

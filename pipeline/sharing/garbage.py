@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cache.staging import Staging
-from pipeline.errors import UserError
-from pipeline.sharing.repository import Say, config_of, counted, git, in_one_line, repository
+from h2t.cache.write.staging import Staging
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.sharing.repository import Say, config_of, counted, git, in_one_line, repository
 
 STAGING = re.compile(r"\.(?P<target>.+?)\.staging(\.done)?")
 LEFT_BY_PROCESS = re.compile(r"\..+\.(partial|pulled)-(?P<process>\d+)")

@@ -17,15 +17,15 @@ import pyarrow.parquet as pq
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from cache.card import card
-from cache.errors import CacheError
-from cache.memory import available_memory
-from cache.rows import SPLITS, make_rows
-from cache.spec import CacheSpec, canonical_json, chunk_rows_for, sha256, shard_rows_for
-from cache.staging import Staging
-from cache.writer import CacheWriter, committed
-from pipeline.errors import UserError
-from pipeline.network import NONE
+from h2t.cache.errors import CacheError
+from h2t.cache.format.card import card
+from h2t.cache.format.rows import SPLITS, make_rows
+from h2t.cache.format.spec import CacheSpec, canonical_json, chunk_rows_for, sha256, shard_rows_for
+from h2t.cache.memory import available_memory
+from h2t.cache.write.staging import Staging
+from h2t.cache.write.writer import CacheWriter, committed
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.networks.trained import NONE
 
 FEATURES = ("features", "embeddings", "embedding", "feature", "x")
 LABELS = ("labels", "label", "targets", "target", "y")

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cache.redaction import redacted
-from pipeline.errors import UserError
-from pipeline.sharing.repository import (
+from h2t.cache.redaction import redacted
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.sharing.repository import (
     Out,
     Say,
     caches,
@@ -112,7 +112,7 @@ def _absent_input(stage: str, changes: Any) -> bool:
 
 
 def _check_cache(cache: Path) -> None:
-    from cache.verify import verify
+    from h2t.cache.tools.verify import verify
 
     faults = verify(str(cache), quick=True)
     if faults:

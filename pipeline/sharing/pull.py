@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from cache.dvc_files import split_revision
-from cache.redaction import redacted
-from cache.spec import RECORD, parse_record
-from cache.staging import Staging, sync
-from pipeline.errors import UserError
-from pipeline.sharing.repository import Say, counted, in_one_line
+from h2t.cache.format.spec import RECORD, parse_record
+from h2t.cache.read.dvc_files import split_revision
+from h2t.cache.redaction import redacted
+from h2t.cache.write.staging import Staging, sync
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.sharing.repository import Say, counted, in_one_line
 
 THREADS = 8  # files at a time
 
@@ -159,7 +159,7 @@ def _one_of(names: list[str], wanted: str | None, where: str, kind: str) -> str:
 
 
 def _check_whole(cache: Path, where: str) -> None:
-    from cache.verify import verify
+    from h2t.cache.tools.verify import verify
 
     faults = verify(str(cache))
     if faults:

@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 
-from cache.errors import CacheError
-from cache.redaction import redacted
-from cache.spec import RECORD
-from pipeline.errors import UserError
+from h2t.cache.errors import CacheError
+from h2t.cache.format.spec import RECORD
+from h2t.cache.redaction import redacted
+from h2t.pipeline.base.errors import UserError
 
 Say = Callable[[str], None]
 

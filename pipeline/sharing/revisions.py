@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.errors import UserError
-from pipeline.sharing.repository import in_one_line, repository
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.sharing.repository import in_one_line, repository
 
 EVALUATED = "data/evaluate"
 

@@ -16,18 +16,18 @@ import pyarrow.parquet as pq
 import torch
 from pydantic import BeforeValidator
 
-from cache.reader import Cache
-from pipeline.classes import by_index, groups
-from pipeline.errors import UserError
-from pipeline.heads import Heads
-from pipeline.metrics import over_seeds, summary
-from pipeline.network import StageOneHead, load_head
-from pipeline.outputs import fresh_directory, write_json
-from pipeline.params import Index, Ratio, Section
-from pipeline.reporting.evidence import write_about, write_embedding, write_reliability, write_weight_norms
-from pipeline.reporting.tables import each, write_confusion, write_per_class, write_predictions
-from pipeline.scoring import STAGE1, Scores, load_heads_for, score_heads, score_stage1
-from pipeline.streams import sample_rows
+from h2t.cache.reader import Cache
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.outputs import fresh_directory, write_json
+from h2t.pipeline.base.params import Index, Ratio, Section
+from h2t.pipeline.data.classes import by_index, groups
+from h2t.pipeline.evaluation.evidence import write_about, write_embedding, write_reliability, write_weight_norms
+from h2t.pipeline.evaluation.metrics import over_seeds, summary
+from h2t.pipeline.evaluation.scoring import STAGE1, Scores, load_heads_for, score_heads, score_stage1
+from h2t.pipeline.evaluation.tables import each, write_confusion, write_per_class, write_predictions
+from h2t.pipeline.heads.batches import sample_rows
+from h2t.pipeline.heads.stored import Heads
+from h2t.pipeline.networks.trained import StageOneHead, load_head
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 

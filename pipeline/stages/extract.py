@@ -1,8 +1,8 @@
 """extract: run the frozen backbone once over every image and store its last feature maps as a cache.
 
-One forward pass per (sample, view, statistics), but for rows that a previous cache gives (`pipeline.extraction.reuse`).
+One forward pass per (sample, view, statistics), but for rows that a previous cache gives (`extraction.reuse`).
 The unit of work is a shard: a run that was killed goes on from its finished shards to the same bytes. Decoding, forward
-pass (`pipeline.extraction.forward`) and writing overlap.
+pass (`extraction.forward`) and writing overlap.
 """
 
 import math
@@ -20,27 +20,26 @@ import pydantic
 import torch
 from torch import nn
 
-from cache.card import card
-from cache.carry import Carrier, Source
-from cache.errors import CacheError
-from cache.rows import make_rows
-from cache.spec import CacheSpec, canonical_json, chunk_rows_for, sha256, shard_rows_for
-from cache.staging import Staging
-from cache.writer import CacheWriter, committed
-from pipeline import batchnorm
-from pipeline.batchnorm import Statistics
-from pipeline.checkpoints import weights_digest
-from pipeline.errors import UserError
-from pipeline.extraction import forward, reuse
-from pipeline.extraction.cluster import ADDRESS
-from pipeline.extraction.recorded import MOST_IMAGES
-from pipeline.images import Images
-from pipeline.network import load_backbone
-from pipeline.params import DISTINCT, Bytes, Count, Epochs, Positive, Section, at_most
-from pipeline.precision import Precision
-from pipeline.progress import progress
-from pipeline.recipes import stored
-from pipeline.samples import Samples
+from h2t.cache.errors import CacheError
+from h2t.cache.format.card import card
+from h2t.cache.format.rows import make_rows
+from h2t.cache.format.spec import CacheSpec, canonical_json, chunk_rows_for, sha256, shard_rows_for
+from h2t.cache.write.carry import Carrier, Source
+from h2t.cache.write.staging import Staging
+from h2t.cache.write.writer import CacheWriter, committed
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.params import DISTINCT, Bytes, Count, Epochs, Positive, Section, at_most
+from h2t.pipeline.base.precision import Precision
+from h2t.pipeline.base.progress import progress
+from h2t.pipeline.data.images import Images
+from h2t.pipeline.data.samples import Samples
+from h2t.pipeline.extraction import batchnorm, forward, reuse
+from h2t.pipeline.extraction.batchnorm import Statistics
+from h2t.pipeline.extraction.cluster import ADDRESS
+from h2t.pipeline.extraction.recipes import stored
+from h2t.pipeline.extraction.recorded import MOST_IMAGES
+from h2t.pipeline.networks.trained import load_backbone
+from h2t.pipeline.networks.weights import weights_digest
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import yaml
 
-from pipeline import plugins
-from pipeline.errors import UserError
-from pipeline.outputs import fresh_directory, write_json
-from pipeline.params import INPUTS, build
+from h2t.pipeline.base import plugins
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.outputs import fresh_directory, write_json
+from h2t.pipeline.base.params import INPUTS, build
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 

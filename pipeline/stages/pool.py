@@ -12,14 +12,14 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 
-from cache.pooled import pooled
-from cache.reader import Cache
-from cache.spec import CacheSpec
-from pipeline import plugins
-from pipeline.errors import UserError
-from pipeline.features import pool_label
-from pipeline.params import Section, build, plugin
-from pipeline.progress import progress
+from h2t.cache.format.spec import CacheSpec
+from h2t.cache.reader import Cache
+from h2t.cache.tools.pooled import pooled
+from h2t.pipeline.base import plugins
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.params import Section, build, plugin
+from h2t.pipeline.base.progress import progress
+from h2t.pipeline.heads.features import pool_label
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 

@@ -15,14 +15,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import plugins
-from pipeline.classes import groups
-from pipeline.errors import UserError
-from pipeline.images import BadImage, Collection, Images, open_images
-from pipeline.outputs import fresh_directory, write_json
-from pipeline.params import Index, Positive, Section, Seed, at_least, build, plugin
-from pipeline.progress import progress
-from pipeline.seeds import stream
+from h2t.pipeline.base import plugins
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.outputs import fresh_directory, write_json
+from h2t.pipeline.base.params import Index, Positive, Section, Seed, at_least, build, plugin
+from h2t.pipeline.base.progress import progress
+from h2t.pipeline.base.seeds import stream
+from h2t.pipeline.data.classes import groups
+from h2t.pipeline.data.images import BadImage, Collection, Images, open_images
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 

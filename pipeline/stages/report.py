@@ -8,7 +8,7 @@ leftovers of earlier runs are named and left out.
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.params import Section
+from h2t.pipeline.base.params import Section
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
@@ -29,8 +29,8 @@ def run(
 ) -> None:
     """Reports on `hosts` into the directory `out`. With `runs`, a folder of run records, the page shows them too."""
     # Here and not above: every stage checks the section `report`, and pandas and matplotlib take seconds to import.
-    from pipeline.reporting.files import markdown_table, run_records, write
-    from pipeline.reporting.results import load_result
+    from h2t.pipeline.reporting.files import markdown_table, run_records, write
+    from h2t.pipeline.reporting.results import load_result
 
     results = [load_result(name, evaluate_dir / name) for name in hosts]
     leftovers = sorted(p.name for p in evaluate_dir.iterdir() if p.is_dir() and p.name not in hosts)

@@ -2,7 +2,7 @@
 
 Writes `backbone.safetensors` (the network up to its maps), `head.safetensors` (the stage-I classifier) and training
 curves as tab-separated files in `plots/metrics`, the layout that DVC's own logger uses. The loop is in
-`pipeline.stage_one`; `torchrun --nproc-per-node N -m pipeline train-backbone ...` spreads it over N processes.
+`training.loop`; `torchrun --nproc-per-node N -m h2t.pipeline train-backbone ...` spreads it over N processes.
 """
 
 import csv
@@ -16,17 +16,17 @@ from typing import Annotated, Any
 
 import torch
 
-from pipeline import plugins
-from pipeline.checkpoint import Checkpoint
-from pipeline.checkpoints import fill, fit_head, load_checkpoint, save_weights, split_head, weights_digest
-from pipeline.errors import UserError
-from pipeline.images import Images
-from pipeline.outputs import fresh_directory
-from pipeline.parallel import processes
-from pipeline.params import Section, build, plugin
-from pipeline.samples import Samples
-from pipeline.seeds import torch_seed
-from pipeline.stage_one import Curves, StageOne, Training
+from h2t.pipeline.base import plugins
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.outputs import fresh_directory
+from h2t.pipeline.base.params import Section, build, plugin
+from h2t.pipeline.base.seeds import torch_seed
+from h2t.pipeline.data.images import Images
+from h2t.pipeline.data.samples import Samples
+from h2t.pipeline.networks.weights import fill, fit_head, load_checkpoint, save_weights, split_head, weights_digest
+from h2t.pipeline.training.loop import Curves, StageOne, Training
+from h2t.pipeline.training.parallel import processes
+from h2t.pipeline.training.resume import Checkpoint
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 

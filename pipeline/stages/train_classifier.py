@@ -17,23 +17,38 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from cache.memory import available_memory
-from cache.reader import Cache
-from pipeline import plugins
-from pipeline.checkpoint import Checkpoint
-from pipeline.checkpoints import save_weights
-from pipeline.classes import recorded_names
-from pipeline.errors import UserError
-from pipeline.features import FeatureReader, first_not_finite, identity_if_pooled, maps_fingerprint, pool_label
-from pipeline.fusion import Rounding, Selection, replaced_channels
-from pipeline.heads import HeadParts, head_parts
-from pipeline.host import Context
-from pipeline.network import NONE, StageOneHead, backbone_digest, load_head
-from pipeline.outputs import fresh_directory
-from pipeline.params import DISTINCT, Count, Epochs, Experts, NonNegative, Positive, Rate, Ratio, Section, Seed, plugin
-from pipeline.recipes import RECIPES, Recipe
-from pipeline.residency import WINDOW_SHARE, Choice, Feed, Residency, Room, find_room, plan_tier
-from pipeline.stack import (
+from h2t.cache.memory import available_memory
+from h2t.cache.reader import Cache
+from h2t.pipeline.base import plugins
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.outputs import fresh_directory
+from h2t.pipeline.base.params import (
+    DISTINCT,
+    Count,
+    Epochs,
+    Experts,
+    NonNegative,
+    Positive,
+    Rate,
+    Ratio,
+    Section,
+    Seed,
+    plugin,
+)
+from h2t.pipeline.data.classes import recorded_names
+from h2t.pipeline.extraction.recipes import RECIPES, Recipe
+from h2t.pipeline.heads.batches import Streams
+from h2t.pipeline.heads.features import (
+    FeatureReader,
+    first_not_finite,
+    identity_if_pooled,
+    maps_fingerprint,
+    pool_label,
+)
+from h2t.pipeline.heads.fusion import Rounding, Selection, replaced_channels
+from h2t.pipeline.heads.host import Context
+from h2t.pipeline.heads.residency import WINDOW_SHARE, Choice, Feed, Residency, Room, find_room, plan_tier
+from h2t.pipeline.heads.stack import (
     FLOAT,
     POOL,
     HeadSetting,
@@ -46,7 +61,10 @@ from pipeline.stack import (
     parts_of,
     seeds_and_donors,
 )
-from pipeline.streams import Streams
+from h2t.pipeline.heads.stored import HeadParts, head_parts
+from h2t.pipeline.networks.trained import NONE, StageOneHead, backbone_digest, load_head
+from h2t.pipeline.networks.weights import save_weights
+from h2t.pipeline.training.resume import Checkpoint
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 

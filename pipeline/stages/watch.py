@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pipeline.errors import UserError, nearest
-from pipeline.outputs import write_json
+from h2t.pipeline.base.errors import UserError, nearest
+from h2t.pipeline.base.outputs import write_json
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 

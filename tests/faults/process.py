@@ -151,7 +151,7 @@ class Command:
 
 def _work(arguments: Sequence[str], folder: Path, log: Path, holds: Instant | None, tell: Any) -> None:
     """In the forked process: the command, as `h2t` would run it."""
-    from pipeline.cli import main
+    from h2t.pipeline.command_line.main import main
 
     os.chdir(folder)
     for number, name in ((1, "out"), (2, "err")):
@@ -183,4 +183,4 @@ def _work(arguments: Sequence[str], folder: Path, log: Path, holds: Instant | No
         (log / "modules").write_text("\n".join(sys.modules))
 
 
-COLD = (sys.executable, "-m", "pipeline")
+COLD = (sys.executable, "-m", "h2t.pipeline")

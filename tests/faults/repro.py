@@ -19,7 +19,7 @@ from pathlib import Path
 
 from stages import PRESET, ROOT, litter, tree
 
-CODE = ("cache", "pipeline", "plugins", "dvc.yaml", "stages.yaml", ".dvcignore")
+CODE = ("h2t", "cache", "pipeline", "plugins", "dvc.yaml", "stages.yaml", ".dvcignore")
 HOW = ("SIGKILL", "Ctrl-C", "twice")
 ATTEMPTS = 10
 
@@ -33,14 +33,14 @@ class Repository:
         for name in CODE:
             source = ROOT / name
             if source.is_dir():
-                shutil.copytree(source, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+                shutil.copytree(source, root / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
             else:
                 shutil.copy(source, root / name)
         shutil.copy(ROOT / ".dvc" / "config", root / ".dvc" / "config")
         shutil.copy(PRESET, root / "params.yaml")
         command = root / "bin" / "h2t"
         command.parent.mkdir()
-        command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m pipeline "$@"\n')
+        command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m h2t.pipeline "$@"\n')
         command.chmod(0o755)
         subprocess.run(["git", "init", "--quiet"], cwd=root, check=True)
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from cache.rows import make_rows
-from cache.spec import CacheSpec
-from cache.staging import Staging
-from cache.writer import CacheWriter
+from h2t.cache.format.rows import make_rows
+from h2t.cache.format.spec import CacheSpec
+from h2t.cache.write.staging import Staging
+from h2t.cache.write.writer import CacheWriter
 
 ROWS, SHARDS, SHAPE = 14 * 256 - 3, 14, (64, 8, 8)  # shards of 2 MiB, the last one shorter
 

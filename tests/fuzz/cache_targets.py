@@ -16,11 +16,11 @@ from fuzz import mutation
 from fuzz.oracle import Finding
 from fuzz.target import Parse, Target
 
-from cache import shard
-from cache.codecs import CODECS, codec
-from cache.errors import CacheError
-from cache.rows import from_bytes, to_bytes
-from cache.spec import CacheSpec, canonical_json, parse_record, sha256
+from h2t.cache.errors import CacheError
+from h2t.cache.format import shard
+from h2t.cache.format.codecs import CODECS, codec
+from h2t.cache.format.rows import from_bytes, to_bytes
+from h2t.cache.format.spec import CacheSpec, canonical_json, parse_record, sha256
 
 NAMES = ["cache.json", "rows.parquet", "maps.zarr/expert_0/c.0.0.0.0", "maps.zarr/zarr.json", "../up", "/etc/passwd"]
 KEYS = ["format", "fingerprint", "layout", "experts", "rows", "files", "provenance", "self", "shape", "codec", "dtype",
@@ -216,8 +216,12 @@ def _open_chunk(folder: Path) -> Parse:
 
 
 TARGETS = [
-    Target("record", "cache/spec.py: parse_record", _open_record, _record_seeds, mutation.mostly(_mutated_record)),
-    Target("rows", "cache/rows.py: from_bytes", _open_rows, _rows_seeds, mutation.mostly(_mutated_rows, 0.95), 16384),
-    Target("index", "cache/shard.py: parse_index", _open_index, _index_seeds, mutation.mostly(_mutated_index)),
-    Target("chunk", "cache/codecs.py: decode", _open_chunk, _chunk_seeds, mutation.raw),
+    Target(
+        "record", "cache/format/spec.py: parse_record", _open_record, _record_seeds, mutation.mostly(_mutated_record)
+    ),
+    Target(
+        "rows", "cache/format/rows.py: from_bytes", _open_rows, _rows_seeds, mutation.mostly(_mutated_rows, 0.95), 16384
+    ),
+    Target("index", "cache/format/shard.py: parse_index", _open_index, _index_seeds, mutation.mostly(_mutated_index)),
+    Target("chunk", "cache/format/codecs.py: decode", _open_chunk, _chunk_seeds, mutation.raw),
 ]

@@ -12,9 +12,9 @@ from fuzz.oracle import Finding
 from fuzz.target import Parse, Target
 from PIL import Image
 
-from pipeline import images
-from pipeline.datasets import imagenet_lt
-from pipeline.params import build
+from h2t.pipeline.base.params import build
+from h2t.pipeline.data import images
+from h2t.pipeline.datasets import imagenet_lt
 
 # List files: flags, uint8 (follow links), then the lists of train, val and test, apart by \0.
 
@@ -116,6 +116,8 @@ def _open_image(folder: Path) -> Parse:
 
 
 TARGETS = [
-    Target("lists", "pipeline/list_files.py: load", _open_lists, _list_seeds, mutation.mostly(_mutated_list), 8192),
-    Target("image", "pipeline/images.py: decode", _open_image, _image_seeds, mutation.raw, 4096),
+    Target(
+        "lists", "pipeline/data/list_files.py: load", _open_lists, _list_seeds, mutation.mostly(_mutated_list), 8192
+    ),
+    Target("image", "pipeline/data/images.py: decode", _open_image, _image_seeds, mutation.raw, 4096),
 ]

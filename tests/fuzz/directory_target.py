@@ -13,9 +13,9 @@ from fuzz.cache_targets import KEYS, mutated_parquet, resealed
 from fuzz.oracle import Finding
 from fuzz.target import Parse, Target
 
-from cache.audit import describe, verify
-from cache.reader import open_cache
-from cache.spec import sha256
+from h2t.cache.format.spec import sha256
+from h2t.cache.reader import open_cache
+from h2t.cache.tools.audit import describe, verify
 
 
 def _directory_seeds() -> list[bytes]:

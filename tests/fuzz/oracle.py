@@ -16,8 +16,8 @@ from typing import Any
 
 import click
 
-from cache.errors import CacheError
-from pipeline.errors import UserError
+from h2t.cache.errors import CacheError
+from h2t.pipeline.base.errors import UserError
 
 REFUSALS = (CacheError, UserError, click.ClickException)
 MAX_MESSAGE = 4000  # characters of a refusal

@@ -10,7 +10,8 @@ from fuzz import mutation
 from fuzz.target import Parse, Target
 from pipeline_builders import make_params
 
-from pipeline import params, settings
+from h2t.pipeline.base import params
+from h2t.pipeline.inspection import settings
 
 PARTS = "\0"  # between the YAML and the overrides
 
@@ -103,7 +104,7 @@ def _open_settings(folder: Path) -> Parse:
 
 
 TARGETS = [
-    Target("yaml", "pipeline/params.py: load", _open_yaml, _yaml_seeds, mutation.mostly(_mutated_yaml), 300),
-    Target("settings", "pipeline/settings.py: check", _open_settings, _settings_seeds,
+    Target("yaml", "pipeline/base/params.py: load", _open_yaml, _yaml_seeds, mutation.mostly(_mutated_yaml), 300),
+    Target("settings", "pipeline/inspection/settings.py: check", _open_settings, _settings_seeds,
     mutation.mostly(_mutated_settings, 0.98), 16384),
 ]  # fmt: skip

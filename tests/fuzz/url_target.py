@@ -10,8 +10,9 @@ from fuzz import mutation
 from fuzz.oracle import REFUSALS, Finding
 from fuzz.target import Parse, Target
 
-from cache import dvc_files, redaction
-from cache.reader import open_cache
+from h2t.cache import redaction
+from h2t.cache.read import dvc_files
+from h2t.cache.reader import open_cache
 
 SECRET = "Xk7SECRETq9"
 SIGNS = [

@@ -19,8 +19,8 @@ from fuzz.target import Parse, Target
 from safetensors.numpy import save as save_arrays
 from safetensors.torch import save as save_tensors
 
-from pipeline import checkpoints
-from pipeline.sharing import importing
+from h2t.pipeline.networks import weights as checkpoints
+from h2t.pipeline.sharing import importing
 
 # Keys of a checkpoint: JSON with a shape in place of each tensor.
 
@@ -218,14 +218,14 @@ def _open_features(folder: Path) -> Parse:
 TARGETS = [
     Target(
         "keys",
-        "pipeline/checkpoints.py: split_head, fit_head, fill",
+        "pipeline/networks/weights.py: split_head, fit_head, fill",
         _open_keys,
         _key_seeds,
         mutation.mostly(_mutated_keys, 0.98),
     ),
     Target(
         "checkpoint",
-        "pipeline/checkpoints.py: load_checkpoint",
+        "pipeline/networks/weights.py: load_checkpoint",
         _open_checkpoint,
         _checkpoint_seeds,
         mutation.mostly(_mutated_checkpoint, 0.95),

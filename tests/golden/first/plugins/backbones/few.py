@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from pipeline.params import Count, Section
+from h2t.pipeline.base.params import Count, Section
 
 
 class Options(Section):

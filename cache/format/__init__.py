@@ -1,0 +1,1 @@
+"""The format: what a cache consists of, byte by byte, shared by both sides."""

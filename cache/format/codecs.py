@@ -1,0 +1,135 @@
+"""Codec name -> how a chunk becomes bytes and back, and the Zarr codec chain that says so.
+
+Every chain ends in crc32c. `none`, `zstd` and `blosc-lz4` are read by every Zarr v3 tool; TensorStore does not know
+`numcodecs.lz4` and `pcodec`. No byte shuffle: on post-ReLU maps, whose zeros are scattered, it makes chunks larger.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import numcodecs
+import numpy as np
+from numcodecs import blosc, lz4, zstd
+
+from h2t.cache.errors import CacheError
+
+#: Codecs that TensorStore and other non-Python readers cannot decode.
+PYTHON_ONLY = frozenset({"numcodecs.lz4", "pcodec"})
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """Compression of one chunk. `encode` takes a contiguous array; `decode` fills the contiguous array given to it."""
+
+    name: str
+    encode: Callable[[np.ndarray], bytes]
+    decode: Callable[[Any, np.ndarray], None]
+
+
+def _none() -> Codec:
+    def decode(data: Any, out: np.ndarray) -> None:
+        if len(data) != out.nbytes:
+            raise ValueError(f"{len(data)} bytes for a chunk of {out.nbytes}")
+        out.reshape(-1).view(np.uint8)[:] = np.frombuffer(data, np.uint8)
+
+    return Codec("none", lambda chunk: chunk.tobytes(), decode)
+
+
+def _numcodecs(
+    name: str, make: Callable[[int], Any], decompress: Callable[[Any, Any], Any], stated: Callable[[Any], int]
+) -> Codec:
+    """`decompress` is what the codec's `decode` ends in; going through that costs a tenth more for rows of 8 KiB."""
+    make = cache(make)  # the objects hold settings and nothing else; several threads may use one
+
+    def encode(chunk: np.ndarray) -> bytes:
+        return bytes(make(chunk.dtype.itemsize).encode(chunk))
+
+    def decode(data: Any, out: np.ndarray) -> None:
+        # numcodecs fills the front of a larger `out` and says nothing.
+        if stated(data) != out.nbytes:
+            raise ValueError(f"decodes to {stated(data)} bytes, not {out.nbytes}")
+        decompress(data, out.reshape(-1).view(np.uint8))
+
+    return Codec(name, encode, decode)
+
+
+def _integer(data: Any, start: int, size: int) -> int:
+    return int.from_bytes(data[start : start + size], "little")
+
+
+def _zstd_bytes(data: Any) -> int:
+    """Decoded size that a Zstandard frame states (RFC 8878, section 3.1.1.1); 0 if it states none."""
+    flags = _integer(data, 4, 1)
+    single = flags >> 5 & 1
+    size = (single, 2, 4, 8)[flags >> 6]
+    start = 5 + (1 - single) + (0, 1, 2, 4)[flags & 3]
+    return _integer(data, start, size) + (256 if size == 2 else 0)
+
+
+def _blosc_bytes(data: Any) -> int:
+    """Decoded size that a Blosc header states; 0 unless it also states the size that is here, as Blosc reads so far."""
+    return _integer(data, 4, 4) if _integer(data, 12, 4) == len(data) else 0
+
+
+def _pcodec() -> Codec:
+    from numcodecs.pcodec import PCodec
+    from pcodec import standalone
+
+    def decode(data: Any, out: np.ndarray) -> None:
+        try:  # into `out`: a few bytes can say that they decode to gigabytes
+            progress = standalone.simple_decompress_into(bytes(data), out.reshape(-1))
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+        if progress.n_processed != out.size or not progress.finished:
+            raise ValueError(f"decodes to other than {out.size} values")
+
+    return Codec("pcodec", lambda chunk: bytes(PCodec().encode(chunk)), decode)
+
+
+CODECS: dict[str, Callable[[], Codec]] = {
+    "none": _none,
+    "zstd": partial(_numcodecs, "zstd", lambda _: numcodecs.Zstd(level=1), zstd.decompress, _zstd_bytes),
+    "blosc-lz4": partial(
+        _numcodecs,
+        "blosc-lz4",
+        lambda size: numcodecs.Blosc(cname="lz4", clevel=3, shuffle=numcodecs.Blosc.NOSHUFFLE, typesize=size),
+        blosc.decompress,
+        _blosc_bytes,
+    ),
+    "numcodecs.lz4": partial(
+        _numcodecs, "numcodecs.lz4", lambda _: numcodecs.LZ4(), lz4.decompress, lambda data: _integer(data, 0, 4)
+    ),
+    "pcodec": _pcodec,
+}
+
+
+def codec(name: str) -> Codec:
+    """The codec called `name`; CacheError `spec` for an unknown name."""
+    if name not in CODECS:
+        raise CacheError("spec", f"codec: must be one of {', '.join(CODECS)}; got {name!r}")
+    return CODECS[name]()
+
+
+def zarr_codecs(name: str, itemsize: int) -> dict[str, Any]:
+    """Keyword arguments for `zarr.create_array` that describe the chain of codec `name`."""
+    import zarr.codecs as z
+
+    serializer: Any = z.BytesCodec(endian="little")
+    compressors: list[Any] = [z.Crc32cCodec()]
+    if name == "zstd":
+        compressors.insert(0, z.ZstdCodec(level=1))
+    elif name == "blosc-lz4":
+        compressors.insert(0, z.BloscCodec(cname="lz4", clevel=3, shuffle="noshuffle", typesize=itemsize))
+    elif name == "numcodecs.lz4":
+        from zarr.codecs.numcodecs import LZ4
+
+        compressors.insert(0, LZ4())
+    elif name == "pcodec":
+        from zarr.codecs.numcodecs import PCodec
+
+        serializer = PCodec()
+    elif name != "none":
+        codec(name)
+    return {"serializer": serializer, "compressors": compressors, "filters": []}

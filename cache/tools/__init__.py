@@ -1,0 +1,1 @@
+"""Whole-cache work: verify, statistics, pooled copies."""

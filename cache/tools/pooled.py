@@ -1,0 +1,110 @@
+"""A pooled copy of a cache: the same rows with (C, 1, 1) maps in float32, in the same format."""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from h2t.cache.errors import CacheError
+from h2t.cache.format.card import card
+from h2t.cache.format.spec import CacheSpec, chunk_rows_for, shard_rows_for, to_float32
+from h2t.cache.memory import available_memory
+from h2t.cache.reader import Cache
+from h2t.cache.write.staging import Staging
+from h2t.cache.write.writer import CacheWriter, committed
+
+Pool = Callable[[np.ndarray], np.ndarray]
+
+WORKERS = min(4, os.cpu_count() or 1)  # at most; fewer where memory is short
+SHARD_BYTES = 64 * 1024 * 1024
+#: Stored bytes of the maps pooled at once. Blocks start anew in every shard and their size depends on the cache only,
+#: so a row is pooled among the same rows in every attempt.
+BLOCK_BYTES = 16 * 1024 * 1024
+
+
+def pooled(
+    cache: Cache,
+    target: str | Path,
+    pool: Pool,
+    pool_name: str,
+    *,
+    codec: str = "none",
+    shard_bytes: int = SHARD_BYTES,
+    token: Mapping[str, Any] | None = None,
+    replace: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> CacheSpec:
+    """Writes the pooled copy of `cache` to `target` and returns its spec.
+
+    `pool` takes float32 (n, C, H, W), gives (n, C'), and is called from several threads. `pool_name` names it with
+    its parameters, for it decides the fingerprint; `token` adds what else must be equal (say, a library's version)
+    for an interrupted copy to be continued. `progress` is called with the number of rows after each shard. Where
+    `target` holds this copy already, nothing is done. Raises CacheError: `exists`, `busy`, `full`, `mismatch`.
+    """
+    import dask
+
+    target = Path(target)
+    parent = cache.spec
+    maps = tuple((_pooled(cache, pool, e, 0, 1).shape[1], 1, 1) for e in range(cache.experts))
+    row_bytes = 4 * max(channels for channels, _, _ in maps)
+    chunk_rows = chunk_rows_for(row_bytes)
+    spec = CacheSpec(
+        rows=parent.rows,
+        maps=maps,
+        dtype="float32",
+        codec=codec,
+        chunk_rows=chunk_rows,
+        shard_rows=shard_rows_for(row_bytes, chunk_rows, shard_bytes),
+        fingerprint_inputs={**_backbone(parent), "pool": pool_name, "parent": parent.fingerprint},
+        provenance={**parent.provenance, "pool": pool_name, "pooled_with": {"numpy": np.__version__}},
+    )
+    have = committed(target)
+    if have and not replace:
+        if (have.fingerprint, have.layout) == (spec.fingerprint, spec.layout):
+            Staging(target).clear_remains()
+            return have
+        raise CacheError("exists", f"{target}: holds another cache; remove it or pass --replace")
+    block = max(1, BLOCK_BYTES // max(parent.row_bytes(e) for e in range(cache.experts)))
+    same = {"block_rows": block, "numpy": np.__version__, **(token or {})}
+
+    with Staging(target) as staging:
+        writer = CacheWriter(staging, spec, cache.rows, same)
+
+        def shard(number: int) -> None:
+            rows = spec.shard_range(number)
+            arrays = [np.empty((len(rows), *shape), np.float32) for shape in spec.maps]
+            for expert, array in enumerate(arrays):
+                for start in range(rows.start, rows.stop, block):
+                    stop = min(start + block, rows.stop)
+                    part = _pooled(cache, pool, expert, start, stop)
+                    if part.shape[1] != array.shape[1]:
+                        raise CacheError("mismatch", f"{pool_name}: {array.shape[1]} channels, then {part.shape[1]}")
+                    array[start - rows.start : stop - rows.start, :, 0, 0] = part
+            writer.write(number, arrays)
+            if progress:
+                progress(len(rows))
+
+        # A worker holds a shard, once more as it is written, and a block in the parent's dtype and twice in float32.
+        own = 2 * sum(spec.shard_rows * spec.row_bytes(e) for e in range(spec.experts)) + 5 * BLOCK_BYTES
+        workers = max(1, min(WORKERS, available_memory() // (2 * own)))
+        tasks = [dask.delayed(shard, pure=False)(number) for number in writer.pending]
+        dask.compute(*tasks, scheduler="threads", num_workers=workers)
+        writer.commit(cache.statistics, card(spec, cache.rows), replace=replace)
+    return spec
+
+
+def _backbone(parent: CacheSpec) -> dict[str, Any]:
+    """The parent's entry about its backbone: who has the copy alone can still tell which backbone made it."""
+    return {k: v for k, v in parent.fingerprint_inputs.items() if k == "backbone"}
+
+
+def _pooled(cache: Cache, pool: Pool, expert: int, start: int, stop: int) -> np.ndarray:
+    maps = to_float32(cache.read(np.arange(start, stop), expert=expert), cache.spec.dtype)
+    values = np.asarray(pool(maps), np.float32)
+    if values.ndim == 4 and values.shape[2:] == (1, 1):
+        values = values[:, :, 0, 0]
+    if values.ndim != 2 or len(values) != len(maps):
+        raise CacheError("mismatch", f"pool: (n, C) expected for {maps.shape}; got {values.shape}")
+    return values

@@ -1,0 +1,161 @@
+"""Carries rows over from another cache: unchanged chunks as the bytes they are, without decoding or encoding.
+
+    damaged = broken_shards(source, needed)         # by sha256, before anything is promised
+    carrier = Carrier(source, spec, origin)         # origin[row] is its row in `source`, or -1
+    for shard in pending:
+        writer.put(shard, carrier.complete(shard, maps_of_the_rows_with_origin_minus_1))
+
+A chunk is copied raw where codec, chunk size and dtype are the same and it holds the same rows; its crc32c is checked
+on the way. Where only the layout differs, or rows moved within chunks, rows are read, checked, and encoded anew.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from h2t.cache.errors import CacheError
+from h2t.cache.format import shard as shard_layout
+from h2t.cache.format.codecs import codec
+from h2t.cache.format.spec import CacheSpec, Commit, sha256
+
+RUN_BYTES = 64 * 1024**2  # neighbouring chunks read in one go
+
+
+class Files(Protocol):
+    """The files of an open cache, by name."""
+
+    def read_all(self, name: str, at_most: int) -> bytes: ...
+
+    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]: ...
+
+
+class Source(Protocol):
+    """What is needed of an open cache (`cache.reader.Cache`); the writer's side does not import the reader's."""
+
+    @property
+    def spec(self) -> CacheSpec: ...
+
+    @property
+    def commit(self) -> Commit: ...
+
+    @property
+    def files(self) -> Files: ...
+
+    @property
+    def rows(self) -> pa.Table: ...
+
+    @property
+    def statistics(self) -> bytes: ...
+
+    def read(self, rows: Sequence[int] | np.ndarray, out: np.ndarray | None = None, expert: int = 0) -> np.ndarray: ...
+
+    def chunk_ranges(self, chunks: np.ndarray, expert: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...
+
+    def chunk_fault(self, expert: int, chunk: int, what: str) -> CacheError: ...
+
+
+def broken_shards(source: Source, rows: np.ndarray) -> Mapping[int, str]:
+    """Shard -> its fault, for every shard that holds some of `rows` and has another sha256 than was committed.
+
+    The shard is the unit of trust: where its sha256 does not hold, whole chunks may be those of another shard.
+    """
+    found = {}
+    for shard in np.unique(rows // source.spec.shard_rows).tolist():
+        for expert in range(source.spec.experts):
+            name = source.spec.shard_file(expert, shard)
+            if sha256(source.files.read_all(name, source.commit.files[name][0])) != source.commit.files[name][1]:
+                found[shard] = f"{source.files}/{name}: sha256 differs from cache.json"
+    return found
+
+
+class Carrier:
+    """Completes shards of a cache of `spec` with rows of `source`; `origin` (rows,) int64 says which, -1 for none.
+
+    Raises CacheError `mismatch` for a source whose rows have other shapes or another dtype.
+    """
+
+    def __init__(self, source: Source, spec: CacheSpec, origin: np.ndarray) -> None:
+        if (source.spec.maps, source.spec.dtype) != (spec.maps, spec.dtype):
+            raise CacheError("mismatch", f"{source.files}: maps of another shape or dtype cannot be carried over")
+        self.source, self.spec, self.origin = source, spec, origin
+        self._codec = codec(spec.codec)
+        self._same_chunks = (source.spec.codec, source.spec.chunk_rows) == (spec.codec, spec.chunk_rows)
+
+    def complete(self, shard: int, maps: Sequence[np.ndarray]) -> list[bytes]:
+        """`shard` as bytes, one file per expert. `maps` holds its rows without origin, in order, one array per expert.
+
+        Raises CacheError `damaged` for a chunk of the source that is not what was written.
+        """
+        span = self.spec.shard_range(shard)
+        origin = self.origin[span.start : span.stop]
+        chunks = self._unchanged(origin)
+        return [self._complete(expert, origin, chunks, new) for expert, new in enumerate(maps)]
+
+    def _complete(self, expert: int, origin: np.ndarray, chunks: np.ndarray, new: np.ndarray) -> bytes:
+        size = self.spec.chunk_rows
+        stored: list[bytes | memoryview] = [b""] * len(chunks)
+        raw, others = np.flatnonzero(chunks >= 0), np.flatnonzero(chunks < 0)
+        for place, chunk in zip(raw.tolist(), self._stored(expert, chunks[raw]), strict=True):
+            stored[place] = chunk
+        if others.size:
+            # Rows of the chunks that are put together anew; beyond the cache's end they stay zero.
+            rows = np.flatnonzero(np.isin(np.arange(len(origin)) // size, others))
+            slots = np.searchsorted(others, rows // size) * size + rows % size
+            carried = origin[rows] >= 0
+            values = np.zeros((len(others) * size, *self.spec.maps[expert]), self.spec.stored_dtype)
+            values[slots[~carried]] = new
+            if carried.any():
+                values[slots[carried]] = self.source.read(origin[rows[carried]], expert=expert)
+            for place, chunk in zip(others.tolist(), values.reshape(len(others), size, *values.shape[1:]), strict=True):
+                stored[place] = shard_layout.sealed(self._codec.encode(chunk))
+        return shard_layout.lay_out(stored, self.spec.chunks_per_shard)
+
+    def _unchanged(self, origin: np.ndarray) -> np.ndarray:
+        """For each chunk of a shard with the row origins `origin`: the chunk of the source that it equals, or -1."""
+        size, source = self.spec.chunk_rows, self.source.spec
+        starts = np.arange(0, len(origin), size)
+        if not self._same_chunks:
+            return np.full(len(starts), -1)
+        first = origin[starts]
+        consecutive = origin == np.repeat(first, size)[: len(origin)] + np.arange(len(origin)) % size
+        held = np.minimum(starts + size, len(origin)) - starts
+        there = np.minimum(first + size, source.rows) - first
+        whole = (first >= 0) & (first % size == 0) & np.logical_and.reduceat(consecutive, starts) & (held == there)
+        return np.where(whole, first // size, -1)
+
+    def _stored(self, expert: int, chunks: np.ndarray) -> list[memoryview]:
+        """The chunks as stored, payload and checksum; neighbours in a shard are read in one go."""
+        if not chunks.size:
+            return []
+        shards, offsets, sizes = self.source.chunk_ranges(chunks, expert)
+        ends = offsets + sizes
+        portion = np.cumsum(sizes) // RUN_BYTES
+        apart = (shards[1:] != shards[:-1]) | (offsets[1:] != ends[:-1]) | (portion[1:] != portion[:-1])
+        cuts = np.flatnonzero(apart) + 1
+        runs = list(zip([0, *cuts.tolist()], [*cuts.tolist(), len(chunks)], strict=True))
+        found: list[memoryview] = []
+        for shard, mine in _by_shard(shards, runs):
+            ranges = [(int(offsets[a]), int(ends[b - 1])) for a, b in mine]
+            name = self.source.spec.shard_file(expert, shard)
+            for (a, b), data in zip(mine, self.source.files.read_ranges(name, ranges), strict=True):
+                view = memoryview(data)
+                for i in range(a, b):
+                    begin = int(offsets[i] - offsets[a])
+                    chunk = view[begin : begin + int(sizes[i])]
+                    if not shard_layout.holds(chunk):
+                        raise self.source.chunk_fault(expert, int(chunks[i]), "crc32c mismatch")
+                    found.append(chunk)
+        return found
+
+
+def _by_shard(shards: np.ndarray, runs: Sequence[tuple[int, int]]) -> list[tuple[int, list[tuple[int, int]]]]:
+    """Runs of chunks that follow each other in one shard, together: (shard, runs)."""
+    found: list[tuple[int, list[tuple[int, int]]]] = []
+    for run in runs:
+        shard = int(shards[run[0]])
+        if not found or found[-1][0] != shard:
+            found.append((shard, []))
+        found[-1][1].append(run)
+    return found

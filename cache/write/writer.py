@@ -1,0 +1,228 @@
+"""Writes a cache shard by shard, each shard in one piece, and publishes it by one rename.
+
+    with Staging(target) as staging:
+        writer = CacheWriter(staging, spec, rows, token)
+        for shard in writer.pending:
+            writer.write(shard, [maps_of_expert_0, ...])
+        writer.commit(statistics, card)
+
+A finished shard is noted in a journal with its size and sha256. After a kill, `pending` lists what is missing:
+shards whose bytes still match the journal are kept, everything else is deleted and written again. A `token` (all that
+must be equal for two attempts to give the same bytes) guards against mixing attempts with different settings.
+"""
+
+import json
+import os
+import threading
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from h2t.cache.errors import CacheError
+from h2t.cache.format import shard as shard_layout
+from h2t.cache.format.codecs import codec, zarr_codecs
+from h2t.cache.format.rows import to_bytes
+from h2t.cache.format.spec import (
+    CARD,
+    FORMAT,
+    MAPS,
+    MAX_RECORD_BYTES,
+    RECORD,
+    ROWS,
+    STATISTICS,
+    CacheSpec,
+    canonical_json,
+    parse_record,
+    sha256,
+)
+from h2t.cache.write.staging import Staging, bad_disk_is_one_line, file_sha256, sync, write_durably
+
+
+def committed(target: Path) -> CacheSpec | None:
+    """The spec of the cache committed at `target`; None if nothing is there.
+
+    Raises CacheError `exists` for anything else: it is not replaced, whoever asks for that.
+    """
+    record = target / RECORD
+    if record.is_file():
+        with record.open("rb") as file:
+            return parse_record(file.read(MAX_RECORD_BYTES + 1)).spec  # a longer one does not parse
+    if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
+        raise CacheError("exists", f"{target}: holds something that is no cache; remove it, or give another place")
+    return None
+
+
+def _dimension_names(spec: CacheSpec, expert: int) -> tuple[str, ...]:
+    """`row, channel, y, x`; an axis on which experts differ gets the expert's number, or xarray refuses the group."""
+    sizes = zip(*spec.maps, strict=True)
+    axes = [
+        axis if len(set(size)) == 1 else f"{axis}_{expert}"
+        for axis, size in zip(("channel", "y", "x"), sizes, strict=True)
+    ]
+    return ("row", *axes)
+
+
+def create_group(store: Any, spec: CacheSpec) -> None:
+    """The Zarr group of `spec` and its arrays: metadata only, the shards are laid out by `cache.format.shard`."""
+    import zarr
+
+    with warnings.catch_warnings():
+        # Zarr warns of codecs that only Python reads; `cache.format.codecs.PYTHON_ONLY` is where this project says so.
+        warnings.simplefilter("ignore", zarr.errors.ZarrUserWarning)
+        attributes = {"h2t_cache_format": FORMAT, "dtype": spec.dtype}
+        group = zarr.create_group(store, zarr_format=3, attributes=attributes)
+        for expert, shape in enumerate(spec.maps):
+            group.create_array(
+                f"expert_{expert}",
+                shape=(spec.rows, *shape),
+                dtype=spec.stored_dtype,
+                chunks=(spec.chunk_rows, *shape),
+                shards={"shape": (spec.shard_rows, *shape), "index_location": "start"},
+                fill_value=0,
+                chunk_key_encoding={"name": "default", "separator": "."},
+                dimension_names=_dimension_names(spec, expert),
+                **zarr_codecs(spec.codec, spec.stored_dtype.itemsize),
+            )
+
+
+class CacheWriter:
+    """Fills the staging directory of one cache. `write` may be called from several threads, once per shard."""
+
+    def __init__(self, staging: Staging, spec: CacheSpec, rows: pa.Table, token: Mapping[str, Any]) -> None:
+        if len(rows) != spec.rows:
+            raise CacheError("mismatch", f"row table: {len(rows)} rows for a cache of {spec.rows}")
+        shards = (spec.shard_file(e, s) for e in range(spec.experts) for s in range(spec.shards))
+        spec.record(dict.fromkeys(shards, (0, sha256(b""))))  # too many shards are refused before the first is written
+        self.spec = spec
+        self._staging = staging
+        self._rows = to_bytes(rows)
+        self._codec = codec(spec.codec)
+        self._lock = threading.Lock()
+        self._journal = staging.root / "journal"
+        self._resume(canonical_json({"token": token, "fingerprint": spec.fingerprint, "layout": spec.layout}))
+
+    @property
+    def pending(self) -> list[int]:
+        """Shards not yet written, in order."""
+        return [s for s in range(self.spec.shards) if s not in self._done]
+
+    def write(self, shard: int, maps: Sequence[np.ndarray]) -> None:
+        """Writes `shard` of every expert and journals it.
+
+        `maps` holds one array per expert, (rows of the shard, C, H, W) in the spec's dtype (bfloat16 as uint16 bits).
+        Raises CacheError `full` when the disk is; shards written before stay.
+        """
+        if not 0 <= shard < self.spec.shards:
+            raise CacheError("out-of-range", f"shard: must be 0 to {self.spec.shards - 1}; got {shard}")
+        if len(maps) != self.spec.experts:
+            raise CacheError(
+                "mismatch", f"shard {shard}: maps of {self.spec.experts} experts expected; got {len(maps)}"
+            )
+        self.put(shard, (self._encode(shard, expert, array) for expert, array in enumerate(maps)))
+
+    def put(self, shard: int, encoded: Iterable[bytes | bytearray]) -> None:
+        """Writes `shard` of every expert as the bytes that `cache.format.shard` laid out, and journals it."""
+        files = {}
+        for expert, data in enumerate(encoded):
+            name = self.spec.shard_file(expert, shard)
+            write_durably(self._staging.cache / name, data)
+            files[name] = (len(data), sha256(data))
+        line = canonical_json({"shard": shard, "files": files})
+        with self._lock, bad_disk_is_one_line(self._journal), self._journal.open("ab") as journal:
+            journal.write(sha256(line)[:16].encode() + b" " + line + b"\n")
+            journal.flush()
+            os.fsync(journal.fileno())
+            self._done[shard] = files
+
+    def commit(self, statistics: bytes, card: bytes, *, replace: bool = False) -> None:
+        """Adds the row table, batch-norm statistics, card and commit record, and publishes the cache.
+
+        Raises CacheError `incomplete` while shards are pending, `exists` if the target is taken.
+        """
+        if self.pending:
+            raise CacheError("incomplete", f"commit: {len(self.pending)} of {self.spec.shards} shards are not written")
+        import zarr
+
+        root = self._staging.cache
+        with bad_disk_is_one_line(root), warnings.catch_warnings():
+            # Zarr warns that this is an extension; format 1 has it so that xarray opens without a scan.
+            warnings.simplefilter("ignore", zarr.errors.ZarrUserWarning)
+            zarr.consolidate_metadata(str(root / MAPS), zarr_format=3)
+        for name, data in ((ROWS, self._rows), (STATISTICS, statistics), (CARD, card)):
+            write_durably(root / name, data)
+        files = {name: entry for done in self._done.values() for name, entry in done.items()}
+        for path in sorted(root.rglob("*")):
+            name = path.relative_to(root).as_posix()
+            if path.is_file() and name not in files and name != RECORD:
+                sync(path)  # zarr-python does not
+                files[name] = (path.stat().st_size, file_sha256(path))
+        write_durably(root / RECORD, self.spec.record(files))
+        for directory in [root, *(p for p in root.rglob("*") if p.is_dir())]:
+            sync(directory)
+        self._staging.publish(replace=replace)
+
+    def _encode(self, shard: int, expert: int, array: np.ndarray) -> bytes | bytearray:
+        spec = self.spec
+        expected = (len(spec.shard_range(shard)), *spec.maps[expert])
+        if array.shape != expected or array.dtype != spec.stored_dtype:
+            raise CacheError(
+                "mismatch",
+                f"shard {shard}, expert {expert}: {spec.stored_dtype} {expected} expected; "
+                f"got {array.dtype} {array.shape}",
+            )
+        missing = -len(array) % spec.chunk_rows  # the last chunk of the last shard is filled up with zero rows
+        if missing:
+            array = np.concatenate([array, np.zeros((missing, *array.shape[1:]), array.dtype)])
+        array = np.ascontiguousarray(array)
+        if spec.codec == "none":
+            chunks = array.reshape(len(array) // spec.chunk_rows, -1).view(np.uint8)
+            return shard_layout.join_plain(chunks, spec.chunks_per_shard)
+        encoded = [self._codec.encode(array[i : i + spec.chunk_rows]) for i in range(0, len(array), spec.chunk_rows)]
+        return shard_layout.join(encoded, spec.chunks_per_shard)
+
+    def _resume(self, token: bytes) -> None:
+        """Keeps what an earlier attempt with the same token finished, and only that."""
+        staging = self._staging
+        self._done: dict[int, dict[str, Any]] = {}
+        if staging.kept("token.json") != token or not (staging.cache / MAPS / "zarr.json").is_file():
+            staging.discard_cache()
+            staging.keep("token.json", token)
+            self._create_arrays()
+            return
+        self._done = {shard: files for shard, files in self._journalled() if self._intact(files)}
+        keep = {name for files in self._done.values() for name in files}
+        for path in [p for p in staging.cache.rglob("*") if p.is_file()]:
+            if path.relative_to(staging.cache).as_posix() not in keep:
+                path.unlink()
+        self._create_arrays()
+        lines = [canonical_json({"shard": shard, "files": files}) for shard, files in sorted(self._done.items())]
+        write_durably(self._journal, b"".join(sha256(x)[:16].encode() + b" " + x + b"\n" for x in lines))
+
+    def _journalled(self) -> list[tuple[int, dict[str, Any]]]:
+        entries = []
+        if self._journal.is_file():
+            for line in self._journal.read_bytes().splitlines():
+                check, _, body = line.partition(b" ")
+                if check == sha256(body)[:16].encode():  # a torn last line is no entry
+                    entry = json.loads(body)
+                    entries.append((entry["shard"], {k: tuple(v) for k, v in entry["files"].items()}))
+        return entries
+
+    def _intact(self, files: Mapping[str, Sequence[Any]]) -> bool:
+        for name, (size, digest) in files.items():
+            path = self._staging.cache / name
+            if not path.is_file() or path.stat().st_size != size or file_sha256(path) != digest:
+                return False
+        return True
+
+    def _create_arrays(self) -> None:
+        maps = self._staging.cache / MAPS
+        with bad_disk_is_one_line(maps):
+            for array in [maps, *(maps / f"expert_{expert}" for expert in range(self.spec.experts))]:
+                array.mkdir(parents=True, exist_ok=True)
+                (array / "zarr.json").unlink(missing_ok=True)
+            create_group(str(maps), self.spec)

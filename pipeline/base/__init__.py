@@ -1,0 +1,1 @@
+"""What every room shares: errors, parameters, plug-in lookup, random streams, outputs, progress."""

@@ -1,0 +1,83 @@
+"""Which files of this package a stage's results rest on, and which of them have changed since.
+
+A run record (`data/runs`) holds a digest of every file of the package that the run loaded. `h2t doctor` compares those
+that the stage can reach by its imports.
+"""
+
+import ast
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+#: The folder of the package `h2t`, which holds both.
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("cache", "pipeline")
+OURS = tuple(f"h2t.{package}." for package in PACKAGES)
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the two packages: dotted name -> file."""
+    found = {}
+    for package in PACKAGES:
+        for path in (ROOT / package).rglob("*.py"):
+            name = ".".join(("h2t", *path.relative_to(ROOT).with_suffix("").parts))
+            found[name.removesuffix(".__init__")] = path
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names that the file imports, at any depth."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def closure(start: Iterable[str]) -> set[str]:
+    """The modules reachable from `start`, packages' own `__init__` left out: they hold docstrings only."""
+    known = modules()
+    done: set[str] = set()
+    todo = [m for m in start if m in known]
+    while todo:
+        name = todo.pop()
+        if name in done or known[name].name == "__init__.py":
+            continue
+        done.add(name)
+        todo += [m for m in imports(known[name]) if m in known]
+    return done
+
+
+def digests(loaded: Mapping[str, Any]) -> dict[str, str]:
+    """File, relative to ROOT -> the first 16 digits of its sha256, for those modules of `loaded` that are ours."""
+    found = {}
+    for name, module in list(loaded.items()):
+        path = getattr(module, "__file__", None)
+        if name.startswith(OURS) and path and path.endswith(".py"):
+            found[Path(path).relative_to(ROOT).as_posix()] = _digest(Path(path))
+    return found
+
+
+def _digest(path: Path) -> str:
+    return sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def made_by_other_code(root: Path, lock: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
+    """(stage of `lock`, files that have changed since it ran) for the DVC repository at `root`, by its run records."""
+    for address, entry in lock.items():
+        stage, _, name = address.partition("@")
+        try:
+            record = json.loads((root / "data/runs" / stage / f"{name or stage}.json").read_text(encoding="utf-8"))
+            before = dict(record["code"])
+        except (OSError, ValueError, KeyError, TypeError):  # made elsewhere, or by a version that kept no digests
+            continue
+        named = [key for key in entry.get("params", {}).get("stages.yaml", {}) if "." in key]
+        start = {f"h2t.pipeline.stages.{stage}", *(f"h2t.pipeline.{key}" for key in named)}
+        files = sorted(modules()[m].relative_to(ROOT).as_posix() for m in closure(start))
+        changed = [file for file in files if file in before and before[file] != _digest(ROOT / file)]
+        if changed:
+            yield address, changed

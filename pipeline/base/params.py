@@ -1,0 +1,345 @@
+"""params.yaml -> one frozen, strict model per section. Wrong keys, types and ranges are refused by name, in one line.
+
+Each stage and each plug-in declares its own `Section`, so a new option of one stage re-runs no other.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import pydantic
+import yaml
+
+from h2t.pipeline.base import plugins
+from h2t.pipeline.base.errors import UserError, nearest
+
+FLOAT32_MAX = 3.4028234663852886e38
+FLOAT32_SMALLEST = 1.1754943508222875e-38  # above 0, in full precision
+INT64_MAX = 2**63 - 1
+MOST = 1e18  # of a constant: products of two still fit float32
+
+
+def _representable(value: Any) -> Any:
+    """`value`, if each number in it fits what computes with it: float32 and int64. Raises ValueError."""
+    if isinstance(value, list | tuple):
+        for part in value:
+            _representable(part)
+    elif isinstance(value, int) and not -INT64_MAX - 1 <= value <= INT64_MAX:
+        raise ValueError("must be a whole number of at most 64 bits")
+    elif isinstance(value, float) and not abs(value) <= FLOAT32_MAX:
+        raise ValueError(f"must be a number that float32 holds, up to {FLOAT32_MAX:.3g}")
+    return value
+
+
+class Section(pydantic.BaseModel):
+    """Base of all parameter models: frozen, no unknown keys, no silent conversion, no number beyond float32 or int64.
+
+    Fields state the range that makes sense for them by the types below.
+    """
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    @pydantic.field_validator("*")
+    @classmethod
+    def _fits(cls, value: Any) -> Any:
+        return _representable(value)
+
+
+def within(low: float, high: float) -> pydantic.AfterValidator:
+    """A validator: the number must lie in [low, high]."""
+
+    def check(value: float) -> float:
+        if not low <= value <= high:
+            raise ValueError(f"must lie in [{low:g}, {high:g}]")
+        return value
+
+    return pydantic.AfterValidator(check)
+
+
+def above(low: float) -> pydantic.AfterValidator:
+    """A validator: the number must be greater than `low`."""
+
+    def check(value: float) -> float:
+        if not value > low:
+            raise ValueError(f"must be greater than {low:g}")
+        return value
+
+    return pydantic.AfterValidator(check)
+
+
+def at_least(low: int) -> pydantic.AfterValidator:
+    """A validator: the number must be at least `low`."""
+
+    def check(value: float) -> float:
+        if not value >= low:
+            raise ValueError(f"must be at least {low}")
+        return value
+
+    return pydantic.AfterValidator(check)
+
+
+def at_most(high: float) -> pydantic.AfterValidator:
+    """A validator: the number must be at most `high`."""
+
+    def check(value: float) -> float:
+        if not value <= high:
+            raise ValueError(f"must be at most {high if isinstance(high, int) else f'{high:g}'}")
+        return value
+
+    return pydantic.AfterValidator(check)
+
+
+def plugin(kind: str) -> pydantic.AfterValidator:
+    """A validator: the string must name a plug-in of `kind`."""
+
+    def check(value: str) -> str:
+        try:
+            plugins.check(kind, value)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        return value
+
+    return pydantic.AfterValidator(check)
+
+
+def _distinct(values: list[Any]) -> list[Any]:
+    if not values or len(set(values)) != len(values):
+        raise ValueError("must be a list of one or more different values")
+    return values
+
+
+DISTINCT = pydantic.AfterValidator(_distinct)
+
+Ratio = Annotated[float, within(0, 1)]
+Positive = Annotated[float, above(0), within(FLOAT32_SMALLEST, MOST)]
+NonNegative = Annotated[float, at_least(0), at_most(MOST)]
+Real = Annotated[float, within(-MOST, MOST)]
+Rate = Annotated[Positive, at_most(1e6)]  # of learning
+Index = Annotated[int, at_least(0), at_most(INT64_MAX)]
+Count = Annotated[int, at_least(1), at_most(2**31 - 1)]
+Bytes = Annotated[int, at_least(1), at_most(INT64_MAX)]
+Epochs = Annotated[Count, at_most(1_000_000)]
+Experts = Annotated[Count, at_most(1000)]
+Side = Annotated[Count, at_most(16_384)]  # of an image, in pixels
+Seed = Annotated[int, within(0, 2**32 - 1)]
+
+S = TypeVar("S", bound=Section)
+
+INPUTS = "inputs/"  # how a parameter that names a file begins, where the place stands in the section `inputs`
+NAME_FILES = ("prepare", "backbones", "extract", "hosts")  # the sections whose parameters may name files
+
+MAX_NODES = 100_000  # of a parameter file
+MAX_DIGITS = 300  # of a whole number; more is no number of ours, and Python neither prints nor converts the longest
+TEXT_LIMIT = 400
+
+
+def build(model: type[S], where: str, values: Any) -> S:
+    """`values` (the section called `where`) as a `model`. Raises UserError naming the first wrong key."""
+    if errors := _errors(model, where, values):
+        raise UserError(_line(model, where, errors[0]))
+    return model.model_validate(dict(values))
+
+
+def check_partial(model: type[Section], where: str, values: Any) -> None:
+    """Raises UserError for the first wrong key of `values`, which may leave out required keys of `model`."""
+    for error in _errors(model, where, values):
+        if error["type"] != "missing":
+            raise UserError(_line(model, where, error))
+
+
+def _errors(model: type[Section], where: str, values: Any) -> list[Any]:
+    """What is wrong with `values`. Unknown keys come first: one is usually the misspelt name of a missing one."""
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where}: must be a mapping of keys; got {values!r}")
+    try:
+        model.model_validate(dict(values))
+    except pydantic.ValidationError as error:
+        return sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    return []
+
+
+def merged(defaults: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """`defaults` with the values of `own` in their place; mappings merge key by key, lists are replaced whole."""
+    found = dict(defaults)
+    for key, value in own.items():
+        below = found.get(key)
+        if isinstance(below, Mapping) and isinstance(value, Mapping):
+            value = merged(below, value)
+        found[key] = value
+    return found
+
+
+def _line(model: type[pydantic.BaseModel], where: str, error: Any) -> str:
+    path = where
+    for part in error["loc"]:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}"
+    got = error["input"]
+    if error["type"] == "extra_forbidden":
+        known = _keys_at(model, error["loc"][:-1])
+        hint = nearest(str(error["loc"][-1]), known) or f" (known: {', '.join(known)})"
+        return f"{path}: unknown key{hint}"
+    if error["type"] == "missing":
+        return f"{path}: missing; add it (h2t presets shows complete files)"
+    if error["type"] == "value_error":
+        return f"{path}: {error['ctx']['error']}; got {_short(got)}"
+    text = error["msg"][0].lower() + error["msg"][1:]
+    return f"{path}: {text.replace('input should be', 'must be')}; got {_short(got)}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _keys_at(model: type[pydantic.BaseModel], loc: Sequence[int | str]) -> list[str]:
+    current: Any = model
+    for part in loc:
+        if isinstance(part, str) and isinstance(current, type) and issubclass(current, pydantic.BaseModel):
+            field = current.model_fields.get(part)
+            current = field.annotation if field else None
+    if isinstance(current, type) and issubclass(current, pydantic.BaseModel):
+        return list(current.model_fields)
+    return []
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as DVC reads it: `1e-3` is a number, and a key that stands twice is an error.
+
+    An alias counts as all that it stands for, so that a few lines cannot mean billions.
+    """
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._sizes: dict[int, int] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        alias = self.check_event(yaml.AliasEvent)
+        node: yaml.Node | None = super().compose_node(parent, index)
+        if isinstance(node, yaml.CollectionNode) and id(node) not in self._sizes:
+            if alias:
+                raise yaml.composer.ComposerError(None, None, "an alias inside of what it stands for", node.start_mark)
+            inside = [part for entry in node.value for part in (entry if isinstance(entry, tuple) else (entry,))]
+            size = 1 + sum(self._sizes.get(id(part), 1) for part in inside)
+            if size > MAX_NODES:
+                raise yaml.composer.ComposerError(
+                    None, None, f"more than {MAX_NODES} values, aliases counted as what they stand for", node.start_mark
+                )
+            self._sizes[id(node)] = size
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """As written, before `<<` merges: a merged key may be overridden."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for name in (key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} stands twice", node.start_mark)
+            seen.add(name)
+        return node
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """Numbers that can also be printed, and computed with as fractions."""
+        if len(node.value) > MAX_DIGITS:
+            raise yaml.constructor.ConstructorError(None, None, "a number of too many digits", node.start_mark)
+        number: int = super().construct_yaml_int(node)
+        return number
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _parsed(text: str) -> Any:
+    """The value of a YAML text. Raises ValueError with the reason in one line."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:  # in words only: its own text quotes a piece, which may be that of a URL
+        mark = error.problem_mark or error.context_mark
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ValueError(f"{error.problem or error.context}{where}"[:TEXT_LIMIT]) from None
+    # For tags and dates that do not fit, PyYAML's constructors fail in whatever way they fail.
+    except (
+        yaml.YAMLError,
+        ValueError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        RecursionError,
+    ) as error:
+        raise ValueError(" ".join(str(error).split())[:TEXT_LIMIT]) from None
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The parameters in `path` with `key.sub=value` overrides (YAML values) applied. Raises UserError."""
+    try:
+        values = _parsed(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such parameter file; pass --params FILE") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: not readable as YAML ({error})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: must be a mapping of sections; got {_short(values)}")
+    for override in overrides:
+        apply(values, override)
+    known = values.get("inputs") or {}
+    if not isinstance(known, Mapping) or not all(isinstance(p, str) and p.strip() for p in known.values()):
+        raise UserError("inputs: must map names to files or folders (inputs: {images: photos})")
+    return {k: _located(v, k, known) if k in NAME_FILES else v for k, v in values.items()}
+
+
+def _located(value: Any, where: str, known: Mapping[str, str]) -> Any:
+    """`value` with each `inputs/NAME/...` replaced by that input's absolute path. Raises UserError for no such name."""
+    if isinstance(value, Mapping):
+        return {k: _located(v, f"{where}.{k}", known) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_located(v, f"{where}[{i}]", known) for i, v in enumerate(value)]
+    if not isinstance(value, str) or not value.startswith(INPUTS):
+        return value
+    name, _, inside = value.removeprefix(INPUTS).partition("/")
+    if name not in known:
+        raise UserError(
+            f"{where}: no input {name!r}{nearest(name, known)}; name its file or folder under `inputs` "
+            f"(inputs: {{{name or 'images'}: PATH}})"
+        )
+    return os.path.abspath(os.path.join(known[name], inside))  # noqa: PTH100, PTH118 - keeps links
+
+
+def assignment(option: str, text: str) -> tuple[str, Any]:
+    """`key=value`, the value read as YAML. Raises UserError in the name of the command line's `option`."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"{option} {text}: must read key=value")
+    try:
+        return key, _parsed(value)
+    except ValueError as error:
+        raise UserError(f"{option} {text}: the value is not YAML ({error})") from None
+
+
+def apply(values: dict[str, Any], override: str) -> None:
+    """Sets `key.sub=value`, the value read as YAML. Raises UserError, also for a section that is not there."""
+    key, value = assignment("--set", override)
+    *parents, last = key.split(".")
+    at: Any = values
+    for i, part in enumerate(parents):
+        if not isinstance(at, dict) or not isinstance(at.get(part), dict):
+            known = list(at) if isinstance(at, dict) else []
+            raise UserError(f"--set {override}: no section {'.'.join(parents[: i + 1])!r}{nearest(part, known)}")
+        at = at[part]
+    at[last] = value
+
+
+def section(values: Mapping[str, Any], name: str) -> Any:
+    """The raw section `name`, dotted for an entry of a mapping. Raises UserError if it is not there."""
+    at: Any = values
+    for part in name.split("."):
+        if not isinstance(at, Mapping) or part not in at:
+            known = list(map(str, at)) if isinstance(at, Mapping) else []
+            raise UserError(f"params: no section {name!r}{nearest(part, known)} (there are: {', '.join(known)})")
+        at = at[part]
+    return at

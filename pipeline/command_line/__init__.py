@@ -1,0 +1,1 @@
+"""The command line `h2t`: parse, call, print."""

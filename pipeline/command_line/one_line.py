@@ -1,0 +1,129 @@
+"""Errors on the command line: one line on stderr and exit code 1 or 2; only bugs show a traceback."""
+
+import _thread
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any, NoReturn, TextIO
+
+import click
+
+from h2t.cache.errors import CacheError, CacheWarning
+from h2t.cache.redaction import one_line, redacted
+from h2t.pipeline.base.errors import UserError, of_the_machine
+
+STOPPED = 130  # the exit code after Ctrl-C, as shells have it
+
+
+class Misuse(click.ClickException):
+    """A command line that cannot be parsed: one line, exit code 2."""
+
+    exit_code = 2
+
+    def __init__(self, error: click.UsageError) -> None:
+        path = error.ctx.command_path if error.ctx else "h2t"
+        super().__init__(one_line(redacted(f"{' '.join(error.format_message().split())} (see: {path} --help)")))
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Prints the line, as all errors of users are printed."""
+        click.echo(f"error: {self.format_message()}", file=file, err=True)
+
+
+def refuse(ctx: click.Context, message: str) -> NoReturn:
+    """Ends the command with one line on stderr and exit code 1."""
+    click.echo(f"error: {message}", err=True)
+    ctx.exit(1)
+
+
+@contextmanager
+def _interrupts_are_heard() -> Iterator[None]:
+    """A Ctrl-C that strikes in a callback, where Python prints and forgets it, comes once more."""
+    others = sys.unraisablehook
+
+    def once_more() -> None:
+        time.sleep(0.01)
+        _thread.interrupt_main()
+
+    def hook(met: Any) -> None:
+        if met.exc_type is KeyboardInterrupt:
+            _thread.start_new_thread(once_more, ())
+        else:
+            others(met)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = others
+
+
+@contextmanager
+def _warnings_are_lines() -> Iterator[None]:
+    """What a cache cannot promise is one line on stderr, without the place in the source."""
+    others = warnings.showwarning
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if issubclass(category, CacheWarning):
+            click.echo(one_line(f"warning: {message}"), err=True)
+        else:
+            others(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = others
+
+
+class OneLineErrors(click.Group):
+    """A group whose user errors are one line on stderr and exit code 1 or 2; only bugs show a traceback."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Runs a command line. After Ctrl-C it waits for no thread: one that Python lost track of would never end."""
+        try:
+            with _interrupts_are_heard(), _warnings_are_lines():
+                return super().main(*args, **extra)
+        except SystemExit as end:
+            if end.code == STOPPED:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(STOPPED)
+            raise
+
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        """Parses the group's own options."""
+        try:
+            return super().make_context(*args, **extra)
+        except click.exceptions.NoArgsIsHelpError:
+            raise
+        except click.UsageError as error:
+            raise Misuse(error) from None
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs the chosen command."""
+        try:
+            return super().invoke(ctx)
+        except click.exceptions.NoArgsIsHelpError:
+            raise
+        except click.UsageError as error:
+            raise Misuse(error) from None
+        except (UserError, CacheError) as error:
+            refuse(ctx, str(error))
+        except (OSError, MemoryError, RuntimeError, ImportError) as error:
+            known = of_the_machine(error)
+            if known is None:
+                raise
+            refuse(ctx, str(known))
+        except KeyboardInterrupt:
+            click.echo("stopped; run the same command again to go on", err=True)
+            ctx.exit(STOPPED)

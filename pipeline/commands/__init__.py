@@ -1,1 +1,0 @@
-"""The command groups of `h2t`: parse, call, print."""

@@ -1,0 +1,1 @@
+"""Images, the sample table and class facts: what datasets are made of."""

@@ -1,0 +1,144 @@
+"""What evaluate finds out beyond accuracy, for the report: calibration, weight norms, an embedding, what the cache is.
+
+Every table is bounded: a few heads, `BINS` bins, `SHOWN` classes of `PER_CLASS` samples.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from threadpoolctl import threadpool_limits
+
+from h2t.cache.memory import available_memory
+from h2t.cache.reader import Cache
+from h2t.pipeline.base.outputs import write_json
+from h2t.pipeline.data.classes import recorded_names
+from h2t.pipeline.evaluation.metrics import Answers, reliability
+from h2t.pipeline.heads.features import FeatureReader, to_tensor
+from h2t.pipeline.heads.stored import Heads
+from h2t.pipeline.networks.classifier import global_average
+from h2t.pipeline.networks.trained import StageOneHead
+
+SHOWN = 10  # classes in the embedding: all of them, or as many spread over the order of training counts
+PER_CLASS = 60
+SPARSITY_ROWS = 256
+PERPLEXITY = 30
+ROOM = 256 * 2**20  # bytes of memory that t-SNE and its libraries may need
+FEWEST = 8  # samples below which there is nothing to embed
+
+
+def write_reliability(into: Path, said: Mapping[int, Answers], labels: np.ndarray) -> None:
+    """`reliability.parquet`: samples, mean confidence and accuracy (both in percent) of each head and bin.
+
+    `said`: head number (-1 is stage I) -> what it says of the samples.
+    """
+    lines = []
+    for number, found in said.items():
+        right = (found.guesses == labels).astype(float)
+        bins = reliability(found.confidence, right)
+        lines += [{"number": number, **b} for b in bins]
+    names = ("low", "high", "confidence", "accuracy")
+    schema = pa.schema([(k, pa.int64()) for k in ("number", "bin", "count")] + [(k, pa.float64()) for k in names])
+    pq.write_table(pa.Table.from_pylist(lines, schema), into / "reliability.parquet", compression="zstd")
+
+
+def write_weight_norms(into: Path, heads: Heads, stage1: StageOneHead, kept: Sequence[int]) -> None:
+    """`weight_norms.parquet`: the length of each class's weight vector, scales included, the mean of the experts."""
+    columns: dict[str, list[Any]] = {"number": [], "class": [], "norm": []}
+    states = {-1: stage1.state, **{n: {k: t[n] for k, t in heads.state.items()} for n in kept}}
+    for number, state in states.items():
+        if "weight" not in state:
+            continue
+        norms = state["weight"].to(torch.float64).norm(dim=-1)  # (E, classes)
+        if "class_scale" in state:
+            norms = norms * state["class_scale"].to(torch.float64).abs()
+        each = norms.mean(0).tolist()
+        columns["number"] += [number] * len(each)
+        columns["class"] += range(len(each))
+        columns["norm"] += each
+    types = (pa.int64(), pa.int64(), pa.float64())
+    arrays = [pa.array(values, kind) for values, kind in zip(columns.values(), types, strict=True)]
+    pq.write_table(pa.table(arrays, list(columns)), into / "weight_norms.parquet", compression="zstd")
+
+
+def shown_samples(labels: np.ndarray, classes: int) -> np.ndarray:
+    """Places of the samples to embed: up to `PER_CLASS` of up to `SHOWN` classes, evenly spread."""
+    chosen = np.unique(np.linspace(0, classes - 1, min(classes, SHOWN)).round().astype(int))
+    places = []
+    for label in chosen:
+        members = np.flatnonzero(labels == label)
+        places.append(members[np.linspace(0, len(members) - 1, min(len(members), PER_CLASS)).round().astype(int)])
+    return np.sort(np.concatenate(places))
+
+
+def embed(features: np.ndarray) -> np.ndarray:
+    """t-SNE of features (n, D) in the plane, (n, 2); the same features give the same places.
+
+    Source: van der Maaten and Hinton, "Visualizing Data using t-SNE", JMLR 2008. One thread: sums over threads differ.
+    """
+    from sklearn.manifold import TSNE  # imported here: it costs seconds, and every stage imports this module's caller
+
+    if available_memory() < ROOM:  # OpenBLAS asks for its buffers again and again, for ever
+        raise MemoryError(f"t-SNE needs {ROOM // 2**20} MB")
+    with threadpool_limits(1):
+        perplexity = min(PERPLEXITY, (len(features) - 1) / 3)
+        found = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(features.astype(np.float64))
+    return np.asarray(found, np.float64)
+
+
+def write_embedding(
+    into: Path, cache: Cache, rows: np.ndarray, samples: np.ndarray, labels: np.ndarray, guesses: Mapping[str, Any]
+) -> None:
+    """`embedding.parquet`: places of some test rows, and what each head in `guesses` (name -> (n,) or None) says."""
+    places = shown_samples(labels, len(recorded_names(cache.spec.provenance, cache.files)))
+    few = len(places) < FEWEST
+    at = np.zeros((0, 2)) if few else embed(_features(cache, rows[places]))
+    places = places[:0] if few else places
+    columns = {
+        "sample": pa.array(samples[places], pa.int64()),
+        "label": pa.array(labels[places], pa.int64()),
+        "x": pa.array(at[:, 0], pa.float64()),
+        "y": pa.array(at[:, 1], pa.float64()),
+    }
+    for name, found in guesses.items():
+        columns[name] = pa.nulls(len(places), pa.int64()) if found is None else pa.array(found[places], pa.int64())
+    pq.write_table(pa.table(columns), into / "embedding.parquet", compression="zstd")
+
+
+def _features(cache: Cache, rows: np.ndarray) -> np.ndarray:
+    """Averaged maps of all experts side by side, (n, E * C)."""
+    found = FeatureReader(cache, global_average).read(rows)
+    return found.movedim(0, 1).flatten(1).numpy()
+
+
+def write_about(into: Path, cache: Cache, heads: Heads, rows: np.ndarray, group_of: Sequence[str | None]) -> None:
+    """`about.json`: the host's settings, the classes, and what the cache is; zeros are counted in some of `rows`."""
+    table, spec = cache.rows, cache.spec
+    kinds = table.group_by(["split", "statistics"]).aggregate([("row", "count")]).to_pylist()
+    rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), SPARSITY_ROWS)).round().astype(int)]
+    maps = (to_tensor(cache.read(rows, expert=e), spec.dtype) for e in range(spec.experts))
+    zeros = [(m.numel() - int(m.count_nonzero())) / m.numel() for m in maps]
+    facts = {
+        "rows": spec.rows,
+        "rows_of": sorted([k["split"], k["statistics"], k["row_count"]] for k in kinds),
+        "bytes": sum(size for size, _ in cache.commit.files.values()),
+        "files": len(cache.commit.files),
+        "maps": [list(shape) for shape in spec.maps],
+        "views": int(table["view"].to_numpy().max()) + 1,
+        "dtype": spec.dtype,
+        "codec": spec.codec,
+        "zeros_percent": 100 * float(np.mean(zeros)),
+        "zeros_rows": len(rows),
+        "fingerprint": spec.fingerprint,
+        "batchnorm": spec.fingerprint_inputs.get("batchnorm", {}),
+        "provenance": {k: v for k, v in spec.provenance.items() if k not in ("classes", "counts")},
+    }
+    counts = heads.about["counts"]
+    settings = {k: v for k, v in heads.about.items() if k not in ("counts", "where")}
+    names = recorded_names(spec.provenance, cache.files)
+    about = {"host": settings, "classes": names, "counts": counts, "groups": list(group_of), "cache": facts}
+    write_json(into / "about.json", about)

@@ -1,0 +1,74 @@
+"""What evaluate writes of single heads: accuracy by class, confusion, predictions."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from h2t.pipeline.data.classes import groups
+from h2t.pipeline.evaluation.metrics import Answers, confusion, per_class_accuracy
+from h2t.pipeline.evaluation.scoring import Scores
+
+
+def write_per_class(
+    into: Path,
+    table: list[dict[str, Any]],
+    found: Mapping[tuple[str, str], Scores],
+    first: Mapping[str, Scores],
+    counts: list[int],
+) -> None:
+    """One line per (head, split, statistics, class), with every group definition beside it."""
+    defined = groups(counts)
+    columns: dict[str, list[Any]] = {k: [] for k in ("number", "split", "statistics", "class", "count", "accuracy")}
+    of: dict[str, list[Any]] = {name: [] for name in defined}
+    results = [(h["number"], h["number"], split, r) for (split, _), r in found.items() for h in table]
+    results += [(-1, 0, split, r) for split, r in first.items()]
+    for head, position, split, result in results:
+        accuracy = per_class_accuracy(result.labels, result.said[position].guesses, len(counts))
+        columns["number"] += [head] * len(counts)
+        columns["split"] += [split] * len(counts)
+        columns["statistics"] += [result.statistics] * len(counts)
+        columns["class"] += range(len(counts))
+        columns["count"] += counts
+        columns["accuracy"] += [None if np.isnan(a) else float(a) for a in accuracy]
+        for name, members in defined.items():
+            of[name] += members
+    pq.write_table(pa.table({**columns, **of}), into / "per_class.parquet", compression="zstd")
+
+
+def each(result: Scores, first: Scores | None, kept: list[int]) -> list[tuple[int, Answers]]:
+    """Number and answers of stage I's head, where there is one, and of the heads `kept`."""
+    return [*([(-1, first.said[0])] if first else []), *((head, result.said[head]) for head in kept)]
+
+
+def write_confusion(into: Path, result: Scores, first: Scores | None, kept: list[int], classes: int) -> None:
+    """How often each class was taken for each other one, for stage I and the heads `kept`."""
+    columns: dict[str, list[Any]] = {k: [] for k in ("number", "true", "predicted", "count")}
+    for head, found in each(result, first, kept):
+        true, predicted, count = confusion(result.labels, found.guesses, classes)
+        columns["number"] += [head] * len(true)
+        columns["true"] += true.tolist()
+        columns["predicted"] += predicted.tolist()
+        columns["count"] += count.tolist()
+    pq.write_table(pa.table(columns), into / "confusion.parquet", compression="zstd")
+
+
+def write_predictions(into: Path, result: Scores, first: Scores | None, kept: list[int]) -> None:
+    """Every sample's guess and its confidence, for stage I and the heads `kept`."""
+    parts = []
+    for head, found in each(result, first, kept):
+        parts.append(
+            pa.table(
+                {
+                    "number": pa.array([head] * len(found.guesses), pa.int64()),
+                    "sample": pa.array(result.samples),
+                    "label": pa.array(result.labels.astype(np.int32)),
+                    "predicted": pa.array(found.guesses.astype(np.int32)),
+                    "confidence": pa.array(found.confidence.astype(np.float32)),
+                }
+            )
+        )
+    pq.write_table(pa.concat_tables(parts), into / "predictions.parquet", compression="zstd")

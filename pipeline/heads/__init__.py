@@ -1,0 +1,1 @@
+"""Stage II: batches of cached rows, fused channels, stacks of classifiers."""

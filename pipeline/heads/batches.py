@@ -1,0 +1,146 @@
+"""Which cache rows every batch of stage II is made of, for every seed and donor, at any step, without touching data.
+
+Receivers: class-balanced draws. Donors: instance-wise (the paper's), balanced or reverse draws. Each draw picks a
+training sample, then one of its views uniformly; the branch decides under which batch-norm statistics it is read.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from h2t.pipeline.base import plugins
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.seeds import stream
+from h2t.pipeline.data.classes import ClassIndex, class_index
+
+RECEIVER = "balanced"
+#: A batch larger than the data is drawn with the training set's size, or this one if that is larger: draws of any usual
+#: batch size stay what they were, and one of a billion costs nothing.
+MOST_DRAWN = 8192
+
+
+@lru_cache(maxsize=1024)
+def _named_streams(seed: int, branch: str, sampler: str) -> Callable[..., np.random.Generator]:
+    """One object per name, so that a law may remember what it drew from it (an epoch's permutation)."""
+    return partial(stream, seed, branch, sampler)
+
+
+@dataclass(frozen=True)
+class SampleRows:
+    """Where the views of each sample lie in the cache: rows first[i] to first[i] + views[i]; int64 (n,), by label."""
+
+    first: np.ndarray
+    views: np.ndarray
+    labels: np.ndarray
+    samples: np.ndarray
+
+
+def sample_rows(rows: pa.Table, split: str, statistics: str) -> SampleRows:
+    """The rows of `split` under `statistics`, one entry per sample, in cache order. UserError if there are none."""
+    # Masks and not expressions, dlpack and not `to_numpy`: those import Arrow's engine and pandas, 50 MB of memory.
+    ours = pc.equal(rows["split"], split)
+    part = rows.select(["sample", "row", "label"]).filter(pc.and_(ours, pc.equal(rows["statistics"], statistics)))
+    if not len(part):
+        has = sorted(set(rows.filter(ours)["statistics"].to_pylist()))
+        raise UserError(
+            f"cache: has no {split} rows under {statistics!r} statistics (it has: {', '.join(has) or 'none'}); "
+            "add the recipe to extract.batchnorm and extract again"
+        )
+    sample, row, label = (np.from_dlpack(part[name].combine_chunks()) for name in ("sample", "row", "label"))
+    starts = np.flatnonzero(np.concatenate([[True], sample[1:] != sample[:-1]]))
+    return SampleRows(
+        first=row[starts],
+        views=np.diff(np.concatenate([starts, [len(sample)]])),
+        labels=label[starts].astype(np.int64),
+        samples=sample[starts],
+    )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step of every seed: `receivers` and `labels` int64 (seeds, B), `donors` int64 (seeds, donors, B)."""
+
+    receivers: np.ndarray
+    labels: np.ndarray
+    donors: np.ndarray
+
+
+class Streams:
+    """The batches of stage II. An epoch has as many items as training samples; the last batch may be smaller.
+
+    `batch_size` is that of the largest batch: what was asked for, but no more than there are samples.
+    """
+
+    def __init__(
+        self,
+        rows: pa.Table,
+        class_names: Sequence[str],
+        receiver_statistics: str,
+        donor_statistics: Mapping[str, str],
+        seeds: Sequence[int],
+        batch_size: int,
+        *,
+        receiver: str = RECEIVER,
+    ) -> None:
+        self.seeds = list(seeds)
+        self._receiver = receiver
+        self.donors = list(donor_statistics)
+        self.receivers = sample_rows(rows, "train", receiver_statistics)
+        self._donors = {d: sample_rows(rows, "train", s) for d, s in donor_statistics.items()}
+        self._laws = {sampler: plugins.load("samplers", sampler) for sampler in (receiver, *donor_statistics)}
+        self.index: ClassIndex = class_index(self.receivers.labels, class_names)
+        self.samples = self.index.samples
+        self.batch_size = min(batch_size, self.samples)
+        self._drawn = min(batch_size, max(self.samples, MOST_DRAWN))
+        self.steps = -(-self.samples // self.batch_size)
+
+    def of(self, seeds: Sequence[int], donors: Sequence[str]) -> "Streams":
+        """The same batches, for some of the seeds and donors only."""
+        some = copy(self)
+        some.seeds, some.donors = list(seeds), list(donors)
+        some._donors = {donor: self._donors[donor] for donor in donors}
+        return some
+
+    @property
+    def step_rows(self) -> int:
+        """How many rows the largest step draws."""
+        return len(self.seeds) * (1 + len(self.donors)) * self.batch_size
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Every row that any batch may hold, int64, ascending."""
+        tables = [self.receivers, *self._donors.values()]
+        spans = [np.concatenate([f + np.arange(v) for f, v in zip(t.first, t.views, strict=True)]) for t in tables]
+        return np.unique(np.concatenate(spans))
+
+    def batch(self, epoch: int, step: int) -> Batch:
+        """The rows of `step` (0 to `steps`, exclusive) of `epoch`."""
+        size = min(self.batch_size, self.samples - step * self.batch_size)
+        picked = [
+            self._draw(seed, "receiver", self._receiver, self.receivers, epoch, step, size) for seed in self.seeds
+        ]
+        receivers = np.stack([rows for rows, _ in picked])
+        labels = np.stack([self.receivers.labels[positions] for _, positions in picked])
+        donors = [
+            [self._draw(seed, "donor", name, table, epoch, step, size)[0] for name, table in self._donors.items()]
+            for seed in self.seeds
+        ]
+        return Batch(receivers, labels, np.array(donors, np.int64).reshape(len(self.seeds), len(self.donors), size))
+
+    def _draw(
+        self, seed: int, branch: str, sampler: str, table: SampleRows, epoch: int, step: int, size: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and the sample positions they belong to."""
+        # Always a whole batch, cut at the epoch's end: laws count in whole batches.
+        streams = _named_streams(seed, branch, sampler)
+        positions = self._laws[sampler].draw(self.index, streams, epoch, step, self._drawn)[:size]
+        rows = table.first[positions]
+        views = table.views[positions]
+        if (views > 1).any():
+            rows = rows + stream(seed, branch, sampler, "view", epoch, step).integers(views)
+        return rows, positions

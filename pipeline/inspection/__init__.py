@@ -1,0 +1,1 @@
+"""What is right or wrong here: parameters checked, caches explained and recomputed, the doctor."""

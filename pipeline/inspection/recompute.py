@@ -1,0 +1,118 @@
+"""Are the maps in a cache those of these images and this backbone? Recomputes some rows and compares.
+
+Finds what checksums cannot: weights or images that are not those the cache was made from, batch norm in the wrong mode,
+a changed transform, another order of colours.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from h2t.cache.format.spec import to_float32
+from h2t.cache.reader import Cache
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.precision import guarded_maps
+from h2t.pipeline.base.seeds import stream
+from h2t.pipeline.data.images import Images
+from h2t.pipeline.data.samples import Samples
+from h2t.pipeline.extraction import batchnorm
+from h2t.pipeline.extraction.recorded import ingredients
+from h2t.pipeline.networks.trained import load_backbone
+
+#: How far a recomputed value may be from the stored one, as a share of the largest value of its map. The same device,
+#: thread count and versions give the same bits; others sum in another order and round to the storage type elsewhere.
+TOLERANCE = {"float32": 1e-3, "float16": 4e-3, "bfloat16": 2e-2}
+
+
+Wanted = tuple[int, int, tuple[int, int] | None]  # row, its sample, the key of its view
+
+
+@dataclass(frozen=True)
+class Recomputed:
+    """Rows compared, how many of them had the same bits, the largest deviation (a share, as TOLERANCE), and faults."""
+
+    rows: int
+    same_bits: int
+    worst: float
+    tolerance: float
+    faults: list[str]
+
+
+@torch.no_grad()
+def recompute(
+    cache: Cache, samples: Samples, images: Images, backbone_dir: Path, count: int, seed: int, device: torch.device
+) -> Recomputed:
+    """Compares `count` rows, drawn at random by `seed` (all, if there are no more), with what the backbone gives now.
+
+    Raises UserError if the cache cannot be of these inputs: a pooled copy, other weights, another transform.
+    """
+    inputs, spec = ingredients(cache.files, cache.spec), cache.spec
+    backbone, identity = load_backbone(backbone_dir)
+    for name, recorded, found in (
+        ("backbone", inputs["backbone"].get("weights"), identity["weights"]),
+        ("transform", inputs["transform"], samples.facts["transform"]),
+    ):
+        if recorded != found:
+            raise UserError(
+                f"{cache.files}: was extracted with another {name} ({recorded}) than the one given ({found})"
+            )
+    backbone.to(device)
+    chosen = np.sort(stream(seed, "recompute").choice(spec.rows, min(count, spec.rows), replace=False))
+    known = {
+        (line["split"], line["source"]): line
+        for line in samples.table.select(["sample", "split", "source", "digest"]).to_pylist()
+    }
+    wrong: dict[int, str] = {}  # row -> what is wrong with it
+    todo: dict[str, list[Wanted]] = {}
+    entries = dict(zip(chosen.tolist(), cache.rows.take(chosen).to_pylist(), strict=True))
+    for row, entry in entries.items():
+        sample = known.get((entry["split"], entry["source"]))
+        if sample is None:
+            wrong[row] = ": its image is not among the samples"
+        elif sample["digest"] != entry["digest"]:
+            wrong[row] = ": its image has other bytes now"
+        else:
+            key = None if entry["view"] == 0 else (inputs["views"]["seed"], entry["view"])
+            todo.setdefault(entry["statistics"], []).append((row, sample["sample"], key))
+    worst, same_bits = 0.0, 0
+    for row, expert, now, stored in _both(cache, backbone, images, todo, device):
+        same_bits += int(np.array_equal(now, stored))
+        scale = max(float(np.abs(stored).max()), float(np.abs(now).max()), 1e-12)
+        off = float(np.abs(now - stored).max()) / scale
+        worst = max(worst, off)
+        if not off <= TOLERANCE[spec.dtype]:
+            wrong[row] = (
+                f", expert {expert}: recomputed values are off by {off:.2g} of the largest; "
+                f"allowed are {TOLERANCE[spec.dtype]:g}"
+            )
+    faults = [
+        f"row {row} ({entry['split']} {entry['source']}, view {entry['view']}, {entry['statistics']}){wrong[row]}"
+        for row, entry in entries.items()
+        if row in wrong
+    ]
+    return Recomputed(len(chosen), same_bits // spec.experts, worst, TOLERANCE[spec.dtype], faults)
+
+
+def _both(
+    cache: Cache, backbone: nn.Module, images: Images, todo: Mapping[str, list[Wanted]], device: torch.device
+) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
+    """(row, expert, recomputed map, stored map), both float32, of the rows `todo` of each statistics."""
+    spec = cache.spec
+    statistics = batchnorm.from_bytes(cache.statistics)
+    size = spec.provenance.get("batch_size", 1)
+    for name, wanted in todo.items():
+        batchnorm.use(backbone, statistics[name])
+        for part in (wanted[i : i + size] for i in range(0, len(wanted), size)):
+            rows, samples, keys = zip(*part, strict=True)
+            x = images.batch(samples, keys)
+            # Filled up as in extraction: at another batch size libraries may sum in another order.
+            x = torch.cat([x, x[-1:].expand(size - len(x), -1, -1, -1)]).to(device)
+            for expert, maps in enumerate(guarded_maps(backbone, x, spec.provenance.get("precision", "float32"))):
+                now = maps[: len(rows)].cpu().to(getattr(torch, spec.dtype)).to(torch.float32).numpy()
+                stored = to_float32(cache.read(rows, expert=expert), spec.dtype)
+                for row, mine, theirs in zip(rows, now, stored, strict=True):
+                    yield row, expert, mine, theirs

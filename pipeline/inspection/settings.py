@@ -1,0 +1,156 @@
+"""All of params.yaml at once: every section is checked before any stage starts, so that a slip is found early."""
+
+import re
+from collections.abc import Callable
+from copy import copy
+from typing import Annotated, Any
+
+from h2t.pipeline.base import device, params, plugins
+from h2t.pipeline.base.errors import UserError, nearest
+from h2t.pipeline.extraction.cluster import ADDRESS
+from h2t.pipeline.heads.residency import Residency
+
+#: Every section of params.yaml, in the order of the data.
+SECTIONS = (
+    "seed",
+    "device",
+    "inputs",
+    "prepare",
+    "backbone_defaults",
+    "backbones",
+    "extract",
+    "pool",
+    "host_defaults",
+    "hosts",
+    "train_classifier",
+    "evaluate",
+    "report",
+    "run",
+)
+#: What a section that is left out stands for. The other sections must be there.
+LEFT_OUT: dict[str, Any] = {
+    "seed": 0,
+    "device": "auto",
+    "inputs": {},
+    "backbone_defaults": {},
+    "extract": {},
+    "pool": {},
+    "host_defaults": {},
+    "train_classifier": {},
+    "evaluate": {},
+    "report": {},
+    "run": {},
+}
+#: Section of entries -> (section with their defaults, plug-in keys that an entry's own name stands for).
+ENTRIES = {
+    "backbones": ("backbone_defaults", {"arch": "backbones", "objective": "objectives"}),
+    "hosts": ("host_defaults", {"host": "hosts"}),
+}
+#: A host with a closed-form fit has neither, so it does not take them from `host_defaults`.
+TRAINED_ONLY = ("optimiser", "grid")
+
+#: (section, key) that change no byte. They belong into `run`, which DVC does not watch; their old place is accepted.
+MOVED = (("extract", "cluster"),)
+
+
+class Run(params.Section):
+    """Section `run`: how stages run; it changes no result.
+
+    `cluster`: where `extract` runs: null (this process), local:N for N processes here, or a dask scheduler's address.
+    """
+
+    cluster: Annotated[str | None, ADDRESS] = None
+
+
+def check(values: dict[str, Any], say: Callable[[str], None] = lambda line: None) -> None:
+    """Raises UserError for the first wrong, missing or unknown key.
+
+    Fills in what is left out: whole sections, `host`, `arch` and `objective` by an entry's name, in each entry the
+    values of `backbone_defaults` or `host_defaults`, and in a stage's section what `run` says about it.
+    """
+    from h2t.pipeline.stages import evaluate, extract, pool, prepare, report, train_backbone, train_classifier
+
+    for name in values:
+        if name not in SECTIONS:
+            raise UserError(f"{name}: unknown section{nearest(name, SECTIONS)} (there are: {', '.join(SECTIONS)})")
+    for name in SECTIONS:
+        if name in LEFT_OUT:
+            values.setdefault(name, copy(LEFT_OUT[name]))
+        if name not in values:
+            raise UserError(f"{name}: missing; add the section to the parameter file")
+    seed = values["seed"]
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise UserError(f"seed: must be a whole number from 0 to 4294967295; got {seed!r}")
+    device.check(values["device"])
+    run = params.build(Run, "run", values["run"])
+    for of, key in MOVED:
+        entries = values[of] if isinstance(values[of], dict) else {}
+        if entries.get(key) is not None:
+            say(f"note: {of}.{key} belongs into the section run: where it is, DVC takes it for other results")
+        elif (given := getattr(run, key)) is not None:
+            values[of] = {**entries, key: given}
+    for name in values["inputs"] or ():
+        _check_name("inputs", name, "files")
+    section = params.build(prepare.Params, "prepare", values["prepare"])
+    params.build(plugins.load("datasets", section.dataset).Options, "prepare.options", section.options)
+    extraction = params.build(extract.Params, "extract", values["extract"])
+    copies = params.build(pool.Params, "pool", values["pool"])
+    params.build(plugins.load("pools", copies.pool).Options, "pool.pool_options", copies.pool_options)
+    params.build(Residency, "train_classifier", values["train_classifier"])
+    params.build(evaluate.Params, "evaluate", values["evaluate"])
+    params.build(report.Params, "report", values["report"])
+    params.check_partial(train_backbone.Params, "backbone_defaults", values["backbone_defaults"])
+    params.check_partial(train_classifier.Params, "host_defaults", values["host_defaults"])
+    for name, entry in complete(values, "backbones").items():
+        backbone = params.build(train_backbone.Params, f"backbones.{name}", entry)
+        where = f"backbones.{name}"
+        params.build(plugins.load("backbones", backbone.arch).Options, f"{where}.options", backbone.options)
+        params.build(plugins.load("objectives", backbone.objective).Loss, f"{where}.loss", backbone.loss)
+    for name, entry in complete(values, "hosts").items():
+        where = f"hosts.{name}"
+        host = params.build(train_classifier.Params, where, entry)
+        if host.backbone not in values["backbones"]:
+            known = list(values["backbones"])
+            raise UserError(
+                f"{where}.backbone: no backbone {host.backbone!r}{nearest(host.backbone, known)} "
+                f"(there are: {', '.join(known)})"
+            )
+        if host.batchnorm not in extraction.batchnorm:
+            raise UserError(
+                f"{where}.batchnorm: must be one of extract.batchnorm ({', '.join(extraction.batchnorm)}); "
+                f"got {host.batchnorm!r}; add it to extract.batchnorm"
+            )
+        params.build(plugins.load("hosts", host.host).Loss, f"{where}.loss", host.loss)
+        params.build(plugins.load("pools", host.pool).Options, f"{where}.pool_options", host.pool_options)
+
+
+def complete(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """The entries of section `name`, each with the defaults merged in. Raises UserError.
+
+    An entry named like a plug-in needs no key for it. `values` then holds the complete entries, too.
+    """
+    section = values[name]
+    if not isinstance(section, dict) or not section:
+        raise UserError(f"{name}: must be a mapping with at least one entry; got {section!r}")
+    defaults_name, kinds = ENTRIES[name]
+    defaults = values.get(defaults_name, {})
+    for key, entry in section.items():
+        _check_name(name, key, "folders")
+        if isinstance(entry, dict):
+            named = {k: key for k, kind in kinds.items() if key in plugins.names(kind)}
+            own = {**named, **entry} if name == "hosts" else entry
+            section[key] = params.merged(_for_host(own, defaults) if name == "hosts" else {**named, **defaults}, own)
+    return section
+
+
+def _check_name(section: str, key: Any, become: str) -> None:
+    if not isinstance(key, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", key):
+        raise UserError(f"{section}: names are letters, digits, _ and -, as they become {become}; got {key!r}")
+
+
+def _for_host(host: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """`defaults` without the keys that only trained hosts have."""
+    name = host.get("host", defaults.get("host"))
+    if isinstance(name, str) and name in plugins.names("hosts") and plugins.load("hosts", name).Host.fitted:
+        return {k: v for k, v in defaults.items() if k not in TRAINED_ONLY}
+    return defaults

@@ -1,0 +1,225 @@
+"""What another version of h2t means for results that are there: which stages run again, and which are taken over.
+
+A stage is taken over if its numbers are those that its results were made under (FIRST, where dvc.lock is older than the
+numbers), and its parameters and data mean the same. Then dvc.lock records it as done, and no output is touched.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from h2t.pipeline.base import numbers
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.outputs import replace_file
+from h2t.pipeline.sharing.repository import Say, in_one_line, repository
+
+
+@dataclass(frozen=True)
+class Redo:
+    """A stage that runs again: why, what it writes, and the stages that read what it writes."""
+
+    stage: str
+    reasons: list[str]
+    outputs: list[str]
+    then: list[str]
+
+
+@dataclass
+class Plan:
+    """What an upgrade changes. `numbers`: key -> (in the file, in the code), 0 for none."""
+
+    numbers: dict[str, tuple[int, int]]
+    redo: list[Redo] = field(default_factory=list)
+    taken_over: list[str] = field(default_factory=list)
+
+
+def upgrade(start: Path, say: Say, *, apply: bool = False) -> Plan:
+    """Says what this version of h2t would redo and take over; with `apply`, rewrites stages.yaml and dvc.lock.
+
+    Raises UserError outside of a repository, and where dvc.yaml watches no numbers.
+    """
+    root = repository(start)
+    with in_one_line("dvc"):
+        with _dvc(root) as repo:
+            plan = _plan(root, repo)
+        _say(plan, say)
+        if not plan.numbers and not plan.taken_over:
+            say("nothing to change: stages.yaml has the numbers of this version")
+        elif not apply:
+            say("nothing was changed; to write stages.yaml and dvc.lock, type: h2t upgrade --apply")
+        else:
+            partial = root / f".{numbers.FILE}.partial"
+            partial.write_text(numbers.text(numbers.in_code()), encoding="utf-8")
+            replace_file(partial, root / numbers.FILE)
+            with _dvc(root) as repo:  # anew: it reads stages.yaml
+                _record(repo, set(plan.taken_over))
+            say("stages.yaml and dvc.lock are written; what has to run again is run by: dvc repro")
+    return plan
+
+
+@contextmanager
+def _dvc(root: Path) -> Iterator[Any]:
+    """DVC's view of the repository, locked against other DVC commands."""
+    from dvc.repo import Repo
+
+    with Repo(str(root)) as repo, repo.lock:
+        yield repo
+
+
+def _plan(root: Path, repo: Any) -> Plan:
+    code = numbers.in_code()
+    file = numbers.read(root / numbers.FILE) if (root / numbers.FILE).is_file() else {}
+    changed = {
+        key: (file.get(key, 0), code.get(key, 0))
+        for key in sorted(code.keys() | file.keys())
+        if file.get(key) != code.get(key)
+    }
+    plan = Plan(changed)
+    lock = _lock(root)
+    watched = False
+    for stage in sorted(repo.index.stages, key=lambda s: str(s.addressing)):
+        watched |= any(_is_params(dep, numbers.FILE) for dep in stage.deps)
+        recorded = lock.get(stage.addressing)
+        if recorded is None:  # never run
+            continue
+        reasons = [*_number_reasons(stage, recorded, code), *_other_reasons(root, stage, recorded)]
+        if reasons:
+            plan.redo.append(Redo(stage.addressing, reasons, [str(o) for o in stage.outs], _followers(repo, stage)))
+        elif _is_stale(stage, recorded, code):
+            plan.taken_over.append(stage.addressing)
+    if lock and not watched:
+        raise UserError("dvc.yaml: watches no numbers of stages.yaml; take the dvc.yaml of this version first")
+    return plan
+
+
+def _lock(root: Path) -> dict[str, Any]:
+    """The stages in dvc.lock; none where nothing was run yet."""
+    path = root / "dvc.lock"
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))["stages"]
+    except FileNotFoundError:
+        return {}
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: not a lock file of DVC ({why}); restore it from git") from None
+    return dict(found)
+
+
+def _is_params(dep: Any, name: str | Path) -> bool:
+    return hasattr(dep, "params") and Path(dep.def_path).name == str(name)
+
+
+def _recorded(recorded: Mapping[str, Any], dep: Any) -> Mapping[str, Any]:
+    """What dvc.lock has for the parameters of `dep`."""
+    found = recorded.get("params", {}).get(dep.def_path, {})
+    return found if isinstance(found, Mapping) else {}
+
+
+def _number_reasons(stage: Any, recorded: Mapping[str, Any], code: numbers.Numbers) -> Iterator[str]:
+    for dep in stage.deps:
+        if _is_params(dep, numbers.FILE):
+            known = _recorded(recorded, dep)
+            for key in dep.params:
+                first = numbers.OWN if code.get(key) == numbers.OWN else numbers.FIRST
+                before, now = known.get(key, first), code.get(key)
+                if before != now:
+                    yield f"{key} has the number {now}, was {before}"
+
+
+def _other_reasons(root: Path, stage: Any, recorded: Mapping[str, Any]) -> Iterator[str]:
+    """Parameters and data that differ from what dvc.lock records."""
+    hashes = {entry["path"]: entry for entry in recorded.get("deps", [])}
+    for dep in stage.deps:
+        if _is_params(dep, numbers.FILE):
+            continue
+        if hasattr(dep, "params"):
+            known, now = _recorded(recorded, dep), dep.read_params()
+            for key in dep.params:
+                if key not in known or key not in now or not same_meaning(key, known[key], now[key]):
+                    yield f"{dep.def_path}: {key} is another than was run"
+        elif dep.def_path in hashes:
+            if dep.exists and dep.status():
+                yield f"{dep.def_path} is another than was read"
+        elif not dep.exists:
+            yield f"{dep.def_path} is not there"
+
+
+def same_meaning(key: str, before: Any, now: Any) -> bool:
+    """Whether two values of the parameter `key` say the same: with defaults filled in, without what changes no byte."""
+    return bool(before == now or _meaning(key, before) == _meaning(key, now))
+
+
+def _meaning(key: str, value: Any) -> Any:
+    from h2t.pipeline.base import params
+    from h2t.pipeline.inspection import settings
+    from h2t.pipeline.stages import evaluate, extract, pool, prepare, report, train_backbone, train_classifier
+
+    section, _, name = key.partition(".")
+    models: dict[str, Any] = {
+        "prepare": prepare.Params,
+        "extract": extract.Params,
+        "pool": pool.Params,
+        "evaluate": evaluate.Params,
+        "report": report.Params,
+    }
+    entries: dict[str, Any] = {"backbones": train_backbone.Params, "hosts": train_classifier.Params}
+    if not isinstance(value, dict):
+        return value
+    if section in entries and not name:
+        return {entry: _meaning(f"{section}.{entry}", part) for entry, part in value.items()}
+    try:
+        kept = {k: v for k, v in value.items() if (section, k) not in settings.MOVED}
+        return params.build(entries[section] if name else models[section], key, kept).model_dump()
+    except (UserError, KeyError):  # of a version that knew other keys
+        return value
+
+
+def _followers(repo: Any, stage: Any) -> list[str]:
+    """The stages that read, directly or not, what `stage` writes."""
+    graph, found, todo = repo.index.graph, set(), [stage]
+    while todo:
+        for reader in graph.predecessors(todo.pop()):
+            if reader.addressing not in found:
+                found.add(reader.addressing)
+                todo.append(reader)
+    return sorted(found)
+
+
+def _is_stale(stage: Any, recorded: Mapping[str, Any], code: numbers.Numbers) -> bool:
+    """Whether DVC would run `stage` again although nothing that counts has changed."""
+    if stage.cmd != recorded.get("cmd"):
+        return True
+    if {d.def_path for d in stage.deps if not hasattr(d, "params")} != {d["path"] for d in recorded.get("deps", [])}:
+        return True
+    for dep in stage.deps:
+        if hasattr(dep, "params"):
+            known = _recorded(recorded, dep)
+            now = {key: code.get(key) for key in dep.params} if _is_params(dep, numbers.FILE) else dep.read_params()
+            if known != now:
+                return True
+    return False
+
+
+def _record(repo: Any, names: set[str]) -> None:
+    """Writes the stages `names` into dvc.lock as done: their parameters and new dependencies as they are now."""
+    stages = [stage for stage in repo.index.stages if stage.addressing in names]
+    for stage in stages:
+        for dep in stage.deps:
+            if hasattr(dep, "params") or not dep.hash_info:
+                dep.save()
+    for dvcfile in {stage.dvcfile.path: stage.dvcfile for stage in stages}.values():
+        dvcfile.dump_stages([s for s in stages if s.dvcfile.path == dvcfile.path], update_pipeline=False)
+
+
+def _say(plan: Plan, say: Say) -> None:
+    for key, (before, now) in plan.numbers.items():
+        say(f"stages.yaml: {key}: {before or 'none'} -> {now if now or '.' in key else 'none'}")
+    for redo in plan.redo:
+        then = f"; read by {', '.join(redo.then)}" if redo.then else ""
+        say(f"{redo.stage} runs again and writes {', '.join(redo.outputs)}: {'; '.join(redo.reasons)}{then}")
+    if plan.taken_over:
+        say(f"{len(plan.taken_over)} stages are taken over, nothing of theirs runs: {', '.join(plan.taken_over)}")

@@ -1,0 +1,1 @@
+"""Stage I: the training loop and the formulas that losses share."""

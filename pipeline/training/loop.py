@@ -1,0 +1,277 @@
+"""The loop of stage I: epochs of SGD on augmented batches, by one process or several, resumed after any epoch.
+
+A batch is cut into `accumulate` parts. Each has batch-norm statistics of its own, gradients are added up and running
+statistics averaged over the parts. So the result is a function of the parameters alone: W processes take accumulate / W
+parts each and give what one process gives, but for the order of float additions.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+import pydantic
+import torch
+
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.params import Count, Epochs, Index, NonNegative, Positive, Rate, Ratio, Section, at_most, within
+from h2t.pipeline.base.precision import Precision, computing
+from h2t.pipeline.base.progress import progress
+from h2t.pipeline.base.seeds import stream, torch_seed
+from h2t.pipeline.data.images import Images
+from h2t.pipeline.data.samples import Samples
+from h2t.pipeline.networks.classifier import global_average, logits
+from h2t.pipeline.training.objective import Objective
+from h2t.pipeline.training.parallel import Group
+from h2t.pipeline.training.resume import Checkpoint
+
+Curves = list[dict[str, float]]
+
+
+class Training(Section):
+    """How a backbone is trained. `frozen`: only the classifier is, on a backbone in eval mode.
+
+    The learning rate starts at `warmup_from` of `lr`. `drop_last` leaves out an epoch's last batch if it is smaller.
+    `rotation`: augmented images are turned by up to so many degrees (in stage I alone, not in the cache's views).
+    """
+
+    frozen: bool = False
+    epochs: Epochs = 200
+    batch_size: Count = 128
+    lr: Rate = 0.1
+    momentum: Ratio = 0.9
+    nesterov: bool = False
+    weight_decay: NonNegative = 2e-4
+    warmup_epochs: Index = 5
+    warmup_from: Ratio = 0.0
+    schedule: Literal["cosine", "step"] = "step"
+    milestones: list[Index] = [160, 180]
+    gamma: Annotated[Positive, at_most(1)] = 0.1
+    mixup: NonNegative = 0.0
+    rotation: Annotated[float, within(0, 180)] = 0.0
+    drop_last: bool = False
+    accumulate: Count = 1
+    precision: Precision = "float32"
+    channels_last: bool = False
+    compile: bool = False
+
+    @pydantic.model_validator(mode="after")
+    def _nesterov(self) -> "Training":
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum above 0")
+        return self
+
+
+def learning_rate(params: Training, epoch: int) -> float:
+    """Per epoch, from 0: linear warm-up, then cosine to 0 or steps at the milestones."""
+    if epoch < params.warmup_epochs:
+        risen = params.lr * (epoch + 1) / params.warmup_epochs
+        return risen + params.warmup_from * (params.lr - risen)
+    if params.schedule == "cosine":
+        return params.lr * 0.5 * (1 + math.cos(math.pi * epoch / params.epochs))
+    return params.lr * params.gamma ** sum(epoch >= m for m in params.milestones)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Samples of one part of a batch, and whom each is mixed with: `share` of itself and 1 - `share` of `partner`."""
+
+    samples: np.ndarray
+    share: float
+    partner: np.ndarray
+    weight: float  # its share of the batch
+    seed: int  # of what the objective draws
+
+
+class StageOne:
+    """One training run: the networks on the group's device, their optimiser, and the epochs done."""
+
+    def __init__(
+        self,
+        params: Training,
+        backbone: torch.nn.Module,
+        objective: Objective,
+        samples: Samples,
+        images: Images,
+        seed: int,
+        group: Group,
+    ) -> None:
+        self.params, self.seed, self.group = params, seed, group
+        self.backbone, self.objective = backbone.to(group.device), objective.to(group.device)
+        if params.channels_last:
+            self.backbone.to(memory_format=torch.channels_last)
+        if params.frozen:
+            self.backbone.requires_grad_(False)
+        self._forward = torch.compile(self.backbone) if params.compile else self.backbone
+        self._images = images.turned(params.rotation) if params.rotation else images
+        self._labels = torch.from_numpy(samples.labels)
+        self._train = samples.of("train")
+        both = (("backbone", self.backbone), ("objective", self.objective))
+        self._state = {f"{n}.{k}": t for n, m in both for k, t in m.state_dict(keep_vars=True).items()}
+        self._buffers = [b for _, m in both for b in m.buffers()]
+        self._trained = [p for _, m in both for p in m.parameters() if p.requires_grad]
+        self._optimiser = torch.optim.SGD(
+            self._trained,
+            lr=params.lr,
+            momentum=params.momentum,
+            weight_decay=params.weight_decay,
+            nesterov=params.nesterov,
+        )
+        self._scaler = torch.amp.GradScaler(group.device.type, enabled=params.precision == "fp16")
+        self._scale = torch.tensor([65536.0, 0.0])  # the scaler's state, as the checkpoint keeps it
+        self._curves = torch.zeros(params.epochs, 3, dtype=torch.float64)
+
+    def run(self, name: str, save: Checkpoint, say: Callable[[str], None]) -> Curves:
+        """Trains the epochs that are left. Raises UserError for a loss that is not finite, or no batch."""
+        if len(self._train) < (self.params.batch_size if self.params.drop_last else 2):
+            raise UserError(
+                f"backbones.{name}.batch_size: an epoch of {len(self._train)} training images has no whole batch; "
+                "prepare more images, or lower batch_size"
+            )
+        state = {**self._state, "scaler": self._scale}
+        done = save.restore(state, self._optimiser, self._curves)
+        self._load_scale()
+        if done:
+            say(f"{name}: goes on after epoch {done} of {self.params.epochs}")
+        bar = progress(
+            range(done, self.params.epochs),
+            f"train_backbone {name}",
+            unit="epoch",
+            total=self.params.epochs,
+            initial=done,
+            disable=self.group.rank > 0,
+        )
+        for epoch in bar:
+            self._curves[epoch] = self._epoch(epoch)
+            loss = float(self._curves[epoch, 1])
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"backbones.{name}: training diverged in epoch {epoch}, the loss is {loss}; "
+                    f"lower backbones.{name}.lr"
+                )
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            self._keep_scale()
+            if self.group.rank == 0:
+                save.offer(epoch + 1, state, self._optimiser, self._curves)
+        return [dict(zip(("lr", "loss", "accuracy"), line, strict=True)) for line in self._curves.tolist()]
+
+    def _epoch(self, epoch: int) -> torch.Tensor:
+        """One pass over the training samples; (learning rate, mean loss, accuracy in percent)."""
+        rate = learning_rate(self.params, epoch)
+        for group in self._optimiser.param_groups:
+            group["lr"] = rate
+        self.backbone.train(not self.params.frozen)
+        totals = torch.zeros(2, dtype=torch.float64, device=self.group.device)
+        seen = 0
+        with torch.random.fork_rng():
+            for parts, inputs in self._decoded(epoch):
+                totals += self._step(parts, inputs, epoch)
+                seen += sum(len(part.samples) for part in parts)
+        self.group.add_up([totals])
+        loss, right = (totals / seen).tolist()
+        return torch.tensor([rate, loss, 100 * right], dtype=torch.float64)
+
+    def _batches(self, epoch: int) -> Iterator[list[_Part]]:
+        """Every batch of an epoch, in parts. The same on every process."""
+        params = self.params
+        draws = stream(self.seed, "stage1", "epoch", epoch)
+        order = self._train[draws.permutation(len(self._train))]
+        for step, first in enumerate(range(0, len(order), params.batch_size)):
+            batch = order[first : first + params.batch_size]
+            if len(batch) == 1 or (params.drop_last and len(batch) < params.batch_size):
+                continue  # batch norm cannot be trained on one image
+            share = float(draws.beta(params.mixup, params.mixup)) if params.mixup else 1.0
+            yield [
+                _Part(
+                    samples,
+                    share,
+                    draws.permutation(len(samples)) if params.mixup else np.arange(len(samples)),
+                    len(samples) / len(batch),
+                    torch_seed(self.seed, "stage1", "noise", epoch, step, number),
+                )
+                for number, samples in enumerate(np.array_split(batch, min(params.accumulate, len(batch) // 2)))
+            ]
+
+    def _decoded(self, epoch: int) -> Iterator[tuple[list[_Part], list[torch.Tensor]]]:
+        """(parts of a batch, input of those that fall to this process); the next batch is decoded meanwhile."""
+        key = (self.seed, "stage1", epoch)
+
+        def decode(parts: list[_Part]) -> list[torch.Tensor]:
+            mine = parts[self.group.rank :: self.group.size]
+            return [self._images.batch(p.samples.tolist(), [key] * len(p.samples)) for p in mine]
+
+        with ThreadPoolExecutor(1, "decode-ahead") as decoder:
+            waiting = None
+            for parts in self._batches(epoch):
+                coming = (parts, decoder.submit(decode, parts))
+                if waiting is not None:
+                    yield waiting[0], waiting[1].result()
+                waiting = coming
+            if waiting is not None:
+                yield waiting[0], waiting[1].result()
+
+    def _step(self, parts: list[_Part], inputs: list[torch.Tensor], epoch: int) -> torch.Tensor:
+        """One step of the optimiser; (summed loss, correct guesses) over this process's samples."""
+        self._optimiser.zero_grad()
+        several = len(parts) > 1
+        before = [b.clone() for b in self._buffers] if several else []
+        sums = [torch.zeros_like(b, dtype=torch.float64) for b in before]
+        found = torch.zeros(2, dtype=torch.float64, device=self.group.device)
+        for part, x in zip(parts[self.group.rank :: self.group.size], inputs, strict=True):
+            for buffer, value in zip(self._buffers, before, strict=False):
+                buffer.copy_(value)
+            torch.manual_seed(part.seed)
+            loss, right = self._loss(part, x, epoch)
+            self._scaler.scale(loss * part.weight).backward()
+            found += torch.stack([loss.detach() * len(part.samples), right]).double()
+            for total, buffer in zip(sums, self._buffers, strict=False):
+                total += buffer
+        if self.group.size > 1:
+            for parameter in self._trained:
+                if parameter.grad is None:  # no part of this batch fell to this process
+                    parameter.grad = torch.zeros_like(parameter)
+            self.group.add_up([p.grad for p in self._trained if p.grad is not None])
+        if several:
+            self.group.add_up(sums)
+            for buffer, total in zip(self._buffers, sums, strict=True):
+                buffer.copy_(total / len(parts))
+        self._scaler.step(self._optimiser)
+        self._scaler.update()
+        return found
+
+    def _loss(self, part: _Part, x: torch.Tensor, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(mean loss, correct guesses) of a part.
+
+        Mixup (Zhang et al., ICLR 2018): one share per batch, one permutation per part.
+        """
+        params, device = self.params, self.group.device
+        x, y = x.to(device), self._labels[part.samples].to(device)
+        partner = torch.from_numpy(part.partner).to(device)
+        if params.mixup:
+            x = part.share * x + (1 - part.share) * x[partner]
+        if params.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        with computing(device, params.precision):
+            maps = self._forward(x)
+        maps = tuple(m.to(torch.promote_types(m.dtype, torch.float32)) for m in maps)
+        if params.mixup:
+            loss = self.objective.loss(maps, y, epoch, y[partner], part.share)
+        else:
+            loss = self.objective.loss(maps, y, epoch)
+        with torch.no_grad():
+            features = torch.stack([global_average(m) for m in maps])
+            state = self.objective.state_dict()
+            guess = logits(self.objective.classifier, state, features, self.objective.scale).argmax(1)
+        return loss, (guess == y).sum()
+
+    def _load_scale(self) -> None:
+        if self._scaler.is_enabled():
+            scale, steps = self._scale.tolist()
+            self._scaler.load_state_dict({**self._scaler.state_dict(), "scale": scale, "_growth_tracker": int(steps)})
+
+    def _keep_scale(self) -> None:
+        if self._scaler.is_enabled():
+            found = self._scaler.state_dict()
+            self._scale.copy_(torch.tensor([found["scale"], found["_growth_tracker"]]))

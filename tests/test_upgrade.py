@@ -21,7 +21,8 @@ from h2t.pipeline.inspection.upgrade import same_meaning, upgrade
 pytestmark = pytest.mark.slow
 
 STAGES = {"prepare", "train_backbone@few", "extract@few", "pool@few", "train_classifier@dr", "evaluate@dr", "report"}
-LEFT_OUT = {"data/pool/few", "data/report"}  # of tests/golden/first
+#: Left out of tests/golden/first, or written by no stage of version 0.1.0.
+LEFT_OUT = {"data/pool/few", "data/report", "data/inputs"}
 
 
 @pytest.fixture
@@ -50,7 +51,8 @@ def changed(root):
     outs = [out for entry in entries for out in entry.get("changed outs", {}).items()]
     assert {how for _, how in outs} <= {"not in cache", "deleted"}
     assert {out for out, how in outs if how == "deleted"} <= LEFT_OUT
-    return {name for name, what in found.items() if any(w == "changed command" or "changed deps" in w for w in what)}
+    stale = {name for name, what in found.items() if any(w == "changed command" or "changed deps" in w for w in what)}
+    return stale - {"inputs"}  # a new stage, which takes an instant
 
 
 def edit(path, change):

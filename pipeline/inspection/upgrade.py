@@ -4,6 +4,7 @@ A stage is taken over if its numbers are those that its results were made under 
 numbers), and its parameters and data mean the same. Then dvc.lock records it as done, and no output is touched.
 """
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,11 @@ from h2t.pipeline.base import numbers
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import replace_file
 from h2t.pipeline.sharing.repository import Say, in_one_line, repository
+
+#: What the stages read of the inputs: written by stage `inputs`, which version 0.1.0 did not have.
+INPUTS = Path("data/inputs")
+#: Sections that dvc.yaml watches and version 0.1.0 did not have. Left out, they mean the same as empty.
+DEFAULTS = ("backbone_defaults", "host_defaults")
 
 
 @dataclass(frozen=True)
@@ -55,10 +61,45 @@ def upgrade(start: Path, say: Say, *, apply: bool = False) -> Plan:
             partial = root / f".{numbers.FILE}.partial"
             partial.write_text(numbers.text(numbers.in_code()), encoding="utf-8")
             replace_file(partial, root / numbers.FILE)
+            _add_sections(root)
+            if (root / "dvc.lock").is_file() and not (root / INPUTS).exists():
+                _write_inputs(root, say)
             with _dvc(root) as repo:  # anew: it reads stages.yaml
                 _record(repo, set(plan.taken_over))
             say("stages.yaml and dvc.lock are written; what has to run again is run by: dvc repro")
     return plan
+
+
+def _add_sections(root: Path) -> None:
+    """Adds to params.yaml the sections of defaults that dvc.yaml watches; DVC stops at one that is missing."""
+    path = root / "params.yaml"
+    text = path.read_text(encoding="utf-8")
+    missing = [name for name in DEFAULTS if name not in (yaml.safe_load(text) or {})]
+    if missing:
+        partial = root / ".params.yaml.partial"
+        partial.write_text(
+            text.rstrip("\n") + "\n" + "".join(f"\n{name}: {{}}\n" for name in missing), encoding="utf-8"
+        )
+        replace_file(partial, path)
+
+
+def _write_inputs(root: Path, say: Say) -> None:
+    """Writes the digests of the inputs, which stages depend on since there are numbers, and records them as done."""
+    from dvc.repo import Repo
+
+    from h2t.pipeline.base import params
+    from h2t.pipeline.inspection import settings
+    from h2t.pipeline.stages import inputs, watch
+
+    with contextlib.chdir(root):
+        values = params.load(Path("params.yaml"))
+        settings.check(values)
+        for name in values["inputs"]:
+            watch.run(name, values["inputs"], Path("inputs", f"{name}.json"), say)
+        inputs.run(values, Path("inputs"), INPUTS, say)
+        with Repo(str(root)) as repo:
+            for target in (*(f"watch@{name}" for name in values["inputs"]), "inputs"):
+                repo.commit(target, force=True)
 
 
 @contextmanager
@@ -138,14 +179,29 @@ def _other_reasons(root: Path, stage: Any, recorded: Mapping[str, Any]) -> Itera
             continue
         if hasattr(dep, "params"):
             known, now = _recorded(recorded, dep), dep.read_params()
+            named = yaml.safe_load((root / dep.def_path).read_text(encoding="utf-8")).get("inputs") or {}
             for key in dep.params:
-                if key not in known or key not in now or not same_meaning(key, known[key], now[key]):
+                left_out = {} if key in DEFAULTS else None
+                before, after = known.get(key, left_out), _with_paths(now.get(key, left_out), named)
+                if before is None or after is None or not same_meaning(key, _with_paths(before, named), after):
                     yield f"{dep.def_path}: {key} is another than was run"
         elif dep.def_path in hashes:
             if dep.exists and dep.status():
                 yield f"{dep.def_path} is another than was read"
-        elif not dep.exists:
+        elif not dep.exists and INPUTS not in (Path(dep.def_path), *Path(dep.def_path).parents):
             yield f"{dep.def_path} is not there"
+
+
+def _with_paths(value: Any, named: Mapping[str, str]) -> Any:
+    """`value` with each inputs/NAME replaced by the path that it stands for."""
+    if isinstance(value, dict):
+        return {key: _with_paths(part, named) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_with_paths(part, named) for part in value]
+    if isinstance(value, str) and value.startswith("inputs/"):
+        name, slash, inside = value.removeprefix("inputs/").partition("/")
+        return f"{named.get(name, name)}{slash}{inside}"
+    return value
 
 
 def same_meaning(key: str, before: Any, now: Any) -> bool:

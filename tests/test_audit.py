@@ -189,7 +189,7 @@ class TestHostile:
             pytest.param(lambda b: b["files"].pop("README.md"), "README.md: not named", id="unnamed"),
             pytest.param(
                 lambda b: b["files"].update({"maps.zarr": {"bytes": 1, "sha256": "0" * 64}}),
-                "no file of format 1",
+                "not a file of format 1",
                 id="folder",
             ),
             pytest.param(lambda b: b["files"]["README.md"].update(sha256="x" * 99), "sha256 expected", id="no digest"),

@@ -39,5 +39,10 @@ class CacheError(Exception):
         super().__init__(self.detail)
 
 
+def numbered(what: str, first: int, last: int) -> str:
+    """A range of numbers for a message, `last` included: "row 7" or "rows 6 to 7"."""
+    return f"{what} {first}" if first == last else f"{what}s {first} to {last}"
+
+
 class CacheWarning(UserWarning):
     """A guarantee that a cache cannot give on the store it is read from."""

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 from crc32c import crc32c
 
-from h2t.cache.errors import CacheError
+from h2t.cache.errors import CacheError, numbered
 from h2t.cache.format import shard as shard_layout
 from h2t.cache.format.codecs import codec
 from h2t.cache.format.rows import from_bytes
@@ -195,7 +195,8 @@ class Cache:
         first = chunk * self.spec.chunk_rows
         last = min(first + self.spec.chunk_rows, self.spec.rows) - 1
         name = self.spec.shard_file(expert, shard)
-        return CacheError("damaged", f"{self.files}/{name}: chunk {within} (rows {first} to {last}): {what}")
+        rows = numbered("row", first, last)
+        return CacheError("damaged", f"{self.files}/{name}: chunk {within} ({rows}): {what}; run h2t cache verify")
 
     def once_more(self, name: str, job: Callable[[], T]) -> T:
         """The result of `job`, which reads the file `name`; behind a URL, damaged bytes are fetched a second time."""
@@ -240,28 +241,24 @@ class Cache:
 
     def _read_index(self, expert: int, shard: int) -> None:
         spec = self.spec
-        name = spec.shard_file(expert, shard)
-        first = shard * spec.chunks_per_shard
-        used = -(-len(spec.shard_range(shard)) // spec.chunk_rows)
-        size = shard_layout.index_bytes(spec.chunks_per_shard)
+        name, rows, slots = spec.shard_file(expert, shard), spec.shard_range(shard), spec.chunks_per_shard
+        first = shard * slots
+        used = -(-len(rows) // spec.chunk_rows)
         if name in self.unchecked:
             self.check_size(name, self.files.size(name))
             self.unchecked.discard(name)
 
         def parsed() -> tuple[np.ndarray, np.ndarray]:
-            data = self.files.read_ranges(name, [(0, size)])[0]
+            data = self.files.read_ranges(name, [(0, shard_layout.index_bytes(slots))])[0]
             shard_bytes, _ = self.commit.files[name]
-            return shard_layout.parse_index(data, spec.chunks_per_shard, used, shard_bytes, spec.chunk_bytes(expert))
+            try:
+                return shard_layout.parse_index(data, slots, used, shard_bytes, spec.chunk_bytes(expert))
+            except CacheError as error:
+                held = numbered("row", rows.start, rows.stop - 1)
+                says = f"{self.files}/{name}: {error.detail} ({held}); run h2t cache verify"
+                raise CacheError(error.reason, says) from None
 
-        try:
-            offsets, sizes = self.once_more(name, parsed)
-        except CacheError as error:
-            if error.reason == "replaced":
-                raise
-            rows = spec.shard_range(shard)
-            raise CacheError(
-                error.reason, f"{self.files}/{name}: {error.detail} (rows {rows.start} to {rows.stop - 1})"
-            ) from None
+        offsets, sizes = self.once_more(name, parsed)
         self._offsets[expert, first : first + used] = offsets
         self._sizes[expert, first : first + used] = sizes
         self._indexed[expert, shard] = True

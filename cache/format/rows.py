@@ -87,7 +87,7 @@ def from_bytes(data: bytes, expected_rows: int) -> pa.Table:
         table = table.cast(SCHEMA)
         table.validate(full=True)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise CacheError("damaged", f"rows.parquet: unreadable ({' '.join(str(error).split())})") from None
+        raise CacheError("damaged", f"rows.parquet: cannot be read ({' '.join(str(error).split())})") from None
     # `to_numpy` imports pandas where it is installed, 0.2 s.
     row, *others = (np.from_dlpack(table[name].combine_chunks()) for name in ("row", "sample", "view", "label"))
     if not np.array_equal(row, np.arange(expected_rows)):

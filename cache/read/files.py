@@ -109,7 +109,7 @@ class LocalFiles:
             size = os.fstat(file.fileno()).st_size
             if size <= at_most:
                 return file.read(size)
-        raise CacheError("damaged", f"{self.root / name}: is longer than the {at_most} bytes that it may have")
+        raise CacheError("damaged", f"{self.root / name}: must be at most {at_most} bytes; it is longer")
 
     def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """For each range (start, stop), its bytes. Raises CacheError `damaged` if the file ends before `stop`."""

@@ -173,7 +173,7 @@ def _asynchronous(fs: Any) -> bool:
 
 
 def _too_long(at_most: int) -> Unasked:
-    return Unasked(f"is longer than the {at_most} bytes that it may have")
+    return Unasked(f"must be at most {at_most} bytes; it is longer")
 
 
 def _one(fs: Any) -> Callable[..., Coroutine[Any, Any, Answer]] | None:

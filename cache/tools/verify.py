@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from h2t.cache.errors import CacheError
+from h2t.cache.errors import CacheError, numbered
 from h2t.cache.format import shard as shard_layout
 from h2t.cache.format.codecs import codec
 from h2t.cache.format.rows import SCHEMA, from_bytes, make_rows
@@ -45,9 +45,7 @@ class Fault:
     def __str__(self) -> str:
         text = self.file
         if self.chunks and self.rows:
-            first, last = self.chunks
-            text += f": chunk {first}" if first == last else f": chunks {first} to {last}"
-            text += f" (rows {self.rows[0]} to {self.rows[1]})"
+            text += f": {numbered('chunk', *self.chunks)} ({numbered('row', *self.rows)})"
         return one_line(f"{text}: {self.what}")
 
 
@@ -101,7 +99,7 @@ def _guarded(name: str, job: Callable[[], list[Fault]]) -> list[Fault]:
     try:
         return job()
     except CacheError as error:
-        return [Fault(name, error.detail)]
+        return [Fault(name, error.detail.removeprefix(f"{name}: "))]
     except Exception as error:  # noqa: BLE001 - a damaged file can make Zarr, Arrow or a store raise anything
         return [Fault(name, f"cannot be read ({type(error).__name__}: {error})")]
 

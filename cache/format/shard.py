@@ -89,7 +89,7 @@ def parse_index(
         place = int(np.argmax(misplaced))
         raise CacheError("damaged", f"shard index: chunk {place} does not follow the one before it")
     if ends[-1] != shard_bytes:
-        raise CacheError("damaged", f"shard index: chunks end at byte {ends[-1]}, the shard at byte {shard_bytes}")
+        raise CacheError("damaged", f"shard index: chunks end at byte {ends[-1]}, the shard at {shard_bytes}")
     if chunk_bytes is not None and (sizes != chunk_bytes + CRC_BYTES).any():
         place = int(np.argmax(sizes != chunk_bytes + CRC_BYTES))
         raise CacheError(

@@ -221,7 +221,7 @@ def parse_record(data: bytes) -> Commit:
             raise ValueError("format is not a positive whole number")
         if version > FORMAT:
             raise CacheError(
-                "newer-format", f"{RECORD}: this version of h2t reads formats up to {FORMAT}; got {version}; update h2t"
+                "newer-format", f"{RECORD}: format {version}; this version reads formats up to {FORMAT}; update h2t"
             )
         claimed = body.pop("self")
         if sha256(canonical_json(body)) != claimed or canonical_json({**body, "self": claimed}) != data:

@@ -1,6 +1,6 @@
-"""The feature cache: the pre-pool maps of one frozen backbone as checked, sharded Zarr.
+"""The feature cache: the pre-pool maps of one frozen backbone as sharded Zarr with checksums.
 
-The format is stated rule by rule in docs/cache-format.md. Import submodules directly, for example
-``from cache.reader import open_cache``; this file holds no code, so that a stage which writes caches
-does not depend on the code that reads them.
+docs/cache-format.md specifies the format. Import submodules directly, for example
+``from h2t.cache.reader import open_cache``. This file holds no code, so code that writes caches does not import the
+code that reads them.
 """

@@ -1,24 +1,24 @@
-"""The one exception of this package: a reason from a fixed set, and one line that says what to do."""
+"""The only exception of this package: a reason from a fixed set and a one-line message."""
 
 from h2t.cache.redaction import one_line, redacted
 
 REASONS = frozenset(
     {
         "busy",  # another process holds the staging directory
-        "closed",  # the cache was closed before, or by another thread
+        "closed",  # the cache was closed, here or by another thread
         "damaged",  # bytes differ from what was committed
-        "exists",  # the target holds something else
-        "full",  # no space left
-        "incomplete",  # a commit was asked for before every shard was written
-        "mismatch",  # two things that must agree do not
-        "missing",  # a file or row that should be there is not
+        "exists",  # the target already holds something else
+        "full",  # no disk space or memory left
+        "incomplete",  # commit was called before every shard was written
+        "mismatch",  # two values that must agree do not
+        "missing",  # a file or row that should exist does not
         "newer-format",  # written by a later version of this software
-        "out-of-range",  # a row or expert number the cache does not have
-        "replaced",  # the files are no longer those that were opened
-        "spec",  # a specification that no cache can have
-        "unreachable",  # a remote store refuses, or breaks off
-        "unwritable",  # a read-only disk, or someone else's folder
-        "uncommitted",  # a directory without a commit record is not a cache
+        "out-of-range",  # the cache has no such row or expert
+        "replaced",  # the files are no longer the ones that were opened
+        "spec",  # an invalid cache specification or row table
+        "unreachable",  # a remote store refused or broke off
+        "unwritable",  # a read-only disk or missing write permission
+        "uncommitted",  # the directory has no commit record, so it is not a cache
     }
 )
 
@@ -26,9 +26,9 @@ REASONS = frozenset(
 class CacheError(Exception):
     """Raised for every problem with a cache.
 
-    `reason` is one of `REASONS`, for programs; `detail` is one line for people: what, rule, got, way out. URLs in it
-    lose their login and their query here, so that no message can repeat a password or a token, and names that came from
-    data can neither begin a line nor steer a terminal.
+    `reason` is one of `REASONS`, for programs. `detail` is one line for people: what is wrong, the rule, the value
+    found, and what to do. Logins and query strings are removed from URLs in it, so a message never repeats a password
+    or token. Control characters in it are escaped, so names from data cannot start a new line or control a terminal.
     """
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -39,5 +39,10 @@ class CacheError(Exception):
         super().__init__(self.detail)
 
 
+def numbered(what: str, first: int, last: int) -> str:
+    """A range of numbers for a message, `last` included: "row 7" or "rows 6 to 7"."""
+    return f"{what} {first}" if first == last else f"{what}s {first} to {last}"
+
+
 class CacheWarning(UserWarning):
-    """What a cache cannot promise where it lies."""
+    """A guarantee that a cache cannot give on the store it is read from."""

@@ -1,4 +1,4 @@
-"""How much memory there is to use: the machine's, within what a container and `ulimit -v` allow."""
+"""How much memory this process can use: what the machine has free, within its control groups and `ulimit -v`."""
 
 import ctypes
 import os
@@ -7,23 +7,23 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-M_MMAP_THRESHOLD = -3  # of malloc.h
+M_MMAP_THRESHOLD = -3  # from malloc.h
 PROC, GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
-#: Version of control groups -> folder, limit, use, and that part of the use which the kernel takes back when asked.
+#: For each version of control groups: folder, limit, usage, and the part of the usage that the kernel can reclaim.
 V1 = ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 V2 = ("", "memory.max", "memory.current", "inactive_file")
 
 
 def available_memory() -> int:
-    """Bytes of host memory that this process could use now."""
+    """Bytes of host memory that this process can still allocate."""
     return max(0, min(_machine(), _address_space(), *_groups()))
 
 
 def return_freed_arrays() -> None:
-    """Gives memory of arrays above 1 MiB back to the system as soon as they are freed; for small machines.
+    """Makes malloc return arrays above 1 MiB to the system as soon as they are freed; for small machines.
 
-    The C library otherwise keeps freed pieces of up to 32 MiB for later use: training in 1 GB held 150 MB of them. The
-    price is that new arrays are cleared by the system. Does nothing where the C library is not glibc.
+    By default the C library keeps freed blocks of up to 32 MiB for reuse; training in 1 GB held 150 MB of them. The
+    cost is that the system clears the memory of every new array. Does nothing if the C library is not glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -46,7 +46,7 @@ def _address_space() -> int:
 
 
 def _groups() -> Iterator[int]:
-    """What each control group above this process leaves; inside a container only those that it sees."""
+    """Bytes left in each control group of this process and its parents; in a container, only in the visible ones."""
     for line in _read(PROC / "self" / "cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if not controllers or "memory" in controllers.split(","):
@@ -61,7 +61,7 @@ def _left(group: Path, limit: str, used: str, reclaimable: str) -> int:
             return sys.maxsize
         parts = dict(map(str.split, _read(group / "memory.stat").splitlines()))
         return int(most) - int(_read(group / used)) + int(parts[reclaimable])
-    except (OSError, KeyError):  # not shown here
+    except (OSError, KeyError):  # this group does not report its memory
         return sys.maxsize
 
 

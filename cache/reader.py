@@ -1,11 +1,11 @@
-"""Reads committed caches: any rows, in any order, each chunk fetched once and checked.
+"""Reads committed caches: any rows in any order, each chunk read once and checked.
 
     cache = open_cache("data/extract/ce_mixup")
-    maps = cache.read([3, 1, 3])            # (3, C, H, W), in the order asked for
+    maps = cache.read([3, 1, 3])            # (3, C, H, W), in this order
 
-The indices of the shards are read once and kept. A gather is planned (`read.plan`), its byte ranges are fetched by a
-small thread pool, and every chunk's crc32c is checked before its values are handed out. Uncompressed rows that are
-chunks of their own go from the file straight into their slot of the result.
+Each shard index is read once and kept. `read.plan` turns the rows into byte ranges, a small thread pool reads them, and
+the crc32c of every chunk is checked before its values are returned. Uncompressed rows that are their own chunk are read
+from the file directly into the result.
 """
 
 import os
@@ -21,12 +21,11 @@ import numpy as np
 import pyarrow as pa
 from crc32c import crc32c
 
-from h2t.cache.errors import CacheError
+from h2t.cache.errors import CacheError, numbered
 from h2t.cache.format import shard as shard_layout
 from h2t.cache.format.codecs import codec
 from h2t.cache.format.rows import from_bytes
 from h2t.cache.format.spec import (
-    MAPS,
     MAX_RECORD_BYTES,
     RECORD,
     ROWS,
@@ -40,31 +39,30 @@ from h2t.cache.read.files import LocalFiles, files_at
 from h2t.cache.read.gather import CHANGED, DONE, MISMATCH, REFUSED, Gather, compiled
 from h2t.cache.read.in_use import InUse
 from h2t.cache.read.plan import MAX_GAP_BYTES, Plan, Unit, plan_rows, portions, units
-from h2t.cache.read.remote import RemoteFiles
+from h2t.cache.read.store import FileStore
 
 T = TypeVar("T")
 
-#: Held while a forked child sets up a cache; around a fork, too, so that it is free in the child.
+#: Held while a forked child sets up a cache. Also held around every fork, so that the child never inherits it locked.
 _FORK = threading.RLock()
 os.register_at_fork(before=_FORK.acquire, after_in_parent=_FORK.release, after_in_child=_FORK.release)
 
 THREADS = min(4, os.cpu_count() or 1)
-#: Below this many bytes per system call, handing Python's lock from thread to thread costs more than a second core
-#: brings.
+#: With fewer bytes per system call, passing the GIL between threads costs more than a second core gains.
 PARALLEL_READ_BYTES = 64 * 1024
-#: The compiled gather lets that lock go; this much takes a thread half a millisecond, far longer than handing it over.
+#: The compiled gather releases the GIL. One portion takes a thread 0.5 ms, far longer than passing the GIL.
 PORTION_BYTES = 1024 * 1024
-#: Files that one portion holds open at once: together with those of other threads, fewer than a process may open.
+#: Files that one portion keeps open; those of all threads together must stay below the limit of the process.
 PORTION_SHARDS = 128
 
 
 def open_cache(location: str | Path) -> "Cache":
-    """The committed cache at a directory or fsspec URL.
+    """The committed cache in a directory, at an fsspec URL or at a `dvc+` address.
 
-    Raises CacheError: `uncommitted` without a commit record, `newer-format`, `damaged` or `missing` if a file is not
-    there or not as long as the record says, `replaced` if another cache takes its place meanwhile, `unreachable`.
-    Values are checked when they are read; so are the sizes of shards that a remote store would have to be asked for one
-    by one.
+    Raises CacheError: `uncommitted` if there is no commit record, `newer-format`, `missing` if a file is, `damaged` if
+    the record is invalid or a file has another size than recorded, `replaced` if the cache is replaced meanwhile,
+    `unreachable`, `full`. Values are checked when they are read. So are the sizes of shards if a remote store needs one
+    request for each.
     """
     files = files_at(location)
     if not files.exists(RECORD):
@@ -73,35 +71,31 @@ def open_cache(location: str | Path) -> "Cache":
         )
     record = files.read_all(RECORD, MAX_RECORD_BYTES)
     commit = parse_record(record)
-    if isinstance(files, RemoteFiles):
-        files.expect({name: entry for name, entry in commit.files.items() if name.startswith(f"{MAPS}/expert_")})
-    else:
-        files.expect({**commit.files, RECORD: (len(record), sha256(record))})
+    files.expect({**commit.files, RECORD: (len(record), sha256(record))})
     try:
         sizes = files.known_sizes(commit.files)
         for name, size in sizes.items():
             _check_size(files, commit, name, size)
     finally:
-        if isinstance(files, LocalFiles):
-            files.size(RECORD)  # the files are pinned now; were they so beside the record that was read?
+        files.check_record()  # every file is pinned now; this makes sure that they belong to the record
     cache = Cache(files, commit)
     cache.unchecked = set(commit.files) - sizes.keys()
     return cache
 
 
 class Cache:
-    """An open cache. Reading is safe from several threads, in forked processes and after pickling.
+    """An open cache. It can be read from several threads, in forked processes and after pickling.
 
-    It stays the cache that was opened: where another takes its place on disk, reading gives the old values or raises
-    CacheError `replaced`, never a mixture. `close` (or `with`) waits for reads that are under way, then releases the
-    files; every later call raises CacheError `closed`.
+    If another cache takes its place on disk, reading returns the old values or raises CacheError `replaced`, never a
+    mixture. `close` (or `with`) waits for reads in progress, then releases the files; every later call raises
+    CacheError `closed`.
     """
 
-    def __init__(self, files: LocalFiles | RemoteFiles, commit: Commit) -> None:
+    def __init__(self, files: FileStore, commit: Commit) -> None:
         self.files = files
         self.commit = commit
         self.spec: CacheSpec = commit.spec
-        #: Shards whose size is to be checked when their index is read.
+        #: Shards whose size is still to be checked, when their index is read.
         self.unchecked: set[str] = set()
         self._codec = codec(self.spec.codec)
         self._use = InUse(files)
@@ -110,8 +104,10 @@ class Cache:
             self._indexed = np.zeros((self.experts, self.spec.shards), bool)
             self._offsets = np.zeros((self.experts, chunks), np.int64)
             self._sizes = np.zeros((self.experts, chunks), np.int64)
-        except (MemoryError, ValueError):  # of a store that does not tell the sizes of its files
-            raise CacheError("full", f"{files}: no memory to keep track of {chunks} chunks") from None
+        except (MemoryError, ValueError):  # a hostile record, on a store whose sizes could not be checked against it
+            raise CacheError(
+                "full", f"{files}: not enough memory for the index of {chunks} chunks; check where this cache is from"
+            ) from None
         self._start_pool()
 
     def __reduce__(self) -> tuple[Callable[..., "Cache"], tuple[Any, ...]]:
@@ -128,12 +124,11 @@ class Cache:
         self.close()
 
     def close(self) -> None:
-        """Waits for the reads of other threads, then releases files and threads. Closing again does nothing."""
+        """Waits for reads of other threads, then releases files and threads. Closing again does nothing."""
         forked = self._process != os.getpid()
         if forked:  # the parent's threads do not exist here
             self._use.after_fork()
-            if isinstance(self.files, LocalFiles):
-                self.files.after_fork()
+            self.files.after_fork()
         self._use.close()
         if not forked:
             self._pool.shutdown()
@@ -145,25 +140,25 @@ class Cache:
 
     @property
     def rows(self) -> pa.Table:
-        """The row table (`cache.format.rows.SCHEMA`), row i of the table describing row i of the maps."""
+        """The row table (`cache.format.rows.SCHEMA`); its row i describes row i of the maps. Raises as `read`."""
         with self._in_use():
             return self._rows
 
     @property
     def statistics(self) -> bytes:
-        """The batch-norm statistics the rows were computed under, a safetensors file."""
+        """The batch-norm statistics that the rows were computed with, as a safetensors file. Raises as `read`."""
         with self._in_use():
             return self._statistics
 
     def read(self, rows: Sequence[int] | np.ndarray, out: np.ndarray | None = None, expert: int = 0) -> np.ndarray:
-        """Maps of `rows`, (len(rows), C, H, W) in the stored dtype, in the order asked for; repeats are allowed.
+        """Maps of `rows`, (len(rows), C, H, W) in the stored dtype and in the order of `rows`, which may repeat.
 
         `out`, if given, is a C-contiguous array of that shape and dtype; it is filled and returned. bfloat16 caches
-        give their bits as uint16. Raises CacheError: `out-of-range`, `mismatch`, `damaged`, `missing`, `replaced`,
-        `closed`.
+        return their bits as uint16. Raises CacheError: `out-of-range`, `mismatch`, `damaged`, `missing`, `replaced`,
+        `closed`, `unreachable`, `full`.
         """
         given = np.asarray(rows)
-        if given.size and given.dtype.kind not in "iu":  # a mask or fractions would read other rows
+        if given.size and given.dtype.kind not in "iu":  # converting a mask or fractions would select other rows
             raise CacheError("out-of-range", f"rows: row numbers expected; got {given.dtype}")
         wanted = given.astype(np.int64, copy=False)
         if not 0 <= expert < self.experts:
@@ -190,24 +185,25 @@ class Cache:
         _check_size(self.files, self.commit, name, size)
 
     def chunk_ranges(self, chunks: np.ndarray, expert: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Shard, offset and stored size of each of `chunks`, int64; reads the shard indices not yet known."""
+        """Shard, offset and stored size in bytes of each of `chunks`, int64 (n,); reads missing shard indices."""
         with self._in_use():
             return self._chunk_ranges(chunks, expert)
 
     def chunk_fault(self, expert: int, chunk: int, what: str) -> CacheError:
-        """The error for a chunk that is not what was written, naming file, chunk and rows."""
+        """The error for a damaged chunk; names its file, its number within the shard, and its rows."""
         shard, within = divmod(chunk, self.spec.chunks_per_shard)
         first = chunk * self.spec.chunk_rows
         last = min(first + self.spec.chunk_rows, self.spec.rows) - 1
         name = self.spec.shard_file(expert, shard)
-        return CacheError("damaged", f"{self.files}/{name}: chunk {within} (rows {first} to {last}): {what}")
+        rows = numbered("row", first, last)
+        return CacheError("damaged", f"{self.files}/{name}: chunk {within} ({rows}): {what}; run h2t cache verify")
 
     def once_more(self, name: str, job: Callable[[], T]) -> T:
-        """The result of `job` on the file `name`; behind a URL, what does not hold is fetched a second time."""
+        """The result of `job`, which reads the file `name`; behind a URL, damaged bytes are fetched a second time."""
         try:
             return job()
         except CacheError as error:
-            if error.reason != "damaged" or isinstance(self.files, LocalFiles):
+            if error.reason != "damaged" or self.files.local:
                 raise
         self.files.forget(name)
         return job()
@@ -221,7 +217,7 @@ class Cache:
         return self._checked(STATISTICS)
 
     def _in_use(self) -> InUse:
-        """What every method that needs files or threads enters, so that `close` knows of it."""
+        """The context in which every method uses files and threads; `close` waits for it."""
         if self._process != os.getpid():
             self._after_fork()
         return self._use
@@ -245,35 +241,31 @@ class Cache:
 
     def _read_index(self, expert: int, shard: int) -> None:
         spec = self.spec
-        name = spec.shard_file(expert, shard)
-        first = shard * spec.chunks_per_shard
-        used = -(-len(spec.shard_range(shard)) // spec.chunk_rows)
-        size = shard_layout.index_bytes(spec.chunks_per_shard)
+        name, rows, slots = spec.shard_file(expert, shard), spec.shard_range(shard), spec.chunks_per_shard
+        first = shard * slots
+        used = -(-len(rows) // spec.chunk_rows)
         if name in self.unchecked:
             self.check_size(name, self.files.size(name))
             self.unchecked.discard(name)
 
         def parsed() -> tuple[np.ndarray, np.ndarray]:
-            data = self.files.read_ranges(name, [(0, size)])[0]
+            data = self.files.read_ranges(name, [(0, shard_layout.index_bytes(slots))])[0]
             shard_bytes, _ = self.commit.files[name]
-            return shard_layout.parse_index(data, spec.chunks_per_shard, used, shard_bytes, spec.chunk_bytes(expert))
+            try:
+                return shard_layout.parse_index(data, slots, used, shard_bytes, spec.chunk_bytes(expert))
+            except CacheError as error:
+                held = numbered("row", rows.start, rows.stop - 1)
+                says = f"{self.files}/{name}: {error.detail} ({held}); run h2t cache verify"
+                raise CacheError(error.reason, says) from None
 
-        try:
-            offsets, sizes = self.once_more(name, parsed)
-        except CacheError as error:
-            if error.reason == "replaced":
-                raise
-            rows = spec.shard_range(shard)
-            raise CacheError(
-                error.reason, f"{self.files}/{name}: {error.detail} (rows {rows.start} to {rows.stop - 1})"
-            ) from None
+        offsets, sizes = self.once_more(name, parsed)
         self._offsets[expert, first : first + used] = offsets
         self._sizes[expert, first : first + used] = sizes
         self._indexed[expert, shard] = True
 
     def _gather(self, plan: Plan, out: np.ndarray, expert: int) -> None:
         shards, offsets, sizes = self._chunk_ranges(plan.chunks, expert)
-        local = isinstance(self.files, LocalFiles)
+        local = self.files.local
         whole_rows = local and self.spec.chunk_rows == 1 and self.spec.codec == "none"
         if whole_rows and (gather := compiled()):
             work = portions(shards, sizes, portion_bytes=PORTION_BYTES, max_shards=PORTION_SHARDS)
@@ -281,47 +273,47 @@ class Cache:
             return
         runs = units(shards, offsets, sizes, max_gap=0 if whole_rows else MAX_GAP_BYTES)
         reads = sum(len(unit.runs) for unit in runs) if whole_rows else len(runs)
-        # A remote read waits: always side by side.
+        # Remote reads wait for the network, so they always run in parallel.
         alone = local and sizes.sum() < PARALLEL_READ_BYTES * reads
         job = _InPlace(self, expert, plan, out) if whole_rows else _Decode(self, expert, plan, offsets, sizes, out)
         self._share_out(job, runs, alone=alone)
 
     def _after_fork(self) -> None:
-        """In a forked child: the parent's threads and whatever they held stayed behind."""
+        """Sets this cache up in a forked child, where the parent's threads do not exist."""
         with _FORK:
-            if self._process != os.getpid():  # another thread of the child may have come first
+            if self._process != os.getpid():  # another thread of the child may have done it already
                 self._use.after_fork()
                 self.files.after_fork()
                 self._start_pool()
 
     def _start_pool(self) -> None:
-        """Threads beside that of the caller, which works too."""
+        """Starts threads that work beside the calling thread."""
         self._pool = ThreadPoolExecutor(max(1, THREADS - 1), "cache-read")
         self._process = os.getpid()
 
     def _share_out(self, job: Callable[[T], None], work: Sequence[T], *, alone: bool = False) -> None:
-        """`job` for every piece of `work`, by the threads of the pool unless it is better done `alone`."""
+        """Runs `job` for every piece of `work`, in the thread pool or, if `alone`, in the calling thread."""
         if alone or len(work) == 1:
             _each(job, work)
             return
         shared = iter(work)
-        # The caller works too: it has begun before another thread is awake.
+        # The calling thread works too; it starts before the others wake up.
         tasks = [self._pool.submit(_each, job, shared) for _ in range(min(THREADS, len(work)) - 1)]
         try:
             _each(job, shared)
         finally:
-            wait(tasks)  # all of them: nothing may write to `out` once this function is left
+            wait(tasks)  # for all, because no thread may write to `out` after this function returns
         for task in tasks:
             task.result()
 
 
-def _check_size(files: LocalFiles | RemoteFiles, commit: Commit, name: str, size: int) -> None:
+def _check_size(files: FileStore, commit: Commit, name: str, size: int) -> None:
     expected = commit.files[name][0]
     if size != expected:
         raise CacheError("damaged", f"{files}/{name}: {size} bytes, {RECORD} says {expected}; run h2t cache verify")
 
 
-def _reopened(files: LocalFiles | RemoteFiles, commit: Commit, unchecked: set[str]) -> Cache:
+def _reopened(files: FileStore, commit: Commit, unchecked: set[str]) -> Cache:
     cache = Cache(files, commit)
     cache.unchecked = set(unchecked)
     return cache
@@ -333,7 +325,7 @@ def _each(job: Callable[[T], None], work: Iterable[T]) -> None:
 
 
 class _Compiled:
-    """Fetches one-row chunks, each payload straight into its slot of `out`, by the compiled gather."""
+    """Reads one-row chunks with the compiled gather, each row directly into its slot of `out`."""
 
     def __init__(
         self,
@@ -358,7 +350,7 @@ class _Compiled:
         names = [spec.shard_file(self.expert, shard) for shard in present.tolist()]
         with files.handles(names) as held:
             opened = np.array(held, np.int64)
-            found = self.gather(
+            outcome = self.gather(
                 opened[:, 0].astype(np.int32)[which],
                 self.offsets[first:last],
                 self.slots[first:last],
@@ -366,16 +358,16 @@ class _Compiled:
                 self.row_bytes,
                 opened,
             )
-        if found.result == CHANGED:
-            raise files.replaced(names[found.row])
-        if found.result != DONE:
-            j = first + found.row
+        if outcome.result == CHANGED:
+            raise files.replaced(names[outcome.row])
+        if outcome.result != DONE:
+            j = first + outcome.row
             name = spec.shard_file(self.expert, int(self.shards[j]))
-            if found.result == MISMATCH:
+            if outcome.result == MISMATCH:
                 raise self.cache.chunk_fault(self.expert, int(self.plan.chunks[j]), "crc32c mismatch")
-            if found.result == REFUSED:
+            if outcome.result == REFUSED:
                 with files.in_one_line(name):
-                    raise OSError(found.errno, os.strerror(found.errno), f"{files}/{name}")
+                    raise OSError(outcome.errno, os.strerror(outcome.errno), f"{files}/{name}")
             start = int(self.offsets[j])
             raise files.ends_early(name, start, start + self.row_bytes + shard_layout.CRC_BYTES)
         for slot, lead in self.plan.repeats(first, last):
@@ -383,7 +375,7 @@ class _Compiled:
 
 
 class _InPlace:
-    """What `_Compiled` does where that was not built: each payload into its slot, each checksum beside it."""
+    """Does the work of `_Compiled` if that was not built: reads rows into their slots and checksums beside them."""
 
     def __init__(self, cache: Cache, expert: int, plan: Plan, out: np.ndarray) -> None:
         self.cache, self.expert, self.plan = cache, expert, plan
@@ -413,7 +405,7 @@ class _InPlace:
 
 
 class _Decode:
-    """Fetches chunks, checks and decodes them: one-row chunks into their slots of `out`, others by way of a copy."""
+    """Reads, checks and decodes chunks: one-row chunks directly into their slots of `out`, others through a copy."""
 
     def __init__(
         self, cache: Cache, expert: int, plan: Plan, offsets: np.ndarray, sizes: np.ndarray, out: np.ndarray

@@ -1,36 +1,36 @@
-"""What people may read: no secret of a URL, and no character that a terminal takes for more than a character."""
+"""Makes text safe to print: no secrets from URLs, no characters that control a terminal."""
 
 import html
 import re
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
-LONGEST = 2000  # characters of a message; what it says stands at its front, and the way out at its end
+LONGEST = 2000  # characters of a message; a longer one loses its middle: the problem comes first, the way out last
 
 _SCHEME = re.compile(r"\w+\Z")
-_CLOSING = re.compile(r"['\")\]}>.,:;]*\Z")  # of the text around a URL, where it ends
+_CLOSING = re.compile(r"['\")\]}>.,:;]*\Z")  # closing punctuation that follows a URL and is not part of it
 _LONGEST_SCHEME = 20
 
 
 def redacted(text: str) -> str:
-    """`text` without what stands before an @ or behind a ? in its URLs: passwords, tokens, signatures.
+    """`text` with the login (before @) and the query (after ?) of its URLs removed: passwords, tokens, signatures.
 
-    In doubt too much goes: where a password with a slash in it may stand, nothing of the URL is left.
+    When in doubt, remove more: if a URL may hold a password with a slash in it, all of the URL goes.
     """
-    before, *urls = text.split("://")  # by hand: an expression for all of it takes time that grows with the square
-    found = [before]
+    before, *urls = text.split("://")  # not one regular expression: that would take quadratic time
+    kept = [before]
     for number, url in enumerate(urls, 1):
         rest, blank, after = url, "", ""
         if space := re.search(r"\s", url):
             rest, blank, after = url[: space.start()], space[0], url[space.end() :]
         elif number < len(urls) and not set(url) & set("?=") and (scheme := _SCHEME.search(url[-_LONGEST_SCHEME:])):
-            # What follows without a blank is the next URL's scheme, unless it may be the end of a secret.
+            # Text that runs straight into the next :// is that URL's scheme, unless it may be the end of a secret.
             rest, after = url[: len(url) - len(scheme[0])], scheme[0]
-        found.append(_without_secrets(rest) + blank + after)
-    return "://".join(found)
+        kept.append(_without_secrets(rest) + blank + after)
+    return "://".join(kept)
 
 
 def _without_secrets(rest: str) -> str:
-    """What follows the :// of a URL."""
+    """The part of a URL after ://, redacted."""
     closing = _CLOSING.search(rest[-_LONGEST_SCHEME:])
     after = closing[0] if closing else ""
     rest = rest[_place(rest).rfind("@") + 1 :]
@@ -46,24 +46,24 @@ def _without_secrets(rest: str) -> str:
 
 
 def _place(rest: str) -> str:
-    """Login, host and port."""
+    """Login, host and port: everything before the first slash, ? or #."""
     return re.split(r"[/?#]", rest, maxsplit=1)[0]
 
 
 def printable(text: str) -> str:
-    """`text` with whatever does not print as itself escaped: line breaks, control characters, changes of direction."""
+    """`text` with non-printable characters escaped: line breaks, control characters, text direction marks."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def in_markdown(text: str) -> str:
-    """`text` as it can stand in a line or a cell of a Markdown table without being more than text."""
+    """`text` escaped so that it stays plain text in a line or a table cell of Markdown."""
     return html.escape(printable(text), quote=False).replace("|", "\\|").replace("`", "&#96;")
 
 
 def one_line(text: str) -> str:
-    """`text` as a message: printable, and where it is very long without its middle."""
+    """`text` as a message: printable, and shortened in the middle if longer than `LONGEST` characters."""
     text = printable(text)
     if len(text) > LONGEST:
         text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
@@ -71,27 +71,31 @@ def one_line(text: str) -> str:
 
 
 def secrets_in(url: str) -> set[str]:
-    """What in `url` must not be repeated, however a library words it: password, token, values of the query."""
+    """The secrets in `url`, raw and percent-encoded: password, token, values of the query.
+
+    They are removed from messages of other libraries, which may quote the URL in any form. Raises ValueError for an
+    invalid URL.
+    """
     try:
         parts = urlsplit(url.removeprefix("dvc+"))
-    except ValueError:  # whose own words quote what stands in brackets, which may be a password
-        raise ValueError(f"{redacted(url)}: not a URL; write [ and ] of a login as %5B and %5D") from None
+    except ValueError:  # its message quotes the text in brackets, which may be a password
+        raise ValueError(f"{redacted(url)}: not a valid URL; write [ and ] in a login as %5B and %5D") from None
     texts = (parts.query, parts.fragment, parts.fragment.partition("?")[2])
-    found = {value for text in texts for _, value in parse_qsl(text)}
+    secrets = {value for text in texts for _, value in parse_qsl(text)}
     if parts.password:
-        found.add(parts.password)
-    elif parts.username and parts.scheme.startswith("http"):  # a token in place of a name
-        found.add(parts.username)
+        secrets.add(parts.password)
+    elif parts.username and parts.scheme.startswith("http"):  # a token in place of a user name
+        secrets.add(parts.username)
     return {
         form
-        for secret in found
+        for secret in secrets
         if secret
         for form in (secret, unquote(secret), quote(secret, "", errors="surrogatepass"))
     }
 
 
 def without(text: str, secrets: set[str]) -> str:
-    """`text`, redacted, and without `secrets` wherever they stand."""
+    """`text`, redacted, with every occurrence of `secrets` replaced by ***."""
     for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, "***")
     return redacted(text)

@@ -184,15 +184,15 @@ class TestHostile:
             pytest.param(lambda b: b.update(experts=[{"shape": [11, 2**40, 2**10, 2]}]), "2 GiB", id="huge map"),
             pytest.param(lambda b: b.update(experts=[{"shape": [11, 3, 2, 1]}]), "must have 16 bytes", id="small map"),
             pytest.param(
-                lambda b: b["files"].update({"../x": {"bytes": 1, "sha256": "0" * 64}}), "no name", id="outside"
+                lambda b: b["files"].update({"../x": {"bytes": 1, "sha256": "0" * 64}}), "not the name", id="outside"
             ),
             pytest.param(lambda b: b["files"].pop("README.md"), "README.md: not named", id="unnamed"),
             pytest.param(
                 lambda b: b["files"].update({"maps.zarr": {"bytes": 1, "sha256": "0" * 64}}),
-                "no file of format 1",
+                "not a file of format 1",
                 id="folder",
             ),
-            pytest.param(lambda b: b["files"]["README.md"].update(sha256="x" * 99), "a sha256 belongs", id="no digest"),
+            pytest.param(lambda b: b["files"]["README.md"].update(sha256="x" * 99), "sha256 expected", id="no digest"),
             pytest.param(lambda b: b["files"]["README.md"].update(sha256="0" * 64), "sha256 differs", id="other"),
         ],
     )

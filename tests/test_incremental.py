@@ -333,7 +333,7 @@ def test_a_chunk_that_rots_after_the_check_is_not_copied(tmp_path, codec):
     assert list(broken_shards(source, np.arange(4))) == []  # nothing is needed of it
     empty = [m[:0] for m in maps]
     assert carrier.complete(0, empty) == [(tmp_path / "c/maps.zarr/expert_0/c.0.0.0.0").read_bytes()]
-    with pytest.raises(CacheError, match=r"c\.1\.0\.0\.0: chunk 3 \(rows 7 to 7\): crc32c mismatch"):
+    with pytest.raises(CacheError, match=r"c\.1\.0\.0\.0: chunk 3 \(row 7\): crc32c mismatch"):
         carrier.complete(1, empty)
 
 

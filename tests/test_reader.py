@@ -344,7 +344,7 @@ class TestDamage:
         data = bytearray(self.shard(cache_dir, 2).read_bytes())
         data[-1] ^= 1
         self.shard(cache_dir, 2).write_bytes(data)
-        assert "expert_0/c.2.0.0.0: chunk 1 (rows 10 to 10): crc32c mismatch" in refused(cache_dir).detail
+        assert "expert_0/c.2.0.0.0: chunk 1 (row 10): crc32c mismatch" in refused(cache_dir).detail
 
     @pytest.mark.parametrize("name", ["rows.parquet", "batchnorm.safetensors"])
     def test_row_table_and_statistics_are_held_against_their_sha256(self, cache_dir, name):

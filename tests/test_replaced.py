@@ -127,7 +127,7 @@ def is_old(cache, rows, old) -> bool:
     try:
         found = cache.read(rows)
     except CacheError as error:
-        if error.reason == "replaced" and "open what is there now" in error.detail:
+        if error.reason == "replaced" and "open the cache again" in error.detail:
             return False
         raise
     assert found.tobytes() == old[rows].tobytes()

@@ -1,1 +1,1 @@
-"""The format: what a cache consists of, byte by byte, shared by both sides."""
+"""The cache format, byte by byte; used by the reader and the writer."""

@@ -1,4 +1,4 @@
-"""The card inside a cache: a README that says what it is and how to load it, from the spec and the rows alone."""
+"""The card of a cache: a README that says what the cache holds and how to load it."""
 
 from collections import Counter
 
@@ -9,7 +9,7 @@ from h2t.cache.redaction import in_markdown
 
 
 def card(spec: CacheSpec, rows: pa.Table) -> bytes:
-    """`README.md` of a cache, UTF-8."""
+    """Content of the `README.md` of a cache, UTF-8; the same spec and rows give the same bytes."""
     parts = Counter(zip(rows["split"].to_pylist(), rows["statistics"].to_pylist(), strict=True))
     lines = [
         "# Feature cache",

@@ -1,7 +1,8 @@
-"""Codec name -> how a chunk becomes bytes and back, and the Zarr codec chain that says so.
+"""Codecs by name: encoding and decoding of a chunk, and the matching Zarr codec chain.
 
-Every chain ends in crc32c. `none`, `zstd` and `blosc-lz4` are read by every Zarr v3 tool; TensorStore does not know
-`numcodecs.lz4` and `pcodec`. No byte shuffle: on post-ReLU maps, whose zeros are scattered, it makes chunks larger.
+Every chain ends with crc32c. Every Zarr v3 tool reads `none`, `zstd` and `blosc-lz4`; TensorStore cannot read
+`numcodecs.lz4` and `pcodec`. No codec shuffles bytes: maps after a ReLU have scattered zeros, and shuffling makes
+their chunks larger.
 """
 
 from collections.abc import Callable
@@ -15,13 +16,17 @@ from numcodecs import blosc, lz4, zstd
 
 from h2t.cache.errors import CacheError
 
-#: Codecs that TensorStore and other non-Python readers cannot decode.
+#: Codecs that TensorStore and other readers outside Python cannot decode.
 PYTHON_ONLY = frozenset({"numcodecs.lz4", "pcodec"})
 
 
 @dataclass(frozen=True, slots=True)
 class Codec:
-    """Compression of one chunk. `encode` takes a contiguous array; `decode` fills the contiguous array given to it."""
+    """Compression of one chunk.
+
+    `encode` takes a contiguous array and returns its encoded bytes. `decode` takes encoded bytes and fills the
+    contiguous array given to it; it raises ValueError or RuntimeError if the bytes do not decode to exactly its size.
+    """
 
     name: str
     encode: Callable[[np.ndarray], bytes]
@@ -31,7 +36,7 @@ class Codec:
 def _none() -> Codec:
     def decode(data: Any, out: np.ndarray) -> None:
         if len(data) != out.nbytes:
-            raise ValueError(f"{len(data)} bytes for a chunk of {out.nbytes}")
+            raise ValueError(f"it has {len(data)} bytes, not {out.nbytes}")
         out.reshape(-1).view(np.uint8)[:] = np.frombuffer(data, np.uint8)
 
     return Codec("none", lambda chunk: chunk.tobytes(), decode)
@@ -40,16 +45,19 @@ def _none() -> Codec:
 def _numcodecs(
     name: str, make: Callable[[int], Any], decompress: Callable[[Any, Any], Any], stated: Callable[[Any], int]
 ) -> Codec:
-    """`decompress` is what the codec's `decode` ends in; going through that costs a tenth more for rows of 8 KiB."""
-    make = cache(make)  # the objects hold settings and nothing else; several threads may use one
+    """A codec of numcodecs. `make(itemsize)` builds its encoder; `stated(data)` reads the decoded size from `data`.
+
+    `decompress` is the function that the codec's own `decode` calls; calling `decode` costs 10 % more for 8 KiB rows.
+    """
+    make = cache(make)  # the objects only hold settings, so threads can share them
 
     def encode(chunk: np.ndarray) -> bytes:
         return bytes(make(chunk.dtype.itemsize).encode(chunk))
 
     def decode(data: Any, out: np.ndarray) -> None:
-        # numcodecs fills the front of a larger `out` and says nothing.
+        # numcodecs raises no error if `out` is too large: it fills only the front.
         if stated(data) != out.nbytes:
-            raise ValueError(f"decodes to {stated(data)} bytes, not {out.nbytes}")
+            raise ValueError(f"it decodes to {stated(data)} bytes, not {out.nbytes}")
         decompress(data, out.reshape(-1).view(np.uint8))
 
     return Codec(name, encode, decode)
@@ -60,7 +68,7 @@ def _integer(data: Any, start: int, size: int) -> int:
 
 
 def _zstd_bytes(data: Any) -> int:
-    """Decoded size that a Zstandard frame states (RFC 8878, section 3.1.1.1); 0 if it states none."""
+    """Decoded size stated in a Zstandard frame header (RFC 8878, section 3.1.1.1); 0 if it states none."""
     flags = _integer(data, 4, 1)
     single = flags >> 5 & 1
     size = (single, 2, 4, 8)[flags >> 6]
@@ -69,7 +77,10 @@ def _zstd_bytes(data: Any) -> int:
 
 
 def _blosc_bytes(data: Any) -> int:
-    """Decoded size that a Blosc header states; 0 unless it also states the size that is here, as Blosc reads so far."""
+    """Decoded size stated in a Blosc header; 0 if the stated encoded size is not that of `data`.
+
+    Blosc reads as many bytes as the header says, so a wrong encoded size would make it read beyond `data`.
+    """
     return _integer(data, 4, 4) if _integer(data, 12, 4) == len(data) else 0
 
 
@@ -78,12 +89,12 @@ def _pcodec() -> Codec:
     from pcodec import standalone
 
     def decode(data: Any, out: np.ndarray) -> None:
-        try:  # into `out`: a few bytes can say that they decode to gigabytes
+        try:  # into `out`, because a few bytes can claim to decode to gigabytes
             progress = standalone.simple_decompress_into(bytes(data), out.reshape(-1))
         except TypeError as error:
             raise ValueError(str(error)) from None
         if progress.n_processed != out.size or not progress.finished:
-            raise ValueError(f"decodes to other than {out.size} values")
+            raise ValueError(f"it does not decode to {out.size} values")
 
     return Codec("pcodec", lambda chunk: bytes(PCodec().encode(chunk)), decode)
 
@@ -106,7 +117,7 @@ CODECS: dict[str, Callable[[], Codec]] = {
 
 
 def codec(name: str) -> Codec:
-    """The codec called `name`; CacheError `spec` for an unknown name."""
+    """The codec called `name`. Raises CacheError `spec` for an unknown name."""
     if name not in CODECS:
         raise CacheError("spec", f"codec: must be one of {', '.join(CODECS)}; got {name!r}")
     return CODECS[name]()

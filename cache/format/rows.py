@@ -1,4 +1,4 @@
-"""The row table: which image, view and batch-norm statistics each cache row holds."""
+"""The row table: which image, view and batch-norm statistics each row of a cache holds."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -26,15 +26,16 @@ SCHEMA = pa.schema(
 )
 ORDER = [(name, "ascending") for name in ("split", "statistics", "label", "source", "view")]
 TEXTS = [field.name for field in SCHEMA if field.type == pa.string()]
-ROW_BYTES = sum(4 if field.type == pa.string() else field.type.bit_width // 8 for field in SCHEMA)  # beside its texts
-FEW_ROWS = 10_000  # are read before another thread is awake
+ROW_BYTES = sum(4 if field.type == pa.string() else field.type.bit_width // 8 for field in SCHEMA)  # without its texts
+FEW_ROWS = 10_000  # one thread reads these faster than a second one starts
 SPLITS = ("train", "val", "test")
 
 
 def make_rows(columns: Mapping[str, Sequence[Any] | pa.Array]) -> pa.Table:
-    """The row table of `columns` (all of the schema's but `row`), in cache order, so each class is one run of rows.
+    """The row table of `columns` (all columns of `SCHEMA` except `row`), sorted into cache order and numbered.
 
-    Raises CacheError `spec` for an unknown split, a negative label or two rows of the same identity.
+    In cache order the rows of a class are consecutive (format rule 3.2). Raises CacheError `spec` for an unknown
+    split, a negative label, or two rows with the same split, statistics, source and view.
     """
     fields = [f for f in SCHEMA if f.name != "row"]
     table = pa.table({f.name: pa.array(columns[f.name], f.type) for f in fields}, pa.schema(fields)).sort_by(ORDER)
@@ -48,22 +49,24 @@ def _check(table: pa.Table) -> None:
     if not splits <= set(SPLITS):
         raise CacheError("spec", f"row table: split must be one of {', '.join(SPLITS)}; got {sorted(splits)}")
     if len(table) and table["label"].to_numpy().min() < 0:
-        raise CacheError("spec", "row table: labels must be at least 0")
+        raise CacheError("spec", f"row table: labels must be at least 0; got {table['label'].to_numpy().min()}")
     identity = ["split", "statistics", "source", "view"]
     if len(table.group_by(identity).aggregate([])) != len(table):
         raise CacheError("spec", "row table: two rows have the same split, statistics, source and view")
 
 
 def to_bytes(table: pa.Table) -> bytes:
-    """`rows.parquet`; the same table gives the same bytes."""
+    """The table as `rows.parquet`; the same table gives the same bytes."""
     sink = io.BytesIO()
     pq.write_table(table.replace_schema_metadata(None), sink, compression="zstd", write_statistics=True)
     return sink.getvalue()
 
 
 def from_bytes(data: bytes, expected_rows: int) -> pa.Table:
-    """The row table in `data`; CacheError `damaged` if it is no row table of `expected_rows` rows, `full` if its values
-    would not fit into memory: a file of a few kilobytes can hold billions of equal rows.
+    """The row table in `data`, the bytes of `rows.parquet`.
+
+    Raises CacheError `damaged` unless it is a valid row table of `expected_rows` rows, and `full` if it would not fit
+    into memory: a file of a few kilobytes can expand to billions of equal rows.
     """
     try:
         source = pa.BufferReader(data)
@@ -74,7 +77,7 @@ def from_bytes(data: bytes, expected_rows: int) -> pa.Table:
         if file.metadata.num_rows != expected_rows:
             raise misnumbered
         _check_memory(expected_rows * ROW_BYTES)
-        # Each text once, however often it stands in a column.
+        # Dictionaries hold each distinct text once, however often it occurs.
         table = pq.ParquetFile(source, metadata=file.metadata, read_dictionary=TEXTS).read(
             use_threads=expected_rows > FEW_ROWS
         )
@@ -84,7 +87,7 @@ def from_bytes(data: bytes, expected_rows: int) -> pa.Table:
         table = table.cast(SCHEMA)
         table.validate(full=True)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise CacheError("damaged", f"rows.parquet: unreadable ({' '.join(str(error).split())})") from None
+        raise CacheError("damaged", f"rows.parquet: cannot be read ({' '.join(str(error).split())})") from None
     # `to_numpy` imports pandas where it is installed, 0.2 s.
     row, *others = (np.from_dlpack(table[name].combine_chunks()) for name in ("row", "sample", "view", "label"))
     if not np.array_equal(row, np.arange(expected_rows)):
@@ -100,6 +103,6 @@ def _check_memory(need: int) -> None:
 
 
 def _text_bytes(column: pa.ChunkedArray) -> int:
-    """Bytes of the texts of a column of dictionaries, written out."""
+    """Bytes of the texts of a dictionary-encoded column once it is decoded."""
     lengths = (pc.take(pc.binary_length(chunk.dictionary), chunk.indices) for chunk in column.chunks)
     return sum(pc.sum(each).as_py() or 0 for each in lengths)

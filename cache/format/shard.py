@@ -1,6 +1,6 @@
-"""One shard as bytes: the index, then the chunks, each followed by its crc32c (Zarr v3 sharding, index at the start).
+"""The bytes of a shard: an index, then the chunks, each followed by its crc32c (Zarr v3 sharding, index at the start).
 
-Both sides of the cache use this module: the writer lays a shard out, the reader takes its index apart.
+The writer builds shards with this module; the reader parses their indices with it.
 """
 
 from collections.abc import Sequence
@@ -11,17 +11,17 @@ from crc32c import crc32c
 from h2t.cache.errors import CacheError
 
 CRC_BYTES = 4
-MAX_BYTES = 2**63 - 1  # of a file; offsets and sizes are handed on as int64
-EMPTY = np.uint64(2**64 - 1)  # offset and length of a chunk that lies wholly beyond the array's end
+MAX_BYTES = 2**63 - 1  # of a file, because offsets and sizes become int64
+EMPTY = np.uint64(2**64 - 1)  # offset and size of a chunk beyond the end of the array
 
 
 def index_bytes(slots: int) -> int:
-    """Bytes of the index of a shard with room for `slots` chunks."""
+    """Size in bytes of the index of a shard with `slots` chunk slots, its checksum included."""
     return 16 * slots + CRC_BYTES
 
 
 def sealed(payload: bytes | memoryview) -> bytes:
-    """A chunk as stored: its encoded bytes and their crc32c."""
+    """A chunk as stored: its encoded bytes followed by their crc32c, 4 bytes, little endian."""
     checksum: int = crc32c(payload)
     return bytes(payload) + checksum.to_bytes(CRC_BYTES, "little")
 
@@ -34,19 +34,19 @@ def _index(sizes: np.ndarray, slots: int) -> bytes:
 
 
 def join(chunks: Sequence[bytes], slots: int) -> bytes:
-    """A shard of `slots` places that holds the encoded `chunks` (without their checksums), in order."""
+    """A shard with `slots` chunk slots that holds the encoded `chunks` (without checksums), in order."""
     return lay_out([sealed(chunk) for chunk in chunks], slots)
 
 
 def lay_out(stored: Sequence[bytes | memoryview], slots: int) -> bytes:
-    """A shard of `slots` places that holds chunks as they are stored (with their checksums), in order."""
+    """A shard with `slots` chunk slots that holds the `stored` chunks (with checksums), in order."""
     return b"".join([_index(np.array([len(c) for c in stored], np.uint64), slots), *stored])
 
 
 def join_plain(chunks: np.ndarray, slots: int) -> bytearray:
-    """The same shard as `join` for uncompressed chunks of one size; `chunks` is (chunks, bytes) uint8.
+    """The same shard as `join`, for uncompressed chunks of equal size; `chunks` is (chunks, bytes) uint8.
 
-    Several times faster than `join`, because the chunks are copied in one piece.
+    Several times faster than `join`, because one array operation copies all chunks.
     """
     count, size = chunks.shape
     shard = bytearray(index_bytes(slots) + count * (size + CRC_BYTES))
@@ -61,11 +61,12 @@ def join_plain(chunks: np.ndarray, slots: int) -> bytearray:
 def parse_index(
     data: bytes, slots: int, used: int, shard_bytes: int, chunk_bytes: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Offsets and stored sizes (int64, length `used`) of the chunks of a shard.
+    """Offsets and stored sizes in bytes, two int64 arrays of length `used`, of the chunks of a shard.
 
-    `data` is the index region of a shard of `shard_bytes`; `chunk_bytes` is the size of every encoded chunk where the
-    codec fixes it. Raises CacheError `damaged` unless the checksum holds and the chunks fill the rest of the shard one
-    after the other, in order: an entry that stands twice or in another's place would give wrong rows.
+    `data` is the index of a shard of `shard_bytes` bytes with `slots` chunk slots, of which the first `used` are in
+    use. `chunk_bytes` is the size of every encoded chunk if the codec fixes it. Raises CacheError `damaged` unless the
+    checksum is right and the chunks fill the rest of the shard in order, without gap or overlap: a duplicate or
+    swapped entry would give wrong rows.
     """
     if len(data) != index_bytes(slots):
         raise CacheError("damaged", f"shard index: {index_bytes(slots)} bytes expected; got {len(data)}")
@@ -74,13 +75,13 @@ def parse_index(
         raise CacheError("damaged", "shard index: crc32c mismatch")
     table = np.frombuffer(body, "<u8").reshape(slots, 2)
     if (table[used:] != EMPTY).any():
-        raise CacheError("damaged", "shard index: names chunks beyond the array's end")
+        raise CacheError("damaged", "shard index: lists chunks beyond the array's end")
     table = table[:used]
     if (table == EMPTY).any():
         raise CacheError("damaged", f"shard index: chunk {int(np.argmax((table == EMPTY).any(1)))} is missing")
     limit = np.uint64(min(shard_bytes, MAX_BYTES))
     if ((table[:, 0] > limit) | (table[:, 1] > limit - np.minimum(table[:, 0], limit))).any():
-        raise CacheError("damaged", "shard index: a chunk reaches outside the shard")
+        raise CacheError("damaged", f"shard index: a chunk lies outside the shard's {shard_bytes} bytes")
     offsets, sizes = table[:, 0].astype(np.int64), table[:, 1].astype(np.int64)
     ends = offsets + sizes
     misplaced = offsets != np.append(index_bytes(slots), ends[:-1])
@@ -98,6 +99,6 @@ def parse_index(
 
 
 def holds(stored: memoryview | bytes) -> bool:
-    """Whether a stored chunk (payload and checksum) is whole."""
+    """True if the checksum at the end of a stored chunk matches its encoded bytes."""
     view = memoryview(stored)
     return len(view) >= CRC_BYTES and crc32c(view[:-CRC_BYTES]) == int.from_bytes(view[-CRC_BYTES:], "little")

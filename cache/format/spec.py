@@ -1,7 +1,7 @@
-"""What a cache is: shapes, layout, and the ingredients that decide its values; JSON both ways.
+"""The specification of a cache: shapes, layout and what determines its values; written to and read from JSON.
 
-`CacheSpec.fingerprint` covers everything that decides the values (rule 10 of docs/cache-format.md) and
-nothing that only decides the bytes, so a cache with another codec or another chunking has the same fingerprint.
+`CacheSpec.fingerprint` covers everything that determines the values (rule 2.4 of docs/cache-format.md) and nothing
+that only changes the bytes, so caches that differ in codec or chunk size have the same fingerprint.
 """
 
 import hashlib
@@ -22,26 +22,26 @@ ROWS = "rows.parquet"
 STATISTICS = "batchnorm.safetensors"
 CARD = "README.md"
 MAPS = "maps.zarr"
-#: A record of 200,000 shards takes 27 MB. What is longer is not read.
+#: Longer records are neither written nor read. A record of 200,000 shards takes 27 MB.
 MAX_RECORD_BYTES = 32 * 1024**2
 
-#: Storage dtype of the arrays. Neither NumPy nor zarr-python knows bfloat16, so its bits are stored as uint16.
+#: Dtype of the stored arrays. NumPy and zarr-python have no bfloat16, so its bits are stored as uint16.
 STORED_AS = {"float16": "float16", "float32": "float32", "bfloat16": "uint16"}
 
-WHOLE_ROW_BYTES = 8 * 1024  # rows of this size or more are a chunk of their own
+WHOLE_ROW_BYTES = 8 * 1024  # a row of this size or more is its own chunk
 SMALL_ROW_CHUNK_BYTES = 64 * 1024  # smaller rows share chunks of about this size
-MAX_CHUNK_BYTES = 2**31  # what Blosc and LZ4 can hold
+MAX_CHUNK_BYTES = 2**31  # the limit of Blosc and LZ4
 
 
 def to_float32(maps: np.ndarray, dtype: str) -> np.ndarray:
-    """Stored values of a cache of `dtype` as float32, which holds each of them exactly."""
+    """Stored values of a cache of `dtype`, any shape, as float32; the conversion is exact."""
     if dtype == "bfloat16":
         return (maps.astype(np.uint32) << np.uint32(16)).view(np.float32)
     return maps.astype(np.float32)
 
 
 def canonical_json(value: Any) -> bytes:
-    """The one way this project writes JSON: UTF-8, sorted keys, no spaces, no NaN."""
+    """`value` as canonical JSON: UTF-8, sorted keys, no spaces; raises ValueError for NaN and infinity."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return text.encode()
 
@@ -51,14 +51,14 @@ def sha256(data: bytes | bytearray) -> str:
 
 
 def chunk_rows_for(row_bytes: int) -> int:
-    """Rows per chunk: one, so that a random row costs its own bytes only; small rows fill 64 KiB."""
+    """Rows per chunk: 1 for large rows, so reading a random row reads no other; else as many as fill 64 KiB."""
     if row_bytes >= WHOLE_ROW_BYTES:
         return 1
     return max(1, SMALL_ROW_CHUNK_BYTES // row_bytes)
 
 
 def shard_rows_for(row_bytes: int, chunk_rows: int, shard_bytes: int) -> int:
-    """Rows per shard: the most whole chunks that `shard_bytes` of values hold, at least one."""
+    """Rows per shard: as many whole chunks as fit into `shard_bytes` of uncompressed values, at least one."""
     return max(1, shard_bytes // (row_bytes * chunk_rows)) * chunk_rows
 
 
@@ -66,8 +66,9 @@ def shard_rows_for(row_bytes: int, chunk_rows: int, shard_bytes: int) -> int:
 class CacheSpec:
     """Shapes, layout and origin of one cache.
 
-    `maps` holds one (C, H, W) per expert. `fingerprint_inputs` is a JSON object of all that decides the values,
-    `provenance` a JSON object of versions and settings that is carried along but decides nothing.
+    `maps` holds one (C, H, W) per expert. `fingerprint_inputs` is a JSON object of everything that determines the
+    values; `provenance` is a JSON object of versions and settings that are only recorded. Raises CacheError `spec`
+    for an invalid specification.
     """
 
     rows: int
@@ -84,13 +85,13 @@ class CacheSpec:
         if self.rows < 1:
             problem = f"rows must be at least 1; got {self.rows}"
         elif not self.maps or any(len(m) != 3 or min(m) < 1 for m in self.maps):
-            problem = f"every expert needs a map shape (C, H, W) of positive sizes; got {self.maps}"
+            problem = f"every expert must have a map shape (C, H, W) with positive sizes; got {self.maps}"
         elif self.dtype not in STORED_AS:
             problem = f"dtype must be one of {', '.join(sorted(STORED_AS))}; got {self.dtype!r}"
         elif self.chunk_rows < 1 or self.shard_rows < 1 or self.shard_rows % self.chunk_rows:
             problem = f"shard_rows must be a multiple of chunk_rows; got {self.shard_rows} and {self.chunk_rows}"
         elif max(self.chunk_rows * self.row_bytes(e) for e in range(self.experts)) >= MAX_CHUNK_BYTES:
-            problem = f"a chunk must hold less than 2 GiB; got {self.chunk_rows} rows of {self.maps}"
+            problem = f"a chunk must hold less than 2 GiB of values; got chunk_rows {self.chunk_rows} of {self.maps}"
         if problem:
             raise CacheError("spec", problem)
 
@@ -104,21 +105,21 @@ class CacheSpec:
         return np.dtype(STORED_AS[self.dtype]).newbyteorder("<")
 
     def row_bytes(self, expert: int = 0) -> int:
-        """Bytes of one uncompressed row of `expert`."""
+        """Bytes of one row of `expert`, uncompressed."""
         return math.prod(self.maps[expert]) * self.stored_dtype.itemsize
 
     def chunk_bytes(self, expert: int = 0) -> int | None:
-        """Bytes of one encoded chunk of `expert` where all have the same: uncompressed; else None."""
+        """Bytes of every encoded chunk of `expert` if the codec is `none`; else None, as sizes differ."""
         return self.chunk_rows * self.row_bytes(expert) if self.codec == "none" else None
 
     @property
     def value_bytes(self) -> int:
-        """Bytes of all uncompressed rows of all experts."""
+        """Bytes of all rows of all experts, uncompressed."""
         return self.rows * sum(self.row_bytes(e) for e in range(self.experts))
 
     @property
     def shards(self) -> int:
-        """Shards per expert."""
+        """Number of shards per expert."""
         return -(-self.rows // self.shard_rows)
 
     @property
@@ -130,12 +131,12 @@ class CacheSpec:
         return range(shard * self.shard_rows, min(self.rows, (shard + 1) * self.shard_rows))
 
     def shard_file(self, expert: int, shard: int) -> str:
-        """Path of a shard, relative to the cache. Flat keys, so that all shards of an expert share a directory."""
+        """Path of a shard, relative to the cache. Keys are flat, so all shards of an expert are in one directory."""
         return f"{MAPS}/expert_{expert}/c.{shard}.0.0.0"
 
     @property
     def fingerprint(self) -> str:
-        """Identity of the values (not of the bytes): sha256 over canonical JSON."""
+        """Identity of the values, not of the bytes: sha256 of canonical JSON (rule 2.4 of docs/cache-format.md)."""
         return sha256(canonical_json({"inputs": self.fingerprint_inputs, "dtype": self.dtype}))
 
     @property
@@ -151,7 +152,7 @@ class CacheSpec:
     def record(self, files: Mapping[str, tuple[int, str]]) -> bytes:
         """The commit record, `cache.json`, for `files`: relative path -> (bytes, sha256).
 
-        Raises CacheError `spec` if it would be longer than `MAX_RECORD_BYTES`.
+        Raises CacheError `spec` if it is longer than `MAX_RECORD_BYTES`.
         """
         body: dict[str, Any] = {
             "format": FORMAT,
@@ -167,14 +168,14 @@ class CacheSpec:
         record = canonical_json(body)
         if len(record) > MAX_RECORD_BYTES:
             raise CacheError(
-                "spec", f"{RECORD}: may have {MAX_RECORD_BYTES} bytes; got {len(record)}; make shards larger"
+                "spec", f"{RECORD}: must be at most {MAX_RECORD_BYTES} bytes; got {len(record)}; make shards larger"
             )
         return record
 
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """A commit record read back: the spec, and size and sha256 of every other file."""
+    """A commit record as read: the spec, and for every other file its path -> (bytes, sha256)."""
 
     spec: CacheSpec
     files: Mapping[str, tuple[int, str]]
@@ -182,21 +183,21 @@ class Commit:
 
 def _count(value: Any, least: int = 1) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**63:
-        raise ValueError(f"{value!r} where a number from {least} to 2**63 - 1 belongs")
+        raise ValueError(f"a whole number from {least} to 2**63 - 1 expected; got {value!r}")
     return value
 
 
 def _digest(value: Any) -> str:
-    """A digest also names a folder of the block cache, so it is nothing but one."""
+    """`value`, checked to be a sha256: the block cache uses it as the name of a folder."""
     if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
-        raise ValueError(f"{value!r} where a sha256 belongs")
+        raise ValueError(f"a sha256 expected; got {value!r}")
     return value
 
 
 def _check_shards(spec: CacheSpec, files: Mapping[str, tuple[int, str]]) -> None:
-    """Every shard is named and has room for its index, so `spec` promises nothing that the files cannot hold."""
-    if spec.experts * spec.shards > len(files):
-        raise ValueError("shards are not named")
+    """Raises ValueError unless `files` lists every shard of `spec`, each large enough for its index."""
+    if spec.experts * spec.shards > len(files):  # first, because a hostile record can claim billions of shards
+        raise ValueError("not every shard is named")
     for expert in range(spec.experts):
         for shard in range(spec.shards):
             name = spec.shard_file(expert, shard)
@@ -209,14 +210,15 @@ def _check_shards(spec: CacheSpec, files: Mapping[str, tuple[int, str]]) -> None
 def parse_record(data: bytes) -> Commit:
     """The commit record in `data`, checked against its own digest.
 
-    Raises CacheError: `newer-format` for a later format, `damaged` for anything that is not what was written.
+    Raises CacheError: `newer-format` for a later format, `damaged` for any other record that does not follow section
+    2 of docs/cache-format.md, `full` if there is not enough memory.
     """
-    way_out = "restore the cache from a copy or extract again"
+    way_out = "restore the cache from a copy, or run h2t extract again"
     try:
         body = json.loads(data)
         version = body["format"]
         if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-            raise ValueError("format is not a positive number")
+            raise ValueError("format is not a positive whole number")
         if version > FORMAT:
             raise CacheError(
                 "newer-format", f"{RECORD}: format {version}; this version reads formats up to {FORMAT}; update h2t"
@@ -226,12 +228,12 @@ def parse_record(data: bytes) -> Commit:
             raise ValueError("its own sha256 does not match")
         layout = body["layout"]
         if layout["index"] != "start":
-            raise ValueError(f"layout.index is {layout['index']!r}")
+            raise ValueError(f"layout.index must be 'start'; got {layout['index']!r}")
         maps = []
         for expert in body["experts"]:
             rows, channels, height, width = (_count(n) for n in expert["shape"])
             if rows != body["rows"]:
-                raise ValueError("experts differ in rows")
+                raise ValueError("experts have different numbers of rows")
             maps.append((channels, height, width))
         spec = CacheSpec(
             rows=_count(body["rows"]),
@@ -244,14 +246,14 @@ def parse_record(data: bytes) -> Commit:
             provenance=dict(body["provenance"]),
         )
         if spec.fingerprint != body["fingerprint"]:
-            raise ValueError("the fingerprint is not that of its inputs")
+            raise ValueError("the fingerprint does not match its inputs")
         files = {name: (_count(v["bytes"], least=0), _digest(v["sha256"])) for name, v in body["files"].items()}
         for name in files:
             if "\\" in name or not name.isprintable() or {"", ".", ".."} & set(name.split("/")):
-                raise ValueError(f"{name!r} is no name of a file in the cache")
+                raise ValueError(f"{name!r} is not the name of a file in the cache")
         _check_shards(spec, files)
     except MemoryError:
-        raise CacheError("full", f"{RECORD}: no memory to read its {len(data)} bytes") from None
+        raise CacheError("full", f"{RECORD}: not enough memory to read its {len(data)} bytes; free some") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CacheError("damaged", f"{RECORD}: not the record that was written ({error}); {way_out}") from None
+        raise CacheError("damaged", f"{RECORD}: not a valid commit record ({error}); {way_out}") from None
     return Commit(spec, files)

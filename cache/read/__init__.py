@@ -1,1 +1,1 @@
-"""Reading: plans of byte ranges, and the local or remote files they are read from."""
+"""Reading: planning which bytes to read, and the local or remote files they come from."""

@@ -1,13 +1,13 @@
-"""Blocks of remote files kept on the local disk, within a budget of bytes.
+"""The block cache: blocks of remote files on the local disk, within a budget of bytes.
 
-Blocks are filed under a key. That of a file which is known to be the one in the commit record is its sha256: copies of
-a cache at two places share such blocks, and those of a replaced cache are never asked for again. A file that arrives
-bit by bit is known only once it is whole; until then its key also names where it came from and in which version
-(`arriving`), so blocks of two files that were given out as one never meet. What is in a block is checked where it is
-used, by the checksums of the chunks; one that does not hold is forgotten and fetched again.
+Blocks are stored under a key. Once a file is known to have the sha256 in the commit record, its key is that sha256, so
+copies of a cache at two places share blocks, and blocks of a replaced cache are never used. While a file is only partly
+here, its key also includes its address and version (`arriving`), so blocks of different files are never mixed. The
+content of a block is checked when it is used, by the checksums of the chunks; a wrong block is dropped and fetched
+again.
 
-Training comes back to all rows at random, and then a cache that evicts its own blocks keeps none for long. So what is
-in stays in: only files of other caches, those used longest ago, make room.
+Training reads all rows in random order, and a cache that evicts its own blocks would then keep none for long. So blocks
+in use are never evicted: only the least recently used files of other caches make room.
 """
 
 import hashlib
@@ -20,15 +20,16 @@ from pathlib import Path
 
 BLOCK_BYTES = 1024 * 1024
 DEFAULT_BUDGET = 8 * 10**9
-LEAST_FREE = 2 * 10**9  # bytes of the disk that are left to others
-WHOLE = "whole"  # an empty file beside the blocks of a file that was found to have its sha256
-LOOK_AGAIN = 256  # blocks stored between two looks at what the disk and other processes do
+LEAST_FREE = 2 * 10**9  # bytes of disk space that are left free
+WHOLE = "whole"  # name of an empty file beside the blocks of a file whose sha256 was checked
+LOOK_AGAIN = 256  # blocks stored before disk space and the blocks of other processes are counted again
 
 
 def from_environment() -> "BlockCache | None":
-    """The block cache in H2T_BLOCK_CACHE (a directory) of H2T_BLOCK_CACHE_BYTES; None if these are 0.
+    """The block cache in directory H2T_BLOCK_CACHE with a budget of H2T_BLOCK_CACHE_BYTES; None if that is 0.
 
-    By default `h2t/blocks` below XDG_CACHE_HOME or ~/.cache, and 8 GB.
+    The defaults are `h2t/blocks` below XDG_CACHE_HOME or ~/.cache, and 8 GB. Raises ValueError if the budget is not a
+    whole number.
     """
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = os.environ.get("H2T_BLOCK_CACHE") or Path(home, "h2t", "blocks")
@@ -39,14 +40,14 @@ def from_environment() -> "BlockCache | None":
 
 
 def arriving(digest: str, version: str) -> str:
-    """The key of parts of one `version` of a file that should have the sha256 `digest`, until all of it is here."""
+    """The key for one `version` of a file that should have the sha256 `digest`, while only parts of it are here."""
     return f"{digest}-{hashlib.sha256(version.encode()).hexdigest()[:16]}"
 
 
 class BlockCache:
-    """Blocks below `folder`, at most `budget` bytes of them. Safe from several threads, and beside other processes.
+    """Blocks below `folder`, at most `budget` bytes. Several threads and processes can use it at once.
 
-    A disk that is full or cannot be written costs speed, nothing else.
+    If the disk is full or cannot be written, blocks are not kept; nothing fails.
     """
 
     def __init__(self, folder: Path, budget: int) -> None:
@@ -57,11 +58,11 @@ class BlockCache:
         self._until_look = 0
 
     def after_fork(self) -> None:
-        """In a forked child: forgets what threads of the parent held."""
+        """Resets the lock in a forked child, where the parent's threads do not exist."""
         self._lock = threading.Lock()
 
     def claim(self, digests: Collection[str]) -> None:
-        """Says that files with these sha256 are in use: their blocks are not given up."""
+        """Marks files with these sha256 as in use, so that their blocks are not evicted."""
         with self._lock:
             self._mine.update(digests)
             self._look()
@@ -70,7 +71,7 @@ class BlockCache:
                     os.utime(self.folder / digest)
 
     def read(self, key: str, start: int, stop: int) -> bytes | None:
-        """Bytes `start` to `stop` of the file, or None unless all their blocks are here."""
+        """Bytes `start` to `stop` (exclusive) of the file, or None unless all their blocks are here."""
         parts = []
         try:
             for block in range(start // BLOCK_BYTES, -(-stop // BLOCK_BYTES)):
@@ -83,14 +84,15 @@ class BlockCache:
                     os.close(handle)
         except OSError:
             return None
-        found = parts[0] if len(parts) == 1 else b"".join(parts)
-        return found if len(found) == stop - start else None
+        data = parts[0] if len(parts) == 1 else b"".join(parts)
+        return data if len(data) == stop - start else None
 
     def holds(self, key: str, block: int) -> bool:
+        """True if this block is here."""
         return (self.folder / key / str(block)).is_file()
 
     def room(self, size: int) -> bool:
-        """Whether `size` more bytes fit, once files of others are given up for them."""
+        """True if `size` more bytes fit; evicts files of other caches for them."""
         with self._lock:
             if self._used + size > self.budget:
                 self._look()
@@ -98,7 +100,7 @@ class BlockCache:
             return self._used + size <= self.budget
 
     def put(self, key: str, block: int, data: bytes) -> None:
-        """Keeps a block, if there is room and the disk lets us."""
+        """Stores a block if there is room and the disk can be written."""
         if not self.room(len(data)):
             return
         place = self.folder / key / str(block)
@@ -120,34 +122,34 @@ class BlockCache:
                 self._look()
 
     def is_whole(self, digest: str) -> bool:
-        """Whether the blocks under `digest` were found to be that file; single ones may have gone since."""
+        """True if the blocks under `digest` were checked to be that file; some may have been deleted since."""
         return (self.folder / digest / WHOLE).is_file()
 
     def put_whole(self, digest: str, data: bytes) -> None:
-        """Keeps a file whose sha256 was compared."""
+        """Stores all blocks of a file whose sha256 the caller has checked."""
         for block, at in enumerate(range(0, len(data), BLOCK_BYTES)):
             self.put(digest, block, data[at : at + BLOCK_BYTES])
         with suppress(OSError):
             (self.folder / digest / WHOLE).touch()
 
     def found_whole(self, key: str, digest: str, count: int) -> bool | None:
-        """Whether the `count` blocks under `key` make up the file with this sha256; None while some are not here.
+        """True if the `count` blocks under `key` have this sha256, False if not, None if some are not here.
 
-        Chunks carry their checksums with them, so a shard in the place of another one looks right chunk by chunk; this
-        is what tells them apart. Asked once: those of the right file are filed under its digest from then on.
+        A shard in the place of another one passes the checksums of its chunks; only this check tells them apart. If
+        the sha256 is right, the blocks move from `key` to `digest`.
         """
         folder, place = self.folder / key, self.folder / digest
-        found = hashlib.sha256()
+        actual = hashlib.sha256()
         try:
             if sum(entry.name.isdecimal() for entry in os.scandir(folder)) < count:
                 return None
             for block in range(count):
-                found.update((folder / str(block)).read_bytes())
-            if found.hexdigest() != digest:
+                actual.update((folder / str(block)).read_bytes())
+            if actual.hexdigest() != digest:
                 return False
             (folder / WHOLE).touch()
             if not self.is_whole(digest):
-                shutil.rmtree(place, ignore_errors=True)  # blocks of an earlier release, which were never compared
+                shutil.rmtree(place, ignore_errors=True)  # unchecked blocks, stored by an earlier release
                 folder.rename(place)
             else:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -156,13 +158,13 @@ class BlockCache:
         return True
 
     def forget(self, key: str) -> None:
-        """Drops all blocks under `key`."""
+        """Deletes all blocks under `key`."""
         shutil.rmtree(self.folder / key, ignore_errors=True)
         with self._lock:
             self._look()
 
     def _look(self) -> None:
-        """Counts what lies here, also by other processes; leaves the disk some air."""
+        """Counts all blocks here, also those of other processes, and limits the budget to the free disk space."""
         self._used = sum(_bytes_in(folder) for folder in self._folders())
         self._until_look = LOOK_AGAIN
         with suppress(OSError):
@@ -192,7 +194,7 @@ def _digest(folder: Path) -> str:
 def _bytes_in(folder: Path) -> int:
     try:
         return sum(entry.stat().st_size for entry in os.scandir(folder))
-    except OSError:  # given up by another process meanwhile
+    except OSError:  # evicted by another process meanwhile
         return 0
 
 

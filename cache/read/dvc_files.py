@@ -1,10 +1,10 @@
-"""A cache in a DVC repository at a revision, read from the repository's remote by ranges, without a copy.
+"""A cache in a DVC repository at a revision, read by ranges from the DVC remote, without downloading it whole.
 
     open_cache("dvc+https://example.org/lab/project.git@v1#data/extract/ce_mixup")
 
-Git says which output lies at that path, DVC which object of its remote each file is; the objects are then read like
-files behind any URL. Not through DVC's own file system, which cannot read ranges of what is in its cache and keeps an
-index that simultaneous readers damage.
+Git gives the output at that path and DVC the object of each file in its remote; the objects are then read like files
+behind any URL. DVC's own file system is not used: it cannot read ranges of cached files, and simultaneous readers
+damage its index.
 """
 
 import hashlib
@@ -20,12 +20,12 @@ from h2t.cache.read.transfer import Pace, Patience, Unasked, read_whole
 from h2t.cache.redaction import without
 
 PREFIX = "dvc+"
-MAX_LISTING_BYTES = 32 * 1024**2  # 250,000 files of a directory
-DIRECTORY = ".dir"  # what DVC's digests of directories end in
+MAX_LISTING_BYTES = 32 * 1024**2  # enough for a directory of 250,000 files
+DIRECTORY = ".dir"  # the end of DVC's digest of a directory
 
 
 def split_revision(text: str) -> tuple[str, str | None]:
-    """(URL, revision) of `URL[@REV]`; the @ of git@host:... and of https://user@host/... is none."""
+    """(URL, revision or None) of `URL[@REV]`; an @ in git@host:... or https://user@host/... starts no revision."""
     url, at, rev = text.rpartition("@")
     if at and rev and not re.search(r"[/:\\]", rev):
         return url, rev
@@ -33,7 +33,7 @@ def split_revision(text: str) -> tuple[str, str | None]:
 
 
 class Address(NamedTuple):
-    """A directory in a git repository at a revision, None being that of its default branch."""
+    """A directory in a git repository at a revision; None is the head of the default branch."""
 
     repository: str
     revision: str | None
@@ -46,12 +46,14 @@ def parse_address(text: str) -> Address:
     url, revision = split_revision(repository)
     path = path.strip("/")
     if not url or not path:
-        raise ValueError("dvc+REPOSITORY[@REVISION]#PATH expected, as in dvc+https://host/lab.git@v1#data/extract/NAME")
+        raise ValueError(
+            "address: dvc+REPOSITORY[@REVISION]#PATH expected, as in dvc+https://host/lab.git@v1#data/extract/NAME"
+        )
     return Address(url, revision, path)
 
 
 class DvcFiles(RemoteFiles):
-    """The files below a path of a DVC repository at a revision, as objects of its remote."""
+    """The files below a path of a DVC repository at a revision, read as objects of its remote (a `FileStore`)."""
 
     def _start(self, url: str) -> None:
         super()._start(url)
@@ -63,23 +65,26 @@ class DvcFiles(RemoteFiles):
             self._store, places = _resolve(address)
         except CacheError:
             raise
-        except Exception as error:  # noqa: BLE001 - git, DVC and every protocol raise their own
+        except Exception as error:  # noqa: BLE001 - git, DVC and every protocol raise their own exceptions
             said = without(" ".join(str(error).split())[:300], self._secrets) or type(error).__name__
-            raise CacheError("unreachable", f"{self._url}: cannot be looked up ({said})") from None
-        if not self._places:  # in another process it is what was opened, whatever a branch names by now
+            raise CacheError(
+                "unreachable", f"{self._url}: cannot be looked up ({said}); check the address and your access"
+            ) from None
+        if not self._places:  # another process keeps the files that were opened, even if the branch has moved
             self._places = places
 
     def _opened(self) -> dict[str, Any]:
         return {**super()._opened(), "_places": self._places}
 
     def _check_record(self, *, content: bool = False) -> None:
-        """Nothing: objects are named by their digest, so another cache has others."""
+        """Nothing: objects are named by their digest, so another cache has other objects."""
 
     def names(self) -> set[str]:
+        """Every file of the directory, as DVC recorded it."""
         return set(self._places)
 
     def listed_sizes(self, names: Iterable[str]) -> dict[str, int | None]:
-        """Nothing: DVC records no sizes of the files in a directory."""
+        """Empty: DVC does not record the sizes of the files in a directory."""
         return {}
 
     def _path(self, name: str) -> str:
@@ -90,10 +95,10 @@ class DvcFiles(RemoteFiles):
 
 
 def _resolve(address: Address) -> tuple[Any, dict[str, str]]:
-    """The file system of the remote, and for each file below the path, relative to it, its object there."""
+    """The file system of the remote, and for each file below the path (relative to it) the path of its object."""
     from dvc.repo import Repo
 
-    with tempfile.TemporaryDirectory(prefix="h2t-index-") as scratch:  # a shared index can be damaged by others
+    with tempfile.TemporaryDirectory(prefix="h2t-index-") as scratch:  # other readers can damage a shared index
         where, config = address.repository, {"core": {"site_cache_dir": scratch}}
         with Repo.open(where, rev=address.revision, subrepos=True, uninitialized=True, config=config) as repo:
             out, inside = _output(repo, address.path)
@@ -101,40 +106,50 @@ def _resolve(address: Address) -> tuple[Any, dict[str, str]]:
             digest = out.hash_info.value
             fs = odb.fs.fs
             if not digest.endswith(DIRECTORY):
-                raise CacheError("missing", f"{address.path}: a file, where a cache is a directory")
+                raise CacheError("missing", f"{address.path}: is a file, but a cache is a directory; check the path")
             try:
                 listing = read_whole(fs, odb.oid_to_path(digest), MAX_LISTING_BYTES, Patience(Pace())).data
             except Unasked as error:
-                raise CacheError("damaged", f"{address.path}: the remote's list of its files: {error}") from None
+                raise CacheError("damaged", f"{address.path}: the list of its files in the remote: {error}") from None
             except FileNotFoundError:
                 raise CacheError(
-                    "missing", f"{address.path}: was not published, the remote lacks it; type there: h2t cache publish"
+                    "missing",
+                    f"{address.path}: was not published, the remote lacks it; run h2t cache publish in that repository",
                 ) from None
             if hashlib.md5(listing, usedforsecurity=False).hexdigest() + DIRECTORY != digest:
-                raise CacheError("damaged", f"{address.path}: the remote's list of its files is not the one recorded")
+                raise CacheError(
+                    "damaged",
+                    f"{address.path}: the list of its files in the remote is not the one recorded; run h2t cache "
+                    "publish in that repository",
+                )
             files = {name: odb.oid_to_path(digest) for name, digest in members(listing).items()}
     return fs, {name[len(inside) :]: place for name, place in files.items() if name.startswith(inside)}
 
 
 def members(listing: bytes) -> dict[str, str]:
-    """Name -> md5 of the files of a directory, from DVC's list of them. Raises CacheError, as an md5 becomes a path."""
+    """Name -> md5 of the files of a directory, from DVC's JSON `listing` of it.
+
+    Raises CacheError `damaged` if the listing is invalid or a digest is not an md5, because it becomes part of a path.
+    """
     try:
-        found = {str(entry["relpath"]): str(entry["md5"]) for entry in json.loads(listing)}
+        digests = {str(entry["relpath"]): str(entry["md5"]) for entry in json.loads(listing)}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CacheError("damaged", f"DVC's list of files: cannot be read ({error})") from None
-    for name, digest in found.items():
+        raise CacheError("damaged", f"DVC's list of files: cannot be read ({error}); publish the cache again") from None
+    for name, digest in digests.items():
         if not re.fullmatch("[0-9a-f]{32}", digest):
-            raise CacheError("damaged", f"DVC's list of files: {name!r} has {digest!r} where an md5 belongs")
-    return found
+            raise CacheError(
+                "damaged", f"DVC's list of files: {name!r} must have an md5; got {digest!r}; publish the cache again"
+            )
+    return digests
 
 
 def _output(repo: Any, path: str) -> tuple[Any, str]:
-    """The output that holds `path`, and what of `path` lies within it, with a slash behind or empty."""
-    held = {repo.fs.relpath(out.fs_path, repo.root_dir): out for out in repo.index.outs if out.hash_info.value}
-    for place, out in held.items():
+    """The output that contains `path`, and the rest of `path` inside it: empty, or ending with a slash."""
+    outputs = {repo.fs.relpath(out.fs_path, repo.root_dir): out for out in repo.index.outs if out.hash_info.value}
+    for place, out in outputs.items():
         if path == place:
             return out, ""
         if path.startswith(f"{place}/"):
             return out, f"{path[len(place) + 1 :]}/"
-    known = ", ".join(sorted(place for place in held if place.startswith(path.split("/")[0]))[:5])
-    raise CacheError("missing", f"{path}: no output of this repository; there are: {known or 'none'}")
+    known = ", ".join(sorted(place for place in outputs if place.startswith(path.split("/")[0]))[:5])
+    raise CacheError("missing", f"{path}: not an output of this repository; its outputs: {known or 'none'}")

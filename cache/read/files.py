@@ -1,4 +1,4 @@
-"""The bytes of a cache's files: a local directory here, anything behind a URL in `cache.read.remote`."""
+"""The files of a cache in a local directory, and `files_at`, which picks the store for a path or URL."""
 
 import errno
 import hashlib
@@ -12,28 +12,32 @@ from pathlib import Path
 from typing import Any
 
 from h2t.cache.errors import CacheError
+from h2t.cache.format.spec import RECORD
 from h2t.cache.read import dvc_files
 from h2t.cache.read.in_use import InUse
 from h2t.cache.read.remote import RemoteFiles
+from h2t.cache.read.store import FileStore
 
 NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 MAX_OPEN = 256  # file descriptors kept open per cache
 
 
-#: What tells a file from another that takes its name: inode, bytes, time of the last change of its content (ns). Not
-#: the device, which differs between machines that mount the same disk, and not ctime, which linking and chmod change.
+#: Identifies a file: inode, size in bytes, mtime in ns. Not its device, which differs between machines that mount the
+#: same disk, and not its ctime, which linking and chmod change.
 Stamp = tuple[int, int, int]
-#: A descriptor, with the bytes and the time of the last change that its file had when it was opened.
+#: A file descriptor, and the size in bytes and mtime in ns that its file had when it was opened.
 Opened = tuple[int, int, int]
 
 
 class LocalFiles:
-    """Files below a local directory; keeps a bounded number of descriptors open.
+    """The files below a local directory (a `FileStore`); at most `MAX_OPEN` descriptors stay open while unused.
 
-    The first look at a file pins it. Whoever looks again, in any thread and in any process that this object was handed
-    to, must find the same file, or one of the bytes that the commit record names (`expect`); else CacheError
-    `replaced`. So nothing that this object reads is mixed from two caches.
+    The first access pins a file. Later accesses, in any thread and in any process that received this object, must find
+    the same file or one with the sha256 in the commit record (`expect`); else they raise CacheError `replaced`. So
+    reads never mix two caches.
     """
+
+    local = True
 
     def __init__(
         self,
@@ -57,49 +61,70 @@ class LocalFiles:
         return str(self.root)
 
     def expect(self, recorded: Mapping[str, tuple[int, str]]) -> None:
-        """Says what the record knows, name -> (bytes, sha256): another file of the same bytes may take a file's place.
+        """Takes name -> (bytes, sha256) from the commit record: a file may be replaced by one with the same bytes.
 
-        DVC does that when it links outputs anew, and some network file systems number their files anew.
+        DVC does that when it links outputs again, and some network file systems change inode numbers.
         """
         self._recorded = recorded
 
+    def check_record(self) -> None:
+        """Raises CacheError `replaced` if `cache.json` is no longer the file that was read."""
+        self.size(RECORD)
+
     def exists(self, name: str) -> bool:
+        """True if `name` is a plain file or a link to one."""
         with self._use:
             return (self.root / name).is_file()
 
     def size(self, name: str) -> int:
-        """Bytes of `name`; CacheError `missing` if it is not there, `replaced` if another file is."""
+        """Size of `name` in bytes. Raises CacheError `missing`, `damaged` if it is not a plain file, `replaced`."""
         with self._use, self.in_one_line(name):
-            found = (self.root / name).stat()
-            if not stat.S_ISREG(found.st_mode) or self._pins.setdefault(name, _stamp(found)) != _stamp(found):
-                os.close(self._opened(name)[0])
-            return found.st_size
+            now = (self.root / name).stat()
+            if not stat.S_ISREG(now.st_mode) or self._pins.setdefault(name, _stamp(now)) != _stamp(now):
+                os.close(self._opened(name)[0])  # raises, unless the file has the recorded sha256
+            return now.st_size
 
     def known_sizes(self, names: Iterable[str]) -> dict[str, int]:
-        """Bytes of each of `names`; CacheError `missing` if one is not there."""
+        """Sizes in bytes of all `names`; raises as `size`."""
         return {name: self.size(name) for name in names}
 
+    def listed_sizes(self, names: Iterable[str]) -> dict[str, int | None]:
+        """Empty: listing a local folder is no faster than asking for the size of each file."""
+        return {}
+
+    def names(self) -> set[str]:
+        """Every file below the root, and links to folders, which are not followed."""
+        names = set()
+        for folder, folders, files in os.walk(self.root):
+            links = [name for name in folders if os.path.islink(os.path.join(folder, name))]  # noqa: PTH114, PTH118
+            names |= {Path(folder, name).relative_to(self.root).as_posix() for name in [*files, *links]}
+        return names
+
+    def forget(self, name: str) -> None:
+        """Nothing to drop: a local file has no other copy."""
+
     def read_all(self, name: str, at_most: int) -> bytes:
-        """All bytes of `name`; CacheError `damaged` if there are more than `at_most`."""
+        """All bytes of `name`. Raises CacheError `damaged` if there are more than `at_most`, `missing`, `replaced`."""
         with self._use, self.in_one_line(name), os.fdopen(self._opened(name)[0], "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size <= at_most:
                 return file.read(size)
-        raise CacheError("damaged", f"{self.root / name}: is longer than the {at_most} bytes that it may have")
+        raise CacheError("damaged", f"{self.root / name}: must be at most {at_most} bytes; it is longer")
 
     def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """The bytes `start` to `stop` of each range; a short read is CacheError `damaged`."""
+        """For each range (start, stop), its bytes. Raises CacheError `damaged` if the file ends before `stop`."""
         with self._unchanged(name) as handle:
-            found = [os.pread(handle, stop - start, start) for start, stop in ranges]
-            for data, (start, stop) in zip(found, ranges, strict=True):
+            parts = [os.pread(handle, stop - start, start) for start, stop in ranges]
+            for data, (start, stop) in zip(parts, ranges, strict=True):
                 if len(data) != stop - start:
                     raise self.ends_early(name, start, stop)
-        return found
+        return parts
 
     def read_into(self, name: str, pieces: Iterable[tuple[int, int, Sequence[Any]]]) -> None:
-        """For each piece (start, stop, buffers), fills the buffers (at most 1024) one after the other with these bytes.
+        """For each piece (start, stop, buffers), reads these bytes into the buffers, one after the other.
 
-        One system call a piece, unless the kernel stops early. A file that ends too soon is CacheError `damaged`.
+        A piece has at most 1024 buffers and takes one system call, unless the kernel returns early. Raises CacheError
+        `damaged` if the file ends before `stop`.
         """
         with self._unchanged(name) as handle:
             for start, stop, buffers in pieces:
@@ -112,16 +137,16 @@ class LocalFiles:
 
     @contextmanager
     def handles(self, names: Sequence[str]) -> Iterator[list[Opened]]:
-        """Descriptors of `names`, open for reading while the context lasts; CacheError `missing`, `replaced`.
+        """Descriptors of `names`, open for reading inside the context. Raises CacheError `missing`, `replaced`.
 
-        Whoever has read from one makes sure afterwards that its file is as it was when it was opened.
+        After reading, the caller must check that each file still has the size and mtime it was opened with.
         """
         with self._use:
             held: list[Opened] = []
             try:
                 with self._lock:
                     for name in names:
-                        held.append(self._acquire(name))  # noqa: PERF401 - those held when one fails are given back
+                        held.append(self._acquire(name))  # noqa: PERF401 - if one fails, the others are released below
                     self._close_idle()
                 with self.in_one_line(names[0]):
                     yield held
@@ -134,12 +159,12 @@ class LocalFiles:
 
     @contextmanager
     def _unchanged(self, name: str) -> Iterator[int]:
-        """A descriptor of `name`; on leaving, its file must be as it was when it was opened."""
+        """A descriptor of `name`. Raises CacheError `replaced` on exit if the file changed since it was opened."""
         with self.handles([name]) as (opened,):
             try:
                 yield opened[0]
             except CacheError:
-                self._check_unchanged(name, opened)  # the better reason
+                self._check_unchanged(name, opened)  # `replaced` explains the failure better
                 raise
             self._check_unchanged(name, opened)
 
@@ -150,16 +175,20 @@ class LocalFiles:
             raise self.replaced(name)
 
     def ends_early(self, name: str, start: int, stop: int) -> CacheError:
-        """The error for a file that has no bytes left between `start` and `stop`."""
-        return CacheError("damaged", f"{self.root / name}: ends before byte {stop} (reading from {start}); truncated")
+        """The error for a file that ends before `stop` in a read that began at `start`."""
+        return CacheError(
+            "damaged",
+            f"{self.root / name}: truncated, it ends before byte {stop} (read from byte {start}); restore it from a "
+            "copy, or run h2t extract again",
+        )
 
     def replaced(self, name: str) -> CacheError:
-        """The error for a file that is not, or no longer, what was opened."""
+        """The error for a file that is no longer the one that was opened."""
         what = "was replaced, changed or removed after this cache was opened"
-        return CacheError("replaced", f"{self.root / name}: {what}; open what is there now")
+        return CacheError("replaced", f"{self.root / name}: {what}; open the cache again")
 
     def close(self) -> None:
-        """Waits for those who read, then closes all descriptors; whoever comes later gets CacheError `closed`."""
+        """Waits for reads in progress, then closes all descriptors. Later calls raise CacheError `closed`."""
         self._use.close()
         with self._lock:
             for handle, *_ in self._open.values():
@@ -167,14 +196,14 @@ class LocalFiles:
             self._open.clear()
 
     def after_fork(self) -> None:
-        """In a forked child: forgets what threads of the parent held, which do not exist here."""
+        """Resets locks and uses in a forked child, where the parent's threads do not exist."""
         self._lock = threading.Lock()
         self._busy = {}
         self._use.after_fork()
 
     @contextmanager
     def in_one_line(self, name: str) -> Iterator[None]:
-        """Turns what the disk says of `name` into CacheError, where the file or the disk is to blame."""
+        """Turns errors of the system about `name` into CacheError `missing`, `replaced` or `damaged`."""
         try:
             yield
         except OSError as error:
@@ -182,42 +211,44 @@ class LocalFiles:
                 raise self.replaced(name) from None
             if error.errno in NO_FILE:
                 raise CacheError(
-                    "missing", f"{self.root / name}: file is missing; restore it or extract again"
+                    "missing", f"{self.root / name}: file is missing; restore it from a copy, or run h2t extract again"
                 ) from None
             if error.errno == errno.EIO:
-                raise CacheError("damaged", f"{self.root / name}: cannot be read ({error.strerror})") from None
+                raise CacheError(
+                    "damaged", f"{self.root / name}: cannot be read ({error.strerror}); check the disk, or use a copy"
+                ) from None
             raise
 
     def _acquire(self, name: str) -> Opened:
-        found = self._open.get(name)
-        if found is None:
+        opened = self._open.get(name)
+        if opened is None:
             with self.in_one_line(name):
-                found = self._open[name] = self._opened(name)
+                opened = self._open[name] = self._opened(name)
         else:
             self._open.move_to_end(name)
-        self._busy[found[0]] = self._busy.get(found[0], 0) + 1
-        return found
+        self._busy[opened[0]] = self._busy.get(opened[0], 0) + 1
+        return opened
 
     def _close_idle(self) -> None:
-        """Closes the descriptors unused for longest, as far as there are too many."""
+        """Closes the least recently used idle descriptors until at most `MAX_OPEN` are left."""
         if len(self._open) > MAX_OPEN:
             idle = [name for name, (handle, *_) in self._open.items() if not self._busy.get(handle)]
             for name in idle[: len(self._open) - MAX_OPEN]:
                 os.close(self._open.pop(name)[0])
 
     def _opened(self, name: str) -> Opened:
-        """A new descriptor of `name`. Raises CacheError `replaced` unless it is that of the pinned file."""
-        # A pipe would be waited for without O_NONBLOCK; plain files do not know it.
+        """A new descriptor of `name`. Raises CacheError `replaced` if it is not the pinned file."""
+        # O_NONBLOCK keeps a named pipe from blocking; it does nothing for plain files.
         handle = os.open(self.root / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            found = os.fstat(handle)
-            if not stat.S_ISREG(found.st_mode):  # a device may never end
+            now = os.fstat(handle)
+            if not stat.S_ISREG(now.st_mode):  # a device may never end
                 raise (
                     self.replaced(name)
                     if name in self._pins
-                    else CacheError("damaged", f"{self.root / name}: not a plain file")
+                    else CacheError("damaged", f"{self.root / name}: not a plain file; put the cache's file there")
                 )
-            stamp = _stamp(found)
+            stamp = _stamp(now)
             if self._pins.setdefault(name, stamp) != stamp:
                 if not self._has_recorded_bytes(name, handle):
                     raise self.replaced(name)
@@ -225,24 +256,24 @@ class LocalFiles:
         except BaseException:
             os.close(handle)
             raise
-        return handle, found.st_size, found.st_mtime_ns
+        return handle, now.st_size, now.st_mtime_ns
 
     def _has_recorded_bytes(self, name: str, handle: int) -> bool:
         size, digest = self._recorded.get(name, (-1, ""))
         if os.fstat(handle).st_size != size:
             return False
         with os.fdopen(handle, "rb", closefd=False) as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        os.lseek(handle, 0, os.SEEK_SET)  # for whoever reads on
-        return found == digest
+            actual = hashlib.file_digest(file, "sha256").hexdigest()
+        os.lseek(handle, 0, os.SEEK_SET)  # the caller may read from the start
+        return actual == digest
 
 
-def _stamp(found: os.stat_result) -> Stamp:
-    return found.st_ino, found.st_size, found.st_mtime_ns
+def _stamp(status: os.stat_result) -> Stamp:
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _after(buffers: Sequence[Any], done: int) -> list[Any]:
-    """What is left of `buffers` once the first `done` bytes are filled."""
+    """The part of `buffers` that is still empty after `done` bytes were read into them."""
     rest = []
     for buffer in buffers:
         if done >= len(buffer):
@@ -253,8 +284,8 @@ def _after(buffers: Sequence[Any], done: int) -> list[Any]:
     return rest
 
 
-def files_at(location: str | Path) -> LocalFiles | RemoteFiles:
-    """The files of the cache at a path or URL."""
+def files_at(location: str | Path) -> FileStore:
+    """The files of the cache at a path, an fsspec URL or a `dvc+` address; raises CacheError `unreachable`."""
     text = str(location)
     if text.startswith(dvc_files.PREFIX):
         return dvc_files.DvcFiles(text)

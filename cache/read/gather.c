@@ -1,7 +1,7 @@
-/* Rows of equal size from files into their slots, each checked against the crc32c that follows it in its file.
+/* Reads rows of equal size from files into their slots; checks each against the crc32c that follows it in its file.
  *
- * What `cache/reader.py` does for uncompressed rows, in one call: no interpreter between two rows, and none of its lock
- * while rows are read. `cache/gather.py` calls it; where it was not built, the reader's own loop does the same.
+ * It does the work of the loop in `cache/reader.py` for uncompressed rows in one call, without Python between two rows
+ * and without the GIL. `cache/read/gather.py` calls it; if it was not built, the loop in `cache/reader.py` is used.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -23,10 +23,10 @@ int usable(void) { return __builtin_cpu_supports("sse4.2") != 0; }
 #define crc_byte(crc, byte) __crc32cb((crc), (byte))
 int usable(void) { return 1; }
 #else
-#error "this processor has no crc32c instruction that we know how to name"
+#error "no crc32c instruction is known for this processor"
 #endif
 
-enum { DONE, MISMATCH, ENDS_EARLY, REFUSED, CHANGED };  /* as in cache/gather.py */
+enum { DONE, MISMATCH, ENDS_EARLY, REFUSED, CHANGED };  /* as in cache/read/gather.py */
 enum { CRC_BYTES = 4, AT_ONCE = 3, MAX_ROWS = 128, BLOCK_BYTES = 512 * 1024 };
 
 static uint64_t word_at(const uint8_t *bytes)
@@ -36,7 +36,7 @@ static uint64_t word_at(const uint8_t *bytes)
     return word;
 }
 
-/* The instruction can start every cycle and takes three, so three rows are checked for the time of one. */
+/* The instruction takes three cycles, but one can start in each cycle: three rows take the time of one. */
 WITH_CRC static void checksums(uint8_t *const rows[AT_ONCE], int64_t row_bytes, uint32_t sums[AT_ONCE])
 {
     uint32_t a = ~0u, b = ~0u, c = ~0u;
@@ -54,9 +54,9 @@ WITH_CRC static void checksums(uint8_t *const rows[AT_ONCE], int64_t row_bytes, 
     sums[0] = ~a, sums[1] = ~b, sums[2] = ~c;
 }
 
-/* Fills `parts` one after the other from `offset` on, in as few system calls as the kernel allows.
+/* Fills `parts` in order with the bytes from `offset` on, with as few system calls as the kernel allows.
  *
- * `done`: how many of them were filled; `error`: the errno of REFUSED.
+ * Sets `done` to the number of parts that are filled, and `error` to the errno if the result is REFUSED.
  */
 static int fill(int file, struct iovec *parts, int count, int64_t offset, int *done, int64_t *error)
 {
@@ -81,7 +81,7 @@ static int fill(int file, struct iovec *parts, int count, int64_t offset, int *d
     return DONE;
 }
 
-/* Whether an open file is as it was: its size, and when its content was changed (ns). */
+/* True if an open file still has this size in bytes and this mtime in ns. */
 static int unchanged(int file, int64_t size, int64_t changed)
 {
     struct stat now;
@@ -89,10 +89,11 @@ static int unchanged(int file, int64_t size, int64_t changed)
         && (int64_t)now.st_mtim.tv_sec * 1000000000 + now.st_mtim.tv_nsec == changed;
 }
 
-/* Row i: the `row_bytes` bytes at `offsets[i]` of the open file `files[i]`, to `out + slots[i]`; its crc32c follows it.
+/* Reads row i, the `row_bytes` bytes at `offsets[i]` of the open file `files[i]`, to `out + slots[i]`.
  *
- * Rows that lie side by side are read together. In blocks, so that checking finds the bytes in the processor's cache.
- * Anything but DONE: `found[0]` is the row in question, `found[1]` the errno of REFUSED.
+ * The crc32c follows the row in the file. Neighbouring rows are read together, in blocks that fit the CPU cache, so
+ * that checking finds them there. Unless the result is DONE, `found[0]` is the row at fault and, for REFUSED,
+ * `found[1]` the errno.
  */
 static int read_rows(int64_t count, const int32_t *files, const int64_t *offsets, const int64_t *slots, uint8_t *out,
                      int64_t row_bytes, int64_t found[2])
@@ -122,7 +123,7 @@ static int read_rows(int64_t count, const int32_t *files, const int64_t *offsets
                 return result;
             }
         }
-        for (int i = 0; i < AT_ONCE; i++)  /* the last rows are checked in the company of one that is there */
+        for (int i = 0; i < AT_ONCE; i++)  /* pads the last group of `AT_ONCE` rows with a row that exists */
             rows[n + i] = rows[0];
         for (int i = 0; i < n; i += AT_ONCE) {
             checksums(rows + i, row_bytes, sums);
@@ -136,10 +137,10 @@ static int read_rows(int64_t count, const int32_t *files, const int64_t *offsets
     return DONE;
 }
 
-/* `read_rows`, then a look at `open_count` files: `opened` has the descriptor, size and time of the last change of each.
+/* Calls `read_rows`, then checks the `open_count` files in `opened` (descriptor, size and mtime of each).
  *
- * CHANGED, whatever else was found: file `found[0]` of these was written to, so the rows may be old and new ones. Another
- * parameter takes another name for this function: a library that was built before is then not used.
+ * The result is CHANGED, whatever `read_rows` gave, if file `found[0]` of these was written to: the rows may then mix
+ * old and new values. Rename this function if its parameters change, so that a library built earlier is not used.
  */
 int gather_unchanged(int64_t count, const int32_t *files, const int64_t *offsets, const int64_t *slots, uint8_t *out,
                      int64_t row_bytes, int64_t open_count, const int64_t *opened, int64_t found[2])

@@ -1,8 +1,8 @@
-"""The compiled gather (`gather.c`), where installing built it: uncompressed rows from files into their slots, checked.
+"""The compiled gather (`gather.c`): reads uncompressed rows from files into their slots and checks them.
 
-It is the loop of `cache.reader` for such rows, several times faster: no interpreter runs between two rows, and its lock
-is free meanwhile. Without a compiler at installation, on another processor or another system, `compiled()` is None and
-the reader's own loop reads the same values.
+It does the work of the loop in `cache.reader`, several times faster: no Python runs between two rows, and the GIL is
+released. If it was not built (no compiler, or another system or processor), `compiled()` returns None and the loop in
+`cache.reader` reads the same values.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ DONE, MISMATCH, ENDS_EARLY, REFUSED, CHANGED = range(5)  # as in gather.c
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a gather: DONE, or what went wrong, at which row (CHANGED: file), with which errno if REFUSED."""
+    """The result of a gather: DONE or an error code, the row at fault (for CHANGED: the file), errno for REFUSED."""
 
     result: int
     row: int
@@ -28,7 +28,7 @@ class Outcome:
 
 
 class Gather:
-    """The function of the library."""
+    """The function of the compiled library."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer = ctypes.c_void_p
@@ -45,11 +45,11 @@ class Gather:
         row_bytes: int,
         opened: np.ndarray,
     ) -> Outcome:
-        """Row i, the `row_bytes` bytes at `offsets[i]` of file descriptor `files[i]`, goes to byte `slots[i]` of `out`.
+        """Reads row i, the `row_bytes` bytes at `offsets[i]` of descriptor `files[i]`, to byte `slots[i]` of `out`.
 
-        `files`, `offsets`, `slots` (n,), contiguous int32, int64 and int64; `out` contiguous. The caller answers for
-        the slots: they are not checked against the length of `out`. `opened` (m, 3) int64 are these files' descriptors,
-        sizes and times of the last change (ns) when they were opened; CHANGED if a file differs afterwards.
+        `files` int32, `offsets` and `slots` int64, all (n,) and contiguous; `out` contiguous. Slots are not checked
+        against the size of `out`; the caller must keep them inside. `opened`, int64 (m, 3), holds the descriptor, size
+        in bytes and mtime in ns of each file when it was opened; the result is CHANGED if a file differs afterwards.
         """
         for given, dtype in ((files, np.int32), (offsets, np.int64), (slots, np.int64)):
             assert given.dtype == np.dtype(dtype)
@@ -59,15 +59,15 @@ class Gather:
         assert opened.dtype == np.int64
         assert opened.shape[1:] == (3,)
         assert opened.flags.c_contiguous
-        found = np.zeros(2, np.int64)
+        at_fault = np.zeros(2, np.int64)  # row or file, errno
         pointers: list[Any] = [array.ctypes.data for array in (files, offsets, slots, out)]
-        result = self._call(len(files), *pointers, row_bytes, len(opened), opened.ctypes.data, found.ctypes.data)
-        return Outcome(result, int(found[0]), int(found[1]))
+        result = self._call(len(files), *pointers, row_bytes, len(opened), opened.ctypes.data, at_fault.ctypes.data)
+        return Outcome(result, int(at_fault[0]), int(at_fault[1]))
 
 
 @cache
 def compiled() -> Gather | None:
-    """The compiled gather; None where it was not built or this processor lacks the instruction it needs."""
+    """The compiled gather, or None if it was not built or this processor has no crc32c instruction."""
     candidates = [Path(__file__).with_name(f"_gather{suffix}") for suffix in EXTENSION_SUFFIXES]
     built = next((path for path in candidates if path.is_file()), None)
     if built is None or sys.byteorder != "little":

@@ -1,4 +1,4 @@
-"""Closing while others work: who is inside is let finish, and nobody else comes in."""
+"""Closing a resource that other threads use: current users finish, new ones are refused."""
 
 import threading
 from types import TracebackType
@@ -7,14 +7,14 @@ from h2t.cache.errors import CacheError
 
 
 class InUse:
-    """A context manager that each user enters; `close` waits until all have left. May be entered again by its thread.
+    """A context manager that every use of a resource enters; `close` waits until all have left. Reentrant.
 
-    Entering after `close` raises CacheError `closed`, which names `what`.
+    Entering it after `close` raises CacheError `closed`, whose message begins with `what`.
     """
 
     def __init__(self, what: object) -> None:
         self._what = what
-        self._inside: dict[int, int] = {}  # thread -> how often it is inside
+        self._inside: dict[int, int] = {}  # thread -> how many times it has entered
         self._closed = False
         self._new_lock()
 
@@ -37,9 +37,9 @@ class InUse:
                     self._left.notify_all()
 
     def close(self) -> None:
-        """Lets nobody in from now on and waits for the other threads that are inside.
+        """Refuses new users and waits until all other threads have left.
 
-        Its own thread is not waited for: Ctrl-C may have kept it from noting that it left.
+        It does not wait for its own thread, because Ctrl-C may have interrupted `__exit__` there.
         """
         me = threading.get_ident()
         with self._lock:
@@ -47,10 +47,10 @@ class InUse:
             self._left.wait_for(lambda: not self._inside.keys() - {me})
 
     def after_fork(self) -> None:
-        """In a forked child: forgets the parent's threads, which do not exist here."""
+        """Forgets the parent's threads in a forked child, where they do not exist."""
         self._inside = {}
         self._new_lock()
 
     def _new_lock(self) -> None:
-        self._lock = threading.Lock()  # taken by itself, as a Condition takes it several times more slowly
+        self._lock = threading.Lock()  # used directly, which is several times faster than through the Condition
         self._left = threading.Condition(self._lock)

@@ -1,11 +1,11 @@
-"""Rows wanted -> chunks to read, each once, and where their rows go. Pure: no files, no Zarr, no threads.
+"""Plans a read: which chunks to read, each once, and where their rows go. Pure: no files, no Zarr, no threads.
 
-rows wanted (any order, repeats allowed)
-    -> `plan_rows`: the distinct chunks, ascending, and which wanted rows each of them serves
-chunks + their (offset, size) in the shards
+wanted rows (any order, repeats allowed)
+    -> `plan_rows`: the distinct chunks, ascending, and the wanted rows that each of them holds
+chunks with their (offset, size) in the shards
     -> `coalesce`: runs of neighbouring chunks, one read each
-    -> `units`: runs in portions that fit a core's cache, so that what follows a read finds its bytes there
-    or `portions`: the same chunks shared out among threads, for a reader that finds the runs by itself
+    -> `units`: groups of runs that fit a core's cache, so that checking and decoding find the bytes there
+    or `portions`: the chunks divided among threads, for the compiled gather, which finds runs by itself
 """
 
 from dataclasses import dataclass
@@ -17,18 +17,19 @@ import numpy as np
 
 #: Reading this many unwanted bytes costs about as much as another system call.
 MAX_GAP_BYTES = 16 * 1024
-#: A vectored read takes 1024 buffers, and a chunk needs two: its payload and its checksum.
+#: A vectored read takes 1024 buffers, and a chunk needs two: its values and its checksum.
 MAX_CHUNKS = 512
-#: Little enough that checking finds the bytes in a CPU cache, enough that the bookkeeping per unit does not count.
+#: Small enough for a CPU cache, large enough that the overhead per unit does not matter.
 UNIT_BYTES = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The chunks that a set of rows needs.
+    """The chunks that n wanted rows need.
 
-    `chunks` int64 (m,), ascending and distinct. Chunk j serves the wanted rows `order[bounds[j]:bounds[j + 1]]`,
-    ascending; wanted row i is row `within[i]` of its chunk. `order`, `within` int64 (n,), `bounds` int64 (m + 1,).
+    `chunks` int64 (m,), distinct and ascending. Chunk j holds the wanted rows `order[bounds[j]:bounds[j + 1]]`
+    (positions among the wanted rows, ascending); wanted row i is row `within[i]` of its chunk. `order` and `within`
+    int64 (n,), `bounds` int64 (m + 1,).
     """
 
     chunks: np.ndarray
@@ -41,7 +42,10 @@ class Plan:
         return self.order[self.bounds[:-1]]
 
     def repeats(self, first: int, last: int) -> list[tuple[int, int]]:
-        """For chunks `first` to `last` (exclusive): each wanted row that is not its chunk's first, and that first."""
+        """For chunks `first` to `last` (exclusive): (wanted row, first wanted row of its chunk), unless they are equal.
+
+        With one row per chunk these are the repeated rows.
+        """
         bounds = self.bounds[first : last + 1]
         if bounds[-1] - bounds[0] == last - first:
             return []
@@ -52,23 +56,23 @@ class Plan:
 
     @property
     def which(self) -> np.ndarray:
-        """Wanted row i comes from chunk `chunks[which[i]]`; int64 (n,)."""
+        """For each wanted row, the position of its chunk in `chunks`; int64 (n,)."""
         which = np.empty(len(self.order), np.int64)
         which[self.order] = np.repeat(np.arange(len(self.chunks)), np.diff(self.bounds))
         return which
 
 
 def plan_rows(rows: np.ndarray, chunk_rows: int) -> Plan:
-    """The plan for `rows`, int64 (n,)."""
+    """The plan for `rows`, int64 (n,), of a cache with `chunk_rows` rows per chunk."""
     chunk, within = np.divmod(rows, chunk_rows)
-    # One sort of (chunk, position) as one number is several times faster than a stable argsort.
+    # Sorting (chunk, position) packed into one number is several times faster than a stable argsort.
     chunk, order = np.divmod(np.sort(chunk * len(rows) + np.arange(len(rows))), max(1, len(rows)))
     first = np.flatnonzero(np.diff(chunk, prepend=-1))
     return Plan(chunk[first], order, np.append(first, len(rows)), within)
 
 
 class Run(NamedTuple):
-    """Chunks `first` to `last` (exclusive, positions in the plan), which lie close together in one shard."""
+    """Chunks `first` to `last` (exclusive, positions in the plan), close together in bytes `start` to `stop`."""
 
     first: int
     last: int
@@ -84,10 +88,10 @@ def coalesce(
     max_gap: int = MAX_GAP_BYTES,
     max_chunks: int = MAX_CHUNKS,
 ) -> list[Run]:
-    """Runs of chunks to fetch by one read each, in the order of `shards` and `offsets`.
+    """Runs of chunks, each to be fetched with one read, in order.
 
-    `shards`, `offsets`, `sizes` int64 (m,): where each chunk lies, sorted by shard and offset. A run never crosses a
-    shard, bridges gaps of at most `max_gap` bytes, and holds at most `max_chunks` chunks.
+    `shards`, `offsets`, `sizes` int64 (m,): shard, offset and size in bytes of each chunk, sorted by shard and offset.
+    A run stays in one shard, has gaps of at most `max_gap` bytes and at most `max_chunks` chunks.
     """
     count = len(shards)
     if not count:
@@ -100,11 +104,11 @@ def coalesce(
     first = np.flatnonzero(neighbours % max_chunks == 0)
     last = np.append(first[1:], count)
     columns = zip(first.tolist(), last.tolist(), offsets[first].tolist(), ends[last - 1].tolist(), strict=True)
-    return list(map(partial(tuple.__new__, Run), columns))  # Run(...) itself takes twice as long
+    return list(map(partial(tuple.__new__, Run), columns))  # calling Run(...) takes twice as long
 
 
 class Unit(NamedTuple):
-    """Runs to fetch and check in one go: chunks `first` to `last` (exclusive, positions in the plan) of `shard`."""
+    """Runs to fetch and check together: chunks `first` to `last` (exclusive, positions in the plan) of `shard`."""
 
     shard: int
     first: int
@@ -120,7 +124,7 @@ def units(
     unit_bytes: int = UNIT_BYTES,
     max_gap: int = MAX_GAP_BYTES,
 ) -> list[Unit]:
-    """The runs of `coalesce` in portions of about `unit_bytes` of chunks, at least one chunk."""
+    """The runs of `coalesce`, grouped into units of about `unit_bytes` and at least one chunk; arguments as there."""
     spans = portions(shards, sizes, portion_bytes=unit_bytes, max_shards=1)
     first, last = np.array(spans, np.int64).reshape(-1, 2).T
     runs = coalesce(np.repeat(np.arange(len(spans)), last - first), offsets, sizes, max_gap=max_gap)
@@ -130,10 +134,10 @@ def units(
 
 
 def portions(shards: np.ndarray, sizes: np.ndarray, *, portion_bytes: int, max_shards: int) -> list[tuple[int, int]]:
-    """Chunks in order, in portions `first` to `last` (exclusive) of about `portion_bytes` and at most `max_shards`.
+    """Divides chunks, in order, into portions (`first`, `last` exclusive).
 
-    `shards`, `sizes` int64 (m,), sorted by shard. A portion holds at least one chunk; portions are about alike, so that
-    those who share them out are done together.
+    A portion has about `portion_bytes`, at least one chunk, and chunks of at most `max_shards` shards. `shards`,
+    `sizes` int64 (m,), sorted by shard. Portions are about equal in size, so threads finish at about the same time.
     """
     if not len(shards):
         return []

@@ -1,4 +1,4 @@
-"""Background reads in order: while one window is used, the next is being read; errors surface where they belong."""
+"""Reads ahead in a background thread: while one window is used, the next is read."""
 
 import time
 from collections import deque
@@ -12,7 +12,11 @@ T = TypeVar("T")
 
 @dataclass
 class Meter:
-    """What reading cost. `waited` and `worked` in seconds: for a window, and between windows; bytes read and used."""
+    """The cost of reading.
+
+    `waited` and `worked` are seconds spent waiting for windows and using them. `bytes_read` and `bytes_used` count what
+    was read and what of it was used. `draws` and `hits` count the receivers' draws and those served by the hot set.
+    """
 
     waited: float = 0.0
     worked: float = 0.0
@@ -23,21 +27,21 @@ class Meter:
 
     @property
     def stall(self) -> float:
-        """Share of the time that was spent waiting for data."""
+        """Share of the time spent waiting for data, 0 to 1."""
         total = self.waited + self.worked
         return self.waited / total if total else 0.0
 
     @property
     def hit_rate(self) -> float | None:
-        """Share of the receivers' draws that the hot set served; None where nothing is streamed."""
+        """Share of the receivers' draws served by the hot set, 0 to 1; None if nothing is streamed."""
         return self.hits / self.draws if self.draws else None
 
 
 def in_background(jobs: Iterable[Callable[[], T]], *, ahead: int = 1, meter: Meter | None = None) -> Generator[T]:
-    """The results of `jobs`, in order, each computed in one background thread at most `ahead` before it is asked for.
+    """Yields the results of `jobs` in order, computed in one background thread at most `ahead` jobs in advance.
 
-    So at most `ahead` + 1 results exist at a time. A job's exception is raised in place of its result. Closing the
-    generator (also by Ctrl-C in the loop over it) waits for the job that runs and starts no other.
+    So at most `ahead` + 1 results exist at a time. An exception of a job is raised in place of its result. Closing the
+    generator (also by Ctrl-C in the loop over it) waits for the running job and starts no other.
     """
     meter = meter or Meter()
     source = iter(jobs)
@@ -55,7 +59,7 @@ def in_background(jobs: Iterable[Callable[[], T]], *, ahead: int = 1, meter: Met
                     pending.append(thread.submit(job))
                 meter.waited += (given := time.perf_counter()) - asked
                 yield result
-                del result  # the consumer's copy is the only one now
+                del result  # only the consumer's reference is left
                 meter.worked += time.perf_counter() - given
         finally:
             for future in pending:

@@ -1,4 +1,4 @@
-"""What stores differ in: how each is opened, which of them one is, and which of its failures may pass."""
+"""Differences between stores: how each is opened, how to recognise it, and which of its failures may be temporary."""
 
 from typing import Any
 
@@ -7,14 +7,17 @@ from h2t.cache.errors import CacheError
 CONNECT_TIMEOUT, READ_TIMEOUT = 10, 30  # seconds
 CONNECTIONS = 64
 
-#: HTTP: too early, too slow, too many. Other statuses from 400 to 499 stay what they are, however often one asks.
+#: HTTP statuses request timeout, too early, too many requests. A retry does not help with others from 400 to 499.
 WORTH_ANOTHER_TRY = (408, 425, 429)
 FINAL = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, ImportError, ValueError, TypeError)
 FINAL_WORDS = ("credential", "permission", "not trusted", "forbidden", "access denied", "accessdenied", "signature")
 
 
 def file_system(url: str) -> tuple[Any, str]:
-    """The fsspec file system of `url` and the path in it. Timeouts are set, credentials are fsspec's own matter."""
+    """The fsspec file system of `url` and the path in it, with timeouts; fsspec finds the credentials.
+
+    Raises ValueError for an unknown protocol, ImportError if its package is not installed.
+    """
     import fsspec
 
     protocol = url.partition("://")[0]
@@ -25,16 +28,16 @@ def file_system(url: str) -> tuple[Any, str]:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT, sock_read=READ_TIMEOUT)
         options["client_kwargs"] = {"timeout": timeout}
     elif protocol in ("s3", "s3a"):
-        # One place tries again, and that is here.
+        # No retries by botocore: `RemoteFiles` retries.
         tries = {"total_max_attempts": 1}
         options["config_kwargs"] = {
             "max_pool_connections": CONNECTIONS, "retries": tries,
             "connect_timeout": CONNECT_TIMEOUT, "read_timeout": READ_TIMEOUT,
         }  # fmt: skip
     elif protocol in ("ssh", "sftp"):
-        # sshfs alone would talk to any host: an empty tuple means ~/.ssh/known_hosts.
+        # By default sshfs accepts any host; an empty tuple makes it check ~/.ssh/known_hosts.
         options |= {"known_hosts": (), "connect_timeout": CONNECT_TIMEOUT, "keepalive_interval": CONNECT_TIMEOUT}
-    if protocol not in ("ssh", "sftp"):  # sshfs hands every option on to the connection, and keeps no listings
+    if protocol not in ("ssh", "sftp"):  # sshfs passes every option to the connection, and caches no listings
         options["use_listings_cache"] = False
     fs, root = fsspec.core.url_to_fs(url, **options)
     if protocol in ("s3", "s3a"):
@@ -55,12 +58,12 @@ def is_sshfs(fs: Any) -> bool:
 
 
 def _from(fs: Any, module: str) -> bool:
-    """Whether `fs` is of a class of `module`, or derived from one: DVC has kinds of its own."""
+    """True if the class of `fs` is from `module` or derived from one that is: DVC has its own subclasses."""
     return any(f"{kind.__module__}.".startswith(f"{module}.") for kind in type(fs).__mro__)
 
 
 def behind(error: BaseException) -> BaseException:
-    """What went wrong: fsspec's HTTP calls every failure a missing file, and names it as the cause."""
+    """The real error: fsspec's HTTP raises FileNotFoundError for every failure, with the real error as its cause."""
     cause = error.__cause__
     masked = isinstance(error, FileNotFoundError) and cause is not None and getattr(cause, "status", None) != 404
     http = isinstance(cause, TimeoutError) or type(cause).__module__.startswith("aiohttp")
@@ -68,7 +71,7 @@ def behind(error: BaseException) -> BaseException:
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether asking again may help."""
+    """True if a retry may help."""
     error = behind(error)
     if isinstance(error, (*FINAL, CacheError)) or not isinstance(error, Exception):
         return False

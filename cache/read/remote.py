@@ -1,13 +1,12 @@
-"""The bytes of a cache behind a URL: ranges side by side, asked for again where a store falters, kept on the disk.
+"""The files of a cache behind a URL: ranges are fetched in parallel, retried, and cached on the local disk.
 
-fsspec speaks the protocols (`read.protocols`) and finds the credentials; `read.transfer` bounds what an answer may
-hold and how long it may take. A store that does not answer is asked again a few times, waiting longer each time. Ranges
-are fetched together, so that waiting for one of them is waiting for all. Shards go through the local block cache
-(`cache.read.blocks`) as soon as the commit record says what they hold.
+fsspec handles protocols and credentials (`read.protocols`); `read.transfer` limits the size and duration of an answer.
+A request that fails is retried a few times with growing pauses. Shards go through the local block cache
+(`read.blocks`) once the commit record is known.
 
-An open cache is pinned: each answer says which version of a file it is from (an ETag, or size and time), and another
-version than the first one seen is CacheError `replaced`. A file that is seen for the first time may already be of
-another cache, so the commit record is looked at once more after it.
+An open cache is pinned: each answer carries the version of its file (an ETag, or size and time), and a version other
+than the first one seen raises CacheError `replaced`. A file seen for the first time may already belong to another
+cache, so the version of the commit record is checked again after it.
 """
 
 import os
@@ -24,7 +23,7 @@ from typing import Any, TypeVar
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from h2t.cache.errors import CacheError, CacheWarning
-from h2t.cache.format.spec import MAX_RECORD_BYTES, RECORD, sha256
+from h2t.cache.format.spec import MAPS, MAX_RECORD_BYTES, RECORD, sha256
 from h2t.cache.memory import available_memory
 from h2t.cache.read.blocks import BLOCK_BYTES, BlockCache, arriving, from_environment
 from h2t.cache.read.protocols import behind, file_system, is_sshfs, may_pass
@@ -47,24 +46,26 @@ from h2t.cache.redaction import redacted, secrets_in, without
 T = TypeVar("T")
 
 TRIES = 5
-FIRST_WAIT, LONGEST_WAIT = 0.4, 10.0  # seconds between two tries: up to the first, doubled, up to the second
-BLOCKS_AT_ONCE = 16  # blocks asked for side by side by one thread: what hides the latency, and how much memory it takes
-#: A request costs about as much as these bytes, and a span is asked for by one.
+FIRST_WAIT, LONGEST_WAIT = 0.4, 10.0  # seconds before a retry: at most the first, doubling up to the second
+BLOCKS_AT_ONCE = 16  # blocks that one thread requests in parallel: enough to hide latency, few enough for its memory
+#: Ranges with a smaller gap share one request, which costs about as much as reading the gap; and the most it may fetch.
 MAX_GAP_BYTES, MAX_SPAN_BYTES = 64 * 1024, 4 * 1024 * 1024
-RECORD_SECONDS = 30.0  # the commit record is looked at again after this time, also where no new file is read
-SMALL_BYTES = 64 * 1024 * 1024  # so much memory is always taken without asking whether there is any
+RECORD_SECONDS = 30.0  # the commit record is checked again after this time, even if no new file is read
+SMALL_BYTES = 64 * 1024 * 1024  # reads up to this size skip the check of available memory
 
 _connected: "weakref.WeakSet[RemoteFiles]" = weakref.WeakSet()
 _left_behind: list[Any] = []
 
 
 class RemoteFiles:
-    """Files below an fsspec URL (`s3://`, `ssh://`, `https://`, `memory://`), read by ranges.
+    """The files below an fsspec URL (`s3://`, `ssh://`, `https://`, `memory://`), read by ranges (a `FileStore`).
 
-    What a store raises becomes CacheError: `missing`, `damaged` where it sends other than the bytes asked for,
-    `replaced` where it sends those of another file than before, else `unreachable`. No message holds a login, a token
-    or a query of the URL. Safe in threads and in forked processes; a pickled one knows the versions it was opened with.
+    Errors of a store become CacheError: `missing`, `damaged` if it sends bytes other than those requested, `replaced`
+    if it sends another version of a file than before, else `unreachable`. Messages never contain a login, token or
+    query of the URL. It can be used from threads and forked processes; pickling keeps the versions it was opened with.
     """
+
+    local = False
 
     def __init__(self, url: str) -> None:
         self._start(url)
@@ -76,8 +77,8 @@ class RemoteFiles:
         self._shards: Mapping[str, tuple[int, str]] = {}
         self._versions: dict[str, Version] = {}
         self._record: str | None = None  # sha256 of the commit record that was read
-        self._placed: set[str] = set()  # files whose version is known to be that of the record's cache
-        self._looked = time.monotonic()
+        self._placed: set[str] = set()  # files whose pinned version is known to belong to the commit record
+        self._looked = time.monotonic()  # when the commit record was last checked
         self._pace = Pace()
         self._store: Any = None
         self._process = os.getpid()
@@ -93,12 +94,12 @@ class RemoteFiles:
         self._query = f"?{query}" if query else ""
         try:
             self._store, self._root = self._ask("", lambda _: file_system(base))
-        except (ImportError, ValueError) as error:  # no such protocol, or its package is not installed
+        except (ImportError, ValueError) as error:  # unknown protocol, or its package is not installed
             raise type(error)(without(str(error), self._secrets)) from None
 
     @property
     def _fs(self) -> Any:
-        """The file system; connected anew in a forked child."""
+        """The fsspec file system; a forked child connects again."""
         with self._connecting:
             if self._store is None:
                 self._connect()
@@ -108,31 +109,35 @@ class RemoteFiles:
         return _reopened, (type(self), self._given, self._shards, self._opened())
 
     def _opened(self) -> dict[str, Any]:
-        """What is known of the files, for another process."""
+        """Pinned versions and record, to be sent to another process."""
         return {"_versions": dict(self._versions), "_record": self._record, "_placed": set(self._placed)}
 
     def after_fork(self) -> None:
-        """In a forked child: forgets the connection, whose thread stayed in the parent, and locks of other threads."""
+        """Drops the connection and all locks in a forked child, where the parent's threads do not exist."""
         if self._process == os.getpid():
             return
         self._process = os.getpid()
         self._new_locks()
         if self._blocks:
             self._blocks.after_fork()
-        _left_behind.append(self._store)  # ending it here would take its sockets from the parent's loop
+        _left_behind.append(self._store)  # deleting it here would close the sockets of the parent's loop
         self._store = None
 
     def __str__(self) -> str:
         return self._url
 
-    def expect(self, shards: Mapping[str, tuple[int, str]]) -> None:
-        """Says what the record knows of the shards, name -> (bytes, sha256): they go through the blocks from now on."""
+    def expect(self, recorded: Mapping[str, tuple[int, str]]) -> None:
+        """Takes name -> (bytes, sha256) from the commit record; its shards go through the block cache from now on."""
+        shards = {name: entry for name, entry in recorded.items() if name.startswith(f"{MAPS}/expert_")}
         self._shards, self._blocks = shards, from_environment() if shards else None
         if self._blocks:
             self._blocks.claim([digest for _, digest in shards.values()])
 
+    def check_record(self) -> None:
+        """Nothing: the record is checked after the first answer for each file."""
+
     def exists(self, name: str) -> bool:
-        """Whether `name` is there. Where fsspec's own `exists` gets no answer it says no; here that is an error."""
+        """True if `name` exists. Raises CacheError `unreachable` if there is no answer; fsspec would return False."""
         try:
             self._spans(name, [(0, 1)])
         except CacheError as error:
@@ -142,9 +147,8 @@ class RemoteFiles:
         return True
 
     def size(self, name: str) -> int:
-        """Bytes of `name`; CacheError `missing`, or `replaced` if they differ because the cache was."""
-        found = self._about(name)
-        size = found.get("size")
+        """Size of `name` in bytes. Raises CacheError `missing`, or `replaced` if the cache was replaced."""
+        size = self._about(name).get("size")
         if size is None:
             expected = self._shards.get(name, (MAX_RECORD_BYTES, ""))[0]
             size = len(self.read_all(name, expected))
@@ -153,33 +157,32 @@ class RemoteFiles:
         return int(size)
 
     def known_sizes(self, names: Iterable[str]) -> dict[str, int]:
-        """Bytes of those of `names` that a listing of their folder tells, one request a folder and not one a file.
+        """Sizes in bytes from listings, with one request per folder and not per file.
 
-        Where a listing gives no sizes (web servers), its folder's files are left out. CacheError `missing` for a file
-        that is not there.
+        Files in folders whose listing has no sizes (web servers) are left out. Raises CacheError `missing`, `replaced`.
         """
-        found = self.listed_sizes(names)
-        # Asked for by itself before it counts as missing: some listings lag behind.
-        sizes = {name: self.size(name) if size is None else size for name, size in found.items()}
+        listed = self.listed_sizes(names)
+        # Some listings lag behind, so a file that they lack is requested itself before it counts as missing.
+        sizes = {name: self.size(name) if size is None else size for name, size in listed.items()}
         if sizes:
             self._check_record()
             self._placed.update(sizes)
         return sizes
 
     def listed_sizes(self, names: Iterable[str]) -> dict[str, int | None]:
-        """As `known_sizes`, with None for a file that its folder's listing lacks."""
-        found: dict[str, int | None] = {}
+        """Like `known_sizes`, with None for a file that the listing of its folder lacks."""
+        sizes: dict[str, int | None] = {}
         listings: dict[str, dict[str, int]] = {}
         for name in names:
             folder = name.rpartition("/")[0]
             if folder not in listings:
                 listings[folder] = self._listing(folder)
             if listings[folder]:
-                found[name] = listings[folder].get(name)
-        return found
+                sizes[name] = listings[folder].get(name)
+        return sizes
 
     def names(self) -> set[str]:
-        """Every file below the URL; empty where the store cannot list."""
+        """Every file below the URL; empty if the store cannot list them."""
         root = self._root.rstrip("/")
         try:
             return {str(name)[len(root) :].lstrip("/") for name in below(self._fs, root, Patience(self._pace))}
@@ -187,7 +190,7 @@ class RemoteFiles:
             return set()
 
     def read_all(self, name: str, at_most: int) -> bytes:
-        """All bytes of `name`; CacheError `damaged` if there are more than `at_most`."""
+        """All bytes of `name`. Raises CacheError `damaged` if there are more than `at_most`, `missing`, `replaced`."""
         self._check_memory(name, at_most)
         data, version = self._ask(name, lambda patience: read_whole(self._fs, self._path(name), at_most, patience))
         self._pin(name, version)
@@ -196,12 +199,12 @@ class RemoteFiles:
         return data
 
     def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """The bytes `start` to `stop` of each range; fewer or more of them are CacheError `damaged`."""
+        """For each range (start, stop), its bytes. Raises CacheError `damaged` if there are fewer or more."""
         self._check_memory(name, sum(stop - start for start, stop in ranges))
         if self._blocks is None or name not in self._shards:
             return self._fetch(name, ranges)
         size, digest = self._shards[name]
-        if any(stop > size for _, stop in ranges):  # what lies beyond the end, the store shall say
+        if any(stop > size for _, stop in ranges):  # beyond the recorded end: the store's answer decides
             return self._fetch(name, ranges)
         key = self._kept(name, size, digest, ranges)
         kept = [self._blocks.read(key, start, stop) if key else None for start, stop in ranges]
@@ -209,7 +212,7 @@ class RemoteFiles:
         return [next(others) if data is None else data for data in kept]
 
     def forget(self, name: str) -> None:
-        """Drops what is kept of `name`: it did not hold. CacheError `replaced` if that is the reason."""
+        """Drops the cached blocks of `name`, which were wrong. Raises CacheError `replaced` if the cache was."""
         if self._blocks is not None and name in self._shards:
             digest = self._shards[name][1]
             self._blocks.forget(digest)
@@ -218,21 +221,21 @@ class RemoteFiles:
         self._check_record(content=True)
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Nothing: no connection is kept open."""
 
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}{self._query}"
 
     def _about(self, name: str) -> dict[str, Any]:
-        found = self._ask(name, lambda patience: about(self._fs, self._path(name), patience))
-        self._pin(name, version_of(found))
-        return found
+        details = self._ask(name, lambda patience: about(self._fs, self._path(name), patience))
+        self._pin(name, version_of(details))
+        return details
 
     def _pin(self, name: str, version: Version) -> None:
-        """Remembers the version of a file, or raises CacheError `replaced` if it is not the one remembered."""
+        """Remembers the first version of a file; raises CacheError `replaced` for any other."""
         held = self._versions.setdefault(name, version)
         if held.differs(version):
-            raise self._replaced(f"{name} is another file than before")
+            raise self._replaced(f"{name} has another version than before")
         if version.known and not held.known:
             self._versions[name] = version
 
@@ -242,16 +245,16 @@ class RemoteFiles:
             self._record = digest
             if not version.known:
                 warnings.warn(
-                    f"{self._url}: the store tells neither ETag nor time of a file, so a cache that is replaced while "
-                    "it is open is noticed only where its bytes do not fit",
+                    f"{self._url}: the store tells neither ETag nor time of a file; if the cache is replaced while it "
+                    "is open, this is noticed only if its bytes do not match",
                     CacheWarning,
                     stacklevel=4,
                 )
         elif digest != self._record:
-            raise self._replaced(f"{RECORD} is another one than before")
+            raise self._replaced(f"{RECORD} differs from the one read before")
 
     def _check_record(self, *, content: bool = False) -> None:
-        """Raises CacheError `replaced` unless the record that was read is still there: by version, or by `content`."""
+        """Raises CacheError `replaced` unless the commit record is still the one read: same version, or `content`."""
         if self._record is None or not (content or self._versions[RECORD].known):
             return
         try:
@@ -266,20 +269,22 @@ class RemoteFiles:
         self._looked = time.monotonic()
 
     def _replaced(self, what: str) -> CacheError:
-        return CacheError("replaced", f"{self._url}: was replaced while it was open ({what}); open it again")
+        return CacheError("replaced", f"{self._url}: was replaced while it was open ({what}); open the cache again")
 
     def _check_memory(self, name: str, size: int) -> None:
         if size > SMALL_BYTES and size > available_memory():
-            raise CacheError("full", f"{self._url}/{name}: {size / 1e9:.1f} GB are to be read, more than memory holds")
+            raise CacheError(
+                "full", f"{self._url}/{name}: reading it needs {size / 1e9:.1f} GB of memory, more than there is free"
+            )
 
     def _listing(self, folder: str) -> dict[str, int]:
-        """Sizes of the files in `folder`; empty where the store cannot tell those of all of them."""
+        """Sizes in bytes of the files in `folder`; empty unless the store lists the sizes of all of them."""
         path = self._path(folder).rstrip("/")
         try:
-            found = [entry for entry in listing(self._fs, path, Patience(self._pace)) if entry["type"] == "file"]
-            entries = {f"{folder}/{str(entry['name']).rpartition('/')[2]}".lstrip("/"): entry for entry in found}
+            files = [entry for entry in listing(self._fs, path, Patience(self._pace)) if entry["type"] == "file"]
+            entries = {f"{folder}/{str(entry['name']).rpartition('/')[2]}".lstrip("/"): entry for entry in files}
             versions = {name: version_of(entry) for name, entry in entries.items()}
-        except Exception:  # noqa: BLE001 - each store refuses in its own words; the files are asked for one by one then
+        except Exception:  # noqa: BLE001 - stores raise anything; without a listing, files are requested one by one
             return {}
         if any(version.size is None for version in versions.values()):
             return {}
@@ -288,12 +293,12 @@ class RemoteFiles:
         return {name: version.size for name, version in versions.items() if version.size is not None}
 
     def _kept(self, name: str, size: int, digest: str, ranges: Sequence[tuple[int, int]]) -> str | None:
-        """The key of the blocks of `ranges`, once those that were missing are fetched as far as there is room."""
+        """Fetches the missing blocks of `ranges` as far as there is room; returns their key, or None if not cached."""
         blocks = self._blocks
         assert blocks is not None
         every = range(-(-size // BLOCK_BYTES))
         with self._fetching[name]:
-            if len(every) <= BLOCKS_AT_ONCE:  # comes whole, and so is known to be the right one
+            if len(every) <= BLOCKS_AT_ONCE:  # fetched whole, so that its sha256 can be checked at once
                 if not (blocks.is_whole(digest) and all(blocks.holds(digest, block) for block in every)):
                     if not blocks.room(size):
                         return None
@@ -306,7 +311,7 @@ class RemoteFiles:
                 key = digest
             elif self._versions.get(name, Version()).known or version_of(self._about(name)).known:
                 key = self._arriving(name, digest)
-            else:  # blocks of a file that nothing tells from the one in its place are not kept
+            else:  # without a version, blocks of different files could be mixed, so none are cached
                 return None
             parts = (range(start // BLOCK_BYTES, -(-stop // BLOCK_BYTES)) for start, stop in ranges)
             missing = iter([block for block in sorted(set().union(*parts)) if not blocks.holds(key, block)])
@@ -325,40 +330,42 @@ class RemoteFiles:
         return arriving(digest, f"{self._url}/{name} {self._versions[name]}")
 
     def _another(self, name: str) -> CacheError:
-        return CacheError("damaged", f"{self._url}/{name}: sha256 differs from the record; another object is there")
+        return CacheError(
+            "damaged", f"{self._url}/{name}: sha256 differs from {RECORD}: another object is there; publish it again"
+        )
 
     def _fetch(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """The bytes of each range from the store; neighbours in one request."""
+        """The bytes of each range from the store; neighbouring ranges share a request."""
         spans, inside = merged(ranges)
-        came = self._spans(name, spans)
-        return [came[span][start : start + size] for span, start, size in inside]
+        data = self._spans(name, spans)
+        return [data[span][start : start + size] for span, start, size in inside]
 
     def _spans(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
-        """The bytes of each span, one request each; where some do not come, these alone are asked for again."""
-        found: list[Answer | None] = [None] * len(spans)
+        """The bytes of each span, one request per span; only spans that failed are requested again."""
+        received: list[Answer | None] = [None] * len(spans)
 
-        def absent(patience: Patience) -> None:
-            todo = [i for i, answer in enumerate(found) if answer is None]
+        def request_missing(patience: Patience) -> None:
+            todo = [i for i, answer in enumerate(received) if answer is None]
             failed = None
             answers = read_spans(self._fs, self._path(name), [spans[i] for i in todo], patience)
             for i, answer in zip(todo, answers, strict=True):
                 if isinstance(answer, BaseException):
                     failed = answer
                 else:
-                    found[i] = answer
+                    received[i] = answer
             if failed:
                 raise failed
 
         if not spans:
             return []
-        self._ask(name, absent)
-        answers = [answer for answer in found if answer]
+        self._ask(name, request_missing)
+        answers = [answer for answer in received if answer]
         for answer, (start, stop) in zip(answers, spans, strict=True):
             self._pin(name, answer.version)
             if len(answer.data) != stop - start:
                 raise CacheError(
                     "damaged",
-                    f"{self._url}/{name}: bytes {start} to {stop} were asked for, {len(answer.data)} bytes came",
+                    f"{self._url}/{name}: bytes {start} to {stop} were requested, {len(answer.data)} bytes came",
                 )
         if name not in self._placed or time.monotonic() - self._looked > RECORD_SECONDS:
             self._check_record()
@@ -366,7 +373,7 @@ class RemoteFiles:
         return [answer.data for answer in answers]
 
     def _ask(self, name: str, question: Callable[[Patience], T]) -> T:
-        """The store's answer, after as many tries as it takes, `TRIES` at most, and only while it keeps to the pace."""
+        """The answer of the store to `question`, with up to `TRIES` tries, as long as the store is fast enough."""
         where = f"{self._url}/{name}".rstrip("/")
         tries = Retrying(
             stop=stop_after_attempt(TRIES),
@@ -378,7 +385,7 @@ class RemoteFiles:
         patience = Patience(self._pace)
         try:
             return tries(lambda: question(patience))
-        except Exception as raised:  # each store fails in its own words
+        except Exception as raised:  # every store raises its own exceptions
             error = behind(raised)
             if isinstance(error, CacheError) or (not name and isinstance(error, (ImportError, ValueError))):
                 raise
@@ -387,20 +394,27 @@ class RemoteFiles:
             if isinstance(error, TooSlow):
                 raise CacheError(
                     "unreachable",
-                    f"{where}: the store is too slow ({error}); try again later, or copy the cache nearer",
+                    f"{where}: the store is too slow ({error}); try again later, or copy the cache closer",
                 ) from None
             if isinstance(error, (FileNotFoundError, NotADirectoryError)):
                 if name != RECORD:
                     self._check_record()
-                raise CacheError("missing", f"{where}: file is missing") from None
-            if getattr(error, "status", None) == 416:  # HTTP: the range lies beyond the end
-                raise CacheError("damaged", f"{where}: is shorter than its index or record says") from None
+                raise CacheError(
+                    "missing", f"{where}: file is missing; check the address, or publish the cache again"
+                ) from None
+            if getattr(error, "status", None) == 416:  # HTTP: the range is beyond the end of the file
+                raise CacheError("damaged", f"{where}: is shorter than its index or {RECORD} says") from None
             said = without(" ".join(str(error).split()), self._secrets) or type(error).__name__
-            after = f" {TRIES} times" if may_pass(error) else ""
-            raise CacheError("unreachable", f"{where}: the store did not answer{after} ({said}); try again") from None
+            if may_pass(error):
+                problem = f"the store failed {TRIES} times ({said}); try again later"
+            elif "unable to locate credentials" in said.lower():  # the words of botocore
+                problem = "no AWS credentials found; set AWS_PROFILE or AWS_ACCESS_KEY_ID"
+            else:
+                problem = f"the store refused ({said}); check the address and your access"
+            raise CacheError("unreachable", f"{where}: {problem}") from None
 
     def _reconnect(self) -> None:
-        """A connection that broke stays broken with sshfs; others make their own for each request."""
+        """Connects again with sshfs, whose broken connection stays broken; other stores connect for each request."""
         if is_sshfs(self._store):
             with suppress(Exception):
                 self._store, _ = file_system(self._given)
@@ -426,12 +440,15 @@ os.register_at_fork(after_in_child=_forked)
 
 
 def _spans_of(blocks: Iterable[int], size: int) -> list[tuple[int, int]]:
-    """First and last byte of `blocks` of a file of `size` bytes."""
+    """(start, stop) in bytes of each of `blocks` of a file of `size` bytes."""
     return [(block * BLOCK_BYTES, min((block + 1) * BLOCK_BYTES, size)) for block in blocks]
 
 
 def merged(ranges: Sequence[tuple[int, int]]) -> tuple[list[tuple[int, int]], list[tuple[int, int, int]]]:
-    """Spans that bridge gaps of `MAX_GAP_BYTES`; and for each range its span, its first byte in that, and its size."""
+    """Ranges with gaps of at most `MAX_GAP_BYTES` merged into spans of at most `MAX_SPAN_BYTES`.
+
+    Returns the spans, and for each range the number of its span, its first byte within the span, and its size.
+    """
     spans: list[tuple[int, int]] = []
     inside = [(0, 0, 0)] * len(ranges)
     for i in sorted(range(len(ranges)), key=ranges.__getitem__):

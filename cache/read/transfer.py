@@ -1,8 +1,8 @@
-"""Bytes from a store: as they lie there, no more than were asked for, at a bearable rate, and of which version.
+"""Transfers bytes from a store: unencoded, no more than requested, at a minimum rate, and with the file's version.
 
-fsspec reads an answer to its end before it hands it out, and an HTTP client unpacks what comes packed, so a hostile
-server can fill any memory. The bodies of HTTP, S3 and SFTP are therefore read here, piece by piece; other stores are
-read by fsspec's own ranges, and keep their own timeouts.
+fsspec reads an answer completely before returning it, and an HTTP client decompresses it, so a hostile server could
+exhaust memory. Bodies from HTTP, S3 and SFTP are therefore read here, piece by piece. Other stores are read with
+fsspec's own ranges and timeouts.
 """
 
 import asyncio
@@ -17,36 +17,36 @@ from h2t.cache.read.protocols import CONNECTIONS, is_http, is_s3, is_sshfs
 T = TypeVar("T")
 Span = tuple[int, int]
 
-LEAST_RATE = 1000  # bytes per second that a store must give, or answer in full,
-WINDOW = 30.0  # in every stretch of this many seconds
-LISTING_SECONDS = 300.0  # a listing cannot be counted as it comes
+LEAST_RATE = 1000  # bytes per second that a store must send, averaged over each window, until its answer is complete
+WINDOW = 30.0  # seconds
+LISTING_SECONDS = 300.0  # timeout of a listing, whose bytes cannot be counted as they arrive
 PIECE_BYTES = 256 * 1024
-SFTP_PIECE_BYTES = 64 * 1024  # an SFTP server answers in the order of the requests, so these are counted one by one
+SFTP_PIECE_BYTES = 64 * 1024  # small enough that a slow transfer is seen, as bytes are counted when a piece is complete
 TIMES = ("mtime", "LastModified", "Last-Modified", "last_modified", "updated", "modified", "created")
 
 
 class Unasked(ValueError):
-    """The answer is not what was asked for: encoded, too long, of another range."""
+    """The answer is not what was requested: encoded, too long, or another range."""
 
 
 class TooSlow(ValueError):
-    """The store gave fewer than `LEAST_RATE` bytes per second over a window."""
+    """The store sent fewer than `LEAST_RATE` bytes per second over a window."""
 
 
 class Version(NamedTuple):
-    """What tells a file from another one in its place: an ETag, or size in bytes and time of the last change."""
+    """Identifies one version of a file: an ETag, or its size in bytes and the time of its last change."""
 
     tag: str | None = None
     size: int | None = None
-    time: tuple[str, str] | None = None  # what the store calls it, and its value: stores keep several
+    time: tuple[str, str] | None = None  # (field name, value); stores have several fields with different times
 
     @property
     def known(self) -> bool:
-        """Whether a replaced file would show itself."""
+        """True if a replaced file would have another version."""
         return bool(self.tag or self.time)
 
     def differs(self, other: "Version") -> bool:
-        """Whether the two are of different files, as far as both say."""
+        """True if a field that both versions have is different; an ETag decides alone."""
         if self.tag and other.tag:
             return self.tag != other.tag
         if None not in (self.size, other.size) and self.size != other.size:
@@ -55,12 +55,14 @@ class Version(NamedTuple):
 
 
 class Answer(NamedTuple):
+    """Bytes from a store, and the version of the file that they are from."""
+
     data: bytes
     version: Version
 
 
 def version_of(about: Mapping[str, Any]) -> Version:
-    """The version in what fsspec knows of a file, or in the headers of an HTTP answer."""
+    """The version of a file, from fsspec's details about it or from the headers of an HTTP answer."""
     tag = str(about.get("ETag") or about.get("etag") or "").removeprefix("W/").strip('"')
     size = about.get("size")
     changed = next(((key, _timed(about[key])) for key in TIMES if about.get(key)), None)
@@ -68,24 +70,24 @@ def version_of(about: Mapping[str, Any]) -> Version:
 
 
 def _timed(value: Any) -> str:
-    """A time as text; listings and single files give the same one in different types."""
+    """A time as text: listings and single files give the same time in different types."""
     seconds = value.timestamp() if isinstance(value, datetime) else value
     return f"{seconds:.3f}" if isinstance(seconds, (int, float)) else str(seconds)
 
 
 class Pace:
-    """Counts the bytes that a store gave, over all its requests: some may wait while others are served."""
+    """Counts the bytes received from a store over all its requests, as some requests wait while others are served."""
 
     def __init__(self) -> None:
         self.window, self.count = WINDOW, 0
 
     def came(self, size: int) -> None:
-        """Called in the loop's thread alone."""
+        """Adds received bytes; called only in the thread of the event loop."""
         self.count += size
 
 
 class Patience:
-    """Waits for the answer to one question, however many tries it takes, while the store keeps to the least rate."""
+    """Waits for the answer to one question, over all its tries, as long as the store sends at least `LEAST_RATE`."""
 
     def __init__(self, pace: Pace) -> None:
         self.pace = pace
@@ -95,14 +97,17 @@ class Patience:
         self._had, self._until = self.pace.count, time.monotonic() + self.pace.window
 
     def result(self, fs: Any, work: Coroutine[Any, Any, T], *, seconds: float | None = None) -> T:
-        """What `work` gives in the loop of `fs`. TooSlow if the store does; with `seconds`, after that time."""
+        """The result of `work`, run in the event loop of `fs`.
+
+        Raises TooSlow if the store is; with `seconds`, if the answer is not complete after that time.
+        """
         if seconds is not None:
             self._until = time.monotonic() + seconds
         future = asyncio.run_coroutine_threadsafe(work, fs.loop)
         try:
             while not wait([future], max(0.0, self._until - time.monotonic())).done:
                 if seconds is not None or self.pace.count - self._had < LEAST_RATE * self.pace.window:
-                    raise TooSlow(f"fewer than {LEAST_RATE} bytes a second over {seconds or self.pace.window:g} s")
+                    raise TooSlow(f"fewer than {LEAST_RATE} bytes/s over {seconds or self.pace.window:g} s")
                 self._begin()
         finally:
             future.cancel()
@@ -110,7 +115,7 @@ class Patience:
 
 
 def read_whole(fs: Any, path: str, at_most: int, patience: Patience) -> Answer:
-    """The whole file. Raises Unasked, without reading on, if it is longer than `at_most` bytes."""
+    """The whole file. Raises Unasked, and stops reading, if it is longer than `at_most` bytes."""
     if is_sshfs(fs):
         return patience.result(fs, _sftp_whole(fs, path, at_most, patience.pace))
     if one := _one(fs):
@@ -125,37 +130,37 @@ def read_whole(fs: Any, path: str, at_most: int, patience: Patience) -> Answer:
 
 
 def read_spans(fs: Any, path: str, spans: Sequence[Span], patience: Patience) -> list[Answer | BaseException]:
-    """For each span (start, stop) its bytes, fewer where the file ends, or what went wrong."""
+    """For each span (start, stop) its bytes, fewer if the file ends earlier, or the exception that was raised."""
     if is_sshfs(fs):
         return patience.result(fs, _sftp_spans(fs, path, spans, patience.pace))
     if one := _one(fs):
         return patience.result(fs, _side_by_side(one, fs, path, spans, patience.pace))
     starts, stops = zip(*spans, strict=True)
-    found = fs.cat_ranges([path] * len(spans), list(starts), list(stops))
+    results = fs.cat_ranges([path] * len(spans), list(starts), list(stops))
     version = version_of(fs.info(path))
-    return [data if isinstance(data, Exception) else Answer(bytes(data), version) for data in found]
+    return [data if isinstance(data, Exception) else Answer(bytes(data), version) for data in results]
 
 
 def about(fs: Any, path: str, patience: Patience) -> dict[str, Any]:
-    """What fsspec knows of a file: its `size` in bytes and what `version_of` reads."""
-    found: dict[str, Any] = patience.result(fs, fs._info(path)) if _asynchronous(fs) else fs.info(path)
-    return found
+    """The details that fsspec has about a file: its `size` in bytes, and the fields that `version_of` reads."""
+    details: dict[str, Any] = patience.result(fs, fs._info(path)) if _asynchronous(fs) else fs.info(path)
+    return details
 
 
 def listing(fs: Any, path: str, patience: Patience) -> list[dict[str, Any]]:
-    """What fsspec knows of everything in a folder; empty for web servers, whose pages tell no sizes."""
+    """The details that fsspec has about each entry of a folder; empty for web servers, whose pages list no sizes."""
     if is_http(fs):
         return []
     fs.invalidate_cache(path)
     if _asynchronous(fs):
-        found: list[dict[str, Any]] = patience.result(fs, fs._ls(path, detail=True), seconds=LISTING_SECONDS)
+        entries: list[dict[str, Any]] = patience.result(fs, fs._ls(path, detail=True), seconds=LISTING_SECONDS)
     else:
-        found = fs.ls(path, detail=True)
-    return found
+        entries = fs.ls(path, detail=True)
+    return entries
 
 
 def below(fs: Any, root: str, patience: Patience) -> list[str]:
-    """Paths of all files below a folder; none for web servers."""
+    """Paths of all files below a folder; empty for web servers."""
     if is_http(fs):
         return []
     if _asynchronous(fs):
@@ -168,11 +173,11 @@ def _asynchronous(fs: Any) -> bool:
 
 
 def _too_long(at_most: int) -> Unasked:
-    return Unasked(f"is longer than the {at_most} bytes that it may have")
+    return Unasked(f"must be at most {at_most} bytes; it is longer")
 
 
 def _one(fs: Any) -> Callable[..., Coroutine[Any, Any, Answer]] | None:
-    """What asks for one span (None: the whole file) of at most so many bytes."""
+    """The function that requests one span (or None: the whole file) of `fs`; None for stores read by fsspec."""
     return _http if is_http(fs) else _s3 if is_s3(fs) else None
 
 
@@ -200,7 +205,7 @@ async def _http(fs: Any, path: str, span: Span | None, at_most: int, pace: Pace)
     options["headers"] = {**options.get("headers", {}), "Accept-Encoding": "identity"}
     if span:
         options["headers"]["Range"] = _range(span)
-    if hasattr(session, "retry_options"):  # DVC's client asks again by itself; one place does, and that is ours
+    if hasattr(session, "retry_options"):  # DVC's client retries by itself; only `RemoteFiles` should
         from aiohttp_retry import ExponentialRetry
 
         options["retry_options"] = ExponentialRetry(attempts=1)
@@ -209,13 +214,13 @@ async def _http(fs: Any, path: str, span: Span | None, at_most: int, pace: Pace)
         encoding = answer.headers.get("Content-Encoding", "identity").strip().lower()
         if encoding not in ("", "identity"):
             answer.close()
-            raise Unasked(f"the server sends it packed ({encoding[:20]}), which was not asked for")
+            raise Unasked(f"the server must send it unencoded; got encoding {encoding[:20]}")
         try:
             first, size = _content_range(answer.headers.get("Content-Range", ""))
             if span and (first if answer.status == 206 else 0) not in (None, span[0]):
                 raise Unasked(
-                    f"bytes {span[0]} to {span[1]} were asked for, others came (status {answer.status}); the server "
-                    "must know ranges"
+                    f"bytes {span[0]} to {span[1]} were requested, others came (status {answer.status}); the server "
+                    "must support range requests"
                 )
             length = answer.content_length
             if length is not None and length > at_most:
@@ -224,14 +229,14 @@ async def _http(fs: Any, path: str, span: Span | None, at_most: int, pace: Pace)
                 size = length
             data = await _body(answer.content.readany, at_most, pace)
         except Unasked:
-            answer.close()  # or the rest of the body would be read before the connection is used again
+            answer.close()  # else aiohttp would read the rest of the body to reuse the connection
             raise
         told = {key: answer.headers.get(key) for key in ("ETag", "Last-Modified")}
         return Answer(data, version_of({**told, "size": size}))
 
 
 def _content_range(header: str) -> tuple[int | None, int | None]:
-    """First byte and size of the file in `bytes FIRST-LAST/SIZE`, each None where it is not told."""
+    """First byte and file size in a header `bytes FIRST-LAST/SIZE`, each None if it is not given."""
     unit, _, told = header.partition(" ")
     if unit != "bytes":
         return None, None
@@ -257,24 +262,24 @@ async def _s3(fs: Any, path: str, span: Span | None, at_most: int, pace: Pace) -
     options = {"Range": _range(span)} if span else {}
     if version:
         options["VersionId"] = version
-    found = await fs._call_s3("get_object", Bucket=bucket, Key=key, **options)
-    body = found["Body"]
+    answer = await fs._call_s3("get_object", Bucket=bucket, Key=key, **options)
+    body = answer["Body"]
     try:
-        if found.get("ContentLength", 0) > at_most:
+        if answer.get("ContentLength", 0) > at_most:
             raise _too_long(at_most)
         data = await _body(lambda: body.read(PIECE_BYTES), at_most, pace)
     finally:
         body.close()
-    _, size = _content_range(found.get("ContentRange", ""))
-    return Answer(data, version_of({**found, "size": size if span else found.get("ContentLength")}))
+    _, size = _content_range(answer.get("ContentRange", ""))
+    return Answer(data, version_of({**answer, "size": size if span else answer.get("ContentLength")}))
 
 
 async def _sftp_spans(fs: Any, path: str, spans: Sequence[Span], pace: Pace) -> list[Answer | BaseException]:
     async def read(file: Any) -> list[Answer | BaseException]:
         version = await _sftp_version(file)
         tasks = (_sftp_span(file, start, stop, pace) for start, stop in spans)
-        found = await asyncio.gather(*tasks, return_exceptions=True)
-        return [data if isinstance(data, BaseException) else Answer(data, version) for data in found]
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        return [data if isinstance(data, BaseException) else Answer(data, version) for data in results]
 
     return await _sftp(fs, path, read)
 
@@ -290,21 +295,21 @@ async def _sftp_whole(fs: Any, path: str, at_most: int, pace: Pace) -> Answer:
 
 
 async def _sftp(fs: Any, path: str, read: Callable[[Any], Coroutine[Any, Any, T]]) -> T:
-    """What `read` gives for the open file. sshfs's own reads know no ranges and send the whole file."""
+    """The result of `read` for the open file. Not by sshfs's own reads, which transfer whole files, not ranges."""
     from sshfs.utils import wrap_exceptions
 
     async def opened() -> T:
         async with fs._pool.get() as channel, channel.open(path, "rb") as file:
             return await read(file)
 
-    found: T = await wrap_exceptions(opened)()
-    return found
+    result: T = await wrap_exceptions(opened)()
+    return result
 
 
 async def _sftp_version(file: Any) -> Version:
-    """As `version_of` what sshfs tells of a file."""
-    told = await file.stat()
-    return version_of({"size": told.size, "mtime": told.mtime})
+    """The same version as `version_of` gives for sshfs's details about the file."""
+    status = await file.stat()
+    return version_of({"size": status.size, "mtime": status.mtime})
 
 
 async def _sftp_span(file: Any, start: int, stop: int, pace: Pace) -> bytes:

@@ -1,1 +1,1 @@
-"""Whole-cache work: verify, statistics, pooled copies."""
+"""Tools for whole caches: verification, statistics, pooled copies."""

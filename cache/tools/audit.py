@@ -22,12 +22,12 @@ from h2t.cache.tools.verify import Fault, verify
 __all__ = ["Fault", "advise", "describe", "diff", "pooled", "stats", "verify"]
 
 WORKERS = min(4, os.cpu_count() or 1)
-BLOCK_BYTES = 8 * 1024 * 1024  # of stored values; a worker holds about six times as much while it counts
+BLOCK_BYTES = 8 * 1024 * 1024  # of stored values; a worker needs about six times as much memory
 IDENTITY = ["split", "statistics", "source", "view"]
 
 
 def describe(cache: Cache) -> dict[str, Any]:
-    """What `cache` holds, as a JSON object; reads the commit record and the row table only."""
+    """The content of `cache` as a JSON object; sizes in bytes. Reads only the commit record and the row table."""
     spec, rows = cache.spec, cache.rows
     # `group_by` imports pandas where it is installed, 0.2 s.
     counts = Counter(zip(rows["split"].to_pylist(), rows["statistics"].to_pylist(), strict=True))
@@ -55,7 +55,7 @@ def describe(cache: Cache) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class _Sums:
-    """What one block of rows adds to the statistics of an expert; label -> (rows, sum of norms)."""
+    """Sums over rows of one expert; `norms` is label -> (rows, sum of L2 norms)."""
 
     values: int = 0
     zeros: int = 0
@@ -92,17 +92,18 @@ def _block(cache: Cache, expert: int, start: int, stop: int, labels: np.ndarray)
     values[~finite] = 0
     sums.total = float(values.sum())
     norm = np.sqrt(np.einsum("ij,ij->i", values, values))
-    found, which = np.unique(labels, return_inverse=True)
+    present, which = np.unique(labels, return_inverse=True)
     rows, norms = np.bincount(which), np.bincount(which, norm)
-    sums.norms = {int(label): (int(n), float(s)) for label, n, s in zip(found, rows, norms, strict=True)}
+    sums.norms = {int(label): (int(n), float(s)) for label, n, s in zip(present, rows, norms, strict=True)}
     return sums
 
 
 def stats(cache: Cache, *, workers: int = WORKERS) -> list[dict[str, Any]]:
-    """Per expert: sparsity (share of values that are 0), min, max, mean, counts of NaN and Inf, norms per class.
+    """Statistics of the values of each expert, as one JSON object per expert.
 
-    `classes` lists the mean L2 norm of a class's maps. Everything but the counts is over finite values; where there
-    are none it is None. Memory is bounded by the number of workers, not by the cache.
+    `sparsity` is the share of values that are 0; `values`, `nan` and `inf` are counts; `classes` lists the rows and the
+    mean L2 norm of the maps of each class. `min`, `max`, `mean` and norms are over finite values; `min`, `max` and
+    `mean` are None if there are none. Memory depends on the number of workers, not on the size of the cache.
     """
     import dask
 

@@ -1,4 +1,4 @@
-"""A pooled copy of a cache: the same rows with (C, 1, 1) maps in float32, in the same format."""
+"""Pooled copies: caches in the same format with the same rows, and maps of (C, 1, 1) in float32."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -17,10 +17,10 @@ from h2t.cache.write.writer import CacheWriter, committed
 
 Pool = Callable[[np.ndarray], np.ndarray]
 
-WORKERS = min(4, os.cpu_count() or 1)  # at most; fewer where memory is short
+WORKERS = min(4, os.cpu_count() or 1)  # at most; fewer if memory is short
 SHARD_BYTES = 64 * 1024 * 1024
-#: Stored bytes of the maps pooled at once. Blocks start anew in every shard and their size depends on the cache only,
-#: so a row is pooled among the same rows in every attempt.
+#: Stored bytes of the maps pooled together. Every shard starts a new block, and the block size depends only on the
+#: cache, so each attempt pools a row together with the same rows.
 BLOCK_BYTES = 16 * 1024 * 1024
 
 
@@ -36,12 +36,13 @@ def pooled(
     replace: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> CacheSpec:
-    """Writes the pooled copy of `cache` to `target` and returns its spec.
+    """Writes the pooled copy of `cache` to `target` and returns its spec; does nothing if it is already there.
 
-    `pool` takes float32 (n, C, H, W), gives (n, C'), and is called from several threads. `pool_name` names it with
-    its parameters, for it decides the fingerprint; `token` adds what else must be equal (say, a library's version)
-    for an interrupted copy to be continued. `progress` is called with the number of rows after each shard. Where
-    `target` holds this copy already, nothing is done. Raises CacheError: `exists`, `busy`, `full`, `mismatch`.
+    `pool` maps float32 (n, C, H, W) to (n, C') and is called from several threads. `pool_name` names it and its
+    parameters and is part of the fingerprint (format rule 2.5). An interrupted copy is resumed only if `token` is
+    unchanged; it should hold whatever else affects the values, such as a library's version. `progress` is called after
+    each shard with its number of rows. Raises CacheError: `exists`, `busy`, `full`, `unwritable`, `mismatch`, and
+    whatever reading `cache` raises.
     """
     import dask
 
@@ -80,13 +81,17 @@ def pooled(
                     stop = min(start + block, rows.stop)
                     part = _pooled(cache, pool, expert, start, stop)
                     if part.shape[1] != array.shape[1]:
-                        raise CacheError("mismatch", f"{pool_name}: {array.shape[1]} channels, then {part.shape[1]}")
+                        raise CacheError(
+                            "mismatch",
+                            f"pool {pool_name}: must give every row as many channels as the first, {array.shape[1]}; "
+                            f"got {part.shape[1]}; correct the pool",
+                        )
                     array[start - rows.start : stop - rows.start, :, 0, 0] = part
             writer.write(number, arrays)
             if progress:
                 progress(len(rows))
 
-        # A worker holds a shard, once more as it is written, and a block in the parent's dtype and twice in float32.
+        # A worker holds a shard, its encoded copy, and a block once in the parent's dtype and twice in float32.
         own = 2 * sum(spec.shard_rows * spec.row_bytes(e) for e in range(spec.experts)) + 5 * BLOCK_BYTES
         workers = max(1, min(WORKERS, available_memory() // (2 * own)))
         tasks = [dask.delayed(shard, pure=False)(number) for number in writer.pending]
@@ -96,7 +101,7 @@ def pooled(
 
 
 def _backbone(parent: CacheSpec) -> dict[str, Any]:
-    """The parent's entry about its backbone: who has the copy alone can still tell which backbone made it."""
+    """The parent's entry about its backbone, so that the copy alone tells which backbone made it."""
     return {k: v for k, v in parent.fingerprint_inputs.items() if k == "backbone"}
 
 
@@ -106,5 +111,5 @@ def _pooled(cache: Cache, pool: Pool, expert: int, start: int, stop: int) -> np.
     if values.ndim == 4 and values.shape[2:] == (1, 1):
         values = values[:, :, 0, 0]
     if values.ndim != 2 or len(values) != len(maps):
-        raise CacheError("mismatch", f"pool: (n, C) expected for {maps.shape}; got {values.shape}")
+        raise CacheError("mismatch", f"pool: must turn maps {maps.shape} into ({len(maps)}, C); got {values.shape}")
     return values

@@ -1,4 +1,4 @@
-"""Is a cache what was committed? Every file, index and chunk, held against the commit record."""
+"""Verifies a cache: compares every file, index and chunk with the commit record."""
 
 import json
 import os
@@ -10,21 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from h2t.cache.errors import CacheError
+from h2t.cache.errors import CacheError, numbered
 from h2t.cache.format import shard as shard_layout
 from h2t.cache.format.codecs import codec
 from h2t.cache.format.rows import SCHEMA, from_bytes, make_rows
 from h2t.cache.format.spec import CARD, MAPS, MAX_RECORD_BYTES, RECORD, ROWS, STATISTICS, Commit, parse_record, sha256
-from h2t.cache.read.files import LocalFiles, files_at
-from h2t.cache.read.remote import RemoteFiles
+from h2t.cache.read.files import files_at
+from h2t.cache.read.store import FileStore
 from h2t.cache.redaction import one_line
 from h2t.cache.write.writer import create_group
 
-Files = LocalFiles | RemoteFiles
-
-#: Shards looked at side by side; each is held in memory whole.
+#: Shards checked in parallel; each is held in memory whole.
 WORKERS = min(4, os.cpu_count() or 1)
-MAX_TASKS = 500  # a task costs dask a millisecond, which is more than a small shard does
+MAX_TASKS = 500  # a task costs dask 1 ms, more than checking a small shard
 GROUP_KEYS = ("node_type", "zarr_format", "attributes")
 ARRAY_KEYS = (
     *("node_type", "zarr_format", "shape", "data_type", "chunk_grid", "chunk_key_encoding"),
@@ -34,9 +32,9 @@ ARRAY_KEYS = (
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One thing that is wrong: `file` is relative to the cache, `chunks` and `rows` are first and last, inclusive.
+    """One fault: `file` is a path relative to the cache; `chunks` and `rows` are (first, last), inclusive.
 
-    Chunks are counted within their shard, rows within the cache.
+    Chunks are numbered within their shard, rows within the cache.
     """
 
     file: str
@@ -47,44 +45,41 @@ class Fault:
     def __str__(self) -> str:
         text = self.file
         if self.chunks and self.rows:
-            first, last = self.chunks
-            text += f": chunk {first}" if first == last else f": chunks {first} to {last}"
-            text += f" (rows {self.rows[0]} to {self.rows[1]})"
+            text += f": {numbered('chunk', *self.chunks)} ({numbered('row', *self.rows)})"
         return one_line(f"{text}: {self.what}")
 
 
 def verify(location: str | Path, *, quick: bool = False) -> list[Fault]:
-    """All faults of the cache at a path or URL; an empty list means it is sound.
+    """All faults of the cache at a path or URL; an empty list means that the cache is sound.
 
-    Full: the bytes of every file against `cache.json`, files that it does not name, the row table, the batch-norm
-    file, the Zarr metadata, every shard index and every chunk, decoded. `quick` leaves out what would read the maps:
-    sizes, `cache.json`, row table, metadata and shard indices are looked at. Whatever is found, nothing is raised.
-    Files that are not named cannot be found where a URL cannot be listed.
+    Checks the bytes of every file against `cache.json`, the row table, the batch-norm statistics, the Zarr metadata,
+    every shard index, and every chunk by decoding it; also looks for files that `cache.json` does not name, unless the
+    store at a URL cannot list its files. `quick` does not read the maps: it checks sizes, `cache.json`, row table,
+    metadata and shard indices. Faults are returned, never raised.
     """
-    found: list[tuple[Files, Commit]] = []
+    opened: list[tuple[FileStore, Commit]] = []
 
     def record() -> list[Fault]:
         files = files_at(location)
         if not files.exists(RECORD):
             return [Fault(RECORD, f"missing, so {files} is not a finished cache")]
-        found.append((files, parse_record(files.read_all(RECORD, MAX_RECORD_BYTES))))
+        opened.append((files, parse_record(files.read_all(RECORD, MAX_RECORD_BYTES))))
         return []
 
     faults = _guarded(RECORD, record)
     if faults:
         return faults
-    files, commit = found[0]
+    files, commit = opened[0]
     try:
-        found_faults = _run(_jobs(files, commit, quick))
-        # A cache that was replaced meanwhile has faults that neither of the two has.
-        return _guarded(RECORD, partial(_same_record, files)) or found_faults
+        faults = _run(_jobs(files, commit, quick))
+        # If the cache was replaced meanwhile, these may be faults of neither the old nor the new one.
+        return _guarded(RECORD, partial(_same_record, files)) or faults
     finally:
         files.close()
 
 
-def _same_record(files: Files) -> list[Fault]:
-    if isinstance(files, LocalFiles):
-        files.size(RECORD)
+def _same_record(files: FileStore) -> list[Fault]:
+    files.check_record()
     return []
 
 
@@ -104,13 +99,12 @@ def _guarded(name: str, job: Callable[[], list[Fault]]) -> list[Fault]:
     try:
         return job()
     except CacheError as error:
-        return [Fault(name, error.detail)]
-    # What a damaged file makes Zarr, Arrow or a remote store raise is not ours to list, and is the finding itself.
-    except Exception as error:  # noqa: BLE001
+        return [Fault(name, error.detail.removeprefix(f"{name}: "))]
+    except Exception as error:  # noqa: BLE001 - a damaged file can make Zarr, Arrow or a store raise anything
         return [Fault(name, f"cannot be read ({type(error).__name__}: {error})")]
 
 
-def _jobs(files: Files, commit: Commit, quick: bool) -> list[tuple[str, Callable[[], list[Fault]]]]:
+def _jobs(files: FileStore, commit: Commit, quick: bool) -> list[tuple[str, Callable[[], list[Fault]]]]:
     spec = commit.spec
     shards = {spec.shard_file(e, s): (e, s) for e in range(spec.experts) for s in range(spec.shards)}
     metadata = [f"{MAPS}/zarr.json", *(f"{MAPS}/expert_{e}/zarr.json" for e in range(spec.experts))]
@@ -118,8 +112,7 @@ def _jobs(files: Files, commit: Commit, quick: bool) -> list[tuple[str, Callable
     jobs: list[tuple[str, Callable[[], list[Fault]]]] = [(RECORD, partial(_names, commit, {*plain, *shards}))]
     if not quick:
         jobs.append((RECORD, partial(_unnamed, files, commit)))
-    told = files.listed_sizes(commit.files) if isinstance(files, RemoteFiles) else {}
-    listed = {name: size for name, size in told.items() if size is not None}
+    listed = {name: size for name, size in files.listed_sizes(commit.files).items() if size is not None}
     jobs += [(name, partial(_file, files, commit, name, quick, listed)) for name in plain if name in commit.files]
     jobs.append((ROWS, partial(_row_table, files, commit)))
     jobs.append((f"{MAPS}/zarr.json", partial(_metadata, files, commit)))
@@ -131,27 +124,17 @@ def _jobs(files: Files, commit: Commit, quick: bool) -> list[tuple[str, Callable
 
 def _names(commit: Commit, expected: set[str]) -> list[Fault]:
     faults = [Fault(name, f"not named in {RECORD}") for name in sorted(expected - set(commit.files))]
-    return faults + [Fault(name, "no file of format 1") for name in sorted(set(commit.files) - expected)]
+    return faults + [Fault(name, "not a file of format 1") for name in sorted(set(commit.files) - expected)]
 
 
-def _unnamed(files: Files, commit: Commit) -> list[Fault]:
+def _unnamed(files: FileStore, commit: Commit) -> list[Fault]:
     named = {*commit.files, RECORD}
-    return [Fault(name, f"not named in {RECORD}") for name in sorted(_listing(files) - named)]
+    return [Fault(name, f"not named in {RECORD}") for name in sorted(files.names() - named)]
 
 
-def _listing(files: Files) -> set[str]:
-    if isinstance(files, LocalFiles):
-        found = set()
-        for folder, folders, names in os.walk(files.root):
-            links = [name for name in folders if os.path.islink(os.path.join(folder, name))]  # noqa: PTH114, PTH118
-            found |= {Path(folder, name).relative_to(files.root).as_posix() for name in [*names, *links]}
-        return found
-    return files.names()
-
-
-def _size_fault(files: Files, commit: Commit, name: str, listed: Mapping[str, int]) -> str | None:
-    """What is wrong with the size of `name`, which is asked for unless a listing told it in `listed`."""
-    if isinstance(files, LocalFiles) and not files.exists(name):  # also keeps us from waiting at a named pipe
+def _size_fault(files: FileStore, commit: Commit, name: str, listed: Mapping[str, int]) -> str | None:
+    """The fault in the size of `name`, or None; the store is asked for the size unless it is in `listed`."""
+    if files.local and not files.exists(name):  # folders and named pipes count as missing, too
         return "file is missing"
     try:
         size = listed[name] if name in listed else files.size(name)
@@ -161,14 +144,14 @@ def _size_fault(files: Files, commit: Commit, name: str, listed: Mapping[str, in
     return None if size == expected else f"{size} bytes, {RECORD} says {expected}"
 
 
-def _file(files: Files, commit: Commit, name: str, quick: bool, listed: Mapping[str, int]) -> list[Fault]:
+def _file(files: FileStore, commit: Commit, name: str, quick: bool, listed: Mapping[str, int]) -> list[Fault]:
     what = _size_fault(files, commit, name, listed)
     if what is None and not quick and sha256(files.read_all(name, commit.files[name][0])) != commit.files[name][1]:
         what = f"sha256 differs from {RECORD}"
     return [Fault(name, what)] if what else []
 
 
-def _row_table(files: Files, commit: Commit) -> list[Fault]:
+def _row_table(files: FileStore, commit: Commit) -> list[Fault]:
     if ROWS not in commit.files or not files.exists(ROWS):
         return []
     table = from_bytes(files.read_all(ROWS, commit.files[ROWS][0]), commit.spec.rows)
@@ -177,8 +160,8 @@ def _row_table(files: Files, commit: Commit) -> list[Fault]:
     return []
 
 
-def _statistics(files: Files, commit: Commit) -> list[Fault]:
-    """The structure of the safetensors file: a header, and tensors that fill the rest without a gap."""
+def _statistics(files: FileStore, commit: Commit) -> list[Fault]:
+    """Checks the structure of the safetensors file: a header, then tensors that fill the rest without a gap."""
     if STATISTICS not in commit.files or not files.exists(STATISTICS):
         return []
     data = files.read_all(STATISTICS, commit.files[STATISTICS][0])
@@ -191,12 +174,12 @@ def _statistics(files: Files, commit: Commit) -> list[Fault]:
             return [Fault(STATISTICS, "tensors leave a gap or overlap")]
         at = stop
     if len(data) != 8 + length + at:
-        return [Fault(STATISTICS, "not as long as its header says")]
+        return [Fault(STATISTICS, f"{8 + length + at} bytes expected by its header; got {len(data)}")]
     return []
 
 
-def _metadata(files: Files, commit: Commit) -> list[Fault]:
-    """Zarr metadata as written against the metadata that the commit record asks for."""
+def _metadata(files: FileStore, commit: Commit) -> list[Fault]:
+    """Compares the Zarr metadata with the metadata that follows from the commit record."""
     from zarr.storage import MemoryStore
 
     store: dict[str, Any] = {}
@@ -204,33 +187,33 @@ def _metadata(files: Files, commit: Commit) -> list[Fault]:
     faults = []
     names = ["zarr.json", *(f"expert_{e}/zarr.json" for e in range(commit.spec.experts))]
     expected = {name: json.loads(store[name].to_bytes()) for name in names}
-    found: dict[str, Any] = {}
+    stored: dict[str, Any] = {}
     for name in names:
         if f"{MAPS}/{name}" not in commit.files or not files.exists(f"{MAPS}/{name}"):
-            continue  # reported as missing
+            continue  # another check reports it as missing
         try:
-            found[name] = json.loads(files.read_all(f"{MAPS}/{name}", commit.files[f"{MAPS}/{name}"][0]))
+            stored[name] = json.loads(files.read_all(f"{MAPS}/{name}", commit.files[f"{MAPS}/{name}"][0]))
             keys = GROUP_KEYS if name == "zarr.json" else ARRAY_KEYS
-            faults += _differences(f"{MAPS}/{name}", found[name], expected[name], keys)
+            faults += _differences(f"{MAPS}/{name}", stored[name], expected[name], keys)
         except (ValueError, TypeError, AttributeError) as error:
             faults.append(Fault(f"{MAPS}/{name}", f"not Zarr metadata ({error})"))
-    if isinstance(found.get("zarr.json"), dict):
+    if isinstance(stored.get("zarr.json"), dict):
         try:
-            arrays = found["zarr.json"]["consolidated_metadata"]["metadata"]
+            arrays = stored["zarr.json"]["consolidated_metadata"]["metadata"]
             for name in names[1:]:
                 faults += _differences(f"{MAPS}/zarr.json", arrays[name.split("/")[0]], expected[name], ARRAY_KEYS)
         except (KeyError, TypeError, AttributeError):
-            faults.append(Fault(f"{MAPS}/zarr.json", "no consolidated metadata of every expert"))
+            faults.append(Fault(f"{MAPS}/zarr.json", "must have consolidated metadata of every expert"))
     return faults
 
 
-def _differences(file: str, found: Any, expected: Any, keys: Iterable[str]) -> list[Fault]:
-    wrong = [key for key in keys if found.get(key) != expected[key]]
-    return [Fault(file, f"{key} is {found.get(key)!r}; {RECORD} asks for {expected[key]!r}") for key in wrong]
+def _differences(file: str, stored: Any, expected: Any, keys: Iterable[str]) -> list[Fault]:
+    wrong = [key for key in keys if stored.get(key) != expected[key]]
+    return [Fault(file, f"{key} is {stored.get(key)!r}; {RECORD} asks for {expected[key]!r}") for key in wrong]
 
 
 def _shard(
-    files: Files, commit: Commit, expert: int, shard: int, quick: bool, listed: Mapping[str, int]
+    files: FileStore, commit: Commit, expert: int, shard: int, quick: bool, listed: Mapping[str, int]
 ) -> list[Fault]:
     spec = commit.spec
     name, rows, slots = spec.shard_file(expert, shard), spec.shard_range(shard), spec.chunks_per_shard
@@ -248,7 +231,7 @@ def _shard(
     try:
         data = files.read_ranges(name, [(0, length)])[0] if quick else files.read_all(name, size)
     except CacheError as error:
-        return [fault(wrong_size or error.detail)]  # a file longer than recorded is not read
+        return [fault(wrong_size or error.detail)]  # a file longer than recorded is never read
     try:
         offsets, sizes = shard_layout.parse_index(data[:length], slots, used, size, spec.chunk_bytes(expert))
     except CacheError as error:
@@ -278,7 +261,7 @@ def _shard(
 
 
 def _runs(bad: Iterable[tuple[int, str]]) -> list[tuple[str, int, int]]:
-    """Neighbouring chunks with the same fault, as one: (what, first, last)."""
+    """Joins neighbouring chunks with the same fault: (what, first, last)."""
     runs: list[tuple[str, int, int]] = []
     for chunk, what in bad:
         if runs and runs[-1][0] == what and runs[-1][2] == chunk - 1:

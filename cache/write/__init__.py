@@ -1,1 +1,1 @@
-"""Writing: a cache grows in a staging directory and appears by one rename."""
+"""Writing: a cache is built in a staging directory and published by one rename."""

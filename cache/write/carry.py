@@ -1,12 +1,12 @@
-"""Carries rows over from another cache: unchanged chunks as the bytes they are, without decoding or encoding.
+"""Copies rows from another cache into a new one, unchanged chunks without decoding them.
 
-    damaged = broken_shards(source, needed)         # by sha256, before anything is promised
-    carrier = Carrier(source, spec, origin)         # origin[row] is its row in `source`, or -1
+    damaged = broken_shards(source, needed)         # compares sha256 before anything is copied
+    carrier = Carrier(source, spec, origin)         # origin[row] is its row in `source`, or -1 for a new row
     for shard in pending:
-        writer.put(shard, carrier.complete(shard, maps_of_the_rows_with_origin_minus_1))
+        writer.put(shard, carrier.complete(shard, maps_of_the_new_rows))
 
-A chunk is copied raw where codec, chunk size and dtype are the same and it holds the same rows; its crc32c is checked
-on the way. Where only the layout differs, or rows moved within chunks, rows are read, checked, and encoded anew.
+A chunk is copied as stored if codec, chunk size and dtype are equal and it holds the same rows; its crc32c is checked
+first. If only the layout differs, or rows moved within chunks, the rows are read, checked, and encoded again.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,11 +20,11 @@ from h2t.cache.format import shard as shard_layout
 from h2t.cache.format.codecs import codec
 from h2t.cache.format.spec import CacheSpec, Commit, sha256
 
-RUN_BYTES = 64 * 1024**2  # neighbouring chunks read in one go
+RUN_BYTES = 64 * 1024**2  # at most this much of neighbouring chunks is read at once
 
 
 class Files(Protocol):
-    """The files of an open cache, by name."""
+    """The files of an open cache, by name: the part of `cache.read.store.FileStore` that is used here."""
 
     def read_all(self, name: str, at_most: int) -> bytes: ...
 
@@ -32,7 +32,7 @@ class Files(Protocol):
 
 
 class Source(Protocol):
-    """What is needed of an open cache (`cache.reader.Cache`); the writer's side does not import the reader's."""
+    """The part of an open cache (`cache.reader.Cache`) that is used here; writing does not import reading."""
 
     @property
     def spec(self) -> CacheSpec: ...
@@ -57,36 +57,42 @@ class Source(Protocol):
 
 
 def broken_shards(source: Source, rows: np.ndarray) -> Mapping[int, str]:
-    """Shard -> its fault, for every shard that holds some of `rows` and has another sha256 than was committed.
+    """Faults by shard number: the shards with any of `rows`, int64 (n,), whose sha256 differs from the commit record.
 
-    The shard is the unit of trust: where its sha256 does not hold, whole chunks may be those of another shard.
+    Whole shards are compared because a shard swapped for another one still has valid chunks.
     """
-    found = {}
+    faults = {}
     for shard in np.unique(rows // source.spec.shard_rows).tolist():
         for expert in range(source.spec.experts):
             name = source.spec.shard_file(expert, shard)
             if sha256(source.files.read_all(name, source.commit.files[name][0])) != source.commit.files[name][1]:
-                found[shard] = f"{source.files}/{name}: sha256 differs from cache.json"
-    return found
+                faults[shard] = f"{source.files}/{name}: sha256 differs from cache.json"
+    return faults
 
 
 class Carrier:
-    """Completes shards of a cache of `spec` with rows of `source`; `origin` (rows,) int64 says which, -1 for none.
+    """Builds shards of a cache of `spec` from rows of `source` and new rows.
 
-    Raises CacheError `mismatch` for a source whose rows have other shapes or another dtype.
+    `origin`, int64 (rows,), gives for each row its row in `source`, or -1 if it is new. Raises CacheError `mismatch`
+    if `source` has another dtype or other map shapes.
     """
 
     def __init__(self, source: Source, spec: CacheSpec, origin: np.ndarray) -> None:
         if (source.spec.maps, source.spec.dtype) != (spec.maps, spec.dtype):
-            raise CacheError("mismatch", f"{source.files}: maps of another shape or dtype cannot be carried over")
+            raise CacheError(
+                "mismatch",
+                f"{source.files}: maps of another shape or dtype cannot be copied; {spec.maps} {spec.dtype} expected, "
+                f"got {source.spec.maps} {source.spec.dtype}; run h2t extract --anew",
+            )
         self.source, self.spec, self.origin = source, spec, origin
         self._codec = codec(spec.codec)
         self._same_chunks = (source.spec.codec, source.spec.chunk_rows) == (spec.codec, spec.chunk_rows)
 
     def complete(self, shard: int, maps: Sequence[np.ndarray]) -> list[bytes]:
-        """`shard` as bytes, one file per expert. `maps` holds its rows without origin, in order, one array per expert.
+        """The bytes of `shard`, one file per expert.
 
-        Raises CacheError `damaged` for a chunk of the source that is not what was written.
+        `maps` holds its new rows in order, one array (new rows, C, H, W) per expert. Raises CacheError `damaged` if a
+        chunk of the source is, and whatever reading it raises.
         """
         span = self.spec.shard_range(shard)
         origin = self.origin[span.start : span.stop]
@@ -100,7 +106,7 @@ class Carrier:
         for place, chunk in zip(raw.tolist(), self._stored(expert, chunks[raw]), strict=True):
             stored[place] = chunk
         if others.size:
-            # Rows of the chunks that are put together anew; beyond the cache's end they stay zero.
+            # The rows of all chunks that are encoded again; slots beyond the end of the cache stay zero.
             rows = np.flatnonzero(np.isin(np.arange(len(origin)) // size, others))
             slots = np.searchsorted(others, rows // size) * size + rows % size
             carried = origin[rows] >= 0
@@ -113,7 +119,10 @@ class Carrier:
         return shard_layout.lay_out(stored, self.spec.chunks_per_shard)
 
     def _unchanged(self, origin: np.ndarray) -> np.ndarray:
-        """For each chunk of a shard with the row origins `origin`: the chunk of the source that it equals, or -1."""
+        """For each chunk of a shard, the chunk of the source with the same rows, or -1; int64 (chunks,).
+
+        `origin` holds the origins of the rows of the shard.
+        """
         size, source = self.spec.chunk_rows, self.source.spec
         starts = np.arange(0, len(origin), size)
         if not self._same_chunks:
@@ -126,7 +135,7 @@ class Carrier:
         return np.where(whole, first // size, -1)
 
     def _stored(self, expert: int, chunks: np.ndarray) -> list[memoryview]:
-        """The chunks as stored, payload and checksum; neighbours in a shard are read in one go."""
+        """The chunks of the source as stored, with checksums; neighbours in a shard are read together."""
         if not chunks.size:
             return []
         shards, offsets, sizes = self.source.chunk_ranges(chunks, expert)
@@ -135,7 +144,7 @@ class Carrier:
         apart = (shards[1:] != shards[:-1]) | (offsets[1:] != ends[:-1]) | (portion[1:] != portion[:-1])
         cuts = np.flatnonzero(apart) + 1
         runs = list(zip([0, *cuts.tolist()], [*cuts.tolist(), len(chunks)], strict=True))
-        found: list[memoryview] = []
+        stored: list[memoryview] = []
         for shard, mine in _by_shard(shards, runs):
             ranges = [(int(offsets[a]), int(ends[b - 1])) for a, b in mine]
             name = self.source.spec.shard_file(expert, shard)
@@ -146,16 +155,16 @@ class Carrier:
                     chunk = view[begin : begin + int(sizes[i])]
                     if not shard_layout.holds(chunk):
                         raise self.source.chunk_fault(expert, int(chunks[i]), "crc32c mismatch")
-                    found.append(chunk)
-        return found
+                    stored.append(chunk)
+        return stored
 
 
 def _by_shard(shards: np.ndarray, runs: Sequence[tuple[int, int]]) -> list[tuple[int, list[tuple[int, int]]]]:
-    """Runs of chunks that follow each other in one shard, together: (shard, runs)."""
-    found: list[tuple[int, list[tuple[int, int]]]] = []
+    """Runs of chunks grouped by shard: (shard, runs)."""
+    groups: list[tuple[int, list[tuple[int, int]]]] = []
     for run in runs:
         shard = int(shards[run[0]])
-        if not found or found[-1][0] != shard:
-            found.append((shard, []))
-        found[-1][1].append(run)
-    return found
+        if not groups or groups[-1][0] != shard:
+            groups.append((shard, []))
+        groups[-1][1].append(run)
+    return groups

@@ -1,7 +1,7 @@
-"""The place where a cache grows: a locked directory beside the target, with files kept from one attempt to the next.
+"""The staging directory in which a cache is built: locked, beside the target, and kept between attempts.
 
-It is no DVC output (DVC deletes outputs before a run), it sits on the target's file system so that publishing is one
-rename, and a process holds its lock for as long as it works there.
+It is not a DVC output, because DVC deletes outputs before a run. It is on the target's file system, so publishing is
+one rename. A process holds its lock as long as it works there.
 """
 
 import errno
@@ -18,7 +18,7 @@ from h2t.cache.errors import CacheError
 
 
 def sync(path: Path) -> None:
-    """Makes the content of `path` (of a directory: renames and new names in it) survive a power cut."""
+    """Syncs `path` to disk, so that its content (for a directory: new and renamed entries) survives a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -27,19 +27,19 @@ def sync(path: Path) -> None:
 
 
 def of_the_disk(error: OSError, what: Path) -> CacheError | None:
-    """`error` as CacheError `full` or `unwritable`; None if the disk is not to blame."""
+    """`error` as CacheError `full` or `unwritable`; None if the cause is not the disk."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        way_out = "finished shards are kept, make space and run the same command again"
+        way_out = "finished shards are kept; free space and run the same command again"
         return CacheError("full", f"{what}: no space left; {way_out}")
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO):
         why = os.strerror(error.errno).lower()
-        return CacheError("unwritable", f"{what}: {why}; make it writable, or give another place, and run again")
+        return CacheError("unwritable", f"{what}: {why}; make it writable or choose another path, then run again")
     return None
 
 
 @contextmanager
 def bad_disk_is_one_line(what: Path) -> Iterator[None]:
-    """Turns errors of the disk into CacheError."""
+    """Turns disk errors into CacheError `full` or `unwritable`; other errors of the system pass through."""
     try:
         yield
     except OSError as error:
@@ -49,7 +49,10 @@ def bad_disk_is_one_line(what: Path) -> Iterator[None]:
 
 
 def write_durably(path: Path, data: bytes | bytearray | memoryview) -> None:
-    """Writes `data` to `path` so that at every instant the path holds either the old content or all of the new."""
+    """Writes `data` to `path` atomically: the path holds either the old content or all of the new, and it is synced.
+
+    Raises CacheError `full` or `unwritable`.
+    """
     partial = path.with_name(f"{path.name}.partial")
     with bad_disk_is_one_line(path):
         try:
@@ -72,7 +75,7 @@ def file_sha256(path: Path) -> str:
 class Staging:
     """The staging directory of the cache `target`; a context manager that holds its lock.
 
-    Raises CacheError `busy` if another process works there, `full` and `unwritable` if the disk is.
+    Raises CacheError `busy` if another process is writing the cache, `full` or `unwritable` if the disk is.
     """
 
     def __init__(self, target: Path) -> None:
@@ -87,22 +90,22 @@ class Staging:
             self.root.mkdir(parents=True, exist_ok=True)
             try:
                 handle = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-            except FileNotFoundError:  # the last owner published between these two lines
+            except FileNotFoundError:  # another process published and removed the directory since mkdir
                 return self.__enter__()
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(handle)
             raise CacheError(
-                "busy", f"{self.root}: another process is writing this cache; wait for it or stop it"
+                "busy", f"{self.root}: another process is writing this cache; wait until it ends, or stop it"
             ) from None
-        # The last owner may have removed the directory between our open and our lock.
+        # Another process may have removed the directory between our open and our lock.
         if not (self.root / "lock").exists() or os.fstat(handle).st_ino != (self.root / "lock").stat().st_ino:
             os.close(handle)
             return self.__enter__()
         self._lock = handle
         if (self.root / "replaced").exists() and not self.target.exists():
-            (self.root / "replaced").rename(self.target)  # stopped between the two renames of `publish`
+            (self.root / "replaced").rename(self.target)  # `publish` was killed between its two renames
         return self
 
     def __exit__(
@@ -115,30 +118,30 @@ class Staging:
             raise known from None
 
     def keep(self, name: str, data: bytes) -> None:
-        """Keeps `data` for later attempts."""
+        """Stores `data` under `name` for later attempts."""
         write_durably(self.root / name, data)
 
     def kept(self, name: str) -> bytes | None:
-        """What an earlier attempt kept under `name`, or None."""
+        """The data that an earlier attempt stored under `name`, or None."""
         path = self.root / name
         return path.read_bytes() if path.is_file() else None
 
     def discard_cache(self) -> None:
-        """Forgets the unfinished cache; kept files stay."""
+        """Deletes the unfinished cache and its journal; files stored by `keep` stay."""
         (self.root / "journal").unlink(missing_ok=True)
         shutil.rmtree(self.cache, ignore_errors=True)
 
     def discard(self) -> None:
-        """Removes the staging directory and all that is kept in it.
+        """Removes the staging directory with everything in it.
 
-        Renamed first: a next owner never sees a half-deleted directory, nor loses its lock file to this deletion.
+        It is renamed first, so the next process never sees a half-deleted directory or loses its own lock file.
         """
         shutil.rmtree(self._done, ignore_errors=True)
         self.root.rename(self._done)
         shutil.rmtree(self._done, ignore_errors=True)
 
     def clear_remains(self) -> None:
-        """Removes what a run leaves that is killed just after it published; not what another process works in."""
+        """Removes what is left by a run that was killed right after publishing; skips a directory in use."""
         if self.root.exists() or self._done.exists():
             with suppress(CacheError), self:
                 self.discard()
@@ -146,18 +149,19 @@ class Staging:
     def publish(self, *, replace: bool) -> None:
         """Renames the finished cache to its target and removes the staging directory.
 
-        With `replace` an earlier cache at the target goes. Raises CacheError `exists` for what holds anything else.
+        `replace` allows replacing an earlier cache. Raises CacheError `exists` if the target is not empty and
+        `replace` is not given, or if it holds files that are not part of a cache.
         """
         if self.target.exists() and (not self.target.is_dir() or any(self.target.iterdir())):
             if not replace:
-                raise CacheError("exists", f"{self.target}: already holds something; remove it or pass --replace")
+                raise CacheError("exists", f"{self.target}: already exists; remove it or pass --replace")
             parts = {path.name for path in self.cache.iterdir()}
             held = {path.name for path in self.target.iterdir()} if self.target.is_dir() else {self.target.name}
             if strangers := sorted(held - parts):
                 raise CacheError(
                     "exists",
-                    f"{self.target}: holds {strangers[0]}, which is no part of a cache and would be deleted; move it "
-                    "away, and run again: the finished cache is kept",
+                    f"{self.target}: contains {strangers[0]}, which is not part of a cache and would be deleted; move "
+                    "it away and run again (the finished cache is kept)",
                 )
             shutil.rmtree(self.root / "replaced", ignore_errors=True)
             self.target.rename(self.root / "replaced")

@@ -1,4 +1,4 @@
-"""Writes a cache shard by shard, each shard in one piece, and publishes it by one rename.
+"""Writes a cache one whole shard at a time, then publishes it by one rename.
 
     with Staging(target) as staging:
         writer = CacheWriter(staging, spec, rows, token)
@@ -6,9 +6,9 @@
             writer.write(shard, [maps_of_expert_0, ...])
         writer.commit(statistics, card)
 
-A finished shard is noted in a journal with its size and sha256. After a kill, `pending` lists what is missing:
-shards whose bytes still match the journal are kept, everything else is deleted and written again. A `token` (all that
-must be equal for two attempts to give the same bytes) guards against mixing attempts with different settings.
+Each finished shard is recorded in a journal with its size and sha256. After a kill, shards that still match the
+journal are kept, everything else is deleted, and `pending` lists the shards to write. An unfinished cache is resumed
+only if the `token` is unchanged: it holds everything besides the spec that determines the bytes.
 """
 
 import json
@@ -43,21 +43,21 @@ from h2t.cache.write.staging import Staging, bad_disk_is_one_line, file_sha256, 
 
 
 def committed(target: Path) -> CacheSpec | None:
-    """The spec of the cache committed at `target`; None if nothing is there.
+    """The spec of the cache committed at `target`; None if `target` does not exist or is an empty directory.
 
-    Raises CacheError `exists` for anything else: it is not replaced, whoever asks for that.
+    Raises CacheError `exists` for anything else, which must never be replaced; also what `parse_record` raises.
     """
     record = target / RECORD
     if record.is_file():
         with record.open("rb") as file:
-            return parse_record(file.read(MAX_RECORD_BYTES + 1)).spec  # a longer one does not parse
+            return parse_record(file.read(MAX_RECORD_BYTES + 1)).spec  # a longer record is cut here and does not parse
     if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
-        raise CacheError("exists", f"{target}: holds something that is no cache; remove it, or give another place")
+        raise CacheError("exists", f"{target}: exists and is not a cache; remove it or choose another path")
     return None
 
 
 def _dimension_names(spec: CacheSpec, expert: int) -> tuple[str, ...]:
-    """`row, channel, y, x`; an axis on which experts differ gets the expert's number, or xarray refuses the group."""
+    """`row, channel, y, x`. An axis whose size differs between experts gets the expert's number (format rule 4.5)."""
     sizes = zip(*spec.maps, strict=True)
     axes = [
         axis if len(set(size)) == 1 else f"{axis}_{expert}"
@@ -67,11 +67,11 @@ def _dimension_names(spec: CacheSpec, expert: int) -> tuple[str, ...]:
 
 
 def create_group(store: Any, spec: CacheSpec) -> None:
-    """The Zarr group of `spec` and its arrays: metadata only, the shards are laid out by `cache.format.shard`."""
+    """Creates the Zarr group of `spec` and its arrays in `store`: metadata only, no shards."""
     import zarr
 
     with warnings.catch_warnings():
-        # Zarr warns of codecs that only Python reads; `cache.format.codecs.PYTHON_ONLY` is where this project says so.
+        # Zarr warns about codecs that only Python reads; this project lists them in `cache.format.codecs.PYTHON_ONLY`.
         warnings.simplefilter("ignore", zarr.errors.ZarrUserWarning)
         attributes = {"h2t_cache_format": FORMAT, "dtype": spec.dtype}
         group = zarr.create_group(store, zarr_format=3, attributes=attributes)
@@ -90,13 +90,17 @@ def create_group(store: Any, spec: CacheSpec) -> None:
 
 
 class CacheWriter:
-    """Fills the staging directory of one cache. `write` may be called from several threads, once per shard."""
+    """Writes one cache into its staging directory. Several threads may call `write`, once per shard.
+
+    `rows` is the row table (`cache.format.rows`), `token` a JSON object (see above). Raises CacheError `mismatch` if
+    `rows` and `spec` differ in the number of rows, `spec` if the commit record would be too long.
+    """
 
     def __init__(self, staging: Staging, spec: CacheSpec, rows: pa.Table, token: Mapping[str, Any]) -> None:
         if len(rows) != spec.rows:
-            raise CacheError("mismatch", f"row table: {len(rows)} rows for a cache of {spec.rows}")
+            raise CacheError("mismatch", f"row table: must have {spec.rows} rows, like the cache; got {len(rows)}")
         shards = (spec.shard_file(e, s) for e in range(spec.experts) for s in range(spec.shards))
-        spec.record(dict.fromkeys(shards, (0, sha256(b""))))  # too many shards are refused before the first is written
+        spec.record(dict.fromkeys(shards, (0, sha256(b""))))  # fails now, not at commit, if there are too many shards
         self.spec = spec
         self._staging = staging
         self._rows = to_bytes(rows)
@@ -107,25 +111,25 @@ class CacheWriter:
 
     @property
     def pending(self) -> list[int]:
-        """Shards not yet written, in order."""
+        """Numbers of the shards not yet written, ascending."""
         return [s for s in range(self.spec.shards) if s not in self._done]
 
     def write(self, shard: int, maps: Sequence[np.ndarray]) -> None:
-        """Writes `shard` of every expert and journals it.
+        """Writes `shard` of every expert and records it in the journal.
 
-        `maps` holds one array per expert, (rows of the shard, C, H, W) in the spec's dtype (bfloat16 as uint16 bits).
-        Raises CacheError `full` when the disk is; shards written before stay.
+        `maps` holds one array per expert, (rows of the shard, C, H, W), in the spec's dtype (bfloat16 as uint16 bits).
+        Raises CacheError: `out-of-range`, `mismatch`, `full`, `unwritable`. Shards written before are kept.
         """
         if not 0 <= shard < self.spec.shards:
             raise CacheError("out-of-range", f"shard: must be 0 to {self.spec.shards - 1}; got {shard}")
         if len(maps) != self.spec.experts:
             raise CacheError(
-                "mismatch", f"shard {shard}: maps of {self.spec.experts} experts expected; got {len(maps)}"
+                "mismatch", f"shard {shard}: one array per expert expected, {self.spec.experts} in all; got {len(maps)}"
             )
         self.put(shard, (self._encode(shard, expert, array) for expert, array in enumerate(maps)))
 
     def put(self, shard: int, encoded: Iterable[bytes | bytearray]) -> None:
-        """Writes `shard` of every expert as the bytes that `cache.format.shard` laid out, and journals it."""
+        """Writes `shard`, given as its bytes for each expert (`cache.format.shard`), and records it in the journal."""
         files = {}
         for expert, data in enumerate(encoded):
             name = self.spec.shard_file(expert, shard)
@@ -139,17 +143,21 @@ class CacheWriter:
             self._done[shard] = files
 
     def commit(self, statistics: bytes, card: bytes, *, replace: bool = False) -> None:
-        """Adds the row table, batch-norm statistics, card and commit record, and publishes the cache.
+        """Adds the row table, batch-norm statistics, card and commit record, then publishes the cache.
 
-        Raises CacheError `incomplete` while shards are pending, `exists` if the target is taken.
+        `statistics` is a safetensors file, `card` a UTF-8 Markdown file. Raises CacheError: `incomplete` if shards are
+        pending, `exists` if the target exists (see `Staging.publish`), `full`, `unwritable`.
         """
         if self.pending:
-            raise CacheError("incomplete", f"commit: {len(self.pending)} of {self.spec.shards} shards are not written")
+            raise CacheError(
+                "incomplete",
+                f"commit: every shard must be written first; {len(self.pending)} of {self.spec.shards} missing",
+            )
         import zarr
 
         root = self._staging.cache
         with bad_disk_is_one_line(root), warnings.catch_warnings():
-            # Zarr warns that this is an extension; format 1 has it so that xarray opens without a scan.
+            # Zarr warns that consolidated metadata is an extension; format 1 has it so that xarray opens faster.
             warnings.simplefilter("ignore", zarr.errors.ZarrUserWarning)
             zarr.consolidate_metadata(str(root / MAPS), zarr_format=3)
         for name, data in ((ROWS, self._rows), (STATISTICS, statistics), (CARD, card)):
@@ -158,7 +166,7 @@ class CacheWriter:
         for path in sorted(root.rglob("*")):
             name = path.relative_to(root).as_posix()
             if path.is_file() and name not in files and name != RECORD:
-                sync(path)  # zarr-python does not
+                sync(path)  # zarr-python does not sync its files
                 files[name] = (path.stat().st_size, file_sha256(path))
         write_durably(root / RECORD, self.spec.record(files))
         for directory in [root, *(p for p in root.rglob("*") if p.is_dir())]:
@@ -174,7 +182,7 @@ class CacheWriter:
                 f"shard {shard}, expert {expert}: {spec.stored_dtype} {expected} expected; "
                 f"got {array.dtype} {array.shape}",
             )
-        missing = -len(array) % spec.chunk_rows  # the last chunk of the last shard is filled up with zero rows
+        missing = -len(array) % spec.chunk_rows  # the last chunk of the last shard is padded with zero rows
         if missing:
             array = np.concatenate([array, np.zeros((missing, *array.shape[1:]), array.dtype)])
         array = np.ascontiguousarray(array)
@@ -185,7 +193,7 @@ class CacheWriter:
         return shard_layout.join(encoded, spec.chunks_per_shard)
 
     def _resume(self, token: bytes) -> None:
-        """Keeps what an earlier attempt with the same token finished, and only that."""
+        """Keeps the intact shards of an earlier attempt with the same token; deletes everything else."""
         staging = self._staging
         self._done: dict[int, dict[str, Any]] = {}
         if staging.kept("token.json") != token or not (staging.cache / MAPS / "zarr.json").is_file():
@@ -207,7 +215,7 @@ class CacheWriter:
         if self._journal.is_file():
             for line in self._journal.read_bytes().splitlines():
                 check, _, body = line.partition(b" ")
-                if check == sha256(body)[:16].encode():  # a torn last line is no entry
+                if check == sha256(body)[:16].encode():  # skips an incomplete last line
                     entry = json.loads(body)
                     entries.append((entry["shard"], {k: tuple(v) for k, v in entry["files"].items()}))
         return entries

@@ -121,7 +121,7 @@ def _check_finite(block: torch.Tensor, cache: Cache, rows: np.ndarray) -> None:
         if row:
             raise UserError(f"{cache.files}: {row} holds NaN or infinity; extract again")
         raise UserError(
-            f"{cache.files}: logits are not finite, because the heads' weights hold NaN, infinity or too large numbers; "
+            f"{cache.files}: logits are not finite; the heads' weights hold NaN, infinity or too large numbers; "
             "train the heads again"
         )
 

@@ -22,9 +22,9 @@ def write_per_class(
 ) -> None:
     """Writes `per_class.parquet`: one line per (head, split, statistics, class), accuracy in percent.
 
-    `table`: the lines of heads.parquet. `found`: (split, statistics) -> scores of the stack. `first`: split -> scores of
-    the stage-I head. `counts`: training images of each class. Each line also states the class's group by every group
-    definition.
+    `table` holds the lines of heads.parquet, `found` the scores of the stack by (split, statistics), `first` those of
+    the stage-I head by split, `counts` the training images of each class. Each line also states the class's group by
+    every group definition.
     """
     defined = groups(counts)
     columns: dict[str, list[Any]] = {k: [] for k in ("number", "split", "statistics", "class", "count", "accuracy")}
@@ -50,7 +50,7 @@ def each(result: Scores, first: Scores | None, kept: list[int]) -> list[tuple[in
 
 
 def write_confusion(into: Path, result: Scores, first: Scores | None, kept: list[int], classes: int) -> None:
-    """Writes `confusion.parquet`: how often each true class was predicted as each class, by stage I and `kept` heads."""
+    """Writes `confusion.parquet`: how often each class was predicted as each class, by stage I and the heads `kept`."""
     columns: dict[str, list[Any]] = {k: [] for k in ("number", "true", "predicted", "count")}
     for head, answers in each(result, first, kept):
         true, predicted, count = confusion(result.labels, answers.guesses, classes)

@@ -724,7 +724,7 @@ def plant_missing_listing(lab, patch):
         (plant_full_disk, "disk", "type: h2t cache gc"),
         (plant_old_version, "versions", "needed >=99; nosuchpackage is missing; type: pip install"),
         (plant_device, "device", "cuda:7"),
-        (plant_missing_data, "data", "data/pool/b not here; type: dvc repro --pull"),
+        (plant_missing_data, "data", "missing here: data/pool/b; type: dvc repro --pull"),
         (plant_damage, "cache", "data/extract/b: maps.zarr/expert_0/c.1.0.0.0"),
         (plant_wrong_params, "params", "must lie in [0, 1]; got 1.3"),
         (plant_writer, "lock", "a cache is being written"),
@@ -760,7 +760,7 @@ def test_full_examination_finds_a_changed_byte_outside_of_caches(healthy):
     file.unlink()
     file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     assert faults(healthy) == {}
-    assert "head.safetensors holds something else" in faults(healthy, full=True)["data"]
+    assert "head.safetensors has other content" in faults(healthy, full=True)["data"]
 
 
 def test_doctor_finds_what_another_project_removed_from_a_shared_cache(two_clones, monkeypatch):

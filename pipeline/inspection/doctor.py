@@ -23,8 +23,8 @@ from h2t.cache.redaction import redacted
 from h2t.pipeline.base import numbers
 from h2t.pipeline.base.code import made_by_other_code
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.text import counted
 from h2t.pipeline.sharing import garbage, repository
-from h2t.pipeline.sharing.repository import counted
 
 State = Literal["ok", "note", "fault"]
 

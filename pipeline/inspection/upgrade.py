@@ -15,7 +15,8 @@ import yaml
 from h2t.pipeline.base import numbers
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import replace_file
-from h2t.pipeline.sharing.repository import Say, counted, in_one_line, repository
+from h2t.pipeline.base.text import counted
+from h2t.pipeline.sharing.repository import Say, in_one_line, repository
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ import pyarrow as pa
 
 from h2t.cache.format.spec import sha256
 from h2t.cache.reader import Cache
+from h2t.pipeline.base.text import counted
 from h2t.pipeline.data.samples import Samples
 from h2t.pipeline.extraction import batchnorm
 from h2t.pipeline.extraction.recorded import ingredients
 from h2t.pipeline.extraction.reuse import NAMES, Wanted, changes, kept_statistics, origins
 from h2t.pipeline.networks.trained import backbone_identity
-from h2t.pipeline.sharing.repository import counted
 from h2t.pipeline.stages import extract
 
 EXAMPLES = 3  # image names shown for each kind of change

@@ -51,7 +51,7 @@ def _evaluated(folder: Path) -> Path:
 
 def _side_by_side(pairs: list[list[HostResult]]) -> list[str]:
     """The Markdown table of A, B and their differences, and its explanation."""
-    lines = ["| host | head | A | B | " + " | ".join(f"{f}, B - A" for f in FIGURES) + " |"]
+    lines = ["| host | classifier | A | B | " + " | ".join(f"{f}, B - A" for f in FIGURES) + " |"]
     lines.append("| --- | --- | --- | --- |" + " --- |" * len(FIGURES))
     for first, second in pairs:
         for row, label in ROWS.items():

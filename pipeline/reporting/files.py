@@ -70,7 +70,7 @@ def run_records(folder: Path) -> list[dict[str, Any]]:
 def markdown_table(results: list[HostResult]) -> str:
     """The Markdown table of results: for each host, a row for stage I, without H2T and with H2T."""
     lines = [
-        "| host | head | ratio | " + " | ".join(FIGURES) + " |",
+        "| host | classifier | ratio | " + " | ".join(FIGURES) + " |",
         "| --- | --- | --- |" + " --- |" * len(FIGURES),
     ]
     for result in results:

@@ -40,11 +40,11 @@ def render(
 ) -> str:
     """The page as HTML text.
 
-    `runs` are run records (time, machine, rates); no other part of a report may depend on them. `against` names the host
-    that each host is compared with (`results.hosts_apart`).
+    `runs` are run records (time, machine, rates); no other part of a report may depend on them. `against` names the
+    host that each host is compared with (`results.hosts_apart`).
     """
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(cell=cell, number=_number, size=_size, duration=_duration, times=_times)
+    environment.filters.update(cell=cell, counted=counted, number=_number, size=_size, duration=_duration, times=_times)
     scripts = [(TEMPLATES / "vendor" / name).read_text(encoding="utf-8") for name in VENDOR]
     scripts.append((TEMPLATES / "report.js").read_text(encoding="utf-8"))
     return environment.get_template("report.html").render(
@@ -163,8 +163,9 @@ def _place(run: Mapping[str, Any]) -> tuple[str, str]:
     """Commit and machine of a run, as text."""
     machine = run["machine"]
     system = ", ".join(str(machine[k]) for k in ("processor", "system") if k in machine)
-    cores = counted(machine["cores"], "core") if machine.get("cores") else "? cores"
-    return str(run.get("commit") or "unknown"), f"{cores}, {system or 'unknown'}"
+    cores = machine.get("cores")
+    known = counted(cores, "core") if isinstance(cores, int) else "unknown number of cores"
+    return str(run.get("commit") or "unknown"), f"{known}, {system or 'unknown system'}"
 
 
 def host_data(result: HostResult) -> dict[str, Any]:

@@ -16,20 +16,20 @@ from h2t.pipeline.evaluation.scoring import Scores
 def write_per_class(
     into: Path,
     table: list[dict[str, Any]],
-    found: Mapping[tuple[str, str], Scores],
+    scored: Mapping[tuple[str, str], Scores],
     first: Mapping[str, Scores],
     counts: list[int],
 ) -> None:
     """Writes `per_class.parquet`: one line per (head, split, statistics, class), accuracy in percent.
 
-    `table` holds the lines of heads.parquet, `found` the scores of the stack by (split, statistics), `first` those of
+    `table` holds the lines of heads.parquet, `scored` the scores of the stack by (split, statistics), `first` those of
     the stage-I head by split, `counts` the training images of each class. Each line also states the class's group by
     every group definition.
     """
     defined = groups(counts)
     columns: dict[str, list[Any]] = {k: [] for k in ("number", "split", "statistics", "class", "count", "accuracy")}
     of: dict[str, list[Any]] = {name: [] for name in defined}
-    results = [(h["number"], h["number"], split, r) for (split, _), r in found.items() for h in table]
+    results = [(h["number"], h["number"], split, r) for (split, _), r in scored.items() for h in table]
     results += [(-1, 0, split, r) for split, r in first.items()]
     for head, position, split, result in results:
         accuracy = per_class_accuracy(result.labels, result.said[position].guesses, len(counts))

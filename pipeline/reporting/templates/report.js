@@ -112,12 +112,12 @@ function drawRatio() {
 /** Other donors and channels at this ratio, compared with donor instance, random channels. Some pages have none. */
 function drawVariants() {
   if (!$("variants-text")) return;
-  const h = hosts[state.host], ratio = h.ratios[state.at], found = h.variants.filter((v) => v.at === state.at);
-  $("variants-text").textContent = found.length
+  const h = hosts[state.host], ratio = h.ratios[state.at], others = h.variants.filter((v) => v.at === state.at);
+  $("variants-text").textContent = others.length
     ? `${state.host} at ratio ${ratio}: other donors, and other channels (first, middle or last instead of random; shuffled: from several donors; mixup: all channels, averaged with weight ratio), compared with donor instance, random channels, paired by seed.`
     : h.variants.length ? `For ${state.host} at ratio ${ratio} there is nothing to compare; move the slider.` : `${state.host} was trained with one donor and random channels only.`;
   for (const [id, figure] of [["variants-top1", "top1"], ["variants-tail", "tail"]]) {
-    const lines = found.filter((v) => v.difference[figure]).map((v) => ({ name: v.name, ...v.difference[figure] }));
+    const lines = others.filter((v) => v.difference[figure]).map((v) => ({ name: v.name, ...v.difference[figure] }));
     if (!lines.length) { for (const place of [id, `${id}-table`]) $(place).replaceChildren(); continue; }
     const apart = (v) => v.verdict === "higher" || v.verdict === "lower";
     chart(id, {
@@ -127,7 +127,7 @@ function drawVariants() {
         Plot.ruleY(lines.filter((v) => known(v.low)), { y: "name", x1: "low", x2: "high", stroke: "var(--head)", strokeWidth: 2 }),
         Plot.dot(lines, { y: "name", x: "mean", r: 4.5, stroke: "var(--head)", strokeWidth: 2, fill: (v) => (apart(v) ? "var(--head)" : "var(--paper)"), tip: true, title: (v) => `${v.name}: ${signed(v.mean)}` + (known(v.low) ? ` [${signed(v.low)}, ${signed(v.high)}]` : "") + `, ${v.verdict}` }),
       ],
-    }, ["donor, channels", "difference", "95 % interval", "verdict", NAMES[figure], "std"], found.map((v) => {
+    }, ["donor, channels", "difference", "95 % interval", "verdict", NAMES[figure], "std"], others.map((v) => {
       const d = v.difference[figure];
       return [v.name, d ? signed(d.mean) : "–", d && known(d.low) ? `${signed(d.low)} to ${signed(d.high)}` : "–", d ? d.verdict : "–", v.mean[figure], v.std[figure]];
     }));
@@ -153,10 +153,10 @@ function drawCounts() {
 /** Names the classes that change most, on pages with too many classes to draw each. */
 function drawChanged() {
   if (!$("changed-text")) return;
-  const found = hosts[state.host].changed || [];
-  $("changed-text").textContent = found.length ? `${state.host}: the classes that gain most, then those that lose most, at the ratio in the table of results.` : `${state.host}: no class changes, or the host was not trained both with and without H2T.`;
+  const classes = hosts[state.host].changed || [];
+  $("changed-text").textContent = classes.length ? `${state.host}: the classes that gain most, then those that lose most, at the ratio in the table of results.` : `${state.host}: no class changes, or the host was not trained both with and without H2T.`;
   $("changed-table").replaceChildren();
-  if (found.length) table("changed", ["class", "training images", "group", "without H2T", "with H2T", "difference"], found.map((c) => [c.name, text(c.count, 0), c.group, c.without, c.with, signed(c.with - c.without)]));
+  if (classes.length) table("changed", ["class", "training images", "group", "without H2T", "with H2T", "difference"], classes.map((c) => [c.name, text(c.count, 0), c.group, c.without, c.with, signed(c.with - c.without)]));
 }
 
 function legend(id, entries) {
@@ -226,7 +226,7 @@ function drawCalibration() {
 
 /** For each cell of a grid over the embedding, the class predicted for most of the nearest samples. */
 function regions(e, guesses) {
-  const [x0, x1] = d3.extent(e.x), [y0, y1] = d3.extent(e.y), found = [];
+  const [x0, x1] = d3.extent(e.x), [y0, y1] = d3.extent(e.y), labels = [];
   for (let row = 0; row < CELLS; row++) for (let column = 0; column < CELLS; column++) {
     const x = x0 + ((x1 - x0) * (column + 0.5)) / CELLS, y = y1 - ((y1 - y0) * (row + 0.5)) / CELLS;
     const near = [], votes = {};
@@ -237,9 +237,9 @@ function regions(e, guesses) {
       }
     }
     for (const [, label] of near) votes[label] = (votes[label] || 0) + 1;
-    found.push(+near.reduce((best, [, label]) => (votes[label] > votes[best] ? label : best), near[0][1]));
+    labels.push(+near.reduce((best, [, label]) => (votes[label] > votes[best] ? label : best), near[0][1]));
   }
-  return found;
+  return labels;
 }
 
 function drawEmbedding() {

@@ -28,7 +28,7 @@ from h2t.pipeline.networks.trained import load_backbone
 TOLERANCE = {"float32": 1e-3, "float16": 4e-3, "bfloat16": 2e-2}
 
 
-Wanted = tuple[int, int, tuple[int, int] | None]  # row, its sample, and the key of its view (None: the fixed view)
+Wanted = tuple[int, int, tuple[int, int] | None]  # row, its sample, and the key of its view (None for view 0)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import pandas as pd
 from h2t.cache.redaction import in_markdown
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import fresh_directory, write_json
+from h2t.pipeline.base.text import counted
 from h2t.pipeline.reporting.figures import ratio_picture
 from h2t.pipeline.reporting.intervals import Difference
 from h2t.pipeline.reporting.page import cell, render, spread
@@ -69,7 +70,7 @@ def run_records(folder: Path) -> list[dict[str, Any]]:
 def markdown_table(results: list[HostResult]) -> str:
     """The Markdown table of results: for each host, a row for stage I, without H2T and with H2T."""
     lines = [
-        "| host | head | ratio | " + " | ".join(FIGURES) + " |",
+        "| host | classifier | ratio | " + " | ".join(FIGURES) + " |",
         "| --- | --- | --- |" + " --- |" * len(FIGURES),
     ]
     for result in results:
@@ -115,7 +116,7 @@ def _document(title: str, results: list[HostResult]) -> str:
         heads = result.metrics["without_h2t"] or result.metrics["with_h2t"]
         seeds = heads["heads"] if heads else 0
         name = in_markdown(result.name)
-        notes.append(f"- {name}: {seeds} head seeds; groups `{in_markdown(str(first['groups']))}`.")
+        notes.append(f"- {name}: {counted(seeds, 'seed')} of stage II; groups `{in_markdown(str(first['groups']))}`.")
         extra = _published(result)
         if extra:
             notes.append(f"- {name}, {extra}")
@@ -125,11 +126,11 @@ def _document(title: str, results: list[HostResult]) -> str:
             "",
             markdown_table(results),
             "",
-            "Percent; mean ± standard deviation over head seeds (it says nothing about other backbones). Last epoch; "
-            "nothing is chosen on the test split.",
+            "Percent; mean ± standard deviation over the seeds of stage II (it says nothing about other backbones). "
+            "Last epoch; nothing is chosen on the test split.",
             "",
-            "With H2T minus without, paired by seed (same batches), with the 95 % interval of the mean; an interval "
-            "that holds 0 is no difference:",
+            "With H2T minus without, in percentage points: paired by seed (same batches), with the 95 % interval of "
+            "the mean over these seeds. If the interval contains 0, the difference is too close to tell:",
             "",
             difference_table(results),
             "",

@@ -1,6 +1,6 @@
 """Paired differences over seeds: heads of one seed saw the same batches, so they share much of their noise.
 
-If the 95 % interval contains 0, the verdict is `no difference`. Each interval is for one comparison; there is no
+If the 95 % interval contains 0, the difference is too close to tell. Each interval is for one comparison; there is no
 correction for many comparisons.
 """
 
@@ -29,11 +29,11 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """`higher`, `lower`, `no difference` (the interval contains 0), or `one seed: unknown`."""
+        """`higher`, `lower`, `too close to tell` (the interval contains 0), or `one seed: unknown`."""
         if self.low is None or self.high is None:
             return "one seed: unknown"
         if self.low <= 0 <= self.high:
-            return "no difference"
+            return "too close to tell"
         return "higher" if self.mean > 0 else "lower"
 
     @property

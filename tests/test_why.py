@@ -50,7 +50,7 @@ def test_each_ingredient_is_named(digits_cache, digits, backbone_dir, params, in
     assert (first.ingredient, first.detail, first.every) == (ingredient, detail, every)
     assert found.rows == found.of  # nothing names a cache to take rows from
     if ingredient == "dtype":
-        assert found.lines()[-1] == f"to extract again: all {found.of} rows"
+        assert found.lines()[-1] == f"to extract again: all {found.of:,} rows"
     elif every:  # other statistics; rows under those of stage I stay, but for augmentations from another seed
         with open_cache(digits_cache) as cache:
             lines = cache.rows.to_pylist()
@@ -94,11 +94,11 @@ def test_changed_test_images_concern_their_own_rows(digits_cache, digits, backbo
     assert "1 image added (digits/new), 1 image removed" in reason.detail
     assert "2 images changed" in reason.detail
     assert found.possible == 2 * 3  # two images under three statistics each; the third has another name only
-    assert found.lines()[-1].startswith(f"to extract again: all {found.of} rows; 6 of {found.of} rows (")
+    assert found.lines()[-1].startswith(f"to extract again: all {found.of:,} rows; 6 of {found.of:,} rows (")
     with open_cache(digits_cache) as previous:
         found = verdict(digits_cache, changed(digits[0], change), backbone_dir, previous=previous)
     assert found.rows == 6
-    assert found.lines()[-1].startswith(f"to extract again: 6 of {found.of} rows (")
+    assert found.lines()[-1].startswith(f"to extract again: 6 of {found.of:,} rows (")
     assert f"the others are taken from {digits_cache} (2 images are new or changed)" in found.lines()[-1]
 
 
@@ -121,7 +121,7 @@ def test_another_layout_is_the_same_values(digits_cache, digits, backbone_dir):
     found = verdict(digits_cache, digits[0], backbone_dir, codec="zstd")
     assert found.lines() == [
         "layout: codec none -> zstd (same values, other bytes)",
-        f"to extract again: all {found.of} rows; none with extract.statistics_from set to this cache",
+        f"to extract again: all {found.of:,} rows; none with extract.statistics_from set to this cache",
     ]
 
 

@@ -119,9 +119,9 @@ def test_scales_and_priors_are_folded_into_one_layer(trained):
 @pytest.mark.parametrize(
     ("choice", "says"),
     [
-        (Choice(), "no choice fits 4 of 4 heads; choose one by --head 0 to 3, or of ratio 0, 0.3; seed 0, 1"),
-        (Choice(ratio=0.7), "ratio 0.7 fits 0 of 4"),
-        (Choice(number=9), "number 9 fits 0 of 4"),
+        (Choice(), "there are 4 of 4; pass --head 0 to 3, or a combination of --ratio 0, 0.3; --seed 0, 1"),
+        (Choice(ratio=0.7), "ratio 0.7 matches 0 of 4"),
+        (Choice(number=9), "number 9 matches 0 of 4"),
     ],
 )
 def test_a_choice_that_fits_no_or_several_heads_is_one_line(tmp_path, trained, choice, says):
@@ -249,8 +249,8 @@ def test_predict_leaves_out_what_is_no_image_and_says_so(model, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["nowhere", "x.png"], "no such file"),
-        (["m/head.safetensors", "pictures"], "holds no whole classifier"),
+        (["nowhere", "x.png"], "no exported model; make one with h2t export"),
+        (["m/head.safetensors", "pictures"], "holds no complete classifier"),
         (["m", "nothing.png"], "no such image"),
         (["m", "pictures", "--out", "x.txt"], "must end in .csv or .json"),
     ],

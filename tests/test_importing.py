@@ -244,7 +244,7 @@ def test_labels_without_training_rows_are_refused(tmp_path):
     save_npz(tmp_path / "test.npz", *make_features((3, 4, 5)))
     done = h2t("cache", "import", tmp_path / "c", "--train", tmp_path / "train.npz", "--test", tmp_path / "test.npz")
     assert done.exit_code == 1
-    assert "label 2 has no training row" in done.stderr
+    assert "label 2 occurs in no training row" in done.stderr
 
 
 def test_features_that_change_while_they_are_imported_are_refused(tmp_path, monkeypatch):

@@ -54,7 +54,7 @@ def test_table_of_donors_from_a_small_cache(evaluated):
             each = mine.top1.to_numpy() - usual.top1.to_numpy()
             low, high = (interval.low, interval.high) if each.std() else (each.mean(), each.mean())
             assert found == pytest.approx([each.mean(), low, high], abs=0.0051)
-            assert apart.endswith("no difference") == (low <= 0 <= high)
+            assert apart.endswith("too close to tell") == (low <= 0 <= high)
 
 
 def test_a_report_has_the_same_lines_of_other_donors(evaluated):
@@ -164,7 +164,7 @@ def test_what_part_is_fusion_and_what_other_seeds_change(evaluated):
     steps = [float(line[5].split(" ")[0]) for line in lines[1:]]
     assert steps == pytest.approx([means[1] - means[0], means[2] - means[1]], abs=0.0051)
     for line in cells_of(tables.seeds_table(analysis)):
-        assert line[1] == "+0.00 [+0.00, +0.00] no difference"
+        assert line[1] == "+0.00 [+0.00, +0.00] too close to tell"
 
 
 def online_of(result, by: float, seeds=(0, 1, 2)) -> online_results.Online:
@@ -266,7 +266,7 @@ def test_compare_two_runs(tmp_path, evaluated):
     assert f">{second - first:+.2f}<span" in page
     same: list[str] = []
     comparison.compare(evaluated, evaluated, None, same.append)
-    assert same[0].count("+0.00 [+0.00, +0.00] no difference") == 2 * len(FIGURES)
+    assert same[0].count("+0.00 [+0.00, +0.00] too close to tell") == 2 * len(FIGURES)
 
 
 def test_compare_without_a_shared_host(tmp_path, evaluated):

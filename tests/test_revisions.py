@@ -74,7 +74,7 @@ def test_two_revisions_are_the_two_folders(here, tmp_path):
 def test_a_revision_against_the_workspace(here):
     same = h2t("report", "--compare", "two", "data")
     assert same.exit_code == 0, same.output
-    assert "+0.00 [+0.00, +0.00] no difference" in table_of(same.stdout)[1]
+    assert "+0.00 [+0.00, +0.00] too close to tell" in table_of(same.stdout)[1]
 
 
 def test_an_experiment_goes_by_its_name(here, lab):
@@ -114,7 +114,7 @@ def test_a_revision_comes_from_the_remote(here, lab):
 
 @pytest.mark.parametrize(
     ("place", "rule"),
-    [("bare", "has no data/evaluate"), ("no-such", "is neither a folder nor a revision")],
+    [("bare", "has no data/evaluate"), ("no-such", "neither a folder nor a revision")],
 )
 def test_what_cannot_be_compared_is_one_line(here, place, rule):
     found = h2t("report", "--compare", place, "two")

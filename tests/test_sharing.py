@@ -112,12 +112,12 @@ def test_publish_and_pull_give_the_same_bytes(lab, monkeypatch):
     assert sorted(p.name for p in (lab / "c").iterdir()) == ["pool", "train_backbone"]
     done = h2t("cache", "pull", url, "--into", lab / "b")
     assert done.exit_code == 0, done.output
-    assert done.stdout.count("is here already") == 2
+    assert done.stdout.count("already here") == 2
     assert "pulled 0.0 MB" in done.stdout
     (lab / "b/extract/b/README.md").write_text("mine")
     done = h2t("cache", "pull", url, "--into", lab / "b")
     assert done.exit_code == 1
-    assert "extract/b: is there already and holds something else" in done.stderr
+    assert "extract/b: exists and holds something else" in done.stderr
     assert (lab / "b/extract/b/README.md").read_text() == "mine"
     done = h2t("cache", "pull", url, "--name", "x", "--into", lab / "d")
     assert "no 'x' in data/extract; choose by --name: b" in done.stderr
@@ -205,8 +205,8 @@ def test_publish_proves_what_the_remote_holds(lab):
     assert objects(lab) != []
     done = h2t("cache", "publish", "--repair")
     assert done.exit_code == 0, done.output
-    assert "1 object not whole there" in done.stdout
-    assert "holds all of" in done.stdout
+    assert "1 object missing or damaged there" in done.stdout
+    assert "holds all outputs" in done.stdout
     assert h2t("cache", "publish").exit_code == 0
 
 
@@ -218,10 +218,10 @@ def test_publish_compares_content(lab):
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     done = h2t("cache", "publish")
     assert done.exit_code == 1
-    assert "holds something else" in done.stderr
+    assert "has other content" in done.stderr
     done = h2t("cache", "publish", "--quick")  # lengths alone do not tell
     assert done.exit_code == 0, done.output
-    assert "each of full length" in done.stdout
+    assert "lengths compared" in done.stdout
     assert h2t("cache", "publish", "--repair").exit_code == 0
     assert path.read_bytes() == data
 
@@ -287,9 +287,16 @@ def test_pull_refuses_what_is_damaged(lab, monkeypatch):
     monkeypatch.chdir(lab)
     done = h2t("cache", "pull", url, "--into", lab / "b")
     assert done.exit_code == 1
-    assert "what came is damaged" in done.stderr
+    assert "downloaded files are damaged" in done.stderr
     assert not (lab / "b/extract/b").exists()
     assert not (lab / "b/train_backbone").exists()
+
+
+def test_pull_says_that_no_git_repository_is_there(tmp_path):
+    done = h2t("cache", "pull", tmp_path / "nowhere", "--into", tmp_path / "b")
+    assert done.exit_code == 1
+    assert done.stderr.startswith(f"error: {tmp_path}/nowhere: no git repository can be read there")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -321,7 +328,7 @@ def test_a_damaged_cache_is_not_published(lab):
     git("commit", "--quiet", "--all", "--message=damaged", where=lab / "a")
     done = h2t("cache", "publish")
     assert done.exit_code == 1
-    assert "is damaged" in done.stderr
+    assert "damaged (" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -424,7 +431,7 @@ def share_by_setting(lab, patch):
 def share_by_local_directory(lab, patch):
     shutil.move(lab / "a/.dvc/cache", lab / "shared")
     dvc("cache", "dir", "--local", str(lab / "shared"), where=lab / "a")
-    return "lies outside of this repository"
+    return "lies outside this repository"
 
 
 def share_by_global_directory(lab, patch):
@@ -432,7 +439,7 @@ def share_by_global_directory(lab, patch):
     shutil.move(lab / "a/.dvc/cache", lab / "shared")
     (lab / "global").mkdir()
     (lab / "global/config").write_text(f"[cache]\n    dir = {lab}/shared\n")
-    return "lies outside of this repository"
+    return "lies outside this repository"
 
 
 def share_by_system_setting(lab, patch):
@@ -445,7 +452,7 @@ def share_by_system_setting(lab, patch):
 def share_by_link(lab, patch):
     shutil.move(lab / "a/.dvc/cache", lab / "shared")
     (lab / "a/.dvc/cache").symlink_to(lab / "shared")
-    return "lies outside of this repository"
+    return "lies outside this repository"
 
 
 def share_by_hard_links(lab, patch):
@@ -454,7 +461,7 @@ def share_by_hard_links(lab, patch):
     dvc("cache", "dir", "--local", str(lab / "a/.dvc/cache"), where=lab / "b")
     dvc("config", "--local", "cache.type", "hardlink", where=lab / "b")
     dvc("checkout", where=lab / "b")
-    return "hard links outside of this repository"
+    return "hard links outside this repository"
 
 
 @pytest.mark.parametrize(
@@ -724,7 +731,7 @@ def plant_missing_listing(lab, patch):
         (plant_full_disk, "disk", "type: h2t cache gc"),
         (plant_old_version, "versions", "needed >=99; nosuchpackage is missing; type: pip install"),
         (plant_device, "device", "cuda:7"),
-        (plant_missing_data, "data", "data/pool/b not here; type: dvc repro --pull"),
+        (plant_missing_data, "data", "missing here: data/pool/b; type: dvc repro --pull"),
         (plant_damage, "cache", "data/extract/b: maps.zarr/expert_0/c.1.0.0.0"),
         (plant_wrong_params, "params", "must lie in [0, 1]; got 1.3"),
         (plant_writer, "lock", "a cache is being written"),
@@ -760,7 +767,7 @@ def test_full_examination_finds_a_changed_byte_outside_of_caches(healthy):
     file.unlink()
     file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     assert faults(healthy) == {}
-    assert "head.safetensors holds something else" in faults(healthy, full=True)["data"]
+    assert "head.safetensors has other content" in faults(healthy, full=True)["data"]
 
 
 def test_doctor_finds_what_another_project_removed_from_a_shared_cache(two_clones, monkeypatch):

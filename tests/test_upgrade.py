@@ -21,6 +21,7 @@ from h2t.pipeline.inspection.upgrade import same_meaning, upgrade
 pytestmark = pytest.mark.slow
 
 STAGES = {"prepare", "train_backbone@few", "extract@few", "pool@few", "train_classifier@dr", "evaluate@dr", "report"}
+NEWER = {"report"}  # has another number than version 0.1.0
 #: Left out of tests/golden/first, or written by no stage of version 0.1.0.
 LEFT_OUT = {"data/pool/few", "data/report", "data/inputs"}
 
@@ -66,12 +67,13 @@ def test_a_lock_file_from_before_the_numbers_is_taken_over(project):
     assert changed(project) == STAGES
     said = h2t("upgrade")
     assert said.exit_code == 0, said.output
-    assert "7 stages are taken over" in said.stdout
-    assert "runs again" not in said.stdout
+    assert "results of 6 stages are kept" in said.stdout
+    (again,) = [line for line in said.stdout.splitlines() if "runs again" in line]
+    assert again.startswith("report runs again")
     assert {name: data for name, data in tree(project).items() if name in before} == before, "said, not done"
     done = h2t("upgrade", "--apply")
     assert done.exit_code == 0, done.output
-    assert changed(project) == set()
+    assert changed(project) == NEWER
     lock = yaml.safe_load((project / "dvc.lock").read_text())["stages"]
     assert lock["extract@few"]["params"]["stages.yaml"]["extract"] == numbers.FIRST
     assert not [d for stage in lock.values() for d in stage.get("deps", []) if d["path"].endswith(".py")]
@@ -109,8 +111,8 @@ def test_parameters_must_mean_the_same(project, key, value, stages):
 
     edit(project / "params.yaml", change)
     plan = upgrade(project, lambda line: None, apply=True)
-    assert {redo.stage for redo in plan.redo} == stages
-    assert changed(project) == stages
+    assert {redo.stage for redo in plan.redo} == stages | NEWER
+    assert changed(project) == stages | NEWER
 
 
 def test_a_section_without_what_changes_no_byte_means_the_same():
@@ -133,12 +135,12 @@ def test_it_says_what_another_number_concerns_and_why(project):
     assert "type: h2t upgrade" in refused.stderr
     said = h2t("upgrade").stdout
     assert "stages.yaml: extract: 2026112507 -> 2026112601" in said
-    (line,) = [one for one in said.splitlines() if "runs again" in one]
+    (line, _) = [one for one in said.splitlines() if "runs again" in one]
     assert line.startswith("extract@few runs again and writes data/extract/few: extract has the number 2026112601, was")
     assert line.endswith("read by evaluate@dr, pool@few, report, train_classifier@dr")
     assert "2026112507" in (project / "stages.yaml").read_text()
     assert h2t("upgrade", "--apply").exit_code == 0
-    assert changed(project) == {"extract@few"}
+    assert changed(project) == {"extract@few"} | NEWER
     assert h2t("prepare", "out").exit_code == 0
 
 
@@ -146,15 +148,14 @@ def test_data_that_differ_are_not_taken_over(project):
     path = project / "data/train_classifier/dr/heads.parquet"
     path.write_bytes(path.read_bytes() + b"x")
     plan = upgrade(project, lambda line: None)
-    assert {redo.stage: redo.reasons for redo in plan.redo} == {
-        "evaluate@dr": ["data/train_classifier/dr is another than was read"]
-    }
+    reasons = {redo.stage: redo.reasons for redo in plan.redo if redo.stage not in NEWER}
+    assert reasons == {"evaluate@dr": ["data/train_classifier/dr has changed"]}
 
 
 def test_it_works_in_a_clone_without_data(project):
     shutil.rmtree(project / "data")
     plan = upgrade(project, lambda line: None, apply=True)
-    assert set(plan.taken_over) == STAGES
+    assert set(plan.taken_over) == STAGES - NEWER
     old = yaml.safe_load((FIRST / "dvc.lock").read_text())["stages"]
     new = yaml.safe_load((project / "dvc.lock").read_text())["stages"]
     assert {k: v["outs"] for k, v in new.items()} == {k: v["outs"] for k, v in old.items()}

@@ -31,7 +31,7 @@ def changed(samples: Samples, change) -> Samples:
 def test_the_cache_that_is_asked_for(digits_cache, digits, backbone_dir):
     found = verdict(digits_cache, digits[0], backbone_dir)
     assert found.reasons == []
-    assert found.lines() == ["this is the cache that is asked for"]
+    assert found.lines() == ["the cache matches the parameters"]
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_each_ingredient_is_named(digits_cache, digits, backbone_dir, params, in
     assert (first.ingredient, first.detail, first.every) == (ingredient, detail, every)
     assert found.rows == found.of  # nothing names a cache to take rows from
     if ingredient == "dtype":
-        assert found.lines()[-1] == f"to extract again: all {found.of} rows"
+        assert found.lines()[-1] == f"to extract again: all {found.of:,} rows"
     elif every:  # other statistics; rows under those of stage I stay, but for augmentations from another seed
         with open_cache(digits_cache) as cache:
             lines = cache.rows.to_pylist()
@@ -91,14 +91,14 @@ def test_changed_test_images_concern_their_own_rows(digits_cache, digits, backbo
     found = verdict(digits_cache, changed(digits[0], change), backbone_dir)
     (reason,) = found.reasons
     assert reason.ingredient == "dataset"
-    assert "1 images added (digits/new), 1 images removed" in reason.detail
+    assert "1 image added (digits/new), 1 image removed" in reason.detail
     assert "2 images changed" in reason.detail
     assert found.possible == 2 * 3  # two images under three statistics each; the third has another name only
-    assert found.lines()[-1].startswith(f"to extract again: all {found.of} rows; 6 of {found.of} rows (")
+    assert found.lines()[-1].startswith(f"to extract again: all {found.of:,} rows; 6 of {found.of:,} rows (")
     with open_cache(digits_cache) as previous:
         found = verdict(digits_cache, changed(digits[0], change), backbone_dir, previous=previous)
     assert found.rows == 6
-    assert found.lines()[-1].startswith(f"to extract again: 6 of {found.of} rows (")
+    assert found.lines()[-1].startswith(f"to extract again: 6 of {found.of:,} rows (")
     assert f"the others are taken from {digits_cache} (2 images are new or changed)" in found.lines()[-1]
 
 
@@ -109,19 +109,19 @@ def test_changed_training_images_concern_all_rows_under_statistics_estimated_on_
         next(line for line in lines if line["split"] == "train")["digest"] = "0" * 64
 
     found = verdict(digits_cache, changed(digits[0], change), backbone_dir)
-    assert "the balanced, instance, mixture statistics would be estimated anew" in found.reasons[0].detail
+    assert "the balanced, instance, mixture statistics would be estimated again" in found.reasons[0].detail
     assert found.rows == found.of
     with open_cache(digits_cache) as previous:
         found = verdict(digits_cache, changed(digits[0], change), backbone_dir, previous=previous)
-    assert "estimated anew" not in found.reasons[0].detail  # they are kept
+    assert "estimated again" not in found.reasons[0].detail  # they are kept
     assert found.rows == 3  # one view under three statistics
 
 
 def test_another_layout_is_the_same_values(digits_cache, digits, backbone_dir):
     found = verdict(digits_cache, digits[0], backbone_dir, codec="zstd")
     assert found.lines() == [
-        "layout: codec none -> zstd (the same values in other bytes)",
-        f"to extract again: all {found.of} rows; none with extract.statistics_from set to this cache",
+        "layout: codec none -> zstd (same values, other bytes)",
+        f"to extract again: all {found.of:,} rows; none with extract.statistics_from set to this cache",
     ]
 
 
@@ -151,7 +151,7 @@ def test_the_command_finds_its_neighbours(tmp_path, digits_cache, digits, backbo
     assert done.exit_code == 0, done.output
     assert "not compared: dataset and transform" in done.stdout
     make_samples(data / "prepare")
-    assert run().stdout.splitlines()[-1] == "this is the cache that is asked for"
+    assert run().stdout.splitlines()[-1] == "the cache matches the parameters"
     found = json.loads(run("--json", "--set", "extract.dtype=float16").stdout)
     assert found["reasons"][0]["ingredient"] == "dtype"
 

@@ -1,1 +1,1 @@
-"""From trained heads to figures: scores, metrics, tables and what the report shows beside them."""
+"""Scores trained heads: logits, metrics, and the tables that the report reads."""

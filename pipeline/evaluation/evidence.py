@@ -1,6 +1,6 @@
-"""What evaluate finds out beyond accuracy, for the report: calibration, weight norms, an embedding, what the cache is.
+"""The report's material beyond accuracy: calibration, weight norms, a t-SNE embedding, and facts about the cache.
 
-Every table is bounded: a few heads, `BINS` bins, `SHOWN` classes of `PER_CLASS` samples.
+All tables are small: a few heads, `BINS` bins, and at most `PER_CLASS` samples of each of `SHOWN` classes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,23 +23,23 @@ from h2t.pipeline.heads.stored import Heads
 from h2t.pipeline.networks.classifier import global_average
 from h2t.pipeline.networks.trained import StageOneHead
 
-SHOWN = 10  # classes in the embedding: all of them, or as many spread over the order of training counts
-PER_CLASS = 60
-SPARSITY_ROWS = 256
+SHOWN = 10  # most classes in the embedding; of more classes, this many evenly spaced by training count
+PER_CLASS = 60  # most samples of a class in the embedding
+SPARSITY_ROWS = 256  # most test rows whose zeros are counted
 PERPLEXITY = 30
 ROOM = 256 * 2**20  # bytes of memory that t-SNE and its libraries may need
-FEWEST = 8  # samples below which there is nothing to embed
+FEWEST = 8  # with fewer samples there is no embedding
 
 
 def write_reliability(into: Path, said: Mapping[int, Answers], labels: np.ndarray) -> None:
-    """`reliability.parquet`: samples, mean confidence and accuracy (both in percent) of each head and bin.
+    """Writes `reliability.parquet`: for each head and bin, samples, mean confidence and accuracy (both in percent).
 
-    `said`: head number (-1 is stage I) -> what it says of the samples.
+    `said` maps a head's number (-1 is stage I) to its predictions for the n samples; `labels` is int (n,).
     """
     lines = []
-    for number, found in said.items():
-        right = (found.guesses == labels).astype(float)
-        bins = reliability(found.confidence, right)
+    for number, predicted in said.items():
+        right = (predicted.guesses == labels).astype(float)
+        bins = reliability(predicted.confidence, right)
         lines += [{"number": number, **b} for b in bins]
     names = ("low", "high", "confidence", "accuracy")
     schema = pa.schema([(k, pa.int64()) for k in ("number", "bin", "count")] + [(k, pa.float64()) for k in names])
@@ -47,7 +47,11 @@ def write_reliability(into: Path, said: Mapping[int, Answers], labels: np.ndarra
 
 
 def write_weight_norms(into: Path, heads: Heads, stage1: StageOneHead, kept: Sequence[int]) -> None:
-    """`weight_norms.parquet`: the length of each class's weight vector, scales included, the mean of the experts."""
+    """Writes `weight_norms.parquet`: the L2 norm of each class's weight vector, averaged over the experts.
+
+    Class scales are included. `kept` lists the numbers of the heads to write besides stage I (-1). A head without a
+    weight matrix is left out.
+    """
     columns: dict[str, list[Any]] = {"number": [], "class": [], "norm": []}
     states = {-1: stage1.state, **{n: {k: t[n] for k, t in heads.state.items()} for n in kept}}
     for number, state in states.items():
@@ -66,7 +70,7 @@ def write_weight_norms(into: Path, heads: Heads, stage1: StageOneHead, kept: Seq
 
 
 def shown_samples(labels: np.ndarray, classes: int) -> np.ndarray:
-    """Places of the samples to embed: up to `PER_CLASS` of up to `SHOWN` classes, evenly spread."""
+    """Positions, int (m,), of the samples to embed: up to `PER_CLASS` of up to `SHOWN` classes, evenly spaced."""
     chosen = np.unique(np.linspace(0, classes - 1, min(classes, SHOWN)).round().astype(int))
     places = []
     for label in chosen:
@@ -76,24 +80,29 @@ def shown_samples(labels: np.ndarray, classes: int) -> np.ndarray:
 
 
 def embed(features: np.ndarray) -> np.ndarray:
-    """t-SNE of features (n, D) in the plane, (n, 2); the same features give the same places.
+    """t-SNE of features (n, D) as points in the plane, float64 (n, 2). Equal features give equal points.
 
-    Source: van der Maaten and Hinton, "Visualizing Data using t-SNE", JMLR 2008. One thread: sums over threads differ.
+    It runs on one thread, because the order of sums over several threads varies. Raises MemoryError below `ROOM`.
+    Source: van der Maaten and Hinton, "Visualizing Data using t-SNE", JMLR 2008.
     """
-    from sklearn.manifold import TSNE  # imported here: it costs seconds, and every stage imports this module's caller
+    from sklearn.manifold import TSNE  # takes seconds to import, and every stage imports this module's caller
 
-    if available_memory() < ROOM:  # OpenBLAS asks for its buffers again and again, for ever
+    if available_memory() < ROOM:  # OpenBLAS would retry its allocations forever
         raise MemoryError(f"t-SNE needs {ROOM // 2**20} MB")
     with threadpool_limits(1):
         perplexity = min(PERPLEXITY, (len(features) - 1) / 3)
-        found = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(features.astype(np.float64))
-    return np.asarray(found, np.float64)
+        points = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(features.astype(np.float64))
+    return np.asarray(points, np.float64)
 
 
 def write_embedding(
     into: Path, cache: Cache, rows: np.ndarray, samples: np.ndarray, labels: np.ndarray, guesses: Mapping[str, Any]
 ) -> None:
-    """`embedding.parquet`: places of some test rows, and what each head in `guesses` (name -> (n,) or None) says."""
+    """Writes `embedding.parquet`: t-SNE points of some test rows with their labels and predicted classes.
+
+    `rows`, `samples` and `labels` are int (n,). `guesses` maps a column's name to one head's predicted classes (n,), or
+    to None if there is no such head.
+    """
     places = shown_samples(labels, len(recorded_names(cache.spec.provenance, cache.files)))
     few = len(places) < FEWEST
     at = np.zeros((0, 2)) if few else embed(_features(cache, rows[places]))
@@ -104,19 +113,22 @@ def write_embedding(
         "x": pa.array(at[:, 0], pa.float64()),
         "y": pa.array(at[:, 1], pa.float64()),
     }
-    for name, found in guesses.items():
-        columns[name] = pa.nulls(len(places), pa.int64()) if found is None else pa.array(found[places], pa.int64())
+    for name, classes in guesses.items():
+        columns[name] = pa.nulls(len(places), pa.int64()) if classes is None else pa.array(classes[places], pa.int64())
     pq.write_table(pa.table(columns), into / "embedding.parquet", compression="zstd")
 
 
 def _features(cache: Cache, rows: np.ndarray) -> np.ndarray:
-    """Averaged maps of all experts side by side, (n, E * C)."""
-    found = FeatureReader(cache, global_average).read(rows)
-    return found.movedim(0, 1).flatten(1).numpy()
+    """Globally averaged maps of `rows`, all experts side by side, (n, E * C)."""
+    features = FeatureReader(cache, global_average).read(rows)  # (E, n, C)
+    return features.movedim(0, 1).flatten(1).numpy()
 
 
 def write_about(into: Path, cache: Cache, heads: Heads, rows: np.ndarray, group_of: Sequence[str | None]) -> None:
-    """`about.json`: the host's settings, the classes, and what the cache is; zeros are counted in some of `rows`."""
+    """Writes `about.json`: the host's settings, the classes, and facts about the cache.
+
+    `rows` are test rows; the share of zeros is measured on at most `SPARSITY_ROWS` of them.
+    """
     table, spec = cache.rows, cache.spec
     kinds = table.group_by(["split", "statistics"]).aggregate([("row", "count")]).to_pylist()
     rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), SPARSITY_ROWS)).round().astype(int)]

@@ -1,4 +1,4 @@
-"""Figures of the field from logits: accuracy overall, per class and per class group, and calibration."""
+"""Metrics from logits: accuracy overall, per class and per class group (head, medium, tail), and calibration."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,34 +11,39 @@ BINS = 15
 
 
 def confusion(labels: np.ndarray, guesses: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(true, predicted, count) of every pair that occurs, by true and then predicted class; int64 (pairs,) each.
+    """The confusion matrix as (true, predicted, count) of the pairs that occur, int64 (pairs,) each.
 
-    Pairs and not a matrix: that of 100,000 classes would take 80 GB.
+    Sorted by true class, then by predicted class. A full matrix of 100,000 classes would take 80 GB.
     """
     pairs, count = np.unique(labels.astype(np.int64) * classes + guesses, return_counts=True)
     return *np.divmod(pairs, classes), count
 
 
 def per_class_accuracy(labels: np.ndarray, guesses: np.ndarray, classes: int) -> np.ndarray:
-    """Percent right of each class, (classes,); NaN for a class without samples."""
+    """Accuracy of each class in percent, float64 (classes,); NaN for a class without samples."""
     totals = np.bincount(labels, minlength=classes)
     right = np.bincount(labels[guesses == labels], minlength=classes)
     return np.where(totals > 0, 100 * right / np.maximum(totals, 1), np.nan)
 
 
 def group_accuracy(accuracy: np.ndarray, group_of: Sequence[str | None]) -> dict[str, float | None]:
-    """Mean accuracy over the classes of each group that have samples; None for a group without any."""
-    found: dict[str, float | None] = {}
+    """Mean of `accuracy` (classes,) over the classes of each group; None for a group without samples.
+
+    `group_of` names the group of each class. Classes without samples (NaN) are left out.
+    """
+    means: dict[str, float | None] = {}
     for group in GROUPS:
         members = [a for a, g in zip(accuracy.tolist(), group_of, strict=True) if g == group and not np.isnan(a)]
-        found[group] = float(np.mean(members)) if members else None
-    return found
+        means[group] = float(np.mean(members)) if members else None
+    return means
 
 
 def expected_calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> float:
-    """ECE in percent over equal bins ((b / bins, (b + 1) / bins], right-closed; confidence 0 falls in the first.
+    """Expected calibration error (ECE) in percent, over `bins` bins of equal width.
 
-    Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, eq. (3).
+    Bin b is (b / bins, (b + 1) / bins]; confidence 0 belongs to bin 0. `confidence` lies in [0, 1], `right` is 1 for a
+    correct prediction, else 0; both (n,). Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017,
+    eq. (3).
     """
     place = _bins(confidence, bins)
     gap = np.bincount(place, right - confidence, minlength=bins)
@@ -46,16 +51,16 @@ def expected_calibration_error(confidence: np.ndarray, right: np.ndarray, bins: 
 
 
 def reliability(confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> list[dict[str, float | int | None]]:
-    """Samples, mean confidence and accuracy in percent of equal bins, as `expected_calibration_error` cuts them."""
+    """Samples, mean confidence and accuracy (percent; None if empty) of each bin of `expected_calibration_error`."""
     place = _bins(confidence, bins)
-    found: list[dict[str, float | int | None]] = []
+    lines: list[dict[str, float | int | None]] = []
     for b in range(bins):
         inside = place == b
         count = int(inside.sum())
         mean, share = (float(100 * v[inside].mean()) if count else None for v in (confidence, right))
         edges = {"low": 100 * b / bins, "high": 100 * (b + 1) / bins}
-        found.append({"bin": b, "count": count, **edges, "confidence": mean, "accuracy": share})
-    return found
+        lines.append({"bin": b, "count": count, **edges, "confidence": mean, "accuracy": share})
+    return lines
 
 
 def _bins(confidence: np.ndarray, bins: int) -> np.ndarray:
@@ -63,37 +68,40 @@ def _bins(confidence: np.ndarray, bins: int) -> np.ndarray:
 
 
 def softmax_confidence(logits: np.ndarray) -> np.ndarray:
-    """The largest softmax probability of each line of logits (n, classes), float64."""
+    """The largest softmax probability of each row of logits (n, classes), float64 (n,)."""
     shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
     return 1 / np.exp(shifted).sum(1)
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What a classifier says of n samples: the class it guesses, and how sure it is, (n,) each."""
+    """A classifier's predictions for n samples: class, int64 (n,), and confidence in [0, 1], float64 (n,)."""
 
     guesses: np.ndarray
     confidence: np.ndarray
 
 
 def answers(logits: np.ndarray) -> Answers:
-    """Of logits (n, classes); the first of equal logits is the guess."""
+    """Predictions from logits (n, classes). Among equal largest logits, the first class is predicted."""
     return Answers(logits.argmax(1), softmax_confidence(logits))
 
 
-def summary(found: Answers, labels: np.ndarray, group_of: Sequence[str | None]) -> dict[str, float | None]:
-    """top1, head, medium, tail and ece in percent; `group_of` has one entry for each class."""
-    accuracy = per_class_accuracy(labels, found.guesses, len(group_of))
-    right = found.guesses == labels
+def summary(predicted: Answers, labels: np.ndarray, group_of: Sequence[str | None]) -> dict[str, float | None]:
+    """top1, head, medium, tail and ece in percent. `labels` is int (n,); `group_of` has one entry per class."""
+    accuracy = per_class_accuracy(labels, predicted.guesses, len(group_of))
+    right = predicted.guesses == labels
     return {
         "top1": float(100 * right.mean()),
         **group_accuracy(accuracy, group_of),
-        "ece": expected_calibration_error(found.confidence, right.astype(float)),
+        "ece": expected_calibration_error(predicted.confidence, right.astype(float)),
     }
 
 
 def over_seeds(figures: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
-    """Mean of each figure and its standard deviation (`<name>_std`, ddof 1); None where there is nothing to average."""
+    """Mean and standard deviation (`<name>_std`, ddof 1) of each figure over seeds.
+
+    The mean is None if any seed lacks the figure; so is the standard deviation, also with a single seed.
+    """
     result: dict[str, float | None] = {}
     for name in figures[0]:
         values = [v for f in figures if (v := f[name]) is not None]

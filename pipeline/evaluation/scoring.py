@@ -1,4 +1,4 @@
-"""What heads say of the rows of a cache: those of a trained stack, and that of stage I."""
+"""Scores cached rows with trained heads: those of a stack, and the stage-I head."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,38 +26,44 @@ from h2t.pipeline.networks.classifier import global_average, logits
 from h2t.pipeline.networks.trained import StageOneHead, backbone_digest
 
 STAGE1 = "stage1"
-BLOCK_BYTES = 256 * 1024**2  # of what is computed at once, or an eighth of the memory that is available
+BLOCK_BYTES = 256 * 1024**2  # limit of what is computed at once; an eighth of the available memory if that is less
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What every head says of one split under one kind of statistics. Logits of all heads together can be too large."""
+    """Predictions of every head for one split under one kind of batch-norm statistics.
+
+    `labels` and `samples` are int (n,). Logits are not kept: those of all heads together can be too large.
+    """
 
     statistics: str
     labels: np.ndarray
     samples: np.ndarray
-    said: list[Answers]  # by head
+    said: list[Answers]  # one entry per head
 
 
 def load_heads_for(cache: Cache, heads_dir: Path, backbone_dir: Path) -> Heads:
-    """The heads in `heads_dir`. Raises UserError if they were trained on another backbone's maps."""
+    """The heads in `heads_dir`. Raises UserError if they were trained on another backbone or another cache."""
     heads = load_heads(heads_dir)
     expected = backbone_digest(backbone_dir)
     if heads.about["backbone"] != expected:
         raise UserError(
-            f"{heads_dir}: heads were trained on backbone {heads.about['backbone'][:12]}, {backbone_dir} is "
+            f"{heads_dir}: heads were trained on backbone {heads.about['backbone'][:12]}, but {backbone_dir} holds "
             f"{expected[:12]}; train the heads again"
         )
     if heads.about["cache"] != maps_fingerprint(cache.spec):
         raise UserError(
-            f"{heads_dir}: heads were trained on cache {heads.about['cache'][:12]}, this one is "
+            f"{heads_dir}: heads were trained on cache {heads.about['cache'][:12]}, but {cache.files} is "
             f"{maps_fingerprint(cache.spec)[:12]}; train the heads again"
         )
     return heads
 
 
 def score_heads(cache: Cache, heads: Heads, split: str, statistics: str, device: torch.device) -> Scores:
-    """What all heads of a stack say of the samples of `split`, read under `statistics`."""
+    """Predictions of all heads of a stack for the samples of `split`, from the rows under `statistics`.
+
+    Raises UserError for logits that are not finite.
+    """
     rows = sample_rows(cache.rows, split, statistics)
     parts: list[list[Answers]] = [[] for _ in heads.table.to_pylist()]
     for block in _logits_in_blocks(cache, heads, rows.first, device):
@@ -71,12 +77,15 @@ def _joined(parts: list[Answers]) -> Answers:
 
 
 def head_logits(cache: Cache, heads: Heads, rows: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Logits of every head on the cache's `rows` (n,): (heads, n, classes)."""
+    """Logits of every head on the cache's `rows`, int (n,): float32 (heads, n, classes).
+
+    Raises UserError for logits that are not finite.
+    """
     return torch.cat(list(_logits_in_blocks(cache, heads, rows, device)), 1)
 
 
 def _logits_in_blocks(cache: Cache, heads: Heads, rows: np.ndarray, device: torch.device) -> Iterator[torch.Tensor]:
-    """The same for some rows at a time, in order. Raises UserError for logits that are not finite."""
+    """`head_logits` block by block, in the order of `rows`. Raises UserError for logits that are not finite."""
     host, pool = head_parts(heads.parts, heads.context)
     already = identity_if_pooled(cache, pool_label(heads.parts.pool, heads.parts.pool_options))
     pooling = already or ((lambda maps: pool({}, maps)) if pool.commutes else None)
@@ -94,35 +103,42 @@ def _logits_in_blocks(cache: Cache, heads: Heads, rows: np.ndarray, device: torc
     for part in _blocks(rows, max(numbers, len(heads.about["counts"])) * len(heads.table)):
         x = reader.read(part).to(device, torch.float32)  # (E, n, C[, H, W])
         with torch.no_grad():
-            found: torch.Tensor = vmap(one, in_dims=(0, None))(state, x)
-        _check_finite(found, cache, part)
-        yield found
+            block: torch.Tensor = vmap(one, in_dims=(0, None))(state, x)
+        _check_finite(block, cache, part)
+        yield block
 
 
 def _blocks(rows: np.ndarray, numbers: int) -> list[np.ndarray]:
-    """`rows` in blocks that suit memory, if each needs so many `numbers` in float32."""
+    """Splits `rows` into blocks that fit in memory; each row needs `numbers` float32 values."""
     block = max(1, min(BLOCK_BYTES, available_memory() // 8) // (4 * numbers))
     return [rows[first : first + block] for first in range(0, len(rows), block)]
 
 
-def _check_finite(found: torch.Tensor, cache: Cache, rows: np.ndarray) -> None:
-    """Raises UserError for logits (..., n, classes) of `rows` that are not finite, naming the row at fault."""
-    if not found.isfinite().all():
+def _check_finite(block: torch.Tensor, cache: Cache, rows: np.ndarray) -> None:
+    """Raises UserError if logits (..., n, classes) of `rows` are not finite, and names the row at fault."""
+    if not block.isfinite().all():
         row = first_not_finite(cache, rows)
-        what = f"{row} holds NaN or infinity" if row else "the heads' weights hold NaN, infinity or too large numbers"
-        raise UserError(f"{cache.files}: {what}; {'extract' if row else 'train them'} again")
+        if row:
+            raise UserError(f"{cache.files}: {row} holds NaN or infinity; extract again")
+        raise UserError(
+            f"{cache.files}: logits are not finite; the heads' weights hold NaN, infinity or too large numbers; "
+            "train the heads again"
+        )
 
 
 def score_stage1(cache: Cache, head: StageOneHead, split: str, device: torch.device) -> Scores:
-    """What the stage-I head says of the samples of `split`, under its own statistics; one head."""
+    """Predictions of the stage-I head for the samples of `split`, under `stage1` statistics; `said` has one entry.
+
+    Raises UserError for logits that are not finite, and for a cache pooled by anything but an average.
+    """
     rows = sample_rows(cache.rows, split, STAGE1)
-    identity_if_pooled(cache, "gap")  # the stage-I head knows averages only
+    identity_if_pooled(cache, "gap")  # the stage-I head takes averages only
     reader = FeatureReader(cache, global_average)
     state = {name: t.to(device) for name, t in head.state.items()}
     said: list[Answers] = []
     for part in _blocks(rows.first, reader.row_bytes // 4 + cache.experts * head.state["weight"].shape[-2]):
         with torch.no_grad():
-            found = logits(head.classifier, state, reader.read(part).to(device), head.scale)
-        _check_finite(found, cache, part)
-        said.append(answers(found.cpu().numpy()))
+            block = logits(head.classifier, state, reader.read(part).to(device), head.scale)
+        _check_finite(block, cache, part)
+        said.append(answers(block.cpu().numpy()))
     return Scores(STAGE1, rows.labels, rows.samples, [_joined(said)])

@@ -1,4 +1,4 @@
-"""What evaluate writes of single heads: accuracy by class, confusion, predictions."""
+"""Tables of single heads that evaluate writes: accuracy per class, confusion, predictions. Number -1 is stage I."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,15 +16,20 @@ from h2t.pipeline.evaluation.scoring import Scores
 def write_per_class(
     into: Path,
     table: list[dict[str, Any]],
-    found: Mapping[tuple[str, str], Scores],
+    scored: Mapping[tuple[str, str], Scores],
     first: Mapping[str, Scores],
     counts: list[int],
 ) -> None:
-    """One line per (head, split, statistics, class), with every group definition beside it."""
+    """Writes `per_class.parquet`: one line per (head, split, statistics, class), accuracy in percent.
+
+    `table` holds the lines of heads.parquet, `scored` the scores of the stack by (split, statistics), `first` those of
+    the stage-I head by split, `counts` the training images of each class. Each line also states the class's group by
+    every group definition.
+    """
     defined = groups(counts)
     columns: dict[str, list[Any]] = {k: [] for k in ("number", "split", "statistics", "class", "count", "accuracy")}
     of: dict[str, list[Any]] = {name: [] for name in defined}
-    results = [(h["number"], h["number"], split, r) for (split, _), r in found.items() for h in table]
+    results = [(h["number"], h["number"], split, r) for (split, _), r in scored.items() for h in table]
     results += [(-1, 0, split, r) for split, r in first.items()]
     for head, position, split, result in results:
         accuracy = per_class_accuracy(result.labels, result.said[position].guesses, len(counts))
@@ -40,15 +45,15 @@ def write_per_class(
 
 
 def each(result: Scores, first: Scores | None, kept: list[int]) -> list[tuple[int, Answers]]:
-    """Number and answers of stage I's head, where there is one, and of the heads `kept`."""
+    """Number and predictions of the stage-I head, if there is one, and of the heads in `kept`."""
     return [*([(-1, first.said[0])] if first else []), *((head, result.said[head]) for head in kept)]
 
 
 def write_confusion(into: Path, result: Scores, first: Scores | None, kept: list[int], classes: int) -> None:
-    """How often each class was taken for each other one, for stage I and the heads `kept`."""
+    """Writes `confusion.parquet`: how often each class was predicted as each class, by stage I and the heads `kept`."""
     columns: dict[str, list[Any]] = {k: [] for k in ("number", "true", "predicted", "count")}
-    for head, found in each(result, first, kept):
-        true, predicted, count = confusion(result.labels, found.guesses, classes)
+    for head, answers in each(result, first, kept):
+        true, predicted, count = confusion(result.labels, answers.guesses, classes)
         columns["number"] += [head] * len(true)
         columns["true"] += true.tolist()
         columns["predicted"] += predicted.tolist()
@@ -57,17 +62,17 @@ def write_confusion(into: Path, result: Scores, first: Scores | None, kept: list
 
 
 def write_predictions(into: Path, result: Scores, first: Scores | None, kept: list[int]) -> None:
-    """Every sample's guess and its confidence, for stage I and the heads `kept`."""
+    """Writes `predictions.parquet`: each sample's predicted class and confidence, by stage I and the heads `kept`."""
     parts = []
-    for head, found in each(result, first, kept):
+    for head, answers in each(result, first, kept):
         parts.append(
             pa.table(
                 {
-                    "number": pa.array([head] * len(found.guesses), pa.int64()),
+                    "number": pa.array([head] * len(answers.guesses), pa.int64()),
                     "sample": pa.array(result.samples),
                     "label": pa.array(result.labels.astype(np.int32)),
-                    "predicted": pa.array(found.guesses.astype(np.int32)),
-                    "confidence": pa.array(found.confidence.astype(np.float32)),
+                    "predicted": pa.array(answers.guesses.astype(np.int32)),
+                    "confidence": pa.array(answers.confidence.astype(np.float32)),
                 }
             )
         )

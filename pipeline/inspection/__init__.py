@@ -1,1 +1,1 @@
-"""What is right or wrong here: parameters checked, caches explained and recomputed, the doctor."""
+"""Explains the state of a project: parameters checked, caches compared and recomputed, outputs examined."""

@@ -1,4 +1,4 @@
-"""What is wrong with this place, and what to type: one check after the other, none of which stops the next."""
+"""`h2t doctor`: checks the project and says what to type. A check that fails does not stop the others."""
 
 import fcntl
 import hashlib
@@ -23,20 +23,20 @@ from h2t.cache.redaction import redacted
 from h2t.pipeline.base import numbers
 from h2t.pipeline.base.code import made_by_other_code
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.text import counted
 from h2t.pipeline.sharing import garbage, repository
-from h2t.pipeline.sharing.repository import counted
 
 State = Literal["ok", "note", "fault"]
 
-LOW_DISK = 2 * 10**9
-NAMED_BY_DVC = {"backbones": ("arch", "objective"), "hosts": ("host", "backbone", "pool")}
-PATIENCE = 30  # seconds that a remote may take to answer
-FICLONE = 0x40049409
+LOW_DISK = 2 * 10**9  # bytes
+NAMED_BY_DVC = {"backbones": ("arch", "objective"), "hosts": ("host", "backbone", "pool")}  # keys read by dvc.yaml
+PATIENCE = 30  # seconds to wait for the remote
+FICLONE = 0x40049409  # the ioctl that makes a reflink
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found, in one line, what to type, and the output that it concerns, if it concerns one."""
+    """The result of one check, in one line; what to type; and the path of the output it concerns, if any."""
 
     check: str
     state: State
@@ -50,12 +50,15 @@ class Finding:
 
 
 def examine(start: Path, params_file: Path, *, full: bool = False) -> list[Finding]:
-    """Every finding about the repository around `start`; `full` reads every byte of every output."""
-    found = [*_versions(), *_params(params_file), *_inputs(params_file), *_device(params_file), *_disk(start)]
+    """All findings about the repository around `start`; `full` reads every byte of every output.
+
+    Errors become findings; none is raised for a fault of the project.
+    """
+    findings = [*_versions(), *_params(params_file), *_inputs(params_file), *_device(params_file), *_disk(start)]
     try:
         root = repository.repository(start)
     except UserError as error:
-        return [*found, Finding("repository", "fault", str(error))]
+        return [*findings, Finding("repository", "fault", str(error))]
     caches = _caches(root, full)
     known = {f.place for f in caches if f.state == "fault"}
     checks: dict[str, Callable[[], list[Finding]]] = {
@@ -69,14 +72,14 @@ def examine(start: Path, params_file: Path, *, full: bool = False) -> list[Findi
     }
     for name, check in checks.items():
         try:
-            found += check()
+            findings += check()
         except (UserError, CacheError, OSError) as error:
-            found.append(Finding(name, "fault", redacted(str(error))))
-    return [*found, *caches]
+            findings.append(Finding(name, "fault", redacted(str(error))))
+    return [*findings, *caches]
 
 
 def _versions() -> list[Finding]:
-    """The installed packages against what this one asks for."""
+    """Compares the installed packages with the requirements of h2t."""
     from packaging.requirements import Requirement
 
     faults = []
@@ -101,7 +104,7 @@ def _versions() -> list[Finding]:
 
 
 def _params(path: Path) -> list[Finding]:
-    """Every section of the parameters, and the keys that dvc.yaml names, which DVC fills with no default."""
+    """Checks every section of the parameters, and the keys that dvc.yaml reads, for which DVC knows no defaults."""
     from h2t.pipeline.base import params
     from h2t.pipeline.inspection import settings
 
@@ -113,13 +116,13 @@ def _params(path: Path) -> list[Finding]:
     for section, keys in NAMED_BY_DVC.items():
         for name, entry in values[section].items():
             if lacking := [key for key in keys if key not in entry]:
-                detail = f"{section}.{name}: dvc.yaml needs {', '.join(lacking)} in every entry; write it out"
+                detail = f"{section}.{name}: dvc.yaml needs {', '.join(lacking)} in every entry; add it, defaults too"
                 return [Finding("params", "fault", detail)]
-    return [Finding("params", "ok", f"{path} is complete and right")]
+    return [Finding("params", "ok", f"{path} is complete and valid")]
 
 
 def _inputs(path: Path) -> list[Finding]:
-    """Files and folders from outside: watched by DVC, there, and such that DVC can watch them."""
+    """Checks the files and folders of the section `inputs`: watched by DVC, present, and possible to watch."""
     from h2t.pipeline.base import params
     from h2t.pipeline.inspection import settings
     from h2t.pipeline.stages import inputs, watch
@@ -127,75 +130,75 @@ def _inputs(path: Path) -> list[Finding]:
     try:
         values = params.load(path)
         settings.check(values)
-    except UserError:  # told by the check of the parameters
+    except UserError:  # reported by `_params`
         return []
     given = values["inputs"] or {}
-    found = []
+    findings = []
     try:
         inputs.check(values, path.parent)
     except UserError as error:
-        found.append(Finding("inputs", "fault", str(error)))
+        findings.append(Finding("inputs", "fault", str(error)))
     for name, place in given.items():
         if not Path(place).exists():
-            remedy = "dvc repro --pull, which needs it only where images are read anew"
-            found.append(Finding("inputs", "note", f"inputs.{name}: {place} is not here", remedy))
+            remedy = "dvc repro --pull, which needs it only if images must be read again"
+            findings.append(Finding("inputs", "note", f"inputs.{name}: {place} is missing here", remedy))
             continue
         try:
             watch.check(name, given)
         except UserError as error:
-            found.append(Finding("inputs", "fault", str(error)))
+            findings.append(Finding("inputs", "fault", str(error)))
         if not Path(place).is_absolute():
-            detail = (
-                f"inputs.{name}: {place} is a relative path, which experiment queues (dvc exp run --queue) do not find"
-            )
-            found.append(Finding("inputs", "note", f"{detail}; write {Path(place).absolute()} for them"))
-    return found or [Finding("inputs", "ok", f"{len(given)} watched by DVC")]
+            detail = f"inputs.{name}: {place} is a relative path, and dvc exp run --queue needs an absolute one"
+            findings.append(Finding("inputs", "note", f"{detail}; write {Path(place).absolute()}"))
+    return findings or [Finding("inputs", "ok", f"{counted(len(given), 'input')} watched by DVC")]
 
 
 def _device(path: Path) -> list[Finding]:
-    """The device that the parameters ask for."""
+    """Checks that the device of the parameters exists."""
     import torch
 
     from h2t.pipeline.base import device, params
 
     try:
         wanted = params.load(path).get("device", "auto")
-    except UserError:  # told by the check of the parameters
+    except UserError:  # reported by `_params`
         wanted = "auto"
     try:
         chosen = device.choose(str(wanted))
     except UserError as error:
         return [Finding("device", "fault", str(error))]
-    name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    threads = counted(torch.get_num_threads(), "thread")
+    name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else f"cpu, {threads}"
     return [Finding("device", "ok", name)]
 
 
 def _disk(start: Path) -> list[Finding]:
+    """Checks that the disk has room."""
     free = shutil.disk_usage(start).free
     detail = f"{free / 1e9:.1f} GB free"
     if free < LOW_DISK:
-        return [Finding("disk", "fault", f"{detail}, less than {LOW_DISK / 1e9:.0f} GB", "h2t cache gc")]
+        return [Finding("disk", "fault", f"{detail}; at least {LOW_DISK / 1e9:.0f} GB are needed", "h2t cache gc")]
     return [Finding("disk", "ok", detail)]
 
 
 def _numbers(root: Path) -> list[Finding]:
-    """stages.yaml against the numbers in the code and the plug-ins of this project."""
+    """Compares stages.yaml with the numbers in the code and in this project's plug-ins."""
     path = root / numbers.FILE
     if not path.is_file():
         return []
     numbers.check(path)
     missing = sorted(numbers.in_code().keys() - numbers.read(path).keys())
     if missing:
-        detail = f"{numbers.FILE} has no line for {', '.join(missing)}, and DVC asks for one"
+        detail = f"{numbers.FILE} has no line for {', '.join(missing)}, which DVC needs"
         return [Finding("numbers", "fault", detail, "h2t upgrade --apply")]
-    return [Finding("numbers", "ok", f"{numbers.FILE} has those of this version")]
+    return [Finding("numbers", "ok", f"{numbers.FILE} has the numbers of this version")]
 
 
 def _code(root: Path) -> list[Finding]:
-    """Outputs that were made by other code of the same number, as far as run records tell."""
+    """Finds outputs made by different code with the same stage number, as far as run records show it."""
     try:
         lock = dict(yaml.safe_load((root / "dvc.lock").read_text(encoding="utf-8"))["stages"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):  # told by the check of the data
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):  # reported by `_data`
         return []
     return [
         Finding(
@@ -203,36 +206,34 @@ def _code(root: Path) -> list[Finding]:
             "note",
             f"{stage} was run by other code of the same number ({', '.join(files[:3])}"
             + (f" and {len(files) - 3} more)" if len(files) > 3 else ")"),
-            f"dvc repro --force --single-item {stage}, to compare",
+            f"dvc repro --force --single-item {stage}, to see if its results change",
         )
         for stage, files in made_by_other_code(root, lock)
     ]
 
 
 def _locks(root: Path) -> list[Finding]:
-    """Who works here: DVC's own locks and writers of caches."""
-    found = []
+    """Finds processes at work here, by DVC's locks and those of cache writers, and unfinished caches."""
+    findings = []
     lock = root / ".dvc/tmp/lock"
     if lock.is_file() and garbage.locked(lock):
-        found.append(Finding("lock", "fault", "another dvc command holds .dvc/tmp/lock; wait for it or stop it"))
-    for path, number in sorted(_rwlock(root)):
-        if Path(f"/proc/{number}").exists():
-            found.append(Finding("lock", "fault", f"{path} is in use by dvc, process {number}; wait for it or stop it"))
+        findings.append(Finding("lock", "fault", "another dvc command holds .dvc/tmp/lock; wait for it or stop it"))
+    for path, process in sorted(_rwlock(root)):
+        if Path(f"/proc/{process}").exists():
+            detail = f"{path} is in use by dvc, process {process}; wait for it or stop it"
+            findings.append(Finding("lock", "fault", detail))
     for staging in sorted((root / "data").rglob(".*.staging")) if (root / "data").is_dir() else []:
         place = staging.relative_to(root)
         if garbage.held(staging):
-            found.append(Finding("lock", "fault", f"{place}: a cache is being written; wait for it or stop it"))
+            findings.append(Finding("lock", "fault", f"{place}: a cache is being written; wait for it or stop it"))
         else:
-            found.append(
-                Finding(
-                    "lock", "note", f"{place}: unfinished; run the same command to go on", "h2t cache gc, to forget"
-                )
-            )
-    return found or [Finding("lock", "ok", "nobody works here")]
+            detail = f"{place}: unfinished; run the same command again to resume"
+            findings.append(Finding("lock", "note", detail, "h2t cache gc --apply, to remove it"))
+    return findings or [Finding("lock", "ok", "no process is at work here")]
 
 
 def _rwlock(root: Path) -> Iterator[tuple[str, int]]:
-    """(output, process) of what running stages write; what they only read is long, and says no more."""
+    """Yields (output, process id) of what running stages write. Their long lists of inputs are left out."""
     with suppress(OSError, ValueError, AttributeError, TypeError, KeyError):
         locks = json.loads((root / ".dvc/tmp/rwlock").read_text(encoding="utf-8") or "{}")
         for path, holder in locks.get("write", {}).items():
@@ -241,7 +242,7 @@ def _rwlock(root: Path) -> Iterator[tuple[str, int]]:
 
 
 def _links(root: Path) -> list[Finding]:
-    """How files get from DVC's cache into the workspace: without a copy, if the file system can."""
+    """Checks how DVC places files of its cache into the workspace: linked, if the file system can, not copied."""
     config = repository.config_of(root)
     kinds = config.get("cache", {}).get("type") or ["reflink", "copy"]
     kinds = [k.strip() for k in kinds.split(",")] if isinstance(kinds, str) else list(kinds)
@@ -253,13 +254,16 @@ def _links(root: Path) -> list[Finding]:
         return [Finding("links", "fault", f"DVC's cache cannot be written ({error.strerror})", "dvc cache dir PATH")]
     wanted = "dvc config cache.type reflink,hardlink,symlink,copy"
     if works is None:
-        return [Finding("links", "fault", f"none of {', '.join(kinds)} works between cache and workspace", wanted)]
+        detail = f"none of {', '.join(kinds)} works between DVC's cache and the workspace"
+        return [Finding("links", "fault", detail, wanted)]
     if works == "copy" and "hardlink" not in kinds:
-        return [Finding("links", "fault", "every cache takes its space twice: files are copied", wanted)]
+        detail = "files are copied from DVC's cache, so every output takes its space twice"
+        return [Finding("links", "fault", detail, wanted)]
     return [Finding("links", "ok" if works != "copy" else "note", f"{works} from DVC's cache")]
 
 
 def _link_works(kind: str, cache: Path, workspace: Path) -> bool:
+    """Whether a file of `cache` can be placed into `workspace` by this kind of link."""
     with tempfile.TemporaryDirectory(dir=cache) as a, tempfile.TemporaryDirectory(dir=workspace, prefix=".h2t-") as b:
         source, target = Path(a) / "x", Path(b) / "x"
         source.write_bytes(b"x")
@@ -276,18 +280,20 @@ def _link_works(kind: str, cache: Path, workspace: Path) -> bool:
 
 
 def _remote(root: Path) -> list[Finding]:
-    """The default remote: configured, checked on arrival, reachable, allowed."""
+    """Checks that the default remote is configured with `verify`, can be reached, and allows access."""
     config = repository.config_of(root)
     if not config.get("remote"):
-        return [Finding("remote", "note", "none: nobody else gets these caches", "dvc remote add --default store PATH")]
+        detail = "none configured, so these caches cannot be shared"
+        return [Finding("remote", "note", detail, "dvc remote add --default store PATH")]
     try:
         name = repository.remote_name(config, None)
     except UserError as error:
         return [Finding("remote", "fault", str(error))]
-    found = []
+    findings = []
     if not config["remote"][name].get("verify"):
         remedy = f"dvc remote modify {name} verify true"
-        found.append(Finding("verify", "fault", f"remote {name}: damaged objects would be pulled in silence", remedy))
+        detail = f"remote {name}: verify is not set, so damaged objects would be pulled without a warning"
+        findings.append(Finding("verify", "fault", detail, remedy))
     pool = ThreadPoolExecutor(1)
     try:
         problem = pool.submit(_reach, root, name).result(PATIENCE)
@@ -297,13 +303,13 @@ def _remote(root: Path) -> list[Finding]:
         pool.shutdown(wait=False)
     url = redacted(str(config["remote"][name]["url"]))
     if problem:
-        remedy = {"credentials": "the login of that service (aws configure, ssh-add, ...)"}.get(problem[0], "")
-        return [*found, Finding(problem[0], "fault", f"remote {name} ({url}): {problem[1]}", remedy)]
-    return [*found, Finding("remote", "ok", f"{name} ({url}) answers")]
+        remedy = {"credentials": "the login command of that service (aws configure, ssh-add, ...)"}.get(problem[0], "")
+        return [*findings, Finding(problem[0], "fault", f"remote {name} ({url}): {problem[1]}", remedy)]
+    return [*findings, Finding("remote", "ok", f"{name} ({url}) answers")]
 
 
 def _reach(root: Path, name: str) -> tuple[str, str] | None:
-    """(check, reason) if the remote cannot be read; its message is cut to what holds no secret."""
+    """(check, reason) if the remote cannot be read, without secrets; None if it can."""
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
@@ -319,54 +325,54 @@ def _reach(root: Path, name: str) -> tuple[str, str] | None:
         return "credentials", "access is denied"
     except Exception as error:  # noqa: BLE001 - every protocol raises its own
         kind, text = type(error).__name__, _line(error)
-        told = f"{kind} {text}".lower()
+        message = f"{kind} {text}".lower()
         signs = ("credential", "auth", "denied", "forbidden", "token", "permission", "login", "signature", "accesskey")
-        return ("credentials" if any(s in told for s in signs) else "remote"), redacted(f"{kind}: {text}")
+        return ("credentials" if any(s in message for s in signs) else "remote"), redacted(f"{kind}: {text}")
     return None
 
 
 def _reach_folder(path: Path) -> tuple[str, str] | None:
+    """(check, reason) if a remote that is a folder cannot be read and written; None if it can."""
     store = path
     while not store.exists() and store != store.parent:
         store = store.parent
-    # DVC makes files/md5 below the remote; the remote itself must be there, or a mount is missing.
+    # DVC creates files/md5 below the remote. The remote itself must exist; otherwise a mount is missing.
     if not any(p.exists() for p in (path, path.parent, path.parent.parent)):
-        return "remote", "the directory is not there; is it mounted?"
+        return "remote", "the directory does not exist; is it mounted?"
     if not os.access(store, os.R_OK | os.X_OK):
-        return "credentials", "the directory cannot be read; ask its owner for the group"
+        return "credentials", "the directory cannot be read; ask its owner for access"
     if not os.access(store, os.W_OK):
-        return "credentials", "the directory cannot be written; pulling works, publishing does not"
+        return "credentials", "the directory cannot be written; pulling works, but publishing needs write access"
     return None
 
 
 def _line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its class."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _queue(root: Path, params_file: Path) -> list[Finding]:
-    """What `dvc exp run --queue` and `--temp` would not find: they work in a copy of what git holds, elsewhere."""
+    """Finds what `dvc exp run --queue` and `--temp` would miss: they run in a copy of what git holds, elsewhere."""
     from h2t.pipeline.base import params
 
-    found = []
+    findings = []
     if not str(root).isascii():
-        detail = (
-            f"dvc exp run --queue and --temp fail in {root}, DVC needs a path of ASCII letters; move the project there"
-        )
-        found.append(Finding("queue", "note", detail))
+        detail = f"dvc exp run --queue and --temp fail in {root}: DVC needs an ASCII path; move the project to one"
+        findings.append(Finding("queue", "note", detail))
     try:
         named = list(_paths(params.load(params_file)))
-    except UserError:  # told by the check of the parameters
-        return found
+    except UserError:  # reported by `_params`
+        return findings
     for key, path in named:
         if os.path.isabs(path) or not os.path.exists(root / path) or _in_the_copy(root, path):  # noqa: PTH110, PTH117
             continue
         detail = f"{key}: {path} is relative and not in git, so dvc exp run --queue and --temp will not find it"
-        found.append(Finding("queue", "note", f"{detail}; write {root / path}"))
-    return found
+        findings.append(Finding("queue", "note", f"{detail}; write {root / path}"))
+    return findings
 
 
 def _paths(values: Any) -> Iterator[tuple[str, str]]:
-    """(key, text) of every parameter that may name a file or folder of data."""
+    """Yields (key, text) of every parameter that may name a file or folder of data."""
     sections = {
         "prepare.options": _mapping(_mapping(values, "prepare"), "options"),
         "extract": {"statistics_from": _mapping(values, "extract").get("statistics_from")},
@@ -382,13 +388,13 @@ def _paths(values: Any) -> Iterator[tuple[str, str]]:
 
 
 def _mapping(values: Any, key: str) -> dict[str, Any]:
-    """The mapping `values[key]`; an empty one for anything else, which the check of the parameters tells."""
-    found = values.get(key) if isinstance(values, dict) else None
-    return found if isinstance(found, dict) else {}
+    """The mapping `values[key]`; empty if it is anything else, which `_params` reports."""
+    value = values.get(key) if isinstance(values, dict) else None
+    return value if isinstance(value, dict) else {}
 
 
 def _in_the_copy(root: Path, path: str) -> bool:
-    """Whether git or DVC would bring all of `path` into a copy of the repository."""
+    """Whether git or DVC would place all of `path` in a copy of the repository."""
     if any((root / f"{part}.dvc").is_file() for part in (path.rstrip("/"), *map(str, Path(path).parents))):
         return True
     try:
@@ -398,13 +404,13 @@ def _in_the_copy(root: Path, path: str) -> bool:
 
 
 def _data(root: Path, known: Collection[str], *, full: bool) -> list[Finding]:
-    """Every file of every output of dvc.lock, and the DVC object behind it. `known`: caches whose fault is told."""
+    """Checks each file of each output in dvc.lock, and its DVC object. Skips `known`, the caches already reported."""
     outs = repository.outs(root)
     gone = [out.path for out in outs if not os.path.lexists(root / out.path)]
-    found = []
+    findings = []
     if gone:
         names = ", ".join(gone[:3]) + (f" and {len(gone) - 3} more" if len(gone) > 3 else "")
-        found.append(Finding("data", "fault", f"{names} not here", "dvc repro --pull"))
+        findings.append(Finding("data", "fault", f"missing here: {names}", "dvc repro --pull"))
     store = repository.dvc_cache(root)
     files = 0
     for out in outs:
@@ -414,67 +420,69 @@ def _data(root: Path, known: Collection[str], *, full: bool) -> list[Finding]:
         files += about.examine(full=full)
         if about.faults:
             more = f" and {len(about.faults) - 1} more" if len(about.faults) > 1 else ""
-            found.append(Finding("data", "fault", f"{out.path}: {about.faults[0]}{more}", about.remedy, out.path))
-    if found:
-        return found
+            findings.append(Finding("data", "fault", f"{out.path}: {about.faults[0]}{more}", about.remedy, out.path))
+    if findings:
+        return findings
     how = "every byte compared" if full else "sizes compared"
-    told = f"{counted(len(outs), 'output')} with {counted(files, 'file')}: all here, and in DVC's cache; {how}"
-    return [Finding("data", "ok", told)]
+    detail = f"{counted(len(outs), 'output')} with {counted(files, 'file')}, complete here and in DVC's cache; {how}"
+    return [Finding("data", "ok", detail)]
 
 
 class _Output:
-    """One output of dvc.lock: its files at `place` against the objects in DVC's cache `store`."""
+    """One output of dvc.lock: compares its files at `place` with the objects in DVC's cache `store`."""
 
     def __init__(self, out: repository.Out, place: Path, store: Path) -> None:
         self.out, self.place, self.store = out, place, store
-        self.here: list[str] = []  # what is wrong in the workspace
-        self.objects: list[str] = []  # and in DVC's cache
+        self.here: list[str] = []  # faults in the workspace
+        self.objects: list[str] = []  # faults in DVC's cache
 
     @property
     def faults(self) -> list[str]:
+        """All faults, those in the workspace first."""
         return self.here + self.objects
 
     @property
     def remedy(self) -> str:
-        """What to type."""
+        """The command that repairs the output."""
         if not self.objects:
             return f"dvc checkout {self.out.path}"
         if self.here:
             return f"dvc fetch {self.out.path} && dvc checkout {self.out.path}, or dvc repro"
-        return "dvc commit, which puts what is here into DVC's cache again"
+        return "dvc commit, which stores the files here in DVC's cache again"
 
     def examine(self, *, full: bool) -> int:
-        """Fills the lists of faults; returns the number of files that were compared."""
+        """Fills the lists of faults and returns the number of files compared."""
         self._dangling()
         members = self._members()
         total = 0
         for name, digest in sorted(members.items()):
-            path, thing = self.place / name, self._object(digest)
-            size = thing.stat().st_size if thing.is_file() else None
+            path, stored = self.place / name, self._object(digest)
+            size = stored.stat().st_size if stored.is_file() else None
             total += size or 0
             if size is None:
                 self.objects.append(f"the DVC object of {name or self.out.path} is missing")
-            elif full and _md5(thing) != digest:
+            elif full and _md5(stored) != digest:
                 self.objects.append(f"the DVC object of {name or self.out.path} is damaged")
             if not path.is_file():
-                if not path.is_symlink():  # a dangling link is told already
+                if not path.is_symlink():  # `_dangling` reports the link
                     self.here.append(f"{name or 'the file'} is missing")
             elif size is not None and path.stat().st_size != size:
-                self.here.append(f"{name or 'the file'} has {path.stat().st_size} bytes, {size} in DVC's cache")
-            elif full and not (size is not None and path.samefile(thing)) and _md5(path) != digest:
-                self.here.append(f"{name or 'the file'} holds something else")
+                self.here.append(f"{name or 'the file'} has {path.stat().st_size} bytes, but {size} in DVC's cache")
+            elif full and not (size is not None and path.samefile(stored)) and _md5(path) != digest:
+                self.here.append(f"{name or 'the file'} has other content than dvc.lock records")
         if not self.objects and members and self.out.size not in (0, total):
-            self.objects.append(f"its DVC objects have {total} bytes, {self.out.size} in dvc.lock")
+            self.objects.append(f"its DVC objects have {total} bytes, but {self.out.size} in dvc.lock")
         return len(members)
 
     def _dangling(self) -> None:
-        """Links that lead nowhere, also those that dvc.lock does not know."""
+        """Adds a fault for each link whose target is missing, also for links that dvc.lock does not list."""
         paths = [self.place, *(self.place.rglob("*") if self.place.is_dir() else ())]
         for path in sorted(path for path in paths if path.is_symlink() and not path.exists()):
-            self.here.append(f"{path.relative_to(self.place).as_posix()} is a link to {path.readlink()}, which is gone")
+            name = path.relative_to(self.place).as_posix()
+            self.here.append(f"{name} is a link to {path.readlink()}, which does not exist")
 
     def _members(self) -> dict[str, str]:
-        """md5 of every file by its path in the output; of an output that is a file, by the empty path."""
+        """The md5 of each file, by its path within the output; an output that is one file has the empty path."""
         if not self.out.digest.endswith(".dir"):
             return {"": self.out.digest}
         try:
@@ -487,6 +495,7 @@ class _Output:
         return {}
 
     def _object(self, digest: str) -> Path:
+        """Where DVC's cache stores the object with this md5."""
         return self.store / "files/md5" / digest[:2] / digest[2:]
 
 
@@ -496,10 +505,10 @@ def _md5(path: Path) -> str:
 
 
 def _caches(root: Path, full: bool) -> list[Finding]:
-    """Every cache below `data`, by its own checksums."""
+    """Verifies every cache below `data` by its own checksums."""
     from h2t.cache.tools.verify import verify
 
-    found = []
+    findings = []
     for record in sorted((root / "data").glob(f"*/*/{RECORD}")) if (root / "data").is_dir() else []:
         place = record.parent.relative_to(root)
         try:
@@ -509,7 +518,8 @@ def _caches(root: Path, full: bool) -> list[Finding]:
         if faults:
             more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
             remedy = f"rm -r {place} && dvc checkout {place}, or dvc repro --pull"
-            found.append(Finding("cache", "fault", f"{place}: {faults[0]}{more}", remedy, str(place)))
+            findings.append(Finding("cache", "fault", f"{place}: {faults[0]}{more}", remedy, str(place)))
         else:
-            found.append(Finding("cache", "ok", f"{place} is sound ({'every byte' if full else 'quick'})"))
-    return found
+            how = "every byte checked" if full else "quick check; --full reads every byte"
+            findings.append(Finding("cache", "ok", f"{place} is sound ({how})"))
+    return findings

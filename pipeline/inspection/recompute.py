@@ -1,7 +1,7 @@
-"""Are the maps in a cache those of these images and this backbone? Recomputes some rows and compares.
+"""Checks that a cache holds the maps of given images and a given backbone, by recomputing some rows.
 
-Finds what checksums cannot: weights or images that are not those the cache was made from, batch norm in the wrong mode,
-a changed transform, another order of colours.
+Finds what checksums cannot: weights or images other than those the cache was made from, batch norm in the wrong mode,
+a changed transform, another channel order of the images.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,17 +23,17 @@ from h2t.pipeline.extraction import batchnorm
 from h2t.pipeline.extraction.recorded import ingredients
 from h2t.pipeline.networks.trained import load_backbone
 
-#: How far a recomputed value may be from the stored one, as a share of the largest value of its map. The same device,
-#: thread count and versions give the same bits; others sum in another order and round to the storage type elsewhere.
+#: Allowed deviation of a recomputed value from the stored one, as a share of the largest value in its map. The same
+#: device, thread count and versions give the same bits; others may sum in another order and so round differently.
 TOLERANCE = {"float32": 1e-3, "float16": 4e-3, "bfloat16": 2e-2}
 
 
-Wanted = tuple[int, int, tuple[int, int] | None]  # row, its sample, the key of its view
+Wanted = tuple[int, int, tuple[int, int] | None]  # row, its sample, and the key of its view (None for view 0)
 
 
 @dataclass(frozen=True)
 class Recomputed:
-    """Rows compared, how many of them had the same bits, the largest deviation (a share, as TOLERANCE), and faults."""
+    """The result: rows compared, rows with equal bits, the largest deviation (a share, as TOLERANCE), and faults."""
 
     rows: int
     same_bits: int
@@ -46,19 +46,20 @@ class Recomputed:
 def recompute(
     cache: Cache, samples: Samples, images: Images, backbone_dir: Path, count: int, seed: int, device: torch.device
 ) -> Recomputed:
-    """Compares `count` rows, drawn at random by `seed` (all, if there are no more), with what the backbone gives now.
+    """Recomputes `count` random rows (all, if there are fewer), drawn with `seed`, and compares them with the cache.
 
-    Raises UserError if the cache cannot be of these inputs: a pooled copy, other weights, another transform.
+    Raises UserError if the cache was not made from these inputs: a pooled copy, other weights, another transform.
     """
     inputs, spec = ingredients(cache.files, cache.spec), cache.spec
     backbone, identity = load_backbone(backbone_dir)
-    for name, recorded, found in (
+    for name, recorded, given in (
         ("backbone", inputs["backbone"].get("weights"), identity["weights"]),
         ("transform", inputs["transform"], samples.facts["transform"]),
     ):
-        if recorded != found:
+        if recorded != given:
             raise UserError(
-                f"{cache.files}: was extracted with another {name} ({recorded}) than the one given ({found})"
+                f"{cache.files}: was extracted with another {name} ({recorded}); got {given}; "
+                f"give the {name} of this cache, or extract again"
             )
     backbone.to(device)
     chosen = np.sort(stream(seed, "recompute").choice(spec.rows, min(count, spec.rows), replace=False))
@@ -66,7 +67,7 @@ def recompute(
         (line["split"], line["source"]): line
         for line in samples.table.select(["sample", "split", "source", "digest"]).to_pylist()
     }
-    wrong: dict[int, str] = {}  # row -> what is wrong with it
+    wrong: dict[int, str] = {}  # row -> its fault
     todo: dict[str, list[Wanted]] = {}
     entries = dict(zip(chosen.tolist(), cache.rows.take(chosen).to_pylist(), strict=True))
     for row, entry in entries.items():
@@ -74,7 +75,7 @@ def recompute(
         if sample is None:
             wrong[row] = ": its image is not among the samples"
         elif sample["digest"] != entry["digest"]:
-            wrong[row] = ": its image has other bytes now"
+            wrong[row] = ": its image has changed"
         else:
             key = None if entry["view"] == 0 else (inputs["views"]["seed"], entry["view"])
             todo.setdefault(entry["statistics"], []).append((row, sample["sample"], key))
@@ -87,7 +88,7 @@ def recompute(
         if not off <= TOLERANCE[spec.dtype]:
             wrong[row] = (
                 f", expert {expert}: recomputed values are off by {off:.2g} of the largest; "
-                f"allowed are {TOLERANCE[spec.dtype]:g}"
+                f"at most {TOLERANCE[spec.dtype]:g} is allowed"
             )
     faults = [
         f"row {row} ({entry['split']} {entry['source']}, view {entry['view']}, {entry['statistics']}){wrong[row]}"
@@ -100,7 +101,7 @@ def recompute(
 def _both(
     cache: Cache, backbone: nn.Module, images: Images, todo: Mapping[str, list[Wanted]], device: torch.device
 ) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
-    """(row, expert, recomputed map, stored map), both float32, of the rows `todo` of each statistics."""
+    """Yields (row, expert, recomputed map, stored map); maps are float32 (C, H, W). `todo`: statistics -> rows."""
     spec = cache.spec
     statistics = batchnorm.from_bytes(cache.statistics)
     size = spec.provenance.get("batch_size", 1)
@@ -109,7 +110,7 @@ def _both(
         for part in (wanted[i : i + size] for i in range(0, len(wanted), size)):
             rows, samples, keys = zip(*part, strict=True)
             x = images.batch(samples, keys)
-            # Filled up as in extraction: at another batch size libraries may sum in another order.
+            # Padded to a full batch, as in extraction: at another batch size, libraries may sum in another order.
             x = torch.cat([x, x[-1:].expand(size - len(x), -1, -1, -1)]).to(device)
             for expert, maps in enumerate(guarded_maps(backbone, x, spec.provenance.get("precision", "float32"))):
                 now = maps[: len(rows)].cpu().to(getattr(torch, spec.dtype)).to(torch.float32).numpy()

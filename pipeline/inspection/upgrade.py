@@ -1,7 +1,7 @@
-"""What another version of h2t means for results that are there: which stages run again, and which are taken over.
+"""`h2t upgrade`: decides which results a new version of h2t keeps, and which stages must run again.
 
-A stage is taken over if its numbers are those that its results were made under (FIRST, where dvc.lock is older than the
-numbers), and its parameters and data mean the same. Then dvc.lock records it as done, and no output is touched.
+A stage's results are kept if its numbers are those they were made with (FIRST, where dvc.lock is older than the
+numbers) and its parameters and data mean the same. Then dvc.lock records the stage as done; no output is changed.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ import yaml
 from h2t.pipeline.base import numbers
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import replace_file
+from h2t.pipeline.base.text import counted
 from h2t.pipeline.sharing.repository import Say, in_one_line, repository
 
 #: What the stages read of the inputs: written by stage `inputs`, which version 0.1.0 did not have.
@@ -26,7 +27,7 @@ DEFAULTS = ("backbone_defaults", "host_defaults")
 
 @dataclass(frozen=True)
 class Redo:
-    """A stage that runs again: why, what it writes, and the stages that read what it writes."""
+    """A stage that must run again: why, its outputs, and the stages that depend on them (`then`)."""
 
     stage: str
     reasons: list[str]
@@ -36,7 +37,7 @@ class Redo:
 
 @dataclass
 class Plan:
-    """What an upgrade changes. `numbers`: key -> (in the file, in the code), 0 for none."""
+    """What an upgrade does. `numbers`: key -> (number in stages.yaml, number in the code); 0 means none."""
 
     numbers: dict[str, tuple[int, int]]
     redo: list[Redo] = field(default_factory=list)
@@ -44,9 +45,9 @@ class Plan:
 
 
 def upgrade(start: Path, say: Say, *, apply: bool = False) -> Plan:
-    """Says what this version of h2t would redo and take over; with `apply`, rewrites stages.yaml and dvc.lock.
+    """Says which stages must run again and which results are kept; with `apply`, rewrites stages.yaml and dvc.lock.
 
-    Raises UserError outside of a repository, and where dvc.yaml watches no numbers.
+    Raises UserError outside a DVC repository, and if dvc.yaml watches no numbers.
     """
     root = repository(start)
     with in_one_line("dvc"):
@@ -56,7 +57,7 @@ def upgrade(start: Path, say: Say, *, apply: bool = False) -> Plan:
         if not plan.numbers and not plan.taken_over:
             say("nothing to change: stages.yaml has the numbers of this version")
         elif not apply:
-            say("nothing was changed; to write stages.yaml and dvc.lock, type: h2t upgrade --apply")
+            say("nothing was written; to write stages.yaml and dvc.lock, type: h2t upgrade --apply")
         else:
             partial = root / f".{numbers.FILE}.partial"
             partial.write_text(numbers.text(numbers.in_code()), encoding="utf-8")
@@ -64,9 +65,9 @@ def upgrade(start: Path, say: Say, *, apply: bool = False) -> Plan:
             _add_sections(root)
             if (root / "dvc.lock").is_file() and not (root / INPUTS).exists():
                 _write_inputs(root, say)
-            with _dvc(root) as repo:  # anew: it reads stages.yaml
+            with _dvc(root) as repo:  # opened again, to read the new stages.yaml
                 _record(repo, set(plan.taken_over))
-            say("stages.yaml and dvc.lock are written; what has to run again is run by: dvc repro")
+            say("wrote stages.yaml and dvc.lock; to run what must run again, type: dvc repro")
     return plan
 
 
@@ -104,7 +105,7 @@ def _write_inputs(root: Path, say: Say) -> None:
 
 @contextmanager
 def _dvc(root: Path) -> Iterator[Any]:
-    """DVC's view of the repository, locked against other DVC commands."""
+    """The repository as a DVC object, locked against other DVC commands."""
     from dvc.repo import Repo
 
     with Repo(str(root)) as repo, repo.lock:
@@ -133,34 +134,36 @@ def _plan(root: Path, repo: Any) -> Plan:
         elif _is_stale(stage, recorded, code):
             plan.taken_over.append(stage.addressing)
     if lock and not watched:
-        raise UserError("dvc.yaml: watches no numbers of stages.yaml; take the dvc.yaml of this version first")
+        raise UserError("dvc.yaml: watches no numbers of stages.yaml; replace it by the dvc.yaml of this version first")
     return plan
 
 
 def _lock(root: Path) -> dict[str, Any]:
-    """The stages in dvc.lock; none where nothing was run yet."""
+    """The stages in dvc.lock by name; empty if no stage was run yet. Raises UserError for a damaged file."""
     path = root / "dvc.lock"
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))["stages"]
+        stages = yaml.safe_load(path.read_text(encoding="utf-8"))["stages"]
     except FileNotFoundError:
         return {}
     except (yaml.YAMLError, KeyError, TypeError) as error:
         why = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: not a lock file of DVC ({why}); restore it from git") from None
-    return dict(found)
+    return dict(stages)
 
 
 def _is_params(dep: Any, name: str | Path) -> bool:
+    """Whether the dependency `dep` is on keys of the parameter file `name`."""
     return hasattr(dep, "params") and Path(dep.def_path).name == str(name)
 
 
 def _recorded(recorded: Mapping[str, Any], dep: Any) -> Mapping[str, Any]:
-    """What dvc.lock has for the parameters of `dep`."""
-    found = recorded.get("params", {}).get(dep.def_path, {})
-    return found if isinstance(found, Mapping) else {}
+    """The parameters that dvc.lock records for `dep`."""
+    values = recorded.get("params", {}).get(dep.def_path, {})
+    return values if isinstance(values, Mapping) else {}
 
 
 def _number_reasons(stage: Any, recorded: Mapping[str, Any], code: numbers.Numbers) -> Iterator[str]:
+    """Numbers that differ from those that the results were made with."""
     for dep in stage.deps:
         if _is_params(dep, numbers.FILE):
             known = _recorded(recorded, dep)
@@ -172,7 +175,7 @@ def _number_reasons(stage: Any, recorded: Mapping[str, Any], code: numbers.Numbe
 
 
 def _other_reasons(root: Path, stage: Any, recorded: Mapping[str, Any]) -> Iterator[str]:
-    """Parameters and data that differ from what dvc.lock records."""
+    """Parameters and data that differ from those recorded in dvc.lock."""
     hashes = {entry["path"]: entry for entry in recorded.get("deps", [])}
     for dep in stage.deps:
         if _is_params(dep, numbers.FILE):
@@ -184,12 +187,12 @@ def _other_reasons(root: Path, stage: Any, recorded: Mapping[str, Any]) -> Itera
                 left_out = {} if key in DEFAULTS else None
                 before, after = known.get(key, left_out), _with_paths(now.get(key, left_out), named)
                 if before is None or after is None or not same_meaning(key, _with_paths(before, named), after):
-                    yield f"{dep.def_path}: {key} is another than was run"
+                    yield f"{dep.def_path}: {key} has changed"
         elif dep.def_path in hashes:
             if dep.exists and dep.status():
-                yield f"{dep.def_path} is another than was read"
+                yield f"{dep.def_path} has changed"
         elif not dep.exists and INPUTS not in (Path(dep.def_path), *Path(dep.def_path).parents):
-            yield f"{dep.def_path} is not there"
+            yield f"{dep.def_path} is missing"
 
 
 def _with_paths(value: Any, named: Mapping[str, str]) -> Any:
@@ -205,11 +208,12 @@ def _with_paths(value: Any, named: Mapping[str, str]) -> Any:
 
 
 def same_meaning(key: str, before: Any, now: Any) -> bool:
-    """Whether two values of the parameter `key` say the same: with defaults filled in, without what changes no byte."""
+    """Whether two values of the parameter `key` are equal once defaults are filled in and moved keys left out."""
     return bool(before == now or _meaning(key, before) == _meaning(key, now))
 
 
 def _meaning(key: str, value: Any) -> Any:
+    """`value` with defaults filled in and without moved keys; as it is where this version cannot read it."""
     from h2t.pipeline.base import params
     from h2t.pipeline.inspection import settings
     from h2t.pipeline.stages import evaluate, extract, pool, prepare, report, train_backbone, train_classifier
@@ -230,23 +234,23 @@ def _meaning(key: str, value: Any) -> Any:
     try:
         kept = {k: v for k, v in value.items() if (section, k) not in settings.MOVED}
         return params.build(entries[section] if name else models[section], key, kept).model_dump()
-    except (UserError, KeyError):  # of a version that knew other keys
+    except (UserError, KeyError):  # written for a version with other keys
         return value
 
 
 def _followers(repo: Any, stage: Any) -> list[str]:
-    """The stages that read, directly or not, what `stage` writes."""
-    graph, found, todo = repo.index.graph, set(), [stage]
+    """The stages that depend, directly or not, on the outputs of `stage`."""
+    graph, followers, todo = repo.index.graph, set(), [stage]
     while todo:
         for reader in graph.predecessors(todo.pop()):
-            if reader.addressing not in found:
-                found.add(reader.addressing)
+            if reader.addressing not in followers:
+                followers.add(reader.addressing)
                 todo.append(reader)
-    return sorted(found)
+    return sorted(followers)
 
 
 def _is_stale(stage: Any, recorded: Mapping[str, Any], code: numbers.Numbers) -> bool:
-    """Whether DVC would run `stage` again although nothing that counts has changed."""
+    """Whether DVC would run `stage` again although its results are still right."""
     if stage.cmd != recorded.get("cmd"):
         return True
     if {d.def_path for d in stage.deps if not hasattr(d, "params")} != {d["path"] for d in recorded.get("deps", [])}:
@@ -261,7 +265,7 @@ def _is_stale(stage: Any, recorded: Mapping[str, Any], code: numbers.Numbers) ->
 
 
 def _record(repo: Any, names: set[str]) -> None:
-    """Writes the stages `names` into dvc.lock as done: their parameters and new dependencies as they are now."""
+    """Records the stages `names` as done in dvc.lock, with their parameters and dependencies as they are now."""
     stages = [stage for stage in repo.index.stages if stage.addressing in names]
     for stage in stages:
         for dep in stage.deps:
@@ -272,10 +276,12 @@ def _record(repo: Any, names: set[str]) -> None:
 
 
 def _say(plan: Plan, say: Say) -> None:
+    """Prints the plan: changed numbers, stages that run again, stages whose results are kept."""
     for key, (before, now) in plan.numbers.items():
         say(f"stages.yaml: {key}: {before or 'none'} -> {now if now or '.' in key else 'none'}")
     for redo in plan.redo:
         then = f"; read by {', '.join(redo.then)}" if redo.then else ""
         say(f"{redo.stage} runs again and writes {', '.join(redo.outputs)}: {'; '.join(redo.reasons)}{then}")
     if plan.taken_over:
-        say(f"{len(plan.taken_over)} stages are taken over, nothing of theirs runs: {', '.join(plan.taken_over)}")
+        kept = counted(len(plan.taken_over), "stage")
+        say(f"results of {kept} are kept, without running anything: {', '.join(plan.taken_over)}")

@@ -1,6 +1,7 @@
-"""Why a cache is stale: which ingredient of its fingerprint is not what the parameters ask for, and what that costs.
+"""Explains why a cache is stale: which inputs differ from the parameters, and how many rows must be extracted again.
 
-Ingredients: weights, transform, view policy, batch norm, dataset rows, dtype. Codec and sizes change bytes, not values.
+Inputs are weights, transform, view policy, batch norm, dataset rows and dtype. Codec, chunk and shard sizes change the
+stored bytes, not the values.
 """
 
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ import pyarrow as pa
 
 from h2t.cache.format.spec import sha256
 from h2t.cache.reader import Cache
+from h2t.pipeline.base.text import counted
 from h2t.pipeline.data.samples import Samples
 from h2t.pipeline.extraction import batchnorm
 from h2t.pipeline.extraction.recorded import ingredients
@@ -19,12 +21,12 @@ from h2t.pipeline.extraction.reuse import NAMES, Wanted, changes, kept_statistic
 from h2t.pipeline.networks.trained import backbone_identity
 from h2t.pipeline.stages import extract
 
-EXAMPLES = 3
+EXAMPLES = 3  # image names shown for each kind of change
 
 
 @dataclass(frozen=True)
 class Reason:
-    """One ingredient that differs; `every` says whether it makes every row another one."""
+    """An input that differs. `every` is True if it changes every row."""
 
     ingredient: str
     detail: str
@@ -33,10 +35,11 @@ class Reason:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Why a cache is not what is asked for, and what extract would compute now: `rows` of the `of` that are wanted.
+    """How a cache differs from the parameters, and what extract would compute now: `rows` out of `of` rows.
 
-    `source` is the cache that gives the others (`extract.statistics_from`). Where there is none, `possible` counts the
-    rows to extract if it were this cache. `obstacles`: why none of the source's rows can be taken.
+    `unknown` lists what could not be compared, `layout` differences in stored bytes alone. `source` is the cache that
+    `extract.statistics_from` names; the other rows are taken from it. Without a source, `possible` counts the rows to
+    extract if `extract.statistics_from` named this cache. `obstacles` says why none of the source's rows can be taken.
     """
 
     reasons: list[Reason]
@@ -49,23 +52,25 @@ class Verdict:
     obstacles: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
-        """In words, one line each."""
-        found = [f"{r.ingredient}: {r.detail}" for r in self.reasons]
-        found += [f"not compared: {what}" for what in self.unknown]
-        found += [f"layout: {what} (the same values in other bytes)" for what in self.layout]
-        return [*found, self._cost()]
+        """The verdict as text: one line per difference, then one line on the cost."""
+        texts = [f"{r.ingredient}: {r.detail}" for r in self.reasons]
+        texts += [f"not compared: {what}" for what in self.unknown]
+        texts += [f"layout: {what} (same values, other bytes)" for what in self.layout]
+        return [*texts, self._cost()]
 
     def _cost(self) -> str:
+        """Which rows must be extracted again."""
         if not self.reasons and not self.layout:
-            return "nothing else differs" if self.unknown else "this is the cache that is asked for"
+            return "no other difference" if self.unknown else "the cache matches the parameters"
         if self.source is None:
             less = f"; {self._share(self.possible)} with extract.statistics_from set to this cache"
-            return f"to extract again: all {self.of} rows" + (less if self.possible < self.of else "")
+            return f"to extract again: all {counted(self.of, 'row')}" + (less if self.possible < self.of else "")
         why = f" ({'; '.join(self.obstacles)})" if self.obstacles else ""
-        return f"to extract again: {self._share(self.rows)}, the others are taken from {self.source}{why}"
+        return f"to extract again: {self._share(self.rows)}; the others are taken from {self.source}{why}"
 
     def _share(self, rows: int) -> str:
-        return f"{rows} of {self.of} rows ({100 * rows / self.of:.1f} %)" if rows else "none"
+        """`rows` out of all, with its percentage."""
+        return f"{rows:,} of {counted(self.of, 'row')} ({100 * rows / self.of:.1f} %)" if rows else "none"
 
 
 def why(
@@ -77,11 +82,13 @@ def why(
     previous: Cache | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Verdict:
-    """Compares `cache` with what extract would write now. What is None is not compared. Raises UserError.
+    """Compares `cache` with what extract would write now.
 
-    `previous` is the cache that `extract.statistics_from` names, `settings` what forward passes would run under here.
+    `samples` and `backbone_dir` may be None: then their part is not compared. `previous` is the cache that
+    `extract.statistics_from` names; `settings` are the settings of forward passes on this machine, which decide whether
+    its rows can be taken. Raises UserError for a pooled or imported cache.
     """
-    found = ingredients(cache.files, cache.spec)
+    recorded = ingredients(cache.files, cache.spec)
     reasons: list[Reason] = []
     unknown: list[str] = []
     asked: dict[str, Any] = {}
@@ -95,7 +102,7 @@ def why(
     else:
         unknown.append("dataset and transform (no prepared samples here)")
     for name, value in asked.items():
-        differ = changes(_without_statistics(found.get(name)), value)
+        differ = changes(_without_statistics(recorded.get(name)), value)
         reasons += [Reason(NAMES[name], "; ".join(differ), _concerns_every(name, differ))] if differ else []
     if params.dtype != cache.spec.dtype:
         reasons.append(Reason("dtype", f"{cache.spec.dtype} -> {params.dtype}", True))
@@ -120,42 +127,44 @@ def why(
 
 
 def _to_extract(source: Cache, wanted: Wanted) -> tuple[int, list[str]]:
-    """How many rows must be computed where `source` gives statistics and rows; and why, in words."""
+    """How many rows must be computed if `source` gives statistics and rows; and why, in words."""
     kept, _ = kept_statistics(source, wanted.inputs, _names(wanted.rows))
     origin, reasons = origins(source, wanted, {*kept, "stage1"})
     return int((origin < 0).sum()), reasons
 
 
 def _names(rows: pa.Table) -> list[str]:
+    """The kinds of batch-norm statistics in a row table."""
     return sorted(set(rows["statistics"].unique().to_pylist()))
 
 
 def _statistics(cache: Cache, names: list[str], kept: batchnorm.Statistics) -> list[Reason]:
-    """Batch-norm statistics `names` that are kept now and were others then, or were kept then and are not now."""
+    """Reports batch-norm statistics that are kept from another cache but differ, or that are no longer kept."""
     origin = cache.spec.provenance.get("statistics_from")
     detail = ""
     if sorted(kept) == names:
         differ = changes(cache.spec.fingerprint_inputs["batchnorm"].get("statistics"), sha256(batchnorm.to_bytes(kept)))
         detail = f"{differ[0]}, kept from another cache" if differ else ""
     elif origin is not None and not kept:
-        detail = f"were kept from the cache {origin[:12]}, would be estimated anew"
+        detail = f"were kept from the cache {origin[:12]}, would be estimated again"
     return [Reason("batch norm", f"statistics {detail}", False)] if detail else []
 
 
 def _training(table: pa.Table) -> set[tuple[Any, ...]]:
+    """The training samples of a row table, without regard to their order."""
     columns = [table[k].to_pylist() for k in ("split", "label", "source", "digest")]
     return {line for line in zip(*columns, strict=True) if line[0] == "train"}
 
 
 def _stale(have: pa.Table, wanted: pa.Table) -> set[str]:
-    """The statistics that are estimated on training samples, if these changed."""
+    """The statistics to estimate again because the training samples changed."""
     if _training(have) == _training(wanted):
         return set()
     return {*batchnorm.SAMPLERS, "mixture"} & set(wanted["statistics"].unique().to_pylist())
 
 
 def _dataset(have: pa.Table, wanted: pa.Table, kept: bool) -> list[Reason]:
-    """Samples that were added, removed or changed (another image, label or split)."""
+    """Reports samples that were added, removed or changed (image, label or split)."""
     old, new = (_samples(table) for table in (have, wanted))
     parts = {
         "added": sorted(set(new) - set(old)),
@@ -164,35 +173,38 @@ def _dataset(have: pa.Table, wanted: pa.Table, kept: bool) -> list[Reason]:
     }
     if not any(parts.values()):
         return []
-    detail = ", ".join(f"{len(v)} images {k}" + _some(v) for k, v in parts.items() if v)
+    detail = ", ".join(f"{counted(len(v), 'image')} {k}" + _some(v) for k, v in parts.items() if v)
     stale = set() if kept else _stale(have, wanted)
     if stale:
-        detail += f"; training images differ, so the {', '.join(sorted(stale))} statistics would be estimated anew"
+        detail += f"; training images differ, so the {', '.join(sorted(stale))} statistics would be estimated again"
     return [Reason("dataset", detail, False)]
 
 
 def _samples(table: pa.Table) -> dict[str, tuple[Any, ...]]:
+    """Source -> (split, label, digest)."""
     columns = (table[k].to_pylist() for k in ("source", "split", "label", "digest"))
     return {source: tuple(rest) for source, *rest in zip(*columns, strict=True)}
 
 
 def _some(sources: list[str]) -> str:
+    """The first names in parentheses, and how many more there are."""
     more = f", and {len(sources) - EXAMPLES} more" if len(sources) > EXAMPLES else ""
     return f" ({', '.join(sources[:EXAMPLES])}{more})"
 
 
 def _without_statistics(value: Any) -> Any:
-    """Statistics follow from the other ingredients."""
+    """`value` without the digest of statistics, which follow from the other inputs."""
     return {k: v for k, v in value.items() if k != "statistics"} if isinstance(value, Mapping) else value
 
 
 def _concerns_every(name: str, changes: list[str]) -> bool:
-    """Another view policy or list of recipes adds and removes rows and leaves the others as they are."""
+    """Whether these changes concern every row. A changed view policy or recipe list only adds and removes rows."""
     keeps = ("max ", "target ", "recipes ")
     return not (name in ("views", "batchnorm") and all(c.startswith(keeps) for c in changes))
 
 
 def _layout(cache: Cache, params: extract.Params) -> list[str]:
+    """Differences in codec, rows per chunk and rows per shard."""
     spec = cache.spec
     chunk_rows, shard_rows = extract.layout(params, max(spec.row_bytes(e) for e in range(spec.experts)))
     asked = {"codec": params.codec, "chunk_rows": chunk_rows, "shard_rows": shard_rows}

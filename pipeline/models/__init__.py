@@ -1,1 +1,1 @@
-"""A head given back: merged with its backbone into one file, exported, used on new images."""
+"""Complete classifiers: export from cache, heads and backbone; load; predict on images."""

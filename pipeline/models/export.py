@@ -1,7 +1,7 @@
-"""One head given back: alone, merged with its backbone into a state dict, and as ONNX; checked before it is left.
+"""Exports one head: alone, merged with its backbone into a state dict, and as ONNX. Every file is checked first.
 
-The backbone carries the batch-norm statistics that the head is evaluated under, from the cache. Every file's logits are
-compared with those that `evaluate` computes from the cached maps, on the images of test rows.
+The exported backbone has the batch-norm statistics that the head is evaluated under, taken from the cache. The logits
+of the exported model on the images of some test rows are compared with those that `evaluate` computes from the cache.
 """
 
 import contextlib
@@ -35,8 +35,8 @@ from h2t.pipeline.models.model import Model, load_model, save_model
 from h2t.pipeline.networks.trained import load_backbone
 from h2t.pipeline.networks.weights import save_weights
 
-CHECKED = 32  # images whose logits are compared
-#: What the storage type of the maps may cost in logits, max|d| / max|logit|; arithmetic alone stays below the first.
+CHECKED = 32  # most images whose logits are compared
+#: Allowed difference of logits, max|d| / max|logit|, by the storage type of the maps; it is mostly their rounding.
 TOLERANCE = {"float32": 1e-4, "float16": 4e-3, "bfloat16": 3e-2}
 ONNX_TOLERANCE = 1e-4
 NEEDS_ONNX = "onnx: needs the packages onnx, onnxscript and onnxruntime; type: pip install 'h2t[onnx]'"
@@ -44,7 +44,7 @@ NEEDS_ONNX = "onnx: needs the packages onnx, onnxscript and onnxruntime; type: p
 
 @dataclass(frozen=True)
 class Choice:
-    """Which head of a stack: its number, or what tells it from the others. What is None is not asked for."""
+    """Selects a head of a stack by its number or by its settings. A field that is None matches every head."""
 
     number: int | None = None
     ratio: float | None = None
@@ -54,25 +54,28 @@ class Choice:
 
 
 def choose(heads: Heads, choice: Choice, where: str) -> int:
-    """The number of the one head that `choice` describes. Raises UserError for none or several."""
+    """The number of the one head that matches `choice`. Raises UserError if none or several match.
+
+    `where` names the stack in the message.
+    """
     asked = {k: v for k, v in vars(choice).items() if v is not None}
     lines = [h for h in heads.table.to_pylist() if all(h[k] == v for k, v in asked.items())]
     if len(lines) == 1:
         return int(lines[0]["number"])
     has = "; ".join(
-        f"{k} {', '.join(f'{v:g}' if isinstance(v, float) else str(v) for v in dict.fromkeys(column.to_pylist()))}"
+        f"--{k} {', '.join(f'{v:g}' if isinstance(v, float) else str(v) for v in dict.fromkeys(column.to_pylist()))}"
         for k, column in zip(heads.table.column_names, heads.table.columns, strict=True)
         if k in ("ratio", "seed", "donor", "selection") and len(set(column.to_pylist())) > 1
     )
-    wanted = ", ".join(f"{k} {v}" for k, v in asked.items()) or "no choice"
+    wanted = f"{', '.join(f'{k} {v}' for k, v in asked.items())} matches" if asked else "without a choice there are"
     raise UserError(
-        f"{where}: {wanted} fits {len(lines)} of {len(heads.table)} heads; "
-        f"choose one by --head 0 to {len(heads.table) - 1}" + (f", or of {has}" if has else "")
+        f"{where}: exactly one head must be chosen; {wanted} {len(lines)} of {len(heads.table)}; "
+        f"pass --head 0 to {len(heads.table) - 1}" + (f", or a combination of {has}" if has else "")
     )
 
 
 def only(heads: Heads, number: int) -> Heads:
-    """The stack of that one head."""
+    """A stack with head `number` alone, which becomes head 0."""
     state = {name: t[number : number + 1] for name, t in heads.state.items()}
     table = heads.table.slice(number, 1)
     return Heads(state, table.set_column(0, "number", pa.array([0], pa.int64())), heads.about)
@@ -91,10 +94,12 @@ def run(
     onnx: bool = False,
     with_images: bool = True,
 ) -> dict[str, float]:
-    """Writes `head.safetensors`, `model.safetensors` and, if asked for, `model.onnx` into the directory `out`.
+    """Writes `head.safetensors`, `model.safetensors` and, with `onnx`, `model.onnx` into the directory `out`.
 
-    `prepare` is that section of the parameters: it tells where images are and how they become input. Without images the
-    head is checked on cached maps alone. Returns what the check found: name -> max|d| / max|logit|. Raises UserError.
+    `prepare` is the section `prepare` of the parameters; it says where the images are and how they are transformed.
+    Without `with_images`, only the head is checked, on cached maps. Returns the difference that each check measured:
+    its name ("images", "maps" or "onnx") -> max|d| / max|logit|. Raises UserError, and writes nothing, if the inputs do
+    not belong together or a difference is too large.
     """
     if onnx:
         need_onnx()
@@ -129,30 +134,30 @@ def run(
         path = into / "model.safetensors"
         plain = save_model(path, backbone, heads.parts, heads.context, state, about)
         model = load_model(path)
-        found = _check(model, cache, rows, expected, images if with_images else None, device, say)
+        measured = _check(model, cache, rows, expected, images if with_images else None, device, say)
         if onnx:
-            found["onnx"] = write_onnx(model, into / "model.onnx")
+            measured["onnx"] = write_onnx(model, into / "model.onnx")
     what = "a state dict of its architecture" if plain else "no plain state dict (the head is not one linear layer)"
     say(
         f"{out}: head {number} (ratio {setting['ratio']:g}, seed {setting['seed']}) under {kind} statistics; "
-        f"model.safetensors is {what}; logits agree with evaluate: "
-        + ", ".join(f"{name} {value:.1e}" for name, value in found.items())
+        f"model.safetensors is {what}; logits agree with evaluate, largest relative difference: "
+        + ", ".join(f"{name} {value:.1e}" for name, value in measured.items())
     )
-    return found
+    return measured
 
 
 def _images(cache: Cache, prepare: Mapping[str, Any]) -> Images:
-    """The images behind the rows of a cache, by row number."""
+    """The images that a cache's rows were made from, indexed by row."""
     dataset = plugins.load("datasets", prepare["dataset"])
     options = build(dataset.Options, "prepare.options", prepare.get("options", {}))
-    recorded = cache.spec.fingerprint_inputs.get("transform")  # a pooled cache has none
+    recorded = cache.spec.fingerprint_inputs.get("transform")  # a pooled cache records none
     transform = build(Transform, "cache: transform", recorded) if recorded else dataset.transform(options)
     sources, digests = (cache.rows[name].to_pylist() for name in ("source", "digest"))
     return open_images(dataset, options, sources, digests, transform)
 
 
 def _rows(cache: Cache, statistics: str) -> np.ndarray:
-    """Evenly spaced test rows, int64."""
+    """At most `CHECKED` evenly spaced test rows, int64 (n,)."""
     first = sample_rows(cache.rows, "test", statistics).first
     return first[np.linspace(0, len(first) - 1, min(CHECKED, len(first))).astype(np.int64)]
 
@@ -166,12 +171,17 @@ def _check(
     device: torch.device,
     say: Callable[[str], None],
 ) -> dict[str, float]:
-    """Compares the model with `expected`, the logits (n, K) of evaluate on the cache's `rows`. Raises UserError."""
+    """Compares the model's logits with `expected` (n, K), which evaluate computes on the cache's `rows` (n,).
+
+    With `images`, the whole model is checked; without, its head on the cached maps. Raises UserError if they differ.
+    """
     allowed = TOLERANCE[cache.spec.dtype]
     if images is None:
         if "pool" in cache.spec.fingerprint_inputs:
-            raise UserError(f"{cache.files}: is pooled, so without images nothing can be compared; give the images")
-        say("not compared on images: the head is checked on cached maps, the backbone by its digest")
+            raise UserError(
+                f"{cache.files}: is pooled, so there are no maps to check the head on; export without --without-images"
+            )
+        say("checked without images: the head on cached maps, the backbone by its digest")
         network: Callable[[torch.Tensor], torch.Tensor] = model.network.head
         given: Any = _maps(cache, rows)
         name = "maps"
@@ -179,50 +189,50 @@ def _check(
         network, name = model.network.to(device), "images"
         given = _views(images, rows).to(device)
     with torch.no_grad():
-        found = network(given).cpu()
+        computed = network(given).cpu()
     model.network.cpu()
-    off = distance(found, expected)
+    off = distance(computed, expected)
     if not off <= allowed:
         raise UserError(
-            f"export: logits on {name} differ from those of evaluate by {off:.1e} of the largest, {allowed:.0e} is "
-            "allowed; the backbone or the head is not the one that the cache and the heads were made with"
+            f"export: logits on {name} may differ from evaluate's by {allowed:.0e} of the largest; got {off:.1e}; "
+            "give the backbone and the cache that the heads were trained with, or extract and train again"
         )
     return {name: off}
 
 
 def _maps(cache: Cache, rows: np.ndarray) -> tuple[torch.Tensor, ...]:
-    """Cached maps of every expert, float32."""
+    """Cached maps of every expert, each float32 (n, C, H, W)."""
     read = (cache.read(rows, expert=e) for e in range(cache.experts))
     return tuple(torch.from_numpy(to_float32(maps, cache.spec.dtype)) for maps in read)
 
 
 def _views(images: Images, rows: np.ndarray) -> torch.Tensor:
-    """The evaluation views of `rows`. Raises UserError for an image that is not there or has changed."""
+    """The evaluation views of `rows`, (n, 3, S, S). Raises UserError for an image that is missing or has changed."""
     try:
         return images.batch(rows.tolist(), [None] * len(rows))
-    except (KeyError, IndexError, UserError) as error:  # the first two: sources of another dataset
+    except (KeyError, IndexError, UserError) as error:  # the first two: the sources are of another dataset
         said = str(error) if isinstance(error, UserError) else f"prepare: not the dataset of this cache ({error!r})"
-        raise UserError(f"{said}; or pass --without-images to compare on cached maps alone") from None
+        raise UserError(f"{said}; or pass --without-images to check the head on cached maps only") from None
 
 
-def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """max|d| / max|expected|; infinite where shapes differ or a value is not finite."""
-    if found.shape != expected.shape or not torch.isfinite(found).all():
+def distance(computed: torch.Tensor, expected: torch.Tensor) -> float:
+    """max|computed - expected| / max|expected|; infinity if shapes differ or a value is not finite."""
+    if computed.shape != expected.shape or not torch.isfinite(computed).all():
         return float("inf")
-    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+    return float((computed - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
 
 
 def need_onnx() -> None:
-    """Raises UserError where the optional packages are missing."""
+    """Raises UserError if an optional package for ONNX is missing."""
     if not all(map(find_spec, ("onnx", "onnxruntime", "onnxscript"))):
         raise UserError(NEEDS_ONNX)
 
 
 def write_onnx(model: Model, path: Path) -> float:
-    """The model as ONNX: `images` float32 (B, 3, S, S), normalised -> `logits` (B, K); B is free.
+    """Writes the model as ONNX: `images`, normalised float32 (B, 3, S, S) -> `logits`, float32 (B, K), for any B.
 
-    Its metadata key `h2t` is `about` as JSON. Returns the distance to the model's logits. Raises UserError, and leaves
-    no file, if they differ.
+    The metadata key `h2t` holds `model.about` as JSON. Returns the `distance` between both models' logits. Raises
+    UserError, and leaves no file, if it is above ONNX_TOLERANCE.
     """
     import onnx
 
@@ -247,12 +257,15 @@ def write_onnx(model: Model, path: Path) -> float:
     proto = program.model_proto
     onnx.helper.set_model_props(proto, {"h2t": json.dumps(dict(model.about), sort_keys=True)})
     onnx.save(proto, str(path))
-    wanted = torch.randn(5, 3, size, size, generator=draws)  # another batch size than it was traced with
+    images = torch.randn(5, 3, size, size, generator=draws)  # not the batch size of the traced example
     with torch.no_grad():
-        expected = model.network(wanted)
+        expected = model.network(images)
     session, _ = onnx_session(path)
-    off = distance(torch.from_numpy(session.run(["logits"], {"images": wanted.numpy()})[0]), expected)
+    off = distance(torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0]), expected)
     if not off <= ONNX_TOLERANCE:
         path.unlink()
-        raise UserError(f"{path.name}: its logits differ by {off:.1e} of the largest; {ONNX_TOLERANCE:.0e} is allowed")
+        raise UserError(
+            f"{path.name}: logits may differ from the model's by {ONNX_TOLERANCE:.0e} of the largest; got {off:.1e}; "
+            "export without --onnx, or with other versions of torch and onnxruntime"
+        )
     return off

@@ -1,8 +1,9 @@
-"""A whole classifier in one file: backbone with its evaluation statistics, and one head.
+"""A complete classifier in one file: a backbone with its evaluation statistics, and one head.
 
-`model.safetensors` holds the backbone under its own names. A head that is one linear layer on averaged maps lies beside
-it as `fc.weight`, `fc.bias` (or as the architecture calls its last layer), so the file is a state dict of that
-architecture; any other head lies under `h2t.`. The metadata key `h2t` says what the file is, class names included.
+`model.safetensors` holds the backbone under its own names. A head that is one linear layer on averaged maps is stored
+as `fc.weight`, `fc.bias` (or under the name of the architecture's last layer), so the file is a state dict of that
+architecture. Any other head is stored under names that start with `h2t.`. The metadata key `h2t` describes the file,
+with the class names.
 """
 
 from collections.abc import Mapping
@@ -29,7 +30,7 @@ PROBES = 16
 
 
 class LinearHead(nn.Module):
-    """Maps of one expert -> logits (B, K): the average over the image, then one linear layer."""
+    """A linear layer on globally averaged maps of one expert, (B, C, H, W) -> logits (B, K)."""
 
     weight: torch.Tensor
     bias: torch.Tensor
@@ -44,7 +45,7 @@ class LinearHead(nn.Module):
 
 
 class HostHead(nn.Module):
-    """Maps (B, C, H, W) of E experts -> logits (B, K), as the host and the pool give them."""
+    """A host's classifier behind its pool: maps (B, C, H, W) of each of E experts -> logits (B, K)."""
 
     def __init__(self, parts: HeadParts, context: Context, state: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
@@ -57,12 +58,12 @@ class HostHead(nn.Module):
         state = {name: getattr(self, f"state_{i}") for i, name in enumerate(self.names)}
         own = {name: t for name, t in state.items() if not name.startswith(POOL)}
         pool = {name.removeprefix(POOL): t for name, t in state.items() if name.startswith(POOL)}
-        found: torch.Tensor = self.host.logits(own, self.pool(pool, torch.stack(tuple(maps))))
-        return found
+        result: torch.Tensor = self.host.logits(own, self.pool(pool, torch.stack(tuple(maps))))
+        return result
 
 
 class Classifier(nn.Module):
-    """Normalised images (B, 3, S, S) -> logits (B, K)."""
+    """A backbone and a head: normalised images (B, 3, S, S) -> logits (B, K)."""
 
     def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
         super().__init__()
@@ -70,32 +71,35 @@ class Classifier(nn.Module):
         self.head = head
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self.head(self.backbone(images))
-        return found
+        result: torch.Tensor = self.head(self.backbone(images))
+        return result
 
 
 @dataclass(frozen=True)
 class Model:
-    """A classifier in eval mode and what is known of it (`about`: classes, transform, setting, origin)."""
+    """A classifier in eval mode, and its description `about`: classes, transform, head settings, origin."""
 
     network: Classifier
     about: Mapping[str, Any]
 
     @property
     def classes(self) -> list[str]:
+        """Class names, in the order of the logits."""
         return list(self.about["classes"])
 
     @property
     def transform(self) -> Transform:
+        """How an image becomes input. Raises UserError if the file describes it wrongly."""
         return build(Transform, "model: transform", self.about["transform"])
 
 
 def as_linear(
     parts: HeadParts, context: Context, state: Mapping[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Weight (K, C) and bias (K,) of a head that is one linear layer on averaged maps; None where it is not.
+    """The head as one linear layer on averaged maps: float32 weight (K, C) and bias (K,). None if it is not linear.
 
-    Found by asking the head itself, so scales of the logits, of classes and added priors are folded in.
+    Weight and bias are computed from the head's logits at unit vectors, which folds in class scales, logit scales and
+    priors. The head counts as linear if the layer gives its logits at random points.
     """
     host, _ = head_parts(parts, context)
     if parts.pool != "gap" or context.experts != 1:
@@ -105,9 +109,9 @@ def as_linear(
     draws = torch.Generator().manual_seed(0)
     probes = torch.rand(PROBES, context.channels, generator=draws, dtype=torch.float64)
     with torch.no_grad():
-        found, expected = host.logits(exact, points[None]), host.logits(exact, probes[None])
-    bias = found[0]
-    weight = (found[1:] - bias).T
+        at_units, expected = host.logits(exact, points[None]), host.logits(exact, probes[None])
+    bias = at_units[0]
+    weight = (at_units[1:] - bias).T
     if (probes @ weight.T + bias - expected).abs().max() > 1e-9 * expected.abs().max().clamp_min(1):
         return None
     return weight.float().contiguous(), bias.float().contiguous()
@@ -116,7 +120,10 @@ def as_linear(
 def save_model(
     path: Path, backbone: nn.Module, parts: HeadParts, context: Context, state: Mapping[str, torch.Tensor], about: Any
 ) -> bool:
-    """Writes a model file; `about` needs arch, options, classes and transform. True if it is a plain state dict."""
+    """Writes a model file. True if it is a plain state dict of the architecture.
+
+    `about` must hold arch, options, classes and transform.
+    """
     linear = as_linear(parts, context, state)
     last = getattr(plugins.load("backbones", about["arch"]), "LAST", "fc")
     if linear is not None:
@@ -131,11 +138,16 @@ def save_model(
 
 
 def load_model(path: Path) -> Model:
-    """The model in a file that `h2t export` wrote (or in the directory that holds it). Raises UserError."""
+    """The model in a file that `h2t export` wrote, or in the directory that holds it.
+
+    Raises UserError if there is no such file or it holds no complete classifier.
+    """
     path = path / "model.safetensors" if path.is_dir() else path
+    if not path.exists():
+        raise UserError(f"{path}: no exported model; make one with h2t export")
     state, about = load_weights(path)
     if about.get("kind") != KIND:
-        raise UserError(f"{path}: holds no whole classifier; h2t export makes one from heads and a backbone")
+        raise UserError(f"{path}: holds no complete classifier; make one with h2t export")
     arch = plugins.load("backbones", about["arch"])
     with torch.random.fork_rng():
         backbone: nn.Module = arch.build(build(arch.Options, f"{path}: options", about["options"]))

@@ -1,4 +1,4 @@
-"""An exported model on image files: class names and confidences."""
+"""Predicts the classes of image files with an exported model."""
 
 import csv
 import io
@@ -23,36 +23,53 @@ Logits = Callable[[torch.Tensor], torch.Tensor]
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
-    """The files among `paths`, and the images below the directories among them, sorted. Raises UserError."""
-    found: list[Path] = []
+    """`paths` with each directory replaced by the image files below it, sorted.
+
+    A file counts as an image by its suffix; a file named in `paths` is taken as it is. Raises UserError for a path that
+    does not exist, and if there is no image at all.
+    """
+    files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            files += sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
         elif path.is_file():
-            found.append(path)
+            files.append(path)
         else:
-            raise UserError(f"{path}: no such image or directory")
-    if not found:
-        raise UserError(f"{', '.join(map(str, paths))}: no image found (by suffix: {' '.join(sorted(SUFFIXES))})")
-    return found
+            raise UserError(f"{path}: no such image or directory; give image files or folders of images")
+    if not files:
+        raise UserError(
+            f"{', '.join(map(str, paths))}: no images there; their names must end in {', '.join(sorted(SUFFIXES))}, "
+            "or name each file"
+        )
+    return files
 
 
 def onnx_session(path: Path) -> tuple[Any, dict[str, Any]]:
-    """An ONNX model that `h2t export` wrote, and what it says of itself. Raises UserError."""
+    """An onnxruntime session of a model that `h2t export` wrote, and its metadata.
+
+    Raises UserError if onnxruntime is missing, or the file is missing or of another kind.
+    """
     try:
         import onnxruntime
     except ImportError:
         raise UserError(NEEDS_ONNXRUNTIME) from None
+    if not path.exists():
+        raise UserError(f"{path}: no exported model; make one with h2t export --onnx")
     try:
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         about = json.loads(session.get_modelmeta().custom_metadata_map["h2t"])
-    except Exception as error:  # noqa: BLE001 - onnxruntime raises classes of its own for every fault of a file
-        raise UserError(f"{path}: not an ONNX model written by h2t export ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # noqa: BLE001 - onnxruntime has its own classes of errors
+        raise UserError(
+            f"{path}: not an ONNX model written by h2t export ({str(error).splitlines()[0]}); export it again"
+        ) from None
     return session, about
 
 
 def open_model(path: Path, device: torch.device) -> tuple[Logits, list[str], Transform]:
-    """Logits, class names and transform of a model: `.onnx`, `.safetensors`, or the directory of an export."""
+    """A model's function from images (B, 3, S, S) to logits (B, K), its class names and its transform.
+
+    `path` is an `.onnx` or `.safetensors` file, or the directory of an export. Raises UserError.
+    """
     if path.suffix == ".onnx":
         session, about = onnx_session(path)
         transform = build(Transform, f"{path}: transform", about["transform"])
@@ -70,9 +87,10 @@ def open_model(path: Path, device: torch.device) -> tuple[Logits, list[str], Tra
 def predict(
     model: Path, paths: Sequence[Path], device: torch.device, complain: Callable[[str], None], *, top: int = 1
 ) -> list[dict[str, Any]]:
-    """The `top` classes of every image with their confidence (softmax), best first: image, rank, class, confidence.
+    """The `top` most probable classes of each image, as lines with the keys image, rank, class and confidence.
 
-    An image that cannot be read is told to `complain`, in one line, and left out. Raises UserError if none is left.
+    Confidence is the softmax probability, in [0, 1]; rank 1 is the best. `complain` gets one line for each image that
+    cannot be read; the image is skipped. Raises UserError if no image is left.
     """
     logits, classes, transform = open_model(model, device)
     files = find_images(paths)
@@ -86,14 +104,14 @@ def predict(
                 for rank, (value, index) in enumerate(zip(values, indices, strict=True), 1)
             ]
     if not lines:
-        raise UserError(f"{model}: none of {len(files)} images could be read")
+        raise UserError(f"predict: no image could be read (given: {len(files)}); the lines above say why")
     return lines
 
 
 def ranked(logits: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax and class of the `top` largest of logits (n, classes), float64 and int64 (n, top), best first.
+    """Softmax probabilities, float64, and classes, int64, of the `top` largest logits; (n, top) each, best first.
 
-    Of equal logits the first class comes first, as in the figures of evaluate; `topk` gives them in any order.
+    `logits` is (n, classes). Equal logits stay in class order, as evaluate counts them; `torch.topk` gives no order.
     """
     values = logits.double()
     which = values.sort(dim=1, descending=True, stable=True).indices[:, :top]
@@ -101,7 +119,7 @@ def ranked(logits: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _readable(images: Images, count: int, complain: Callable[[str], None]) -> Iterator[list[tuple[int, torch.Tensor]]]:
-    """Batches of (number, input (1, 3, S, S)) of the images that can be read."""
+    """Yields batches of at most `BATCH` readable images as (number, input (1, 3, S, S)); complains of the others."""
     batch: list[tuple[int, torch.Tensor]] = []
     for number in range(count):
         try:
@@ -116,7 +134,7 @@ def _readable(images: Images, count: int, complain: Callable[[str], None]) -> It
 
 
 def as_text(lines: Sequence[dict[str, Any]], kind: str) -> str:
-    """`lines` as `csv` or `json`."""
+    """`lines` as text; `kind` is `csv` or `json`."""
     if kind == "json":
         return json.dumps(lines, indent=1, ensure_ascii=False) + "\n"
     text = io.StringIO()
@@ -130,7 +148,7 @@ def save(path: Path, lines: Sequence[dict[str, Any]]) -> None:
     """Writes `lines` to a .csv or .json file. Raises UserError for another suffix."""
     kind = path.suffix.removeprefix(".")
     if kind not in ("csv", "json"):
-        raise UserError(f"{path}: must end in .csv or .json")
+        raise UserError(f"{path}: must end in .csv or .json; got {path.suffix or 'no suffix'!r}")
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(as_text(lines, kind), encoding="utf-8")
     replace_file(partial, path)

@@ -1,1 +1,1 @@
-"""From what `evaluate` wrote to tables, pictures and the page."""
+"""From the results of `evaluate` to tables, figures and the page."""

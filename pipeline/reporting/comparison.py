@@ -1,4 +1,4 @@
-"""Two sets of evaluated hosts side by side: `h2t report --compare`."""
+"""`h2t report --compare`: compares two sets of evaluated hosts."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,10 +15,11 @@ from h2t.pipeline.reporting.results import FIGURES, ROWS, HostResult, between_ho
 def compare(
     a: Path, b: Path, out: Path | None, say: Callable[[str], None], names: tuple[str, str] | None = None
 ) -> None:
-    """Two folders of evaluated hosts side by side: hosts of the same name, b minus a. With `out`, a whole report too.
+    """Prints a table of hosts that are in both folders, with the differences b minus a.
 
-    A folder is what evaluate writes to (`data/evaluate`), or one that holds it as `evaluate` (`data`). `names`: what to
-    call them, by default their paths.
+    A folder is the one evaluate writes to (`data/evaluate`), or its parent (`data`). `names` are what the output calls
+    them, by default their paths. With `out`, a complete report on both is written too. Raises UserError if no host
+    is in both, or a result cannot be read.
     """
     first, second = names or (str(a), str(b))
     folders = [_evaluated(p) for p in (a, b)]
@@ -26,13 +27,14 @@ def compare(
     shared = [n for n in hosts[0] if n in hosts[1]]
     if not shared:
         raise UserError(
-            f"{first}, {second}: no host is in both ({', '.join(hosts[0]) or 'none'}; {', '.join(hosts[1]) or 'none'})"
+            f"{first}, {second}: no host is in both; got {', '.join(hosts[0]) or 'none'} in the first and "
+            f"{', '.join(hosts[1]) or 'none'} in the second; compare folders with a host of the same name"
         )
     pairs = [[load_result(name, folder / name) for folder in folders] for name in shared]
     say("\n".join(_side_by_side(pairs)))
     alone = sorted(set(hosts[0]) ^ set(hosts[1]))
     if alone:
-        say(f"\nnote: {', '.join(alone)}: in one of them only, left out")
+        say(f"\nnote: {', '.join(alone)}: only in one of the two, not compared")
     if out is not None:
         both = [
             HostResult(f"{label}: {r.name}", r.metrics, r.about, r.tables)
@@ -43,12 +45,13 @@ def compare(
 
 
 def _evaluated(folder: Path) -> Path:
-    """`evaluate` first: `data` itself also holds a `report/metrics.json`."""
+    """The folder of results at `folder`. `evaluate` comes first, because `data` also has a `report/metrics.json`."""
     return next((p for p in (folder / "evaluate", folder) if any(p.glob("*/metrics.json"))), folder)
 
 
 def _side_by_side(pairs: list[list[HostResult]]) -> list[str]:
-    lines = ["| host | head | A | B | " + " | ".join(f"{f}, B - A" for f in FIGURES) + " |"]
+    """The Markdown table of A, B and their differences, and its explanation."""
+    lines = ["| host | classifier | A | B | " + " | ".join(f"{f}, B - A" for f in FIGURES) + " |"]
     lines.append("| --- | --- | --- | --- |" + " --- |" * len(FIGURES))
     for first, second in pairs:
         for row, label in ROWS.items():
@@ -59,20 +62,21 @@ def _side_by_side(pairs: list[list[HostResult]]) -> list[str]:
     return [
         *lines,
         "",
-        "A and B: top-1, mean ± std over seeds, with H2T at its ratio. Differences: paired by seed, 95 % interval.",
+        "A and B: top-1 in percent, mean ± standard deviation over seeds; with H2T, at the stated ratio.",
+        "Differences: over the seeds that both have, paired by seed, in percentage points, with the 95 % interval.",
     ]
 
 
 def _top1(entry: Mapping[str, Any] | None) -> str:
-    """Mean ± std, and the ratio, which may have been chosen: another one is no small difference."""
+    """Mean ± std of top-1, and the ratio, because the two sides may have chosen different ones."""
     at = f" at {entry['ratio']:g}" if entry and entry["ratio"] else ""
     return cell(entry, "top1") + at
 
 
 def _plain(after: Mapping[str, Any] | None, before: Mapping[str, Any] | None) -> dict[str, Difference | None]:
-    """Without seeds to pair (stage I): the difference alone."""
-    found: dict[str, Difference | None] = dict.fromkeys(FIGURES)
+    """The difference without an interval, for entries that have no seeds to pair (stage I)."""
+    differences: dict[str, Difference | None] = dict.fromkeys(FIGURES)
     for f in FIGURES if after and before else ():
         x, y = (after or {})[f], (before or {})[f]
-        found[f] = Difference(x - y, None, None, None, 1) if x is not None and y is not None else None
-    return found
+        differences[f] = Difference(x - y, None, None, None, 1) if x is not None and y is not None else None
+    return differences

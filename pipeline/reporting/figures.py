@@ -1,4 +1,4 @@
-"""Pictures of results as SVG text; the same data gives the same text."""
+"""Figures of results as SVG text. Equal data gives equal text."""
 
 import io
 from typing import Any
@@ -11,6 +11,7 @@ COLOURS = {"top1": "#222222", "head": "#2166ac", "medium": "#8a6d00", "tail": "#
 
 
 def _svg(figure: Figure) -> str:
+    """The figure as an `<svg>` element without a date, so that its bytes can be compared."""
     with mpl.rc_context({"svg.hashsalt": "h2t", "svg.fonttype": "none"}):
         sink = io.StringIO()
         figure.savefig(sink, format="svg", metadata={"Date": None})
@@ -19,6 +20,7 @@ def _svg(figure: Figure) -> str:
 
 
 def _panels(count: int) -> tuple[Figure, list[Any]]:
+    """A figure with `count` axes of accuracy, at most three in a row."""
     columns = min(count, 3)
     lines = -(-count // columns)
     figure = Figure(figsize=(5.2 * columns, 3.6 * lines), layout="constrained")
@@ -34,7 +36,10 @@ def _panels(count: int) -> tuple[Figure, list[Any]]:
 
 
 def ratio_picture(curves: pd.DataFrame) -> str:
-    """Accuracy against ratio, one panel per host, a line per group with its standard deviation over seeds."""
+    """Accuracy against the ratio: one panel per host, one line per class group, bands of ± 1 std over seeds.
+
+    `curves` has the columns of `results.ratio_curve`.
+    """
     hosts = list(dict.fromkeys(curves.host))
     figure, axes = _panels(len(hosts))
     for host, axis in zip(hosts, axes, strict=True):

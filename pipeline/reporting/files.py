@@ -1,4 +1,4 @@
-"""Evaluated hosts as files: the page, the tables in Markdown, the picture and the data behind the plots."""
+"""Writes the files of a report: the page, the tables in Markdown, the figure and the data behind the plots."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -10,6 +10,7 @@ import pandas as pd
 from h2t.cache.redaction import in_markdown
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import fresh_directory, write_json
+from h2t.pipeline.base.text import counted
 from h2t.pipeline.reporting.figures import ratio_picture
 from h2t.pipeline.reporting.intervals import Difference
 from h2t.pipeline.reporting.page import cell, render, spread
@@ -32,7 +33,10 @@ def write(
     runs: Iterable[Mapping[str, Any]] = (),
     against: Mapping[str, str] | None = None,
 ) -> None:
-    """Everything that a report is made of, into the directory `out`. `against`: whom hosts are compared with."""
+    """Writes a complete report into the directory `out`.
+
+    `runs` are run records to show; `against` names the host that each host is compared with (`results.hosts_apart`).
+    """
     curves = pd.concat([ratio_curve(r) for r in results], ignore_index=True)
     with fresh_directory(out) as into:
         (into / "results.md").write_text(_document(title, results), encoding="utf-8")
@@ -45,28 +49,28 @@ def write(
         _csv(pd.concat([per_class(r) for r in results], ignore_index=True), plots / "per_class.csv")
 
 
-def text_of(found: Difference | None) -> str:
-    """A difference in words, a dash for what cannot exist."""
-    return found.text if found else "–"
+def text_of(apart: Difference | None) -> str:
+    """A difference as text; a dash if there is none."""
+    return apart.text if apart else "–"
 
 
 def run_records(folder: Path) -> list[dict[str, Any]]:
-    """The run records in `folder`, in the order of the stages. Raises UserError."""
+    """The run records in `folder`, in the order of the stages. Raises UserError for a file that is no run record."""
     order = ("prepare", "train_backbone", "extract", "pool", "train_classifier", "evaluate", "report")
-    found = []
+    records = []
     for path in sorted(folder.glob("*/*.json")):
         try:
             facts = dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError, OSError, RecursionError) as error:
             raise UserError(f"{path}: not a run record ({error}); remove it") from None
-        found.append({"seconds": None, "machine": {}, **facts, "stage": path.parent.name, "name": path.stem})
-    return sorted(found, key=lambda r: order.index(r["stage"]) if r["stage"] in order else len(order))
+        records.append({"seconds": None, "machine": {}, **facts, "stage": path.parent.name, "name": path.stem})
+    return sorted(records, key=lambda r: order.index(r["stage"]) if r["stage"] in order else len(order))
 
 
 def markdown_table(results: list[HostResult]) -> str:
-    """Hosts x (stage I, without, with) x figures."""
+    """The Markdown table of results: for each host, a row for stage I, without H2T and with H2T."""
     lines = [
-        "| host | head | ratio | " + " | ".join(FIGURES) + " |",
+        "| host | classifier | ratio | " + " | ".join(FIGURES) + " |",
         "| --- | --- | --- |" + " --- |" * len(FIGURES),
     ]
     for result in results:
@@ -82,17 +86,17 @@ def markdown_table(results: list[HostResult]) -> str:
 
 
 def difference_table(results: list[HostResult]) -> str:
-    """What H2T changes in each host, paired over seeds."""
+    """The Markdown table of differences with H2T minus without, one row per host, paired by seed."""
     lines = ["| host | " + " | ".join(FIGURES) + " |", "| --- |" + " --- |" * len(FIGURES)]
     for result in results:
         apart = with_against_without(result)
         if apart:
             lines.append(f"| {in_markdown(result.name)} | " + " | ".join(text_of(apart[f]) for f in FIGURES) + " |")
-    return "\n".join(lines) if len(lines) > 2 else "No host has both."
+    return "\n".join(lines) if len(lines) > 2 else "No host was trained both with and without H2T."
 
 
 def variants_table(results: list[HostResult]) -> str | None:
-    """Other donors and other channels at the reported ratio, with the difference in top-1; None if there are none."""
+    """The Markdown table of other donors and channels at the reported ratio; None if there are none."""
     lines = []
     for result in results:
         entry = result.metrics["with_h2t"]
@@ -105,13 +109,14 @@ def variants_table(results: list[HostResult]) -> str | None:
 
 
 def _document(title: str, results: list[HostResult]) -> str:
+    """The text of results.md."""
     notes, others = [], variants_table(results)
     for result in results:
         first = next((e for e in result.metrics.values() if e is not None), {"groups": "none"})
         heads = result.metrics["without_h2t"] or result.metrics["with_h2t"]
         seeds = heads["heads"] if heads else 0
         name = in_markdown(result.name)
-        notes.append(f"- {name}: {seeds} head seeds; groups `{in_markdown(str(first['groups']))}`.")
+        notes.append(f"- {name}: {counted(seeds, 'seed')} of stage II; groups `{in_markdown(str(first['groups']))}`.")
         extra = _published(result)
         if extra:
             notes.append(f"- {name}, {extra}")
@@ -121,11 +126,11 @@ def _document(title: str, results: list[HostResult]) -> str:
             "",
             markdown_table(results),
             "",
-            "Percent; mean ± standard deviation over head seeds (it says nothing about other backbones). Last epoch; "
-            "nothing is chosen on the test split.",
+            "Percent; mean ± standard deviation over the seeds of stage II (it says nothing about other backbones). "
+            "Last epoch; nothing is chosen on the test split.",
             "",
-            "With H2T minus without, paired by seed (same batches), with the 95 % interval of the mean; an interval "
-            "that holds 0 is no difference:",
+            "With H2T minus without, in percentage points: paired by seed (same batches), with the 95 % interval of "
+            "the mean over these seeds. If the interval contains 0, the difference is too close to tell:",
             "",
             difference_table(results),
             "",
@@ -139,7 +144,10 @@ def _document(title: str, results: list[HostResult]) -> str:
 
 
 def _published(result: HostResult) -> str | None:
-    """DR as published sees balanced batches only, in training and at evaluation: the ratio-0 heads under `balanced`."""
+    """A sentence on the ratio-0 heads under `balanced` statistics, which the published DR code evaluates; None if none.
+
+    The published code sees only balanced batches, in training and at evaluation.
+    """
     heads = result.tables["heads"]
     rows = heads[(heads.split == "test") & (heads.statistics == "balanced") & (heads.ratio == 0)]
     own = result.metrics["without_h2t"]
@@ -151,4 +159,5 @@ def _published(result: HostResult) -> str | None:
 
 
 def _csv(table: pd.DataFrame, path: Path) -> None:
+    """Writes a table as CSV with four decimals."""
     table.to_csv(path, index=False, float_format="%.4f", lineterminator="\n")

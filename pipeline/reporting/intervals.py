@@ -1,7 +1,7 @@
-"""Paired differences over seeds: heads of one seed saw the same batches, so much of their noise is the same.
+"""Paired differences over seeds: heads of one seed saw the same batches, so they share much of their noise.
 
-A difference whose 95 % interval holds 0 is called no difference. Intervals are for one comparison each; nobody corrects
-for looking at many.
+If the 95 % interval contains 0, the difference is too close to tell. Each interval is for one comparison; there is no
+correction for many comparisons.
 """
 
 from collections.abc import Mapping
@@ -16,9 +16,9 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean and standard deviation (ddof 1) of `seeds` paired differences, and the t-interval of the mean.
+    """Mean and standard deviation (ddof 1) of `seeds` paired differences, and the bounds of the mean's t-interval.
 
-    With one seed there is no spread, hence no interval: std, low and high are None.
+    All are in the unit of the figure (percentage points). With one seed, std, low and high are None.
     """
 
     mean: float
@@ -29,15 +29,16 @@ class Difference:
 
     @property
     def verdict(self) -> str:
+        """`higher`, `lower`, `too close to tell` (the interval contains 0), or `one seed: unknown`."""
         if self.low is None or self.high is None:
             return "one seed: unknown"
         if self.low <= 0 <= self.high:
-            return "no difference"
+            return "too close to tell"
         return "higher" if self.mean > 0 else "lower"
 
     @property
     def interval(self) -> str | None:
-        """The interval in brackets; None if there is none."""
+        """The interval as text in brackets; None if there is none."""
         return None if self.low is None or self.high is None else f"[{self.low:+.2f}, {self.high:+.2f}]"
 
     @property
@@ -46,12 +47,15 @@ class Difference:
         return " ".join(filter(None, (f"{self.mean:+.2f}", self.interval, self.verdict)))
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The fields and the verdict, for JSON."""
         return {**asdict(self), "verdict": self.verdict}
 
 
 def paired(after: Mapping[int, float], before: Mapping[int, float]) -> Difference | None:
-    """`after` - `before`, both by seed, over the seeds they share; None if there is none."""
+    """The difference `after` - `before`, both by seed, over the seeds that both have; None if there are none.
+
+    The interval is that of the paired t-test (Student, "The Probable Error of a Mean", Biometrika 1908).
+    """
     seeds = sorted(set(after) & set(before))
     if not seeds:
         return None

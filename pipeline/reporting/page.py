@@ -1,4 +1,4 @@
-"""The report as one self-contained page. Every string that comes from data is escaped."""
+"""Renders the report as one self-contained HTML page. Every string that comes from data is escaped."""
 
 import json
 import math
@@ -11,6 +11,8 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
+from h2t.pipeline.base.text import counted
+from h2t.pipeline.data.classes import GROUPS
 from h2t.pipeline.reporting.published import estimates
 from h2t.pipeline.reporting.results import (
     FIGURES,
@@ -26,8 +28,8 @@ from h2t.pipeline.reporting.results import (
 
 TEMPLATES = Path(__file__).parent / "templates"
 VENDOR = ("d3.min.js", "plot.umd.min.js")
-MOST_CLASSES = 100  # more are shown as this many runs of neighbours in the order of training counts
-NAMED = 10  # classes that gain most and as many that lose most are told by name where runs of neighbours are shown
+MOST_CLASSES = 100  # more classes are shown as this many runs of neighbours, in the order of training counts
+NAMED = 10  # where runs of neighbours are shown, this many classes that gain most, and that lose most, are named
 
 
 def render(
@@ -36,12 +38,13 @@ def render(
     runs: Sequence[Mapping[str, Any]] = (),
     against: Mapping[str, str] | None = None,
 ) -> str:
-    """The page. `runs` are run records (time, machine, rates), which no other part of a report may depend on.
+    """The page as HTML text.
 
-    `against`: whom hosts are compared with (`results.hosts_apart`).
+    `runs` are run records (time, machine, rates); no other part of a report may depend on them. `against` names the
+    host that each host is compared with (`results.hosts_apart`).
     """
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(cell=cell, number=_number, size=_size, duration=_duration, times=_times)
+    environment.filters.update(cell=cell, counted=counted, number=_number, size=_size, duration=_duration, times=_times)
     scripts = [(TEMPLATES / "vendor" / name).read_text(encoding="utf-8") for name in VENDOR]
     scripts.append((TEMPLATES / "report.js").read_text(encoding="utf-8"))
     return environment.get_template("report.html").render(
@@ -53,6 +56,8 @@ def render(
         hosts_apart=hosts_apart(results, against),
         side_by_side=against is not None,
         data_sets=list(dict.fromkeys(_data_set(r) for r in results)),
+        groups=list(dict.fromkeys(_groups(r) for r in results)),
+        seeds=_seeds(results),
         neighbours=_neighbours(results),
         variants=any(variants_at(r, ratio) for r in results for ratio in r.ratios),
         runs=runs,
@@ -66,20 +71,22 @@ def render(
 
 
 def cell(entry: Mapping[str, Any] | None, figure: str) -> str:
-    """A figure of an entry of metrics.json as mean ± std."""
+    """One figure of an entry of metrics.json as mean ± std; a dash if there is no entry."""
     return "–" if entry is None else spread(entry[figure], entry[f"{figure}_std"])
 
 
 def spread(mean: float | None, std: float | None) -> str:
-    """Mean ± std; a dash for what cannot exist."""
+    """Mean ± std as text; a dash if there is no mean."""
     return "–" if mean is None else f"{mean:.2f}" + (f" ± {std:.2f}" if std is not None else "")
 
 
 def _number(value: Any) -> str:
+    """A number as text, with thousands separators; a dash for None."""
     return "–" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def _size(count: float) -> str:
+    """Bytes as text, in a suitable unit."""
     return next(
         f"{count / 10**p:.3g} {u}"
         for p, u in ((9, "GB"), (6, "MB"), (3, "kB"), (0, "bytes"))
@@ -88,6 +95,7 @@ def _size(count: float) -> str:
 
 
 def _duration(seconds: float | None) -> str:
+    """Seconds as text, in a suitable unit; a dash for None."""
     if seconds is None:
         return "–"
     length, unit = next((n, u) for n, u in ((3600, "h"), (60, "min"), (1, "s")) if seconds >= 2 * n or n == 1)
@@ -96,48 +104,72 @@ def _duration(seconds: float | None) -> str:
 
 
 def _times(ratio: float | None) -> str:
+    """A ratio of two times as text; a dash for None."""
     return "–" if ratio is None else f"{ratio:,.0f}" if ratio >= 10 else f"{ratio:.1f}"
 
 
 def _json(value: Any) -> Markup:
-    """JSON that can stand inside a script element, whatever class names hold."""
+    """JSON that is safe inside a script element, whatever class names contain."""
     text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 
 def _data_set(result: HostResult) -> str:
-    """What the host was trained and tested on, in words."""
+    """A sentence on the data that the host was trained and tested on."""
     counts, about = result.about["counts"], result.about["cache"]
     test = next((n for split, _, n in about["rows_of"] if split == "test"), 0)
     name = about["provenance"].get("dataset")
     return (f"Data set {name}: " if name else "") + (
-        f"{len(counts):,} classes; {sum(counts):,} training images, {max(counts):,} of the most frequent class, "
-        f"{min(counts):,} of the rarest; {test:,} test images"
+        f"{counted(len(counts), 'class', 'classes')}; {counted(sum(counts), 'training image')}, {max(counts):,} of the "
+        f"most frequent class, {min(counts):,} of the rarest; {counted(test, 'test image')}"
     )
 
 
+def _groups(result: HostResult) -> str:
+    """A sentence that says which classes are head, medium and tail."""
+    counts, group_of = result.about["counts"], result.about["groups"]
+    parts = []
+    for group in GROUPS:
+        if members := [n for n, g in zip(counts, group_of, strict=True) if g == group]:
+            images = f"{max(members):,} to {min(members):,}" if max(members) > min(members) else f"{members[0]:,}"
+            parts.append(f"{group}: {counted(len(members), 'class', 'classes')} with {images} training images")
+    return "Class groups by training images: " + ("; ".join(parts) or "none")
+
+
+def _seeds(results: Sequence[HostResult]) -> str:
+    """A sentence on the number of stage-II seeds behind the means."""
+    entries = {r.name: r.metrics["without_h2t"] or r.metrics["with_h2t"] for r in results}
+    numbers = {name: entry["heads"] if entry else 0 for name, entry in entries.items()}
+    if len(set(numbers.values())) == 1:
+        return f"Every host was trained with {counted(next(iter(numbers.values())), 'seed')}"
+    return "Seeds: " + ", ".join(f"{name} {number}" for name, number in numbers.items())
+
+
 def _neighbours(results: Sequence[HostResult]) -> str | None:
-    """How classes are drawn together where they are too many; None if every class has a place of its own."""
+    """A sentence on how classes are drawn together if there are too many; None if each class is drawn by itself."""
     classes = max(len(r.about["counts"]) for r in results)
     if classes <= MOST_CLASSES:
         return None
-    return f"{classes:,} classes are too many to draw: a place stands for {_run_lengths(classes)} of them"
+    return f"{classes:,} classes are too many to draw: each position stands for {_run_lengths(classes)} of them"
 
 
 def _run_lengths(classes: int) -> str:
+    """How many classes one position stands for, as text."""
     least, more = divmod(classes, MOST_CLASSES)
     return f"{least} or {least + 1}" if more else f"{least}"
 
 
 def _place(run: Mapping[str, Any]) -> tuple[str, str]:
-    """Commit and machine of a run, in words."""
+    """Commit and machine of a run, as text."""
     machine = run["machine"]
     system = ", ".join(str(machine[k]) for k in ("processor", "system") if k in machine)
-    return str(run.get("commit") or "unknown"), f"{machine.get('cores', '?')} cores, {system or 'unknown'}"
+    cores = machine.get("cores")
+    known = counted(cores, "core") if isinstance(cores, int) else "unknown number of cores"
+    return str(run.get("commit") or "unknown"), f"{known}, {system or 'unknown system'}"
 
 
 def host_data(result: HostResult) -> dict[str, Any]:
-    """What the page's script draws for one host; at most `MOST_CLASSES` places along any axis of classes."""
+    """The data that the page's script draws for one host, with at most `MOST_CLASSES` positions on a class axis."""
     runs = np.array_split(np.arange(len(result.about["counts"])), min(len(result.about["counts"]), MOST_CLASSES))
     curve = {f: [mean_and_std(result.at(r), f) for r in result.ratios] for f in FIGURES}
     apart = [against_zero(result, r) for r in result.ratios]
@@ -160,7 +192,7 @@ def host_data(result: HostResult) -> dict[str, Any]:
 
 
 def _variants(result: HostResult) -> list[dict[str, Any]]:
-    """Other donors and choices of channels: figures, and differences from the usual ones of the same ratio."""
+    """Other donors and selections: figures, and differences from donor instance, random channels at the same ratio."""
     return [
         {
             "at": at,
@@ -175,6 +207,7 @@ def _variants(result: HostResult) -> list[dict[str, Any]]:
 
 
 def _classes(result: HostResult, runs: Sequence[np.ndarray]) -> list[dict[str, Any]]:
+    """Name, mean training count and group of each run of classes."""
     about = result.about
     single = len(runs) == len(about["counts"])
     return [
@@ -188,7 +221,10 @@ def _classes(result: HostResult, runs: Sequence[np.ndarray]) -> list[dict[str, A
 
 
 def _changed(result: HostResult) -> list[dict[str, Any]]:
-    """The classes that H2T changes most, from the largest gain to the largest loss; empty for a host without both."""
+    """The classes that H2T changes most, from the largest gain to the largest loss.
+
+    Empty for a host that was not trained both with and without H2T.
+    """
     if result.metrics["without_h2t"] is None or result.metrics["with_h2t"] is None:
         return []
     tables = [class_accuracy(result, result.numbers(row)).set_index("class") for row in ("without_h2t", "with_h2t")]
@@ -209,21 +245,23 @@ def _changed(result: HostResult) -> list[dict[str, Any]]:
 
 
 def _accuracy(result: HostResult, numbers: Sequence[int], runs: Sequence[np.ndarray]) -> list[float | None]:
+    """Test accuracy of each run of classes, the mean over the heads `numbers`."""
     return _over(class_accuracy(result, numbers).set_index("class").accuracy, runs)
 
 
 def _over(values: "pd.Series[float]", runs: Sequence[np.ndarray]) -> list[float | None]:
+    """The mean of `values` (by class) over each run of classes."""
     return _round([values.reindex(run).mean() for run in runs])
 
 
 def _row(result: HostResult, row: str, runs: Sequence[np.ndarray]) -> dict[str, Any]:
-    """Confusion, calibration and weight norms of one line of metrics.json, over its heads."""
+    """Confusion, calibration and weight norms of one row of metrics.json, averaged over its heads."""
     numbers = result.numbers(row)
     tables = {n: t[t.number.isin(numbers)] for n, t in result.tables.items() if "number" in t}
     place = np.concatenate([np.full(len(run), i) for i, run in enumerate(runs)])
     confusion = np.zeros((len(runs), len(runs)))
-    found = tables["confusion"]
-    np.add.at(confusion, (place[found.true.to_numpy()], place[found.predicted.to_numpy()]), found["count"].to_numpy())
+    pairs = tables["confusion"]
+    np.add.at(confusion, (place[pairs.true.to_numpy()], place[pairs.predicted.to_numpy()]), pairs["count"].to_numpy())
     bins = []
     for _, group in tables["reliability"].groupby("bin"):
         count = group["count"].sum()
@@ -241,6 +279,7 @@ def _row(result: HostResult, row: str, runs: Sequence[np.ndarray]) -> dict[str, 
 
 
 def _embedding(result: HostResult) -> dict[str, Any]:
+    """The embedded test samples: positions, labels, predictions, and the names and groups of their classes."""
     table = result.tables["embedding"]
     labels = sorted({int(v) for c in ("label", "without_h2t", "with_h2t") for v in table[c].dropna()})
     return {
@@ -252,5 +291,5 @@ def _embedding(result: HostResult) -> dict[str, Any]:
 
 
 def _round(values: Any, digits: int = 3) -> list[float | None]:
-    """Short numbers for the page, None for what is missing."""
+    """Values rounded for the page; None for missing ones."""
     return [None if v is None or math.isnan(v) else round(float(v), digits) for v in values]

@@ -1,7 +1,7 @@
-"""What the published way would take for the same heads: the frozen backbone run at every step of every head.
+"""Estimates the time of the published training, which runs the frozen backbone at every step of every head.
 
-An estimate from a measured part: the forward passes of the extraction that made the cache. Only passes are counted; the
-published way decodes and augments images and trains its classifier besides.
+The estimate is based on the measured forward passes of the extraction that made the cache. Only forward passes count;
+the published code also decodes and augments images, and trains the classifier.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,16 +12,17 @@ import pandas as pd
 
 from h2t.pipeline.reporting.results import HostResult
 
-CLOCKS = ("seconds", "cpu")
+CLOCKS = ("seconds", "cpu")  # wall-clock and processor time
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The heads of one host, trained here on a cache, beside the published way.
+    """Time to train one host's heads: here on a cache, and in the published way.
 
-    `twice` and `once`: different runs among the heads, with and without donors. `ours` and `theirs`: seconds by the
-    clock and of the processor; None for what was not recorded, or only in part because a killed process did the rest.
-    `shared` is `ours` and the whole extraction, None where that went on from another's work.
+    `twice` and `once` count the different runs among the heads with and without donors, which need two passes and one
+    pass per step. `ours` and `theirs` are seconds by clock ("seconds" and "cpu"); None if not recorded, or only in part
+    because training was interrupted. `shared` is `ours` plus the whole extraction; None if the extraction was resumed
+    or took rows from another cache. `train` and `extract` are the run records.
     """
 
     host: str
@@ -38,19 +39,20 @@ class Estimate:
 
     @property
     def images(self) -> int:
-        """How many go through the backbone in the published way."""
+        """Images that pass through the backbone in the published way."""
         return (2 * self.twice + self.once) * self.steps * self.batch_size
 
     def times(self, clock: str, of: str = "ours") -> float | None:
-        """How many times longer the published way takes by `clock`, than `ours` or `shared`."""
+        """The time of the published way divided by `ours` or `shared`, both by `clock`; None if one is unknown."""
         theirs, mine = self.theirs[clock], getattr(self, of)[clock]
         return theirs / mine if theirs and mine else None
 
 
 def different_runs(heads: pd.DataFrame) -> tuple[int, int]:
-    """How many runs the published way needs for `heads`: with donors, and without.
+    """The number of runs that the published way needs for `heads`: (with donors, without).
 
-    At ratio 0 donor and channels change nothing; at ratio 1 all channels are a whole donor's, in whatever order.
+    Heads that cannot differ count as one run: at ratio 0, donor and channels have no effect; at ratio 1, all channels
+    come from one donor, whatever their selection (except `shuffled`, which mixes donors).
     """
     with_donors = heads[heads.ratio > 0]
     whole = (with_donors.ratio == 1) & (with_donors.selection != "shuffled")
@@ -60,15 +62,15 @@ def different_runs(heads: pd.DataFrame) -> tuple[int, int]:
 
 
 def estimates(results: Sequence[HostResult], runs: Sequence[Mapping[str, Any]]) -> list[Estimate]:
-    """One for each host whose training and whose cache's forward passes are among the run records `runs`."""
+    """An estimate for each host whose training, and whose cache's forward passes, are in the run records `runs`."""
     trained = {r["name"]: r for r in runs if r["stage"] == "train_classifier"}
     extracted = {r.get("fingerprint"): r for r in runs if r["stage"] == "extract" and r.get("forward_images")}
-    found = []
+    estimated = []
     for result in results:
         train, extract = trained.get(result.name), extracted.get(result.about["host"]["cache"])
         if train and extract and train.get("steps") and train.get("batch_size"):
-            found.append(_estimate(result, train, extract))
-    return found
+            estimated.append(_estimate(result, train, extract))
+    return estimated
 
 
 def _estimate(result: HostResult, train: Mapping[str, Any], extract: Mapping[str, Any]) -> Estimate:

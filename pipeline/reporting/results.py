@@ -1,4 +1,4 @@
-"""What evaluate wrote, read back, and what can be said about it: curves over ratios, paired differences."""
+"""Reads the results of evaluate and derives tables from them: curves over ratios, paired differences, variants."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ TABLES = ("heads", "per_class", "confusion", "reliability", "weight_norms", "emb
 
 @dataclass(frozen=True)
 class HostResult:
-    """What evaluate wrote for one host: `metrics.json`, `about.json`, and its tables by name."""
+    """The results of one host: `metrics.json`, `about.json`, and the tables by name."""
 
     name: str
     metrics: Mapping[str, Any]
@@ -30,17 +30,17 @@ class HostResult:
 
     @property
     def statistics(self) -> str:
-        """The statistics that the host's own evaluation rows have."""
+        """The batch-norm statistics that the host is evaluated under."""
         return str(self.about["host"]["evaluate"])
 
     @property
     def heads(self) -> pd.DataFrame:
-        """Figures of the host's heads on the test split, under its own statistics."""
+        """The host's heads with their figures on the test split, under its own statistics."""
         heads = self.tables["heads"]
         return heads[(heads.split == "test") & (heads.statistics == self.statistics) & (heads.number >= 0)]
 
     def at(self, ratio: float, donor: str = "instance", selection: str = "random") -> pd.DataFrame:
-        """One head per seed, ascending. At ratio 0 donor and selection change nothing, so any will do."""
+        """The heads of this setting, one per seed, ascending. At ratio 0, donor and selection have no effect."""
         heads = self.heads[self.heads.ratio == ratio]
         if ratio:
             heads = heads[(heads.donor == donor) & (heads.selection == selection)]
@@ -48,11 +48,11 @@ class HostResult:
 
     @property
     def ratios(self) -> list[float]:
-        """The ratios at which donor instance, selection random was trained, with 0 if it was."""
+        """The ratios that were trained with donor instance and selection random, ascending; 0 included if trained."""
         return [r for r in sorted(set(self.heads.ratio)) if len(self.at(r))]
 
     def numbers(self, row: str) -> list[int]:
-        """The heads behind `row` of metrics.json: -1 is stage I."""
+        """The numbers of the heads behind `row` of metrics.json; -1 is the stage-I head."""
         if row == "stage1":
             return [-1]
         entry = self.metrics[row]
@@ -60,16 +60,16 @@ class HostResult:
 
 
 def load_result(name: str, folder: Path) -> HostResult:
-    """What evaluate wrote into `folder`. Raises UserError."""
+    """The results that evaluate wrote into `folder`. Raises UserError if they are missing or damaged."""
     try:
         texts = ((folder / f"{n}.json").read_text(encoding="utf-8") for n in ("metrics", "about"))
         metrics, about = (dict(json.loads(text)) for text in texts)
         lacks = (ROWS.keys() - metrics.keys()) | (ABOUT - about.keys())
         if lacks:
-            raise ValueError(f"it lacks {', '.join(sorted(lacks))}")
+            raise ValueError(f"missing: {', '.join(sorted(lacks))}")
         return HostResult(name, metrics, about, {t: pd.read_parquet(folder / f"{t}.parquet") for t in TABLES})
     except FileNotFoundError as error:
-        where = error.filename or folder  # pyarrow names no file
+        where = error.filename or folder  # pyarrow does not name the file
         raise UserError(f"{where}: host {name!r} has not been evaluated; run h2t evaluate {name}") from None
     except (ValueError, TypeError, OSError, RecursionError, pa.ArrowException) as error:
         raise UserError(f"{folder}: not what evaluate wrote ({error}); run h2t evaluate {name} again") from None
@@ -80,23 +80,26 @@ def _by_seed(heads: pd.DataFrame, figure: str) -> dict[int, float]:
 
 
 def difference(after: pd.DataFrame, before: pd.DataFrame, figure: str) -> Difference | None:
-    """The paired difference of `figure` between two tables of heads, one head per seed each."""
+    """The difference of `figure` between two tables of heads, paired by seed; each has one head per seed."""
     return paired(_by_seed(after, figure), _by_seed(before, figure))
 
 
 def against_zero(result: HostResult, ratio: float) -> dict[str, Difference | None]:
-    """What `ratio` changes against ratio 0 of the same host, by figure; heads of one seed saw the same batches."""
+    """The differences of `ratio` minus ratio 0 of the same host, by figure, paired by seed (same batches)."""
     return {f: difference(result.at(ratio), result.at(0.0), f) for f in FIGURES}
 
 
 def with_against_without(result: HostResult) -> dict[str, Difference | None] | None:
-    """What H2T changes, at the reported ratio; None for a host that has no H2T or no ratio 0."""
+    """The differences with H2T, at the reported ratio, minus without; None for a host without H2T or ratio 0."""
     entry = result.metrics["with_h2t"]
     return against_zero(result, entry["ratio"]) if entry and len(result.at(0.0)) else None
 
 
 def between_hosts(after: HostResult, before: HostResult, row: str) -> dict[str, Difference | None] | None:
-    """What another host changes in `row` of metrics.json, paired by seed; None if either lacks the row."""
+    """The differences `after` - `before` in `row` of metrics.json, paired by seed.
+
+    None if either host lacks the row, and for stage I, which has no seeds to pair.
+    """
     if after.metrics[row] is None or before.metrics[row] is None or row == "stage1":
         return None
     new, old = (r.at(r.metrics[row]["ratio"]) for r in (after, before))
@@ -104,33 +107,33 @@ def between_hosts(after: HostResult, before: HostResult, row: str) -> dict[str, 
 
 
 def variants(result: HostResult) -> list[tuple[float, str, str]]:
-    """(ratio, donor, selection) of the grid that differ from donor instance, selection random."""
+    """Trained settings (ratio, donor, selection) other than donor instance with selection random, sorted."""
     heads = result.heads[result.heads.ratio > 0]
-    found = set(zip(heads.ratio, heads.donor, heads.selection, strict=True))
-    return sorted(v for v in found if v[1:] != ("instance", "random"))
+    settings = set(zip(heads.ratio, heads.donor, heads.selection, strict=True))
+    return sorted(v for v in settings if v[1:] != ("instance", "random"))
 
 
 def hosts_apart(
     results: Sequence[HostResult], against: Mapping[str, str] | None
 ) -> list[tuple[str, dict[str, Difference | None]]]:
-    """What sets hosts apart, without and with H2T, by a label that says who is compared.
+    """The differences between hosts, without and with H2T, each with a label that says what is compared.
 
-    `against` names for each host the one it is compared with; None: every other host with the first.
+    `against` names for each host the one it is compared with. If it is None, each host is compared with the first.
     """
     by_name = {r.name: r for r in results}
     against = against or {r.name: results[0].name for r in results[1:]}
     lines = []
     for after, before in against.items():
         for row in ("without_h2t", "with_h2t"):
-            found = between_hosts(by_name[after], by_name[before], row)
-            if found and any(found.values()):
-                lines.append((f"{after} minus {before}, {ROWS[row]}", found))
+            apart = between_hosts(by_name[after], by_name[before], row)
+            if apart and any(apart.values()):
+                lines.append((f"{after} minus {before}, {ROWS[row]}", apart))
     return lines
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Heads of another donor or another choice of channels, and what they change against the usual ones, by figure."""
+    """Heads of another donor or selection, and their differences from donor instance, selection random, by figure."""
 
     donor: str
     selection: str
@@ -139,25 +142,28 @@ class Variant:
 
 
 def variants_at(result: HostResult, ratio: float) -> list[Variant]:
-    """The variants at `ratio`, each against donor instance, selection random at the same ratio, paired by seed."""
+    """The variants at `ratio`, with their differences from donor instance, selection random, paired by seed."""
     usual = result.at(ratio)
-    found = []
+    others = []
     for r, donor, selection in variants(result):
         if r == ratio:
             heads = result.at(r, donor, selection)
-            found.append(Variant(donor, selection, heads, {f: difference(heads, usual, f) for f in FIGURES}))
-    return found
+            others.append(Variant(donor, selection, heads, {f: difference(heads, usual, f) for f in FIGURES}))
+    return others
 
 
 def mean_and_std(heads: pd.DataFrame, figure: str) -> tuple[float | None, float | None]:
-    """Over the seeds in `heads`; None for what cannot exist."""
+    """Mean and standard deviation (ddof 1) of `figure` over the seeds in `heads`; None for too few values."""
     values = heads[figure].dropna()
     mean = float(values.mean()) if len(values) else None
     return mean, float(values.std(ddof=1)) if len(values) > 1 else None
 
 
 def ratio_curve(result: HostResult) -> pd.DataFrame:
-    """Mean and std over seeds at each ratio (donor instance, selection random, test split)."""
+    """Test accuracy (mean and std over seeds) at each ratio, for all classes and each group.
+
+    Columns: host, group, ratio, accuracy, std; for donor instance, selection random.
+    """
     lines = [
         {
             "host": result.name,
@@ -175,7 +181,7 @@ def ratio_curve(result: HostResult) -> pd.DataFrame:
 
 
 def class_accuracy(result: HostResult, numbers: Sequence[int]) -> pd.DataFrame:
-    """class, count and accuracy on the test split, the mean over the heads `numbers`."""
+    """Columns class, count (training images) and accuracy (percent, test split, mean over the heads `numbers`)."""
     table = result.tables["per_class"]
     statistics = "stage1" if list(numbers) == [-1] else result.statistics
     table = table[(table.split == "test") & (table.statistics == statistics) & table.number.isin(list(numbers))]
@@ -183,7 +189,10 @@ def class_accuracy(result: HostResult, numbers: Sequence[int]) -> pd.DataFrame:
 
 
 def per_class(result: HostResult) -> pd.DataFrame:
-    """Accuracy of each class: stage I, without and with H2T, mean over seeds."""
+    """Test accuracy of each class (mean over seeds) for stage I, without and with H2T.
+
+    Columns: host, row, class, count, accuracy.
+    """
     parts = [
         class_accuracy(result, result.numbers(row)).assign(row=label, host=result.name)
         for row, label in ROWS.items()

@@ -1,1 +1,1 @@
-"""Caches beyond one machine: published and pulled by DVC, imported, examined, cleared away."""
+"""Sharing caches between machines: publish and pull by DVC, import, compare revisions, collect garbage."""

@@ -1,6 +1,7 @@
-"""Clearing away what nobody needs: directories of unfinished runs, and DVC objects that nothing uses.
+"""`h2t cache gc`: removes directories of unfinished runs, and DVC objects that nothing uses.
 
-What others may use is not removed: a DVC cache that other clones link into, and directories that a process works in.
+It keeps what others may use: objects of a DVC cache that other clones may link to, and directories that a process is
+working in.
 """
 
 import fcntl
@@ -16,7 +17,8 @@ from typing import Any
 
 from h2t.cache.write.staging import Staging
 from h2t.pipeline.base.errors import UserError
-from h2t.pipeline.sharing.repository import Say, config_of, counted, git, in_one_line, repository
+from h2t.pipeline.base.text import counted
+from h2t.pipeline.sharing.repository import Say, config_of, git, in_one_line, repository
 
 STAGING = re.compile(r"\.(?P<target>.+?)\.staging(\.done)?")
 LEFT_BY_PROCESS = re.compile(r"\..+\.(partial|pulled)-(?P<process>\d+)")
@@ -24,15 +26,15 @@ EVERY_PROJECT = "dvc gc --workspace --all-branches --all-tags --all-experiments 
 
 
 def collect_garbage(start: Path, say: Say, *, apply: bool, alone: bool = False) -> None:
-    """Removes directories of unfinished runs below `data`, and DVC objects that nothing in git or here uses.
+    """Removes directories of unfinished runs below `data`, and DVC objects used neither in git nor in the workspace.
 
-    Without `apply` it only says what would go. A DVC cache that others may link into is left as it is and UserError
-    raised, unless the caller knows that they are `alone`; the directories are removed before that.
+    Without `apply`, it only says what would be removed. If other projects may use the DVC cache, its objects are kept
+    and UserError is raised after the directories are removed; `alone` states that there are no other projects.
     """
     from dvc.repo import Repo
 
     root = repository(start)
-    git("rev-parse", "--verify", "HEAD", where=root)  # without a commit every object would be garbage
+    git("rev-parse", "--verify", "HEAD", where=root)  # without a commit, every object would count as garbage
     _clear_unfinished(root, say, apply=apply, alone=alone)
     with in_one_line("dvc gc"), Repo(str(root)) as repo:
         objects = _unused(repo)
@@ -40,29 +42,29 @@ def collect_garbage(start: Path, say: Say, *, apply: bool, alone: bool = False) 
         what = f"{counted(len(objects), 'object')} of DVC's cache, {size / 1e6:.1f} MB"
         reason = _in_use(root, Path(repo.cache.local.path), alone=alone) if objects else None
         if reason and apply:
-            raise UserError(f"not removed: {what}: nothing here names them, but {reason}")
+            raise UserError(f"not removed: {what}: unused here, but {reason}")
         if reason:
-            say(f"would not remove {what}: nothing here names them, but {reason}")
+            say(f"would not remove {what}: unused here, but {reason}")
         elif objects:
             if apply:
                 with _dvc_silent():
                     _gc(repo, dry=False)
-            say(f"{'removed' if apply else 'would remove'} {what}: no branch, tag, experiment or workspace names them")
+            say(f"{'removed' if apply else 'would remove'} {what}: no branch, tag, experiment or workspace uses them")
     if not apply:
         say("nothing was removed; pass --apply to remove")
 
 
 def _in_use(root: Path, objects: Path, *, alone: bool) -> str | None:
-    """Why unused objects may be in use after all, and the way out; None if nothing says so."""
+    """Why objects that seem unused may be in use, and the way out; None if there is no sign of it."""
     exps = root / ".dvc/tmp/exps"
     running = sorted(path for pattern in ("tmp*", "standalone/tmp*") for path in exps.glob(pattern) if path.is_dir())
     if running:
         place = running[0].relative_to(root)
-        return f"an experiment runs, or was stopped, in {place}; wait for its end, or remove that folder"
+        return f"an experiment is running, or was stopped, in {place}; wait until it ends, or remove that folder"
     if not alone and (others := who_else(root, objects)):
         return (
-            f"{others}, and another project may use them; name all projects ({EVERY_PROJECT}), or pass --alone if "
-            "there is no other"
+            f"{others}, so another project may use them; name all projects ({EVERY_PROJECT}), or pass --alone if "
+            "there is no other project"
         )
     return None
 
@@ -70,12 +72,12 @@ def _in_use(root: Path, objects: Path, *, alone: bool) -> str | None:
 def who_else(root: Path, objects: Path) -> str | None:
     """Why projects other than the one at `root` may use the DVC objects in the folder `objects`; None if none seem to.
 
-    Symbolic links of other projects cannot be counted, hence the rule on where the folder lies.
+    Symbolic links from other projects cannot be counted, so any folder outside the repository counts as shared.
     """
     if config_of(root).get("cache", {}).get("shared"):
         return "cache.shared is set"
     if not objects.resolve().is_relative_to(root.resolve()):
-        return f"cache.dir ({objects.parent.parent}) lies outside of this repository"
+        return f"cache.dir ({objects.parent.parent}) lies outside this repository"
     here: Counter[tuple[int, int]] = Counter()
     linked: dict[tuple[int, int], int] = {}
     for folder, _, names in os.walk(root):
@@ -88,30 +90,31 @@ def who_else(root: Path, objects: Path) -> str | None:
     elsewhere = sum(links > here[key] for key, links in linked.items())
     if elsewhere:
         verb = "has" if elsewhere == 1 else "have"
-        return f"{counted(elsewhere, 'object')} {verb} hard links outside of this repository"
+        return f"{counted(elsewhere, 'object')} {verb} hard links outside this repository"
     return None
 
 
 def _gc(repo: Any, *, dry: bool) -> None:
+    """DVC's own garbage collection; with `dry`, it only logs what it would remove."""
     repo.gc(workspace=True, all_branches=True, all_tags=True, all_experiments=True, force=True, dry=dry)
 
 
 def _unused(repo: Any) -> list[Path]:
     """The objects that DVC's own garbage collection would remove."""
-    with _dvc_silent() as told:
+    with _dvc_silent() as records:
         _gc(repo, dry=True)
-    paths = (Path(str(record.args[0])) for record in told if isinstance(record.args, tuple) and record.args)
+    paths = (Path(str(record.args[0])) for record in records if isinstance(record.args, tuple) and record.args)
     return sorted({path for path in paths if path.is_file()})
 
 
 @contextmanager
 def _dvc_silent() -> Iterator[list[logging.LogRecord]]:
-    """Collects what DVC says of its garbage collection ("Removing", in dry runs too) instead of printing it."""
-    told: list[logging.LogRecord] = []
+    """Collects the log of DVC's garbage collection ("Removing ...", in dry runs too) instead of printing it."""
+    records: list[logging.LogRecord] = []
 
     class Collect(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            told.append(record)
+            records.append(record)
 
     objects, summary, collect = logging.getLogger("dvc_data.hashfile.gc"), logging.getLogger("dvc.repo.gc"), Collect()
     before = [(log, log.level, log.propagate) for log in (objects, summary)]
@@ -120,7 +123,7 @@ def _dvc_silent() -> Iterator[list[logging.LogRecord]]:
         summary.setLevel(logging.WARNING)
         objects.propagate = False
         objects.addHandler(collect)
-        yield told
+        yield records
     finally:
         objects.removeHandler(collect)
         for log, level, propagate in before:
@@ -129,18 +132,18 @@ def _dvc_silent() -> Iterator[list[logging.LogRecord]]:
 
 
 def _clear_unfinished(root: Path, say: Say, *, apply: bool, alone: bool) -> None:
-    """Removes what unfinished runs left below `data`."""
+    """Removes the directories of unfinished runs below `data`."""
     data = root / "data"
-    found = abandoned(data) if data.is_dir() else []
-    if found and not alone and not data.resolve().is_relative_to(root.resolve()):
-        say(f"note: {data} leads out of this repository, others may work there; --alone clears it, too")
+    unfinished = abandoned(data) if data.is_dir() else []
+    if unfinished and not alone and not data.resolve().is_relative_to(root.resolve()):
+        say(f"note: {data} leads out of this repository, so others may work there; pass --alone to clear it too")
         return
-    for path in found:
+    for path in unfinished:
         place, size = path.relative_to(root), _bytes_in(path)
         aside = _set_aside(path)
         if aside is not None:
             size -= _bytes_in(path / "replaced")
-            say(f"{'put' if apply else 'would put'} back {aside.relative_to(root)}, which a stopped run had set aside")
+            say(f"{'put' if apply else 'would put'} back {aside.relative_to(root)}, which a stopped run had moved away")
         if apply and not _clear(path):
             say(f"kept {place}: it is in use now")
             continue
@@ -148,54 +151,56 @@ def _clear_unfinished(root: Path, say: Say, *, apply: bool, alone: bool) -> None
 
 
 def _bytes_in(folder: Path) -> int:
+    """The bytes of all files and links below `folder`."""
     return sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
 
 
 def _target(staging: Path) -> Path | None:
-    """The cache that a staging directory is of; None for directories of another kind."""
-    found = STAGING.fullmatch(staging.name)
-    return staging.parent / found["target"] if found else None
+    """The cache that a staging directory belongs to; None if `staging` is no staging directory."""
+    match = STAGING.fullmatch(staging.name)
+    return staging.parent / match["target"] if match else None
 
 
 def _set_aside(path: Path) -> Path | None:
-    """The place of the committed cache that lies in this staging directory since its writer was stopped, if one does.
+    """Where the committed cache in this staging directory belongs; None if there is none.
 
-    A writer that replaces a cache moves the old one there just before the new one takes its place.
+    A writer that replaces a cache moves the old one into its staging directory, then the new one into its place. If the
+    writer is stopped between the two, the old cache must be put back.
     """
     target = _target(path)
     return target if target and (path / "replaced").exists() and not target.exists() else None
 
 
 def _clear(path: Path) -> bool:
-    """Removes the directory of an unfinished run, under its lock; True if it is gone."""
+    """Removes the directory of an unfinished run, under its lock. True if it is removed."""
     target = _target(path)
     if target is None:
         shutil.rmtree(path, ignore_errors=True)
     else:
-        Staging(target).clear_remains()  # puts back what was set aside
+        Staging(target).clear_remains()  # puts a cache that was moved away back in its place
     return not path.exists()
 
 
 def abandoned(data: Path) -> list[Path]:
-    """Directories of unfinished runs below `data` in which nobody works; links are none."""
-    found = []
+    """Directories of unfinished runs below `data` that no process is using, sorted. Links are left out."""
+    unused = []
     for path in data.rglob(".*"):
         process = LEFT_BY_PROCESS.fullmatch(path.name)
         if not (process or STAGING.fullmatch(path.name)) or path.is_symlink() or not path.is_dir():
             continue
         if not held(path) and not (process and Path(f"/proc/{process['process']}").exists()):
-            found.append(path)
-    return sorted(found)
+            unused.append(path)
+    return sorted(unused)
 
 
 def held(staging: Path) -> bool:
-    """Whether a process holds the lock of this staging directory."""
+    """True if a process holds the lock of this staging directory."""
     lock = staging / "lock"
     return lock.is_file() and locked(lock)
 
 
 def locked(path: Path) -> bool:
-    """Whether a process holds an flock on `path`."""
+    """True if a process holds an flock on `path`."""
     with path.open("rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,7 +1,8 @@
-"""Features that people bring, as a cache: .npy and .npz, safetensors, Parquet; vectors (n, C) or maps (n, C, H, W).
+"""`h2t cache import`: makes a cache from features in .npy, .npz, safetensors or Parquet files.
 
-Nothing is known of the backbone, so there is no stage-I head: hosts that start from one refuse such a cache. Rows stand
-under `stage1` statistics. Classes are numbered by descending training count, as everywhere.
+Features are vectors (n, C) or maps (n, C, H, W). Their backbone is unknown, so there is no stage-I head, and hosts that
+start from one refuse such a cache. All rows are recorded under `stage1` statistics. Classes are numbered by descending
+training count, as in every cache.
 """
 
 import zipfile
@@ -25,19 +26,20 @@ from h2t.cache.memory import available_memory
 from h2t.cache.write.staging import Staging
 from h2t.cache.write.writer import CacheWriter, committed
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.text import counted
 from h2t.pipeline.networks.trained import NONE
 
 FEATURES = ("features", "embeddings", "embedding", "feature", "x")
 LABELS = ("labels", "label", "targets", "target", "y")
 SOURCES = ("source", "path", "id", "key")
 SHARD_BYTES = 128 * 1024**2
-BLOCK_ROWS = 1024
-TEXT_LIMIT = 200
+BLOCK_ROWS = 1024  # rows converted at a time
+TEXT_LIMIT = 200  # characters of a reader's error in a message
 
 
 @dataclass(frozen=True)
 class Keys:
-    """Names of the arrays or columns in a file; None is found by the usual names."""
+    """Names of the arrays or columns in a file; for None, the usual names are tried."""
 
     features: str | None = None
     labels: str | None = None
@@ -45,7 +47,7 @@ class Keys:
 
 @dataclass(frozen=True)
 class Part:
-    """One split: features (n, C, H, W) or (n, C), their labels as people gave them, and a source for each."""
+    """One split: features (n, C, H, W) or (n, C), the n labels as they were given, and a distinct source for each."""
 
     features: np.ndarray
     labels: list[Any]
@@ -53,7 +55,10 @@ class Part:
 
 
 def read_part(path: Path, labels: Path | None, keys: Keys) -> Part:
-    """The split in `path`, with its labels from the same file or from `labels`. Raises UserError, in one line."""
+    """Reads a split from `path`, with its labels from the same file or from `labels`.
+
+    Raises UserError for a file that cannot be read, or that holds no features with one label each.
+    """
     readers = {".npy": _npy, ".npz": _npz, ".safetensors": _safetensors, ".parquet": _parquet}
     if path.suffix not in readers:
         raise UserError(f"{path}: must be one of {', '.join(readers)}; got {path.suffix or 'no suffix'!r}")
@@ -61,106 +66,115 @@ def read_part(path: Path, labels: Path | None, keys: Keys) -> Part:
         arrays = readers[path.suffix](path)
         features = arrays.pick(FEATURES, keys.features, "features")
         if labels is None and arrays.one:
-            raise UserError(f"{path}: holds features only; give their labels by --SPLIT-labels FILE")
+            raise UserError(f"{path}: holds no labels; give them by --SPLIT-labels FILE")
         if labels is None:
             given = arrays.pick(LABELS, keys.labels, "labels")
         else:
             given = readers.get(labels.suffix, _npy)(labels).pick(LABELS, keys.labels, "labels")
         return _checked(path, features, given, arrays.texts(SOURCES))
     except FileNotFoundError as error:
-        raise UserError(f"{error.filename or path}: no such file") from None
+        raise UserError(f"{error.filename or path}: no such file; check the path") from None
     except UserError:
         raise
-    except Exception as error:  # noqa: BLE001 - the reader of each format fails in ways of its own
-        raise UserError(f"{path}: cannot be read ({_short(error)})") from None
+    except Exception as error:  # noqa: BLE001 - each format's reader has its own classes of errors
+        where = f"{path} with {labels}" if labels else path
+        raise UserError(f"{where}: cannot be read ({_short(error)}); write the file again") from None
 
 
 def read_names(path: Path) -> list[str]:
-    """Class names, one a line. Raises UserError."""
+    """Class names from a text file, one per line. Raises UserError."""
     try:
         return path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a readable list of class names ({error}); it must be UTF-8 text") from None
+        raise UserError(
+            f"{path}: not a readable list of class names ({error}); it must be UTF-8 text, one name per line"
+        ) from None
 
 
 def _short(error: BaseException) -> str:
+    """An error's message on one line, cut to `TEXT_LIMIT` characters, or the name of its class."""
     return " ".join(str(error).split())[:TEXT_LIMIT] or type(error).__name__
 
 
 @dataclass(frozen=True)
 class _Arrays:
-    """The arrays of a file by name; `one` is true for a file that holds just one array, without a name."""
+    """The arrays of a file, as functions that read them, by name. `one`: the file holds one array without a name."""
 
     path: Path
-    found: Mapping[str, Callable[[], np.ndarray]]
+    readers: Mapping[str, Callable[[], np.ndarray]]
     one: bool = False
 
     def pick(self, usual: Sequence[str], name: str | None, what: str) -> np.ndarray:
-        """The array called `name`, or by one of the `usual` names."""
+        """The array called `name`; for None, the first that has a `usual` name. Raises UserError if there is none."""
         if self.one:
-            return next(iter(self.found.values()))()
-        names = [name] if name is not None else [n for n in usual if n in self.found]
-        if not names or names[0] not in self.found:
+            return next(iter(self.readers.values()))()
+        names = [name] if name is not None else [n for n in usual if n in self.readers]
+        if not names or names[0] not in self.readers:
             raise UserError(
-                f"{self.path}: no {what} ({name or ', '.join(usual)}); it holds {', '.join(self.found) or 'nothing'}; "
-                f"name them by --{what}-key" + (" or give --SPLIT-labels FILE" if what == "labels" else "")
+                f"{self.path}: no {what} called {name or ' or '.join(usual)}; it holds "
+                f"{', '.join(self.readers) or 'nothing'}; name the right one by --{what}-key"
+                + (" or give --SPLIT-labels FILE" if what == "labels" else "")
             )
-        return self.found[names[0]]()
+        return self.readers[names[0]]()
 
     def texts(self, usual: Sequence[str]) -> list[str] | None:
-        """A column of distinct texts that says where each row comes from, if there is one."""
+        """A column of distinct texts under a `usual` name, to serve as sources of the rows; None if there is none."""
         for name in usual:
-            if not self.one and name in self.found:
-                values = self.found[name]()
+            if not self.one and name in self.readers:
+                values = self.readers[name]()
                 if values.dtype.kind in "UO" and len(set(values.tolist())) == len(values):
                     return [str(v) for v in values]
         return None
 
 
 def _npy(path: Path) -> _Arrays:
-    """A memory map; a file of pickled objects is refused by NumPy."""
+    """One array, memory-mapped. NumPy refuses pickled objects, which could run code."""
     return _Arrays(path, {"array": lambda: np.load(path, mmap_mode="r", allow_pickle=False)}, one=True)
 
 
 def _npz(path: Path) -> _Arrays:
+    """Named arrays, read into memory. Raises ValueError if they do not fit."""
     with zipfile.ZipFile(path) as archive:
         need = sum(entry.file_size for entry in archive.infolist())
     if need > available_memory():
-        raise ValueError(f"needs {need / 1e9:.1f} GB of memory; save .npy files, they are read in place")
+        raise ValueError(f"needs {need / 1e9:.1f} GB of memory; save .npy files, which are read in place")
     file = np.load(path, allow_pickle=False)
     return _Arrays(path, {name: partial(_member, file, name) for name in file.files})
 
 
 def _member(file: Any, name: str) -> np.ndarray:
-    found = file[name]
-    if not isinstance(found, np.ndarray):
-        raise ValueError(f"{name!r} is no array")
-    return found
+    """An array of an .npz file. Raises ValueError for anything else."""
+    member = file[name]
+    if not isinstance(member, np.ndarray):
+        raise ValueError(f"{name!r} is not an array")
+    return member
 
 
 def _safetensors(path: Path) -> _Arrays:
+    """Named tensors, each read when it is picked."""
     with safe_open(path, "np") as file:
         return _Arrays(path, {name: partial(_tensor, path, name) for name in file.keys()})  # noqa: SIM118
 
 
 def _tensor(path: Path, name: str) -> np.ndarray:
     with safe_open(path, "np") as file:
-        found: np.ndarray = file.get_tensor(name)
-        return found
+        tensor: np.ndarray = file.get_tensor(name)
+        return tensor
 
 
 def _parquet(path: Path) -> _Arrays:
+    """The columns of a table, each read when it is picked."""
     file = pq.ParquetFile(path)
     return _Arrays(path, {name: partial(_column, file, name) for name in file.schema_arrow.names})
 
 
 def _column(file: pq.ParquetFile, name: str) -> np.ndarray:
-    """A column as an array; a list of numbers as (n, C)."""
+    """A column as an array (n,), or (n, C) if it holds lists. Raises ValueError for missing values or ragged lists."""
     column = file.read([name])[name].combine_chunks()
     if isinstance(column, pa.ChunkedArray):  # no rows
         column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
     if column.null_count:
-        raise ValueError(f"column {name!r} has {column.null_count} missing values")
+        raise ValueError(f"column {name!r} has {counted(column.null_count, 'missing value')}")
     if pa.types.is_list(column.type) or pa.types.is_large_list(column.type) or pa.types.is_fixed_size_list(column.type):
         lengths = set(pa.compute.list_value_length(column).to_pylist())
         if len(lengths) != 1:
@@ -170,52 +184,63 @@ def _column(file: pq.ParquetFile, name: str) -> np.ndarray:
             raise ValueError(f"column {name!r} has missing values inside its rows")
         flat: np.ndarray = values.to_numpy(zero_copy_only=False)
         return flat.reshape(len(column), -1)
-    found: np.ndarray = column.to_numpy(zero_copy_only=False)
-    return found
+    array: np.ndarray = column.to_numpy(zero_copy_only=False)
+    return array
 
 
 def _checked(path: Path, features: np.ndarray, labels: np.ndarray, sources: list[str] | None) -> Part:
-    """Raises UserError for arrays that are no features with labels."""
+    """The split of these arrays. Raises UserError if they are not features with one label per row."""
     if features.dtype.kind not in "fiu" or features.ndim not in (2, 4) or 0 in features.shape:
         raise UserError(
             f"{path}: features must be numbers of shape (n, C) or (n, C, H, W); got {features.dtype} {features.shape}"
         )
     if labels.shape != (len(features),):
-        raise UserError(f"{path}: one label for each of {len(features)} rows is needed; got shape {labels.shape}")
+        raise UserError(
+            f"{path}: one label for each of {counted(len(features), 'row')} is needed; got shape {labels.shape}"
+        )
     if labels.dtype.kind not in "iuUO" or (
         labels.dtype.kind == "O" and not all(isinstance(v, str) for v in labels.tolist())
     ):
-        raise UserError(f"{path}: labels must be whole numbers or texts; got {labels.dtype}")
+        raise UserError(f"{path}: labels must be whole numbers or texts; got dtype {labels.dtype}; convert them")
     names = sources or [f"{path.name}/{i:09d}" for i in range(len(features))]
     return Part(features, labels.tolist(), names)
 
 
 def _maps(part: Part, which: np.ndarray, dtype: str) -> np.ndarray:
-    """Rows `which` as (n, C, H, W) in the stored dtype. Raises UserError for values it cannot hold."""
+    """Rows `which`, int (n,), as maps (n, C, H, W) of `dtype`. Raises UserError for values not finite in `dtype`."""
     with np.errstate(over="ignore"):
         values = np.asarray(part.features[which]).astype(dtype)
     if not np.isfinite(values).all():
         bad = int(which[~np.isfinite(values.reshape(len(values), -1)).all(1)][0])
-        raise UserError(f"features: row {bad} ({part.sources[bad]}) holds NaN, infinity or a value beyond {dtype}")
+        raise UserError(
+            f"features: row {bad} ({part.sources[bad]}) holds NaN, infinity or a value beyond {dtype}; leave it out"
+        )
     return values.reshape(*values.shape, 1, 1) if values.ndim == 2 else values
 
 
 def _blocks(part: Part, dtype: str) -> Iterator[np.ndarray]:
+    """Yields all maps of a split, (n, C, H, W), at most `BLOCK_ROWS` rows at a time."""
     for first in range(0, len(part.labels), BLOCK_ROWS):
         yield _maps(part, np.arange(first, min(first + BLOCK_ROWS, len(part.labels))), dtype)
 
 
 def class_order(parts: Mapping[str, Part]) -> tuple[list[Any], list[int]]:
-    """Labels in descending order of training count (ties ascending), and the counts. Raises UserError."""
-    found, counts = np.unique(np.array(parts["train"].labels), return_counts=True)
+    """Labels in descending order of training count (equal counts: ascending labels), and their counts.
+
+    Raises UserError if splits differ in the type of their labels, or a label occurs in no training row.
+    """
+    distinct, counts = np.unique(np.array(parts["train"].labels), return_counts=True)
     order = np.argsort(-counts, kind="stable")
-    labels = found[order].tolist()
+    labels = distinct[order].tolist()
     for split, part in parts.items():
         if type(part.labels[0]) is not type(labels[0]):
-            raise UserError(f"{split}: labels must be of one kind in all splits; got {part.labels[0]!r}")
-        strange = sorted(set(part.labels) - set(labels))
-        if strange:
-            raise UserError(f"{split}: label {strange[0]!r} has no training row; leave such rows out")
+            raise UserError(
+                f"{split}: labels must have one type in all splits; train has {labels[0]!r}, {split} has "
+                f"{part.labels[0]!r}; convert them"
+            )
+        unknown = sorted(set(part.labels) - set(labels))
+        if unknown:
+            raise UserError(f"{split}: label {unknown[0]!r} occurs in no training row; leave such rows out")
     return labels, counts[order].tolist()
 
 
@@ -227,21 +252,26 @@ def run(
     names: Sequence[str] | None = None,
     replace: bool = False,
 ) -> CacheSpec:
-    """Writes the cache `out` from the splits `parts` (train is needed) and returns its spec.
+    """Writes the cache `out` from the splits `parts` (`train` is required) and returns its spec.
 
-    `names` are class names for labels 0, 1, ...; by default a label is its own name. float16 maps stay float16, all
-    else is float32. Where `out` holds this very cache nothing is done. Raises UserError and CacheError (`exists`,
-    `busy`, `full`).
+    `names` are the class names of labels 0, 1, ...; by default, a label is its own name. If all splits are float16
+    maps, they stay float16; everything else becomes float32. If `out` already holds the same cache, nothing is
+    written. Raises UserError, and CacheError (`exists`, `busy`, `full`).
     """
     parts = {split: parts[split] for split in SPLITS if split in parts}
     if "train" not in parts:
-        raise UserError("import: training features are needed; give --train FILE")
+        raise UserError("import: no training features; give --train FILE")
     shapes = {split: (*p.features.shape[1:], *(1,) * (4 - p.features.ndim)) for split, p in parts.items()}
     if len(set(shapes.values())) > 1:
-        raise UserError(f"import: splits must agree in (C, H, W); got {shapes}")
+        got = ", ".join(f"{split} {shape}" for split, shape in shapes.items())
+        raise UserError(f"import: all splits must have the same (C, H, W); got {got}; use one backbone for all")
     labels, counts = class_order(parts)
-    if names is not None and not all(isinstance(v, int) and 0 <= v < len(names) for v in labels):
-        raise UserError(f"import: {len(names)} class names are for labels 0 to {len(names) - 1}; got others")
+    wrong = [v for v in labels if not (isinstance(v, int) and 0 <= v < len(names))] if names is not None else []
+    if names is not None and wrong:
+        raise UserError(
+            f"import: {counted(len(names), 'class name')} allow labels 0 to {len(names) - 1}; got {wrong[0]!r}; "
+            "name every class"
+        )
     half = all(p.features.dtype == np.float16 and p.features.ndim == 4 for p in parts.values())
     dtype = "float16" if half else "float32"
     rows, order = _rows(parts, labels, dtype)
@@ -266,7 +296,7 @@ def run(
     with Staging(out) as staging:
         have = committed(out)
         if have and (have.fingerprint, have.layout) == (spec.fingerprint, spec.layout):
-            say(f"{out} already holds this cache ({have.rows} rows); nothing to do")
+            say(f"{out} already holds this cache ({counted(have.rows, 'row')}); nothing to do")
             staging.discard()
             return have
         if have and not replace:
@@ -286,19 +316,20 @@ def run(
             _check_digests(rows.slice(held.start, len(held)), maps)
             writer.write(shard, [maps])
         writer.commit(save({}), card(spec, rows), replace=replace)
-    say(f"{out}: {spec.rows} rows of {' x '.join(map(str, shape))}, {len(labels)} classes, {dtype}")
+    classes = counted(len(labels), "class", "classes")
+    say(f"{out}: {counted(spec.rows, 'row')} of {' x '.join(map(str, shape))}, {classes}, {dtype}")
     return spec
 
 
 def _check_digests(rows: pa.Table, maps: np.ndarray) -> None:
-    """Raises UserError unless `maps` are those that the digests in `rows` were made of: files are read twice."""
+    """Raises UserError unless `maps` have the digests in `rows`: a file is read twice and may have changed."""
     for source, expected, row in zip(rows["source"].to_pylist(), rows["digest"].to_pylist(), maps, strict=True):
         if sha256(row.tobytes()) != expected:
             raise UserError(f"features: {source} changed while it was imported; import again once the file is finished")
 
 
 def _rows(parts: Mapping[str, Part], labels: list[Any], dtype: str) -> tuple[pa.Table, np.ndarray]:
-    """The row table, and which given row (counted over all splits) each of its rows is."""
+    """The row table, and for each of its rows the index of the given row, counted over all splits, int (n,)."""
     number = {label: i for i, label in enumerate(labels)}
     columns: dict[str, list[Any]] = {k: [] for k in ("split", "label", "source", "digest")}
     for split, part in parts.items():

@@ -1,4 +1,4 @@
-"""`h2t cache pull`: a published cache without the repository it is from, and every byte of it checked."""
+"""`h2t cache pull`: downloads a published cache without cloning its repository, and checks every byte."""
 
 import hashlib
 import os
@@ -15,14 +15,15 @@ from h2t.cache.read.dvc_files import split_revision
 from h2t.cache.redaction import redacted
 from h2t.cache.write.staging import Staging, sync
 from h2t.pipeline.base.errors import UserError
-from h2t.pipeline.sharing.repository import Say, counted, in_one_line
+from h2t.pipeline.base.text import counted
+from h2t.pipeline.sharing.repository import Say, in_one_line
 
-THREADS = 8  # files at a time
+THREADS = 8  # files downloaded at a time
 
 
 @dataclass(frozen=True)
 class Pulled:
-    """What was pulled: places, bytes that were not here already, seconds."""
+    """The result of a pull: the folders, the bytes downloaded, and the seconds it took."""
 
     places: list[Path]
     size: int
@@ -32,11 +33,11 @@ class Pulled:
 def pull(
     url: str, say: Say, *, rev: str | None = None, name: str | None = None, pooled: bool = False, into: Path
 ) -> Pulled:
-    """A cache of a git repository with DVC, verified, and its backbone, to the same places below `into`.
+    """Downloads a cache and its backbone from a git repository with DVC, and verifies them.
 
-    `into`/extract/NAME (`pooled`: the pooled copy, `into`/pool/NAME) and `into`/train_backbone/NAME. Nothing is left
-    at those places if a byte is wrong. What came before an attempt failed is kept beside them, and the same call
-    continues from there. Raises UserError.
+    They go to `into`/extract/NAME (with `pooled`, the pooled copy, to `into`/pool/NAME) and `into`/train_backbone/NAME.
+    `name` may be None if the repository has one cache. If a byte is wrong, nothing appears at those places. Files that
+    arrived before a failure are kept beside them, and the same call resumes from there. Raises UserError.
     """
     from dvc.repo import Repo
 
@@ -44,7 +45,7 @@ def pull(
     kind = "pool" if pooled else "extract"
     started = time.perf_counter()
     where = redacted(url) + (f"@{rev}" if rev else "")
-    # An index of our own: a shared one can be damaged by others.
+    # With its own index: a shared one can be damaged by other processes.
     with tempfile.TemporaryDirectory(prefix="h2t-pull-") as scratch, in_one_line(where):
         config = {"core": {"site_cache_dir": scratch}}
         with Repo.open(url, rev=rev, subrepos=True, uninitialized=True, config=config) as repo:
@@ -55,7 +56,7 @@ def pull(
             size = 0
             for part, listing in parts.items():
                 if part in whole:
-                    say(f"{into / part}: is here already, every byte checked")
+                    say(f"{into / part}: already here, every byte checked")
                 else:
                     size += _fetch(files, listing, into / part, where, is_cache=part.startswith(kind))
     places = [into / part for part in parts]
@@ -68,7 +69,7 @@ def pull(
 
 @dataclass(frozen=True)
 class _Remote:
-    """A file of the repository: its path there, and its md5, which DVC knows of the outputs of stages."""
+    """A file of the repository: its path there, and its md5 (None for a file that is not an output of a stage)."""
 
     path: str
     md5: str | None
@@ -82,36 +83,37 @@ class _Remote:
 
 
 def _listing(files: Any, folder: str) -> dict[str, _Remote]:
-    """The files of a folder of the repository, by their paths inside of it. Raises UserError for a path out of it."""
-    found = {}
+    """The files below a folder of the repository, by path relative to it. Raises UserError for a path outside it."""
+    listing = {}
     for root, _, infos in files.walk(folder, detail=True):
         for name, info in infos.items():
             path = f"{root}/{name}"
             inside = PurePosixPath(path.lstrip("/")).relative_to(folder)
             if ".." in inside.parts:
-                raise UserError(f"{path}: leads out of {folder}; this repository is not to be trusted")
-            found[str(inside)] = _Remote(path, (info.get("dvc_info") or {}).get("md5"))
-    return found
+                raise UserError(f"{path}: leads out of {folder}; do not trust this repository")
+            listing[str(inside)] = _Remote(path, (info.get("dvc_info") or {}).get("md5"))
+    return listing
 
 
 def _files_in(folder: Path) -> set[str]:
+    """Files and links below `folder`, by path relative to it."""
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or path.is_file()}
 
 
 def _is_here(target: Path, listing: Mapping[str, _Remote]) -> bool:
-    """Whether `target` holds just these files; False where nothing is. Raises UserError if it holds anything else."""
+    """True if `target` holds exactly these files, False if it does not exist. Raises UserError for anything else."""
     if not os.path.lexists(target):
         return False
     if _files_in(target) == set(listing) and all(file.is_at(target / name) for name, file in listing.items()):
         return True
-    raise UserError(f"{target}: is there already and holds something else; remove it, or give another --into")
+    raise UserError(f"{target}: exists and holds something else; remove it, or give another --into")
 
 
 def _fetch(files: Any, listing: Mapping[str, _Remote], target: Path, where: str, *, is_cache: bool) -> int:
-    """Downloads these files and puts them at `target` once all are whole; returns the bytes that had to come.
+    """Downloads these files and moves them to `target` once all are complete; returns the bytes downloaded.
 
-    What an earlier attempt left beside `target` is kept, file by file, if its content is right. Raises UserError, and
-    CacheError if another process writes there.
+    Files that an earlier attempt left beside `target` are kept if their content is right. Raises UserError for damaged
+    files, and CacheError if another process writes there.
     """
     with Staging(target) as staging:
         place = staging.cache
@@ -131,7 +133,8 @@ def _fetch(files: Any, listing: Mapping[str, _Remote], target: Path, where: str,
         if wrong:
             more = f" and {counted(len(wrong) - 1, 'other')}" if len(wrong) > 1 else ""
             raise UserError(
-                f"{where}: what came is damaged ({wrong[0]}{more}); ask its owner: h2t cache publish --repair"
+                f"{where}: downloaded files are damaged ({wrong[0]}{more}); ask the owner to type: "
+                "h2t cache publish --repair"
             )
         if is_cache:
             _check_whole(place, where)
@@ -143,7 +146,7 @@ def _fetch(files: Any, listing: Mapping[str, _Remote], target: Path, where: str,
 
 
 def _folders(files: Any, folder: str) -> list[str]:
-    """Names of the directories in `folder`; none where it does not exist."""
+    """Names of the directories in `folder`, sorted; none if it does not exist."""
     try:
         return sorted(Path(e["name"]).name for e in files.ls(folder, detail=True) if e["type"] == "directory")
     except FileNotFoundError:
@@ -151,16 +154,20 @@ def _folders(files: Any, folder: str) -> list[str]:
 
 
 def _one_of(names: list[str], wanted: str | None, where: str, kind: str) -> str:
+    """The name of the cache to pull. Raises UserError if it does not exist, or several could be meant."""
     if wanted in names or (wanted is None and len(names) == 1):
         return wanted or names[0]
-    asked = f"no {wanted!r}" if wanted else f"{len(names)} caches"
-    way = f"choose by --name: {', '.join(names)}" if names else "there is none"
+    asked = f"no {wanted!r}" if wanted else f"{len(names)} caches" if names else "no cache"
+    way = f"choose by --name: {', '.join(names)}" if names else "ask the owner to publish one, or give another --rev"
     raise UserError(f"{where}: {asked} in data/{kind}; {way}")
 
 
 def _check_whole(cache: Path, where: str) -> None:
+    """Verifies a downloaded cache by its own checksums. Raises UserError for the first fault."""
     from h2t.cache.tools.verify import verify
 
     faults = verify(str(cache))
     if faults:
-        raise UserError(f"{where}: what came is damaged ({faults[0]}); ask its owner: h2t cache publish --repair")
+        raise UserError(
+            f"{where}: the downloaded cache is damaged ({faults[0]}); ask the owner to type: h2t cache publish --repair"
+        )

@@ -1,4 +1,4 @@
-"""The DVC repository around a place: git, DVC's configuration and remotes, the outputs that `dvc.lock` records."""
+"""The DVC repository around a folder: git, DVC's configuration and remotes, and the outputs in `dvc.lock`."""
 
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
@@ -18,11 +18,11 @@ Say = Callable[[str], None]
 
 
 def git(*arguments: str, where: Path) -> str:
-    """Output of a git command. Raises UserError with its first line of complaint if it fails."""
+    """The output of a git command, run in `where`. Raises UserError with git's first line of error if it fails."""
     try:
         done = subprocess.run(["git", *arguments], cwd=where, capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        raise UserError("git: is not installed") from None
+        raise UserError("git: not installed; install git and run again") from None
     if done.returncode:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["no reason given"]
         raise UserError(f"git {arguments[0]}: {redacted(lines[0])}")
@@ -31,47 +31,58 @@ def git(*arguments: str, where: Path) -> str:
 
 @contextmanager
 def in_one_line(what: str) -> Iterator[None]:
-    """Turns whatever DVC and the storage behind it raise into UserError, without secrets."""
+    """Turns any error of DVC or a storage service into a one-line UserError without secrets.
+
+    `what` begins the message. UserError and CacheError pass as they are.
+    """
+    from dvc.scm import CloneError
+
     try:
         yield
     except (UserError, CacheError):
         raise
+    except CloneError:
+        raise UserError(
+            f"{what}: no git repository can be read there; check the address and your access to it"
+        ) from None
     except Exception as error:  # noqa: BLE001 - every protocol raises its own
         raise UserError(f"{what}: {redacted(_short(error))}") from None
 
 
 def repository(start: Path) -> Path:
-    """The root of the DVC repository around `start`. Raises UserError."""
+    """The root of the DVC repository that contains `start`. Raises UserError if there is none."""
     for folder in (start.resolve(), *start.resolve().parents):
         if (folder / ".dvc").is_dir():
             return folder
-    raise UserError(f"{start}: not inside a DVC repository; type: dvc init")
+    raise UserError(f"{start}: not inside a DVC repository; change to one, or type: dvc init")
 
 
 def config_of(root: Path) -> Mapping[str, Any]:
-    """DVC's configuration, all levels merged; never printed, it may hold secrets."""
+    """DVC's configuration, all levels merged. It may hold secrets: never print it. Raises UserError."""
     from dvc.config import Config, ConfigError
 
     try:
         return dict(Config(dvc_dir=str(root / ".dvc")))
     except ConfigError as error:
-        raise UserError(f".dvc/config: {' '.join(str(error).split())}") from None
+        raise UserError(f".dvc/config: not readable ({' '.join(str(error).split())}); correct it") from None
 
 
 def remote_name(config: Mapping[str, Any], wanted: str | None) -> str:
-    """The remote `wanted`, or the default one. Raises UserError."""
+    """The name of the remote `wanted`, or of the default remote. Raises UserError if it is not configured."""
     name = wanted or config.get("core", {}).get("remote")
     known = sorted(config.get("remote", {}))
     if not name:
         raise UserError("remote: none is set; type: dvc remote add --default store PATH (or s3://..., ssh://...)")
     if name not in known:
-        raise UserError(f"remote {name!r}: not configured (there are: {', '.join(known) or 'none'}); dvc remote add")
+        raise UserError(
+            f"remote {name!r}: not configured (there are: {', '.join(known) or 'none'}); type: dvc remote add"
+        )
     return str(name)
 
 
 @dataclass(frozen=True)
 class Out:
-    """An output that dvc.lock records: of which stage, where, its digest and its bytes."""
+    """An output in dvc.lock: its stage, its path, its md5 (of a directory, with the suffix .dir) and its bytes."""
 
     stage: str
     path: str
@@ -80,7 +91,7 @@ class Out:
 
 
 def outs(root: Path) -> list[Out]:
-    """Every output in dvc.lock. Raises UserError."""
+    """Every output in dvc.lock. Raises UserError if the file is missing or damaged."""
     path = root / "dvc.lock"
     try:
         stages = (yaml.safe_load(path.read_text(encoding="utf-8")) or {})["stages"]
@@ -90,25 +101,21 @@ def outs(root: Path) -> list[Out]:
             for o in stage.get("outs", [])
         ]
     except FileNotFoundError:
-        raise UserError(f"{path}: missing, nothing was run yet; type: dvc repro") from None
+        raise UserError(f"{path}: missing, because nothing was run yet; type: dvc repro") from None
     except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: not a lock file of DVC ({_short(error)}); restore it from git") from None
 
 
 def dvc_cache(root: Path) -> Path:
-    """The folder of DVC's cache, as its configuration of every level says."""
+    """The folder of DVC's cache, by the configuration of all levels."""
     return Path(config_of(root).get("cache", {}).get("dir") or root / ".dvc/cache")
 
 
 def _short(error: BaseException) -> str:
+    """An error's message on one line of at most 200 characters, or the name of its class."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def counted(number: int, what: str) -> str:
-    """`number` of `what`, in the singular or the plural: 1 object, 2 objects."""
-    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
-
-
 def caches(root: Path) -> list[Path]:
-    """Directories of caches among the outputs in dvc.lock, relative to `root`."""
+    """The outputs in dvc.lock that are caches, as paths relative to `root`."""
     return [Path(o.path) for o in outs(root) if (root / o.path / RECORD).is_file()]

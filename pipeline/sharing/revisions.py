@@ -1,4 +1,4 @@
-"""Evaluated hosts of a revision of the repository here, by DVC: what its `dvc.lock` names, from cache or remote."""
+"""Fetches the evaluated hosts of another revision of this repository, from DVC's cache or the remote."""
 
 import tempfile
 from collections.abc import Iterator
@@ -13,10 +13,10 @@ EVALUATED = "data/evaluate"
 
 @contextmanager
 def evaluated(place: str) -> Iterator[Path]:
-    """The folder that `place` names or, where there is none of that name, what the revision `place` has evaluated.
+    """The folder `place` or, if there is no such folder, a folder with the evaluated hosts of the revision `place`.
 
-    A revision is whatever DVC knows: a commit, a branch, a tag, an experiment of `dvc exp run`. Its files lie in a
-    temporary directory until the block ends. Raises UserError.
+    A revision is a commit, a branch, a tag or an experiment of `dvc exp run`. Its files are in a temporary directory,
+    which is removed when the block ends. Raises UserError if `place` is neither, or its files cannot be fetched.
     """
     if Path(place).exists():
         yield Path(place)
@@ -35,17 +35,20 @@ def evaluated(place: str) -> Iterator[Path]:
                 except RevError as error:
                     if str(error).startswith("ambiguous"):
                         raise UserError(
-                            f"{place}: several experiments have this name; check out the commit that the one you mean "
-                            "was run on, or give the commit of its own (git for-each-ref refs/exps)"
+                            f"{place}: several experiments have this name; give the experiment's commit "
+                            "(git for-each-ref refs/exps), or check out the commit it was run on"
                         ) from None
-                    raise UserError(f"{place}: is neither a folder nor a revision of {root.name}") from None
-            # An index of our own: a shared one can be damaged by others.
+                    raise UserError(
+                        f"{place}: neither a folder nor a revision of {root.name}; give a folder, commit, branch, tag "
+                        "or experiment"
+                    ) from None
+            # With its own index: a shared one can be damaged by other processes.
             with Repo.open(str(root), rev=commit, config={"core": {"site_cache_dir": f"{scratch}/site"}}) as repo:
                 try:
                     download(repo.dvcfs, EVALUATED, str(into))
                 except FileNotFoundError:
                     raise UserError(
-                        f"{place}: has no {EVALUATED} here or at the remote; where it was made, dvc repro, commit "
-                        "dvc.lock and dvc push"
+                        f"{place}: has no {EVALUATED}, neither in DVC's cache here nor at the remote; where it was "
+                        "made, type dvc repro, commit dvc.lock, and type dvc push"
                     ) from None
         yield into

@@ -1,8 +1,8 @@
-"""report: tables and pictures of every host, from what evaluate wrote.
+"""Stage report: tables and figures of every host, from the results of evaluate.
 
-Writes `index.html` (self-contained), `results.md` (the tables), `ratio.svg`, `metrics.json` (that of every host, for
-`dvc metrics show`) and `plots/*.csv`, the data behind `dvc plots show`. Only hosts named in the parameters are read;
-leftovers of earlier runs are named and left out.
+Writes `index.html` (self-contained), `results.md` (the tables), `ratio.svg`, `metrics.json` (of all hosts, for
+`dvc metrics show`) and `plots/*.csv` (the data behind `dvc plots show`). Only hosts named in the parameters are read;
+results of other hosts are named in a note and left out.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from h2t.pipeline.base.params import Section
 
-NUMBER = 2026112601  # other results, another number: docs/numbers.md
+NUMBER = 2026112602  # other results, another number: docs/numbers.md
 
 
 class Params(Section):
@@ -27,8 +27,11 @@ def run(
     say: Callable[[str], None],
     runs: Path | None = None,
 ) -> None:
-    """Reports on `hosts` into the directory `out`. With `runs`, a folder of run records, the page shows them too."""
-    # Here and not above: every stage checks the section `report`, and pandas and matplotlib take seconds to import.
+    """Writes a report on `hosts` into the directory `out`. The page also shows the run records in the folder `runs`.
+
+    Raises UserError for a host that has not been evaluated, and for files that cannot be read.
+    """
+    # Imported here: every stage checks the section `report`, and pandas and matplotlib take seconds to import.
     from h2t.pipeline.reporting.files import markdown_table, run_records, write
     from h2t.pipeline.reporting.results import load_result
 

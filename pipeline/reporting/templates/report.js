@@ -1,5 +1,5 @@
 "use strict";
-// Draws what pipeline/reporting/page.py put into #data. Every chart has the same figures as a table beneath it.
+// Draws the data that pipeline/reporting/page.py put into #data. Below every chart is a table of the same values.
 const { hosts, rows } = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
 const FIGURES = ["top1", "head", "medium", "tail"];
@@ -9,7 +9,7 @@ const ROW_COLOUR = { "stage I": "var(--stage1)", "without H2T": "var(--head)", "
 const CLASS_COLOURS = ["#4e79a7", "#f28e2b", "#e15759", "#76b7b2", "#59a14f", "#edc948", "#b07aa1", "#ff9da7", "#9c755f", "#8a8a8a"];
 const NEIGHBOURS = 5;
 const CELLS = 90;
-const LINES = 300; // of a table of pairs of classes
+const LINES = 300; // most rows in the table of the confusion matrix
 const state = { host: Object.keys(hosts)[0], at: 0, row: "with_h2t", pair: "" };
 const known = (v) => v !== null && v !== undefined;
 const text = (v, digits = 2) => (known(v) ? Number(v).toFixed(digits) : "–");
@@ -36,7 +36,7 @@ function table(id, columns, lines) {
   $(`${id}-table`).replaceChildren(made);
 }
 
-/** Puts a chart into #id: Plot options, and the same figures as columns and lines. */
+/** Puts a chart with these Plot options into #id, and the same values into the table #id-table. */
 function chart(id, options, columns, lines) {
   const place = $(id);
   const width = Math.max(260, Math.min(place.clientWidth || 640, options.most || 900));
@@ -47,7 +47,7 @@ function chart(id, options, columns, lines) {
   table(id, columns, lines);
 }
 
-/** The lines of metrics.json that this host has, in the order of the table. */
+/** The rows of metrics.json that this host has, in the order of the table. */
 const present = (h) => Object.keys(rows).filter((key) => h.rows[key]);
 const GROUPS = ["head", "medium", "tail"];
 const groupLegend = (id, classes) => legend(id, GROUPS.filter((g) => classes.some((c) => c.group === g)).map((g) => [`${g} classes`, COLOUR[g]]));
@@ -56,7 +56,7 @@ const percent = (label = "test accuracy (%)") => ({ domain: [0, 100], grid: true
 function drawRatio() {
   const h = hosts[state.host], at = state.at, zero = h.ratios.indexOf(0);
   if (!h.ratios.length) {
-    $("ratio-text").textContent = `${state.host} has no head with donor instance and random channels.`;
+    $("ratio-text").textContent = `${state.host} was not trained with donor instance and random channels.`;
     for (const id of ["groups", "curve", "bars"]) for (const place of [id, `${id}-table`]) $(place).replaceChildren();
     return;
   }
@@ -106,28 +106,28 @@ function drawRatio() {
     return `${NAMES[f]} ${signed(d.mean)}` + (known(d.low) ? ` [${signed(d.low)}, ${signed(d.high)}], ${d.verdict}` : "");
   });
   $("ratio-text").textContent = `${state.host} at ratio ${h.ratios[at]}: ` + bars.map((b) => `${b.group} ${text(b.mean, 1)}`).join(", ") + "." +
-    (apart.length ? ` Against ratio 0, same batches, mean and 95 % interval: ${apart.join("; ")}.` : "");
+    (apart.length ? ` Difference from ratio 0, paired by seed, in percentage points, with the 95 % interval: ${apart.join("; ")}.` : "");
 }
 
-/** Other donors and other channels at this ratio, against the usual ones; a page without any has no such section. */
+/** Other donors and channels at this ratio, compared with donor instance, random channels. Some pages have none. */
 function drawVariants() {
   if (!$("variants-text")) return;
-  const h = hosts[state.host], ratio = h.ratios[state.at], found = h.variants.filter((v) => v.at === state.at);
-  $("variants-text").textContent = found.length
-    ? `${state.host} at ratio ${ratio}: whose channels are given (donor) and which (first, middle, last of the channels, shuffled among donors, or all of them mixed in), paired by seed with donor instance, random channels.`
-    : h.variants.length ? `At ratio ${ratio} of ${state.host} there is nothing to compare; move the slider.` : `${state.host} was trained with one donor and random channels only.`;
+  const h = hosts[state.host], ratio = h.ratios[state.at], others = h.variants.filter((v) => v.at === state.at);
+  $("variants-text").textContent = others.length
+    ? `${state.host} at ratio ${ratio}: other donors, and other channels (first, middle or last instead of random; shuffled: from several donors; mixup: all channels, averaged with weight ratio), compared with donor instance, random channels, paired by seed.`
+    : h.variants.length ? `For ${state.host} at ratio ${ratio} there is nothing to compare; move the slider.` : `${state.host} was trained with one donor and random channels only.`;
   for (const [id, figure] of [["variants-top1", "top1"], ["variants-tail", "tail"]]) {
-    const lines = found.filter((v) => v.difference[figure]).map((v) => ({ name: v.name, ...v.difference[figure] }));
+    const lines = others.filter((v) => v.difference[figure]).map((v) => ({ name: v.name, ...v.difference[figure] }));
     if (!lines.length) { for (const place of [id, `${id}-table`]) $(place).replaceChildren(); continue; }
     const apart = (v) => v.verdict === "higher" || v.verdict === "lower";
     chart(id, {
-      height: 70 + 26 * lines.length, marginLeft: 120, marginBottom: 46, x: { label: "difference in points", grid: true }, y: { type: "band", domain: lines.map((v) => v.name), label: null, tickSize: 0 },
+      height: 70 + 26 * lines.length, marginLeft: 120, marginBottom: 46, x: { label: "difference in percentage points", grid: true }, y: { type: "band", domain: lines.map((v) => v.name), label: null, tickSize: 0 },
       marks: [
         Plot.ruleX([0], { stroke: "currentColor" }),
         Plot.ruleY(lines.filter((v) => known(v.low)), { y: "name", x1: "low", x2: "high", stroke: "var(--head)", strokeWidth: 2 }),
         Plot.dot(lines, { y: "name", x: "mean", r: 4.5, stroke: "var(--head)", strokeWidth: 2, fill: (v) => (apart(v) ? "var(--head)" : "var(--paper)"), tip: true, title: (v) => `${v.name}: ${signed(v.mean)}` + (known(v.low) ? ` [${signed(v.low)}, ${signed(v.high)}]` : "") + `, ${v.verdict}` }),
       ],
-    }, ["donor, channels", "difference", "95 % interval", "verdict", NAMES[figure], "std"], found.map((v) => {
+    }, ["donor, channels", "difference", "95 % interval", "verdict", NAMES[figure], "std"], others.map((v) => {
       const d = v.difference[figure];
       return [v.name, d ? signed(d.mean) : "–", d && known(d.low) ? `${signed(d.low)} to ${signed(d.high)}` : "–", d ? d.verdict : "–", v.mean[figure], v.std[figure]];
     }));
@@ -150,13 +150,13 @@ function drawCounts() {
   legend("counts", kinds.map(([n]) => [n, ROW_COLOUR[n]]));
 }
 
-/** By name, on pages where classes are too many to draw each. */
+/** Names the classes that change most, on pages with too many classes to draw each. */
 function drawChanged() {
   if (!$("changed-text")) return;
-  const found = hosts[state.host].changed || [];
-  $("changed-text").textContent = found.length ? `${state.host}: those that gain most, then those that lose most, at the ratio of the table above.` : `${state.host}: no class changes, or there are no heads without and with H2T to compare.`;
+  const classes = hosts[state.host].changed || [];
+  $("changed-text").textContent = classes.length ? `${state.host}: the classes that gain most, then those that lose most, at the ratio in the table of results.` : `${state.host}: no class changes, or the host was not trained both with and without H2T.`;
   $("changed-table").replaceChildren();
-  if (found.length) table("changed", ["class", "training images", "group", "without H2T", "with H2T", "difference"], found.map((c) => [c.name, text(c.count, 0), c.group, c.without, c.with, signed(c.with - c.without)]));
+  if (classes.length) table("changed", ["class", "training images", "group", "without H2T", "with H2T", "difference"], classes.map((c) => [c.name, text(c.count, 0), c.group, c.without, c.with, signed(c.with - c.without)]));
 }
 
 function legend(id, entries) {
@@ -179,12 +179,12 @@ function drawConfusion() {
     width, height: width, marginLeft: many ? 30 : 80, marginBottom: many ? 30 : 72, padding: 0,
     x: { type: "band", label: "predicted", tickFormat: tick, tickRotate: many ? 0 : -45, tickSize: 0 }, y: { type: "band", label: "true", tickFormat: tick, tickSize: 0 }, opacity: { domain: [0, 1], range: [0, 1] },
     marks: [
-      Plot.cell(cells.filter((c) => c.n), { x: "p", y: "t", fill: (c) => (c.wrong ? "var(--tail)" : "var(--head)"), fillOpacity: "share", tip: true, title: (c) => `${classes[c.t].name} taken for ${classes[c.p].name}: ${text(100 * c.share, 1)} %` }),
+      Plot.cell(cells.filter((c) => c.n), { x: "p", y: "t", fill: (c) => (c.wrong ? "var(--tail)" : "var(--head)"), fillOpacity: "share", tip: true, title: (c) => `${classes[c.t].name} predicted as ${classes[c.p].name}: ${text(100 * c.share, 1)} %` }),
       Plot.cell(cells.filter((c) => c.wrong), { x: "p", y: "t", stroke: "var(--tail)", strokeWidth: many ? 0.5 : 1.5, inset: 1, fill: "none" }),
       many ? null : Plot.text(cells.filter((c) => c.share >= 0.005), { x: "p", y: "t", text: (c) => text(100 * c.share, 0), fontSize: 11, fill: (c) => (c.share > 0.55 ? "var(--paper)" : "var(--ink)") }),
       Plot.frame({ stroke: "var(--line)" }),
     ],
-  }, ["true", "predicted", "share (%)"], [...told.map((c) => [classes[c.t].name, classes[c.p].name, 100 * c.share]), ...(told.length < worth.length ? [["and", `${worth.length - told.length} smaller ones`, "–"]] : [])]);
+  }, ["true", "predicted", "share (%)"], [...told.map((c) => [classes[c.t].name, classes[c.p].name, 100 * c.share]), ...(told.length < worth.length ? [["others", `${worth.length - told.length} smaller shares`, "–"]] : [])]);
   const taken = {};
   for (const c of cells) if (classes[c.t].group === "tail") taken[c.p] = (taken[c.p] || 0) + c.n;
   const total = Object.values(taken).reduce((a, b) => a + b, 0);
@@ -196,10 +196,10 @@ function drawConfusion() {
   groupLegend("tail", bars);
   const share = (from, to) => {
     const of = cells.filter((c) => classes[c.t].group === from), all = d3.sum(of, (c) => c.n);
-    return all ? `${text((100 * d3.sum(of.filter((c) => classes[c.p].group === to), (c) => c.n)) / all, 1)} % of ${from} samples are taken for ${to} classes` : null;
+    return all ? `${text((100 * d3.sum(of.filter((c) => classes[c.p].group === to), (c) => c.n)) / all, 1)} % of ${from} samples are predicted as ${to} classes` : null;
   };
   const parts = [share("tail", "head"), share("head", "tail")].filter(known);
-  $("confusion-text").textContent = parts.length ? `${rows[state.row]}: ${parts.join("; ")}.` : "There is no tail or no head class.";
+  $("confusion-text").textContent = parts.length ? `${rows[state.row]}: ${parts.join("; ")}.` : "There are no tail classes or no head classes.";
 }
 
 function drawCalibration() {
@@ -212,21 +212,21 @@ function drawCalibration() {
     marks: [
       Plot.line([[0, 0], [100, 100]], { stroke: "currentColor", strokeDasharray: "4 3" }),
       Plot.line(bins, { x: "confidence", y: "accuracy", z: "row", stroke: "row" }),
-      Plot.dot(bins, { x: "confidence", y: "accuracy", fill: "row", symbol: "row", r: "count", tip: true, title: (b) => `${b.row}: sure ${text(b.confidence, 1)}, right ${text(b.accuracy, 1)}, ${b.count} samples` }),
+      Plot.dot(bins, { x: "confidence", y: "accuracy", fill: "row", symbol: "row", r: "count", tip: true, title: (b) => `${b.row}: confidence ${text(b.confidence, 1)} %, accuracy ${text(b.accuracy, 1)} %, ${b.count} ${b.count === 1 ? "sample" : "samples"}` }),
     ],
   }, ["classifier", "confidence", "accuracy", "samples"], bins.map((b) => [b.row, b.confidence, b.accuracy, String(b.count)]));
   legend("reliability", kinds.map(([n]) => [n, ROW_COLOUR[n]]));
   const norms = kinds.filter(([, r]) => r.norms).flatMap(([row, r]) => r.norms.map((norm, i) => ({ row, i, norm, name: h.classes[i].name })));
   chart("norms", {
-    ...scales, height: 340, x: { label: "class, in descending order of training images", ticks: [] }, y: { label: "length", grid: true, zero: true },
+    ...scales, height: 340, x: { label: "class, in descending order of training images", ticks: [] }, y: { label: "L2 norm", grid: true, zero: true },
     marks: [Plot.line(norms, { x: "i", y: "norm", z: "row", stroke: "row" }), Plot.dot(norms, { x: "i", y: "norm", fill: "row", symbol: "row", r: 3, tip: true, title: (n) => `${n.name}, ${n.row}: ${text(n.norm, 3)}` })],
   }, ["class", ...kinds.map(([n]) => n)], h.classes.map((c, i) => [c.name, ...kinds.map(([, r]) => (r.norms ? r.norms[i] : null))]));
   legend("norms", kinds.map(([n]) => [n, ROW_COLOUR[n]]));
 }
 
-/** The class that most of the nearest samples were given, for each cell of a grid over the embedding. */
+/** For each cell of a grid over the embedding, the class predicted for most of the nearest samples. */
 function regions(e, guesses) {
-  const [x0, x1] = d3.extent(e.x), [y0, y1] = d3.extent(e.y), found = [];
+  const [x0, x1] = d3.extent(e.x), [y0, y1] = d3.extent(e.y), labels = [];
   for (let row = 0; row < CELLS; row++) for (let column = 0; column < CELLS; column++) {
     const x = x0 + ((x1 - x0) * (column + 0.5)) / CELLS, y = y1 - ((y1 - y0) * (row + 0.5)) / CELLS;
     const near = [], votes = {};
@@ -237,9 +237,9 @@ function regions(e, guesses) {
       }
     }
     for (const [, label] of near) votes[label] = (votes[label] || 0) + 1;
-    found.push(+near.reduce((best, [, label]) => (votes[label] > votes[best] ? label : best), near[0][1]));
+    labels.push(+near.reduce((best, [, label]) => (votes[label] > votes[best] ? label : best), near[0][1]));
   }
-  return found;
+  return labels;
 }
 
 function drawEmbedding() {
@@ -249,11 +249,11 @@ function drawEmbedding() {
   const others = ["without_h2t", "with_h2t"].some((row) => e[row].some((l) => known(l) && !labels.includes(l)));
   $("embedding-legend").replaceChildren(
     ...shown.map((l) => element("li", e.names[l], { style: `--of: ${colour(l)}` })),
-    ...(others && !state.pair ? [element("li", "any of the classes that are not shown", { style: "--of: var(--line)" })] : []));
+    ...(others && !state.pair ? [element("li", "a class that is not shown", { style: "--of: var(--line)" })] : []));
   for (const [id, row] of [["without", "without_h2t"], ["with", "with_h2t"]]) {
     const guesses = e[row], there = guesses.length > 0 && guesses.every(known);
     if (!there) {
-      $(id).replaceChildren(element("p", guesses.length ? "This host has no such head." : "Too few samples to embed.", { class: "quiet" }));
+      $(id).replaceChildren(element("p", guesses.length ? "This host has no such classifier." : "Too few samples to embed.", { class: "quiet" }));
       $(`${id}-table`).replaceChildren();
       continue;
     }
@@ -266,10 +266,10 @@ function drawEmbedding() {
       marks: [
         Plot.raster(e[key].map((l) => (shown.includes(l) ? l : null)), { fill: Plot.identity, width: CELLS, height: CELLS, x1: x0, x2: x1, y1: y1, y2: y0, fillOpacity: 0.3, imageRendering: "pixelated" }),
         Plot.dot(points.filter((p) => p.right), { x: "x", y: "y", r: 2.5, fill: "label", tip: true, title: (p) => e.names[p.label] }),
-        Plot.dot(points.filter((p) => !p.right), { x: "x", y: "y", r: 4, symbol: "times", stroke: "label", strokeWidth: 2, tip: true, title: (p) => `${e.names[p.label]}, taken for ${e.names[p.guess]}` }),
+        Plot.dot(points.filter((p) => !p.right), { x: "x", y: "y", r: 4, symbol: "times", stroke: "label", strokeWidth: 2, tip: true, title: (p) => `${e.names[p.label]}, predicted as ${e.names[p.guess]}` }),
         Plot.frame({ stroke: "var(--line)" }),
       ],
-    }, ["class", "samples shown", "right", "regions (% of the picture)"], labels.map((l) => [
+    }, ["class", "samples shown", "correct", "regions (% of the figure)"], labels.map((l) => [
       e.names[l], String(e.label.filter((x) => x === l).length), String(e.label.filter((x, i) => x === l && guesses[i] === l).length), (100 * e[key].filter((x) => x === l).length) / e[key].length]));
   }
 }

@@ -78,9 +78,9 @@ SETTINGS = {
     "a host that is a number": ("hosts={1: {}}", "hosts: names are letters, digits, _ and -"),
     "an empty section": ("extract=", "extract: must be a mapping of keys; got None"),
     "a ratio below 1": ("prepare.imbalance.ratio=0.5", "prepare.imbalance.ratio: must be at least 1; got 0.5"),
-    "no value": ("seed", "--set seed: must read key=value"),
-    "no key": ("=3", "--set =3: must read key=value"),
-    "bad value": ("seed=[1", "--set seed=[1: the value is not YAML"),
+    "no value": ("seed", "--set seed: must have the form key=value"),
+    "no key": ("=3", "--set =3: must have the form key=value"),
+    "bad value": ("seed=[1", "--set seed=[1: the value must be YAML"),
     "no such section to set in": ("host.dr.grid=1", "--set host.dr.grid=1: no section 'host'; did you mean 'hosts'?"),
     "a class that would be empty": ("prepare.imbalance.ratio=1000", "prepare.imbalance.ratio: class 7 (7) must keep"),
     "more than a class has": ("prepare.test_per_class=5000", "prepare.test_per_class: class 0 has 178 samples"),
@@ -98,14 +98,14 @@ def test_a_bad_setting_is_one_line_and_leaves_nothing(tmp_path, params, setting,
 
 
 FILES = {
-    "not YAML": (b"a: [1\n", "not readable as YAML"),
-    "not text": (b"\xff\xfe\x00", "not readable as YAML"),
+    "not YAML": (b"a: [1\n", "must be a readable YAML file"),
+    "not text": (b"\xff\xfe\x00", "must be a readable YAML file"),
     "empty": (b"", "must be a mapping of sections; got None"),
     "a list": (b"- 1\n", "must be a mapping of sections; got [1]"),
-    "a key twice": (b"seed: 0\nseed: 1\n", "not readable as YAML (the key 'seed' stands twice"),
+    "a key twice": (b"seed: 0\nseed: 1\n", "must be a readable YAML file (duplicate key 'seed'"),
     "a number for a key": (b"1: 2\n", "1: unknown section"),
-    "code": (b"seed: !!python/object/apply:os.system ['true']\n", "not readable as YAML"),
-    "too deep": (b"a: " + b"[" * 5000, "not readable as YAML"),
+    "code": (b"seed: !!python/object/apply:os.system ['true']\n", "must be a readable YAML file"),
+    "too deep": (b"a: " + b"[" * 5000, "must be a readable YAML file"),
 }
 
 
@@ -157,7 +157,7 @@ def test_a_directory_with_other_things_is_refused_and_left_alone(tmp_path, param
     (tmp_path / "data" / "extract").mkdir(parents=True)
     (tmp_path / "data" / "extract" / "cache.json").write_text("{}")
     line = refused("prepare", tmp_path / "data", "--params", params)
-    assert "holds 'extract', which is not of this stage" in line
+    assert "must hold outputs of this stage only; got 'extract'" in line
     assert (tmp_path / "data" / "extract" / "cache.json").read_text() == "{}"
     assert [p.name for p in (tmp_path / "data").iterdir()] == ["extract"]
 

@@ -58,7 +58,7 @@ def test_the_command_line_says_it(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (result.exit_code, result.stderr) == (
         1,
-        "error: disk: File too large; make room or change its owner, and run again\n",
+        "error: disk: File too large; free some space or fix the permissions, then run again\n",
     )
     assert not out.exists()
 

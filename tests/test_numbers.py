@@ -61,13 +61,13 @@ def test_a_file_of_something_else_is_one_line(tmp_path, text):
         (
             "extract: 2026112601",
             "extract: 2026112507",
-            "extract must have the number 2026112601 of the installed h2t",
+            "extract must be 2026112601, as in the installed h2t; got 2026112507",
         ),
-        ("  dr: 2026112601\n", "", "hosts.dr must have the number 2026112601 of the installed h2t; got none"),
+        ("  dr: 2026112601\n", "", "hosts.dr must be 2026112601, as in the installed h2t; got none"),
         (
             "  dr: 2",
             "  later: 2027010101\n  dr: 2",
-            "hosts.later must have the number none of the installed h2t",
+            "hosts.later must be absent, as in the installed h2t; got 2027010101",
         ),
     ],
 )

@@ -47,7 +47,7 @@ def test_an_old_output_is_replaced_also_by_more(tmp_path):
 
 def test_a_directory_with_anything_else_is_refused(tmp_path):
     (tmp_path / "out" / "precious").mkdir(parents=True)
-    with pytest.raises(UserError, match="holds 'precious', which is not of this stage"):
+    with pytest.raises(UserError, match="must hold outputs of this stage only; got 'precious'"):
         filled(tmp_path / "out")
     assert names(tmp_path / "out") == ["precious"]
     assert names(tmp_path) == ["out"]

@@ -78,7 +78,7 @@ def test_a_bad_image_is_refused_in_one_line(broken, tmp_path):
         prepare.run(params(options), 0, tmp_path / "p", silent)
     text = str(caught.value)
     assert text.startswith(f"image '{VICTIM}': {reason}"), text
-    assert text.endswith("or leave such images out with prepare.bad_images=skip")
+    assert text.endswith("or leave out bad images with prepare.bad_images=skip")
     assert "\n" not in text
     assert not (tmp_path / "p").exists()
 

@@ -74,8 +74,8 @@ SETTINGS = {
     "a device of torch that cannot train": ("device=meta", "device: must be auto, cpu, cuda or cuda:N; got 'meta'"),
     "groups": ("evaluate.groups=[7, 3]", "evaluate.groups: must be paper_index, paper_threshold, oltr or two rising"),
     "no hosts": ("hosts={}", "hosts: must be a mapping with at least one entry; got {}"),
-    "a host that is a path": ("hosts={../x: {}}", "hosts: names are letters, digits, _ and -"),
-    "a host that is a number": ("hosts={1: {}}", "hosts: names are letters, digits, _ and -"),
+    "a host that is a path": ("hosts={../x: {}}", "hosts: a name must consist of letters, digits, _ and -"),
+    "a host that is a number": ("hosts={1: {}}", "hosts: a name must consist of letters, digits, _ and -"),
     "an empty section": ("extract=", "extract: must be a mapping of keys; got None"),
     "a ratio below 1": ("prepare.imbalance.ratio=0.5", "prepare.imbalance.ratio: must be at least 1; got 0.5"),
     "no value": ("seed", "--set seed: must have the form key=value"),
@@ -148,7 +148,7 @@ def test_numbers_are_read_as_dvc_reads_them(tmp_path, params):
 
 def test_places_that_cannot_be_made_are_one_line(tmp_path, params):
     (tmp_path / "file").write_text("x")
-    assert "cannot be made" in refused("prepare", tmp_path / "file" / "out", "--params", params)
+    assert "cannot be created" in refused("prepare", tmp_path / "file" / "out", "--params", params)
     assert (tmp_path / "file").read_text() == "x"
 
 

@@ -14,10 +14,10 @@ from h2t.pipeline.base.errors import of_the_machine
 from h2t.pipeline.command_line.main import main
 
 LACKS = {
-    "room": (OSError(errno.ENOSPC, "", "data/x"), "data/x: No space left on device; make room"),
-    "a writable disk": (OSError(errno.EROFS, "", "data/x"), "data/x: Read-only file system; make room"),
+    "room": (OSError(errno.ENOSPC, "", "data/x"), "data/x: No space left on device; free some space"),
+    "a writable disk": (OSError(errno.EROFS, "", "data/x"), "data/x: Read-only file system; free some space"),
     "a sound disk": (OSError(errno.EIO, ""), "disk: Input/output error; "),
-    "memory": (MemoryError(), "memory: there is not enough; raise the limit"),
+    "memory": (MemoryError(), "memory: not enough; raise the limit"),
     "memory, in numpy's words": (MemoryError("Unable to allocate 1. GiB"), "memory: Unable to allocate 1. GiB; raise"),
     "memory for a process": (OSError(errno.ENOMEM, "Cannot allocate memory"), "memory: [Errno 12] Cannot allocate"),
     "memory for a library": (

@@ -112,5 +112,5 @@ def test_there_is_a_folder_for_every_kind():
 def test_the_old_place_of_a_setting_is_accepted_with_a_line(project):
     done = CliRunner().invoke(main, ["prepare", "out", "--set", "extract.cluster=local:2"])
     assert done.exit_code == 0, done.output
-    assert "note: extract.cluster belongs into the section run" in done.output
+    assert "note: extract.cluster belongs in the section run" in done.output
     assert "run.cluster" in refused("prepare", "out", "--set", "run={cluster: nonsense}")

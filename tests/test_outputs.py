@@ -83,7 +83,7 @@ def test_a_link_is_replaced_and_its_target_stays(tmp_path):
 
 def test_a_file_is_refused(tmp_path):
     (tmp_path / "params.yaml").write_text("mine")
-    with pytest.raises(UserError, match="is a file"):
+    with pytest.raises(UserError, match="must be a directory; got a file"):
         filled(tmp_path / "params.yaml")
     assert (tmp_path / "params.yaml").read_text() == "mine"
     assert names(tmp_path) == ["params.yaml"]
@@ -98,7 +98,7 @@ def test_what_is_only_called_like_our_remains_stays(tmp_path):
 
 def test_a_place_below_a_file_is_one_line(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="cannot be made"):
+    with pytest.raises(UserError, match="cannot be created"):
         filled(tmp_path / "file" / "out")
 
 

@@ -99,7 +99,7 @@ def test_a_bad_image_is_skipped_and_recorded(broken, tmp_path):
     assert (skipped["split"], skipped["source"]) == ("train", VICTIM)
     assert skipped["reason"].startswith(reason)
     assert " at 0x" not in skipped["reason"]  # no address in memory: the file is a function of the input
-    assert sum("1 bad images left out" in line for line in said) == 1
+    assert sum("1 bad image left out" in line for line in said) == 1
 
 
 def test_skipping_nothing_changes_no_sample(tmp_path):

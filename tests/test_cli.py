@@ -84,7 +84,10 @@ SETTINGS = {
     "no such section to set in": ("host.dr.grid=1", "--set host.dr.grid=1: no section 'host'; did you mean 'hosts'?"),
     "a class that would be empty": ("prepare.imbalance.ratio=1000", "prepare.imbalance.ratio: class 7 (7) must keep"),
     "more than a class has": ("prepare.test_per_class=5000", "prepare.test_per_class: class 0 has 178 samples"),
-    "no test split": ("prepare.test_per_class=0", "prepare.test_per_class: the dataset has no test split"),
+    "no test split": (
+        "prepare.test_per_class=0",
+        "prepare.test_per_class: must be at least 1, as the dataset has no test split",
+    ),
 }
 
 
@@ -299,7 +302,7 @@ def test_damaged_weights_are_one_line(tmp_path, params, small):
 def test_a_class_with_one_sample_works_with_a_note(tmp_path, params):
     setting = ["--params", params, "--set", "prepare.imbalance.ratio=110"]
     said = accepted("prepare", tmp_path / "samples", *setting)
-    assert "note: a class has one training sample" in said
+    assert "note: at least one class has only one training sample" in said
     assert json.loads((tmp_path / "samples" / "classes.json").read_text())["counts"][-1] == 1
     digest = make_backbone_dir(tmp_path / "b", classes=2)
     make_stage2_cache(tmp_path / "c", shape=(64, 1, 1), counts=(3, 1), backbone=digest)

@@ -1,12 +1,15 @@
 """The command line from outside: a refusal is one line on stderr with exit code 1 or 2, and leaves nothing behind."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 import yaml
+from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 from pipeline_builders import (
     environment,
@@ -82,11 +85,14 @@ SETTINGS = {
     "no key": ("=3", "--set =3: must have the form key=value"),
     "bad value": ("seed=[1", "--set seed=[1: the value must be YAML"),
     "no such section to set in": ("host.dr.grid=1", "--set host.dr.grid=1: no section 'host'; did you mean 'hosts'?"),
-    "a class that would be empty": ("prepare.imbalance.ratio=1000", "prepare.imbalance.ratio: class 7 (7) must keep"),
-    "more than a class has": ("prepare.test_per_class=5000", "prepare.test_per_class: class 0 has 178 samples"),
+    "a class that would be empty": ("prepare.imbalance.ratio=1000", "prepare.imbalance.ratio: must leave class 7 (7)"),
+    "more than a class has": (
+        "prepare.test_per_class=5000",
+        "prepare.test_per_class: must leave class 0 one of its 178",
+    ),
     "no test split": (
         "prepare.test_per_class=0",
-        "prepare.test_per_class: must be at least 1, as the dataset has no test split",
+        "prepare.test_per_class: must be at least 1, as",
     ),
 }
 
@@ -333,10 +339,60 @@ def test_lists_of_commands_are_whole_on_a_narrow_terminal(group):
     assert [line for line in text.partition("Commands:")[2].splitlines() if line.endswith("...")] == []
 
 
-def test_the_list_of_plugins_is_a_table():
-    entries = [[*line.split(maxsplit=1), line] for line in accepted("list").splitlines() if line.startswith("  ")]
+def test_the_list_of_plugins_is_a_table_of_80_columns():
+    lines = accepted("list").splitlines()
+    entries = [line for line in lines if re.match("  [a-z]", line)]
     assert len(entries) > 30
-    assert len({line.index(summary) for _, summary, line in entries}) == 1
+    start = {re.match(r"  \S+ +", line).end() for line in entries}
+    assert len(start) == 1
+    assert all(len(line) <= 80 for line in lines)
+    assert {len(line) - len(line.lstrip()) for line in lines if line not in entries} == {0, *start}
+
+
+def commands(group=main, before=""):
+    """Words of a command line -> command, for every command that is not a group."""
+    found = {}
+    for name, command in group.commands.items():
+        words = f"{before} {name}".strip()
+        found |= commands(command, words) if isinstance(command, click.Group) else {words: command}
+    return found
+
+
+COMMANDS = commands()
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_help_explains_every_argument_and_option_and_gives_an_example(words):
+    text = CliRunner().invoke(main, [*words.split(), "--help"], terminal_width=200).stdout
+    assert max(map(len, text.splitlines())) <= 80
+    assert "\\b" not in text
+    assert [p.name for p in COMMANDS[words].params if not p.help] == []
+    assert re.search(rf"Example:\s+h2t {words}", text)
+
+
+def completed(*words):
+    """What the shell offers for the last of `words`."""
+    shell = ShellComplete(main, {}, "h2t", "_H2T_COMPLETE")
+    return [item.value for item in shell.get_completions(list(words[:-1]), words[-1])]
+
+
+def test_names_are_completed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert completed("extract", "") == []  # without a parameter file
+    write_params(tmp_path / "params.yaml")
+    assert completed("extract", "") == ["ce_mixup"]
+    assert completed("evaluate", "d") == ["dr"]
+    assert completed("list", "ho") == ["hosts"]
+    assert completed("presets", "tin") == ["tiny"]
+    assert "gem" in completed("cache", "pool", "--pool", "g")
+
+
+def test_quiet_prints_errors_only(tmp_path, params):
+    assert accepted("prepare", tmp_path / "loud", "--params", params)
+    assert accepted("prepare", tmp_path / "out", "--params", params, "--quiet") == ""
+    assert "prepare.imbalance.ratio" in refused(
+        "prepare", tmp_path / "no", "--params", params, "-q", "--set", "prepare.imbalance.ratio=1000"
+    )
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["cache", "--help"], ["prepare", "--help"], ["--version"]])

@@ -90,4 +90,4 @@ def test_ctrl_c_ends_a_command_wherever_it_meets_it(tmp_path, met):
     """While a pool starts a thread, which Python then waits for in vain; or in a callback, where Python forgets it."""
     command = [sys.executable, "-c", LOST, met]
     done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stderr) == (130, "stopped; run the same command again to go on\n")
+    assert (done.returncode, done.stderr) == (130, "interrupted; run the same command again to resume\n")

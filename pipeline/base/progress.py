@@ -1,7 +1,8 @@
 """Progress bars: updated five times a second in a terminal, every ten seconds in a log."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
@@ -9,10 +10,31 @@ from tqdm import tqdm
 # No monitor thread: if a thread cannot start for lack of memory, Python waits for it forever.
 tqdm.monitor_interval = 0
 
+_hidden = False
+
+
+@contextmanager
+def hidden(hide: bool) -> Iterator[None]:
+    """With `hide`, `progress` shows no bars in the block."""
+    global _hidden
+    before, _hidden = _hidden, hide
+    try:
+        yield
+    finally:
+        _hidden = before
+
 
 def progress(items: Iterable[Any] | None, what: str, *, unit: str, total: int | None = None, **more: Any) -> Any:
     """A tqdm bar over `items` that appears after one second. With None for `items`, the caller updates the bar."""
-    quick = sys.stderr.isatty()
+    interval = 0.2 if sys.stderr.isatty() else 10
     return tqdm(
-        items, what, total=total, unit=unit, delay=1, dynamic_ncols=True, mininterval=0.2 if quick else 10, **more
+        items,
+        what,
+        total=total,
+        unit=unit,
+        delay=1,
+        dynamic_ncols=True,
+        mininterval=interval,
+        disable=_hidden,
+        **more,
     )

@@ -32,7 +32,11 @@ def main() -> None:
 
     `dvc repro` runs all stages of params.yaml. In order they are: watch, inputs, prepare, train-backbone, extract,
     pool, train-classifier, evaluate, report.
-    """
+
+    \b
+    Completion of commands and names in bash (or zsh_source, fish_source):
+      eval "$(_H2T_COMPLETE=bash_source h2t)"
+    """  # noqa: D301 - click wants the character, not two
 
 
 for command in SHARING:

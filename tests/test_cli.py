@@ -387,6 +387,11 @@ def test_names_are_completed(tmp_path, monkeypatch):
     assert "gem" in completed("cache", "pool", "--pool", "g")
 
 
+def test_an_unknown_plugin_is_named_once(tmp_path, params):
+    line = refused("prepare", tmp_path / "out", "--params", params, "--set", "prepare.dataset=digit")
+    assert line.count("'digit'") == 1
+
+
 def test_quiet_prints_errors_only(tmp_path, params):
     assert accepted("prepare", tmp_path / "loud", "--params", params)
     assert accepted("prepare", tmp_path / "out", "--params", params, "--quiet") == ""

@@ -183,7 +183,9 @@ def _line(model: type[pydantic.BaseModel], where: str, error: Any) -> str:
     if error["type"] == "missing":
         return f"{path}: missing; add it (h2t presets lists complete files)"
     if error["type"] == "value_error":
-        return f"{path}: {error['ctx']['error']}; got {_short(got)}"
+        text = str(error["ctx"]["error"])
+        named = isinstance(got, str) and repr(got) in text  # an unknown plug-in is named already
+        return f"{path}: {text}" if named else f"{path}: {text}; got {_short(got)}"
     text = error["msg"][0].lower() + error["msg"][1:]
     return f"{path}: {text.replace('input should be', 'must be')}; got {_short(got)}"
 

@@ -2,7 +2,7 @@
 
 Source: A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009. An image's source is
 `train/00042`: its split and its number in torchvision's order, in which the published long-tailed subsets are drawn.
-The plug-ins bind `name`, torchvision's name of the data set: CIFAR10 or CIFAR100.
+The plug-ins bind `name`, torchvision's name of the dataset: CIFAR10 or CIFAR100.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def transform(options: Options) -> Transform:
 
 @lru_cache(maxsize=2)
 def _parts(name: str, root: str, download: bool) -> dict[str, Any]:
-    """Split -> torchvision's data set, with `data` uint8 (N, 32, 32, 3) and `targets`, a list of N labels."""
+    """Split -> torchvision's dataset, with `data` uint8 (N, 32, 32, 3) and `targets`, a list of N labels."""
     from torchvision import datasets
 
     try:

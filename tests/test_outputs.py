@@ -57,7 +57,7 @@ def test_the_working_directory_is_refused(tmp_path, monkeypatch):
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "params.yaml").write_text("x")
     monkeypatch.chdir(tmp_path / "work")
-    with pytest.raises(UserError, match=r"holds 'params\.yaml'"):
+    with pytest.raises(UserError, match=r"must hold outputs of this stage only; got 'params\.yaml'"):
         filled(".")
     assert names(tmp_path) == ["work"]
 

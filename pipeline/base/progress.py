@@ -24,7 +24,15 @@ def hidden(hide: bool) -> Iterator[None]:
         _hidden = before
 
 
-def progress(items: Iterable[Any] | None, what: str, *, unit: str, total: int | None = None, **more: Any) -> Any:
+def progress(
+    items: Iterable[Any] | None,
+    what: str,
+    *,
+    unit: str,
+    total: int | None = None,
+    disable: bool = False,
+    **more: Any,
+) -> Any:
     """A tqdm bar over `items` that appears after one second. With None for `items`, the caller updates the bar."""
     interval = 0.2 if sys.stderr.isatty() else 10
     return tqdm(
@@ -35,6 +43,6 @@ def progress(items: Iterable[Any] | None, what: str, *, unit: str, total: int | 
         delay=1,
         dynamic_ncols=True,
         mininterval=interval,
-        disable=_hidden,
+        disable=disable or _hidden,
         **more,
     )

@@ -74,7 +74,7 @@ def listed(tmp_path, *lines: str, train=None, **options):
         ("train/x.png ٣", "must have the form 'relative/path label'"),
         ("train/x.png " + "9" * 5000, "must have the form 'relative/path label'"),
         ("train/x.png 4000000000", "must have the form 'relative/path label'"),
-        ("train/x.png 400000000", "12 training images allow labels 0 to 11"),
+        ("train/x.png 400000000", "with 12 training images labels are 0 to 11"),
         ("train/x.png", "must have the form 'relative/path label'"),
         ("train/n01443537/n01443537_2.JPEG 1", "must be listed once, in one split"),
         ("train/\x1b[2J\u202e.png 0", "is missing"),

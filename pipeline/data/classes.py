@@ -46,7 +46,7 @@ def class_index(labels: np.ndarray, names: Sequence[str]) -> ClassIndex:
     """The index of sorted `labels`, int (n,). Raises UserError for a label out of range and for an empty class."""
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(names):
         raise UserError(
-            f"labels: {counted(len(names), 'class', 'classes')} allow labels 0 to {len(names) - 1}; "
+            f"labels: with {counted(len(names), 'class', 'classes')} labels are 0 to {len(names) - 1}; "
             f"got {labels.min()} to {labels.max()}; extract again"
         )
     counts = np.bincount(labels, minlength=len(names)).astype(np.int64)

@@ -84,7 +84,7 @@ def _class_names(file: pq.ParquetFile, column: str, labels: list[int]) -> list[s
         return metadata[b"classes"].decode(errors="replace").split(",")
     if max(labels) >= len(labels):
         raise UserError(
-            f"label {max(labels)} is out of range: {counted(len(labels), 'image')} allow labels 0 to "
+            f"label {max(labels)} is out of range: with {counted(len(labels), 'image')} labels are 0 to "
             f"{len(labels) - 1}, as every class needs an image; number the classes from 0"
         )
     return [str(i) for i in range(max(labels) + 1)]

@@ -136,8 +136,8 @@ def load(options: Options, class_of: Callable[[str], str]) -> Collection:
     highest = max(train, key=label.__getitem__)
     if label[highest] >= len(train):
         raise UserError(
-            f"{options.train}: {source[highest]!r}: label {label[highest]} is out of range: "
-            f"with {counted(len(train), 'training image')} labels are 0 to {len(train) - 1}, as every class needs an image"
+            f"{options.train}: {source[highest]!r}: label {label[highest]} is out of range: with "
+            f"{counted(len(train), 'training image')} labels are 0 to {len(train) - 1}, as every class needs an image"
         )
     classes = class_names([source[i] for i in train], [label[i] for i in train], class_of)
     worst = max(range(len(label)), key=label.__getitem__)

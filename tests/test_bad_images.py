@@ -78,7 +78,7 @@ def test_a_bad_image_is_refused_in_one_line(broken, tmp_path):
         prepare.run(params(options), 0, tmp_path / "p", silent)
     text = str(caught.value)
     assert text.startswith(f"image '{VICTIM}': {reason}"), text
-    assert text.endswith("or leave such images out with prepare.bad_images=skip")
+    assert text.endswith("or leave out bad images with prepare.bad_images=skip")
     assert "\n" not in text
     assert not (tmp_path / "p").exists()
 
@@ -99,7 +99,7 @@ def test_a_bad_image_is_skipped_and_recorded(broken, tmp_path):
     assert (skipped["split"], skipped["source"]) == ("train", VICTIM)
     assert skipped["reason"].startswith(reason)
     assert " at 0x" not in skipped["reason"]  # no address in memory: the file is a function of the input
-    assert sum("1 bad images left out" in line for line in said) == 1
+    assert sum("1 bad image left out" in line for line in said) == 1
 
 
 def test_skipping_nothing_changes_no_sample(tmp_path):

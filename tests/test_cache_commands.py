@@ -36,10 +36,10 @@ def test_info(cache_dir):
         fingerprint = found.spec.fingerprint
     for part in (
         "11 of 6 samples, 2 views",
-        "9 train rows under stage1 statistics",
-        "2 test rows under stage1 statistics",
+        "9 train rows with stage1 statistics",
+        "2 test rows with stage1 statistics",
         "2: 3 x 2 x 2, 5 x 1 x 1, float16",
-        "codec zstd, 1 rows per chunk, 4 per shard",
+        "codec zstd, 1 row per chunk, 4 per shard",
         "in 6 shards",
         fingerprint,
         'views: {"max": 2, "seed": 0}',
@@ -84,7 +84,7 @@ def test_stats(cache_dir):
     assert first.startswith("expert 0: 132 values, ")
     assert f"max {maps[0].max():.4g}" in first
     assert "0 NaN, 0 Inf" in first
-    assert "mean L2 norm of a class" in norms
+    assert "mean L2 norm by class" in norms
     assert second.startswith("expert 1: 55 values")
     table = json.loads("".join(lines("stats", "--json", cache_dir)))
     assert table[0]["sparsity"] == (maps[0] == 0).mean()

@@ -84,8 +84,8 @@ def overwrite(place: Path, source=VICTIM) -> str:
     old, new = (hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in (at, other))
     shutil.copyfile(other, at)
     return (
-        f"image {source!r}: has changed since it was prepared, its sha256 must be {old}; got {new}; "
-        "put the old image back, or prepare again (dvc repro or h2t prepare)"
+        f"image {source!r}: has changed since it was prepared: its sha256 must be {old}; got {new}; "
+        "restore the image or prepare again (dvc repro or h2t prepare)"
     )
 
 

@@ -1,12 +1,15 @@
 """The command line from outside: a refusal is one line on stderr with exit code 1 or 2, and leaves nothing behind."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 import yaml
+from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 from pipeline_builders import (
     environment,
@@ -74,17 +77,23 @@ SETTINGS = {
     "a device of torch that cannot train": ("device=meta", "device: must be auto, cpu, cuda or cuda:N; got 'meta'"),
     "groups": ("evaluate.groups=[7, 3]", "evaluate.groups: must be paper_index, paper_threshold, oltr or two rising"),
     "no hosts": ("hosts={}", "hosts: must be a mapping with at least one entry; got {}"),
-    "a host that is a path": ("hosts={../x: {}}", "hosts: names are letters, digits, _ and -"),
-    "a host that is a number": ("hosts={1: {}}", "hosts: names are letters, digits, _ and -"),
+    "a host that is a path": ("hosts={../x: {}}", "hosts: a name must consist of letters, digits, _ and -"),
+    "a host that is a number": ("hosts={1: {}}", "hosts: a name must consist of letters, digits, _ and -"),
     "an empty section": ("extract=", "extract: must be a mapping of keys; got None"),
     "a ratio below 1": ("prepare.imbalance.ratio=0.5", "prepare.imbalance.ratio: must be at least 1; got 0.5"),
-    "no value": ("seed", "--set seed: must read key=value"),
-    "no key": ("=3", "--set =3: must read key=value"),
-    "bad value": ("seed=[1", "--set seed=[1: the value is not YAML"),
+    "no value": ("seed", "--set seed: must have the form key=value"),
+    "no key": ("=3", "--set =3: must have the form key=value"),
+    "bad value": ("seed=[1", "--set seed=[1: the value must be YAML"),
     "no such section to set in": ("host.dr.grid=1", "--set host.dr.grid=1: no section 'host'; did you mean 'hosts'?"),
-    "a class that would be empty": ("prepare.imbalance.ratio=1000", "prepare.imbalance.ratio: class 7 (7) must keep"),
-    "more than a class has": ("prepare.test_per_class=5000", "prepare.test_per_class: class 0 has 178 samples"),
-    "no test split": ("prepare.test_per_class=0", "prepare.test_per_class: the dataset has no test split"),
+    "a class that would be empty": ("prepare.imbalance.ratio=1000", "prepare.imbalance.ratio: must leave class 7 (7)"),
+    "more than a class has": (
+        "prepare.test_per_class=5000",
+        "prepare.test_per_class: must leave class 0 one of its 178",
+    ),
+    "no test split": (
+        "prepare.test_per_class=0",
+        "prepare.test_per_class: must be at least 1, as",
+    ),
 }
 
 
@@ -98,14 +107,14 @@ def test_a_bad_setting_is_one_line_and_leaves_nothing(tmp_path, params, setting,
 
 
 FILES = {
-    "not YAML": (b"a: [1\n", "not readable as YAML"),
-    "not text": (b"\xff\xfe\x00", "not readable as YAML"),
+    "not YAML": (b"a: [1\n", "must be a readable YAML file"),
+    "not text": (b"\xff\xfe\x00", "must be a readable YAML file"),
     "empty": (b"", "must be a mapping of sections; got None"),
     "a list": (b"- 1\n", "must be a mapping of sections; got [1]"),
-    "a key twice": (b"seed: 0\nseed: 1\n", "not readable as YAML (the key 'seed' stands twice"),
+    "a key twice": (b"seed: 0\nseed: 1\n", "must be a readable YAML file (duplicate key 'seed'"),
     "a number for a key": (b"1: 2\n", "1: unknown section"),
-    "code": (b"seed: !!python/object/apply:os.system ['true']\n", "not readable as YAML"),
-    "too deep": (b"a: " + b"[" * 5000, "not readable as YAML"),
+    "code": (b"seed: !!python/object/apply:os.system ['true']\n", "must be a readable YAML file"),
+    "too deep": (b"a: " + b"[" * 5000, "must be a readable YAML file"),
 }
 
 
@@ -148,7 +157,7 @@ def test_numbers_are_read_as_dvc_reads_them(tmp_path, params):
 
 def test_places_that_cannot_be_made_are_one_line(tmp_path, params):
     (tmp_path / "file").write_text("x")
-    assert "cannot be made" in refused("prepare", tmp_path / "file" / "out", "--params", params)
+    assert "cannot be created" in refused("prepare", tmp_path / "file" / "out", "--params", params)
     assert (tmp_path / "file").read_text() == "x"
 
 
@@ -157,7 +166,7 @@ def test_a_directory_with_other_things_is_refused_and_left_alone(tmp_path, param
     (tmp_path / "data" / "extract").mkdir(parents=True)
     (tmp_path / "data" / "extract" / "cache.json").write_text("{}")
     line = refused("prepare", tmp_path / "data", "--params", params)
-    assert "holds 'extract', which is not of this stage" in line
+    assert "must hold outputs of this stage only; got 'extract'" in line
     assert (tmp_path / "data" / "extract" / "cache.json").read_text() == "{}"
     assert [p.name for p in (tmp_path / "data").iterdir()] == ["extract"]
 
@@ -299,7 +308,7 @@ def test_damaged_weights_are_one_line(tmp_path, params, small):
 def test_a_class_with_one_sample_works_with_a_note(tmp_path, params):
     setting = ["--params", params, "--set", "prepare.imbalance.ratio=110"]
     said = accepted("prepare", tmp_path / "samples", *setting)
-    assert "note: a class has one training sample" in said
+    assert "note: at least one class has only one training sample" in said
     assert json.loads((tmp_path / "samples" / "classes.json").read_text())["counts"][-1] == 1
     digest = make_backbone_dir(tmp_path / "b", classes=2)
     make_stage2_cache(tmp_path / "c", shape=(64, 1, 1), counts=(3, 1), backbone=digest)
@@ -330,10 +339,65 @@ def test_lists_of_commands_are_whole_on_a_narrow_terminal(group):
     assert [line for line in text.partition("Commands:")[2].splitlines() if line.endswith("...")] == []
 
 
-def test_the_list_of_plugins_is_a_table():
-    entries = [[*line.split(maxsplit=1), line] for line in accepted("list").splitlines() if line.startswith("  ")]
+def test_the_list_of_plugins_is_a_table_of_80_columns():
+    lines = accepted("list").splitlines()
+    entries = [line for line in lines if re.match("  [a-z]", line)]
     assert len(entries) > 30
-    assert len({line.index(summary) for _, summary, line in entries}) == 1
+    start = {re.match(r"  \S+ +", line).end() for line in entries}
+    assert len(start) == 1
+    assert all(len(line) <= 80 for line in lines)
+    assert {len(line) - len(line.lstrip()) for line in lines if line not in entries} == {0, *start}
+
+
+def commands(group=main, before=""):
+    """Words of a command line -> command, for every command that is not a group."""
+    found = {}
+    for name, command in group.commands.items():
+        words = f"{before} {name}".strip()
+        found |= commands(command, words) if isinstance(command, click.Group) else {words: command}
+    return found
+
+
+COMMANDS = commands()
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_help_explains_every_argument_and_option_and_gives_an_example(words):
+    text = CliRunner().invoke(main, [*words.split(), "--help"], env={"COLUMNS": "200"}).stdout
+    assert max(map(len, text.splitlines())) <= 80
+    assert "\\b" not in text
+    assert [p.name for p in COMMANDS[words].params if not p.help] == []
+    assert re.search(rf"Example:\s+h2t {words}", text)
+
+
+def completed(*words):
+    """What the shell offers for the last of `words`."""
+    shell = ShellComplete(main, {}, "h2t", "_H2T_COMPLETE")
+    return [item.value for item in shell.get_completions(list(words[:-1]), words[-1])]
+
+
+def test_names_are_completed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert completed("extract", "") == []  # without a parameter file
+    write_params(tmp_path / "params.yaml")
+    assert completed("extract", "") == ["ce_mixup"]
+    assert completed("evaluate", "d") == ["dr"]
+    assert completed("list", "ho") == ["hosts"]
+    assert completed("presets", "tin") == ["tiny"]
+    assert "gem" in completed("cache", "pool", "--pool", "g")
+
+
+def test_an_unknown_plugin_is_named_once(tmp_path, params):
+    line = refused("prepare", tmp_path / "out", "--params", params, "--set", "prepare.dataset=digit")
+    assert line.count("'digit'") == 1
+
+
+def test_quiet_prints_errors_only(tmp_path, params):
+    assert accepted("prepare", tmp_path / "loud", "--params", params)
+    assert accepted("prepare", tmp_path / "out", "--params", params, "--quiet") == ""
+    assert "prepare.imbalance.ratio" in refused(
+        "prepare", tmp_path / "no", "--params", params, "-q", "--set", "prepare.imbalance.ratio=1000"
+    )
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["cache", "--help"], ["prepare", "--help"], ["--version"]])

@@ -101,7 +101,7 @@ def test_class_order_is_stable_and_descending(tmp_path):
 
 def test_samples_of_another_dataset_are_refused(digits):
     samples, _ = digits
-    with pytest.raises(UserError, match="samples were prepared from 'digits'; got 'parquet'"):
+    with pytest.raises(UserError, match="must be 'digits', as the samples were prepared from it; got 'parquet'"):
         samples.images({"dataset": "parquet", "options": {"train": ["x"]}})
 
 
@@ -111,7 +111,7 @@ def test_samples_prepared_with_another_transform_are_refused(digits):
         samples, facts={**samples.facts, "transform": {**samples.facts["transform"], "size": 7}}
     )
     with pytest.raises(
-        UserError, match=r"prepare\.options\.transform\.size: samples were prepared with 7; got 8; prepare"
+        UserError, match=r"transform\.size: must be 7, as the samples were prepared with it; got 8; prepare"
     ):
         other.images({"dataset": "digits"})
 
@@ -140,11 +140,11 @@ def leave_out_a_digest(folder):
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (drop_a_name, "classes.json is not of this samples.parquet"),
-        (take_other_counts, "classes.json is not of this samples.parquet"),
-        (lambda folder: (folder / "classes.json").write_text("[]"), "classes.json is not of this samples.parquet"),
-        (drop_digests, "samples.parquet is not a table that prepare wrote"),
-        (leave_out_a_digest, "samples.parquet is not a table that prepare wrote"),
+        (drop_a_name, "classes.json and samples.parquet do not match"),
+        (take_other_counts, "classes.json and samples.parquet do not match"),
+        (lambda folder: (folder / "classes.json").write_text("[]"), "classes.json and samples.parquet do not match"),
+        (drop_digests, "samples.parquet has other columns than prepare writes"),
+        (leave_out_a_digest, "samples.parquet has other columns than prepare writes"),
     ],
 )
 def test_samples_and_class_facts_of_different_runs_are_refused(tmp_path, damage, says):

@@ -14,10 +14,10 @@ from h2t.pipeline.base.errors import of_the_machine
 from h2t.pipeline.command_line.main import main
 
 LACKS = {
-    "room": (OSError(errno.ENOSPC, "", "data/x"), "data/x: No space left on device; make room"),
-    "a writable disk": (OSError(errno.EROFS, "", "data/x"), "data/x: Read-only file system; make room"),
+    "room": (OSError(errno.ENOSPC, "", "data/x"), "data/x: No space left on device; free some space"),
+    "a writable disk": (OSError(errno.EROFS, "", "data/x"), "data/x: Read-only file system; free some space"),
     "a sound disk": (OSError(errno.EIO, ""), "disk: Input/output error; "),
-    "memory": (MemoryError(), "memory: there is not enough; raise the limit"),
+    "memory": (MemoryError(), "memory: not enough; raise the limit"),
     "memory, in numpy's words": (MemoryError("Unable to allocate 1. GiB"), "memory: Unable to allocate 1. GiB; raise"),
     "memory for a process": (OSError(errno.ENOMEM, "Cannot allocate memory"), "memory: [Errno 12] Cannot allocate"),
     "memory for a library": (
@@ -58,7 +58,7 @@ def test_the_command_line_says_it(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (result.exit_code, result.stderr) == (
         1,
-        "error: disk: File too large; make room or change its owner, and run again\n",
+        "error: disk: File too large; free some space or fix the permissions, then run again\n",
     )
     assert not out.exists()
 
@@ -90,4 +90,4 @@ def test_ctrl_c_ends_a_command_wherever_it_meets_it(tmp_path, met):
     """While a pool starts a thread, which Python then waits for in vain; or in a callback, where Python forgets it."""
     command = [sys.executable, "-c", LOST, met]
     done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stderr) == (130, "stopped; run the same command again to go on\n")
+    assert (done.returncode, done.stderr) == (130, "interrupted; run the same command again to resume\n")

@@ -63,20 +63,20 @@ def listed(tmp_path, *lines: str, train=None, **options):
         ("~/.ssh/id_rsa 0", "must be relative"),
         ("a\\..\\b 0", "must be relative"),
         ("a\0b 0", "must be relative"),
-        ("link.png 0", "a link leads out of the root"),
-        ("out/secret.png 0", "a link leads out of the root"),
+        ("link.png 0", "a link that leads out of it"),
+        ("out/secret.png 0", "a link that leads out of it"),
         ("circle/x 0", "'circle/x': cannot be "),
-        ("x" * 5000 + " 0", "cannot be looked up"),
-        ("a/" * 3000 + "b 0", "cannot be looked up"),
-        ("train/x.png -1", "must read 'relative/path label'"),
-        ("train/x.png 1.5", "must read 'relative/path label'"),
-        ("train/x.png 1e3", "must read 'relative/path label'"),
-        ("train/x.png ٣", "must read 'relative/path label'"),
-        ("train/x.png " + "9" * 5000, "must read 'relative/path label'"),
-        ("train/x.png 4000000000", "must read 'relative/path label'"),
-        ("train/x.png 400000000", "lie below 12"),
-        ("train/x.png", "must read 'relative/path label'"),
-        ("train/n01443537/n01443537_2.JPEG 1", "is named twice"),
+        ("x" * 5000 + " 0", "cannot be opened"),
+        ("a/" * 3000 + "b 0", "cannot be opened"),
+        ("train/x.png -1", "must have the form 'relative/path label'"),
+        ("train/x.png 1.5", "must have the form 'relative/path label'"),
+        ("train/x.png 1e3", "must have the form 'relative/path label'"),
+        ("train/x.png ٣", "must have the form 'relative/path label'"),
+        ("train/x.png " + "9" * 5000, "must have the form 'relative/path label'"),
+        ("train/x.png 4000000000", "must have the form 'relative/path label'"),
+        ("train/x.png 400000000", "with 12 training images labels are 0 to 11"),
+        ("train/x.png", "must have the form 'relative/path label'"),
+        ("train/n01443537/n01443537_2.JPEG 1", "must be listed once, in one split"),
         ("train/\x1b[2J\u202e.png 0", "is missing"),
     ],
     ids=lambda value: value[:20],
@@ -88,10 +88,10 @@ def test_lines_of_a_list_file_that_are_none(tmp_path, line, says):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        (b"\xff\xfe 0\n", "must be UTF-8"),
-        (b"", "an empty list file"),
-        (b"\n \n", "an empty list file"),
-        (b"\0" * 99, "must read"),
+        (b"\xff\xfe 0\n", "must be a readable UTF-8 text file"),
+        (b"", "got an empty list file"),
+        (b"\n \n", "got an empty list file"),
+        (b"\0" * 99, "must have the form"),
     ],
 )
 def test_list_files_that_are_none(tmp_path, text, says):
@@ -101,7 +101,9 @@ def test_list_files_that_are_none(tmp_path, text, says):
 def test_a_list_file_that_is_no_file(tmp_path):
     assert "no such list file" in listed(tmp_path, "a 0", train=b"a 0", lists=str(tmp_path / "nowhere"))
     (tmp_path / "b" / "lists" / "ImageNet_LT_train.txt").mkdir(parents=True)
-    assert "not a readable list file" in listed(tmp_path / "b", train=b"x", lists=str(tmp_path / "b" / "lists"))
+    assert "must be a readable UTF-8 text file" in listed(
+        tmp_path / "b", train=b"x", lists=str(tmp_path / "b" / "lists")
+    )
 
 
 # Images.

@@ -18,24 +18,24 @@ MERGES = "a0: &a0 {k0: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i -
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        (BOMB, "aliases counted"),
-        (MERGES, "aliases counted"),
-        ("a: &a [*a]", "inside of what it stands for"),
-        ("a: &a {b: *a}", "inside of what it stands for"),
-        ("[" * 5000, "not readable"),
-        ("a: " + "{a: " * 5000, "not readable"),
-        ("- " * 5000, "not readable"),
-        ("a: 0x" + "f" * 10**5, "too many digits"),
-        ("a: " + "9" * 10**5, "too many digits"),
-        ("a: " + "1:" * 10**5 + "1", "too many digits"),
+        (BOMB, "values after expanding aliases"),
+        (MERGES, "values after expanding aliases"),
+        ("a: &a [*a]", "inside its own target"),
+        ("a: &a {b: *a}", "inside its own target"),
+        ("[" * 5000, "must be a readable YAML file"),
+        ("a: " + "{a: " * 5000, "must be a readable YAML file"),
+        ("- " * 5000, "must be a readable YAML file"),
+        ("a: 0x" + "f" * 10**5, "more than 300 digits"),
+        ("a: " + "9" * 10**5, "more than 300 digits"),
+        ("a: " + "1:" * 10**5 + "1", "more than 300 digits"),
         ("a: 2001-99-99", "month must be"),
-        ("a: !!timestamp x", "not readable"),
-        ("a: !!int ''", "not readable"),
+        ("a: !!timestamp x", "must be a readable YAML file"),
+        ("a: !!int ''", "must be a readable YAML file"),
         ("a: !!python/object/apply:os.system [touch ran]", "could not determine a constructor"),
         ("a: !!python/name:os.system", "could not determine a constructor"),
-        ("a: 1\na: 2", "stands twice"),
+        ("a: 1\na: 2", "duplicate key"),
         ("? [a]\n: 1", "unhashable"),
-        ("a: \x07", "not readable"),
+        ("a: \x07", "must be a readable YAML file"),
         ("- 1", "must be a mapping of sections"),
         ("", "must be a mapping of sections"),
         ("\ufeff\ufeffa: 1", "unknown section"),
@@ -53,7 +53,7 @@ def test_parameters_that_are_none(tmp_path, text, says):
 
 def test_parameters_that_are_not_utf_8(tmp_path):
     (tmp_path / "p.yaml").write_bytes(b"seed: \xff\xfe")
-    assert "not readable as YAML" in refused("prepare", tmp_path / "out", "--params", tmp_path / "p.yaml")
+    assert "must be a readable YAML file" in refused("prepare", tmp_path / "out", "--params", tmp_path / "p.yaml")
 
 
 @pytest.mark.parametrize(

@@ -407,7 +407,7 @@ def test_statistics_from_names_a_cache_or_a_folder_of_caches(before, tmp_path, c
 def test_what_is_no_extracted_cache_is_one_line(before, tmp_path, command):
     make_cache(tmp_path / "pooled", fingerprint_inputs={"parent": "a" * 64, "pool": "gap"})
     for place, says in (
-        ("nowhere", "nowhere is no cache and no folder with a cache called 'b'"),
+        ("nowhere", "nowhere; give one outside data/extract"),
         ("pooled", "pooled: is a pooled copy of "),
     ):
         code, _, error = command("out", "--set", f"extract.statistics_from={tmp_path}/{place}")

@@ -49,18 +49,18 @@ def test_extract_refuses_the_backbone_of_another_name(tmp_path, params):
     for folder in ("b", "gcl"):
         backbone(tmp_path / folder, "gcl")
     line = asked(["extract", "ce_mixup"], tmp_path, params, tmp_path / "samples", tmp_path / "b")
-    assert "is a backbone of objective gcl, backbones.ce_mixup asks for ce" in line
+    assert "must be a backbone with objective ce, as in backbones.ce_mixup; got gcl" in line
     line = asked(["extract", "ce_mixup"], tmp_path, params, tmp_path / "samples", tmp_path / "gcl")
-    assert "is called like backbones.gcl" in line
+    assert "got one with the name of backbones.gcl" in line
     backbone(tmp_path / "twin")
     line = asked(["extract", "ce_mixup"], tmp_path, params, tmp_path / "samples", tmp_path / "twin")
-    assert "is called like backbones.twin" in line
+    assert "got one with the name of backbones.twin" in line
     backbone(tmp_path / "large", arch="resnet32")
     line = asked(["extract", "ce_mixup"], tmp_path, params, tmp_path / "samples", tmp_path / "large")
-    assert "is a backbone of arch resnet32, backbones.ce_mixup asks for resnet20" in line
+    assert "must be a backbone with arch resnet20, as in backbones.ce_mixup; got resnet32" in line
     backbone(tmp_path / "experts", experts=3)
     line = asked(["extract", "ce_mixup"], tmp_path, params, tmp_path / "samples", tmp_path / "experts")
-    assert "is a backbone of options {'experts': 3}" in line
+    assert "got {'experts': 3}" in line
 
 
 @pytest.mark.parametrize("command", ["extract", "train-backbone"])
@@ -70,14 +70,14 @@ def test_an_output_is_not_written_to_the_place_of_another_name(tmp_path, params,
     out = tmp_path / "data" / "gcl"
     inputs = [tmp_path / "samples", *([tmp_path / "b"] if command == "extract" else [])]
     line = refused(command, "ce_mixup", *inputs, out, "--params", params, leaves=out)
-    assert "is called like backbones.gcl" in line
+    assert "got one with the name of backbones.gcl" in line
 
 
 def test_pool_and_why_refuse_the_cache_of_another_name(tmp_path, params):
     make_stage2_cache(tmp_path / "gcl", shape=(64, 2, 2))
-    assert "is called like backbones.gcl" in asked(["pool", "ce_mixup"], tmp_path, params, tmp_path / "gcl")
+    assert "got one with the name of backbones.gcl" in asked(["pool", "ce_mixup"], tmp_path, params, tmp_path / "gcl")
     line = refused("cache", "why", tmp_path / "gcl", "--name", "ce_mixup", "--params", params)
-    assert "is called like backbones.gcl" in line
+    assert "got one with the name of backbones.gcl" in line
 
 
 @pytest.fixture
@@ -93,27 +93,27 @@ def test_stage_two_refuses_the_backbone_of_another_name(trained, params):
     backbone(trained / "b", "gcl")
     for command, more in (("train-classifier", []), ("evaluate", [trained / "h"])):
         line = asked([command, "dr"], trained, params, trained / "c", *more, trained / "b")
-        assert "is a backbone of objective gcl, backbones.ce_mixup asks for ce" in line
+        assert "must be a backbone with objective ce, as in backbones.ce_mixup; got gcl" in line
     backbone(trained / "b")
     shutil.copytree(trained / "c", trained / "twin")
     for command, more in (("train-classifier", []), ("evaluate", [trained / "h"])):
         line = asked([command, "dr"], trained, params, trained / "twin", *more, trained / "b")
-        assert "is called like backbones.twin" in line
+        assert "got one with the name of backbones.twin" in line
 
 
 def test_evaluate_refuses_the_heads_of_another_host(trained, params):
     line = asked(["evaluate", "other"], trained, params, trained / "c", trained / "h", trained / "b")
-    assert "holds the heads of hosts.dr, not of hosts.other" in line
+    assert "must hold the heads of hosts.other; got those of hosts.dr" in line
     shutil.copytree(trained / "h", trained / "other")
     line = asked(["evaluate", "dr"], trained, params, trained / "c", trained / "other", trained / "b")
-    assert "is called like hosts.other" in line
+    assert "got one with the name of hosts.other" in line
 
 
 def test_report_refuses_the_evaluation_of_another_host(tmp_path):
     made = make_evaluated(tmp_path)
     params = write_params(tmp_path / "params.yaml", hosts__dr__host="mislas")
     line = refused("report", made, tmp_path / "out", "--params", params, leaves=tmp_path / "out")
-    assert "is an evaluation of host dr, hosts.dr.host asks for mislas" in line
+    assert "must be an evaluation of host mislas, as in hosts.dr; got dr" in line
 
 
 def test_report_names_what_is_missing_in_an_evaluation(tmp_path):

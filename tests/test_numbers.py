@@ -61,13 +61,13 @@ def test_a_file_of_something_else_is_one_line(tmp_path, text):
         (
             "extract: 2026112601",
             "extract: 2026112507",
-            "extract must have the number 2026112601 of the installed h2t",
+            "extract must be 2026112601, as in the installed h2t; got 2026112507",
         ),
-        ("  dr: 2026112601\n", "", "hosts.dr must have the number 2026112601 of the installed h2t; got none"),
+        ("  dr: 2026112601\n", "", "hosts.dr must be 2026112601, as in the installed h2t; got none"),
         (
             "  dr: 2",
             "  later: 2027010101\n  dr: 2",
-            "hosts.later must have the number none of the installed h2t",
+            "hosts.later must be absent, as in the installed h2t; got 2027010101",
         ),
     ],
 )
@@ -112,5 +112,5 @@ def test_there_is_a_folder_for_every_kind():
 def test_the_old_place_of_a_setting_is_accepted_with_a_line(project):
     done = CliRunner().invoke(main, ["prepare", "out", "--set", "extract.cluster=local:2"])
     assert done.exit_code == 0, done.output
-    assert "note: extract.cluster belongs into the section run" in done.output
+    assert "note: extract.cluster belongs in the section run" in done.output
     assert "run.cluster" in refused("prepare", "out", "--set", "run={cluster: nonsense}")

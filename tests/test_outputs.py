@@ -47,7 +47,7 @@ def test_an_old_output_is_replaced_also_by_more(tmp_path):
 
 def test_a_directory_with_anything_else_is_refused(tmp_path):
     (tmp_path / "out" / "precious").mkdir(parents=True)
-    with pytest.raises(UserError, match="holds 'precious', which is not of this stage"):
+    with pytest.raises(UserError, match="must hold outputs of this stage only; got 'precious'"):
         filled(tmp_path / "out")
     assert names(tmp_path / "out") == ["precious"]
     assert names(tmp_path) == ["out"]
@@ -57,7 +57,7 @@ def test_the_working_directory_is_refused(tmp_path, monkeypatch):
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "params.yaml").write_text("x")
     monkeypatch.chdir(tmp_path / "work")
-    with pytest.raises(UserError, match=r"holds 'params\.yaml'"):
+    with pytest.raises(UserError, match=r"must hold outputs of this stage only; got 'params\.yaml'"):
         filled(".")
     assert names(tmp_path) == ["work"]
 
@@ -83,7 +83,7 @@ def test_a_link_is_replaced_and_its_target_stays(tmp_path):
 
 def test_a_file_is_refused(tmp_path):
     (tmp_path / "params.yaml").write_text("mine")
-    with pytest.raises(UserError, match="is a file"):
+    with pytest.raises(UserError, match="must be a directory; got a file"):
         filled(tmp_path / "params.yaml")
     assert (tmp_path / "params.yaml").read_text() == "mine"
     assert names(tmp_path) == ["params.yaml"]
@@ -98,7 +98,7 @@ def test_what_is_only_called_like_our_remains_stays(tmp_path):
 
 def test_a_place_below_a_file_is_one_line(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="cannot be made"):
+    with pytest.raises(UserError, match="cannot be created"):
         filled(tmp_path / "file" / "out")
 
 

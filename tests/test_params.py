@@ -89,10 +89,10 @@ class Bare(Section):
 @pytest.mark.parametrize(
     ("values", "line"),
     [
-        ({"rate": 1e39}, "s.rate: must be a number that float32 holds, up to 3.4e+38; got 1e+39"),
-        ({"rate": -1e39}, "s.rate: must be a number that float32 holds, up to 3.4e+38; got -1e+39"),
+        ({"rate": 1e39}, "s.rate: must fit float32, at most 3.4e+38; got 1e+39"),
+        ({"rate": -1e39}, "s.rate: must fit float32, at most 3.4e+38; got -1e+39"),
         ({"rate": float("nan")}, "s.rate: must be a finite number; got nan"),
-        ({"rates": [1.0, 1e300]}, "s.rates: must be a number that float32 holds"),
+        ({"rates": [1.0, 1e300]}, "s.rates: must fit float32"),
         ({"count": 2**63}, "s.count: must be a whole number of at most 64 bits; got 9223372036854775808"),
         ({"count": -(2**63) - 1}, "s.count: must be a whole number of at most 64 bits"),
     ],

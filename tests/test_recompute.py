@@ -94,7 +94,7 @@ def test_command(tmp_path, backbone_dir):
     ask = ["cache", "verify", str(tmp_path / "c"), "--recompute", "5", *given]
     done = CliRunner().invoke(main, [*ask, "--backbone", str(backbone_dir)])
     assert done.exit_code == 0, done.output
-    assert "recomputed 5 rows: 5 have the same bits, 0 faults" in done.output
+    assert "recomputed 5 rows: 5 bit for bit equal, 0 faults" in done.output
     assert CliRunner().invoke(main, ask).exit_code == 2
     make_backbone_dir(tmp_path / "other", seed=1)
     refused = CliRunner().invoke(main, [*ask, "--backbone", str(tmp_path / "other")])

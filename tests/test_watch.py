@@ -83,7 +83,7 @@ def test_inputs_are_names_and_paths(tmp_path, wrong):
 def test_a_name_becomes_a_file(tmp_path):
     write(tmp_path, {**make_params(), "inputs": {"../photos": "photos"}})
     said = refused("prepare", tmp_path / "out", "--params", tmp_path / "params.yaml")
-    assert "inputs: names are letters, digits" in said
+    assert "inputs: a name must consist of letters, digits" in said
 
 
 def options_of(dataset: str, home: Path) -> dict:
@@ -211,9 +211,9 @@ def test_a_file_is_an_input_too(tmp_path):
     ("plant", "says"),
     [
         (lambda root: (root / "x.png").symlink_to("/nowhere"), "x.png: cannot be read"),
-        (lambda root: os.mkfifo(root / "pipe"), "pipe: DVC watches plain files only"),
-        (lambda root: (root / os.fsdecode(b"\xff.png")).write_bytes(b""), "\\xff.png: DVC needs file names in UTF-8"),
-        (lambda root: (root / "more").symlink_to(root.parent / "more"), "DVC does not follow links to folders"),
+        (lambda root: os.mkfifo(root / "pipe"), "pipe: must be a regular file for DVC to watch it"),
+        (lambda root: (root / os.fsdecode(b"\xff.png")).write_bytes(b""), "file names must be UTF-8 for DVC"),
+        (lambda root: (root / "more").symlink_to(root.parent / "more"), "which DVC does not follow"),
         (shutil.rmtree, "no file or folder"),
     ],
     ids=["dangling link", "pipe", "name", "link to a folder", "nothing"],
@@ -249,11 +249,11 @@ def test_an_input_that_nothing_names_is_said(tmp_path):
     digest(tmp_path / "photos", tmp_path)
     said: list[str] = []
     inputs.run(values, tmp_path, tmp_path / "out", said.append)
-    assert said == ["note: inputs.photos: no parameter names it (inputs/photos), so no stage waits for it"]
+    assert said == ["note: inputs.photos: no parameter refers to it (inputs/photos), so no stage depends on it"]
 
 
 def test_a_lost_digest_names_the_way_out(tmp_path):
-    with pytest.raises(UserError, match=r"dvc repro watch@photos, or, without the files themselves, dvc repro --pull"):
+    with pytest.raises(UserError, match=r"dvc repro watch@photos, or dvc repro --pull if you"):
         inputs.run(values_of("photos"), tmp_path, tmp_path / "out", silent)
 
 
@@ -265,7 +265,7 @@ def test_an_experiment_queue_is_told_of_relative_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(workspace)
     result = CliRunner().invoke(main, ["prepare", "out"])
     assert result.exit_code == 1
-    assert "the relative path photos leads nowhere in the temporary workspace" in result.stderr
+    assert "the relative path photos does not exist in the temporary workspace" in result.stderr
     assert result.stderr.count("\n") == 1
 
 

@@ -1,1 +1,1 @@
-"""What every room shares: errors, parameters, plug-in lookup, random streams, outputs, progress."""
+"""Code that every room uses: errors, parameters, plug-in lookup, random streams, outputs, progress bars."""

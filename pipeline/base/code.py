@@ -1,7 +1,7 @@
-"""Which files of this package a stage's results rest on, and which of them have changed since.
+"""Which source files of this package a stage used, and which of them have changed since it ran.
 
-A run record (`data/runs`) holds a digest of every file of the package that the run loaded. `h2t doctor` compares those
-that the stage can reach by its imports.
+A run record (`data/runs`) holds a digest of every source file of the package that the run loaded. `h2t doctor` compares
+the digests of the files that the stage imports, directly or indirectly.
 """
 
 import ast
@@ -11,35 +11,38 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-#: The folder of the package `h2t`, which holds both.
+#: The folder that holds `cache/` and `pipeline/`.
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("cache", "pipeline")
 OURS = tuple(f"h2t.{package}." for package in PACKAGES)
 
 
 def modules() -> dict[str, Path]:
-    """Every module of the two packages: dotted name -> file."""
-    found = {}
+    """All modules of the two packages: dotted name -> file."""
+    files = {}
     for package in PACKAGES:
         for path in (ROOT / package).rglob("*.py"):
             name = ".".join(("h2t", *path.relative_to(ROOT).with_suffix("").parts))
-            found[name.removesuffix(".__init__")] = path
-    return found
+            files[name.removesuffix(".__init__")] = path
+    return files
 
 
 def imports(path: Path) -> set[str]:
-    """Dotted names that the file imports, at any depth."""
-    found = set()
+    """Dotted names that the file imports, also inside functions."""
+    names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return found
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
 
 
 def closure(start: Iterable[str]) -> set[str]:
-    """The modules reachable from `start`, packages' own `__init__` left out: they hold docstrings only."""
+    """`start` and the modules that it imports, directly or indirectly.
+
+    `__init__` modules are left out: they hold docstrings only.
+    """
     known = modules()
     done: set[str] = set()
     todo = [m for m in start if m in known]
@@ -53,13 +56,13 @@ def closure(start: Iterable[str]) -> set[str]:
 
 
 def digests(loaded: Mapping[str, Any]) -> dict[str, str]:
-    """File, relative to ROOT -> the first 16 digits of its sha256, for those modules of `loaded` that are ours."""
-    found = {}
+    """Path relative to ROOT -> first 16 hex digits of the file's sha256, for each of our modules in `loaded`."""
+    digest_of = {}
     for name, module in list(loaded.items()):
         path = getattr(module, "__file__", None)
         if name.startswith(OURS) and path and path.endswith(".py"):
-            found[Path(path).relative_to(ROOT).as_posix()] = _digest(Path(path))
-    return found
+            digest_of[Path(path).relative_to(ROOT).as_posix()] = _digest(Path(path))
+    return digest_of
 
 
 def _digest(path: Path) -> str:
@@ -67,13 +70,13 @@ def _digest(path: Path) -> str:
 
 
 def made_by_other_code(root: Path, lock: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
-    """(stage of `lock`, files that have changed since it ran) for the DVC repository at `root`, by its run records."""
+    """Yields (stage in `lock`, source files that changed since it ran), by the run records of the project at `root`."""
     for address, entry in lock.items():
         stage, _, name = address.partition("@")
         try:
             record = json.loads((root / "data/runs" / stage / f"{name or stage}.json").read_text(encoding="utf-8"))
             before = dict(record["code"])
-        except (OSError, ValueError, KeyError, TypeError):  # made elsewhere, or by a version that kept no digests
+        except (OSError, ValueError, KeyError, TypeError):  # no run record, or one of a version without digests
             continue
         named = [key for key in entry.get("params", {}).get("stages.yaml", {}) if "." in key]
         start = {f"h2t.pipeline.stages.{stage}", *(f"h2t.pipeline.{key}" for key in named)}

@@ -1,27 +1,32 @@
-"""Which device to compute on, and how to make it repeat itself."""
+"""Choosing the device to compute on, with settings that make runs repeatable."""
 
 import re
 
 import torch
 
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.text import counted
 
 
 def check(name: object) -> None:
-    """Raises UserError for anything but a device's name. Whether this machine has it is not asked."""
+    """Raises UserError unless `name` is a valid device name. Does not check that this machine has the device."""
     if not isinstance(name, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
         raise UserError(f"device: must be auto, cpu, cuda or cuda:N; got {name!r}")
 
 
 def choose(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:N` as a device; TF32 and benchmarking are off so that runs repeat."""
+    """The device called `auto`, `cpu`, `cuda` or `cuda:N`. Raises UserError if this machine does not have it.
+
+    Makes cuDNN deterministic and turns off its benchmarking, so that runs are repeatable.
+    """
     check(name)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
-            f"device: {name} asked for, but torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu"
+            f"device: must be present on this machine; got {name}, but torch sees "
+            f"{counted(torch.cuda.device_count(), 'CUDA device')}; use --device cpu"
         )
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True

@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: one line, no traceback."""
+"""Errors that the user can fix: one line, no traceback."""
 
 import difflib
 import errno
@@ -7,35 +7,35 @@ from collections.abc import Iterable
 
 from h2t.cache.redaction import one_line, redacted
 
-LONGEST_NAME = 100  # comparing takes time that grows with its square
+LONGEST_NAME = 100  # the time to compare two names grows with the square of their length
 
 
 class UserError(Exception):
-    """What went wrong, by which rule, what was found, and the way out, in one line; URLs without login and query."""
+    """An error in one line: what is wrong, the rule, what was given, the way out. URLs lose login and query."""
 
     def __init__(self, message: str) -> None:
         super().__init__(one_line(redacted(message)))
 
 
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EFBIG}
-#: How torch, threads and the loader of libraries say that memory is at its limit, where they do not raise MemoryError.
+#: Messages of torch, of threads and of the library loader for "out of memory", where they do not raise MemoryError.
 NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "can't start new thread", "map segment")
 
 
 def of_the_machine(error: BaseException) -> UserError | None:
-    """`error` as what the machine lacks, a disk to write to or memory; None if it is neither."""
+    """A UserError for an `error` caused by the machine: a disk that cannot be written, or no memory. Otherwise None."""
     if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
         why = os.strerror(error.errno)
-        return UserError(f"{error.filename or 'disk'}: {why}; make room or change its owner, and run again")
+        return UserError(f"{error.filename or 'disk'}: {why}; free some space or fix the permissions, then run again")
     known = isinstance(error, RuntimeError | ImportError) and any(words in str(error) for words in NO_MEMORY)
     if known or isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
-        said = next(iter(str(error).splitlines()), "").rstrip(". ") or "there is not enough"
-        return UserError(f"memory: {said}; raise the limit, or end other programs, and run again")
+        said = next(iter(str(error).splitlines()), "").rstrip(". ") or "not enough"
+        return UserError(f"memory: {said}; raise the limit or close other programs, then run again")
     return None
 
 
 def nearest(name: object, known: Iterable[object]) -> str:
-    """A hint "; did you mean 'x'?" for a name that is not among `known`, or nothing if none is close."""
+    """The hint "; did you mean 'x'?" if a name in `known` is close to `name`, else an empty string."""
     if len(text := str(name)) > LONGEST_NAME:
         return ""
     match = difflib.get_close_matches(text, [str(k) for k in known], n=1)

@@ -1,4 +1,4 @@
-"""Writing a stage's outputs: all of them or none, the same bytes for the same content."""
+"""Writing a stage's outputs: completely or not at all, and the same bytes for the same content."""
 
 import datetime
 import errno
@@ -24,15 +24,16 @@ NO_PLACE = {errno.EEXIST, errno.ENOTDIR, errno.ENOENT, errno.ENAMETOOLONG, errno
 
 @contextmanager
 def fresh_directory(out: Path) -> Iterator[Path]:
-    """A directory to fill that becomes `out` in one rename when the block ends well, and vanishes when it does not.
+    """Yields an empty directory to fill. It becomes `out` by one rename if the block succeeds, and is removed if not.
 
-    An earlier output at `out` is replaced. Also after a kill or a power cut it is never there in part: the new one is
-    written durably, and the old one is renamed away before it takes its place. A file, and a directory that holds
-    anything else, is refused, not deleted; of a link only the link is replaced. Of two processes the later one wins.
+    An earlier output at `out` is replaced. `out` is never incomplete, not even after a kill or a power cut: the new
+    directory is flushed to disk, then the old one is renamed away, then the new one takes its place. Raises UserError
+    if `out` is a file, or a directory that holds other files; neither is deleted. If `out` is a link, the link is
+    replaced and its target is not. If two processes write the same `out`, the later one wins.
     """
-    out = Path(os.path.abspath(out))  # noqa: PTH100 - `resolve` would follow a link that is to be replaced
+    out = Path(os.path.abspath(out))  # noqa: PTH100 - `resolve` would follow the link that will be replaced
     if out.is_file() and not out.is_symlink():
-        raise UserError(f"{out}: is a file, this command writes a directory; give another place or remove it")
+        raise UserError(f"{out}: must be a directory; got a file; give another path or remove the file")
     partial = out.parent / f".{out.name}.partial-{os.getpid()}"
     try:
         try:
@@ -42,7 +43,7 @@ def fresh_directory(out: Path) -> Iterator[Path]:
         except OSError as error:
             if error.errno not in NO_PLACE:
                 raise
-            raise UserError(f"{out}: cannot be made ({error.strerror}); give another place") from None
+            raise UserError(f"{out}: cannot be created ({error.strerror}); give another path") from None
         yield partial
         for path in (*partial.rglob("*"), partial):
             _make_durable(path)
@@ -52,15 +53,15 @@ def fresh_directory(out: Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno not in CANNOT_WRITE:
             raise
-        why = os.strerror(error.errno)  # pyarrow says it at length
-        raise UserError(f"{out}: cannot be written ({why}); make room or change its owner") from None
+        why = os.strerror(error.errno)  # shorter than pyarrow's own text
+        raise UserError(f"{out}: cannot be written ({why}); free some space or fix the permissions") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """No other process renames outputs in `folder` meanwhile. The lock is on the directory: it leaves no file."""
+    """Keeps other processes from renaming outputs in `folder`. Locks the directory itself, so no lock file stays."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):  # a file system without locks
@@ -74,13 +75,15 @@ def _replace_directory(partial: Path, out: Path) -> None:
     if out.is_dir() and not out.is_symlink():
         foreign = sorted({p.name for p in out.iterdir()} - {p.name for p in partial.iterdir()})
         if foreign:
-            raise UserError(f"{out}: holds {foreign[0]!r}, which is not of this stage; give another place or remove it")
+            raise UserError(
+                f"{out}: must hold outputs of this stage only; got {foreign[0]!r}; give another path or remove it"
+            )
         replaced = out.parent / f".{out.name}.replaced-{os.getpid()}"
         try:
             out.rename(replaced)
             partial.rename(out)
         finally:
-            if not os.path.lexists(out):  # Ctrl-C between the two
+            if not os.path.lexists(out):  # Ctrl-C between the two renames
                 replaced.rename(out)
             shutil.rmtree(replaced, ignore_errors=True)
         return
@@ -90,9 +93,9 @@ def _replace_directory(partial: Path, out: Path) -> None:
 
 
 def _clear_abandoned(out: Path) -> None:
-    """Removes what killed runs left behind; one may have had our own process number.
+    """Removes the temporary directories of killed runs, and restores an output that was renamed away but not replaced.
 
-    What one was about to replace when it was killed is put back. Names that end in no process number are not ours.
+    A killed run may have had the process number of this one. Names that do not end in a process number are left alone.
     """
     name = glob.escape(out.name)
     for path in (*out.parent.glob(f".{name}.replaced-*"), *out.parent.glob(f".{name}.partial-*")):
@@ -106,34 +109,34 @@ def _clear_abandoned(out: Path) -> None:
 
 
 def replace_file(partial: Path, path: Path) -> None:
-    """Puts the file `partial` in place of `path` so that a crash leaves the one or the other, whole."""
+    """Replaces `path` by the file `partial`. After a crash `path` is either the old or the new file, complete."""
     _make_durable(partial)
     partial.replace(path)
 
 
 def _make_durable(path: Path) -> None:
-    """What `path` holds survives a power cut; of a directory, the names in it."""
+    """Flushes a file's content, or a directory's entries, to disk, so that they survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems sync no directories
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot sync directories
             raise
     finally:
         os.close(handle)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`value` as indented JSON with sorted keys and no NaN."""
+    """Writes `value` to `path` as indented JSON with sorted keys. Raises ValueError for NaN and infinity."""
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")
 
 
 def write_run_record(path: Path, facts: Mapping[str, Any]) -> None:
-    """What happened in a run (time, machine, commit, `facts`), for `data/runs`; no stage depends on it.
+    """Writes the record of a run (time, machine, commit, `facts`) to `path` in `data/runs`. No stage depends on it.
 
-    `load`: how many processes wanted a core in the last minute, without which times of a shared machine say little.
-    A disk that cannot take it fails no run, and never leaves half of a record.
+    `load` is the number of processes that wanted a core in the last minute; it tells how far to trust the times.
+    If the record cannot be written, the run still succeeds, and no incomplete record is left.
     """
     partial = path.with_name(f".{path.name}.partial")
     with suppress(OSError):
@@ -157,11 +160,11 @@ def write_run_record(path: Path, facts: Mapping[str, Any]) -> None:
 
 def _commit() -> str | None:
     with suppress(OSError, subprocess.SubprocessError):
-        found = subprocess.run(
+        described = subprocess.run(
             ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=12"],
             capture_output=True,
             text=True,
             timeout=10,
         )
-        return found.stdout.strip() or None
+        return described.stdout.strip() or None
     return None

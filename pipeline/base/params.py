@@ -1,6 +1,6 @@
-"""params.yaml -> one frozen, strict model per section. Wrong keys, types and ranges are refused by name, in one line.
+"""Parsing params.yaml into one frozen, strict model per section. Errors name the wrong key, type or range in one line.
 
-Each stage and each plug-in declares its own `Section`, so a new option of one stage re-runs no other.
+Each stage and each plug-in declares its own `Section`, so a new option of one stage reruns no other stage.
 """
 
 import os
@@ -16,27 +16,27 @@ from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError, nearest
 
 FLOAT32_MAX = 3.4028234663852886e38
-FLOAT32_SMALLEST = 1.1754943508222875e-38  # above 0, in full precision
+FLOAT32_SMALLEST = 1.1754943508222875e-38  # the smallest normal number above 0
 INT64_MAX = 2**63 - 1
-MOST = 1e18  # of a constant: products of two still fit float32
+MOST = 1e18  # largest constant; the product of two still fits float32
 
 
 def _representable(value: Any) -> Any:
-    """`value`, if each number in it fits what computes with it: float32 and int64. Raises ValueError."""
+    """Returns `value` unchanged. Raises ValueError if a number in it does not fit float32 or int64."""
     if isinstance(value, list | tuple):
         for part in value:
             _representable(part)
     elif isinstance(value, int) and not -INT64_MAX - 1 <= value <= INT64_MAX:
         raise ValueError("must be a whole number of at most 64 bits")
     elif isinstance(value, float) and not abs(value) <= FLOAT32_MAX:
-        raise ValueError(f"must be a number that float32 holds, up to {FLOAT32_MAX:.3g}")
+        raise ValueError(f"must fit float32, at most {FLOAT32_MAX:.3g}")
     return value
 
 
 class Section(pydantic.BaseModel):
-    """Base of all parameter models: frozen, no unknown keys, no silent conversion, no number beyond float32 or int64.
+    """Base of all parameter models: frozen, no unknown keys, no type conversion, no number beyond float32 or int64.
 
-    Fields state the range that makes sense for them by the types below.
+    Fields state their valid range by the types below.
     """
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -116,7 +116,7 @@ Ratio = Annotated[float, within(0, 1)]
 Positive = Annotated[float, above(0), within(FLOAT32_SMALLEST, MOST)]
 NonNegative = Annotated[float, at_least(0), at_most(MOST)]
 Real = Annotated[float, within(-MOST, MOST)]
-Rate = Annotated[Positive, at_most(1e6)]  # of learning
+Rate = Annotated[Positive, at_most(1e6)]  # a learning rate
 Index = Annotated[int, at_least(0), at_most(INT64_MAX)]
 Count = Annotated[int, at_least(1), at_most(2**31 - 1)]
 Bytes = Annotated[int, at_least(1), at_most(INT64_MAX)]
@@ -127,30 +127,30 @@ Seed = Annotated[int, within(0, 2**32 - 1)]
 
 S = TypeVar("S", bound=Section)
 
-INPUTS = "inputs/"  # how a parameter that names a file begins, where the place stands in the section `inputs`
-NAME_FILES = ("prepare", "backbones", "extract", "hosts")  # the sections whose parameters may name files
+INPUTS = "inputs/"  # prefix of a path that refers to an entry of the section `inputs`
+NAME_FILES = ("prepare", "backbones", "extract", "hosts")  # sections whose parameters may name files
 
-MAX_NODES = 100_000  # of a parameter file
-MAX_DIGITS = 300  # of a whole number; more is no number of ours, and Python neither prints nor converts the longest
-TEXT_LIMIT = 400
+MAX_NODES = 100_000  # values in a parameter file
+MAX_DIGITS = 300  # digits of a whole number; Python refuses to convert or print very long ones
+TEXT_LIMIT = 400  # characters of a parser's error message that are shown
 
 
 def build(model: type[S], where: str, values: Any) -> S:
-    """`values` (the section called `where`) as a `model`. Raises UserError naming the first wrong key."""
+    """`values`, the section called `where`, as an instance of `model`. Raises UserError for the first wrong key."""
     if errors := _errors(model, where, values):
         raise UserError(_line(model, where, errors[0]))
     return model.model_validate(dict(values))
 
 
 def check_partial(model: type[Section], where: str, values: Any) -> None:
-    """Raises UserError for the first wrong key of `values`, which may leave out required keys of `model`."""
+    """Raises UserError for the first wrong key in `values`. Required keys of `model` may be missing."""
     for error in _errors(model, where, values):
         if error["type"] != "missing":
             raise UserError(_line(model, where, error))
 
 
 def _errors(model: type[Section], where: str, values: Any) -> list[Any]:
-    """What is wrong with `values`. Unknown keys come first: one is usually the misspelt name of a missing one."""
+    """The validation errors of `values`, unknown keys first: one is often the misspelt name of a missing key."""
     if not isinstance(values, Mapping):
         raise UserError(f"{where}: must be a mapping of keys; got {values!r}")
     try:
@@ -161,14 +161,14 @@ def _errors(model: type[Section], where: str, values: Any) -> list[Any]:
 
 
 def merged(defaults: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """`defaults` with the values of `own` in their place; mappings merge key by key, lists are replaced whole."""
-    found = dict(defaults)
+    """`defaults` overridden by `own`. Mappings are merged key by key; lists are replaced as a whole."""
+    result = dict(defaults)
     for key, value in own.items():
-        below = found.get(key)
-        if isinstance(below, Mapping) and isinstance(value, Mapping):
-            value = merged(below, value)
-        found[key] = value
-    return found
+        default = result.get(key)
+        if isinstance(default, Mapping) and isinstance(value, Mapping):
+            value = merged(default, value)
+        result[key] = value
+    return result
 
 
 def _line(model: type[pydantic.BaseModel], where: str, error: Any) -> str:
@@ -181,9 +181,11 @@ def _line(model: type[pydantic.BaseModel], where: str, error: Any) -> str:
         hint = nearest(str(error["loc"][-1]), known) or f" (known: {', '.join(known)})"
         return f"{path}: unknown key{hint}"
     if error["type"] == "missing":
-        return f"{path}: missing; add it (h2t presets shows complete files)"
+        return f"{path}: missing; add it (h2t presets lists complete files)"
     if error["type"] == "value_error":
-        return f"{path}: {error['ctx']['error']}; got {_short(got)}"
+        text = str(error["ctx"]["error"])
+        named = isinstance(got, str) and repr(got) in text  # an unknown plug-in is named already
+        return f"{path}: {text}" if named else f"{path}: {text}; got {_short(got)}"
     text = error["msg"][0].lower() + error["msg"][1:]
     return f"{path}: {text.replace('input should be', 'must be')}; got {_short(got)}"
 
@@ -205,9 +207,9 @@ def _keys_at(model: type[pydantic.BaseModel], loc: Sequence[int | str]) -> list[
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as DVC reads it: `1e-3` is a number, and a key that stands twice is an error.
+    """Reads YAML as DVC does: `1e-3` is a number, and a duplicate key is an error.
 
-    An alias counts as all that it stands for, so that a few lines cannot mean billions.
+    An alias counts as many values as its target, so a few lines cannot expand to billions.
     """
 
     def __init__(self, stream: str) -> None:
@@ -219,30 +221,32 @@ class _Loader(yaml.SafeLoader):
         node: yaml.Node | None = super().compose_node(parent, index)
         if isinstance(node, yaml.CollectionNode) and id(node) not in self._sizes:
             if alias:
-                raise yaml.composer.ComposerError(None, None, "an alias inside of what it stands for", node.start_mark)
+                raise yaml.composer.ComposerError(None, None, "an alias inside its own target", node.start_mark)
             inside = [part for entry in node.value for part in (entry if isinstance(entry, tuple) else (entry,))]
             size = 1 + sum(self._sizes.get(id(part), 1) for part in inside)
             if size > MAX_NODES:
                 raise yaml.composer.ComposerError(
-                    None, None, f"more than {MAX_NODES} values, aliases counted as what they stand for", node.start_mark
+                    None, None, f"more than {MAX_NODES:,} values after expanding aliases", node.start_mark
                 )
             self._sizes[id(node)] = size
         return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """As written, before `<<` merges: a merged key may be overridden."""
+        """Refuses duplicate keys. Runs before `<<` merges, because a merged key may be overridden."""
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         seen: set[str] = set()
         for name in (key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if name in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} stands twice", node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {name!r}", node.start_mark)
             seen.add(name)
         return node
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        """Numbers that can also be printed, and computed with as fractions."""
+        """Refuses whole numbers that Python could not print or convert to a float."""
         if len(node.value) > MAX_DIGITS:
-            raise yaml.constructor.ConstructorError(None, None, "a number of too many digits", node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"a number of more than {MAX_DIGITS} digits", node.start_mark
+            )
         number: int = super().construct_yaml_int(node)
         return number
 
@@ -255,14 +259,14 @@ _Loader.add_implicit_resolver(
 
 
 def _parsed(text: str) -> Any:
-    """The value of a YAML text. Raises ValueError with the reason in one line."""
+    """Parses YAML. Raises ValueError with the reason in one line."""
     try:
         return yaml.load(text, _Loader)
-    except yaml.MarkedYAMLError as error:  # in words only: its own text quotes a piece, which may be that of a URL
+    except yaml.MarkedYAMLError as error:  # not str(error): it quotes the file, which may hold a URL
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ValueError(f"{error.problem or error.context}{where}"[:TEXT_LIMIT]) from None
-    # For tags and dates that do not fit, PyYAML's constructors fail in whatever way they fail.
+    # PyYAML's constructors raise errors of many kinds for invalid tags and dates.
     except (
         yaml.YAMLError,
         ValueError,
@@ -276,25 +280,28 @@ def _parsed(text: str) -> Any:
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The parameters in `path` with `key.sub=value` overrides (YAML values) applied. Raises UserError."""
+    """The parameters in `path`, with the overrides `key.sub=value` applied; values are YAML.
+
+    Raises UserError if the file is missing or is not a YAML mapping, or if an override is not valid.
+    """
     try:
         values = _parsed(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such parameter file; pass --params FILE") from None
     except (ValueError, OSError) as error:
-        raise UserError(f"{path}: not readable as YAML ({error})") from None
+        raise UserError(f"{path}: must be a readable YAML file ({error}); fix it, or pass --params FILE") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: must be a mapping of sections; got {_short(values)}")
     for override in overrides:
         apply(values, override)
     known = values.get("inputs") or {}
     if not isinstance(known, Mapping) or not all(isinstance(p, str) and p.strip() for p in known.values()):
-        raise UserError("inputs: must map names to files or folders (inputs: {images: photos})")
+        raise UserError("inputs: must map names to files or folders, such as inputs: {images: photos}")
     return {k: _located(v, k, known) if k in NAME_FILES else v for k, v in values.items()}
 
 
 def _located(value: Any, where: str, known: Mapping[str, str]) -> Any:
-    """`value` with each `inputs/NAME/...` replaced by that input's absolute path. Raises UserError for no such name."""
+    """`value` with each `inputs/NAME/...` replaced by an absolute path. Raises UserError for an unknown NAME."""
     if isinstance(value, Mapping):
         return {k: _located(v, f"{where}.{k}", known) for k, v in value.items()}
     if isinstance(value, list):
@@ -304,25 +311,25 @@ def _located(value: Any, where: str, known: Mapping[str, str]) -> Any:
     name, _, inside = value.removeprefix(INPUTS).partition("/")
     if name not in known:
         raise UserError(
-            f"{where}: no input {name!r}{nearest(name, known)}; name its file or folder under `inputs` "
-            f"(inputs: {{{name or 'images'}: PATH}})"
+            f"{where}: no input {name!r}{nearest(name, known)}; add its path to the section `inputs`: "
+            f"inputs: {{{name or 'images'}: PATH}}"
         )
     return os.path.abspath(os.path.join(known[name], inside))  # noqa: PTH100, PTH118 - keeps links
 
 
 def assignment(option: str, text: str) -> tuple[str, Any]:
-    """`key=value`, the value read as YAML. Raises UserError in the name of the command line's `option`."""
+    """Splits `key=value`; the value is YAML. Raises UserError that names the command-line `option`."""
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise UserError(f"{option} {text}: must read key=value")
+        raise UserError(f"{option} {text}: must have the form key=value")
     try:
         return key, _parsed(value)
     except ValueError as error:
-        raise UserError(f"{option} {text}: the value is not YAML ({error})") from None
+        raise UserError(f"{option} {text}: the value must be YAML ({error})") from None
 
 
 def apply(values: dict[str, Any], override: str) -> None:
-    """Sets `key.sub=value`, the value read as YAML. Raises UserError, also for a section that is not there."""
+    """Sets `key.sub=value` in `values`; the value is YAML. Raises UserError if the section `key` does not exist."""
     key, value = assignment("--set", override)
     *parents, last = key.split(".")
     at: Any = values
@@ -335,7 +342,7 @@ def apply(values: dict[str, Any], override: str) -> None:
 
 
 def section(values: Mapping[str, Any], name: str) -> Any:
-    """The raw section `name`, dotted for an entry of a mapping. Raises UserError if it is not there."""
+    """The unchecked section `name`; `a.b` is entry b of section a. Raises UserError if it does not exist."""
     at: Any = values
     for part in name.split("."):
         if not isinstance(at, Mapping) or part not in at:

@@ -1,4 +1,4 @@
-"""Plug-in name -> module. The value in params.yaml is the file name; there is no registry to keep up to date."""
+"""Finding plug-ins. The name in params.yaml is the name of the plug-in's file; there is no registry."""
 
 import ast
 import importlib
@@ -11,28 +11,28 @@ from types import ModuleType
 
 from h2t.pipeline.base.errors import UserError, nearest
 
-_FILE = re.compile(r"[^\W_][\w-]{0,99}")  # what a plug-in's file may be called, without its ending
+_FILE = re.compile(r"[^\W_][\w-]{0,99}")  # valid file names, without the ending
 KINDS = ("datasets", "backbones", "objectives", "samplers", "pools", "hosts")
 
 
 def folders(kind: str) -> list[Path]:
-    """Where plug-ins of `kind` are looked up: this package, plugins/<kind> of the project, then $H2T_PLUGINS/<kind>.
+    """Folders searched for plug-ins of `kind`, in order: this package, the project's plugins/, then $H2T_PLUGINS.
 
-    The project is the working directory: `h2t` and `dvc repro` run where params.yaml is.
+    The project is the working directory: `h2t` and `dvc repro` run in the folder of params.yaml.
     """
-    found = [Path(__file__).parents[1] / kind, Path.cwd() / "plugins" / kind]
+    paths = [Path(__file__).parents[1] / kind, Path.cwd() / "plugins" / kind]
     if extra := os.environ.get("H2T_PLUGINS"):
-        found.append(Path(extra) / kind)
-    return found
+        paths.append(Path(extra) / kind)
+    return paths
 
 
 def names(kind: str) -> list[str]:
-    """The plug-ins of `kind`, by file listing."""
+    """Sorted names of all plug-ins of `kind`."""
     return sorted(p.stem for folder in folders(kind) for p in folder.glob("*.py") if not p.name.startswith("_"))
 
 
 def check(kind: str, name: str) -> None:
-    """Raises UserError if there is no such plug-in."""
+    """Raises UserError if there is no plug-in of `kind` called `name`."""
     if not _FILE.fullmatch(name) or not any((folder / f"{name}.py").is_file() for folder in folders(kind)):
         raise UserError(
             f"no {kind.removesuffix('s')} {name!r}{nearest(name, names(kind))} (there are: {', '.join(names(kind))})"
@@ -40,7 +40,7 @@ def check(kind: str, name: str) -> None:
 
 
 def load(kind: str, name: str) -> ModuleType:
-    """The module of plug-in `name`, and nothing else of its folder. Raises UserError for an unknown name."""
+    """Imports the module of plug-in `name`, and no other plug-in. Raises UserError for an unknown name."""
     check(kind, name)
     path = next(p for folder in folders(kind) if (p := folder / f"{name}.py").is_file())
     if path.parent == Path(__file__).parents[1] / kind:
@@ -59,7 +59,7 @@ def load(kind: str, name: str) -> ModuleType:
 
 
 def summary(kind: str, name: str) -> str:
-    """The first line of the plug-in's docstring, without importing it."""
+    """The first line of the plug-in's docstring, read without importing the plug-in."""
     path = next(p for folder in folders(kind) if (p := folder / f"{name}.py").is_file())
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     return text.split("\n", 1)[0]

@@ -1,4 +1,4 @@
-"""The number format that forward passes compute in: float32, or one of two halves by torch's autocast."""
+"""The number format of forward passes: float32, or bfloat16 or float16 by torch's autocast."""
 
 from typing import Literal
 
@@ -11,15 +11,15 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float1
 
 
 def computing(device: torch.device, precision: Precision) -> torch.autocast:
-    """A context in which layers that allow it compute in `precision`; weights stay float32."""
+    """A context in which layers compute in `precision` where autocast supports it. Weights stay float32."""
     return torch.autocast(device.type, DTYPES[precision], enabled=precision != "float32")
 
 
 def guarded_maps(backbone: nn.Module, x: torch.Tensor, precision: Precision) -> list[torch.Tensor]:
-    """Maps of the images `x` (B, 3, H, W) computed in `precision`, as float32 (B, C, H, W), one tensor per expert.
+    """Maps of the images `x` (B, 3, H, W), computed in `precision`: float32 (B, C, H, W), one tensor per expert.
 
-    float16 ends at 65504. An image whose maps are not finite gets those of a pass in float32, and no other image does:
-    its row hangs on none of its neighbours.
+    The largest float16 value is 65504. Images whose maps are not finite get the maps of a float32 pass, and all others
+    keep theirs. So a row does not depend on the rows batched with it.
     """
     with computing(x.device, precision):
         maps = [m.float() for m in backbone(x)]

@@ -1,18 +1,48 @@
-"""Progress bars: lively in a terminal, a line every ten seconds in a log."""
+"""Progress bars: updated five times a second in a terminal, every ten seconds in a log."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
 
-# A thread less: one that finds no memory at its start makes Python wait for it for ever.
+# No monitor thread: if a thread cannot start for lack of memory, Python waits for it forever.
 tqdm.monitor_interval = 0
 
+_hidden = False
 
-def progress(items: Iterable[Any] | None, what: str, *, unit: str, total: int | None = None, **more: Any) -> Any:
-    """A tqdm bar over `items` (or to be updated by hand, for None) that appears after a second."""
-    quick = sys.stderr.isatty()
+
+@contextmanager
+def hidden(hide: bool) -> Iterator[None]:
+    """With `hide`, `progress` shows no bars in the block."""
+    global _hidden
+    before, _hidden = _hidden, hide
+    try:
+        yield
+    finally:
+        _hidden = before
+
+
+def progress(
+    items: Iterable[Any] | None,
+    what: str,
+    *,
+    unit: str,
+    total: int | None = None,
+    disable: bool = False,
+    **more: Any,
+) -> Any:
+    """A tqdm bar over `items` that appears after one second. With None for `items`, the caller updates the bar."""
+    interval = 0.2 if sys.stderr.isatty() else 10
     return tqdm(
-        items, what, total=total, unit=unit, delay=1, dynamic_ncols=True, mininterval=0.2 if quick else 10, **more
+        items,
+        what,
+        total=total,
+        unit=unit,
+        delay=1,
+        dynamic_ncols=True,
+        mininterval=interval,
+        disable=disable or _hidden,
+        **more,
     )

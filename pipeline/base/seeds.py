@@ -1,6 +1,6 @@
-"""Named random streams. Every draw in the project comes from one of these; nothing touches a global generator.
+"""Named random streams. Every random number in the project comes from one of these; no global generator is used.
 
-A stream is addressed by a seed and a key, so any step of any epoch can be drawn without the ones before it, and two
+A stream is identified by a seed and a key. So any step of any epoch can be drawn without drawing the earlier ones, and
 streams with different keys are independent (NumPy's SeedSequence with a spawn key).
 """
 
@@ -16,10 +16,10 @@ def _word(part: int | str) -> int:
 
 
 def stream(seed: int, *key: int | str) -> np.random.Generator:
-    """The generator addressed by `seed` and `key`; the same address always gives the same draws."""
+    """A new generator for `seed` and `key`. The same seed and key always give the same draws."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=tuple(map(_word, key)))))
 
 
 def torch_seed(seed: int, *key: int | str) -> int:
-    """A 63-bit seed for a torch generator, from the stream of that address."""
+    """A 63-bit seed for a torch generator, the first draw of the stream of `seed` and `key`."""
     return int(stream(seed, *key).integers(2**63))

@@ -1,1 +1,1 @@
-"""The command line `h2t`: parse, call, print."""
+"""The command line `h2t`: parses arguments, calls the other rooms, prints results."""

@@ -1,4 +1,4 @@
-"""`h2t cache`: what a cache holds, whether it is sound, its values, its best codec, and how two of them differ."""
+"""`h2t cache`: commands that describe, check and pool caches."""
 
 import json
 from collections.abc import Iterator
@@ -10,30 +10,30 @@ import click
 
 from h2t.cache.redaction import one_line, printable, redacted
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.text import counted
+from h2t.pipeline.command_line import options
 from h2t.pipeline.command_line.one_line import OneLineErrors, refuse
+from h2t.pipeline.command_line.options import PATH
 
 if TYPE_CHECKING:
     from h2t.cache.reader import Cache
 
 
-FOLDER = click.Path(path_type=Path)
-
-
 class CacheCommands(OneLineErrors):
-    """Whatever the disk or the network says is one line, too."""
+    """A group whose errors of disk and network are one line as well."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except BrokenPipeError:  # the reader of our output left; click knows what to do
+        except BrokenPipeError:  # click handles a closed pipe
             raise
-        except (OSError, ImportError) as error:  # ImportError: fsspec names the package that a protocol needs
+        except (OSError, ImportError) as error:  # ImportError: fsspec names the missing package of a protocol
             refuse(ctx, one_line(redacted(" ".join(str(error).split()))))
 
 
 @contextmanager
 def opened(location: str) -> Iterator["Cache"]:
-    """The cache at a path or URL."""
+    """Opens the cache at a path or URL for the block. Raises UserError for a URL of an unknown protocol."""
     from h2t.cache.reader import open_cache
 
     try:
@@ -46,7 +46,10 @@ def opened(location: str) -> Iterator["Cache"]:
 
 @contextmanager
 def previous(location: str | None, name: str) -> Iterator["Cache | None"]:
-    """The cache that `extract.statistics_from` names for the backbone `name`: itself, or NAME in that folder."""
+    """Opens the cache that `extract.statistics_from` names for the backbone `name`; None if it is not set.
+
+    `location` is the cache itself, or a folder with a cache called `name`. Raises UserError if there is neither.
+    """
     from h2t.cache.format.spec import RECORD
     from h2t.cache.read.files import files_at
 
@@ -55,20 +58,21 @@ def previous(location: str | None, name: str) -> Iterator["Cache | None"]:
         return
     places = [location, f"{location.rstrip('/')}/{name}"]
     try:
-        found = [place for place in places if files_at(place).exists(RECORD)]
+        caches = [place for place in places if files_at(place).exists(RECORD)]
     except (ValueError, ImportError) as error:  # fsspec: unknown protocol, or the package it needs
         raise UserError(f"extract.statistics_from: {location}: {' '.join(str(error).split())}") from None
-    if not found:
+    if not caches:
         raise UserError(
-            f"extract.statistics_from: {location} is no cache and no folder with a cache called {name!r}; name one "
-            "that DVC does not remove before it runs (cp -r data/extract kept, or h2t cache pull), or set it to null"
+            f"extract.statistics_from: must be a cache or a folder with a cache called {name!r}; got {location}; "
+            "give one outside data/extract, which DVC removes before the stage runs (cp -r data/extract kept, or "
+            "h2t cache pull), or set it to null"
         )
-    with opened(found[0]) as cache:
+    with opened(caches[0]) as cache:
         yield cache
 
 
 def human(size: float) -> str:
-    """`size` bytes in the largest unit that keeps it at 1 or more."""
+    """`size` in bytes as text with a decimal unit: 999 B, 1 KB, 2.5 GB."""
     for unit in ("B", "KB", "MB", "GB"):
         if size < 1000:
             return f"{size:.3g} {unit}"
@@ -78,75 +82,82 @@ def human(size: float) -> str:
 
 @click.group(cls=CacheCommands)
 def cache() -> None:
-    """Look at, check and compare caches. CACHE is a path or a URL."""
+    """Describe, check, share and import caches."""
 
 
-@cache.command()
-@click.argument("location", metavar="CACHE")
-@click.option("--json", "as_json", is_flag=True, help="The same as one JSON object.")
+CACHE = click.argument("location", metavar="CACHE", help="Path or URL of the cache.")
+
+
+@cache.command(epilog="h2t cache info data/extract/ce_mixup")
+@CACHE
+@options.as_json
 def info(location: str, as_json: bool) -> None:
-    """Show what CACHE holds.
-
-    Example: h2t cache info data/extract/ce_mixup
-    """
+    """Describe a cache: rows, classes, layout, origin."""
     from h2t.cache.tools.audit import describe
 
-    with opened(location) as found:
-        about = describe(found)
+    with opened(location) as maps:
+        about = describe(maps)
     if as_json:
         click.echo(json.dumps(about, sort_keys=True))
         return
     shapes = ", ".join(" x ".join(str(n) for n in expert["shape"]) for expert in about["experts"])
-    click.echo(f"rows         {about['rows']} of {about['samples']} samples, {about['views']} views")
+    samples, views = counted(about["samples"], "sample"), counted(about["views"], "view")
+    click.echo(f"rows         {about['rows']:,} of {samples}, {views}")
     for part in about["splits"]:
-        click.echo(printable(f"             {part['rows']} {part['split']} rows under {part['statistics']} statistics"))
+        rows = counted(part["rows"], f"{part['split']} row")
+        click.echo(printable(f"             {rows} with {part['statistics']} statistics"))
     click.echo(f"classes      {about['classes']}")
     click.echo(f"experts      {len(about['experts'])}: {shapes}, {about['dtype']}")
-    click.echo(
-        f"layout       codec {about['codec']}, {about['chunk_rows']} rows per chunk, {about['shard_rows']} per shard"
-    )
-    click.echo(
-        f"size         {human(about['bytes'])} in {about['shards']} shards, {human(about['value_bytes'])} of values"
-    )
+    rows = counted(about["chunk_rows"], "row")
+    click.echo(f"layout       codec {about['codec']}, {rows} per chunk, {about['shard_rows']:,} per shard")
+    shards = counted(about["shards"], "shard")
+    click.echo(f"size         {human(about['bytes'])} in {shards}, {human(about['value_bytes'])} before compression")
     click.echo(f"format       {about['format']}")
     click.echo(f"fingerprint  {about['fingerprint']}")
     for name in ("fingerprint_inputs", "provenance"):
         click.echo(name.replace("_", " "))
         for key, value in sorted(about[name].items()):
-            told = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
-            click.echo(f"             {printable(f'{key}: {told}')}")
+            text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+            click.echo(f"             {printable(f'{key}: {text}')}")
 
 
-@cache.command("verify")
-@click.argument("location", metavar="CACHE")
-@click.option("--quick", is_flag=True, help="Sizes, cache.json, row table, metadata and shard indices only.")
-@click.option("--recompute", "count", type=click.IntRange(1), metavar="N", help="Extract N random rows again, too.")
-@click.option("--samples", type=FOLDER, default=Path("data/prepare"), show_default=True, help="For --recompute.")
-@click.option("--backbone", type=FOLDER, help="For --recompute: the backbone that made CACHE.")
-@click.option("--params", "params_file", type=FOLDER, default=Path("params.yaml"), show_default=True)
-@click.option("--seed", default=0, show_default=True, help="Which rows --recompute draws.")
-@click.option("--device", default="auto", show_default=True, help="Where --recompute runs.")
+@cache.command(
+    "verify",
+    epilog="h2t cache verify --quick s3://bucket/cache\n"
+    "h2t cache verify data/extract/b --recompute 100 \\\n  --backbone data/train_backbone/b",
+)
+@CACHE
+@click.option("--quick", is_flag=True, help="Check sizes, cache.json, row table, metadata and shard indices only.")
+@click.option("--recompute", "count", type=click.IntRange(1), metavar="N", help="Also extract N random rows again.")
+@click.option(
+    "--samples",
+    type=PATH,
+    default=Path("data/prepare"),
+    show_default=True,
+    metavar="DIR",
+    help="With --recompute: directory that prepare wrote.",
+)
+@click.option("--backbone", type=PATH, metavar="DIR", help="With --recompute: directory of the backbone of CACHE.")
+@options.params_file
+@click.option("--seed", default=0, show_default=True, metavar="N", help="With --recompute: seed of the random rows.")
+@options.device("auto", "; with --recompute")
 def verify_command(location: str, quick: bool, count: int | None, **given: Any) -> None:
-    r"""Check CACHE; exit 1 with one line for each fault.
-
-    \b
-    Example: h2t cache verify --quick s3://bucket/cache
-             h2t cache verify data/extract/b --recompute 100 --backbone data/train_backbone/b
-    """
+    """Check a cache. Print one line per fault and exit 1 if there are any."""
     from h2t.cache.tools.audit import describe, verify
 
     if count is not None and given["backbone"] is None:
-        raise click.UsageError("--recompute needs --backbone, the directory of the backbone that made CACHE")
+        raise click.UsageError("--recompute needs --backbone DIR, the backbone that CACHE was extracted with")
 
     faults = verify(location, quick=quick)
     for fault in faults:
         click.echo(str(fault))
     if faults:
         raise SystemExit(1)
-    with opened(location) as found:
-        about = describe(found)
+    with opened(location) as maps:
+        about = describe(maps)
     checked = "sizes, row table, metadata and shard indices" if quick else "every byte"
-    click.echo(f"sound: {about['rows']} rows, {about['files']} files, {human(about['bytes'])}; checked {checked}")
+    size = f"{counted(about['rows'], 'row')}, {counted(about['files'], 'file')}, {human(about['bytes'])}"
+    click.echo(f"sound: {size}; checked {checked}")
     if count is not None:
         _recompute(location, count, **given)
 
@@ -160,44 +171,45 @@ def _recompute(
     from h2t.pipeline.inspection.recompute import recompute
 
     section = params.section(params.load(params_file), "prepare")
-    known = load_samples(samples)
-    with opened(location) as found:
-        result = recompute(found, known, known.images(section), backbone, count, seed, choose(device))
+    prepared = load_samples(samples)
+    with opened(location) as maps:
+        result = recompute(maps, prepared, prepared.images(section), backbone, count, seed, choose(device))
     for fault in result.faults:
         click.echo(fault)
     click.echo(
-        f"recomputed {result.rows} rows: {result.same_bits} have the same bits, {len(result.faults)} faults; "
-        f"largest deviation {result.worst:.2g} of a map's largest value, allowed {result.tolerance:g}"
+        f"recomputed {counted(result.rows, 'row')}: {result.same_bits:,} bit for bit equal, "
+        f"{counted(len(result.faults), 'fault')}; largest difference {result.worst:.2g} of a map's largest value, "
+        f"allowed {result.tolerance:g}"
     )
     if result.faults:
         raise SystemExit(1)
 
 
-@cache.command("stats")
-@click.argument("location", metavar="CACHE")
-@click.option("--json", "as_json", is_flag=True, help="The same as JSON, with the mean norm of every class.")
+@cache.command("stats", epilog="h2t cache stats data/extract/ce_mixup")
+@CACHE
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, with the mean norm of each class.")
 def stats_command(location: str, as_json: bool) -> None:
-    """Show sparsity, range, NaN and class norms of CACHE.
+    """Print statistics of the values in a cache.
 
-    Example: h2t cache stats data/extract/ce_mixup
+    They are the share of zeros, minimum, maximum, mean, NaN and infinite values, and the mean L2 norm by class.
     """
     from h2t.cache.tools.audit import stats
 
-    with opened(location) as found:
-        table = stats(found)
+    with opened(location) as maps:
+        table = stats(maps)
     if as_json:
         click.echo(json.dumps(table, sort_keys=True))
         return
     for line in table:
         norms = sorted(line["classes"], key=lambda c: c["mean_l2"])
         click.echo(
-            f"expert {line['expert']}: {line['values']} values, {line['sparsity']:.1%} zeros, "
+            f"expert {line['expert']}: {counted(line['values'], 'value')}, {line['sparsity']:.1%} zeros, "
             f"min {_number(line['min'])}, max {_number(line['max'])}, mean {_number(line['mean'])}, "
             f"{line['nan']} NaN, {line['inf']} Inf"
         )
         low, high = norms[0], norms[-1]
         click.echo(
-            f"  mean L2 norm of a class: {low['mean_l2']:.4g} (class {low['label']}) to "
+            f"  mean L2 norm by class: {low['mean_l2']:.4g} (class {low['label']}) to "
             f"{high['mean_l2']:.4g} (class {high['label']})"
         )
 
@@ -207,7 +219,7 @@ def _number(value: float | None) -> str:
 
 
 @cache.command("advise")
-@click.argument("location", metavar="CACHE")
+@CACHE
 @click.option(
     "--disk", default=2.0, show_default=True, type=click.FloatRange(0, min_open=True), help="GB/s of the disk."
 )
@@ -239,30 +251,37 @@ def advise_command(location: str, disk: float, link: float, cores: int | None, a
     click.echo(f"* codec: {chosen['codec']}, {chosen['chunk_rows']} rows per chunk: {chosen['reason']}")
 
 
-@cache.command("pool")
-@click.argument("location", metavar="CACHE")
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option("--pool", "name", default="gap", show_default=True, help="One of h2t list pools.")
-@click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="An option of the pool.")
-@click.option("--codec", default="none", show_default=True)
-@click.option("--replace", is_flag=True, help="Replace another cache at OUT.")
-def pool_command(location: str, out: Path, name: str, options: tuple[str, ...], codec: str, replace: bool) -> None:
-    """Write the copy OUT of CACHE with a vector per row. Each is a row's map, pooled.
-
-    Example: h2t cache pool data/extract/ce_mixup ce_mixup-gap --pool gem --option exponent=3.0
-    """
+@cache.command(
+    "pool", epilog="h2t cache pool data/extract/ce_mixup ce_mixup-gem \\\n  --pool gem --option exponent=3.0"
+)
+@CACHE
+@click.argument("out", type=PATH, help="Cache to write.")
+@click.option(
+    "--pool",
+    "name",
+    default="gap",
+    show_default=True,
+    metavar="NAME",
+    shell_complete=options.plugin_names("pools"),
+    help="The pool; h2t list pools lists them.",
+)
+@click.option("--option", "given", multiple=True, metavar="KEY=VALUE", help="An option of the pool. Can be repeated.")
+@click.option("--codec", default="none", show_default=True, metavar="CODEC", help="Codec of the copy: none, zstd, ...")
+@options.replace
+def pool_command(location: str, out: Path, name: str, given: tuple[str, ...], codec: str, replace: bool) -> None:
+    """Copy a cache with each map pooled to a vector."""
     from h2t.pipeline.base import params
     from h2t.pipeline.stages import pool
 
-    chosen = dict(params.assignment("--option", option) for option in options)
+    chosen = dict(params.assignment("--option", option) for option in given)
     section = params.build(pool.Params, "pool", {"pool": name, "pool_options": chosen, "codec": codec})
-    with opened(location) as found:
-        pool.run(section, out.name, found, out, click.echo, replace=replace)
+    with opened(location) as maps:
+        pool.run(section, out.name, maps, out, click.echo, replace=replace)
 
 
 @cache.command("diff")
-@click.argument("old", metavar="A")
-@click.argument("new", metavar="B")
+@click.argument("old", metavar="A", help="Path or URL of a cache.")
+@click.argument("new", metavar="B", help="Path or URL of a cache.")
 @click.option("--json", "as_json", is_flag=True, help="The same as JSON.")
 def diff_command(old: str, new: str, as_json: bool) -> None:
     """Show what changed from cache A to B. Ingredients, layout and rows.

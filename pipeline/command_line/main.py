@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. What a command does is in the stage of its name.
+"""The command line: parse, call, print. The module in `stages` of the same name does the work of a command.
 
 Stages are imported inside the commands, so that `h2t --help` answers at once.
 """
@@ -15,23 +15,27 @@ import click
 
 from h2t.cache.errors import CacheError
 from h2t.pipeline.base.errors import UserError
-from h2t.pipeline.command_line import names
+from h2t.pipeline.command_line import names, options
 from h2t.pipeline.command_line.caches import cache as cache_group
 from h2t.pipeline.command_line.caches import opened, previous
 from h2t.pipeline.command_line.models import export, predict
 from h2t.pipeline.command_line.one_line import OneLineErrors
+from h2t.pipeline.command_line.options import PATH
 from h2t.pipeline.command_line.sharing import COMMANDS as SHARING
 from h2t.pipeline.command_line.sharing import doctor, upgrade
 
 
-@click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
 @click.version_option(package_name="h2t", prog_name="h2t")
 def main() -> None:
     """Train better classifiers for long-tailed images on cached feature maps.
 
+    `dvc repro` runs all stages of params.yaml. In order they are: watch, inputs, prepare, train-backbone, extract,
+    pool, train-classifier, evaluate, report.
+
     \b
-    The stages, in the order of the data: watch, inputs, prepare, train-backbone, extract,
-    pool, train-classifier, evaluate, report. `dvc repro` runs them all.
+    Completion of commands and names in bash (or zsh_source, fish_source):
+      eval "$(_H2T_COMPLETE=bash_source h2t)"
     """  # noqa: D301 - click wants the character, not two
 
 
@@ -43,39 +47,48 @@ main.add_command(upgrade)
 main.add_command(export)
 main.add_command(predict)
 
-PATH = click.Path(path_type=Path)
+Say = Callable[[str], None]
 
 
 def stage(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that every stage command has; hands the loaded parameters on as `values`."""
+    """Adds the options of every stage command. `function` gets the checked parameters as `values`, and `say`.
 
-    @click.option("--params", "params_file", type=PATH, default=Path("params.yaml"), show_default=True)
-    @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one parameter.")
-    @click.option("--device", default=None, help="auto, cpu, cuda or cuda:N; by default the parameter `device`.")
-    @click.option("--record", type=PATH, default=None, help="Write time, machine and rates of this run to a JSON file.")
-    @click.option("-v", "--verbose", is_flag=True, help="Say more, and show tracebacks.")
+    `function` may return facts about the run, which the run record keeps.
+    """
+
+    @options.params_file
+    @options.overrides
+    @options.device(None, "; by default the parameter `device`")
+    @click.option(
+        "--record", type=PATH, default=None, metavar="FILE", help="Write time, machine and rates of this run as JSON."
+    )
+    @click.option("-q", "--quiet", is_flag=True, help="Print warnings and errors only.")
+    @click.option("-v", "--verbose", is_flag=True, help="Show tracebacks of errors.")
     @wraps(function)
     def command(
         params_file: Path,
         overrides: tuple[str, ...],
         device: str | None,
         record: Path | None,
+        quiet: bool,
         verbose: bool,
         **arguments: Any,
     ) -> None:
-        from h2t.pipeline.base import numbers, params
+        from h2t.pipeline.base import numbers, params, progress
         from h2t.pipeline.inspection import settings
         from h2t.pipeline.stages import inputs
 
         started, used = time.perf_counter(), time.process_time()
+        say: Say = (lambda line: None) if quiet else click.echo
         values = params.load(params_file, overrides)
         if device is not None:
             values["device"] = device
         try:
-            settings.check(values, click.echo)
+            settings.check(values, say)
             numbers.check()
             inputs.check(values, params_file.parent)
-            facts = function(values=values, **arguments)
+            with progress.hidden(quiet):
+                facts = function(values=values, say=say, **arguments)
         except (UserError, CacheError) as error:
             if verbose:
                 raise SystemExit(_traceback()) from None
@@ -97,92 +110,111 @@ def _traceback() -> str:
     return traceback.format_exc()
 
 
-@main.command()
-@click.argument("name")
-@click.argument("out", type=PATH)
-@click.option("--params", "params_file", type=PATH, default=Path("params.yaml"), show_default=True)
-def watch(name: str, out: Path, params_file: Path) -> None:
-    """Write the digest of input NAME, a file or folder that the parameters name under `inputs`."""
+def _name(section: str, help: str) -> Callable[[Any], Any]:
+    """The argument NAME: an entry of `section` in the parameters."""
+    return click.argument("name", shell_complete=options.entries(section), help=help)
+
+
+_backbone_name = _name("backbones", "Name of the backbone in the parameters.")
+_host_name = _name("hosts", "Name of the host in the parameters.")
+_samples = click.argument("samples", type=PATH, help="Directory that prepare wrote.")
+_backbone = click.argument("backbone", type=PATH, help="Directory that train-backbone wrote.")
+_cache = click.argument("cache", help="Path or URL of the cache.")
+
+
+def _out(help: str) -> Callable[[Any], Any]:
+    """The argument OUT, the path that the command writes."""
+    return click.argument("out", type=PATH, help=help)
+
+
+@main.command(epilog="h2t watch images inputs/images.json")
+@_name("inputs", "Name of the input in the section `inputs` of the parameters.")
+@_out("JSON file to write.")
+@options.params_file
+@click.option("-q", "--quiet", is_flag=True, help="Print warnings and errors only.")
+def watch(name: str, out: Path, params_file: Path, quiet: bool) -> None:
+    """Write the digest of the input NAME, a file or folder."""
     from h2t.pipeline.base import params
     from h2t.pipeline.stages import watch as stage_module
 
-    stage_module.run(name, params.load(params_file).get("inputs") or {}, out, click.echo)
+    say: Say = (lambda line: None) if quiet else click.echo
+    stage_module.run(name, params.load(params_file).get("inputs") or {}, out, say)
 
 
-@main.command()
-@click.argument("digests", type=PATH)
-@click.argument("out", type=PATH)
+@main.command(epilog="h2t inputs inputs data/inputs")
+@click.argument("digests", type=PATH, help="Folder of the digests that watch wrote.")
+@_out("Directory to write.")
 @stage
-def inputs(values: dict[str, Any], digests: Path, out: Path) -> None:
-    """Sort the digests of the inputs, in the folder DIGESTS, by the stages that read them."""
+def inputs(values: dict[str, Any], say: Say, digests: Path, out: Path) -> None:
+    """Assign the digests of inputs to the stages."""
     from h2t.pipeline.stages import inputs as stage_module
 
-    stage_module.run(values, digests, out, click.echo)
+    stage_module.run(values, digests, out, say)
 
 
-@main.command()
-@click.argument("out", type=PATH)
+@main.command(epilog="h2t prepare data/prepare")
+@_out("Directory to write.")
 @stage
-def prepare(values: dict[str, Any], out: Path) -> None:
-    """Hold samples out, make long-tailed, order classes."""
+def prepare(values: dict[str, Any], say: Say, out: Path) -> None:
+    """Choose samples: hold out, make long-tailed, order classes."""
     from h2t.pipeline.base import params
     from h2t.pipeline.stages import prepare as stage_module
 
     section = params.build(stage_module.Params, "prepare", params.section(values, "prepare"))
-    stage_module.run(section, values["seed"], out, click.echo)
+    stage_module.run(section, values["seed"], out, say)
 
 
-@main.command("train-backbone")
-@click.argument("name")
-@click.argument("samples", type=PATH)
-@click.argument("out", type=PATH)
+@main.command("train-backbone", epilog="h2t train-backbone ce_mixup data/prepare data/train_backbone/ce_mixup")
+@_backbone_name
+@_samples
+@_out("Directory to write.")
 @stage
-def train_backbone(values: dict[str, Any], name: str, samples: Path, out: Path) -> None:
-    """Stage I: train backbone NAME or take its weights."""
+def train_backbone(values: dict[str, Any], say: Say, name: str, samples: Path, out: Path) -> None:
+    """Stage I: train the backbone NAME, or load its weights."""
     from h2t.pipeline.base import device, params
     from h2t.pipeline.data.samples import load_samples
     from h2t.pipeline.stages import train_backbone as stage_module
 
     section = params.build(stage_module.Params, f"backbones.{name}", params.section(values, f"backbones.{name}"))
     names.check_folders(values, "backbones", name, out)
-    found = load_samples(samples)
-    images = found.images(params.section(values, "prepare"))
-    stage_module.run(section, name, found, images, values["seed"], device.choose(values["device"]), out, click.echo)
+    prepared = load_samples(samples)
+    images = prepared.images(params.section(values, "prepare"))
+    stage_module.run(section, name, prepared, images, values["seed"], device.choose(values["device"]), out, say)
 
 
-@main.command()
-@click.argument("name")
-@click.argument("samples", type=PATH)
-@click.argument("backbone", type=PATH)
-@click.argument("out", type=PATH)
-@click.option("--replace", is_flag=True, help="Replace another cache at OUT.")
-@click.option("--anew", is_flag=True, help="Compute every row, also those that extract.statistics_from gives.")
+@main.command(epilog="h2t extract ce_mixup data/prepare data/train_backbone/ce_mixup \\\n  data/extract/ce_mixup")
+@_backbone_name
+@_samples
+@_backbone
+@_out("Cache to write.")
+@options.replace
+@click.option("--anew", is_flag=True, help="Compute all rows; take none from extract.statistics_from.")
 @stage
 def extract(
-    values: dict[str, Any], name: str, samples: Path, backbone: Path, out: Path, replace: bool, anew: bool
+    values: dict[str, Any], say: Say, name: str, samples: Path, backbone: Path, out: Path, replace: bool, anew: bool
 ) -> dict[str, Any]:
-    """Run the frozen backbone once, into a cache of maps."""
+    """Run the frozen backbone NAME once and cache its maps."""
     from h2t.pipeline.base import device, params
     from h2t.pipeline.data.samples import load_samples
     from h2t.pipeline.stages import extract as stage_module
 
     section = params.build(stage_module.Params, "extract", params.section(values, "extract"))
     names.check_folders(values, "backbones", name, out)
-    found = load_samples(samples)
-    names.check_backbone(values, name, backbone, click.echo)
-    images = found.images(params.section(values, "prepare"))
+    prepared = load_samples(samples)
+    names.check_backbone(values, name, backbone, say)
+    images = prepared.images(params.section(values, "prepare"))
     chosen = device.choose(values["device"])
     with previous(section.statistics_from, name) as kept:
         summary = stage_module.run(
             section,
             name,
-            found,
+            prepared,
             images,
             backbone,
             values["seed"],
             chosen,
             out,
-            click.echo,
+            say,
             replace=replace,
             previous=kept,
             anew=anew,
@@ -190,80 +222,99 @@ def extract(
     return vars(summary)
 
 
-@main.command()
-@click.argument("name")
-@click.argument("cache")
-@click.argument("out", type=PATH)
-@click.option("--replace", is_flag=True, help="Replace another cache at OUT.")
+@main.command(epilog="h2t pool ce_mixup data/extract/ce_mixup data/pool/ce_mixup")
+@_backbone_name
+@_cache
+@_out("Cache to write.")
+@options.replace
 @stage
-def pool(values: dict[str, Any], name: str, cache: str, out: Path, replace: bool) -> None:
-    """Copy a cache with a vector per row, not a map."""
+def pool(values: dict[str, Any], say: Say, name: str, cache: str, out: Path, replace: bool) -> None:
+    """Copy a cache with each map pooled to a vector."""
     from h2t.pipeline.base import params
     from h2t.pipeline.stages import pool as stage_module
 
     section = params.build(stage_module.Params, "pool", params.section(values, "pool"))
     names.check_folders(values, "backbones", name, cache, out)
-    with opened(cache) as found:
-        stage_module.run(section, name, found, out, click.echo, replace=replace)
+    with opened(cache) as maps:
+        stage_module.run(section, name, maps, out, say, replace=replace)
 
 
-@main.command("train-classifier")
-@click.argument("name")
-@click.argument("cache")
-@click.argument("backbone", type=PATH)
-@click.argument("out", type=PATH)
+@main.command(
+    "train-classifier",
+    epilog="h2t train-classifier dr data/extract/ce_mixup data/train_backbone/ce_mixup \\\n  data/train_classifier/dr",
+)
+@_host_name
+@_cache
+@_backbone
+@_out("Directory to write.")
 @stage
-def train_classifier(values: dict[str, Any], name: str, cache: str, backbone: Path, out: Path) -> dict[str, Any]:
-    """Stage II: train the heads of host NAME on a cache."""
+def train_classifier(
+    values: dict[str, Any], say: Say, name: str, cache: str, backbone: Path, out: Path
+) -> dict[str, Any]:
+    """Stage II: train the heads of the host NAME on a cache."""
     from h2t.pipeline.base import device, params
     from h2t.pipeline.heads.residency import Residency
     from h2t.pipeline.stages import train_classifier as stage_module
 
     section = params.build(stage_module.Params, f"hosts.{name}", params.section(values, f"hosts.{name}"))
     residency = params.build(Residency, "train_classifier", params.section(values, "train_classifier"))
-    with opened(cache) as found:
-        names.check_host(values, name, cache, backbone, out, click.echo)
-        summary = stage_module.run(
-            section, residency, name, found, backbone, device.choose(values["device"]), out, click.echo
-        )
+    with opened(cache) as maps:
+        names.check_host(values, name, cache, backbone, out, say)
+        summary = stage_module.run(section, residency, name, maps, backbone, device.choose(values["device"]), out, say)
     return vars(summary)
 
 
-@main.command()
-@click.argument("name")
-@click.argument("cache")
-@click.argument("heads", type=PATH)
-@click.argument("backbone", type=PATH)
-@click.argument("out", type=PATH)
+@main.command(
+    epilog="h2t evaluate dr data/extract/ce_mixup data/train_classifier/dr \\\n"
+    "  data/train_backbone/ce_mixup data/evaluate/dr"
+)
+@_host_name
+@_cache
+@click.argument("heads", type=PATH, help="Directory that train-classifier wrote.")
+@_backbone
+@_out("Directory to write.")
 @stage
-def evaluate(values: dict[str, Any], name: str, cache: str, heads: Path, backbone: Path, out: Path) -> None:
-    """Evaluate the stage-I head and those of host NAME."""
+def evaluate(values: dict[str, Any], say: Say, name: str, cache: str, heads: Path, backbone: Path, out: Path) -> None:
+    """Evaluate the host NAME and the stage-I head on a cache."""
     from h2t.pipeline.base import device, params
     from h2t.pipeline.stages import evaluate as stage_module
 
     section = params.build(stage_module.Params, "evaluate", params.section(values, "evaluate"))
-    with opened(cache) as found:
-        names.check_host(values, name, cache, backbone, out, click.echo, heads)
-        stage_module.run(section, name, found, heads, backbone, device.choose(values["device"]), out, click.echo)
+    with opened(cache) as maps:
+        names.check_host(values, name, cache, backbone, out, say, heads)
+        stage_module.run(section, name, maps, heads, backbone, device.choose(values["device"]), out, say)
 
 
-@main.command()
-@click.argument("evaluate_dir", type=PATH, required=False)
-@click.argument("out", type=PATH, required=False)
-@click.option("--runs", type=PATH, help="Folder of run records (data/runs): the page shows time and machine as well.")
+@main.command(
+    epilog="h2t report data/evaluate data/report --runs data/runs\nh2t report --compare main my-branch comparison"
+)
+@click.argument(
+    "evaluate_dir",
+    type=PATH,
+    required=False,
+    help="Folder of the directories that evaluate wrote. With --compare: directory to write, if any.",
+)
+@click.argument("out", type=PATH, required=False, help="Directory to write.")
+@click.option("--runs", type=PATH, metavar="DIR", help="Folder of run records (data/runs): adds times and machine.")
 @click.option(
     "--compare",
     nargs=2,
     metavar="A B",
-    help="Two folders of evaluated hosts, git revisions or names of experiments, B against A.",
+    help="Compare B with A. Each is a folder of evaluated hosts, a git revision or an experiment.",
 )
 @stage
 def report(
-    values: dict[str, Any], evaluate_dir: Path | None, out: Path | None, runs: Path | None, compare: tuple[str, str]
+    values: dict[str, Any],
+    say: Say,
+    evaluate_dir: Path | None,
+    out: Path | None,
+    runs: Path | None,
+    compare: tuple[str, str],
 ) -> None:
-    """Write tables and pictures. Of every host in the parameters, from EVALUATE_DIR into OUT.
+    """Write tables and figures of all hosts in the parameters.
 
-    With --compare A B the hosts that both have, side by side; with one argument more, a whole report there.
+    With --compare, prints the hosts that both sides have next to each other. If a directory is given as well, it also
+    writes a report of both there.
     """
     from h2t.pipeline.base import params
     from h2t.pipeline.stages import report as stage_module
@@ -273,44 +324,56 @@ def report(
         from h2t.pipeline.sharing.revisions import evaluated
 
         with evaluated(compare[0]) as a, evaluated(compare[1]) as b:
-            comparison.compare(a, b, evaluate_dir, click.echo, compare)
+            comparison.compare(a, b, evaluate_dir, click.echo, compare)  # the result, so --quiet does not hide it
         return
     if evaluate_dir is None or out is None:
         raise click.UsageError("give EVALUATE_DIR and OUT, or --compare A B")
     section = params.build(stage_module.Params, "report", params.section(values, "report"))
     names.check_evaluated(values, evaluate_dir)
-    stage_module.run(section, list(params.section(values, "hosts")), evaluate_dir, out, click.echo, runs)
+    stage_module.run(section, list(params.section(values, "hosts")), evaluate_dir, out, say, runs)
 
 
-@main.command("presets")
-@click.argument("name", required=False)
+@main.command("presets", epilog="h2t presets cifar10-100 > params.yaml")
+@click.argument(
+    "name", required=False, shell_complete=options.preset_names, help="Print this preset instead of the list."
+)
 def list_presets(name: str | None) -> None:
-    """List the paper's settings. With NAME, that file's text: h2t presets NAME > params.yaml."""
+    """List the presets (the paper's settings), or print one."""
     from h2t.pipeline.command_line import presets
 
     if name is not None:
         click.echo(presets.text(name), nl=False)
         return
-    for one in presets.names():
-        click.echo(f"{one:24} {presets.summary(one)}")
+    _print_table([(one, presets.summary(one)) for one in presets.names()])
 
 
-@main.command("list")
-@click.argument("kind", required=False)
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@main.command("list", epilog="h2t list hosts")
+@click.argument(
+    "kind",
+    required=False,
+    shell_complete=options.kinds,
+    help="datasets, backbones, objectives, samplers, pools or hosts; by default all.",
+)
+@options.as_json
 def list_plugins(kind: str | None, as_json: bool) -> None:
-    """List what can be plugged in. KIND: datasets, backbones, objectives, samplers, pools or hosts."""
+    """List the plug-ins that parameters can name."""
     from h2t.pipeline.base import plugins
     from h2t.pipeline.base.errors import nearest
 
     if kind is not None and kind not in plugins.KINDS:
         raise UserError(f"kind: must be one of {', '.join(plugins.KINDS)}; got {kind!r}{nearest(kind, plugins.KINDS)}")
-    found = {k: {n: plugins.summary(k, n) for n in plugins.names(k)} for k in plugins.KINDS if kind in (None, k)}
+    summaries = {k: {n: plugins.summary(k, n) for n in plugins.names(k)} for k in plugins.KINDS if kind in (None, k)}
     if as_json:
-        click.echo(json.dumps(found, indent=2, sort_keys=True))
+        click.echo(json.dumps(summaries, indent=2, sort_keys=True))
         return
-    width = max(len(name) for entries in found.values() for name in entries)
-    for one, entries in found.items():
+    width = max(len(name) for entries in summaries.values() for name in entries)
+    for one, entries in summaries.items():
         click.echo(one)
-        for name, line in entries.items():
-            click.echo(f"  {name:{width}}  {line}")
+        _print_table([(f"  {name:{width}}", line) for name, line in entries.items()])
+
+
+def _print_table(rows: list[tuple[str, str]]) -> None:
+    """Prints two columns. The second is wrapped, so that lines have at most 80 characters."""
+    formatter = click.HelpFormatter(width=80)
+    formatter.write_dl(rows)
+    click.echo(formatter.getvalue(), nl=False)

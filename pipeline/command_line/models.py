@@ -1,29 +1,34 @@
-"""`h2t export` and `h2t predict`: a head given back, and used on new images."""
+"""`h2t export` and `h2t predict`: export a trained head as a model, and classify new images with it."""
 
 from pathlib import Path
 
 import click
 
+from h2t.pipeline.command_line import options
 from h2t.pipeline.command_line.caches import opened
+from h2t.pipeline.command_line.one_line import Command
+from h2t.pipeline.command_line.options import PATH
 
-PATH = click.Path(path_type=Path)
 
-
-@click.command()
-@click.argument("heads", type=PATH)
-@click.argument("cache")
-@click.argument("backbone", type=PATH)
-@click.argument("out", type=PATH)
-@click.option("--head", type=int, help="Number of the head, as in heads.parquet.")
-@click.option("--ratio", type=float, help="Its ratio.")
-@click.option("--seed", type=int, help="Its seed.")
-@click.option("--donor", help="Its donor.")
-@click.option("--selection", help="Its selection.")
-@click.option("--onnx", is_flag=True, help="Write model.onnx too.")
-@click.option("--without-images", is_flag=True, help="Check the head on cached maps alone; no image is read.")
-@click.option("--params", "params_file", type=PATH, default=Path("params.yaml"), show_default=True)
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one parameter.")
-@click.option("--device", default="cpu", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.command(
+    cls=Command,
+    epilog="h2t export data/train_classifier/dr data/extract/ce_mixup \\\n"
+    "  data/train_backbone/ce_mixup model --ratio 0.3 --seed 0",
+)
+@click.argument("heads", type=PATH, help="Directory that train-classifier wrote.")
+@click.argument("cache", help="Path or URL of the cache that the heads were trained on.")
+@click.argument("backbone", type=PATH, help="Directory that train-backbone wrote.")
+@click.argument("out", type=PATH, help="Directory to write.")
+@click.option("--head", type=int, metavar="N", help="Choose the head by its number in heads.parquet.")
+@click.option("--ratio", type=float, metavar="R", help="Choose a head of this fusion ratio.")
+@click.option("--seed", type=int, metavar="N", help="Choose a head of this seed.")
+@click.option("--donor", metavar="NAME", help="Choose a head of this donor sampler.")
+@click.option("--selection", metavar="NAME", help="Choose a head of this selection of channels.")
+@click.option("--onnx", is_flag=True, help="Also write model.onnx.")
+@click.option("--without-images", is_flag=True, help="Check the model on cached maps only, without reading images.")
+@options.params_file
+@options.overrides
+@options.device("cpu")
 def export(
     heads: Path,
     cache: str,
@@ -40,10 +45,9 @@ def export(
     overrides: tuple[str, ...],
     device: str,
 ) -> None:
-    """Write one head, alone and merged with its BACKBONE. It is one of HEADS, and OUT a directory.
+    """Export one trained head, alone and with its backbone.
 
-    Example: h2t export data/train_classifier/dr data/extract/ce_mixup data/train_backbone/ce_mixup model --ratio 0.3
-    --seed 0
+    Together, the options --head, --ratio, --seed, --donor and --selection must leave one head.
     """
     from h2t.pipeline.base import device as devices
     from h2t.pipeline.base import params
@@ -51,9 +55,9 @@ def export(
 
     prepare = params.section(params.load(params_file, overrides), "prepare")
     choice = room.Choice(head, ratio, seed, donor, selection)
-    with opened(cache) as found:
+    with opened(cache) as maps:
         room.run(
-            found,
+            maps,
             heads,
             backbone,
             choice,
@@ -66,18 +70,22 @@ def export(
         )
 
 
-@click.command()
-@click.argument("model", type=PATH)
-@click.argument("images", type=PATH, nargs=-1, required=True)
-@click.option("--top", type=click.IntRange(1), default=1, show_default=True, help="Classes per image.")
-@click.option("--out", type=PATH, help="Write to this .csv or .json file instead.")
-@click.option("--json", "as_json", is_flag=True, help="JSON instead of CSV.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.command(cls=Command, epilog="h2t predict model photos/ --top 3 --out classes.csv")
+@click.argument("model", type=PATH, help="Directory that h2t export wrote.")
+@click.argument("images", type=PATH, nargs=-1, required=True, help="Image files, or directories of them.")
+@click.option(
+    "--top",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Print the N most probable classes of each image.",
+)
+@click.option("--out", type=PATH, metavar="FILE", help="Write to this .csv or .json file instead of stdout.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of CSV.")
+@options.device("auto")
 def predict(model: Path, images: tuple[Path, ...], top: int, out: Path | None, as_json: bool, device: str) -> None:
-    """Name the class of IMAGES by an exported MODEL. IMAGES are files or directories.
-
-    Example: h2t predict model photos/ --top 3 --out classes.csv
-    """
+    """Classify images with an exported model."""
     from h2t.pipeline.base import device as devices
     from h2t.pipeline.models import predict as room
 
@@ -85,7 +93,7 @@ def predict(model: Path, images: tuple[Path, ...], top: int, out: Path | None, a
 
     def complain(line: str) -> None:
         unread.append(line)
-        click.echo(f"left out: {line}", err=True)
+        click.echo(f"skipped: {line}", err=True)
 
     lines = room.predict(model, images, devices.choose(device), complain, top=top)
     if out is None:

@@ -1,4 +1,4 @@
-"""Errors on the command line: one line on stderr and exit code 1 or 2; only bugs show a traceback."""
+"""Help and errors. An error is one line on stderr with exit code 1 or 2; only bugs show a traceback."""
 
 import _thread
 import os
@@ -15,7 +15,7 @@ from h2t.cache.errors import CacheError, CacheWarning
 from h2t.cache.redaction import one_line, redacted
 from h2t.pipeline.base.errors import UserError, of_the_machine
 
-STOPPED = 130  # the exit code after Ctrl-C, as shells have it
+STOPPED = 130  # the usual exit code after Ctrl-C
 
 
 class Misuse(click.ClickException):
@@ -28,7 +28,7 @@ class Misuse(click.ClickException):
         super().__init__(one_line(redacted(f"{' '.join(error.format_message().split())} (see: {path} --help)")))
 
     def show(self, file: IO[Any] | None = None) -> None:
-        """Prints the line, as all errors of users are printed."""
+        """Prints the line in the same form as other user errors."""
         click.echo(f"error: {self.format_message()}", file=file, err=True)
 
 
@@ -40,7 +40,7 @@ def refuse(ctx: click.Context, message: str) -> NoReturn:
 
 @contextmanager
 def _interrupts_are_heard() -> Iterator[None]:
-    """A Ctrl-C that strikes in a callback, where Python prints and forgets it, comes once more."""
+    """Repeats a Ctrl-C that hits a callback, because there Python prints the exception and goes on."""
     others = sys.unraisablehook
 
     def once_more() -> None:
@@ -62,7 +62,7 @@ def _interrupts_are_heard() -> Iterator[None]:
 
 @contextmanager
 def _warnings_are_lines() -> Iterator[None]:
-    """What a cache cannot promise is one line on stderr, without the place in the source."""
+    """Prints the warnings of caches as one line on stderr, without the line of code that raised them."""
     others = warnings.showwarning
 
     def show(
@@ -85,11 +85,24 @@ def _warnings_are_lines() -> Iterator[None]:
         warnings.showwarning = others
 
 
+class Command(click.Command):
+    """A command whose epilog is an example, printed as it is."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes the example."""
+        if self.epilog:
+            with formatter.section("Example"):
+                for line in self.epilog.splitlines():
+                    formatter.write(f"{'':{formatter.current_indent}}{line}\n")
+
+
 class OneLineErrors(click.Group):
-    """A group whose user errors are one line on stderr and exit code 1 or 2; only bugs show a traceback."""
+    """A group of commands whose user errors are one line on stderr with exit code 1 or 2."""
+
+    command_class = Command
 
     def main(self, *args: Any, **extra: Any) -> Any:
-        """Runs a command line. After Ctrl-C it waits for no thread: one that Python lost track of would never end."""
+        """Runs a command line. After Ctrl-C it does not wait for threads: one that Python lost would never end."""
         try:
             with _interrupts_are_heard(), _warnings_are_lines():
                 return super().main(*args, **extra)
@@ -125,5 +138,5 @@ class OneLineErrors(click.Group):
                 raise
             refuse(ctx, str(known))
         except KeyboardInterrupt:
-            click.echo("stopped; run the same command again to go on", err=True)
+            click.echo("interrupted; run the same command again to resume", err=True)
             ctx.exit(STOPPED)

@@ -1,4 +1,4 @@
-"""`h2t cache import | why | publish | pull | gc`, `h2t doctor`, `h2t upgrade`: beyond one machine or program."""
+"""`h2t cache import | why | publish | pull | gc`, `h2t doctor` and `h2t upgrade`: sharing and inspecting results."""
 
 import json
 from dataclasses import asdict
@@ -7,24 +7,38 @@ from pathlib import Path
 import click
 
 from h2t.cache.redaction import printable
-from h2t.pipeline.command_line import names
-from h2t.pipeline.command_line.caches import opened, previous
+from h2t.pipeline.command_line import names, options
+from h2t.pipeline.command_line.caches import CACHE, opened, previous
+from h2t.pipeline.command_line.one_line import Command
+from h2t.pipeline.command_line.options import PATH
 
-PATH = click.Path(path_type=Path)
 
-
-@click.command("import")
-@click.argument("out", type=PATH)
-@click.option("--train", type=PATH, required=True, help="Training features: .npy, .npz, .safetensors or .parquet.")
-@click.option("--train-labels", type=PATH, help="Their labels, where they are in another file.")
-@click.option("--val", type=PATH, help="Validation features.")
-@click.option("--val-labels", type=PATH, help="Their labels.")
-@click.option("--test", type=PATH, help="Test features.")
-@click.option("--test-labels", type=PATH, help="Their labels.")
-@click.option("--features-key", help="Name of the features in the file; by default features, embeddings, x, ...")
-@click.option("--labels-key", help="Name of the labels in the file; by default labels, label, y, ...")
-@click.option("--classes", type=PATH, help="A text file with the name of label 0, 1, ... on its lines.")
-@click.option("--replace", is_flag=True, help="Replace another cache at OUT.")
+@click.command(
+    "import",
+    cls=Command,
+    epilog="h2t cache import features --train train.npz --test test.npz",
+)
+@click.argument("out", type=PATH, help="Cache to write.")
+@click.option(
+    "--train",
+    type=PATH,
+    required=True,
+    metavar="FILE",
+    help="Training features: .npy, .npz, .safetensors or .parquet.",
+)
+@click.option("--train-labels", type=PATH, metavar="FILE", help="Training labels, if they are in another file.")
+@click.option("--val", type=PATH, metavar="FILE", help="Validation features.")
+@click.option("--val-labels", type=PATH, metavar="FILE", help="Validation labels, if they are in another file.")
+@click.option("--test", type=PATH, metavar="FILE", help="Test features.")
+@click.option("--test-labels", type=PATH, metavar="FILE", help="Test labels, if they are in another file.")
+@click.option(
+    "--features-key",
+    metavar="NAME",
+    help="Name of the features in the file; by default features, embeddings, x, ...",
+)
+@click.option("--labels-key", metavar="NAME", help="Name of the labels in the file; by default labels, label, y, ...")
+@click.option("--classes", type=PATH, metavar="FILE", help="Text file with one class name per line, label 0 first.")
+@options.replace
 def import_command(
     out: Path,
     train: Path,
@@ -38,27 +52,40 @@ def import_command(
     classes: Path | None,
     replace: bool,
 ) -> None:
-    """Make a cache OUT of features from another program.
-
-    Example: h2t cache import features --train train.npz --test test.npz
-    """
+    """Make a cache of features from another program."""
     from h2t.pipeline.sharing import importing
 
     keys = importing.Keys(features_key, labels_key)
     given = {"train": (train, train_labels), "val": (val, val_labels), "test": (test, test_labels)}
     parts = {split: importing.read_part(f, y, keys) for split, (f, y) in given.items() if f is not None}
-    names = importing.read_names(classes) if classes is not None else None
-    importing.run(parts, out, click.echo, names=names, replace=replace)
+    class_names = importing.read_names(classes) if classes is not None else None
+    importing.run(parts, out, click.echo, names=class_names, replace=replace)
 
 
-@click.command("why")
-@click.argument("location", metavar="CACHE")
-@click.option("--name", help="The backbone's name in the parameters; by default that of the directory.")
-@click.option("--samples", type=PATH, help="What prepare wrote; by default ../../prepare beside CACHE.")
-@click.option("--backbone", type=PATH, help="What train-backbone wrote; by default ../../train_backbone/NAME.")
-@click.option("--params", "params_file", type=PATH, default=Path("params.yaml"), show_default=True)
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one parameter.")
-@click.option("--json", "as_json", is_flag=True, help="The same as JSON.")
+@click.command(
+    "why",
+    cls=Command,
+    epilog="h2t cache why data/extract/ce_mixup --set extract.max_views=2",
+)
+@CACHE
+@click.option(
+    "--name",
+    metavar="NAME",
+    shell_complete=options.entries("backbones"),
+    help="Name of the backbone in the parameters; by default the name of the directory CACHE.",
+)
+@click.option(
+    "--samples", type=PATH, metavar="DIR", help="Directory that prepare wrote; by default CACHE/../../prepare."
+)
+@click.option(
+    "--backbone",
+    type=PATH,
+    metavar="DIR",
+    help="Directory that train-backbone wrote; by default CACHE/../../train_backbone/NAME.",
+)
+@options.params_file
+@options.overrides
+@options.as_json
 def why_command(
     location: str,
     name: str | None,
@@ -68,9 +95,9 @@ def why_command(
     overrides: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Say in what CACHE differs from the parameters. Tells also what would be extracted again.
+    """Say why a cache would be extracted again.
 
-    Example: h2t cache why data/extract/ce_mixup --set extract.max_views=2
+    Lists the differences between CACHE and the parameters, and the rows that would be extracted again.
     """
     from h2t.pipeline.base import device, params
     from h2t.pipeline.data.samples import load_samples
@@ -87,9 +114,9 @@ def why_command(
     backbone = backbone or place.parent.parent / "train_backbone" / name
     names.check_folders(values, "backbones", name, location, backbone)
     section = params.build(extract.Params, "extract", params.section(values, "extract"))
-    with opened(location) as found, previous(section.statistics_from, name) as kept:
+    with opened(location) as maps, previous(section.statistics_from, name) as kept:
         verdict = why(
-            found,
+            maps,
             section,
             load_samples(samples) if (samples / "samples.parquet").is_file() else None,
             backbone if (backbone / "backbone.safetensors").is_file() else None,
@@ -104,79 +131,83 @@ def why_command(
         click.echo(printable(line))
 
 
-@click.command("publish")
-@click.option("--remote", help="The remote's name; by default DVC's default remote.")
-@click.option("--uncommitted", is_flag=True, help="Push even though git does not hold this configuration.")
-@click.option("--quick", is_flag=True, help="Compare the lengths of what the remote holds, not its content.")
-@click.option("--repair", is_flag=True, help="Send again what the remote does not hold whole.")
+@click.command("publish", cls=Command, epilog="h2t cache publish --remote store")
+@click.option("--remote", metavar="NAME", help="DVC remote to push to; by default DVC's default remote.")
+@click.option("--uncommitted", is_flag=True, help="Push even if this configuration is not committed to git.")
+@click.option("--quick", is_flag=True, help="Check only the sizes of the files on the remote, not their content.")
+@click.option("--repair", is_flag=True, help="Push files again that are incomplete on the remote.")
 def publish_command(remote: str | None, uncommitted: bool, quick: bool, repair: bool) -> None:
-    """Push results by DVC and prove that the remote holds them. Those of the configuration that is checked out.
+    """Push the results to a DVC remote and check them there.
 
-    Example: h2t cache publish --remote store
+    Pushes the results of the configuration that is checked out.
     """
     from h2t.pipeline.sharing.publish import publish
 
     publish(Path(), click.echo, remote=remote, uncommitted=uncommitted, quick=quick, repair=repair)
 
 
-@click.command("pull")
-@click.argument("url", metavar="GIT_URL[@REV]")
-@click.option("--rev", help="Branch, tag or commit; for branches with a / in their name.")
-@click.option("--name", help="The backbone whose cache it is; needed where there are several.")
-@click.option("--pooled", is_flag=True, help="The pooled copy, 25 to 64 times smaller.")
-@click.option("--into", type=PATH, default=Path("data"), show_default=True, help="Directory for the outputs.")
+@click.command("pull", cls=Command, epilog="h2t cache pull https://example.org/lab/project.git@v1 --pooled")
+@click.argument(
+    "url", metavar="GIT_URL[@REV]", help="Git repository of a project; REV is a branch, tag or commit of it."
+)
+@click.option("--rev", metavar="REV", help="Branch, tag or commit; needed for branches with a / in their name.")
+@click.option("--name", metavar="NAME", help="Backbone of the cache; needed if the project has several.")
+@click.option("--pooled", is_flag=True, help="Fetch the pooled copy, which is 25 to 64 times smaller.")
+@click.option(
+    "--into", type=PATH, default=Path("data"), show_default=True, metavar="DIR", help="Directory for the outputs."
+)
 def pull_command(url: str, rev: str | None, name: str | None, pooled: bool, into: Path) -> None:
-    """Fetch and check a cache from another repository. Its backbone comes along.
+    """Fetch a cache and its backbone from another repository.
 
-    Example: h2t cache pull https://example.org/lab/project.git@v1 --pooled
+    Checks what it fetched.
     """
     from h2t.pipeline.sharing.pull import pull
 
     pull(url, click.echo, rev=rev, name=name, pooled=pooled, into=into)
 
 
-@click.command("gc")
-@click.option("--apply", is_flag=True, help="Remove; without it the command only says what would go.")
+@click.command("gc", cls=Command, epilog="h2t cache gc --apply")
+@click.option("--apply", is_flag=True, help="Remove them. Without this option the command only lists them.")
 @click.option(
-    "--alone", is_flag=True, help="Nobody else links into this DVC cache: remove from it although it is shared."
+    "--alone", is_flag=True, help="Remove from a shared DVC cache as well; only if no other clone links into it."
 )
 def gc_command(apply: bool, alone: bool) -> None:
-    """Remove unfinished runs and unused DVC objects. Used is what a branch, tag, experiment or the workspace names.
+    """Remove unfinished runs and unused DVC objects.
 
-    Example: h2t cache gc --apply
+    An object is unused if no branch, tag, experiment or the workspace refers to it.
     """
     from h2t.pipeline.sharing.garbage import collect_garbage
 
     collect_garbage(Path(), click.echo, apply=apply, alone=alone)
 
 
-@click.command()
-@click.option("--params", "params_file", type=PATH, default=Path("params.yaml"), show_default=True)
+@click.command(cls=Command, epilog="h2t doctor --full")
+@options.params_file
 @click.option("--full", is_flag=True, help="Read every byte of every output.")
-@click.option("--json", "as_json", is_flag=True, help="The same as JSON.")
+@options.as_json
 def doctor(params_file: Path, full: bool, as_json: bool) -> None:
-    """Say what is wrong here and what to type. Exit 1 if anything is.
+    """Find problems in this project and say how to fix them.
 
-    Example: h2t doctor
+    Exits with 1 if there are any.
     """
     from h2t.pipeline.inspection.doctor import examine
 
-    found = examine(Path(), params_file, full=full)
+    findings = examine(Path(), params_file, full=full)
     if as_json:
-        click.echo(json.dumps([asdict(f) for f in found], indent=1))
+        click.echo(json.dumps([asdict(f) for f in findings], indent=1))
     else:
-        for finding in found:
+        for finding in findings:
             click.echo(str(finding))
-    if any(f.state == "fault" for f in found):
+    if any(f.state == "fault" for f in findings):
         raise SystemExit(1)
 
 
-@click.command()
-@click.option("--apply", is_flag=True, help="Write stages.yaml and dvc.lock; without it the command only says what.")
+@click.command(cls=Command, epilog="h2t upgrade --apply")
+@click.option("--apply", is_flag=True, help="Write stages.yaml and dvc.lock. Without this option nothing is written.")
 def upgrade(apply: bool) -> None:
-    """Say what this version of h2t would run again, and why. Results that it would make alike are taken over.
+    """Say what this version of h2t would run again, and why.
 
-    Example: h2t upgrade --apply
+    Results that would stay the same are kept.
     """
     from h2t.pipeline.inspection.upgrade import upgrade as run
 

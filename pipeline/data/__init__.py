@@ -1,1 +1,1 @@
-"""Images, the sample table and class facts: what datasets are made of."""
+"""Datasets: images, the sample table, and the facts about classes."""

@@ -1,7 +1,8 @@
-"""CIFAR-10 and CIFAR-100 as torchvision keeps them on disk, checked by their published MD5 sums.
+"""CIFAR-10 and CIFAR-100 in the files that torchvision downloads, checked by their published MD5 sums.
 
-Source: A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009. A source is `train/00042`, the
-number in torchvision's order, which is the order that the published long-tailed subsets are drawn in.
+Source: A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009. An image's source is
+`train/00042`: its split and its number in torchvision's order, in which the published long-tailed subsets are drawn.
+The plug-ins bind `name`, torchvision's name of the dataset: CIFAR10 or CIFAR100.
 """
 
 from collections.abc import Callable
@@ -17,35 +18,41 @@ from h2t.pipeline.data.transforms import CIFAR
 
 
 class Options(Section):
-    """`root`: the folder that holds torchvision's files; `download`: fetch them where they are missing."""
+    """`root`: the folder of torchvision's files; `download`: fetch missing files."""
 
     root: str = "data/datasets"
     download: bool = True
     transform: Transform = CIFAR
 
 
+def transform(options: Options) -> Transform:
+    """The transform in the options; by default 4 pixels of padding, a random crop and a flip."""
+    return options.transform
+
+
 @lru_cache(maxsize=2)
 def _parts(name: str, root: str, download: bool) -> dict[str, Any]:
-    """Split -> torchvision's data set called `name`, with `data` uint8 (N, 32, 32, 3) and `targets`."""
+    """Split -> torchvision's dataset, with `data` uint8 (N, 32, 32, 3) and `targets`, a list of N labels."""
     from torchvision import datasets
 
     try:
         kind = getattr(datasets, name)
         return {split: kind(root, train=split == "train", download=download) for split in ("train", "test")}
     except (OSError, RuntimeError) as error:
-        # torchvision raises RuntimeError for files that are missing or differ, URLError (an OSError) without network.
+        # torchvision raises RuntimeError for missing or different files, URLError (an OSError) without a network.
         if download:
-            way = (
-                f"({' '.join(str(error).split())}); put torchvision's files there, or set prepare.options.root to them"
-            )
-            raise UserError(f"{root}: {name} is not here whole and cannot be downloaded {way}") from None
+            raise UserError(
+                f"{root}: {name} is missing or incomplete, and the download failed ({' '.join(str(error).split())}); "
+                "put torchvision's files there, or set prepare.options.root to their folder"
+            ) from None
         raise UserError(
-            f"{root}: no whole copy of {name} here; set prepare.options.root, or prepare.options.download to true"
+            f"{root}: {name} is missing or incomplete; set prepare.options.root to its folder, "
+            "or prepare.options.download to true"
         ) from None
 
 
 def load(name: str, options: Options) -> Collection:
-    """Every image, training images first."""
+    """All images, training images first. Raises UserError if the files are missing and cannot be downloaded."""
     parts = _parts(name, options.root, options.download)
     return Collection(
         classes=list(parts["train"].classes),
@@ -56,7 +63,7 @@ def load(name: str, options: Options) -> Collection:
 
 
 def reader(name: str, options: Options) -> Callable[[str], bytes]:
-    """The 3,072 pixel values of an image, row by row, RGB."""
+    """A function that returns the 3,072 RGB values of a source, row by row. Raises UserError like `load`."""
     parts = _parts(name, options.root, options.download)
 
     def read(source: str) -> bytes:

@@ -1,4 +1,4 @@
-"""Class facts: where each class lies among class-sorted samples, and which classes are head, medium and tail."""
+"""Facts about classes: the positions of their samples, and which classes are head, medium and tail classes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,24 +7,28 @@ from typing import Any
 import numpy as np
 
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.text import counted
 
-#: Sizes of head and medium in the papers' tables, by number of classes and largest training count where it matters.
+#: Number of classes -> (number of head classes, of medium classes) in the papers' tables.
 PAPER_INDEX = {10: (3, 4), 100: (36, 35), 1000: (390, 445), 8142: (842, 3701), 365: (131, 157)}
 
 GROUPS = ("head", "medium", "tail")
 
 
 def recorded_names(provenance: Mapping[str, Any], where: object) -> list[str]:
-    """The class names that the record of the cache `where` holds. Raises UserError: anybody may have written it."""
+    """The class names in the record of the cache `where`. Raises UserError if there are none, or no valid ones."""
     names = provenance.get("classes")
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{where}: its record names no classes; extract again, or import the features anew")
+        raise UserError(f"{where}: its record must name the classes; extract or import the cache again")
     return names
 
 
 @dataclass(frozen=True, slots=True)
 class ClassIndex:
-    """Class-sorted samples: class j holds positions starts[j] to starts[j] + counts[j]. Both int64 (classes,)."""
+    """Samples sorted by class: class j has the positions from starts[j] up to, not including, starts[j] + counts[j].
+
+    `starts` and `counts`: int64 (classes,).
+    """
 
     starts: np.ndarray
     counts: np.ndarray
@@ -39,24 +43,28 @@ class ClassIndex:
 
 
 def class_index(labels: np.ndarray, names: Sequence[str]) -> ClassIndex:
-    """The index of sorted `labels`, int (n,). Raises UserError for a class without samples, or the other way."""
+    """The index of sorted `labels`, int (n,). Raises UserError for a label out of range and for an empty class."""
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(names):
-        raise UserError(f"labels {labels.min()} to {labels.max()} for {len(names)} classes; extract again")
+        raise UserError(
+            f"labels: with {counted(len(names), 'class', 'classes')} labels are 0 to {len(names) - 1}; "
+            f"got {labels.min()} to {labels.max()}; extract again"
+        )
     counts = np.bincount(labels, minlength=len(names)).astype(np.int64)
     if (counts == 0).any():
         empty = int(np.argmin(counts))
         raise UserError(
-            f"class {empty} ({names[empty]}): every class needs a training sample to draw from; got 0; "
+            f"class {empty} ({names[empty]}): must have at least one training sample; got 0; "
             "drop the class or lower prepare.imbalance.ratio"
         )
     return ClassIndex(np.cumsum(counts) - counts, counts)
 
 
 def groups(counts: Sequence[int]) -> dict[str, list[str | None]]:
-    """Every group definition: name -> the group of each class, for classes in descending order of count.
+    """Definition of groups -> the group of each class. `counts`: training samples per class, descending.
 
-    `paper_index` follows the index ranges of the papers' tables, and 30/40/30 % of the classes for any other number of
-    classes; `paper_threshold`: head n > 100, medium 20 < n <= 100, tail n <= 20; `oltr`: medium 20 <= n <= 100.
+    `paper_index`: the index ranges of the papers' tables; 30, 40 and 30 % of the classes for other numbers of classes.
+    `paper_threshold`, by the class's training count n: head n > 100, medium 20 < n <= 100, tail n <= 20.
+    `oltr`: the same, but medium is 20 <= n <= 100.
     """
     first, second = PAPER_INDEX.get(len(counts), (round(0.3 * len(counts)), round(0.4 * len(counts))))
     return {
@@ -67,5 +75,5 @@ def groups(counts: Sequence[int]) -> dict[str, list[str | None]]:
 
 
 def by_index(classes: int, first: int, second: int) -> list[str | None]:
-    """Head is classes 0 to `first`, medium to `second`, tail the rest (exclusive ends)."""
+    """The group of each class: head below `first`, medium below `second`, tail from there on."""
     return ["head" if i < first else "medium" if i < second else "tail" for i in range(classes)]

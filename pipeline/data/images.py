@@ -1,7 +1,7 @@
-"""Images as arrays: decoding, the evaluation transform, and augmentation from named streams.
+"""Images as arrays: decoding, the evaluation transform, and augmentation from named random streams.
 
-Arrays are uint8 (H, W, 3) until a batch is normalised. The augmentation of an image depends on (seed, source, view)
-alone, so neither the number of workers nor any other image changes it.
+Arrays are uint8 (H, W, 3) until a batch is normalised. The augmentation of an image depends only on (seed, source,
+view), so it does not change with the number of workers or with the other images.
 """
 
 import copy
@@ -27,25 +27,26 @@ from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import Index, NonNegative, Positive, Ratio, Real, Section, Side, at_most
 from h2t.pipeline.base.seeds import stream
 
-KEEP_DECODED_BYTES = 1024**3  # of decoded images stay in memory, or a quarter of what is available
-AT_ONCE = 8  # images that a thread decodes in one go: for small ones, handing them over costs more than the work
-#: What is opened; MPO comes as JPEG. Pillow knows more, some by other programs: for EPS it starts Ghostscript.
+KEEP_DECODED_BYTES = 1024**3  # decoded images kept in memory, at most a quarter of the available memory
+AT_ONCE = 8  # images per task of a decoding thread: for small images, handing over a task costs more than decoding
+#: Formats that are opened (MPO counts as JPEG). Pillow's others are refused; for EPS, say, it would start Ghostscript.
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP")
-MAX_PIXELS = 89_478_485  # larger images are refused unread: Pillow's own limit against decompression bombs
+MAX_PIXELS = 89_478_485  # larger images are refused before decoding; Pillow's limit against decompression bombs
 
 
 def _rising_pair(value: list[float]) -> list[float]:
     if len(value) != 2 or not 0 < value[0] <= value[1]:
-        raise ValueError("must be two rising shares above 0")
+        raise ValueError("must be two shares above 0, the smaller one first")
     return value
 
 
 class Transform(Section):
-    """How a dataset's images become network input.
+    """How a dataset's images become network input. Sizes are in pixels.
 
-    Evaluation: resize the short side to `resize` (if given), centre crop to `size`. Augmentation: either a random crop
-    of `size` from the image, resized likewise and padded by `padding` zeros, or, with `area`, a random resized crop of
-    that share of the image; then a horizontal flip and colour jitter, if set. Both are scaled to [0, 1] and normalised.
+    Evaluation: resize the short side to `resize` (if set), then crop the centre to `size`. Augmentation: resize in the
+    same way, pad each side by `padding` zeros and crop `size` at a random place; or, with `area`, crop a random share
+    of the image between the two given and resize it to `size`. Then flip horizontally and jitter colours, if set.
+    Finally, in both cases, scale to [0, 1], subtract `mean` and divide by `std`.
     """
 
     size: Side
@@ -60,9 +61,9 @@ class Transform(Section):
 
 @dataclass(frozen=True)
 class Collection:
-    """What a dataset plug-in finds: parallel lists over images, in the dataset's own order.
+    """The images of a dataset as lists of equal length, in the dataset's own order.
 
-    `split` is train, val or test; `label` indexes `classes`, in the dataset's native numbering.
+    `label` is the index into `classes`, in the dataset's own numbering. `split` is train, val or test.
     """
 
     classes: list[str]
@@ -72,14 +73,17 @@ class Collection:
 
 
 class BadImage(UserError):
-    """An image that cannot be used, with its `source` and, in words, the `reason`."""
+    """An image that cannot be used: its `source` and the `reason` in words.
+
+    `prepare` writes reasons to skipped.parquet, so a reworded reason changes its output.
+    """
 
     def __init__(self, source: str, reason: str) -> None:
         self.source = source
         self.reason = reason
         super().__init__(
-            f"image {source!r}: {reason}; mend or remove the file and prepare again, "
-            "or leave such images out with prepare.bad_images=skip"
+            f"image {source!r}: {reason}; repair or remove the file and prepare again, "
+            "or leave out bad images with prepare.bad_images=skip"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -87,11 +91,11 @@ class BadImage(UserError):
 
 
 def decode(data: bytes) -> np.ndarray:
-    """An encoded image as uint8 (H, W, 3), by the rules of the published codes (`convert("RGB")` of Pillow).
+    """Decodes an image file to uint8 (H, W, 3), as the published codes do (Pillow's `convert("RGB")`).
 
-    Grey is repeated, a palette looked up, transparency dropped, CMYK converted without colour profile, 16-bit values
-    keep their high byte; of an animation the first frame counts; an EXIF orientation is not applied. Raises ValueError
-    for whatever is no image, is truncated, has more than `MAX_PIXELS` pixels or has no fixed range of values.
+    Grey values are repeated, palettes looked up, transparency is dropped, CMYK is converted without a colour profile,
+    16-bit values keep their high byte, animations give their first frame. EXIF orientation is ignored. Raises
+    ValueError for data that is not an image, is truncated, has more than `MAX_PIXELS` pixels or floating-point pixels.
     """
     if not data:
         raise ValueError("is empty, 0 bytes")
@@ -114,7 +118,7 @@ def decode(data: bytes) -> np.ndarray:
 
 
 def _check_size(image: np.ndarray, transform: Transform) -> None:
-    """Raises ValueError for an image that the evaluation view cannot be cut from."""
+    """Raises ValueError if the image is too small or too narrow for the evaluation view."""
     height, width = image.shape[:2]
     if transform.resize is None and min(height, width) < transform.size:
         raise ValueError(f"{width}x{height} pixels are less than transform.size {transform.size}; set transform.resize")
@@ -124,7 +128,7 @@ def _check_size(image: np.ndarray, transform: Transform) -> None:
 
 
 def _resized(image: np.ndarray, transform: Transform) -> np.ndarray:
-    """The image with its short side at `resize`, if that is given."""
+    """The image with its short side resized to `resize` pixels, if that is set."""
     if transform.resize is None:
         return image
     picture = Image.fromarray(image)
@@ -143,9 +147,9 @@ def for_evaluation(image: np.ndarray, transform: Transform) -> np.ndarray:
 
 
 def augmented(image: np.ndarray, transform: Transform, draws: np.random.Generator, rotation: float = 0.0) -> np.ndarray:
-    """One augmented view, uint8 (size, size, 3), from the stream `draws`, turned by up to `rotation` degrees.
+    """One augmented view, uint8 (size, size, 3), drawn from `draws` and rotated by up to `rotation` degrees.
 
-    Corners that turning lays bare are black, and pixels are those of the nearest neighbour, torchvision's defaults.
+    As by default in torchvision, rotation takes the nearest pixel and leaves empty corners black.
     """
     size = transform.size
     if transform.area is not None:
@@ -193,12 +197,11 @@ def _jittered(image: np.ndarray, strength: float, draws: np.random.Generator) ->
 
 
 class Images:
-    """The images of a sample table, by sample number, as normalised batches.
+    """The images of a sample table as normalised batches. Images are addressed by sample number.
 
-    `read` gives the bytes of a source and `decoder` turns them into an array. Small collections are decoded once.
-    `expected` holds the sha256 of every image in hex; bytes are compared with it each time before they are decoded.
-    None is for images that nothing is known of yet. `origin`, the dataset's name and options, lets a copy be opened in
-    another process.
+    `read` returns the bytes of a source, and `decoder` decodes them. Small collections are decoded once and kept.
+    `expected` holds the sha256 of each image in hex; the bytes are compared with it before every decoding. It is None
+    while no digests exist. `origin`, the dataset's name and options, allows a copy to be opened in another process.
     """
 
     def __init__(
@@ -223,31 +226,31 @@ class Images:
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._origin is None:
-            raise TypeError("images of no dataset cannot be opened in another process")
+            raise TypeError("images without an origin cannot be opened in another process")
         return _reopen, (*self._origin, self.sources, self._expected, self.transform), {"_rotation": self._rotation}
 
     def turned(self, rotation: float) -> "Images":
-        """The same images, augmented views of which are also turned by up to `rotation` degrees."""
-        found = copy.copy(self)
-        found._rotation = rotation
-        return found
+        """The same images, with augmented views also rotated by up to `rotation` degrees."""
+        turned = copy.copy(self)
+        turned._rotation = rotation
+        return turned
 
     def array(self, sample: int) -> np.ndarray:
         """The decoded image of `sample`, uint8 (H, W, 3). Raises BadImage, and UserError if its bytes have changed."""
-        found = self._decoded.get(sample)
-        if found is None:
-            found = self._load(sample)[1]
-            if self._room >= found.nbytes:
-                self._room -= found.nbytes
-                self._decoded[sample] = found
-        return found
+        image = self._decoded.get(sample)
+        if image is None:
+            image = self._load(sample)[1]
+            if self._room >= image.nbytes:
+                self._room -= image.nbytes
+                self._decoded[sample] = image
+        return image
 
     def digest(self, sample: int) -> str:
-        """sha256 of the encoded image. Raises BadImage unless it also decodes to an image that can be used."""
+        """sha256 of the encoded image, in hex. Raises BadImage if the image cannot be decoded or used."""
         return hashlib.sha256(self._load(sample)[0]).hexdigest()
 
     def digests(self, samples: Sequence[int]) -> Iterator[str | BadImage]:
-        """The digest of each sample in order, or what is wrong with it; several are read at once."""
+        """Yields each sample's digest in order, or the error of a bad image. Reads several images at once."""
 
         def check(sample: int) -> str | BadImage:
             try:
@@ -255,7 +258,7 @@ class Images:
             except BadImage as bad:
                 return bad
 
-        for first in range(0, len(samples), 256):  # a bound on what waits in memory
+        for first in range(0, len(samples), 256):  # limits the memory for waiting tasks
             yield from self._threads.map(check, samples[first : first + 256])
 
     def _load(self, sample: int) -> tuple[bytes, np.ndarray]:
@@ -274,14 +277,14 @@ class Images:
         return data, image
 
     def _check(self, sample: int, data: bytes) -> None:
-        """Raises UserError unless `data` are the bytes that are expected of `sample`."""
+        """Raises UserError if `data` are not the bytes of `sample` that were prepared."""
         if self._expected is None:
             return
-        source, expected, found = self.sources[sample], self._expected[sample], hashlib.sha256(data).hexdigest()
-        if found != expected:
+        source, expected, actual = self.sources[sample], self._expected[sample], hashlib.sha256(data).hexdigest()
+        if actual != expected:
             raise UserError(
-                f"image {source!r}: has changed since it was prepared, its sha256 must be {expected[:12]}; "
-                f"got {found[:12]}; put the old image back, or prepare again (dvc repro or h2t prepare)"
+                f"image {source!r}: has changed since it was prepared: its sha256 must be {expected[:12]}; "
+                f"got {actual[:12]}; restore the image or prepare again (dvc repro or h2t prepare)"
             )
 
     def _view(self, sample: int, key: Sequence[int | str] | None) -> np.ndarray:
@@ -296,7 +299,10 @@ class Images:
         return [self._view(sample, key) for sample, key in wanted]
 
     def batch(self, samples: Sequence[int], keys: Sequence[Sequence[int | str] | None]) -> torch.Tensor:
-        """Normalised float32 (B, 3, size, size). A key of None is the evaluation view, (seed, view) augmented."""
+        """Normalised float32 (B, 3, size, size). The key None gives the evaluation view, (seed, view) an augmented one.
+
+        Raises BadImage, and UserError if an image has changed.
+        """
         wanted = list(zip(samples, keys, strict=True))
         pieces = [wanted[i : i + AT_ONCE] for i in range(0, len(wanted), AT_ONCE)]
         views = itertools.chain.from_iterable(self._threads.map(self._views, pieces))
@@ -313,7 +319,7 @@ def normalised(images: np.ndarray, transform: Transform) -> torch.Tensor:
 def open_images(
     dataset: Any, options: Section, sources: Sequence[str], expected: Sequence[str] | None, transform: Transform
 ) -> Images:
-    """The images of `sources`, of which `expected` are the digests, as the plug-in `dataset` reads and decodes them."""
+    """The images of `sources`, read and decoded by the plug-in `dataset`; `expected` holds their digests, if known."""
     origin = (dataset.__name__.rpartition(".")[2], options)
     return Images(sources, expected, dataset.reader(options), getattr(dataset, "decode", decode), transform, origin)
 

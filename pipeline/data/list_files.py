@@ -1,8 +1,8 @@
-"""Images in a folder, named by paths relative to it: what list-file datasets and image folders share.
+"""Images in a folder, named by paths relative to it. Shared by list-file datasets and image folders.
 
-A list has one image a line, `relative/path label`, as ImageNet-LT, Places-LT and iNaturalist 2018 were published
-(Liu et al., "Large-Scale Long-Tailed Recognition in an Open World", CVPR 2019). A path is a source, so it must stay
-the same wherever the folder lies, and nothing outside of the folder can be named.
+A list has one image per line, `relative/path label`, as ImageNet-LT, Places-LT and iNaturalist 2018 were published
+(Liu et al., "Large-Scale Long-Tailed Recognition in an Open World", CVPR 2019). The path is the image's source. It does
+not change when the folder is moved, and it cannot name a file outside the folder.
 """
 
 import os
@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import Section
+from h2t.pipeline.base.text import counted
 from h2t.pipeline.data.images import Collection, Transform
 
 LABEL_DIGITS = 9
@@ -20,8 +21,8 @@ LABEL_DIGITS = 9
 class Options(Section):
     """Base of the list-file datasets' options.
 
-    `root` holds the images. `train`, `val` and `test` are list files: absolute, or relative to `lists` (by default to
-    `root`); null leaves a split out. With `follow_links`, links may lead out of `root`.
+    `root` is the folder of the images. `train`, `val` and `test` are list files: absolute paths, or relative to `lists`
+    (by default `root`); null means no such split. With `follow_links`, links may lead out of `root`.
     """
 
     root: str
@@ -35,51 +36,62 @@ class Options(Section):
 
 @lru_cache(maxsize=65536)
 def _leaves(root: str, folder: str) -> bool:
-    """Whether the directory `folder` lies outside of `root` once links are followed."""
+    """True if the directory `folder` lies outside `root` after following links."""
     return not Path(folder).resolve().is_relative_to(Path(root).resolve())
 
 
 def locate(root: Path, source: str, follow_links: bool) -> Path:
-    """The file that `source` names under `root`. Raises UserError for a path that leaves it."""
+    """The path of `source` under `root`. Raises UserError for a path that leaves `root`."""
     parts = PurePosixPath(source).parts
     if not parts or source.startswith(("/", "~")) or ".." in parts or "\\" in source or "\0" in source:
-        raise UserError(f"path {source!r}: must be relative, with forward slashes and without '..'")
+        raise UserError(f"path {source!r}: must be relative, with forward slashes and without '..'; correct it")
     path = root / source
     if follow_links:
         return path
     try:
         leaves = _leaves(str(root), str(path.parent)) or (path.is_symlink() and _leaves(str(root), str(path)))
-    except (OSError, RuntimeError) as error:  # too long a name, or links in a circle
-        raise UserError(f"path {source!r}: cannot be looked up ({getattr(error, 'strerror', None) or error})") from None
+    except (OSError, RuntimeError) as error:  # a name that is too long, or circular links
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"path {source!r}: cannot be opened ({why}); correct the path") from None
     if leaves:
         raise UserError(
-            f"path {source!r}: a link leads out of the root; set prepare.options.root to where it leads, "
-            "or prepare.options.follow_links to true"
+            f"path {source!r}: must stay inside prepare.options.root; got a link that leads out of it; "
+            "set root to the link's target, or prepare.options.follow_links to true"
         )
     return path
 
 
 def read_image(root: Path, source: str, follow_links: bool) -> bytes:
-    """The bytes of an image. Raises OSError where there is no plain file to read, UserError for an unsafe path."""
+    """The bytes of an image. Raises OSError if there is no regular file to read, UserError for an unsafe path."""
     path = locate(root, source, follow_links)
-    if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+    if path.exists() and not path.is_file():  # opening a pipe would block forever
         raise OSError("not a plain file")
     return path.read_bytes()
 
 
 def image_reader(root: str, follow_links: bool) -> Callable[[str], bytes]:
-    """`read_image` of one root."""
+    """A function that returns the bytes of a source under `root`, by `read_image`."""
     return lambda source: read_image(Path(root), source, follow_links)
 
 
+def reader(options: Options) -> Callable[[str], bytes]:
+    """A function that returns the bytes of a source."""
+    return image_reader(options.root, options.follow_links)
+
+
+def transform(options: Options) -> Transform:
+    """The transform in the options."""
+    return options.transform
+
+
 def read_list(path: Path, root: Path, follow_links: bool) -> tuple[list[str], list[int]]:
-    """(sources, labels) of a list file. Raises UserError naming file and line."""
+    """(sources, labels) of a list file. Raises UserError that names the file and the line."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         raise UserError(f"{path}: no such list file; set prepare.options.lists to the folder that holds it") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a readable list file ({error}); it must be UTF-8 text") from None
+        raise UserError(f"{path}: must be a readable UTF-8 text file; got: {error}") from None
     sources: list[str] = []
     labels: list[int] = []
     for number, line in enumerate(lines, 1):
@@ -87,7 +99,9 @@ def read_list(path: Path, root: Path, follow_links: bool) -> tuple[list[str], li
             continue
         source, label = [*line.rsplit(None, 1), ""][:2]
         if not (label.isascii() and label.isdigit() and len(label) <= LABEL_DIGITS):
-            raise UserError(f"{path}:{number}: must read 'relative/path label', the label from 0 on; got {line!r}")
+            raise UserError(
+                f"{path}:{number}: must have the form 'relative/path label' with a label of 0 or more; got {line!r}"
+            )
         try:
             locate(root, source.strip(), follow_links)
         except UserError as error:
@@ -95,15 +109,18 @@ def read_list(path: Path, root: Path, follow_links: bool) -> tuple[list[str], li
         sources.append(source.strip())
         labels.append(int(label))
     if not sources:
-        raise UserError(f"{path}: an empty list file; it must name at least one image")
+        raise UserError(f"{path}: must name at least one image; got an empty list file")
     return sources, labels
 
 
 def load(options: Options, class_of: Callable[[str], str]) -> Collection:
-    """Every image that the lists name. `class_of` gives the class name that a training path speaks of."""
+    """All images that the lists name. `class_of` derives the class name from the path of a training image.
+
+    Raises UserError for a list that cannot be read, a label out of range, and an image that is named twice.
+    """
     root, lists = Path(options.root), Path(options.lists or options.root)
     if not root.is_dir():
-        raise UserError(f"prepare.options.root: no folder {options.root}; set it to where the images lie")
+        raise UserError(f"prepare.options.root: no folder {options.root}; set it to the folder of the images")
     source: list[str] = []
     label: list[int] = []
     split: list[str] = []
@@ -119,21 +136,21 @@ def load(options: Options, class_of: Callable[[str], str]) -> Collection:
     highest = max(train, key=label.__getitem__)
     if label[highest] >= len(train):
         raise UserError(
-            f"{options.train}: label {label[highest]} of {source[highest]!r}: labels count the classes from 0 on and "
-            f"every class needs an image, so those of {len(train)} images lie below {len(train)}"
+            f"{options.train}: {source[highest]!r}: label {label[highest]} is out of range: with "
+            f"{counted(len(train), 'training image')} labels are 0 to {len(train) - 1}, as every class needs an image"
         )
     classes = class_names([source[i] for i in train], [label[i] for i in train], class_of)
     worst = max(range(len(label)), key=label.__getitem__)
     if label[worst] >= len(classes):
         raise UserError(
-            f"{getattr(options, split[worst])}: label {label[worst]} of {source[worst]!r} is not among the "
-            f"{len(classes)} classes of the training list"
+            f"{getattr(options, split[worst])}: {source[worst]!r}: label {label[worst]} is out of range: the training "
+            f"list has {counted(len(classes), 'class', 'classes')}, labels 0 to {len(classes) - 1}"
         )
     return Collection(classes, source, label, split)
 
 
 def inputs(options: Options) -> dict[str, str]:
-    """The folder of the images and each list."""
+    """Option -> path: the folder of the images and the list files."""
     lists = Path(options.lists or options.root)
     given = {part: getattr(options, part) for part in ("train", "val", "test")}
     return {"root": options.root, **{part: str(lists / name) for part, name in given.items() if name is not None}}
@@ -143,31 +160,34 @@ def _refuse_repeats(sources: Sequence[str]) -> None:
     seen: set[str] = set()
     for source in sources:
         if source in seen:
-            raise UserError(f"list files: {source!r} is named twice; an image must be in one split, once")
+            raise UserError(f"list files: {source!r}: must be listed once, in one split; got a second entry; remove it")
         seen.add(source)
 
 
 def class_names(sources: Sequence[str], labels: Sequence[int], class_of: Callable[[str], str]) -> list[str]:
-    """The name of each label; the numbers, if the paths do not give every label a name of its own."""
-    found: dict[int, set[str]] = {}
+    """The name of each class. These are the labels as text, unless the paths give each label one name of its own."""
+    names_of: dict[int, set[str]] = {}
     for source, label in zip(sources, labels, strict=True):
-        found.setdefault(label, set()).add(class_of(source))
+        names_of.setdefault(label, set()).add(class_of(source))
     count = max(labels) + 1
-    names = [min(found.get(j, {str(j)})) for j in range(count)]
-    if len(set(names)) < count or any(len(one) > 1 for one in found.values()):
+    names = [min(names_of.get(j, {str(j)})) for j in range(count)]
+    if len(set(names)) < count or any(len(one) > 1 for one in names_of.values()):
         return [str(j) for j in range(count)]
     return names
 
 
 def folders(source: str) -> list[str]:
-    """The folders of a path, without the first, which is the split's: `train/n01440764/x.JPEG` -> `n01440764`."""
+    """The folders in a path without the first, the split's: `train/n01440764/x.JPEG` -> [`n01440764`]."""
     return list(PurePosixPath(source).parts[1:-1])
 
 
 def walk(root: Path, part: str, follow_links: bool) -> list[str]:
-    """Every file under `root/part`, as sorted paths relative to `root`; hidden ones are left out. Raises UserError."""
+    """All files under `root/part`, as sorted paths relative to `root`, without hidden ones.
+
+    Raises UserError for a link to a folder, unless `follow_links` is set.
+    """
     found: list[str] = []
-    seen: set[str] = set()  # real folders, so that links in a circle end
+    seen: set[str] = set()  # real paths of visited folders, so that circular links end
     for folder, inside, files in os.walk(root / part, followlinks=follow_links):
         real = os.path.realpath(folder)
         inside[:] = [] if real in seen else sorted(d for d in inside if not d.startswith("."))
@@ -178,7 +198,8 @@ def walk(root: Path, part: str, follow_links: bool) -> list[str]:
         links = [d for d in inside if not follow_links and (root / where / d).is_symlink()]
         if links:
             raise UserError(
-                f"{root / where / links[0]}: a link to a folder; set prepare.options.follow_links to true to go along"
+                f"{root / where / links[0]}: must not be a link to a folder; set prepare.options.follow_links to true "
+                "to follow it"
             )
         found += [(where / f).as_posix() for f in files if not f.startswith(".")]
     return sorted(found)

@@ -1,4 +1,4 @@
-"""What `prepare` wrote, read back: the sample table and the class facts."""
+"""Reads the output of `prepare`: the sample table and the facts about classes."""
 
 import json
 from collections.abc import Mapping
@@ -22,50 +22,62 @@ SCHEMA = pa.schema({"sample": pa.int64(), "split": TEXT, "label": pa.int32(), "s
 
 @dataclass(frozen=True)
 class Samples:
-    """`table`: columns as SCHEMA, sorted by split, label, source; row i describes sample i. `facts`: classes.json."""
+    """The prepared samples.
+
+    `table` has the columns of SCHEMA, sorted by split, label and source; its row i describes sample i. `facts` is the
+    content of classes.json.
+    """
 
     table: pa.Table
     facts: Mapping[str, Any]
 
     @property
     def counts(self) -> list[int]:
-        """Training samples per class, descending."""
+        """Number of training samples of each class, descending."""
         return list(self.facts["counts"])
 
     @property
     def transform(self) -> Transform:
+        """The transform that the samples were prepared with."""
         return build(Transform, "classes.json: transform", self.facts["transform"])
 
     def of(self, split: str) -> np.ndarray:
-        """Sample numbers of a split, int64, sorted by label."""
+        """The sample numbers of `split`, int64 (n,), sorted by label."""
         return np.flatnonzero(np.array(self.table["split"]) == split)
 
     @property
     def labels(self) -> np.ndarray:
-        """The label of every sample, int64."""
+        """The label of each sample, int64 (samples,)."""
         return self.table["label"].to_numpy().astype(np.int64)
 
     def images(self, prepare: Mapping[str, Any]) -> Images:
-        """The images, read as the parameters' section `prepare` says; their bytes must be those that were prepared."""
+        """The images, read by the dataset of the parameters' section `prepare`.
+
+        Raises UserError if the section names another dataset or transform than the samples were prepared with.
+        """
         dataset = plugins.load("datasets", prepare["dataset"])
         if prepare["dataset"] != self.facts["dataset"]:
             raise UserError(
-                f"prepare.dataset: samples were prepared from {self.facts['dataset']!r}; got {prepare['dataset']!r}"
+                f"prepare.dataset: must be {self.facts['dataset']!r}, as the samples were prepared from it; "
+                f"got {prepare['dataset']!r}; prepare again (dvc repro or h2t prepare)"
             )
         options = build(dataset.Options, "prepare.options", prepare.get("options", {}))
         had, asked = self.transform.model_dump(), dataset.transform(options).model_dump()
         if differ := [key for key in had if had[key] != asked[key]]:
             key = differ[0]
             raise UserError(
-                f"prepare.options.transform.{key}: samples were prepared with {had[key]}; got {asked[key]}; "
-                "prepare again (dvc repro or h2t prepare)"
+                f"prepare.options.transform.{key}: must be {had[key]}, as the samples were prepared with it; "
+                f"got {asked[key]}; prepare again (dvc repro or h2t prepare)"
             )
         sources, digests = (self.table[name].to_pylist() for name in ("source", "digest"))
         return open_images(dataset, options, sources, digests, self.transform)
 
 
 def load_samples(path: Path) -> Samples:
-    """The output of `prepare` in the directory `path` (or the one that holds the file `path`). Raises UserError."""
+    """The output of `prepare` in the directory `path`; `path` may also be its samples.parquet.
+
+    Raises UserError if the files are missing, unreadable or do not belong together.
+    """
     folder = path.parent if path.suffix == ".parquet" else path
     try:
         table = pq.read_table(folder / "samples.parquet")
@@ -73,14 +85,14 @@ def load_samples(path: Path) -> Samples:
     except FileNotFoundError:
         raise UserError(f"{folder}: no prepared samples here; run h2t prepare {folder}") from None
     except (pa.ArrowException, ValueError, OSError) as error:
-        raise UserError(f"{folder}: prepared samples are unreadable ({error}); run h2t prepare again") from None
+        raise UserError(f"{folder}: the prepared samples cannot be read ({error}); run h2t prepare again") from None
     if not table.schema.equals(SCHEMA) or any(column.null_count for column in table.columns):
-        raise UserError(f"{folder}: samples.parquet is not a table that prepare wrote; run h2t prepare again")
+        raise UserError(f"{folder}: samples.parquet has other columns than prepare writes; run h2t prepare again")
     labels, counts = np.unique(table.filter(pc.field("split") == "train")["label"], return_counts=True)
     try:
         same = facts["counts"] == counts.tolist() and list(range(len(facts["classes"]))) == labels.tolist()
     except (KeyError, TypeError):
         same = False
     if not same:
-        raise UserError(f"{folder}: classes.json is not of this samples.parquet; run h2t prepare again")
+        raise UserError(f"{folder}: classes.json and samples.parquet do not match; run h2t prepare again")
     return Samples(table, facts)

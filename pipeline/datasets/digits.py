@@ -1,7 +1,7 @@
-"""Digits: 1,797 scans of 8x8 pixels that scikit-learn ships in its package; no download.
+"""Digits: 1,797 scans of 8x8 pixels that come with scikit-learn; no download.
 
 Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998
-(its test part). The set has no split of its own: prepare holds out test and validation samples.
+(the test part). The dataset has no splits: `prepare` holds out test and validation samples.
 """
 
 import gzip
@@ -20,16 +20,16 @@ LEVELS = 16  # pixel values are 0 to 16
 
 
 class Options(Section):
-    """Nothing to choose."""
+    """No options."""
 
 
 def transform(options: Options) -> Transform:
-    """8x8 input, shifted by up to one pixel; a digit has no mirror image."""
+    """8x8 input, shifted by up to one pixel for augmentation. No flip: a mirrored digit is another shape."""
     return Transform(size=8, padding=1, mean=[0.305, 0.305, 0.305], std=[0.376, 0.376, 0.376])
 
 
 def load(options: Options) -> Collection:
-    """All scans, in the package's order."""
+    """All scans, in scikit-learn's order."""
     labels = _scans()[:, -1]
     return Collection(
         classes=[str(d) for d in range(10)],
@@ -40,15 +40,15 @@ def load(options: Options) -> Collection:
 
 
 def reader(options: Options) -> Callable[[str], bytes]:
-    """The 64 pixel values of a scan, one byte each."""
+    """A function that returns the 64 pixel values of a source, one byte each."""
     pixels = _scans()[:, :-1]
     return lambda source: pixels[int(source.removeprefix("digits/"))].tobytes()
 
 
 def _scans() -> np.ndarray:
-    """uint8 (1797, 65): 64 pixel values and the digit, as scikit-learn's `load_digits` reads them.
+    """uint8 (1797, 65): 64 pixel values and the digit, as in scikit-learn's `load_digits`.
 
-    From its file: importing scikit-learn takes a second, and three stages of the shortest pipeline would pay it.
+    Reads the file directly: importing scikit-learn takes a second in each of three stages.
     """
     package = importlib.util.find_spec("sklearn")
     assert package is not None
@@ -58,6 +58,6 @@ def _scans() -> np.ndarray:
 
 
 def decode(data: bytes) -> np.ndarray:
-    """The scan as a grey picture, uint8 (8, 8, 3)."""
+    """The scan as a grey image, uint8 (8, 8, 3)."""
     grey = np.frombuffer(data, np.uint8).reshape(8, 8).astype(np.float32) * (255 / LEVELS)
     return np.repeat(grey.round().astype(np.uint8)[..., None], 3, axis=2)

@@ -1,6 +1,6 @@
 """Any folder of images sorted by class: `<train>/<class>/.../<image>`, and the same for validation and test images.
 
-The layout of torchvision's ImageFolder. Without `test`, prepare holds test samples out (`test_per_class`).
+This is the layout of torchvision's ImageFolder. Without `test`, `prepare` holds out test samples (`test_per_class`).
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class Options(Section):
-    """`train`, `val` and `test` are folders inside `root`; `train: .` where the classes lie in `root` itself.
+    """`train`, `val` and `test` are folders in `root`; `train: .` if the class folders are in `root` itself.
 
     With `follow_links`, links may lead out of `root`.
     """
@@ -32,28 +32,37 @@ class Options(Section):
 
 
 def transform(options: Options) -> Transform:
-    """As given in the options; by default that of ImageNet, 224 pixels, with colour jitter."""
+    """The transform in the options; by default that of ImageNet, 224 pixels, with colour jitter."""
     return options.transform
 
 
 def _images(options: Options, part: str) -> list[tuple[str, str]]:
-    """(class, source) of every image in the folder `part`, sorted by class name, then by path."""
+    """(class, source) of each image in the folder `part`, sorted by class name, then by path."""
     root = Path(options.root)
     if not (root / part).is_dir():
-        raise UserError(f"prepare.options: no folder {root / part}; it must hold a folder for each class")
+        raise UserError(
+            f"prepare.options: no folder {root / part}; set root, train, val and test to folders that hold one folder "
+            "per class"
+        )
     endings = {ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS}
-    found = []
+    images = []
     for source in list_files.walk(root, part, options.follow_links):
         inside = PurePosixPath(source).relative_to(PurePosixPath(part)).parts
         if PurePosixPath(source).suffix.lower() in endings and len(inside) > 1:
-            found.append((inside[0], source))
-    if not found:
-        raise UserError(f"{root / part}: no images in class folders here; set prepare.options.train, val and test")
-    return sorted(found)
+            images.append((inside[0], source))
+    if not images:
+        raise UserError(
+            f"{root / part}: must hold a folder of images per class; got no images; "
+            "set prepare.options.train, val and test"
+        )
+    return sorted(images)
 
 
 def load(options: Options) -> Collection:
-    """Every image, classes in the order of their names. Files that are no images by their ending are left out."""
+    """All images, with classes in alphabetical order. Files without the ending of an image format are ignored.
+
+    Raises UserError for a missing folder, a folder without images, and a class without a training folder.
+    """
     classes = sorted({name for name, _ in _images(options, options.train)})
     number = {name: j for j, name in enumerate(classes)}
     source: list[str] = []
@@ -63,7 +72,9 @@ def load(options: Options) -> Collection:
         folder = getattr(options, part)
         for name, path in _images(options, folder) if folder is not None else ():
             if name not in number:
-                raise UserError(f"{path}: no training folder for class {name!r}{nearest(name, classes)}")
+                raise UserError(
+                    f"{path}: no training folder for class {name!r}{nearest(name, classes)}; add it or remove the image"
+                )
             list_files.locate(Path(options.root), path, options.follow_links)
             source.append(path)
             label.append(number[name])
@@ -72,11 +83,11 @@ def load(options: Options) -> Collection:
 
 
 def inputs(options: Options) -> dict[str, str]:
-    """The folder of each part."""
+    """Option -> path: the folder of each split."""
     given = {part: getattr(options, part) for part in ("train", "val", "test")}
     return {part: str(Path(options.root) / folder) for part, folder in given.items() if folder is not None}
 
 
 def reader(options: Options) -> Callable[[str], bytes]:
-    """The bytes of an image file under `root`."""
+    """A function that returns the bytes of a source under `root`."""
     return list_files.image_reader(options.root, options.follow_links)

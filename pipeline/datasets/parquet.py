@@ -1,7 +1,7 @@
 """Parquet files in the Hugging Face layout: `image: struct<bytes, path>`, `label: int64`, class names in the metadata.
 
-Layout: https://huggingface.co/docs/datasets/image_dataset. A source is file name and row number, so that it stays the
-same wherever the files lie.
+Layout: https://huggingface.co/docs/datasets/image_dataset. An image's source is the file name and the row number, so it
+does not change when the files are moved.
 """
 
 import json
@@ -18,16 +18,17 @@ import pyarrow.parquet as pq
 
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import Section
+from h2t.pipeline.base.text import counted
 from h2t.pipeline.data.images import Collection, Transform
 from h2t.pipeline.data.transforms import CIFAR
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
-KEEP_BYTES = 512 * 1024**2  # encoded images of the most recently used row groups stay in memory
+KEEP_BYTES = 512 * 1024**2  # memory for the encoded images of the most recently used row groups
 
 
 class Options(Section):
-    """`train`, `val` and `test` are lists of files; `val` and `test` may be left out."""
+    """`train`, `val` and `test` are lists of files; `val` and `test` are optional."""
 
     train: list[str]
     val: list[str] = []
@@ -38,7 +39,7 @@ class Options(Section):
 
 
 def transform(options: Options) -> Transform:
-    """As given in the options; by default that of CIFAR."""
+    """The transform in the options; by default that of CIFAR."""
     return options.transform
 
 
@@ -49,24 +50,33 @@ def _files(options: Options) -> dict[str, tuple[str, pq.ParquetFile]]:
         for text in getattr(options, split):
             path = Path(text)
             if path.name in files:
-                raise UserError(f"prepare.options.{split}: two files are called {path.name!r}; file names must differ")
+                raise UserError(f"prepare.options.{split}: file names must differ; got {path.name!r} twice; rename one")
             try:
                 file = pq.ParquetFile(path)
                 names = file.schema_arrow.names
-                if file.metadata.num_rows > path.stat().st_size:  # a few bytes can say billions of equal rows
+                if file.metadata.num_rows > path.stat().st_size:  # a few bytes can claim billions of rows
                     raise ValueError(f"{file.metadata.num_rows} rows in {path.stat().st_size} bytes hold no images")
             except (OSError, pa.ArrowException, ValueError) as error:
                 reason = str(error).splitlines()[0]
-                raise UserError(f"prepare.options.{split}: {text}: not a readable Parquet file ({reason})") from None
+                raise UserError(
+                    f"prepare.options.{split}: {text}: must be a readable Parquet file ({reason}); "
+                    "replace the file or correct the path"
+                ) from None
             files[path.name] = (split, file)
             for column in (options.image_column, options.label_column):
                 if column not in names:
-                    raise UserError(f"{text}: no column {column!r}; it has {', '.join(names)}; set prepare.options")
+                    raise UserError(
+                        f"{text}: no column {column!r} (there are: {', '.join(names)}); "
+                        "set prepare.options.image_column and label_column"
+                    )
     return files
 
 
 def _class_names(file: pq.ParquetFile, column: str, labels: list[int]) -> list[str]:
-    """The names in the metadata (`huggingface` JSON, or `classes` with commas), else the numbers."""
+    """The class names in the metadata (`huggingface` JSON, or `classes` separated by commas), else the labels as text.
+
+    Raises UserError if there are no names and the labels leave classes without an image for certain.
+    """
     metadata = file.schema_arrow.metadata or {}
     with suppress(KeyError, ValueError, TypeError):
         return [str(n) for n in json.loads(metadata[b"huggingface"])["info"]["features"][column]["names"]]
@@ -74,45 +84,52 @@ def _class_names(file: pq.ParquetFile, column: str, labels: list[int]) -> list[s
         return metadata[b"classes"].decode(errors="replace").split(",")
     if max(labels) >= len(labels):
         raise UserError(
-            f"label {max(labels)}: labels count the classes from 0 on and every class needs an image, so those of "
-            f"{len(labels)} images lie below {len(labels)}"
+            f"label {max(labels)} is out of range: with {counted(len(labels), 'image')} labels are 0 to "
+            f"{len(labels) - 1}, as every class needs an image; number the classes from 0"
         )
     return [str(i) for i in range(max(labels) + 1)]
 
 
 def load(options: Options) -> Collection:
-    """Every row of every file, in file order."""
+    """All rows of all files, in order. Raises UserError for an unreadable file and for labels that are not valid."""
     source: list[str] = []
     label: list[int] = []
     split: list[str] = []
     files = _files(options)
     for name, (part, file) in files.items():
         try:
-            found = file.read([options.label_column])[options.label_column].to_pylist()
+            labels = file.read([options.label_column])[options.label_column].to_pylist()
         except (OSError, pa.ArrowException, ValueError) as error:
-            raise UserError(f"{name}: column {options.label_column!r} cannot be read ({error})") from None
-        bad = next((i for i, y in enumerate(found) if not isinstance(y, int) or y < 0), None)
+            raise UserError(
+                f"{name}: column {options.label_column!r} cannot be read ({error}); replace the file"
+            ) from None
+        bad = next((i for i, y in enumerate(labels) if not isinstance(y, int) or y < 0), None)
         if bad is not None:
-            raise UserError(f"{name}: row {bad}: a label must be a whole number from 0 on; got {found[bad]!r}")
-        source += [f"{name}:{row:09d}" for row in range(len(found))]
-        label += found
-        split += [part] * len(found)
+            raise UserError(
+                f"{name}: row {bad}: a label must be a whole number of 0 or more; got {labels[bad]!r}; correct the file"
+            )
+        source += [f"{name}:{row:09d}" for row in range(len(labels))]
+        label += labels
+        split += [part] * len(labels)
     if not label:
-        raise UserError("prepare.options.train: the files hold no rows")
-    first = next(iter(files.values()))[1]
+        raise UserError("prepare.options.train: must name files with rows; got none; name others")
+    first_name, (_, first) = next(iter(files.items()))
     classes = _class_names(first, options.label_column, label)
     if max(label) >= len(classes):
-        raise UserError(f"label {max(label)} has no name: the files' metadata names {len(classes)} classes")
+        raise UserError(
+            f"label {max(label)} has no name: the metadata of {first_name} names "
+            f"{counted(len(classes), 'class', 'classes')}; correct the metadata or the labels"
+        )
     return Collection(classes, source, label, split)
 
 
 def inputs(options: Options) -> dict[str, str]:
-    """Each file."""
+    """Option -> path: each file."""
     return {f"{part}[{i}]": path for part in ("train", "val", "test") for i, path in enumerate(getattr(options, part))}
 
 
 def reader(options: Options) -> Callable[[str], bytes]:
-    """Image bytes by source; the most recently used row groups stay in memory."""
+    """A function that returns the image bytes of a source. It keeps the most recently used row groups in memory."""
     files = {name: file for name, (_, file) in _files(options).items()}
     starts = {
         name: np.cumsum([0] + [file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)])
@@ -124,7 +141,7 @@ def reader(options: Options) -> Callable[[str], bytes]:
     def read(source: str) -> bytes:
         name, _, row = source.rpartition(":")
         if name not in starts or not row.isdecimal() or int(row) >= starts[name][-1]:
-            raise UserError(f"{source}: no such row in the files of prepare.options")
+            raise UserError(f"{source}: no such row in the files of prepare.options; prepare again")
         number = int(row)
         group = int(np.searchsorted(starts[name], number, side="right")) - 1
         key = (name, group)
@@ -142,7 +159,10 @@ def reader(options: Options) -> Callable[[str], bytes]:
         image = column[number - int(starts[name][group])].as_py()
         data = image["bytes"] if isinstance(image, dict) else image
         if not isinstance(data, bytes):
-            raise UserError(f"{source}: the image column must hold encoded bytes; got {type(data).__name__}")
+            raise UserError(
+                f"{source}: column {options.image_column!r} must hold encoded images as bytes; got "
+                f"{type(data).__name__}; set prepare.options.image_column"
+            )
         return data
 
     return read

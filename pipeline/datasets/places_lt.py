@@ -1,17 +1,18 @@
 """Places-LT: 62,500 training images in 365 classes (4,980 to 5 each), 36,500 for testing; by list files.
 
-Source: Liu et al., "Large-Scale Long-Tailed Recognition in an Open World", CVPR 2019. The lists exist in two styles,
-both read: `data_256/a/airfield/00000001.jpg` with `val_256/Places365_val_00000001.jpg` (MiSLAS, GCL, H2T), and
-`train/airfield/00000001.jpg` with `val/airfield/...` (classifier-balancing). Images lie as the lists name them.
+Source: Liu et al., "Large-Scale Long-Tailed Recognition in an Open World", CVPR 2019. The lists exist in two styles.
+Both can be read: `data_256/a/airfield/00000001.jpg` with `val_256/Places365_val_00000001.jpg` (MiSLAS, GCL, H2T), and
+`train/airfield/00000001.jpg` with `val/airfield/...` (classifier-balancing). The folders must match the lists.
 """
-
-from collections.abc import Callable
 
 from h2t.pipeline.data import list_files
 from h2t.pipeline.data.images import Collection, Transform
+from h2t.pipeline.data.list_files import inputs, reader, transform
 from h2t.pipeline.data.transforms import IMAGENET
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
+
+__all__ = ["Options", "inputs", "load", "reader", "transform"]
 
 
 class Options(list_files.Options):
@@ -22,27 +23,12 @@ class Options(list_files.Options):
     transform: Transform = IMAGENET
 
 
-def transform(options: Options) -> Transform:
-    """As given in the options; by default MiSLAS's: 224 pixels, with colour jitter."""
-    return options.transform
-
-
 def class_name(source: str) -> str:
-    """The same in both styles: `data_256/b/bow_window/indoor/x.jpg`, `train/bow_window-indoor/x.jpg`."""
-    found = list_files.folders(source)
-    return "-".join(found[1:] if len(found) > 1 and len(found[0]) == 1 else found)
+    """`bow_window-indoor`, from `data_256/b/bow_window/indoor/x.jpg` or from `train/bow_window-indoor/x.jpg`."""
+    folders = list_files.folders(source)
+    return "-".join(folders[1:] if len(folders) > 1 and len(folders[0]) == 1 else folders)
 
 
 def load(options: Options) -> Collection:
-    """Every image of the lists, in their order."""
+    """All images of the lists, in their order. Raises UserError like `list_files.load`."""
     return list_files.load(options, class_name)
-
-
-def inputs(options: Options) -> dict[str, str]:
-    """The images and the lists."""
-    return list_files.inputs(options)
-
-
-def reader(options: Options) -> Callable[[str], bytes]:
-    """The bytes of an image file under `root`."""
-    return list_files.image_reader(options.root, options.follow_links)

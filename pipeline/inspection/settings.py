@@ -1,4 +1,4 @@
-"""All of params.yaml at once: every section is checked before any stage starts, so that a slip is found early."""
+"""Checks all sections of params.yaml before a stage starts, so that mistakes are found early."""
 
 import re
 from collections.abc import Callable
@@ -27,7 +27,7 @@ SECTIONS = (
     "report",
     "run",
 )
-#: What a section that is left out stands for. The other sections must be there.
+#: The value of a section that is left out. All other sections are required.
 LEFT_OUT: dict[str, Any] = {
     "seed": 0,
     "device": "auto",
@@ -41,32 +41,33 @@ LEFT_OUT: dict[str, Any] = {
     "report": {},
     "run": {},
 }
-#: Section of entries -> (section with their defaults, plug-in keys that an entry's own name stands for).
+#: Section of named entries -> (section of their defaults, keys that default to the entry's name -> kind of plug-in).
 ENTRIES = {
     "backbones": ("backbone_defaults", {"arch": "backbones", "objective": "objectives"}),
     "hosts": ("host_defaults", {"host": "hosts"}),
 }
-#: A host with a closed-form fit has neither, so it does not take them from `host_defaults`.
+#: Keys of hosts that are trained. A host with a closed-form fit does not take them from `host_defaults`.
 TRAINED_ONLY = ("optimiser", "grid")
 
-#: (section, key) that change no byte. They belong into `run`, which DVC does not watch; their old place is accepted.
+#: (section, key) of settings that change no result. They belong in `run`, which DVC does not watch; both places work.
 MOVED = (("extract", "cluster"),)
 
 
 class Run(params.Section):
-    """Section `run`: how stages run; it changes no result.
+    """Section `run`: how stages run, without effect on the results.
 
-    `cluster`: where `extract` runs: null (this process), local:N for N processes here, or a dask scheduler's address.
+    `cluster` says where `extract` runs: null (this process), local:N (N processes on this machine), or the address of a
+    dask scheduler.
     """
 
     cluster: Annotated[str | None, ADDRESS] = None
 
 
 def check(values: dict[str, Any], say: Callable[[str], None] = lambda line: None) -> None:
-    """Raises UserError for the first wrong, missing or unknown key.
+    """Checks `values` and completes them in place. Raises UserError for the first wrong, missing or unknown key.
 
-    Fills in what is left out: whole sections, `host`, `arch` and `objective` by an entry's name, in each entry the
-    values of `backbone_defaults` or `host_defaults`, and in a stage's section what `run` says about it.
+    Fills in sections that are left out; `host`, `arch` and `objective`, by the entry's name; in each entry the values
+    of `backbone_defaults` or `host_defaults`; and settings from `run` in the section of their stage.
     """
     from h2t.pipeline.stages import evaluate, extract, pool, prepare, report, train_backbone, train_classifier
 
@@ -86,7 +87,7 @@ def check(values: dict[str, Any], say: Callable[[str], None] = lambda line: None
     for of, key in MOVED:
         entries = values[of] if isinstance(values[of], dict) else {}
         if entries.get(key) is not None:
-            say(f"note: {of}.{key} belongs into the section run: where it is, DVC takes it for other results")
+            say(f"note: {of}.{key} belongs in the section run; here a change of it makes DVC run {of} again")
         elif (given := getattr(run, key)) is not None:
             values[of] = {**entries, key: given}
     for name in values["inputs"] or ():
@@ -125,9 +126,10 @@ def check(values: dict[str, Any], say: Callable[[str], None] = lambda line: None
 
 
 def complete(values: dict[str, Any], name: str) -> dict[str, Any]:
-    """The entries of section `name`, each with the defaults merged in. Raises UserError.
+    """The entries of section `name` merged with their defaults; they also replace the entries in `values`.
 
-    An entry named like a plug-in needs no key for it. `values` then holds the complete entries, too.
+    An entry named like a plug-in does not need a key that names the plug-in. Raises UserError if the section is empty,
+    is not a mapping, or has an entry whose name is not valid.
     """
     section = values[name]
     if not isinstance(section, dict) or not section:
@@ -145,11 +147,14 @@ def complete(values: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _check_name(section: str, key: Any, become: str) -> None:
     if not isinstance(key, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", key):
-        raise UserError(f"{section}: names are letters, digits, _ and -, as they become {become}; got {key!r}")
+        raise UserError(
+            f"{section}: a name must consist of letters, digits, _ and -, as {become} are named after it; got {key!r}; "
+            "rename the entry"
+        )
 
 
 def _for_host(host: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """`defaults` without the keys that only trained hosts have."""
+    """`defaults` without `optimiser` and `grid` if `host` has a closed-form fit."""
     name = host.get("host", defaults.get("host"))
     if isinstance(name, str) and name in plugins.names("hosts") and plugins.load("hosts", name).Host.fitted:
         return {k: v for k, v in defaults.items() if k not in TRAINED_ONLY}

@@ -1,4 +1,4 @@
-"""Class-balanced: a class uniformly, then one of its samples uniformly, with replacement.
+"""Class-balanced: draws a class uniformly, then one of its samples uniformly, with replacement.
 
 Source: Kang et al., "Decoupling Representation and Classifier for Long-Tailed Recognition", ICLR 2020, eq. (1), q = 0.
 """
@@ -15,7 +15,7 @@ Streams = Callable[..., np.random.Generator]
 
 
 def draw(classes: ClassIndex, streams: Streams, epoch: int, step: int, size: int) -> np.ndarray:
-    """Positions of `size` independent draws, int64."""
+    """The positions of `size` independent draws, int64 (size,)."""
     draws = streams(epoch, step)
     label = draws.integers(classes.classes, size=size)
     return classes.starts[label] + draws.integers(classes.counts[label])

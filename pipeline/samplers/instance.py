@@ -1,6 +1,6 @@
-"""Instance-wise: every sample once per epoch, in random order; the last batch may be smaller.
+"""Instance-balanced: each sample once per epoch, in random order; the last batch may be smaller.
 
-This is the ordinary shuffled loader (H2T paper, section 3.3, the head-biased branch).
+This is the usual shuffled data loader (H2T paper, section 3.3, the head-biased branch).
 """
 
 from collections.abc import Callable
@@ -17,10 +17,11 @@ Streams = Callable[..., np.random.Generator]
 
 @lru_cache(maxsize=64)
 def _order(streams: Streams, epoch: int, samples: int) -> np.ndarray:
+    """The permutation of the samples in `epoch`. Cached, because each step of the epoch takes a part of it."""
     return streams(epoch).permutation(samples)
 
 
 def draw(classes: ClassIndex, streams: Streams, epoch: int, step: int, size: int) -> np.ndarray:
-    """The next `size` positions of the epoch's permutation, int64; fewer at its end."""
+    """The next `size` positions in the epoch's permutation, int64; fewer at the end of the epoch."""
     first = step * size
     return _order(streams, epoch, classes.samples)[first : first + size]

@@ -1,4 +1,4 @@
-"""Reverse: a class with probability proportional to 1 / its count, then one of its samples uniformly.
+"""Reverse: draws a class with probability proportional to 1 / its count, then one of its samples uniformly.
 
 Source: Zhou et al., "BBN: Bilateral-Branch Network", CVPR 2020, section 4.2; a donor in Table 5 of the H2T paper.
 """
@@ -15,7 +15,7 @@ Streams = Callable[..., np.random.Generator]
 
 
 def draw(classes: ClassIndex, streams: Streams, epoch: int, step: int, size: int) -> np.ndarray:
-    """Positions of `size` independent draws, int64."""
+    """The positions of `size` independent draws, int64 (size,)."""
     draws = streams(epoch, step)
     share = 1 / classes.counts
     label = draws.choice(classes.classes, size=size, p=share / share.sum())

@@ -1,9 +1,9 @@
-"""prepare: choose the samples. Holds out evaluation samples, makes the rest long-tailed, orders the classes.
+"""prepare: chooses the samples. Holds out evaluation samples, makes the rest long-tailed, orders the classes.
 
-Writes `samples.parquet` (one line per sample, sorted by split, label, source) and `classes.json` (names, counts, class
-order, groups, transform). They are a pure function of the dataset and the parameters: another lab gets the same subset.
-Every chosen image is decoded once, so that a bad one is met here and not hours into stage I; what was left out for that
-reason is listed in `skipped.parquet`.
+Writes `samples.parquet` (one row per sample, sorted by split, label, source) and `classes.json` (names, counts, class
+order, groups, transform). Both depend only on the dataset and the parameters, so every machine gets the same subset.
+Each chosen image is decoded once, so that a bad image is found here and not hours into stage I. Bad images that were
+left out are listed in `skipped.parquet`.
 """
 
 import json
@@ -21,6 +21,7 @@ from h2t.pipeline.base.outputs import fresh_directory, write_json
 from h2t.pipeline.base.params import Index, Positive, Section, Seed, at_least, build, plugin
 from h2t.pipeline.base.progress import progress
 from h2t.pipeline.base.seeds import stream
+from h2t.pipeline.base.text import counted
 from h2t.pipeline.data.classes import groups
 from h2t.pipeline.data.images import BadImage, Collection, Images, open_images
 
@@ -28,7 +29,7 @@ NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class Imbalance(Section):
-    """The long tail to cut: `ratio` is the largest class count divided by the smallest."""
+    """The long-tailed subset: `ratio` is the largest class count divided by the smallest."""
 
     profile: Literal["none", "exponential", "step"] = "none"
     ratio: Annotated[Positive, at_least(1)] = 1.0
@@ -36,7 +37,7 @@ class Imbalance(Section):
 
 
 class Params(Section):
-    """Section `prepare`. `bad_images`: stop at the first image that cannot be used, or leave such images out."""
+    """Section `prepare`. `bad_images`: `refuse` stops at the first unusable image, `skip` leaves such images out."""
 
     dataset: Annotated[str, plugin("datasets")]
     options: dict[str, Any] = {}
@@ -47,36 +48,44 @@ class Params(Section):
 
 
 def run(params: Params, seed: int, out: Path, say: Callable[[str], None]) -> None:
-    """Prepares the samples of the dataset into the directory `out`."""
+    """Chooses the samples of the dataset and writes them to the directory `out`.
+
+    `seed` decides which samples are held out. Raises UserError for data that cannot be used, BadImage for an image.
+    """
     dataset = plugins.load("datasets", params.dataset)
     options = build(dataset.Options, "prepare.options", params.options)
-    found: Collection = dataset.load(options)
-    label, split = np.array(found.label), np.array(found.split, object)
+    images: Collection = dataset.load(options)
+    label, split = np.array(images.label), np.array(images.split, object)
 
     _hold_out(label, split, "test", params.test_per_class, "prepare.test_per_class", seed)
     _hold_out(label, split, "val", params.validation_per_class, "prepare.validation_per_class", seed)
-    kept = _long_tail(label, split, params.imbalance, found.classes)
+    kept = _long_tail(label, split, params.imbalance, images.classes)
 
     chosen = sorted([*kept.tolist(), *np.flatnonzero(split != "train").tolist()])
-    images = open_images(dataset, options, found.source, None, dataset.transform(options))  # digests are made here
-    digests, bad = _digests(images, chosen, params.bad_images)
+    opened = open_images(dataset, options, images.source, None, dataset.transform(options))  # no digests exist yet
+    digests, bad = _digests(opened, chosen, params.bad_images)
     chosen = [i for i in chosen if i in digests]
-    counts = np.bincount(label[[i for i in chosen if split[i] == "train"]], minlength=len(found.classes))
+    counts = np.bincount(label[[i for i in chosen if split[i] == "train"]], minlength=len(images.classes))
     if counts.min() == 0:
         empty = int(counts.argmin())
-        raise UserError(f"class {empty} ({found.classes[empty]}): none of its training images can be used; mend one")
+        raise UserError(
+            f"class {empty} ({images.classes[empty]}): must have at least one usable training image; got 0; "
+            "repair one or drop the class"
+        )
     order = np.argsort(-counts, kind="stable")  # class order map: new label -> native label
     relabel = np.argsort(order)
     table = pa.table(
         {
             "split": pa.array([str(split[i]) for i in chosen]),
             "label": pa.array([int(relabel[label[i]]) for i in chosen], pa.int32()),
-            "source": pa.array([found.source[i] for i in chosen]),
+            "source": pa.array([images.source[i] for i in chosen]),
             "digest": pa.array([digests[i] for i in chosen]),
         }
     ).sort_by([("split", "ascending"), ("label", "ascending"), ("source", "ascending")])
     if len(pa.compute.unique(table["source"])) != len(table):
-        raise UserError(f"dataset {params.dataset!r}: two images have the same source; sources must be unique")
+        raise UserError(
+            f"dataset {params.dataset!r}: sources must be unique; got one for two images; correct the plug-in"
+        )
     table = table.add_column(0, "sample", pa.array(range(len(table)), pa.int64()))
 
     ordered = counts[order].tolist()
@@ -88,7 +97,7 @@ def run(params: Params, seed: int, out: Path, say: Callable[[str], None]) -> Non
             into / "classes.json",
             {
                 "dataset": params.dataset,
-                "classes": [found.classes[j] for j in order],
+                "classes": [images.classes[j] for j in order],
                 "counts": ordered,
                 "order": order.tolist(),
                 "groups": groups(ordered),
@@ -97,33 +106,38 @@ def run(params: Params, seed: int, out: Path, say: Callable[[str], None]) -> Non
             },
         )
     sizes = {name: table["split"].to_pylist().count(name) for name in ("train", "val", "test")}
-    say(f"{params.dataset}: {len(order)} classes, {ordered[0]} to {ordered[-1]} training samples; {sizes}")
+    class_count = counted(len(order), "class", "classes")
+    say(
+        f"{params.dataset}: {class_count} of {ordered[0]:,} to {ordered[-1]:,} training images; "
+        + ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+    )
     if bad:
         first = next(iter(bad.values()))
-        say(f"note: {len(bad)} bad images left out, see skipped.parquet; the first: {first.source} {first.reason}")
+        left_out = counted(len(bad), "bad image")
+        say(f"note: {left_out} left out, listed in skipped.parquet; first: {first.source} {first.reason}")
     if ordered[-1] == 1:
-        say("note: a class has one training sample; its accuracy rests on that one image")
+        say("note: at least one class has only one training sample")
     if not sizes["val"]:
-        say("note: no validation split; nothing is chosen, evaluate.ratio decides which ratio is reported")
+        say("note: no validation split, so no ratio can be chosen; evaluate.ratio is the ratio that is reported")
 
 
 def _digests(images: Images, chosen: Sequence[int], policy: str) -> tuple[dict[int, str], dict[int, BadImage]]:
-    """(image -> sha256 of its bytes, image -> what is wrong with it). Raises BadImage if the policy is to refuse."""
+    """(image -> sha256 of its bytes, image -> error of a bad image). Raises BadImage if `policy` is `refuse`."""
     good: dict[int, str] = {}
     bad: dict[int, BadImage] = {}
     bar = progress(images.digests(chosen), "prepare", unit="image", total=len(chosen))
-    for i, found in zip(chosen, bar, strict=True):
-        if isinstance(found, str):
-            good[i] = found
+    for i, result in zip(chosen, bar, strict=True):
+        if isinstance(result, str):
+            good[i] = result
         elif policy == "refuse":
-            raise found
+            raise result
         else:
-            bad[i] = found
+            bad[i] = result
     return good, bad
 
 
 def _skipped(bad: dict[int, BadImage], split: np.ndarray) -> pa.Table:
-    """Columns split, source and reason, sorted by split and source."""
+    """The table of bad images: columns split, source and reason, sorted by split and source."""
     return pa.table(
         {
             "split": pa.array([str(split[i]) for i in bad], pa.string()),
@@ -137,26 +151,32 @@ def _hold_out(label: np.ndarray, split: np.ndarray, name: str, per_class: int, k
     """Moves `per_class` random samples of each class from train to `name`, unless the dataset has that split."""
     if (split == name).any() or not per_class:
         if name == "test" and not (split == name).any():
-            raise UserError(f"{key}: the dataset has no test split, so some samples must be held out; got {per_class}")
+            raise UserError(
+                f"{key}: must be at least 1, as the dataset has no test split; got {per_class}; set the number of test "
+                "samples per class"
+            )
         return
     for j, members in enumerate(_members(label, split, label.max() + 1)):
         if len(members) <= per_class:
             raise UserError(
-                f"{key}: class {j} has {len(members)} samples to hold out from and must keep one; got {per_class}"
+                f"{key}: must leave class {j} one of its {counted(len(members), 'sample')} for training; "
+                f"got {per_class}; lower it"
             )
         split[stream(seed, "prepare", name, j).permutation(members)[:per_class]] = name
 
 
 def _members(label: np.ndarray, split: np.ndarray, classes: int) -> list[np.ndarray]:
-    """The training samples of each class, ascending; sorted once, as looking for each class takes hours for 100,000."""
+    """The training samples of each class, ascending. Sorts once: a search per class takes hours for 100,000 classes."""
     train = np.flatnonzero(split == "train")
     train = train[np.argsort(label[train], kind="stable")]
     return np.split(train, np.searchsorted(label[train], np.arange(1, classes)))
 
 
 def long_tailed_counts(largest: int, classes: int, imbalance: Imbalance) -> list[int]:
-    """Samples per class: n_j = floor(n_1 * ratio^(-j / (C - 1))) or, for a step, n_1 and floor(n_1 / ratio) halves.
+    """Samples per class, descending: a list of `classes` numbers.
 
+    `exponential`: n_j = floor(n_0 * ratio^(-j / (C - 1))) for j from 0 to C - 1. `step`: n_0 for the first half of the
+    classes, floor(n_0 / ratio) for the second. Here n_0 is `largest` and C is `classes`.
     Source: Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss", NeurIPS 2019.
     """
     share = 1 / imbalance.ratio
@@ -168,23 +188,25 @@ def long_tailed_counts(largest: int, classes: int, imbalance: Imbalance) -> list
 
 
 def _long_tail(label: np.ndarray, split: np.ndarray, imbalance: Imbalance, names: Sequence[str]) -> np.ndarray:
-    """Training samples that stay, chosen by the reference rule: one legacy RandomState through the classes in order.
+    """The training samples that are kept, int64. One legacy RandomState shuffles the classes in order.
 
-    With the seed 0 this is the subset that the published codes of LDAM-DRW, MiSLAS, GCL, RIDE, ResLT and H2T train on.
+    With seed 0 this is the subset that the published codes of LDAM-DRW, MiSLAS, GCL, RIDE, ResLT and H2T train on.
     """
     members = _members(label, split, len(names))
     sizes = [len(m) for m in members]
     if min(sizes) == 0:
         empty = sizes.index(0)
-        raise UserError(f"class {empty} ({names[empty]}): every class needs a training sample; got 0; drop the class")
+        raise UserError(
+            f"class {empty} ({names[empty]}): must have at least one training sample; got 0; drop the class"
+        )
     if imbalance.profile == "none":
         return np.concatenate(members)
     wanted = long_tailed_counts(min(sizes) if len(set(sizes)) > 1 else sizes[0], len(names), imbalance)
     if min(wanted) == 0:
         empty = wanted.index(0)
         raise UserError(
-            f"prepare.imbalance.ratio: class {empty} ({names[empty]}) must keep at least one of its {sizes[empty]} "
-            f"samples; got {imbalance.ratio:g}, which leaves 0; lower the ratio"
+            f"prepare.imbalance.ratio: must leave class {empty} ({names[empty]}) at least one of its "
+            f"{counted(sizes[empty], 'sample')}; got {imbalance.ratio:g}, which leaves 0; lower the ratio"
         )
     draws = np.random.RandomState(imbalance.seed)
     kept = []

@@ -1,7 +1,7 @@
-"""watch: the digest of one file or folder that the parameters name under `inputs`.
+"""watch: computes the digest of one file or folder that the parameters name under `inputs`.
 
-DVC looks at the input and runs this stage again when a file there is added, removed or replaced. Later stages depend on
-the digest alone. So nobody needs the images to train heads, and images that merely moved make no stage run again.
+DVC watches the input and runs this stage again when a file is added, removed or replaced. Later stages depend only on
+the digest. So training heads needs no images, and moving the images makes no later stage run again.
 """
 
 import hashlib
@@ -13,34 +13,40 @@ from pathlib import Path
 
 from h2t.pipeline.base.errors import UserError, nearest
 from h2t.pipeline.base.outputs import write_json
+from h2t.pipeline.base.text import counted
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
-THREADS = 8  # files read at a time, for folders on a network
+THREADS = 8  # files read at the same time; helps on network file systems
 
 
 def run(name: str, inputs: Mapping[str, str], out: Path, say: Callable[[str], None]) -> None:
-    """Writes `files`, their number, `bytes`, `sha256` over paths and contents, and `also` to the JSON file `out`.
+    """Writes the facts about input `name` to the JSON file `out`. Raises UserError for an input that DVC cannot watch.
 
-    `also` names the inputs that links to folders lead to. Raises UserError for an input that DVC cannot watch.
+    The keys are `files` (their number), `bytes`, `sha256` (over paths and contents), and `also`: the names of other
+    inputs that links in this one lead to.
     """
     if name not in inputs:
-        raise UserError(f"inputs: no input {name!r}{nearest(name, inputs)}; add it to the parameters (inputs: {{...}})")
+        raise UserError(
+            f"inputs: no input {name!r}{nearest(name, inputs)}; add it to the parameters: inputs: {{{name}: PATH}}"
+        )
     root = Path(inputs[name])
-    found = sorted(files(name, inputs))
+    paths = sorted(files(name, inputs))
     try:
         with ThreadPoolExecutor(THREADS) as pool:
-            digests = list(pool.map(_digest, [root / inside for inside in found]))
-        size = sum((root / inside).stat().st_size for inside in found)
+            digests = list(pool.map(_digest, [root / path for path in paths]))
+        size = sum((root / path).stat().st_size for path in paths)
     except OSError as error:
-        raise UserError(f"inputs.{name}: {error.filename}: cannot be read ({error.strerror})") from None
+        raise UserError(
+            f"inputs.{name}: {error.filename}: cannot be read ({error.strerror}); make it readable or remove it"
+        ) from None
     whole = hashlib.sha256()
-    for inside, digest in zip(found, digests, strict=True):
-        whole.update(os.fsencode(inside) + b"\0" + digest)
+    for path, digest in zip(paths, digests, strict=True):
+        whole.update(os.fsencode(path) + b"\0" + digest)
     also = sorted(set(links(name, inputs).values()))
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, {"files": len(found), "bytes": size, "sha256": whole.hexdigest(), "also": also})
-    say(f"{name}: {len(found)} files, {size / 1e6:.1f} MB")
+    write_json(out, {"files": len(paths), "bytes": size, "sha256": whole.hexdigest(), "also": also})
+    say(f"{name}: {counted(len(paths), 'file')}, {size / 1e6:.1f} MB")
 
 
 def _digest(path: Path) -> bytes:
@@ -49,20 +55,20 @@ def _digest(path: Path) -> bytes:
 
 
 def check(name: str, inputs: Mapping[str, str]) -> None:
-    """Raises UserError if DVC cannot watch all that input `name` holds."""
+    """Raises UserError if DVC cannot watch every file of input `name`."""
     for _ in files(name, inputs):
         pass
     links(name, inputs)
 
 
 def files(name: str, inputs: Mapping[str, str]) -> Iterator[str]:
-    """The path of every file below input `name`, relative to it; "" where it is a file itself.
+    """Yields the path of each file in input `name`, relative to the input; "" if the input itself is a file.
 
-    Links to folders are not followed, as DVC does not follow them. Raises UserError for what stops DVC.
+    Like DVC, does not follow links to folders. Raises UserError for a file that DVC cannot watch.
     """
     root = Path(inputs[name])
     if not root.exists():
-        raise UserError(f"inputs.{name}: no file or folder {root}; mend the path in the parameters")
+        raise UserError(f"inputs.{name}: no file or folder {root}; correct the path in the parameters")
     if not root.is_dir():
         yield ""
         return
@@ -74,18 +80,18 @@ def files(name: str, inputs: Mapping[str, str]) -> Iterator[str]:
                 plain = stat.S_ISREG(path.stat().st_mode)
             except UnicodeEncodeError:
                 text = os.fsencode(path).decode(errors="backslashreplace")
-                raise UserError(f"inputs.{name}: {text}: DVC needs file names in UTF-8; rename it") from None
+                raise UserError(f"inputs.{name}: {text}: file names must be UTF-8 for DVC; rename the file") from None
             except OSError as error:
                 raise UserError(f"inputs.{name}: {path}: cannot be read ({error.strerror}); remove it") from None
             if not plain:
-                raise UserError(f"inputs.{name}: {path}: DVC watches plain files only; remove it")
+                raise UserError(f"inputs.{name}: {path}: must be a regular file for DVC to watch it; remove it")
             yield path.relative_to(root).as_posix()
 
 
 def links(name: str, inputs: Mapping[str, str]) -> dict[str, str]:
-    """Link to a folder below input `name` -> the input that it leads to, unless it stays inside.
+    """Links in input `name` to folders outside it -> the name of the input that each one leads to.
 
-    Raises UserError for a link to where DVC does not look.
+    Raises UserError for a link to a folder that is in no input, as DVC would not watch it.
     """
     root = Path(inputs[name])
     real = {other: Path(path).resolve() for other, path in inputs.items()}
@@ -98,8 +104,8 @@ def links(name: str, inputs: Mapping[str, str]) -> dict[str, str]:
             target = next((o for o, place in real.items() if path.resolve().is_relative_to(place)), None)
             if target is None:
                 raise UserError(
-                    f"inputs.{name}: {path} leads to {path.resolve()}, and DVC does not follow links to folders; name "
-                    "that folder under `inputs` as well"
+                    f"inputs.{name}: {path} is a link to the folder {path.resolve()}, which DVC does not follow; "
+                    "add that folder to `inputs`"
                 )
             found[str(path)] = target
     return found

@@ -1,0 +1,86 @@
+"""Options that several commands share, and shell completion of names."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+
+PATH = click.Path(path_type=Path)
+#: (context, parameter, beginning of a name) -> names that begin so.
+Completion = Callable[[click.Context, click.Parameter, str], list[str]]
+
+params_file = click.option(
+    "--params",
+    "params_file",
+    type=PATH,
+    default=Path("params.yaml"),
+    show_default=True,
+    metavar="FILE",
+    help="The parameter file.",
+)
+overrides = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a parameter for this run, e.g. --set seed=1 or --set extract.max_views=2. The value is YAML. "
+    "Can be repeated.",
+)
+replace = click.option("--replace", is_flag=True, help="Replace another cache at OUT.")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+
+
+def device(default: str | None, extra: str = "") -> Callable[[Any], Any]:
+    """The option --device with a default."""
+    return click.option(
+        "--device",
+        default=default,
+        show_default=default is not None,
+        metavar="DEVICE",
+        help=f"auto, cpu, cuda or cuda:N{extra}.",
+    )
+
+
+def entries(section: str) -> Completion:
+    """Completes the names of the entries in a section of the parameter file."""
+
+    def complete(context: click.Context, parameter: click.Parameter, start: str) -> list[str]:
+        from h2t.pipeline.base import params
+        from h2t.pipeline.base.errors import UserError
+
+        try:
+            return _beginning(params.load(context.params.get("params_file") or Path("params.yaml"))[section], start)
+        except (UserError, KeyError, TypeError):  # no usable parameter file, so there is nothing to suggest
+            return []
+
+    return complete
+
+
+def kinds(context: click.Context, parameter: click.Parameter, start: str) -> list[str]:
+    """Completes the kinds of plug-ins."""
+    from h2t.pipeline.base import plugins
+
+    return _beginning(plugins.KINDS, start)
+
+
+def plugin_names(kind: str) -> Completion:
+    """Completes the names of the plug-ins of `kind`."""
+
+    def complete(context: click.Context, parameter: click.Parameter, start: str) -> list[str]:
+        from h2t.pipeline.base import plugins
+
+        return _beginning(plugins.names(kind), start)
+
+    return complete
+
+
+def preset_names(context: click.Context, parameter: click.Parameter, start: str) -> list[str]:
+    """Completes the names of the presets."""
+    from h2t.pipeline.command_line import presets
+
+    return _beginning((path.stem for path in presets.FOLDER.glob("*.yaml")), start)
+
+
+def _beginning(names: Iterable[object], start: str) -> list[str]:
+    return sorted(name for name in map(str, names) if name.startswith(start))

@@ -272,5 +272,5 @@ def test_processes_that_do_not_divide_the_parts_are_refused(digits, tmp_path, mo
         yield Group(device, 0, 3)
 
     monkeypatch.setattr(train_backbone, "processes", three)
-    with pytest.raises(UserError, match=r"backbones\.b\.accumulate: must be a multiple of the 3 processes"):
+    with pytest.raises(UserError, match=r"backbones\.b\.accumulate: must be a multiple of the number of processes, 3"):
         trained(tmp_path / "b", *digits, accumulate=2)

@@ -1,7 +1,7 @@
-"""pool: a copy of a cache with one vector per row in place of a map, 25 to 64 times fewer numbers.
+"""pool: copies a cache with one vector per row in place of its maps, 25 to 64 times fewer numbers.
 
-Whoever trains linear heads needs no more than this, so it is what a colleague pulls. The copy has the parent's rows and
-names its backbone: it is a CACHE to train-classifier and evaluate like any other.
+Linear classifiers need only these vectors, so this is the copy to share. It has the parent's rows and names its
+backbone; train-classifier and evaluate accept it like any other cache.
 """
 
 from collections.abc import Callable
@@ -19,13 +19,14 @@ from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import Section, build, plugin
 from h2t.pipeline.base.progress import progress
+from h2t.pipeline.base.text import counted
 from h2t.pipeline.heads.features import pool_label
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class Params(Section):
-    """Section `pool`: which pool, with its options, and the codec of the copy."""
+    """Section `pool`: the pool, its options, and the codec of the copy."""
 
     pool: Annotated[str, plugin("pools")] = "gap"
     pool_options: dict[str, Any] = {}
@@ -35,25 +36,26 @@ class Params(Section):
 def run(
     params: Params, name: str, cache: Cache, out: Path, say: Callable[[str], None], *, replace: bool = False
 ) -> CacheSpec:
-    """Pools `cache` into the cache `out`; continues a killed run.
+    """Pools `cache` into a new cache at `out`; resumes a killed run. Vectors are stored as maps (D, 1, 1), float32.
 
-    Raises CacheError (`exists`, `busy`, `full`), and UserError for a cache that is pooled already and for a pool that
-    is trained or gives several numbers a channel.
+    Raises CacheError (`exists`, `busy`, `full`), and UserError if `cache` is pooled already, or if the pool is trained
+    or gives more than one number per channel.
     """
     if "pool" in cache.spec.fingerprint_inputs:
-        raise UserError(f"{cache.files}: is pooled already; name the cache it was made from")
+        raise UserError(f"{cache.files}: is pooled already; name the cache that it was made from")
     module = plugins.load("pools", params.pool)
     options = build(module.Options, "pool.pool_options", params.pool_options)
-    of = {channels: module.Pool(options, channels) for channels, _, _ in cache.spec.maps}
-    if any(not pool.commutes or getattr(pool, "numbers", 1) != 1 for pool in of.values()):
+    pools = {channels: module.Pool(options, channels) for channels, _, _ in cache.spec.maps}
+    if any(not pool.commutes or getattr(pool, "numbers", 1) != 1 for pool in pools.values()):
         raise UserError(
-            f"pool.pool: must act on each channel alone, without trained parts, and give one number; got {params.pool}"
+            "pool.pool: must have no trained parts and give one number per channel, from that channel alone; "
+            f"got {params.pool}; use gap, max or an untrained gem, or share the cache itself"
         )
 
     def vectors(maps: np.ndarray) -> np.ndarray:
         with torch.no_grad():
-            found: np.ndarray = of[maps.shape[1]]({}, torch.from_numpy(maps)).numpy()
-        return found
+            pooled_maps: np.ndarray = pools[maps.shape[1]]({}, torch.from_numpy(maps)).numpy()
+        return pooled_maps
 
     with progress(None, f"pool {name}", unit="row", total=cache.spec.rows, unit_scale=True) as bar:
         spec = pooled(
@@ -66,5 +68,7 @@ def run(
             replace=replace,
             progress=bar.update,
         )
-    say(f"{name}: {spec.rows} rows, {cache.spec.value_bytes / 1e6:.1f} -> {spec.value_bytes / 1e6:.1f} MB -> {out}")
+    say(
+        f"{name}: {counted(spec.rows, 'row')}, {cache.spec.value_bytes / 1e6:.1f} -> {spec.value_bytes / 1e6:.1f} MB, written to {out}"
+    )
     return spec

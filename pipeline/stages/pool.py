@@ -68,7 +68,6 @@ def run(
             replace=replace,
             progress=bar.update,
         )
-    say(
-        f"{name}: {counted(spec.rows, 'row')}, {cache.spec.value_bytes / 1e6:.1f} -> {spec.value_bytes / 1e6:.1f} MB, written to {out}"
-    )
+    before, after = cache.spec.value_bytes / 1e6, spec.value_bytes / 1e6
+    say(f"{name}: {counted(spec.rows, 'row')}, {before:.1f} -> {after:.1f} MB, written to {out}")
     return spec

@@ -96,9 +96,8 @@ def run(
         last = curves[-1]
         _write(out, params, backbone, objective, curves)
         save.clear()
-        say(
-            f"{name}: {counted(params.epochs, 'epoch')}, loss {last['loss']:.3f}, training accuracy {last['accuracy']:.1f} %"
-        )
+        epochs = counted(params.epochs, "epoch")
+        say(f"{name}: {epochs}, loss {last['loss']:.3f}, training accuracy {last['accuracy']:.1f} %")
 
 
 def _token(params: Params, samples: Samples, backbone: Backbone, seed: int, device: torch.device) -> str:

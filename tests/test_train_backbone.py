@@ -66,6 +66,15 @@ def trained(out, samples, images, say=silent, **overrides):
     return load_file(out / "backbone.safetensors")
 
 
+def test_a_network_that_does_not_say_its_experts_is_refused(digits, tmp_path, monkeypatch):
+    (tmp_path / "backbones").mkdir()
+    (tmp_path / "backbones/mute.py").write_text(TINY.replace("channels, experts = 8, 1", "channels = 8"))
+    monkeypatch.setenv("H2T_PLUGINS", str(tmp_path))
+    with pytest.raises(UserError, match="mute: the network must have the attribute 'experts'; got none"):
+        trained(tmp_path / "out", *digits, arch="mute")
+    assert not (tmp_path / "out").exists()
+
+
 def furthest(found, expected) -> float:
     return max(distance(found[k].double(), expected[k].double()) for k in expected if expected[k].abs().max() > 0)
 

@@ -54,9 +54,7 @@ def shards(
     try:
         from distributed import Client, KilledWorker, LocalCluster, WorkerPlugin
     except ImportError:
-        raise UserError(
-            "run.cluster: needs dask.distributed; got no such package; pip install 'h2t[cluster]'"
-        ) from None
+        raise UserError("run.cluster: dask.distributed is not installed; pip install 'h2t[cluster]'") from None
 
     class Opened(WorkerPlugin):
         """Sends the job to every worker, including those that join later or replace a lost one."""
@@ -131,7 +129,7 @@ def _next(done: "queue.SimpleQueue[Any]", client: Any, say: Callable[[str], None
         with suppress(queue.Empty):
             return done.get(timeout=SILENT)
         waited = time.monotonic() - started
-        say(f"extract.cluster: no shard for {waited:.0f} s; {_awaited(client, before, _workers(client))}")
+        say(f"run.cluster: no shard for {waited:.0f} s; {_awaited(client, before, _workers(client))}")
         wait = waited  # so the total doubles until the next line
 
 

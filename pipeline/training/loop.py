@@ -62,7 +62,7 @@ class Training(Section):
     @pydantic.model_validator(mode="after")
     def _nesterov(self) -> "Training":
         if self.nesterov and not self.momentum:
-            raise ValueError("nesterov needs a momentum above 0; got 0")
+            raise ValueError("nesterov needs a momentum above 0")
         return self
 
 

@@ -133,7 +133,7 @@ class Work:
 
     @torch.no_grad()
     def launch(self, x: torch.Tensor, count: int) -> Launched:
-        """Starts the forward pass of the images `x`, of which the first `count` are wanted. The CPU also finishes it.
+        """Starts the forward pass of the images `x`, of which the first `count` are wanted; on the CPU, runs it.
 
         Uses the batch-norm statistics that the backbone holds now.
         """

@@ -117,7 +117,7 @@ def carrier(
     extracted = int((waiting & (origin < 0)).sum())
     total = int(waiting.sum())
     why = f" ({'; '.join(reasons)})" if reasons else ""
-    said = f"extracts {extracted} of {counted(total, 'row')}, takes {total - extracted} from {previous.files}{why}"
+    said = f"extracts {extracted:,} of {counted(total, 'row')}, takes {total - extracted:,} from {previous.files}{why}"
     return (Carrier(previous, spec, origin) if extracted < total else None), said
 
 

@@ -328,7 +328,7 @@ def _announce(spec: CacheSpec, name: str, pending: list[int], out: Path, say: Ca
     needed = int(spec.value_bytes * share * 1.02) + 2**20
     free = shutil.disk_usage(out.parent).free
     kept = spec.shards - len(pending)
-    resumed = f", {kept} of {counted(spec.shards, 'shard')} already written" if kept else ""
+    resumed = f", {kept:,} of {counted(spec.shards, 'shard')} already written" if kept else ""
     size = f"{counted(spec.rows, 'row')}, {spec.value_bytes / 1e6:.1f} MB of values"
     say(f"{name}: {size}{resumed}; {free / 1e9:.1f} GB free")
     if needed > free:

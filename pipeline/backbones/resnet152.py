@@ -9,16 +9,18 @@ from typing import Literal
 
 import torch
 
-from h2t.pipeline.networks.backbone import Backbone, ExpertOptions
+from h2t.pipeline.base.params import Experts, Section
+from h2t.pipeline.networks.backbone import Backbone
 from h2t.pipeline.networks.resnets import LastBlockResNet, ResNetMaps, pretrained
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
-class Options(ExpertOptions):
+class Options(Section):
     """`trained`: all, or last_block. `experts`: parallel branches, 1 for a plain network."""
 
     trained: Literal["all", "last_block"] = "last_block"
+    experts: Experts = 1
 
 
 def build(options: Options) -> Backbone:

@@ -19,7 +19,7 @@ NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class Options(Section):
-    """`model`: torchvision's name of the model, such as efficientnet_b0."""
+    """`model`: a name such as efficientnet_b0."""
 
     model: str
 

@@ -29,10 +29,10 @@ class Backbone(nn.Module):
 
 
 class ExpertOptions(Section):
-    """Options of networks with expert branches."""
+    """Keys of `backbones.NAME.options` of a network with expert branches."""
 
     experts: Experts = 1
-    """Number of parallel branches; 1 is a plain network."""
+    """Parallel branches, each with maps of its own; 1 is the plain network."""
 
 
 def build_backbone(plugin: ModuleType, options: Section) -> Backbone:

@@ -18,7 +18,7 @@ NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class Loss(Section):
-    """Defaults are those of stage I on CIFAR."""
+    """Constants of stage I on CIFAR."""
 
     amplitude: NonNegative = 0.5
     margin: NonNegative = 0.0

@@ -20,7 +20,7 @@ NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class Loss(Section):
-    """`reweight_epoch` counts from 0; published: 160 of 200 epochs."""
+    """`reweight_epoch` counts from 0; the published schedule has 160 of 200."""
 
     margin: NonNegative = 0.5
     scale: Positive = 30.0

@@ -17,7 +17,7 @@ NUMBER = 2026112602  # other results, another number: docs/numbers.md
 
 
 class Loss(Section):
-    """`groups`: the first class of each branch but the first; null for medium and tail classes as reported."""
+    """`beta`, and `groups`: where each branch after the first begins (`networks.branches.group_starts`)."""
 
     beta: Ratio = 0.995
     groups: list[Index] | None = None

@@ -23,10 +23,10 @@ NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class Loss(Section):
-    """Defaults are those for CIFAR-100-LT.
+    """Constants for CIFAR-100-LT.
 
-    `scale` is s for a cosine classifier. For a linear one s is 1, also in front of the margins; the authors' code
-    multiplies the margins by 30 with either classifier. They published no configuration with a linear one.
+    `scale` is that of a cosine classifier. A linear one has 1, and so have its margins, which differs from the authors'
+    code: there the margins keep LDAM's 30 whatever the classifier. No configuration with a linear one was published.
     """
 
     classifier: Literal["linear", "cosine"] = "cosine"

@@ -49,13 +49,13 @@ MOST_VIEWS = 2**15  # views are numbered from 0 in 16 bits
 
 
 class Params(Section):
-    """Section `extract`. `shard_bytes` is in bytes; `chunk_rows` is chosen by the size of a row if null.
+    """Section `extract`. Sizes in bytes; `chunk_rows` is chosen from the row's size unless given.
 
-    `precision`: of the forward passes; `dtype`: of the stored maps.
+    `precision`: what the forward passes compute in; `dtype` is what is stored.
     `cluster`: null, local:N for N processes here, or the address of a dask scheduler; it changes no byte on the CPU. In
     params.yaml it is `run.cluster`, as DVC watches this section.
-    `statistics_from`: a previous cache, or a folder with one per backbone, whose batch-norm statistics are kept and
-    from which unchanged rows are taken.
+    `statistics_from`: a previous cache, or a folder with one for each backbone, whose batch-norm statistics are kept
+    and from which unchanged rows are taken.
     """
 
     batchnorm: Annotated[list[Literal["stage1", "calibrated", "branchwise", "reverse"]], DISTINCT] = [

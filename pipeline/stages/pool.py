@@ -26,7 +26,7 @@ NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class Params(Section):
-    """Section `pool`: the pool, its options, and the codec of the copy."""
+    """Section `pool`: which pool, with its options, and the codec of the copy."""
 
     pool: Annotated[str, plugin("pools")] = "gap"
     pool_options: dict[str, Any] = {}
@@ -42,11 +42,11 @@ def run(
     or gives more than one number per channel.
     """
     if "pool" in cache.spec.fingerprint_inputs:
-        raise UserError(f"{cache.files}: is pooled already; name the cache that it was made from")
+        raise UserError(f"{cache.files}: is pooled already; name the cache it was made from")
     module = plugins.load("pools", params.pool)
     options = build(module.Options, "pool.pool_options", params.pool_options)
-    pools = {channels: module.Pool(options, channels) for channels, _, _ in cache.spec.maps}
-    if any(not pool.commutes or getattr(pool, "numbers", 1) != 1 for pool in pools.values()):
+    of = {channels: module.Pool(options, channels) for channels, _, _ in cache.spec.maps}
+    if any(not pool.commutes or getattr(pool, "numbers", 1) != 1 for pool in of.values()):
         raise UserError(
             "pool.pool: must have no trained parts and give one number per channel, from that channel alone; "
             f"got {params.pool}; use gap, max or an untrained gem, or share the cache itself"
@@ -54,7 +54,7 @@ def run(
 
     def vectors(maps: np.ndarray) -> np.ndarray:
         with torch.no_grad():
-            pooled_maps: np.ndarray = pools[maps.shape[1]]({}, torch.from_numpy(maps)).numpy()
+            pooled_maps: np.ndarray = of[maps.shape[1]]({}, torch.from_numpy(maps)).numpy()
         return pooled_maps
 
     with progress(None, f"pool {name}", unit="row", total=cache.spec.rows, unit_scale=True) as bar:

@@ -37,8 +37,8 @@ NUMBER = 2026112601  # other results, another number: docs/numbers.md
 class Params(Training):
     """An entry of section `backbones`.
 
-    `start`: `torchvision` or a checkpoint file that training starts from; its classifier is not used. `weights`: a
-    checkpoint file that is used as it is, without training. `sha256`: of that file.
+    `start`: the weights that training starts from, `torchvision` or a checkpoint file; a head in them is not used.
+    With `weights`, a checkpoint file, nothing is trained. `sha256` is that of the file.
     """
 
     arch: Annotated[str, plugin("backbones")]

@@ -33,10 +33,10 @@ Curves = list[dict[str, float]]
 
 
 class Training(Section):
-    """How a backbone is trained. `frozen`: only the classifier is trained, on a backbone in eval mode.
+    """How a backbone is trained. `frozen`: only the classifier is, on a backbone in eval mode.
 
-    Warm-up starts at `warmup_from` x `lr`. `drop_last` leaves out the last batch of an epoch if it is smaller.
-    `rotation`: augmented images are rotated by up to this many degrees (in stage I only, not in the cache's views).
+    The learning rate starts at `warmup_from` of `lr`. `drop_last` leaves out an epoch's last batch if it is smaller.
+    `rotation`: augmented images are turned by up to so many degrees (in stage I alone, not in the cache's views).
     """
 
     frozen: bool = False

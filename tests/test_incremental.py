@@ -400,7 +400,7 @@ def test_statistics_from_names_a_cache_or_a_folder_of_caches(before, tmp_path, c
     assert command("one", "--set", f"extract.statistics_from={tmp_path}/kept/b")[0] == 0
     code, said, _ = command("two", "--set", f"extract.statistics_from={tmp_path}/kept")
     assert code == 0
-    assert f"taken from {tmp_path}/kept/b" in said
+    assert f" from {tmp_path}/kept/b" in said
     assert command("three", "--set", f"extract.statistics_from={tmp_path}/kept", "--anew")[0] == 0
     assert tree(tmp_path / "one") == tree(tmp_path / "two") == tree(tmp_path / "three")
 

@@ -159,9 +159,7 @@ def _start(params: Params, where: str, arch: ModuleType, options: Section, backb
     key = f"{where}.start"
     if params.start == "torchvision":
         if not hasattr(arch, "weights"):
-            raise UserError(
-                f"{key}: torchvision has no weights for the architecture {params.arch}; name a checkpoint file, or null"
-            )
+            raise UserError(f"{key}: torchvision has no weights for {params.arch}; name a checkpoint file, or null")
         pretrained = arch.weights(options)
     else:
         pretrained = _checkpoint(params, key, Path(str(params.start)))

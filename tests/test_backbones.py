@@ -3,6 +3,7 @@ import torch
 
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.params import build
+from h2t.pipeline.networks.backbone import Backbone
 
 
 def make_backbone(name, seed=0, **options):
@@ -23,7 +24,9 @@ def test_there_are_backbones():
 @pytest.mark.parametrize("experts", [1, 2, 3])
 def test_maps_of_every_expert(name, experts):
     net = make_backbone(name, experts=experts).eval()
+    assert isinstance(net, Backbone)
     assert net.experts == experts
+    assert net.fresh == ()
     for size in (8, 32):
         maps = net(torch.randn(2, 3, size, size))
         assert isinstance(maps, tuple)

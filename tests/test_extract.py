@@ -240,7 +240,7 @@ def test_nan_weights_are_refused(tmp_path, digits):
 
 def test_maps_that_are_not_finite_are_refused(tmp_path, digits):
     backbone = spoilt_backbone(tmp_path / "b", lambda s: s["layer3.2.bn2.weight"].fill_(3e38))
-    with pytest.raises(UserError, match=r"^extract: the backbone gave NaN or infinity"):
+    with pytest.raises(UserError, match=r"^extract: maps must be finite; got NaN or infinity"):
         extracted(tmp_path / "c", *digits, backbone, batchnorm=["stage1"])
     assert nothing_published(tmp_path)
 

@@ -494,7 +494,7 @@ def test_a_stack_that_would_not_fit_is_trained_in_parts(tmp_path, wide_cache, st
         ({"host": "reslt"}, "hosts.h.pool: host reslt needs 2 numbers a channel"),
         ({"pool": "moments"}, "hosts.h.pool: host dr needs 1 numbers a channel"),
         ({"host": "reslt", "pool": "moments"}, "a branches head cannot start from the linear head"),
-        ({"host": "reslt", "pool": "moments", "loss": {"groups": [3, 1]}}, "loss.groups: must be one or two rising"),
+        ({"host": "reslt", "pool": "moments", "loss": {"groups": [3, 1]}}, "loss.groups: must be one or two ascending"),
         ({"grid": {"ratio": [0.01]}}, r"grid.ratio\[0\]: 0.01 of 64 channels replaces none"),
         ({"host": "mislas", "loss": {"smooth_head": 1.5}}, r"hosts.h.loss.smooth_head: must lie in \[0, 1\]; got 1.5"),
     ],

@@ -136,9 +136,10 @@ def test_only_what_changed_is_extracted_and_the_bytes_are_those_of_a_full_run(be
     touched, said = change(images), []
     summary = both(tmp_path, images, before, say=said.append)
     assert summary.forwarded == rows_of(tmp_path / "full", source=touched)
-    more = f" ({len(touched)} images are new or changed)" if touched else ""
-    where = f"{summary.taken} taken from {before / 'old'}{more}"
-    assert f"b: {summary.forwarded} of {summary.rows} rows are extracted, {where}" in said
+    count = "1 image is" if len(touched) == 1 else f"{len(touched)} images are"
+    more = f" ({count} new or changed)" if touched else ""
+    where = f"takes {summary.taken} from {before / 'old'}{more}"
+    assert f"b: extracts {summary.forwarded} of {summary.rows} rows, {where}" in said
 
 
 def test_a_renamed_image_keeps_its_evaluation_view_and_gets_new_augmentations(before, images, tmp_path):
@@ -212,9 +213,9 @@ def test_other_weights_are_said_and_everything_is_extracted(before, tmp_path):
         tmp_path / "part", *found, tmp_path / "other", previous=before / "old", say=said.append, **SMALL
     )
     assert summary.forwarded == summary.rows
-    assert said[0].startswith("b: the balanced, instance, mixture statistics are estimated anew, not kept from ")
+    assert said[0].startswith("b: the balanced, instance, mixture statistics are estimated again, not taken from ")
     assert f"{before / 'old'} (weights: weights " in said[0]
-    assert said[2].startswith(f"b: {summary.rows} of {summary.rows} rows are extracted, 0 taken from ")
+    assert said[2].startswith(f"b: extracts {summary.rows} of {summary.rows} rows, takes 0 from ")
     assert f"{before / 'old'} (weights: weights " in said[2]
     assert tree(tmp_path / "part") == fresh(tmp_path, found, tmp_path / "other")
 
@@ -252,7 +253,7 @@ def test_other_passes_estimate_anew_and_rows_under_stage1_are_taken(before, tmp_
     )
     assert summary.taken == rows_of(before / "old", statistics=["stage1"])
     assert "(batch norm: passes 2 -> 3)" in said[0]
-    assert "(the balanced, instance, mixture statistics are others)" in said[2]
+    assert "(the balanced, instance, mixture statistics differ)" in said[2]
     assert tree(tmp_path / "part") == fresh(tmp_path, found, before / "backbone", batchnorm_passes=3)
 
 
@@ -262,7 +263,7 @@ def test_a_recipe_that_the_previous_cache_lacks_is_estimated_and_the_rest_is_tak
         tmp_path, before / "images", before, batchnorm=["stage1", "branchwise", "calibrated"], say=said.append
     )
     assert summary.forwarded == rows_of(tmp_path / "full", statistics=["calibrated"])
-    assert said[0].startswith("b: the calibrated statistics are estimated anew")
+    assert said[0].startswith("b: the calibrated statistics are estimated again")
     assert said[0].endswith("(it has none)")
 
 
@@ -301,7 +302,7 @@ def test_exchanged_shards_are_found_although_their_chunks_are_whole(before, tmp_
     second.write_bytes(one)
     said = []
     summary = both(tmp_path, before / "images", before, previous=old, say=said.append)
-    assert "c.1.0.0.0: sha256 differs from cache.json and 1 shards more" in said[-2]
+    assert "c.1.0.0.0: sha256 differs from cache.json and 1 more shard" in said[-2]
     assert 0 < summary.forwarded < summary.rows / 3
 
 
@@ -399,7 +400,7 @@ def test_statistics_from_names_a_cache_or_a_folder_of_caches(before, tmp_path, c
     assert command("one", "--set", f"extract.statistics_from={tmp_path}/kept/b")[0] == 0
     code, said, _ = command("two", "--set", f"extract.statistics_from={tmp_path}/kept")
     assert code == 0
-    assert f"taken from {tmp_path}/kept/b" in said
+    assert f" from {tmp_path}/kept/b" in said
     assert command("three", "--set", f"extract.statistics_from={tmp_path}/kept", "--anew")[0] == 0
     assert tree(tmp_path / "one") == tree(tmp_path / "two") == tree(tmp_path / "three")
 
@@ -450,7 +451,7 @@ def test_why_counts_what_extract_then_extracts(before, images, tmp_path, command
     verdict = json.loads(result.stdout)
     said = command("out", *setting)[1]
     assert 0 < verdict["rows"] < verdict["of"]
-    assert f"b: {verdict['rows']} of {verdict['of']} rows are extracted" in said
+    assert f"b: extracts {verdict['rows']} of {verdict['of']} rows" in said
     without = json.loads(CliRunner().invoke(main, asked).stdout)
     assert (without["rows"], without["possible"]) == (verdict["of"], verdict["rows"])
 

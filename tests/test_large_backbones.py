@@ -156,12 +156,12 @@ def test_the_tap_of_a_torchvision_model_is_found_and_right(name):
 
 @pytest.mark.parametrize("name", ["squeezenet1_1", "mobilenet_v3_small"])
 def test_a_model_without_such_a_tap_is_refused(name):
-    with pytest.raises(UserError, match=rf"'{name}': its logits are not global average pooling and one linear layer"):
+    with pytest.raises(UserError, match=rf"'{name}': must end in global average pooling and one linear layer"):
         make_backbone("torchvision", model=name)
 
 
 def test_an_unknown_model_is_refused_by_name():
-    with pytest.raises(UserError, match="torchvision has no 'resnet81'; did you mean 'resnet18'"):
+    with pytest.raises(UserError, match="got 'resnet81'; did you mean 'resnet18'"):
         make_backbone("torchvision", model="resnet81")
 
 
@@ -175,5 +175,5 @@ def test_pretrained_weights_offline_are_one_line(monkeypatch):
         module.weights(module.Options())
     assert "\n" not in str(caught.value)
     module = plugins.load("backbones", "resnet50")
-    with pytest.raises(UserError, match="are those of 1 expert; got 3"):
+    with pytest.raises(UserError, match="must go to a network of 1 expert; got 3"):
         module.weights(module.Options(experts=3))

@@ -261,7 +261,7 @@ def test_with_mixup_the_loss_is_mixed_and_running_statistics_move_once(name):
 
 def test_groups_of_reslt():
     for wrong in ([2, 9], [3, 1], [], [1, 2, 3]):
-        with pytest.raises(UserError, match=r"loss\.groups: must be one or two rising class indices up to 4"):
+        with pytest.raises(UserError, match=r"loss\.groups: must be one or two ascending class indices from 0 to 4, "):
             make_objective("reslt", groups=wrong)
     assert make_objective("reslt", groups=[2]).norm_weight.shape == (2, CHANNELS)
     assert make_objective("reslt", groups=[1, 2]).starts == (1, 2)

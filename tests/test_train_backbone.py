@@ -66,6 +66,15 @@ def trained(out, samples, images, say=silent, **overrides):
     return load_file(out / "backbone.safetensors")
 
 
+def test_a_network_that_does_not_say_its_experts_is_refused(digits, tmp_path, monkeypatch):
+    (tmp_path / "backbones").mkdir()
+    (tmp_path / "backbones/mute.py").write_text(TINY.replace("channels, experts = 8, 1", "channels = 8"))
+    monkeypatch.setenv("H2T_PLUGINS", str(tmp_path))
+    with pytest.raises(UserError, match="mute: the network must have the attribute 'experts'; got none"):
+        trained(tmp_path / "out", *digits, arch="mute")
+    assert not (tmp_path / "out").exists()
+
+
 def furthest(found, expected) -> float:
     return max(distance(found[k].double(), expected[k].double()) for k in expected if expected[k].abs().max() > 0)
 
@@ -91,7 +100,7 @@ def test_a_smaller_last_batch_can_be_left_out(digits, tmp_path):
     batches = [{int(v) for k, v in s.items() if k.endswith("num_batches_tracked")} for s in (kept, left)]
     assert batches == [{6}, {5}]  # 351 samples, 64 a batch
     with pytest.raises(
-        UserError, match=r"backbones\.b\.batch_size: an epoch of 351 training images has no whole batch"
+        UserError, match=r"backbones\.b\.batch_size: .* at least one batch; got 351 training images for"
     ):
         trained(tmp_path / "3", *digits, epochs=1, drop_last=True, batch_size=400)
 
@@ -129,7 +138,7 @@ def test_a_killed_training_goes_on_to_the_same_bytes(digits, tmp_path, monkeypat
     assert not (tmp_path / "b").exists()
     said = []
     trained(tmp_path / "b", *digits, said.append, epochs=3, **more)
-    assert said[0] == "b: goes on after epoch 2 of 3"
+    assert said[0] == "b: resumes after epoch 2 of 3"
     assert tree(tmp_path / "b") == tree(tmp_path / "whole")
     assert not list(tmp_path.glob(".b.training*"))
 
@@ -141,7 +150,7 @@ def test_an_unfinished_training_with_other_settings_is_not_gone_on_with(digits, 
             trained(tmp_path / "b", *digits, epochs=1)
     said = []
     trained(tmp_path / "b", *digits, said.append, epochs=1, lr=0.03)
-    assert not any("goes on" in line for line in said)
+    assert not any("resumes" in line for line in said)
 
 
 def test_parts_of_a_batch_have_batch_norm_of_their_own(digits, tmp_path):
@@ -231,7 +240,7 @@ def test_a_checkpoint_replaced_after_its_sha256_was_compared_is_refused(digits, 
 
 def test_training_that_diverges_stops_in_one_line(digits, tmp_path):
     with pytest.raises(
-        UserError, match=r"backbones\.b: training diverged in epoch 0, the loss is .*; lower backbones\.b\.lr"
+        UserError, match=r"backbones\.b: training diverged, .*; got .* in epoch 0; lower backbones\.b\.lr"
     ):
         trained(tmp_path / "b", *digits, epochs=1, lr=1e38, mixup=0.0)
     assert not (tmp_path / "b").exists()
@@ -261,7 +270,7 @@ def test_two_processes_train_like_one_and_go_on_where_one_was_killed(tmp_path, m
         one(tmp_path / "two", stop=1)
     done = torchrun("train-backbone", "ce_mixup", "prepare", "two", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("goes on after epoch 1 of 3") == 1  # one process speaks
+    assert done.stdout.count("resumes after epoch 1 of 3") == 1  # one process speaks
     for name in ("backbone.safetensors", "head.safetensors"):
         assert furthest(load_file(tmp_path / "two" / name), load_file(tmp_path / "one" / name)) < 1e-3
 
@@ -272,5 +281,5 @@ def test_processes_that_do_not_divide_the_parts_are_refused(digits, tmp_path, mo
         yield Group(device, 0, 3)
 
     monkeypatch.setattr(train_backbone, "processes", three)
-    with pytest.raises(UserError, match=r"backbones\.b\.accumulate: must be a multiple of the 3 processes"):
+    with pytest.raises(UserError, match=r"backbones\.b\.accumulate: must be a multiple of the number of processes, 3"):
         trained(tmp_path / "b", *digits, accumulate=2)

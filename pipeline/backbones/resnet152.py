@@ -1,17 +1,16 @@
 """ResNet-152: maps of 2,048 channels at a 32nd of the input's side; for Places-LT, only its last block trains.
 
-Source: He et al., CVPR 2016. With `trained: last_block` the trunk is frozen, in eval mode, and a new last block per
-expert trains on top of it, as in the published codes for Places-LT (start from torchvision's weights).
+Source: He et al., CVPR 2016. With `trained: last_block` the trunk is frozen in eval mode, and one new last block per
+expert trains, as in the published codes for Places-LT. These start from torchvision's weights.
 """
 
 from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from torch import nn
 
-from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import Experts, Section
+from h2t.pipeline.networks.backbone import Backbone
 from h2t.pipeline.networks.resnets import LastBlockResNet, ResNetMaps, pretrained
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
@@ -24,15 +23,16 @@ class Options(Section):
     experts: Experts = 1
 
 
-def build(options: Options) -> nn.Module:
-    """The network with fresh weights from torch's generator."""
+def build(options: Options) -> Backbone:
+    """The network with initial weights from torch's generator."""
     if options.trained == "last_block":
         return LastBlockResNet([3, 8, 36, 3], options.experts)
     return ResNetMaps([3, 8, 36, 3], options.experts)
 
 
 def weights(options: Options) -> Mapping[str, torch.Tensor]:
-    """Torchvision's first ones, trained on ImageNet-1k: those that Places-LT results start from. Raises UserError."""
-    if options.trained == "all" and options.experts > 1:
-        raise UserError(f"torchvision's weights: are those of 1 expert; got {options.experts}; start from a file")
-    return pretrained("resnet152", "IMAGENET1K_V1")
+    """Torchvision's first version, trained on ImageNet-1k, from which the Places-LT results start. Raises UserError.
+
+    With `last_block` the trunk is a network of one expert, whatever the number of new blocks.
+    """
+    return pretrained("resnet152", "IMAGENET1K_V1", 1 if options.trained == "last_block" else options.experts)

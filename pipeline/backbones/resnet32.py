@@ -3,20 +3,14 @@
 Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2 (n = 5).
 """
 
-from torch import nn
-
-from h2t.pipeline.base.params import Experts, Section
+from h2t.pipeline.networks.backbone import Backbone, ExpertOptions
 from h2t.pipeline.networks.cifar_resnet import CifarResNet
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
-
-class Options(Section):
-    """`experts`: parallel branches, 1 for a plain network."""
-
-    experts: Experts = 1
+Options = ExpertOptions
 
 
-def build(options: Options) -> nn.Module:
-    """The network with fresh weights from torch's generator."""
+def build(options: Options) -> Backbone:
+    """The network with initial weights from torch's generator."""
     return CifarResNet(5, options.experts)

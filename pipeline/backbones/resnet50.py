@@ -6,28 +6,20 @@ Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, as
 from collections.abc import Mapping
 
 import torch
-from torch import nn
 
-from h2t.pipeline.base.errors import UserError
-from h2t.pipeline.base.params import Experts, Section
+from h2t.pipeline.networks.backbone import Backbone, ExpertOptions
 from h2t.pipeline.networks.resnets import ResNetMaps, pretrained
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
-
-class Options(Section):
-    """`experts`: parallel branches, 1 for a plain network."""
-
-    experts: Experts = 1
+Options = ExpertOptions
 
 
-def build(options: Options) -> nn.Module:
-    """The network with fresh weights from torch's generator."""
+def build(options: Options) -> Backbone:
+    """The network with initial weights from torch's generator."""
     return ResNetMaps([3, 4, 6, 3], options.experts)
 
 
 def weights(options: Options) -> Mapping[str, torch.Tensor]:
-    """torchvision's, trained on ImageNet-1k. Raises UserError."""
-    if options.experts > 1:
-        raise UserError(f"torchvision's weights: are those of 1 expert; got {options.experts}; start from a file")
-    return pretrained("resnet50")
+    """Torchvision's default weights, trained on ImageNet-1k. Raises UserError."""
+    return pretrained("resnet50", experts=options.experts)

@@ -1,1 +1,1 @@
-"""What the stage `extract` is made of: forward passes, workers, rows that are kept; and why a cache is stale."""
+"""The parts of stage `extract`: batch-norm statistics, forward passes, cluster workers and reuse of earlier rows."""

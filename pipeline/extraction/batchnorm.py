@@ -1,4 +1,4 @@
-"""Batch-norm statistics: how they are estimated, put in place and kept. `extraction.recipes` says what they are for."""
+"""Estimates, loads and saves batch-norm statistics of a backbone. `extraction.recipes` says what they are for."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,13 +17,14 @@ from h2t.pipeline.data.images import Images
 from h2t.pipeline.data.samples import Samples
 
 BATCH = 128
-#: Running mixture of the published loop at rest: two passes a step with momentum 0.1, the instance batch last.
+#: Weight of the instance statistics in `mixture`. The published loop passes a balanced and then an instance batch in
+#: each step, with momentum 0.1. Its running statistics converge to the weights 0.9 / 1.9 and 1 / 1.9 = 0.526.
 INSTANCE_SHARE = 0.526
 
-Statistics = dict[str, dict[str, torch.Tensor]]  # statistics name -> buffer name -> values
+#: Name of the statistics -> name of the buffer -> values (C,), float32.
+Statistics = dict[str, dict[str, torch.Tensor]]
 
-
-#: Statistics name -> the samplers whose batches it is estimated on, in turn.
+#: Name of the statistics -> the samplers whose batches they are estimated on, in turn.
 SAMPLERS = {
     "balanced": ("balanced",),
     "instance": ("instance",),
@@ -39,7 +40,7 @@ def _norms(backbone: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def current(backbone: nn.Module) -> dict[str, torch.Tensor]:
-    """The running means and variances that `backbone` holds now, by buffer name."""
+    """Copies of the running means and variances of `backbone`, (C,) each, by buffer name, on the CPU."""
     return {
         f"{name}.{kind}": getattr(module, kind).detach().cpu().clone()
         for name, module in _norms(backbone)
@@ -48,7 +49,7 @@ def current(backbone: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def use(backbone: nn.Module, buffers: Mapping[str, torch.Tensor]) -> None:
-    """Puts `buffers` in place of the running statistics of `backbone`."""
+    """Overwrites the running statistics of `backbone` with `buffers`."""
     for name, module in _norms(backbone):
         module.running_mean.copy_(buffers[f"{name}.running_mean"])
         module.running_var.copy_(buffers[f"{name}.running_var"])
@@ -66,33 +67,34 @@ def estimate(
     device: torch.device,
     name: str,
 ) -> dict[str, torch.Tensor]:
-    """Running statistics over `passes` augmented training batches drawn by `samplers` in turn, weights frozen.
+    """Estimates running statistics on `passes` augmented training batches, drawn by `samplers` in turn.
 
-    Cumulative average of the batches' means and unbiased variances, in train mode. `backbone` keeps its own statistics.
+    The result averages the batches' means and unbiased variances, with frozen weights. The statistics of `backbone`
+    itself are unchanged afterwards. Images and batches depend on `seed` and `name` alone.
     """
     before = current(backbone)
     backbone.train()
-    live = [m for _, m in _norms(backbone) if m.training]  # a frozen part of the backbone keeps its statistics
+    live = [m for _, m in _norms(backbone) if m.training]  # frozen parts keep their statistics
     momenta = [m.momentum for m in live]
     train = samples.of("train")
     index = class_index(samples.labels[train], samples.facts["classes"])
     size = min(BATCH, len(train))
     steps = len(train) // size
-    laws = [plugins.load("samplers", sampler) for sampler in samplers]
+    modules = [plugins.load("samplers", sampler) for sampler in samplers]
     backbone.eval()
     for module in live:
         module.reset_running_stats()
-        module.momentum = None  # torch's way to say: cumulative average
+        module.momentum = None  # torch then averages over all batches
         module.train()
     try:
         for number in progress(range(passes), f"batch norm {name}", unit="batch"):
-            which = number % len(laws)
-            turn = number // len(laws)
+            which = number % len(modules)
+            turn = number // len(modules)
 
             def streams(*key: int, which: int = which) -> object:
                 return stream(seed, "batchnorm", name, samplers[which], *key)
 
-            drawn = train[laws[which].draw(index, streams, turn // steps, turn % steps, size)]
+            drawn = train[modules[which].draw(index, streams, turn // steps, turn % steps, size)]
             x = images.batch(drawn.tolist(), [(seed, "batchnorm", name, number, i) for i in range(len(drawn))])
             backbone(x.to(device))
         return current(backbone)
@@ -113,31 +115,31 @@ def compute(
     seed: int,
     device: torch.device,
 ) -> Statistics:
-    """All statistics named in `wanted`."""
-    found: Statistics = {}
+    """All statistics named in `wanted`: estimated, mixed of estimated ones, or those of stage I."""
+    statistics: Statistics = {}
     needed = set(wanted) | ({"balanced", "instance"} if "mixture" in wanted else set())
     for name in sorted(needed & set(SAMPLERS)):
-        found[name] = estimate(
+        statistics[name] = estimate(
             backbone, SAMPLERS[name], samples, images, passes=passes, seed=seed, device=device, name=name
         )
     if "mixture" in wanted:
-        found["mixture"] = {
-            buffer: INSTANCE_SHARE * value + (1 - INSTANCE_SHARE) * found["balanced"][buffer]
-            for buffer, value in found["instance"].items()
+        statistics["mixture"] = {
+            buffer: INSTANCE_SHARE * value + (1 - INSTANCE_SHARE) * statistics["balanced"][buffer]
+            for buffer, value in statistics["instance"].items()
         }
     if "stage1" in wanted:
-        found["stage1"] = current(backbone)
-    return {name: found[name] for name in sorted(wanted)}
+        statistics["stage1"] = current(backbone)
+    return {name: statistics[name] for name in sorted(wanted)}
 
 
 def to_bytes(statistics: Statistics) -> bytes:
-    """A safetensors file with keys `<statistics>/<buffer>`; the same values give the same bytes."""
+    """A safetensors file with keys `<statistics>/<buffer>`. Equal values give equal bytes."""
     return save({f"{name}/{buffer}": t for name, buffers in statistics.items() for buffer, t in buffers.items()})
 
 
 def from_bytes(data: bytes) -> Statistics:
-    """What `to_bytes` wrote. Raises UserError for anything else, and for numbers that are not finite."""
-    found: Statistics = {}
+    """The statistics that `to_bytes` wrote. Raises UserError if `data` is malformed or not finite."""
+    statistics: Statistics = {}
     try:
         tensors = load(data)
     except (SafetensorError, ValueError, KeyError) as error:
@@ -145,8 +147,8 @@ def from_bytes(data: bytes) -> Statistics:
     for key, tensor in tensors.items():
         name, _, buffer = key.partition("/")
         if not buffer:
-            raise UserError(f"batchnorm.safetensors: key {key!r} is not <statistics>/<buffer>")
+            raise UserError(f"batchnorm.safetensors: keys must be <statistics>/<buffer>; got {key!r}; extract again")
         if not tensor.isfinite().all():
             raise UserError(f"batchnorm.safetensors: {key} holds NaN or infinity; extract again")
-        found.setdefault(name, {})[buffer] = tensor
-    return found
+        statistics.setdefault(name, {})[buffer] = tensor
+    return statistics

@@ -1,7 +1,7 @@
-"""Shards spread over processes or machines by dask.distributed.
+"""Computes shards in several processes or on several machines, with dask.distributed.
 
-Every worker opens the job once; shards come back in the order in which they are done. A worker that is lost has its
-shards computed again by the others. Workers must see the same files under the same paths.
+Each worker opens the job once. Shards come back in the order in which they are finished. If a worker is lost, others
+compute its shards again. All workers must see the same files under the same paths.
 """
 
 import logging
@@ -15,18 +15,19 @@ import numpy as np
 import pydantic
 
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.text import counted
 
-SECONDS = 60  # to find a scheduler and its first worker
-QUIET = 60.0  # seconds without a shard after which a line says whom the extraction waits for; again after 2, 4, 8 times
-ANSWER = 10.0  # seconds within which a scheduler answers
-SILENT = 20.0  # of these, seconds in which a worker at work reports, even if it is busy
+SECONDS = 60  # time limit for connecting to a scheduler and its first worker
+QUIET = 60.0  # seconds without a shard until a line names the workers waited for; the next follows after 2x, 4x, 8x
+ANSWER = 10.0  # seconds within which a scheduler must answer
+SILENT = 20.0  # seconds at the end of each wait, in which a live worker reports at least once, even if it is busy
 
 
 class Job(Protocol):
-    """What is sent to the workers; it can be pickled."""
+    """The description of the work that is sent to each worker. It must be picklable."""
 
     def open(self, number: int) -> Callable[[int], list[np.ndarray]]:
-        """What computes a shard on worker `number`. Raises UserError on a worker that does not fit."""
+        """The function that computes a shard on worker `number`. Raises UserError if the worker is unsuitable."""
 
 
 def _check(value: str | None) -> str | None:
@@ -38,16 +39,17 @@ def _check(value: str | None) -> str | None:
     return value
 
 
-#: A validator: null, local:N or an address of a scheduler.
+#: pydantic validator: null, local:N or the address of a scheduler.
 ADDRESS = pydantic.AfterValidator(_check)
 
 
 def shards(
     address: str, job: Job, pending: Sequence[int], say: Callable[[str], None]
 ) -> Iterator[tuple[int, list[np.ndarray]]]:
-    """(shard, arrays) of every shard of `pending`, in the order of completion. Raises UserError.
+    """(shard, one array per expert) for every shard in `pending`, in the order of completion.
 
-    `say` is told whom the extraction waits for when no shard has come for `QUIET` seconds.
+    `say` gets a line that names the workers waited for when no shard has come for `QUIET` seconds. Raises UserError if
+    the cluster does not answer, kills its workers, or has an unsuitable worker.
     """
     try:
         from distributed import Client, KilledWorker, LocalCluster, WorkerPlugin
@@ -55,7 +57,7 @@ def shards(
         raise UserError("run.cluster: dask.distributed is not installed; pip install 'h2t[cluster]'") from None
 
     class Opened(WorkerPlugin):
-        """Puts the job on every worker, also on those that join later or take the place of a lost one."""
+        """Sends the job to every worker, including those that join later or replace a lost one."""
 
         name = "h2t"
 
@@ -65,7 +67,7 @@ def shards(
     with _cluster(address, LocalCluster) as at, _connected(Client, at, address) as client:
         client.register_plugin(Opened())
         todo = iter(pending)
-        running: set[Any] = set()  # dask forgets the work of a future that nobody holds
+        running: set[Any] = set()  # dask cancels the work of a future that is not referenced
         done: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
         def submit() -> None:
@@ -73,7 +75,7 @@ def shards(
                 running.add(future := client.submit(_compute, shard, pure=False))
                 future.add_done_callback(done.put)
 
-        for _ in range(2 * len(client.scheduler_info(n_workers=-1)["workers"])):  # one at work and one waiting, each
+        for _ in range(2 * len(client.scheduler_info(n_workers=-1)["workers"])):  # per worker: one running, one queued
             submit()
         while running:
             future = _next(done, client, say)
@@ -82,7 +84,7 @@ def shards(
                 shard, maps = future.result()
             except KilledWorker as error:
                 raise UserError(
-                    f"run.cluster: {error.task} ended {error.allowed_failures + 1} workers, probably by its need "
+                    f"run.cluster: {error.task} killed {counted(error.allowed_failures + 1, 'worker')}, probably out "
                     "of memory; lower extract.batch_size or extract.shard_bytes"
                 ) from None
             submit()
@@ -90,7 +92,7 @@ def shards(
 
 
 def _cluster(address: str, local: Any) -> Any:
-    """The address in a context, or a cluster of this machine's own, without a dashboard and without memory limits."""
+    """A context manager: gives `address`, or for local:N a cluster of this machine, without memory limits."""
     from contextlib import nullcontext
 
     if not address.startswith("local:"):
@@ -105,20 +107,20 @@ def _cluster(address: str, local: Any) -> Any:
 
 
 def _connected(client: Any, at: Any, address: str) -> Any:
-    """A client with at least one worker. Raises UserError."""
+    """A client of the cluster `at`, which has at least one worker. Raises UserError if nothing answers in time."""
     try:
-        found = client(at, timeout=SECONDS, set_as_default=False)
-        found.wait_for_workers(1, timeout=SECONDS)
+        connected = client(at, timeout=SECONDS, set_as_default=False)
+        connected.wait_for_workers(1, timeout=SECONDS)
     except (OSError, TimeoutError) as error:
         raise UserError(
-            f"run.cluster: no answer from {address} or none of its workers within {SECONDS} s ({error}); "
+            f"run.cluster: {address} and one of its workers must answer within {SECONDS} s; got no answer ({error}); "
             "start the scheduler and its workers, or use local:N"
         ) from None
-    return found
+    return connected
 
 
 def _next(done: "queue.SimpleQueue[Any]", client: Any, say: Callable[[str], None]) -> Any:
-    """The next future that is done; says whom it waits for after `QUIET` seconds, and then ever more rarely."""
+    """The next finished future. Names the workers waited for after `QUIET` seconds, then at growing intervals."""
     started, wait = time.monotonic(), QUIET
     while True:
         with suppress(queue.Empty):
@@ -127,35 +129,35 @@ def _next(done: "queue.SimpleQueue[Any]", client: Any, say: Callable[[str], None
         with suppress(queue.Empty):
             return done.get(timeout=SILENT)
         waited = time.monotonic() - started
-        say(f"extract.cluster: no shard for {waited:.0f} s; {_awaited(client, before, _workers(client))}")
-        wait = waited  # the next line comes after twice the time, then four times
+        say(f"run.cluster: no shard for {waited:.0f} s; {_awaited(client, before, _workers(client))}")
+        wait = waited  # so the total doubles until the next line
 
 
 def _workers(client: Any) -> dict[str, Any] | None:
-    """What the scheduler knows of each worker, by address; None if it does not answer."""
+    """The scheduler's facts on each worker, by address; None if it does not answer."""
     try:
-        found: dict[str, Any] = client.sync(client.scheduler.identity, n_workers=-1, callback_timeout=ANSWER)["workers"]
+        facts: dict[str, Any] = client.sync(client.scheduler.identity, n_workers=-1, callback_timeout=ANSWER)["workers"]
     except (OSError, TimeoutError):
         return None
-    return found
+    return facts
 
 
 def _awaited(client: Any, before: dict[str, Any] | None, now: dict[str, Any] | None) -> str:
-    """Which workers have not reported between `before` and `now`, or else have a shard, and what to do about it."""
+    """A sentence: which workers did not report between `before` and `now`, or else all workers, and what to do."""
     scheduler = client.scheduler.address
     if before is None or now is None:
-        return f"the scheduler {scheduler} does not answer; continue its process, or stop this command"
+        return f"the scheduler {scheduler} does not answer; resume its process, or interrupt this command"
     if not now:
-        return f"the scheduler {scheduler} has no workers; start some, or stop this command"
-    # Compared with itself, as the scheduler's clock may not be ours.
+        return f"the scheduler {scheduler} has no workers; start some, or interrupt this command"
+    # Compared with an earlier report of the same worker, as the scheduler's clock may differ from ours.
     silent = [a for a, w in now.items() if a in before and w["last_seen"] == before[a]["last_seen"]]
     named = ", ".join(f"{now[a]['name']} at {a}" for a in silent or now)
     if silent:
         return (
-            f"no report for {SILENT:.0f} s from worker {named}; continue its process, or end it: others then compute "
-            "its shards"
+            f"no report for {SILENT:.0f} s from worker {named}; resume its process, or end it, and other workers "
+            "compute its shards"
         )
-    return f"every worker still reports ({named}); if this is too long, lower extract.shard_bytes"
+    return f"all workers report ({named}); if a shard takes too long, lower extract.shard_bytes"
 
 
 def _compute(shard: int) -> tuple[int, list[np.ndarray]]:
@@ -163,6 +165,6 @@ def _compute(shard: int) -> tuple[int, list[np.ndarray]]:
 
     worker: Any = get_worker()
     if worker.h2t_compute is None:
-        number = str(worker.name)  # from `local:N`, or `dask worker --name N`
+        number = str(worker.name)  # set by `local:N`, or by `dask worker --name N`
         worker.h2t_compute = worker.h2t_job.open(int(number) if number.isdecimal() else 0)
     return shard, worker.h2t_compute(shard)

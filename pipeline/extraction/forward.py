@@ -1,8 +1,8 @@
-"""Forward passes: rows into maps in the stored dtype, here or on the workers of a cluster.
+"""Forward passes: turns rows into maps in the stored dtype, in this process or on the workers of a cluster.
 
-Every pass runs at exactly `batch_size` images, because at another size libraries sum in another order; at one size a
-row hangs on none of its neighbours. Images are decoded ahead in a thread of their own. On a GPU the next pass is
-launched before the maps of the last one have arrived; they are converted there, so that half as many bytes come over.
+Every pass has exactly `batch_size` images. At another size libraries may sum in another order; at a fixed size a row
+does not depend on the rows batched with it. A thread decodes the next images in the background. On a GPU a pass is
+launched before the maps of the one before have arrived, and maps are converted on the GPU, so fewer bytes are copied.
 """
 
 import time
@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import nn
 
 from h2t.cache.format.spec import CacheSpec
 from h2t.pipeline.base.device import choose
@@ -27,15 +26,17 @@ from h2t.pipeline.base.precision import Precision, guarded_maps
 from h2t.pipeline.data.images import Images
 from h2t.pipeline.extraction import batchnorm, cluster
 from h2t.pipeline.extraction.batchnorm import Statistics
+from h2t.pipeline.networks.backbone import Backbone
 from h2t.pipeline.networks.trained import load_backbone
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
-Todo = Mapping[int, np.ndarray]  # shard -> those of its rows that need a forward pass, ascending
+#: Shard -> the numbers of its rows that need a forward pass, ascending, int64.
+Todo = Mapping[int, np.ndarray]
 
 
 def settings(batch_size: int, precision: Precision, device: torch.device) -> dict[str, Any]:
-    """All that must be equal for two runs to give the same bytes from the same fingerprint and layout."""
+    """The settings that rounding depends on: if they, fingerprint and layout are equal, so are the cache's bytes."""
     return {
         "batch_size": batch_size,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -47,10 +48,11 @@ def settings(batch_size: int, precision: Precision, device: torch.device) -> dic
 
 @dataclass
 class Passes:
-    """What forward passes took: `images` through them, those that fill up a batch included, and seconds.
+    """Cost of the forward passes of this process.
 
-    `cpu` is the processor time of the whole process meanwhile, so the decoding of the next images counts in it. On a
-    GPU `seconds` are its own, from the images' copy to that of the maps, and `cpu` is what launching took.
+    `images`: images that went through the backbone, including those that fill up a batch. `seconds`: duration of the
+    passes; on a GPU its own time, from copying the images to copying the maps. `cpu`: processor seconds of the whole
+    process during the passes, which includes decoding in the background; on a GPU, during their launch.
     """
 
     images: int = 0
@@ -60,9 +62,10 @@ class Passes:
 
 @dataclass(frozen=True)
 class Launched:
-    """A forward pass that may still run: its `maps` as computed, and as they are `kept`, in the storage dtype.
+    """A forward pass that may still run: its `maps` as computed, and `kept`, the same in the stored dtype.
 
-    On a GPU `kept` and `finite` are on their way to pinned memory, and there once `done` has happened.
+    One tensor (B, C, H, W) per expert. On a GPU `kept` and `finite` are being copied to pinned memory; the copies are
+    complete once `done` has happened.
     """
 
     maps: list[torch.Tensor]
@@ -72,7 +75,10 @@ class Launched:
     done: torch.cuda.Event | None = None
 
     def landed(self, passes: Passes) -> list[np.ndarray]:
-        """Waits for the maps, an array per expert. Raises UserError for values that the storage dtype cannot hold."""
+        """Waits for the maps: one array per expert, bfloat16 as uint16. Adds to `passes.seconds`.
+
+        Raises UserError if a value is NaN or infinite, or too large for the stored dtype.
+        """
         if self.started is not None and self.done is not None:
             self.done.synchronize()
             passes.seconds += self.started.elapsed_time(self.done) / 1000
@@ -82,7 +88,7 @@ class Launched:
 
     def _unfit(self) -> UserError:
         if not all(m.isfinite().all() for m in self.maps):
-            return UserError("extract: the backbone gave NaN or infinity; check its weights and the images")
+            return UserError("extract: maps must be finite; got NaN or infinity; check the backbone's weights")
         dtype, largest = self.kept[0].dtype, max(float(m.abs().max()) for m in self.maps)
         name = str(dtype).removeprefix("torch.")
         return UserError(
@@ -93,11 +99,11 @@ class Launched:
 
 @dataclass(frozen=True)
 class Work:
-    """What turns rows of the table `rows` into maps of `dtype`. `seed` is that of the views."""
+    """Turns rows of the table `rows` into maps of `dtype`. `seed` is the seed of the augmented views."""
 
     rows: pa.Table
     images: Images
-    backbone: nn.Module
+    backbone: Backbone
     statistics: Statistics
     batch_size: int
     precision: Precision
@@ -107,7 +113,7 @@ class Work:
     passes: Passes
 
     def batches(self, numbers: np.ndarray) -> Iterator[tuple[str, pa.Table]]:
-        """(statistics, rows) of every forward pass over the rows `numbers`, at most `batch_size` rows, in order."""
+        """(statistics, rows) of each forward pass over the rows `numbers`: in order, at most `batch_size` rows."""
         chosen = self.rows.take(numbers)
         names = np.array(chosen["statistics"])
         cuts = [0, *(np.flatnonzero(names[1:] != names[:-1]) + 1).tolist(), len(chosen)]
@@ -116,7 +122,7 @@ class Work:
                 yield str(names[first]), chosen.slice(first, min(self.batch_size, end - first))
 
     def decode(self, part: pa.Table) -> torch.Tensor:
-        """Input of one forward pass, always `batch_size` images: the last one is repeated to fill up."""
+        """Input of one forward pass, (batch_size, 3, H, W): the last image is repeated to fill up the batch."""
         samples, views = part["sample"].to_pylist(), part["view"].to_pylist()
         keys = [None if view == 0 else (self.seed, view) for view in views]
         missing = self.batch_size - len(samples)
@@ -127,18 +133,18 @@ class Work:
 
     @torch.no_grad()
     def launch(self, x: torch.Tensor, count: int) -> Launched:
-        """Starts the forward pass of the images `x`, of which the first `count` are wanted; on the CPU it is done then.
+        """Starts the forward pass of the images `x`, of which the first `count` are wanted; on the CPU, runs it.
 
-        The backbone's batch-norm statistics are those in place.
+        Uses the batch-norm statistics that the backbone holds now.
         """
         cuda = self.device.type == "cuda"
         clock, used = time.perf_counter(), time.process_time()
         started = _event(self.device) if cuda else None
-        found = guarded_maps(self.backbone, x.to(self.device, non_blocking=True), self.precision)
+        computed_maps = guarded_maps(self.backbone, x.to(self.device, non_blocking=True), self.precision)
         self.passes.images += len(x)
         self.passes.seconds += 0 if cuda else time.perf_counter() - clock
         self.passes.cpu += time.process_time() - used
-        maps = [m[:count] for m in found]
+        maps = [m[:count] for m in computed_maps]
         kept = [m.to(DTYPES[self.dtype]) for m in maps]
         finite = torch.stack([m.isfinite().all() for m in kept]).all()
         if cuda:
@@ -149,7 +155,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Job:
-    """All that a worker of a cluster needs to compute shards as this process would."""
+    """The work of an extraction, as sent to cluster workers, which compute the same bytes from it as this process."""
 
     rows: pa.Table
     todo: Todo
@@ -163,20 +169,26 @@ class Job:
     settings: Mapping[str, Any]
 
     def open(self, number: int) -> Callable[[int], list[np.ndarray]]:
-        """Shard -> maps of its rows to do, an array per expert. Raises UserError where the bytes would be others."""
+        """A function: shard -> maps of its rows in `todo`, one array per expert.
+
+        Raises UserError if this worker's backbone or settings differ, as it would compute other bytes.
+        """
         device = self.device
         device = choose(f"cuda:{number % torch.cuda.device_count()}") if device.type == "cuda" else device
         torch.set_num_threads(self.settings["threads"])
         backbone, identity = load_backbone(self.backbone_dir)
-        found = {**identity, **settings(self.settings["batch_size"], self.settings["precision"], device)}
+        here = {**identity, **settings(self.settings["batch_size"], self.settings["precision"], device)}
         for key, value in {**self.identity, **self.settings}.items():
-            if found[key] != value:
-                raise UserError(f"run.cluster: {key} must be {value} on every worker; got {found[key]}")
+            if here[key] != value:
+                raise UserError(
+                    f"run.cluster: {key} must be {value} on every worker; got {here[key]}; give the worker the same "
+                    "files, device and versions, or leave it out"
+                )
         work = self.work(backbone.to(device), device, Passes())
         return lambda shard: next(computed(work, self.spec, {shard: self.todo[shard]}, lambda rows: None))[1]
 
-    def work(self, backbone: nn.Module, device: torch.device, passes: Passes) -> Work:
-        """What computes rows by `backbone`, which is on `device`; counts in `passes`."""
+    def work(self, backbone: Backbone, device: torch.device, passes: Passes) -> Work:
+        """The `Work` that computes rows with `backbone`, which is on `device`, and adds its cost to `passes`."""
         statistics = batchnorm.from_bytes(self.statistics)
         batch_size, precision, dtype = self.settings["batch_size"], self.settings["precision"], self.spec.dtype
         return Work(
@@ -186,7 +198,7 @@ class Job:
 
 def shards(
     job: Job,
-    backbone: nn.Module,
+    backbone: Backbone,
     address: str | None,
     tick: Callable[[int], None],
     passes: Passes,
@@ -194,9 +206,10 @@ def shards(
     *,
     straddle: bool,
 ) -> Iterator[tuple[int, list[np.ndarray]]]:
-    """(shard, maps of its rows to do, an array per expert): here, in order, or from the cluster at `address`.
+    """(shard, maps of its rows in `todo`, one array per expert), computed here, in order, or by the cluster `address`.
 
-    `passes` counts those that run here. `say` is told which workers a cluster waits for.
+    `tick` gets the number of new rows. `passes` counts the passes that run in this process. `say` gets lines on workers
+    that are waited for. `straddle`: see `computed`.
     """
     if address is None:
         yield from computed(job.work(backbone, job.device, passes), job.spec, job.todo, tick, straddle=straddle)
@@ -209,16 +222,16 @@ def shards(
 def computed(
     work: Work, spec: CacheSpec, todo: Todo, tick: Callable[[int], None], *, straddle: bool = False
 ) -> Iterator[tuple[int, list[np.ndarray]]]:
-    """(shard, maps of its rows to do, an array per expert), in order.
+    """(shard, maps of its rows in `todo`, one array per expert), in order.
 
-    With `straddle`, a batch may hold rows of several shards: a few rows of each are then no pass of their own.
+    With `straddle` a batch may hold rows of several shards. This saves passes if each shard has few rows to compute.
     """
     groups = [np.concatenate(list(todo.values()))] if straddle and todo else todo.values()
     batches = _forwarded(work, groups)
-    left = [np.empty((0, *shape), spec.stored_dtype) for shape in spec.maps]
+    surplus = [np.empty((0, *shape), spec.stored_dtype) for shape in spec.maps]  # rows of the next shard
     for shard, rows in todo.items():
-        parts = [[maps] for maps in left]
-        filled = len(left[0])
+        parts = [[maps] for maps in surplus]
+        filled = len(surplus[0])
         while filled < len(rows):
             batch = next(batches)
             for mine, maps in zip(parts, batch, strict=True):
@@ -226,15 +239,15 @@ def computed(
             filled += len(batch[0])
             tick(len(batch[0]))
         joined = [np.concatenate(mine) for mine in parts]
-        left = [maps[len(rows) :].copy() for maps in joined]
+        surplus = [maps[len(rows) :].copy() for maps in joined]
         yield shard, [maps[: len(rows)] for maps in joined]
 
 
 def _forwarded(work: Work, groups: Iterable[np.ndarray]) -> Iterator[list[np.ndarray]]:
-    """Maps of every batch, an array per expert. Forward passes in this thread; images are decoded in another."""
+    """Maps of every batch, one array per expert. Passes run in this thread; another thread decodes images."""
     batches = (batch for numbers in groups for batch in work.batches(numbers))
     in_place: str | None = None
-    flying: Launched | None = None
+    launched: Launched | None = None
     with ThreadPoolExecutor(1, "decode-ahead") as decoder:
         ahead: deque[tuple[str, int, Future[torch.Tensor]]] = deque()
         while True:
@@ -248,20 +261,20 @@ def _forwarded(work: Work, groups: Iterable[np.ndarray]) -> Iterator[list[np.nda
             if statistics != in_place:
                 batchnorm.use(work.backbone, work.statistics[statistics])
                 in_place = statistics
-            last, flying = flying, work.launch(x, count)
+            last, launched = launched, work.launch(x, count)
             if last is not None:
                 yield last.landed(work.passes)
-        if flying is not None:
-            yield flying.landed(work.passes)
+        if launched is not None:
+            yield launched.landed(work.passes)
 
 
 def _event(device: torch.device) -> torch.cuda.Event:
-    """A point in the work of a GPU, with its time."""
+    """A timed event, recorded at this point of the GPU's current stream."""
     event = torch.cuda.Event(enable_timing=True)
     event.record(torch.cuda.current_stream(device))
     return event
 
 
 def _pinned(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in pinned memory, under way."""
+    """A copy in pinned memory. The copy runs asynchronously."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

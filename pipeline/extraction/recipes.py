@@ -1,9 +1,9 @@
-"""Batch-norm recipes: under which statistics a cache's rows are stored, and which of them a host reads.
+"""Batch-norm recipes: the statistics that a cache's rows are stored under, and those that a host reads.
 
-The published stage II runs batch norm in train mode, so receivers are normalised by balanced batches, donors by
-instance batches, and test images by the running mixture of both. `branchwise` reproduces that from a frozen cache;
-`calibrated` is one set re-estimated on both kinds of batches; `stage1` is the trained one. How the statistics are
-estimated is in `extraction.batchnorm`, which the stages behind the cache need not know.
+The published stage II runs batch norm in train mode: receivers are normalised by balanced batches, donors by instance
+batches, and test images by running statistics that mix both. `branchwise` reproduces this from a frozen cache.
+`calibrated` is one set of statistics, estimated on both kinds of batches. `stage1` is the set that stage I trained.
+`extraction.batchnorm` estimates them; the stages after `extract` need this module alone.
 """
 
 from collections.abc import Mapping
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Recipe:
-    """Statistics of the rows that a recipe stores and that a host under it reads.
+    """Names of the statistics that a recipe stores, and that a host with this recipe reads.
 
-    `train` and `evaluation`: what is stored for training and for evaluation samples. `receiver`, `donors` (by sampler)
-    and `evaluate`: what stage II and evaluation read.
+    Stored: `train` for training samples, `evaluation` for evaluation samples. Read: `receiver` and `donors` (by
+    sampler) in stage II, `evaluate` in evaluation.
     """
 
     train: tuple[str, ...]
@@ -40,15 +40,15 @@ RECIPES: dict[str, Recipe] = {
         evaluate="mixture",
     ),
 }
-#: Not a recipe of its own: adds the rows that a `reverse` donor under `branchwise` reads.
+#: Not a recipe for a host: stores the rows that a `reverse` donor reads under `branchwise`.
 EXTRA = {"reverse": Recipe(("reverse",), (), "reverse", {}, "mixture")}
 NAMES = (*RECIPES, *EXTRA)
 
 
 def stored(recipes: list[str], split: str) -> list[str]:
-    """The statistics under which rows of `split` are stored: the union over `recipes`.
+    """Sorted names of the statistics that rows of `split` are stored under, for all `recipes` together.
 
-    Evaluation rows under `stage1` are always stored: the stage-I head is evaluated on them.
+    Evaluation rows are always stored under `stage1` as well, as the stage-I classifier is evaluated on them.
     """
     chosen = [{**RECIPES, **EXTRA}[name] for name in recipes]
     if split == "train":

@@ -1,4 +1,4 @@
-"""What a cache's record says of its extraction, held against what extract writes: anybody may have written it."""
+"""Reads what a cache records of its extraction, and checks it, as any program may have written the cache."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.precision import Precision
 from h2t.pipeline.networks.trained import NONE
 
-MOST_IMAGES = 2**20  # in a batch: no machine holds more, and a count of bytes must not overflow
+MOST_IMAGES = 2**20  # per batch: more than any machine can hold, and few enough that byte counts do not overflow
 
 
 class _Views(pydantic.BaseModel, strict=True):
@@ -36,23 +36,22 @@ class _Record(pydantic.BaseModel):
 
 
 def ingredients(files: object, spec: CacheSpec) -> Mapping[str, Any]:
-    """The fingerprint's ingredients of the cache `files`.
+    """The `fingerprint_inputs` of the cache at `files`, as `stages.extract` writes them.
 
-    Raises UserError for a cache that no extraction wrote: a pooled copy, imported features, or what cannot be used as
-    `stages.extract` writes it.
+    Raises UserError if `h2t extract` did not write the cache: a pooled copy, imported features, or a malformed record.
     """
-    found = spec.fingerprint_inputs
-    if "parent" in found:
-        parent = str(found["parent"])[:12]
-        raise UserError(f"{files}: is a pooled copy of {parent}; name the cache it was made from")
-    if found.get("backbone") == {"weights": NONE}:
+    inputs = spec.fingerprint_inputs
+    if "parent" in inputs:
+        parent = str(inputs["parent"])[:12]
+        raise UserError(f"{files}: is a pooled copy of {parent}; name the cache that it was made from")
+    if inputs.get("backbone") == {"weights": NONE}:
         raise UserError(f"{files}: holds imported features; name a cache that h2t extract wrote")
     try:
-        _Record.model_validate({"fingerprint_inputs": found, "provenance": spec.provenance})
+        _Record.model_validate({"fingerprint_inputs": inputs, "provenance": spec.provenance})
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         where = ".".join(map(str, first["loc"]))
         raise UserError(
-            f"{files}/cache.json: {where}: {first['msg'].lower()}; no extraction wrote this, extract again"
+            f"{files}/cache.json: {where}: {first['msg'].lower()}; h2t extract did not write this cache; extract again"
         ) from None
-    return found
+    return inputs

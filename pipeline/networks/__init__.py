@@ -1,1 +1,1 @@
-"""What backbone plug-ins are built of: networks up to their last maps, and how a tap is found in others."""
+"""Networks up to their last feature maps, the classifiers on top of them, and their weights in and out of files."""

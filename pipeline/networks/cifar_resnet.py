@@ -1,18 +1,24 @@
-"""ResNets for small images: 3 stages of basic blocks, widths 16/32/64, with 1 to E expert branches.
+"""ResNets for small images: three stages of basic blocks with 16, 32 and 64 channels, and 1 to E expert branches.
 
-Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2 (option-A shortcuts); experts
-share conv1 and layer1 and own the rest, at full width (Wang et al., "RIDE", ICLR 2021, as the H2T authors use it).
+Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2 (option-A shortcuts). Experts
+share conv1 and layer1; each has its own later layers, at full width (Wang et al., "RIDE", ICLR 2021, as the H2T authors
+use it).
 """
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from h2t.pipeline.networks.backbone import Backbone
+
 WIDTHS = (16, 32, 64)
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions and a shortcut without parameters: every second pixel, channels padded with zeros."""
+    """Basic block: (B, inputs, H, W) -> (B, outputs, H/stride, W/stride), by two 3x3 convolutions and a shortcut.
+
+    The shortcut has no parameters: it takes every `stride`-th pixel and pads the channels with zeros.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -36,8 +42,8 @@ def _layer(blocks: int, inputs: int, outputs: int, stride: int) -> nn.Sequential
     return nn.Sequential(Block(inputs, outputs, stride), *rest)
 
 
-class CifarResNet(nn.Module):
-    """`forward(x)`: (B, 3, H, W) -> a tuple of E maps (B, 64, H/4, W/4), after the last ReLU, so never negative."""
+class CifarResNet(Backbone):
+    """ResNet of 6 x `blocks` + 2 layers: (B, 3, H, W) -> E maps (B, 64, H/4, W/4), non-negative (after a ReLU)."""
 
     channels = WIDTHS[-1]
 
@@ -58,6 +64,7 @@ class CifarResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Images (B, 3, H, W) -> E maps (B, 64, H/4, W/4)."""
         x = self.layer1(F.relu(self.bn1(self.conv1(x))))
         if self.experts == 1:
             return (self.layer3(self.layer2(x)),)

@@ -1,7 +1,8 @@
-"""Pool + classifier: how pooled features become logits, for stage I and stage II alike.
+"""Classifiers of stage I and stage II: from pooled features to logits.
 
-Shapes: features (E, B, D) for E experts; weight (E, K, D), bias (E, K) for K classes; logits (B, K). A classifier of
-branches adds batch norm on the features: norm_weight, norm_bias, running_mean, running_var (branches, D), two or three.
+Features (E, B, D): E experts, B samples, D features. Logits (B, K): K classes. A classifier's state holds `weight`
+(E, K, D) and, unless it is a cosine classifier, `bias` (E, K). ResLT's (`branches`) adds batch norms of two or three
+branches: `norm_weight`, `norm_bias`, `running_mean` and `running_var`, each (branches, D).
 """
 
 import math
@@ -19,9 +20,10 @@ NORM_EPSILON = 1e-5
 
 
 def fresh_linear(experts: int, classes: int, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Starting weight (E, K, D) and bias (E, K) of stage I, from torch's generator, as the published codes draw them.
+    """Initial weight (E, K, D) and bias (E, K) of stage I, float32, drawn from torch's global generator.
 
-    Weight: normal with variance 2 / D (He et al., ICCV 2015); bias: uniform within 1 / sqrt(D), torch's own default.
+    As in the published codes: weights are normal with variance 2 / D (He et al., ICCV 2015), biases uniform in
+    [-1 / sqrt(D), 1 / sqrt(D)], torch's default.
     """
     bound = 1 / math.sqrt(channels)
     weight = torch.randn(experts, classes, channels) * math.sqrt(2 / channels)
@@ -29,10 +31,10 @@ def fresh_linear(experts: int, classes: int, channels: int) -> tuple[torch.Tenso
 
 
 def expert_logits(classifier: str, state: State, features: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-    """Logits of each expert, (E, B, K).
+    """Logits of each expert, (E, B, K), from features (E, B, D).
 
-    linear: f w + b, times `scale`; cosine: `scale` times the cosine of f and w, without bias (Li et al., "GCL", CVPR
-    2022, and RIDE's cosine classifier); branches: the sum of ResLT's, by their running statistics.
+    linear: `scale` (f w + b). cosine: `scale` cos(f, w), without bias (Li et al., "GCL", CVPR 2022; RIDE's cosine
+    classifier). branches: `scale` times the sum of ResLT's branches, normalised by their running statistics.
     """
     weight = state["weight"]
     if classifier == "cosine":
@@ -40,17 +42,17 @@ def expert_logits(classifier: str, state: State, features: torch.Tensor, scale: 
     if classifier == "branches":
         slope = state["norm_weight"] * torch.rsqrt(state["running_var"] + NORM_EPSILON)
         shift = state["norm_bias"] - slope * state["running_mean"]
-        # The mean over the image commutes with batch norm by fixed statistics, so the sum is one affine map.
+        # With fixed statistics batch norm is affine and commutes with the mean over the image: one affine map for all.
         bias = len(slope) * state["bias"].unsqueeze(-2)
         return scale * ((features * slope.sum(0) + shift.sum(0)) @ weight.mT + bias)
     return scale * (features @ weight.transpose(-1, -2) + state["bias"].unsqueeze(-2))
 
 
 def logits(classifier: str, state: State, features: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-    """The mean of the experts' logits, (B, K)."""
+    """Mean of the experts' logits, (B, K), from features (E, B, D)."""
     return expert_logits(classifier, state, features, scale).mean(0)
 
 
 def global_average(maps: torch.Tensor) -> torch.Tensor:
-    """(..., C, H, W) -> (..., C)."""
+    """Mean over the image: maps (..., C, H, W) -> features (..., C)."""
     return maps.mean((-2, -1))

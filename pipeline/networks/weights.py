@@ -1,14 +1,14 @@
-"""Weights in and out of files: our safetensors, and checkpoints that people bring.
+"""Reads and writes weights: h2t's own safetensors files, and checkpoints from elsewhere.
 
-A `.safetensors` file of ours carries one metadata key, `h2t`, with a JSON object that says what the weights are.
-Pickled checkpoints are read with `weights_only=True`, so that a file cannot run code.
+h2t's files have one metadata key, `h2t`: a JSON object that describes the weights. Pickled checkpoints are loaded with
+`weights_only=True`, so they cannot run code.
 """
 
 import hashlib
 import json
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,37 +17,39 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.text import counted
 
 METADATA = "h2t"
 
-#: How published checkpoints wrap their state dicts: one of these keys, or a pair of backbone and classifier.
+#: Keys under which published checkpoints hold their state dict, or two of them: (backbone, classifier).
 WRAPPERS = ("state_dict", "model", "state_dict_best", "state_dict_model")
 PAIRS = (("state_dict_model", "state_dict_classifier"), ("feat_model", "classifier"))
-#: Names of heads; one layer per expert is `<name>.<expert>`. Where RIDE's are found, a lone `fc` beside them is unused.
+#: Names of the classifier's layer; `<name>.<expert>` with several experts. RIDE's `linears` come first, as its
+#: checkpoints also hold an unused `fc`.
 HEADS = ("linears", "linear", "fc", "classifier", "head")
 NORMS = {"norm_weight": "weight", "norm_bias": "bias", "running_mean": "running_mean", "running_var": "running_var"}
 
 
 class _About(dict[str, Any]):
-    """What a file says of itself; a key that it lacks is a UserError."""
+    """The description in a weights file. A missing key raises UserError."""
 
-    def __init__(self, path: Path, said: Any) -> None:
-        super().__init__(dict(said))
+    def __init__(self, path: Path, description: Any) -> None:
+        super().__init__(dict(description))
         self._path = path
 
     def __missing__(self, key: str) -> Any:
-        raise UserError(f"{self._path}: not weights written by h2t (it does not say its {key}); make them anew")
+        raise UserError(f"{self._path}: not weights written by h2t (no {key!r} in its metadata); make them again")
 
 
 def save_weights(path: Path, state: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> None:
-    """Writes `state` and the JSON object `about`; the same input gives the same bytes."""
+    """Writes the tensors `state` and the JSON object `about`, which describes them. Equal input gives equal bytes."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in state.items()}
     text = json.dumps(about, sort_keys=True, separators=(",", ":"), allow_nan=False)
     path.write_bytes(save(tensors, {METADATA: text}))
 
 
 def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """State and `about` of a file that `save_weights` wrote. Raises UserError."""
+    """`state` and `about` of a file that `save_weights` wrote. Raises UserError if it is missing or malformed."""
     try:
         with safe_open(path, "pt") as file:
             about = _About(path, json.loads((file.metadata() or {})[METADATA]))
@@ -55,11 +57,11 @@ def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run the stage that makes it (dvc repro)") from None
     except (SafetensorError, KeyError, ValueError, TypeError, OSError, RuntimeError, RecursionError) as error:
-        raise UserError(f"{path}: not weights written by h2t ({error}); make them anew") from None
+        raise UserError(f"{path}: not weights written by h2t ({error}); make them again") from None
 
 
 def weights_digest(state: Mapping[str, torch.Tensor]) -> str:
-    """sha256 over names, dtypes, shapes and bytes, in the order of names."""
+    """sha256, in hex, over the names, dtypes, shapes and bytes of all tensors, sorted by name."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
@@ -69,59 +71,63 @@ def weights_digest(state: Mapping[str, torch.Tensor]) -> str:
 
 
 def load_checkpoint(path: Path) -> dict[str, torch.Tensor]:
-    """The state dict in a file that people bring: safetensors, or a pickled checkpoint with or without wrapping.
+    """The state dict in a file from elsewhere: safetensors, or a pickled checkpoint (see `state_dict_in`).
 
-    Raises UserError for a file that is missing, malformed, or needs code to be run.
+    Raises UserError if the file is missing, malformed, or cannot be loaded without running code.
     """
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint file") from None
+        raise UserError(f"{path}: no such checkpoint file; name one that exists") from None
     except pickle.UnpicklingError:
         raise UserError(
-            f"{path}: refused, it holds more than tensors and loading it could run code; save a plain state dict"
+            f"{path}: refused, it holds more than tensors, and loading it could run code; save model.state_dict()"
         ) from None
-    # A damaged file makes torch, its unpickler and zip fail in ways that nobody lists.
+    # On a damaged file torch, its unpickler and zipfile raise exceptions that none of them documents.
     except Exception as error:  # noqa: BLE001
         reason = str(error).splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: not a readable checkpoint ({reason})") from None
-    return state_dict_in(found, path)
+        raise UserError(f"{path}: not a readable checkpoint ({reason}); save or download it again") from None
+    return state_dict_in(content, path)
 
 
-def state_dict_in(found: Any, path: Path) -> dict[str, torch.Tensor]:
-    """The state dict in what the checkpoint `path` holds, however wrapped. Raises UserError if there is none."""
-    state = _flat(found)
+def state_dict_in(content: Any, path: Path) -> dict[str, torch.Tensor]:
+    """The state dict in the unpickled `content` of `path`, at the top level or under one of `WRAPPERS` or `PAIRS`.
+
+    Raises UserError if there is none.
+    """
+    state = _flat(content)
     if not state:
         raise UserError(f"{path}: holds no state dict; save model.state_dict()")
     return state
 
 
-def _flat(found: Any) -> dict[str, torch.Tensor]:
-    """One state dict from what a checkpoint wraps; the classifier's keys of a pair get the prefix `classifier.`."""
-    if not isinstance(found, dict):
+def _flat(content: Any) -> dict[str, torch.Tensor]:
+    """One state dict from the content of a checkpoint; the keys of a pair's classifier get the prefix `classifier.`."""
+    if not isinstance(content, dict):
         return {}
     for body, head in PAIRS:
-        if isinstance(found.get(body), dict):
-            return {**_flat(found[body]), **{f"classifier.{k}": v for k, v in _flat(found.get(head)).items()}}
+        if isinstance(content.get(body), dict):
+            return {**_flat(content[body]), **{f"classifier.{k}": v for k, v in _flat(content.get(head)).items()}}
     for key in WRAPPERS:
-        if isinstance(found.get(key), dict):
-            return _flat(found[key])
-    return {str(k).removeprefix("module."): v for k, v in found.items() if isinstance(v, torch.Tensor)}
+        if isinstance(content.get(key), dict):
+            return _flat(content[key])
+    return {str(k).removeprefix("module."): v for k, v in content.items() if isinstance(v, torch.Tensor)}
 
 
 def split_head(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """(backbone, head) of a classifier's state dict, in this project's names.
+    """Splits the state dict of a whole network into (backbone, classifier), with h2t's names.
 
-    The head is `weight` (E, K, C), or (E, C, K) where a normalised layer without bias stores it so, `bias` (E, K) if
-    there is one, and the batch norms of three branches (3, C). Raises UserError if no head is found.
+    The classifier has `weight` (E, K, C), or (E, C, K) if a normalised layer stores it so; `bias` (E, K) if there is
+    one; and ResLT's batch norms (3, C) if there are any. Raises UserError if the classifier is missing or malformed.
     """
     plain = {_own_name(k): v for k, v in state.items()}
     name = next((n for n in HEADS if f"{n}.weight" in plain or f"{n}.0.weight" in plain), None)
     if name is None or plain.get(f"{name}.weight", torch.empty(0, 0)).dim() != 2:
         raise UserError(
-            "checkpoint: no linear head found (fc, linear, linears, classifier or head); its keys: " + _some(state)
+            "checkpoint: must hold a linear classifier named fc, linear, linears, classifier or head; "
+            f"got {_some(state)}; rename its keys"
         )
     head = {}
     for part in ("weight", "bias"):
@@ -136,22 +142,26 @@ def split_head(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tenso
 
 
 def _stacked(each: list[torch.Tensor], what: str, dims: int) -> torch.Tensor:
-    """One tensor of those of all experts or branches, `dims` axes each. Raises UserError for what no weights are."""
+    """Stacks the tensors of all experts or branches, each with `dims` axes, as float32 (E, ...).
+
+    Raises UserError unless they are dense, real and finite, and have one shape.
+    """
     shapes = sorted({tuple(t.shape) for t in each})
     odd = any(t.layout != torch.strided or t.is_complex() or t.is_quantized or t.is_meta for t in each)
     if odd or len(shapes) > 1 or len(shapes[0]) != dims:
         raise UserError(
-            f"checkpoint: {what} must be plain numbers with {dims} axes, of one shape in all experts or branches; got "
-            f"{', '.join(map(str, shapes[:3]))}"
+            f"checkpoint: {what} must be dense real tensors with {counted(dims, 'axis', 'axes')}, of the same shape in "
+            f"every expert or branch; got {'another kind of tensor, ' if odd else ''}"
+            f"shape {', '.join(map(str, shapes[:3]))}; save it as plain float tensors"
         )
-    found = torch.stack(each).float()
-    if not torch.isfinite(found).all():
-        raise UserError(f"checkpoint: {what} holds NaN or infinity")
-    return found
+    stacked = torch.stack(each).float()
+    if not torch.isfinite(stacked).all():
+        raise UserError(f"checkpoint: {what} holds NaN or infinity; use another checkpoint")
+    return stacked
 
 
 def _own_name(key: str) -> str:
-    """A published key without the attribute that held the part: RIDE has `backbone.`, ResLT `model.`."""
+    """A published key without its prefix: RIDE's keys start with `backbone.`, ResLT's with `model.`."""
     for prefix in ("backbone.", "model.", "classifier."):
         if key.startswith(prefix) and key.count(".") > 1:
             return key.removeprefix(prefix)
@@ -159,44 +169,56 @@ def _own_name(key: str) -> str:
 
 
 def fit_head(head: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], where: str) -> dict[str, torch.Tensor]:
-    """`head` of a checkpoint in the shapes of the objective's state `own`. Raises UserError if it does not fit."""
-    found = dict(head)
+    """The classifier `head` of a checkpoint, transposed or with a bias of 0 added to match the objective's state `own`.
+
+    Raises UserError, which names the key `where`, if it does not fit.
+    """
+    fitted = dict(head)
     wanted = own["weight"].shape
-    transposed = "bias" not in found and found["weight"].mT.shape == wanted  # a normalised layer keeps (C, K)
-    if transposed and ("bias" not in own or found["weight"].shape != wanted):
-        found["weight"] = found["weight"].mT.contiguous()
-    if "bias" in own and "bias" not in found:
-        found["bias"] = torch.zeros_like(own["bias"])
+    transposed = "bias" not in fitted and fitted["weight"].mT.shape == wanted  # a normalised layer stores (C, K)
+    if transposed and ("bias" not in own or fitted["weight"].shape != wanted):
+        fitted["weight"] = fitted["weight"].mT.contiguous()
+    if "bias" in own and "bias" not in fitted:
+        fitted["bias"] = torch.zeros_like(own["bias"])
     for name, tensor in own.items():
-        if name not in found or found[name].shape != tensor.shape:
-            got = tuple(found[name].shape) if name in found else "none"
-            raise UserError(f"{where}: the head's {name} must have shape {tuple(tensor.shape)}; got {got}")
-    if "bias" in found and "bias" not in own:
-        raise UserError(f"{where}: has a linear head with a bias; the objective's cosine classifier has none")
-    return {name: found[name] for name in own}
+        if name not in fitted or fitted[name].shape != tensor.shape:
+            got = tuple(fitted[name].shape) if name in fitted else "none"
+            raise UserError(
+                f"{where}: the classifier's {name} must have shape {tuple(tensor.shape)}; got {got}; "
+                "check objective, experts and dataset"
+            )
+    if "bias" in fitted and "bias" not in own:
+        raise UserError(
+            f"{where}: the objective's cosine classifier takes no bias; got a linear classifier with one; choose an "
+            "objective with a linear classifier, such as ce"
+        )
+    return {name: fitted[name] for name in own}
 
 
 def fill(model: torch.nn.Module, state: Mapping[str, torch.Tensor], what: str) -> None:
-    """Loads `state` into `model`. Raises UserError naming the first key or shape that does not fit."""
+    """Loads `state` into `model`. Raises UserError, naming `what` and the first key that does not fit."""
     own = model.state_dict()
     state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
     for name, tensor in own.items():
         if name.endswith("num_batches_tracked"):
             continue
         if name not in state:
-            raise UserError(f"{what}: no weights for {name!r}; it has {_some(state)}")
+            raise UserError(f"{what}: must hold weights for {name!r}; got {_some(state)}; is it another architecture?")
         if state[name].shape != tensor.shape:
-            raise UserError(f"{what}: {name} must have shape {tuple(tensor.shape)}; got {tuple(state[name].shape)}")
+            raise UserError(
+                f"{what}: {name} must have shape {tuple(tensor.shape)}; got {tuple(state[name].shape)}; "
+                "is it another architecture?"
+            )
         if not torch.isfinite(state[name]).all():
-            raise UserError(f"{what}: {name} holds NaN or infinity")
+            raise UserError(f"{what}: {name} holds NaN or infinity; use other weights")
     unknown = sorted(set(state) - set(own))
     if unknown:
         raise UserError(
-            f"{what}: {len(unknown)} keys fit nowhere: {', '.join(unknown[:3])}; is it another architecture?"
+            f"{what}: {counted(len(unknown), 'key')} not in the network: {_some(unknown)}; is it another architecture?"
         )
     model.load_state_dict(state, strict=False)
 
 
-def _some(state: Mapping[str, torch.Tensor]) -> str:
-    names = sorted(state)
+def _some(keys: Iterable[str]) -> str:
+    names = sorted(keys)
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

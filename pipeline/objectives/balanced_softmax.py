@@ -1,4 +1,4 @@
-"""Balanced softmax: cross-entropy on z_j + log n_j while training, plain logits at test time.
+"""Balanced softmax: cross-entropy on z_j + log n_j in training, plain logits z at test time.
 
 Source: Ren et al., "Balanced Meta-Softmax for Long-Tailed Visual Recognition", NeurIPS 2020, eq. (3).
 """
@@ -16,11 +16,11 @@ NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class Loss(Section):
-    """Nothing to choose."""
+    """No options."""
 
 
 class Objective(objective.Objective):
-    """On the mean of the experts' logits, with a linear classifier."""
+    """A linear classifier; the loss is taken on the mean of the experts' logits."""
 
     classifier = "linear"
     scale = 1.0
@@ -31,10 +31,10 @@ class Objective(objective.Objective):
         self.prior = log_prior(counts)
 
     def forward(self, maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """Logits (B, K)."""
+        """Logits (B, K), the mean over experts."""
         features = torch.stack([global_average(m) for m in maps])
         return logits("linear", dict(self.named_parameters()), features)
 
-    def cost(self, found: torch.Tensor, labels: torch.Tensor, epoch: int) -> torch.Tensor:
-        """Cross-entropy of the logits (B, K) with the prior added."""
-        return F.cross_entropy(found + self.prior.to(found), labels)
+    def cost(self, outputs: torch.Tensor, labels: torch.Tensor, epoch: int) -> torch.Tensor:
+        """Cross-entropy of logits (B, K) plus the log prior."""
+        return F.cross_entropy(outputs + self.prior.to(outputs), labels)

@@ -1,6 +1,6 @@
 """Cross-entropy on the mean of the experts' logits, with a linear classifier.
 
-With `mixup` in the backbone's section this is "CE + mixup", stage I of DR and MiSLAS (H2T paper, section 4.2).
+With `mixup` set for the backbone this is "CE + mixup", stage I of DR and MiSLAS (H2T paper, section 4.2).
 """
 
 import torch
@@ -15,11 +15,11 @@ NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class Loss(Section):
-    """Nothing to choose."""
+    """No options."""
 
 
 class Objective(objective.Objective):
-    """Weights start as in the published codes: normal with variance 2 / C, bias uniform within 1 / sqrt(C)."""
+    """A linear classifier with the initial weights of the published codes (`networks.classifier.fresh_linear`)."""
 
     classifier = "linear"
     scale = 1.0
@@ -29,10 +29,10 @@ class Objective(objective.Objective):
         self.weight, self.bias = map(nn.Parameter, fresh_linear(experts, len(counts), channels))
 
     def forward(self, maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """Logits (B, K)."""
+        """Logits (B, K), the mean over experts."""
         features = torch.stack([global_average(m) for m in maps])
         return logits("linear", dict(self.named_parameters()), features)
 
-    def cost(self, found: torch.Tensor, labels: torch.Tensor, epoch: int) -> torch.Tensor:
-        """Cross-entropy of the logits (B, K)."""
-        return F.cross_entropy(found, labels)
+    def cost(self, outputs: torch.Tensor, labels: torch.Tensor, epoch: int) -> torch.Tensor:
+        """Cross-entropy of logits (B, K)."""
+        return F.cross_entropy(outputs, labels)

@@ -1,8 +1,8 @@
-"""GCL: cosine logits clouded by Gaussian noise, more for rarer classes.
+"""GCL: cosine logits with Gaussian noise that is larger for rarer classes.
 
-Source: Li et al., "Long-tailed Visual Recognition via Gaussian Clouded Logit Adjustment", CVPR 2022, section 3: the
-loss is CE(s c'), c'_ij = cos_ij - amplitude |e_ij| d_j (less `margin` for the true class), e_ij normal with standard
-deviation 1/3 clamped to [-1, 1], d_j = (log n_max - log n_j) / (log n_max - log n_min).
+Source: Li et al., "Long-tailed Visual Recognition via Gaussian Clouded Logit Adjustment", CVPR 2022, section 3. The
+loss is CE(s c'), with c'_ij = cos_ij - amplitude |e_ij| d_j, less `margin` for the true class; e_ij is normal with
+standard deviation 1/3, clamped to [-1, 1]; d_j = (log n_max - log n_j) / (log n_max - log n_min).
 """
 
 import torch
@@ -26,7 +26,10 @@ class Loss(Section):
 
 
 class Objective(objective.Objective):
-    """On the mean of the experts' cosines; weights start uniform in [-1, 1], then at length 1."""
+    """A cosine classifier; the loss is taken on the mean of the experts' cosines.
+
+    Initial weights: uniform in [-1, 1], then normalised to length 1.
+    """
 
     classifier = "cosine"
 
@@ -39,12 +42,12 @@ class Objective(objective.Objective):
         self.clouds = cloud_sizes(counts)
 
     def forward(self, maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """Cosines (B, K)."""
+        """Cosines (B, K), the mean over experts."""
         features = torch.stack([global_average(m) for m in maps])
         return logits("cosine", {"weight": self.weight}, features)
 
-    def cost(self, found: torch.Tensor, labels: torch.Tensor, epoch: int) -> torch.Tensor:
-        """Cross-entropy of the clouded cosines (B, K). Draws from torch's generator at every call."""
-        noise = (torch.randn_like(found) / 3).clamp(-1, 1)
-        moved = clouded(found, labels, noise, self.clouds.to(found), self.amplitude, self.margin)
-        return F.cross_entropy(self.scale * moved, labels)
+    def cost(self, outputs: torch.Tensor, labels: torch.Tensor, epoch: int) -> torch.Tensor:
+        """Cross-entropy of the adjusted cosines (B, K). Draws noise from torch's generator at each call."""
+        noise = (torch.randn_like(outputs) / 3).clamp(-1, 1)
+        adjusted = clouded(outputs, labels, noise, self.clouds.to(outputs), self.amplitude, self.margin)
+        return F.cross_entropy(self.scale * adjusted, labels)

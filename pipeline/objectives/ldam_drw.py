@@ -1,8 +1,8 @@
 """LDAM with deferred re-weighting: larger margins for rarer classes, class weights late in training.
 
-Source: Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss", NeurIPS 2019: the loss is
-CE_w(s (cos_j - 1[j = y] m_y)) with m_j = margin n_j^(-1/4) / max_l n_l^(-1/4); weights w_j proportional to
-(1 - beta) / (1 - beta^n_j), with sum K, from `reweight_epoch` on (section 3.3), 1 before.
+Source: Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss", NeurIPS 2019. The loss is
+CE_w(s (cos_j - 1[j = y] m_y)) with m_j = margin n_j^(-1/4) / max_l n_l^(-1/4). The class weights w_j are 1 before
+`reweight_epoch`, then proportional to (1 - beta) / (1 - beta^n_j) with sum K (section 3.3).
 """
 
 from typing import Annotated
@@ -29,7 +29,10 @@ class Loss(Section):
 
 
 class Objective(objective.Objective):
-    """On the mean of the experts' cosines; weights start uniform in [-1, 1], then at length 1."""
+    """A cosine classifier; the loss is taken on the mean of the experts' cosines.
+
+    Initial weights: uniform in [-1, 1], then normalised to length 1.
+    """
 
     classifier = "cosine"
 
@@ -43,12 +46,12 @@ class Objective(objective.Objective):
         self.weights = effective_weights(counts, loss.beta)
 
     def forward(self, maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """Cosines (B, K)."""
+        """Cosines (B, K), the mean over experts."""
         features = torch.stack([global_average(m) for m in maps])
         return logits("cosine", {"weight": self.weight}, features)
 
-    def cost(self, found: torch.Tensor, labels: torch.Tensor, epoch: int) -> torch.Tensor:
-        """Weighted cross-entropy of the cosines (B, K) less the margins."""
-        own = F.one_hot(labels, len(self.margins)) * self.margins.to(found)
-        weights = self.weights.to(found) if epoch >= self.reweight_epoch else None
-        return F.cross_entropy(self.scale * (found - own), labels, weights)
+    def cost(self, outputs: torch.Tensor, labels: torch.Tensor, epoch: int) -> torch.Tensor:
+        """Weighted cross-entropy of the cosines (B, K) less the true class's margin."""
+        margins = F.one_hot(labels, len(self.margins)) * self.margins.to(outputs)
+        weights = self.weights.to(outputs) if epoch >= self.reweight_epoch else None
+        return F.cross_entropy(self.scale * (outputs - margins), labels, weights)

@@ -1,7 +1,8 @@
-"""ResLT: three branches for head, medium and tail share one linear layer, each with a batch norm of its own.
+"""ResLT: branches for head, medium and tail classes share one linear layer; each has a batch norm of its own.
 
-Source: Cui et al., "ResLT: Residual Learning for Long-tailed Recognition", TPAMI 2022: (1 - beta) CE(z_H + z_M + z_T)
-+ beta I, I the mean of every branch's own terms (`networks.branches`); at test time z_H + z_M + z_T.
+Source: Cui et al., "ResLT: Residual Learning for Long-tailed Recognition", TPAMI 2022. The loss is
+(1 - beta) CE(z_H + z_M + z_T) + beta I, with I the mean of the branches' own terms (`networks.branches.reslt_loss`). At
+test time the logits are z_H + z_M + z_T.
 """
 
 import torch
@@ -23,7 +24,7 @@ class Loss(Section):
 
 
 class Objective(objective.Objective):
-    """Experts share the batch norms and own their linear layers."""
+    """The classifier of branches. Experts share its batch norms; each has its own linear layer."""
 
     classifier = "branches"
     scale = 1.0
@@ -40,7 +41,7 @@ class Objective(objective.Objective):
         self.register_buffer("running_var", torch.ones(shape))
 
     def forward(self, maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """Logits of each branch, (branches, B, K). Moves the running statistics."""
+        """Logits of each branch, (branches, B, K). Updates the running statistics."""
         features = torch.stack([moments(m) for m in maps])
         state = dict(self.state_dict(keep_vars=True))
         with torch.no_grad():
@@ -49,6 +50,6 @@ class Objective(objective.Objective):
                 getattr(self, name).copy_(value)
         return branch_logits(state, features)
 
-    def cost(self, found: torch.Tensor, labels: torch.Tensor, epoch: int) -> torch.Tensor:
-        """ResLT's loss of the branches' logits (branches, B, K)."""
-        return reslt_loss(found, labels, self.starts, self.beta)
+    def cost(self, outputs: torch.Tensor, labels: torch.Tensor, epoch: int) -> torch.Tensor:
+        """ResLT's loss, from logits of each branch (branches, B, K)."""
+        return reslt_loss(outputs, labels, self.starts, self.beta)

@@ -1,10 +1,11 @@
-"""RIDE: diverse experts, each by a margin loss, with a term that rewards their difference.
+"""RIDE: several experts, each trained with a margin loss, and a term that rewards different predictions.
 
 Source: Wang et al., "Long-tailed Recognition by Routing Diverse Distribution-Aware Experts", ICLR 2021, section 3, as
-in the authors' code: sum over experts e of CE_w(z_e - s m_y 1_y, y) + diversity T^2 KL(softmax(z / T_j) ||
-softmax(z_e / T_j)) with z the mean of the experts' logits (no gradient through it in the second term) and LDAM's
-margins m. Before `reweight_epoch` w = 1 and T = 1; then w are the weights of LDAM-DRW, T_j = temperature t_j / max t
-with t_j = K eta n_j / N + 1 - eta, and T is the mean of the T_j.
+in the authors' code. The loss is the sum over experts e of
+CE_w(z_e - s m_y 1_y, y) + diversity T^2 KL(softmax(z / T_j) || softmax(z_e / T_j)),
+with m the margins of LDAM and z the mean of the experts' logits, without gradient in the second term. Before
+`reweight_epoch` w = 1 and T_j = T = 1. From then on w are the weights of LDAM-DRW, T_j = temperature t_j / max t with
+t_j = K eta n_j / N + 1 - eta, and T is the mean of the T_j.
 """
 
 from typing import Annotated, Literal
@@ -39,13 +40,13 @@ class Loss(Section):
 
 
 def temperatures(counts: torch.Tensor, temperature: float, eta: float) -> torch.Tensor:
-    """T_j, (K,)."""
-    found = len(counts) * eta * counts.double() / counts.sum() + 1 - eta
-    return temperature * found / found.max()
+    """T_j, (K,), float64, from counts (K,)."""
+    relative = len(counts) * eta * counts.double() / counts.sum() + 1 - eta
+    return temperature * relative / relative.max()
 
 
 class Objective(objective.Objective):
-    """One classifier per expert; at test time the mean of their logits."""
+    """One classifier per expert; at test time their logits are averaged."""
 
     def __init__(self, loss: Loss, channels: int, experts: int, counts: torch.Tensor) -> None:
         super().__init__()
@@ -67,15 +68,16 @@ class Objective(objective.Objective):
         features = torch.stack([global_average(m) for m in maps])
         return expert_logits(self.classifier, dict(self.named_parameters()), features, self.scale)
 
-    def cost(self, found: torch.Tensor, labels: torch.Tensor, epoch: int) -> torch.Tensor:
-        """Summed over experts, mean over the batch, from each expert's logits (E, B, K)."""
-        late = epoch >= self.reweight_epoch
-        weights = self.weights.to(found) if late else None
-        heat = self.temperatures.to(found) if late else torch.ones_like(self.margins).to(found)
-        own = self.scale * F.one_hot(labels, len(self.margins)) * self.margins.to(found)
-        common = (found.detach().mean(0) / heat).log_softmax(-1)
-        total = found.new_zeros(())
-        for logits in found:
-            apart = F.kl_div((logits / heat).log_softmax(-1), common, reduction="batchmean", log_target=True)
-            total = total + F.cross_entropy(logits - own, labels, weights) + self.diversity * heat.mean() ** 2 * apart
+    def cost(self, outputs: torch.Tensor, labels: torch.Tensor, epoch: int) -> torch.Tensor:
+        """The loss, summed over experts and averaged over the batch, from logits of each expert (E, B, K)."""
+        reweighted = epoch >= self.reweight_epoch
+        weights = self.weights.to(outputs) if reweighted else None
+        heat = self.temperatures.to(outputs) if reweighted else torch.ones_like(self.margins).to(outputs)
+        margins = self.scale * F.one_hot(labels, len(self.margins)) * self.margins.to(outputs)
+        mean = (outputs.detach().mean(0) / heat).log_softmax(-1)
+        total = outputs.new_zeros(())
+        for logits in outputs:
+            distance = F.kl_div((logits / heat).log_softmax(-1), mean, reduction="batchmean", log_target=True)
+            classified = F.cross_entropy(logits - margins, labels, weights)
+            total = total + classified + self.diversity * heat.mean() ** 2 * distance
         return total

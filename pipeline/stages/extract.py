@@ -1,8 +1,8 @@
-"""extract: run the frozen backbone once over every image and store its last feature maps as a cache.
+"""extract: runs the frozen backbone once over every image and stores its last feature maps as a cache.
 
-One forward pass per (sample, view, statistics), but for rows that a previous cache gives (`extraction.reuse`).
-The unit of work is a shard: a run that was killed goes on from its finished shards to the same bytes. Decoding, forward
-pass (`extraction.forward`) and writing overlap.
+Each (sample, view, statistics) is one row and takes one forward pass, unless a previous cache has the row
+(`extraction.reuse`). A resumed run keeps the finished shards, computes the others and ends with the same bytes.
+Decoding, forward passes (`extraction.forward`) and writing overlap.
 """
 
 import math
@@ -18,7 +18,6 @@ import numpy as np
 import pyarrow as pa
 import pydantic
 import torch
-from torch import nn
 
 from h2t.cache.errors import CacheError
 from h2t.cache.format.card import card
@@ -31,6 +30,7 @@ from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import DISTINCT, Bytes, Count, Epochs, Positive, Section, at_most
 from h2t.pipeline.base.precision import Precision
 from h2t.pipeline.base.progress import progress
+from h2t.pipeline.base.text import counted
 from h2t.pipeline.data.images import Images
 from h2t.pipeline.data.samples import Samples
 from h2t.pipeline.extraction import batchnorm, forward, reuse
@@ -38,12 +38,13 @@ from h2t.pipeline.extraction.batchnorm import Statistics
 from h2t.pipeline.extraction.cluster import ADDRESS
 from h2t.pipeline.extraction.recipes import stored
 from h2t.pipeline.extraction.recorded import MOST_IMAGES
+from h2t.pipeline.networks.backbone import Backbone
 from h2t.pipeline.networks.trained import load_backbone
 from h2t.pipeline.networks.weights import weights_digest
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
-TAP = "last maps before pooling"
+TAP = "last maps before pooling"  # where the backbone is cut; part of the fingerprint
 MOST_VIEWS = 2**15  # views are numbered from 0 in 16 bits
 
 
@@ -76,10 +77,11 @@ class Params(Section):
 
 @dataclass(frozen=True)
 class Summary:
-    """What an extraction did; `forwarded` counts images that went through the backbone for rows.
+    """Counts and costs of an extraction.
 
-    `taken` counts rows that came from a previous cache. `forward_*` is what the forward passes in this process alone
-    took (`forward.Passes`), zeros where they ran on a cluster or none was needed.
+    `forwarded`: rows computed by a forward pass; `taken`: rows copied from a previous cache; `kept_shards`: shards that
+    an earlier attempt had finished. `forward_*`: cost of the forward passes of this process, in images and seconds
+    (`forward.Passes`); 0 if they ran on a cluster, or if there were none.
     """
 
     fingerprint: str
@@ -95,13 +97,16 @@ class Summary:
 
 
 def views_per_class(counts: list[int], max_views: int, target: float) -> list[int]:
-    """V_j = min(max_views, ceil(target * N / (C * n_j))): rare classes, drawn more often, get more views."""
+    """Views per training sample, by class: V_j = min(max_views, ceil(target N / (K n_j))), N samples in K classes.
+
+    Rare classes get more views, as balanced samplers draw them more often.
+    """
     mean = sum(counts) / len(counts)
     return [min(max_views, math.ceil(target * mean / n)) for n in counts]
 
 
 def row_table(params: Params, samples: Samples) -> pa.Table:
-    """Every row of the cache, in cache order. Evaluation samples have view 0 only."""
+    """The table of all rows, in cache order (columns: `cache.format.rows`). Evaluation samples have view 0 only."""
     views = views_per_class(samples.counts, params.max_views, params.view_target)
     columns: dict[str, list[Any]] = {
         k: [] for k in ("sample", "view", "statistics", "split", "label", "source", "digest")
@@ -132,10 +137,11 @@ def run(
     previous: Source | None = None,
     anew: bool = False,
 ) -> Summary:
-    """Extracts the maps of the backbone in `backbone_dir` into the cache `out`; continues a killed run.
+    """Extracts the maps of the backbone in `backbone_dir` into the cache `out`; resumes a killed run.
 
-    `previous` is the open cache that `extract.statistics_from` names. With `anew` its statistics are kept, but every
-    row is computed: the bytes are the same. Raises CacheError (`exists`, `busy`, `full`, `damaged`) and UserError.
+    `previous` is the open cache that `extract.statistics_from` names. With `anew` its statistics are kept but no rows:
+    all are computed, to the same bytes. Raises CacheError (`exists`, `busy`, `full`, `damaged`), and UserError if the
+    backbone, images, previous cache or cluster cannot be used.
     """
     backbone, identity = load_backbone(backbone_dir)
     backbone.to(device)
@@ -152,7 +158,7 @@ def run(
     with Staging(out) as staging:
         existing = committed(out)
         if existing is not None and _same(existing, inputs, params, names, len(rows), kept, origin):
-            say(f"{name}: {out} already holds this cache ({existing.rows} rows); nothing to do")
+            say(f"{name}: {out} already holds this cache ({counted(existing.rows, 'row')}); nothing to do")
             staging.discard()
             return _summary(existing, 0, 0, existing.shards, forward.Passes())
         if existing is not None and not replace:
@@ -169,8 +175,8 @@ def run(
         carrier = None
         if previous is not None and not anew:
             wanted = reuse.Wanted(rows, inputs, params.dtype, samples.facts["dataset"], settings)
-            carrier, said = reuse.carrier(previous, wanted, batchnorm.from_bytes(statistics), spec, pending)
-            say(f"{name}: {said}")
+            carrier, summary = reuse.carrier(previous, wanted, batchnorm.from_bytes(statistics), spec, pending)
+            say(f"{name}: {summary}")
         if carrier is not None:
             todo = {shard: numbers[carrier.origin[numbers] < 0] for shard, numbers in todo.items()}
         job = forward.Job(
@@ -180,12 +186,14 @@ def run(
         passes = _extract(job, backbone, writer, carrier, params.cluster, name, say)
         if weights_digest(dict(backbone.named_parameters())) != before:
             raise UserError(
-                f"{name}: the backbone's weights changed during extraction; its forward pass must not train"
+                f"{name}: the backbone's weights must not change during extraction; got other weights at its end; make "
+                "its forward pass leave its parameters alone"
             )
         writer.commit(statistics, card(spec, rows), replace=replace)
     forwarded = sum(len(numbers) for numbers in todo.values())
     taken = sum(len(spec.shard_range(shard)) for shard in pending) - forwarded
-    say(f"{name}: {spec.rows} rows in {spec.shards} shards, {spec.value_bytes / 1e6:.1f} MB of values -> {out}")
+    what = f"{counted(spec.rows, 'row')} in {counted(spec.shards, 'shard')}, {spec.value_bytes / 1e6:.1f} MB of values"
+    say(f"{name}: {what}, written to {out}")
     return _summary(spec, forwarded, taken, spec.shards - len(pending), passes)
 
 
@@ -205,7 +213,7 @@ def _summary(spec: CacheSpec, forwarded: int, taken: int, kept: int, passes: for
 
 
 def fingerprint_inputs(params: Params, samples: Samples, identity: dict[str, Any], seed: int) -> dict[str, Any]:
-    """All that decides the values, but for the statistics, which follow from it."""
+    """Everything that determines the stored values, except the batch-norm statistics, which `run` adds."""
     table = samples.table.select(["split", "label", "source", "digest"]).to_pydict()
     return {
         "backbone": {**identity, "tap": TAP},
@@ -217,7 +225,7 @@ def fingerprint_inputs(params: Params, samples: Samples, identity: dict[str, Any
 
 
 def layout(params: Params, row_bytes: int) -> tuple[int, int]:
-    """Rows per chunk and per shard."""
+    """(rows per chunk, rows per shard) for rows of at most `row_bytes` bytes per expert."""
     chunk_rows = params.chunk_rows or chunk_rows_for(row_bytes)
     return chunk_rows, shard_rows_for(row_bytes, chunk_rows, params.shard_bytes)
 
@@ -231,24 +239,24 @@ def _same(
     kept: Statistics,
     origin: dict[str, str],
 ) -> bool:
-    """Whether `existing` is the cache that would be written.
+    """True if `existing` is the cache that this run would write.
 
-    Its statistics are those kept; those that are estimated follow from the other ingredients.
+    Its statistics are compared only if all are kept. Estimated ones follow from what else is compared.
     """
-    found = {k: dict(v) if isinstance(v, dict) else v for k, v in existing.fingerprint_inputs.items()}
-    if not isinstance(found.get("batchnorm"), dict):
+    recorded = {k: dict(v) if isinstance(v, dict) else v for k, v in existing.fingerprint_inputs.items()}
+    if not isinstance(recorded.get("batchnorm"), dict):
         return False
-    digest = found["batchnorm"].pop("statistics", None)
+    digest = recorded["batchnorm"].pop("statistics", None)
     if sorted(kept) == names:
         same_statistics = digest == sha256(batchnorm.to_bytes(kept))
     else:
         same_statistics = existing.provenance.get("statistics_from") == origin.get("statistics_from")
     chunks = layout(params, max(existing.row_bytes(e) for e in range(existing.experts)))
-    # Batch size and threads are within the tolerance of one precision; another precision is not.
+    # Batch size and threads change results only within the tolerance of a precision, so they are not compared.
     precision = existing.provenance.get("precision", "float32")
     have = (existing.codec, existing.dtype, precision, (existing.chunk_rows, existing.shard_rows), existing.rows)
     asked = (params.codec, params.dtype, params.precision, chunks, rows)
-    return same_statistics and found == inputs and have == asked
+    return same_statistics and recorded == inputs and have == asked
 
 
 def _statistics(
@@ -256,26 +264,27 @@ def _statistics(
     params: Params,
     names: list[str],
     kept: Statistics,
-    backbone: nn.Module,
+    backbone: Backbone,
     samples: Samples,
     images: Images,
     seed: int,
     device: torch.device,
     depends: dict[str, Any],
 ) -> bytes:
-    """The batch-norm statistics `names`: those `kept`, the others estimated once and left in staging for next attempts.
+    """The batch-norm statistics `names` as bytes: those `kept`, and the others estimated.
 
-    `depends` is all that decides what is estimated.
+    They are saved in staging, so that a resumed run does not estimate them again. `depends`: everything that the
+    estimates depend on.
     """
     key = sha256(canonical_json({**depends, "kept": sha256(batchnorm.to_bytes(kept))}))
     data = staging.kept("batchnorm.safetensors")
     if data is not None and staging.kept("batchnorm.json") == canonical_json({"of": key, "is": sha256(data)}):
         return data
     missing = [name for name in names if name not in kept]
-    found = batchnorm.compute(
+    estimated = batchnorm.compute(
         backbone, missing, samples, images, passes=params.batchnorm_passes, seed=seed, device=device
     )
-    data = batchnorm.to_bytes({name: {**kept, **found}[name] for name in names})
+    data = batchnorm.to_bytes({name: {**kept, **estimated}[name] for name in names})
     staging.keep("batchnorm.safetensors", data)
     staging.keep("batchnorm.json", canonical_json({"of": key, "is": sha256(data)}))
     return data
@@ -283,7 +292,7 @@ def _statistics(
 
 def _spec(
     params: Params,
-    backbone: nn.Module,
+    backbone: Backbone,
     samples: Samples,
     rows: int,
     inputs: dict[str, Any],
@@ -314,29 +323,30 @@ def _spec(
 
 
 def _announce(spec: CacheSpec, name: str, pending: list[int], out: Path, say: Callable[[str], None]) -> None:
-    """Says what is about to be written, and refuses what the disk cannot hold."""
+    """Prints what will be written. Raises CacheError `full` if the disk has too little space for it."""
     share = sum(len(spec.shard_range(s)) for s in pending) / spec.rows
     needed = int(spec.value_bytes * share * 1.02) + 2**20
     free = shutil.disk_usage(out.parent).free
     kept = spec.shards - len(pending)
-    resumed = f", {kept} of {spec.shards} shards kept from before" if kept else ""
-    say(f"{name}: {spec.rows} rows, {spec.value_bytes / 1e6:.1f} MB of values{resumed}; {free / 1e9:.1f} GB free")
+    resumed = f", {kept:,} of {counted(spec.shards, 'shard')} already written" if kept else ""
+    size = f"{counted(spec.rows, 'row')}, {spec.value_bytes / 1e6:.1f} MB of values"
+    say(f"{name}: {size}{resumed}; {free / 1e9:.1f} GB free")
     if needed > free:
         raise CacheError(
-            "full", f"{out}: needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; make space or use a codec"
+            "full", f"{out}: needs {needed / 1e9:.2f} GB; got {free / 1e9:.2f} GB free; make space or use a codec"
         )
 
 
 def _extract(
     job: forward.Job,
-    backbone: nn.Module,
+    backbone: Backbone,
     writer: CacheWriter,
     carrier: Carrier | None,
     address: str | None,
     name: str,
     say: Callable[[str], None],
 ) -> forward.Passes:
-    """Computes the rows to do, here or on a cluster; another thread completes shards and writes them."""
+    """Computes the rows in `job.todo`, here or on a cluster. Another thread completes shards and writes them."""
     spec, passes = job.spec, forward.Passes()
     row_bytes = sum(spec.row_bytes(e) for e in range(spec.experts))
     total = sum(len(numbers) for numbers in job.todo.values())
@@ -352,13 +362,13 @@ def _extract(
         else:
             writer.put(shard, carrier.complete(shard, maps))
 
-    with ThreadPoolExecutor(1, "write") as scribe, bar:
+    with ThreadPoolExecutor(1, "write") as write_thread, bar:
         writes: deque[Future[None]] = deque()
-        # Where most rows are carried over, batches are filled across shards.
+        # With rows from a previous cache few are left in each shard, so batches span shards.
         for shard, maps in forward.shards(job, backbone, address, tick, passes, say, straddle=carrier is not None):
-            writes.append(scribe.submit(write, shard, maps))
-            while len(writes) > 2:  # the bound on memory: three shards
+            writes.append(write_thread.submit(write, shard, maps))
+            while len(writes) > 2:  # bounds memory to three shards
                 writes.popleft().result()
-        for done in writes:
-            done.result()
+        for pending_write in writes:
+            pending_write.result()
     return passes

@@ -1,7 +1,7 @@
-"""pool: a copy of a cache with one vector per row in place of a map, 25 to 64 times fewer numbers.
+"""pool: copies a cache with one vector per row in place of its maps, 25 to 64 times fewer numbers.
 
-Whoever trains linear heads needs no more than this, so it is what a colleague pulls. The copy has the parent's rows and
-names its backbone: it is a CACHE to train-classifier and evaluate like any other.
+Linear classifiers need only these vectors, so this is the copy to share. It has the parent's rows and names its
+backbone; train-classifier and evaluate accept it like any other cache.
 """
 
 from collections.abc import Callable
@@ -19,6 +19,7 @@ from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import Section, build, plugin
 from h2t.pipeline.base.progress import progress
+from h2t.pipeline.base.text import counted
 from h2t.pipeline.heads.features import pool_label
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
@@ -35,10 +36,10 @@ class Params(Section):
 def run(
     params: Params, name: str, cache: Cache, out: Path, say: Callable[[str], None], *, replace: bool = False
 ) -> CacheSpec:
-    """Pools `cache` into the cache `out`; continues a killed run.
+    """Pools `cache` into a new cache at `out`; resumes a killed run. Vectors are stored as maps (D, 1, 1), float32.
 
-    Raises CacheError (`exists`, `busy`, `full`), and UserError for a cache that is pooled already and for a pool that
-    is trained or gives several numbers a channel.
+    Raises CacheError (`exists`, `busy`, `full`), and UserError if `cache` is pooled already, or if the pool is trained
+    or gives more than one number per channel.
     """
     if "pool" in cache.spec.fingerprint_inputs:
         raise UserError(f"{cache.files}: is pooled already; name the cache it was made from")
@@ -47,13 +48,14 @@ def run(
     of = {channels: module.Pool(options, channels) for channels, _, _ in cache.spec.maps}
     if any(not pool.commutes or getattr(pool, "numbers", 1) != 1 for pool in of.values()):
         raise UserError(
-            f"pool.pool: must act on each channel alone, without trained parts, and give one number; got {params.pool}"
+            "pool.pool: must have no trained parts and give one number per channel, from that channel alone; "
+            f"got {params.pool}; use gap, max or an untrained gem, or share the cache itself"
         )
 
     def vectors(maps: np.ndarray) -> np.ndarray:
         with torch.no_grad():
-            found: np.ndarray = of[maps.shape[1]]({}, torch.from_numpy(maps)).numpy()
-        return found
+            pooled_maps: np.ndarray = of[maps.shape[1]]({}, torch.from_numpy(maps)).numpy()
+        return pooled_maps
 
     with progress(None, f"pool {name}", unit="row", total=cache.spec.rows, unit_scale=True) as bar:
         spec = pooled(
@@ -66,5 +68,6 @@ def run(
             replace=replace,
             progress=bar.update,
         )
-    say(f"{name}: {spec.rows} rows, {cache.spec.value_bytes / 1e6:.1f} -> {spec.value_bytes / 1e6:.1f} MB -> {out}")
+    before, after = cache.spec.value_bytes / 1e6, spec.value_bytes / 1e6
+    say(f"{name}: {counted(spec.rows, 'row')}, {before:.1f} -> {after:.1f} MB, written to {out}")
     return spec

@@ -1,8 +1,8 @@
-"""train_backbone (stage I): train a network by an objective, or take its weights from a file.
+"""train_backbone (stage I): trains a network with an objective, or loads its weights from a file.
 
 Writes `backbone.safetensors` (the network up to its maps), `head.safetensors` (the stage-I classifier) and training
-curves as tab-separated files in `plots/metrics`, the layout that DVC's own logger uses. The loop is in
-`training.loop`; `torchrun --nproc-per-node N -m h2t.pipeline train-backbone ...` spreads it over N processes.
+curves as tab-separated files in `plots/metrics`, in the layout of DVC's logger. The loop is in `training.loop`;
+`torchrun --nproc-per-node N -m h2t.pipeline train-backbone ...` runs it in N processes.
 """
 
 import csv
@@ -21,10 +21,13 @@ from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import fresh_directory
 from h2t.pipeline.base.params import Section, build, plugin
 from h2t.pipeline.base.seeds import torch_seed
+from h2t.pipeline.base.text import counted
 from h2t.pipeline.data.images import Images
 from h2t.pipeline.data.samples import Samples
+from h2t.pipeline.networks.backbone import Backbone, build_backbone
 from h2t.pipeline.networks.weights import fill, fit_head, load_checkpoint, save_weights, split_head, weights_digest
 from h2t.pipeline.training.loop import Curves, StageOne, Training
+from h2t.pipeline.training.objective import Objective
 from h2t.pipeline.training.parallel import processes
 from h2t.pipeline.training.resume import Checkpoint
 
@@ -57,19 +60,22 @@ def run(
     out: Path,
     say: Callable[[str], None],
 ) -> None:
-    """Trains (or loads) the backbone called `name` into the directory `out`."""
+    """Trains or loads the backbone `name` and writes it into the directory `out`. `seed`: of weights and batches.
+
+    Raises UserError if the weights are missing or do not fit, or if training diverges.
+    """
     where = f"backbones.{name}"
     arch, objectives = plugins.load("backbones", params.arch), plugins.load("objectives", params.objective)
     counts = torch.tensor(samples.counts)
     with torch.random.fork_rng():
         torch.manual_seed(torch_seed(seed, "stage1", "initial"))
         options = build(arch.Options, f"{where}.options", params.options)
-        backbone = arch.build(options)
+        backbone = build_backbone(arch, options)
         loss = build(objectives.Loss, f"{where}.loss", params.loss)
-        objective = objectives.Objective(loss, backbone.channels, backbone.experts, counts)
+        objective: Objective = objectives.Objective(loss, backbone.channels, backbone.experts, counts)
     if params.weights is not None:
         _load(params, where, backbone, objective)
-        say(f"{name}: weights from {Path(params.weights).name}, nothing trained")
+        say(f"{name}: weights from {Path(params.weights).name}; nothing is trained")
         _write(out, params, backbone, objective, [])
         return
     if params.start is not None:
@@ -78,23 +84,24 @@ def run(
     with processes(device) as group:
         if params.accumulate % group.size:
             raise UserError(
-                f"{where}.accumulate: must be a multiple of the {group.size} processes, each of which takes as many "
-                f"parts of a batch; got {params.accumulate}; set it to {group.size}"
+                f"{where}.accumulate: must be a multiple of the number of processes, {group.size}, which share the "
+                f"parts of a batch equally; got {params.accumulate}; set it to {group.size}"
             )
         first = group.rank == 0
         training = StageOne(params, backbone, objective, samples, images, seed, group)
         curves = training.run(name, save, say if first else lambda line: None)
     if not all(torch.isfinite(p).all() for p in backbone.state_dict().values()):
-        raise UserError(f"{where}: training diverged, weights are not finite; lower {where}.lr")
+        raise UserError(f"{where}: training diverged, weights must be finite; got NaN or infinity; lower {where}.lr")
     if first:
         last = curves[-1]
         _write(out, params, backbone, objective, curves)
         save.clear()
-        say(f"{name}: {params.epochs} epochs, loss {last['loss']:.3f}, training accuracy {last['accuracy']:.1f} %")
+        epochs = counted(params.epochs, "epoch")
+        say(f"{name}: {epochs}, loss {last['loss']:.3f}, training accuracy {last['accuracy']:.1f} %")
 
 
-def _token(params: Params, samples: Samples, backbone: torch.nn.Module, seed: int, device: torch.device) -> str:
-    """What must be equal for an unfinished training to be gone on with. Not the number of processes."""
+def _token(params: Params, samples: Samples, backbone: Backbone, seed: int, device: torch.device) -> str:
+    """Training resumes only if this token is unchanged. It does not depend on the number of processes."""
     table = samples.table.select(["split", "label", "source", "digest"]).to_pydict()
     about = {
         "params": params.model_dump(),
@@ -107,7 +114,7 @@ def _token(params: Params, samples: Samples, backbone: torch.nn.Module, seed: in
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
-def _write(out: Path, params: Params, backbone: torch.nn.Module, objective: Any, curves: Curves) -> None:
+def _write(out: Path, params: Params, backbone: Backbone, objective: Objective, curves: Curves) -> None:
     about = {"arch": params.arch, "options": params.options, "channels": backbone.channels, "experts": backbone.experts}
     with fresh_directory(out) as into:
         save_weights(into / "backbone.safetensors", backbone.state_dict(), about)
@@ -120,14 +127,20 @@ def _write(out: Path, params: Params, backbone: torch.nn.Module, objective: Any,
 
 
 def _checkpoint(params: Params, key: str, path: Path) -> dict[str, torch.Tensor]:
-    """The state dict in `path`. Raises UserError if it is not the file that `sha256` names, or changes meanwhile."""
+    """The state dict in the file `path`, which the parameter `key` names.
+
+    Raises UserError if the file's digest is not `sha256`, or if it changes while it is read.
+    """
     if params.sha256 is None or not path.is_file():
         return load_checkpoint(path)
     with path.open("rb") as file:
         before = os.fstat(file.fileno())
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != params.sha256:
-        raise UserError(f"{key}: {path.name} must have sha256 {params.sha256}; got {found}")
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != params.sha256:
+        raise UserError(
+            f"{key}: {path.name} must have sha256 {params.sha256}; got {digest}; download the file again, or correct "
+            "the key sha256"
+        )
     state = load_checkpoint(path)
     after = path.stat()
     if any(getattr(before, k) != getattr(after, k) for k in ("st_ino", "st_size", "st_mtime_ns")):
@@ -135,25 +148,25 @@ def _checkpoint(params: Params, key: str, path: Path) -> dict[str, torch.Tensor]
     return state
 
 
-def _load(params: Params, where: str, backbone: torch.nn.Module, objective: torch.nn.Module) -> None:
+def _load(params: Params, where: str, backbone: Backbone, objective: Objective) -> None:
     body, head = split_head(_checkpoint(params, f"{where}.weights", Path(str(params.weights))))
     fill(backbone, body, f"{where}.weights")
     objective.load_state_dict(fit_head(head, objective.state_dict(), f"{where}.weights"))
 
 
-def _start(params: Params, where: str, arch: ModuleType, options: Section, backbone: torch.nn.Module) -> None:
-    """Puts the weights to start from into `backbone`, but for those that it says are to be fresh."""
+def _start(params: Params, where: str, arch: ModuleType, options: Section, backbone: Backbone) -> None:
+    """Loads the weights to start from into `backbone`, except those that it declares `fresh`."""
     key = f"{where}.start"
     if params.start == "torchvision":
         if not hasattr(arch, "weights"):
             raise UserError(f"{key}: torchvision has no weights for {params.arch}; name a checkpoint file, or null")
-        found = arch.weights(options)
+        pretrained = arch.weights(options)
     else:
-        found = _checkpoint(params, key, Path(str(params.start)))
-    fresh = getattr(backbone, "fresh", ())
+        pretrained = _checkpoint(params, key, Path(str(params.start)))
     own = backbone.state_dict()
-    kept = {k: v for k, v in own.items() if fresh and k.startswith(fresh)}
-    fill(backbone, {**{k: v for k, v in found.items() if k in own}, **kept}, key)  # heads fit nowhere, on purpose
+    used = {k: v for k, v in pretrained.items() if k in own}  # without the classifier, whose keys are not in `own`
+    kept = {k: v for k, v in own.items() if k.startswith(backbone.fresh)}
+    fill(backbone, {**used, **kept}, key)
 
 
 def _write_curves(folder: Path, curves: Curves) -> None:

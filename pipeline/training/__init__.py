@@ -1,1 +1,1 @@
-"""Stage I: the training loop and the formulas that losses share."""
+"""Stage I: the training loop, the base class of objectives, and formulas that losses share."""

@@ -1,6 +1,6 @@
-"""Formulas that losses of both stages share: margins, weights and priors from the training counts of the classes.
+"""Formulas that the losses of both stages share: margins, weights and priors from the class counts.
 
-`counts` (K,) are training samples per class, in float.
+`counts` (K,): training samples of each class, at least 1. Results are float64.
 """
 
 import torch
@@ -13,18 +13,21 @@ def ldam_margins(counts: torch.Tensor, largest: float = 0.5) -> torch.Tensor:
 
 
 def effective_weights(counts: torch.Tensor, beta: float) -> torch.Tensor:
-    """Weights proportional to (1 - beta) / (1 - beta^n_j) with mean 1, (K,) (Cui et al., CVPR 2019)."""
+    """Weights proportional to (1 - beta) / (1 - beta^n_j), scaled to mean 1, (K,) (Cui et al., CVPR 2019)."""
     weights = (1 - beta) / (1 - beta ** counts.double())
     return weights * len(counts) / weights.sum()
 
 
 def log_prior(counts: torch.Tensor) -> torch.Tensor:
-    """log(n_j / N), (K,)."""
+    """Log of the class frequencies, log(n_j / N), (K,)."""
     return (counts.double() / counts.sum()).log()
 
 
 def cloud_sizes(counts: torch.Tensor) -> torch.Tensor:
-    """delta_j = (log n_max - log n_j) / (log n_max - log n_min) in [0, 1], (K,); 0 for equal counts (GCL, below)."""
+    """GCL's noise scale: delta_j = (log n_max - log n_j) / (log n_max - log n_min) in [0, 1], (K,).
+
+    0 for all if the counts are equal. Source: as of `clouded`.
+    """
     logs = counts.double().log()
     return (logs.max() - logs) / (logs.max() - logs.min()).clamp_min(1e-12)
 
@@ -37,10 +40,11 @@ def clouded(
     amplitude: float,
     margin: float,
 ) -> torch.Tensor:
-    """GCL's logits (B, K) from cosines: cos_ij - amplitude |e_ij| delta_j, and the true class less `margin`.
+    """GCL's adjusted cosines (B, K): cos_ij - amplitude |e_ij| delta_j, less `margin` for the true class.
 
-    `noise` e (B, K): normal with standard deviation 1/3, clamped to [-1, 1]. Source: Li et al., "Long-tailed Visual
-    Recognition via Gaussian Clouded Logit Adjustment", CVPR 2022, section 3.
+    `logits` (B, K) are the cosines, `clouds` (K,) the delta. `noise` e (B, K): normal with standard deviation 1/3,
+    clamped to [-1, 1]. Source: Li et al., "Long-tailed Visual Recognition via Gaussian Clouded Logit Adjustment",
+    CVPR 2022, section 3.
     """
     own = labels.unsqueeze(-1) == torch.arange(logits.shape[-1], device=labels.device)
     return logits - amplitude * noise.abs() * clouds - margin * own.to(logits.dtype)

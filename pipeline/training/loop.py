@@ -1,8 +1,8 @@
-"""The loop of stage I: epochs of SGD on augmented batches, by one process or several, resumed after any epoch.
+"""The training loop of stage I: epochs of SGD on augmented batches, in one process or several, resumable by epoch.
 
-A batch is cut into `accumulate` parts. Each has batch-norm statistics of its own, gradients are added up and running
-statistics averaged over the parts. So the result is a function of the parameters alone: W processes take accumulate / W
-parts each and give what one process gives, but for the order of float additions.
+Each batch is split into `accumulate` parts. Every part is normalised by its own batch-norm statistics; gradients are
+summed and running statistics averaged over the parts. The result therefore does not depend on the number of processes:
+W processes compute accumulate / W parts each, and only the order of float additions differs from one process.
 """
 
 import math
@@ -20,8 +20,10 @@ from h2t.pipeline.base.params import Count, Epochs, Index, NonNegative, Positive
 from h2t.pipeline.base.precision import Precision, computing
 from h2t.pipeline.base.progress import progress
 from h2t.pipeline.base.seeds import stream, torch_seed
+from h2t.pipeline.base.text import counted
 from h2t.pipeline.data.images import Images
 from h2t.pipeline.data.samples import Samples
+from h2t.pipeline.networks.backbone import Backbone
 from h2t.pipeline.networks.classifier import global_average, logits
 from h2t.pipeline.training.objective import Objective
 from h2t.pipeline.training.parallel import Group
@@ -65,10 +67,10 @@ class Training(Section):
 
 
 def learning_rate(params: Training, epoch: int) -> float:
-    """Per epoch, from 0: linear warm-up, then cosine to 0 or steps at the milestones."""
+    """Learning rate of `epoch`, from 0: linear warm-up, then cosine decay to 0, or a step at each milestone."""
     if epoch < params.warmup_epochs:
-        risen = params.lr * (epoch + 1) / params.warmup_epochs
-        return risen + params.warmup_from * (params.lr - risen)
+        warm = params.lr * (epoch + 1) / params.warmup_epochs
+        return warm + params.warmup_from * (params.lr - warm)
     if params.schedule == "cosine":
         return params.lr * 0.5 * (1 + math.cos(math.pi * epoch / params.epochs))
     return params.lr * params.gamma ** sum(epoch >= m for m in params.milestones)
@@ -76,22 +78,22 @@ def learning_rate(params: Training, epoch: int) -> float:
 
 @dataclass(frozen=True)
 class _Part:
-    """Samples of one part of a batch, and whom each is mixed with: `share` of itself and 1 - `share` of `partner`."""
+    """One part of a batch. With mixup, `share` of each image is mixed with 1 - `share` of its partner."""
 
-    samples: np.ndarray
+    samples: np.ndarray  # sample numbers, (B,)
     share: float
-    partner: np.ndarray
-    weight: float  # its share of the batch
-    seed: int  # of what the objective draws
+    partner: np.ndarray  # position in this part of the image that is mixed in, (B,)
+    weight: float  # size of the part / size of the batch
+    seed: int  # of the objective's random draws
 
 
 class StageOne:
-    """One training run: the networks on the group's device, their optimiser, and the epochs done."""
+    """One training run: the networks, on the device of `group`, their optimiser and the curves of finished epochs."""
 
     def __init__(
         self,
         params: Training,
-        backbone: torch.nn.Module,
+        backbone: Backbone,
         objective: Objective,
         samples: Samples,
         images: Images,
@@ -108,10 +110,10 @@ class StageOne:
         self._images = images.turned(params.rotation) if params.rotation else images
         self._labels = torch.from_numpy(samples.labels)
         self._train = samples.of("train")
-        both = (("backbone", self.backbone), ("objective", self.objective))
-        self._state = {f"{n}.{k}": t for n, m in both for k, t in m.state_dict(keep_vars=True).items()}
-        self._buffers = [b for _, m in both for b in m.buffers()]
-        self._trained = [p for _, m in both for p in m.parameters() if p.requires_grad]
+        networks = (("backbone", self.backbone), ("objective", self.objective))
+        self._state = {f"{n}.{k}": t for n, m in networks for k, t in m.state_dict(keep_vars=True).items()}
+        self._buffers = [b for _, m in networks for b in m.buffers()]
+        self._trained = [p for _, m in networks for p in m.parameters() if p.requires_grad]
         self._optimiser = torch.optim.SGD(
             self._trained,
             lr=params.lr,
@@ -120,21 +122,25 @@ class StageOne:
             nesterov=params.nesterov,
         )
         self._scaler = torch.amp.GradScaler(group.device.type, enabled=params.precision == "fp16")
-        self._scale = torch.tensor([65536.0, 0.0])  # the scaler's state, as the checkpoint keeps it
+        self._scale = torch.tensor([65536.0, 0.0])  # the gradient scaler's scale and its steps since the last change
         self._curves = torch.zeros(params.epochs, 3, dtype=torch.float64)
 
     def run(self, name: str, save: Checkpoint, say: Callable[[str], None]) -> Curves:
-        """Trains the epochs that are left. Raises UserError for a loss that is not finite, or no batch."""
+        """Trains the epochs that `save` has not finished; returns `lr`, `loss` and `accuracy` (%) of every epoch.
+
+        Raises UserError if the loss is not finite, or if there are too few images for one batch.
+        """
         if len(self._train) < (self.params.batch_size if self.params.drop_last else 2):
             raise UserError(
-                f"backbones.{name}.batch_size: an epoch of {len(self._train)} training images has no whole batch; "
+                f"backbones.{name}.batch_size: an epoch must have at least one batch; got "
+                f"{counted(len(self._train), 'training image')} for batches of {self.params.batch_size}; "
                 "prepare more images, or lower batch_size"
             )
         state = {**self._state, "scaler": self._scale}
         done = save.restore(state, self._optimiser, self._curves)
         self._load_scale()
         if done:
-            say(f"{name}: goes on after epoch {done} of {self.params.epochs}")
+            say(f"{name}: resumes after epoch {done} of {self.params.epochs}")
         bar = progress(
             range(done, self.params.epochs),
             f"train_backbone {name}",
@@ -148,7 +154,7 @@ class StageOne:
             loss = float(self._curves[epoch, 1])
             if not math.isfinite(loss):
                 raise UserError(
-                    f"backbones.{name}: training diverged in epoch {epoch}, the loss is {loss}; "
+                    f"backbones.{name}: training diverged, the loss must be finite; got {loss} in epoch {epoch}; "
                     f"lower backbones.{name}.lr"
                 )
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
@@ -158,7 +164,7 @@ class StageOne:
         return [dict(zip(("lr", "loss", "accuracy"), line, strict=True)) for line in self._curves.tolist()]
 
     def _epoch(self, epoch: int) -> torch.Tensor:
-        """One pass over the training samples; (learning rate, mean loss, accuracy in percent)."""
+        """Trains one epoch; (learning rate, mean loss, training accuracy in percent), float64 (3,)."""
         rate = learning_rate(self.params, epoch)
         for group in self._optimiser.param_groups:
             group["lr"] = rate
@@ -170,18 +176,18 @@ class StageOne:
                 totals += self._step(parts, inputs, epoch)
                 seen += sum(len(part.samples) for part in parts)
         self.group.add_up([totals])
-        loss, right = (totals / seen).tolist()
-        return torch.tensor([rate, loss, 100 * right], dtype=torch.float64)
+        loss, correct = (totals / seen).tolist()
+        return torch.tensor([rate, loss, 100 * correct], dtype=torch.float64)
 
     def _batches(self, epoch: int) -> Iterator[list[_Part]]:
-        """Every batch of an epoch, in parts. The same on every process."""
+        """Every batch of an epoch, split into parts. All processes get the same."""
         params = self.params
         draws = stream(self.seed, "stage1", "epoch", epoch)
         order = self._train[draws.permutation(len(self._train))]
         for step, first in enumerate(range(0, len(order), params.batch_size)):
             batch = order[first : first + params.batch_size]
             if len(batch) == 1 or (params.drop_last and len(batch) < params.batch_size):
-                continue  # batch norm cannot be trained on one image
+                continue  # batch norm cannot train on one image
             share = float(draws.beta(params.mixup, params.mixup)) if params.mixup else 1.0
             yield [
                 _Part(
@@ -195,7 +201,7 @@ class StageOne:
             ]
 
     def _decoded(self, epoch: int) -> Iterator[tuple[list[_Part], list[torch.Tensor]]]:
-        """(parts of a batch, input of those that fall to this process); the next batch is decoded meanwhile."""
+        """(parts of a batch, images of this process's parts); the next batch is decoded in the background."""
         key = (self.seed, "stage1", epoch)
 
         def decode(parts: list[_Part]) -> list[torch.Tensor]:
@@ -203,34 +209,34 @@ class StageOne:
             return [self._images.batch(p.samples.tolist(), [key] * len(p.samples)) for p in mine]
 
         with ThreadPoolExecutor(1, "decode-ahead") as decoder:
-            waiting = None
+            current = None
             for parts in self._batches(epoch):
-                coming = (parts, decoder.submit(decode, parts))
-                if waiting is not None:
-                    yield waiting[0], waiting[1].result()
-                waiting = coming
-            if waiting is not None:
-                yield waiting[0], waiting[1].result()
+                following = (parts, decoder.submit(decode, parts))
+                if current is not None:
+                    yield current[0], current[1].result()
+                current = following
+            if current is not None:
+                yield current[0], current[1].result()
 
     def _step(self, parts: list[_Part], inputs: list[torch.Tensor], epoch: int) -> torch.Tensor:
-        """One step of the optimiser; (summed loss, correct guesses) over this process's samples."""
+        """One optimiser step; (summed loss, number of correct predictions) of this process's samples, float64 (2,)."""
         self._optimiser.zero_grad()
         several = len(parts) > 1
         before = [b.clone() for b in self._buffers] if several else []
         sums = [torch.zeros_like(b, dtype=torch.float64) for b in before]
-        found = torch.zeros(2, dtype=torch.float64, device=self.group.device)
+        totals = torch.zeros(2, dtype=torch.float64, device=self.group.device)
         for part, x in zip(parts[self.group.rank :: self.group.size], inputs, strict=True):
             for buffer, value in zip(self._buffers, before, strict=False):
                 buffer.copy_(value)
             torch.manual_seed(part.seed)
-            loss, right = self._loss(part, x, epoch)
+            loss, correct = self._loss(part, x, epoch)
             self._scaler.scale(loss * part.weight).backward()
-            found += torch.stack([loss.detach() * len(part.samples), right]).double()
+            totals += torch.stack([loss.detach() * len(part.samples), correct]).double()
             for total, buffer in zip(sums, self._buffers, strict=False):
                 total += buffer
         if self.group.size > 1:
             for parameter in self._trained:
-                if parameter.grad is None:  # no part of this batch fell to this process
+                if parameter.grad is None:  # this process had no part of the batch
                     parameter.grad = torch.zeros_like(parameter)
             self.group.add_up([p.grad for p in self._trained if p.grad is not None])
         if several:
@@ -239,10 +245,10 @@ class StageOne:
                 buffer.copy_(total / len(parts))
         self._scaler.step(self._optimiser)
         self._scaler.update()
-        return found
+        return totals
 
     def _loss(self, part: _Part, x: torch.Tensor, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(mean loss, correct guesses) of a part.
+        """(mean loss, number of correct predictions) of a part, from its images `x` (B, 3, H, W).
 
         Mixup (Zhang et al., ICLR 2018): one share per batch, one permutation per part.
         """
@@ -263,8 +269,8 @@ class StageOne:
         with torch.no_grad():
             features = torch.stack([global_average(m) for m in maps])
             state = self.objective.state_dict()
-            guess = logits(self.objective.classifier, state, features, self.objective.scale).argmax(1)
-        return loss, (guess == y).sum()
+            predicted = logits(self.objective.classifier, state, features, self.objective.scale).argmax(1)
+        return loss, (predicted == y).sum()
 
     def _load_scale(self) -> None:
         if self._scaler.is_enabled():
@@ -273,5 +279,5 @@ class StageOne:
 
     def _keep_scale(self) -> None:
         if self._scaler.is_enabled():
-            found = self._scaler.state_dict()
-            self._scale.copy_(torch.tensor([found["scale"], found["_growth_tracker"]]))
+            state = self._scaler.state_dict()
+            self._scale.copy_(torch.tensor([state["scale"], state["_growth_tracker"]]))

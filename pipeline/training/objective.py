@@ -1,22 +1,33 @@
-"""What a stage-I objective is: the classifier that a backbone is trained with, and its loss."""
+"""The base class of stage-I objectives: the classifier that a backbone is trained with, and its loss."""
 
 import torch
 from torch import nn
 
 
 class Objective(nn.Module):
-    """Base of objectives. A plug-in writes `forward`, which runs once a step, and `cost`, once per set of labels."""
+    """Classifier and loss. A plug-in's class writes `__init__(loss, channels, experts, counts)`, `forward` and `cost`.
 
-    #: How the state gives logits: see `networks.classifier.Classifier`.
+    Arguments of `__init__`: the plug-in's section `Loss`; C and E of the backbone's maps; `counts` (K,), int64, the
+    training images of each class. The state dict is the stage-I classifier, as in `networks.classifier`.
+    """
+
+    #: Kind of classifier: linear, cosine or branches (`networks.classifier.Classifier`).
     classifier: str
+    #: Factor of the logits (`networks.classifier.logits`).
     scale: float
 
     def forward(self, maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """What `cost` needs of the maps, E of (B, C, H, W). Called once a step, so running statistics move once."""
+        """The outputs that `cost` needs, such as logits (B, K), from E maps (B, C, H, W), float32 or float64.
+
+        Called once per part of a batch, even with mixup, so running statistics are updated once.
+        """
         raise NotImplementedError
 
-    def cost(self, found: torch.Tensor, labels: torch.Tensor, epoch: int) -> torch.Tensor:
-        """The mean loss of a batch, a scalar, from the result of `forward` and labels (B,). `epoch` counts from 0."""
+    def cost(self, outputs: torch.Tensor, labels: torch.Tensor, epoch: int) -> torch.Tensor:
+        """Mean loss, a scalar, from the result of `forward` and labels (B,), int64. `epoch` counts from 0.
+
+        Called once, or twice with mixup: once for each set of labels.
+        """
         raise NotImplementedError
 
     def loss(
@@ -27,13 +38,13 @@ class Objective(nn.Module):
         partners: torch.Tensor | None = None,
         share: float = 1.0,
     ) -> torch.Tensor:
-        """Mean loss of a batch; maps: E of (B, C, H, W), labels (B,).
+        """Mean loss, a scalar, from E maps (B, C, H, W) and labels (B,), int64.
 
         With mixup `partners` (B,) are the labels of the images that were mixed in, and the loss is mixed like the
-        images: `share` of the cost of `labels` and 1 - `share` of that of `partners` (Zhang et al., ICLR 2018).
+        images: `share` x cost(`labels`) + (1 - `share`) x cost(`partners`) (Zhang et al., ICLR 2018).
         """
-        found = self(maps)
-        cost = self.cost(found, labels, epoch)
+        outputs = self(maps)
+        cost = self.cost(outputs, labels, epoch)
         if partners is None:
             return cost
-        return share * cost + (1 - share) * self.cost(found, partners, epoch)
+        return share * cost + (1 - share) * self.cost(outputs, partners, epoch)

@@ -1,4 +1,4 @@
-"""Several processes of one training run, as torchrun starts them; one process without it."""
+"""The processes of one training run: those that torchrun started, or one."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -13,28 +13,29 @@ from h2t.pipeline.base.errors import UserError, of_the_machine
 
 @dataclass(frozen=True)
 class Group:
-    """The process `rank` of `size` ones, and the device it computes on."""
+    """Process number `rank`, from 0, of `size` processes, and the device it computes on."""
 
     device: torch.device
     rank: int = 0
     size: int = 1
 
     def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Puts the sum over all processes in place of each tensor; all of one dtype. One message for all of them.
+        """Replaces each tensor by its sum over all processes, in one message. All have one dtype and device.
 
-        Raises UserError where another process has ended.
+        Raises UserError if another process has ended.
         """
         if self.size == 1 or not tensors:
             return
         flat = torch.cat([t.reshape(-1) for t in tensors])
         try:
             distributed.all_reduce(flat)
-        except RuntimeError as error:  # gloo has no class of its own for it
+        except RuntimeError as error:  # gloo has no exception class of its own
             if of_the_machine(error) is not None:
                 raise
-            said = str(error).splitlines()[0]
+            reason = str(error).splitlines()[0]
             raise UserError(
-                f"torchrun: another process of this training has ended ({said}); see what it says, and run again"
+                f"torchrun: another process of this training has ended ({reason}); mend the error that it printed, "
+                "then run the same command again"
             ) from None
         for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
@@ -42,7 +43,7 @@ class Group:
 
 @contextmanager
 def processes(device: torch.device) -> Iterator[Group]:
-    """The group that torchrun's environment speaks of: NCCL with one GPU a process, or gloo on the CPU."""
+    """The group in torchrun's environment: NCCL with one GPU per process, or gloo on the CPU."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield Group(device)

@@ -1,4 +1,4 @@
-"""Unfinished training, kept beside the output so that a killed run goes on from its last saved step."""
+"""Saves unfinished training beside the output, so that a killed run resumes from its last saved step."""
 
 import os
 import shutil
@@ -12,31 +12,35 @@ from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import replace_file
 from h2t.pipeline.networks.weights import load_weights, save_weights
 
-SECONDS = 30.0  # between saves; a run shorter than this saves nothing
+SECONDS = 30.0  # between two saves; a shorter run saves nothing
 
 
 class Checkpoint:
-    """The saved step of one training run: parameters, momenta and losses, valid for one `token` only."""
+    """The saved step of one training run: parameters, momenta and losses.
+
+    Training resumes only if `token` is unchanged. `part` numbers trainings that share one output. `restored` is the
+    number of steps that an earlier process did.
+    """
 
     def __init__(self, out: Path, token: str, seconds: float = SECONDS, part: int = 0) -> None:
         self.folder = out.parent / f".{out.name}.training"
         self.path = self.folder / f"state-{part}.safetensors"
         self.token = token
         self.seconds = seconds
-        self.restored = 0  # steps that an earlier process did
+        self.restored = 0
         self._saved = time.monotonic()
 
     @classmethod
     def saved(cls, out: Path) -> dict[int, str]:
-        """The tokens of the parts with a saved step: part -> token."""
-        found: dict[int, str] = {}
+        """Token of each part of the output `out` that has a saved step."""
+        tokens: dict[int, str] = {}
         for path in cls(out, "").folder.glob("state-*.safetensors"):
             with suppress(UserError, ValueError):
-                found[int(path.stem.removeprefix("state-"))] = str(load_weights(path)[1]["token"])
-        return found
+                tokens[int(path.stem.removeprefix("state-"))] = str(load_weights(path)[1]["token"])
+        return tokens
 
     def restore(self, state: dict[str, torch.Tensor], optimiser: torch.optim.Optimizer, losses: torch.Tensor) -> int:
-        """Fills the arguments from the saved step and returns how many steps are done; 0 if there is nothing to use."""
+        """Loads the saved step into the arguments; returns the number of steps done, 0 if nothing usable is saved."""
         try:
             saved, about = load_weights(self.path)
         except UserError:
@@ -60,20 +64,20 @@ class Checkpoint:
         optimiser: torch.optim.Optimizer,
         losses: torch.Tensor,
     ) -> None:
-        """Saves, unless the last save is recent."""
+        """Saves the state after `steps` steps, unless the last save is less than `seconds` ago."""
         if time.monotonic() - self._saved < self.seconds:
             return
         tensors = {"losses": losses, **{f"state/{name}": t for name, t in state.items()}}
         for name, tensor in state.items():
             if (buffer := optimiser.state[tensor].get("momentum_buffer")) is not None:
                 tensors[f"momentum/{name}"] = buffer
-        partial = self.folder / f"state-{os.getpid()}.partial"  # two runs may train the same
+        partial = self.folder / f"state-{os.getpid()}.partial"  # another process may train the same
         self.folder.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):  # the other run has just ended, and forgotten its steps with ours
+        with suppress(FileNotFoundError):  # the other process has finished and removed the folder
             save_weights(partial, tensors, {"token": self.token, "steps": steps})
             replace_file(partial, self.path)
         self._saved = time.monotonic()
 
     def clear(self) -> None:
-        """Forgets the saved step."""
+        """Deletes the saved steps of all parts."""
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,52 @@
+"""The base class of backbones, and how the network of a plug-in is built."""
+
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.params import Experts, Section
+
+
+class Backbone(nn.Module):
+    """A network up to its last feature maps.
+
+    Parts that stay in eval mode after `train()` are frozen, batch norm included. `train_backbone` and `extract` need
+    `channels`, `experts` and `forward` alone, so a plug-in may also return a plain `nn.Module` that has them.
+    """
+
+    #: C, the channels of each map.
+    channels: int
+    #: E, the number of parallel branches; each has a map of its own.
+    experts: int = 1
+    #: Prefixes of state-dict keys that keep their initial weights when training starts from given weights.
+    fresh: tuple[str, ...] = ()
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Images (B, 3, H, W) -> E maps, each (B, C, H', W')."""
+        raise NotImplementedError
+
+
+class ExpertOptions(Section):
+    """Keys of `backbones.NAME.options` of a network with expert branches."""
+
+    experts: Experts = 1
+    """Parallel branches, each with maps of its own; 1 is the plain network."""
+
+
+def build_backbone(plugin: ModuleType, options: Section) -> Backbone:
+    """The network of a backbone plug-in, with initial weights from torch's global generator.
+
+    Raises UserError if the network lacks `channels` or `experts`, and whatever the plug-in's `build` raises.
+    """
+    backbone: Backbone = plugin.build(options)
+    for name in ("channels", "experts"):
+        if not hasattr(backbone, name):
+            raise UserError(
+                f"backbone plug-in {plugin.__name__.rpartition('.')[2]}: the network must have the attribute {name!r}; "
+                "got none; set it in __init__ (docs/adding-a-backbone.md)"
+            )
+    if not hasattr(backbone, "fresh"):  # a plain nn.Module
+        backbone.fresh = ()
+    return backbone

@@ -27,11 +27,12 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 
+from benchmarks.measure import save
 from h2t.cache.errors import CacheError
 from h2t.cache.reader import open_cache
 from h2t.pipeline.base import device, params
 from h2t.pipeline.base.errors import UserError
-from h2t.pipeline.base.outputs import replace_file, write_json, write_run_record
+from h2t.pipeline.base.outputs import replace_file, write_run_record
 from h2t.pipeline.command_line import presets
 from h2t.pipeline.data.samples import Samples, load_samples
 from h2t.pipeline.heads.residency import Residency
@@ -271,7 +272,7 @@ def merge(path: Path, entries: Sequence[Mapping[str, Any]]) -> None:
     old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     found = {key(e): e for e in (*old, *entries)}
     partial = path.with_name(f".{path.name}.partial")
-    write_json(partial, sorted(found.values(), key=lambda e: str(key(e))))
+    save(partial, sorted(found.values(), key=lambda e: str(key(e))))
     replace_file(partial, path)
 
 

@@ -18,6 +18,8 @@ from builders import tree
 from pipeline_builders import ROOT, environment, write_params
 from servers import openssh_server, s3_endpoint, sshd_program
 
+from benchmarks.measure import save
+
 pytestmark = [pytest.mark.sharing, pytest.mark.slow]
 
 CODE = (
@@ -191,4 +193,4 @@ def test_nobody_extracts_twice(finished, remote, tmp_path):
     took["D reads five rows of the maps"]["bytes"] = size(Path(c.env["H2T_BLOCK_CACHE"]))
     if table := os.environ.get("H2T_REMOTES"):
         known = json.loads(Path(table).read_text()) if Path(table).exists() else {}
-        Path(table).write_text(json.dumps({**known, kind: took}, indent=2, sort_keys=True) + "\n")
+        save(Path(table), {**known, kind: took})

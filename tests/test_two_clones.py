@@ -1,7 +1,7 @@
 """A extracts and publishes; B clones, gets the results without the backbone, changes a ratio and trains; C has no room.
 
-Over three remotes: a path, an S3 endpoint and a real sshd, both on the loopback. `make test-remotes` installs the sshd,
-and writes what was moved and how long it took to the file that H2T_REMOTES names.
+Over three remotes: a path, an S3 endpoint and a real sshd, both on the loopback. `make -C tests test-remotes` installs
+the sshd, and writes what was moved and how long it took to the file that H2T_REMOTES names.
 """
 
 import json
@@ -35,7 +35,8 @@ CODE = (
     ".dvc/config",
     ".dvc/.gitignore",
 )
-SSHD = pytest.param("ssh", marks=pytest.mark.skipif(not sshd_program(), reason="needs sshd: make test-remotes"))
+NO_SSHD = pytest.mark.skipif(not sshd_program(), reason="needs sshd: make -C tests test-remotes")
+SSHD = pytest.param("ssh", marks=NO_SSHD)
 COUNTING_H2T = """#!/bin/sh
 echo "$1 $2" >> "$H2T_CALLS"
 exec {python} -m h2t.pipeline "$@"

@@ -1,4 +1,4 @@
-"""A few seeded kills of those that `make -C tests faults` does by the hundred; a writer that is stopped or terminated."""
+"""A few seeded kills of the hundreds that `make -C tests faults` does; a writer that is stopped or terminated."""
 
 import signal
 import sys

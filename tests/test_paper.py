@@ -65,7 +65,7 @@ def test_a_table_from_images_to_figures_and_again(tmp_path, files, capsys):
     assert {p: p.stat().st_mtime_ns for p in made} == made
     assert json.loads(results.read_text()) == kept
     assert "| DR + H2T | 1 |" in paper.shown(entries)
-    assert "MiSLAS" in (tmp_path / "run/report/results.md").read_text(encoding="utf-8")
+    assert "| mislas | with H2T |" in (tmp_path / "run/report/results.md").read_text(encoding="utf-8")
 
 
 def test_the_digits_keep_the_grids_of_their_preset():

@@ -102,7 +102,7 @@ def test_the_parameters_of_the_readme_prepare_and_are_read_by_dvc(tmp_path, monk
     (tmp_path / "params.yaml").write_text(block)
     values = yaml.safe_load(block)
     photos = tmp_path / values["inputs"][Path(values["prepare"]["options"]["root"]).name]
-    for split, per_class in (("train", 60), ("test", 5)):
+    for split, per_class in (("train", 3), ("test", 5)):
         for label in range(4):
             (photos / split / f"kind{label}").mkdir(parents=True)
             for i in range(per_class):

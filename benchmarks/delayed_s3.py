@@ -9,6 +9,7 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from email.utils import formatdate
 from pathlib import Path
 from xml.sax.saxutils import escape
@@ -72,8 +73,10 @@ class Endpoint:
         folder = self.root / bucket / prefix
         entries = sorted(folder.iterdir()) if folder.is_dir() else []
         parts = [
-            f"<Contents><Key>{escape(prefix + e.name)}</Key><Size>{e.stat().st_size}</Size><ETag>&quot;x&quot;</ETag>"
-            "<LastModified>2000-01-01T00:00:00.000Z</LastModified><StorageClass>STANDARD</StorageClass></Contents>"
+            f"<Contents><Key>{escape(prefix + e.name)}</Key><Size>{e.stat().st_size}</Size>"
+            f"<ETag>&quot;{e.stat().st_size:x}&quot;</ETag>"  # as `answer` gives it: a cache is pinned by it
+            f"<LastModified>{datetime.fromtimestamp(int(e.stat().st_mtime), UTC):%Y-%m-%dT%H:%M:%S.000Z}</LastModified>"
+            "<StorageClass>STANDARD</StorageClass></Contents>"
             if e.is_file()
             else f"<CommonPrefixes><Prefix>{escape(prefix + e.name)}/</Prefix></CommonPrefixes>"
             for e in entries

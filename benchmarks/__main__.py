@@ -15,9 +15,7 @@ NEED_DATA = {
     "epoch": True,
     "extract": True,
     "stack": False,
-    "remote": True,
     "scale": True,
-    "long": True,
 }
 
 

@@ -1,9 +1,11 @@
-"""A cache larger than memory, from writing to stage II: time, GB/s and peak memory of every step.
+"""A cache larger than memory, from writing to stage II, from the disk and from S3: time, GB/s and peak memory.
 
     python -m benchmarks.bench_scale --data DIR            # 100,000 rows of 2048x7x7: 20 GB
+    python -m benchmarks.bench_scale --data DIR --rows 65536 --map 64,8,8 --budget 53687091
 
-Each step is a process of its own and runs once: what a user would start, in that order. Where the disk is too small for
-all rows, it takes as many as fit and says so. README.md says how to read the result.
+Each step is a process of its own and runs once, in the order in which a user would start them. The last two stream the
+same cache from an endpoint on the loopback that answers every request 20 ms late, without and with kept blocks. If the
+disk is too small for all rows, it takes as many as fit and says so. README.md says how to read the result.
 """
 
 import json
@@ -12,30 +14,35 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.delayed_s3 import endpoint
 from benchmarks.measure import MEMORY_SLACK, arguments, machine, save, table
 
 ROOT = Path(__file__).parents[1]
-SHAPE, TINY_SHAPE = (2048, 7, 7), (64, 4, 4)
+MAP, TINY_MAP = "2048,7,7", "64,4,4"
 ROWS, TINY_ROWS = 100_000, 3_000
 BUDGET, TINY_BUDGET = 2 * 2**30, 2 * 2**20
-DISK_SHARE = 0.8  # of what is free
+DISK_SHARE = 0.4  # of the free space, for the cache; the kept blocks take as much again
+DELAY = 0.02  # seconds before S3's answer
+LOCAL, COLD, WARM = "stream", "stream from S3", "stream from S3 again"
 
 
 def rows_that_fit(wanted: int, row_bytes: int, data: Path) -> int:
-    """As many of `wanted` rows as may lie on the disk of `data`."""
+    """At most `wanted` rows, and no more than fit on the disk of `data`."""
     return min(wanted, int(shutil.disk_usage(data).free * DISK_SHARE) // row_bytes)
 
 
-def step(command: Sequence[str], moved: int) -> tuple[dict[str, Any], str]:
-    """Runs `command`; its seconds, CPU seconds, peak resident bytes and GB/s for `moved` bytes; and what it printed."""
+def step(command: Sequence[str], moved: int, environment: Mapping[str, str]) -> tuple[dict[str, Any], str]:
+    """Runs `command`; its seconds, CPU seconds, peak resident bytes, GB/s for `moved` bytes; and its output."""
     started = time.perf_counter()
-    with subprocess.Popen([sys.executable, "-m", *command], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-m", *command], cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment}
+    ) as process:
         assert process.stdout is not None
         said = process.stdout.read()
         _, status, usage = os.wait4(process.pid, 0)
@@ -56,38 +63,59 @@ def step(command: Sequence[str], moved: int) -> tuple[dict[str, Any], str]:
 def main(given: Sequence[str] | None = None) -> None:
     parser = arguments("bench_scale", __doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--rows", type=int, help=f"{ROWS} by default, or as many as the disk allows")
+    parser.add_argument("--map", help=f"C,H,W of a map, {MAP} by default")
+    parser.add_argument("--budget", type=int, help=f"bytes of maps in memory while streaming, {BUDGET} by default")
     parser.add_argument("--keep", action="store_true", help="leave the caches in DIR")
     options = parser.parse_args(given)
-    options.data.mkdir(parents=True, exist_ok=True)
-    shape, budget = (TINY_SHAPE, TINY_BUDGET) if options.tiny else (SHAPE, BUDGET)
-    row_bytes = int(np.prod(shape)) * 2
+    place = options.data / "bench"  # the bucket's name, too
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    shape = options.map or (TINY_MAP if options.tiny else MAP)
+    budget = options.budget or (TINY_BUDGET if options.tiny else BUDGET)
+    row_bytes = int(np.prod([int(n) for n in shape.split(",")])) * 2
     wanted = options.rows or (TINY_ROWS if options.tiny else ROWS)
-    maps, pooled = options.data / "scale", options.data / "scale-pooled"
-    shutil.rmtree(maps, ignore_errors=True)
-    shutil.rmtree(pooled, ignore_errors=True)
     rows, about = rows_that_fit(wanted, row_bytes, options.data), machine()
     size = rows * row_bytes
-
-    map_size = ",".join(map(str, shape))
+    maps, streaming = str(place / "maps"), ["benchmarks.epoch_run", "stream"]
     commands = {
-        "write": ["benchmarks.synthetic", str(maps), "--rows", str(rows), "--map", map_size],
-        "verify": ["pipeline", "cache", "verify", str(maps)],
-        "pool": ["pipeline", "cache", "pool", str(maps), str(pooled)],
-        "stream": ["benchmarks.epoch_run", "stream", str(maps), "--budget", str(budget)],
+        "write": ["benchmarks.synthetic", maps, "--rows", str(rows), "--map", shape],
+        "verify": ["h2t.pipeline", "cache", "verify", maps],
+        "pool": ["h2t.pipeline", "cache", "pool", maps, str(place / "pooled")],
+        LOCAL: [*streaming, maps, "--budget", str(budget)],
+        COLD: [*streaming, "s3://bench/maps", "--budget", str(budget)],
+        WARM: [*streaming, "s3://bench/maps", "--budget", str(budget)],
     }
-    steps, streamed = {}, {}
-    for name, command in commands.items():
-        print(f"{name} ...", flush=True)
-        steps[name], said = step(command, size)
-        if name == "stream":
-            streamed = json.loads(said.splitlines()[-1])
-            steps[name]["gb_per_s"] = streamed["bytes_used"] / streamed["seconds"] / 1e9
-        steps[name]["command"] = steps[name]["command"].replace(str(options.data), "DIR")
+    steps: dict[str, dict[str, Any]] = {}
+    streamed: dict[str, dict[str, Any]] = {}
+    with endpoint(options.data, DELAY) as s3:
+        environment = {
+            **s3.environment,
+            "H2T_BLOCK_CACHE": str(place / "blocks"),
+            "H2T_BLOCK_CACHE_BYTES": str(2 * size),
+        }
+        for name, command in commands.items():
+            print(f"{name} ...", flush=True)
+            requests, sent = s3.requests, s3.sent
+            steps[name], said = step(command, size, environment)
+            steps[name] |= {"requests": s3.requests - requests, "bytes_sent": s3.sent - sent}
+            if name in (LOCAL, COLD, WARM):
+                streamed[name] = json.loads(said.splitlines()[-1])
+                steps[name]["gb_per_s"] = streamed[name]["bytes_used"] / streamed[name]["seconds"] / 1e9
+            steps[name]["command"] = steps[name]["command"].replace(str(options.data), "DIR")
     if not options.keep:
-        shutil.rmtree(maps)
-        shutil.rmtree(pooled)
+        shutil.rmtree(place)
 
-    beyond, allowed = streamed["peak_beyond_baseline_bytes"], budget + MEMORY_SLACK
+    local = streamed[LOCAL]
+    beyond, allowed = local["peak_beyond_baseline_bytes"], budget + MEMORY_SLACK
+    promises = {
+        "memory_within_bound": beyond <= allowed,
+        "peak_beyond_baseline_bytes": beyond,
+        "allowed_beyond_baseline_bytes": allowed,
+        "hit_rate": local["hit_rate"],
+        "expected_hit_rate": local["expected_hit_rate"],
+        "same_weights": len({run["weights"] for run in streamed.values()}) == 1,
+        "s3_again_over_local": streamed[WARM]["seconds"] / local["seconds"],
+    }
     body = {
         "benchmark": "scale",
         "tiny": options.tiny,
@@ -95,17 +123,11 @@ def main(given: Sequence[str] | None = None) -> None:
         "case": {"rows": rows, "rows_wanted": wanted, "map": shape, "bytes": size, "budget_bytes": budget},
         "steps": steps,
         "stream": streamed,
-        "promises": {
-            "memory_within_bound": beyond <= allowed,
-            "peak_beyond_baseline_bytes": beyond,
-            "allowed_beyond_baseline_bytes": allowed,
-            "hit_rate": streamed["hit_rate"],
-            "expected_hit_rate": streamed["expected_hit_rate"],
-        },
+        "promises": promises,
     }
     save(options.out, body)
     short = "" if rows == wanted else f" (of {wanted}: the disk holds no more)"
-    print(f"{rows} rows{short} of {map_size} float16, {size / 1e9:.1f} GB; budget {budget / 2**30:.1f} GiB")
+    print(f"{rows} rows{short} of {shape} float16, {size / 1e9:.1f} GB; budget {budget / 2**30:.1f} GiB")
     lines = [
         [
             name,
@@ -113,14 +135,17 @@ def main(given: Sequence[str] | None = None) -> None:
             f"{s['cpu_s']:.0f}",
             f"{s['gb_per_s']:.2f}",
             f"{s['peak_bytes'] / 2**20:.0f}",
+            str(s["requests"]),
             s["command"],
         ]
         for name, s in steps.items()
     ]
-    print(table(["step", "s", "CPU s", "GB/s", "peak MiB", "command"], lines))
-    print(json.dumps(body["promises"], indent=2))
-    if beyond > allowed:
+    print(table(["step", "s", "CPU s", "GB/s", "peak MiB", "requests", "command"], lines))
+    print(json.dumps(promises, indent=2))
+    if not promises["memory_within_bound"]:
         raise SystemExit("bench_scale: streaming took more memory than it may")
+    if not promises["same_weights"]:
+        raise SystemExit("bench_scale: classifiers streamed from S3 differ from those streamed from the disk")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""A read-only S3 endpoint over a directory that lets every request wait.
+"""A read-only S3 endpoint over a directory that answers every request late.
 
-    python -m benchmarks.delayed_s3 ROOT --delay 0.02
-
-GetObject with ranges, HeadObject and ListObjectsV2: what reading a cache takes. ROOT's directories are its buckets. It
-prints its port, and serves until it is stopped. A full server (moto) spends more on a request than the client does, and
-on a machine that both share it would be what is measured; that the client gets on with a full one, the tests show.
+GetObject with ranges, HeadObject and ListObjectsV2: all that reading a cache takes. The directories below the root are
+the buckets. A full server (moto) would spend more time on a request than the client does; the tests show that the
+client works with a full one.
 """
 
-import argparse
 import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from email.utils import formatdate
 from pathlib import Path
 from xml.sax.saxutils import escape
@@ -17,17 +18,33 @@ from aiohttp import web
 
 
 class Endpoint:
-    """Answers `delay` seconds late. `requests` and `sent` count what was asked for and the bytes given."""
+    """Answers `delay` seconds late. `requests` counts the requests and `sent` the bytes of bodies sent."""
 
     def __init__(self, root: Path, delay: float) -> None:
         self.root, self.delay = root, delay
-        self.requests = self.sent = 0
+        self.requests = self.sent = self.port = 0
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What an S3 client needs to find it."""
+        return {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
+            "AWS_ACCESS_KEY_ID": "any",
+            "AWS_SECRET_ACCESS_KEY": "any",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+
+    async def start(self) -> None:
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", self.answer)
+        runner = web.AppRunner(app, access_log=None)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        self.port = runner.addresses[0][1]
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
         await asyncio.sleep(self.delay)
         path = request.match_info["path"]
-        if path == "counters":
-            return web.json_response({"requests": self.requests, "sent": self.sent})
         self.requests += 1
         if "list-type" in request.query:
             return self.listing(path.strip("/"), request.query.get("prefix", ""))
@@ -52,12 +69,14 @@ class Endpoint:
         return web.Response(status=status, headers=headers, body=body_bytes, content_type="binary/octet-stream")
 
     def listing(self, bucket: str, prefix: str) -> web.Response:
-        """One folder: what stands under `prefix` up to the next slash."""
+        """The entries of one folder: what starts with `prefix`, up to the next slash."""
         folder = self.root / bucket / prefix
         entries = sorted(folder.iterdir()) if folder.is_dir() else []
         parts = [
-            f"<Contents><Key>{escape(prefix + e.name)}</Key><Size>{e.stat().st_size}</Size><ETag>&quot;x&quot;</ETag>"
-            "<LastModified>2000-01-01T00:00:00.000Z</LastModified><StorageClass>STANDARD</StorageClass></Contents>"
+            f"<Contents><Key>{escape(prefix + e.name)}</Key><Size>{e.stat().st_size}</Size>"
+            f"<ETag>&quot;{e.stat().st_size:x}&quot;</ETag>"  # as `answer` gives it: a cache is pinned by it
+            f"<LastModified>{datetime.fromtimestamp(int(e.stat().st_mtime), UTC):%Y-%m-%dT%H:%M:%S.000Z}</LastModified>"
+            "<StorageClass>STANDARD</StorageClass></Contents>"
             if e.is_file()
             else f"<CommonPrefixes><Prefix>{escape(prefix + e.name)}/</Prefix></CommonPrefixes>"
             for e in entries
@@ -66,25 +85,15 @@ class Endpoint:
         return web.Response(text=f"{head}{''.join(parts)}</ListBucketResult>", content_type="application/xml")
 
 
-async def serve(root: Path, delay: float) -> None:
-    endpoint = Endpoint(root, delay)
-    app = web.Application()
-    app.router.add_route("*", "/{path:.*}", endpoint.answer)
-    runner = web.AppRunner(app, access_log=None)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    print(runner.addresses[0][1], flush=True)
-    await asyncio.Event().wait()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.delayed_s3", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("root", type=Path)
-    parser.add_argument("--delay", type=float, default=0.02, help="seconds before each answer")
-    options = parser.parse_args()
-    asyncio.run(serve(options.root, options.delay))
-
-
-if __name__ == "__main__":
-    main()
+@contextmanager
+def endpoint(root: Path, delay: float) -> Iterator[Endpoint]:
+    """The endpoint, served by a thread of this process until the end of the block."""
+    served, loop = Endpoint(root, delay), asyncio.new_event_loop()
+    loop.run_until_complete(served.start())
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    try:
+        yield served
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()

@@ -18,6 +18,7 @@ SLOW_SECONDS = 2.0  # a contestant that takes longer runs in the first round onl
 SLOW_ROUNDS = 1
 TURN_SECONDS = 0.1  # a turn calls a fast contestant several times, so that it does not pay for its predecessor's traces
 TURN_CALLS = 7
+LINE = 240  # characters of JSON that stay on one line
 #: Bytes that streaming may take beyond the imports and the budget: the step's own tensors, and Python.
 MEMORY_SLACK = 300 * 2**20
 
@@ -149,9 +150,24 @@ def arguments(module: str, about: str) -> argparse.ArgumentParser:
     return parser
 
 
-def save(path: Path, body: Mapping[str, Any]) -> None:
+def save(path: Path, body: Mapping[str, Any] | Sequence[Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(body, indent=2, sort_keys=True) + "\n")
+    path.write_text(records(body) + "\n", encoding="utf-8")
+
+
+def records(value: Any, indent: str = "") -> str:
+    """`value` as JSON with one record a line: objects and lists that hold containers are broken, others are not."""
+    parts = list(value.values() if isinstance(value, dict) else value) if isinstance(value, dict | list | tuple) else []
+    flat = json.dumps(value, sort_keys=True)
+    if len(flat) + len(indent) <= LINE or not any(isinstance(part, dict | list | tuple) for part in parts):
+        return flat
+    inner = indent + " "
+    if isinstance(value, dict):
+        lines = [f"{json.dumps(key)}: {records(value[key], inner)}" for key in sorted(value)]
+        start, end = "{}"
+    else:
+        lines, (start, end) = [records(part, inner) for part in parts], "[]"
+    return f"{start}\n{inner}" + f",\n{inner}".join(lines) + f"\n{indent}{end}"
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

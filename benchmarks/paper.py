@@ -4,12 +4,14 @@
     python -m benchmarks.paper 6-100 --only ce_mixup --parquet train.parquet test.parquet
     python -m benchmarks.paper 6-100 --only ce_mixup --weights ce_mixup=stage1.safetensors@200
     python -m benchmarks.paper 2 --images /where/the/lists/and/images/lie
+    make table                                                              # all hosts on the digits
 
 The preset of the table with nothing tuned: ratio 0.3, five head seeds, the last epoch. What is finished is left alone
 while its settings stay the same, and what was killed goes on: stage I after its last epoch, extraction after its last
 shard, heads after their last step. Writes DATA/TABLE, its parameters there, and benchmarks/results/paper.json, a list
 of {table, row, backbone_epochs, seeds, top1, head, medium, tail, published, commit, device}: percent, means over seeds.
-An entry of the same table, row and backbone_epochs is replaced.
+An entry of the same table, row and backbone_epochs is replaced. DATA/TABLE/report has the page. `digits` is no table of
+the paper: it keeps the grids of its preset, which has validation images to choose the ratio by.
 
 A host whose batch norm is branchwise has two lines without H2T: as it was published, under the statistics of balanced
 batches, and under those that H2T brings along.
@@ -17,6 +19,7 @@ batches, and under those that H2T brings along.
 
 import argparse
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -27,17 +30,18 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 
+from benchmarks.measure import save
 from h2t.cache.errors import CacheError
 from h2t.cache.reader import open_cache
 from h2t.pipeline.base import device, params
 from h2t.pipeline.base.errors import UserError
-from h2t.pipeline.base.outputs import replace_file, write_json, write_run_record
+from h2t.pipeline.base.outputs import replace_file, write_run_record
 from h2t.pipeline.command_line import presets
 from h2t.pipeline.data.samples import Samples, load_samples
 from h2t.pipeline.heads.residency import Residency
 from h2t.pipeline.inspection import settings
 from h2t.pipeline.networks.trained import backbone_digest
-from h2t.pipeline.stages import evaluate, extract, prepare, train_backbone, train_classifier
+from h2t.pipeline.stages import evaluate, extract, prepare, report, train_backbone, train_classifier
 
 RESULTS = Path(__file__).parent / "results" / "paper.json"
 RATIO, SEEDS = 0.3, [0, 1, 2, 3, 4]
@@ -48,6 +52,7 @@ TABLES = {
     "3": "inaturalist18-500",
     "4": "places_lt-996",
     **{f"6-{ratio}": f"cifar10-{ratio}" for ratio in (200, 100, 50)},
+    "digits": "digits",
 }
 #: The paper's names of the hosts in the presets. Stage I of `dr` is its row CE, that of `ldam_drw` its row LDAM-DRW.
 ROWS = {
@@ -118,6 +123,11 @@ def parameters(
     if table not in TABLES:
         raise UserError(f"table: must be one of {', '.join(TABLES)}; got {table!r}")
     values = params.load(presets.FOLDER / f"{TABLES[table]}.yaml")
+    settings.check(values)  # fills in what the preset leaves out, so that its defaults have done their work
+    values |= {"backbone_defaults": {}, "host_defaults": {}}
+    for host in values["hosts"].values():
+        host.setdefault("optimiser", {})
+        host.setdefault("grid", {})
     prepared = values["prepare"]
     if images is not None:
         prepared["options"]["root"] = images
@@ -132,9 +142,11 @@ def parameters(
     kept = only or list(values["backbones"])
     values["backbones"] = {k: v for k, v in values["backbones"].items() if k in kept}
     values["hosts"] = {k: v for k, v in values["hosts"].items() if v["backbone"] in kept}
-    for host in values["hosts"].values():
-        host["grid"] = {"ratio": [0.0] if host["grid"]["ratio"] == [0.0] else [0.0, RATIO], "seed": SEEDS}
-    values["evaluate"]["ratio"] = RATIO
+    if table in PUBLISHED:
+        for host in values["hosts"].values():
+            alone = host["grid"].get("ratio") == [0.0]
+            host["grid"] = {"ratio": [0.0] if alone else [0.0, RATIO], "seed": SEEDS}
+        values["evaluate"]["ratio"] = RATIO
     for override in overrides:
         params.apply(values, override)
     settings.check(values)
@@ -151,8 +163,9 @@ def unless_done(record: Path, out: Path, about: object, work: Callable[[], objec
     if done and out.exists():
         print(f"{record.parent.name} {record.stem}: finished before", flush=True)
         return
+    started = time.perf_counter()
     work()
-    write_run_record(record, {"settings": key})
+    write_run_record(record, {"settings": key, "seconds": round(time.perf_counter() - started, 2)})
 
 
 class Run:
@@ -161,6 +174,7 @@ class Run:
     def __init__(self, table: str, values: dict[str, Any], data: Path, epochs: Mapping[str, int | None]) -> None:
         self.table, self.values, self.data, self.epochs = table, values, data, epochs
         self.device = device.choose(values["device"])
+        self.hosts = {n: params.build(train_classifier.Params, f"hosts.{n}", h) for n, h in values["hosts"].items()}
         self.samples: Samples
 
     def record(self, stage: str, name: str) -> Path:
@@ -178,10 +192,12 @@ class Run:
         entries = []
         for name in self.values["backbones"]:
             self._backbone(name)
-            for host, given in self.values["hosts"].items():
-                if given["backbone"] == name:
+            for host, given in self.hosts.items():
+                if given.backbone == name:
                     entries += self._host(host)
                     merge(results, entries)
+        about = params.build(report.Params, "report", self.values.get("report", {}))
+        report.run(about, list(self.hosts), self.data / "evaluate", self.data / "report", print)
         return entries
 
     def _backbone(self, name: str) -> None:
@@ -199,7 +215,7 @@ class Run:
             train_backbone.run(section, name, self.samples, images, seed, self.device, out, print)
 
         unless_done(self.record("train_backbone", name), out, about, train)
-        recipes = {h["batchnorm"] for h in self.values["hosts"].values() if h["backbone"] == name}
+        recipes = {host.batchnorm for host in self.hosts.values() if host.backbone == name}
         wanted = params.build(extract.Params, "extract", {**self.values["extract"], "batchnorm": sorted(recipes)})
         cache = self.data / "extract" / name
         summary = extract.run(
@@ -210,7 +226,7 @@ class Run:
 
     def _host(self, name: str) -> list[dict[str, Any]]:
         """The table's entries of one host."""
-        host = params.build(train_classifier.Params, f"hosts.{name}", self.values["hosts"][name])
+        host = self.hosts[name]
         residency = params.build(Residency, "train_classifier", self.values["train_classifier"])
         section = params.build(evaluate.Params, "evaluate", self.values["evaluate"])
         backbone = self.data / "train_backbone" / host.backbone
@@ -253,7 +269,7 @@ class Run:
                 "backbone_epochs": self.epochs[host.backbone],
                 "seeds": seeds,
                 **{k: None if found.get(k) is None else round(found[k], 2) for k in FIGURES},
-                "published": PUBLISHED[self.table].get(line),
+                "published": PUBLISHED.get(self.table, {}).get(line),
                 "commit": commit,
                 "device": where,
             }
@@ -271,7 +287,7 @@ def merge(path: Path, entries: Sequence[Mapping[str, Any]]) -> None:
     old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     found = {key(e): e for e in (*old, *entries)}
     partial = path.with_name(f".{path.name}.partial")
-    write_json(partial, sorted(found.values(), key=lambda e: str(key(e))))
+    save(partial, sorted(found.values(), key=lambda e: str(key(e))))
     replace_file(partial, path)
 
 
@@ -318,8 +334,11 @@ def main() -> None:
     try:
         files, told = weights_of(given.weights)
         values = parameters(given.table, given.only, given.images, given.parquet, files, given.set)
-        epochs = {n: told[n] if n in told else b.get("epochs") for n, b in values["backbones"].items()}
-        print(shown(Run(given.table, values, given.data / given.table, epochs).run(given.out)))
+        trained = {n: params.build(train_backbone.Params, f"backbones.{n}", b) for n, b in values["backbones"].items()}
+        epochs = {name: told.get(name, section.epochs) for name, section in trained.items()}
+        entries = Run(given.table, values, given.data / given.table, epochs).run(given.out)
+        if given.table in PUBLISHED:
+            print(shown(entries))
     except (UserError, CacheError) as error:
         raise SystemExit(f"error: {error}") from None
 

@@ -2,7 +2,7 @@
 
 The commands that make them stand in `benchmarks/results.md`, the template.
 
-    python -m benchmarks.results --data cifar --digits data --out docs
+    python -m benchmarks.results --data cifar --out docs
 """
 
 import argparse
@@ -71,15 +71,15 @@ def grid_text(grid: Analysis, online: Online) -> str:
 
 
 def digits_text(data: Path) -> str:
-    """The six hosts of the default parameters, from what `make repro` left in `data`."""
-    names = list(params.load(Path(__file__).parent.parent / "params.yaml")["hosts"])
+    """The paper's hosts on digits, from what `make table` left in `data`."""
+    names = list(params.load(Path(__file__).parent.parent / "presets" / "digits.yaml")["hosts"])
     results = [load_result(name, data / "evaluate" / name) for name in names]
     runs = run_records(data / "runs")
     commits = ", ".join(sorted({str(r["commit"]) for r in runs}))
     spent = sum(r["seconds"] for r in runs if r["seconds"])
     machine = next(r["machine"] for r in runs if r["machine"])
     made = (
-        f"`make repro`; commit {commits}; {len(runs)} stage runs, {spent:.0f} s in them ({machine['cores']} cores, "
+        f"`make table`; commit {commits}; {len(runs)} stage runs, {spent:.0f} s in them ({machine['cores']} cores, "
         f"{machine['processor']}, shared with other work)."
     )
     return "\n\n".join([markdown_table(results), "With H2T minus without:", difference_table(results), made])
@@ -145,7 +145,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("cifar"), help="analyses and online runs on CIFAR-10-LT")
-    parser.add_argument("--digits", type=Path, default=Path("data"), help="what make repro wrote")
+    parser.add_argument("--digits", type=Path, default=Path("data/table/digits"), help="what make table wrote")
     parser.add_argument("--out", type=Path, default=Path("docs"))
     parser.add_argument("--record", type=Path, default=RESULTS / "online.json")
     given = parser.parse_args()

@@ -57,8 +57,8 @@ class Analysis:
         loads = [r["load"] for r in runs if r.get("load") is not None]
         shared = f"load average up to {max(loads):g}" if loads else "shared with other work"
         return (
-            f"`make analysis-{self.name}`; commit {commits}; {heads} heads trained in {seconds:.0f} s ({cpu:.0f} s of "
-            f"processor time, {machine['cores']} cores, {machine['processor']}, {shared})."
+            f"`make -C tests analysis-{self.name}`; commit {commits}; {heads} heads trained in {seconds:.0f} s "
+            f"({cpu:.0f} s of processor time, {machine['cores']} cores, {machine['processor']}, {shared})."
         )
 
 
@@ -66,7 +66,7 @@ def load_analysis(folder: Path) -> Analysis:
     """What `benchmarks.analyses` wrote into `folder`. Raises UserError."""
     names = [p.parent.name for p in sorted((folder / "evaluate").glob("*/metrics.json"))]
     if not names:
-        raise UserError(f"{folder}: no finished analysis; run make analysis-{folder.name}")
+        raise UserError(f"{folder}: no finished analysis; run make -C tests analysis-{folder.name}")
     runs = {p.stem: json.loads(p.read_text()) for p in sorted((folder / "runs" / "train_classifier").glob("*.json"))}
     return Analysis(folder.name, [load_result(n, folder / "evaluate" / n) for n in names], runs)
 

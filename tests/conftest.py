@@ -1,4 +1,6 @@
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import Phase, settings
@@ -32,6 +34,23 @@ def one_thread():
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def warm_h2t(tmp_path_factory):
+    """The program `h2t` of warm.py."""
+    from pipeline_builders import environment
+
+    folder, warm = tmp_path_factory.mktemp("warm"), Path(__file__).with_name("warm.py")
+    program, place = folder / "h2t", folder / "socket"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -E "{warm}" "{place}" "$@"\n')
+    program.chmod(0o755)
+    command = [sys.executable, str(warm), "serve", str(place)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment(), text=True, **pipes) as server:
+        assert server.stdout.readline() == "ready\n"
+        yield program
+        server.stdin.close()
 
 
 @pytest.fixture(scope="session")

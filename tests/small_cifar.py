@@ -43,9 +43,8 @@ def main() -> None:
     write_images(Path("small-train.parquet"), 24, 0)
     write_images(Path("small-test.parquet"), 5, 1)
     write_weights(Path("small.safetensors"))
-    values["prepare"]["options"] = {"train": ["small-train.parquet"], "test": ["small-test.parquet"]}
+    values["inputs"] = {"train": "small-train.parquet", "test": "small-test.parquet", "weights": "small.safetensors"}
     values["prepare"]["imbalance"]["ratio"] = 12.0
-    values["backbones"]["ce_mixup"]["weights"] = "small.safetensors"
     values["extract"]["batchnorm_passes"] = 2
     params.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 

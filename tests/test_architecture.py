@@ -1,6 +1,7 @@
 """Who may import whom, read from the source; and that dvc.yaml watches the numbers and parameters of each stage."""
 
 import ast
+from functools import cache
 
 import pytest
 import yaml
@@ -29,6 +30,7 @@ def stage_of(name):
     return DVC[name].get("do", DVC[name])
 
 
+@cache
 def all_imports(module):
     return imports(MODULES[module])
 
@@ -83,17 +85,17 @@ def test_the_import_reader_sees_every_form(tmp_path):
     assert imports(path) == {"a.b", "c", "c.d", "e.f", "e.f.g", "h"}
 
 
-@pytest.mark.parametrize("module", sorted(MODULES))
-def test_no_relative_imports(module):
+def test_no_relative_imports():
     """They would be invisible to the closures that this file and `h2t doctor` follow."""
-    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
-    assert not [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level]
+    for module, path in MODULES.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assert not [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level], module
 
 
-@pytest.mark.parametrize("module", CACHE)
-def test_the_cache_knows_neither_torch_nor_click_nor_the_pipeline(module):
-    assert not roots(module) & {"torch", "torchvision", "click", "PIL", "sklearn"}
-    assert not [name for name in all_imports(module) if name.startswith("h2t.pipeline")]
+def test_the_cache_knows_neither_torch_nor_click_nor_the_pipeline():
+    for module in CACHE:
+        assert not roots(module) & {"torch", "torchvision", "click", "PIL", "sklearn"}, module
+        assert not [name for name in all_imports(module) if name.startswith("h2t.pipeline")], module
 
 
 def test_the_writer_side_does_not_reach_the_reader_side():
@@ -116,17 +118,16 @@ def test_no_module_lies_loose():
     }
 
 
-@pytest.mark.parametrize("module", sorted(m for m in MODULES if m.count(".") > 2 and m.startswith("h2t.pipeline.")))
-def test_no_import_runs_upward(module):
-    above = FLOORS[FLOORS.index(room(module)) + 1 :]
-    rising = [n for n in all_imports(module) if n.startswith("h2t.pipeline.") and room(n) in above]
-    assert not rising
+def test_no_import_runs_upward():
+    for module in (m for m in MODULES if m.count(".") > 2 and m.startswith("h2t.pipeline.")):
+        above = FLOORS[FLOORS.index(room(module)) + 1 :]
+        assert not [n for n in all_imports(module) if n.startswith("h2t.pipeline.") and room(n) in above], module
 
 
-@pytest.mark.parametrize("module", sorted(MODULES))
-def test_our_packages_have_one_name(module):
+def test_our_packages_have_one_name():
     """`cache` and `pipeline` would be second copies of `h2t.cache` and `h2t.pipeline`, with classes of their own."""
-    assert not roots(module) & {"cache", "pipeline"}
+    for module in MODULES:
+        assert not roots(module) & {"cache", "pipeline"}, module
 
 
 PLUGIN_MODULES = sorted(
@@ -140,26 +141,24 @@ def test_the_plugins_were_found():
     assert len(PLUGIN_MODULES) > 40
 
 
-@pytest.mark.parametrize("module", PLUGIN_MODULES)
-def test_a_plugin_imports_no_stage_no_other_plugin_and_no_cache(module):
-    ours = [name for name in all_imports(module) if name.startswith("h2t.")]
-    assert not [name for name in ours if name.startswith("h2t.cache")]
-    assert not [name for name in ours if name.count(".") > 1 and room(name) in ("stages", *PLUGINS)]
-    assert "h2t.pipeline.base.plugins" not in ours
+def test_a_plugin_imports_no_stage_no_other_plugin_and_no_cache():
+    for module in PLUGIN_MODULES:
+        ours = [name for name in all_imports(module) if name.startswith("h2t.")]
+        assert not [name for name in ours if name.startswith("h2t.cache")], module
+        assert not [name for name in ours if name.count(".") > 1 and room(name) in ("stages", *PLUGINS)], module
+        assert "h2t.pipeline.base.plugins" not in ours, module
 
 
-@pytest.mark.parametrize("module", sorted(MODULES))
-def test_nothing_imports_the_command_line(module):
-    if module == "h2t.pipeline.__main__":
-        return
-    assert "h2t.pipeline.command_line.main" not in all_imports(module)
+def test_nothing_imports_the_command_line():
+    importers = {m for m in MODULES if "h2t.pipeline.command_line.main" in all_imports(m)}
+    assert importers == {"h2t.pipeline.__main__"}
 
 
-@pytest.mark.parametrize("module", sorted(m for m in MODULES if MODULES[m].name == "__init__.py"))
-def test_an_init_holds_a_docstring_at_most(module):
-    body = ast.parse(MODULES[module].read_text(encoding="utf-8")).body
-    assert len(body) <= 1
-    assert all(isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant) for n in body)
+def test_an_init_holds_a_docstring_at_most():
+    for module in (m for m in MODULES if MODULES[m].name == "__init__.py"):
+        body = ast.parse(MODULES[module].read_text(encoding="utf-8")).body
+        assert len(body) <= 1, module
+        assert all(isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant) for n in body), module
 
 
 # --- dvc.yaml

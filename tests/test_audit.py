@@ -1,5 +1,4 @@
 import contextlib
-import hashlib
 import os
 import random
 import shutil
@@ -12,10 +11,10 @@ import pytest
 from builders import make_cache, make_maps, make_rows, make_spec, reseal, reseal_file, tree, write_cache
 
 from h2t.cache.errors import CacheError
-from h2t.cache.format.codecs import CODECS, PYTHON_ONLY
+from h2t.cache.format.codecs import CODECS
 from h2t.cache.format.spec import to_float32
 from h2t.cache.reader import open_cache
-from h2t.cache.tools.audit import advise, describe, diff, pooled, stats, verify
+from h2t.cache.tools.audit import describe, pooled, stats, verify
 from h2t.cache.write.staging import Staging
 from h2t.cache.write.writer import committed
 
@@ -334,39 +333,6 @@ class TestStats:
         assert (line["min"], line["max"], line["mean"], line["nan"]) == (None, None, None, 1)
 
 
-class TestAdvise:
-    @pytest.mark.parametrize("layout", [{}, {"maps": ((1, 1, 1),)}, {"maps": ((2, 64, 64),), "dtype": "bfloat16"}])
-    def test_every_codec_is_measured_and_one_recommended(self, cache_dir, layout):
-        make_cache(cache_dir, **layout)
-        with open_cache(cache_dir) as cache:
-            table = advise(cache, disk_gbps=1, link_gbps=0.1, cores=2, sample_bytes=100_000)
-        assert {line["codec"] for line in table} == set(CODECS)
-        (chosen,) = [line for line in table if line["recommended"]]
-        assert chosen["reason"]
-        assert chosen["codec"] not in PYTHON_ONLY
-        assert min(min(line["encode_gbps"], line["decode_gbps"], line["ratio"]) for line in table) > 0
-
-    def test_ratio_is_that_of_the_stored_chunks(self, cache_dir):
-        make_cache(cache_dir, codec="zstd", maps=((4, 64, 64),), shard_rows=16)
-        with open_cache(cache_dir) as cache:
-            table = advise(cache, sample_bytes=10**9)
-            stored = sum(cache.chunk_ranges(np.arange(11), 0)[2])
-            (line,) = [x for x in table if (x["codec"], x["chunk_rows"]) == ("zstd", 1)]
-            assert line["ratio"] == pytest.approx(cache.spec.value_bytes / stored)
-            assert line["pull_seconds"] == pytest.approx(stored / 0.125e9)
-
-    def test_a_slow_disk_asks_for_fewer_bytes_and_a_fast_one_for_fast_decoding(self, cache_dir):
-        spec = make_spec(maps=((64, 32, 32),))
-        maps = make_maps(spec)[0]
-        maps[np.random.default_rng(0).random(maps.shape) < 0.9] = 0
-        write_cache(cache_dir, spec, make_rows(), [maps])
-        with open_cache(cache_dir) as cache:
-            slow = next(x for x in advise(cache, disk_gbps=0.01, cores=2) if x["recommended"])
-            fast = next(x for x in advise(cache, disk_gbps=1000, cores=2) if x["recommended"])
-        assert slow["ratio"] > 2
-        assert fast["codec"] == "none"
-
-
 def mean(maps):
     return maps.mean((2, 3))
 
@@ -448,58 +414,6 @@ class TestPooled:
         with open_cache(tmp_path / "a") as parent, Staging(tmp_path / "b"), pytest.raises(CacheError) as error:
             pooled(parent, tmp_path / "b", mean, "gap")
         assert error.value.reason == "busy"
-
-
-class TestDiff:
-    def two(self, tmp_path, rows=None, **overrides):
-        make_cache(tmp_path / "a")
-        make_cache(tmp_path / "b", rows=rows, **overrides)
-        with open_cache(tmp_path / "a") as a, open_cache(tmp_path / "b") as b:
-            return diff(a, b)
-
-    def test_the_same(self, tmp_path):
-        found = self.two(tmp_path)
-        assert found["same_values"]
-        assert found["fingerprint"] == found["layout"] == found["provenance"] == []
-        assert [found["rows"][k]["count"] for k in ("added", "removed", "changed")] == [0, 0, 0]
-
-    def test_layout_alone_keeps_the_values(self, tmp_path):
-        found = self.two(tmp_path, codec="zstd", chunk_rows=2)
-        assert found["same_values"]
-        assert found["layout"] == [
-            {"key": "chunk_rows", "old": 1, "new": 2},
-            {"key": "codec", "old": "none", "new": "zstd"},
-        ]
-
-    def test_nested_ingredients(self, tmp_path):
-        inputs = {"backbone": "b" * 64, "views": {"max": 3, "seed": 0}, "crop": [0.9, 1]}
-        found = self.two(tmp_path, fingerprint_inputs=inputs)
-        assert not found["same_values"]
-        assert found["fingerprint"] == [
-            {"key": "inputs.crop[0]", "new": 0.9},
-            {"key": "inputs.crop[1]", "new": 1},
-            {"key": "inputs.views.max", "old": 2, "new": 3},
-        ]
-
-    def test_rows(self, tmp_path):
-        old = make_rows(11)
-        columns = {name: old[name].to_pylist() for name in old.column_names if name != "row"}
-        gone = (old["split"][0].as_py(), old["source"][0].as_py(), old["view"][0].as_py())
-        for values in columns.values():
-            del values[0]
-        columns["digest"][1] = hashlib.sha256(b"another image").hexdigest()
-        columns["label"][2] += 1
-        for name, value in {**{k: v[0] for k, v in columns.items()}, "source": "images/new.png"}.items():
-            columns[name].append(value)
-        found = self.two(tmp_path, rows=make_rows(11, **columns))["rows"]
-        assert [found[k]["count"] for k in ("added", "removed", "changed")] == [1, 1, 2]
-        assert found["added"]["rows"][0]["source"] == "images/new.png"
-        removed = found["removed"]["rows"][0]
-        assert (removed["split"], removed["source"], removed["view"]) == gone
-
-    def test_examples_are_few(self, tmp_path):
-        found = self.two(tmp_path, rows=make_rows(60, source=[f"other/{i}" for i in range(60)]))["rows"]
-        assert (found["added"]["count"], len(found["added"]["rows"])) == (60, 10)
 
 
 def test_describe(cache_dir):

@@ -59,8 +59,12 @@ def test_scale_benchmark(tmp_path, capsys):
     main(["--tiny", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "result.json")])
     body = json.loads((tmp_path / "result.json").read_text())
     assert str(tmp_path) not in json.dumps(body)
-    assert set(body["steps"]) == {"write", "verify", "pool", "stream"}
-    assert all(step["seconds"] > 0 and step["peak_bytes"] > 10 * 2**20 for step in body["steps"].values())
+    steps = body["steps"]
+    assert set(steps) == {"write", "verify", "pool", "stream", "stream from S3", "stream from S3 again"}
+    assert all(step["seconds"] > 0 and step["peak_bytes"] > 10 * 2**20 for step in steps.values())
     assert body["promises"]["memory_within_bound"]
+    assert body["promises"]["same_weights"]
+    assert steps["stream"]["requests"] == 0
+    assert 0 < steps["stream from S3 again"]["bytes_sent"] < steps["stream from S3"]["bytes_sent"]
     assert list((tmp_path / "data").iterdir()) == []
     assert "| verify |" in capsys.readouterr().out

@@ -110,6 +110,26 @@ def test_window_draws_are_balanced_over_classes():
     assert len(np.unique(donors[: len(labels)])) == len(labels)
 
 
+def test_results_have_one_record_a_line():
+    from benchmarks.measure import RESULTS, records
+
+    body = {"b": [1, 2], "a": [{"x": 1}, {"x": "y" * 300}], "empty": [], "none": None}
+    assert records(body).splitlines() == [
+        "{",
+        ' "a": [',
+        '  {"x": 1},',
+        f'  {{"x": "{"y" * 300}"}}',
+        " ],",
+        ' "b": [1, 2],',
+        ' "empty": [],',
+        ' "none": null',
+        "}",
+    ]
+    for path in RESULTS.glob("*.json"):
+        text = path.read_text(encoding="utf-8")
+        assert text == records(json.loads(text)) + "\n", path.name
+
+
 def test_benchmarks_run_as_modules():
     import subprocess
 

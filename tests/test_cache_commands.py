@@ -10,12 +10,11 @@ import pytest
 from builders import make_cache, make_rows, tree
 from click.testing import CliRunner
 
-from h2t.cache.format.codecs import CODECS
 from h2t.cache.reader import open_cache
 from h2t.pipeline.command_line.caches import cache, human
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ["info", "verify", "stats", "advise"]
+COMMANDS = ["info", "verify", "stats"]
 
 
 def run(*arguments):
@@ -90,33 +89,6 @@ def test_stats(cache_dir):
     assert table[0]["sparsity"] == (maps[0] == 0).mean()
 
 
-def test_advise(cache_dir):
-    make_cache(cache_dir)
-    table = lines("advise", cache_dir, "--disk", "3", "--link", "0.1", "--cores", "1")
-    assert all(any(f" {name} " in line for line in table) for name in CODECS)
-    assert table[-1].startswith("* codec: ")
-    assert len(json.loads("".join(lines("advise", "--json", cache_dir)))) == len(table) - 2
-
-
-def test_diff(tmp_path):
-    make_cache(tmp_path / "a")
-    digest = ["0" * 64] * 11
-    make_cache(tmp_path / "b", rows=make_rows(11, digest=digest), fingerprint_inputs={"backbone": "c"}, codec="zstd")
-    out = lines("diff", tmp_path / "a", tmp_path / "b")
-    assert out[0] == "different values"
-    assert f'fingerprint inputs.backbone: "{"b" * 64}" -> "c"' in out
-    assert "fingerprint inputs.views.max: 2 -> (absent)" in out
-    assert 'layout codec: "none" -> "zstd"' in out
-    assert "rows 11 -> 11: 0 added, 0 removed, 11 changed" in out
-    assert lines("diff", tmp_path / "a", tmp_path / "a") == [
-        "same values",
-        "rows 11 -> 11: 0 added, 0 removed, 0 changed",
-    ]
-    assert (
-        json.loads("".join(lines("diff", "--json", tmp_path / "a", tmp_path / "b")))["rows"]["changed"]["count"] == 11
-    )
-
-
 def test_a_url(cache_dir):
     make_cache(cache_dir)
     fs = fsspec.filesystem("memory")
@@ -126,7 +98,7 @@ def test_a_url(cache_dir):
     fs.rm("/commanded", recursive=True)
 
 
-@pytest.mark.parametrize("command", ["info", "stats", "advise", "diff"])
+@pytest.mark.parametrize("command", ["info", "stats"])
 @pytest.mark.parametrize(
     ("place", "says"),
     [
@@ -143,7 +115,7 @@ def test_what_is_no_cache_is_one_line_on_stderr(tmp_path, monkeypatch, command, 
     make_cache(tmp_path / "cut")
     (tmp_path / "newer/cache.json").write_bytes(b'{"format":7}')
     os.truncate(tmp_path / "cut/cache.json", 99)
-    result = run(command, *[place] * (2 if command == "diff" else 1))
+    result = run(command, place)
     assert result.exit_code == 1
     assert result.stdout == ""
     (line,) = result.stderr.splitlines()
@@ -162,12 +134,11 @@ def test_a_shard_that_is_gone_is_one_line_too(cache_dir):
 
 def test_wrong_use_exits_2(cache_dir):
     assert run("info").exit_code == 2
-    assert run("advise", cache_dir, "--disk", "0").exit_code == 2
     assert run("nothing", cache_dir).exit_code == 2
 
 
 def test_every_command_has_an_example():
-    for command in [*COMMANDS, "diff"]:
+    for command in COMMANDS:
         assert f"Example: h2t cache {command}" in " ".join(run(command, "--help").output.split())
 
 
@@ -182,7 +153,7 @@ def test_info_opens_no_shard(cache_dir):
     """The cost of a glance does not grow with the maps: only the record and the row table are opened."""
     make_cache(cache_dir, rows=make_rows(200), shard_rows=1)
     script = (
-        "import sys, cache.audit\n"
+        "import sys, h2t.cache.tools.audit\n"
         "from h2t.pipeline.command_line.caches import cache\n"
         "opened = []\n"
         "def hook(event, args):\n"
@@ -204,5 +175,5 @@ def test_sizes_for_people(size, text):
 
 def test_rows_of_numpy_integers_are_json(cache_dir):
     make_cache(cache_dir, rows=make_rows(3, label=np.array([0, 1, 2], np.int32)))
-    for command in ("info", "stats", "advise"):
+    for command in ("info", "stats"):
         json.loads("".join(lines(command, "--json", cache_dir)))

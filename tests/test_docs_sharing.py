@@ -55,7 +55,7 @@ def test_library(place, tmp_path):
 
 
 @pytest.mark.sharing
-def test_sharing(place, tmp_path):
+def test_sharing(place, tmp_path, warm_h2t):
     home = tmp_path / "home"
     shutil.copytree(place / "data", home / "made")
     (home / "made/prepare/samples").mkdir(parents=True)
@@ -77,7 +77,7 @@ def test_sharing(place, tmp_path):
         np.savez(home / f"{split}.npz", features=rng.random((12, 4), np.float32), labels=np.arange(12) % 3)
         Image.fromarray(rng.integers(0, 255, (8, 8, 3), np.uint8)).save(home / f"pictures/{split}.png")
     own = environment(
-        PATH=f"{sys.executable.rpartition('/')[0]}:/usr/bin:/bin",
+        PATH=f"{warm_h2t.parent}:{sys.executable.rpartition('/')[0]}:/usr/bin:/bin",
         REMOTE=str(tmp_path / "store"),
         REPOSITORY=f"file://{tmp_path}/server.git",
         DVC_SITE_CACHE_DIR=str(tmp_path / "site"),

@@ -9,6 +9,7 @@ from small_cifar import write_images
 from benchmarks import paper
 from h2t.pipeline.base import params
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.inspection import settings
 
 TINY = [
     "device=cpu",
@@ -29,7 +30,7 @@ def files(tmp_path_factory):
     return [str(folder / "train.parquet"), str(folder / "test.parquet")]
 
 
-@pytest.mark.parametrize("table", paper.TABLES)
+@pytest.mark.parametrize("table", paper.PUBLISHED)
 def test_every_table_has_complete_parameters_and_its_published_rows(table):
     values = paper.parameters(table)
     hosts = values["hosts"]
@@ -64,6 +65,14 @@ def test_a_table_from_images_to_figures_and_again(tmp_path, files, capsys):
     assert {p: p.stat().st_mtime_ns for p in made} == made
     assert json.loads(results.read_text()) == kept
     assert "| DR + H2T | 1 |" in paper.shown(entries)
+    assert "| mislas | with H2T |" in (tmp_path / "run/report/results.md").read_text(encoding="utf-8")
+
+
+def test_the_digits_keep_the_grids_of_their_preset():
+    values = paper.parameters("digits")
+    assert set(values["hosts"]) == {*paper.ROWS} - {"ride"}  # it comes in two forms
+    preset = settings.complete(params.load(ROOT / "presets/digits.yaml"), "hosts")
+    assert {n: h["grid"] for n, h in values["hosts"].items()} == {n: h["grid"] for n, h in preset.items()}
 
 
 def test_other_settings_are_not_taken_for_finished(tmp_path):

@@ -17,7 +17,7 @@ from h2t.cache.tools.verify import verify
 SETTINGS = {"rows": make_rows(60), "shard_rows": 4, "maps": ((3, 2, 2), (2, 1, 1))}
 WANTED = [59, 4, 4, 0, 31]
 SSHD = pytest.param(
-    "sshd", marks=pytest.mark.skipif(not sshd_program(), reason="needs OpenSSH's server: make test-remotes")
+    "sshd", marks=pytest.mark.skipif(not sshd_program(), reason="needs OpenSSH's server: make -C tests test-remotes")
 )
 
 

@@ -241,7 +241,7 @@ def test_a_host_whose_rows_the_cache_lacks_is_left_out(tmp_path, evaluated, caps
 
 
 def test_an_unfinished_analysis_is_one_line(tmp_path):
-    with pytest.raises(UserError, match="make analysis-donors"):
+    with pytest.raises(UserError, match="make -C tests analysis-donors"):
         tables.load_analysis(tmp_path / "donors")
 
 

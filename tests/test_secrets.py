@@ -53,7 +53,6 @@ def params(tmp_path_factory):
 COMMANDS = {
     "info": lambda url, out, params: ["cache", "info", url],
     "verify": lambda url, out, params: ["cache", "verify", "--quick", url],
-    "diff": lambda url, out, params: ["cache", "diff", url, url],
     "pool": lambda url, out, params: ["pool", "b", url, out, "--params", params],
     "train": lambda url, out, params: ["train-classifier", "dr", url, "none", out, "--params", params],
     "evaluate": lambda url, out, params: ["evaluate", "dr", url, out, "none", out, "--params", params],

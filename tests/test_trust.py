@@ -61,9 +61,9 @@ def faults_in(source: str, module: str = "m") -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("module", sorted(modules()))
-def test_the_source_runs_nothing_that_comes_from_data(module):
-    assert faults_in(modules()[module].read_text(encoding="utf-8"), module) == []
+def test_the_source_runs_nothing_that_comes_from_data():
+    for module, path in modules().items():
+        assert faults_in(path.read_text(encoding="utf-8"), module) == [], module
 
 
 def test_yaml_is_read_by_the_safe_loader_alone():

@@ -1,7 +1,7 @@
 """A extracts and publishes; B clones, gets the results without the backbone, changes a ratio and trains; C has no room.
 
-Over three remotes: a path, an S3 endpoint and a real sshd, both on the loopback. `make test-remotes` installs the sshd,
-and writes what was moved and how long it took to the file that H2T_REMOTES names.
+Over three remotes: a path, an S3 endpoint and a real sshd, both on the loopback. `make -C tests test-remotes` installs
+the sshd, and writes what was moved and how long it took to the file that H2T_REMOTES names.
 """
 
 import json
@@ -18,6 +18,8 @@ from builders import tree
 from pipeline_builders import ROOT, environment, write_params
 from servers import openssh_server, s3_endpoint, sshd_program
 
+from benchmarks.measure import save
+
 pytestmark = [pytest.mark.sharing, pytest.mark.slow]
 
 CODE = (
@@ -33,21 +35,26 @@ CODE = (
     ".dvc/config",
     ".dvc/.gitignore",
 )
-SSHD = pytest.param("ssh", marks=pytest.mark.skipif(not sshd_program(), reason="needs sshd: make test-remotes"))
+NO_SSHD = pytest.mark.skipif(not sshd_program(), reason="needs sshd: make -C tests test-remotes")
+SSHD = pytest.param("ssh", marks=NO_SSHD)
+#: tests/test_docs_sharing.py publishes to a path and pulls from it in every run.
+PATH = pytest.param(
+    "path", marks=pytest.mark.skipif("H2T_REMOTES" not in os.environ, reason="make -C tests test-remotes")
+)
 COUNTING_H2T = """#!/bin/sh
 echo "$1 $2" >> "$H2T_CALLS"
-exec {python} -m h2t.pipeline "$@"
+exec {h2t} "$@"
 """
 
 
 class Desk:
     """Somebody's directory: commands run there, with an `h2t` that writes down what it is called for."""
 
-    def __init__(self, where: Path, **own: str) -> None:
+    def __init__(self, where: Path, h2t: Path, **own: str) -> None:
         self.where, self.calls = where, where.parent / f"{where.name}.calls"
         programs = where.parent / "bin"
         programs.mkdir(exist_ok=True)
-        (programs / "h2t").write_text(COUNTING_H2T.format(python=sys.executable))
+        (programs / "h2t").write_text(COUNTING_H2T.format(h2t=h2t))
         (programs / "h2t").chmod(0o755)
         self.env = environment(
             PATH=f"{programs}:{Path(sys.executable).parent}:/usr/bin:/bin",
@@ -85,9 +92,9 @@ def size(*folders: Path) -> int:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, warm_h2t):
     """A's repository with every stage done and committed, on no remote yet."""
-    a = Desk(tmp_path_factory.mktemp("lab") / "a")
+    a = Desk(tmp_path_factory.mktemp("lab") / "a", warm_h2t)
     a.where.mkdir()
     for name in CODE:
         (a.where / name).parent.mkdir(exist_ok=True)
@@ -105,7 +112,7 @@ def finished(tmp_path_factory):
     return a.where
 
 
-@pytest.fixture(params=["path", "s3", SSHD])
+@pytest.fixture(params=[PATH, "s3", SSHD])
 def remote(request, tmp_path):
     """(kind, URL, environment) of an empty remote."""
     if request.param == "path":
@@ -123,10 +130,10 @@ def remote(request, tmp_path):
             yield "ssh", f"ssh://{user}@127.0.0.1:{port}{tmp_path}/store", {"HOME": str(tmp_path / "home")}
 
 
-def test_nobody_extracts_twice(finished, remote, tmp_path):
+def test_nobody_extracts_twice(finished, remote, tmp_path, warm_h2t):
     kind, url, own = remote
     shutil.copytree(finished, tmp_path / "a", symlinks=True)
-    a, b, c = (Desk(tmp_path / name, **own) for name in "abc")
+    a, b, c = (Desk(tmp_path / name, warm_h2t, **own) for name in "abc")
     took: dict[str, dict[str, float]] = {}
 
     def timed(step: str, desk: Desk, *arguments: object) -> str:
@@ -184,11 +191,11 @@ def test_nobody_extracts_twice(finished, remote, tmp_path):
     # Without any copy: rows of the maps, by ranges, through the remote.
     told = timed(
         "D reads five rows of the maps", c, sys.executable, "-c",
-        "from cache.reader import open_cache; "
+        "from h2t.cache.reader import open_cache; "
         f"print(open_cache('dvc+file://{tmp_path}/server.git@main#data/extract/ce_mixup').read([5, 1, 1, 7, 9]).shape)",
     )  # fmt: skip
     assert told.startswith("(5, ")
     took["D reads five rows of the maps"]["bytes"] = size(Path(c.env["H2T_BLOCK_CACHE"]))
     if table := os.environ.get("H2T_REMOTES"):
         known = json.loads(Path(table).read_text()) if Path(table).exists() else {}
-        Path(table).write_text(json.dumps({**known, kind: took}, indent=2, sort_keys=True) + "\n")
+        save(Path(table), {**known, kind: took})

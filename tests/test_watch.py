@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,7 +25,7 @@ TRANSFORM = {"size": 8, "resize": 8, "mean": [0.5] * 3, "std": [0.25] * 3}
 PROJECT = ("h2t", "cache", "pipeline", "plugins", "stages.yaml", "dvc.yaml", ".dvcignore", "inputs", ".dvc")
 COUNTING_H2T = """#!/bin/sh
 case "$1" in watch|train-backbone|extract) echo "$1@$2";; *) echo "$1";; esac >> {calls}
-exec {python} -m h2t.pipeline "$@"
+exec {h2t} "$@"
 """
 
 
@@ -275,8 +274,8 @@ def test_an_experiment_queue_is_told_of_relative_paths(tmp_path, monkeypatch):
 class Project:
     """A repository with our dvc.yaml and an `h2t` that notes down what it is called for."""
 
-    def __init__(self, root: Path) -> None:
-        self.root, self.calls = root, root.parent / f"{root.name}.calls"
+    def __init__(self, root: Path, h2t: Path) -> None:
+        self.root, self.h2t, self.calls = root, h2t, root.parent / f"{root.name}.calls"
 
     def status(self) -> dict:
         with contextlib.chdir(self.root), Repo() as repo:
@@ -291,7 +290,7 @@ class Project:
         self.calls.write_text("")
         programs = self.root.parent / f"{self.root.name}.bin"
         programs.mkdir(exist_ok=True)
-        (programs / "h2t").write_text(COUNTING_H2T.format(calls=self.calls, python=sys.executable))
+        (programs / "h2t").write_text(COUNTING_H2T.format(calls=self.calls, h2t=self.h2t))
         (programs / "h2t").chmod(0o755)
         own = environment(PATH=f"{programs}:{os.environ['PATH']}", PYTHONPATH=str(ROOT))
         with pytest.MonkeyPatch.context() as patch:
@@ -301,7 +300,7 @@ class Project:
         return self.calls.read_text().split()
 
 
-def start_project(root: Path, values: dict) -> Project:
+def start_project(root: Path, values: dict, h2t: Path) -> Project:
     root.mkdir()
     for name in PROJECT:
         if (ROOT / name).is_dir() and name != ".dvc":
@@ -315,19 +314,19 @@ def start_project(root: Path, values: dict) -> Project:
     (root / ".gitignore").write_text("/data/\n/photos/\n/start/\n/kept/\n")
     git("init", "--quiet", "--initial-branch=main", where=root)
     write(root, values)
-    return Project(root)
+    return Project(root, h2t)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)  # a dozen programs that import torch, on a busy machine
-def test_dvc_runs_what_a_change_concerns_and_nothing_else(tmp_path):
+@pytest.mark.timeout(1200)
+def test_dvc_runs_what_a_change_concerns_and_nothing_else(tmp_path, warm_h2t):
     # Weights to start from lie outside of the repository, at an absolute path with a space.
     make_backbone_dir(tmp_path / "first", seed=1)
     make_backbone_dir(tmp_path / "second", seed=2)
     start = shutil.copy(tmp_path / "first/backbone.safetensors", tmp_path / "start weights.safetensors")
     values = values_of("photos", start=str(start))
     values["backbones"]["other"]["start"] = "inputs/start"
-    project = start_project(tmp_path / "a", values)
+    project = start_project(tmp_path / "a", values, warm_h2t)
     photos = make_images(project.root / "photos")
     watched = {"watch@photos", "watch@start", "inputs", "prepare"}
     assert set(project.ran("train_backbone")) == watched | {"train-backbone@ce_mixup", "train-backbone@other"}
@@ -376,8 +375,8 @@ def test_dvc_runs_what_a_change_concerns_and_nothing_else(tmp_path):
 @pytest.mark.slow
 @pytest.mark.sharing
 @pytest.mark.timeout(1200)
-def test_who_lacks_the_images_trains_heads(tmp_path):
-    project = start_project(tmp_path / "a", values_of("photos"))
+def test_who_lacks_the_images_trains_heads(tmp_path, warm_h2t):
+    project = start_project(tmp_path / "a", values_of("photos"), warm_h2t)
     make_images(project.root / "photos")
     project.ran("train_classifier")
     dvc("remote", "add", "--default", "store", str(tmp_path / "store"), where=project.root)
@@ -388,7 +387,7 @@ def test_who_lacks_the_images_trains_heads(tmp_path):
     assert not images & {p.read_bytes() for p in (tmp_path / "store").rglob("*") if p.is_file()}
 
     git("clone", "--quiet", project.root, tmp_path / "b", where=tmp_path)
-    other = Project(tmp_path / "b")
+    other = Project(tmp_path / "b", warm_h2t)
     values = values_of("photos")
     values["hosts"]["dr"]["optimiser"]["lr"] = 0.05
     write(other.root, values)

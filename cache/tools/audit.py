@@ -1,29 +1,25 @@
-"""Whole-cache work, out of core: what a cache holds, its value ranges, what two caches differ in.
+"""Work on a whole cache in bounded memory: what it holds, and the range of its values.
 
-The larger rooms have files of their own and are entered from here: `verify`, `advise`, `pooled`.
+`verify` and `pooled` have files of their own and are imported from here.
 """
 
 import os
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 
-from h2t.cache.format.spec import FORMAT, RECORD, CacheSpec, to_float32
+from h2t.cache.format.spec import FORMAT, RECORD, to_float32
 from h2t.cache.reader import Cache
-from h2t.cache.tools.advice import advise
 from h2t.cache.tools.pooled import pooled
 from h2t.cache.tools.verify import Fault, verify
 
-__all__ = ["Fault", "advise", "describe", "diff", "pooled", "stats", "verify"]
+__all__ = ["Fault", "describe", "pooled", "stats", "verify"]
 
 WORKERS = min(4, os.cpu_count() or 1)
 BLOCK_BYTES = 8 * 1024 * 1024  # of stored values; a worker needs about six times as much memory
-IDENTITY = ["split", "statistics", "source", "view"]
 
 
 def describe(cache: Cache) -> dict[str, Any]:
@@ -136,63 +132,3 @@ def stats(cache: Cache, *, workers: int = WORKERS) -> list[dict[str, Any]]:
             }
         )
     return table
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested JSON value as dotted key -> leaf."""
-    if isinstance(value, Mapping) and value:
-        return {
-            k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}" if prefix else key).items()
-        }
-    if isinstance(value, list) and value:
-        return {k: v for i, item in enumerate(value) for k, v in _flat(item, f"{prefix}[{i}]").items()}
-    return {prefix: value}
-
-
-def _changes(old: Any, new: Any) -> list[dict[str, Any]]:
-    """Keys that differ, each with `old` and `new`; one of the two is absent where the key is."""
-    a, b = _flat(old), _flat(new)
-    keys = [key for key in sorted({*a, *b}) if key not in a or key not in b or a[key] != b[key]]
-    return [{"key": k, **({"old": a[k]} if k in a else {}), **({"new": b[k]} if k in b else {})} for k in keys]
-
-
-def _layout(spec: CacheSpec) -> dict[str, Any]:
-    return {**spec.layout, "experts": [list(shape) for shape in spec.maps]}
-
-
-def diff(a: Cache, b: Cache, *, examples: int = 10) -> dict[str, Any]:
-    """What changed from `a` to `b`: fingerprint ingredients, layout, and rows.
-
-    Rows are matched by (split, statistics, source, view); a matched row is `changed` if its image's digest or its
-    label differs. Each of added, removed and changed has a `count` and at most `examples` rows.
-    """
-    left, right = (
-        cache.rows.select([*IDENTITY, "label", "digest"]).append_column(
-            f"in_{side}", pa.array([True] * len(cache.rows))
-        )
-        for side, cache in (("a", a), ("b", b))
-    )
-    joined = left.join(right, IDENTITY, join_type="full outer", right_suffix="_b")
-    here, there = pc.is_valid(joined["in_a"]), pc.is_valid(joined["in_b"])
-    both = pc.and_(here, there)
-    same = pc.and_(pc.equal(joined["digest"], joined["digest_b"]), pc.equal(joined["label"], joined["label_b"]))
-    parts = {
-        "added": pc.invert(here),
-        "removed": pc.invert(there),
-        "changed": pc.and_(both, pc.fill_null(pc.invert(same), False)),
-    }
-    rows: dict[str, Any] = {"old": len(a.rows), "new": len(b.rows)}
-    for name, mask in parts.items():
-        found = joined.filter(mask)
-        first = found.sort_by([(key, "ascending") for key in IDENTITY]).slice(0, examples).select(IDENTITY)
-        rows[name] = {"count": len(found), "rows": first.to_pylist()}
-    return {
-        "same_values": a.spec.fingerprint == b.spec.fingerprint,
-        "fingerprint": _changes(
-            {"inputs": a.spec.fingerprint_inputs, "dtype": a.spec.dtype},
-            {"inputs": b.spec.fingerprint_inputs, "dtype": b.spec.dtype},
-        ),
-        "layout": _changes(_layout(a.spec), _layout(b.spec)),
-        "provenance": _changes(a.spec.provenance, b.spec.provenance),
-        "rows": rows,
-    }

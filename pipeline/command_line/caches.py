@@ -218,39 +218,6 @@ def _number(value: float | None) -> str:
     return "none" if value is None else f"{value:.4g}"
 
 
-@cache.command("advise")
-@CACHE
-@click.option(
-    "--disk", default=2.0, show_default=True, type=click.FloatRange(0, min_open=True), help="GB/s of the disk."
-)
-@click.option(
-    "--link", default=0.125, show_default=True, type=click.FloatRange(0, min_open=True), help="GB/s of the network."
-)
-@click.option("--cores", type=click.IntRange(1), help="Cores that decode; all by default.")
-@click.option("--json", "as_json", is_flag=True, help="The same as JSON.")
-def advise_command(location: str, disk: float, link: float, cores: int | None, as_json: bool) -> None:
-    """Measure codecs and chunk sizes on CACHE; name the best.
-
-    Example: h2t cache advise data/extract/ce_mixup --disk 3.5
-    """
-    from h2t.cache.tools.audit import advise
-
-    with opened(location) as found:
-        table = advise(found, disk_gbps=disk, link_gbps=link, cores=cores)
-    if as_json:
-        click.echo(json.dumps(table, sort_keys=True))
-        return
-    click.echo(f"  {'codec':14} rows/chunk  ratio  encode  decode    scan  random rows       pull  (GB/s, s)")
-    for line in table:
-        click.echo(
-            f"{'*' if line['recommended'] else ' '} {line['codec']:14} {line['chunk_rows']:10} {line['ratio']:6.2f} "
-            f"{line['encode_gbps']:7.2f} {line['decode_gbps']:7.2f} {line['scan_gbps']:7.2f} {line['row_gbps']:12.3f} "
-            f"{line['pull_seconds']:10.1f}"
-        )
-    chosen = next(line for line in table if line["recommended"])
-    click.echo(f"* codec: {chosen['codec']}, {chosen['chunk_rows']} rows per chunk: {chosen['reason']}")
-
-
 @cache.command(
     "pool", epilog="h2t cache pool data/extract/ce_mixup ce_mixup-gem \\\n  --pool gem --option exponent=3.0"
 )
@@ -277,32 +244,3 @@ def pool_command(location: str, out: Path, name: str, given: tuple[str, ...], co
     section = params.build(pool.Params, "pool", {"pool": name, "pool_options": chosen, "codec": codec})
     with opened(location) as maps:
         pool.run(section, out.name, maps, out, click.echo, replace=replace)
-
-
-@cache.command("diff")
-@click.argument("old", metavar="A", help="Path or URL of a cache.")
-@click.argument("new", metavar="B", help="Path or URL of a cache.")
-@click.option("--json", "as_json", is_flag=True, help="The same as JSON.")
-def diff_command(old: str, new: str, as_json: bool) -> None:
-    """Show what changed from cache A to B. Ingredients, layout and rows.
-
-    Example: h2t cache diff old/extract/ce_mixup data/extract/ce_mixup
-    """
-    from h2t.cache.tools.audit import diff
-
-    with opened(old) as a, opened(new) as b:
-        found = diff(a, b)
-    if as_json:
-        click.echo(json.dumps(found, sort_keys=True))
-        return
-    click.echo("same values" if found["same_values"] else "different values")
-    for part in ("fingerprint", "layout", "provenance"):
-        for change in found[part]:
-            before, after = (json.dumps(change[k]) if k in change else "(absent)" for k in ("old", "new"))
-            click.echo(printable(f"{part} {change['key']}: {before} -> {after}"))
-    rows = found["rows"]
-    counts = ", ".join(f"{rows[kind]['count']} {kind}" for kind in ("added", "removed", "changed"))
-    click.echo(f"rows {rows['old']} -> {rows['new']}: {counts}")
-    for kind in ("added", "removed", "changed"):
-        for row in rows[kind]["rows"]:
-            click.echo(printable(f"  {kind}: {row['split']} {row['statistics']} {row['source']} view {row['view']}"))

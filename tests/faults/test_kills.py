@@ -1,4 +1,4 @@
-"""A seeded handful of the kills that `make faults` does by the hundred; a writer that is stopped, or asked to end."""
+"""A few seeded kills of the hundreds that `make -C tests faults` does; a writer that is stopped or terminated."""
 
 import signal
 import sys

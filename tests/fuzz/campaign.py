@@ -1,6 +1,6 @@
 """Every parser under the coverage-guided fuzzer, one after the other; a table, and `benchmarks/results/fuzz.json`.
 
-    make fuzz                                   # a million executions of each, or an hour of each
+    make -C tests fuzz                                   # a million executions of each, or an hour of each
     python tests/fuzz/campaign.py record urls --executions 100000 --seed 3
 
 Each target runs in a process of its own (`guided.py`) from the valid inputs of its seeds, and ends at its first

@@ -1,6 +1,6 @@
 """Every fuzz target for a moment: its valid inputs are accepted, and seeded mutations of them find nothing.
 
-In a process of its own, as the audit hook stays and the memory is limited. `make fuzz` is the campaign.
+In a process of its own, as the audit hook stays and the memory is limited. `make -C tests fuzz` is the campaign.
 """
 
 import subprocess

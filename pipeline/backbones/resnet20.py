@@ -12,9 +12,10 @@ NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class Options(Section):
-    """`experts`: parallel branches, 1 for a plain network."""
+    """Keys of `backbones.NAME.options`."""
 
     experts: Experts = 1
+    """Parallel branches, each with maps of its own; 1 is the plain network."""
 
 
 def build(options: Options) -> nn.Module:

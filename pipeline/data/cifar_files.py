@@ -17,11 +17,14 @@ from h2t.pipeline.data.transforms import CIFAR
 
 
 class Options(Section):
-    """`root`: the folder that holds torchvision's files; `download`: fetch them where they are missing."""
+    """Keys of `prepare.options`."""
 
     root: str = "data/datasets"
+    """Folder that holds torchvision's files."""
     download: bool = True
+    """Download the files where they are missing."""
     transform: Transform = CIFAR
+    """Size, augmentation and normalisation."""
 
 
 @lru_cache(maxsize=2)

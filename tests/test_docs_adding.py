@@ -1,5 +1,9 @@
-"""The pages on adding things are short, the conformance tests accept their code, and `dvc repro` runs it."""
+"""The pages on adding things are short, the conformance tests accept their code, and `dvc repro` runs it.
 
+The parameters for own data in the README are complete, too.
+"""
+
+import contextlib
 import json
 import os
 import re
@@ -11,6 +15,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from click.testing import CliRunner
 from conformance import (
     COUNTS,
     check_backbone,
@@ -21,9 +26,12 @@ from conformance import (
     check_pool,
     check_sampler,
 )
+from dvc.repo import Repo
+from image_builders import write_image
 from pipeline_builders import ROOT, environment, h2t, make_params, make_samples, make_stage2_cache
 
 from h2t.pipeline.base import plugins
+from h2t.pipeline.command_line.main import main
 from h2t.pipeline.inspection import settings
 from h2t.pipeline.inspection.doctor import NAMED_BY_DVC
 
@@ -175,3 +183,20 @@ def test_dvc_repro_runs_the_plug_ins_of_all_pages(tmp_path):
         file.write("# edited\n")
     stale = json.loads(dvc("status", "--json", cwd=tmp_path))
     assert set(stale) == {"train_classifier@hinge", "evaluate@hinge"}
+
+
+def test_the_parameters_of_the_readme_prepare_a_folder_of_images_and_dvc_reads_them(tmp_path):
+    (block,) = blocks(ROOT / "README.md", "yaml")
+    (tmp_path / "params.yaml").write_text(block)
+    for name in ("dvc.yaml", "stages.yaml"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    for j, (name, count) in enumerate({"owl": 5, "cat": 3}.items()):
+        for i in range(count):
+            write_image(tmp_path / f"photos/train/{name}/{i}.jpg", 100 * j + i, (9, 8))
+        write_image(tmp_path / f"photos/test/{name}/0.jpg", 100 * j + 50, (9, 8))
+    with contextlib.chdir(tmp_path):
+        done = CliRunner().invoke(main, ["prepare", "data/prepare"])
+        assert done.exit_code == 0, done.output
+        stages = {stage.addressing for stage in Repo.init(no_scm=True).index.stages}
+    assert stages >= {"watch@photos", "train_backbone@mine", "extract@mine", "evaluate@dr", "report"}
+    assert pq.read_table(tmp_path / "data/prepare/samples.parquet").num_rows == 10

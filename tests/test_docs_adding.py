@@ -1,10 +1,21 @@
-"""The pages on adding things: short, and their code is what the conformance tests accept."""
+"""The pages on adding things are short, the conformance tests accept their code, and `dvc repro` runs it.
 
+The parameters for own data in the README are complete, too.
+"""
+
+import contextlib
+import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
+from click.testing import CliRunner
 from conformance import (
     COUNTS,
     check_backbone,
@@ -15,9 +26,12 @@ from conformance import (
     check_pool,
     check_sampler,
 )
-from pipeline_builders import ROOT, make_params, make_samples, make_stage2_cache
+from dvc.repo import Repo
+from image_builders import write_image
+from pipeline_builders import ROOT, environment, h2t, make_params, make_samples, make_stage2_cache
 
 from h2t.pipeline.base import plugins
+from h2t.pipeline.command_line.main import main
 from h2t.pipeline.inspection import settings
 from h2t.pipeline.inspection.doctor import NAMED_BY_DVC
 
@@ -29,9 +43,9 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def install(page: Path, folder: Path) -> tuple[str, str]:
-    """Writes the page's plug-in where its first line says; returns (kind, name)."""
+    """Writes the page's plug-in into `folder`, which stands for `plugins`; returns (kind, name)."""
     (code,) = blocks(page, "python")
-    kind, name = re.match(r"# (\w+)/(\w+)\.py\n", code).groups()
+    kind, name = re.match(r"# plugins/(\w+)/(\w+)\.py\n", code).groups()
     (folder / kind).mkdir(parents=True, exist_ok=True)
     (folder / kind / f"{name}.py").write_text(code.split("\n", 1)[1], encoding="utf-8")
     return kind, name
@@ -118,3 +132,71 @@ def test_objectives_conform(name):
 @pytest.mark.parametrize("name", plugins.names("pools"))
 def test_pools_conform(name):
     check_pool(name)
+
+
+def dvc(*arguments, cwd):
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", *arguments],
+        cwd=cwd,
+        env=environment(PATH=path, DVC_NO_ANALYTICS="1"),
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_dvc_repro_runs_the_plug_ins_of_all_pages(tmp_path):
+    """A project has six files in `plugins/`: a run uses each of them, and an edit makes its stages stale."""
+    for name in ("dvc.yaml", "stages.yaml"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "inputs").mkdir()
+    for page in PAGES:
+        install(page, tmp_path / "plugins")
+    optimiser = {"epochs": 1, "batch_size": 8}
+    grid = {"ratio": [0.0, 0.3], "donor": ["instance", "square_root"], "seed": [0]}
+    values = {
+        "device": "cpu",
+        "prepare": {"dataset": "stripes", "options": {"images": 30}, "test_per_class": 10},
+        "backbones": {"mine": {"arch": "plain", "objective": "focal", "epochs": 1, "batch_size": 8}},
+        "backbone_defaults": {},
+        "extract": {"batchnorm": ["stage1"]},
+        "pool": {"pool": "log_sum_exp"},
+        "host_defaults": {"batchnorm": "stage1", "pool": "log_sum_exp", "optimiser": optimiser, "grid": grid},
+        "hosts": {"hinge": {"host": "hinge", "backbone": "mine"}},
+        "evaluate": {},
+        "report": {},
+        "seed": 0,
+    }
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))
+    dvc("init", "--no-scm", "--quiet", cwd=tmp_path)
+    upgraded = h2t("upgrade", "--apply", cwd=tmp_path)
+    assert upgraded.returncode == 0, upgraded.stderr
+    dvc("repro", "--quiet", cwd=tmp_path)
+    assert "hinge" in (tmp_path / "data/report/results.md").read_text()
+    heads = pq.read_table(tmp_path / "data/evaluate/hinge/heads.parquet").to_pydict()
+    assert set(heads["donor"]) >= {"instance", "square_root"}
+    with (tmp_path / "plugins/hosts/hinge.py").open("a") as file:
+        file.write("# edited\n")
+    stale = json.loads(dvc("status", "--json", cwd=tmp_path))
+    assert set(stale) == {"train_classifier@hinge", "evaluate@hinge"}
+
+
+def test_the_parameters_of_the_readme_prepare_a_folder_of_images_and_dvc_reads_them(tmp_path):
+    (block,) = blocks(ROOT / "README.md", "yaml")
+    (tmp_path / "params.yaml").write_text(block)
+    for name in ("dvc.yaml", "stages.yaml"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    for j, (name, count) in enumerate({"owl": 5, "cat": 3}.items()):
+        for i in range(count):
+            write_image(tmp_path / f"photos/train/{name}/{i}.jpg", 100 * j + i, (9, 8))
+        write_image(tmp_path / f"photos/test/{name}/0.jpg", 100 * j + 50, (9, 8))
+    with contextlib.chdir(tmp_path):
+        done = CliRunner().invoke(main, ["prepare", "data/prepare"])
+        assert done.exit_code == 0, done.output
+        stages = {stage.addressing for stage in Repo.init(no_scm=True).index.stages}
+    assert stages >= {"watch@photos", "train_backbone@mine", "extract@mine", "evaluate@dr", "report"}
+    assert pq.read_table(tmp_path / "data/prepare/samples.parquet").num_rows == 10

@@ -17,10 +17,12 @@ NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class Options(Section):
-    """`trained`: all, or last_block. `experts`: parallel branches, 1 for a plain network."""
+    """Keys of `backbones.NAME.options`."""
 
     trained: Literal["all", "last_block"] = "last_block"
+    """Train all layers, or only a new last block on a frozen trunk."""
     experts: Experts = 1
+    """Parallel branches, each with maps of its own; 1 is the plain network."""
 
 
 def build(options: Options) -> Backbone:

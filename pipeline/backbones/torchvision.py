@@ -19,9 +19,10 @@ NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class Options(Section):
-    """`model`: a name such as efficientnet_b0."""
+    """Keys of `backbones.NAME.options`."""
 
     model: str
+    """Name of the model in torchvision, such as efficientnet_b0."""
 
 
 def build(options: Options) -> Backbone:

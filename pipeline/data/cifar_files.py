@@ -18,11 +18,14 @@ from h2t.pipeline.data.transforms import CIFAR
 
 
 class Options(Section):
-    """`root`: the folder of torchvision's files; `download`: fetch missing files."""
+    """Keys of `prepare.options`."""
 
     root: str = "data/datasets"
+    """Folder that holds torchvision's files."""
     download: bool = True
+    """Download the files where they are missing."""
     transform: Transform = CIFAR
+    """Size, augmentation and normalisation."""
 
 
 def transform(options: Options) -> Transform:

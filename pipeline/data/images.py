@@ -50,13 +50,21 @@ class Transform(Section):
     """
 
     size: Side
+    """Side of the network's input, in pixels."""
     resize: Side | None = None
+    """Length of the short side before the crop, in pixels; null leaves the image as it is."""
     padding: Annotated[Index, at_most(16_384)] = 0
+    """Zeros around the image before a random crop of training images, in pixels."""
     area: Annotated[list[Ratio], pydantic.AfterValidator(_rising_pair)] | None = None
+    """Smallest and largest share of a training image in a random resized crop; null crops without resizing."""
     flip: bool = False
+    """Mirror training images with probability one half."""
     jitter: Annotated[NonNegative, at_most(1000)] = 0.0
+    """Strength of random brightness, contrast and saturation in training images; 0 is none."""
     mean: Annotated[list[Real], pydantic.Field(min_length=3, max_length=3)]
+    """Mean of each colour channel, subtracted after scaling to [0, 1]."""
     std: Annotated[list[Positive], pydantic.Field(min_length=3, max_length=3)]
+    """Standard deviation of each colour channel, which the result is divided by."""
 
 
 @dataclass(frozen=True)

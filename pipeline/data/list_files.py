@@ -19,19 +19,22 @@ LABEL_DIGITS = 9
 
 
 class Options(Section):
-    """Base of the list-file datasets' options.
-
-    `root` is the folder of the images. `train`, `val` and `test` are list files: absolute paths, or relative to `lists`
-    (by default `root`); null means no such split. With `follow_links`, links may lead out of `root`.
-    """
+    """Keys of `prepare.options` that list-file datasets share."""
 
     root: str
+    """Folder that holds the images."""
     lists: str | None = None
+    """Folder of the list files; null is `root`."""
     train: str
+    """List file of the training images, absolute or relative to `lists`."""
     val: str | None = None
+    """List file of the validation images; null for none."""
     test: str | None = None
+    """List file of the test images; null for none."""
     follow_links: bool = False
+    """Allow links that lead out of `root`."""
     transform: Transform
+    """Size, augmentation and normalisation."""
 
 
 @lru_cache(maxsize=65536)

@@ -18,17 +18,20 @@ NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class Options(Section):
-    """`train`, `val` and `test` are folders in `root`; `train: .` if the class folders are in `root` itself.
-
-    With `follow_links`, links may lead out of `root`.
-    """
+    """Keys of `prepare.options`."""
 
     root: str
+    """Folder that holds all images."""
     train: str = "train"
+    """Folder of the training images inside `root`; `.` where the class folders lie in `root` itself."""
     val: str | None = None
+    """Folder of the validation images inside `root`; null for none."""
     test: str | None = None
+    """Folder of the test images inside `root`; null for none."""
     follow_links: bool = False
+    """Allow links that lead out of `root`."""
     transform: Transform = IMAGENET
+    """Size, augmentation and normalisation."""
 
 
 def transform(options: Options) -> Transform:

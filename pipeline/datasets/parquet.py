@@ -28,14 +28,20 @@ KEEP_BYTES = 512 * 1024**2  # memory for the encoded images of the most recently
 
 
 class Options(Section):
-    """`train`, `val` and `test` are lists of files; `val` and `test` are optional."""
+    """Keys of `prepare.options`."""
 
     train: list[str]
+    """Parquet files of the training images."""
     val: list[str] = []
+    """Parquet files of the validation images."""
     test: list[str] = []
+    """Parquet files of the test images."""
     image_column: str = "image"
+    """Column of the images: bytes, or a struct with a field `bytes`."""
     label_column: str = "label"
+    """Column of the labels."""
     transform: Transform = CIFAR
+    """Size, augmentation and normalisation."""
 
 
 def transform(options: Options) -> Transform:

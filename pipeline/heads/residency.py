@@ -40,17 +40,16 @@ RESERVE = 128 * 1024**2  # of host memory, for what torch loads at its first ste
 
 
 class Residency(Section):
-    """Section `train_classifier`: where features live while heads train. It changes no result.
-
-    `memory_bytes`: the budget for features in host memory; null is half of what is available. `stack_bytes`: the budget
-    of a training step; a stack that needs more is trained in parts. Null is a quarter of what is available, at most
-    2 GiB.
-    """
+    """Section `train_classifier`: where features live while classifiers train. It changes no result."""
 
     residency: Literal["auto", "device", "memory", "stream"] = "auto"
+    """Keep features on the device, in host memory, or stream them from the cache; `auto` takes the first that fits."""
     memory_bytes: Bytes | None = None
+    """Budget for features in host memory, in bytes; null is half of what is available."""
     stack_bytes: Bytes | None = None
+    """Budget of a training step, in bytes; a larger stack is trained in parts. Null is a quarter, at most 2 GiB."""
     pooled: bool = True
+    """Pool maps as they are read, where the pool allows it; false keeps whole maps."""
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class Loss(Section):
-    """`tau`, the strength of the prior; 1 is balanced softmax."""
+    """Keys of `hosts.NAME.loss`."""
 
     tau: NonNegative = 1.0
+    """Strength of the class prior; 1 is balanced softmax, 0 cross-entropy."""
 
 
 class Host(GradientHost):

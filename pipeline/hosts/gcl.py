@@ -20,11 +20,14 @@ DEVIATION = 1 / 3
 
 
 class Loss(Section):
-    """`amplitude` of the clouds, `margin` of the true class (both in cosines), exponent of the `focal` weight."""
+    """Keys of `hosts.NAME.loss`."""
 
     amplitude: NonNegative = 0.5
+    """Size of the noise clouds, in cosines."""
     margin: NonNegative = 0.1
+    """Margin of the true class, in cosines."""
     focal: NonNegative = 1.0
+    """Exponent of the focal weight; 0 is none."""
 
 
 class Host(GradientHost):

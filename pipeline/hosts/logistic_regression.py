@@ -19,11 +19,14 @@ NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class Loss(Section):
-    """`weights`: every sample alike (`instance`) or every class alike (`balanced`)."""
+    """Keys of `hosts.NAME.loss`."""
 
     l2: NonNegative = 1e-3
+    """Weight of the squared norm of the weights, halved, in the loss."""
     weights: Literal["instance", "balanced"] = "balanced"
+    """Every sample counts alike (`instance`), or every class (`balanced`)."""
     iterations: Epochs = 200
+    """Most iterations of L-BFGS."""
 
 
 class Host(FittedHost):

@@ -15,9 +15,10 @@ NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class Loss(Section):
-    """`tau`, the strength of the adjustment; 0 is stage I."""
+    """Keys of `hosts.NAME.loss`."""
 
     tau: NonNegative = 1.0
+    """Strength of the adjustment; 0 is stage I."""
 
 
 class Host(FittedHost):

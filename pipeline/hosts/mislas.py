@@ -18,14 +18,14 @@ NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class Loss(Section):
-    """Smoothing of the largest class and of the smallest; the classifier's share of the scales' learning rate.
-
-    By default those of CIFAR-100-LT, imbalance ratio 100; the presets hold those of the other sets.
-    """
+    """Keys of `hosts.NAME.loss`; the defaults are those for CIFAR-100-LT, imbalance ratio 100."""
 
     smooth_head: Ratio = 0.4
+    """Label smoothing of the largest class."""
     smooth_tail: Ratio = 0.1
+    """Label smoothing of the smallest class."""
     classifier_rate: Rate = 0.2
+    """Learning rate of the classifier, as a share of `optimiser.lr`, which the class scales have."""
 
 
 def smoothing(counts: torch.Tensor, head: float, tail: float) -> torch.Tensor:

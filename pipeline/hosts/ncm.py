@@ -18,9 +18,10 @@ NUMBER = 2026112602  # other results, another number: docs/numbers.md
 
 
 class Loss(Section):
-    """`features`: scaled to length 1 (`l2`), centred first (`centred_l2`), or as they are (`raw`), for each expert."""
+    """Keys of `hosts.NAME.loss`."""
 
     features: Literal["centred_l2", "l2", "raw"] = "centred_l2"
+    """Features of each expert as they are, scaled to length 1, or centred and then scaled."""
 
 
 class Host(FittedHost):

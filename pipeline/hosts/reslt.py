@@ -19,10 +19,12 @@ NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class Loss(Section):
-    """`beta`, and `groups`, those of stage I: the class at which each branch after the first begins."""
+    """Keys of `hosts.NAME.loss`."""
 
     beta: Ratio = 0.5
+    """Weight of the branches' own losses; 1 - beta is that of their sum."""
     groups: list[Index] | None = None
+    """First class of each branch after the first, as in stage I; null is medium and tail by `paper_index`."""
 
 
 class Host(GradientHost):

@@ -17,9 +17,10 @@ NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class Loss(Section):
-    """Cross-entropy of the `mean` of the experts' logits, or the `sum` of each expert's."""
+    """Keys of `hosts.NAME.loss`."""
 
     experts: Literal["mean", "sum"] = "mean"
+    """Cross-entropy of the mean of the experts' logits, or the sum of each expert's."""
 
 
 class Host(GradientHost):

@@ -14,9 +14,10 @@ NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class Loss(Section):
-    """`tau`: 0 keeps the weights, 1 makes them of one length. Choose it on the validation split."""
+    """Keys of `hosts.NAME.loss`."""
 
     tau: NonNegative = 1.0
+    """0 keeps the weights, 1 gives them equal length; choose it on validation images."""
 
 
 class Host(FittedHost):

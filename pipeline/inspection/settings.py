@@ -54,13 +54,10 @@ MOVED = (("extract", "cluster"),)
 
 
 class Run(params.Section):
-    """Section `run`: how stages run, without effect on the results.
-
-    `cluster` says where `extract` runs: null (this process), local:N (N processes on this machine), or the address of a
-    dask scheduler.
-    """
+    """Section `run`: how stages run. It changes no result, and DVC does not watch it."""
 
     cluster: Annotated[str | None, ADDRESS] = None
+    """Where `extract` runs: null (this process), local:N for N processes, or a dask scheduler at tcp://HOST:PORT."""
 
 
 def check(values: dict[str, Any], say: Callable[[str], None] = lambda line: None) -> None:

@@ -18,11 +18,14 @@ NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class Loss(Section):
-    """Constants of stage I on CIFAR."""
+    """Keys of `backbones.NAME.loss`; the defaults are those for CIFAR."""
 
     amplitude: NonNegative = 0.5
+    """Size of the noise clouds, in cosines."""
     margin: NonNegative = 0.0
+    """Margin of the true class, in cosines."""
     scale: Positive = 30.0
+    """Factor of the cosine logits."""
 
 
 class Objective(objective.Objective):

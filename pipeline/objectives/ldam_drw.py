@@ -20,12 +20,16 @@ NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class Loss(Section):
-    """`reweight_epoch` counts from 0; the published schedule has 160 of 200."""
+    """Keys of `backbones.NAME.loss`."""
 
     margin: NonNegative = 0.5
+    """Largest margin, that of the rarest class."""
     scale: Positive = 30.0
+    """Factor of the cosine logits."""
     beta: Annotated[float, within(0, 0.999999)] = 0.9999
+    """Class weights by the effective number of samples, from `reweight_epoch` on."""
     reweight_epoch: Index = 160
+    """Epoch, counted from 0, from which classes are weighted; 160 of 200 as published."""
 
 
 class Objective(objective.Objective):

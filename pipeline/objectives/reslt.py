@@ -17,10 +17,12 @@ NUMBER = 2026112602  # other results, another number: docs/numbers.md
 
 
 class Loss(Section):
-    """`beta`, and `groups`: where each branch after the first begins (`networks.branches.group_starts`)."""
+    """Keys of `backbones.NAME.loss`."""
 
     beta: Ratio = 0.995
+    """Weight of the branches' own losses; 1 - beta is that of their sum."""
     groups: list[Index] | None = None
+    """First class of each branch after the first, one or two indices; null is medium and tail by `paper_index`."""
 
 
 class Objective(objective.Objective):

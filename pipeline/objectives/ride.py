@@ -23,20 +23,28 @@ NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class Loss(Section):
-    """Constants for CIFAR-100-LT.
+    """Keys of `backbones.NAME.loss`; the defaults are those for CIFAR-100-LT.
 
-    `scale` is that of a cosine classifier. A linear one has 1, and so have its margins, which differs from the authors'
-    code: there the margins keep LDAM's 30 whatever the classifier. No configuration with a linear one was published.
+    With a linear classifier the margins have scale 1, unlike in the authors' code, which keeps 30 for every classifier.
+    No configuration with a linear one was published.
     """
 
     classifier: Literal["linear", "cosine"] = "cosine"
+    """Linear or cosine classifier of each expert."""
     scale: Positive = 30.0
+    """Factor of the cosine logits; a linear classifier has 1."""
     margin: NonNegative = 0.5
+    """Largest margin, that of the rarest class."""
     diversity: Real = -0.45
+    """Weight of the divergence between each expert and their mean; negative values push experts apart."""
     temperature: Positive = 1.0
+    """Highest temperature of the divergence, that of the most frequent class."""
     eta: Ratio = 0.05
+    """How much temperatures follow the class counts: 0 not at all, 1 in proportion."""
     beta: Annotated[float, within(0, 0.999999)] = 0.9999
+    """Class weights by the effective number of samples, from `reweight_epoch` on."""
     reweight_epoch: Index = 160
+    """Epoch, counted from 0, from which classes are weighted and temperatures apply."""
 
 
 def temperatures(counts: torch.Tensor, temperature: float, eta: float) -> torch.Tensor:

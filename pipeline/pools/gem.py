@@ -15,10 +15,12 @@ SMALLEST = 1e-6  # values are clamped from below, as in the authors' code: the p
 
 
 class Options(Section):
-    """`exponent` p, and whether it is `trained`; a trained one needs the maps, not pooled vectors."""
+    """Keys of `pool_options`."""
 
     exponent: Positive = 3.0
+    """The exponent p: 1 is the average, a large one nears the maximum."""
     trained: bool = False
+    """Train the exponent with the classifier, which needs whole maps."""
 
 
 class Pool:

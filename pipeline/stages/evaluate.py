@@ -45,12 +45,14 @@ def _groups(value: Any) -> Any:
 
 
 class Params(Section):
-    """Section `evaluate`. `groups` may be two class indices: where medium begins and where tail begins."""
+    """Section `evaluate`."""
 
     groups: Annotated[Literal["paper_index", "paper_threshold", "oltr"] | list[Index], BeforeValidator(_groups)] = (
         "paper_index"
     )
+    """How classes are divided into head, medium and tail; or two class indices, where medium and tail begin."""
     ratio: Ratio = 0.3
+    """Ratio that is reported as `with_h2t` where there are no validation images to choose it by."""
 
 
 def run(

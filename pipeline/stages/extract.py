@@ -49,30 +49,35 @@ MOST_VIEWS = 2**15  # views are numbered from 0 in 16 bits
 
 
 class Params(Section):
-    """Section `extract`. Sizes in bytes; `chunk_rows` is chosen from the row's size unless given.
-
-    `precision`: what the forward passes compute in; `dtype` is what is stored.
-    `cluster`: null, local:N for N processes here, or the address of a dask scheduler; it changes no byte on the CPU. In
-    params.yaml it is `run.cluster`, as DVC watches this section.
-    `statistics_from`: a previous cache, or a folder with one for each backbone, whose batch-norm statistics are kept
-    and from which unchanged rows are taken.
-    """
+    """Section `extract`."""
 
     batchnorm: Annotated[list[Literal["stage1", "calibrated", "branchwise", "reverse"]], DISTINCT] = [
         "stage1",
         "branchwise",
     ]
+    """Batch-norm recipes whose rows the cache stores; a host reads one of them."""
     batchnorm_passes: Epochs = 200
+    """Batches that each set of statistics is estimated from."""
     max_views: Annotated[Count, at_most(MOST_VIEWS)] = 1
+    """Largest number of views of a training image: view 0 is the evaluation transform, the others are augmented."""
     view_target: Positive = 1.0
+    """A class of n images gets ceil(view_target x mean class size / n) views, up to `max_views`."""
     dtype: Literal["float16", "float32", "bfloat16"] = "float16"
+    """Number format in which maps are stored."""
     codec: Literal["none", "zstd", "blosc-lz4", "numcodecs.lz4", "pcodec"] = "none"
+    """Compression of maps."""
     chunk_rows: Count | None = None
+    """Rows in a chunk, the unit of reading and of checksums; null chooses by the size of a row."""
     shard_bytes: Bytes = 128 * 1024**2
+    """Size of a shard file, in bytes before compression."""
     batch_size: Annotated[Count, at_most(MOST_IMAGES)] = 128
+    """Images in a forward pass."""
     precision: Precision = "float32"
+    """Number format of the forward pass."""
     cluster: Annotated[str | None, ADDRESS] = None
+    """Set `run.cluster` instead, which DVC does not watch."""
     statistics_from: Annotated[str, pydantic.Field(min_length=1)] | None = None
+    """Previous cache, or folder with one for each backbone: its statistics are kept, unchanged rows copied."""
 
 
 @dataclass(frozen=True)

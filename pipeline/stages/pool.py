@@ -26,11 +26,14 @@ NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class Params(Section):
-    """Section `pool`: which pool, with its options, and the codec of the copy."""
+    """Section `pool`: the copy of each cache with one vector in place of a map."""
 
     pool: Annotated[str, plugin("pools")] = "gap"
+    """The pool; one with trained parts cannot be used here."""
     pool_options: dict[str, Any] = {}
+    """Options of the pool; see below."""
     codec: Literal["none", "zstd", "blosc-lz4", "numcodecs.lz4", "pcodec"] = "none"
+    """Compression of the copy."""
 
 
 def run(

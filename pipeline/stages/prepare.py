@@ -29,22 +29,31 @@ NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class Imbalance(Section):
-    """The long-tailed subset: `ratio` is the largest class count divided by the smallest."""
+    """Section `prepare.imbalance`: the long tail that is cut from the training images."""
 
     profile: Literal["none", "exponential", "step"] = "none"
+    """How class counts fall: exponentially, or in one step at half of the classes; `none` keeps every image."""
     ratio: Annotated[Positive, at_least(1)] = 1.0
+    """Images of the largest class divided by images of the smallest."""
     seed: Seed = 0
+    """Chooses which images of a class are kept."""
 
 
 class Params(Section):
-    """Section `prepare`. `bad_images`: `refuse` stops at the first unusable image, `skip` leaves such images out."""
+    """Section `prepare`."""
 
     dataset: Annotated[str, plugin("datasets")]
+    """Where images and labels come from."""
     options: dict[str, Any] = {}
+    """Options of the dataset; see below."""
     bad_images: Literal["refuse", "skip"] = "refuse"
+    """Stop at the first image that cannot be decoded, or leave such images out and record them."""
     imbalance: Imbalance = Imbalance()
+    """The long tail that is cut from the training images."""
     test_per_class: Index = 0
+    """Images of each class held out as test images, before the tail is cut; for a dataset without test images."""
     validation_per_class: Index = 0
+    """Images of each class held out as validation images, which then choose the ratio."""
 
 
 def run(params: Params, seed: int, out: Path, say: Callable[[str], None]) -> None:

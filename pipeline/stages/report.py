@@ -17,6 +17,7 @@ class Params(Section):
     """Section `report`."""
 
     title: str = "Long-tailed recognition on cached features"
+    """Title of the page."""
 
 
 def run(

@@ -35,19 +35,22 @@ NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class Params(Training):
-    """An entry of section `backbones`.
-
-    `start`: the weights that training starts from, `torchvision` or a checkpoint file; a head in them is not used.
-    With `weights`, a checkpoint file, nothing is trained. `sha256` is that of the file.
-    """
+    """An entry of section `backbones`."""
 
     arch: Annotated[str, plugin("backbones")]
+    """The network; an entry that is named like one need not say it."""
     options: dict[str, Any] = {}
+    """Options of the network; see below."""
     objective: Annotated[str, plugin("objectives")] = "ce"
+    """The loss of stage I, with its classifier."""
     loss: dict[str, Any] = {}
+    """Constants of the objective; see below."""
     start: str | None = None
+    """Weights that training starts from: `torchvision`, or a checkpoint file. The classifier in them is not used."""
     weights: str | None = None
+    """Checkpoint file with the finished weights: nothing is trained."""
     sha256: str | None = None
+    """Digest that the checkpoint file must have, as hexadecimal text; null accepts any file."""
 
 
 def run(

@@ -70,45 +70,62 @@ NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class OptimiserParams(Section):
-    """Stage-II training; the learning rate follows half a cosine over the epochs."""
+    """Section `hosts.NAME.optimiser`: SGD whose learning rate follows half a cosine over the epochs."""
 
     epochs: Epochs = 10
+    """Passes over the training samples."""
     batch_size: Count = 128
+    """Receivers in a batch."""
     lr: Rate = 0.02
+    """Learning rate at the start; it follows half a cosine down to 0."""
     momentum: Ratio = 0.9
+    """Momentum of SGD."""
     weight_decay: NonNegative = 5e-4
+    """Weight decay of SGD."""
 
 
 class Grid(Section):
-    """What the heads of the stack vary in; the product of the lists is the heads."""
+    """Section `hosts.NAME.grid`: one classifier for each combination of the lists' values."""
 
     ratio: Annotated[list[Ratio], DISTINCT] = [0.0, 0.3]
+    """Shares of the channels that are replaced; 0.0 is the host without H2T."""
     donor: Annotated[list[Annotated[str, plugin("samplers")]], DISTINCT] = ["instance"]
+    """Samplers that donors are drawn by."""
     selection: Annotated[list[Selection], DISTINCT] = ["random"]
+    """Which channels are replaced; `mixup` mixes all channels, `shuffled` takes each from another donor (controls)."""
     seed: Annotated[list[Seed], DISTINCT] = [0, 1, 2]
+    """Seeds of batches and initial weights."""
 
 
 class Params(Section):
-    """An entry of section `hosts`.
-
-    `scale` of the logits: by default that of stage I, if the classifier is of its kind, else 1. `experts`, where it is
-    given, is what the cache must have. `receiver` names the sampler of the training batches in the place of the host's
-    own. Hosts that are fitted have neither `optimiser` nor `grid`.
-    """
+    """An entry of section `hosts`."""
 
     host: Annotated[str, plugin("hosts")]
+    """The method of stage II; an entry that is named like one need not say it."""
     backbone: str
+    """Entry of `backbones` whose cache is read."""
     batchnorm: Literal["stage1", "calibrated", "branchwise"] = "branchwise"
+    """Batch-norm recipe whose rows are read; one of `extract.batchnorm`."""
     pool: Annotated[str, plugin("pools")] = "gap"
+    """How maps become vectors."""
     pool_options: dict[str, Any] = {}
+    """Options of the pool; see below."""
     classifier: Literal["linear", "cosine"] = "linear"
+    """Logits from products, or from cosines times `scale`."""
     scale: Positive | None = None
+    """Factor of cosine logits; null is that of stage I if its classifier is of the same kind, else 1."""
     experts: Experts | None = None
+    """Number of experts that the cache must have; null accepts any."""
     loss: dict[str, Any] = {}
+    """Constants of the host; see below."""
     rounding: Rounding = "floor"
+    """How the number of replaced channels, ratio x channels, becomes a whole number."""
     receiver: Annotated[str, plugin("samplers")] | None = None
+    """Sampler of the training batches; null is the host's own."""
     optimiser: OptimiserParams = OptimiserParams()
+    """Training; hosts with a closed-form fit do not take it."""
     grid: Grid = Grid()
+    """What the classifiers vary in; hosts with a closed-form fit do not take it."""
 
 
 @dataclass(frozen=True)

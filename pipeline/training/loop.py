@@ -33,31 +33,46 @@ Curves = list[dict[str, float]]
 
 
 class Training(Section):
-    """How a backbone is trained. `frozen`: only the classifier is, on a backbone in eval mode.
-
-    The learning rate starts at `warmup_from` of `lr`. `drop_last` leaves out an epoch's last batch if it is smaller.
-    `rotation`: augmented images are turned by up to so many degrees (in stage I alone, not in the cache's views).
-    """
+    """How a backbone is trained in stage I."""
 
     frozen: bool = False
+    """Train only the classifier, on the backbone in eval mode."""
     epochs: Epochs = 200
+    """Passes over the training images."""
     batch_size: Count = 128
+    """Images in a batch."""
     lr: Rate = 0.1
+    """Learning rate after the warm-up."""
     momentum: Ratio = 0.9
+    """Momentum of SGD."""
     nesterov: bool = False
+    """Use Nesterov's momentum."""
     weight_decay: NonNegative = 2e-4
+    """Weight decay of SGD."""
     warmup_epochs: Index = 5
+    """Epochs in which the learning rate rises linearly to `lr`."""
     warmup_from: Ratio = 0.0
+    """Share of `lr` that the warm-up starts from."""
     schedule: Literal["cosine", "step"] = "step"
+    """After the warm-up: half a cosine down to 0, or steps at the milestones."""
     milestones: list[Index] = [160, 180]
+    """With `schedule: step`: epochs, counted from 0, from which the learning rate is multiplied by `gamma`."""
     gamma: Annotated[Positive, at_most(1)] = 0.1
+    """With `schedule: step`: factor of each step."""
     mixup: NonNegative = 0.0
+    """Parameter alpha of mixup's Beta distribution; 0 is no mixup."""
     rotation: Annotated[float, within(0, 180)] = 0.0
+    """Training images are turned by up to so many degrees, in stage I only, not in the views of the cache."""
     drop_last: bool = False
+    """Leave out the last batch of an epoch if it is smaller."""
     accumulate: Count = 1
+    """Parts a batch is cut into, each with batch-norm statistics of its own; gradients are added up."""
     precision: Precision = "float32"
+    """Number format of the forward pass."""
     channels_last: bool = False
+    """Memory layout of images and weights that is faster on GPUs."""
     compile: bool = False
+    """Compile the backbone with `torch.compile`."""
 
     @pydantic.model_validator(mode="after")
     def _nesterov(self) -> "Training":

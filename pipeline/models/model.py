@@ -18,8 +18,7 @@ from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import build
 from h2t.pipeline.data.images import Transform
 from h2t.pipeline.heads.host import Context
-from h2t.pipeline.heads.stack import POOL
-from h2t.pipeline.heads.stored import HeadParts, head_parts
+from h2t.pipeline.heads.stored import HeadParts, build_head
 from h2t.pipeline.networks.classifier import global_average
 from h2t.pipeline.networks.weights import fill, load_weights, save_weights
 
@@ -48,17 +47,14 @@ class HostHead(nn.Module):
 
     def __init__(self, parts: HeadParts, context: Context, state: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
-        self.host, self.pool = head_parts(parts, context)
+        self.head = build_head(parts, context)
         self.names = list(state)
         for i, name in enumerate(self.names):
             self.register_buffer(f"state_{i}", state[name])
 
     def forward(self, maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
         state = {name: getattr(self, f"state_{i}") for i, name in enumerate(self.names)}
-        own = {name: t for name, t in state.items() if not name.startswith(POOL)}
-        pool = {name.removeprefix(POOL): t for name, t in state.items() if name.startswith(POOL)}
-        found: torch.Tensor = self.host.logits(own, self.pool(pool, torch.stack(tuple(maps))))
-        return found
+        return self.head.logits(state, torch.stack(tuple(maps)))
 
 
 class Classifier(nn.Module):
@@ -97,7 +93,7 @@ def as_linear(
 
     Found by asking the head itself, so scales of the logits, of classes and added priors are folded in.
     """
-    host, _ = head_parts(parts, context)
+    head = build_head(parts, context)
     if parts.pool != "gap" or context.experts != 1:
         return None
     exact = {name: t.double() for name, t in state.items()}
@@ -105,7 +101,7 @@ def as_linear(
     draws = torch.Generator().manual_seed(0)
     probes = torch.rand(PROBES, context.channels, generator=draws, dtype=torch.float64)
     with torch.no_grad():
-        found, expected = host.logits(exact, points[None]), host.logits(exact, probes[None])
+        found, expected = head.logits(exact, points[None]), head.logits(exact, probes[None])
     bias = found[0]
     weight = (found[1:] - bias).T
     if (probes @ weight.T + bias - expected).abs().max() > 1e-9 * expected.abs().max().clamp_min(1):

@@ -65,9 +65,7 @@ def test_the_frozen_part_lies_between_pool_and_classifier():
 
 def linear_in_weighted_features(head: Head, state: dict[str, torch.Tensor], classifier: str) -> bool:
     """Whether logits are a linear map of the features, or of the features at length 1, plus a constant."""
-    logits = head.host.logits if head.host.numbers == 1 else None
-    if logits is None:
-        return False
+    logits = head.host.logits
     first, second = head.features(state, make_maps()), head.features(state, make_maps().flip(1))
     if classifier == "cosine":
         first, second = (x / x.norm(dim=-1, keepdim=True) for x in (first, second))

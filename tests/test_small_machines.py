@@ -88,7 +88,11 @@ def test_windows_shrink_to_the_part_that_trains(tmp_path, cache, backbone, memor
             {"ratio": [0.0]},
             r"hosts\.dr: training a single classifier needs .*optimiser\.batch_size \(16",
         ),
-        (500_000, {"seed": list(range(2000))}, r"hosts\.dr\.grid: the weights of 4,000 classifiers need .*grid smaller"),
+        (
+            500_000,
+            {"seed": list(range(2000))},
+            r"hosts\.dr\.grid: the weights of 4,000 classifiers need .*grid smaller",
+        ),
     ],
 )
 def test_what_cannot_fit_is_one_line_before_the_first_step(tmp_path, cache, backbone, memory, available, grid, text):

@@ -205,7 +205,7 @@ class Feed:
     def cost(self) -> str:
         """The cost of reading features, in words, for the terminal."""
         meter = self.meter
-        text = f"read {meter.bytes_read / 1e6:.1f} MB for {meter.bytes_used / 1e6:.1f} MB used"
+        text = f"read {amount(meter.bytes_read)} of the cache for batches of {amount(meter.bytes_used)} in all"
         if meter.hit_rate is None:
             return text
         rate = f"hit rate {100 * meter.hit_rate:.1f} % (expected {100 * (self.expected_hit_rate or 0):.1f} %)"
@@ -235,9 +235,11 @@ class Feed:
                 yield partial(load, epoch, range(start, min(start + self._window, self.streams.steps)))
 
     def _resident(self, epoch: int, steps: range) -> Window:
+        """A window whose features are all in memory."""
         return epoch, steps.start, [self.streams.batch(epoch, step) for step in steps], self._table
 
     def _start_streaming(self, budget: int, step_rows: int) -> None:
+        """Chooses the length of windows and reads the hot set."""
         row_bytes = self.reader.row_bytes
         per_step = step_rows * row_bytes
         self._window = int(max(1, min(MAX_WINDOW_STEPS, WINDOW_SHARE * budget // per_step)))

@@ -37,6 +37,7 @@ GROUP_NAMES = ("paper_index", "paper_threshold", "oltr")
 
 
 def _groups(value: Any) -> Any:
+    """`value` if `groups` can have it. Raises ValueError."""
     if value in GROUP_NAMES:
         return value
     whole = isinstance(value, list) and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
@@ -100,15 +101,15 @@ def run(
         one = summary(result.said[0], result.labels, group_of)
         figures.append({"number": -1, "split": split, "statistics": STAGE1, **one})
 
-    on = [f for f in figures if f["statistics"] == recipe_statistics and f["number"] >= 0]
-    ratio = reported_ratio(on, params.ratio)
+    of_recipe = [f for f in figures if f["statistics"] == recipe_statistics and f["number"] >= 0]
+    ratio = reported_ratio(of_recipe, params.ratio)
     if ratio is None:
         say(
-            f"note: {name}: no classifier to report as with_h2t; it takes hosts.{name}.grid with donor instance, "
-            f"selection random and ratio {params.ratio:g}"
+            f"note: {name}: no classifier to report as with_h2t, which needs donor instance, selection random and "
+            f"ratio {params.ratio:g}"
         )
-    without = _chosen(on, "test", 0.0)
-    with_h2t = _chosen(on, "test", ratio) if ratio else []
+    without = _chosen(of_recipe, "test", 0.0)
+    with_h2t = _chosen(of_recipe, "test", ratio) if ratio else []
     metrics = {
         "stage1": _entry([f for f in figures if f["number"] == -1 and f["split"] == "test"], STAGE1, params),
         "without_h2t": _entry(without, recipe_statistics, params),
@@ -155,6 +156,7 @@ def reported_ratio(figures: list[dict[str, Any]], fallback: float) -> float | No
 
 
 def _standard(figure: Mapping[str, Any]) -> bool:
+    """True for H2T as published: whole donors drawn instance-wise, random channels."""
     return bool(figure["donor"] == "instance" and figure["selection"] == "random")
 
 
@@ -168,6 +170,7 @@ def _chosen(figures: list[dict[str, Any]], split: str, ratio: float) -> list[dic
 
 
 def _entry(figures: list[dict[str, Any]], statistics: str, params: Params) -> dict[str, Any] | None:
+    """An entry of metrics.json: mean and standard deviation over seeds; None without `figures`."""
     if not figures:
         return None
     return {
@@ -180,6 +183,7 @@ def _entry(figures: list[dict[str, Any]], statistics: str, params: Params) -> di
 
 
 def _schema(figures: list[dict[str, Any]]) -> pa.Schema:
+    """The columns of `heads.parquet`."""
     kinds = {"number": pa.int64(), "seed": pa.int64(), "replaced": pa.int64(), "ratio": pa.float64()}
     texts = ("donor", "selection", "split", "statistics")
     return pa.schema([(k, kinds.get(k, pa.string() if k in texts else pa.float64())) for k in figures[0]])
@@ -211,6 +215,7 @@ def _write_evidence(
 
 
 def _one_line(metrics: Mapping[str, Any]) -> str:
+    """`metrics` in one line, for the terminal."""
     return "; ".join(
         f"{name} top-1 {entry['top1']:.2f}, tail {entry['tail']:.2f}" if entry and entry["tail"] is not None else name
         for name, entry in metrics.items()

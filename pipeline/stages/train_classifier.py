@@ -293,7 +293,7 @@ def _check_cache(cache: Cache, context: Context, numbers: int) -> None:
         )
     if numbers > 1 and "pool" in cache.spec.fingerprint_inputs:
         raise UserError(
-            f"{cache.files}: this host needs whole maps; got a pooled cache; use the cache that it was made from"
+            f"{cache.files}: the host needs whole maps; got a pooled cache; use the cache that it was made from"
         )
 
 
@@ -445,6 +445,7 @@ def _train(
 
 
 def _outcome(history: pa.Table, epochs: int, heads: int) -> str:
+    """What was trained, in words, for the terminal."""
     final = history["loss"].to_numpy()[-heads:]
     trained = f"{counted(heads, 'classifier')}, {counted(epochs, 'epoch')}"
     return f"{trained}, final loss {final.min():.3f} to {final.max():.3f}"

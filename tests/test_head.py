@@ -112,10 +112,11 @@ def test_a_fit_on_maps_keeps_the_start_of_a_trained_pool():
     made = make_host("ncm")
     head = Head(made.host, load_pool("attention", {}, "pool_options", CHANNELS))
     labels = LABELS.sort().values
-    state = head.fit(make_maps(), labels, made.stage1)
+    maps = make_maps().float()
+    state = head.fit(maps, labels, made.stage1)
     assert torch.equal(state.pop("pool.query"), torch.zeros(CHANNELS))
-    average = Head(made.host, load_pool("gap", {}, "pool_options", CHANNELS)).fit(make_maps(), labels, made.stage1)
-    assert all(torch.allclose(t, average[k], atol=1e-12) for k, t in state.items())
+    average = Head(made.host, load_pool("gap", {}, "pool_options", CHANNELS)).fit(maps, labels, made.stage1)
+    assert all(torch.allclose(t, average[k], atol=1e-6) for k, t in state.items())
 
 
 LEAST_HOST = '''"""Least: cross-entropy."""

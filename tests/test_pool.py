@@ -147,7 +147,7 @@ def test_a_copy_by_another_pool_is_refused(maps, tmp_path, name, host, message):
 def test_the_stage_1_head_is_not_evaluated_on_maxima(maps, tmp_path):
     copied(maps / "cache", tmp_path / "copy", pool="max")
     fitted(tmp_path / "heads", tmp_path / "copy", maps / "backbone", pool="max")
-    with pytest.raises(UserError, match="pooled already, by max; gap is needed here"):
+    with pytest.raises(UserError, match="the cache was pooled by max, got pool gap"):
         evaluated(tmp_path / "copy", tmp_path / "heads", maps / "backbone", tmp_path / "out")
     metrics = evaluated(maps / "cache", tmp_path / "heads", maps / "backbone", tmp_path / "out")
     assert metrics["stage1"]["top1"] is not None

@@ -111,7 +111,7 @@ def test_a_tier_that_was_asked_for_and_cannot_fit_is_one_line(tmp_path, cache, b
 def test_a_fitted_host_that_cannot_fit_is_one_line(tmp_path, cache, backbone, monkeypatch):
     monkeypatch.setattr(train_classifier, "available_memory", lambda: 10_000)
     params = train_classifier.Params.model_validate({"host": "ncm", "backbone": "b"})
-    with open_cache(cache) as opened, pytest.raises(UserError, match="is fitted on the features of 48 samples at once"):
+    with open_cache(cache) as opened, pytest.raises(UserError, match="a closed-form fit on 48 samples needs"):
         train_classifier.run(params, Residency(), "ncm", opened, backbone[0], CPU, tmp_path / "h", silent)
 
 

@@ -29,7 +29,7 @@ from h2t.pipeline.heads.features import FeatureReader
 from h2t.pipeline.heads.host import Context
 from h2t.pipeline.heads.residency import Choice, Feed
 from h2t.pipeline.heads.stack import HeadSetting, Optimiser, Stack
-from h2t.pipeline.heads.stored import HeadParts, head_parts
+from h2t.pipeline.heads.stored import HeadParts, build_head
 from h2t.pipeline.networks.classifier import global_average
 from h2t.pipeline.networks.trained import StageOneHead
 
@@ -62,15 +62,15 @@ class Training:
         """Trains `heads` together."""
         feed = self.feed(tuple(sorted({h.seed for h in heads})))
         context = Context(torch.from_numpy(feed.streams.index.counts), feed.shape[0], 1)
-        host, pool = head_parts(HeadParts("dr", {}, "linear", 1.0, "gap", {}, "hosts.bench"), context)
+        head = build_head(HeadParts("dr", {}, "linear", 1.0, "gap", {}, "hosts.bench"), context)
         draws = torch.Generator().manual_seed(0)
         state = {
             "weight": 0.1 * torch.randn(1, context.classes, context.channels, generator=draws),
             "bias": torch.zeros(1, context.classes),
         }
-        stack = Stack(host, pool, heads, feed)
+        stack = Stack(head, heads, feed)
         stack.start(StageOneHead(state, "linear", 1.0))
-        stack.train(Optimiser(1, 0.02, 0.9, 5e-4), "bench", lambda epoch, losses: None)
+        stack.train(Optimiser(epochs=1), "bench", lambda epoch, losses: None)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return stack

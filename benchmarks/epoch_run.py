@@ -27,7 +27,7 @@ from h2t.pipeline.heads.fusion import replaced_channels
 from h2t.pipeline.heads.host import Context
 from h2t.pipeline.heads.residency import Choice, Feed, Step
 from h2t.pipeline.heads.stack import HeadSetting, Stack
-from h2t.pipeline.heads.stored import HeadParts, head_parts
+from h2t.pipeline.heads.stored import HeadParts, build_head
 from h2t.pipeline.networks.trained import StageOneHead
 
 CPU = torch.device("cpu")
@@ -124,8 +124,8 @@ def run(way: str, path: str, budget: int, steps: int | None, workers: int) -> di
         draws = torch.Generator().manual_seed(0)
         weight = torch.randn(cache.experts, context.classes, channels, generator=draws) * 0.1
         stage1 = StageOneHead({"weight": weight, "bias": torch.zeros(cache.experts, context.classes)}, "linear", 1.0)
-        host, pool = head_parts(HeadParts("dr", {}, "linear", 1.0, "gap", {}, "hosts.dr"), context)
-        stack = Stack(host, pool, HEADS, feed)
+        head = build_head(HeadParts("dr", {}, "linear", 1.0, "gap", {}, "hosts.dr"), context)
+        stack = Stack(head, HEADS, feed)
         stack.start(stage1)
         optimiser = torch.optim.SGD(list(stack.state.values()), lr=0.02, momentum=0.9, weight_decay=5e-4)
         started = time.perf_counter()

@@ -40,7 +40,7 @@ from h2t.pipeline.heads.features import FeatureReader
 from h2t.pipeline.heads.host import Context
 from h2t.pipeline.heads.residency import Choice, Feed
 from h2t.pipeline.heads.stack import HeadSetting, Optimiser, Stack
-from h2t.pipeline.heads.stored import HeadParts, head_parts
+from h2t.pipeline.heads.stored import HeadParts, build_head
 from h2t.pipeline.networks.trained import StageOneHead
 
 ROOT = Path(__file__).parent.parent
@@ -160,14 +160,14 @@ def heads_on(
         seeds = sorted({h.seed for h in heads})
         streams = Streams(cache.rows, [str(j) for j in range(classes)], "stage1", {"instance": "stage1"}, seeds, 128)
         context = Context(torch.from_numpy(streams.index.counts), shape[0], 1, shape[1] * shape[2])
-        host, made = head_parts(HeadParts("dr", {}, "linear", 1.0, pool, {}, "hosts.gpu"), context)
-        reader = FeatureReader(cache, (lambda m: made({}, m)) if made.commutes else None)
+        head = build_head(HeadParts("dr", {}, "linear", 1.0, pool, {}, "hosts.gpu"), context)
+        reader = FeatureReader(cache, (lambda m: head.pool({}, m)) if head.pool.commutes else None)
         feed = Feed(streams, reader, Choice("device", "gpu"), 2**34, chosen, lambda line: None)
     state = {"weight": torch.zeros(1, classes, shape[0]), "bias": torch.zeros(1, classes)}
-    trained = Stack(host, made, heads, feed)
+    trained = Stack(head, heads, feed)
     trained.start(StageOneHead(state, "linear", 1.0))
     started = time.perf_counter()
-    trained.train(Optimiser(epochs, 0.02, 0.9, 5e-4), name, lambda epoch, losses: None)
+    trained.train(Optimiser(epochs=epochs), name, lambda epoch, losses: None)
     finite = all(bool(t.isfinite().all()) for t in trained.state.values())  # waits for the device
     seconds = time.perf_counter() - started
     return {

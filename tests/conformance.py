@@ -185,7 +185,7 @@ def check_fusion(cache: Path, name: str = "dr") -> None:
         return original(state, features, given, noise)
 
     stack.host.loss = listening
-    stack.head_loss(
+    stack.head.loss(
         {k: t[0] for k, t in stack.state.items()}, maps[receivers][None], torch.from_numpy(batch.labels[0]), None
     )
     assert np.array_equal(seen[0].numpy(), labels[receivers])
@@ -212,9 +212,9 @@ def check_evaluation(cache: Path, heads: Any) -> None:
     """Logits at evaluation are those of the plain test rows under `mixture`, whatever the head's ratio."""
     from h2t.pipeline.evaluation import scoring
     from h2t.pipeline.heads.batches import sample_rows
-    from h2t.pipeline.heads.stored import head_parts
+    from h2t.pipeline.heads.stored import build_head
 
-    host, _ = head_parts(heads.parts, heads.context)
+    head = build_head(heads.parts, heads.context)
     with open_cache(cache) as opened:
         rows = opened.rows
         found = scoring.head_logits(opened, heads, sample_rows(rows, "test", "mixture").first, CPU).numpy()
@@ -222,7 +222,7 @@ def check_evaluation(cache: Path, heads: Any) -> None:
         at = np.flatnonzero((np.array(rows["split"]) == "test") & (np.array(rows["statistics"]) == "mixture"))
         features = global_average(torch.from_numpy(opened.read(at).astype(np.float32)))[None]
     for k in range(len(heads.table)):
-        expected = host.logits({name: t[k] for name, t in heads.state.items()}, features)
+        expected = head.logits({name: t[k] for name, t in heads.state.items()}, features)
         assert np.allclose(found[k], expected.numpy(), atol=1e-5), heads.table.to_pylist()[k]
         assert np.array_equal(said[k].guesses, found[k].argmax(1))
 

@@ -30,7 +30,7 @@ from h2t.pipeline.heads.features import FeatureReader
 from h2t.pipeline.heads.host import Context
 from h2t.pipeline.heads.residency import Choice, Feed, Residency
 from h2t.pipeline.heads.stack import HeadSetting, Optimiser, Stack
-from h2t.pipeline.heads.stored import HeadParts, head_parts
+from h2t.pipeline.heads.stored import HeadParts, build_head
 from h2t.pipeline.networks.trained import StageOneHead
 from h2t.pipeline.networks.weights import save_weights, weights_digest
 from h2t.pipeline.stages import extract, prepare, train_classifier
@@ -173,7 +173,8 @@ def make_stack(
 ) -> Stack:
     """A stack at its start on the cache in the folder `cache`; `heads` are keyword dictionaries of HeadSetting."""
     settings = [
-        HeadSetting(**{"ratio": 0.3, "donor": "instance", "selection": "random", "seed": 0, **h}) for h in heads
+        HeadSetting(**{"ratio": 0.3, "donor": "instance", "selection": "random", "seed": 0, **h}, rounding=rounding)
+        for h in heads
     ]
     with open_cache(cache) as opened:
         streams = Streams(
@@ -188,10 +189,10 @@ def make_stack(
         channels, height, width = opened.spec.maps[0]
         context = Context(torch.from_numpy(streams.index.counts), channels, opened.experts, height * width)
         parts = HeadParts(host, loss or {}, classifier, scale, pool, pool_options or {}, "hosts.test")
-        made, pool = head_parts(parts, context)
-        reader = FeatureReader(opened, (lambda m: pool({}, m)) if pooled else None)
+        head = build_head(parts, context)
+        reader = FeatureReader(opened, (lambda m: head.pool({}, m)) if pooled else None)
         feed = Feed(streams, reader, Choice("memory", "test"), 2**30, CPU, silent, dtype=dtype)
-        stack = Stack(made, pool, settings, feed, rounding=rounding)
+        stack = Stack(head, settings, feed)
     stack.start(stage1 or make_stage1_head(context.classes, context.channels, context.experts))
     return stack
 

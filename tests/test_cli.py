@@ -75,7 +75,7 @@ SETTINGS = {
     "seed": ("seed=-1", "seed: must be a whole number from 0 to 4294967295; got -1"),
     "device": ("device=gpu", "device: must be auto, cpu, cuda or cuda:N; got 'gpu'"),
     "a device of torch that cannot train": ("device=meta", "device: must be auto, cpu, cuda or cuda:N; got 'meta'"),
-    "groups": ("evaluate.groups=[7, 3]", "evaluate.groups: must be paper_index, paper_threshold, oltr or two rising"),
+    "groups": ("evaluate.groups=[7, 3]", "evaluate.groups: must be paper_index, paper_threshold, oltr or two class"),
     "no hosts": ("hosts={}", "hosts: must be a mapping with at least one entry; got {}"),
     "a host that is a path": ("hosts={../x: {}}", "hosts: a name must consist of letters, digits, _ and -"),
     "a host that is a number": ("hosts={1: {}}", "hosts: a name must consist of letters, digits, _ and -"),
@@ -257,7 +257,7 @@ def test_a_stage_one_head_that_does_not_fit_is_refused(tmp_path, params, small):
     line = refused(*arguments("train-classifier", tmp_path, params, small[0], tmp_path / "b"))
     assert "(experts, classes, channels) must be (1, 3, 64); got (1, 7, 64)" in line
     line = refused(*arguments("train-classifier", tmp_path, params, *small), "--set", "hosts.dr.classifier=cosine")
-    assert "a cosine head cannot start from the linear head of stage I" in line
+    assert "classifier: must be of the same kind as in stage I, linear; got cosine" in line
     assert not (tmp_path / "out").exists()
 
 
@@ -325,7 +325,7 @@ def test_no_validation_split_works_with_a_note(tmp_path, params):
     accepted(*run, tmp_path / "e", "--params", params)
     assert json.loads((tmp_path / "e" / "metrics.json").read_text())["with_h2t"]["ratio"] == 0.3
     said = accepted(*run, tmp_path / "f", "--params", params, "--set", "evaluate.ratio=0.7")
-    assert "note: dr: no head to report as with_h2t" in said
+    assert "note: dr: no classifier to report as with_h2t" in said
     assert json.loads((tmp_path / "f" / "metrics.json").read_text())["with_h2t"] is None
 
 

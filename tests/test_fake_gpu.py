@@ -22,7 +22,7 @@ from h2t.pipeline.heads.features import FeatureReader
 from h2t.pipeline.heads.host import Context
 from h2t.pipeline.heads.residency import Choice, Feed
 from h2t.pipeline.heads.stack import HeadSetting, Stack
-from h2t.pipeline.heads.stored import HeadParts, head_parts
+from h2t.pipeline.heads.stored import HeadParts, build_head
 from h2t.pipeline.networks.classifier import global_average
 from h2t.pipeline.networks.trained import StageOneHead
 from h2t.pipeline.training.loop import StageOne, Training
@@ -114,11 +114,11 @@ def open_stack(opened, name, tier, pooled):
     with unset_fake_temporarily():
         context = Context(torch.from_numpy(streams.index.counts), CHANNELS, 2, 4)
         parts = HeadParts(name, {}, made.classifier, made.scale, made.pool, {}, "hosts.fake")
-        made_host, pool = head_parts(parts, context)
-    reader = FeatureReader(opened, (lambda m: pool({}, m)) if pooled else None)
+        head = build_head(parts, context)
+    reader = FeatureReader(opened, (lambda m: head.pool({}, m)) if pooled else None)
     feed = Feed(streams, reader, Choice(tier, "test"), 10 * reader.row_bytes, GPU, silent)
     heads = [HeadSetting(r, "instance", s, seed) for r in (0.0, 0.5) for s in SELECTIONS for seed in (0, 1)]
-    stack = Stack(made_host, pool, heads, feed)
+    stack = Stack(head, heads, feed)
     stack.start(made.stage1)
     return stack
 
@@ -138,10 +138,10 @@ def test_features_fusion_and_losses_of_a_stack(fake, cache, name, tier):
         noise = stack.host.noise(np.random.default_rng(0), size)
         noise = None if noise is None else noise.to(GPU, torch.float32)
         state = {k: t.detach() for k, t in stack.state.items()}
-        losses = vmap(stack.head_loss, in_dims=(0, 0, 0, None))(state, x, labels, noise)
+        losses = vmap(stack.head.loss, in_dims=(0, 0, 0, None))(state, x, labels, noise)
         assert losses.shape == (16,)
         assert losses.device == GPU
-        updated = vmap(lambda s, x: stack.host.update(*stack.pooled(s, x)))(state, x)
+        updated = vmap(stack.head.update)(state, x)
         assert all(t.device == GPU for t in updated.values())
 
 

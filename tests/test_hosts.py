@@ -395,7 +395,9 @@ def test_reslt_with_two_branches_ignores_a_third():
     fusion = sum(minus_log_p(list(z[:, i].sum(0)), y) for i, y in enumerate(labels.tolist())) / 5
     expected = 0.5 * fusion + 0.5 * sum(terms) / len(terms)
     assert two.host.loss(first, features, labels, None).item() == pytest.approx(expected, abs=1e-12)
-    with pytest.raises(UserError, match=r"loss\.groups: stage I has 3 branches, so 2 class indices; got \[1\]"):
+    with pytest.raises(
+        UserError, match=r"loss\.groups: must have 2 class indices, because stage I has 3 branches; got \[1\]"
+    ):
         two.host.initial(three.stage1, np.random.default_rng(0))
 
 
@@ -478,7 +480,7 @@ def test_a_stack_that_would_not_fit_is_trained_in_parts(tmp_path, wide_cache, st
     run_stage(
         tmp_path / "many", wide_cache, stage1_dir[0], residency={"stack_bytes": 700_000}, say=said.append, **section
     )
-    assert any("12 heads in " in line and "parts" in line for line in said)
+    assert any("12 classifiers in " in line and "parts" in line for line in said)
     one, many = load_heads(tmp_path / "one"), load_heads(tmp_path / "many")
     assert one.table.equals(many.table)
     for key, tensor in one.state.items():
@@ -488,14 +490,17 @@ def test_a_stack_that_would_not_fit_is_trained_in_parts(tmp_path, wide_cache, st
 @pytest.mark.parametrize(
     ("section", "text"),
     [
-        ({"host": "ride", "experts": 3}, "hosts.h.experts: asks for 3, the cache of backbone b has 1"),
-        ({"classifier": "cosine"}, "a cosine head cannot start from the linear head"),
-        ({"host": "gcl"}, "host gcl clouds cosines"),
-        ({"host": "reslt"}, "hosts.h.pool: host reslt needs 2 numbers a channel"),
-        ({"pool": "moments"}, "hosts.h.pool: host dr needs 1 numbers a channel"),
-        ({"host": "reslt", "pool": "moments"}, "a branches head cannot start from the linear head"),
+        ({"host": "ride", "experts": 3}, "hosts.h.experts: must be 1, as in the cache of backbone b; got 3"),
+        ({"classifier": "cosine"}, "classifier: must be of the same kind as in stage I, linear; got cosine"),
+        ({"host": "gcl"}, "host gcl needs a cosine classifier"),
+        ({"host": "reslt"}, "hosts.h.pool: host reslt needs 2 numbers per channel"),
+        ({"pool": "moments"}, "hosts.h.pool: host dr needs 1 number per channel"),
+        (
+            {"host": "reslt", "pool": "moments"},
+            "classifier: must be of the same kind as in stage I, linear; got branches",
+        ),
         ({"host": "reslt", "pool": "moments", "loss": {"groups": [3, 1]}}, "loss.groups: must be one or two ascending"),
-        ({"grid": {"ratio": [0.01]}}, r"grid.ratio\[0\]: 0.01 of 64 channels replaces none"),
+        ({"grid": {"ratio": [0.01]}}, r"grid.ratio\[0\]: must be 0 or replace at least one of 64 channels; got 0.01"),
         ({"host": "mislas", "loss": {"smooth_head": 1.5}}, r"hosts.h.loss.smooth_head: must lie in \[0, 1\]; got 1.5"),
     ],
 )
@@ -528,7 +533,7 @@ def test_class_counts_that_disagree_are_refused(tmp_path, stage1_dir):
     with pytest.raises(UserError, match="training samples per class"):
         run_stage(tmp_path / "h", wrong, stage1_dir[0])
     fewer = make_stage2_cache(tmp_path / "d", counts=(5, 2, 1), shape=(64, 2, 2), backbone=stage1_dir[1])
-    with pytest.raises(UserError, match=r"stage-I head: \(experts, classes, channels\) must be \(1, 3, 64\)"):
+    with pytest.raises(UserError, match=r"stage-I classifier: \(experts, classes, channels\) must be \(1, 3, 64\)"):
         run_stage(tmp_path / "h", fewer, stage1_dir[0])
 
 

@@ -125,7 +125,7 @@ def test_a_backbone_for_imported_features_is_refused(tmp_path, backbone_dir):
     params = write_params(tmp_path / "params.yaml", hosts__dr__batchnorm="stage1")
     done = h2t("train-classifier", "dr", cache, backbone_dir, tmp_path / "heads", "--params", params)
     assert done.exit_code == 1
-    assert "give none in its place" in done.stderr
+    assert "give none as the backbone" in done.stderr
 
 
 def test_importing_again_does_nothing_and_other_features_are_refused(tmp_path):

@@ -132,10 +132,10 @@ def test_either_can_be_evaluated_on_either(maps, tmp_path):
 @pytest.mark.parametrize(
     ("name", "host", "message"),
     [
-        ("max", {}, "is pooled already, by max; gap is needed here"),
-        ("gem", {"pool": "gem", "pool_options": {"exponent": 2.0}}, "is pooled already, by gem"),
-        ("gap", {"pool": "attention"}, "is pooled already, by gap; attention is needed"),
-        ("max", {"pool": "max", "grid": {"selection": ["mixup"]}}, "use whole maps"),
+        ("max", {}, "the cache was pooled by max, got pool gap"),
+        ("gem", {"pool": "gem", "pool_options": {"exponent": 2.0}}, "the cache was pooled by gem"),
+        ("gap", {"pool": "attention"}, "the cache was pooled by gap, got pool attention"),
+        ("max", {"pool": "max", "grid": {"selection": ["mixup"]}}, "needs whole maps"),
     ],
 )
 def test_a_copy_by_another_pool_is_refused(maps, tmp_path, name, host, message):
@@ -147,7 +147,7 @@ def test_a_copy_by_another_pool_is_refused(maps, tmp_path, name, host, message):
 def test_the_stage_1_head_is_not_evaluated_on_maxima(maps, tmp_path):
     copied(maps / "cache", tmp_path / "copy", pool="max")
     fitted(tmp_path / "heads", tmp_path / "copy", maps / "backbone", pool="max")
-    with pytest.raises(UserError, match="pooled already, by max; gap is needed here"):
+    with pytest.raises(UserError, match="the cache was pooled by max, got pool gap"):
         evaluated(tmp_path / "copy", tmp_path / "heads", maps / "backbone", tmp_path / "out")
     metrics = evaluated(maps / "cache", tmp_path / "heads", maps / "backbone", tmp_path / "out")
     assert metrics["stage1"]["top1"] is not None

@@ -152,7 +152,7 @@ def test_the_choice_is_said(cache):
     make_feed(cache, "stream", say=lines.append)
     make_feed(cache, "memory", say=lines.append)
     assert "expected hit rate" in lines[0]
-    assert lines[1].startswith("residency: memory")
+    assert lines[1].startswith("features in memory: ")
 
 
 def test_a_damaged_row_stops_training_at_its_step(tmp_path):

@@ -62,7 +62,7 @@ def test_a_stack_shrinks_to_the_memory_there_is_and_gives_the_same_heads(tmp_pat
     memory(4_000_000)
     said = []
     parts = fitted(tmp_path / "parts", cache, backbone[0], pooled=False, grid=GRID, say=said.append)
-    assert any("12 heads in " in line and " parts, to stay below 0.001 GB a step" in line for line in said), said
+    assert any("12 classifiers in " in line and " parts, to stay below 1.0 MB per step" in line for line in said), said
     for key, tensor in whole.items():
         assert float((tensor - parts[key]).abs().max() / tensor.abs().max()) <= 1e-5
 
@@ -74,7 +74,7 @@ def test_windows_shrink_to_the_part_that_trains(tmp_path, cache, backbone, memor
     streamed = {"residency": "stream"}
     parts = fitted(tmp_path / "p", cache, backbone[0], pooled=False, grid=GRID, say=said.append, residency=streamed)
     assert any("parts" in line for line in said)
-    assert any("residency: stream" in line for line in said)
+    assert any("features streamed" in line for line in said)
     whole = fitted(tmp_path / "whole", cache, backbone[0], pooled=False, grid=GRID, residency={"stack_bytes": 2**30})
     for key, tensor in whole.items():
         assert float((tensor - parts[key]).abs().max() / tensor.abs().max()) <= 1e-5
@@ -86,9 +86,13 @@ def test_windows_shrink_to_the_part_that_trains(tmp_path, cache, backbone, memor
         (
             200_000,
             {"ratio": [0.0]},
-            r"hosts\.dr: training one head at a time needs .*optimiser\.batch_size \(16",
+            r"hosts\.dr: training a single classifier needs .*optimiser\.batch_size \(16",
         ),
-        (500_000, {"seed": list(range(2000))}, r"hosts\.dr\.grid: the weights of 4000 heads need .*train fewer heads"),
+        (
+            500_000,
+            {"seed": list(range(2000))},
+            r"hosts\.dr\.grid: the weights of 4,000 classifiers need .*grid smaller",
+        ),
     ],
 )
 def test_what_cannot_fit_is_one_line_before_the_first_step(tmp_path, cache, backbone, memory, available, grid, text):
@@ -107,7 +111,7 @@ def test_a_tier_that_was_asked_for_and_cannot_fit_is_one_line(tmp_path, cache, b
 def test_a_fitted_host_that_cannot_fit_is_one_line(tmp_path, cache, backbone, monkeypatch):
     monkeypatch.setattr(train_classifier, "available_memory", lambda: 10_000)
     params = train_classifier.Params.model_validate({"host": "ncm", "backbone": "b"})
-    with open_cache(cache) as opened, pytest.raises(UserError, match="is fitted on the features of 48 samples at once"):
+    with open_cache(cache) as opened, pytest.raises(UserError, match="a closed-form fit on 48 samples needs"):
         train_classifier.run(params, Residency(), "ncm", opened, backbone[0], CPU, tmp_path / "h", silent)
 
 

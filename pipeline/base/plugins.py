@@ -13,6 +13,8 @@ from h2t.pipeline.base.errors import UserError, nearest
 
 _FILE = re.compile(r"[^\W_][\w-]{0,99}")  # valid file names, without the ending
 KINDS = ("datasets", "backbones", "objectives", "samplers", "pools", "hosts")
+#: Kinds whose file may leave out its parameters: (class with the default, name of the parameters).
+DEFAULTS = {"pools": ("Pool", "Options"), "hosts": ("Host", "Loss")}
 
 
 def folders(kind: str) -> list[Path]:
@@ -44,7 +46,7 @@ def load(kind: str, name: str) -> ModuleType:
     check(kind, name)
     path = next(p for folder in folders(kind) if (p := folder / f"{name}.py").is_file())
     if path.parent == Path(__file__).parents[1] / kind:
-        return importlib.import_module(f"h2t.pipeline.{kind}.{name}")
+        return _completed(kind, importlib.import_module(f"h2t.pipeline.{kind}.{name}"))
     qualified = f"h2t_plugins.{kind}.{name}"
     loaded = sys.modules.get(qualified)
     if loaded is not None and loaded.__file__ == str(path):
@@ -55,6 +57,15 @@ def load(kind: str, name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[qualified] = module
     spec.loader.exec_module(module)
+    return _completed(kind, module)
+
+
+def _completed(kind: str, module: ModuleType) -> ModuleType:
+    """`module`, with the parameters of its class's base where it defines none."""
+    if kind in DEFAULTS:
+        owner, parameters = DEFAULTS[kind]
+        if not hasattr(module, parameters):
+            setattr(module, parameters, getattr(getattr(module, owner), parameters))
     return module
 
 

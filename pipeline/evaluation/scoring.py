@@ -20,8 +20,7 @@ from h2t.pipeline.heads.features import (
     maps_fingerprint,
     pool_label,
 )
-from h2t.pipeline.heads.stack import POOL
-from h2t.pipeline.heads.stored import Heads, head_parts, load_heads
+from h2t.pipeline.heads.stored import Heads, build_head, load_heads
 from h2t.pipeline.networks.classifier import global_average, logits
 from h2t.pipeline.networks.trained import StageOneHead, backbone_digest
 
@@ -86,24 +85,17 @@ def head_logits(cache: Cache, heads: Heads, rows: np.ndarray, device: torch.devi
 
 def _logits_in_blocks(cache: Cache, heads: Heads, rows: np.ndarray, device: torch.device) -> Iterator[torch.Tensor]:
     """`head_logits` block by block, in the order of `rows`. Raises UserError for logits that are not finite."""
-    host, pool = head_parts(heads.parts, heads.context)
+    head = build_head(heads.parts, heads.context)
     already = identity_if_pooled(cache, pool_label(heads.parts.pool, heads.parts.pool_options))
-    pooling = already or ((lambda maps: pool({}, maps)) if pool.commutes else None)
+    pooling = already or ((lambda maps: head.pool({}, maps)) if head.pool.commutes else None)
     state = {name: t.to(device) for name, t in heads.state.items()}
     reader = FeatureReader(cache, pooling)
-
-    def one(head: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        own = {k: t for k, t in head.items() if not k.startswith(POOL)}
-        if pooling is None:
-            x = pool({k.removeprefix(POOL): t for k, t in head.items() if k.startswith(POOL)}, x)
-        result: torch.Tensor = host.logits(own, x)
-        return result
 
     numbers = reader.row_bytes // reader.dtype.itemsize
     for part in _blocks(rows, max(numbers, len(heads.about["counts"])) * len(heads.table)):
         x = reader.read(part).to(device, torch.float32)  # (E, n, C[, H, W])
         with torch.no_grad():
-            block: torch.Tensor = vmap(one, in_dims=(0, None))(state, x)
+            block: torch.Tensor = vmap(head.logits, in_dims=(0, None))(state, x)
         _check_finite(block, cache, part)
         yield block
 

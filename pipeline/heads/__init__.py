@@ -1,1 +1,1 @@
-"""Stage II: batches of cached rows, fused channels, stacks of classifiers."""
+"""Stage II: batches of cached rows, fusion of channels, stacks of classifiers."""

@@ -1,7 +1,7 @@
-"""Which cache rows every batch of stage II is made of, for every seed and donor, at any step, without touching data.
+"""Plans the batches of stage II: the cache rows of any step, for every seed and donor, without reading data.
 
-Receivers: class-balanced draws. Donors: instance-wise (the paper's), balanced or reverse draws. Each draw picks a
-training sample, then one of its views uniformly; the branch decides under which batch-norm statistics it is read.
+Receivers are drawn class-balanced, donors instance-wise (as in the paper), balanced or reverse. Each draw picks a
+training sample, then one of its views uniformly. Receivers and donors may be read under different statistics.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,20 +19,20 @@ from h2t.pipeline.base.seeds import stream
 from h2t.pipeline.data.classes import ClassIndex, class_index
 
 RECEIVER = "balanced"
-#: A batch larger than the data is drawn with the training set's size, or this one if that is larger: draws of any usual
-#: batch size stay what they were, and one of a billion costs nothing.
+#: Samplers are asked for at most as many draws as there are training samples, or this many if that is more. Any usual
+#: batch size is drawn in full, and a batch size of a billion costs nothing.
 MOST_DRAWN = 8192
 
 
 @lru_cache(maxsize=1024)
 def _named_streams(seed: int, branch: str, sampler: str) -> Callable[..., np.random.Generator]:
-    """One object per name, so that a law may remember what it drew from it (an epoch's permutation)."""
+    """Cached per name, so a sampler can reuse what it drew, such as an epoch's permutation."""
     return partial(stream, seed, branch, sampler)
 
 
 @dataclass(frozen=True)
 class SampleRows:
-    """Where the views of each sample lie in the cache: rows first[i] to first[i] + views[i]; int64 (n,), by label."""
+    """The cache rows of each sample: `views[i]` of them, from row `first[i]` on. All int64 (n,), sorted by label."""
 
     first: np.ndarray
     views: np.ndarray
@@ -41,8 +41,8 @@ class SampleRows:
 
 
 def sample_rows(rows: pa.Table, split: str, statistics: str) -> SampleRows:
-    """The rows of `split` under `statistics`, one entry per sample, in cache order. UserError if there are none."""
-    # Masks and not expressions, dlpack and not `to_numpy`: those import Arrow's engine and pandas, 50 MB of memory.
+    """The rows of `split` under `statistics`, one entry per sample, in cache order. Raises UserError without any."""
+    # Masks rather than expressions, dlpack rather than `to_numpy`: those import Arrow's engine and pandas, 50 MB.
     ours = pc.equal(rows["split"], split)
     part = rows.select(["sample", "row", "label"]).filter(pc.and_(ours, pc.equal(rows["statistics"], statistics)))
     if not len(part):
@@ -63,7 +63,7 @@ def sample_rows(rows: pa.Table, split: str, statistics: str) -> SampleRows:
 
 @dataclass(frozen=True)
 class Batch:
-    """One step of every seed: `receivers` and `labels` int64 (seeds, B), `donors` int64 (seeds, donors, B)."""
+    """One step of every seed: rows of `receivers` and their `labels`, int64 (seeds, B); `donors` (seeds, donors, B)."""
 
     receivers: np.ndarray
     labels: np.ndarray
@@ -71,9 +71,11 @@ class Batch:
 
 
 class Streams:
-    """The batches of stage II. An epoch has as many items as training samples; the last batch may be smaller.
+    """The batches of stage II. An epoch draws as many receivers as there are training samples.
 
-    `batch_size` is that of the largest batch: what was asked for, but no more than there are samples.
+    `receiver_statistics`, `donor_statistics` (donor -> statistics): the batch-norm statistics that rows are read under.
+    `receiver` and the donors name samplers. The attribute `batch_size` is that of the largest batch: the one asked for,
+    but at most the number of samples. Raises UserError if the cache lacks rows under these statistics.
     """
 
     def __init__(
@@ -92,7 +94,7 @@ class Streams:
         self.donors = list(donor_statistics)
         self.receivers = sample_rows(rows, "train", receiver_statistics)
         self._donors = {d: sample_rows(rows, "train", s) for d, s in donor_statistics.items()}
-        self._laws = {sampler: plugins.load("samplers", sampler) for sampler in (receiver, *donor_statistics)}
+        self._samplers = {sampler: plugins.load("samplers", sampler) for sampler in (receiver, *donor_statistics)}
         self.index: ClassIndex = class_index(self.receivers.labels, class_names)
         self.samples = self.index.samples
         self.batch_size = min(batch_size, self.samples)
@@ -100,7 +102,7 @@ class Streams:
         self.steps = -(-self.samples // self.batch_size)
 
     def of(self, seeds: Sequence[int], donors: Sequence[str]) -> "Streams":
-        """The same batches, for some of the seeds and donors only."""
+        """The same batches, restricted to some of the seeds and donors."""
         some = copy(self)
         some.seeds, some.donors = list(seeds), list(donors)
         some._donors = {donor: self._donors[donor] for donor in donors}
@@ -108,18 +110,18 @@ class Streams:
 
     @property
     def step_rows(self) -> int:
-        """How many rows the largest step draws."""
+        """Rows that the largest step draws."""
         return len(self.seeds) * (1 + len(self.donors)) * self.batch_size
 
     @property
     def rows(self) -> np.ndarray:
-        """Every row that any batch may hold, int64, ascending."""
+        """Every row that a batch can contain, int64, ascending."""
         tables = [self.receivers, *self._donors.values()]
         spans = [np.concatenate([f + np.arange(v) for f, v in zip(t.first, t.views, strict=True)]) for t in tables]
         return np.unique(np.concatenate(spans))
 
     def batch(self, epoch: int, step: int) -> Batch:
-        """The rows of `step` (0 to `steps`, exclusive) of `epoch`."""
+        """The rows of `step` of `epoch`, both from 0; an epoch has `steps` steps."""
         size = min(self.batch_size, self.samples - step * self.batch_size)
         picked = [
             self._draw(seed, "receiver", self._receiver, self.receivers, epoch, step, size) for seed in self.seeds
@@ -135,10 +137,10 @@ class Streams:
     def _draw(
         self, seed: int, branch: str, sampler: str, table: SampleRows, epoch: int, step: int, size: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Rows and the sample positions they belong to."""
-        # Always a whole batch, cut at the epoch's end: laws count in whole batches.
+        """(rows, positions of their samples in `table`), int64 (size,) each."""
+        # Samplers count in whole batches, so a whole one is drawn, and cut at the end of the epoch.
         streams = _named_streams(seed, branch, sampler)
-        positions = self._laws[sampler].draw(self.index, streams, epoch, step, self._drawn)[:size]
+        positions = self._samplers[sampler].draw(self.index, streams, epoch, step, self._drawn)[:size]
         rows = table.first[positions]
         views = table.views[positions]
         if (views > 1).any():

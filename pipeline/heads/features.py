@@ -1,4 +1,4 @@
-"""Maps from a cache as the tensors that heads train on: whole, or pooled as they stream in."""
+"""Reads maps of a cache as tensors to train on: whole maps, or features that are pooled as they are read."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,55 +13,70 @@ from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import build
 from h2t.pipeline.networks.classifier import global_average
+from h2t.pipeline.networks.pool import Pool
 
 CPU = torch.device("cpu")
-BLOCK_BYTES = 8 * 1024**2  # maps that are pooled or go to a GPU are read in blocks of about this size
+BLOCK_BYTES = 8 * 1024**2  # block size for reading maps that are pooled or copied to a GPU
 
 Pooling = Callable[[torch.Tensor], torch.Tensor]
 
 
 def pool_label(pool: str, options: Mapping[str, Any]) -> str:
-    """The name a pooled cache records: the pool, and its options, complete, where it has any."""
+    """What a pooled cache records about its pool: the name, with all options if there are any. Raises UserError."""
     full = build(plugins.load("pools", pool).Options, "pool_options", options).model_dump()
     return f"{pool} {canonical_json(full).decode()}" if full else pool
 
 
-def identity_if_pooled(cache: Cache, label: str) -> Pooling | None:
-    """None for a cache of whole maps; for a pooled copy what takes its (C, 1, 1) maps as the features they are.
+def load_pool(pool: str, options: Mapping[str, Any], where: str, channels: int) -> Pool:
+    """The pool plug-in `pool` for maps of so many `channels`; `where` is the place of `options` in params.yaml.
 
-    Raises UserError if the copy was pooled by anything but `label`.
+    Raises UserError for options that the pool does not accept.
     """
-    found = cache.spec.fingerprint_inputs.get("pool")
-    if found is None:
+    module = plugins.load("pools", pool)
+    kind = module.Pool
+    if not issubclass(kind, Pool):  # a plug-in may define the methods alone
+        kind = type("Pool", (kind, Pool), {})
+    made: Pool = kind(build(module.Options, where, options), channels)
+    return made
+
+
+def identity_if_pooled(cache: Cache, label: str) -> Pooling | None:
+    """For a pooled cache the pooling that turns its maps (C, 1, 1) into features (C,); None for a cache of whole maps.
+
+    Raises UserError if the cache was not pooled by `label`.
+    """
+    recorded = cache.spec.fingerprint_inputs.get("pool")
+    if recorded is None:
         return None
-    if found != label:
+    if recorded != label:
         raise UserError(
-            f"{cache.files}: is pooled already, by {found}; {label} is needed here: use the cache it was made from"
+            f"{cache.files}: pooled caches can be used with their own pool only; the cache was pooled by {recorded}, "
+            f"got pool {label}; use the cache of whole maps that it was made from"
         )
     return global_average
 
 
 def maps_fingerprint(spec: CacheSpec) -> str:
-    """Identity of the maps behind the features: the parent's fingerprint for a pooled copy, else the cache's own."""
+    """Fingerprint of the maps behind the features: the original cache's for a pooled copy, else the cache's own."""
     return str(spec.fingerprint_inputs.get("parent", spec.fingerprint))
 
 
 def to_tensor(maps: np.ndarray, dtype: str) -> torch.Tensor:
-    """Stored maps as a tensor of their own dtype; `dtype` is the cache's (bfloat16 is stored as its bits)."""
+    """Stored maps as a tensor of the cache's `dtype`, without a copy. NumPy has no bfloat16, so its bits are stored."""
     tensor = torch.from_numpy(maps)
     return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
 
 
 def to_array(tensor: torch.Tensor) -> np.ndarray:
-    """A tensor on the CPU as the array that a cache stores; the same memory."""
-    found: np.ndarray = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-    return found
+    """A CPU tensor as the array that a cache stores, without a copy: bfloat16 as uint16."""
+    array: np.ndarray = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return array
 
 
 class FeatureReader:
-    """Reads features of rows: maps as stored or, with `pooling` (channel-wise, without parameters), pooled to float32.
+    """Reads rows as maps (C, H, W) in the stored dtype or, with `pooling`, as features (C,) or (C, M) in float32.
 
-    Pooling as they are read leaves (C,) floats a row and expert in place of (C, H, W); (C, M) for M numbers a channel.
+    `pooling` must commute with fusion: act on each channel separately, without trained parameters.
     """
 
     def __init__(self, cache: Cache, pooling: Pooling | None, meter: Meter | None = None) -> None:
@@ -80,13 +95,13 @@ class FeatureReader:
         return self.cache.experts * int(np.prod(self.shape)) * self.dtype.itemsize
 
     def read(self, rows: np.ndarray, device: torch.device = CPU) -> torch.Tensor:
-        """Features of `rows` (n,), (E, n, C[, H, W]), on `device`; the last may still be on their way to a GPU."""
+        """Features of `rows` (n,) on `device`, (E, n, C[, H, W]). The last copies to a GPU may still be in flight."""
         cache, spec = self.cache, self.cache.spec
         out = torch.empty((cache.experts, len(rows), *self.shape), dtype=self.dtype, device=device)
         chunks = np.unique(rows // spec.chunk_rows)
-        at_once = self.pooling is None and device.type == "cpu"  # straight into the result
+        in_place = self.pooling is None and device.type == "cpu"  # the cache reads into the result itself
         for expert in range(cache.experts):
-            block = max(1, len(rows) if at_once else BLOCK_BYTES // spec.row_bytes(expert))
+            block = max(1, len(rows) if in_place else BLOCK_BYTES // spec.row_bytes(expert))
             for first in range(0, len(rows), block):
                 part = rows[first : first + block]
                 self._fill(out[expert, first : first + len(part)], part, expert)
@@ -94,11 +109,11 @@ class FeatureReader:
         return out
 
     def _fill(self, into: torch.Tensor, rows: np.ndarray, expert: int) -> None:
-        """Features of `rows` into `into` (n, C[, H, W])."""
+        """Reads features of `rows` into `into`, (n, C[, H, W])."""
         if self.pooling is not None:
             read = to_tensor(self.cache.read(rows, expert=expert), self.cache.spec.dtype)
             into.copy_(self.pooling(read.to(torch.float32)))
-        elif into.is_cuda:  # fetches from pinned memory by itself
+        elif into.is_cuda:  # copies from pinned memory run while the next block is read
             staging = torch.empty(into.shape, dtype=into.dtype, pin_memory=True)
             self.cache.read(rows, out=to_array(staging), expert=expert)
             into.copy_(staging, non_blocking=True)
@@ -107,9 +122,9 @@ class FeatureReader:
 
 
 def first_not_finite(cache: Cache, rows: np.ndarray) -> str | None:
-    """Which of `rows` (n,) is the first to hold NaN or infinity, in words; None if all maps are finite.
+    """Describes the first of `rows` (n,) that holds NaN or infinity; None if all maps are finite.
 
-    Reads every map of `rows`, so it is for finding out what went wrong.
+    Reads every map of `rows`, so it is meant for finding the cause of an error.
     """
     spec = cache.spec
     block = max(1, BLOCK_BYTES // max(spec.row_bytes(expert) for expert in range(spec.experts)))
@@ -125,9 +140,10 @@ def first_not_finite(cache: Cache, rows: np.ndarray) -> str | None:
 
 
 class FeatureTable:
-    """Features of some rows in memory, gathered by row number. `values` is (E, n, C[, H, W]) for the n given `rows`.
+    """Features of some rows in memory, looked up by row number.
 
-    `rows` are ascending. With `hot`, another table, rows that it holds are found there.
+    `rows`: int64 (n,), ascending; `values`: their features (E, n, C[, H, W]). Rows in `hot`, a second table, are taken
+    from there.
     """
 
     def __init__(
@@ -145,20 +161,20 @@ class FeatureTable:
         self._hot = hot
 
     def take(self, rows: np.ndarray) -> torch.Tensor:
-        """Features of `rows` (..., B), each of which the table must hold, as (..., E, B, C[, H, W])."""
-        found = self._gather(rows)
-        if self._device.type == "cuda" and not found.is_cuda:  # as they are kept, and without waiting
-            found = found.pin_memory().to(self._device, non_blocking=True)
-        return found.movedim(0, rows.ndim - 1).to(self._device, self._dtype)
+        """Features of `rows` (..., B) as (..., E, B, C[, H, W]). The table must contain every row."""
+        features = self._gather(rows)
+        if self._device.type == "cuda" and not features.is_cuda:  # copied in the stored dtype, without waiting
+            features = features.pin_memory().to(self._device, non_blocking=True)
+        return features.movedim(0, rows.ndim - 1).to(self._device, self._dtype)
 
     def _gather(self, rows: np.ndarray) -> torch.Tensor:
-        """(E, *rows.shape, C[, H, W]) where and as it is kept."""
+        """Features (E, *rows.shape, C[, H, W]) on the device and in the dtype of the stored values."""
         if self._hot is None:
             return self._values[:, torch.from_numpy(np.searchsorted(self.rows, rows)).to(self._values.device)]
         flat, shape = rows.ravel(), self._values.shape
         out = self._values.new_empty((shape[0], len(flat), *shape[2:]))
         hot = np.isin(flat, self._hot.rows)
         for table, here in ((self._hot, hot), (FeatureTable(self.rows, self._values, self._dtype, self._device), ~hot)):
-            places = np.flatnonzero(here)  # numbers: a mask would make a GPU wait
+            places = np.flatnonzero(here)  # indices: a mask would make the CPU wait for the GPU
             out[:, torch.from_numpy(places).to(out.device)] = table._gather(flat[places])
         return out.view(shape[0], *rows.shape, *shape[2:])

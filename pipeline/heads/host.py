@@ -1,16 +1,19 @@
-"""What a stage-II method is: trainable parameters, logits, a loss. Written for one head; `heads.stack` trains many.
+"""Base classes of hosts, the stage-II methods: which parameters are trained, how they give logits, and the loss.
 
-Inside `loss`, `logits` and `update` tensors are plain (vmap adds the stack's axis), and nothing may be drawn:
-randomness comes in through `noise`.
+A host describes one classifier; `heads.stack` trains many at once. `torch.func.vmap` adds the stack's axis, so tensors
+in `logits`, `loss` and `update` have the shapes of one classifier. These methods must not draw random numbers: all
+randomness comes in through `initial` and `noise`.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, overload
 
 import numpy as np
 import torch
 
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.params import Section
 from h2t.pipeline.networks.classifier import expert_logits, logits
 from h2t.pipeline.networks.trained import StageOneHead
 
@@ -19,9 +22,10 @@ State = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Context:
-    """What a host may know of its task.
+    """What a host knows about its task.
 
-    Training counts per class (K,) in descending order, channels, experts, and how many pixels a map has.
+    `counts`: training samples per class, int64 (K,), in descending order. `channels`: C of the maps. `experts`: E.
+    `pixels`: H x W of the maps.
     """
 
     counts: torch.Tensor
@@ -37,20 +41,33 @@ class Context:
 class Host:
     """What all hosts share: a classifier on pooled features (E, B, D), by default `networks.classifier.logits`."""
 
+    #: The keys under hosts.<name>.loss of a plug-in file without a class `Loss`: none.
+    Loss: type[Section] = Section
     #: True for a closed-form fit, False for gradient descent.
     fitted = False
-    #: The sampler of the training batches' receivers.
+    #: The sampler that draws the receivers of the training batches.
     receiver = "balanced"
-    #: Numbers per channel that its features have: 1, or the 2 of pool `moments` as (E, B, D, 2).
+    #: Numbers per channel in its features: 1, or 2 with pool `moments`, whose features are (E, B, D, 2).
     numbers = 1
+    #: True if the training loss depends on the features only through `expert_logits` of a linear or cosine classifier.
+    linear = False
 
-    def __init__(self, classifier: str, scale: float, context: Context) -> None:
-        self.classifier = classifier
-        self.scale = scale
-        self.context = context
+    classifier: str
+    scale: float
+    context: Context
+
+    @overload
+    def __init__(self, loss: Section, classifier: str, scale: float, context: Context, /) -> None: ...
+
+    @overload
+    def __init__(self, classifier: str, scale: float, context: Context, /) -> None: ...
+
+    def __init__(self, *given: Any) -> None:
+        """Hosts are made with four arguments. A subclass that uses `loss` itself may pass on the other three."""
+        *_, self.classifier, self.scale, self.context = given
 
     def stage1_state(self, stage1: StageOneHead) -> dict[str, torch.Tensor]:
-        """A copy of the stage-I classifier's parameters. Raises UserError if it does not fit this host."""
+        """A copy of the stage-I classifier's parameters. Raises UserError if they do not fit this host."""
         if not stage1.state:
             raise UserError(
                 "this host starts from the classifier of stage I, and imported features have none; use crt, ncm or "
@@ -58,14 +75,17 @@ class Host:
             )
         if stage1.classifier != self.classifier:
             raise UserError(
-                f"classifier: a {self.classifier} head cannot start from the {stage1.classifier} head of stage I; "
-                "choose a backbone trained with that classifier, or the other classifier"
+                f"classifier: must be of the same kind as in stage I, {stage1.classifier}; got {self.classifier}; "
+                "change this key, or choose a backbone that was trained with this classifier"
             )
         context = self.context
-        wanted = (context.experts, context.classes, context.channels)
-        found = tuple(stage1.state["weight"].shape)
-        if found != wanted:
-            raise UserError(f"stage-I head: (experts, classes, channels) must be {wanted}; got {found}")
+        expected = (context.experts, context.classes, context.channels)
+        shape = tuple(stage1.state["weight"].shape)
+        if shape != expected:
+            raise UserError(
+                f"stage-I classifier: (experts, classes, channels) must be {expected}, as in the cache; got {shape}; "
+                "train the backbone again on this data"
+            )
         return {name: tensor.clone() for name, tensor in stage1.state.items()}
 
     def expert_logits(self, state: State, features: torch.Tensor) -> torch.Tensor:
@@ -73,20 +93,20 @@ class Host:
         return expert_logits(self.classifier, state, features, self.scale)
 
     def logits(self, state: State, features: torch.Tensor) -> torch.Tensor:
-        """Features (E, B, D) -> logits (B, K), the mean of the experts; without fusion, as at evaluation."""
+        """Features (E, B, D) -> logits (B, K), the mean over the experts. At evaluation, features are not fused."""
         return logits(self.classifier, state, features, self.scale)
 
 
 class GradientHost(Host):
-    """Base of hosts that are trained by gradient descent. A host overrides what is its own."""
+    """Base of hosts that are trained by gradient descent. A subclass defines `loss` and overrides what differs."""
 
-    #: Factor on the learning rate of single parameters.
+    #: Factor on the learning rate of single parameters, name -> factor; 1 for all others.
     rates: Mapping[str, float] = {}
-    #: Parts of the state that the optimiser leaves alone.
+    #: Names of the parameters that the optimiser does not change.
     fixed: frozenset[str] = frozenset()
 
     def initial(self, stage1: StageOneHead, draws: np.random.Generator) -> dict[str, torch.Tensor]:
-        """Starting state: the stage-I classifier (H2T paper, Algorithm 1). Raises UserError if it does not fit."""
+        """Initial parameters: the stage-I classifier (H2T paper, Algorithm 1). Raises UserError if it does not fit."""
         return self.stage1_state(stage1)
 
     def noise(self, draws: np.random.Generator, batch: int) -> torch.Tensor | None:
@@ -96,20 +116,38 @@ class GradientHost(Host):
     def loss(
         self, state: State, features: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor | None
     ) -> torch.Tensor:
-        """The scalar loss of a batch: features (E, B, D) after fusion and pooling, the receivers' labels (B,)."""
+        """The loss of a batch, a scalar: features (E, B, D) after fusion and pooling, labels of the receivers (B,)."""
         raise NotImplementedError
 
     def update(self, state: State, features: torch.Tensor) -> dict[str, torch.Tensor]:
-        """New values of `fixed` parts after a step on `features`, such as running means; by default none."""
+        """New values of `fixed` parameters after a step on `features`, such as running means; none by default."""
         return {}
 
 
+class ClassScaleHost(GradientHost):
+    """Base of hosts with a trained scale per class: logits s * (W f + b), `class_scale` s (E, K), initially 1.
+
+    Source: "learnable weight scaling" of Kang et al., ICLR 2020, section 4.1.
+    """
+
+    linear = True
+
+    def initial(self, stage1: StageOneHead, draws: np.random.Generator) -> dict[str, torch.Tensor]:
+        """The stage-I classifier with scales of 1. Raises UserError if it does not fit."""
+        state = self.stage1_state(stage1)
+        return {**state, "class_scale": torch.ones(state["weight"].shape[:2])}
+
+    def logits(self, state: State, features: torch.Tensor) -> torch.Tensor:
+        """Features (E, B, D) -> logits (B, K), the mean over the experts."""
+        return (self.expert_logits(state, features) * state["class_scale"].unsqueeze(-2)).mean(0)
+
+
 class FittedHost(Host):
-    """Base of hosts that are solved at once, on every training row. They have no donors, hence no H2T."""
+    """Base of hosts with a closed-form fit on all training samples. They have no batches and no donors, so no H2T."""
 
     fitted = True
     receiver = "instance"
 
     def fit(self, features: torch.Tensor, labels: torch.Tensor, stage1: StageOneHead) -> dict[str, torch.Tensor]:
-        """The head's state from features (E, N, D) and labels (N,) of the training samples, ascending by label."""
+        """The parameters, from features (E, N, D) and labels (N,) of the training samples, in ascending label order."""
         raise NotImplementedError

@@ -1,9 +1,9 @@
-"""Where features live while heads train: on the device, in host memory, or streamed with a hot set.
+"""Where features live while heads train: on the device, in host memory, or streamed from the cache with a hot set.
 
-Every tier gives the same batches with the same values; only time and memory differ. In the streaming tier a window of
-steps is planned, the rows it needs are read once, in the background, while the window before it trains. Class-balanced
-draws come back to the small classes again and again, so their rows stay in memory, as many as the budget allows. On a
-GPU windows and hot set lie there: each row goes over once a window, and batches are gathered where heads train.
+Every tier gives the same batches with the same values; only time and memory differ. The streaming tier plans a window
+of several steps and reads each row it needs once, in the background, while the previous window trains. Class-balanced
+draws return to the small classes again and again, so rows of these stay in memory, as many as the budget allows: the
+hot set. On a GPU, windows and hot set are kept there: a row is copied once per window, and batches are gathered on it.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -19,24 +19,25 @@ from h2t.cache.memory import available_memory, return_freed_arrays
 from h2t.cache.read.prefetch import in_background
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import Bytes, Section
+from h2t.pipeline.base.text import counted
 from h2t.pipeline.heads.batches import Batch, Streams
 from h2t.pipeline.heads.features import CPU, FeatureReader, FeatureTable
 
 Tier = Literal["device", "memory", "stream"]
 
-#: Shares of a streaming budget: each of the two windows (the one in use and the one being read), the hot set, and at
-#: most so much of it for a step's own tensors.
+#: Shares of a streaming budget: each of the two windows (one in use, one being read), the hot set, and at most this
+#: share for the tensors of a step.
 WINDOW_SHARE = 0.25
 HOT_SHARE = 0.5
 OWN_SHARE = 0.25
 MAX_WINDOW_STEPS = 64
-#: Shares of the memory that is available when training starts: features in host memory, features on a GPU. A training
-#: step gets half of what features leave, up to `MOST_STEP_BYTES`; the rest is for all else.
+#: Shares of the memory that is available when training starts: for features in host memory, and for features on a GPU.
+#: A training step gets half of what is left, at most `MOST_STEP_BYTES`.
 HOST_SHARE = 0.5
 DEVICE_SHARE = 0.8
-MOST_HOST_SHARE = 0.75  # for features, whatever `memory_bytes` says
+MOST_HOST_SHARE = 0.75  # for features, even if `memory_bytes` is more
 MOST_STEP_BYTES = 2 * 1024**3
-RESERVE = 128 * 1024**2  # of host memory, for what torch loads at its first step (80 MB) and the like
+RESERVE = 128 * 1024**2  # bytes of host memory that are not planned with: torch loads 80 MB at its first step
 
 
 class Residency(Section):
@@ -56,8 +57,8 @@ class Residency(Section):
 class Room:
     """The memory that stage II plans with, in bytes.
 
-    `host` and `gpu` are what is available now (0 without a GPU). `features` is the budget for features in host memory,
-    `on_gpu` for features on a GPU, `step` for a training step.
+    `host` and `gpu`: available now (0 without a GPU). `features`: budget for features in host memory; `on_gpu`: for
+    features on a GPU; `step`: for a training step.
     """
 
     host: int
@@ -68,17 +69,17 @@ class Room:
 
     @property
     def where_trained(self) -> int:
-        """What is available where heads train."""
+        """Bytes available on the device that trains."""
         return self.gpu or self.host
 
     @property
     def windows(self) -> int:
-        """The budget for features that are streamed; on a GPU windows and hot set lie there."""
+        """The budget for streamed features. With a GPU they must fit there too: windows and hot set are kept on it."""
         return min(self.features, self.on_gpu or self.features)
 
 
 def find_room(settings: Residency, device: torch.device) -> Room:
-    """What `settings` ask for, within what is available now; where that is little, memory is freed at once."""
+    """The budgets of `settings`, within what is available now. If that is little, freed arrays are returned at once."""
     host = max(0, available_memory() - RESERVE)
     gpu = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     features = min(settings.memory_bytes or int(HOST_SHARE * host), int(MOST_HOST_SHARE * host))
@@ -92,28 +93,36 @@ def find_room(settings: Residency, device: torch.device) -> Room:
 
 @dataclass(frozen=True)
 class Choice:
-    """A tier and the reason for it, in one line."""
+    """A tier, and the reason for it in one line."""
 
     tier: Tier
     reason: str
 
 
 def choose_tier(wanted: Literal["auto", "device", "memory", "stream"], need: int, budget: int, free: int) -> Choice:
-    """The tier for `need` bytes of features, `budget` bytes of host memory and `free` bytes on the device (0: none)."""
-    size, room = f"{need / 1e9:.2f} GB of features", f"a budget of {budget / 1e9:.2f} GB"
+    """The tier for `need` bytes of features.
+
+    `budget`: bytes of host memory for features; `free`: bytes for them on a GPU, 0 without one.
+    """
     if wanted != "auto":
-        return Choice(wanted, f"{size}, tier as asked")
+        return Choice(wanted, f"{amount(need)}, as set in train_classifier.residency")
     if need <= free:
-        return Choice("device", f"{size} fit the device")
+        return Choice("device", f"{amount(need)} of {amount(free)} allowed")
     if need <= budget:
-        return Choice("memory", f"{size} fit {room}")
-    return Choice("stream", f"{size} exceed {room}")
+        return Choice("memory", f"{amount(need)} of {amount(budget)} allowed")
+    return Choice("stream", f"{amount(need)} exceed the {amount(budget)} allowed")
+
+
+def amount(size: int) -> str:
+    """`size` bytes in MB, or in GB from 1 GB on: 0.4 MB, 8.34 GB."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def hot_samples(streams: Streams, row_bytes: int, budget: int) -> tuple[np.ndarray, float]:
-    """(rows of the smallest classes that fit `budget` bytes, expected share of receivers' draws they serve).
+    """(rows of the smallest classes that fit `budget` bytes, expected share of the receivers' draws among these rows).
 
-    A class that fits in part is kept in part. The share is exact: classes are drawn uniformly, then their samples.
+    The last class may be kept in part. The expectation is exact for class-balanced draws: a class, then one of its
+    samples, both uniformly. Rows: int64, ascending.
     """
     first, views = streams.receivers.first, streams.receivers.views
     room = budget // row_bytes
@@ -134,7 +143,7 @@ def hot_samples(streams: Streams, row_bytes: int, budget: int) -> tuple[np.ndarr
 
 
 class Step(NamedTuple):
-    """One step of training: its batch, and the table that holds the batch's rows."""
+    """One training step: its batch, and the table that holds the features of the batch's rows."""
 
     epoch: int
     step: int
@@ -142,14 +151,14 @@ class Step(NamedTuple):
     table: FeatureTable
 
 
-Window = tuple[int, int, list[Batch], FeatureTable]  # epoch, first step, batches, their rows
+Window = tuple[int, int, list[Batch], FeatureTable]  # epoch, first step, batches, features of their rows
 
 
 class Feed:
-    """The batches of stage II with their features, in the tier that `choice` names.
+    """Provides the batches of stage II with their features, in the tier of `choice`.
 
-    `say` gets one line about the choice. `meter` counts what it costs. Windows are planned for steps of `step_rows`
-    rows, by default those of a step of all seeds and donors.
+    `budget`: bytes for streamed features. `say` gets one line about the choice. `step_rows`: rows of a step, by which
+    windows are planned; by default those of a step of all seeds and donors. The attribute `meter` counts the cost.
     """
 
     def __init__(
@@ -173,15 +182,15 @@ class Feed:
         if choice.tier == "stream":
             self._start_streaming(budget, step_rows or streams.step_rows)
             share = 100 * (self.expected_hit_rate or 0)
-            hot = f"hot set of {len(self._hot_rows)} rows, expected hit rate {share:.1f} %"
-            say(f"residency: stream ({choice.reason}); windows of {self._window} steps, {hot}")
+            hot = f"hot set of {counted(len(self._hot_rows), 'row')}, expected hit rate {share:.1f} %"
+            say(f"features streamed ({choice.reason}): windows of {counted(self._window, 'step')}, {hot}")
         else:
             values = reader.read(streams.rows, device if choice.tier == "device" else CPU)
             self._table = FeatureTable(streams.rows, values, dtype, device)
-            say(f"residency: {choice.tier} ({choice.reason})")
+            say(f"features {'on the device' if choice.tier == 'device' else 'in memory'}: {choice.reason}")
 
     def of(self, seeds: Sequence[int], donors: Sequence[str]) -> "Feed":
-        """The same feed for some of the seeds and donors: their batches alone are read and gathered."""
+        """The same feed restricted to some of the seeds and donors: only their batches are read and gathered."""
         some = copy(self)
         some.streams = self.streams.of(seeds, donors)
         return some
@@ -193,18 +202,18 @@ class Feed:
 
     @property
     def cost(self) -> str:
-        """The stall meter in words."""
+        """The cost of reading features, in words, for the terminal."""
         meter = self.meter
-        text = f"read {meter.bytes_read / 1e6:.1f} MB for {meter.bytes_used / 1e6:.1f} MB used"
+        text = f"read {amount(meter.bytes_read)} of the cache for batches of {amount(meter.bytes_used)} in all"
         if meter.hit_rate is None:
             return text
         rate = f"hit rate {100 * meter.hit_rate:.1f} % (expected {100 * (self.expected_hit_rate or 0):.1f} %)"
         return f"{text}, waited {100 * meter.stall:.0f} % of the time, {rate}"
 
     def steps(self, epochs: int, first_epoch: int = 0, first_step: int = 0) -> Generator[Step]:
-        """Every step up to `epochs`, from the given one on. Reading ahead does not stop at the end of an epoch.
+        """Yields every step from the given one to the end of the last of `epochs`. Reading ahead crosses epochs.
 
-        Whoever keeps a step after its use keeps a window, the third, in memory.
+        A caller must drop a step before it asks for the next one, or a third window stays in memory.
         """
         spec = self.reader.cache.spec
         row_bytes = sum(spec.row_bytes(expert) for expert in range(spec.experts))
@@ -214,10 +223,10 @@ class Feed:
             for step, batch in enumerate(batches, begin):
                 self.meter.bytes_used += (batch.receivers.size + batch.donors.size) * row_bytes
                 yield Step(epoch, step, batch, table)
-            del window, batches, table  # before the next but one is read: two windows at a time
+            del window, batches, table  # before another window is read: at most two at a time
 
     def _planned(self, epochs: int, first_epoch: int, first_step: int) -> Iterator[Callable[[], Window]]:
-        """One job per window; a window never crosses epochs."""
+        """Yields one function per window that loads it. A window lies within one epoch."""
         load = self._stream if self.choice.tier == "stream" else self._resident
         for epoch in range(first_epoch, epochs):
             begin = first_step if epoch == first_epoch else 0
@@ -225,13 +234,15 @@ class Feed:
                 yield partial(load, epoch, range(start, min(start + self._window, self.streams.steps)))
 
     def _resident(self, epoch: int, steps: range) -> Window:
+        """A window whose features are all in memory."""
         return epoch, steps.start, [self.streams.batch(epoch, step) for step in steps], self._table
 
     def _start_streaming(self, budget: int, step_rows: int) -> None:
+        """Chooses the length of windows and reads the hot set."""
         row_bytes = self.reader.row_bytes
         per_step = step_rows * row_bytes
         self._window = int(max(1, min(MAX_WINDOW_STEPS, WINDOW_SHARE * budget // per_step)))
-        # A step's rows as the numbers that heads compute with, and once more fused.
+        # The rows of a step in the dtype of training, gathered and fused.
         own = 2 * per_step * self.dtype.itemsize // self.reader.dtype.itemsize
         own = min(own, int(OWN_SHARE * budget))
         left = max(0, min(int(HOT_SHARE * budget), budget - 2 * self._window * per_step - own))
@@ -240,7 +251,7 @@ class Feed:
         self._hot = FeatureTable(self._hot_rows, values, self.dtype, self.device)
 
     def _stream(self, epoch: int, steps: range) -> Window:
-        """The batches of a window and the features of their rows, each row once; hot rows are in memory already."""
+        """Reads a window: its batches, and the features of their rows. Hot rows are in memory already."""
         batches = [self.streams.batch(epoch, step) for step in steps]
         rows = np.unique(np.concatenate([part.ravel() for b in batches for part in (b.receivers, b.donors)]))
         rows = np.setdiff1d(rows, self._hot_rows, assume_unique=True)
@@ -252,14 +263,14 @@ class Feed:
 
 
 def plan_tier(streams: Streams, reader: FeatureReader, settings: Residency, room: Room) -> Choice:
-    """The tier that there is room for. Raises UserError for one that was asked for and cannot fit."""
+    """The tier that memory allows. Raises UserError if the tier set in `settings` does not fit."""
     need = len(streams.rows) * reader.row_bytes
     choice = choose_tier(settings.residency, need, room.features, room.on_gpu)
     on_gpu = room.gpu > 0 and choice.tier == "device"
     most = room.gpu if on_gpu else int(MOST_HOST_SHARE * room.host)
     if choice.tier != "stream" and need > most:
         raise UserError(
-            f"train_classifier.residency: {choice.tier} needs {need / 1e9:.2f} GB for the features, "
-            f"{most / 1e9:.2f} GB can be used; set it to auto or stream"
+            f"train_classifier.residency: {choice.tier} needs {amount(need)} for the features, "
+            f"{amount(most)} can be used; set it to auto or stream"
         )
     return choice

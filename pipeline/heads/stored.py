@@ -1,4 +1,4 @@
-"""Heads on disk, and the host and pool objects that give them meaning."""
+"""Loads trained heads from disk and builds the `Head` object that computes with their state."""
 
 import json
 from dataclasses import dataclass, fields
@@ -12,13 +12,16 @@ import torch
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import build
+from h2t.pipeline.base.text import counted
+from h2t.pipeline.heads.features import load_pool
+from h2t.pipeline.heads.head import Head
 from h2t.pipeline.heads.host import Context
 from h2t.pipeline.networks.weights import load_weights
 
 
 @dataclass(frozen=True)
 class HeadParts:
-    """Which plug-ins a stack's heads are made of, with their options; `where` is the host's place in params.yaml."""
+    """The plug-ins of a stack's heads with their options. `where` is the host's place in params.yaml, for messages."""
 
     host: str
     loss: dict[str, Any]
@@ -29,23 +32,23 @@ class HeadParts:
     where: str
 
 
-def head_parts(parts: HeadParts, context: Context) -> tuple[Any, Any]:
-    """(host, pool) for one task. Raises UserError for options they refuse."""
-    hosts, pools = plugins.load("hosts", parts.host), plugins.load("pools", parts.pool)
+def build_head(parts: HeadParts, context: Context) -> Head:
+    """The head for one task. Raises UserError for options that a plug-in does not accept."""
+    hosts = plugins.load("hosts", parts.host)
     loss = build(hosts.Loss, f"{parts.where}.loss", parts.loss)
-    options = build(pools.Options, f"{parts.where}.pool_options", parts.pool_options)
-    host, pool = hosts.Host(loss, parts.classifier, parts.scale, context), pools.Pool(options, context.channels)
-    if getattr(pool, "numbers", 1) != host.numbers:
+    host = hosts.Host(loss, parts.classifier, parts.scale, context)
+    pool = load_pool(parts.pool, parts.pool_options, f"{parts.where}.pool_options", context.channels)
+    if pool.numbers != host.numbers:
         raise UserError(
-            f"{parts.where}.pool: host {parts.host} needs {host.numbers} numbers a channel, pool {parts.pool} gives "
-            f"{getattr(pool, 'numbers', 1)}; use pool: {'moments' if host.numbers == 2 else 'gap'}"
+            f"{parts.where}.pool: host {parts.host} needs {counted(host.numbers, 'number')} per channel, pool "
+            f"{parts.pool} gives {pool.numbers}; use pool: {'moments' if host.numbers == 2 else 'gap'}"
         )
-    return host, pool
+    return Head(host, pool)
 
 
 @dataclass(frozen=True)
 class Heads:
-    """A trained stack: `state` name -> (K, ...), `table` one line per head, `about` the host's settings."""
+    """A trained stack of K heads. `state`: name -> (K, ...). `table`: a line per head. `about`: the host's settings."""
 
     state: dict[str, torch.Tensor]
     table: pa.Table
@@ -62,11 +65,13 @@ class Heads:
 
 
 def load_heads(folder: Path) -> Heads:
-    """What train_classifier wrote into `folder`. Raises UserError."""
+    """The heads that train_classifier wrote into `folder`. Raises UserError if they are missing or unreadable."""
     state, _ = load_weights(folder / "heads.safetensors")
     try:
         table = pq.read_table(folder / "heads.parquet")
         about = json.loads(table.schema.metadata[b"h2t"])
     except (FileNotFoundError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder}: heads.parquet is missing or unreadable ({error}); train the heads again") from None
+        raise UserError(
+            f"{folder}: heads.parquet is missing or unreadable ({error}); run train_classifier again"
+        ) from None
     return Heads(state, table, about)

@@ -1,8 +1,8 @@
-"""Balanced softmax: cross-entropy on z_j + tau log n_j, on instance-sampled batches; plain logits at test time.
+"""Balanced softmax: cross-entropy of z_j + tau log n_j on instance-sampled batches; plain logits z at test time.
 
-Source: Ren et al., "Balanced Meta-Softmax for Long-Tailed Visual Recognition", NeurIPS 2020, eq. (3); with another
-tau it is the logit-adjusted loss of Menon et al., ICLR 2021, eq. (10). The prior corrects for how batches are drawn,
-so receivers are drawn instance-wise: on class-balanced batches it would correct twice.
+Source: Ren et al., "Balanced Meta-Softmax for Long-Tailed Visual Recognition", NeurIPS 2020, eq. (3). With tau other
+than 1 it is the logit-adjusted loss of Menon et al., ICLR 2021, eq. (10). The prior corrects for the class imbalance of
+the batches, so receivers are drawn instance-wise: class-balanced batches would be corrected twice.
 """
 
 import torch
@@ -23,8 +23,9 @@ class Loss(Section):
 
 
 class Host(GradientHost):
-    """Trained on from stage I."""
+    """Starts from the stage-I classifier."""
 
+    linear = True
     receiver = "instance"
 
     def __init__(self, loss: Loss, classifier: str, scale: float, context: Context) -> None:

@@ -1,4 +1,4 @@
-"""cRT: the classifier trained anew by cross-entropy on class-balanced batches.
+"""cRT: a new classifier, trained from random weights by cross-entropy on class-balanced batches.
 
 Source: Kang et al., "Decoupling Representation and Classifier for Long-Tailed Recognition", ICLR 2020, section 4.1.
 """
@@ -9,25 +9,19 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from h2t.pipeline.base.params import Section
-from h2t.pipeline.heads.host import Context, GradientHost, State
+from h2t.pipeline.heads.host import GradientHost, State
 from h2t.pipeline.networks.trained import StageOneHead
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
-class Loss(Section):
-    """Nothing to choose."""
-
-
 class Host(GradientHost):
-    """Starts as a fresh linear layer, uniform within 1 / sqrt(D), whatever stage I's classifier was."""
+    """The initial weights are uniform within +- 1 / sqrt(D), as in torch's linear layer; stage I's are not used."""
 
-    def __init__(self, loss: Loss, classifier: str, scale: float, context: Context) -> None:
-        super().__init__(classifier, scale, context)
+    linear = True
 
     def initial(self, stage1: StageOneHead, draws: np.random.Generator) -> dict[str, torch.Tensor]:
-        """Drawn from the head's seed."""
+        """Weight (E, K, D) and, for a linear classifier, bias (E, K), drawn by the head's seed."""
         context = self.context
         bound = 1 / math.sqrt(context.channels)
         shape = (context.experts, context.classes, context.channels)

@@ -1,27 +1,21 @@
-"""DR: the stage-I classifier trained on by cross-entropy on class-balanced batches.
+"""DR: the stage-I classifier, trained further by cross-entropy on class-balanced batches.
 
 Source: Kang et al., "Decoupling Representation and Classifier for Long-Tailed Recognition", ICLR 2020, section 4.1
-(cRT), started from stage I instead of anew, as H2T's Algorithm 1 does.
+(cRT), but starting from the stage-I classifier, as in Algorithm 1 of the H2T paper.
 """
 
 import torch
 from torch.nn import functional as F
 
-from h2t.pipeline.base.params import Section
-from h2t.pipeline.heads.host import Context, GradientHost, State
+from h2t.pipeline.heads.host import GradientHost, State
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
-class Loss(Section):
-    """Nothing to choose."""
-
-
 class Host(GradientHost):
-    """Cross-entropy on the mean of the experts' logits."""
+    """Cross-entropy of the mean of the experts' logits."""
 
-    def __init__(self, loss: Loss, classifier: str, scale: float, context: Context) -> None:
-        super().__init__(classifier, scale, context)
+    linear = True
 
     def loss(
         self, state: State, features: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor | None

@@ -1,9 +1,10 @@
-"""GCL: cosine logits clouded by Gaussian noise, more for rarer classes, with a focal weight.
+"""GCL: cosine logits with Gaussian noise, larger for rarer classes, and a focal weight.
 
 Source: Li et al., "Long-tailed Visual Recognition via Gaussian Clouded Logit Adjustment", CVPR 2022, section 3; stage
-II as in the authors' code: CE(s c') (1 - p_y)^focal, where c'_ij = cos_ij - amplitude |e_ij| d_j, less `margin` for
-the true class, d_j = (log n_max - log n_j) / (log n_max - log n_min), and no gradient flows through the weight. On
-CIFAR that code also mixes images (mixup) and trains for 30 epochs. No cache holds maps of mixed images, so here none.
+II as in the authors' code: CE(s c') (1 - p_y)^focal with c'_ij = cos_ij - amplitude |e_ij| d_j, minus `margin` for the
+true class, and d_j = (log n_max - log n_j) / (log n_max - log n_min). No gradient flows through the focal weight. On
+CIFAR the authors' code also applies mixup to images and trains for 30 epochs. A cache holds no maps of mixed images, so
+mixup is left out here.
 """
 
 import numpy as np
@@ -16,7 +17,7 @@ from h2t.pipeline.training.longtail import cloud_sizes, clouded
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
-DEVIATION = 1 / 3
+DEVIATION = 1 / 3  # standard deviation of the noise
 
 
 class Loss(Section):
@@ -31,28 +32,30 @@ class Loss(Section):
 
 
 class Host(GradientHost):
-    """Needs `classifier: cosine`; `scale` is the paper's s (20 in stage II on CIFAR)."""
+    """Needs `classifier: cosine`. `scale` is the paper's s (20 in stage II on CIFAR)."""
+
+    linear = True
 
     def __init__(self, loss: Loss, classifier: str, scale: float, context: Context) -> None:
         if classifier != "cosine":
-            raise UserError(f"classifier: host gcl clouds cosines; got {classifier!r}; use classifier: cosine")
+            raise UserError(f"classifier: host gcl needs a cosine classifier; got {classifier!r}; set it to cosine")
         super().__init__(classifier, scale, context)
         self.constants = loss
         self.clouds = cloud_sizes(context.counts)
 
     def noise(self, draws: np.random.Generator, batch: int) -> torch.Tensor:
-        """Noise (batch, K): normal with standard deviation 1/3, clamped to [-1, 1]."""
+        """Noise e (batch, K), float64: normal with standard deviation 1/3, clamped to [-1, 1]."""
         drawn = draws.normal(0, DEVIATION, (batch, self.context.classes))
         return torch.from_numpy(drawn).clamp(-1, 1)
 
     def loss(
         self, state: State, features: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor | None
     ) -> torch.Tensor:
-        """Focal cross-entropy on clouded logits, the mean of the batch."""
+        """Focal cross-entropy of the noisy logits, averaged over the batch."""
         assert noise is not None
-        own = self.constants
+        constants = self.constants
         cosines = self.logits(state, features) / self.scale
-        moved = clouded(cosines, labels, noise, self.clouds.to(cosines), own.amplitude, own.margin)
-        surprise = -(self.scale * moved).log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-        weight = (1 - (-surprise.detach()).exp()).clamp_min(0) ** own.focal
-        return (weight * surprise).mean()
+        noisy = clouded(cosines, labels, noise, self.clouds.to(cosines), constants.amplitude, constants.margin)
+        losses = -(self.scale * noisy).log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)  # (B,)
+        weight = (1 - (-losses.detach()).exp()).clamp_min(0) ** constants.focal
+        return (weight * losses).mean()

@@ -1,7 +1,7 @@
-"""Multinomial logistic regression on all training features, solved by L-BFGS: what a linear head can reach.
+"""Multinomial logistic regression on all training features, solved by L-BFGS: what a linear classifier can reach.
 
 Source: Liu and Nocedal, "On the Limited Memory BFGS Method for Large Scale Optimization", Mathematical Programming
-1989. Minimises the weighted mean cross-entropy + l2 / 2 |W|^2, which is convex; it starts at 0 and needs no learning
+1989. Minimises the weighted mean cross-entropy + l2 / 2 |W|^2. The problem is convex, starts at 0 and needs no learning
 rate.
 """
 
@@ -30,16 +30,18 @@ class Loss(Section):
 
 
 class Host(FittedHost):
-    """The mean of the experts' logits is linear in all their features together, so one problem gives all weights."""
+    """The mean of the experts' logits is linear in their concatenated features, so one problem gives all weights."""
 
     def __init__(self, loss: Loss, classifier: str, scale: float, context: Context) -> None:
         if classifier != "linear":
-            raise UserError(f"classifier: host logistic_regression needs a linear classifier; got {classifier!r}")
+            raise UserError(
+                f"classifier: host logistic_regression needs a linear classifier; got {classifier!r}; set it to linear"
+            )
         super().__init__(classifier, 1.0, context)
         self.constants = loss
 
     def fit(self, features: torch.Tensor, labels: torch.Tensor, stage1: StageOneHead) -> dict[str, torch.Tensor]:
-        """The minimum, in float64."""
+        """Weight (E, K, D) and bias (E, K) at the minimum, solved in float64."""
         experts, _, channels = features.shape
         classes = self.context.classes
         joint = features.double().movedim(0, 1).flatten(1) / experts  # (N, E * D)
@@ -59,12 +61,12 @@ class Host(FittedHost):
 
         def closure() -> torch.Tensor:
             solver.zero_grad()
-            surprise = F.cross_entropy(joint @ weight.T + bias, labels, reduction="none")
-            loss = (share * surprise).sum() + self.constants.l2 / 2 * weight.square().sum()
+            losses = F.cross_entropy(joint @ weight.T + bias, labels, reduction="none")
+            loss = (share * losses).sum() + self.constants.l2 / 2 * weight.square().sum()
             loss.backward()
             return loss
 
         with torch.enable_grad():
             solver.step(closure)
-        found = weight.detach().view(classes, experts, channels).movedim(0, 1).contiguous()
-        return {"weight": found, "bias": bias.detach().expand(experts, -1).contiguous()}
+        by_expert = weight.detach().view(classes, experts, channels).movedim(0, 1).contiguous()
+        return {"weight": by_expert, "bias": bias.detach().expand(experts, -1).contiguous()}

@@ -1,6 +1,6 @@
-"""Post-hoc logit adjustment: the stage-I logits less tau log of the class prior; nothing is trained.
+"""Post-hoc logit adjustment: the stage-I logits minus tau times the log of the class prior; nothing is trained.
 
-Source: Menon et al., "Long-tail Learning via Logit Adjustment", ICLR 2021, eq. (9). Their loss is host
+Source: Menon et al., "Long-tail Learning via Logit Adjustment", ICLR 2021, eq. (9). Their logit-adjusted loss is host
 balanced_softmax.
 """
 
@@ -22,16 +22,16 @@ class Loss(Section):
 
 
 class Host(FittedHost):
-    """Logits of stage I less `prior` (K,)."""
+    """The logits of stage I minus `prior` (K,)."""
 
     def __init__(self, loss: Loss, classifier: str, scale: float, context: Context) -> None:
         super().__init__(classifier, scale, context)
         self.tau = loss.tau
 
     def fit(self, features: torch.Tensor, labels: torch.Tensor, stage1: StageOneHead) -> dict[str, torch.Tensor]:
-        """The stage-I classifier and tau log(n_j / N)."""
+        """The stage-I classifier, and `prior` = tau log(n_j / N), (K,)."""
         return {**self.stage1_state(stage1), "prior": self.tau * log_prior(self.context.counts)}
 
     def logits(self, state: State, features: torch.Tensor) -> torch.Tensor:
-        """(E, B, D) -> (B, K)."""
+        """Features (E, B, D) -> logits (B, K)."""
         return super().logits(state, features) - state["prior"]

@@ -1,8 +1,7 @@
-"""RIDE: experts whose logits are averaged, with a linear or a cosine classifier each.
+"""RIDE: several experts, each with a linear or a cosine classifier; their logits are averaged.
 
-Source: Wang et al., "Long-tailed Recognition by Routing Diverse Distribution-Aware Experts", ICLR 2021, section 3; in
-stage II only the basic cross-entropy is kept (H2T paper, section 4.2), on the mean of the logits or summed over
-experts.
+Source: Wang et al., "Long-tailed Recognition by Routing Diverse Distribution-Aware Experts", ICLR 2021, section 3.
+Stage II keeps only the basic cross-entropy (H2T paper, section 4.2), of the mean logits or summed over experts.
 """
 
 from typing import Literal
@@ -24,7 +23,9 @@ class Loss(Section):
 
 
 class Host(GradientHost):
-    """The classifier decides: linear with scale 1, or cosine with scale 30."""
+    """Takes both kinds of classifier; the usual scales are 1 for linear and 30 for cosine."""
+
+    linear = True
 
     def __init__(self, loss: Loss, classifier: str, scale: float, context: Context) -> None:
         super().__init__(classifier, scale, context)
@@ -33,7 +34,7 @@ class Host(GradientHost):
     def loss(
         self, state: State, features: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor | None
     ) -> torch.Tensor:
-        """Mean over the batch."""
+        """Cross-entropy, averaged over the batch."""
         if not self.each:
             return F.cross_entropy(self.logits(state, features), labels)
         logits = self.expert_logits(state, features)  # (E, B, K)

@@ -1,4 +1,4 @@
-"""tau-normalisation: stage-I weights divided by the tau-th power of their norms, no bias; nothing is trained.
+"""tau-normalisation: each class's stage-I weights divided by their norm to the power tau, no bias; nothing is trained.
 
 Source: Kang et al., "Decoupling Representation and Classifier for Long-Tailed Recognition", ICLR 2020, eq. (2).
 """
@@ -21,16 +21,18 @@ class Loss(Section):
 
 
 class Host(FittedHost):
-    """Needs a linear classifier: a cosine one is normalised already."""
+    """Needs a linear classifier: a cosine classifier is already normalised."""
 
     def __init__(self, loss: Loss, classifier: str, scale: float, context: Context) -> None:
         if classifier != "linear":
-            raise UserError(f"classifier: host tau_norm needs a linear classifier; got {classifier!r}")
+            raise UserError(
+                f"classifier: host tau_norm needs a linear classifier; got {classifier!r}; set it to linear"
+            )
         super().__init__(classifier, scale, context)
         self.tau = loss.tau
 
     def fit(self, features: torch.Tensor, labels: torch.Tensor, stage1: StageOneHead) -> dict[str, torch.Tensor]:
-        """w_j / |w_j|^tau for each class and expert, with a bias of 0."""
+        """Weight w_j / |w_j|^tau (E, K, D) for each class and expert, and a bias of 0, (E, K)."""
         weight = self.stage1_state(stage1)["weight"]
         norm = weight.norm(dim=-1, keepdim=True).clamp_min(1e-12)
         return {"weight": weight / norm**self.tau, "bias": torch.zeros(weight.shape[:2])}

@@ -19,8 +19,7 @@ from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import build
 from h2t.pipeline.data.images import Transform
 from h2t.pipeline.heads.host import Context
-from h2t.pipeline.heads.stack import POOL
-from h2t.pipeline.heads.stored import HeadParts, head_parts
+from h2t.pipeline.heads.stored import HeadParts, build_head
 from h2t.pipeline.networks.classifier import global_average
 from h2t.pipeline.networks.weights import fill, load_weights, save_weights
 
@@ -49,17 +48,14 @@ class HostHead(nn.Module):
 
     def __init__(self, parts: HeadParts, context: Context, state: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
-        self.host, self.pool = head_parts(parts, context)
+        self.head = build_head(parts, context)
         self.names = list(state)
         for i, name in enumerate(self.names):
             self.register_buffer(f"state_{i}", state[name])
 
     def forward(self, maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
         state = {name: getattr(self, f"state_{i}") for i, name in enumerate(self.names)}
-        own = {name: t for name, t in state.items() if not name.startswith(POOL)}
-        pool = {name.removeprefix(POOL): t for name, t in state.items() if name.startswith(POOL)}
-        result: torch.Tensor = self.host.logits(own, self.pool(pool, torch.stack(tuple(maps))))
-        return result
+        return self.head.logits(state, torch.stack(tuple(maps)))
 
 
 class Classifier(nn.Module):
@@ -101,7 +97,7 @@ def as_linear(
     Weight and bias are computed from the head's logits at unit vectors, which folds in class scales, logit scales and
     priors. The head counts as linear if the layer gives its logits at random points.
     """
-    host, _ = head_parts(parts, context)
+    head = build_head(parts, context)
     if parts.pool != "gap" or context.experts != 1:
         return None
     exact = {name: t.double() for name, t in state.items()}
@@ -109,7 +105,7 @@ def as_linear(
     draws = torch.Generator().manual_seed(0)
     probes = torch.rand(PROBES, context.channels, generator=draws, dtype=torch.float64)
     with torch.no_grad():
-        at_units, expected = host.logits(exact, points[None]), host.logits(exact, probes[None])
+        at_units, expected = head.logits(exact, points[None]), head.logits(exact, probes[None])
     bias = at_units[0]
     weight = (at_units[1:] - bias).T
     if (probes @ weight.T + bias - expected).abs().max() > 1e-9 * expected.abs().max().clamp_min(1):

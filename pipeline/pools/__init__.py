@@ -1,11 +1,5 @@
-"""Pool plug-ins: maps (..., C, H, W) -> features (..., C), or (..., C, M) for M numbers a channel. A file defines:
+"""Pool plug-ins: maps (..., C, H, W) -> features (..., C), or (..., C, M) for M numbers per channel. A file defines:
 
-class Options(Section)          its keys under hosts.<name>.pool_options
-class Pool                      __init__(options, channels)
-    commutes                    True if it acts on each channel alone and has no trainable part: then pooling
-                                before fusing gives the same result, and stage II may run on pooled vectors
-    linear                      True if it is linear in the maps: then feature mixup commutes with it, too
-    numbers                     M, where it is not 1
-    initial() -> {name: tensor} what is trained; empty if nothing
-    __call__(state, maps)       (..., C, H, W) -> (..., C[, M])
+class Options(Section)      the keys under hosts.<name>.pool_options; may be left out if there are none
+class Pool(pool.Pool)            see h2t.pipeline.networks.pool for what a pool states about itself
 """

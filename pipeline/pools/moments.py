@@ -1,4 +1,4 @@
-"""Mean and mean square over the image: what batch norm after the tap needs to know of a map (for host reslt).
+"""Mean and mean square over the image, from which batch norm after the tap can be computed (for host reslt).
 
 Source: Ioffe and Szegedy, "Batch Normalization", ICML 2015, algorithm 1: mean and variance follow from the two.
 """
@@ -7,30 +7,18 @@ from collections.abc import Mapping
 
 import torch
 
-from h2t.pipeline.base.params import Section
+from h2t.pipeline.networks import pool
 from h2t.pipeline.networks.branches import moments
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
-class Options(Section):
-    """Nothing to choose."""
-
-
-class Pool:
-    """Nothing is trained; the features have a last axis of two moments."""
+class Pool(pool.Pool):
+    """Trains nothing. The last axis of the features holds the two moments."""
 
     commutes = True
-    linear = False
     numbers = 2
 
-    def __init__(self, options: Options, channels: int) -> None:
-        self.channels = channels
-
-    def initial(self) -> dict[str, torch.Tensor]:
-        """Nothing."""
-        return {}
-
     def __call__(self, state: Mapping[str, torch.Tensor], maps: torch.Tensor) -> torch.Tensor:
-        """(..., C, H, W) -> (..., C, 2)."""
+        """Maps (..., C, H, W) -> features (..., C, 2)."""
         return moments(maps)

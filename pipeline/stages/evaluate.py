@@ -1,8 +1,9 @@
-"""evaluate: the stage-I head and every stage-II head on the evaluation rows.
+"""evaluate: scores the stage-I classifier and every stage-II classifier on the validation and test rows.
 
-Writes `metrics.json` (stage1, without_h2t, with_h2t: mean and std over seeds), `heads.parquet` (every head's figures),
-`per_class.parquet`, for the heads behind metrics.json `confusion.parquet` and `predictions.parquet`, and what
-the report shows beside them (`evidence.py`). The last epoch is what is evaluated; nothing is chosen on the test split.
+Writes `metrics.json` (stage1, without_h2t, with_h2t: mean and standard deviation over seeds), `heads.parquet` (the
+figures of every classifier), `per_class.parquet`, `confusion.parquet` and `predictions.parquet` (for the classifiers
+behind metrics.json), and what else the report shows (`evidence.py`). Classifiers are evaluated as they are after the
+last epoch; nothing is chosen on the test split.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,12 +37,13 @@ GROUP_NAMES = ("paper_index", "paper_threshold", "oltr")
 
 
 def _groups(value: Any) -> Any:
+    """`value` if `groups` can have it. Raises ValueError."""
     if value in GROUP_NAMES:
         return value
     whole = isinstance(value, list) and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
     if whole and len(value) == 2 and 0 <= value[0] <= value[1]:
         return value
-    raise ValueError(f"must be {', '.join(GROUP_NAMES)} or two rising class indices")
+    raise ValueError(f"must be {', '.join(GROUP_NAMES)} or two class indices in ascending order")
 
 
 class Params(Section):
@@ -65,42 +67,51 @@ def run(
     out: Path,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Evaluates the heads of host `name` into the directory `out`; returns the metrics."""
+    """Evaluates the classifiers of host `name`, writes the results into the directory `out` and returns the metrics.
+
+    Raises UserError if the classifiers were trained on another cache or backbone, or if there are no test rows.
+    """
     heads = load_heads_for(cache, heads_dir, backbone_dir)
     stage1 = load_head(backbone_dir)
     counts = heads.about["counts"]
     group_of = group_choice(params, counts)
     splits = [s for s in ("val", "test") if s in set(cache.rows["split"].unique().to_pylist())]
     if "test" not in splits:
-        raise UserError(f"{cache.files}: has no test rows to evaluate on; give the dataset a test split")
+        raise UserError(
+            f"{cache.files}: evaluation needs test rows; the cache has none; give the dataset a test split and extract "
+            "again"
+        )
 
     table = heads.table.to_pylist()
     recipe_statistics = heads.about["evaluate"]
-    # Under branch-wise statistics DR as published is trained and evaluated under balanced ones alone: an extra line.
+    # DR as published is trained and evaluated under balanced statistics alone; with branch-wise ones, an extra line.
     stored = set(cache.rows.filter(pc.field("split") == "test")["statistics"].to_pylist())
     lines = [recipe_statistics, *({heads.about["receiver"]} & stored)]
-    found = {
+    scores = {
         (split, statistics): score_heads(cache, heads, split, statistics, device)
         for split in splits
         for statistics in dict.fromkeys(lines)
     }
-    first = {split: score_stage1(cache, stage1, split, device) for split in splits} if stage1.state else {}
+    of_stage1 = {split: score_stage1(cache, stage1, split, device) for split in splits} if stage1.state else {}
 
     figures: list[dict[str, Any]] = []
-    for (split, statistics), result in found.items():
+    for (split, statistics), result in scores.items():
         for head in table:
             one = summary(result.said[head["number"]], result.labels, group_of)
             figures.append({**head, "split": split, "statistics": statistics, **one})
-    for split, result in first.items():
+    for split, result in of_stage1.items():
         one = summary(result.said[0], result.labels, group_of)
         figures.append({"number": -1, "split": split, "statistics": STAGE1, **one})
 
-    on = [f for f in figures if f["statistics"] == recipe_statistics and f["number"] >= 0]
-    ratio = reported_ratio(on, params.ratio)
+    of_recipe = [f for f in figures if f["statistics"] == recipe_statistics and f["number"] >= 0]
+    ratio = reported_ratio(of_recipe, params.ratio)
     if ratio is None:
-        say(f"note: {name}: no head to report as with_h2t (donor instance, selection random, ratio {params.ratio:g})")
-    without = _chosen(on, "test", 0.0)
-    with_h2t = _chosen(on, "test", ratio) if ratio else []
+        say(
+            f"note: {name}: no classifier to report as with_h2t, which needs donor instance, selection random and "
+            f"ratio {params.ratio:g}"
+        )
+    without = _chosen(of_recipe, "test", 0.0)
+    with_h2t = _chosen(of_recipe, "test", ratio) if ratio else []
     metrics = {
         "stage1": _entry([f for f in figures if f["number"] == -1 and f["split"] == "test"], STAGE1, params),
         "without_h2t": _entry(without, recipe_statistics, params),
@@ -110,11 +121,11 @@ def run(
     with fresh_directory(out) as into:
         write_json(into / "metrics.json", metrics)
         pq.write_table(pa.Table.from_pylist(figures, _schema(figures)), into / "heads.parquet")
-        write_per_class(into, table, found, first, counts)
-        write_confusion(into, found[("test", recipe_statistics)], first.get("test"), kept, len(counts))
-        write_predictions(into, found[("test", recipe_statistics)], first.get("test"), kept)
+        write_per_class(into, table, scores, of_stage1, counts)
+        write_confusion(into, scores[("test", recipe_statistics)], of_stage1.get("test"), kept, len(counts))
+        write_predictions(into, scores[("test", recipe_statistics)], of_stage1.get("test"), kept)
         _write_evidence(
-            into, cache, heads, stage1, found[("test", recipe_statistics)], first.get("test"), without, with_h2t
+            into, cache, heads, stage1, scores[("test", recipe_statistics)], of_stage1.get("test"), without, with_h2t
         )
         write_about(into, cache, heads, sample_rows(cache.rows, "test", recipe_statistics).first, group_of)
     say(f"{name}: " + _one_line(metrics))
@@ -122,20 +133,22 @@ def run(
 
 
 def group_choice(params: Params, counts: list[int]) -> list[str | None]:
-    """The group of each class. Raises UserError for indices that do not fit."""
+    """The group of each class: head, medium, tail or None. Raises UserError for class indices out of range."""
     if isinstance(params.groups, str):
         return groups(counts)[params.groups]
     if params.groups[1] > len(counts):
         raise UserError(
-            f"evaluate.groups: must be a name or two rising class indices up to {len(counts)}; got {params.groups}"
+            f"evaluate.groups: must be {', '.join(GROUP_NAMES)} or two class indices in ascending order up to "
+            f"{len(counts)}; got {params.groups}"
         )
     return by_index(len(counts), *params.groups)
 
 
 def reported_ratio(figures: list[dict[str, Any]], fallback: float) -> float | None:
-    """The ratio of `with_h2t`: the best mean validation top-1 if there is a validation split, else `fallback`.
+    """The ratio of `with_h2t`: that of the best mean validation top-1; without validation rows, `fallback`.
 
-    None if no head of the grid (donor instance, selection random) has such a ratio above 0.
+    Among equals the smallest ratio is taken. Only classifiers with donor instance, selection random and a ratio above 0
+    count; None if there are none.
     """
     ratios = sorted({f["ratio"] for f in figures if f["ratio"] > 0 and _standard(f)})
     if any(f["split"] == "val" for f in figures):
@@ -145,19 +158,21 @@ def reported_ratio(figures: list[dict[str, Any]], fallback: float) -> float | No
 
 
 def _standard(figure: Mapping[str, Any]) -> bool:
+    """True for H2T as published: whole donors drawn instance-wise, random channels."""
     return bool(figure["donor"] == "instance" and figure["selection"] == "random")
 
 
 def _chosen(figures: list[dict[str, Any]], split: str, ratio: float) -> list[dict[str, Any]]:
-    """One head per seed at `ratio`. At ratio 0 donor and selection change nothing, so any will do."""
-    found: dict[int, dict[str, Any]] = {}
+    """The figures of one classifier per seed at `ratio`. At ratio 0 donor and selection do not matter."""
+    by_seed: dict[int, dict[str, Any]] = {}
     for f in figures:
         if f["split"] == split and f["ratio"] == ratio and (ratio == 0 or _standard(f)):
-            found.setdefault(f["seed"], f)
-    return list(found.values())
+            by_seed.setdefault(f["seed"], f)
+    return list(by_seed.values())
 
 
 def _entry(figures: list[dict[str, Any]], statistics: str, params: Params) -> dict[str, Any] | None:
+    """An entry of metrics.json: mean and standard deviation over seeds; None without `figures`."""
     if not figures:
         return None
     return {
@@ -170,6 +185,7 @@ def _entry(figures: list[dict[str, Any]], statistics: str, params: Params) -> di
 
 
 def _schema(figures: list[dict[str, Any]]) -> pa.Schema:
+    """The columns of `heads.parquet`."""
     kinds = {"number": pa.int64(), "seed": pa.int64(), "replaced": pa.int64(), "ratio": pa.float64()}
     texts = ("donor", "selection", "split", "statistics")
     return pa.schema([(k, kinds.get(k, pa.string() if k in texts else pa.float64())) for k in figures[0]])
@@ -185,7 +201,10 @@ def _write_evidence(
     without: list[dict[str, Any]],
     with_h2t: list[dict[str, Any]],
 ) -> None:
-    """Calibration and weight norms of the heads behind metrics.json, an embedding with the first of each kind."""
+    """Writes calibration and weight norms of the classifiers behind metrics.json, and an embedding of the test samples.
+
+    The embedding shows the predictions of the first classifier without H2T and of the first with it.
+    """
     kept = [f["number"] for f in (*without, *with_h2t)]
     write_reliability(into, dict(each(result, first, kept)), result.labels)
     write_weight_norms(into, heads, head, kept)
@@ -198,6 +217,7 @@ def _write_evidence(
 
 
 def _one_line(metrics: Mapping[str, Any]) -> str:
+    """`metrics` in one line, for the terminal."""
     return "; ".join(
         f"{name} top-1 {entry['top1']:.2f}, tail {entry['tail']:.2f}" if entry and entry["tail"] is not None else name
         for name, entry in metrics.items()

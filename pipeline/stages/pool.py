@@ -15,12 +15,11 @@ import torch
 from h2t.cache.format.spec import CacheSpec
 from h2t.cache.reader import Cache
 from h2t.cache.tools.pooled import pooled
-from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
-from h2t.pipeline.base.params import Section, build, plugin
+from h2t.pipeline.base.params import Section, plugin
 from h2t.pipeline.base.progress import progress
 from h2t.pipeline.base.text import counted
-from h2t.pipeline.heads.features import pool_label
+from h2t.pipeline.heads.features import load_pool, pool_label
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
@@ -46,10 +45,11 @@ def run(
     """
     if "pool" in cache.spec.fingerprint_inputs:
         raise UserError(f"{cache.files}: is pooled already; name the cache it was made from")
-    module = plugins.load("pools", params.pool)
-    options = build(module.Options, "pool.pool_options", params.pool_options)
-    of = {channels: module.Pool(options, channels) for channels, _, _ in cache.spec.maps}
-    if any(not pool.commutes or getattr(pool, "numbers", 1) != 1 for pool in of.values()):
+    of = {
+        channels: load_pool(params.pool, params.pool_options, "pool.pool_options", channels)
+        for channels, _, _ in cache.spec.maps
+    }
+    if any(not pool.commutes or pool.numbers != 1 for pool in of.values()):
         raise UserError(
             "pool.pool: must have no trained parts and give one number per channel, from that channel alone; "
             f"got {params.pool}; use gap, max or an untrained gem, or share the cache itself"

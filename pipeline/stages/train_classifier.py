@@ -1,7 +1,7 @@
-"""train_classifier (stage II): train the whole grid of heads of one host on the cached maps.
+"""train_classifier (stage II): trains all classifiers of one host, the combinations of its grid, on the cached maps.
 
-Writes `heads.safetensors` (every parameter stacked over the heads), `heads.parquet` (one line per head: its settings;
-the host's settings in the schema's metadata) and `history.parquet` (loss per head and epoch).
+Writes `heads.safetensors` (each parameter stacked over the classifiers), `heads.parquet` (a line per classifier with
+its settings; the host's settings in the schema's metadata) and `history.parquet` (loss per classifier and epoch).
 """
 
 import itertools
@@ -24,17 +24,14 @@ from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import fresh_directory
 from h2t.pipeline.base.params import (
     DISTINCT,
-    Count,
-    Epochs,
     Experts,
-    NonNegative,
     Positive,
-    Rate,
     Ratio,
     Section,
     Seed,
     plugin,
 )
+from h2t.pipeline.base.text import counted
 from h2t.pipeline.data.classes import recorded_names
 from h2t.pipeline.extraction.recipes import RECIPES, Recipe
 from h2t.pipeline.heads.batches import Streams
@@ -45,12 +42,12 @@ from h2t.pipeline.heads.features import (
     maps_fingerprint,
     pool_label,
 )
-from h2t.pipeline.heads.fusion import Rounding, Selection, replaced_channels
+from h2t.pipeline.heads.fusion import Rounding, Selection
+from h2t.pipeline.heads.head import MAP_AXES, Head
 from h2t.pipeline.heads.host import Context
-from h2t.pipeline.heads.residency import WINDOW_SHARE, Choice, Feed, Residency, Room, find_room, plan_tier
+from h2t.pipeline.heads.residency import WINDOW_SHARE, Choice, Feed, Residency, Room, amount, find_room, plan_tier
 from h2t.pipeline.heads.stack import (
     FLOAT,
-    POOL,
     HeadSetting,
     NotFinite,
     Optimiser,
@@ -61,27 +58,13 @@ from h2t.pipeline.heads.stack import (
     parts_of,
     seeds_and_donors,
 )
-from h2t.pipeline.heads.stored import HeadParts, head_parts
+from h2t.pipeline.heads.stored import HeadParts, build_head
+from h2t.pipeline.networks.pool import Pool
 from h2t.pipeline.networks.trained import NONE, StageOneHead, backbone_digest, load_head
 from h2t.pipeline.networks.weights import save_weights
 from h2t.pipeline.training.resume import Checkpoint
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
-
-
-class OptimiserParams(Section):
-    """Section `hosts.NAME.optimiser`: SGD whose learning rate follows half a cosine over the epochs."""
-
-    epochs: Epochs = 10
-    """Passes over the training samples."""
-    batch_size: Count = 128
-    """Receivers in a batch."""
-    lr: Rate = 0.02
-    """Learning rate at the start; it follows half a cosine down to 0."""
-    momentum: Ratio = 0.9
-    """Momentum of SGD."""
-    weight_decay: NonNegative = 5e-4
-    """Weight decay of SGD."""
 
 
 class Grid(Section):
@@ -122,7 +105,7 @@ class Params(Section):
     """How the number of replaced channels, ratio x channels, becomes a whole number."""
     receiver: Annotated[str, plugin("samplers")] | None = None
     """Sampler of the training batches; null is the host's own."""
-    optimiser: OptimiserParams = OptimiserParams()
+    optimiser: Optimiser = Optimiser()
     """Training; hosts with a closed-form fit do not take it."""
     grid: Grid = Grid()
     """What the classifiers vary in; hosts with a closed-form fit do not take it."""
@@ -130,7 +113,10 @@ class Params(Section):
 
 @dataclass(frozen=True)
 class Summary:
-    """What was trained, and what feeding it cost. `resumed_steps` were done by a process that was killed."""
+    """What was trained, and the cost of reading features, for the run record.
+
+    `stall`: share of the time spent waiting for features. `resumed_steps`: steps done by an earlier, interrupted run.
+    """
 
     heads: int
     steps: int
@@ -146,28 +132,28 @@ class Summary:
 
 @dataclass(frozen=True)
 class Trained:
-    """The heads' parameters, name -> (K, ...), a line per head and epoch, and the steps that were done before."""
+    """`state`: name -> (K, ...); `history`: a line per classifier and epoch; `restored`: steps of an earlier run."""
 
     state: dict[str, torch.Tensor]
     history: pa.Table
     restored: int = 0
 
 
-RESULT_COPIES = 3  # of all heads' weights: as they are collected, and twice as they are written
-TRAINED_POOL_COPIES = 8  # of a head's input, for the gradients of a pool with parameters (measured on `gem`)
-RESUME_SLACK = 1.5  # by so much a step may exceed its budget, rather than that training starts anew in other parts
+RESULT_COPIES = 3  # copies of all weights in memory: one collected, two while writing
+TRAINED_POOL_COPIES = 8  # copies of a head's input for the gradients of a pool with parameters (measured on `gem`)
+RESUME_SLACK = 1.5  # a step may exceed its budget by this factor, so that training can resume in the same parts
 
 HISTORY = pa.schema([("number", pa.int64()), ("epoch", pa.int64()), ("lr", pa.float64()), ("loss", pa.float64())])
 
 
 def read_under(recipe: Recipe, sampler: str) -> str:
-    """The statistics that rows drawn by `sampler` are read under; those of receivers for samplers of your own."""
+    """The statistics under which rows drawn by `sampler` are read; those of the receivers for a sampler plug-in."""
     return recipe.donors.get(sampler, recipe.receiver)
 
 
-def heads_of(grid: Grid) -> list[HeadSetting]:
-    """The product of the grid's lists; the seed varies fastest."""
-    return [HeadSetting(*h) for h in itertools.product(grid.ratio, grid.donor, grid.selection, grid.seed)]
+def heads_of(grid: Grid, rounding: Rounding = "floor") -> list[HeadSetting]:
+    """All combinations of the grid's values; the seed varies fastest."""
+    return [HeadSetting(*h, rounding) for h in itertools.product(grid.ratio, grid.donor, grid.selection, grid.seed)]
 
 
 def check_backbone(cache: Cache, backbone_dir: Path) -> None:
@@ -176,11 +162,13 @@ def check_backbone(cache: Cache, backbone_dir: Path) -> None:
     backbone = cache.spec.fingerprint_inputs.get("backbone")
     recorded = backbone.get("weights") if isinstance(backbone, dict) else None
     if recorded == NONE != expected:
-        raise UserError(f"{cache.files}: was imported, nothing is known of its backbone; give none in its place")
+        raise UserError(
+            f"{cache.files}: imported features have no backbone; got {backbone_dir}; give none as the backbone"
+        )
     if recorded != expected:
         raise UserError(
-            f"{cache.files}: this cache was extracted by a backbone with weights {str(recorded)[:12]}, "
-            f"{backbone_dir} has {expected[:12]}; name the backbone that made it, or extract again"
+            f"{cache.files}: this cache was extracted by a backbone with weights {str(recorded)[:12]}, but "
+            f"{backbone_dir} has {expected[:12]}; give the backbone that the cache was made with, or extract again"
         )
 
 
@@ -194,15 +182,19 @@ def run(
     out: Path,
     say: Callable[[str], None],
 ) -> Summary:
-    """Trains the heads of host `name` into the directory `out`."""
+    """Trains all classifiers of host `name` and writes them into the directory `out`.
+
+    An interrupted run resumes from its last saved step. Raises UserError for settings or caches that do not fit.
+    """
     check_backbone(cache, backbone_dir)
     stage1 = load_head(backbone_dir)
     recipe = RECIPES[params.batchnorm]
     kind = plugins.load("hosts", params.host).Host
     fitted = kind.fitted
     receiver = params.receiver or kind.receiver
-    _check_grid(params, name, cache, fitted)
-    heads = [HeadSetting(0.0, "instance", "random", 0)] if fitted else heads_of(params.grid)
+    heads = [HeadSetting(0.0, "instance", "random", 0)] if fitted else heads_of(params.grid, params.rounding)
+    replaced = [h.replaced(cache.spec.maps[0][0]) for h in heads]
+    _check_grid(params, name, cache, fitted, heads, replaced)
     streams = Streams(
         cache.rows,
         recorded_names(cache.spec.provenance, cache.files),
@@ -225,8 +217,8 @@ def run(
         pool_options=params.pool_options,
         where=f"hosts.{name}",
     )
-    host, pool = head_parts(parts, context)
-    reader = _reader(params, cache, pool, as_maps=not (residency.pooled or fitted))
+    head = build_head(parts, context)
+    reader = _reader(params, cache, head.pool, as_maps=not (residency.pooled or fitted))
     about = {
         **asdict(parts),
         "batchnorm": params.batchnorm,
@@ -242,27 +234,29 @@ def run(
     }
     if fitted:
         _check_fit(name, streams, reader)
-        trained, summary = _fit(host, pool, stage1, streams, reader, device), Summary(1, 0)
+        trained, summary = _fit(head, stage1, streams, reader, device), Summary(1, 0)
         if bad := not_finite(trained.state):
-            raise _diverged(name, fitted, cache, streams.receivers.first, bad[1], heads[0])
+            raise _not_finite_because(name, fitted, cache, streams.receivers.first, bad[1], heads[0])
     else:
         token = f"{cache.spec.fingerprint} {about['backbone']} {params.model_dump_json()}"
         room = find_room(residency, device)
         choice = plan_tier(streams, reader, residency, room)
-        size = _step_size(streams, reader, stage1, pool)
+        size = _step_size(streams, reader, stage1, head)
         planned = _parts(name, heads, size, choice, room, len(streams.rows) * reader.row_bytes, Path(out), token)
         if len(planned) > 1:
-            say(f"{name}: {len(heads)} heads in {len(planned)} parts, to stay below {room.step / 1e9:.2g} GB a step")
+            say(
+                f"{name}: {counted(len(heads), 'classifier')} in {len(planned)} parts, "
+                f"to stay below {amount(room.step)} per step"
+            )
         rows = max(size.window(part) for part in planned) // reader.row_bytes
         feed = Feed(streams, reader, choice, room.windows, device, say, step_rows=rows)
         try:
-            trained = _train(params, name, host, pool, planned, feed, stage1, Path(out), token)
+            trained = _train(params.optimiser, name, head, planned, feed, stage1, Path(out), token)
         except NotFinite as bad:
-            Checkpoint(out, "").clear()  # else training on a mended cache would resume from these weights
-            raise _diverged(name, fitted, cache, streams.rows, bad.parameter, heads[bad.head]) from None
+            Checkpoint(out, "").clear()  # or training on a repaired cache would resume from these weights
+            raise _not_finite_because(name, fitted, cache, streams.rows, bad.parameter, heads[bad.head]) from None
         summary = _summary(len(heads), params.optimiser, streams.steps, trained.restored, feed)
         say(f"{name}: {feed.cost}")
-    replaced = [replaced_channels(h.ratio, channels, params.rounding) for h in heads]
     with fresh_directory(out) as into:
         save_weights(into / "heads.safetensors", trained.state, {"host": params.host})
         pq.write_table(_table(heads, replaced, about), into / "heads.parquet")
@@ -272,51 +266,63 @@ def run(
     return summary
 
 
-def _check_grid(params: Params, name: str, cache: Cache, fitted: bool) -> None:
-    """Raises UserError for a grid that this host or this cache cannot have."""
+def _check_grid(
+    params: Params, name: str, cache: Cache, fitted: bool, heads: list[HeadSetting], replaced: list[int]
+) -> None:
+    """Raises UserError for settings that do not suit the host or the cache. `replaced`: channels per head."""
     where = f"hosts.{name}"
     for key in ("grid", "optimiser", "receiver"):
         if fitted and key in params.model_fields_set:
-            raise UserError(f"{where}.{key}: {params.host} is fitted at once, it is not trained; remove the key")
+            raise UserError(
+                f"{where}.{key}: host {params.host} has a closed-form fit and takes no {key}; remove the key"
+            )
     if params.experts not in (None, cache.experts):
         raise UserError(
-            f"{where}.experts: asks for {params.experts}, the cache of backbone {params.backbone} has {cache.experts}; "
-            f"set backbones.{params.backbone}.options.experts and extract again"
+            f"{where}.experts: must be {cache.experts}, as in the cache of backbone {params.backbone}; got "
+            f"{params.experts}; change it, or set backbones.{params.backbone}.options.experts and extract again"
         )
     channels = cache.spec.maps[0][0]
-    for i, ratio in enumerate(params.grid.ratio):
-        if ratio and not fitted and not replaced_channels(ratio, channels, params.rounding):
+    for head, count in zip(heads, replaced, strict=True):
+        if head.ratio and not count:
             raise UserError(
-                f"{where}.grid.ratio[{i}]: {ratio:g} of {channels} channels replaces none of them; "
-                f"use 0 or at least {1 / channels:.3g}"
+                f"{where}.grid.ratio[{params.grid.ratio.index(head.ratio)}]: must be 0 or replace at least one of "
+                f"{counted(channels, 'channel')}; got {head.ratio:g}; use 0 or at least {1 / channels:.3g}"
             )
 
 
 def _check_cache(cache: Cache, context: Context, numbers: int) -> None:
-    """Raises UserError for a cache whose maps or classes do not suit."""
+    """Raises UserError for a cache whose maps or classes do not suit a host with so many `numbers` per channel."""
     if len(set(cache.spec.maps)) > 1:
-        raise UserError(f"{cache.files}: experts of one shape are needed; got {sorted(set(cache.spec.maps))}")
+        shapes = ", ".join(" x ".join(map(str, shape)) for shape in cache.spec.maps)
+        raise UserError(
+            f"{cache.files}: the maps of all experts must have the same shape; got {shapes}; use a cache with one shape"
+        )
     recorded = cache.spec.provenance.get("counts", context.counts.tolist())
     if recorded != context.counts.tolist():
         raise UserError(
-            f"{cache.files}: its rows have {context.counts.tolist()} training samples per class, "
-            f"its record says {recorded}; extract again"
+            f"{cache.files}: rows and record of a cache must agree; the rows have {context.counts.tolist()} training "
+            f"samples per class, the record says {recorded}; extract again"
         )
     if numbers > 1 and "pool" in cache.spec.fingerprint_inputs:
-        raise UserError(f"{cache.files}: is pooled already, this host needs whole maps; use the cache it was made from")
+        raise UserError(
+            f"{cache.files}: the host needs whole maps; got a pooled cache; use the cache that it was made from"
+        )
 
 
-def _reader(params: Params, cache: Cache, pool: Any, *, as_maps: bool) -> FeatureReader:
-    """Reads features pooled where that changes nothing, unless they are wanted `as_maps`. Raises UserError."""
-    exact = pool.commutes and (getattr(pool, "linear", False) or "mixup" not in params.grid.selection)
+def _reader(params: Params, cache: Cache, pool: Pool, *, as_maps: bool) -> FeatureReader:
+    """Pools features as they are read if that changes no result, unless `as_maps`. Raises UserError."""
+    exact = pool.commutes and (pool.linear or "mixup" not in params.grid.selection)
     already = identity_if_pooled(cache, pool_label(params.pool, params.pool_options))
     if already and not exact:
-        raise UserError(f"{cache.files}: is pooled already; mixup and {params.pool} do not commute, use whole maps")
+        raise UserError(
+            f"{cache.files}: selection mixup with pool {params.pool} needs whole maps, because the two do not commute; "
+            "got a pooled cache; use the cache that it was made from"
+        )
     return FeatureReader(cache, already or ((lambda maps: pool({}, maps)) if exact and not as_maps else None))
 
 
 def _table(heads: list[HeadSetting], replaced: list[int], about: dict[str, Any]) -> pa.Table:
-    """A line per head: its settings and how many channels are `replaced`; `about` in the schema's metadata."""
+    """The table `heads.parquet`: a line per head with its settings; `about` in the schema's metadata."""
     columns = {k: [asdict(h)[k] for h in heads] for k in ("ratio", "donor", "selection", "seed")}
     numbers = pa.array(range(len(heads)), pa.int64())
     table = pa.table({"number": numbers, **columns, "replaced": pa.array(replaced, pa.int64())})
@@ -324,44 +330,38 @@ def _table(heads: list[HeadSetting], replaced: list[int], about: dict[str, Any])
 
 
 def _check_fit(name: str, streams: Streams, reader: FeatureReader) -> None:
-    """Raises UserError if the features of all training samples, in float64 as well, and their logits cannot fit."""
+    """Raises UserError if memory cannot hold the features of all training samples (also in float64) and the logits."""
     samples, numbers = streams.samples, reader.row_bytes // reader.dtype.itemsize
     logits = reader.cache.experts * samples * streams.index.classes
     need = samples * numbers * (reader.dtype.itemsize + 3 * FLOAT) + 6 * FLOAT * logits
     room = available_memory()
     if need > room:
         raise UserError(
-            f"hosts.{name}: is fitted on the features of {samples} samples at once, which needs {need / 1e9:.2f} GB; "
-            f"{room / 1e9:.2f} GB are available; raise the limit, or use a host that is trained"
+            f"hosts.{name}: a closed-form fit on {counted(samples, 'sample')} needs {amount(need)} of memory; "
+            f"{amount(room)} are available; raise the memory limit, or use a host that is trained by gradient descent"
         )
 
 
-def _fit(
-    host: Any, pool: Any, stage1: StageOneHead, streams: Streams, reader: FeatureReader, device: torch.device
-) -> Trained:
-    """The one head of a host that is not trained, from the unaugmented view of every training sample."""
+def _fit(head: Head, stage1: StageOneHead, streams: Streams, reader: FeatureReader, device: torch.device) -> Trained:
+    """The one classifier of a host with a closed-form fit, on the unaugmented view of every training sample."""
     features = reader.read(streams.receivers.first).to(device, torch.float32)
-    own = pool.initial()
-    if reader.pooling is None:
-        features = pool({k: t.to(device) for k, t in own.items()}, features)
-    labels = torch.from_numpy(streams.receivers.labels).to(device)
-    state = {**host.fit(features, labels, stage1), **{POOL + k: t for k, t in own.items()}}
+    state = head.fit(features, torch.from_numpy(streams.receivers.labels).to(device), stage1)
     history = pa.table({"number": [], "epoch": [], "lr": [], "loss": []}, schema=HISTORY)
     return Trained({k: t.to(torch.float32)[None] for k, t in state.items()}, history)
 
 
-def _step_size(streams: Streams, reader: FeatureReader, stage1: StageOneHead, pool: Any) -> StepSize:
-    """What a training step of these features needs."""
+def _step_size(streams: Streams, reader: FeatureReader, stage1: StageOneHead, head: Head) -> StepSize:
+    """The sizes that the memory of a training step depends on."""
     experts, classes = reader.cache.experts, streams.index.classes
     numbers = reader.row_bytes // reader.dtype.itemsize
-    own = experts * classes * (reader.cache.spec.maps[0][0] + 1)
+    linear = experts * classes * (reader.cache.spec.maps[0][0] + 1)
     return StepSize(
         batch=streams.batch_size,
         numbers=numbers,
         kept=reader.dtype.itemsize,
         logits=experts * streams.batch_size * classes,
-        parameters=max(own, sum(t.numel() for t in stage1.state.values())),
-        pool_copies=TRAINED_POOL_COPIES if len(reader.shape) == 3 and pool.initial() else 0,
+        parameters=max(linear, sum(t.numel() for t in stage1.state.values())),
+        pool_copies=TRAINED_POOL_COPIES if len(reader.shape) == MAP_AXES - 2 and head.pool.initial() else 0,
     )
 
 
@@ -375,15 +375,15 @@ def _parts(
     out: Path,
     token: str,
 ) -> list[list[HeadSetting]]:
-    """The heads in the fewest parts whose steps fit, or in those of the training that resumes, if they still fit.
+    """Splits the heads into the fewest parts whose steps fit, or as an interrupted run did, if that still fits.
 
-    Raises UserError if not even one head fits: `features` are the bytes of those that stay in memory.
+    `features`: bytes of the features that stay in memory. Raises UserError if not even one head fits.
     """
     results = RESULT_COPIES * len(heads) * FLOAT * size.parameters
     if results > room.host:
         raise UserError(
-            f"hosts.{name}.grid: the weights of {len(heads)} heads need {results / 1e9:.2f} GB, "
-            f"{room.host / 1e9:.2f} GB are available; train fewer heads at a time, or raise the limit"
+            f"hosts.{name}.grid: the weights of {counted(len(heads), 'classifier')} need {amount(results)} of memory; "
+            f"{amount(room.host)} are available; make the grid smaller, or raise the memory limit"
         )
     streamed = choice.tier == "stream"
 
@@ -399,46 +399,44 @@ def _parts(
     for parts in ways:
         if fits(parts):
             return parts
-    here = choice.tier == "device" or not room.gpu  # features lie where heads train
+    here = choice.tier == "device" or not room.gpu  # whether features are kept where training runs
     need = max(size.of(p) + (2 * size.window(p) if streamed else features * here) for p in ways[-1])
     if need > room.where_trained:
         raise UserError(
-            f"hosts.{name}: training one head at a time needs {need / 1e9:.2f} GB, {room.where_trained / 1e9:.2f} GB "
-            f"are available; lower hosts.{name}.optimiser.batch_size ({size.batch} samples a step), or raise the limit"
+            f"hosts.{name}: training a single classifier needs {amount(need)} of memory; "
+            f"{amount(room.where_trained)} are available; lower hosts.{name}.optimiser.batch_size ({size.batch}), or "
+            "raise the memory limit"
         )
     return ways[-1]
 
 
 def _key(token: str, number: int, parts: list[list[HeadSetting]]) -> str:
-    """The checkpoint's token of a part."""
+    """The token of a part's saved step. Training resumes only if it is unchanged."""
     return sha256(f"{token} part {number} of {len(parts)}".encode()).hexdigest()
 
 
 def _train(
-    params: Params,
+    optimiser: Optimiser,
     name: str,
-    host: Any,
-    pool: Any,
+    head: Head,
     parts: list[list[HeadSetting]],
     feed: Feed,
     stage1: StageOneHead,
     out: Path,
     token: str,
 ) -> Trained:
-    """All heads by gradient descent, part by part."""
-    optimiser = params.optimiser
-    settings = Optimiser(optimiser.epochs, optimiser.lr, optimiser.momentum, optimiser.weight_decay)
+    """Trains all heads by gradient descent, part by part."""
     state: dict[str, torch.Tensor] = {}
     history: list[dict[str, float]] = []
     done = restored = 0
     for number, part in enumerate(parts):
-        stack = Stack(host, pool, part, feed.of(*seeds_and_donors(part)), rounding=params.rounding)
+        stack = Stack(head, part, feed.of(*seeds_and_donors(part)))
         stack.start(stage1)
         numbers = list(range(done, done + len(part)))
         done += len(part)
 
         def report(epoch: int, losses: torch.Tensor, numbers: list[int] = numbers) -> None:
-            rate = settings.rate(epoch)
+            rate = optimiser.rate(epoch)
             history.extend(
                 {"number": n, "epoch": epoch, "lr": rate, "loss": loss}
                 for n, loss in zip(numbers, losses.tolist(), strict=True)
@@ -446,7 +444,7 @@ def _train(
 
         checkpoint = Checkpoint(out, _key(token, number, parts), part=number)
         try:
-            stack.train(settings, name, report, checkpoint)
+            stack.train(optimiser, name, report, checkpoint)
         except NotFinite as bad:
             raise NotFinite(bad.epoch, numbers[bad.head], bad.parameter) from None
         restored += checkpoint.restored
@@ -459,11 +457,13 @@ def _train(
 
 
 def _outcome(history: pa.Table, epochs: int, heads: int) -> str:
+    """What was trained, in words, for the terminal."""
     final = history["loss"].to_numpy()[-heads:]
-    return f"{heads} heads, {epochs} epochs, final loss {final.min():.3f} to {final.max():.3f}"
+    trained = f"{counted(heads, 'classifier')}, {counted(epochs, 'epoch')}"
+    return f"{trained}, final loss {final.min():.3f} to {final.max():.3f}"
 
 
-def _summary(heads: int, optimiser: OptimiserParams, steps: int, restored: int, feed: Feed) -> Summary:
+def _summary(heads: int, optimiser: Optimiser, steps: int, restored: int, feed: Feed) -> Summary:
     meter = feed.meter
     return Summary(
         heads=heads,
@@ -479,16 +479,20 @@ def _summary(heads: int, optimiser: OptimiserParams, steps: int, restored: int, 
     )
 
 
-def _diverged(name: str, fitted: bool, cache: Cache, rows: np.ndarray, parameter: str, head: HeadSetting) -> UserError:
-    """Why `parameter` of `head` is not finite: a row of the cache, which is looked for only now, or the settings."""
+def _not_finite_because(
+    name: str, fitted: bool, cache: Cache, rows: np.ndarray, parameter: str, head: HeadSetting
+) -> UserError:
+    """The error for a `parameter` of `head` that is not finite. The cause is one of `rows`, or the settings."""
     if (row := first_not_finite(cache, rows)) is not None:
         return UserError(
-            f"{cache.files}: {row} holds NaN or infinity, and hosts.{name} trains on it; extract again, or mend and "
-            "import the features again"
+            f"{cache.files}: maps must be finite; {row} holds NaN or infinity, and hosts.{name} trains on it; extract "
+            "again, or correct the features and import them again"
         )
     if fitted:
-        return UserError(f"hosts.{name}: {parameter} is not finite; choose other constants in hosts.{name}.loss")
+        return UserError(
+            f"hosts.{name}: the fit gave NaN or infinity in {parameter}; choose other constants in hosts.{name}.loss"
+        )
     return UserError(
-        f"hosts.{name}: training diverged: {parameter} of the head with ratio {head.ratio:g}, seed {head.seed} "
-        f"is not finite; lower hosts.{name}.optimiser.lr"
+        f"hosts.{name}: training diverged: {parameter} of the classifier with ratio {head.ratio:g} and seed "
+        f"{head.seed} is NaN or infinite; lower hosts.{name}.optimiser.lr"
     )

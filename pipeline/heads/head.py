@@ -1,0 +1,84 @@
+"""A head: everything between the maps of a backbone and the logits."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from h2t.pipeline.heads.host import FittedHost, GradientHost, Host, State
+from h2t.pipeline.networks.pool import Pool
+from h2t.pipeline.networks.trained import StageOneHead
+
+POOL = "pool."  # prefix of the pool's parameters in a head's state
+MAP_AXES = 5  # (E, B, C, H, W); pooled features have fewer
+
+
+@dataclass(frozen=True)
+class Head:
+    """Pool, an optional frozen part, then the host's classifier.
+
+    A head's state is one mapping, name -> tensor: the host's parameters under their own names, the pool's with the
+    prefix `pool.`. Inputs are maps (E, B, C, H, W), or features that were pooled as they were read, (E, B, C) or
+    (E, B, C, M). `frozen` is what lies between pool and classifier (norms, hidden layers): features -> features
+    (E, B, D), without trained parameters. It is applied after fusion and pooling.
+    """
+
+    host: Host
+    pool: Pool
+    frozen: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    @property
+    def linear(self) -> bool:
+        """True if the training loss depends on the pooled features only through linear or cosine logits."""
+        return self.host.linear and self.frozen is None
+
+    @property
+    def gradient_host(self) -> GradientHost:
+        """The host. Raises TypeError if it is not trained by gradient descent."""
+        if not isinstance(self.host, GradientHost):
+            raise TypeError(f"{type(self.host).__name__} has a closed-form fit and is not trained")
+        return self.host
+
+    def initial(self, stage1: StageOneHead, draws: np.random.Generator) -> dict[str, torch.Tensor]:
+        """The state before the first step. Raises UserError if the stage-I classifier does not fit the host."""
+        return {**self.gradient_host.initial(stage1, draws), **_with_prefix(self.pool.initial())}
+
+    def features(self, state: State, x: torch.Tensor) -> torch.Tensor:
+        """The classifier's input, (E, B, D) or (E, B, D, M): `x`, pooled if it holds maps, after the frozen part."""
+        if x.dim() == MAP_AXES:
+            x = self.pool({k.removeprefix(POOL): t for k, t in state.items() if k.startswith(POOL)}, x)
+        return x if self.frozen is None else self.frozen(x)
+
+    def logits(self, state: State, x: torch.Tensor) -> torch.Tensor:
+        """Maps or pooled features -> logits (B, K)."""
+        return self.host.logits(_of_host(state), self.features(state, x))
+
+    def loss(
+        self, state: State, x: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The training loss, a scalar, of maps or pooled features after fusion; labels of the receivers (B,)."""
+        return self.gradient_host.loss(_of_host(state), self.features(state, x), labels, noise)
+
+    def update(self, state: State, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """New values of the host's `fixed` parameters after a step on the fused input `x`."""
+        return self.gradient_host.update(_of_host(state), self.features(state, x))
+
+    def fit(self, x: torch.Tensor, labels: torch.Tensor, stage1: StageOneHead) -> dict[str, torch.Tensor]:
+        """The state of a closed-form fit on maps or pooled features of all training samples, in ascending label order.
+
+        Raises TypeError if the host is trained by gradient descent, and UserError if the stage-I classifier does not
+        fit.
+        """
+        if not isinstance(self.host, FittedHost):
+            raise TypeError(f"{type(self.host).__name__} is trained by gradient descent and has no closed-form fit")
+        pool = {name: t.to(x.device) for name, t in _with_prefix(self.pool.initial()).items()}
+        return {**self.host.fit(self.features(pool, x), labels, stage1), **pool}
+
+
+def _with_prefix(pool: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {POOL + name: t for name, t in pool.items()}
+
+
+def _of_host(state: State) -> dict[str, torch.Tensor]:
+    return {name: t for name, t in state.items() if not name.startswith(POOL)}

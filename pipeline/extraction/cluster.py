@@ -127,7 +127,7 @@ def _next(done: "queue.SimpleQueue[Any]", client: Any, say: Callable[[str], None
         with suppress(queue.Empty):
             return done.get(timeout=SILENT)
         waited = time.monotonic() - started
-        say(f"extract.cluster: no shard for {waited:.0f} s; {_awaited(client, before, _workers(client))}")
+        say(f"run.cluster: no shard for {waited:.0f} s; {_awaited(client, before, _workers(client))}")
         wait = waited  # the next line comes after twice the time, then four times
 
 

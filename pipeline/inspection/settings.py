@@ -27,20 +27,8 @@ SECTIONS = (
     "report",
     "run",
 )
-#: What a section that is left out stands for. The other sections must be there.
-LEFT_OUT: dict[str, Any] = {
-    "seed": 0,
-    "device": "auto",
-    "inputs": {},
-    "backbone_defaults": {},
-    "extract": {},
-    "pool": {},
-    "host_defaults": {},
-    "train_classifier": {},
-    "evaluate": {},
-    "report": {},
-    "run": {},
-}
+#: The values of sections that are left out. The other sections must be there.
+LEFT_OUT: dict[str, Any] = {"seed": 0, "device": "auto", **{name: {} for name in params.OPTIONAL}}
 #: Section of entries -> (section with their defaults, plug-in keys that an entry's own name stands for).
 ENTRIES = {
     "backbones": ("backbone_defaults", {"arch": "backbones", "objective": "objectives"}),

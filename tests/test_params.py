@@ -2,6 +2,7 @@ import copy
 from typing import Annotated
 
 import pytest
+import yaml
 from pipeline_builders import make_params
 
 from h2t.pipeline.base.errors import UserError
@@ -200,3 +201,40 @@ def test_sections_may_be_left_out():
         values.pop(name, None)
     settings.check(values)
     assert set(values) == set(settings.SECTIONS)
+
+
+@pytest.mark.parametrize(
+    ("override", "at"),
+    [
+        ("run.cluster=local:2", ("run", "cluster")),
+        ("train_classifier.residency=stream", ("train_classifier", "residency")),
+        ("hosts.dr.optimiser.lr=0.5", ("hosts", "dr", "optimiser", "lr")),
+        ("host_defaults.optimiser.lr=0.5", ("host_defaults", "optimiser", "lr")),
+    ],
+)
+def test_an_override_reaches_a_section_that_the_file_leaves_out(tmp_path, override, at):
+    values = make_params()
+    for name in ("train_classifier", "run", "host_defaults"):
+        values.pop(name, None)
+    values["hosts"]["dr"].pop("optimiser")
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    found = load(tmp_path / "params.yaml", [override])
+    settings.check(found)
+    for key in at:
+        found = found[key]
+    assert found == yaml.safe_load(override.partition("=")[2])
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("runn.cluster=local:2", r"^--set runn\.cluster=local:2: no section 'runn'; did you mean 'run'"),
+        ("hosts.drr.optimiser.lr=1", r"^--set hosts\.drr\.optimiser\.lr=1: no section 'hosts\.drr'; did you mean 'dr'"),
+        ("hosts.dr.optimizer.lr=1", r"^hosts\.dr\.optimizer: unknown key; did you mean 'optimiser'"),
+    ],
+)
+def test_an_override_of_an_unknown_section_is_refused(tmp_path, override, line):
+    values = {**make_params(), "run": {}}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    with pytest.raises(UserError, match=line):
+        settings.check(load(tmp_path / "params.yaml", [override]))

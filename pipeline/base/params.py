@@ -130,6 +130,19 @@ S = TypeVar("S", bound=Section)
 INPUTS = "inputs/"  # prefix of a path that refers to an entry of the section `inputs`
 NAME_FILES = ("prepare", "backbones", "extract", "hosts")  # sections whose parameters may name files
 
+#: Sections that a parameter file may leave out.
+OPTIONAL = (
+    "inputs",
+    "backbone_defaults",
+    "extract",
+    "pool",
+    "host_defaults",
+    "train_classifier",
+    "evaluate",
+    "report",
+    "run",
+)
+
 MAX_NODES = 100_000  # values in a parameter file
 MAX_DIGITS = 300  # digits of a whole number; Python refuses to convert or print very long ones
 TEXT_LIMIT = 400  # characters of a parser's error message that are shown
@@ -329,16 +342,32 @@ def assignment(option: str, text: str) -> tuple[str, Any]:
 
 
 def apply(values: dict[str, Any], override: str) -> None:
-    """Sets `key.sub=value` in `values`; the value is YAML. Raises UserError if the section `key` does not exist."""
+    """Sets `key.sub=value`, the value read as YAML. A section that may be left out need not be there.
+
+    Raises UserError for any other section that is not there.
+    """
     key, value = assignment("--set", override)
     *parents, last = key.split(".")
     at: Any = values
     for i, part in enumerate(parents):
+        if isinstance(at, dict) and part not in at and _may_be_left_out(parents[: i + 1]):
+            at[part] = {}
         if not isinstance(at, dict) or not isinstance(at.get(part), dict):
             known = list(at) if isinstance(at, dict) else []
             raise UserError(f"--set {override}: no section {'.'.join(parents[: i + 1])!r}{nearest(part, known)}")
         at = at[part]
     at[last] = value
+
+
+def _may_be_left_out(path: Sequence[str]) -> bool:
+    """Whether a parameter file need not hold the section at `path`.
+
+    Sections inside a backbone or host have defaults, and a wrong name there is found when it is checked. The names of
+    backbones and hosts are the user's, so an unknown one is a slip.
+    """
+    if len(path) == 1:
+        return path[0] in OPTIONAL
+    return (path[0] in ("backbones", "hosts") and len(path) > 2) or path[0] in ("backbone_defaults", "host_defaults")
 
 
 def section(values: Mapping[str, Any], name: str) -> Any:

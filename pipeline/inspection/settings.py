@@ -27,20 +27,8 @@ SECTIONS = (
     "report",
     "run",
 )
-#: The value of a section that is left out. All other sections are required.
-LEFT_OUT: dict[str, Any] = {
-    "seed": 0,
-    "device": "auto",
-    "inputs": {},
-    "backbone_defaults": {},
-    "extract": {},
-    "pool": {},
-    "host_defaults": {},
-    "train_classifier": {},
-    "evaluate": {},
-    "report": {},
-    "run": {},
-}
+#: The values of sections that are left out. All other sections are required.
+LEFT_OUT: dict[str, Any] = {"seed": 0, "device": "auto", **{name: {} for name in params.OPTIONAL}}
 #: Section of named entries -> (section of their defaults, keys that default to the entry's name -> kind of plug-in).
 ENTRIES = {
     "backbones": ("backbone_defaults", {"arch": "backbones", "objective": "objectives"}),

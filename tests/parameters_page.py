@@ -11,7 +11,6 @@ import re
 import sys
 import types
 from functools import cache
-from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -188,7 +187,7 @@ def plugin_tables(kind: str, model: str, key: str) -> str:
     tables: dict[str, list[str]] = {}
     without = []
     for name in built_in(kind):
-        options = getattr(import_module(f"h2t.pipeline.{kind}.{name}"), model)
+        options = getattr(plugins.load(kind, name), model)
         if options.model_fields:
             tables.setdefault(table(options), []).append(name)
         else:

@@ -184,7 +184,7 @@ def _other_reasons(root: Path, stage: Any, recorded: Mapping[str, Any]) -> Itera
             known, now = _recorded(recorded, dep), dep.read_params()
             named = yaml.safe_load((root / dep.def_path).read_text(encoding="utf-8")).get("inputs") or {}
             for key in dep.params:
-                left_out = {} if key in DEFAULTS else None
+                left_out: Any = {} if key in DEFAULTS else None
                 before, after = known.get(key, left_out), _with_paths(now.get(key, left_out), named)
                 if before is None or after is None or not same_meaning(key, _with_paths(before, named), after):
                     yield f"{dep.def_path}: {key} has changed"

@@ -25,8 +25,16 @@ class ResNetMaps(ResNet, Backbone):
     """
 
     channels = CHANNELS
+    # torchvision's own layers; it has no types.
+    conv1: Any
+    bn1: Any
+    relu: Any
+    maxpool: Any
+    layer1: Any
+    layer2: Any
     layer3: Any
     layer4: Any
+    _make_layer: Any
 
     def __init__(self, blocks: list[int], experts: int = 1, **shape: int) -> None:
         super().__init__(Bottleneck, blocks, **shape)

@@ -113,7 +113,7 @@ def test_the_parameters_of_the_readme_prepare_and_are_read_by_dvc(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(main, ["prepare", "data/prepare"])
     assert done.exit_code == 0, done.output
-    assert "'test': 20" in done.stdout
+    assert "test 20" in done.stdout
     stages = {stage.addressing for stage in Repo.init(no_scm=True).index.stages}
     assert {f"train_backbone@{name}" for name in values["backbones"]} <= stages
     assert "report" in stages

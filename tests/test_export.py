@@ -134,7 +134,7 @@ def test_nothing_is_left_behind_when_logits_differ(tmp_path, trained, monkeypatc
     from h2t.pipeline.extraction import batchnorm
 
     monkeypatch.setattr(batchnorm, "use", lambda backbone, buffers: None)  # the wrong statistics: those of stage I
-    with pytest.raises(UserError, match="logits on images differ"):
+    with pytest.raises(UserError, match="logits on images may differ"):
         exported(trained, tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
 

@@ -192,12 +192,12 @@ def pictures(count: int = 6, labels=None) -> pa.Table:
 @pytest.mark.parametrize(
     ("labels", "says"),
     [
-        ([0, 1, 0, 1, 0, -1], "from 0 on; got -1"),
-        ([0, 1, 0, 1, 0, 2**62], "lie below 6"),
-        ([0, 1, 0, 1, 0, None], "from 0 on; got None"),
-        ([0.0, 1.0, 0.5, 1.0, 0.0, 1.0], "from 0 on; got 0.0"),
-        (["a", "b", "a", "b", "a", "b"], "from 0 on; got 'a'"),
-        ([[0], [1], [0], [1], [0], [1]], "from 0 on; got [0]"),
+        ([0, 1, 0, 1, 0, -1], "0 or more; got -1"),
+        ([0, 1, 0, 1, 0, 2**62], "labels are 0 to 5"),
+        ([0, 1, 0, 1, 0, None], "0 or more; got None"),
+        ([0.0, 1.0, 0.5, 1.0, 0.0, 1.0], "0 or more; got 0.0"),
+        (["a", "b", "a", "b", "a", "b"], "0 or more; got 'a'"),
+        ([[0], [1], [0], [1], [0], [1]], "0 or more; got [0]"),
     ],
 )
 def test_labels_of_a_table_that_are_none(tmp_path, labels, says):
@@ -243,7 +243,7 @@ def test_one_class_is_a_data_set(tmp_path):
     pq.write_table(pictures(labels=[0] * 6), tmp_path / "train.parquet")
     options = {"train": [str(tmp_path / "train.parquet")], "transform": {**SMALL, "size": 8, "resize": None}}
     prepare(tmp_path, "parquet", options, check, test_per_class=1)
-    assert "1 classes" in told
+    assert "1 class" in told
 
 
 def test_100000_classes_are_cut_in_a_second():

@@ -469,7 +469,7 @@ def test_a_fitted_host_has_one_head_and_no_h2t(tmp_path, name, wide_cache, stage
     assert found["without_h2t"]["top1_std"] is None
     assert found["without_h2t"]["ratio"] == 0
     for key in ("grid", "optimiser"):
-        with pytest.raises(UserError, match=f"hosts.h.{key}: {name} is fitted"):
+        with pytest.raises(UserError, match=f"hosts.h.{key}: host {name} has a closed-form fit"):
             run_stage(tmp_path / "x", wide_cache, stage1_dir[0], host=name, **{key: {}})
 
 

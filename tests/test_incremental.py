@@ -1,6 +1,7 @@
 """Images come, go and change: what a previous cache gives is taken from it, and the bytes are those of a full run."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -329,7 +330,10 @@ def carried(tmp_path, **overrides):
 def test_a_chunk_that_rots_after_the_check_is_not_copied(tmp_path, codec):
     source, maps, carrier = carried(tmp_path, codec=codec)
     assert broken_shards(source, np.arange(11)) == {}
+    shard = tmp_path / "c/maps.zarr/expert_0/c.1.0.0.0"
+    before = shard.stat()
     flip(tmp_path / "c", 1, -1)
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))  # rot leaves no trace; a write would be `replaced`
     assert list(broken_shards(source, np.arange(11))) == [1]
     assert list(broken_shards(source, np.arange(4))) == []  # nothing is needed of it
     empty = [m[:0] for m in maps]
@@ -462,7 +466,7 @@ def test_on_a_cluster(before, tmp_path, command, monkeypatch):
     assert command("here", *setting)[0] == 0
     code, said, error = command("there", *setting, "--set", "run={cluster: local:2}")
     assert code == 0, error
-    assert "taken from" in said
+    assert "takes " in said
     assert tree(tmp_path / "there") == tree(tmp_path / "here")
 
 

@@ -24,7 +24,7 @@ from h2t.pipeline.networks.weights import load_weights, save_weights
 def params(tmp_path):
     """Backbones ce_mixup and gcl, and twin, which differs from ce_mixup in its training alone; hosts dr and other."""
     values = make_params()
-    default = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    default = yaml.safe_load((ROOT / "presets/digits.yaml").read_text(encoding="utf-8"))
     values["backbones"] = {k: default["backbones"][k] for k in ("ce_mixup", "gcl")}
     values["backbones"]["twin"] = {**values["backbones"]["ce_mixup"], "lr": 0.05}
     values["hosts"]["other"] = {**values["hosts"]["dr"], "host": "mislas"}

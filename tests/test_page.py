@@ -269,5 +269,7 @@ def test_hosts_that_lack_parts_are_drawn_without_them(shown, tmp_path):
     gains, losses = sorted(gain[gain > 0], reverse=True), sorted(gain[gain < 0], reverse=True)
     assert told == pytest.approx([*gains[:10], *losses[-10:]], abs=0.0051)
     assert {t > 0 for t in told} == {True, False}
-    assert "120 classes are too many to draw: a place stands for 1 or 2 of them" in shown.run("document.body.innerText")
+    assert "120 classes are too many to draw: each position stands for 1 or 2 of them" in shown.run(
+        "document.body.innerText"
+    )
     assert not shown.run("document.getElementById('variants-text')")  # no host has other donors

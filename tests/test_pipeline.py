@@ -29,9 +29,12 @@ def dvc(*arguments: str, cwd: Path) -> str:
 
 
 def changed(repository: Path) -> set[str]:
-    """Stages that `dvc repro` would run: those that changed and all that they feed; without the `@entry`."""
+    """Stages that `dvc repro` would run: those that changed and all that they feed; without the `@entry`.
+
+    `inputs` is left out: it runs for an instant when a parameter could name a file, and its output stays the same.
+    """
     with contextlib.chdir(repository), Repo(str(repository)) as repo:  # a process for each costs seconds
-        reached = set(repo.status())
+        reached = set(repo.status()) - {"inputs"}
         feeds = [(fed.addressing, feeding.addressing) for fed, feeding in repo.index.graph.edges]
     for _ in range(10):
         reached |= {fed for fed, feeding in feeds if feeding in reached}
@@ -101,7 +104,7 @@ def parameter(**settings):
             *parents, last = key.split("__")
             at = values
             for part in parents:
-                at = at[part]
+                at = at.setdefault(part, {})
             at[last] = value
         path.write_text(yaml.safe_dump(values, sort_keys=False))
 

@@ -10,7 +10,7 @@ def test_every_plugin_loads_and_says_what_it_is(kind):
     assert names == sorted(set(names))
     assert names
     for name in names:
-        assert plugins.load(kind, name).__name__ == f"pipeline.{kind}.{name}"
+        assert plugins.load(kind, name).__name__ == f"h2t.pipeline.{kind}.{name}"
         assert len(plugins.summary(kind, name)) > 10
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shutil
 
 import pytest
@@ -76,7 +77,8 @@ def test_a_lock_file_from_before_the_numbers_is_taken_over(project):
     assert changed(project) == NEWER
     lock = yaml.safe_load((project / "dvc.lock").read_text())["stages"]
     assert lock["extract@few"]["params"]["stages.yaml"]["extract"] == numbers.FIRST
-    assert not [d for stage in lock.values() for d in stage.get("deps", []) if d["path"].endswith(".py")]
+    kept = [stage for name, stage in lock.items() if name not in NEWER]
+    assert not [d for stage in kept for d in stage.get("deps", []) if d["path"].endswith(".py")]
     old = yaml.safe_load((FIRST / "dvc.lock").read_text())["stages"]
     assert {k: v["outs"] for k, v in lock.items()} == {k: v["outs"] for k, v in old.items()}
     assert tree(project / "data") == tree(FIRST / "data")
@@ -158,7 +160,7 @@ def test_it_works_in_a_clone_without_data(project):
     assert set(plan.taken_over) == STAGES - NEWER
     old = yaml.safe_load((FIRST / "dvc.lock").read_text())["stages"]
     new = yaml.safe_load((project / "dvc.lock").read_text())["stages"]
-    assert {k: v["outs"] for k, v in new.items()} == {k: v["outs"] for k, v in old.items()}
+    assert {k: v["outs"] for k, v in new.items() if k != "inputs"} == {k: v["outs"] for k, v in old.items()}
     found = {d["path"]: d["md5"] for d in new["extract@few"]["deps"] if d["path"].startswith("data/")}
     assert found == {d["path"]: d["md5"] for d in old["extract@few"]["deps"] if d["path"].startswith("data/")}
 
@@ -173,12 +175,12 @@ def test_a_plug_in_of_the_project_gets_its_line_and_reruns_what_uses_its_kind(pr
     assert "type: h2t upgrade --apply" in str(found["numbers"])
     plan = upgrade(project, lambda line: None, apply=True)
     assert set(plan.numbers) == {"hosts.mine"}
-    assert {redo.stage for redo in plan.redo} == {"train_classifier@dr", "evaluate@dr"}
+    assert {redo.stage for redo in plan.redo} == {"train_classifier@dr", "evaluate@dr"} | NEWER
 
 
 def test_a_dvc_yaml_that_watches_no_numbers_is_one_line(project):
     path = project / "dvc.yaml"
-    path.write_text("\n".join(line for line in path.read_text().splitlines() if "- stages.yaml:" not in line))
+    path.write_text(re.sub(r"(- |, )?stages\.yaml: \[[^\]]*\]", "", path.read_text()))
     done = h2t("upgrade", "--apply")
     assert done.exit_code == 1
     assert "dvc.yaml: watches no numbers" in done.stderr

@@ -64,7 +64,7 @@ def _completed(kind: str, module: ModuleType) -> ModuleType:
     """`module`, with the parameters of its class's base where it defines none."""
     if kind in DEFAULTS:
         owner, parameters = DEFAULTS[kind]
-        if not hasattr(module, parameters):
+        if not hasattr(module, parameters) and hasattr(module, owner):
             setattr(module, parameters, getattr(getattr(module, owner), parameters))
     return module
 

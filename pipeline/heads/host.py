@@ -147,6 +147,8 @@ class FittedHost(Host):
 
     fitted = True
     receiver = "instance"
+    #: True if the fit holds the logits of all training samples, (E, N, K).
+    holds_logits = False
 
     def fit(self, features: torch.Tensor, labels: torch.Tensor, stage1: StageOneHead) -> dict[str, torch.Tensor]:
         """The parameters, from features (E, N, D) and labels (N,) of the training samples, in ascending label order."""

@@ -75,7 +75,10 @@ def check(values: dict[str, Any], say: Callable[[str], None] = lambda line: None
             say(f"note: {of}.{key} belongs in the section run; here a change of it makes DVC run {of} again")
         elif (given := getattr(run, key)) is not None:
             values[of] = {**entries, key: given}
-    for name in values["inputs"] or ():
+    named = values["inputs"]
+    if named is not None and not isinstance(named, dict):
+        raise UserError(f"inputs: must be a mapping of names to files or folders; got {named!r}")
+    for name in named or ():
         _check_name("inputs", name, "files")
     section = params.build(prepare.Params, "prepare", values["prepare"])
     params.build(plugins.load("datasets", section.dataset).Options, "prepare.options", section.options)

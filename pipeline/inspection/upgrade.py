@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from h2t.pipeline.base import numbers
+from h2t.pipeline.base import numbers, plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import replace_file
 from h2t.pipeline.base.text import counted
@@ -95,6 +95,7 @@ def _write_inputs(root: Path, say: Say) -> None:
     with contextlib.chdir(root):
         values = params.load(Path("params.yaml"))
         settings.check(values)
+        Path("inputs").mkdir(exist_ok=True)
         for name in values["inputs"]:
             watch.run(name, values["inputs"], Path("inputs", f"{name}.json"), say)
         inputs.run(values, Path("inputs"), INPUTS, say)
@@ -166,12 +167,28 @@ def _number_reasons(stage: Any, recorded: Mapping[str, Any], code: numbers.Numbe
     """Numbers that differ from those that the results were made with."""
     for dep in stage.deps:
         if _is_params(dep, numbers.FILE):
-            known = _recorded(recorded, dep)
-            for key in dep.params:
-                first = numbers.OWN if code.get(key) == numbers.OWN else numbers.FIRST
-                before, now = known.get(key, first), code.get(key)
+            known = _single(_recorded(recorded, dep))
+            for key, now in _single({key: _number(code, key) for key in dep.params}).items():
+                first = numbers.OWN if now == numbers.OWN else numbers.FIRST
+                # A plug-in that the recorded kind lacks is new, and no result was made with it.
+                before = known.get(key, now if key.partition(".")[0] in _recorded(recorded, dep) else first)
                 if before != now:
                     yield f"{key} has the number {now}, was {before}"
+
+
+def _number(code: numbers.Numbers, key: str) -> Any:
+    """What `stages.yaml` holds for `key`: a number, or name -> number for a whole kind of plug-in."""
+    if key in plugins.KINDS:
+        return {name.partition(".")[2]: number for name, number in code.items() if name.startswith(f"{key}.")}
+    return code.get(key)
+
+
+def _single(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with whole kinds taken apart: {pools: {gap: 1}} becomes {pools.gap: 1}."""
+    single: dict[str, Any] = {}
+    for key, value in values.items():
+        single |= {f"{key}.{name}": n for name, n in value.items()} if isinstance(value, Mapping) else {key: value}
+    return single
 
 
 def _other_reasons(root: Path, stage: Any, recorded: Mapping[str, Any]) -> Iterator[str]:
@@ -258,7 +275,8 @@ def _is_stale(stage: Any, recorded: Mapping[str, Any], code: numbers.Numbers) ->
     for dep in stage.deps:
         if hasattr(dep, "params"):
             known = _recorded(recorded, dep)
-            now = {key: code.get(key) for key in dep.params} if _is_params(dep, numbers.FILE) else dep.read_params()
+            of_code = _is_params(dep, numbers.FILE)
+            now = {key: _number(code, key) for key in dep.params} if of_code else dep.read_params()
             if known != now:
                 return True
     return False

@@ -233,7 +233,7 @@ def run(
         "pixels": context.pixels,
     }
     if fitted:
-        _check_fit(name, streams, reader)
+        _check_fit(name, streams, reader, holds_logits=kind.holds_logits)
         trained, summary = _fit(head, stage1, streams, reader, device), Summary(1, 0)
         if bad := not_finite(trained.state):
             raise _not_finite_because(name, fitted, cache, streams.receivers.first, bad[1], heads[0])
@@ -329,10 +329,13 @@ def _table(heads: list[HeadSetting], replaced: list[int], about: dict[str, Any])
     return table.replace_schema_metadata({"h2t": json.dumps(about, sort_keys=True)})
 
 
-def _check_fit(name: str, streams: Streams, reader: FeatureReader) -> None:
-    """Raises UserError if memory cannot hold the features of all training samples (also in float64) and the logits."""
+def _check_fit(name: str, streams: Streams, reader: FeatureReader, *, holds_logits: bool) -> None:
+    """Raises UserError if memory cannot hold the features of all training samples (also in float64) and the logits.
+
+    `holds_logits`: whether the fit has logits of all samples at once.
+    """
     samples, numbers = streams.samples, reader.row_bytes // reader.dtype.itemsize
-    logits = reader.cache.experts * samples * streams.index.classes
+    logits = reader.cache.experts * samples * streams.index.classes if holds_logits else 0
     need = samples * numbers * (reader.dtype.itemsize + 3 * FLOAT) + 6 * FLOAT * logits
     room = available_memory()
     if need > room:

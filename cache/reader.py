@@ -223,7 +223,9 @@ class Cache:
         return self._use
 
     def _checked(self, name: str) -> bytes:
-        size, digest = self.commit.files.get(name, (0, None))
+        if name not in self.commit.files:
+            raise CacheError("damaged", f"{self.files}/{name}: is not named in {RECORD}; run h2t cache verify")
+        size, digest = self.commit.files[name]
 
         def whole() -> bytes:
             data = self.files.read_all(name, size)

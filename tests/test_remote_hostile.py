@@ -147,7 +147,7 @@ def test_a_local_file_is_read_up_to_its_recorded_size(tmp_path):
     (tmp_path / "x").write_bytes(b"12345")
     files = local.LocalFiles(tmp_path)
     assert files.read_all("x", 5) == b"12345"
-    with pytest.raises(CacheError, match="longer than the 4 bytes"):
+    with pytest.raises(CacheError, match="must be at most 4 bytes"):
         files.read_all("x", 4)
 
 
@@ -182,5 +182,5 @@ def test_dvcs_own_client_is_bounded_and_asks_once(tmp_path, name):
 def test_a_list_of_files_at_a_dvc_remote_is_bounded(tmp_path, monkeypatch):
     """DVC's own parts are as they are; only what the remote gives is too long."""
     (tmp_path / "listing").write_bytes(b"x" * 100)
-    with pytest.raises(transfer.Unasked, match="longer than the 99 bytes"):
+    with pytest.raises(transfer.Unasked, match="must be at most 99 bytes"):
         transfer.read_whole(LocalFileSystem(), str(tmp_path / "listing"), 99, transfer.Patience(transfer.Pace()))

@@ -132,7 +132,7 @@ def test_a_durable_write_replaces_in_one_step(tmp_path):
 def test_a_failed_write_leaves_the_old_content_alone(tmp_path):
     path = tmp_path / "file"
     write_durably(path, b"one")
-    limit = "import resource, signal, sys; from pathlib import Path; from cache.staging import write_durably;"
+    limit = "import resource, signal, sys; from pathlib import Path; from h2t.cache.write.staging import write_durably;"
     limit += "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10));"
     limit += "write_durably(Path(sys.argv[1]), bytes(100))"
     done = subprocess.run(

@@ -23,7 +23,7 @@ def card(spec: CacheSpec, rows: pa.Table) -> bytes:
         *(f"| {in_markdown(a)} | {in_markdown(b)} | {n} |" for (a, b), n in sorted(parts.items())),
         "",
         "```python",
-        "from cache.reader import open_cache",
+        "from h2t.cache.reader import open_cache",
         "",
         'cache = open_cache("path or URL of this directory")',
         "print(cache.rows.schema)          # which image, view and statistics each row is",

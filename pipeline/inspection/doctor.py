@@ -29,7 +29,7 @@ from h2t.pipeline.sharing import garbage, repository
 State = Literal["ok", "note", "fault"]
 
 LOW_DISK = 2 * 10**9  # bytes
-NAMED_BY_DVC = {"backbones": ("arch", "objective"), "hosts": ("host", "backbone", "pool")}  # keys read by dvc.yaml
+NAMED_BY_DVC = {"backbones": ("arch", "objective"), "hosts": ("host", "backbone")}  # keys read by dvc.yaml
 PATIENCE = 30  # seconds to wait for the remote
 FICLONE = 0x40049409  # the ioctl that makes a reflink
 

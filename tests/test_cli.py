@@ -284,7 +284,15 @@ def test_damage_stops_training(tmp_path, params):
 
 
 def test_training_that_diverges_is_refused(tmp_path, params, small):
-    line = refused(*arguments("train-classifier", tmp_path, params, *small), "--set", "hosts.dr.optimiser.lr=1e18")
+    steep = (
+        "--set",
+        "hosts.dr.optimiser.lr=1e6",
+        "--set",
+        "hosts.dr.optimiser.weight_decay=1e6",
+        "--set",
+        "hosts.dr.optimiser.epochs=20",
+    )
+    line = refused(*arguments("train-classifier", tmp_path, params, *small), *steep)
     assert "training diverged" in line
     assert "lower hosts.dr.optimiser.lr" in line
     assert not (tmp_path / "out").exists()

@@ -171,7 +171,7 @@ def test_a_damaged_row_stops_training_at_its_step(tmp_path):
         path.write_bytes(bytes(data))
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # rot leaves no trace; a write would be `replaced`
         done = []
-        with pytest.raises(Exception, match=f"chunk {within} .rows {victim} to {victim}.: crc32c"):
+        with pytest.raises(Exception, match=f"chunk {within} .row {victim}.: crc32c"):
             for at in feed.steps(1):
                 done.append(at.step)  # noqa: PERF401
         assert done == list(range(steps[0]))

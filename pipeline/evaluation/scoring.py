@@ -65,8 +65,8 @@ def score_heads(cache: Cache, heads: Heads, split: str, statistics: str, device:
     """
     rows = sample_rows(cache.rows, split, statistics)
     parts: list[list[Answers]] = [[] for _ in heads.table.to_pylist()]
-    for block in _logits_in_blocks(cache, heads, rows.first, device):
-        for mine, logits_of_head in zip(parts, block.cpu().numpy(), strict=True):
+    for part, block in _logits_in_blocks(cache, heads, rows.first, device):
+        for mine, logits_of_head in zip(parts, _finite(block, cache, part).numpy(), strict=True):
             mine.append(answers(logits_of_head))
     return Scores(statistics, rows.labels, rows.samples, [_joined(mine) for mine in parts])
 
@@ -76,15 +76,18 @@ def _joined(parts: list[Answers]) -> Answers:
 
 
 def head_logits(cache: Cache, heads: Heads, rows: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Logits of every head on the cache's `rows`, int (n,): float32 (heads, n, classes).
+    """Logits of every head on the cache's `rows`, int (n,): float32 (heads, n, classes), in host memory.
 
     Raises UserError for logits that are not finite.
     """
-    return torch.cat(list(_logits_in_blocks(cache, heads, rows, device)), 1)
+    blocks = _logits_in_blocks(cache, heads, rows, device)
+    return torch.cat([_finite(block, cache, part) for part, block in blocks], 1)
 
 
-def _logits_in_blocks(cache: Cache, heads: Heads, rows: np.ndarray, device: torch.device) -> Iterator[torch.Tensor]:
-    """`head_logits` block by block, in the order of `rows`. Raises UserError for logits that are not finite."""
+def _logits_in_blocks(
+    cache: Cache, heads: Heads, rows: np.ndarray, device: torch.device
+) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+    """Blocks of `rows` in order, each with its logits (heads, n, classes) on `device`, not checked."""
     head = build_head(heads.parts, heads.context)
     already = identity_if_pooled(cache, pool_label(heads.parts.pool, heads.parts.pool_options))
     pooling = already or ((lambda maps: head.pool({}, maps)) if head.pool.commutes else None)
@@ -96,8 +99,7 @@ def _logits_in_blocks(cache: Cache, heads: Heads, rows: np.ndarray, device: torc
         x = reader.read(part).to(device, torch.float32)  # (E, n, C[, H, W])
         with torch.no_grad():
             block: torch.Tensor = vmap(head.logits, in_dims=(0, None))(state, x)
-        _check_finite(block, cache, part)
-        yield block
+        yield part, block
 
 
 def _blocks(rows: np.ndarray, numbers: int) -> list[np.ndarray]:
@@ -106,8 +108,9 @@ def _blocks(rows: np.ndarray, numbers: int) -> list[np.ndarray]:
     return [rows[first : first + block] for first in range(0, len(rows), block)]
 
 
-def _check_finite(block: torch.Tensor, cache: Cache, rows: np.ndarray) -> None:
-    """Raises UserError if logits (..., n, classes) of `rows` are not finite, and names the row at fault."""
+def _finite(block: torch.Tensor, cache: Cache, rows: np.ndarray) -> torch.Tensor:
+    """Logits (..., n, classes) of `rows` in host memory. Raises UserError if one is not finite, naming the row."""
+    block = block.cpu()  # first, so that a GPU is not waited for twice
     if not block.isfinite().all():
         row = first_not_finite(cache, rows)
         if row:
@@ -116,6 +119,7 @@ def _check_finite(block: torch.Tensor, cache: Cache, rows: np.ndarray) -> None:
             f"{cache.files}: logits are not finite; the heads' weights hold NaN, infinity or too large numbers; "
             "train the heads again"
         )
+    return block
 
 
 def score_stage1(cache: Cache, head: StageOneHead, split: str, device: torch.device) -> Scores:
@@ -131,6 +135,5 @@ def score_stage1(cache: Cache, head: StageOneHead, split: str, device: torch.dev
     for part in _blocks(rows.first, reader.row_bytes // 4 + cache.experts * head.state["weight"].shape[-2]):
         with torch.no_grad():
             block = logits(head.classifier, state, reader.read(part).to(device), head.scale)
-        _check_finite(block, cache, part)
-        said.append(answers(block.cpu().numpy()))
+        said.append(answers(_finite(block, cache, part).numpy()))
     return Scores(STAGE1, rows.labels, rows.samples, [_joined(said)])

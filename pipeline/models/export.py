@@ -127,7 +127,7 @@ def run(
     }
     state = {name: t[0] for name, t in one.state.items()}
     rows = _rows(cache, kind)
-    expected = head_logits(cache, one, rows, device)[0].cpu()
+    expected = head_logits(cache, one, rows, device)[0]
     with fresh_directory(out) as into:
         head = {**about, "kind": "h2t head 1", "parts": vars(heads.parts)}
         save_weights(into / "head.safetensors", state, head)

@@ -72,8 +72,9 @@ class Checkpoint:
             if (buffer := optimiser.state[tensor].get("momentum_buffer")) is not None:
                 tensors[f"momentum/{name}"] = buffer
         partial = self.folder / f"state-{os.getpid()}.partial"  # another process may train the same
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):  # the other process has finished and removed the folder
+        # FileNotFoundError: it has finished and removed the folder; FileExistsError: while mkdir looked at it.
+        with suppress(FileNotFoundError, FileExistsError):
+            self.folder.mkdir(parents=True, exist_ok=True)
             save_weights(partial, tensors, {"token": self.token, "steps": steps})
             replace_file(partial, self.path)
         self._saved = time.monotonic()

@@ -6,7 +6,6 @@ its settings; the host's settings in the schema's metadata) and `history.parquet
 
 import itertools
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -31,6 +30,7 @@ from h2t.pipeline.base.params import (
     Seed,
     plugin,
 )
+from h2t.pipeline.base.run import Run
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.data.classes import recorded_names
 from h2t.pipeline.extraction.recipes import RECIPES, Recipe
@@ -172,17 +172,8 @@ def check_backbone(cache: Cache, backbone_dir: Path) -> None:
         )
 
 
-def run(
-    params: Params,
-    residency: Residency,
-    name: str,
-    cache: Cache,
-    backbone_dir: Path,
-    device: torch.device,
-    out: Path,
-    say: Callable[[str], None],
-) -> Summary:
-    """Trains all classifiers of host `name` and writes them into the directory `out`.
+def run(params: Params, run: Run, residency: Residency, cache: Cache, backbone_dir: Path) -> Summary:
+    """Trains all classifiers of host `run.name` and writes them into the directory `run.out`.
 
     An interrupted run resumes from its last saved step. Raises UserError for settings or caches that do not fit.
     """
@@ -194,7 +185,7 @@ def run(
     receiver = params.receiver or kind.receiver
     heads = [HeadSetting(0.0, "instance", "random", 0)] if fitted else heads_of(params.grid, params.rounding)
     replaced = [h.replaced(cache.spec.maps[0][0]) for h in heads]
-    _check_grid(params, name, cache, fitted, heads, replaced)
+    _check_grid(params, run.name, cache, fitted, heads, replaced)
     streams = Streams(
         cache.rows,
         recorded_names(cache.spec.provenance, cache.files),
@@ -215,7 +206,7 @@ def run(
         scale=params.scale or (stage1.scale if same else 1.0),
         pool=params.pool,
         pool_options=params.pool_options,
-        where=f"hosts.{name}",
+        where=f"hosts.{run.name}",
     )
     head = build_head(parts, context)
     reader = _reader(params, cache, head.pool, as_maps=not (residency.pooled or fitted))
@@ -233,36 +224,36 @@ def run(
         "pixels": context.pixels,
     }
     if fitted:
-        _check_fit(name, streams, reader, holds_logits=kind.holds_logits)
-        trained, summary = _fit(head, stage1, streams, reader, device), Summary(1, 0)
+        _check_fit(run.name, streams, reader, holds_logits=kind.holds_logits)
+        trained, summary = _fit(head, stage1, streams, reader, run.device), Summary(1, 0)
         if bad := not_finite(trained.state):
-            raise _not_finite_because(name, fitted, cache, streams.receivers.first, bad[1], heads[0])
+            raise _not_finite_because(run.name, fitted, cache, streams.receivers.first, bad[1], heads[0])
     else:
         token = f"{cache.spec.fingerprint} {about['backbone']} {params.model_dump_json()}"
-        room = find_room(residency, device)
+        room = find_room(residency, run.device)
         choice = plan_tier(streams, reader, residency, room)
         size = _step_size(streams, reader, stage1, head)
-        planned = _parts(name, heads, size, choice, room, len(streams.rows) * reader.row_bytes, Path(out), token)
+        planned = _parts(run, heads, size, choice, room, len(streams.rows) * reader.row_bytes, token)
         if len(planned) > 1:
-            say(
-                f"{name}: {counted(len(heads), 'classifier')} in {len(planned)} parts, "
+            run.say(
+                f"{run.name}: {counted(len(heads), 'classifier')} in {len(planned)} parts, "
                 f"to stay below {amount(room.step)} per step"
             )
         rows = max(size.window(part) for part in planned) // reader.row_bytes
-        feed = Feed(streams, reader, choice, room.windows, device, say, step_rows=rows)
+        feed = Feed(streams, reader, choice, room.windows, run.device, run.say, step_rows=rows)
         try:
-            trained = _train(params.optimiser, name, head, planned, feed, stage1, Path(out), token)
+            trained = _train(params.optimiser, run, head, planned, feed, stage1, token)
         except NotFinite as bad:
-            Checkpoint(out, "").clear()  # or training on a repaired cache would resume from these weights
-            raise _not_finite_because(name, fitted, cache, streams.rows, bad.parameter, heads[bad.head]) from None
+            Checkpoint(run.out, "").clear()  # or training on a repaired cache would resume from these weights
+            raise _not_finite_because(run.name, fitted, cache, streams.rows, bad.parameter, heads[bad.head]) from None
         summary = _summary(len(heads), params.optimiser, streams.steps, trained.restored, feed)
-        say(f"{name}: {feed.cost}")
-    with fresh_directory(out) as into:
+        run.say(f"{run.name}: {feed.cost}")
+    with fresh_directory(run.out) as into:
         save_weights(into / "heads.safetensors", trained.state, {"host": params.host})
         pq.write_table(_table(heads, replaced, about), into / "heads.parquet")
         pq.write_table(trained.history, into / "history.parquet")
-    Checkpoint(out, "").clear()
-    say(f"{name}: " + ("fitted" if fitted else _outcome(trained.history, params.optimiser.epochs, len(heads))))
+    Checkpoint(run.out, "").clear()
+    run.say(f"{run.name}: " + ("fitted" if fitted else _outcome(trained.history, params.optimiser.epochs, len(heads))))
     return summary
 
 
@@ -369,14 +360,7 @@ def _step_size(streams: Streams, reader: FeatureReader, stage1: StageOneHead, he
 
 
 def _parts(
-    name: str,
-    heads: list[HeadSetting],
-    size: StepSize,
-    choice: Choice,
-    room: Room,
-    features: int,
-    out: Path,
-    token: str,
+    run: Run, heads: list[HeadSetting], size: StepSize, choice: Choice, room: Room, features: int, token: str
 ) -> list[list[HeadSetting]]:
     """Splits the heads into the fewest parts whose steps fit, or as an interrupted run did, if that still fits.
 
@@ -385,8 +369,8 @@ def _parts(
     results = RESULT_COPIES * len(heads) * FLOAT * size.parameters
     if results > room.host:
         raise UserError(
-            f"hosts.{name}.grid: the weights of {counted(len(heads), 'classifier')} need {amount(results)} of memory; "
-            f"{amount(room.host)} are available; make the grid smaller, or raise the memory limit"
+            f"hosts.{run.name}.grid: the weights of {counted(len(heads), 'classifier')} need {amount(results)} of "
+            f"memory; {amount(room.host)} are available; make the grid smaller, or raise the memory limit"
         )
     streamed = choice.tier == "stream"
 
@@ -395,7 +379,7 @@ def _parts(
         return all(size.of(part) <= step and (not streamed or size.window(part) <= window) for part in parts)
 
     ways = [parts_of(heads, n) for n in part_sizes(len(heads))]
-    saved = Checkpoint.saved(out)
+    saved = Checkpoint.saved(run.out)
     for parts in ways:
         if any(_key(token, n, parts) == key for n, key in saved.items()) and fits(parts, RESUME_SLACK):
             return parts
@@ -406,9 +390,9 @@ def _parts(
     need = max(size.of(p) + (2 * size.window(p) if streamed else features * here) for p in ways[-1])
     if need > room.where_trained:
         raise UserError(
-            f"hosts.{name}: training a single classifier needs {amount(need)} of memory; "
-            f"{amount(room.where_trained)} are available; lower hosts.{name}.optimiser.batch_size ({size.batch}), or "
-            "raise the memory limit"
+            f"hosts.{run.name}: training a single classifier needs {amount(need)} of memory; "
+            f"{amount(room.where_trained)} are available; lower hosts.{run.name}.optimiser.batch_size ({size.batch}), "
+            "or raise the memory limit"
         )
     return ways[-1]
 
@@ -420,12 +404,11 @@ def _key(token: str, number: int, parts: list[list[HeadSetting]]) -> str:
 
 def _train(
     optimiser: Optimiser,
-    name: str,
+    run: Run,
     head: Head,
     parts: list[list[HeadSetting]],
     feed: Feed,
     stage1: StageOneHead,
-    out: Path,
     token: str,
 ) -> Trained:
     """Trains all heads by gradient descent, part by part."""
@@ -445,9 +428,9 @@ def _train(
                 for n, loss in zip(numbers, losses.tolist(), strict=True)
             )
 
-        checkpoint = Checkpoint(out, _key(token, number, parts), part=number)
+        checkpoint = Checkpoint(run.out, _key(token, number, parts), part=number)
         try:
-            stack.train(optimiser, name, report, checkpoint)
+            stack.train(optimiser, run.name, report, checkpoint)
         except NotFinite as bad:
             raise NotFinite(bad.epoch, numbers[bad.head], bad.parameter) from None
         restored += checkpoint.restored

@@ -4,6 +4,7 @@ import ast
 from functools import cache
 
 import pytest
+import rooms
 import yaml
 from architecture import LOADED, PLUGINS, ROOT, closure, imports, modules
 from pipeline_builders import make_params
@@ -122,6 +123,11 @@ def test_no_import_runs_upward():
     for module in (m for m in MODULES if m.count(".") > 2 and m.startswith("h2t.pipeline.")):
         above = FLOORS[FLOORS.index(room(module)) + 1 :]
         assert not [n for n in all_imports(module) if n.startswith("h2t.pipeline.") and room(n) in above], module
+
+
+def test_the_picture_of_the_rooms_is_up_to_date():
+    """If this fails, run `python tests/rooms.py`."""
+    assert rooms.PICTURE.read_text(encoding="utf-8") == rooms.drawn()
 
 
 def test_our_packages_have_one_name():

@@ -150,8 +150,10 @@ def test_an_unfinished_training_with_other_settings_is_not_gone_on_with(digits, 
         with pytest.raises(Killed):
             trained(tmp_path / "b", *digits, epochs=1)
     said = []
-    trained(tmp_path / "b", *digits, said.append, epochs=1, lr=0.03)
-    assert not any("resumes" in line for line in said)
+    trained(tmp_path / "b", *digits, said.append, epochs=1, lr=0.03, mixup=0.2)
+    assert said[0] == (
+        "b: starts anew, as the saved training differs: parameters.lr 0.03, was 0.02; parameters.mixup 0.2, was 1.0"
+    )
 
 
 def test_parts_of_a_batch_have_batch_norm_of_their_own(digits, tmp_path):

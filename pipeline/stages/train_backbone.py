@@ -98,14 +98,14 @@ def _token(params: Params, run: Run, samples: Samples, backbone: Backbone) -> st
     """Training resumes only if this token is unchanged. It does not depend on the number of processes."""
     table = samples.table.select(["split", "label", "source", "digest"]).to_pydict()
     about = {
-        "params": params.model_dump(),
-        "samples": table,
-        "initial": weights_digest(backbone.state_dict()),
+        "parameters": params.model_dump(),
+        "samples": hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest(),
+        "initial weights": weights_digest(backbone.state_dict()),
         "seed": run.seed,
         "device": run.device.type,
         "torch": torch.__version__,
     }
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    return json.dumps(about, sort_keys=True)
 
 
 def _write(out: Path, params: Params, backbone: Backbone, objective: Objective, curves: Curves) -> None:

@@ -38,10 +38,6 @@ SIZE = 32
 READY = 128  # batches in memory for the bare pass, which begins again with the first
 
 
-def quiet(line: str) -> None:
-    """Takes what extraction says."""
-
-
 def inputs(folder: Path, rows: int, arch: str, size: int) -> tuple[Samples, Images, Path]:
     """Random images as samples of ten classes, half for training, and a backbone with random weights."""
     mean = [0.5, 0.5, 0.5]

@@ -6,6 +6,7 @@ Stages are imported inside the commands, so that `h2t --help` answers at once.
 import json
 import os
 import time
+import traceback
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -94,7 +95,7 @@ def stage(function: Callable[..., Any]) -> Callable[..., Any]:
                 facts = function(values=values, say=say, **arguments)
         except (UserError, CacheError) as error:
             if verbose:
-                raise SystemExit(_traceback()) from None
+                raise SystemExit(traceback.format_exc()) from None
             if hint := inputs.in_queue(values):
                 raise UserError(f"{error}{hint}") from None
             raise
@@ -105,12 +106,6 @@ def stage(function: Callable[..., Any]) -> Callable[..., Any]:
             write_run_record(record, {**{k: round(v, 3) for k, v in taken.items()}, **(facts or {})})
 
     return command
-
-
-def _traceback() -> str:
-    import traceback
-
-    return traceback.format_exc()
 
 
 def _run(values: dict[str, Any], say: Say, name: str, out: Path) -> "Run":

@@ -122,20 +122,20 @@ def _fetch(files: Any, listing: Mapping[str, _Remote], target: Path, where: str,
         missing = [name for name, file in listing.items() if not file.is_at(place / name)]
 
         def get(name: str) -> str | None:
+            """What is wrong with the file now: None, "missing" or "damaged"."""
             into = place / name
             into.parent.mkdir(parents=True, exist_ok=True)
             into.unlink(missing_ok=True)
-            files.get_file(listing[name].path, str(into.resolve()))
-            return None if listing[name].md5 is None or listing[name].is_at(into) else name
+            try:
+                files.get_file(listing[name].path, str(into.resolve()))
+            except FileNotFoundError:
+                into.unlink(missing_ok=True)
+                return "missing"
+            return None if listing[name].md5 is None or listing[name].is_at(into) else "damaged"
 
         with ThreadPoolExecutor(THREADS) as pool:
-            wrong = [name for name in pool.map(get, missing) if name]
-        if wrong:
-            more = f" and {counted(len(wrong) - 1, 'other')}" if len(wrong) > 1 else ""
-            raise UserError(
-                f"{where}: downloaded files are damaged ({wrong[0]}{more}); ask the owner to type: "
-                "h2t cache publish --repair"
-            )
+            wrong = {name: fault for name, fault in zip(missing, pool.map(get, missing), strict=True) if fault}
+        _refuse(wrong, where)
         if is_cache:
             _check_whole(place, where)
         size = sum((place / name).stat().st_size for name in missing)
@@ -143,6 +143,17 @@ def _fetch(files: Any, listing: Mapping[str, _Remote], target: Path, where: str,
             sync(folder)
         staging.publish(replace=False)
     return size
+
+
+def _refuse(wrong: Mapping[str, str], where: str) -> None:
+    """Raises UserError if a file is "missing" or "damaged", naming the first one and how many there are."""
+    for fault, way_out in (("damaged", "h2t cache publish --repair"), ("missing", "h2t cache publish")):
+        if names := [name for name, found in wrong.items() if found == fault]:
+            first = names[0] if len(names) == 1 else f"first: {names[0]}"
+            raise UserError(
+                f"{where}: {counted(len(names), 'file')} {fault} at the remote ({first}), the others are kept; ask the "
+                f"owner to type: {way_out}, then run this command again"
+            )
 
 
 def _folders(files: Any, folder: str) -> list[str]:

@@ -290,7 +290,7 @@ def test_pull_refuses_what_is_damaged(lab, monkeypatch):
     monkeypatch.chdir(lab)
     done = h2t("cache", "pull", url, "--into", lab / "b")
     assert done.exit_code == 1
-    assert "1 file damaged at the remote (maps.zarr/expert_0/c.1.0.0.0)" in done.stderr
+    assert "1 file damaged at the remote (maps.zarr/expert_0/c.1.0.0.0: has other content" in done.stderr
     assert "h2t cache publish --repair" in done.stderr
     assert not (lab / "b/extract/b").exists()
     assert not (lab / "b/train_backbone").exists()

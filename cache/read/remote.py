@@ -12,7 +12,6 @@ cache, so the version of the commit record is checked again after it.
 import os
 import threading
 import time
-import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,11 +19,12 @@ from contextlib import suppress
 from itertools import islice
 from typing import Any, TypeVar
 
-from h2t.cache.errors import CacheError, CacheWarning
+from h2t.cache.errors import CacheError
 from h2t.cache.format.spec import MAPS, MAX_RECORD_BYTES, RECORD, sha256
 from h2t.cache.memory import available_memory
 from h2t.cache.read.asking import ask
 from h2t.cache.read.blocks import BLOCK_BYTES, BlockCache, arriving, from_environment, spans_of
+from h2t.cache.read.pins import Pins
 from h2t.cache.read.protocols import file_system, is_sshfs
 from h2t.cache.read.spans import merged
 from h2t.cache.read.transfer import (
@@ -33,7 +33,6 @@ from h2t.cache.read.transfer import (
     Patience,
     Take,
     TooSlow,
-    Version,
     about,
     below,
     copy_whole,
@@ -72,9 +71,7 @@ class RemoteFiles:
         self._given, self._url, self._secrets = url, redacted(url), secrets_in(url)
         self._blocks: BlockCache | None = None
         self._shards: Mapping[str, tuple[int, str]] = {}
-        self._versions: dict[str, Version] = {}
-        self._record: str | None = None  # sha256 of the commit record that was read
-        self._placed: set[str] = set()  # files whose pinned version is known to belong to the commit record
+        self._pins = Pins(self._url)
         self._looked = time.monotonic()  # when the commit record was last checked
         self._pace = Pace()
         self._store: Any = None
@@ -113,8 +110,8 @@ class RemoteFiles:
         return _reopened, (type(self), self._given, self._shards, self._opened())
 
     def _opened(self) -> dict[str, Any]:
-        """Pinned versions and record, to be sent to another process."""
-        return {"_versions": dict(self._versions), "_record": self._record, "_placed": set(self._placed)}
+        """What another process must know of the files that were opened: attribute -> value."""
+        return {"_pins": self._pins.copy()}
 
     def after_fork(self) -> None:
         """Drops the connection and all locks in a forked child, where the parent's threads do not exist."""
@@ -170,7 +167,7 @@ class RemoteFiles:
         sizes = {name: self.size(name) if size is None else size for name, size in listed.items()}
         if sizes:
             self._check_record()
-            self._placed.update(sizes)
+            self._pins.placed.update(sizes)
         return sizes
 
     def listed_sizes(self, names: Iterable[str]) -> dict[str, int | None]:
@@ -197,9 +194,9 @@ class RemoteFiles:
         """All bytes of `name`. Raises CacheError `damaged` if there are more than `at_most`, `missing`, `replaced`."""
         self._check_memory(name, at_most)
         data, version = self._ask(name, lambda patience: read_whole(self._fs, self._path(name), at_most, patience))
-        self._pin(name, version)
+        self._pins.pin(name, version)
         if name == RECORD:
-            self._pin_record(data, version)
+            self._pins.pin_record(data, version)
         return data
 
     def copy(self, name: str, start: Callable[[], Take], at_most: int) -> None:
@@ -209,7 +206,7 @@ class RemoteFiles:
         are. Raises CacheError `damaged` if there are more than `at_most` bytes, `missing`, `replaced`, `unreachable`.
         """
         version = self._ask(name, lambda patience: copy_whole(self._fs, self._path(name), at_most, patience, start()))
-        self._pin(name, version)
+        self._pins.pin(name, version)
 
     def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """For each range (start, stop), its bytes. Raises CacheError `damaged` if there are fewer or more."""
@@ -229,7 +226,7 @@ class RemoteFiles:
         if self._blocks is not None and name in self._shards:
             digest = self._shards[name][1]
             self._blocks.forget(digest)
-            if name in self._versions:
+            if name in self._pins.versions:
                 self._blocks.forget(self._arriving(name, digest))
         self._check_record(content=True)
 
@@ -241,34 +238,12 @@ class RemoteFiles:
 
     def _about(self, name: str) -> dict[str, Any]:
         details = self._ask(name, lambda patience: about(self._fs, self._path(name), patience))
-        self._pin(name, version_of(details))
+        self._pins.pin(name, version_of(details))
         return details
-
-    def _pin(self, name: str, version: Version) -> None:
-        """Remembers the first version of a file; raises CacheError `replaced` for any other."""
-        held = self._versions.setdefault(name, version)
-        if held.differs(version):
-            raise self._replaced(f"{name} has another version than before")
-        if version.known and not held.known:
-            self._versions[name] = version
-
-    def _pin_record(self, data: bytes, version: Version) -> None:
-        digest = sha256(data)
-        if self._record is None:
-            self._record = digest
-            if not version.known:
-                warnings.warn(
-                    f"{self._url}: the store tells neither ETag nor time of a file; if the cache is replaced while it "
-                    "is open, this is noticed only if its bytes do not match",
-                    CacheWarning,
-                    stacklevel=4,
-                )
-        elif digest != self._record:
-            raise self._replaced(f"{RECORD} differs from the one read before")
 
     def _check_record(self, *, content: bool = False) -> None:
         """Raises CacheError `replaced` unless the commit record is still the one read: same version, or `content`."""
-        if self._record is None or not (content or self._versions[RECORD].known):
+        if self._pins.record is None or not (content or self._pins.known(RECORD)):
             return
         try:
             if content:
@@ -277,12 +252,9 @@ class RemoteFiles:
                 self._about(RECORD)
         except CacheError as error:
             if error.reason in ("missing", "damaged"):
-                raise self._replaced(f"{RECORD} is gone") from None
+                raise self._pins.replaced(f"{RECORD} is gone") from None
             raise
         self._looked = time.monotonic()
-
-    def _replaced(self, what: str) -> CacheError:
-        return CacheError("replaced", f"{self._url}: was replaced while it was open ({what}); open the cache again")
 
     def _check_memory(self, name: str, size: int) -> None:
         if size > SMALL_BYTES and size > available_memory():
@@ -302,7 +274,7 @@ class RemoteFiles:
         if any(version.size is None for version in versions.values()):
             return {}
         for name, version in versions.items():
-            self._pin(name, version)
+            self._pins.pin(name, version)
         return {name: version.size for name, version in versions.items() if version.size is not None}
 
     def _kept(self, name: str, size: int, digest: str, ranges: Sequence[tuple[int, int]]) -> str | None:
@@ -322,7 +294,7 @@ class RemoteFiles:
                 return digest
             if blocks.is_whole(digest):
                 key = digest
-            elif self._versions.get(name, Version()).known or version_of(self._about(name)).known:
+            elif self._pins.known(name) or version_of(self._about(name)).known:
                 key = self._arriving(name, digest)
             else:  # without a version, blocks of different files could be mixed, so none are cached
                 return None
@@ -340,7 +312,7 @@ class RemoteFiles:
             return digest if whole else key
 
     def _arriving(self, name: str, digest: str) -> str:
-        return arriving(digest, f"{self._url}/{name} {self._versions[name]}")
+        return arriving(digest, f"{self._url}/{name} {self._pins.versions[name]}")
 
     def _another(self, name: str) -> CacheError:
         return CacheError(
@@ -374,15 +346,15 @@ class RemoteFiles:
         self._ask(name, request_missing)
         answers = [answer for answer in received if answer]
         for answer, (start, stop) in zip(answers, spans, strict=True):
-            self._pin(name, answer.version)
+            self._pins.pin(name, answer.version)
             if len(answer.data) != stop - start:
                 raise CacheError(
                     "damaged",
                     f"{self._url}/{name}: bytes {start} to {stop} were requested, {len(answer.data)} bytes came",
                 )
-        if name not in self._placed or time.monotonic() - self._looked > RECORD_SECONDS:
+        if name not in self._pins.placed or time.monotonic() - self._looked > RECORD_SECONDS:
             self._check_record()
-            self._placed.add(name)
+            self._pins.placed.add(name)
         return [answer.data for answer in answers]
 
     def _ask(self, name: str, question: Callable[[Patience], T]) -> T:

@@ -15,7 +15,7 @@ from pipeline_builders import make_backbone_dir
 from repositories import dvc, git, start_repository
 
 from h2t.cache.format.spec import RECORD
-from h2t.cache.read import remote, transfer
+from h2t.cache.read import asking, transfer
 from h2t.pipeline.command_line.main import main
 from h2t.pipeline.sharing import repository
 
@@ -74,7 +74,7 @@ def published(tmp_path_factory):
 
 @pytest.fixture
 def lab(published, monkeypatch):
-    monkeypatch.setattr(remote, "FIRST_WAIT", 0)
+    monkeypatch.setattr(asking, "FIRST_WAIT", 0)
     files = dict(published.handler.files)
     yield published
     published.handler.files, published.handler.spoiled = files, {}

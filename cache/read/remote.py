@@ -1,6 +1,6 @@
 """The files of a cache behind a URL: ranges are fetched in parallel, retried, and cached on the local disk.
 
-fsspec handles protocols and credentials (`read.protocols`); `read.transfer` limits the size and duration of an answer.
+fsspec handles protocols and credentials (`read.protocols`); `read.stores` asks each kind of store within bounds of size and time.
 A request that fails is retried a few times with growing pauses. Shards go through the local block cache
 (`read.blocks`) once the commit record is known.
 
@@ -27,20 +27,8 @@ from h2t.cache.read.blocks import BLOCK_BYTES, BlockCache, arriving, from_enviro
 from h2t.cache.read.pins import Pins
 from h2t.cache.read.protocols import file_system, is_sshfs
 from h2t.cache.read.spans import merged
-from h2t.cache.read.transfer import (
-    Answer,
-    Pace,
-    Patience,
-    Take,
-    TooSlow,
-    about,
-    below,
-    copy_whole,
-    listing,
-    read_spans,
-    read_whole,
-    version_of,
-)
+from h2t.cache.read.stores import Store, store_of
+from h2t.cache.read.transfer import Answer, Pace, Patience, Take, TooSlow, version_of
 from h2t.cache.redaction import redacted, secrets_in, without
 
 T = TypeVar("T")
@@ -105,6 +93,10 @@ class RemoteFiles:
             if self._store is None:
                 self._connect()
             return self._store
+
+    @property
+    def _at(self) -> Store:
+        return store_of(self._fs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopened, (type(self), self._given, self._shards, self._opened())
@@ -186,14 +178,14 @@ class RemoteFiles:
         """Every file below the URL; empty if the store cannot list them."""
         root = self._root.rstrip("/")
         try:
-            return {str(name)[len(root) :].lstrip("/") for name in below(self._fs, root, Patience(self._pace))}
+            return {str(name)[len(root) :].lstrip("/") for name in self._at.below(root, Patience(self._pace))}
         except (OSError, NotImplementedError, TooSlow):
             return set()
 
     def read_all(self, name: str, at_most: int) -> bytes:
         """All bytes of `name`. Raises CacheError `damaged` if there are more than `at_most`, `missing`, `replaced`."""
         self._check_memory(name, at_most)
-        data, version = self._ask(name, lambda patience: read_whole(self._fs, self._path(name), at_most, patience))
+        data, version = self._ask(name, lambda patience: self._at.whole(self._path(name), at_most, patience))
         self._pins.pin(name, version)
         if name == RECORD:
             self._pins.pin_record(data, version)
@@ -205,7 +197,7 @@ class RemoteFiles:
         After a failure, `start` is called again and all bytes come again. CacheErrors of these functions pass as they
         are. Raises CacheError `damaged` if there are more than `at_most` bytes, `missing`, `replaced`, `unreachable`.
         """
-        version = self._ask(name, lambda patience: copy_whole(self._fs, self._path(name), at_most, patience, start()))
+        version = self._ask(name, lambda patience: self._at.copy(self._path(name), at_most, patience, start()))
         self._pins.pin(name, version)
 
     def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
@@ -237,7 +229,7 @@ class RemoteFiles:
         return f"{self._root.rstrip('/')}/{name}{self._query}"
 
     def _about(self, name: str) -> dict[str, Any]:
-        details = self._ask(name, lambda patience: about(self._fs, self._path(name), patience))
+        details = self._ask(name, lambda patience: self._at.about(self._path(name), patience))
         self._pins.pin(name, version_of(details))
         return details
 
@@ -266,7 +258,7 @@ class RemoteFiles:
         """Sizes in bytes of the files in `folder`; empty unless the store lists the sizes of all of them."""
         path = self._path(folder).rstrip("/")
         try:
-            files = [entry for entry in listing(self._fs, path, Patience(self._pace)) if entry["type"] == "file"]
+            files = [entry for entry in self._at.listing(path, Patience(self._pace)) if entry["type"] == "file"]
             entries = {f"{folder}/{str(entry['name']).rpartition('/')[2]}".lstrip("/"): entry for entry in files}
             versions = {name: version_of(entry) for name, entry in entries.items()}
         except Exception:  # noqa: BLE001 - stores raise anything; without a listing, files are requested one by one
@@ -332,7 +324,7 @@ class RemoteFiles:
         def request_missing(patience: Patience) -> None:
             todo = [i for i, answer in enumerate(received) if answer is None]
             failed = None
-            answers = read_spans(self._fs, self._path(name), [spans[i] for i in todo], patience)
+            answers = self._at.spans(self._path(name), [spans[i] for i in todo], patience)
             for i, answer in zip(todo, answers, strict=True):
                 if isinstance(answer, BaseException):
                     failed = answer

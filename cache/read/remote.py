@@ -1,7 +1,7 @@
 """The files of a cache behind a URL: ranges are fetched in parallel, retried, and cached on the local disk.
 
-fsspec handles protocols and credentials (`read.protocols`); `read.stores` asks each kind of store within bounds of size and time.
-A request that fails is retried a few times with growing pauses. Shards go through the local block cache
+fsspec handles protocols and credentials (`read.protocols`); `read.stores` asks each kind of store, within bounds of
+size and time. A request that fails is retried a few times with growing pauses. Shards go through the local block cache
 (`read.blocks`) once the commit record is known.
 
 An open cache is pinned: each answer carries the version of its file (an ETag, or size and time), and a version other

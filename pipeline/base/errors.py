@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from h2t.cache.redaction import one_line, redacted
 
+LONGEST_MESSAGE = 200  # characters of a library's message that are shown
 LONGEST_NAME = 100  # the time to compare two names grows with the square of their length
 
 
@@ -32,6 +33,11 @@ def of_the_machine(error: BaseException) -> UserError | None:
         said = next(iter(str(error).splitlines()), "").rstrip(". ") or "not enough"
         return UserError(f"memory: {said}; raise the limit or close other programs, then run again")
     return None
+
+
+def in_brief(error: BaseException) -> str:
+    """The message of a library's error on one line of at most 200 characters, or the name of its class."""
+    return " ".join(str(error).split())[:LONGEST_MESSAGE] or type(error).__name__
 
 
 def nearest(name: object, known: Iterable[object]) -> str:

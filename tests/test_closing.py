@@ -16,7 +16,7 @@ from h2t.cache.read.gather import compiled
 from h2t.cache.read.in_use import InUse
 from h2t.cache.reader import open_cache
 
-LAYOUTS = {"compiled": {}, "in place": {}, "decoded": {"codec": "zstd"}}
+LAYOUTS = {"compiled": {}, "plain": {}, "decoded": {"codec": "zstd"}}
 
 
 def open_files() -> int:
@@ -25,7 +25,7 @@ def open_files() -> int:
 
 @pytest.fixture(params=LAYOUTS)
 def layout(request, monkeypatch):
-    if request.param == "in place":
+    if request.param == "plain":
         monkeypatch.setattr("h2t.cache.reader.compiled", lambda: None)
     elif request.param == "compiled" and compiled() is None:
         pytest.skip("the compiled gather was not built")

@@ -20,7 +20,7 @@ from h2t.cache.tools.audit import verify
 ROWS = 24
 WAYS = {
     "compiled": {},
-    "in place": {},
+    "plain": {},
     "decoded": {"codec": "zstd"},
     "small rows": {"chunk_rows": 2},
 }
@@ -29,7 +29,7 @@ WAYS = {
 @pytest.fixture(params=WAYS)
 def layout(request, monkeypatch):
     """The layout of a cache that is read in one of the ways there are."""
-    if request.param == "in place":
+    if request.param == "plain":
         monkeypatch.setattr("h2t.cache.reader.compiled", lambda: None)
     elif request.param == "compiled" and compiled() is None:
         pytest.skip("the compiled gather was not built")

@@ -59,6 +59,7 @@ FLOORS = (
     "models",
     "sharing",
     "inspection",
+    "project",
     "command_line",
 )
 

@@ -13,6 +13,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -32,6 +33,7 @@ KEEP_DECODED_BYTES = 1024**3  # decoded images kept in memory, at most a quarter
 AT_ONCE = 8  # images per task of a decoding thread: for small images, handing over a task costs more than decoding
 #: Formats that are opened (MPO counts as JPEG). Pillow's others are refused; for EPS, say, it would start Ghostscript.
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP")
+ORIENTATION = 0x0112  # the EXIF tag
 MAX_PIXELS = 89_478_485  # larger images are refused before decoding; Pillow's limit against decompression bombs
 
 
@@ -135,6 +137,16 @@ def decode(data: bytes, *, exif: bool = False, levels: Sequence[float] | None = 
     that is not an image, is truncated, has more than `MAX_PIXELS` pixels or several pages, and for floating-point
     pixels without `levels`.
     """
+    with _opened(data) as image:
+        upright = _turned(image) if exif else image
+        if upright.mode == "F" or upright.mode.startswith("I"):  # Pillow would clip these to 255
+            return np.repeat(_eight_bits(np.asarray(upright), levels)[..., None], 3, axis=2)
+        return np.asarray(upright.convert("RGB"))
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """The image in `data`, not yet decoded. Raises ValueError for data that is none, also for errors in the block."""
     if not data:
         raise ValueError("is empty, 0 bytes")
     if data[128:132] == b"DICM":
@@ -145,16 +157,52 @@ def decode(data: bytes, *, exif: bool = False, levels: Sequence[float] | None = 
                 raise ValueError(f"has {image.width}x{image.height} pixels, more than {MAX_PIXELS}")
             if image.format == "TIFF" and (pages := getattr(image, "n_frames", 1)) > 1:
                 raise ValueError(f"is a TIFF of {pages} pages; save each page that you need as a file of its own")
-            upright = _turned(image) if exif else image
-            if upright.mode == "F" or upright.mode.startswith("I"):  # Pillow would clip these to 255
-                return np.repeat(_eight_bits(np.asarray(upright), levels)[..., None], 3, axis=2)
-            return np.asarray(upright.convert("RGB"))
+            yield image
     except UnidentifiedImageError:
         raise ValueError("is in no known image format") from None
     except Image.DecompressionBombError:
         raise ValueError(f"has more than {MAX_PIXELS} pixels") from None
     except (OSError, SyntaxError, EOFError, struct.error, zlib.error, IndexError, KeyError, TypeError) as error:
         raise ValueError(f"cannot be decoded ({error})") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Properties:
+    """What an image file holds: size in pixels, Pillow's mode, whether EXIF turns it; `low` and `high`, the smallest
+    and largest value where values have 16 bits or floating point and were read, else 0.
+    """
+
+    width: int
+    height: int
+    mode: str
+    turned: bool
+    low: float = 0.0
+    high: float = 0.0
+
+
+def properties(data: bytes, *, headers: bool = False) -> Properties:
+    """The properties of an image; with `headers` its pixels are not decoded. Raises ValueError like `decode`.
+
+    JPEG files are decoded at an eighth of their size, which reads all their bytes in a fraction of the time.
+    """
+    with _opened(data) as image:
+        width, height, mode = image.width, image.height, image.mode
+        low = high = 0.0
+        if not headers:
+            image.draft(None, (max(1, width // 8), max(1, height // 8)))
+            image.load()
+            if mode == "F" or mode.startswith("I"):
+                values = np.asarray(image)
+                low, high = float(values.min()), float(values.max())
+        return Properties(width, height, mode, _orientation(image) not in (0, 1), low, high)
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 0 if there is none."""
+    try:
+        return int(image.getexif().get(ORIENTATION, 0))
+    except (OSError, SyntaxError, EOFError, struct.error, ValueError, LookupError, TypeError, AttributeError):
+        return 0
 
 
 def decoder(transform: Transform) -> Callable[[bytes], np.ndarray]:

@@ -1,6 +1,6 @@
 """Six collections of one's own images, and the way from each to a classifier, outside of the repository.
 
-    python tests/own_data.py [NAME ...] [--at FOLDER] [--layered] [--timings FILE]
+    python tests/own_data.py [NAME ...] [--at FOLDER] [--layered] [--epochs N] [--timings FILE]
 
 Builds the wheel, installs it into a new environment and, for each collection, types: h2t init, dvc repro, h2t export,
 h2t predict. Compares the images in the result with those in the collection. `--layered` takes the other packages from
@@ -165,7 +165,7 @@ def environment(folder: Path, layered: bool) -> Path:
     return venv / "bin"
 
 
-def walk(name: str, folder: Path, programs: Path) -> dict[str, object]:
+def walk(name: str, folder: Path, programs: Path, epochs: int | None) -> dict[str, object]:
     """Makes a collection and types the commands; returns what it took. Raises SystemExit if one fails."""
     make, mended = COLLECTIONS[name]
     images, project = folder / f"{name}.images", folder / f"{name}.project"
@@ -175,6 +175,7 @@ def walk(name: str, folder: Path, programs: Path) -> dict[str, object]:
     typed = [
         *([f"! {init}", *mended] if mended else []),
         init,
+        *([f"sed -i 's/epochs: 60/epochs: {epochs}/' params.yaml"] if epochs else []),
         "dvc repro",
         "h2t export data/train_classifier/dr data/extract/resnet20 data/train_backbone/resnet20 model \\\n"
         "  --ratio 0.3 --seed 0",
@@ -210,6 +211,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(COLLECTIONS)}; by default all")
     parser.add_argument("--at", type=Path, help="a folder that is kept; by default a temporary one")
     parser.add_argument("--layered", action="store_true", help="take other packages from the running environment")
+    parser.add_argument("--epochs", type=int, help="of the backbone, in place of those that init writes")
     parser.add_argument("--timings", type=Path, help="write the lines as JSON")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="own-data-") as temporary:
@@ -219,7 +221,7 @@ def main() -> None:
         programs = programs if programs.is_dir() else environment(folder, given.layered)
         walked = []
         for name in given.names or COLLECTIONS:
-            walked.append(walk(name, folder, programs))
+            walked.append(walk(name, folder, programs, given.epochs))
             sys.stdout.write(f"{json.dumps(walked[-1])}\n")
             sys.stdout.flush()
     if given.timings:

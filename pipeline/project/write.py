@@ -22,6 +22,10 @@ PLOTS = ("ratio.json", "per_class.json")  # templates of `dvc plots`
 IGNORED = ("/data/", "/dvc_plots/", "__pycache__/")
 DVC_IGNORED = ("__pycache__", ".*.staging")
 RESULTS = "data"  # the folder of all outputs
+#: Keys of params.yaml whose mappings are written in braces; so are `options` of more than LONG keys.
+IN_BRACES = ("inputs", "table", "transform", "test", "validation", "min_per_class", "extract", "optimiser", "grid")
+IN_BRACES += ("logit_adjustment", "report")
+LONG = 5
 
 
 class Exists(UserError):
@@ -87,23 +91,18 @@ def parameters(folder: Path, found: Found, settings: Settings, title: str) -> st
         "evaluate": {},
         "report": {"title": title},
     }
-    parts = ["# Written by h2t init. All keys and their defaults: docs/parameters.md of h2t.\nseed: 0\ndevice: auto"]
-    parts += [_section(name, value) for name, value in own.items()]
+    parts = ["# Written by h2t init. All keys and their defaults: docs/parameters.md of h2t.\nseed: 0"]
+    parts += [line for name, value in own.items() for line in _section(name, value)]
     return "\n".join(parts) + "\n"
 
 
-def _section(name: str, value: object) -> str:
-    """One section of YAML: the first two levels on lines of their own, what lies deeper in braces."""
-    if not isinstance(value, dict) or not value:
-        return f"{name}: {_flow(value)}"
-    lines = [f"{name}:"]
-    for key, part in value.items():
-        if isinstance(part, dict) and name in ("prepare", "backbones", "hosts") and key not in ("test", "validation"):
-            lines.append(f"  {_flow(key)}:")
-            lines += [f"    {_flow(inner)}: {_flow(deep)}" for inner, deep in part.items()]
-        else:
-            lines.append(f"  {_flow(key)}: {_flow(part)}")
-    return "\n".join(lines)
+def _section(name: str, value: object, indent: str = "") -> list[str]:
+    """The lines of `name: value`; mappings have a line for each key, unless they stand in braces."""
+    short = name in IN_BRACES or (name == "options" and isinstance(value, dict) and len(value) > LONG)
+    if not isinstance(value, dict) or not value or short:
+        return [f"{indent}{name}: {_flow(value)}"]
+    inside = (line for key, part in value.items() for line in _section(key, part, indent + "  "))
+    return [f"{indent}{name}:", *inside]
 
 
 def _flow(value: object) -> str:

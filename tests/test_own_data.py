@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from image_builders import write_image
 from PIL import Image
-from pipeline_builders import silent
 
 from h2t.pipeline.base import params, plugins
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.run import Run
 from h2t.pipeline.data import images, splits
 from h2t.pipeline.data.images import Collection, Transform, decode
 from h2t.pipeline.data.splits import AtMost, Labelled, SmallClasses
@@ -54,7 +54,7 @@ def prepared(folder, dataset, options, **section):
     """(sample table as rows, classes.json, lines said) of a prepare run."""
     said: list[str] = []
     values = prepare.Params.model_validate({"dataset": dataset, "options": options, **section})
-    prepare.run(values, 0, folder / "out", said.append)
+    prepare.run(values, Run("prepare", folder / "out", say=said.append))
     return (
         pq.read_table(folder / "out/samples.parquet").to_pylist(),
         json.loads((folder / "out/classes.json").read_text()),
@@ -377,7 +377,7 @@ def test_both_ways_of_holding_out_are_refused():
 def test_no_test_images_names_the_ways_out(tmp_path):
     options = {"root": folder(tmp_path, cat=3, dog=1), "train": "."}
     with pytest.raises(UserError, match=r"prepare\.test: must be set.*such as 0\.2.*prepare\.options\.test"):
-        prepare.run(prepare.Params(dataset="image_folder", options=options), 0, tmp_path / "out", silent)
+        prepare.run(prepare.Params(dataset="image_folder", options=options), Run("prepare", tmp_path / "out"))
 
 
 # Pixels.

@@ -7,8 +7,7 @@ left out are listed in `skipped.parquet`.
 """
 
 import json
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -21,6 +20,7 @@ from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import fresh_directory, write_json
 from h2t.pipeline.base.params import Index, Positive, Section, Seed, at_least, build, plugin
 from h2t.pipeline.base.progress import progress
+from h2t.pipeline.base.run import Run, Say
 from h2t.pipeline.base.seeds import stream
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.data import splits
@@ -77,16 +77,16 @@ class Params(Section):
         return self
 
 
-def run(params: Params, seed: int, out: Path, say: Callable[[str], None]) -> None:
-    """Chooses the samples of the dataset and writes them to the directory `out`.
+def run(params: Params, run: Run) -> None:
+    """Chooses the samples of the dataset and writes them to the directory `run.out`.
 
-    `seed` decides which samples are held out. Raises UserError for data that cannot be used, BadImage for an image.
+    `run.seed` decides which samples are held out. Raises UserError for data that cannot be used, BadImage for an image.
     """
     dataset = plugins.load("datasets", params.dataset)
     options = build(dataset.Options, "prepare.options", params.options)
     images: Collection = dataset.load(options)
     for note in images.notes:
-        say(note)
+        run.say(note)
     found = Labelled.of(images)
     opened = open_images(dataset, options, images.source, None, dataset.transform(options))  # no digests exist yet
 
@@ -94,21 +94,21 @@ def run(params: Params, seed: int, out: Path, say: Callable[[str], None]) -> Non
     bad: dict[int, BadImage] = {}
     if params.duplicates == "drop":
         digests, bad = _digests(opened, range(len(images.source)), params.bad_images)
-        _drop_copies(found, digests, bad, say)
+        _drop_copies(found, digests, bad, run.say)
     found, notes = splits.treat_small_classes(found, params.min_per_class)
-    _hold_out(found, "test", params, seed, notes)
-    _hold_out(found, "val", params, seed, notes)
+    _hold_out(found, "test", params, run.seed, notes)
+    _hold_out(found, "val", params, run.seed, notes)
     before = found.sizes("train")
     kept = _long_tail(found.label, found.split, params.imbalance, found.classes)
     if len(kept) < before.sum():
         notes.append(_cut(before, len(kept)))
     for note in notes:
-        say(note)
+        run.say(note)
 
     chosen = sorted([*kept.tolist(), *np.flatnonzero(np.isin(found.split, ("val", "test"))).tolist()])
     if params.duplicates != "drop":
         digests, bad = _digests(opened, chosen, params.bad_images)
-        _name_copies(found, digests, params.duplicates, say)
+        _name_copies(found, digests, params.duplicates, run.say)
     chosen = [i for i in chosen if i in digests]
     label, split, classes = found.label, found.split, found.classes
     counts = np.bincount(label[[i for i in chosen if split[i] == "train"]], minlength=len(classes))
@@ -134,7 +134,7 @@ def run(params: Params, seed: int, out: Path, say: Callable[[str], None]) -> Non
     table = table.add_column(0, "sample", pa.array(range(len(table)), pa.int64()))
 
     ordered = counts[order].tolist()
-    with fresh_directory(out) as into:
+    with fresh_directory(run.out) as into:
         pq.write_table(table, into / "samples.parquet", compression="zstd")
         if params.bad_images == "skip":
             pq.write_table(
@@ -154,18 +154,18 @@ def run(params: Params, seed: int, out: Path, say: Callable[[str], None]) -> Non
         )
     sizes = {name: table["split"].to_pylist().count(name) for name in ("train", "val", "test")}
     class_count = counted(len(order), "class", "classes")
-    say(
+    run.say(
         f"{params.dataset}: {class_count} of {ordered[0]:,} to {ordered[-1]:,} training images; "
         + ", ".join(f"{name} {size:,}" for name, size in sizes.items())
     )
     if bad:
         first = next(iter(bad.values()))
         left_out = counted(len(bad), "bad image")
-        say(f"note: {left_out} left out, listed in skipped.parquet; first: {first.source} {first.reason}")
+        run.say(f"note: {left_out} left out, listed in skipped.parquet; first: {first.source} {first.reason}")
     if ordered[-1] == 1:
-        say("note: at least one class has only one training sample")
+        run.say("note: at least one class has only one training sample")
     if not sizes["val"]:
-        say("note: no validation split, so no ratio can be chosen; evaluate.ratio is the ratio that is reported")
+        run.say("note: no validation split, so no ratio can be chosen; evaluate.ratio is the ratio that is reported")
 
 
 def _digests(images: Images, chosen: Sequence[int], policy: str) -> tuple[dict[int, str], dict[int, BadImage]]:
@@ -194,9 +194,7 @@ def _skipped(bad: dict[int, BadImage], split: np.ndarray) -> pa.Table:
     ).sort_by([("split", "ascending"), ("source", "ascending")])
 
 
-def _drop_copies(
-    found: Labelled, digests: dict[int, str], bad: dict[int, BadImage], say: Callable[[str], None]
-) -> None:
+def _drop_copies(found: Labelled, digests: dict[int, str], bad: dict[int, BadImage], say: Say) -> None:
     """Drops bad images and copies of others from `found`, and says so."""
     found.split[list(bad)] = ""
     alike = splits.copies(digests)
@@ -206,7 +204,7 @@ def _drop_copies(
         say(f"note: prepare.duplicates=drop leaves out {counted(splits.drop_copies(found, alike), 'image')}")
 
 
-def _name_copies(found: Labelled, digests: dict[int, str], policy: str, say: Callable[[str], None]) -> None:
+def _name_copies(found: Labelled, digests: dict[int, str], policy: str, say: Say) -> None:
     """Says which images are equal byte by byte. Raises UserError if there are any and `policy` is `refuse`."""
     lines = splits.describe_copies(found, splits.copies(digests))
     if lines and policy == "refuse":

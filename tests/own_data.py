@@ -175,7 +175,7 @@ def walk(name: str, folder: Path, programs: Path, epochs: int | None) -> dict[st
     typed = [
         *([f"! {init}", *mended] if mended else []),
         init,
-        *([f"sed -i 's/epochs: 60/epochs: {epochs}/' params.yaml"] if epochs else []),
+        *([f"sed -i 's/epochs: 60/epochs: {epochs}/; s/passes: [0-9]*/passes: 2/' params.yaml"] if epochs else []),
         "dvc repro",
         "h2t export data/train_classifier/dr data/extract/resnet20 data/train_backbone/resnet20 model \\\n"
         "  --ratio 0.3 --seed 0",
@@ -211,7 +211,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(COLLECTIONS)}; by default all")
     parser.add_argument("--at", type=Path, help="a folder that is kept; by default a temporary one")
     parser.add_argument("--layered", action="store_true", help="take other packages from the running environment")
-    parser.add_argument("--epochs", type=int, help="of the backbone, in place of those that init writes")
+    parser.add_argument("--epochs", type=int, help="of the backbone, for a quick walk; and two batch-norm passes")
     parser.add_argument("--timings", type=Path, help="write the lines as JSON")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="own-data-") as temporary:

@@ -239,6 +239,9 @@ def test_list_files_with_words(photos):
 def test_list_labels_from_one_on(photos):
     (photos / "l.txt").write_text("img/0.png 1\nimg/1.png 2\n")
     assert load("list_file", root=str(photos), train="l.txt").classes == ["1", "2"]
+    assert "labels must start at 0; got 1 as the lowest" in refusal(
+        "imagenet_lt", root=str(photos), train="l.txt", test=None
+    )
 
 
 def test_a_home_folder_in_parameters(tmp_path, monkeypatch):

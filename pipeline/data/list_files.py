@@ -155,6 +155,11 @@ def load(options: Options, class_of: Callable[[str], str]) -> Collection:
     """
     source, texts, split = read_lists(options, whole=True)
     label = [int(text) for text in texts]
+    if min(label) > 0:
+        raise UserError(
+            f"{options.train}: labels must start at 0; got {min(label)} as the lowest; subtract {min(label)}, or set "
+            "prepare.dataset=list_file, which takes any labels"
+        )
     train = [i for i, part in enumerate(split) if part == "train"]
     highest = max(train, key=label.__getitem__)
     if label[highest] >= len(train):

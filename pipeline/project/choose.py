@@ -12,6 +12,7 @@ from h2t.pipeline.project.detect import Found
 from h2t.pipeline.project.survey import Survey
 
 LARGEST_SIDE = 64  # pixels of a small ResNet's input; it trains on a CPU
+PASS = 128  # images in a pass that estimates batch-norm statistics
 MANY = 10_000  # images, from which fewer epochs are enough
 
 
@@ -22,6 +23,7 @@ class Settings:
     prepare: dict[str, Any]
     name: str
     backbone: dict[str, Any]
+    batchnorm_passes: int
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -54,7 +56,8 @@ def choose(found: Found, seen: Survey, backbone: str | None) -> Settings:
     notes = _hold_outs(found, prepare)
     images = found.collection.split.count("train")
     name, entry = _network(backbone, 30 if images >= MANY else 60)
-    return Settings(prepare, name, entry, notes)
+    passes = int(np.clip(-(-10 * images // PASS), 10, 50))  # about ten times each image
+    return Settings(prepare, name, entry, passes, notes)
 
 
 def _side(short_sides: np.ndarray) -> int:

@@ -75,7 +75,7 @@ def parameters(folder: Path, found: Found, settings: Settings, title: str) -> st
         "prepare": settings.prepare,
         "backbone_defaults": {},
         "backbones": {settings.name: settings.backbone},
-        "extract": {"batchnorm": recipes, "batchnorm_passes": 50},
+        "extract": {"batchnorm": recipes, "batchnorm_passes": settings.batchnorm_passes},
         "pool": {},
         "host_defaults": {},
         "hosts": {
@@ -133,6 +133,8 @@ def write(folder: Path, files: dict[str, str], found: Found) -> Iterator[str]:
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
+    if not str(here).isascii():
+        yield f"note: {here}: DVC's experiment queue needs a path of ASCII letters; dvc repro works"
     shown = sorted({name.split("/")[0] + ("/" if "/" in name else "") for name in files} - {".dvc/"})
     yield f"wrote {', '.join(shown)}, .gitignore and .dvcignore"
 

@@ -133,6 +133,16 @@ def test_tables_of_splits_and_images_elsewhere(tmp_path):
     assert found.written()["table"] == "inputs/table"
 
 
+def test_hugging_face_folders_of_splits(tmp_path):
+    for part in ("train", "test"):
+        put(tmp_path / part / "metadata.jsonl", '{"file_name": "a.jpg", "label": "k"}\n', a=True)
+    found = detect.detect(tmp_path)
+    assert found.inputs == {"images": tmp_path}
+    assert below(found.options, tmp_path)["table"] == {s: f"{s}/metadata.jsonl" for s in ("train", "test")}
+    assert found.collection.source == ["train/a.jpg", "test/a.jpg"]
+    assert (survey.survey(found, headers=True).short_side == own_data.SIDE).all()
+
+
 WRONG = {
     "nothing there": (lambda f: f / "none", "no such file or folder"),
     "an empty folder": (lambda f: f, "no labels found"),

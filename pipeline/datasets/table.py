@@ -67,8 +67,8 @@ def _tables(options: Options) -> list[tuple[str, Path]]:
     return found
 
 
-def _root(options: Options) -> Path:
-    """The folder that sources are relative to."""
+def folder(options: Options) -> Path:
+    """The folder that the paths of images are relative to. Raises UserError if it does not exist."""
     if options.root is not None:
         root = Path(options.root).expanduser()
     else:
@@ -83,7 +83,7 @@ def load(options: Options) -> Collection:
     """All rows of all tables, in order. Raises UserError that names the table, the row and the value."""
     found = _tables(options)
     wanted = [name for name in (options.path, options.label, options.split, options.group) if name is not None]
-    root = None if options.path is None else _root(options)
+    root = None if options.path is None else folder(options)
     source: list[str] = []
     texts: list[str] = []
     split: list[str] = []
@@ -170,7 +170,7 @@ def inputs(options: Options) -> dict[str, str]:
 def reader(options: Options) -> Callable[[str], bytes]:
     """A function that returns the bytes of a source."""
     if options.bytes is None:
-        return list_files.image_reader(str(_root(options)), options.follow_links)
+        return list_files.image_reader(str(folder(options)), options.follow_links)
     paths = [path for _, path in _tables(options)]
     files = {
         name: parquet_files.opened("prepare.options.table", path)

@@ -42,13 +42,6 @@ class Found:
     inputs: dict[str, Path]
     collection: Collection
 
-    @property
-    def root(self) -> Path | None:
-        """The folder that sources are relative to; None where images lie in Parquet files."""
-        if self.options.get("bytes"):
-            return None
-        return Path(self.options.get("root") or self.inputs["images"])
-
     def written(self) -> dict[str, Any]:
         """The options as they stand in params.yaml: `inputs/NAME/...` in place of absolute paths."""
         return {key: self._referring(value) for key, value in self.options.items()}
@@ -99,6 +92,7 @@ def _label_column(table: Path, known: Sequence[str], label: str | None) -> str:
 
 def _table(by_split: Mapping[str, Path], folder: Path, label: str | None, named: str | None = None) -> Found:
     """Images named in tables, or stored in Parquet files; `by_split` holds one table, or one for each split."""
+    by_split = {split: by_split[split] for split in ("", *USUAL) if split in by_split}
     first = next(iter(by_split.values()))
     sample = parquet_files.found("--data", str(first))[0]
     known = tables.column_names(sample)
@@ -121,7 +115,9 @@ def _table(by_split: Mapping[str, Path], folder: Path, label: str | None, named:
         options["path"] = path
         if root != sample.parent:
             options["root"] = str(root)
-        inputs = {"images": root, **({} if sample.is_relative_to(root) else {"table": first})}
+            inputs = {"images": root}
+            if not sample.is_relative_to(root):
+                inputs["table"] = first if "" in by_split else folder
     options["label"] = _label_column(sample, known, label)
     if "" in by_split and (split := _named(known, SPLITS)) and _are_splits(sample, split):
         options["split"] = split

@@ -5,6 +5,8 @@ import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -59,18 +61,26 @@ class Survey:
         return copies(self.digests)
 
 
+def _folder(module: Any, options: Any) -> Path | None:
+    """The folder that sources are paths in; None where images lie in Parquet files."""
+    if getattr(options, "bytes", None):
+        return None
+    return Path(module.folder(options) if hasattr(module, "folder") else options.root)
+
+
 def survey(found: Found, *, headers: bool = False) -> Survey:
     """Reads all images of a collection; with `headers` the beginning of each file, without digests."""
     module = plugins.load("datasets", found.dataset)
-    read = module.reader(build(module.Options, "prepare.options", found.options))
+    options = build(module.Options, "prepare.options", found.options)
+    read, root = module.reader(options), _folder(module, options)
     sources = found.collection.source
     result = Survey(np.zeros(len(sources), np.int32))
 
     def look(i: int) -> tuple[Properties | str, str]:
         """(what image i holds, or why it cannot be read; its sha256)."""
         try:
-            if headers and found.root is not None:
-                with (found.root / sources[i]).open("rb") as file:
+            if headers and root is not None:
+                with (root / sources[i]).open("rb") as file:
                     return properties(file.read(HEADER_BYTES), headers=True), ""
             data = read(sources[i])
             return properties(data, headers=headers), "" if headers else hashlib.sha256(data).hexdigest()

@@ -115,5 +115,8 @@ def test_the_parameters_of_the_readme_prepare_and_are_read_by_dvc(tmp_path, monk
     assert done.exit_code == 0, done.output
     assert "test 20" in done.stdout
     stages = {stage.addressing for stage in Repo.init(no_scm=True).index.stages}
-    assert {f"train_backbone@{name}" for name in values["backbones"]} <= stages
-    assert "report" in stages
+    assert stages >= {
+        "report",
+        *(f"{stage}@{b}" for b in values["backbones"] for stage in ("train_backbone", "extract")),
+    }
+    assert stages >= {*(f"watch@{name}" for name in values["inputs"]), *(f"evaluate@{h}" for h in values["hosts"])}

@@ -2,7 +2,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -258,25 +257,20 @@ def test_what_float16_cannot_hold_is_refused_and_float32_takes_it(tmp_path, digi
 # --- kills
 
 
-def extraction(folder: Path, name: str, params: Path, samples: Path, backbone: Path) -> tuple[list[str], Path, Path]:
-    """(command, its output, its staging directory)."""
-    out = folder / name / "b"
-    command = [sys.executable, "-m", "h2t.pipeline", "extract", "b", samples, backbone, out, "--params", params]
-    return [*map(str, command), "--device", "cpu"], out, out.parent / ".b.staging"
-
-
 def killed_extraction(
-    folder: Path, params: Path, samples: Path, backbone: Path, kills: int, how: signal.Signals = signal.SIGKILL
+    h2t: Path, folder: Path, params: Path, samples: Path, kills: int, how: signal.Signals = signal.SIGKILL
 ) -> None:
     """Ends in the same bytes as an uninterrupted one; most kills strike between the first and the last shard."""
     env = environment()
-    command, whole, _ = extraction(folder, "whole", params, samples, backbone)
-    finish(command, env, folder)
+    make_backbone_dir(folder / "backbone")
+    command, options = [str(h2t), "extract", "b", str(samples), str(folder / "backbone")], ["--params", str(params)]
+    whole, out = folder / "whole/b", folder / "killed/b"
+    finish([*command, str(whole), *options, "--device", "cpu"], env, folder)
     with open_cache(whole) as cache:
         shards, rows = cache.spec.shards, cache.spec.rows
     assert shards >= 12
-    command, out, staging = extraction(folder, "killed", params, samples, backbone)
-    found = kill_and_restart(command, env, folder, staging, kills=kills, shards=shards, seed=0, how=how)
+    run, staging = [*command, str(out), *options, "--device", "cpu"], out.parent / ".b.staging"
+    found = kill_and_restart(run, env, folder, staging, kills=kills, shards=shards, seed=0, how=how)
     between = sum(0 < done < shards for done in found)
     where = f"between the first and the last shard, after {found} shards"
     print(f"{rows} rows, {shards} shards; {between} of {kills} kills {where}")  # noqa: T201
@@ -286,27 +280,17 @@ def killed_extraction(
 
 
 @pytest.mark.timeout(900)
-def test_killed_extraction_of_the_default_data_ends_in_the_same_bytes(tmp_path):
-    """Four kills; ten with H2T_FULL=1."""
+@pytest.mark.parametrize(
+    ("how", "kills"),
+    [(signal.SIGKILL, 10 if os.environ.get("H2T_FULL") else 4), (signal.SIGINT, 2), (signal.SIGTERM, 2)],
+)
+def test_an_extraction_that_is_ended_resumes_to_the_same_bytes(tmp_path, warm_h2t, how, kills):
+    """Where it can still speak, without a traceback: Ctrl-C is no error of ours."""
     make_samples(tmp_path / "samples", test_per_class=40, validation_per_class=14)
-    make_backbone_dir(tmp_path / "backbone")
     params = write_params(
         tmp_path / "params.yaml", extract__batchnorm_passes=2, extract__chunk_rows=32, extract__shard_bytes=16384
     )
-    kills = 10 if os.environ.get("H2T_FULL") else 4
-    killed_extraction(tmp_path, params, tmp_path / "samples", tmp_path / "backbone", kills)
-
-
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_an_extraction_that_is_asked_to_end_goes_on_to_the_same_bytes(tmp_path, how):
-    """Without a traceback: Ctrl-C is no error of ours."""
-    make_samples(tmp_path / "samples", test_per_class=40, validation_per_class=14)
-    make_backbone_dir(tmp_path / "backbone")
-    params = write_params(
-        tmp_path / "params.yaml", extract__batchnorm_passes=2, extract__chunk_rows=32, extract__shard_bytes=16384
-    )
-    killed_extraction(tmp_path, params, tmp_path / "samples", tmp_path / "backbone", 2, how)
+    killed_extraction(warm_h2t, tmp_path, params, tmp_path / "samples", kills, how)
 
 
 CIFAR = os.environ.get("H2T_SHARED_DATA", "")
@@ -315,7 +299,7 @@ CIFAR = os.environ.get("H2T_SHARED_DATA", "")
 @pytest.mark.faults
 @pytest.mark.timeout(3600)
 @pytest.mark.skipif(not CIFAR, reason="H2T_SHARED_DATA: the folder with cifar10-train.parquet and -test.parquet")
-def test_killed_extraction_of_cifar_ends_in_the_same_bytes(tmp_path):
+def test_killed_extraction_of_cifar_ends_in_the_same_bytes(tmp_path, warm_h2t):
     """Ten kills on 22,406 rows of 64x8x8: CIFAR-10-LT 100 and its test split, ResNet-20."""
     from h2t.pipeline.stages import prepare
 
@@ -329,7 +313,6 @@ def test_killed_extraction_of_cifar_ends_in_the_same_bytes(tmp_path):
     prepare.run(prepare.Params.model_validate(section), 0, tmp_path / "samples", lambda line: None)
     counts = json.loads((tmp_path / "samples" / "classes.json").read_text())["counts"]
     assert counts == [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
-    make_backbone_dir(tmp_path / "backbone")
     params = write_params(
         tmp_path / "params.yaml",
         prepare=section,
@@ -337,4 +320,4 @@ def test_killed_extraction_of_cifar_ends_in_the_same_bytes(tmp_path):
         extract__shard_bytes=2**21,
         hosts__dr__batchnorm="stage1",
     )
-    killed_extraction(tmp_path, params, tmp_path / "samples", tmp_path / "backbone", 10)
+    killed_extraction(warm_h2t, tmp_path, params, tmp_path / "samples", 10)

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -472,7 +471,7 @@ def test_on_a_cluster(before, tmp_path, command, monkeypatch):
 
 
 @pytest.mark.timeout(600)
-def test_a_killed_incremental_run_goes_on_to_the_same_bytes(before, images, tmp_path, command):
+def test_a_killed_incremental_run_goes_on_to_the_same_bytes(before, images, tmp_path, command, warm_h2t):
     """All images of two classes are others, so that there is work between the first and the last shard."""
     for j, path in enumerate(sorted((images / "train").glob("[co]*/*.png"))):
         write_image(path, 1000 + j, (12, 10))
@@ -483,7 +482,7 @@ def test_a_killed_incremental_run_goes_on_to_the_same_bytes(before, images, tmp_
         shards = cache.spec.shards
     arguments = ["extract", "b", tmp_path / "samples", before / "backbone", tmp_path / "killed/b"]
     options = ["--params", tmp_path / "params.yaml", "--device", "cpu", *setting]
-    run = [sys.executable, "-m", "h2t.pipeline", *map(str, [*arguments, *options])]
+    run = [*map(str, [warm_h2t, *arguments, *options])]
     found = kill_and_restart(
         run, environment(), tmp_path, tmp_path / "killed/.b.staging", kills=3, shards=shards, seed=0, pause=0
     )

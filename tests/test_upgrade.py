@@ -96,21 +96,26 @@ def test_what_the_first_version_wrote_is_verified_and_trained_on(project):
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "stages"),
+    ("settings", "stages"),
     [
-        (("extract", "codec"), "zstd", {"extract@few"}),
-        (("hosts", "dr", "optimiser", "lr"), 0.5, {"train_classifier@dr", "report"}),
-        (("seed",), 7, {"prepare", "train_backbone@few", "extract@few"}),
-        (("extract", "chunk_rows"), None, set()),  # its default
-        (("hosts", "dr", "rounding"), "floor", set()),
-        (("run",), {"cluster": "local:2"}, set()),
+        (
+            {("extract", "codec"): "zstd", ("hosts", "dr", "optimiser", "lr"): 0.5},
+            {"extract@few", "train_classifier@dr", "report"},
+        ),
+        ({("seed",): 7}, {"prepare", "train_backbone@few", "extract@few"}),
+        (  # defaults, and what changes no byte
+            {("extract", "chunk_rows"): None, ("hosts", "dr", "rounding"): "floor", ("run",): {"cluster": "local:2"}},
+            set(),
+        ),
     ],
 )
-def test_parameters_must_mean_the_same(project, key, value, stages):
+def test_parameters_must_mean_the_same(project, settings, stages):
     def change(values):
-        for part in key[:-1]:
-            values = values[part]
-        values[key[-1]] = value
+        for (*parents, last), value in settings.items():
+            at = values
+            for part in parents:
+                at = at[part]
+            at[last] = value
 
     edit(project / "params.yaml", change)
     plan = upgrade(project, lambda line: None, apply=True)

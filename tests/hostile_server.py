@@ -1,6 +1,7 @@
 """A web server that gives a cache as it is or spoils one of its files, for tests of what a reader takes from it.
 
-Paths are /MODE/TARGET/NAME: where NAME begins with TARGET, MODE spoils the answer; all else is sound.
+Paths are /MODE/TARGET/NAME: where NAME begins with TARGET, MODE spoils the answer; all else is sound, unless the
+handler's `spoil` is set.
 """
 
 import hashlib
@@ -25,12 +26,17 @@ def bomb() -> bytes:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves `files` by ranges, with an ETag if `tagged`; `asked` are (method, name) of all requests."""
+    """Serves `files` by ranges, with an ETag if `tagged`; `asked` are (method, name) of all requests.
+
+    `queries` are what stood behind a `?`. `spoil`, if set, maps (name, bytes of a range) to (body, status, length).
+    """
 
     files: dict[str, bytes] = {}
     asked: list[tuple[str, str]] = []
     encodings: set[str] = set()
+    queries: set[str] = set()
     tagged = True
+    spoil = None
 
     def do_HEAD(self) -> None:
         self._sound(body_too=False)
@@ -48,13 +54,15 @@ class Handler(BaseHTTPRequestHandler):
             self._sound(body_too=True)
 
     def _parts(self) -> list[str]:
-        return self.path.lstrip("/").replace("%20", " ").split("/", 2)
+        path, _, query = self.path.partition("?")
+        type(self).queries.add(query)
+        return path.lstrip("/").replace("%20", " ").split("/", 2)
 
     def _sought(self, data: bytes) -> tuple[bytes, int, dict[str, str]]:
         if not (wanted := self.headers.get("Range")):
             return data, 200, {}
         first, _, last = wanted.removeprefix("bytes=").partition("-")
-        part = data[int(first) : int(last) + 1]
+        part = data[int(first) : int(last) + 1 if last else None]
         return part, 206, {"Content-Range": f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}"}
 
     def _sound(self, *, body_too: bool) -> None:
@@ -65,7 +73,10 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(404)
             return
         data, status, headers = self._sought(files[name])
-        self._head(status, headers | {"Content-Length": str(len(data))}, files[name])
+        length = len(data)
+        if type(self).spoil and headers:
+            data, status, length = type(self).spoil(name, data)
+        self._head(status, headers | {"Content-Length": str(length)}, files[name])
         if body_too:
             self.wfile.write(data)
 
@@ -132,7 +143,7 @@ class Handler(BaseHTTPRequestHandler):
 @contextmanager
 def hostile_server(files: dict[str, bytes]) -> Iterator[tuple[str, type[Handler]]]:
     """(URL, handler) of a server of `files` on the loopback."""
-    handler = type("Here", (Handler,), {"files": files, "asked": [], "encodings": set()})
+    handler = type("Here", (Handler,), {"files": files, "asked": [], "encodings": set(), "queries": set()})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     server.block_on_close = False

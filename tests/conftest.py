@@ -22,6 +22,33 @@ def cache_dir(tmp_path):
     return tmp_path / "cache"
 
 
+def _read_by(monkeypatch, way):
+    from h2t.cache.read.gather import compiled
+
+    if way != "compiled":
+        monkeypatch.setattr("h2t.cache.reader.compiled", lambda: None)
+    elif compiled() is None:
+        pytest.skip("the compiled gather was not built")
+
+
+@pytest.fixture(params=["compiled", "plain"])
+def way(request, monkeypatch):
+    """How rows are read: by the compiled gather, or as where there is none."""
+    _read_by(monkeypatch, request.param)
+    return request.param
+
+
+LAYOUTS = {"compiled": {}, "in place": {}, "decoded": {"codec": "zstd"}, "small rows": {"chunk_rows": 2}}
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request, monkeypatch):
+    """The layout of a cache; together these take every path through the reader."""
+    if request.param in ("compiled", "in place"):
+        _read_by(monkeypatch, request.param)
+    return LAYOUTS[request.param]
+
+
 @pytest.fixture(autouse=True)
 def own_blocks(tmp_path_factory, monkeypatch):
     """Blocks of remote caches are kept apart from those of whoever runs the tests."""

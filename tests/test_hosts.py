@@ -237,13 +237,6 @@ def test_ride_with_cosines():
 CIFAR100 = torch.tensor([int(500 * 0.01 ** (j / 99)) for j in range(100)])
 
 
-def test_counts_of_cifar():
-    assert int(CIFAR100.sum()) == 10847
-    assert int(CIFAR100[35]) == 98
-    ten = [int(5000 * 0.01 ** (j / 9)) for j in range(10)]
-    assert ten == [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
-
-
 def test_margins_and_weights_of_ldam_drw():
     margins, weights = ldam_margins(CIFAR100), effective_weights(CIFAR100, 0.9999)
     at = [0, 35, 70, 99]

@@ -5,18 +5,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from click.testing import CliRunner
-from pipeline_builders import write_params
+from pipeline_builders import invoke, write_params
 from safetensors.numpy import save_file
 
 from h2t.cache.reader import open_cache
 from h2t.cache.tools.audit import verify
-from h2t.pipeline.command_line.main import main
 from h2t.pipeline.sharing import importing
-
-
-def h2t(*arguments):
-    return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
 def make_features(counts=(3, 12, 6), shape=(5,), seed=0, dtype=np.float32):
@@ -56,7 +50,7 @@ WRITERS = [
 def test_every_format_gives_the_rows_that_were_given(tmp_path, write, name):
     x, y = make_features()
     write(tmp_path / name, x, y)
-    done = h2t("cache", "import", tmp_path / "c", "--train", tmp_path / name)
+    done = invoke("cache", "import", tmp_path / "c", "--train", tmp_path / name)
     assert done.exit_code == 0, done.output
     assert verify(tmp_path / "c") == []
     with open_cache(tmp_path / "c") as cache:
@@ -77,7 +71,7 @@ def test_npy_with_labels_beside_and_class_names(tmp_path):
     np.save(tmp_path / "x.npy", x)
     np.save(tmp_path / "y.npy", y)
     (tmp_path / "names.txt").write_text("cat\ndog\nowl\n")
-    done = h2t(
+    done = invoke(
         "cache", "import", tmp_path / "c", "--train", tmp_path / "x.npy", "--train-labels", tmp_path / "y.npy",
         "--classes", tmp_path / "names.txt",
     )  # fmt: skip
@@ -91,7 +85,7 @@ def imported(tmp_path):
     for split, seed in (("train", 0), ("test", 1)):
         save_npz(tmp_path / f"{split}.npz", *make_features(seed=seed))
     out = tmp_path / "features"
-    done = h2t("cache", "import", out, "--train", tmp_path / "train.npz", "--test", tmp_path / "test.npz")
+    done = invoke("cache", "import", out, "--train", tmp_path / "train.npz", "--test", tmp_path / "test.npz")
     assert done.exit_code == 0, done.output
     return out
 
@@ -102,9 +96,9 @@ def test_hosts_without_a_warm_start_train_on_imported_features(tmp_path, host):
     params = write_params(tmp_path / "params.yaml")
     entry = f"hosts.{host}={{backbone: ce_mixup, batchnorm: stage1}}"
     common = ["--params", params, "--set", entry, "--device", "cpu"]
-    done = h2t("train-classifier", host, cache, "none", tmp_path / "heads", *common)
+    done = invoke("train-classifier", host, cache, "none", tmp_path / "heads", *common)
     assert done.exit_code == 0, done.output
-    done = h2t("evaluate", host, cache, tmp_path / "heads", "none", tmp_path / "evaluate", *common)
+    done = invoke("evaluate", host, cache, tmp_path / "heads", "none", tmp_path / "evaluate", *common)
     assert done.exit_code == 0, done.output
     metrics = json.loads((tmp_path / "evaluate/metrics.json").read_text())
     assert metrics["stage1"] is None
@@ -114,7 +108,7 @@ def test_hosts_without_a_warm_start_train_on_imported_features(tmp_path, host):
 def test_hosts_with_a_warm_start_say_so(tmp_path):
     cache = imported(tmp_path)
     params = write_params(tmp_path / "params.yaml", hosts__dr__batchnorm="stage1")
-    done = h2t("train-classifier", "dr", cache, "none", tmp_path / "heads", "--params", params, "--device", "cpu")
+    done = invoke("train-classifier", "dr", cache, "none", tmp_path / "heads", "--params", params, "--device", "cpu")
     assert done.exit_code == 1
     (line,) = done.stderr.splitlines()
     assert "imported features have none" in line
@@ -123,7 +117,7 @@ def test_hosts_with_a_warm_start_say_so(tmp_path):
 def test_a_backbone_for_imported_features_is_refused(tmp_path, backbone_dir):
     cache = imported(tmp_path)
     params = write_params(tmp_path / "params.yaml", hosts__dr__batchnorm="stage1")
-    done = h2t("train-classifier", "dr", cache, backbone_dir, tmp_path / "heads", "--params", params)
+    done = invoke("train-classifier", "dr", cache, backbone_dir, tmp_path / "heads", "--params", params)
     assert done.exit_code == 1
     assert "give none as the backbone" in done.stderr
 
@@ -133,11 +127,11 @@ def test_importing_again_does_nothing_and_other_features_are_refused(tmp_path):
     before = (cache / "cache.json").read_bytes()
     imported(tmp_path)
     save_npz(tmp_path / "other.npz", *make_features(seed=5))
-    done = h2t("cache", "import", cache, "--train", tmp_path / "other.npz")
+    done = invoke("cache", "import", cache, "--train", tmp_path / "other.npz")
     assert done.exit_code == 1
     assert "holds another cache" in done.stderr
     assert (cache / "cache.json").read_bytes() == before
-    assert h2t("cache", "import", cache, "--train", tmp_path / "other.npz", "--replace").exit_code == 0
+    assert invoke("cache", "import", cache, "--train", tmp_path / "other.npz", "--replace").exit_code == 0
     assert (cache / "cache.json").read_bytes() != before
 
 
@@ -221,7 +215,7 @@ def test_hostile_input_is_one_line_and_leaves_nothing(tmp_path, capfd, write, na
     write(tmp_path / name)
     np.save(tmp_path / "y.npy", np.zeros(9, int))
     beside = ["--train-labels", tmp_path / "y.npy"] if name.endswith(("npy", "pkl", "safetensors")) else []
-    done = h2t("cache", "import", tmp_path / "c", "--train", tmp_path / name, *beside)
+    done = invoke("cache", "import", tmp_path / "c", "--train", tmp_path / name, *beside)
     assert done.exit_code == 1, done.output
     (line,) = done.stderr.splitlines()
     assert says in line
@@ -234,7 +228,7 @@ def test_an_archive_that_claims_too_much_is_refused_unread(tmp_path, monkeypatch
 
     save_npz(tmp_path / "x.npz", *make_features())
     monkeypatch.setattr(importing, "available_memory", lambda: 100)
-    done = h2t("cache", "import", tmp_path / "c", "--train", tmp_path / "x.npz")
+    done = invoke("cache", "import", tmp_path / "c", "--train", tmp_path / "x.npz")
     assert done.exit_code == 1
     assert "GB of memory" in done.stderr
 
@@ -242,7 +236,7 @@ def test_an_archive_that_claims_too_much_is_refused_unread(tmp_path, monkeypatch
 def test_labels_without_training_rows_are_refused(tmp_path):
     save_npz(tmp_path / "train.npz", *make_features((3, 4)))
     save_npz(tmp_path / "test.npz", *make_features((3, 4, 5)))
-    done = h2t("cache", "import", tmp_path / "c", "--train", tmp_path / "train.npz", "--test", tmp_path / "test.npz")
+    done = invoke("cache", "import", tmp_path / "c", "--train", tmp_path / "train.npz", "--test", tmp_path / "test.npz")
     assert done.exit_code == 1
     assert "label 2 occurs in no training row" in done.stderr
 
@@ -261,9 +255,9 @@ def test_features_that_change_while_they_are_imported_are_refused(tmp_path, monk
     command = ["cache", "import", tmp_path / "c", "--train", tmp_path / "x.npy", "--train-labels", tmp_path / "y.npy"]
     with monkeypatch.context() as patch:
         patch.setattr(importing, "CacheWriter", late)
-        done = h2t(*command)
+        done = invoke(*command)
     assert done.exit_code == 1
     assert "changed while it was imported; import again once the file is finished" in done.stderr
     assert not (tmp_path / "c").exists()
-    assert h2t(*command).exit_code == 0
+    assert invoke(*command).exit_code == 0
     assert verify(tmp_path / "c") == []

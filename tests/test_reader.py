@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 
 from h2t.cache.errors import CacheError
 from h2t.cache.format.codecs import CODECS, PYTHON_ONLY
-from h2t.cache.read.gather import Gather, compiled
+from h2t.cache.read.gather import Gather
 from h2t.cache.reader import open_cache
+
+pytestmark = pytest.mark.usefixtures("way")
 
 LAYOUTS = [
     pytest.param({}, id="one row per chunk"),
@@ -26,16 +28,6 @@ LAYOUTS = [
     pytest.param({"maps": ((1, 1, 1),), "dtype": "float32"}, id="1x1"),
     pytest.param({"dtype": "bfloat16", "chunk_rows": 4}, id="bfloat16"),
 ]
-
-
-@pytest.fixture(params=["compiled", "plain"], autouse=True)
-def way(request, monkeypatch):
-    """Every test here reads by the compiled gather, and as where there is none."""
-    if request.param == "plain":
-        monkeypatch.setattr("h2t.cache.reader.compiled", lambda: None)
-    elif compiled() is None:
-        pytest.skip("the compiled gather was not built")
-    return request.param
 
 
 def refused(location, rows=None, **how) -> CacheError:

@@ -11,19 +11,9 @@ import pytest
 from builders import make_cache, make_rows, reseal, tree
 
 from h2t.cache.errors import CacheError
-from h2t.cache.read.gather import Gather, compiled
+from h2t.cache.read.gather import Gather
 from h2t.cache.reader import THREADS, open_cache
 from h2t.cache.tools.audit import describe
-
-
-@pytest.fixture(params=["compiled", "plain"])
-def way(request, monkeypatch):
-    """By the compiled gather, and as where there is none."""
-    if request.param == "plain":
-        monkeypatch.setattr("h2t.cache.reader.compiled", lambda: None)
-    elif compiled() is None:
-        pytest.skip("the compiled gather was not built")
-    return request.param
 
 
 def shard(root, number=1, expert=0):

@@ -75,25 +75,6 @@ def test_pooling_first_or_last_gives_the_same_heads(tmp_path, dtype, bound):
             assert distance(on_maps[name][k], on_vectors[name][k]) <= bound
 
 
-def test_ratio_0_needs_no_donor_at_all(tmp_path):
-    """Heads at ratio 0 do not change by one bit when the donors' maps are replaced; others do."""
-    counts = {"counts": (12, 5, 2), "shape": (8, 2, 2)}
-    plain = make_stage2_cache(tmp_path / "a", **counts)
-
-    def noise(maps, rows):
-        maps[0][np.array(rows["statistics"]) == "instance"] = 7.5
-
-    other = make_stage2_cache(tmp_path / "b", change=noise, **counts)
-    heads = [{"ratio": 0.0}, {"ratio": 0.5}]
-    first, _ = trained(make_stack(plain, heads))
-    second, _ = trained(make_stack(other, heads))
-    alone, _ = trained(make_stack(plain, [{"ratio": 0.0}]))
-    for name in first:
-        assert torch.equal(first[name][0], second[name][0])
-        assert not torch.equal(first[name][1], second[name][1])
-        assert distance(first[name][0], alone[name][0]) <= 1e-5
-
-
 def test_heads_of_one_seed_share_batches_and_heads_of_other_seeds_do_not(cache):
     state, _ = trained(
         make_stack(cache, [{"ratio": 0.0, "donor": d, "seed": s} for d in DONORS for s in (0, 1)], donors=DONORS)

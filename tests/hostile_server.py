@@ -128,12 +128,12 @@ class Handler(BaseHTTPRequestHandler):
         self.send_error(500)
 
     def _steady(self, data: bytes) -> None:
-        """About 5 kB/s."""
+        """About 2 kB/s."""
         whole = self.files[self._parts()[2]]
         _, status, headers = self._sought(whole)
         self._head(status, headers | {"Content-Length": str(len(data))}, whole)
-        for at in range(0, len(data), 500):
-            self.wfile.write(data[at : at + 500])
+        for at in range(0, len(data), 200):
+            self.wfile.write(data[at : at + 200])
             time.sleep(0.1)
 
     def log_message(self, *_: object) -> None:

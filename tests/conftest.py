@@ -106,3 +106,13 @@ def digits_cache(tmp_path_factory, digits, backbone_dir):
     out = tmp_path_factory.mktemp("extract") / "b"
     extracted(out, *digits, backbone_dir, max_views=2)
     return out
+
+
+@pytest.fixture(scope="session")
+def plain_cache(tmp_path_factory, digits, backbone_dir):
+    """The digits' maps of that backbone under the default recipes, one view, float32; tests change copies only."""
+    from pipeline_builders import extracted
+
+    out = tmp_path_factory.mktemp("plain") / "b"
+    extracted(out, *digits, backbone_dir)
+    return out

@@ -1,4 +1,4 @@
-"""The benchmarks of an epoch and of extraction run tiny; and streaming holds its memory bound on a smaller cache."""
+"""The benchmarks of an epoch and of scale run tiny; and streaming holds its memory bound on a smaller cache."""
 
 import json
 import subprocess
@@ -23,18 +23,6 @@ def test_epoch_benchmark(tmp_path, capsys):
     assert body["promises"]["same_weights_as_in_memory"]
     assert abs(body["promises"]["hit_rate"] - body["promises"]["expected_hit_rate"]) < 0.05  # 30 steps only
     assert "ours, streaming" in capsys.readouterr().out
-
-
-def test_extraction_benchmark(tmp_path, capsys):
-    from benchmarks.bench_extract import main
-
-    out = tmp_path / "result.json"
-    main(["--tiny", "--data", str(tmp_path / "data"), "--out", str(out), "--device", "cpu"])
-    body = json.loads(out.read_text())
-    assert set(body["seconds"]) == {"bare", "ours"}
-    assert set(body["of_bare"]) == {"median", "p10", "p90", "cpu"}
-    assert [p.name for p in (tmp_path / "data").iterdir()] == ["backbone"]
-    assert "ours / bare" in capsys.readouterr().out
 
 
 def test_streaming_a_cache_ten_times_the_budget_does_not_hold_it(tmp_path):

@@ -22,9 +22,8 @@ from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import build
 from h2t.pipeline.data import cifar_files, list_files
-from h2t.pipeline.data.classes import groups
 from h2t.pipeline.stages import prepare
-from h2t.pipeline.stages.prepare import Imbalance, long_tailed_counts
+from h2t.pipeline.stages.prepare import Imbalance
 
 
 def opened(name: str, values: dict):
@@ -70,18 +69,6 @@ def test_the_default_transform_is_the_published_one(name):
 
 
 # --- CIFAR
-
-
-@pytest.mark.parametrize(
-    ("classes", "ratio", "head_medium_tail"),
-    [(100, 100, (35, 34, 31)), (100, 50, (41, 40, 19)), (10, 200, (7, 3, 0)), (10, 50, (9, 1, 0))],
-)
-def test_threshold_groups_of_cifar(classes, ratio, head_medium_tail):
-    counts = long_tailed_counts(50000 // classes, classes, Imbalance(profile="exponential", ratio=float(ratio)))
-    found = groups(counts)
-    assert tuple(found["paper_threshold"].count(g) for g in ("head", "medium", "tail")) == head_medium_tail
-    wanted = (36, 35, 29) if classes == 100 else (3, 4, 3)
-    assert tuple(found["paper_index"].count(g) for g in ("head", "medium", "tail")) == wanted
 
 
 def reference_subset(label: np.ndarray, classes: int, ratio: float) -> list[int]:

@@ -1,5 +1,7 @@
 """Extraction in halves: near float32, guarded against overflow row by row, named in what must be equal to go on."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -19,10 +21,9 @@ def maps_of(path):
 
 
 @pytest.mark.parametrize(("precision", "bound"), [("bf16", 0.05), ("fp16", 0.01)])
-def test_maps_stay_near_those_of_float32(tmp_path, digits, backbone_dir, precision, bound):
-    extracted(tmp_path / "full", *digits, backbone_dir)
+def test_maps_stay_near_those_of_float32(tmp_path, digits, backbone_dir, plain_cache, precision, bound):
     extracted(tmp_path / "half", *digits, backbone_dir, precision=precision)
-    (full, spec), (half, spec_half) = maps_of(tmp_path / "full"), maps_of(tmp_path / "half")
+    (full, spec), (half, spec_half) = maps_of(plain_cache), maps_of(tmp_path / "half")
     off = np.abs(full - half).max() / np.abs(full).max()
     assert 0 < off < bound
     assert spec_half.provenance["precision"] == precision
@@ -33,18 +34,17 @@ def test_maps_stay_near_those_of_float32(tmp_path, digits, backbone_dir, precisi
     assert (found.same_bits, found.faults) == (20, [])
 
 
-def test_rows_of_another_precision_are_not_taken(tmp_path, digits, backbone_dir):
-    extracted(tmp_path / "full", *digits, backbone_dir)
+def test_rows_of_another_precision_are_not_taken(tmp_path, digits, backbone_dir, plain_cache):
     lines = []
     summary = extracted(
-        tmp_path / "half", *digits, backbone_dir, previous=tmp_path / "full", precision="bf16", say=lines.append
+        tmp_path / "half", *digits, backbone_dir, previous=plain_cache, precision="bf16", say=lines.append
     )
     assert summary.taken == 0
     assert any("precision" in line for line in lines)
 
 
-def test_a_cache_of_another_precision_is_not_the_one_asked_for(tmp_path, digits, backbone_dir):
-    extracted(tmp_path / "c", *digits, backbone_dir)
+def test_a_cache_of_another_precision_is_not_the_one_asked_for(tmp_path, digits, backbone_dir, plain_cache):
+    shutil.copytree(plain_cache, tmp_path / "c")
     with pytest.raises(CacheError) as error:
         extracted(tmp_path / "c", *digits, backbone_dir, precision="bf16")
     assert error.value.reason == "exists"

@@ -70,10 +70,13 @@ def server(tmp_path_factory):
         yield found
 
 
-@pytest.mark.parametrize("blocks", ["8000000", "0"], ids=["blocks kept", "no blocks"])
-def test_no_answer_fills_the_memory(server, tmp_path, blocks):
+@pytest.mark.parametrize(
+    ("blocks", "targets"),
+    [("8000000", [RECORD, ROWS, STATISTICS, MAPS]), ("0", [MAPS])],  # only shards are kept in blocks
+    ids=["blocks kept", "no blocks"],
+)
+def test_no_answer_fills_the_memory(server, tmp_path, blocks, targets):
     url, handler = server
-    targets = [RECORD, ROWS, STATISTICS, MAPS]
     urls = [f"{url}/sound/x"] + [
         f"{url}/{mode}/{name}" for mode in ("gzip", "endless", "lies", "range") for name in targets
     ]

@@ -13,6 +13,7 @@ from contextlib import ExitStack, suppress
 import pytest
 import torch
 from builders import tree
+from distributed import Client
 from pipeline_builders import extracted, make_extract
 
 from h2t.cache.write.writer import CacheWriter
@@ -59,10 +60,10 @@ def address_in(about):
     return None
 
 
-@pytest.fixture
-def scheduler(tmp_path):
+@pytest.fixture(scope="module")
+def scheduler(tmp_path_factory):
     """A dask scheduler and two workers as people start them, on the loopback: its address, the workers' processes."""
-    about = tmp_path / "scheduler.json"
+    about = tmp_path_factory.mktemp("scheduler") / "scheduler.json"
 
     def dask(*arguments):
         command = [sys.executable, "-m", "dask", *arguments, "--no-dashboard"]
@@ -81,25 +82,10 @@ def scheduler(tmp_path):
         while not (address := address_in(about)) and time.monotonic() < until:
             time.sleep(0.05)
         assert address, "no scheduler"
-        yield address, [start("worker", address, "--no-nanny", "--nthreads", "1", "--name", n) for n in "01"]
-
-
-def test_workers_of_a_scheduler_write_the_same_bytes_also_when_one_is_killed(
-    digits, backbone_dir, single, tmp_path, monkeypatch, scheduler
-):
-    address, workers = scheduler
-    write, written = CacheWriter.write, []
-
-    def kill_one(self, shard, maps):
-        write(self, shard, maps)
-        written.append(shard)
-        if len(written) == 2:
-            workers[0].kill()
-
-    monkeypatch.setattr(CacheWriter, "write", kill_one)
-    extracted(tmp_path / "b", *digits, backbone_dir, cluster=address, **SMALL)
-    assert workers[0].wait(60) == -signal.SIGKILL
-    assert tree(tmp_path / "b") == single
+        workers = [start("worker", address, "--no-nanny", "--nthreads", "1", "--name", n) for n in "01"]
+        with Client(address, set_as_default=False) as client:
+            client.wait_for_workers(2, timeout=300)
+        yield address, workers
 
 
 def test_a_stopped_worker_is_named_and_going_on_is_enough(
@@ -125,6 +111,25 @@ def test_a_stopped_worker_is_named_and_going_on_is_enough(
     extracted(tmp_path / "b", *digits, backbone_dir, say=say, cluster=address, **SMALL)
     assert any("no shard for " in line and "no report for 9 s from worker 1 at tcp://" in line for line in said), said
     assert not any("worker 0" in line for line in said)
+    assert tree(tmp_path / "b") == single
+
+
+def test_workers_of_a_scheduler_write_the_same_bytes_also_when_one_is_killed(
+    digits, backbone_dir, single, tmp_path, monkeypatch, scheduler
+):
+    """The last test of these workers."""
+    address, workers = scheduler
+    write, written = CacheWriter.write, []
+
+    def kill_one(self, shard, maps):
+        write(self, shard, maps)
+        written.append(shard)
+        if len(written) == 2:
+            workers[0].kill()
+
+    monkeypatch.setattr(CacheWriter, "write", kill_one)
+    extracted(tmp_path / "b", *digits, backbone_dir, cluster=address, **SMALL)
+    assert workers[0].wait(60) == -signal.SIGKILL
     assert tree(tmp_path / "b") == single
 
 

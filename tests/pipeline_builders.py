@@ -219,12 +219,17 @@ def make_prepare(**overrides) -> prepare.Params:
     return prepare.Params.model_validate({**values, **overrides})
 
 
+def prepared(section: dict[str, Any], out: Path, seed=0):
+    """(Samples, Images) of the section `prepare`, prepared into `out`."""
+    params = prepare.Params.model_validate(section)
+    prepare.run(params, seed, out, silent)
+    samples = load_samples(out)
+    return samples, samples.images(params.model_dump())
+
+
 def make_samples(folder: Path, seed=0, **overrides):
     """(Samples, Images) of digits, prepared into `folder`."""
-    params = make_prepare(**overrides)
-    prepare.run(params, seed, folder, silent)
-    samples = load_samples(folder)
-    return samples, samples.images(params.model_dump())
+    return prepared(make_prepare(**overrides).model_dump(), folder, seed)
 
 
 def make_extract(**overrides) -> extract.Params:

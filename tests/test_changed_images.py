@@ -14,12 +14,22 @@ import pytest
 from builders import tree
 from image_builders import make_image_folder, write_image
 from PIL import Image
-from pipeline_builders import CPU, environment, extracted, make_backbone_dir, refused, silent, torchrun, write_params
+from pipeline_builders import (
+    CPU,
+    environment,
+    extracted,
+    make_backbone_dir,
+    prepared,
+    refused,
+    silent,
+    torchrun,
+    write_params,
+)
 
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.data import images as images_module
 from h2t.pipeline.data.samples import Samples, load_samples
-from h2t.pipeline.stages import prepare, train_backbone
+from h2t.pipeline.stages import train_backbone
 from h2t.pipeline.training.resume import Checkpoint
 
 VICTIM, OTHER = "train/cat/1.png", "train/dog/1.png"
@@ -39,13 +49,6 @@ TRAINING = {"arch": "resnet20", "epochs": 3, "warmup_epochs": 0, "batch_size": 4
 def section_of(place: Path) -> dict:
     options = {"root": str(place / "images"), "test": "test", "transform": TRANSFORM}
     return {"dataset": "image_folder", "options": options}
-
-
-def prepared(section: dict, out: Path):
-    """(Samples, Images) as they are now."""
-    prepare.run(prepare.Params.model_validate(section), 0, out, silent)
-    samples = load_samples(out)
-    return samples, samples.images(section)
 
 
 def opened(place: Path):

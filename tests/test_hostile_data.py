@@ -260,24 +260,6 @@ def save(path, x, y):
     np.savez(path, x=np.asarray(x), y=np.asarray(y))
 
 
-@pytest.mark.parametrize(
-    ("x", "y", "says"),
-    [
-        (np.zeros((0, 3), np.float32), np.zeros(0, int), "got float32 (0, 3)"),
-        ([[1.0, np.nan]], [0], "holds NaN"),
-        ([[1.0, -np.inf]], [0], "holds NaN, infinity"),
-        ([[1j]], [0], "must be numbers"),
-        ([["1"]], [0], "must be numbers"),
-        (np.zeros((2, 3)), [0, np.nan], "whole numbers or texts"),
-        (np.zeros((2, 3)), [[0], [1]], "one label for each"),
-    ],
-    ids=["no rows", "nan", "inf", "complex", "text", "nan label", "two axes"],
-)
-def test_features_that_are_none(tmp_path, x, y, says):
-    save(tmp_path / "x.npz", x, y)
-    assert says in refused("cache", "import", tmp_path / "c", "--train", tmp_path / "x.npz", leaves=tmp_path / "c")
-
-
 def test_negative_labels_are_names_like_others(tmp_path):
     """People's labels are names here; those of a cache count from 0."""
     save(tmp_path / "x.npz", np.eye(3, dtype=np.float32), [-5, -5, 2**62])

@@ -140,18 +140,6 @@ class Evil:
         return (print, ("code ran",))
 
 
-def pickled(path):
-    np.save(path, np.array([Evil()], dtype=object), allow_pickle=True)
-
-
-def pickle_itself(path):
-    path.write_bytes(pickle.dumps(Evil()))
-
-
-def pickled_in_npz(path):
-    np.savez(path, features=np.array([Evil()], dtype=object), labels=np.zeros(1, int))
-
-
 def cut(path):
     np.save(path, np.zeros((9, 4), np.float32))
     path.write_bytes(path.read_bytes()[:-10])
@@ -161,56 +149,44 @@ def garbage(path):
     path.write_bytes(b"PAR1" + b"\xff" * 64)
 
 
-def nan(path):
-    x, y = make_features()
-    x[4, 2] = np.nan
-    save_npz(path, x, y)
+def features(x, y=None):
+    """Writes an .npz file of features and, unless None, labels."""
+    labels = {} if y is None else {"labels": np.asarray(y)}
+    return lambda path: np.savez(path, features=np.asarray(x), **labels)
 
 
-def ragged(path):
-    pq.write_table(pa.table({"embedding": [[1.0], [1.0, 2.0]], "label": [0, 1]}), path)
+THREE = np.zeros((3, 2), np.float32)
+OBJECTS = np.array([Evil()], dtype=object)
+HOSTILE = {
+    "pickled": (lambda path: np.save(path, OBJECTS, allow_pickle=True), "x.npy", "Python objects"),
+    "a pickle": (lambda path: path.write_bytes(pickle.dumps(Evil())), "x.npy", "cannot be read"),
+    "pickled in npz": (features(OBJECTS, [0]), "x.npz", "allow_pickle"),
+    "cut": (cut, "x.npy", "cannot be read"),
+    "no npz": (garbage, "x.npz", "cannot be read"),
+    "no safetensors": (garbage, "x.safetensors", "cannot be read"),
+    "no parquet": (garbage, "x.parquet", "cannot be read"),
+    "another name": (garbage, "x.pkl", "must be one of .npy"),
+    "ragged": (
+        lambda path: pq.write_table(pa.table({"embedding": [[1.0], [1.0, 2.0]], "label": [0, 1]}), path),
+        "x.parquet",
+        "different lengths",
+    ),
+    "nan": (features([[1.0, 2.0], [1.0, np.nan]], [0, 1]), "x.npz", "row 1 (x.npz/000000001) holds NaN"),
+    "infinity": (features([[1.0, -np.inf]], [0]), "x.npz", "holds NaN, infinity"),
+    "too large": (features(np.full((3, 2), 1e300), [0, 0, 0]), "x.npz", "beyond float32"),
+    "complex": (features([[1j]], [0]), "x.npz", "must be numbers"),
+    "text": (features([["1"]], [0]), "x.npz", "must be numbers"),
+    "no rows": (features(THREE[:0], np.zeros(0, int)), "x.npz", "got float32 (0, 2)"),
+    "cube": (features(THREE[:, :, None], [0, 0, 0]), "x.npz", "(n, C) or (n, C, H, W)"),
+    "no labels": (features(THREE), "x.npz", "no labels"),
+    "few labels": (features(THREE, [0, 0]), "x.npz", "one label for each of 3 rows"),
+    "labels of two axes": (features(THREE, [[0], [1], [1]]), "x.npz", "one label for each"),
+    "fractions": (features(THREE, [0, 0.5, 1]), "x.npz", "whole numbers or texts"),
+    "nan label": (features(THREE, [0, np.nan, 1]), "x.npz", "whole numbers or texts"),
+}
 
 
-def no_labels(path):
-    np.savez(path, features=np.zeros((3, 2), np.float32))
-
-
-def few_labels(path):
-    np.savez(path, features=np.zeros((3, 2), np.float32), labels=np.zeros(2, int))
-
-
-def fractions(path):
-    np.savez(path, features=np.zeros((3, 2), np.float32), labels=np.array([0, 0.5, 1]))
-
-
-def cube(path):
-    np.savez(path, features=np.zeros((3, 2, 2), np.float32), labels=np.zeros(3, int))
-
-
-def too_large(path):
-    np.savez(path, features=np.full((3, 2), 1e300), labels=np.zeros(3, int))
-
-
-@pytest.mark.parametrize(
-    ("write", "name", "says"),
-    [
-        (pickled, "x.npy", "Python objects"),
-        (pickle_itself, "x.npy", "cannot be read"),
-        (pickled_in_npz, "x.npz", "allow_pickle"),
-        (cut, "x.npy", "cannot be read"),
-        (garbage, "x.npz", "cannot be read"),
-        (garbage, "x.safetensors", "cannot be read"),
-        (garbage, "x.parquet", "cannot be read"),
-        (garbage, "x.pkl", "must be one of .npy"),
-        (nan, "x.npz", "row 4 (x.npz/000000004) holds NaN"),
-        (ragged, "x.parquet", "different lengths"),
-        (no_labels, "x.npz", "no labels"),
-        (few_labels, "x.npz", "one label for each of 3 rows"),
-        (fractions, "x.npz", "whole numbers or texts"),
-        (cube, "x.npz", "(n, C) or (n, C, H, W)"),
-        (too_large, "x.npz", "beyond float32"),
-    ],
-)
+@pytest.mark.parametrize(("write", "name", "says"), HOSTILE.values(), ids=HOSTILE)
 def test_hostile_input_is_one_line_and_leaves_nothing(tmp_path, capfd, write, name, says):
     write(tmp_path / name)
     np.save(tmp_path / "y.npy", np.zeros(9, int))

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pipeline_builders
 import pytest
 from builders import make_cache, make_maps, make_rows, make_spec, tree, write_cache
 from click.testing import CliRunner
@@ -19,8 +20,6 @@ from h2t.cache.reader import open_cache
 from h2t.cache.tools.verify import verify
 from h2t.cache.write.carry import Carrier, broken_shards
 from h2t.pipeline.command_line.main import main
-from h2t.pipeline.data.samples import load_samples
-from h2t.pipeline.stages import prepare
 
 TRANSFORM = {"size": 8, "resize": 8, "padding": 1, "flip": True, "mean": [0.5] * 3, "std": [0.25] * 3}
 COUNTS = {"owl": 9, "cat": 8, "fox": 3}
@@ -43,10 +42,7 @@ def section_of(root: Path) -> dict:
 
 def prepared(root: Path, out: Path):
     """(Samples, Images) of the image folder `root` as it is now."""
-    section = section_of(root)
-    prepare.run(prepare.Params.model_validate(section), 0, out, silent)
-    samples = load_samples(out)
-    return samples, samples.images(section)
+    return pipeline_builders.prepared(section_of(root), out)
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,14 @@
-"""Kills a run at random moments and starts it again, until it ends."""
+"""Kills a run at random moments and starts it again until it ends, or strikes it before a file operation."""
 
+import multiprocessing
+import os
 import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ATTEMPTS = 20
@@ -72,3 +75,35 @@ def kill_and_restart(
         found.append(journalled(staging))
     finish(command, env, cwd)
     return found
+
+
+CHANGES = ("os.rename", "os.rmdir", "os.remove", "os.mkdir")
+
+
+def killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def struck(work: Callable[[], None], step: int, strike: Callable[[], None] = killed) -> int:
+    """The exit code of `work` in a fork of this process; `strike` is called once, just before change number `step`.
+
+    A change renames or removes a file, or makes or removes a directory.
+    """
+
+    def child() -> None:
+        left = step
+
+        def count(event: str, _: object) -> None:
+            nonlocal left
+            if event in CHANGES:
+                left -= 1
+                if left == -1:
+                    strike()
+
+        sys.addaudithook(count)
+        work()
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join()
+    return process.exitcode

@@ -26,7 +26,7 @@ from repositories import dvc
 
 from h2t.pipeline.base import plugins
 from h2t.pipeline.inspection import settings
-from h2t.pipeline.inspection.doctor import NAMED_BY_DVC
+from h2t.pipeline.inspection.setting_up import NAMED_BY_DVC
 
 PAGES = sorted((ROOT / "docs").glob("adding-a*.md"))
 

@@ -14,6 +14,7 @@ from h2t.cache.reader import open_cache
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import build
+from h2t.pipeline.base.run import Run
 from h2t.pipeline.evaluation.metrics import softmax_confidence
 from h2t.pipeline.evaluation.scoring import head_logits, load_heads_for
 from h2t.pipeline.heads.batches import sample_rows
@@ -38,7 +39,7 @@ def trained(tmp_path_factory, digits_cache, backbone_dir):
 
             params = train_classifier.Params(host="ncm", backbone="b", classifier="cosine")
             with open_cache(digits_cache) as opened:
-                train_classifier.run(params, Residency(), "ncm", opened, backbone_dir, CPU, root / host, silent)
+                train_classifier.run(params, Run("ncm", root / host), Residency(), opened, backbone_dir)
         else:
             fitted(root / host, digits_cache, backbone_dir, host=host, **more)
     return SimpleNamespace(root=root, cache=digits_cache, backbone=backbone_dir)

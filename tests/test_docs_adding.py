@@ -7,18 +7,23 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
 from conformance import (
+    CHANNELS,
     COUNTS,
     check_backbone,
+    check_fusion,
     check_gradients,
     check_head_alone,
     check_logits,
     check_objective,
     check_pool,
+    check_ratio_0,
     check_sampler,
+    gradient_hosts,
 )
 from dvc.repo import Repo
 from pipeline_builders import ROOT, environment, make_params, make_samples, make_stage2_cache
@@ -82,8 +87,16 @@ def test_a_page_is_short_and_its_parameters_are_accepted(page, outside):
 
 def test_the_host_of_the_page(outside, tmp_path):
     _, name = install(ROOT / "docs" / "adding-a-host.md", outside)
-    cache = make_stage2_cache(tmp_path / "c", counts=COUNTS, shape=(20, 2, 2))
+    assert name in gradient_hosts()
+
+    def noise(maps, rows):
+        maps[0][np.array(rows["statistics"]) == "instance"] += 1.5
+
+    cache = make_stage2_cache(tmp_path / "c", counts=COUNTS, shape=(CHANNELS, 2, 2))
+    other_donors = make_stage2_cache(tmp_path / "d", counts=COUNTS, shape=(CHANNELS, 2, 2), change=noise)
     check_head_alone(name, cache)
+    check_ratio_0(name, cache, other_donors)
+    check_fusion(cache, name)
     check_gradients(name, (9, 1))
     check_logits(name)
 
@@ -110,21 +123,6 @@ def test_the_dataset_of_the_page(outside, tmp_path):
     )
     assert samples.counts == [48, 12]
     assert images.batch([0, 1], [None, None]).shape == (2, 3, 8, 8)
-
-
-@pytest.mark.parametrize("name", plugins.names("samplers"))
-def test_samplers_conform(name):
-    check_sampler(name)
-
-
-@pytest.mark.parametrize("name", plugins.names("objectives"))
-def test_objectives_conform(name):
-    check_objective(name)
-
-
-@pytest.mark.parametrize("name", plugins.names("pools"))
-def test_pools_conform(name):
-    check_pool(name)
 
 
 @pytest.mark.slow

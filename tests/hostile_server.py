@@ -118,7 +118,7 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(0.1)
 
     def _silent(self, data: bytes) -> None:
-        time.sleep(20)
+        time.sleep(120)
 
     def _breaks(self, data: bytes) -> None:
         """Half a second, a byte, and gone."""

@@ -104,7 +104,7 @@ def test_a_server_that_hardly_answers_is_left(server, monkeypatch, mode, target)
         cache.read([0, 59])
     assert error.value.reason == "unreachable"
     assert len(error.value.detail.splitlines()) == 1
-    assert time.monotonic() - started < 19  # one window and a busy machine; one silence alone lasts 20 seconds
+    assert time.monotonic() - started < 60  # one window and a busy machine; the silence lasts two minutes
 
 
 def test_a_slow_but_steady_server_is_waited_for(server, monkeypatch):

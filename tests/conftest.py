@@ -49,6 +49,18 @@ def layout(request, monkeypatch):
     return LAYOUTS[request.param]
 
 
+@pytest.fixture
+def no_waiting(monkeypatch):
+    """A store that falters is asked again at once."""
+    monkeypatch.setattr("h2t.cache.read.asking.FIRST_WAIT", 0)
+
+
+@pytest.fixture(params=["8000000", "0"], ids=["blocks kept", "no blocks"])
+def kept(request, monkeypatch):
+    """With a cache of remote blocks and without."""
+    monkeypatch.setenv("H2T_BLOCK_CACHE_BYTES", request.param)
+
+
 @pytest.fixture(autouse=True)
 def own_blocks(tmp_path_factory, monkeypatch):
     """Blocks of remote caches are kept apart from those of whoever runs the tests."""

@@ -21,13 +21,10 @@ from h2t.cache.reader import open_cache
 from h2t.cache.tools.verify import verify
 
 SHARD = "maps.zarr/expert_0/c.1.0.0.0"
+pytestmark = pytest.mark.usefixtures("no_waiting")
+
 SETTINGS = {"rows": make_rows(60), "shard_rows": 4, "maps": ((3, 2, 2), (2, 1, 1))}
 WANTED = [59, 4, 4, 0, 31]
-
-
-@pytest.fixture(autouse=True)
-def _no_waiting(monkeypatch):
-    monkeypatch.setattr(asking, "FIRST_WAIT", 0)
 
 
 def refusal(url, rows=WANTED) -> CacheError:
@@ -202,12 +199,6 @@ class Falters:
             self.times -= 1
             return self.spoil(name, data)
         return data, 206, len(data)
-
-
-@pytest.fixture(params=["8000000", "0"], ids=["blocks kept", "no blocks"])
-def kept(request, monkeypatch):
-    monkeypatch.setenv("H2T_BLOCK_CACHE_BYTES", request.param)
-    return request.param != "0"
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,12 @@ from pipeline_builders import ROOT
 from h2t.cache.errors import CacheError
 from h2t.cache.format import spec
 from h2t.cache.format.spec import MAPS, MAX_RECORD_BYTES, RECORD, ROWS, STATISTICS
-from h2t.cache.read import asking, transfer
 from h2t.cache.read import files as local
+from h2t.cache.read import transfer
 from h2t.cache.reader import open_cache
 from h2t.cache.tools.verify import verify
+
+pytestmark = pytest.mark.usefixtures("no_waiting")
 
 SETTINGS = {"rows": make_rows(60), "shard_rows": 20, "maps": ((3, 2, 2),)}
 MOST_MORE = 200 * 1024**2
@@ -55,11 +57,6 @@ for number, url in enumerate(sys.argv[1:]):
         found.append([url, way.__name__, end, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024])
 print(json.dumps(found))
 """
-
-
-@pytest.fixture(autouse=True)
-def _no_waiting(monkeypatch):
-    monkeypatch.setattr(asking, "FIRST_WAIT", 0)
 
 
 @pytest.fixture(scope="module")

@@ -1,3 +1,4 @@
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -61,10 +62,17 @@ def kept(request, monkeypatch):
     monkeypatch.setenv("H2T_BLOCK_CACHE_BYTES", request.param)
 
 
+@pytest.fixture(scope="session")
+def all_blocks(tmp_path_factory):
+    """A folder, and numbers for those below it: a folder from `tmp_path_factory` for each test takes milliseconds."""
+    return tmp_path_factory.mktemp("blocks"), itertools.count()
+
+
 @pytest.fixture(autouse=True)
-def own_blocks(tmp_path_factory, monkeypatch):
-    """Blocks of remote caches are kept apart from those of whoever runs the tests."""
-    monkeypatch.setenv("H2T_BLOCK_CACHE", str(tmp_path_factory.mktemp("blocks")))
+def own_blocks(all_blocks, monkeypatch):
+    """Blocks of remote caches are kept apart from those of whoever runs the tests, and of other tests."""
+    folder, numbers = all_blocks
+    monkeypatch.setenv("H2T_BLOCK_CACHE", str(folder / str(next(numbers))))
 
 
 @pytest.fixture(autouse=True)

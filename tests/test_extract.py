@@ -176,21 +176,22 @@ OTHERS = {
     "codec": {"codec": "zstd"},
     "chunks": {"chunk_rows": 5},
     "views": {"max_views": 2},
-    "recipes": {"batchnorm": ["stage1"]},
+    "recipes": {"batchnorm": ["stage1", "calibrated"]},
 }
 
 
 @pytest.mark.parametrize("change", OTHERS.values(), ids=OTHERS)
-def test_another_cache_is_refused_and_left_alone_unless_replaced(tmp_path, digits, backbone_dir, plain_cache, change):
-    out = Path(shutil.copytree(plain_cache, tmp_path / "c"))
+def test_another_cache_is_refused_and_left_alone_unless_replaced(tmp_path, digits, backbone_dir, change):
+    out, own = tmp_path / "c", {"batchnorm": ["stage1"]}
+    extracted(out, *digits, backbone_dir, **own)
     before = tree(out)
     with pytest.raises(CacheError) as error:
-        extracted(out, *digits, backbone_dir, **change)
+        extracted(out, *digits, backbone_dir, **{**own, **change})
     assert error.value.reason == "exists"
     assert "--replace" in str(error.value)
     assert tree(out) == before
-    extracted(out, *digits, backbone_dir, replace=True, **change)
-    extracted(tmp_path / "fresh", *digits, backbone_dir, **change)
+    extracted(out, *digits, backbone_dir, replace=True, **{**own, **change})
+    extracted(tmp_path / "fresh", *digits, backbone_dir, **{**own, **change})
     assert tree(out) == tree(tmp_path / "fresh")
 
 

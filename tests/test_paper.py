@@ -25,8 +25,8 @@ TINY = [
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("images")
-    write_images(folder / "train.parquet", 24, 0)
-    write_images(folder / "test.parquet", 5, 1)
+    write_images(folder / "train.parquet", 12, 0)
+    write_images(folder / "test.parquet", 3, 1)
     return [str(folder / "train.parquet"), str(folder / "test.parquet")]
 
 

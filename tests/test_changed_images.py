@@ -91,7 +91,7 @@ def arguments(place: Path, command: str) -> list:
         "train-backbone": ["train-backbone", "ce_mixup", place / "samples", place / "out", *given],
         "extract": extract,
         "batch norm": [*extract, "--set", "extract.batchnorm=[stage1,calibrated]"],
-        "workers": [*extract, "--set", "extract.cluster=local:2"],
+        "workers": [*extract, "--set", "run={cluster: local:2}"],
         "incremental": [*extract, "--set", f"extract.statistics_from={place / 'cache'}"],
         "verify": [
             *("cache", "verify", place / "cache", "--recompute", 99),

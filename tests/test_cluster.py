@@ -114,6 +114,15 @@ def test_a_stopped_worker_is_named_and_going_on_is_enough(
     assert tree(tmp_path / "b") == single
 
 
+def test_workers_take_rows_of_a_previous_cache_too(digits, backbone_dir, scheduler, tmp_path):
+    extracted(tmp_path / "one view", *digits, backbone_dir, **{**SMALL, "max_views": 1})
+    given = {"previous": tmp_path / "one view", **SMALL}
+    extracted(tmp_path / "here", *digits, backbone_dir, **given)
+    there = extracted(tmp_path / "there", *digits, backbone_dir, cluster=scheduler[0], **given)
+    assert there.taken > there.forwarded > 0
+    assert tree(tmp_path / "there") == tree(tmp_path / "here")
+
+
 def test_workers_of_a_scheduler_write_the_same_bytes_also_when_one_is_killed(
     digits, backbone_dir, single, tmp_path, monkeypatch, scheduler
 ):

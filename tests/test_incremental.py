@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -451,16 +450,6 @@ def test_why_counts_what_extract_then_extracts(before, images, tmp_path, command
     assert f"b: extracts {verdict['rows']} of {verdict['of']} rows" in said
     without = json.loads(CliRunner().invoke(main, asked).stdout)
     assert (without["rows"], without["possible"]) == (verdict["of"], verdict["rows"])
-
-
-def test_on_a_cluster(before, tmp_path, command, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    setting = ("--set", f"extract.statistics_from={before}/old")
-    assert command("here", *setting)[0] == 0
-    code, said, error = command("there", *setting, "--set", "run={cluster: local:2}")
-    assert code == 0, error
-    assert re.search(r"b: extracts \d+ of \d+ rows, takes [1-9]\d* from ", said)
-    assert tree(tmp_path / "there") == tree(tmp_path / "here")
 
 
 @pytest.mark.timeout(600)

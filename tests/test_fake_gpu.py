@@ -124,8 +124,7 @@ def open_stack(opened, name, tier, pooled):
     return stack
 
 
-@pytest.mark.parametrize("name", gradient_hosts())
-@pytest.mark.parametrize("tier", ["device", "stream"])
+@pytest.mark.parametrize(("name", "tier"), [*((name, "device") for name in gradient_hosts()), ("dr", "stream")])
 def test_features_fusion_and_losses_of_a_stack(fake, cache, name, tier):
     """A window as it is loaded (its thread would not know the mode), and a step up to the losses of all heads."""
     with open_cache(cache) as opened:

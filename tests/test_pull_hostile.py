@@ -158,7 +158,7 @@ def test_a_remote_that_hardly_answers_is_left(lab, tmp_path, monkeypatch, mode, 
     lab.handler.spoiled = {lab.objects[name]: mode}
     started = time.monotonic()
     assert "too slow" in lab.refused(tmp_path)
-    assert time.monotonic() - started < 20  # one window, git, DVC and a busy machine
+    assert time.monotonic() - started < 60  # one window, git, DVC and a busy machine; the silence lasts two minutes
 
 
 @pytest.mark.skipif(shutil.which("mount") is None, reason="no mount command")

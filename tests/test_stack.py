@@ -32,33 +32,24 @@ def test_the_learning_rates_of_the_reference():
     assert min(make_optimiser(epochs=200).rate(e) for e in range(200)) > 0
 
 
-@pytest.mark.parametrize("experts", [1, 2])
-@pytest.mark.parametrize("pooled", [True, False])
-def test_a_head_of_a_stack_is_the_head_trained_alone_float32(tmp_path, cache, experts, pooled):
+@pytest.mark.parametrize(
+    ("experts", "pooled", "dtype"), [(1, True, torch.float32), (2, False, torch.float32), (1, False, torch.float64)]
+)
+def test_a_head_of_a_stack_is_the_head_trained_alone(tmp_path, cache, experts, pooled, dtype):
     if experts == 2:
         cache = make_stage2_cache(tmp_path / "c", counts=(30, 12, 3), shape=(20, 3, 3), experts=2)
-    together, losses = trained(make_stack(cache, GRID, donors=DONORS, pooled=pooled, batch_size=8), lr=0.2)
+    options = {"pooled": pooled, "dtype": dtype, "batch_size": 8}
+    together, losses = trained(make_stack(cache, GRID, donors=DONORS, **options), lr=0.2)
     assert all(torch.isfinite(x).all() for x in losses)
-    for k in range(0, len(GRID), 5):
-        alone, lost = trained(
-            make_stack(cache, [GRID[k]], donors={GRID[k]["donor"]: GRID[k]["donor"]}, pooled=pooled, batch_size=8),
-            lr=0.2,
-        )
-        for name in alone:
-            assert distance(together[name][k], alone[name][0]) <= 1e-5
-        assert torch.allclose(torch.stack(losses)[:, k], torch.stack(lost)[:, 0], rtol=1e-4)
-
-
-@pytest.mark.parametrize("pooled", [True, False])
-def test_a_head_of_a_stack_is_the_head_trained_alone_float64(cache, pooled):
-    options = {"pooled": pooled, "dtype": torch.float64, "batch_size": 8}
-    together, _ = trained(make_stack(cache, GRID, donors=DONORS, **options), lr=0.2, epochs=3)
     for k in range(0, len(GRID), 7):
         donor = GRID[k]["donor"]
-        alone, _ = trained(make_stack(cache, [GRID[k]], donors={donor: donor}, **options), lr=0.2, epochs=3)
+        alone, lost = trained(make_stack(cache, [GRID[k]], donors={donor: donor}, **options), lr=0.2)
         for name in alone:
-            assert alone[name].dtype == torch.float64
-            assert float((together[name][k] - alone[name][0]).abs().max()) <= 1e-9
+            assert alone[name].dtype == dtype
+            assert distance(together[name][k], alone[name][0]) <= 1e-5
+            if dtype == torch.float64:
+                assert float((together[name][k] - alone[name][0]).abs().max()) <= 1e-9
+        assert torch.allclose(torch.stack(losses)[:, k], torch.stack(lost)[:, 0], rtol=1e-4)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-9)])
@@ -73,25 +64,6 @@ def test_pooling_first_or_last_gives_the_same_heads(tmp_path, dtype, bound):
     for name in on_maps:
         for k in range(len(GRID)):
             assert distance(on_maps[name][k], on_vectors[name][k]) <= bound
-
-
-def test_ratio_0_needs_no_donor_at_all(tmp_path):
-    """Heads at ratio 0 do not change by one bit when the donors' maps are replaced; others do."""
-    counts = {"counts": (12, 5, 2), "shape": (8, 2, 2)}
-    plain = make_stage2_cache(tmp_path / "a", **counts)
-
-    def noise(maps, rows):
-        maps[0][np.array(rows["statistics"]) == "instance"] = 7.5
-
-    other = make_stage2_cache(tmp_path / "b", change=noise, **counts)
-    heads = [{"ratio": 0.0}, {"ratio": 0.5}]
-    first, _ = trained(make_stack(plain, heads))
-    second, _ = trained(make_stack(other, heads))
-    alone, _ = trained(make_stack(plain, [{"ratio": 0.0}]))
-    for name in first:
-        assert torch.equal(first[name][0], second[name][0])
-        assert not torch.equal(first[name][1], second[name][1])
-        assert distance(first[name][0], alone[name][0]) <= 1e-5
 
 
 def test_heads_of_one_seed_share_batches_and_heads_of_other_seeds_do_not(cache):

@@ -26,6 +26,7 @@ from h2t.cache.tools.verify import verify
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.command_line.main import main
 from h2t.pipeline.inspection import doctor
+from h2t.pipeline.inspection.setting_up import NAMED_BY_DVC
 from h2t.pipeline.sharing import publish, repository
 
 DVC_YAML = """
@@ -665,13 +666,13 @@ def plant_entry_that_dvc_cannot_fill(lab, patch):
 
 def test_doctor_knows_which_keys_dvc_names():
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].values()
-    found = {section: set() for section in doctor.NAMED_BY_DVC}
+    found = {section: set() for section in NAMED_BY_DVC}
     for stage in stages:
         if "foreach" in stage:
             found.setdefault(stage["foreach"].strip("${}"), set()).update(
                 re.findall(r"\$\{item\.(\w+)\}", json.dumps(stage["do"]))
             )
-    assert found == {"inputs": set(), **{section: set(keys) for section, keys in doctor.NAMED_BY_DVC.items()}}
+    assert found == {"inputs": set(), **{section: set(keys) for section, keys in NAMED_BY_DVC.items()}}
 
 
 def plant_missing_file(lab, patch):

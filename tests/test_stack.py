@@ -6,6 +6,8 @@ import torch
 from pipeline_builders import distance, make_optimiser, make_stack, make_stage1_head, make_stage2_cache, trained
 from torch.nn import functional as F
 
+from h2t.pipeline.base import plugins
+from h2t.pipeline.heads import stack as stack_module
 from h2t.pipeline.heads.fusion import replaced_channels
 
 GRID = [
@@ -22,6 +24,12 @@ DONORS = {"instance": "instance", "balanced": "balanced"}
 def cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stack") / "c"
     return make_stage2_cache(folder, counts=(30, 12, 3), shape=(20, 3, 3), views=(1, 1, 2))
+
+
+@pytest.fixture(scope="module")
+def two_experts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stack") / "c"
+    return make_stage2_cache(folder, counts=(30, 12, 3), shape=(20, 3, 3), views=(1, 1, 2), experts=2)
 
 
 def test_the_learning_rates_of_the_reference():
@@ -82,11 +90,12 @@ KINDS_OF_STACKS = {
 
 @pytest.mark.parametrize(("host", "loss", "classifier"), LINEAR)
 @pytest.mark.parametrize("kind", KINDS_OF_STACKS)
-def test_products_of_the_whole_stack_give_the_heads_of_vmap(uneven_experts, monkeypatch, host, loss, classifier, kind):
+def test_products_of_the_whole_stack_give_the_heads_of_vmap(two_experts, host, loss, classifier, kind):
     options = {"host": host, "loss": loss, "classifier": classifier, "scale": 3.0, "donors": DONORS, "batch_size": 8}
-    for dtype, bound in ((torch.float64, 1e-11), (torch.float32, 1e-4)):
+    bounds = {torch.float64: 1e-11} | ({torch.float32: 1e-4} if kind == "folded" else {})
+    for dtype, bound in bounds.items():
         wide, slow = (
-            make_stack(uneven_experts, KINDS_OF_STACKS[kind], dtype=dtype, at_once=at_once, **options)
+            make_stack(two_experts, KINDS_OF_STACKS[kind], dtype=dtype, at_once=at_once, **options)
             for at_once in (True, False)
         )
         assert (wide.at_once, slow.at_once) == (True, False)

@@ -253,11 +253,14 @@ def test_pull_goes_on_where_it_failed(lab, monkeypatch, of):
     done = h2t("cache", "pull", url, "--into", lab / "b")
     assert done.exit_code == 1
     assert len(done.stderr.splitlines()) == 1
+    (missing,) = [name for name, content in wanted[of.removeprefix("data/")].items() if content == largest]
+    assert f"1 file missing at the remote ({missing})" in done.stderr
+    assert "h2t cache publish" in done.stderr
     target = lab / "b" / of.removeprefix("data/")
     assert not target.exists()
     staging = target.parent / ".b.staging/cache"
-    came = {p.relative_to(staging): p.stat().st_ino for p in staging.rglob("*") if p.is_file()}
-    assert came
+    came = {p.relative_to(staging).as_posix(): p.stat().st_ino for p in staging.rglob("*") if p.is_file()}
+    assert set(came) == set(wanted[of.removeprefix("data/")]) - {missing}  # a missing file stops no other one
     (lab / "gone").rename(gone)
     done = h2t("cache", "pull", url, "--into", lab / "b")
     assert done.exit_code == 0, done.output
@@ -288,7 +291,8 @@ def test_pull_refuses_what_is_damaged(lab, monkeypatch):
     monkeypatch.chdir(lab)
     done = h2t("cache", "pull", url, "--into", lab / "b")
     assert done.exit_code == 1
-    assert "downloaded files are damaged" in done.stderr
+    assert "1 file damaged at the remote (maps.zarr/expert_0/c.1.0.0.0: has other content" in done.stderr
+    assert "h2t cache publish --repair" in done.stderr
     assert not (lab / "b/extract/b").exists()
     assert not (lab / "b/train_backbone").exists()
 

@@ -31,10 +31,12 @@ from h2t.cache.read.transfer import (
     Answer,
     Pace,
     Patience,
+    Take,
     TooSlow,
     Version,
     about,
     below,
+    copy_whole,
     listing,
     read_spans,
     read_whole,
@@ -199,6 +201,15 @@ class RemoteFiles:
         if name == RECORD:
             self._pin_record(data, version)
         return data
+
+    def copy(self, name: str, start: Callable[[], Take], at_most: int) -> None:
+        """Passes all bytes of `name`, piece by piece, to the function that `start` returns.
+
+        After a failure, `start` is called again and all bytes come again. CacheErrors of these functions pass as they
+        are. Raises CacheError `damaged` if there are more than `at_most` bytes, `missing`, `replaced`, `unreachable`.
+        """
+        version = self._ask(name, lambda patience: copy_whole(self._fs, self._path(name), at_most, patience, start()))
+        self._pin(name, version)
 
     def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """For each range (start, stop), its bytes. Raises CacheError `damaged` if there are fewer or more."""

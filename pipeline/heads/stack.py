@@ -1,8 +1,8 @@
 """Trains K heads together. Heads of one seed share their batches; each has its own channels and optimiser state.
 
-A `Head` describes one of them; `torch.func.vmap` over its gradient adds the stack's axis. Heads that are linear in pooled
-features get their logits from matrix products of the whole stack instead (`heads.folded`), to the same result. Head k of
-a stack equals that head trained alone, up to the rounding of batched matrix products.
+A `Head` describes one of them; `torch.func.vmap` over its gradient adds the stack's axis. Heads that are linear in
+pooled features get their logits from matrix products of the whole stack instead (`heads.folded`), to the same result.
+Head k of a stack equals that head trained alone, up to the rounding of batched matrix products.
 """
 
 import math
@@ -100,8 +100,8 @@ class Stack:
     """K heads of one kind. `state` holds their parameters, name -> (K, ...).
 
     `heads` are the settings of the heads. `feed` gives the batches of their seeds and donors. `at_once`: whether heads
-    that are linear in pooled features get their logits from products of the whole stack; otherwise, and for other heads,
-    they are computed head by head under vmap.
+    that are linear in pooled features get their logits from products of the whole stack; if not, and for all other
+    heads, vmap computes them.
     """
 
     def __init__(self, head: Head, heads: Sequence[HeadSetting], feed: Feed, *, at_once: bool = True) -> None:
@@ -110,7 +110,8 @@ class Stack:
         streams = feed.streams
         self._seed_index = np.array([streams.seeds.index(h.seed) for h in heads])
         self._seed = torch.from_numpy(self._seed_index).to(self.device)
-        self._donor = torch.tensor([streams.donors.index(h.donor) for h in heads], device=self.device)
+        donor_index = [streams.donors.index(h.donor) for h in heads]
+        self._donor = torch.tensor(donor_index, device=self.device)
         channels = feed.shape[0]
         self.replaced = np.array([h.replaced(channels) for h in heads])
         self._random = np.array([h.selection in ("random", "shuffled") for h in heads])
@@ -136,7 +137,7 @@ class Stack:
         usual = not len(shuffled) and not (self._mixing and self.host.classifier == "cosine")
         few = self.host.context.classes <= FOLDED_CLASSES * self.streams.batch_size
         self._folds = usual and few and bool(self.replaced.any())
-        self._groups = Groups(self._seed.tolist(), self._donor.tolist(), self.device)
+        self._groups = Groups(self._seed_index, donor_index, self.device)
 
     def start(self, stage1: StageOneHead) -> None:
         """Sets the initial parameters of every head; they are equal for heads of one seed.
@@ -230,7 +231,7 @@ class Stack:
     def _gradients_at_once(
         self, logits: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor | None
     ) -> torch.Tensor:
-        """Sets the gradients of linear heads from the logits of their experts, (K, E, B, N). Returns the losses, (K,)."""
+        """Sets the gradients of linear heads from their experts' logits (K, E, B, N). Returns the losses, (K,)."""
         loss = vmap(self._on_logits.loss, in_dims=(0, 0, 0, None if noise is None else 0))
         losses = loss(self.state, logits, labels, noise)
         trained = {name: t for name, t in self.state.items() if name not in self.host.fixed}

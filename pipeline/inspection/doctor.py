@@ -12,6 +12,7 @@ from concurrent.futures import TimeoutError as Late
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,7 +55,10 @@ def examine(start: Path, params_file: Path, *, full: bool = False) -> list[Findi
 
     Errors become findings; none is raised for a fault of the project.
     """
-    findings = [*_versions(), *_params(params_file), *_inputs(params_file), *_device(params_file), *_disk(start)]
+    versions = _versions()
+    if find_spec("torch") is None:  # the base install, which the other checks cannot run in
+        return versions
+    findings = [*versions, *_params(params_file), *_inputs(params_file), *_device(params_file), *_disk(start)]
     try:
         root = repository.repository(start)
     except UserError as error:
@@ -79,17 +83,17 @@ def examine(start: Path, params_file: Path, *, full: bool = False) -> list[Findi
 
 
 def _versions() -> list[Finding]:
-    """Compares the installed packages with the requirements of h2t."""
+    """Compares the installed packages with the requirements of h2t and its extra `pipeline`."""
     from packaging.requirements import Requirement
 
     faults = []
     try:
         needed = requires("h2t") or []
     except PackageNotFoundError:
-        return [Finding("versions", "fault", "h2t is not installed", "pip install --editable .")]
+        return [Finding("versions", "fault", "h2t is not installed", "pip install --editable '.[pipeline]'")]
     for text in needed:
         requirement = Requirement(text)
-        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+        if requirement.marker and not requirement.marker.evaluate({"extra": "pipeline"}):
             continue
         try:
             have = version(requirement.name)
@@ -99,7 +103,7 @@ def _versions() -> list[Finding]:
         if not requirement.specifier.contains(have, prereleases=True):
             faults.append(f"{requirement.name} {have}, needed {requirement.specifier}")
     if faults:
-        return [Finding("versions", "fault", "; ".join(faults), "pip install --upgrade --editable .")]
+        return [Finding("versions", "fault", "; ".join(faults), "pip install 'h2t[pipeline]'")]
     return [Finding("versions", "ok", ", ".join(f"{n} {version(n)}" for n in ("torch", "zarr", "dvc")))]
 
 

@@ -24,8 +24,9 @@ def cache_dir(tmp_path):
 
 @pytest.fixture(autouse=True)
 def own_blocks(tmp_path_factory, monkeypatch):
-    """Blocks of remote caches are kept apart from those of whoever runs the tests."""
+    """Blocks of remote caches and embeddings are kept apart from those of whoever runs the tests."""
     monkeypatch.setenv("H2T_BLOCK_CACHE", str(tmp_path_factory.mktemp("blocks")))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("home")))
 
 
 @pytest.fixture(autouse=True)

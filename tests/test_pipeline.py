@@ -24,6 +24,7 @@ PROJECT = ("plugins", "inputs", "dvc.yaml", "stages.yaml", ".dvcignore")
 
 def dvc(*arguments: str, cwd: Path) -> str:
     env = environment(PYTHONPATH=f"{cwd}:{cwd / OURS}", DVC_NO_ANALYTICS="1")
+    env["XDG_CACHE_HOME"] = str(cwd / "home")
     env["PATH"] = os.pathsep.join([str(cwd / "bin"), str(Path(sys.executable).parent), env["PATH"]])
     done = subprocess.run(
         [sys.executable, "-m", "dvc", *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=900
@@ -187,6 +188,7 @@ def test_running_anew_gives_the_same_bytes(repository):
 
     before = outputs()
     shutil.rmtree(repository / "data")
+    shutil.rmtree(repository / "home" / "h2t")
     dvc("repro", "--force", "--no-run-cache", cwd=repository)
     after = outputs()
     assert set(after) == set(before)

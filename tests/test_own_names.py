@@ -1,4 +1,4 @@
-"""A user's own `cache.py`, `pipeline/` and `tests/` do not get in the way, whether in the current folder or on PYTHONPATH.
+"""A user's own `cache.py`, `pipeline/` and `tests/`, in the current folder or on PYTHONPATH, do not get in the way.
 
 tests/test_pipeline.py runs `dvc repro` among such files.
 """

@@ -1,4 +1,4 @@
-"""The whole of `dvc repro` on a tiny parameter file, in a project with files called `cache.py`, `pipeline/` and `tests/`."""
+"""The whole of `dvc repro` on a tiny parameter file, in a project with its own `cache.py`, `pipeline/` and `tests/`."""
 
 import contextlib
 import json

@@ -56,8 +56,8 @@ Say = Callable[[str], None]
 def stage(function: Callable[..., Any], *, outline: bool = False) -> Callable[..., Any]:
     """Adds the options of every stage command. `function` gets the checked parameters as `values`, and `say`.
 
-    With `outline`, only the names of sections and entries are checked, which needs no torch. `function` may return facts
-    about the run, which the run record keeps.
+    With `outline`, only the names of sections and entries are checked, which needs no torch. `function` may return
+    facts about the run, which the run record keeps.
     """
 
     @options.params_file

@@ -105,7 +105,7 @@ def embed_once(features: np.ndarray) -> np.ndarray:
     """`embed(features)`, computed once on a machine: the hosts of a cache show the same points, whatever their heads.
 
     Points are kept in `h2t/embeddings` below XDG_CACHE_HOME or ~/.cache, in a file named after everything they depend
-    on, behind a sha256 of their bytes. A file that is missing, damaged or cannot be written costs time and nothing else.
+    on, behind a sha256 of their bytes. A file that is missing, damaged or cannot be written costs time only.
     """
     made_by = (METHOD, *(f"{name} {version(name)}" for name in ("scikit-learn", "scipy", "numpy")))
     known = f"{made_by} {features.shape} {features.dtype}".encode() + features.tobytes()

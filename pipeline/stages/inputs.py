@@ -84,7 +84,9 @@ def named(values: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     for name, entry in values["backbones"].items():
         files = {key: entry.get(key) for key in ("weights", "start")}
         paths[f"backbones/{name}"] = {
-            f"backbones.{name}.{key}": path for key, path in files.items() if isinstance(path, str) and path not in NO_FILES
+            f"backbones.{name}.{key}": path
+            for key, path in files.items()
+            if isinstance(path, str) and path not in NO_FILES
         }
     return paths
 

@@ -70,7 +70,7 @@ def all_blocks(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def own_blocks(all_blocks, monkeypatch):
-    """Blocks of remote caches and embeddings are kept apart from those of whoever runs the tests, and of other tests."""
+    """Blocks of remote caches and embeddings are apart from those of whoever runs the tests, and of other tests."""
     folder, numbers = all_blocks
     own = folder / str(next(numbers))
     monkeypatch.setenv("H2T_BLOCK_CACHE", str(own))

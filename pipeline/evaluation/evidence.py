@@ -109,20 +109,25 @@ def embed_once(features: np.ndarray) -> np.ndarray:
     """
     made_by = (METHOD, *(f"{name} {version(name)}" for name in ("scikit-learn", "scipy", "numpy")))
     known = f"{made_by} {features.shape} {features.dtype}".encode() + features.tobytes()
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    path = Path(home, "h2t", "embeddings", hashlib.sha256(known).hexdigest())
-    with suppress(OSError):
-        data = path.read_bytes()
+    with suppress(OSError, RuntimeError):
+        data = _kept_at(known).read_bytes()
         points = data[hashlib.sha256().digest_size :]
         if data == _sealed(points) and len(points) == len(features) * 2 * 8:
             return np.frombuffer(points, np.float64).reshape(-1, 2)
     at = embed(features)
-    with suppress(OSError):
+    with suppress(OSError, RuntimeError):
+        path = _kept_at(known)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         partial.write_bytes(_sealed(at.tobytes()))
         partial.replace(path)
     return at
+
+
+def _kept_at(known: bytes) -> Path:
+    """The file of the points that depend on `known`. Raises RuntimeError for a user without a home folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home, "h2t", "embeddings", hashlib.sha256(known).hexdigest())
 
 
 def _sealed(data: bytes) -> bytes:

@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,10 +56,11 @@ main.add_command(predict)
 Say = Callable[[str], None]
 
 
-def stage(function: Callable[..., Any]) -> Callable[..., Any]:
+def stage(function: Callable[..., Any], *, outline: bool = False) -> Callable[..., Any]:
     """Adds the options of every stage command. `function` gets the checked parameters as `values`, and `say`.
 
-    `function` may return facts about the run, which the run record keeps.
+    With `outline`, only the names of sections and entries are checked, which needs no torch. `function` may return
+    facts about the run, which the run record keeps.
     """
 
     @options.params_file
@@ -90,7 +91,7 @@ def stage(function: Callable[..., Any]) -> Callable[..., Any]:
         if device is not None:
             values["device"] = device
         try:
-            settings.check(values, say)
+            (settings.outline if outline else settings.check)(values, say)
             numbers.check()
             inputs.check(values, params_file.parent)
             with progress.hidden(quiet):
@@ -108,6 +109,9 @@ def stage(function: Callable[..., Any]) -> Callable[..., Any]:
             write_run_record(record, {**{k: round(v, 3) for k, v in taken.items()}, **(facts or {})})
 
     return command
+
+
+outlined_stage = partial(stage, outline=True)
 
 
 def _traceback() -> str:
@@ -158,7 +162,7 @@ def watch(name: str, out: Path, params_file: Path, quiet: bool) -> None:
 @main.command(epilog="h2t inputs inputs data/inputs")
 @click.argument("digests", type=PATH, help="Folder of the digests that watch wrote.")
 @_out("Directory to write.")
-@stage
+@outlined_stage
 def inputs(values: dict[str, Any], say: Say, digests: Path, out: Path) -> None:
     """Assign the digests of inputs to the stages."""
     from h2t.pipeline.stages import inputs as stage_module
@@ -305,7 +309,7 @@ def evaluate(values: dict[str, Any], say: Say, name: str, cache: str, heads: Pat
     metavar="A B",
     help="Compare B with A. Each is a folder of evaluated hosts, a git revision or an experiment.",
 )
-@stage
+@outlined_stage
 def report(
     values: dict[str, Any],
     say: Say,

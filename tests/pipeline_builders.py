@@ -171,6 +171,7 @@ def make_stack(
     receiver="balanced",
     donors=None,
     rounding="floor",
+    at_once=True,
 ) -> Stack:
     """A stack at its start on the cache in the folder `cache`; `heads` are keyword dictionaries of HeadSetting."""
     settings = [
@@ -193,8 +194,9 @@ def make_stack(
         head = build_head(parts, context)
         reader = FeatureReader(opened, (lambda m: head.pool({}, m)) if pooled else None)
         feed = Feed(streams, reader, Choice("memory", "test"), 2**30, CPU, silent, dtype=dtype)
-        stack = Stack(head, settings, feed)
-    stack.start(stage1 or make_stage1_head(context.classes, context.channels, context.experts))
+        stack = Stack(head, settings, feed, at_once=at_once)
+    about = (context.classes, context.channels, context.experts)
+    stack.start(stage1 or make_stage1_head(*about, classifier=head.host.classifier))
     return stack
 
 

@@ -74,14 +74,14 @@ SETTINGS = {
     "no key": ("=3", "--set =3: must have the form key=value"),
     "bad value": ("seed=[1", "--set seed=[1: the value must be YAML"),
     "no such section to set in": ("host.dr.grid=1", "--set host.dr.grid=1: no section 'host'; did you mean 'hosts'?"),
-    "a class that would be empty": ("prepare.imbalance.ratio=1000", "prepare.imbalance.ratio: must leave class 7 (7)"),
+    "a class that would be empty": ("prepare.imbalance.ratio=1000", "prepare.imbalance.ratio: must leave class 7 at"),
     "more than a class has": (
         "prepare.test_per_class=5000",
         "prepare.test_per_class: must leave class 0 one of its 178",
     ),
     "no test split": (
         "prepare.test_per_class=0",
-        "prepare.test_per_class: must be at least 1, as",
+        "prepare.test: must be set, as the dataset has no test split",
     ),
 }
 

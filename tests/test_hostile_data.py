@@ -175,10 +175,10 @@ def pictures(count: int = 6, labels=None) -> pa.Table:
     [
         ([0, 1, 0, 1, 0, -1], "0 or more; got -1"),
         ([0, 1, 0, 1, 0, 2**62], "labels are 0 to 5"),
-        ([0, 1, 0, 1, 0, None], "0 or more; got None"),
-        ([0.0, 1.0, 0.5, 1.0, 0.0, 1.0], "0 or more; got 0.0"),
-        (["a", "b", "a", "b", "a", "b"], "0 or more; got 'a'"),
-        ([[0], [1], [0], [1], [0], [1]], "0 or more; got [0]"),
+        ([0, 1, 0, 1, 0, None], "text or a whole number; got none"),
+        ([0.0, 1.0, 0.5, 1.0, 0.0, 1.0], "text or a whole number; got 0.0"),
+        (["a", "b", "a", "b", "a", " "], "must not be empty; got ' '"),
+        ([[0], [1], [0], [1], [0], [1]], "text or a whole number; got [0]"),
     ],
 )
 def test_labels_of_a_table_that_are_none(tmp_path, labels, says):

@@ -6,6 +6,8 @@ import torch
 from pipeline_builders import distance, make_optimiser, make_stack, make_stage1_head, make_stage2_cache, trained
 from torch.nn import functional as F
 
+from h2t.pipeline.base import plugins
+from h2t.pipeline.heads import stack as stack_module
 from h2t.pipeline.heads.fusion import replaced_channels
 
 GRID = [
@@ -22,6 +24,12 @@ DONORS = {"instance": "instance", "balanced": "balanced"}
 def cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stack") / "c"
     return make_stage2_cache(folder, counts=(30, 12, 3), shape=(20, 3, 3), views=(1, 1, 2))
+
+
+@pytest.fixture(scope="module")
+def two_experts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stack") / "c"
+    return make_stage2_cache(folder, counts=(30, 12, 3), shape=(20, 3, 3), views=(1, 1, 2), experts=2)
 
 
 def test_the_learning_rates_of_the_reference():
@@ -50,6 +58,52 @@ def test_a_head_of_a_stack_is_the_head_trained_alone(tmp_path, cache, experts, p
             if dtype == torch.float64:
                 assert float((together[name][k] - alone[name][0]).abs().max()) <= 1e-9
         assert torch.allclose(torch.stack(losses)[:, k], torch.stack(lost)[:, 0], rtol=1e-4)
+
+
+LINEAR = [  # host, its loss, classifier
+    *(
+        (name, {}, kind)
+        for name in plugins.names("hosts")
+        for kind in ("linear", "cosine")
+        if plugins.load("hosts", name).Host.linear and (name, kind) not in {("gcl", "linear"), ("ride", "linear")}
+    ),
+    ("ride", {"experts": "sum"}, "linear"),
+]
+MIXED = [{"ratio": r, "donor": "balanced", "selection": "mixup", "seed": 3} for r in (0.3, 1.0)]
+UNEVEN = [h for h in GRID if h["selection"] != "shuffled"][3:20]  # groups of a seed and a donor differ in size
+KINDS_OF_STACKS = {
+    "folded": UNEVEN,
+    "mixup": [*UNEVEN, *MIXED],
+    "shuffled": GRID[1::3],
+    "nothing is replaced": [{"ratio": 0.0, "seed": seed} for seed in (3, 0)],
+}
+
+
+@pytest.mark.parametrize(("host", "loss", "classifier"), LINEAR)
+@pytest.mark.parametrize("kind", KINDS_OF_STACKS)
+def test_products_of_the_whole_stack_give_the_heads_of_vmap(two_experts, host, loss, classifier, kind):
+    options = {"host": host, "loss": loss, "classifier": classifier, "scale": 3.0, "donors": DONORS, "batch_size": 8}
+    bounds = {torch.float64: 1e-11} | ({torch.float32: 1e-4} if kind == "folded" else {})
+    for dtype, bound in bounds.items():
+        wide, slow = (
+            make_stack(two_experts, KINDS_OF_STACKS[kind], dtype=dtype, at_once=at_once, **options)
+            for at_once in (True, False)
+        )
+        assert (wide.at_once, slow.at_once) == (True, False)
+        (ours, our_losses), (theirs, their_losses) = trained(wide, lr=0.2), trained(slow, lr=0.2)
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            assert distance(ours[name], theirs[name]) <= bound
+        assert distance(torch.stack(our_losses), torch.stack(their_losses)) <= bound
+
+
+def test_heads_with_many_classes_are_not_folded(cache, monkeypatch):
+    monkeypatch.setattr(stack_module, "FOLDED_CLASSES", 0)
+    fused, losses = trained(make_stack(cache, GRID[:9], donors=DONORS, dtype=torch.float64, batch_size=8))
+    monkeypatch.undo()
+    folded, others = trained(make_stack(cache, GRID[:9], donors=DONORS, dtype=torch.float64, batch_size=8))
+    assert all(distance(fused[name], folded[name]) <= 1e-11 for name in fused)
+    assert distance(torch.stack(losses), torch.stack(others)) <= 1e-11
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-9)])

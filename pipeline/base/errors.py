@@ -24,7 +24,7 @@ NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "can
 
 #: Import names of the packages that the extra `pipeline` installs and the base install leaves out.
 PIPELINE = {
-    "PIL", "dask", "jinja2", "pandas", "pydantic", "safetensors", "scipy", "sklearn", "threadpoolctl",
+    "PIL", "jinja2", "pandas", "pydantic", "safetensors", "scipy", "sklearn", "threadpoolctl",
     "torch", "torchvision", "tqdm",
 }  # fmt: skip
 

@@ -46,8 +46,8 @@ def main() -> None:
     """  # noqa: D301 - click wants the character, not two
 
 
-for command in SHARING:
-    cache_group.add_command(command)
+for of_cache in SHARING:
+    cache_group.add_command(of_cache)
 for command in (cache_group, init, doctor, upgrade, export, predict, list_presets, list_plugins):
     main.add_command(command)
 

@@ -69,15 +69,6 @@ def test_experts_share_the_trunk_and_own_the_rest(name, shared):
     assert any(k.startswith(f"{shared}.") for k in net.state_dict())
 
 
-def test_the_sizes_of_the_papers_networks():
-    def parameters(name, **options):
-        return sum(p.numel() for p in make_backbone(name, **options).parameters())
-
-    assert parameters("resnet50") == 25_557_032 - 1000 * 2049
-    assert parameters("resnext50") == 25_028_904 - 1000 * 2049
-    assert parameters("resnet152") == 60_192_808 - 1000 * 2049
-
-
 @pytest.mark.parametrize("experts", [1, 2])
 def test_only_the_last_block_of_resnet152_trains(experts):
     net = make_backbone("resnet152", experts=experts)

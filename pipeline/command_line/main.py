@@ -18,6 +18,7 @@ from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.command_line import names, options
 from h2t.pipeline.command_line.caches import cache as cache_group
 from h2t.pipeline.command_line.caches import opened, previous
+from h2t.pipeline.command_line.init import init
 from h2t.pipeline.command_line.models import export, predict
 from h2t.pipeline.command_line.one_line import OneLineErrors
 from h2t.pipeline.command_line.options import PATH
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
 def main() -> None:
     """Train better classifiers for long-tailed images on cached feature maps.
 
-    `dvc repro` runs all stages of params.yaml. In order they are: watch, inputs, prepare, train-backbone, extract,
+    `h2t init` writes a project for images of your own. `dvc repro` runs all
+    stages of params.yaml. In order they are: watch, inputs, prepare, train-backbone, extract,
     pool, train-classifier, evaluate, report.
 
     \b
@@ -45,6 +47,7 @@ def main() -> None:
 for command in SHARING:
     cache_group.add_command(command)
 main.add_command(cache_group)
+main.add_command(init)
 main.add_command(doctor)
 main.add_command(upgrade)
 main.add_command(export)

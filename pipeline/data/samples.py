@@ -62,7 +62,7 @@ class Samples:
                 f"got {prepare['dataset']!r}; prepare again (dvc repro or h2t prepare)"
             )
         options = build(dataset.Options, "prepare.options", prepare.get("options", {}))
-        had, asked = self.transform.model_dump(), dataset.transform(options).model_dump()
+        had, asked = dict(self.transform), dict(dataset.transform(options))
         if differ := [key for key in had if had[key] != asked[key]]:
             key = differ[0]
             raise UserError(

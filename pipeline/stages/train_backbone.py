@@ -24,7 +24,7 @@ from h2t.pipeline.base.seeds import torch_seed
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.data.images import Images
 from h2t.pipeline.data.samples import Samples
-from h2t.pipeline.networks.backbone import Backbone, build_backbone
+from h2t.pipeline.networks.backbone import Backbone, build_backbone, features_of, frozen_part
 from h2t.pipeline.networks.weights import fill, fit_head, load_checkpoint, save_weights, split_head, weights_digest
 from h2t.pipeline.training.loop import Curves, StageOne, Training
 from h2t.pipeline.training.objective import Objective
@@ -75,7 +75,7 @@ def run(
         options = build(arch.Options, f"{where}.options", params.options)
         backbone = build_backbone(arch, options)
         loss = build(objectives.Loss, f"{where}.loss", params.loss)
-        objective: Objective = objectives.Objective(loss, backbone.channels, backbone.experts, counts)
+        objective: Objective = objectives.Objective(loss, features_of(backbone), backbone.experts, counts)
     if params.weights is not None:
         _load(params, where, backbone, objective)
         say(f"{name}: weights from {Path(params.weights).name}; nothing is trained")
@@ -119,12 +119,20 @@ def _token(params: Params, samples: Samples, backbone: Backbone, seed: int, devi
 
 def _write(out: Path, params: Params, backbone: Backbone, objective: Objective, curves: Curves) -> None:
     about = {"arch": params.arch, "options": params.options, "channels": backbone.channels, "experts": backbone.experts}
+    part = frozen_part(backbone)
+    tensors, described = part.to_file() if part else ({}, None)
     with fresh_directory(out) as into:
         save_weights(into / "backbone.safetensors", backbone.state_dict(), about)
         save_weights(
             into / "head.safetensors",
-            objective.state_dict(),
-            {**about, "objective": params.objective, "classifier": objective.classifier, "scale": objective.scale},
+            {**objective.state_dict(), **tensors},
+            {
+                **about,
+                "objective": params.objective,
+                "classifier": objective.classifier,
+                "scale": objective.scale,
+                **({"frozen": described} if part else {}),
+            },
         )
         _write_curves(into / "plots" / "metrics", curves)
 

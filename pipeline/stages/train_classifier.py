@@ -141,6 +141,7 @@ class Trained:
 
 RESULT_COPIES = 3  # copies of all weights in memory: one collected, two while writing
 TRAINED_POOL_COPIES = 8  # copies of a head's input for the gradients of a pool with parameters (measured on `gem`)
+FROZEN_COPIES = 3  # copies of a head's input for the gradients of a layer between pool and classifier
 RESUME_SLACK = 1.5  # a step may exceed its budget by this factor, so that training can resume in the same parts
 
 HISTORY = pa.schema([("number", pa.int64()), ("epoch", pa.int64()), ("lr", pa.float64()), ("loss", pa.float64())])
@@ -205,7 +206,9 @@ def run(
         receiver=receiver,
     )
     channels, height, width = cache.spec.maps[0]
-    context = Context(torch.from_numpy(streams.index.counts), channels, cache.experts, height * width)
+    frozen = stage1.frozen
+    features = frozen.outputs(channels) if frozen else channels
+    context = Context(torch.from_numpy(streams.index.counts), features, cache.experts, height * width)
     _check_cache(cache, context, kind.numbers)
     same = stage1.classifier == params.classifier
     parts = HeadParts(
@@ -217,7 +220,7 @@ def run(
         pool_options=params.pool_options,
         where=f"hosts.{name}",
     )
-    head = build_head(parts, context)
+    head = build_head(parts, context, channels, frozen.to(device) if frozen else None)
     reader = _reader(params, cache, head.pool, as_maps=not (residency.pooled or fitted))
     about = {
         **asdict(parts),
@@ -231,6 +234,7 @@ def run(
         "channels": context.channels,
         "experts": context.experts,
         "pixels": context.pixels,
+        **({"map_channels": channels} if frozen else {}),
     }
     if fitted:
         _check_fit(name, streams, reader, holds_logits=kind.holds_logits)
@@ -241,7 +245,7 @@ def run(
         token = f"{cache.spec.fingerprint} {about['backbone']} {params.model_dump_json()}"
         room = find_room(residency, device)
         choice = plan_tier(streams, reader, residency, room)
-        size = _step_size(streams, reader, stage1, head)
+        size = _step_size(streams, reader, stage1, head, features)
         planned = _parts(name, heads, size, choice, room, len(streams.rows) * reader.row_bytes, Path(out), token)
         if len(planned) > 1:
             say(
@@ -258,7 +262,9 @@ def run(
         summary = _summary(len(heads), params.optimiser, streams.steps, trained.restored, feed)
         say(f"{name}: {feed.cost}")
     with fresh_directory(out) as into:
-        save_weights(into / "heads.safetensors", trained.state, {"host": params.host})
+        tensors, described = frozen.to_file() if frozen else ({}, None)
+        about_file = {"host": params.host, **({"frozen": described} if frozen else {})}
+        save_weights(into / "heads.safetensors", {**trained.state, **tensors}, about_file)
         pq.write_table(_table(heads, replaced, about), into / "heads.parquet")
         pq.write_table(trained.history, into / "history.parquet")
     Checkpoint(out, "").clear()
@@ -353,18 +359,19 @@ def _fit(head: Head, stage1: StageOneHead, streams: Streams, reader: FeatureRead
     return Trained({k: t.to(torch.float32)[None] for k, t in state.items()}, history)
 
 
-def _step_size(streams: Streams, reader: FeatureReader, stage1: StageOneHead, head: Head) -> StepSize:
-    """The sizes that the memory of a training step depends on."""
+def _step_size(streams: Streams, reader: FeatureReader, stage1: StageOneHead, head: Head, features: int) -> StepSize:
+    """The sizes that the memory of a training step depends on. `features`: D, what the classifier gets."""
     experts, classes = reader.cache.experts, streams.index.classes
     numbers = reader.row_bytes // reader.dtype.itemsize
-    linear = experts * classes * (reader.cache.spec.maps[0][0] + 1)
+    linear = experts * classes * (features + 1)
     return StepSize(
         batch=streams.batch_size,
         numbers=numbers,
         kept=reader.dtype.itemsize,
         logits=experts * streams.batch_size * classes,
         parameters=max(linear, sum(t.numel() for t in stage1.state.values())),
-        pool_copies=TRAINED_POOL_COPIES if len(reader.shape) == MAP_AXES - 2 and head.pool.initial() else 0,
+        pool_copies=(TRAINED_POOL_COPIES if len(reader.shape) == MAP_AXES - 2 and head.pool.initial() else 0)
+        + FROZEN_COPIES * len(stage1.frozen.layers if stage1.frozen else ()),
     )
 
 

@@ -119,6 +119,7 @@ def run(
         "options": identity["options"],
         "classes": recorded_names(cache.spec.provenance, cache.files),
         "transform": images.transform.model_dump(),
+        **({"input": identity["input"]} if "input" in identity else {}),
         "statistics": kind,
         "host": heads.about["host"],
         "setting": {k: setting[k] for k in ("ratio", "donor", "selection", "seed")},

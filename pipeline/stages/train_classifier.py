@@ -88,7 +88,7 @@ class Params(Section):
     backbone: str
     """Entry of `backbones` whose cache is read."""
     batchnorm: Literal["stage1", "calibrated", "branchwise"] = "branchwise"
-    """Batch-norm recipe whose rows are read; one of `extract.batchnorm`."""
+    """Batch-norm recipe whose rows are read, of `extract.batchnorm`; left out, `stage1` if the cache has no other."""
     pool: Annotated[str, plugin("pools")] = "gap"
     """How maps become vectors."""
     pool_options: dict[str, Any] = {}
@@ -189,6 +189,7 @@ def run(
     """
     check_backbone(cache, backbone_dir)
     stage1 = load_head(backbone_dir)
+    params = _with_recipe(params, name, cache)
     recipe = RECIPES[params.batchnorm]
     kind = plugins.load("hosts", params.host).Host
     fitted = kind.fitted
@@ -270,6 +271,21 @@ def run(
     Checkpoint(out, "").clear()
     say(f"{name}: " + ("fitted" if fitted else _outcome(trained.history, params.optimiser.epochs, len(heads))))
     return summary
+
+
+def _with_recipe(params: Params, name: str, cache: Cache) -> Params:
+    """The parameters with recipe `stage1` if the cache holds no other statistics and no other recipe is asked for.
+
+    Raises UserError if one is.
+    """
+    if params.batchnorm == "stage1" or set(cache.rows["statistics"].unique().to_pylist()) != {"stage1"}:
+        return params
+    if "batchnorm" in params.model_fields_set:
+        raise UserError(
+            f"hosts.{name}.batchnorm: must be stage1, the only statistics in {cache.files}; got {params.batchnorm}; "
+            "set it to stage1 or, if the backbone has batch norm, add the recipe to extract.batchnorm and extract again"
+        )
+    return params.model_copy(update={"batchnorm": "stage1"})
 
 
 def _check_grid(

@@ -41,7 +41,7 @@ TRAINED_ONLY = ("optimiser", "grid")
 MOVED = (("extract", "cluster"),)
 
 
-class Run(params.Section):
+class RunSection(params.Section):
     """Section `run`: how stages run. It changes no result, and DVC does not watch it."""
 
     cluster: Annotated[str | None, ADDRESS] = None
@@ -68,7 +68,7 @@ def check(values: dict[str, Any], say: Callable[[str], None] = lambda line: None
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
         raise UserError(f"seed: must be a whole number from 0 to 4294967295; got {seed!r}")
     device.check(values["device"])
-    run = params.build(Run, "run", values["run"])
+    run = params.build(RunSection, "run", values["run"])
     for of, key in MOVED:
         entries = values[of] if isinstance(values[of], dict) else {}
         if entries.get(key) is not None:

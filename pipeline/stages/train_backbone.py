@@ -9,7 +9,7 @@ import csv
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
@@ -20,6 +20,7 @@ from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import fresh_directory
 from h2t.pipeline.base.params import Section, build, plugin
+from h2t.pipeline.base.run import Run, silent
 from h2t.pipeline.base.seeds import torch_seed
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.data.images import Images
@@ -58,25 +59,16 @@ class Params(Training):
     """Digest that the checkpoint file must have, as hexadecimal text; null accepts any file."""
 
 
-def run(
-    params: Params,
-    name: str,
-    samples: Samples,
-    images: Images,
-    seed: int,
-    device: torch.device,
-    out: Path,
-    say: Callable[[str], None],
-) -> None:
-    """Trains or loads the backbone `name` and writes it into the directory `out`. `seed`: of weights and batches.
+def run(params: Params, run: Run, samples: Samples, images: Images) -> None:
+    """Trains or loads the backbone `run.name` and writes it into the directory `run.out`.
 
     Raises UserError if the weights are missing or do not fit, or if training diverges.
     """
-    where = f"backbones.{name}"
+    where = f"backbones.{run.name}"
     arch, objectives = plugins.load("backbones", params.arch), plugins.load("objectives", params.objective)
     counts = torch.tensor(samples.counts)
     with torch.random.fork_rng():
-        torch.manual_seed(torch_seed(seed, "stage1", "initial"))
+        torch.manual_seed(torch_seed(run.seed, "stage1", "initial"))
         options = build(arch.Options, f"{where}.options", params.options)
         stated = params.input
         if hasattr(arch, "resolved"):
@@ -98,47 +90,47 @@ def run(
         whole = _weights(params, f"{where}.weights", arch, options, stated)
         reason = _load(whole, f"{where}.weights", backbone, objective)
         source = "pretrained" if params.weights == "pretrained" else Path(str(params.weights)).name
-        say(f"{name}: weights from {source}; nothing is trained")
+        run.say(f"{run.name}: weights from {source}; nothing is trained")
         if reason:
-            say(f"note: {name}: the weights' own classifier is left out: {reason}")
-        _write(out, about, params, backbone, None if reason else objective, [])
+            run.say(f"note: {run.name}: the weights' own classifier is left out: {reason}")
+        _write(run.out, about, params, backbone, None if reason else objective, [])
         return
     if params.start is not None:
         _start(params, where, arch, options, backbone, stated)
     samples = samples.with_input(stated)
     images = images.prepared_for(samples.transform)
-    save = Checkpoint(out, _token(params, samples, backbone, seed, device), seconds=0)
-    with processes(device) as group:
+    save = Checkpoint(run.out, _token(params, run, samples, backbone), seconds=0)
+    with processes(run.device) as group:
         if params.accumulate % group.size:
             raise UserError(
                 f"{where}.accumulate: must be a multiple of the number of processes, {group.size}, which share the "
                 f"parts of a batch equally; got {params.accumulate}; set it to {group.size}"
             )
         first = group.rank == 0
-        training = StageOne(params, backbone, objective, samples, images, seed, group)
-        curves = training.run(name, save, say if first else lambda line: None)
+        training = StageOne(params, backbone, objective, samples, images, run.seed, group)
+        curves = training.run(run.name, save, run.say if first else silent)
     if not all(torch.isfinite(p).all() for p in backbone.state_dict().values()):
         raise UserError(f"{where}: training diverged, weights must be finite; got NaN or infinity; lower {where}.lr")
     if first:
         last = curves[-1]
-        _write(out, about, params, backbone, objective, curves)
+        _write(run.out, about, params, backbone, objective, curves)
         save.clear()
         epochs = counted(params.epochs, "epoch")
-        say(f"{name}: {epochs}, loss {last['loss']:.3f}, training accuracy {last['accuracy']:.1f} %")
+        run.say(f"{run.name}: {epochs}, loss {last['loss']:.3f}, training accuracy {last['accuracy']:.1f} %")
 
 
-def _token(params: Params, samples: Samples, backbone: Backbone, seed: int, device: torch.device) -> str:
+def _token(params: Params, run: Run, samples: Samples, backbone: Backbone) -> str:
     """Training resumes only if this token is unchanged. It does not depend on the number of processes."""
     table = samples.table.select(["split", "label", "source", "digest"]).to_pydict()
     about = {
-        "params": params.model_dump(),
-        "samples": table,
-        "initial": weights_digest(backbone.state_dict()),
-        "seed": seed,
-        "device": device.type,
+        "parameters": params.model_dump(),
+        "samples": hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest(),
+        "initial weights": weights_digest(backbone.state_dict()),
+        "seed": run.seed,
+        "device": run.device.type,
         "torch": torch.__version__,
     }
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    return json.dumps(about, sort_keys=True)
 
 
 def _write(

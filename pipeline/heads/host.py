@@ -50,7 +50,8 @@ class Host:
     receiver = "balanced"
     #: Numbers per channel in its features: 1, or 2 with pool `moments`, whose features are (E, B, D, 2).
     numbers = 1
-    #: True if the training loss depends on the features only through `expert_logits` of a linear or cosine classifier.
+    #: True if the training loss depends on the features, `weight` and `bias` only through `expert_logits` of a linear
+    #: or cosine classifier. Many such heads get their logits from one matrix product.
     linear = False
 
     classifier: str

@@ -253,6 +253,70 @@ def test_a_home_folder_in_parameters(tmp_path, monkeypatch):
         params.load(tmp_path / "p.yaml")
 
 
+def linked(path, target):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(target)
+
+
+#: What is wrong with a folder -> (what makes it so, options, what the line says, with the user's own names).
+WRONG_FOLDERS = {
+    "no root": (lambda r: None, {"root": "elsewhere"}, "no folder elsewhere/train"),
+    "no such part": (lambda r: folder(r, birds__owl=1), {}, "(root holds birds; where these are the classes"),
+    "an empty part": (lambda r: (r / "train").mkdir(), {}, "train: must hold a folder of images per class; got no"),
+    "loose images": (lambda r: write_image(r / "train/a.png"), {}, "got 1 image and no folders of images"),
+    "splits as classes": (lambda r: folder(r, train__owl=1, val__owl=1), {"train": "."}, "the splits train, val, not"),
+    "a table": (
+        lambda r: (folder(r, train__owl=1), (r / "train/metadata.csv").write_text("x")),
+        {},
+        "metadata.csv: this",
+    ),
+    "a new class": (lambda r: folder(r, train__owl=1, test__awl=1), {}, "class 'awl'; did you mean 'owl'?"),
+    "a linked class": (
+        lambda r: (folder(r, train__owl=1), linked(r / "train/wren", r / "train/owl")),
+        {},
+        "train/wren",
+    ),
+    "a link out": (lambda r: (folder(r, train__owl=1), linked(r / "train/owl/x.png", "/etc/passwd")), {}, "owl/x.png"),
+    "a part outside": (lambda r: folder(r.parent, out__owl=1), {"train": "../out"}, "out/owl/0.png"),
+    "no such test": (lambda r: folder(r, train__owl=1), {"test": "tset"}, "no folder"),
+}
+
+
+@pytest.mark.parametrize(("make", "options", "says"), WRONG_FOLDERS.values(), ids=WRONG_FOLDERS)
+def test_a_wrong_folder_is_one_line(tmp_path, make, options, says):
+    root = tmp_path / "root"
+    root.mkdir()
+    make(root)
+    assert says in refusal("image_folder", **{"root": str(root), **options})
+
+
+WRONG_LISTS = {
+    "no label": ("img/0.png", "l.txt:1: must have the form 'relative/path label'; got 'img/0.png'"),
+    "commas": ("img/0.png,owl", "got 'img/0.png,owl'; for a table with columns set prepare.dataset=table"),
+    "semicolons": ("img/0.png;owl", "set prepare.dataset=table"),
+    "absolute": ("/img/0.png owl", "l.txt:1: path '/img/0.png': must be relative"),
+    "home": ("~/0.png owl", "'~/0.png': must be relative"),
+    "outside": ("../0.png owl", "'../0.png': must be relative"),
+    "back-slashes": ("img\\0.png owl", "with forward slashes"),
+    "twice": ("img/0.png owl\nimg/0.png wren", "'img/0.png': must be listed once"),
+    "nothing": ("\n", "must name at least one image; got an empty list file"),
+    "a link out": ("out/passwd owl", "a link that leads out of it"),
+    "Latin-1": (b"img/caf\xe9.png owl", "must be a readable UTF-8 text file"),
+}
+
+
+@pytest.mark.parametrize(("text", "says"), WRONG_LISTS.values(), ids=WRONG_LISTS)
+def test_a_wrong_list_is_one_line(photos, text, says):
+    (photos / "out").symlink_to("/etc")
+    (photos / "l.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert says in refusal("list_file", root=str(photos), train="l.txt")
+
+
+def test_lists_and_roots_that_are_not_there(photos):
+    assert "no such list file" in refusal("list_file", root=str(photos), train="m.txt")
+    assert "prepare.options.root: no folder nowhere" in refusal("list_file", root="nowhere", train="l.txt")
+
+
 # Splits.
 
 

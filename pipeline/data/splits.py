@@ -170,8 +170,8 @@ def _move_groups(
     Nearer: the sum over classes of |wanted - held| / max(wanted, 1) falls. No class falls below `keep`.
     """
     groups: dict[str, list[int]] = defaultdict(list)
-    for i in np.flatnonzero(images.split == "train"):
-        groups[group_of[i]].append(int(i))
+    for i in np.flatnonzero(images.split == "train").tolist():
+        groups[group_of[i]].append(i)
     left, held = images.sizes("train"), np.zeros(len(wanted), np.int64)
     rarity = left.copy()
     contents = {name: Counter(images.label[positions].tolist()) for name, positions in groups.items()}

@@ -24,8 +24,10 @@ from h2t.pipeline.data.labels import USUAL, split_of
 PATHS = ("file_name", "filename", "path", "filepath", "file_path", "image_path", "img_path", "file", "image", "img")
 LABELS = ("label", "labels", "class", "class_name", "species", "category", "target", "diagnosis", "defect", "kind", "y")
 SPLITS = ("split", "subset", "partition", "set")
-GROUPS = ("group", "patient", "patient_id", "subject", "subject_id", "camera", "camera_id", "site", "site_id")
-GROUPS += ("location", "location_id", "plant", "plant_id", "individual", "specimen", "sequence", "seq_id")
+GROUPS = (
+    *("group", "patient", "patient_id", "subject", "subject_id", "camera", "camera_id", "site", "site_id"),
+    *("location", "location_id", "plant", "plant_id", "individual", "specimen", "sequence", "seq_id"),
+)
 LOOK = 100  # so many rows of a table must name at least one file that exists
 
 

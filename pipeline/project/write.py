@@ -23,8 +23,10 @@ IGNORED = ("/data/", "/dvc_plots/", "__pycache__/")
 DVC_IGNORED = ("__pycache__", ".*.staging")
 RESULTS = "data"  # the folder of all outputs
 #: Keys of params.yaml whose mappings are written in braces; so are `options` of more than LONG keys.
-IN_BRACES = ("inputs", "table", "transform", "test", "validation", "min_per_class", "extract", "optimiser", "grid")
-IN_BRACES += ("logit_adjustment", "report")
+IN_BRACES = (
+    *("inputs", "table", "transform", "test", "validation", "min_per_class", "extract", "optimiser", "grid"),
+    *("logit_adjustment", "report"),
+)
 LONG = 5
 
 

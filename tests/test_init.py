@@ -1,9 +1,11 @@
 """`h2t init`: what it finds in collections of every kind, says about them and writes."""
 
 import contextlib
+import shlex
 from pathlib import Path
 
 import own_data
+import printed
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -208,6 +210,17 @@ def test_a_project_is_written_once(tmp_path):
         assert result.exit_code == 2
         assert result.stderr.startswith("error: params.yaml: exists already")
         assert before == {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+
+
+def test_the_command_of_the_docs(tmp_path, monkeypatch):
+    own_data.sort(tmp_path / "photos", {"a": 9, "b": 6})
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (block,) = printed.blocks("docs/own-data.md")
+    with contextlib.chdir(tmp_path):
+        result = CliRunner().invoke(main, shlex.split(block)[1:])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.endswith("next: cd birds && dvc repro\n")
+    assert params.load(tmp_path / "birds/params.yaml")["inputs"] == {"images": str(tmp_path / "photos")}
 
 
 def test_a_pretrained_backbone_by_name(collections, tmp_path):

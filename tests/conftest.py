@@ -70,9 +70,11 @@ def all_blocks(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def own_blocks(all_blocks, monkeypatch):
-    """Blocks of remote caches are kept apart from those of whoever runs the tests, and of other tests."""
+    """Blocks of remote caches and embeddings are apart from those of whoever runs the tests, and of other tests."""
     folder, numbers = all_blocks
-    monkeypatch.setenv("H2T_BLOCK_CACHE", str(folder / str(next(numbers))))
+    own = folder / str(next(numbers))
+    monkeypatch.setenv("H2T_BLOCK_CACHE", str(own))
+    monkeypatch.setenv("XDG_CACHE_HOME", f"{own}.home")
 
 
 @pytest.fixture(autouse=True)

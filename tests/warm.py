@@ -14,7 +14,7 @@ import sys
 from contextlib import suppress
 
 STREAMS = (0, 1, 2)
-IMPORTED = ("torch", "torch._dynamo", "torchvision", "sklearn.manifold", "matplotlib.pyplot", "pandas", "dvc.repo")
+IMPORTED = ("torch", "torch._dynamo", "torchvision", "sklearn.manifold", "pandas", "dvc.repo")
 ROOMS = ("stages", "command_line", "extraction", "heads", "evaluation", "reporting", "models", "sharing", "inspection")
 
 

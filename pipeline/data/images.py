@@ -16,11 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import pydantic
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from h2t.cache.memory import available_memory
@@ -28,6 +27,9 @@ from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import Index, NonNegative, Positive, Ratio, Real, Section, Side, at_most
 from h2t.pipeline.base.seeds import stream
+
+if TYPE_CHECKING:
+    import torch  # imported where it is used: datasets state their options without it
 
 KEEP_DECODED_BYTES = 1024**3  # decoded images kept in memory, at most a quarter of the available memory
 AT_ONCE = 8  # images per task of a decoding thread: for small images, handing over a task costs more than decoding
@@ -307,6 +309,7 @@ def _random_resized_crop(
 
 
 def _jittered(image: np.ndarray, strength: float, draws: np.random.Generator) -> np.ndarray:
+    import torch
     from torchvision.transforms.v2 import functional
 
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # a copy: Pillow's own array is read-only
@@ -419,7 +422,7 @@ class Images:
     def _views(self, wanted: Sequence[tuple[int, Sequence[int | str] | None]]) -> list[np.ndarray]:
         return [self._view(sample, key) for sample, key in wanted]
 
-    def batch(self, samples: Sequence[int], keys: Sequence[Sequence[int | str] | None]) -> torch.Tensor:
+    def batch(self, samples: Sequence[int], keys: Sequence[Sequence[int | str] | None]) -> "torch.Tensor":
         """Normalised float32 (B, 3, size, size). The key None gives the evaluation view, (seed, view) an augmented one.
 
         Raises BadImage, and UserError if an image has changed.
@@ -430,8 +433,10 @@ class Images:
         return normalised(np.stack(list(views)), self.transform)
 
 
-def normalised(images: np.ndarray, transform: Transform) -> torch.Tensor:
+def normalised(images: np.ndarray, transform: Transform) -> "torch.Tensor":
     """uint8 (B, H, W, 3) -> float32 (B, 3, H, W), scaled to [0, 1] and normalised."""
+    import torch
+
     x = torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.float32) / 255
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (transform.mean, transform.std))
     return ((x - mean) / std).contiguous()

@@ -80,7 +80,7 @@ def load_samples(path: Path) -> Samples:
     """
     folder = path.parent if path.suffix == ".parquet" else path
     try:
-        table = pq.read_table(folder / "samples.parquet")
+        table = pq.ParquetFile(folder / "samples.parquet").read()  # `read_table` imports pandas
         facts = json.loads((folder / "classes.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{folder}: no prepared samples here; run h2t prepare {folder}") from None

@@ -68,9 +68,9 @@ def load_heads(folder: Path) -> Heads:
     """The heads that train_classifier wrote into `folder`. Raises UserError if they are missing or unreadable."""
     state, _ = load_weights(folder / "heads.safetensors")
     try:
-        table = pq.read_table(folder / "heads.parquet")
+        table = pq.ParquetFile(folder / "heads.parquet").read()  # `read_table` imports pandas
         about = json.loads(table.schema.metadata[b"h2t"])
-    except (FileNotFoundError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{folder}: heads.parquet is missing or unreadable ({error}); run train_classifier again"
         ) from None

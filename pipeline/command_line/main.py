@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 def main() -> None:
     """Train better classifiers for long-tailed images on cached feature maps.
 
-    `h2t init` writes a project for images of your own. `dvc repro` runs all
-    stages of params.yaml. In order they are: watch, inputs, prepare, train-backbone, extract,
+    `h2t init` writes a project for images of your own. `dvc repro` runs all stages of
+    params.yaml. In order they are: watch, inputs, prepare, train-backbone, extract,
     pool, train-classifier, evaluate, report.
 
     \b

@@ -36,8 +36,8 @@ from h2t.pipeline.command_line.sharing import doctor, upgrade
 def main() -> None:
     """Train better classifiers for long-tailed images on cached feature maps.
 
-    `h2t init` writes a project for images of your own. `dvc repro` runs all
-    stages of params.yaml. In order they are: watch, inputs, prepare, train-backbone, extract,
+    `h2t init` writes a project for images of your own. `dvc repro` runs all stages of
+    params.yaml. In order they are: watch, inputs, prepare, train-backbone, extract,
     pool, train-classifier, evaluate, report.
 
     \b

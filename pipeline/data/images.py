@@ -76,8 +76,8 @@ class Transform(Section):
     """Mean of each colour channel, subtracted after scaling to [0, 1]."""
     std: Annotated[list[Positive], pydantic.Field(min_length=3, max_length=3)]
     """Standard deviation of each colour channel, which the result is divided by."""
-    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
-    """Filter that images are resized with."""
+    interpolation: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"] | None = None
+    """Filter of resizing; null is bilinear."""
     exif: Literal["apply", "ignore"] = "ignore"
     """Turn images as their EXIF orientation says, or take the pixels as they are stored."""
     range: Annotated[list[Real], pydantic.AfterValidator(_low_and_high)] | None = None
@@ -255,7 +255,7 @@ def _resized(image: np.ndarray, transform: Transform) -> np.ndarray:
 
 
 def _filter(transform: Transform) -> Image.Resampling:
-    return Image.Resampling[transform.interpolation.upper()]
+    return Image.Resampling[(transform.interpolation or "bilinear").upper()]
 
 
 def for_evaluation(image: np.ndarray, transform: Transform) -> np.ndarray:
@@ -274,7 +274,7 @@ def augmented(image: np.ndarray, transform: Transform, draws: np.random.Generato
     """
     size = transform.size
     if transform.area is not None:
-        image = _random_resized_crop(image, transform, transform.area, draws)
+        image = _random_resized_crop(image, transform, draws)
     else:
         pad = transform.padding
         image = _resized(image, transform)
@@ -291,10 +291,9 @@ def augmented(image: np.ndarray, transform: Transform, draws: np.random.Generato
     return image
 
 
-def _random_resized_crop(
-    image: np.ndarray, transform: Transform, area: list[float], draws: np.random.Generator
-) -> np.ndarray:
+def _random_resized_crop(image: np.ndarray, transform: Transform, draws: np.random.Generator) -> np.ndarray:
     height, width = image.shape[:2]
+    size, area = transform.size, transform.area or [1.0, 1.0]
     for _ in range(10):
         wanted = height * width * draws.uniform(area[0], area[1])
         aspect = np.exp(draws.uniform(np.log(3 / 4), np.log(4 / 3)))
@@ -305,7 +304,7 @@ def _random_resized_crop(
         w = h = min(height, width)
     top, left = int(draws.integers(height - h + 1)), int(draws.integers(width - w + 1))
     crop = Image.fromarray(image[top : top + h, left : left + w])
-    return np.asarray(crop.resize((transform.size, transform.size), _filter(transform)))
+    return np.asarray(crop.resize((size, size), _filter(transform)))
 
 
 def _jittered(image: np.ndarray, strength: float, draws: np.random.Generator) -> np.ndarray:

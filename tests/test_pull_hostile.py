@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -156,9 +155,7 @@ def test_all_files_that_are_there_come_and_the_missing_ones_are_counted(lab, tmp
 def test_a_remote_that_hardly_answers_is_left(lab, tmp_path, monkeypatch, mode, name):
     monkeypatch.setattr(transfer, "WINDOW", 1.0)
     lab.handler.spoiled = {lab.objects[name]: mode}
-    started = time.monotonic()
-    assert "too slow" in lab.refused(tmp_path)
-    assert time.monotonic() - started < 60  # one window, git, DVC and a busy machine; the silence lasts two minutes
+    assert "too slow (fewer than 1000 bytes/s over 1 s)" in lab.refused(tmp_path)
 
 
 @pytest.mark.skipif(shutil.which("mount") is None, reason="no mount command")

@@ -27,6 +27,7 @@ from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import Index, NonNegative, Positive, Ratio, Real, Section, Side, at_most
 from h2t.pipeline.base.seeds import stream
+from h2t.pipeline.data.network_input import Fit, Input, Interpolation
 
 if TYPE_CHECKING:
     import torch  # imported where it is used: datasets state their options without it
@@ -76,8 +77,10 @@ class Transform(Section):
     """Mean of each colour channel, subtracted after scaling to [0, 1]."""
     std: Annotated[list[Positive], pydantic.Field(min_length=3, max_length=3)]
     """Standard deviation of each colour channel, which the result is divided by."""
-    interpolation: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"] | None = None
-    """Filter of resizing; null is bilinear."""
+    interpolation: Interpolation = "bilinear"
+    """Filter that images are resized with."""
+    fit: Fit | None = None
+    """How images are brought to size, see the backbones' section `input`; null is centre with other rounding."""
     exif: Literal["apply", "ignore"] = "ignore"
     """Turn images as their EXIF orientation says, or take the pixels as they are stored."""
     range: Annotated[list[Real], pydantic.AfterValidator(_low_and_high)] | None = None
@@ -92,7 +95,25 @@ class Transform(Section):
 
 
 #: Keys of Transform that version 0.1.0 did not have.
-LATER = ("interpolation", "exif", "range")
+LATER = ("interpolation", "fit", "exif", "range")
+
+
+ROUNDING = 1e-6  # 224 / 0.875 must be 256, also if the share is a rounded fraction
+
+
+def transform_for(dataset: Transform, stated: Input) -> Transform:
+    """The transform of a backbone: the dataset's, with the keys that are `stated`.
+
+    The dataset's augmentation (padding, area, flip, jitter) stays.
+    """
+    values: dict[str, Any] = stated.model_dump(exclude_none=True)
+    crop = values.pop("crop", None)
+    new = dataset.model_dump() | values
+    if crop is not None:
+        new["resize"] = int(new["size"] / crop + ROUNDING)
+    if crop is not None or stated.interpolation is not None:
+        new.setdefault("fit", "centre")
+    return Transform.model_validate(new)
 
 
 @dataclass(frozen=True)
@@ -245,17 +266,23 @@ def _check_size(image: np.ndarray, transform: Transform) -> None:
 
 
 def _resized(image: np.ndarray, transform: Transform) -> np.ndarray:
-    """The image with its short side resized to `resize` pixels, if that is set."""
+    """The image with its short side resized to `resize` pixels, or both sides to squash it, if that is set."""
     if transform.resize is None:
         return image
     picture = Image.fromarray(image)
-    scale = transform.resize / min(picture.size)
-    width, height = (max(transform.size, round(side * scale)) for side in picture.size)
+    wanted, short = transform.resize, min(picture.size)
+    if transform.fit == "squash":
+        width = height = wanted
+    elif transform.fit is None:
+        scale = wanted / short
+        width, height = (max(transform.size, round(side * scale)) for side in picture.size)
+    else:  # as torchvision, timm and transformers round
+        width, height = (int(wanted * side / short) for side in picture.size)
     return np.asarray(picture.resize((width, height), _filter(transform)))
 
 
 def _filter(transform: Transform) -> Image.Resampling:
-    return Image.Resampling[(transform.interpolation or "bilinear").upper()]
+    return Image.Resampling[transform.interpolation.upper()]
 
 
 def for_evaluation(image: np.ndarray, transform: Transform) -> np.ndarray:
@@ -263,7 +290,10 @@ def for_evaluation(image: np.ndarray, transform: Transform) -> np.ndarray:
     size = transform.size
     image = _resized(image, transform)
     height, width = image.shape[:2]
-    top, left = round((height - size) / 2), round((width - size) / 2)
+    if transform.fit == "centre_floor":
+        top, left = (height - size) // 2, (width - size) // 2
+    else:
+        top, left = round((height - size) / 2), round((width - size) / 2)
     return image[top : top + size, left : left + size]
 
 
@@ -274,7 +304,7 @@ def augmented(image: np.ndarray, transform: Transform, draws: np.random.Generato
     """
     size = transform.size
     if transform.area is not None:
-        image = _random_resized_crop(image, transform, draws)
+        image = _random_resized_crop(image, transform, transform.area, draws)
     else:
         pad = transform.padding
         image = _resized(image, transform)
@@ -291,9 +321,10 @@ def augmented(image: np.ndarray, transform: Transform, draws: np.random.Generato
     return image
 
 
-def _random_resized_crop(image: np.ndarray, transform: Transform, draws: np.random.Generator) -> np.ndarray:
+def _random_resized_crop(
+    image: np.ndarray, transform: Transform, area: list[float], draws: np.random.Generator
+) -> np.ndarray:
     height, width = image.shape[:2]
-    size, area = transform.size, transform.area or [1.0, 1.0]
     for _ in range(10):
         wanted = height * width * draws.uniform(area[0], area[1])
         aspect = np.exp(draws.uniform(np.log(3 / 4), np.log(4 / 3)))
@@ -304,7 +335,7 @@ def _random_resized_crop(image: np.ndarray, transform: Transform, draws: np.rand
         w = h = min(height, width)
     top, left = int(draws.integers(height - h + 1)), int(draws.integers(width - w + 1))
     crop = Image.fromarray(image[top : top + h, left : left + w])
-    return np.asarray(crop.resize((size, size), _filter(transform)))
+    return np.asarray(crop.resize((transform.size, transform.size), _filter(transform)))
 
 
 def _jittered(image: np.ndarray, strength: float, draws: np.random.Generator) -> np.ndarray:
@@ -351,6 +382,12 @@ class Images:
         if self._origin is None:
             raise TypeError("images without an origin cannot be opened in another process")
         return _reopen, (*self._origin, self.sources, self._expected, self.transform), {"_rotation": self._rotation}
+
+    def prepared_for(self, transform: Transform) -> "Images":
+        """The same images with another transform, that of a backbone."""
+        other = copy.copy(self)
+        other.transform = transform
+        return other
 
     def turned(self, rotation: float) -> "Images":
         """The same images, with augmented views also rotated by up to `rotation` degrees."""

@@ -20,7 +20,7 @@ from h2t.pipeline.heads.features import (
     maps_fingerprint,
     pool_label,
 )
-from h2t.pipeline.heads.stored import Heads, build_head, load_heads
+from h2t.pipeline.heads.stored import Heads, load_heads
 from h2t.pipeline.networks.classifier import global_average, logits
 from h2t.pipeline.networks.trained import StageOneHead, backbone_digest
 
@@ -73,9 +73,10 @@ def _answered(
 ) -> list[Answers]:
     """Predictions of each head from blocks of logits (heads, n, classes), which together cover all `samples`.
 
-    The arrays are made once and filled: with many heads and samples, they are most of what evaluation holds.
+    The arrays are made once: with many heads and samples, they are most of what evaluation holds. They are written to
+    before the first block, so that the size of the blocks is chosen from the memory that is left.
     """
-    said = [Answers(np.empty(samples, np.int32), np.empty(samples)) for _ in range(heads)]
+    said = [Answers(np.full(samples, -1, np.int32), np.full(samples, np.nan)) for _ in range(heads)]
     first = 0
     for part, block in blocks:
         for mine, logits_of_head in zip(said, _finite(block, cache, part).numpy(), strict=True):
@@ -99,7 +100,7 @@ def _logits_in_blocks(
     cache: Cache, heads: Heads, rows: np.ndarray, device: torch.device
 ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
     """Blocks of `rows` in order, each with its logits (heads, n, classes) on `device`, not checked."""
-    head = build_head(heads.parts, heads.context)
+    head = heads.head(device)
     already = identity_if_pooled(cache, pool_label(heads.parts.pool, heads.parts.pool_options))
     pooling = already or ((lambda maps: head.pool({}, maps)) if head.pool.commutes else None)
     state = {name: t.to(device) for name, t in heads.state.items()}
@@ -146,7 +147,9 @@ def score_stage1(cache: Cache, head: StageOneHead, split: str, device: torch.dev
     def blocks() -> Iterator[tuple[np.ndarray, torch.Tensor]]:
         for part in _blocks(rows.first, reader.row_bytes // 4 + cache.experts * head.state["weight"].shape[-2]):
             with torch.no_grad():
-                block = logits(head.classifier, state, reader.read(part).to(device), head.scale)
+                features = reader.read(part).to(device)
+                features = features if head.frozen is None else head.frozen(features)
+                block = logits(head.classifier, state, features, head.scale)
             yield part, block[None]
 
     return Scores(STAGE1, rows.labels, rows.samples, _answered(cache, blocks(), 1, len(rows.first)))

@@ -24,7 +24,8 @@ State = Mapping[str, torch.Tensor]
 class Context:
     """What a host knows about its task.
 
-    `counts`: training samples per class, int64 (K,), in descending order. `channels`: C of the maps. `experts`: E.
+    `counts`: training samples per class, int64 (K,), in descending order. `channels`: D, the features that the
+    classifier gets: C of the maps, unless a frozen part between pool and classifier changes it. `experts`: E.
     `pixels`: H x W of the maps.
     """
 
@@ -71,8 +72,8 @@ class Host:
         """A copy of the stage-I classifier's parameters. Raises UserError if they do not fit this host."""
         if not stage1.state:
             raise UserError(
-                "this host starts from the classifier of stage I, and imported features have none; use crt, ncm or "
-                "logistic_regression"
+                "this host starts from the classifier of stage I, and there is none for imported features or for a "
+                "pretrained backbone of other classes; use crt, ncm or logistic_regression"
             )
         if stage1.classifier != self.classifier:
             raise UserError(

@@ -22,6 +22,7 @@ from h2t.pipeline.training.resume import Checkpoint
 COPIES: dict[Selection, int] = {"mixup": 5, "shuffled": 6}  # copies of a head's input in a step; 3 for other selections
 RESULT_COPIES = 3  # copies of all weights in memory: one collected, two while writing
 TRAINED_POOL_COPIES = 8  # copies of a head's input for the gradients of a pool with parameters (measured on `gem`)
+FROZEN_COPIES = 3  # copies of a head's input for the gradients of a layer between pool and classifier
 RESUME_SLACK = 1.5  # a step may exceed its budget by this factor, so that training can resume in the same parts
 
 
@@ -80,14 +81,16 @@ def step_size(streams: Streams, reader: FeatureReader, stage1: StageOneHead, hea
     """The sizes that the memory of a training step depends on."""
     experts, classes = reader.cache.experts, streams.index.classes
     numbers = reader.row_bytes // reader.dtype.itemsize
-    linear = experts * classes * (reader.cache.spec.maps[0][0] + 1)
+    channels, frozen = reader.cache.spec.maps[0][0], stage1.frozen
+    linear = experts * classes * ((frozen.outputs(channels) if frozen else channels) + 1)
     return StepSize(
         batch=streams.batch_size,
         numbers=numbers,
         kept=reader.dtype.itemsize,
         logits=experts * streams.batch_size * classes,
         parameters=max(linear, sum(t.numel() for t in stage1.state.values())),
-        pool_copies=TRAINED_POOL_COPIES if len(reader.shape) == MAP_AXES - 2 and head.pool.initial() else 0,
+        pool_copies=(TRAINED_POOL_COPIES if len(reader.shape) == MAP_AXES - 2 and head.pool.initial() else 0)
+        + FROZEN_COPIES * len(frozen.layers if frozen else ()),
     )
 
 

@@ -72,7 +72,12 @@ def check(values: dict[str, Any], say: Callable[[str], None] = lambda line: None
     for name, entry in complete(values, "backbones").items():
         backbone = params.build(train_backbone.Params, f"backbones.{name}", entry)
         where = f"backbones.{name}"
-        params.build(plugins.load("backbones", backbone.arch).Options, f"{where}.options", backbone.options)
+        arch = plugins.load("backbones", backbone.arch)
+        params.build(arch.Options, f"{where}.options", backbone.options)
+        if backbone.weights == "pretrained" and not hasattr(arch, "weights"):
+            raise UserError(
+                f"{where}.weights: {backbone.arch} has no pretrained weights; got pretrained; name a checkpoint file"
+            )
         params.build(plugins.load("objectives", backbone.objective).Loss, f"{where}.loss", backbone.loss)
     for name, entry in complete(values, "hosts").items():
         where = f"hosts.{name}"
@@ -83,7 +88,9 @@ def check(values: dict[str, Any], say: Callable[[str], None] = lambda line: None
                 f"{where}.backbone: no backbone {host.backbone!r}{nearest(host.backbone, known)} "
                 f"(there are: {', '.join(known)})"
             )
-        if host.batchnorm not in extraction.batchnorm:
+        # A recipe that is left out is stage1 if the cache has no other.
+        left_out = "batchnorm" not in host.model_fields_set and "stage1" in extraction.batchnorm
+        if host.batchnorm not in extraction.batchnorm and not left_out:
             raise UserError(
                 f"{where}.batchnorm: must be one of extract.batchnorm ({', '.join(extraction.batchnorm)}); "
                 f"got {host.batchnorm!r}; add it to extract.batchnorm"

@@ -8,6 +8,7 @@ Decoding, forward passes (`extraction.forward`) and writing overlap.
 import math
 import shutil
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ from h2t.pipeline.extraction.cluster import ADDRESS
 from h2t.pipeline.extraction.recipes import stored
 from h2t.pipeline.extraction.recorded import MOST_IMAGES
 from h2t.pipeline.networks.backbone import Backbone
-from h2t.pipeline.networks.trained import load_backbone
+from h2t.pipeline.networks.trained import BackboneFacts, backbone_facts, load_backbone
 from h2t.pipeline.networks.weights import weights_digest
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
@@ -55,7 +56,10 @@ class Params(Section):
         "stage1",
         "branchwise",
     ]
-    """Batch-norm recipes whose rows the cache stores; a host reads one of them."""
+    """Batch-norm recipes whose rows the cache stores; a host reads one of them. Without batch norm it is `stage1`.
+
+    If the key is left out, it is `stage1` as well for the pretrained weights of a package.
+    """
     batchnorm_passes: Epochs = 200
     """Batches that each set of statistics is estimated from."""
     max_views: Annotated[Count, at_most(MOST_VIEWS)] = 1
@@ -146,6 +150,15 @@ def run(
     """
     backbone, identity = load_backbone(backbone_dir)
     backbone.to(run.device)
+    facts = backbone_facts(backbone_dir)
+    asked, params = params, with_recipes_of(params, facts)
+    if "batchnorm" in asked.model_fields_set and (left_out := set(asked.batchnorm) - set(params.batchnorm)):
+        run.say(
+            f"note: {run.name}: has no batch norm, so there is one set of statistics, stage1; left out: "
+            + ", ".join(sorted(left_out))
+        )
+    samples = samples.with_input(facts.input)
+    images = images.prepared_for(samples.transform)
     rows = row_table(params, samples)
     names = sorted(set(rows["statistics"].unique().to_pylist()))
     inputs = fingerprint_inputs(params, samples, identity, run.seed)
@@ -166,9 +179,13 @@ def run(
             raise CacheError(
                 "exists", f"{run.out}: holds another cache; remove it, or pass --replace to write this one"
             )
-        statistics = _statistics(
-            staging, params, run, names, kept, backbone, samples, images, {**inputs, "settings": settings}
-        )
+
+        def estimate(wanted: list[str]) -> Statistics:
+            return batchnorm.compute(
+                backbone, wanted, samples, images, passes=params.batchnorm_passes, seed=run.seed, device=run.device
+            )
+
+        statistics = _statistics(staging, names, kept, estimate, {**inputs, "settings": settings})
         inputs["batchnorm"]["statistics"] = sha256(statistics)
         spec = _spec(params, backbone, samples, len(rows), inputs, {**settings, **origin}, run.device)
         writer = CacheWriter(staging, spec, rows, settings)
@@ -198,6 +215,15 @@ def run(
     what = f"{counted(spec.rows, 'row')} in {counted(spec.shards, 'shard')}, {spec.value_bytes / 1e6:.1f} MB of values"
     run.say(f"{run.name}: {what}, written to {run.out}")
     return _summary(spec, forwarded, taken, spec.shards - len(pending), passes)
+
+
+def with_recipes_of(params: Params, facts: BackboneFacts) -> Params:
+    """The parameters with the batch-norm recipes that apply to the backbone, `stage1` alone if it has no batch norm."""
+    given = "batchnorm" in params.model_fields_set
+    if facts.batch_norm and (given or not facts.pretrained):
+        return params
+    passes = params.batchnorm_passes if facts.batch_norm else 0
+    return params.model_copy(update={"batchnorm": ["stage1"], "batchnorm_passes": passes})
 
 
 def _summary(spec: CacheSpec, forwarded: int, taken: int, kept: int, passes: forward.Passes) -> Summary:
@@ -264,16 +290,12 @@ def _same(
 
 def _statistics(
     staging: Staging,
-    params: Params,
-    run: Run,
     names: list[str],
     kept: Statistics,
-    backbone: Backbone,
-    samples: Samples,
-    images: Images,
+    estimate: Callable[[list[str]], Statistics],
     depends: dict[str, Any],
 ) -> bytes:
-    """The batch-norm statistics `names` as bytes: those `kept`, and the others estimated.
+    """The batch-norm statistics `names` as bytes: those `kept`, and the others by `estimate`.
 
     They are saved in staging, so that a resumed run does not estimate them again. `depends`: everything that the
     estimates depend on.
@@ -282,10 +304,7 @@ def _statistics(
     data = staging.kept("batchnorm.safetensors")
     if data is not None and staging.kept("batchnorm.json") == canonical_json({"of": key, "is": sha256(data)}):
         return data
-    missing = [name for name in names if name not in kept]
-    estimated = batchnorm.compute(
-        backbone, missing, samples, images, passes=params.batchnorm_passes, seed=run.seed, device=run.device
-    )
+    estimated = estimate([name for name in names if name not in kept])
     data = batchnorm.to_bytes({name: {**kept, **estimated}[name] for name in names})
     staging.keep("batchnorm.safetensors", data)
     staging.keep("batchnorm.json", canonical_json({"of": key, "is": sha256(data)}))

@@ -9,6 +9,7 @@ import csv
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
@@ -23,8 +24,11 @@ from h2t.pipeline.base.run import Run, silent
 from h2t.pipeline.base.seeds import torch_seed
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.data.images import Images
+from h2t.pipeline.data.network_input import Input, chosen
 from h2t.pipeline.data.samples import Samples
-from h2t.pipeline.networks.backbone import Backbone, build_backbone
+from h2t.pipeline.networks.backbone import Backbone, build_backbone, features_of, frozen_part
+from h2t.pipeline.networks.tap import Tapped
+from h2t.pipeline.networks.trained import NONE
 from h2t.pipeline.networks.weights import fill, fit_head, load_checkpoint, save_weights, split_head, weights_digest
 from h2t.pipeline.training.loop import Curves, StageOne, Training
 from h2t.pipeline.training.objective import Objective
@@ -45,10 +49,12 @@ class Params(Training):
     """The loss of stage I, with its classifier."""
     loss: dict[str, Any] = {}
     """Constants of the objective; see below."""
+    input: Input = Input()
+    """What the network takes; see below."""
     start: str | None = None
-    """Weights that training starts from: `torchvision`, or a checkpoint file. The classifier in them is not used."""
+    """Weights that training starts from: `pretrained` (or `torchvision`), or a file. Their classifier is not used."""
     weights: str | None = None
-    """Checkpoint file with the finished weights: nothing is trained."""
+    """Finished weights, so nothing is trained: `pretrained`, or a file. With `none` or null the network is trained."""
     sha256: str | None = None
     """Digest that the checkpoint file must have, as hexadecimal text; null accepts any file."""
 
@@ -64,16 +70,35 @@ def run(params: Params, run: Run, samples: Samples, images: Images) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(torch_seed(run.seed, "stage1", "initial"))
         options = build(arch.Options, f"{where}.options", params.options)
-        backbone = build_backbone(arch, options)
+        stated = params.input
+        if hasattr(arch, "resolved"):
+            options = arch.resolved(options)
+        if hasattr(arch, "input"):
+            stated = chosen(arch.input(options), params.input)
+        backbone = build_backbone(arch, options, stated.size)
         loss = build(objectives.Loss, f"{where}.loss", params.loss)
-        objective: Objective = objectives.Objective(loss, backbone.channels, backbone.experts, counts)
-    if params.weights is not None:
-        _load(params, where, backbone, objective)
-        run.say(f"{run.name}: weights from {Path(params.weights).name}; nothing is trained")
-        _write(run.out, params, backbone, objective, [])
+        objective: Objective = objectives.Objective(loss, features_of(backbone), backbone.experts, counts)
+    about = {
+        "arch": params.arch,
+        "options": options.model_dump(exclude_defaults=True) if hasattr(arch, "resolved") else params.options,
+        "channels": backbone.channels,
+        "experts": backbone.experts,
+        **({"input": stated.model_dump(exclude_none=True)} if stated != Input() else {}),
+    }
+    if params.weights not in (None, "none"):
+        about |= {"pretrained": True} if params.weights == "pretrained" or hasattr(arch, "input") else {}
+        whole = _weights(params, f"{where}.weights", arch, options, stated)
+        reason = _load(whole, f"{where}.weights", backbone, objective)
+        source = "pretrained" if params.weights == "pretrained" else Path(str(params.weights)).name
+        run.say(f"{run.name}: weights from {source}; nothing is trained")
+        if reason:
+            run.say(f"note: {run.name}: the weights' own classifier is left out: {reason}")
+        _write(run.out, about, params, backbone, None if reason else objective, [])
         return
     if params.start is not None:
-        _start(params, where, arch, options, backbone)
+        _start(params, where, arch, options, backbone, stated)
+    samples = samples.with_input(stated)
+    images = images.prepared_for(samples.transform)
     save = Checkpoint(run.out, _token(params, run, samples, backbone), seconds=0)
     with processes(run.device) as group:
         if params.accumulate % group.size:
@@ -88,7 +113,7 @@ def run(params: Params, run: Run, samples: Samples, images: Images) -> None:
         raise UserError(f"{where}: training diverged, weights must be finite; got NaN or infinity; lower {where}.lr")
     if first:
         last = curves[-1]
-        _write(run.out, params, backbone, objective, curves)
+        _write(run.out, about, params, backbone, objective, curves)
         save.clear()
         epochs = counted(params.epochs, "epoch")
         run.say(f"{run.name}: {epochs}, loss {last['loss']:.3f}, training accuracy {last['accuracy']:.1f} %")
@@ -108,14 +133,24 @@ def _token(params: Params, run: Run, samples: Samples, backbone: Backbone) -> st
     return json.dumps(about, sort_keys=True)
 
 
-def _write(out: Path, params: Params, backbone: Backbone, objective: Objective, curves: Curves) -> None:
-    about = {"arch": params.arch, "options": params.options, "channels": backbone.channels, "experts": backbone.experts}
+def _write(
+    out: Path, about: dict[str, Any], params: Params, backbone: Backbone, objective: Objective | None, curves: Curves
+) -> None:
+    """Writes the stage's files; without an `objective` the head file holds no classifier."""
+    part = frozen_part(backbone)
+    tensors, described = part.to_file() if part else ({}, None)
     with fresh_directory(out) as into:
         save_weights(into / "backbone.safetensors", backbone.state_dict(), about)
         save_weights(
             into / "head.safetensors",
-            objective.state_dict(),
-            {**about, "objective": params.objective, "classifier": objective.classifier, "scale": objective.scale},
+            {**(objective.state_dict() if objective else {}), **tensors},
+            {
+                **about,
+                "objective": params.objective,
+                "classifier": objective.classifier if objective else NONE,
+                "scale": objective.scale if objective else 1.0,
+                **({"frozen": described} if part else {}),
+            },
         )
         _write_curves(into / "plots" / "metrics", curves)
 
@@ -142,21 +177,45 @@ def _checkpoint(params: Params, key: str, path: Path) -> dict[str, torch.Tensor]
     return state
 
 
-def _load(params: Params, where: str, backbone: Backbone, objective: Objective) -> None:
-    body, head = split_head(_checkpoint(params, f"{where}.weights", Path(str(params.weights))))
-    fill(backbone, body, f"{where}.weights")
-    objective.load_state_dict(fit_head(head, objective.state_dict(), f"{where}.weights"))
+def _weights(params: Params, key: str, arch: ModuleType, options: Section, stated: Input) -> Mapping[str, torch.Tensor]:
+    """The state dict that the parameter `key`, of `weights` or `start`, names. Raises UserError."""
+    named = str(params.start if key.endswith(".start") else params.weights)
+    if named not in ("pretrained", "torchvision"):
+        return _checkpoint(params, key, Path(named))
+    if not hasattr(arch, "weights"):
+        raise UserError(f"{key}: {named} has no weights for {params.arch}; name a checkpoint file, or null")
+    state: Mapping[str, torch.Tensor] = (
+        arch.weights(options, stated.size) if hasattr(arch, "input") else arch.weights(options)
+    )
+    return state
 
 
-def _start(params: Params, where: str, arch: ModuleType, options: Section, backbone: Backbone) -> None:
+def _load(whole: Mapping[str, torch.Tensor], where: str, backbone: Backbone, objective: Objective) -> str:
+    """Loads the weights of a whole network. Returns why its classifier is left out, or nothing if it is kept."""
+    own = objective.state_dict()
+    if isinstance(backbone, Tapped):
+        fill(backbone, {k: v for k, v in whole.items() if k not in backbone.unused}, where)
+        names = [f"{backbone.last_layer}.{part}" for part in ("weight", "bias")]
+        if backbone.ending.why:
+            return backbone.ending.why
+        if names[0] not in whole:
+            return "there is none"
+        head = {part: whole[name][None] for part, name in zip(("weight", "bias"), names, strict=True) if name in whole}
+    else:
+        body, head = split_head(whole)
+        fill(backbone, body, where)
+    if objective.classifier == "linear" and head["weight"].shape[::2] == own["weight"].shape[::2]:
+        classes, wanted = head["weight"].shape[1], own["weight"].shape[1]
+        if classes != wanted:
+            return f"it has {counted(classes, 'class', 'classes')}, the dataset has {wanted}"
+    objective.load_state_dict(fit_head(head, own, where))
+    return ""
+
+
+def _start(params: Params, where: str, arch: ModuleType, options: Section, backbone: Backbone, stated: Input) -> None:
     """Loads the weights to start from into `backbone`, except those that it declares `fresh`."""
     key = f"{where}.start"
-    if params.start == "torchvision":
-        if not hasattr(arch, "weights"):
-            raise UserError(f"{key}: torchvision has no weights for {params.arch}; name a checkpoint file, or null")
-        pretrained = arch.weights(options)
-    else:
-        pretrained = _checkpoint(params, key, Path(str(params.start)))
+    pretrained = _weights(params, key, arch, options, stated)
     own = backbone.state_dict()
     used = {k: v for k, v in pretrained.items() if k in own}  # without the classifier, whose keys are not in `own`
     kept = {k: v for k, v in own.items() if k.startswith(backbone.fresh)}

@@ -83,7 +83,7 @@ class Params(Section):
     backbone: str
     """Entry of `backbones` whose cache is read."""
     batchnorm: Literal["stage1", "calibrated", "branchwise"] = "branchwise"
-    """Batch-norm recipe whose rows are read; one of `extract.batchnorm`."""
+    """Batch-norm recipe whose rows are read, of `extract.batchnorm`; left out, `stage1` if the cache has no other."""
     pool: Annotated[str, plugin("pools")] = "gap"
     """How maps become vectors."""
     pool_options: dict[str, Any] = {}
@@ -158,6 +158,7 @@ def run(params: Params, run: Run, residency: Residency, cache: Cache, backbone_d
     """
     check_backbone(cache, backbone_dir)
     stage1 = load_head(backbone_dir)
+    params = _with_recipe(params, run.name, cache)
     recipe = RECIPES[params.batchnorm]
     kind = plugins.load("hosts", params.host).Host
     fitted = kind.fitted
@@ -175,7 +176,9 @@ def run(params: Params, run: Run, residency: Residency, cache: Cache, backbone_d
         receiver=receiver,
     )
     channels, height, width = cache.spec.maps[0]
-    context = Context(torch.from_numpy(streams.index.counts), channels, cache.experts, height * width)
+    frozen = stage1.frozen
+    features = frozen.outputs(channels) if frozen else channels
+    context = Context(torch.from_numpy(streams.index.counts), features, cache.experts, height * width)
     _check_cache(cache, context, kind.numbers)
     same = stage1.classifier == params.classifier
     parts = HeadParts(
@@ -187,7 +190,7 @@ def run(params: Params, run: Run, residency: Residency, cache: Cache, backbone_d
         pool_options=params.pool_options,
         where=f"hosts.{run.name}",
     )
-    head = build_head(parts, context)
+    head = build_head(parts, context, channels, frozen.to(run.device) if frozen else None)
     reader = _reader(params, cache, head.pool, as_maps=not (residency.pooled or fitted))
     about = {
         **asdict(parts),
@@ -201,6 +204,7 @@ def run(params: Params, run: Run, residency: Residency, cache: Cache, backbone_d
         "channels": context.channels,
         "experts": context.experts,
         "pixels": context.pixels,
+        **({"map_channels": channels} if frozen else {}),
     }
     if fitted:
         _check_fit(run.name, streams, reader, holds_logits=kind.holds_logits)
@@ -228,12 +232,29 @@ def run(params: Params, run: Run, residency: Residency, cache: Cache, backbone_d
         summary = _summary(len(heads), params.optimiser, streams.steps, trained.restored, feed)
         run.say(f"{run.name}: {feed.cost}")
     with fresh_directory(run.out) as into:
-        save_weights(into / "heads.safetensors", trained.state, {"host": params.host})
+        tensors, described = frozen.to_file() if frozen else ({}, None)
+        about_file = {"host": params.host, **({"frozen": described} if frozen else {})}
+        save_weights(into / "heads.safetensors", {**trained.state, **tensors}, about_file)
         pq.write_table(_table(heads, replaced, about), into / "heads.parquet")
         pq.write_table(trained.history, into / "history.parquet")
     Checkpoint(run.out, "").clear()
     run.say(f"{run.name}: " + ("fitted" if fitted else _outcome(trained.history, params.optimiser.epochs, len(heads))))
     return summary
+
+
+def _with_recipe(params: Params, name: str, cache: Cache) -> Params:
+    """The parameters with recipe `stage1` if the cache holds no other statistics and no other recipe is asked for.
+
+    Raises UserError if one is.
+    """
+    if params.batchnorm == "stage1" or set(cache.rows["statistics"].unique().to_pylist()) != {"stage1"}:
+        return params
+    if "batchnorm" in params.model_fields_set:
+        raise UserError(
+            f"hosts.{name}.batchnorm: must be stage1, the only statistics in {cache.files}; got {params.batchnorm}; "
+            "set it to stage1 or, if the backbone has batch norm, add the recipe to extract.batchnorm and extract again"
+        )
+    return params.model_copy(update={"batchnorm": "stage1"})
 
 
 def _check_grid(

@@ -31,7 +31,7 @@ def main() -> None:
     """Train better classifiers for long-tailed images on cached feature maps.
 
     `dvc repro` runs all stages of params.yaml. In order they are: watch, inputs, prepare, train-backbone, extract,
-    pool, train-classifier, evaluate, report.
+    pool, probe, train-classifier, evaluate, report.
 
     \b
     Completion of commands and names in bash (or zsh_source, fish_source):
@@ -118,7 +118,7 @@ def _name(section: str, help: str) -> Callable[[Any], Any]:
 _backbone_name = _name("backbones", "Name of the backbone in the parameters.")
 _host_name = _name("hosts", "Name of the host in the parameters.")
 _samples = click.argument("samples", type=PATH, help="Directory that prepare wrote.")
-_backbone = click.argument("backbone", type=PATH, help="Directory that train-backbone wrote.")
+_backbone = click.argument("backbone", type=PATH, help="Directory that train-backbone or probe wrote, or none.")
 _cache = click.argument("cache", help="Path or URL of the cache.")
 
 
@@ -237,6 +237,30 @@ def pool(values: dict[str, Any], say: Say, name: str, cache: str, out: Path, rep
     names.check_folders(values, "backbones", name, cache, out)
     with opened(cache) as maps:
         stage_module.run(section, name, maps, out, say, replace=replace)
+
+
+@main.command(epilog="h2t probe ce_mixup data/extract/ce_mixup data/probe/ce_mixup")
+@_backbone_name
+@_cache
+@_out("Directory to write.")
+@stage
+def probe(values: dict[str, Any], say: Say, name: str, cache: str, out: Path) -> dict[str, Any]:
+    """Fit the head of the frozen backbone NAME to a cache.
+
+    It is a logistic regression. A backbone that is not in the parameters, as that of imported features, gets one too.
+    """
+    from h2t.pipeline.base import device, params
+    from h2t.pipeline.networks.probe import Probe
+    from h2t.pipeline.stages import probe as stage_module
+    from h2t.pipeline.stages import train_backbone
+
+    head, settings = "probe", Probe()
+    if name in values["backbones"]:
+        asked = params.build(train_backbone.Params, f"backbones.{name}", values["backbones"][name])
+        head, settings = asked.head, asked.probe
+    names.check_folders(values, "backbones", name, cache, out)
+    with opened(cache) as maps:
+        return stage_module.run(head, settings, name, maps, device.choose(values["device"]), out, say)
 
 
 @main.command(

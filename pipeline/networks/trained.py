@@ -1,7 +1,7 @@
 """Loads the stage-I network, backbone and classifier, that `train_backbone` wrote."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,16 @@ NONE = "none"
 
 @dataclass(frozen=True)
 class StageOneHead:
-    """The stage-I classifier: its `state`, empty for imported features, and the arguments of `classifier.logits`."""
+    """The classifier that comes with a backbone: trained in stage I, or a probe.
+
+    `state` is empty if there is none; `classifier` and `scale` are the arguments of `classifier.logits`. `about`: what
+    its file says.
+    """
 
     state: Mapping[str, torch.Tensor]
     classifier: str
     scale: float
+    about: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load_backbone(folder: Path) -> tuple[Backbone, dict[str, Any]]:
@@ -44,7 +49,10 @@ def backbone_digest(folder: Path) -> str:
     """sha256 of the backbone's weights, as caches record it; `none` for imported features. Raises UserError."""
     if str(folder) == NONE:
         return NONE
-    return weights_digest(load_weights(folder / "backbone.safetensors")[0])
+    path = folder / "backbone.safetensors"
+    if not path.is_file() and (folder / "head.safetensors").is_file():  # a probe, which records the digest
+        return str(load_weights(folder / "head.safetensors")[1]["backbone"])
+    return weights_digest(load_weights(path)[0])
 
 
 def backbone_identity(folder: Path) -> dict[str, Any]:
@@ -54,8 +62,8 @@ def backbone_identity(folder: Path) -> dict[str, Any]:
 
 
 def load_head(folder: Path) -> StageOneHead:
-    """The stage-I classifier; an empty one for imported features. Raises UserError."""
+    """The classifier in head.safetensors; an empty one for imported features. Raises UserError."""
     if str(folder) == NONE:
         return StageOneHead({}, NONE, 1.0)
     state, about = load_weights(folder / "head.safetensors")
-    return StageOneHead(state, about["classifier"], about["scale"])
+    return StageOneHead(state, about["classifier"], about["scale"], about)

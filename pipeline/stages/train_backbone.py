@@ -1,7 +1,8 @@
 """train_backbone (stage I): trains a network with an objective, or loads its weights from a file.
 
-Writes `backbone.safetensors` (the network up to its maps), `head.safetensors` (the stage-I classifier) and training
-curves as tab-separated files in `plots/metrics`, in the layout of DVC's logger. The loop is in `training.loop`;
+Writes `backbone.safetensors` (the network up to its maps), `head.safetensors` (the stage-I classifier; without tensors
+if `head` is `probe` or `none`) and training curves as tab-separated files in `plots/metrics`, in the layout of DVC's
+logger. The loop is in `training.loop`;
 `torchrun --nproc-per-node N -m h2t.pipeline train-backbone ...` runs it in N processes.
 """
 
@@ -12,7 +13,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 
@@ -25,7 +26,17 @@ from h2t.pipeline.base.text import counted
 from h2t.pipeline.data.images import Images
 from h2t.pipeline.data.samples import Samples
 from h2t.pipeline.networks.backbone import Backbone, build_backbone
-from h2t.pipeline.networks.weights import fill, fit_head, load_checkpoint, save_weights, split_head, weights_digest
+from h2t.pipeline.networks.probe import Probe
+from h2t.pipeline.networks.trained import NONE
+from h2t.pipeline.networks.weights import (
+    fill,
+    fit_head,
+    load_checkpoint,
+    save_weights,
+    split_head,
+    weights_digest,
+    without_head,
+)
 from h2t.pipeline.training.loop import Curves, StageOne, Training
 from h2t.pipeline.training.objective import Objective
 from h2t.pipeline.training.parallel import processes
@@ -51,6 +62,10 @@ class Params(Training):
     """Checkpoint file with the finished weights: nothing is trained."""
     sha256: str | None = None
     """Digest that the checkpoint file must have, as hexadecimal text; null accepts any file."""
+    head: Literal["trained", "probe", "none"] = "trained"
+    """The backbone's classifier: that of stage I, one that stage `probe` fits to the cached rows, or none."""
+    probe: Probe = Probe()
+    """How stage `probe` fits the classifier."""
 
 
 def run(
@@ -83,6 +98,10 @@ def run(
         return
     if params.start is not None:
         _start(params, where, arch, options, backbone)
+    if params.frozen and params.head != "trained":
+        say(f"{name}: frozen, with head: {params.head}; nothing is trained")
+        _write(out, params, backbone, objective, [])
+        return
     save = Checkpoint(out, _token(params, samples, backbone, seed, device), seconds=0)
     with processes(device) as group:
         if params.accumulate % group.size:
@@ -119,13 +138,15 @@ def _token(params: Params, samples: Samples, backbone: Backbone, seed: int, devi
 
 def _write(out: Path, params: Params, backbone: Backbone, objective: Objective, curves: Curves) -> None:
     about = {"arch": params.arch, "options": params.options, "channels": backbone.channels, "experts": backbone.experts}
+    if params.head == "trained":
+        state, head = objective.state_dict(), {"classifier": objective.classifier, "scale": objective.scale}
+    else:
+        state, head = {}, {"classifier": NONE, "scale": 1.0, "head": params.head}
+    if params.head == "probe":
+        head["probe"] = params.probe.model_dump()
     with fresh_directory(out) as into:
         save_weights(into / "backbone.safetensors", backbone.state_dict(), about)
-        save_weights(
-            into / "head.safetensors",
-            objective.state_dict(),
-            {**about, "objective": params.objective, "classifier": objective.classifier, "scale": objective.scale},
-        )
+        save_weights(into / "head.safetensors", state, {**about, "objective": params.objective, **head})
         _write_curves(into / "plots" / "metrics", curves)
 
 
@@ -152,7 +173,11 @@ def _checkpoint(params: Params, key: str, path: Path) -> dict[str, torch.Tensor]
 
 
 def _load(params: Params, where: str, backbone: Backbone, objective: Objective) -> None:
-    body, head = split_head(_checkpoint(params, f"{where}.weights", Path(str(params.weights))))
+    state = _checkpoint(params, f"{where}.weights", Path(str(params.weights)))
+    if params.head != "trained":
+        fill(backbone, without_head(state, backbone.state_dict()), f"{where}.weights")
+        return
+    body, head = split_head(state)
     fill(backbone, body, f"{where}.weights")
     objective.load_state_dict(fit_head(head, objective.state_dict(), f"{where}.weights"))
 

@@ -44,7 +44,7 @@ from h2t.pipeline.heads.features import (
 )
 from h2t.pipeline.heads.fusion import Rounding, Selection
 from h2t.pipeline.heads.head import MAP_AXES, Head
-from h2t.pipeline.heads.host import Context
+from h2t.pipeline.heads.host import Context, Host
 from h2t.pipeline.heads.residency import WINDOW_SHARE, Choice, Feed, Residency, Room, amount, find_room, plan_tier
 from h2t.pipeline.heads.stack import (
     FLOAT,
@@ -58,10 +58,11 @@ from h2t.pipeline.heads.stack import (
     parts_of,
     seeds_and_donors,
 )
+from h2t.pipeline.heads.start import backbone_head, class_means, from_file
 from h2t.pipeline.heads.stored import HeadParts, build_head
 from h2t.pipeline.networks.pool import Pool
 from h2t.pipeline.networks.trained import NONE, StageOneHead, backbone_digest, load_head
-from h2t.pipeline.networks.weights import save_weights
+from h2t.pipeline.networks.weights import save_weights, weights_digest
 from h2t.pipeline.training.resume import Checkpoint
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
@@ -96,7 +97,11 @@ class Params(Section):
     classifier: Literal["linear", "cosine"] = "linear"
     """Logits from products, or from cosines times `scale`."""
     scale: Positive | None = None
-    """Factor of cosine logits; null is that of stage I if its classifier is of the same kind, else 1."""
+    """Factor of cosine logits; null is the host's own, that of a backbone's head of this kind, or 1."""
+    start: str | None = None
+    """Where training starts: `probe`, `means` (of the classes), a file of vectors, or null, the backbone's head."""
+    start_sha256: str | None = None
+    """With `start: FILE`: digest of the file, which must be given, because DVC does not watch it."""
     experts: Experts | None = None
     """Number of experts that the cache must have; null accepts any."""
     loss: dict[str, Any] = {}
@@ -187,9 +192,13 @@ def run(
     An interrupted run resumes from its last saved step. Raises UserError for settings or caches that do not fit.
     """
     check_backbone(cache, backbone_dir)
-    stage1 = load_head(backbone_dir)
     recipe = RECIPES[params.batchnorm]
     kind = plugins.load("hosts", params.host).Host
+    own = load_head(backbone_dir)
+    check_start(params, name, kind, own.about.get("head", "trained" if own.state else "none"))
+    start = params.start or ("means" if kind.starts_from == "means" else None)
+    from_backbone = kind.starts_from != "own" and start in (None, "probe")
+    stage1 = backbone_head(cache, backbone_dir, params.classifier, device, say) if from_backbone else own
     fitted = kind.fitted
     receiver = params.receiver or kind.receiver
     heads = [HeadSetting(0.0, "instance", "random", 0)] if fitted else heads_of(params.grid, params.rounding)
@@ -212,13 +221,15 @@ def run(
         host=params.host,
         loss=params.loss,
         classifier=params.classifier,
-        scale=params.scale or (stage1.scale if same else 1.0),
+        scale=params.scale or kind.usual_scale or (stage1.scale if same else 1.0),
         pool=params.pool,
         pool_options=params.pool_options,
         where=f"hosts.{name}",
     )
     head = build_head(parts, context)
     reader = _reader(params, cache, head.pool, as_maps=not (residency.pooled or fitted))
+    if start not in (None, "probe"):
+        stage1 = _start(start, params, name, reader, head, streams, parts.scale)
     about = {
         **asdict(parts),
         "batchnorm": params.batchnorm,
@@ -231,6 +242,7 @@ def run(
         "channels": context.channels,
         "experts": context.experts,
         "pixels": context.pixels,
+        **({"start": Path(params.start).name} if params.start else {}),
     }
     if fitted:
         _check_fit(name, streams, reader, holds_logits=kind.holds_logits)
@@ -238,7 +250,8 @@ def run(
         if bad := not_finite(trained.state):
             raise _not_finite_because(name, fitted, cache, streams.receivers.first, bad[1], heads[0])
     else:
-        token = f"{cache.spec.fingerprint} {about['backbone']} {params.model_dump_json()}"
+        begin = weights_digest(stage1.state)
+        token = f"{cache.spec.fingerprint} {about['backbone']} {params.model_dump_json()} {begin}"
         room = find_room(residency, device)
         choice = plan_tier(streams, reader, residency, room)
         size = _step_size(streams, reader, stage1, head)
@@ -264,6 +277,42 @@ def run(
     Checkpoint(out, "").clear()
     say(f"{name}: " + ("fitted" if fitted else _outcome(trained.history, params.optimiser.epochs, len(heads))))
     return summary
+
+
+def check_start(params: Params, name: str, kind: type[Host], head: str) -> None:
+    """Raises UserError if host `name` cannot start as asked from a backbone with this `head`."""
+    where, backbone = f"hosts.{name}", f"backbones.{params.backbone}"
+    if kind.starts_from == "own" and params.start:
+        raise UserError(f"{where}.start: host {params.host} has a start of its own; got {params.start}; remove the key")
+    if kind.starts_from == "trained" and (params.start or head != "trained"):
+        raise UserError(
+            f"{where}: host {params.host} starts from the classifier that its own stage I trained; got "
+            f"{f'start: {params.start}' if params.start else f'{backbone} with head: {head}'}; use head: trained "
+            "without start, or another host"
+        )
+    if params.start == "probe" and head != "probe":
+        raise UserError(f"{where}.start: {backbone} has head: {head}; set {backbone}.head: probe, or start: means")
+    if params.start_sha256 and params.start in (None, "probe", "means"):
+        raise UserError(f"{where}.start_sha256: needs a file in start; got {params.start}; remove the key")
+
+
+def _start(
+    start: str, params: Params, name: str, reader: FeatureReader, head: Head, streams: Streams, scale: float
+) -> StageOneHead:
+    """The classifier that training starts from: class means, or the vectors in the file `start`. Raises UserError."""
+    classes = streams.index.classes
+    if start == "means":
+        return class_means(reader, head, streams.receivers, classes, params.classifier, scale)
+    cache = reader.cache
+    return from_file(
+        Path(start),
+        params.start_sha256,
+        f"hosts.{name}.start",
+        recorded_names(cache.spec.provenance, cache.files),
+        head.host.context.channels,
+        params.classifier,
+        scale,
+    )
 
 
 def _check_grid(

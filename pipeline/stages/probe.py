@@ -1,0 +1,39 @@
+"""probe: fits the head of a frozen backbone to the cached training rows; no image is decoded.
+
+Writes `head.safetensors` (a linear classifier, with the keys of stage I's head), `cosine.safetensors` (for hosts with
+`classifier: cosine`) and `probe.json`, which says what was fitted. A backbone with another head gets the last alone.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from h2t.cache.reader import Cache
+from h2t.pipeline.base.outputs import fresh_directory, write_json
+from h2t.pipeline.heads.start import fit_probe, save_probe
+from h2t.pipeline.networks.probe import Probe
+
+NUMBER = 2026112601  # other results, another number: docs/numbers.md
+
+
+def run(
+    head: str, settings: Probe, name: str, cache: Cache, device: torch.device, out: Path, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Fits the probes of backbone `name`, if `head` is `probe`, and writes them into the directory `out`.
+
+    Returns what `probe.json` holds. Raises UserError for a cache that no probe can be fitted to.
+    """
+    found: dict[str, Any] = {"head": head}
+    with fresh_directory(out) as into:
+        if head == "probe":
+            for kind in ("linear", "cosine"):
+                save_probe(into, fit_probe(cache, settings, kind, device), cache, settings)
+            samples = sum(cache.spec.provenance["counts"])
+            found |= {"probe": settings.model_dump(), "samples": samples, "channels": cache.spec.maps[0][0]}
+            say(f"{name}: probes fitted to {samples:,} samples")
+        else:
+            say(f"{name}: has head: {head}, so no probe is fitted; for one, set backbones.{name}.head: probe")
+        write_json(into / "probe.json", found)
+    return found

@@ -243,14 +243,22 @@ def pool(values: dict[str, Any], say: Say, name: str, cache: str, out: Path, rep
 @_backbone_name
 @_cache
 @_out("Directory to write.")
+@click.option(
+    "--backbone",
+    type=PATH,
+    metavar="DIR",
+    help="Directory that train-backbone wrote; by default CACHE/../../train_backbone/NAME.",
+)
 @stage
-def probe(values: dict[str, Any], say: Say, name: str, cache: str, out: Path) -> dict[str, Any]:
+def probe(values: dict[str, Any], say: Say, name: str, cache: str, out: Path, backbone: Path | None) -> dict[str, Any]:
     """Fit the head of the frozen backbone NAME to a cache.
 
     It is a logistic regression. A backbone that is not in the parameters, as that of imported features, gets one too.
     """
     from h2t.pipeline.base import device, params
+    from h2t.pipeline.heads.start import check_backbone, imported
     from h2t.pipeline.networks.probe import Probe
+    from h2t.pipeline.networks.trained import NONE
     from h2t.pipeline.stages import probe as stage_module
     from h2t.pipeline.stages import train_backbone
 
@@ -260,7 +268,14 @@ def probe(values: dict[str, Any], say: Say, name: str, cache: str, out: Path) ->
         head, settings = asked.head, asked.probe
     names.check_folders(values, "backbones", name, cache, out)
     with opened(cache) as maps:
-        return stage_module.run(head, settings, name, maps, device.choose(values["device"]), out, say)
+        if imported(maps):
+            backbone = Path(NONE)
+        elif backbone is None:
+            backbone = Path(cache).parent.parent / "train_backbone" / name
+        if head == "probe":
+            names.check_backbone(values, name, backbone, say)
+            check_backbone(maps, backbone)
+        return stage_module.run(head, settings, name, maps, backbone, device.choose(values["device"]), out, say)
 
 
 @main.command(

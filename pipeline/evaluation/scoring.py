@@ -20,7 +20,7 @@ from h2t.pipeline.heads.features import (
     maps_fingerprint,
     pool_label,
 )
-from h2t.pipeline.heads.stored import Heads, build_head, load_heads
+from h2t.pipeline.heads.stored import Heads, load_heads
 from h2t.pipeline.networks.classifier import global_average, logits
 from h2t.pipeline.networks.trained import StageOneHead, backbone_digest
 
@@ -88,7 +88,7 @@ def _logits_in_blocks(
     cache: Cache, heads: Heads, rows: np.ndarray, device: torch.device
 ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
     """Blocks of `rows` in order, each with its logits (heads, n, classes) on `device`, not checked."""
-    head = build_head(heads.parts, heads.context)
+    head = heads.head(device)
     already = identity_if_pooled(cache, pool_label(heads.parts.pool, heads.parts.pool_options))
     pooling = already or ((lambda maps: head.pool({}, maps)) if head.pool.commutes else None)
     state = {name: t.to(device) for name, t in heads.state.items()}
@@ -134,6 +134,8 @@ def score_stage1(cache: Cache, head: StageOneHead, split: str, device: torch.dev
     said: list[Answers] = []
     for part in _blocks(rows.first, reader.row_bytes // 4 + cache.experts * head.state["weight"].shape[-2]):
         with torch.no_grad():
-            block = logits(head.classifier, state, reader.read(part).to(device), head.scale)
+            features = reader.read(part).to(device)
+            features = features if head.frozen is None else head.frozen(features)
+            block = logits(head.classifier, state, features, head.scale)
         said.append(answers(_finite(block, cache, part).numpy()))
     return Scores(STAGE1, rows.labels, rows.samples, [_joined(said)])

@@ -24,7 +24,8 @@ State = Mapping[str, torch.Tensor]
 class Context:
     """What a host knows about its task.
 
-    `counts`: training samples per class, int64 (K,), in descending order. `channels`: C of the maps. `experts`: E.
+    `counts`: training samples per class, int64 (K,), in descending order. `channels`: D, the features that the
+    classifier gets: C of the maps, unless a frozen part between pool and classifier changes it. `experts`: E.
     `pixels`: H x W of the maps.
     """
 
@@ -78,7 +79,7 @@ class Host:
         """
         if not stage1.state:
             raise UserError(
-                "this host starts from a classifier, and this backbone has none, as features that were imported; fit "
+                "this host starts from a classifier, and this backbone has none, like features that were imported; fit "
                 "one (head: probe; for imported features h2t probe NAME CACHE OUT, then OUT as the backbone), set "
                 "start: means, or use crt, ncm or logistic_regression"
             )

@@ -30,8 +30,10 @@ from h2t.pipeline.heads.head import POOL, Head
 from h2t.pipeline.heads.residency import amount
 from h2t.pipeline.networks import probe
 from h2t.pipeline.networks.classifier import global_average
+from h2t.pipeline.networks.frozen import FrozenPart
+from h2t.pipeline.networks.frozen import from_file as from_weights
 from h2t.pipeline.networks.probe import Probe
-from h2t.pipeline.networks.trained import NONE, StageOneHead, load_head
+from h2t.pipeline.networks.trained import NONE, StageOneHead, backbone_digest, load_head
 from h2t.pipeline.networks.weights import load_weights, save_weights
 
 STATISTICS = "stage1"  # a probe is fitted to rows under the statistics that the backbone came with
@@ -42,8 +44,36 @@ BLOCK_ROWS = 1024
 Kind = Literal["linear", "cosine"]
 
 
-def fit_probe(cache: Cache, settings: Probe, classifier: Kind, device: torch.device) -> StageOneHead:
-    """The probe on the pooled training rows of `cache`, view 0 of each sample.
+def _weights(cache: Cache) -> str | None:
+    """The digest of the backbone's weights that the cache records; `none` if its features were imported."""
+    backbone = cache.spec.fingerprint_inputs.get("backbone")
+    return backbone.get("weights") if isinstance(backbone, dict) else None
+
+
+def imported(cache: Cache) -> bool:
+    """Whether the cache holds features that were imported, so that its backbone is unknown."""
+    return _weights(cache) == NONE
+
+
+def check_backbone(cache: Cache, backbone_dir: Path) -> None:
+    """Raises UserError unless the cache was extracted by the backbone in `backbone_dir`."""
+    expected, recorded = backbone_digest(backbone_dir), _weights(cache)
+    if recorded == NONE != expected:
+        raise UserError(
+            f"{cache.files}: imported features have no backbone; got {backbone_dir}; give none as the backbone, or a "
+            "probe of these features"
+        )
+    if recorded != expected:
+        raise UserError(
+            f"{cache.files}: this cache was extracted by a backbone with weights {str(recorded)[:12]}, but "
+            f"{backbone_dir} has {expected[:12]}; give the backbone that the cache was made with, or extract again"
+        )
+
+
+def fit_probe(
+    cache: Cache, settings: Probe, classifier: Kind, device: torch.device, frozen: FrozenPart | None
+) -> StageOneHead:
+    """The probe on the pooled training rows of `cache`, view 0 of each sample, after the `frozen` part of the backbone.
 
     Raises UserError if the cache has several experts, no training rows under `stage1` statistics, maps that are not
     finite, or more of them than fit into memory.
@@ -56,7 +86,9 @@ def fit_probe(cache: Cache, settings: Probe, classifier: Kind, device: torch.dev
     identity_if_pooled(cache, "gap")  # raises for vectors of another pool
     rows = sample_rows(cache.rows, "train", STATISTICS)
     classes = len(recorded_names(cache.spec.provenance, cache.files))
-    need = 4 * COPIES * len(rows.first) * (cache.spec.maps[0][0] + classes)
+    channels = cache.spec.maps[0][0]
+    width = max(channels, frozen.outputs(channels)) if frozen else channels
+    need = 4 * COPIES * len(rows.first) * (width + classes)
     if need > (room := available_memory()):
         raise UserError(
             f"{cache.files}: a probe on {counted(len(rows.first), 'sample')} needs {amount(need)} of memory; "
@@ -65,22 +97,30 @@ def fit_probe(cache: Cache, settings: Probe, classifier: Kind, device: torch.dev
     features = FeatureReader(cache, global_average).read(rows.first)[0].to(device)
     if not features.isfinite().all() and (row := first_not_finite(cache, rows.first)):
         raise UserError(f"{cache.files}: {row} holds NaN or infinity; extract again, or correct and import it again")
+    if frozen:
+        with torch.no_grad():
+            features = frozen.to(device)(features)
     state = probe.fit(features, torch.from_numpy(rows.labels).to(device), classes, settings, classifier)
     cpu = {name: t.cpu() for name, t in state.items()}
-    return StageOneHead(cpu, classifier, settings.scale if classifier == "cosine" else 1.0)
+    return StageOneHead(cpu, classifier, settings.scale if classifier == "cosine" else 1.0, frozen)
 
 
 def save_probe(folder: Path, head: StageOneHead, cache: Cache, settings: Probe) -> None:
     """Writes a probe into `folder`, with what it depends on."""
+    tensors, described = head.frozen.to_file() if head.frozen else ({}, None)
     about = {**_of(cache, settings), "classifier": head.classifier, "scale": head.scale}
-    save_weights(folder / PROBES[head.classifier], head.state, about)
+    about |= {"frozen": described} if head.frozen else {}
+    save_weights(folder / PROBES[head.classifier], {**head.state, **tensors}, about)
 
 
 def _of(cache: Cache, settings: Probe) -> dict[str, Any]:
     """What a probe depends on, as its file records it."""
-    backbone = cache.spec.fingerprint_inputs.get("backbone")
-    weights = backbone.get("weights") if isinstance(backbone, dict) else NONE
-    return {"head": "probe", "probe": settings.model_dump(), "cache": maps_fingerprint(cache.spec), "backbone": weights}
+    return {
+        "head": "probe",
+        "probe": settings.model_dump(),
+        "cache": maps_fingerprint(cache.spec),
+        "backbone": _weights(cache),
+    }
 
 
 def backbone_head(
@@ -99,43 +139,44 @@ def backbone_head(
     expected = _of(cache, settings)
     saved = folder if "cache" in trained.about else folder.parent.parent / "probe" / folder.name
     if (saved / PROBES[kind]).is_file():
-        state, about = load_weights(saved / PROBES[kind])
+        tensors, about = load_weights(saved / PROBES[kind])
         if all(about.get(key) == value for key, value in expected.items()):
-            return StageOneHead(state, kind, about["scale"], about)
+            state, frozen = from_weights(tensors, about, str(saved / PROBES[kind]))
+            return StageOneHead(state, kind, about["scale"], frozen, about)
         if saved == folder:
             raise UserError(
                 f"{folder}: must be a probe of this cache, {expected['cache'][:12]}; got one of "
                 f"{str(about['cache'])[:12]}; run h2t probe again"
             )
     say(f"fitting the {kind} probe, as {saved} has none of this cache with these settings; h2t probe saves it")
-    return fit_probe(cache, settings, kind, device)
+    return fit_probe(cache, settings, kind, device, trained.frozen)
 
 
 def class_means(
-    reader: FeatureReader, head: Head, rows: SampleRows, classes: int, classifier: str, scale: float
+    reader: FeatureReader, head: Head, rows: SampleRows, classes: int, classifier: str, device: torch.device
 ) -> StageOneHead:
     """The mean m of each class's features as its weight, from `head`'s features of view 0 of each training sample.
 
     A linear classifier has the bias -|m|^2 / 2, so that the nearest mean wins (Snell et al., "Prototypical Networks for
     Few-shot Learning", NeurIPS 2017, eq. (8)); for a cosine classifier means are scaled to length 1, as in LIFT.
     """
-    pool = {POOL + name: t for name, t in head.pool.initial().items()}
+    pool = {POOL + name: t.to(device) for name, t in head.pool.initial().items()}
     total = torch.zeros(0)
     for first in range(0, len(rows.first), BLOCK_ROWS):
         part = rows.first[first : first + BLOCK_ROWS]
         with torch.no_grad():
-            x = head.features(pool, reader.read(part).float()).double()  # (E, n, D)
+            x = head.features(pool, reader.read(part).to(device, torch.float32)).cpu().double()  # (E, n, D)
         if not first:
             total = x.new_zeros(len(x), classes, x.shape[-1])
         total.index_add_(1, torch.from_numpy(rows.labels[first : first + BLOCK_ROWS]), x)
     means = total / torch.from_numpy(np.bincount(rows.labels, minlength=classes))[:, None]
     if classifier == "cosine":
-        return StageOneHead({"weight": F.normalize(means, dim=-1).float()}, classifier, scale)
-    return StageOneHead({"weight": means.float(), "bias": -means.square().sum(-1).float() / 2}, classifier, scale)
+        return StageOneHead({"weight": F.normalize(means, dim=-1).float()}, classifier, 1.0)
+    return StageOneHead({"weight": means.float(), "bias": -means.square().sum(-1).float() / 2}, classifier, 1.0)
 
 
 def from_file(
-    path: Path, digest: str | None, where: str, names: Sequence[str], channels: int, classifier: str, scale: float
+    path: Path, digest: str | None, where: str, names: Sequence[str], channels: int, classifier: str
 ) -> StageOneHead:
     """A classifier of one expert whose weights are the vectors in `path`, such as embeddings of the class names.
 
@@ -174,8 +215,8 @@ def from_file(
             )
     weight = torch.stack([found[name].float() for name in names])[None]
     if classifier == "cosine":
-        return StageOneHead({"weight": F.normalize(weight, dim=-1)}, classifier, scale)
-    return StageOneHead({"weight": weight, "bias": torch.zeros(weight.shape[:2])}, classifier, scale)
+        return StageOneHead({"weight": F.normalize(weight, dim=-1)}, classifier, 1.0)
+    return StageOneHead({"weight": weight, "bias": torch.zeros(weight.shape[:2])}, classifier, 1.0)
 
 
 def _vectors(path: Path, content: bytes, listed: list[str], where: str) -> dict[str, torch.Tensor]:

@@ -78,7 +78,7 @@ def only(heads: Heads, number: int) -> Heads:
     """A stack with head `number` alone, which becomes head 0."""
     state = {name: t[number : number + 1] for name, t in heads.state.items()}
     table = heads.table.slice(number, 1)
-    return Heads(state, table.set_column(0, "number", pa.array([0], pa.int64())), heads.about)
+    return Heads(state, table.set_column(0, "number", pa.array([0], pa.int64())), heads.about, heads.frozen)
 
 
 def run(
@@ -125,14 +125,15 @@ def run(
         "backbone": identity["weights"],
         "cache": heads.about["cache"],
     }
-    state = {name: t[0] for name, t in one.state.items()}
     rows = _rows(cache, kind)
     expected = head_logits(cache, one, rows, device)[0]
     with fresh_directory(out) as into:
         head = {**about, "kind": "h2t head 1", "parts": vars(heads.parts)}
-        save_weights(into / "head.safetensors", state, head)
+        tensors, described = one.frozen.to_file() if one.frozen else ({}, None)
+        head |= {"frozen": described} if one.frozen else {}
+        save_weights(into / "head.safetensors", {**{name: t[0] for name, t in one.state.items()}, **tensors}, head)
         path = into / "model.safetensors"
-        plain = save_model(path, backbone, heads.parts, heads.context, state, about)
+        plain = save_model(path, backbone, one, about)
         model = load_model(path)
         measured = _check(model, cache, rows, expected, images if with_images else None, device, say)
         if onnx:
@@ -182,7 +183,7 @@ def _check(
                 f"{cache.files}: is pooled, so there are no maps to check the head on; export without --without-images"
             )
         say("checked without images: the head on cached maps, the backbone by its digest")
-        network: Callable[[torch.Tensor], torch.Tensor] = model.network.head
+        network: Callable[[Any], torch.Tensor] = model.network.on_maps
         given: Any = _maps(cache, rows)
         name = "maps"
     else:

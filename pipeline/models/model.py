@@ -7,7 +7,7 @@ with the class names.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import build
 from h2t.pipeline.data.images import Transform
 from h2t.pipeline.heads.host import Context
-from h2t.pipeline.heads.stored import HeadParts, build_head
+from h2t.pipeline.heads.stored import HeadParts, Heads, build_head
+from h2t.pipeline.networks.backbone import build_backbone, frozen_part
 from h2t.pipeline.networks.classifier import global_average
+from h2t.pipeline.networks.frozen import FrozenPart
 from h2t.pipeline.networks.weights import fill, load_weights, save_weights
 
 KIND = "h2t model 1"
@@ -29,7 +31,7 @@ PROBES = 16
 
 
 class LinearHead(nn.Module):
-    """A linear layer on globally averaged maps of one expert, (B, C, H, W) -> logits (B, K)."""
+    """A linear layer on averaged maps of one expert, after the frozen part, if any: (B, C, H, W) -> logits (B, K)."""
 
     weight: torch.Tensor
     bias: torch.Tensor
@@ -39,27 +41,34 @@ class LinearHead(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
 
-    def forward(self, maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        return nn.functional.linear(global_average(maps[0]), self.weight, self.bias)
+    def forward(self, maps: tuple[torch.Tensor, ...], frozen: FrozenPart | None) -> torch.Tensor:
+        features = global_average(maps[0])
+        features = features if frozen is None else frozen(features)
+        return nn.functional.linear(features, self.weight, self.bias)
 
 
 class HostHead(nn.Module):
     """A host's classifier behind its pool: maps (B, C, H, W) of each of E experts -> logits (B, K)."""
 
-    def __init__(self, parts: HeadParts, context: Context, state: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self, parts: HeadParts, context: Context, channels: int | None, state: Mapping[str, torch.Tensor]
+    ) -> None:
         super().__init__()
-        self.head = build_head(parts, context)
+        self.head = build_head(parts, context, channels)
         self.names = list(state)
         for i, name in enumerate(self.names):
             self.register_buffer(f"state_{i}", state[name])
 
-    def forward(self, maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def forward(self, maps: tuple[torch.Tensor, ...], frozen: FrozenPart | None) -> torch.Tensor:
         state = {name: getattr(self, f"state_{i}") for i, name in enumerate(self.names)}
-        return self.head.logits(state, torch.stack(tuple(maps)))
+        return replace(self.head, frozen=frozen).logits(state, torch.stack(tuple(maps)))
 
 
 class Classifier(nn.Module):
-    """A backbone and a head: normalised images (B, 3, S, S) -> logits (B, K)."""
+    """A backbone and a head: normalised images (B, 3, S, S) -> logits (B, K).
+
+    The layers between pooling and classifier are the backbone's.
+    """
 
     def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
         super().__init__()
@@ -67,7 +76,11 @@ class Classifier(nn.Module):
         self.head = head
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self.head(self.backbone(images))
+        return self.on_maps(self.backbone(images))
+
+    def on_maps(self, maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Maps (B, C, H, W) of each expert -> logits (B, K)."""
+        result: torch.Tensor = self.head(maps, frozen_part(self.backbone))
         return result
 
 
@@ -92,7 +105,9 @@ class Model:
 def as_linear(
     parts: HeadParts, context: Context, state: Mapping[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The head as one linear layer on averaged maps: float32 weight (K, C) and bias (K,). None if it is not linear.
+    """The classifier as one linear layer: float32 weight (K, D) and bias (K,). None if it is not linear.
+
+    Its input are averaged maps after the frozen part, if there is one.
 
     Weight and bias are computed from the head's logits at unit vectors, which folds in class scales, logit scales and
     priors. The head counts as linear if the layer gives its logits at random points.
@@ -113,15 +128,14 @@ def as_linear(
     return weight.float().contiguous(), bias.float().contiguous()
 
 
-def save_model(
-    path: Path, backbone: nn.Module, parts: HeadParts, context: Context, state: Mapping[str, torch.Tensor], about: Any
-) -> bool:
-    """Writes a model file. True if it is a plain state dict of the architecture.
+def save_model(path: Path, backbone: nn.Module, one: Heads, about: Any) -> bool:
+    """Writes the model file of a stack with one head. True if it is a plain state dict of the architecture.
 
     `about` must hold arch, options, classes and transform.
     """
+    parts, context, state = one.parts, one.context, {name: t[0] for name, t in one.state.items()}
     linear = as_linear(parts, context, state)
-    last = getattr(plugins.load("backbones", about["arch"]), "LAST", "fc")
+    last = getattr(backbone, "classifier", "fc")
     if linear is not None:
         weights = {f"{last}.weight": linear[0], f"{last}.bias": linear[1]}
         head: Any = {"linear": last}
@@ -129,6 +143,8 @@ def save_model(
         weights = {PREFIX + name: t for name, t in state.items()}
         counts = context.counts.tolist()
         head = {"parts": vars(parts), "context": [counts, context.channels, context.experts, context.pixels]}
+        if one.frozen is not None:
+            head["map_channels"] = one.about["map_channels"]
     save_weights(path, {**backbone.state_dict(), **weights}, {**about, "kind": KIND, "head": head})
     return linear is not None
 
@@ -146,7 +162,7 @@ def load_model(path: Path) -> Model:
         raise UserError(f"{path}: holds no complete classifier; make one with h2t export")
     arch = plugins.load("backbones", about["arch"])
     with torch.random.fork_rng():
-        backbone: nn.Module = arch.build(build(arch.Options, f"{path}: options", about["options"]))
+        backbone = build_backbone(arch, build(arch.Options, f"{path}: options", about["options"]))
     head: nn.Module
     if "linear" in about["head"]:
         last = about["head"]["linear"]
@@ -155,7 +171,8 @@ def load_model(path: Path) -> Model:
     else:
         counts, *rest = about["head"]["context"]
         own = {name.removeprefix(PREFIX): state.pop(name) for name in list(state) if name.startswith(PREFIX)}
-        head = HostHead(HeadParts(**about["head"]["parts"]), Context(torch.tensor(counts), *rest), own)
+        parts, context = HeadParts(**about["head"]["parts"]), Context(torch.tensor(counts), *rest)
+        head = HostHead(parts, context, about["head"].get("map_channels"), own)
     fill(backbone, state, str(path))
     network = Classifier(backbone, head).requires_grad_(False).eval()
     return Model(network, about)

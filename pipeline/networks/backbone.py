@@ -1,5 +1,6 @@
 """The base class of backbones, and how the network of a plug-in is built."""
 
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -7,6 +8,7 @@ from torch import nn
 
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import Experts, Section
+from h2t.pipeline.networks.frozen import FrozenPart, Layer
 
 
 class Backbone(nn.Module):
@@ -22,6 +24,12 @@ class Backbone(nn.Module):
     experts: int = 1
     #: Prefixes of state-dict keys that keep their initial weights when training starts from given weights.
     fresh: tuple[str, ...] = ()
+    #: Name of the network's own classifier, which is not part of the backbone; an exported linear head gets this name.
+    classifier: str = "fc"
+
+    def after_pool(self) -> tuple[Layer, ...]:
+        """The layers between pooling and classifier, in order, with the network's own tensors; by default none."""
+        return ()
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Images (B, 3, H, W) -> E maps, each (B, C, H', W')."""
@@ -33,6 +41,19 @@ class ExpertOptions(Section):
 
     experts: Experts = 1
     """Parallel branches, each with maps of its own; 1 is the plain network."""
+
+
+def frozen_part(backbone: nn.Module) -> FrozenPart | None:
+    """What lies between pooling and classifier of `backbone`, with its own tensors, or None if there is nothing."""
+    after: Callable[[], tuple[Layer, ...]] = getattr(backbone, "after_pool", tuple)
+    layers = after()
+    return FrozenPart(layers) if layers else None
+
+
+def features_of(backbone: Backbone) -> int:
+    """D, the features that the classifier on `backbone` gets: C, unless a layer after pooling changes it."""
+    part = frozen_part(backbone)
+    return part.outputs(backbone.channels) if part else backbone.channels
 
 
 def build_backbone(plugin: ModuleType, options: Section) -> Backbone:

@@ -10,6 +10,7 @@ import torch
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.params import build
 from h2t.pipeline.networks.backbone import Backbone, build_backbone
+from h2t.pipeline.networks.frozen import FrozenPart, from_file
 from h2t.pipeline.networks.weights import fill, load_weights, weights_digest
 
 #: Stands for a backbone's directory and digest where features were imported and their backbone is unknown.
@@ -20,13 +21,15 @@ NONE = "none"
 class StageOneHead:
     """The classifier that comes with a backbone: trained in stage I, or a probe.
 
-    `state` is empty if there is none; `classifier` and `scale` are the arguments of `classifier.logits`. `about`: what
-    its file says.
+    Its `state` and the arguments of `classifier.logits`. The state is empty where there is none: for imported features,
+    and for a pretrained network whose classifier has other classes. `frozen` is what lies between pooling and
+    classifier, if anything. `about`: what its file says.
     """
 
     state: Mapping[str, torch.Tensor]
     classifier: str
     scale: float
+    frozen: FrozenPart | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -65,5 +68,7 @@ def load_head(folder: Path) -> StageOneHead:
     """The classifier in head.safetensors; an empty one for imported features. Raises UserError."""
     if str(folder) == NONE:
         return StageOneHead({}, NONE, 1.0)
-    state, about = load_weights(folder / "head.safetensors")
-    return StageOneHead(state, about["classifier"], about["scale"], about)
+    path = folder / "head.safetensors"
+    tensors, about = load_weights(path)
+    state, frozen = from_file(tensors, about, str(path))
+    return StageOneHead(state, about["classifier"], about["scale"], frozen, about)

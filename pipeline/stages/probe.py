@@ -14,24 +14,34 @@ from h2t.cache.reader import Cache
 from h2t.pipeline.base.outputs import fresh_directory, write_json
 from h2t.pipeline.heads.start import fit_probe, save_probe
 from h2t.pipeline.networks.probe import Probe
+from h2t.pipeline.networks.trained import load_head
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 def run(
-    head: str, settings: Probe, name: str, cache: Cache, device: torch.device, out: Path, say: Callable[[str], None]
+    head: str,
+    settings: Probe,
+    name: str,
+    cache: Cache,
+    backbone_dir: Path,
+    device: torch.device,
+    out: Path,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Fits the probes of backbone `name`, if `head` is `probe`, and writes them into the directory `out`.
 
-    Returns what `probe.json` holds. Raises UserError for a cache that no probe can be fitted to.
+    `backbone_dir`, which has the layers between pooling and classifier, is `none` for imported features. Returns what
+    `probe.json` holds. Raises UserError for a cache that no probe can be fitted to.
     """
     found: dict[str, Any] = {"head": head}
     with fresh_directory(out) as into:
         if head == "probe":
+            frozen = load_head(backbone_dir).frozen
             for kind in ("linear", "cosine"):
-                save_probe(into, fit_probe(cache, settings, kind, device), cache, settings)
+                save_probe(into, fit_probe(cache, settings, kind, device, frozen), cache, settings)
             samples = sum(cache.spec.provenance["counts"])
-            found |= {"probe": settings.model_dump(), "samples": samples, "channels": cache.spec.maps[0][0]}
+            found |= {"probe": settings.model_dump(), "samples": samples}
             say(f"{name}: probes fitted to {samples:,} samples")
         else:
             say(f"{name}: has head: {head}, so no probe is fitted; for one, set backbones.{name}.head: probe")

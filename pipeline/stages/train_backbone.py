@@ -25,7 +25,7 @@ from h2t.pipeline.base.seeds import torch_seed
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.data.images import Images
 from h2t.pipeline.data.samples import Samples
-from h2t.pipeline.networks.backbone import Backbone, build_backbone
+from h2t.pipeline.networks.backbone import Backbone, build_backbone, features_of, frozen_part
 from h2t.pipeline.networks.probe import Probe
 from h2t.pipeline.networks.trained import NONE
 from h2t.pipeline.networks.weights import (
@@ -90,7 +90,7 @@ def run(
         options = build(arch.Options, f"{where}.options", params.options)
         backbone = build_backbone(arch, options)
         loss = build(objectives.Loss, f"{where}.loss", params.loss)
-        objective: Objective = objectives.Objective(loss, backbone.channels, backbone.experts, counts)
+        objective: Objective = objectives.Objective(loss, features_of(backbone), backbone.experts, counts)
     if params.weights is not None:
         _load(params, where, backbone, objective)
         say(f"{name}: weights from {Path(params.weights).name}; nothing is trained")
@@ -138,15 +138,20 @@ def _token(params: Params, samples: Samples, backbone: Backbone, seed: int, devi
 
 def _write(out: Path, params: Params, backbone: Backbone, objective: Objective, curves: Curves) -> None:
     about = {"arch": params.arch, "options": params.options, "channels": backbone.channels, "experts": backbone.experts}
+    part = frozen_part(backbone)
+    tensors, described = part.to_file() if part else ({}, None)
     if params.head == "trained":
         state, head = objective.state_dict(), {"classifier": objective.classifier, "scale": objective.scale}
     else:
         state, head = {}, {"classifier": NONE, "scale": 1.0, "head": params.head}
     if params.head == "probe":
         head["probe"] = params.probe.model_dump()
+    if part:
+        head["frozen"] = described
     with fresh_directory(out) as into:
         save_weights(into / "backbone.safetensors", backbone.state_dict(), about)
-        save_weights(into / "head.safetensors", state, {**about, "objective": params.objective, **head})
+        described_head = {**about, "objective": params.objective, **head}
+        save_weights(into / "head.safetensors", {**state, **tensors}, described_head)
         _write_curves(into / "plots" / "metrics", curves)
 
 

@@ -7,7 +7,7 @@ its settings; the host's settings in the schema's metadata) and `history.parquet
 import itertools
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -58,7 +58,7 @@ from h2t.pipeline.heads.stack import (
     parts_of,
     seeds_and_donors,
 )
-from h2t.pipeline.heads.start import backbone_head, class_means, from_file
+from h2t.pipeline.heads.start import backbone_head, check_backbone, class_means, from_file
 from h2t.pipeline.heads.stored import HeadParts, build_head
 from h2t.pipeline.networks.pool import Pool
 from h2t.pipeline.networks.trained import NONE, StageOneHead, backbone_digest, load_head
@@ -146,6 +146,7 @@ class Trained:
 
 RESULT_COPIES = 3  # copies of all weights in memory: one collected, two while writing
 TRAINED_POOL_COPIES = 8  # copies of a head's input for the gradients of a pool with parameters (measured on `gem`)
+FROZEN_COPIES = 3  # copies of a head's input for the gradients of a layer between pool and classifier
 RESUME_SLACK = 1.5  # a step may exceed its budget by this factor, so that training can resume in the same parts
 
 HISTORY = pa.schema([("number", pa.int64()), ("epoch", pa.int64()), ("lr", pa.float64()), ("loss", pa.float64())])
@@ -159,22 +160,6 @@ def read_under(recipe: Recipe, sampler: str) -> str:
 def heads_of(grid: Grid, rounding: Rounding = "floor") -> list[HeadSetting]:
     """All combinations of the grid's values; the seed varies fastest."""
     return [HeadSetting(*h, rounding) for h in itertools.product(grid.ratio, grid.donor, grid.selection, grid.seed)]
-
-
-def check_backbone(cache: Cache, backbone_dir: Path) -> None:
-    """Raises UserError unless the cache was extracted by the backbone in `backbone_dir`."""
-    expected = backbone_digest(backbone_dir)
-    backbone = cache.spec.fingerprint_inputs.get("backbone")
-    recorded = backbone.get("weights") if isinstance(backbone, dict) else None
-    if recorded == NONE != expected:
-        raise UserError(
-            f"{cache.files}: imported features have no backbone; got {backbone_dir}; give none as the backbone"
-        )
-    if recorded != expected:
-        raise UserError(
-            f"{cache.files}: this cache was extracted by a backbone with weights {str(recorded)[:12]}, but "
-            f"{backbone_dir} has {expected[:12]}; give the backbone that the cache was made with, or extract again"
-        )
 
 
 def run(
@@ -214,7 +199,9 @@ def run(
         receiver=receiver,
     )
     channels, height, width = cache.spec.maps[0]
-    context = Context(torch.from_numpy(streams.index.counts), channels, cache.experts, height * width)
+    frozen = stage1.frozen
+    features = frozen.outputs(channels) if frozen else channels
+    context = Context(torch.from_numpy(streams.index.counts), features, cache.experts, height * width)
     _check_cache(cache, context, kind.numbers)
     same = stage1.classifier == params.classifier
     parts = HeadParts(
@@ -226,10 +213,10 @@ def run(
         pool_options=params.pool_options,
         where=f"hosts.{name}",
     )
-    head = build_head(parts, context)
+    head = build_head(parts, context, channels, frozen.to(device) if frozen else None)
     reader = _reader(params, cache, head.pool, as_maps=not (residency.pooled or fitted))
     if start not in (None, "probe"):
-        stage1 = _start(start, params, name, reader, head, streams, parts.scale)
+        stage1 = replace(_start(start, params, name, reader, head, streams, device), frozen=frozen)
     about = {
         **asdict(parts),
         "batchnorm": params.batchnorm,
@@ -242,6 +229,7 @@ def run(
         "channels": context.channels,
         "experts": context.experts,
         "pixels": context.pixels,
+        **({"map_channels": channels} if frozen else {}),
         **({"start": Path(params.start).name} if params.start else {}),
     }
     if fitted:
@@ -254,7 +242,7 @@ def run(
         token = f"{cache.spec.fingerprint} {about['backbone']} {params.model_dump_json()} {begin}"
         room = find_room(residency, device)
         choice = plan_tier(streams, reader, residency, room)
-        size = _step_size(streams, reader, stage1, head)
+        size = _step_size(streams, reader, stage1, head, features)
         planned = _parts(name, heads, size, choice, room, len(streams.rows) * reader.row_bytes, Path(out), token)
         if len(planned) > 1:
             say(
@@ -271,7 +259,9 @@ def run(
         summary = _summary(len(heads), params.optimiser, streams.steps, trained.restored, feed)
         say(f"{name}: {feed.cost}")
     with fresh_directory(out) as into:
-        save_weights(into / "heads.safetensors", trained.state, {"host": params.host})
+        tensors, described = frozen.to_file() if frozen else ({}, None)
+        about_file = {"host": params.host, **({"frozen": described} if frozen else {})}
+        save_weights(into / "heads.safetensors", {**trained.state, **tensors}, about_file)
         pq.write_table(_table(heads, replaced, about), into / "heads.parquet")
         pq.write_table(trained.history, into / "history.parquet")
     Checkpoint(out, "").clear()
@@ -297,12 +287,12 @@ def check_start(params: Params, name: str, kind: type[Host], head: str) -> None:
 
 
 def _start(
-    start: str, params: Params, name: str, reader: FeatureReader, head: Head, streams: Streams, scale: float
+    start: str, params: Params, name: str, reader: FeatureReader, head: Head, streams: Streams, device: torch.device
 ) -> StageOneHead:
     """The classifier that training starts from: class means, or the vectors in the file `start`. Raises UserError."""
     classes = streams.index.classes
     if start == "means":
-        return class_means(reader, head, streams.receivers, classes, params.classifier, scale)
+        return class_means(reader, head, streams.receivers, classes, params.classifier, device)
     cache = reader.cache
     return from_file(
         Path(start),
@@ -311,7 +301,6 @@ def _start(
         recorded_names(cache.spec.provenance, cache.files),
         head.host.context.channels,
         params.classifier,
-        scale,
     )
 
 
@@ -402,18 +391,19 @@ def _fit(head: Head, stage1: StageOneHead, streams: Streams, reader: FeatureRead
     return Trained({k: t.to(torch.float32)[None] for k, t in state.items()}, history)
 
 
-def _step_size(streams: Streams, reader: FeatureReader, stage1: StageOneHead, head: Head) -> StepSize:
-    """The sizes that the memory of a training step depends on."""
+def _step_size(streams: Streams, reader: FeatureReader, stage1: StageOneHead, head: Head, features: int) -> StepSize:
+    """The sizes that the memory of a training step depends on. `features`: D, what the classifier gets."""
     experts, classes = reader.cache.experts, streams.index.classes
     numbers = reader.row_bytes // reader.dtype.itemsize
-    linear = experts * classes * (reader.cache.spec.maps[0][0] + 1)
+    linear = experts * classes * (features + 1)
     return StepSize(
         batch=streams.batch_size,
         numbers=numbers,
         kept=reader.dtype.itemsize,
         logits=experts * streams.batch_size * classes,
         parameters=max(linear, sum(t.numel() for t in stage1.state.values())),
-        pool_copies=TRAINED_POOL_COPIES if len(reader.shape) == MAP_AXES - 2 and head.pool.initial() else 0,
+        pool_copies=(TRAINED_POOL_COPIES if len(reader.shape) == MAP_AXES - 2 and head.pool.initial() else 0)
+        + FROZEN_COPIES * len(stage1.frozen.layers if stage1.frozen else ()),
     )
 
 

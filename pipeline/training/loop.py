@@ -23,7 +23,7 @@ from h2t.pipeline.base.seeds import stream, torch_seed
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.data.images import Images
 from h2t.pipeline.data.samples import Samples
-from h2t.pipeline.networks.backbone import Backbone
+from h2t.pipeline.networks.backbone import Backbone, frozen_part
 from h2t.pipeline.networks.classifier import global_average, logits
 from h2t.pipeline.training.objective import Objective
 from h2t.pipeline.training.parallel import Group
@@ -277,6 +277,8 @@ class StageOne:
         with computing(device, params.precision):
             maps = self._forward(x)
         maps = tuple(m.to(torch.promote_types(m.dtype, torch.float32)) for m in maps)
+        if part_after := frozen_part(self.backbone):  # what it gives is a map of 1 x 1
+            maps = tuple(part_after(global_average(m))[..., None, None] for m in maps)
         if params.mixup:
             loss = self.objective.loss(maps, y, epoch, y[partner], part.share)
         else:

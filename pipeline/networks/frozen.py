@@ -1,0 +1,184 @@
+"""The frozen part of a head: the layers that a network has between its pooling and its classifier.
+
+A norm or a hidden layer there does not commute with fusion, so it is applied after fusion and pooling. It is stored as
+a list of simple layers with their tensors, next to the classifier, so stage II needs neither the backbone's code nor
+its package.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from h2t.pipeline.base.errors import UserError
+
+PREFIX = "frozen."  # of the tensors' names in a file: frozen.<number of the layer>.<weight or bias>
+SAME = 1e-5  # largest difference / largest value, for a layer that reproduces a module's output
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # of CLIP
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+    "tanh": torch.tanh,
+}
+WITH_TENSORS = ("layer_norm", "rms_norm", "affine", "linear")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer: its `kind`, a name in ACTIVATIONS or WITH_TENSORS, and its tensors.
+
+    linear: `weight` (D', D), `bias` (D',). affine (batch norm with fixed statistics): `weight` and `bias` (D,).
+    layer_norm, rms_norm: the same and `epsilon`. A `weight` or `bias` that is None is left out.
+    """
+
+    kind: str
+    weight: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    epsilon: float = 0.0
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Features (..., D) -> features (..., D')."""
+        if self.kind in ACTIVATIONS:
+            return ACTIVATIONS[self.kind](x)
+        weight, bias = _like(self.weight, x), _like(self.bias, x)
+        if self.kind == "linear":
+            assert weight is not None
+            return F.linear(x, weight, bias)
+        if self.kind == "layer_norm":
+            return F.layer_norm(x, x.shape[-1:], weight, bias, self.epsilon)
+        if self.kind == "rms_norm":
+            return F.rms_norm(x, x.shape[-1:], weight, self.epsilon)
+        x = x if weight is None else x * weight
+        return x if bias is None else x + bias
+
+
+@dataclass(frozen=True)
+class FrozenPart:
+    """Layers in order: features (..., C) -> features (..., D). Tensors follow the input's dtype and device."""
+
+    layers: tuple[Layer, ...]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Features (..., C) -> features (..., D)."""
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+    def outputs(self, channels: int) -> int:
+        """D, the number of features for maps of so many `channels`."""
+        linear = [layer.weight for layer in self.layers if layer.kind == "linear" and layer.weight is not None]
+        return len(linear[-1]) if linear else channels
+
+    def to(self, device: torch.device) -> "FrozenPart":
+        """A copy on `device`, so that it is not moved there in every call."""
+
+        def moved(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor.to(device)
+
+        return FrozenPart(tuple(replace(x, weight=moved(x.weight), bias=moved(x.bias)) for x in self.layers))
+
+    def to_file(self) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+        """(tensors by name, description as JSON), as `from_file` takes them."""
+        tensors = {
+            f"{PREFIX}{i}.{name}": tensor
+            for i, layer in enumerate(self.layers)
+            for name, tensor in (("weight", layer.weight), ("bias", layer.bias))
+            if tensor is not None
+        }
+        return tensors, [{"kind": layer.kind, "epsilon": layer.epsilon} for layer in self.layers]
+
+
+def from_file(
+    tensors: Mapping[str, torch.Tensor], about: Mapping[str, Any], where: str
+) -> tuple[dict[str, torch.Tensor], FrozenPart | None]:
+    """(the other tensors of a weights file, its frozen part or None), from all `tensors` and the file's description.
+
+    Raises UserError, which names the file as `where`, for a frozen part that is malformed.
+    """
+    others = {name: t for name, t in tensors.items() if not name.startswith(PREFIX)}
+    described = about.get("frozen")
+    if described is None and len(others) == len(tensors):
+        return others, None
+    try:
+        layers = tuple(
+            Layer(
+                str(one["kind"]),
+                tensors.get(f"{PREFIX}{i}.weight"),
+                tensors.get(f"{PREFIX}{i}.bias"),
+                float(one["epsilon"]),
+            )
+            for i, one in enumerate(described or ())
+        )
+        _check(layers, len(tensors) - len(others))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{where}: its frozen part is malformed ({error}); make the file again") from None
+    return others, FrozenPart(layers)
+
+
+def _check(layers: Sequence[Layer], tensors: int) -> None:
+    """Raises ValueError for layers that cannot be computed one after the other."""
+    width: int | None = None
+    for layer in layers:
+        if layer.kind not in (*ACTIVATIONS, *WITH_TENSORS):
+            raise ValueError(f"no layer {layer.kind!r}")
+        own = [t for t in (layer.weight, layer.bias) if t is not None]
+        tensors -= len(own)
+        if not all(t.is_floating_point() and t.isfinite().all() for t in own):
+            raise ValueError(f"{layer.kind} holds NaN or infinity")
+        if layer.kind in ACTIVATIONS and own:
+            raise ValueError(f"{layer.kind} takes no tensors")
+        if layer.kind == "linear":
+            if layer.weight is None or layer.weight.dim() != 2 or width not in (None, layer.weight.shape[1]):
+                raise ValueError("linear has the wrong shape")
+            width = len(layer.weight)
+            own = own[1:]
+        for tensor in own:
+            if tensor.dim() != 1 or width not in (None, len(tensor)):
+                raise ValueError(f"{layer.kind} has the wrong shape")
+            width = len(tensor)
+    if tensors:
+        raise ValueError("it holds tensors of no layer")
+
+
+def layers_of(module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[Layer, ...] | None:
+    """The layers that compute what `module` does, with its own tensors, or None.
+
+    `x` (B, D) and `y` (B, D') are an input and the output of the module in eval mode; what is found is checked on them.
+    """
+    candidates: list[tuple[Layer, ...]] = [()] if x.shape == y.shape else []
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    epsilon = getattr(module, "eps", getattr(module, "variance_epsilon", None))
+    if isinstance(module, nn.Linear):
+        candidates.append((Layer("linear", weight, bias),))
+    elif isinstance(module, nn.Conv2d) and module.groups == 1 and set(module.kernel_size) == {1}:
+        candidates.append((Layer("linear", module.weight.flatten(1), bias),))
+    elif isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None:
+        mean = torch.as_tensor(module.running_mean)
+        scale = torch.rsqrt(module.running_var + module.eps) * (1 if weight is None else weight)
+        shift = (0 if bias is None else bias) - mean * scale
+        candidates.append((Layer("affine", scale, shift),))
+    elif isinstance(epsilon, float):
+        candidates += [(Layer("layer_norm", weight, bias, epsilon),), (Layer("rms_norm", weight, None, epsilon),)]
+    elif not list(module.parameters()):
+        candidates += [(Layer(name),) for name in ACTIVATIONS]
+    # timm's norms may have an activation of their own.
+    candidates += [(*layers, Layer(name)) for layers in candidates if hasattr(module, "act") for name in ACTIVATIONS]
+    return next((layers for layers in candidates if same(FrozenPart(layers)(x), y)), None)
+
+
+def same(a: torch.Tensor, b: torch.Tensor, tolerance: float = SAME) -> bool:
+    """Whether both have one shape and differ by at most `tolerance` of the largest value of `b`."""
+    return a.shape == b.shape and bool((a - b).abs().max() <= tolerance * b.abs().max())
+
+
+def _like(tensor: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
+    """`tensor` on the device and in the dtype of `x`."""
+    return None if tensor is None else tensor.to(x.device, x.dtype)

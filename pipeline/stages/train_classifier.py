@@ -61,7 +61,7 @@ from h2t.pipeline.heads.stack import (
 from h2t.pipeline.heads.start import backbone_head, check_backbone, class_means, from_file
 from h2t.pipeline.heads.stored import HeadParts, build_head
 from h2t.pipeline.networks.pool import Pool
-from h2t.pipeline.networks.trained import NONE, StageOneHead, backbone_digest, load_head
+from h2t.pipeline.networks.trained import StageOneHead, backbone_digest, load_head
 from h2t.pipeline.networks.weights import save_weights, weights_digest
 from h2t.pipeline.training.resume import Checkpoint
 

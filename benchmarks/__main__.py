@@ -9,14 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-NEED_DATA = {
-    "read": True,
-    "write": True,
-    "epoch": True,
-    "extract": True,
-    "stack": False,
-    "scale": True,
-}
+NEED_DATA = {"read": True, "extract": True, "stack": False, "scale": True}
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from h2t.cache.reader import Cache, open_cache
 from h2t.pipeline.base import device, params
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import write_run_record
+from h2t.pipeline.base.run import Run
 from h2t.pipeline.extraction.recipes import RECIPES
 from h2t.pipeline.heads.residency import Residency
 from h2t.pipeline.inspection import settings
@@ -45,14 +46,14 @@ def analyse(values: dict[str, Any], data: Path, out: Path) -> None:
             _keep_record(data, out, host.backbone)
             trained = out / "train_classifier" / name
             started, used = time.perf_counter(), time.process_time()
-            summary = train_classifier.run(host, residency, name, cache, backbone, chosen, trained, print)
+            summary = train_classifier.run(host, Run(name, trained, chosen, say=print), residency, cache, backbone)
             taken = {"seconds": round(time.perf_counter() - started, 2), "cpu": round(time.process_time() - used, 2)}
             write_run_record(out / "runs" / "train_classifier" / f"{name}.json", {**vars(summary), **taken})
-            evaluate.run(section, name, cache, trained, backbone, chosen, out / "evaluate" / name, print)
+            evaluate.run(section, Run(name, out / "evaluate" / name, chosen, say=print), cache, trained, backbone)
     about = params.build(report.Params, "report", values.get("report", {}))
     if not done:
         raise UserError(f"{out.name}: no host is left; add what the notes name to extract.batchnorm and extract again")
-    report.run(about, done, out / "evaluate", out / "report", print, out / "runs")
+    report.run(about, Run("report", out / "report", say=print), done, out / "evaluate", out / "runs")
 
 
 def _keep_record(data: Path, out: Path, backbone: str) -> None:

@@ -24,6 +24,7 @@ from benchmarks.measure import arguments, machine, save, spread, table
 from h2t.pipeline.base import device as devices
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.precision import computing
+from h2t.pipeline.base.run import Run
 from h2t.pipeline.data.images import Images, Transform
 from h2t.pipeline.data.samples import Samples
 from h2t.pipeline.networks.trained import load_backbone
@@ -121,7 +122,7 @@ def main(given: Sequence[str] | None = None) -> None:
 
     def ours() -> None:
         shutil.rmtree(options.data / "cache", ignore_errors=True)
-        extract.run(params, "bench", samples, images, folder, 0, device, options.data / "cache", quiet)
+        extract.run(params, Run("bench", options.data / "cache", device), samples, images, folder)
 
     bare()
     ours()

@@ -27,8 +27,8 @@ from benchmarks.measure import Timing, alternate, arguments, fastest, machine, r
 from benchmarks.synthetic import write_synthetic
 from h2t.cache.format.shard import CRC_BYTES
 from h2t.cache.read.gather import compiled
-from h2t.cache.read.plan import UNIT_BYTES, plan_rows, portions, units
-from h2t.cache.reader import PORTION_BYTES, PORTION_SHARDS, THREADS, Cache, open_cache
+from h2t.cache.read.plan import plan_rows, units
+from h2t.cache.reader import THREADS, Cache, open_cache
 
 ARRAY = "maps.zarr/expert_0"
 RECEIVERS = DONORS = 128
@@ -94,7 +94,7 @@ def draw(cache: Cache, case: Case) -> dict[str, list[np.ndarray]]:
 class Raw:
     """`preadv` of the runs that our reader makes, nothing else: no checksum, no scatter, no repeats."""
 
-    def __init__(self, cache: Cache, rows: np.ndarray, memory: np.ndarray, *, reuse: bool) -> None:
+    def __init__(self, cache: Cache, rows: np.ndarray, memory: np.ndarray) -> None:
         shards, offsets, sizes = cache.chunk_ranges(plan_rows(rows, cache.spec.chunk_rows).chunks, 0)
         work = units(shards, offsets, sizes, max_gap=0)
         root = Path(str(cache.files))
@@ -102,17 +102,12 @@ class Raw:
         runs = [(self.handles[unit.shard], run.start, run.stop) for unit in work for run in unit.runs]
         lengths = np.array([stop - start for _, start, stop in runs])
         self.fetched = int(lengths.sum())
-        # Reused: each thread has one place, so the bytes hardly leave the processor's cache. Not reused: they end in
-        # memory, as those of a gather must.
-        longest = int(lengths.max())
-        places = np.zeros_like(lengths) if reuse else np.cumsum(lengths) - lengths
-        buffers = [memory.data[longest * i * reuse :] for i in range(THREADS)]
+        places = np.cumsum(lengths) - lengths  # the bytes end in memory, as those of a gather must
         half = np.searchsorted(np.cumsum(lengths), self.fetched * np.arange(1, THREADS) / THREADS).tolist()
         self.parts = []
-        for part, (a, b) in enumerate(zip([0, *half], [*half, len(runs)], strict=True)):
-            buffer = buffers[part]
+        for a, b in zip([0, *half], [*half, len(runs)], strict=True):
             spots = zip(runs[a:b], places[a:b].tolist(), lengths[a:b].tolist(), strict=True)
-            self.parts.append([(h, start, buffer[at : at + size]) for (h, start, _), at, size in spots])
+            self.parts.append([(h, start, memory.data[at : at + size]) for (h, start, _), at, size in spots])
         self.pool = ThreadPoolExecutor(THREADS)
 
     def one_thread(self) -> None:
@@ -292,17 +287,14 @@ def bench_gather(
         turns = cycle(draws)
         return lambda: read(next(turns))
 
-    def raw_in_turn(raws: Sequence[Raw], way: Callable[[Raw], None]) -> Callable[[], object]:
+    def raw_in_turn(way: Callable[[Raw], None]) -> Callable[[], object]:
         turns = cycle(raws)
         return lambda: way(next(turns))
 
     # One piece of memory for all, touched beforehand: a page's first use would count as reading.
     distinct = max(len(np.unique(wanted)) for wanted in draws)
-    memory = np.full(distinct * (cache.spec.row_bytes() + CRC_BYTES) + THREADS * UNIT_BYTES * 2, 1, np.uint8)
-    raws = {
-        name: [Raw(cache, wanted, memory, reuse=reuse) for wanted in draws]
-        for name, reuse in (("raw", False), ("raw, buffer reused", True))
-    }
+    memory = np.full(distinct * (cache.spec.row_bytes() + CRC_BYTES), 1, np.uint8)
+    raws = [Raw(cache, wanted, memory) for wanted in draws]
     warm()
     sweeps: dict[str, dict[str, float]] = {}
     chosen: dict[str, Callable[[], object]] = {"ours": in_turn(lambda wanted: cache.read(wanted, out=out))}
@@ -310,11 +302,7 @@ def bench_gather(
     if compiled():
         chosen["ours, not compiled"] = in_turn(not_compiled(lambda wanted: cache.read(wanted, out=out)))
     peers: dict[str, dict[str, Callable[[], object]]] = {
-        name: {
-            "1 thread": raw_in_turn(each, Raw.one_thread),
-            f"{THREADS} threads": raw_in_turn(each, Raw.all_threads),
-        }
-        for name, each in raws.items()
+        "raw": {"1 thread": raw_in_turn(Raw.one_thread), f"{THREADS} threads": raw_in_turn(Raw.all_threads)}
     }
     made: dict[str, dict[str, Read]] = {
         "TensorStore": tensorstore_variants(root / ARRAY, out),
@@ -337,8 +325,8 @@ def bench_gather(
         best, sweeps[peer] = fastest(candidates, few)
         chosen[peer], settings[peer] = candidates[best], best
     timings = alternate(chosen, rounds, drop, settings, before_round=(lambda: None) if cold else warm)
-    fetched, runs = raws["raw"][0].fetched, sum(map(len, raws["raw"][0].parts))
-    for raw in [raw for each in raws.values() for raw in each]:
+    fetched, runs = raws[0].fetched, sum(map(len, raws[0].parts))
+    for raw in raws:
         raw.close()
 
     plan = plan_rows(rows, cache.spec.chunk_rows)
@@ -358,38 +346,15 @@ def bench_gather(
         "contestants": {
             name: {
                 **timing.json(),
-                "useful_gb_per_s": wanted_bytes * (share if "raw" in name else 1) / timing.median / 1e9,
+                "useful_gb_per_s": wanted_bytes * (share if name == "raw" else 1) / timing.median / 1e9,
             }
             for name, timing in timings.items()
         },
         "useful_bytes_vs_raw": {key: value / share for key, value in raw_ratio.items()},
         "time_vs_raw": raw_ratio,
         "ours_times_faster_than": {n: ratio(t, timings["ours"]) for n, t in timings.items() if n != "ours"},
-        "spent": parts(cache, rows, out, min(rounds, 7)),
         "sweeps_median_s": sweeps,
     }
-
-
-def parts(cache: Cache, rows: np.ndarray, out: np.ndarray, rounds: int) -> dict[str, float]:
-    """Seconds of our read's parts, each measured on its own in one thread; checksums by the package, not compiled."""
-    size = cache.spec.row_bytes()
-    plan = plan_rows(rows, cache.spec.chunk_rows)
-    flat = out.reshape(len(out), -1)
-    view = flat.reshape(-1).view(np.uint8).data
-    slots = [view[at * size : (at + 1) * size] for at in plan.leads().tolist()]
-
-    def planning() -> None:
-        shards, _, sizes = cache.chunk_ranges(plan_rows(rows, cache.spec.chunk_rows).chunks, 0)
-        portions(shards, sizes, portion_bytes=PORTION_BYTES, max_shards=PORTION_SHARDS)
-
-    def repeats() -> None:
-        for slot, lead in plan.repeats(0, len(plan.chunks)):
-            flat[slot] = flat[lead]
-
-    measured = alternate(
-        {"planning": planning, "checksums": lambda: [crc32c(slot) for slot in slots], "repeats": repeats}, rounds
-    )
-    return {name: timing.median for name, timing in measured.items()}
 
 
 def bench_decode(cache: Cache, case: Case, rounds: int) -> dict[str, Any]:
@@ -494,8 +459,6 @@ def show(result: Mapping[str, Any]) -> None:
         if key in result:
             r = result[key]
             print(f"{key}: {r['median']:.2f} ({r['p10']:.2f} to {r['p90']:.2f}); in CPU time {r['cpu']:.2f}")
-    if "spent" in result:
-        print("of ours, measured alone: " + ", ".join(f"{k} {v * 1e3:.2f} ms" for k, v in result["spent"].items()))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,37 +1,36 @@
-"""One way of feeding stage II, in a process of its own so that its memory can be measured. `bench_epoch` starts it.
+"""An epoch of stage II in a process of its own, so that its memory can be measured. `bench_scale` starts it.
 
     python -m benchmarks.epoch_run stream CACHE --budget 209715200 --steps 100
 
 Prints one JSON object: seconds, peak memory beyond that of the imports, what was read, a digest of the head weights.
-The way of feeding is all that differs: batches, heads and optimiser are the same.
+Where features live is all that differs: batches, heads and optimiser are the same.
 """
 
 import argparse
 import itertools
 import json
-import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch._dynamo  # what torch.func loads at its first use: a cost of importing, whatever the data
 
 from h2t.cache.reader import Cache, open_cache
-from h2t.pipeline.heads.batches import Batch, Streams
-from h2t.pipeline.heads.features import FeatureReader, FeatureTable
+from h2t.pipeline.base.run import silent
+from h2t.pipeline.heads.batches import Streams
+from h2t.pipeline.heads.features import FeatureReader
 from h2t.pipeline.heads.fusion import replaced_channels
 from h2t.pipeline.heads.host import Context
-from h2t.pipeline.heads.residency import Choice, Feed, Step
+from h2t.pipeline.heads.residency import Choice, Feed
 from h2t.pipeline.heads.stack import HeadSetting, Stack
 from h2t.pipeline.heads.stored import HeadParts, build_head
 from h2t.pipeline.networks.trained import StageOneHead
 
 CPU = torch.device("cpu")
-WAYS = ("stream", "memory", "oindex", "dataloader")
+WAYS = ("stream", "memory")
 HEADS = [HeadSetting(0.0, "instance", "random", 0), HeadSetting(0.3, "instance", "random", 0)]
 BATCH = 128
 
@@ -49,65 +48,7 @@ def streams_of(cache: Cache) -> Streams:
     return Streams(cache.rows, names, "stage1", {"instance": "stage1"}, [0], BATCH)
 
 
-class ZarrArray:
-    """Rows of expert 0 by zarr-python, sorted and without repeats, as its users do it."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.array: Any = None
-
-    def rows(self, rows: np.ndarray) -> torch.Tensor:
-        import zarr
-
-        if self.array is None:  # opened where it is used: worker processes have their own
-            self.array = zarr.open_group(f"{self.path}/maps.zarr", mode="r")["expert_0"]
-        return torch.from_numpy(self.array.oindex[rows])
-
-
-class StepDataset(torch.utils.data.Dataset[torch.Tensor]):
-    """Item s: the distinct rows of step s, (n, C, H, W)."""
-
-    def __init__(self, path: str, wanted: list[np.ndarray]) -> None:
-        self.source, self.wanted = ZarrArray(path), wanted
-
-    def __len__(self) -> int:
-        return len(self.wanted)
-
-    def __getitem__(self, step: int) -> torch.Tensor:
-        return self.source.rows(self.wanted[step])
-
-
-def distinct(batch: Batch) -> np.ndarray:
-    return np.unique(np.concatenate([batch.receivers.ravel(), batch.donors.ravel()]))
-
-
-def peer_steps(way: str, path: str, feed: Feed, steps: int, workers: int) -> Iterator[Step]:
-    """The same steps, their rows read by zarr-python here or in the workers of a DataLoader."""
-    batches = [feed.streams.batch(0, step) for step in range(steps)]
-    wanted = [distinct(batch) for batch in batches]
-    if way == "oindex":
-        source = ZarrArray(path)
-        values: Iterator[torch.Tensor] = map(source.rows, wanted)
-    else:
-        context = "forkserver" if workers else None  # a forked child inherits zarr's locks, and hangs
-        loader = torch.utils.data.DataLoader(
-            StepDataset(path, wanted), batch_size=None, num_workers=workers, multiprocessing_context=context
-        )
-        values = iter(loader)
-    for step, (batch, rows, maps) in enumerate(zip(batches, wanted, values, strict=True)):
-        yield Step(0, step, batch, FeatureTable(rows, maps[None], torch.float32, CPU))
-
-
-class NoFeed(Feed):
-    """A feed for peers: batches and shapes, nothing read."""
-
-    def __init__(self, streams: Streams, reader: FeatureReader) -> None:
-        self.streams, self.reader, self.device, self.dtype = streams, reader, CPU, torch.float32
-        self.experts, self.shape, self.meter = reader.cache.experts, reader.shape, reader.meter
-        self.expected_hit_rate = None
-
-
-def run(way: str, path: str, budget: int, steps: int | None, workers: int) -> dict[str, Any]:
+def run(way: Literal["stream", "memory"], path: str, budget: int, steps: int | None) -> dict[str, Any]:
     """One epoch, or its first `steps`."""
     baseline = memory("VmRSS")
     with open_cache(path) as cache:
@@ -116,8 +57,7 @@ def run(way: str, path: str, budget: int, steps: int | None, workers: int) -> di
         count = min(steps or total, total)
         started = time.perf_counter()
         reader = FeatureReader(cache, None)
-        ours = way in ("stream", "memory")
-        feed = Feed(streams, reader, Choice(way, "asked"), budget, CPU, quiet) if ours else NoFeed(streams, reader)  # type: ignore[arg-type]
+        feed = Feed(streams, reader, Choice(way, "asked"), budget, CPU, silent)
         prepared = time.perf_counter() - started
         channels = cache.spec.maps[0][0]
         context = Context(torch.from_numpy(streams.index.counts), channels, cache.experts)
@@ -129,13 +69,9 @@ def run(way: str, path: str, budget: int, steps: int | None, workers: int) -> di
         stack.start(stage1)
         optimiser = torch.optim.SGD(list(stack.state.values()), lr=0.02, momentum=0.9, weight_decay=5e-4)
         started = time.perf_counter()
-        source = feed.steps(1) if ours else peer_steps(way, path, feed, count, workers)
-        first = 0.0
-        for at in itertools.islice(source, count):
+        for at in itertools.islice(feed.steps(1), count):
             stack.step(at, optimiser)
-            first = first or time.perf_counter() - started  # workers start once in an epoch, not once a step
         seconds = time.perf_counter() - started
-        epoch = first + (seconds - first) * (total - 1) / max(1, count - 1)
         row_bytes, meter = cache.spec.row_bytes(), reader.meter
         used = sum(streams.batch(0, step).labels.size * 2 for step in range(count)) * row_bytes
         weights = sha256(b"".join(t.detach().numpy().tobytes() for _, t in sorted(stack.state.items())))
@@ -145,9 +81,6 @@ def run(way: str, path: str, budget: int, steps: int | None, workers: int) -> di
             "steps_of_an_epoch": total,
             "prepare_s": prepared,
             "seconds": seconds,
-            "first_step_s": first,
-            "epoch_s": prepared + epoch,
-            "useful_gb_per_s": used * total / count / epoch / 1e9,
             "baseline_bytes": baseline,
             "peak_beyond_baseline_bytes": memory("VmHWM") - baseline,
             "cache_bytes": cache.spec.value_bytes,
@@ -161,19 +94,14 @@ def run(way: str, path: str, budget: int, steps: int | None, workers: int) -> di
         }
 
 
-def quiet(line: str) -> None:
-    """Takes what the feed says."""
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.epoch_run", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("way", choices=WAYS)
     parser.add_argument("cache")
     parser.add_argument("--budget", type=int, default=200 * 2**20, help="bytes of features in host memory")
     parser.add_argument("--steps", type=int, help="stop after so many; a whole epoch by default")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="of the DataLoader")
     given = parser.parse_args(arguments)
-    print(json.dumps(run(given.way, given.cache, given.budget, given.steps, given.workers)))
+    print(json.dumps(run(given.way, given.cache, given.budget, given.steps)))
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from h2t.cache.reader import open_cache
 from h2t.pipeline.base import device, params
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import replace_file, write_run_record
+from h2t.pipeline.base.run import Run
 from h2t.pipeline.command_line import presets
 from h2t.pipeline.data.samples import Samples, load_samples
 from h2t.pipeline.heads.residency import Residency
@@ -168,7 +169,7 @@ def unless_done(record: Path, out: Path, about: object, work: Callable[[], objec
     write_run_record(record, {"settings": key, "seconds": round(time.perf_counter() - started, 2)})
 
 
-class Run:
+class Reproduction:
     """One table in the folder `data`, stage after stage."""
 
     def __init__(self, table: str, values: dict[str, Any], data: Path, epochs: Mapping[str, int | None]) -> None:
@@ -187,7 +188,8 @@ class Run:
         section = params.build(prepare.Params, "prepare", self.values["prepare"])
         out, seed = self.data / "prepare", self.values["seed"]
         about = [self.values["prepare"], seed]
-        unless_done(self.record("prepare", "prepare"), out, about, lambda: prepare.run(section, seed, out, print))
+        run = Run("prepare", out, seed=seed, say=print)
+        unless_done(self.record("prepare", "prepare"), out, about, lambda: prepare.run(section, run))
         self.samples = load_samples(out)
         entries = []
         for name in self.values["backbones"]:
@@ -197,7 +199,7 @@ class Run:
                     entries += self._host(host)
                     merge(results, entries)
         about = params.build(report.Params, "report", self.values.get("report", {}))
-        report.run(about, list(self.hosts), self.data / "evaluate", self.data / "report", print)
+        report.run(about, Run("report", self.data / "report", say=print), list(self.hosts), self.data / "evaluate")
         return entries
 
     def _backbone(self, name: str) -> None:
@@ -212,15 +214,14 @@ class Run:
         about = [section.model_dump(), contents, given, seed, self.device.type]
 
         def train() -> None:
-            train_backbone.run(section, name, self.samples, images, seed, self.device, out, print)
+            train_backbone.run(section, Run(name, out, self.device, seed, print), self.samples, images)
 
         unless_done(self.record("train_backbone", name), out, about, train)
         recipes = {host.batchnorm for host in self.hosts.values() if host.backbone == name}
         wanted = params.build(extract.Params, "extract", {**self.values["extract"], "batchnorm": sorted(recipes)})
         cache = self.data / "extract" / name
-        summary = extract.run(
-            wanted, name, self.samples, images, out, seed, self.device, cache, print, replace=True
-        )  # fmt: skip
+        run = Run(name, cache, self.device, seed, print)
+        summary = extract.run(wanted, run, self.samples, images, out, replace=True)
         if summary.kept_shards < summary.shards:
             write_run_record(self.record("extract", name), vars(summary))
 
@@ -235,10 +236,10 @@ class Run:
             about = [host.model_dump(), cache.spec.fingerprint, backbone_digest(backbone), self.device.type]
 
             def train() -> None:
-                train_classifier.run(host, residency, name, cache, backbone, self.device, heads, print)
+                train_classifier.run(host, Run(name, heads, self.device, say=print), residency, cache, backbone)
 
             def score() -> None:
-                evaluate.run(section, name, cache, heads, backbone, self.device, out, print)
+                evaluate.run(section, Run(name, out, self.device, say=print), cache, heads, backbone)
 
             unless_done(self.record("train_classifier", name), heads, about, train)
             unless_done(self.record("evaluate", name), out, [*about, section.model_dump()], score)
@@ -336,7 +337,7 @@ def main() -> None:
         values = parameters(given.table, given.only, given.images, given.parquet, files, given.set)
         trained = {n: params.build(train_backbone.Params, f"backbones.{n}", b) for n, b in values["backbones"].items()}
         epochs = {name: told.get(name, section.epochs) for name, section in trained.items()}
-        entries = Run(given.table, values, given.data / given.table, epochs).run(given.out)
+        entries = Reproduction(given.table, values, given.data / given.table, epochs).run(given.out)
         if given.table in PUBLISHED:
             print(shown(entries))
     except (UserError, CacheError) as error:

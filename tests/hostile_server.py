@@ -1,6 +1,7 @@
 """A web server that gives a cache as it is or spoils one of its files, for tests of what a reader takes from it.
 
-Paths are /MODE/TARGET/NAME: where NAME begins with TARGET, MODE spoils the answer; all else is sound.
+Paths are /MODE/TARGET/NAME: where NAME begins with TARGET, MODE spoils the answer; all else is sound. `spoiled` gives
+the mode of single names, whatever the path says.
 """
 
 import hashlib
@@ -28,6 +29,7 @@ class Handler(BaseHTTPRequestHandler):
     """Serves `files` by ranges, with an ETag if `tagged`; `asked` are (method, name) of all requests."""
 
     files: dict[str, bytes] = {}
+    spoiled: dict[str, str] = {}
     asked: list[tuple[str, str]] = []
     encodings: set[str] = set()
     tagged = True
@@ -38,7 +40,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         mode, target, name = self._parts()
         type(self).encodings.add(self.headers.get("Accept-Encoding", ""))
-        spoil = getattr(self, f"_{mode}", None) if name.startswith(target) else None
+        mode = self.spoiled.get(name, mode if name.startswith(target) else "sound")
+        spoil = getattr(self, f"_{mode}", None) if mode != "sound" else None
         if spoil and name in self.files:
             type(self).asked.append((self.command, name))
             with suppress(OSError):  # the client has had enough
@@ -132,7 +135,7 @@ class Handler(BaseHTTPRequestHandler):
 @contextmanager
 def hostile_server(files: dict[str, bytes]) -> Iterator[tuple[str, type[Handler]]]:
     """(URL, handler) of a server of `files` on the loopback."""
-    handler = type("Here", (Handler,), {"files": files, "asked": [], "encodings": set()})
+    handler = type("Here", (Handler,), {"files": files, "spoiled": {}, "asked": [], "encodings": set()})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     server.block_on_close = False

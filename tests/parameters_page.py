@@ -22,7 +22,7 @@ from h2t.pipeline.base import plugins
 from h2t.pipeline.base.params import DISTINCT, Section
 from h2t.pipeline.data.images import Transform
 from h2t.pipeline.heads.residency import Residency
-from h2t.pipeline.inspection.settings import Run
+from h2t.pipeline.inspection.settings import RunSection
 from h2t.pipeline.stages import evaluate, extract, pool, prepare, report, train_backbone, train_classifier
 
 PAGE = Path(__file__).parents[1] / "docs" / "parameters.md"
@@ -74,7 +74,7 @@ PARTS: list[tuple[Any, ...]] = [
     ("train_classifier", Residency),
     ("evaluate", evaluate.Params),
     ("report", report.Params),
-    ("run", Run),
+    ("run", RunSection),
 ]
 
 

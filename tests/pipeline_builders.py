@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from h2t.cache.format.rows import make_rows
 from h2t.cache.reader import open_cache
 from h2t.pipeline.base import params, plugins
+from h2t.pipeline.base.run import Run
 from h2t.pipeline.data.classes import ClassIndex
 from h2t.pipeline.data.samples import load_samples
 from h2t.pipeline.heads.batches import Streams
@@ -222,7 +223,7 @@ def make_prepare(**overrides) -> prepare.Params:
 def make_samples(folder: Path, seed=0, **overrides):
     """(Samples, Images) of digits, prepared into `folder`."""
     params = make_prepare(**overrides)
-    prepare.run(params, seed, folder, silent)
+    prepare.run(params, Run("prepare", folder, seed=seed))
     samples = load_samples(folder)
     return samples, samples.images(params.model_dump())
 
@@ -250,7 +251,7 @@ def extracted(
     params = make_extract(**overrides)
     with open_cache(previous) if previous is not None else nullcontext() as kept:
         options = {"replace": replace, "previous": kept, "anew": anew}
-        return extract.run(params, "b", samples, images, backbone, seed, device, out, say, **options)
+        return extract.run(params, Run("b", out, device, seed=seed, say=say), samples, images, backbone, **options)
 
 
 def make_host(**overrides) -> train_classifier.Params:
@@ -270,7 +271,7 @@ def fitted(
     """Runs train_classifier; returns the stacked heads. `residency`: overrides of its section."""
     settings = Residency(pooled=pooled, **(residency or {}))
     with open_cache(cache) as opened:
-        train_classifier.run(make_host(**overrides), settings, "dr", opened, backbone, device, out, say)
+        train_classifier.run(make_host(**overrides), Run("dr", out, device, say=say), settings, opened, backbone)
     return load_file(out / "heads.safetensors")
 
 

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from pipeline_builders import CPU, make_backbone_dir, make_host, make_stage2_cache, silent
+from pipeline_builders import make_backbone_dir, make_host, make_stage2_cache
 
 from h2t.cache.reader import open_cache
+from h2t.pipeline.base.run import Run
 from h2t.pipeline.heads.residency import Residency
 from h2t.pipeline.stages import evaluate, train_classifier
 
@@ -27,6 +28,6 @@ def make_evaluated(folder: Path, name: str = "dr", *, classes=None, grid=None, s
         params = train_classifier.Params(backbone="b", **host)
     with open_cache(cache) as opened:
         heads = folder / "train_classifier" / name
-        train_classifier.run(params, Residency(), name, opened, backbone, CPU, heads, silent)
-        evaluate.run(evaluate.Params(), name, opened, heads, backbone, CPU, folder / "evaluate" / name, silent)
+        train_classifier.run(params, Run(name, heads), Residency(), opened, backbone)
+        evaluate.run(evaluate.Params(), Run(name, folder / "evaluate" / name), opened, heads, backbone)
     return folder / "evaluate"

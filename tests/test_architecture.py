@@ -4,6 +4,7 @@ import ast
 from functools import cache
 
 import pytest
+import rooms
 import yaml
 from architecture import LOADED, PLUGINS, ROOT, closure, imports, modules
 from pipeline_builders import make_params
@@ -122,6 +123,11 @@ def test_no_import_runs_upward():
     for module in (m for m in MODULES if m.count(".") > 2 and m.startswith("h2t.pipeline.")):
         above = FLOORS[FLOORS.index(room(module)) + 1 :]
         assert not [n for n in all_imports(module) if n.startswith("h2t.pipeline.") and room(n) in above], module
+
+
+def test_the_picture_of_the_rooms_is_up_to_date():
+    """If this fails, run `python tests/rooms.py`."""
+    assert rooms.PICTURE.read_text(encoding="utf-8") == rooms.drawn()
 
 
 def test_our_packages_have_one_name():
@@ -258,8 +264,8 @@ def test_every_section_is_some_stages_or_changes_no_output():
 
 def test_settings_that_change_no_byte_lie_in_a_section_that_nobody_watches():
     """Whole sections are watched, so a new key is watched from the start, unless it is put into `run`."""
-    assert set(settings.Run.model_fields) == {key for _, key in settings.MOVED}
-    assert set(settings.Run.model_fields) & set(extract.Params.model_fields) == {"cluster"}
+    assert set(settings.RunSection.model_fields) == {key for _, key in settings.MOVED}
+    assert set(settings.RunSection.model_fields) & set(extract.Params.model_fields) == {"cluster"}
     values = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     assert not [(section, key) for section, key in settings.MOVED if key in values[section]]
 

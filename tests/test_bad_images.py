@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 from image_builders import make_imagenet_lt, write_image
 from PIL import Image
-from pipeline_builders import silent
 
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.run import Run
 from h2t.pipeline.data import images
 from h2t.pipeline.data.images import BadImage, decode
 from h2t.pipeline.data.samples import load_samples
@@ -75,7 +75,7 @@ def params(options: dict, **more) -> prepare.Params:
 def test_a_bad_image_is_refused_in_one_line(broken, tmp_path):
     options, reason = broken
     with pytest.raises(UserError) as caught:
-        prepare.run(params(options), 0, tmp_path / "p", silent)
+        prepare.run(params(options), Run("prepare", tmp_path / "p"))
     text = str(caught.value)
     assert text.startswith(f"image '{VICTIM}': {reason}"), text
     assert text.endswith("or leave out bad images with prepare.bad_images=skip")
@@ -88,7 +88,7 @@ def test_a_bad_image_is_refused_in_one_line(broken, tmp_path):
 def test_a_bad_image_is_skipped_and_recorded(broken, tmp_path):
     options, reason = broken
     said = []
-    prepare.run(params(options, bad_images="skip"), 0, tmp_path / "p", said.append)
+    prepare.run(params(options, bad_images="skip"), Run("prepare", tmp_path / "p", say=said.append))
     samples = load_samples(tmp_path / "p")
     sources = samples.table["source"].to_pylist()
     assert VICTIM not in sources
@@ -105,7 +105,7 @@ def test_a_bad_image_is_skipped_and_recorded(broken, tmp_path):
 def test_skipping_nothing_changes_no_sample(tmp_path):
     options = make_imagenet_lt(tmp_path / "images")
     for policy in ("refuse", "skip"):
-        prepare.run(params(options, bad_images=policy), 0, tmp_path / policy, silent)
+        prepare.run(params(options, bad_images=policy), Run("prepare", tmp_path / policy))
     for name in ("samples.parquet", "classes.json"):
         assert (tmp_path / "refuse" / name).read_bytes() == (tmp_path / "skip" / name).read_bytes()
     assert len(pq.read_table(tmp_path / "skip/skipped.parquet")) == 0
@@ -117,14 +117,14 @@ def test_a_class_left_without_training_images_is_an_error(tmp_path):
     for path in (tmp_path / "images/train/n01484850").iterdir():
         path.write_bytes(b"")
     with pytest.raises(UserError, match=r"class 2 \(n01484850\): must have at least one usable training image"):
-        prepare.run(params(options, bad_images="skip"), 0, tmp_path / "p", silent)
+        prepare.run(params(options, bad_images="skip"), Run("prepare", tmp_path / "p"))
 
 
 def test_skipping_can_change_the_order_of_classes(tmp_path):
     options = make_imagenet_lt(tmp_path / "images", counts=(3, 4))
     for i in range(2):
         (tmp_path / f"images/train/n01443537/n01443537_{i}.JPEG").write_bytes(b"")
-    prepare.run(params(options, bad_images="skip"), 0, tmp_path / "p", silent)
+    prepare.run(params(options, bad_images="skip"), Run("prepare", tmp_path / "p"))
     samples = load_samples(tmp_path / "p")
     assert (samples.counts, samples.facts["order"]) == ([3, 2], [0, 1])
 
@@ -132,7 +132,7 @@ def test_skipping_can_change_the_order_of_classes(tmp_path):
 def test_an_image_that_turns_bad_later_stops_the_run_in_one_line(tmp_path):
     options = make_imagenet_lt(tmp_path / "images")
     section = params(options)
-    prepare.run(section, 0, tmp_path / "p", silent)
+    prepare.run(section, Run("prepare", tmp_path / "p"))
     samples = load_samples(tmp_path / "p")
     truncate(tmp_path / "images" / VICTIM)
     found = samples.images(section.model_dump())

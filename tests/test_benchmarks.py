@@ -42,29 +42,12 @@ def test_read_benchmark(tmp_path, capsys):
             assert set(result["vs_decoding"]) == RATIO
             continue
         peers = set(result["contestants"])
-        assert {"ours", "raw", "raw, buffer reused", "h5py", "NumPy memmap"} <= peers
+        assert {"ours", "raw", "h5py", "NumPy memmap"} <= peers
         assert {"TensorStore gather", "TensorStore async slices", "zarrs slices", "zarr-python slices"} <= peers
         assert set(result["useful_bytes_vs_raw"]) == set(result["time_vs_raw"]) == RATIO
         assert set(result["ours_times_faster_than"]) == peers - {"ours"}
-        assert set(result["spent"]) == {"planning", "checksums", "repeats"}
         assert set(result["sweeps_median_s"]) == peers - {"ours", "ours, not compiled"}
     assert "zarr-python oindex" in capsys.readouterr().out
-
-
-def test_write_benchmark(tmp_path, capsys):
-    from benchmarks.bench_write import main
-
-    body = run(main, tmp_path)
-    assert [r["codec"] for r in body["results"]] == ["none", "none"]
-    for result in body["results"]:
-        peers = {"ours", "zarr-python", "zarr-python, fsync", "raw", "raw, fsync"}
-        assert set(result["contestants"]) == peers
-        for timing in result["contestants"].values():
-            assert set(timing) >= {*TIMING, "gb_per_s"}
-        assert set(result["ours_times_faster_than"]) == peers - {"ours"}
-        assert set(result["spent"]) == {"encoding", "sha256", "write, fsync and rename"}
-    assert list((tmp_path / "data").iterdir()) == []
-    assert "GB/s" in capsys.readouterr().out
 
 
 def test_synthetic_cache_is_the_same_every_time(tmp_path):
@@ -133,7 +116,7 @@ def test_results_have_one_record_a_line():
 def test_benchmarks_run_as_modules():
     import subprocess
 
-    for module in ("synthetic", "bench_read", "bench_write"):
+    for module in ("synthetic", "bench_read"):
         done = subprocess.run(
             [sys.executable, "-m", f"benchmarks.{module}", "--help"], cwd=ROOT, capture_output=True, text=True
         )

@@ -13,9 +13,10 @@ import pytest
 from builders import tree
 from image_builders import make_image_folder, write_image
 from PIL import Image
-from pipeline_builders import CPU, extracted, h2t, make_backbone_dir, refused, silent, torchrun, write_params
+from pipeline_builders import extracted, h2t, make_backbone_dir, refused, torchrun, write_params
 
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.run import Run
 from h2t.pipeline.data import images as images_module
 from h2t.pipeline.data.samples import Samples, load_samples
 from h2t.pipeline.stages import prepare, train_backbone
@@ -42,7 +43,7 @@ def section_of(place: Path) -> dict:
 
 def prepared(section: dict, out: Path):
     """(Samples, Images) as they are now."""
-    prepare.run(prepare.Params.model_validate(section), 0, out, silent)
+    prepare.run(prepare.Params.model_validate(section), Run("prepare", out))
     samples = load_samples(out)
     return samples, samples.images(section)
 
@@ -163,7 +164,7 @@ def test_stage_one_goes_on_to_the_same_bytes_once_the_image_is_back(place, monke
     params = train_backbone.Params(**TRAINING)
 
     def train(out):
-        train_backbone.run(params, "b", *opened(place), 0, CPU, out, silent)
+        train_backbone.run(params, Run("b", out), *opened(place))
 
     train(place / "whole")
     old = (place / "images" / VICTIM).read_bytes()

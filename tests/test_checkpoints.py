@@ -2,10 +2,10 @@ import pickle
 
 import pytest
 import torch
-from pipeline_builders import CPU, silent
 
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.run import Run
 from h2t.pipeline.networks.classifier import logits
 from h2t.pipeline.networks.trained import load_backbone, load_head
 from h2t.pipeline.networks.weights import fill, fit_head, load_checkpoint, load_weights, save_weights, split_head
@@ -97,7 +97,7 @@ def stage(tmp_path, digits, file, objective, experts, arch="resnet32"):
     params = train_backbone.Params(
         arch=arch, options={"experts": experts}, objective=objective, weights=str(file), epochs=1
     )
-    train_backbone.run(params, "b", samples, images, 0, CPU, tmp_path / "b", silent)
+    train_backbone.run(params, Run("b", tmp_path / "b"), samples, images)
     return tmp_path / "b"
 
 

@@ -8,10 +8,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pipeline_builders import make_prepare, make_samples, silent
+from pipeline_builders import make_prepare, make_samples
 from sklearn.datasets import load_digits
 
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.run import Run
 from h2t.pipeline.data.samples import load_samples
 from h2t.pipeline.datasets import digits
 from h2t.pipeline.stages import prepare
@@ -86,7 +87,7 @@ def test_the_subset_is_the_reference_rule(tmp_path):
 
 def test_prepare_repeats_to_the_byte_and_hangs_on_the_seed(tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        prepare.run(make_prepare(), seed, tmp_path / name, silent)
+        prepare.run(make_prepare(), Run("prepare", tmp_path / name, seed=seed))
     a, b, c = ((tmp_path / n / "samples.parquet").read_bytes() for n in "abc")
     assert a == b != c
     assert (tmp_path / "a" / "classes.json").read_bytes() == (tmp_path / "b" / "classes.json").read_bytes()

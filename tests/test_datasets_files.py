@@ -16,11 +16,11 @@ from image_builders import (
     write_image,
     write_list,
 )
-from pipeline_builders import silent
 
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import build
+from h2t.pipeline.base.run import Run
 from h2t.pipeline.data import cifar_files, list_files
 from h2t.pipeline.data.classes import groups
 from h2t.pipeline.stages import prepare
@@ -35,7 +35,7 @@ def opened(name: str, values: dict):
 
 def prepared(out, dataset: str, options: dict, **more):
     """(sample table as rows, classes.json) of a prepare run."""
-    prepare.run(prepare.Params(dataset=dataset, options=options, **more), 0, out, silent)
+    prepare.run(prepare.Params(dataset=dataset, options=options, **more), Run("prepare", out))
     return pq.read_table(out / "samples.parquet").to_pylist(), json.loads((out / "classes.json").read_text())
 
 

@@ -33,7 +33,7 @@ from pipeline_builders import ROOT, environment, h2t, make_params, make_samples,
 from h2t.pipeline.base import plugins
 from h2t.pipeline.command_line.main import main
 from h2t.pipeline.inspection import settings
-from h2t.pipeline.inspection.doctor import NAMED_BY_DVC
+from h2t.pipeline.inspection.setting_up import NAMED_BY_DVC
 
 PAGES = sorted((ROOT / "docs").glob("adding-a*.md"))
 

@@ -9,10 +9,11 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from pipeline_builders import CPU, ROOT, environment, fitted, make_prepare, silent, write_params
+from pipeline_builders import ROOT, environment, fitted, make_prepare, write_params
 
 from h2t.cache.reader import open_cache
 from h2t.cache.tools.audit import pooled
+from h2t.pipeline.base.run import Run
 from h2t.pipeline.models.export import Choice
 from h2t.pipeline.models.export import run as export
 
@@ -39,7 +40,7 @@ def place(tmp_path_factory, digits_cache, backbone_dir):
     with open_cache(digits_cache) as cache:
         pooled(cache, root / "data/pool/ce_mixup", lambda maps: maps.mean((2, 3)), "gap")
         prepare = make_prepare().model_dump()
-        export(cache, heads, backbone_dir, Choice(0), prepare, CPU, root / "model", silent)
+        export(Run("export", root / "model"), cache, heads, backbone_dir, Choice(0), prepare)
     return root
 
 

@@ -8,12 +8,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
-from pipeline_builders import CPU, environment, fitted, make_backbone_dir, make_stage2_cache, silent, write_params
+from pipeline_builders import environment, fitted, make_backbone_dir, make_stage2_cache, silent, write_params
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import accuracy_score, recall_score
 from torch.nn import functional as F
 
 from h2t.cache.reader import open_cache
+from h2t.pipeline.base.run import Run
 from h2t.pipeline.command_line.main import main
 from h2t.pipeline.data.classes import groups
 from h2t.pipeline.heads.batches import sample_rows
@@ -27,7 +28,7 @@ KEYS = {*FIGURES, *(f"{f}_std" for f in FIGURES), "ratio", "heads", "statistics"
 def evaluated(out, cache, heads, backbone, say=silent, **params):
     with open_cache(cache) as opened:
         section = evaluate.Params.model_validate(params)
-        evaluate.run(section, "dr", opened, heads, backbone, CPU, out, say)
+        evaluate.run(section, Run("dr", out, say=say), opened, heads, backbone)
     return json.loads((out / "metrics.json").read_text())
 
 
@@ -243,9 +244,9 @@ PEAK = """
 import sys
 from pathlib import Path
 import sklearn.manifold
-import torch
 from benchmarks.epoch_run import memory
 from h2t.cache.reader import open_cache
+from h2t.pipeline.base.run import Run
 from h2t.pipeline.evaluation import scoring
 from h2t.pipeline.stages import evaluate
 
@@ -253,7 +254,7 @@ scoring.BLOCK_BYTES = 8 * 2**20
 folder = Path(sys.argv[1])
 with open_cache(folder / "c") as cache:
     before = memory("VmRSS")
-    evaluate.run(evaluate.Params(), "dr", cache, folder / "h", folder / "b", torch.device("cpu"), folder / "e", print)
+    evaluate.run(evaluate.Params(), Run("dr", folder / "e", say=print), cache, folder / "h", folder / "b")
 print(memory("VmHWM") - before)
 """
 

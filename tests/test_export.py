@@ -15,6 +15,7 @@ from h2t.cache.reader import open_cache
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import build
+from h2t.pipeline.base.run import Run
 from h2t.pipeline.command_line.main import main
 from h2t.pipeline.evaluation.metrics import softmax_confidence
 from h2t.pipeline.evaluation.scoring import head_logits, load_heads_for
@@ -40,7 +41,7 @@ def trained(tmp_path_factory, digits_cache, backbone_dir):
 
             params = train_classifier.Params(host="ncm", backbone="b", classifier="cosine")
             with open_cache(digits_cache) as opened:
-                train_classifier.run(params, Residency(), "ncm", opened, backbone_dir, CPU, root / host, silent)
+                train_classifier.run(params, Run("ncm", root / host), Residency(), opened, backbone_dir)
         else:
             fitted(root / host, digits_cache, backbone_dir, host=host, **more)
     return SimpleNamespace(root=root, cache=digits_cache, backbone=backbone_dir)

@@ -17,6 +17,7 @@ from h2t.cache.errors import CacheError
 from h2t.cache.reader import open_cache
 from h2t.cache.tools.verify import verify
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.run import Run
 from h2t.pipeline.extraction.batchnorm import from_bytes, use
 from h2t.pipeline.networks.trained import load_backbone
 from h2t.pipeline.networks.weights import load_weights, save_weights
@@ -326,7 +327,7 @@ def test_killed_extraction_of_cifar_ends_in_the_same_bytes(tmp_path):
         "test_per_class": 0,
         "validation_per_class": 0,
     }
-    prepare.run(prepare.Params.model_validate(section), 0, tmp_path / "samples", lambda line: None)
+    prepare.run(prepare.Params.model_validate(section), Run("prepare", tmp_path / "samples"))
     counts = json.loads((tmp_path / "samples" / "classes.json").read_text())["counts"]
     assert counts == [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
     make_backbone_dir(tmp_path / "backbone")

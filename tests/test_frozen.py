@@ -10,7 +10,7 @@ from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.heads.features import load_pool
 from h2t.pipeline.heads.fusion import fuse
 from h2t.pipeline.heads.head import Head
-from h2t.pipeline.networks.frozen import FrozenPart, Layer, from_file, layers_of
+from h2t.pipeline.networks.frozen import FrozenPart, Layer, from_file, kinds_of, layer
 
 C, D = 20, 12
 
@@ -50,9 +50,8 @@ def test_a_layer_computes_what_its_module_does(module, kind):
         return module(x[..., None, None] if spatial else x).flatten(1)
 
     x, other = torch.randn(2, 8, C, generator=torch.Generator().manual_seed(0)) * 3
-    layers = layers_of(module, x, apply(x))
-    assert [layer.kind for layer in layers] == [kind]
-    part = FrozenPart(layers)
+    assert kinds_of(module, x, apply(x)) == (kind,)
+    part = FrozenPart((layer(kind, module),))
     torch.testing.assert_close(part(other), apply(other), rtol=1e-5, atol=1e-5)
     assert part.outputs(C) == part(other).shape[-1]
     tensors, described = part.to_file()
@@ -63,9 +62,10 @@ def test_a_layer_computes_what_its_module_does(module, kind):
 
 def test_identity_is_no_layer_and_an_unknown_module_is_none():
     x = torch.randn(4, C)
-    assert layers_of(nn.Dropout().eval(), x, x) == ()
-    assert layers_of(nn.Softplus(), x, nn.Softplus()(x)) is None
-    assert layers_of(nn.Linear(C, C), x, x + 1) is None  # its output does not come from it alone
+    assert kinds_of(nn.Dropout().eval(), x, x) == ()
+    assert kinds_of(nn.Softplus(), x, nn.Softplus()(x)) is None
+    assert kinds_of(nn.Linear(C, C), x, x + 1) is None  # its output does not come from it alone
+    assert kinds_of(nn.BatchNorm1d(C).eval(), x, x) == ("affine",)  # other statistics would make it no identity
 
 
 def test_a_file_without_a_frozen_part_has_none():

@@ -18,11 +18,12 @@ from conformance import (
     make_features,
     make_host,
 )
-from pipeline_builders import CPU, make_backbone_dir, make_stage1_head, make_stage2_cache, silent
+from pipeline_builders import make_backbone_dir, make_stage1_head, make_stage2_cache, silent
 
 from h2t.cache.reader import open_cache
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.run import Run
 from h2t.pipeline.extraction.recipes import RECIPES, Recipe
 from h2t.pipeline.heads import stack as stack_module
 from h2t.pipeline.heads.batches import Batch, Streams
@@ -465,14 +466,14 @@ def run_stage(out, cache, backbone, *, say=silent, residency=None, **section):
     params = train_classifier.Params.model_validate(values)
     with open_cache(cache) as opened:
         where = Residency(**(residency or {}))
-        return train_classifier.run(params, where, "h", opened, backbone, CPU, out, say)
+        return train_classifier.run(params, Run("h", out, say=say), where, opened, backbone)
 
 
 @pytest.mark.parametrize("name", fitted_hosts())
 def test_a_fitted_host_has_one_head_and_no_h2t(tmp_path, name, wide_cache, stage1_dir):
     run_stage(tmp_path / "h", wide_cache, stage1_dir[0], host=name)
     with open_cache(wide_cache) as opened:
-        found = evaluate.run(evaluate.Params(), "h", opened, tmp_path / "h", stage1_dir[0], CPU, tmp_path / "e", silent)
+        found = evaluate.run(evaluate.Params(), Run("h", tmp_path / "e"), opened, tmp_path / "h", stage1_dir[0])
     assert found["with_h2t"] is None
     assert found["without_h2t"]["heads"] == 1
     assert found["without_h2t"]["top1_std"] is None
@@ -667,5 +668,5 @@ def test_a_host_file_dropped_into_a_folder_needs_no_other_edit(
     check_fusion(cache, "hinge")
     run_stage(tmp_path / "h", wide_cache, stage1_dir[0], host="hinge", loss={"margin": 2.0})
     with open_cache(wide_cache) as opened:
-        found = evaluate.run(evaluate.Params(), "h", opened, tmp_path / "h", stage1_dir[0], CPU, tmp_path / "e", silent)
+        found = evaluate.run(evaluate.Params(), Run("h", tmp_path / "e"), opened, tmp_path / "h", stage1_dir[0])
     assert all(found[row]["top1"] is not None for row in ("stage1", "without_h2t", "with_h2t"))

@@ -19,6 +19,7 @@ from h2t.cache.errors import CacheError
 from h2t.cache.reader import open_cache
 from h2t.cache.tools.verify import verify
 from h2t.cache.write.carry import Carrier, broken_shards
+from h2t.pipeline.base.run import Run
 from h2t.pipeline.command_line.main import main
 from h2t.pipeline.data.samples import load_samples
 from h2t.pipeline.stages import prepare
@@ -45,7 +46,7 @@ def section_of(root: Path) -> dict:
 def prepared(root: Path, out: Path):
     """(Samples, Images) of the image folder `root` as it is now."""
     section = section_of(root)
-    prepare.run(prepare.Params.model_validate(section), 0, out, silent)
+    prepare.run(prepare.Params.model_validate(section), Run("prepare", out))
     samples = load_samples(out)
     return samples, samples.images(section)
 

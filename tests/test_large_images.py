@@ -4,11 +4,12 @@ import json
 
 import pytest
 from image_builders import make_imagenet_lt, make_inaturalist18, make_places_lt
-from pipeline_builders import CPU, extracted, fitted, silent
+from pipeline_builders import extracted, fitted
 from safetensors.torch import save_file
 
 from h2t.cache.reader import open_cache
 from h2t.pipeline.base import plugins
+from h2t.pipeline.base.run import Run
 from h2t.pipeline.data.samples import load_samples
 from h2t.pipeline.stages import evaluate, prepare, train_backbone
 
@@ -33,7 +34,7 @@ def calm_weights(path, arch, options=()):
 )
 def test_from_images_to_metrics(dataset, make, backbone, tmp_path):
     section = prepare.Params(dataset=dataset, options=make(tmp_path / "images"))
-    prepare.run(section, 0, tmp_path / "prepare", silent)
+    prepare.run(section, Run("prepare", tmp_path / "prepare"))
     samples = load_samples(tmp_path / "prepare")
     images = samples.images(section.model_dump())
     backbone = {**backbone, "start": str(calm_weights(tmp_path / "start.safetensors", **backbone))}
@@ -41,13 +42,13 @@ def test_from_images_to_metrics(dataset, make, backbone, tmp_path):
         **backbone, epochs=1, batch_size=8, schedule="cosine", warmup_epochs=0, lr=0.001, mixup=0.2
     )
     trained = tmp_path / "backbone"
-    train_backbone.run(training, "b", samples, images, 0, CPU, trained, silent)
+    train_backbone.run(training, Run("b", trained), samples, images)
     cache = tmp_path / "cache"
     extracted(cache, samples, images, trained, batch_size=4, batchnorm_passes=1, max_views=2)
     fitted(tmp_path / "heads", cache, trained, optimiser={"batch_size": 4})
     with open_cache(cache) as opened:
         assert opened.spec.maps == ((512 if backbone["arch"] == "torchvision" else 2048, 1, 1),)
         out = tmp_path / "evaluate"
-        evaluate.run(evaluate.Params(), "dr", opened, tmp_path / "heads", trained, CPU, out, silent)
+        evaluate.run(evaluate.Params(), Run("dr", out), opened, tmp_path / "heads", trained)
     found = json.loads((out / "metrics.json").read_text())
     assert 0 <= found["with_h2t"]["top1"] <= 100

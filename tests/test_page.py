@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 from report_builders import NASTY, make_evaluated
 
+from h2t.pipeline.base.run import Run
 from h2t.pipeline.reporting import page
 from h2t.pipeline.reporting.page import render
 from h2t.pipeline.reporting.results import load_result
@@ -48,10 +49,9 @@ def page_file(tmp_path_factory):
     said: list[str] = []
     report.run(
         report.Params(title=f"A title {NASTY}"),
+        Run("report", folder / "report", say=said.append),
         ["dr", "other"],
         evaluated,
-        folder / "report",
-        said.append,
         folder / "runs",
     )
     return folder / "report" / "index.html"
@@ -253,7 +253,7 @@ def test_hosts_that_lack_parts_are_drawn_without_them(shown, tmp_path):
     evaluated = make_evaluated(
         tmp_path, "dr", classes=many, grid={"ratio": [0.0, 0.3], "seed": [3]}, optimiser={"lr": 1.0}
     )
-    report.run(report.Params(), ["no_zero", "reverse", "ncm", "dr"], evaluated, tmp_path / "report", lambda line: None)
+    report.run(report.Params(), Run("report", tmp_path / "report"), ["no_zero", "reverse", "ncm", "dr"], evaluated)
     shown.errors.clear()
     shown.open(tmp_path / "report" / "index.html")
     for host in ("no_zero", "reverse", "ncm", "dr"):

@@ -46,7 +46,7 @@ def test_every_table_has_complete_parameters_and_its_published_rows(table):
 def test_a_table_from_images_to_figures_and_again(tmp_path, files, capsys):
     values = paper.parameters("6-100", ["ce_mixup"], parquet=files, overrides=TINY)
     results = tmp_path / "paper.json"
-    entries = paper.Run("6-100", values, tmp_path / "run", {"ce_mixup": 1}).run(results)
+    entries = paper.Reproduction("6-100", values, tmp_path / "run", {"ce_mixup": 1}).run(results)
     rows = ["CE", "DR", "DR, statistics as with H2T", "DR + H2T", "MiSLAS", "MiSLAS + H2T"]
     assert [e["row"] for e in entries] == rows
     assert [e["published"] for e in entries] == [70.70, 79.15, None, 82.87, 82.12, 83.23]
@@ -58,7 +58,7 @@ def test_a_table_from_images_to_figures_and_again(tmp_path, files, capsys):
     assert params.load(tmp_path / "run/params.yaml") == values
     capsys.readouterr()
     made = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*.safetensors")}
-    assert paper.Run("6-100", values, tmp_path / "run", {"ce_mixup": 1}).run(results) == entries
+    assert paper.Reproduction("6-100", values, tmp_path / "run", {"ce_mixup": 1}).run(results) == entries
     said = capsys.readouterr().out
     assert said.count("finished before") == 6  # prepare, stage I, and twice the heads and their evaluation
     assert "already holds this cache" in said

@@ -8,6 +8,7 @@ import yaml
 from pipeline_builders import ROOT
 from report_builders import make_evaluated
 
+from h2t.pipeline.base.run import Run
 from h2t.pipeline.stages import report
 
 
@@ -22,7 +23,7 @@ def fields(value):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plots")
-    report.run(report.Params(), ["dr"], make_evaluated(folder), folder / "report", lambda line: None)
+    report.run(report.Params(), Run("report", folder / "report"), ["dr"], make_evaluated(folder))
     return folder / "report"
 
 

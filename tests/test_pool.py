@@ -7,7 +7,6 @@ import pytest
 import torch
 from click.testing import CliRunner
 from pipeline_builders import (
-    CPU,
     distance,
     fitted,
     make_backbone_dir,
@@ -21,6 +20,7 @@ from h2t.cache.errors import CacheError
 from h2t.cache.reader import open_cache
 from h2t.cache.tools.verify import verify
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.run import Run
 from h2t.pipeline.command_line.main import main
 from h2t.pipeline.heads.features import FeatureReader, pool_label
 from h2t.pipeline.heads.residency import Residency
@@ -42,12 +42,12 @@ def maps(tmp_path_factory):
 
 def copied(source, out, *, replace=False, say=silent, **params):
     with open_cache(source) as cache:
-        return pool.run(pool.Params.model_validate(params), "b", cache, out, say, replace=replace)
+        return pool.run(pool.Params.model_validate(params), Run("b", out, say=say), cache, replace=replace)
 
 
 def evaluated(cache, heads, backbone, out):
     with open_cache(cache) as opened:
-        return evaluate.run(evaluate.Params(), "dr", opened, heads, backbone, CPU, out, silent)
+        return evaluate.run(evaluate.Params(), Run("dr", out), opened, heads, backbone)
 
 
 @pytest.mark.parametrize("codec", ["none", "zstd"])
@@ -109,7 +109,7 @@ def test_a_head_that_is_fitted_at_once_is_the_same_too(maps, tmp_path):
     for source in (maps / "cache", tmp_path / "copy"):
         with open_cache(source) as cache:
             out = tmp_path / f"heads-{source.name}"
-            train_classifier.run(params, Residency(), "ncm", cache, maps / "backbone", CPU, out, silent)
+            train_classifier.run(params, Run("ncm", out), Residency(), cache, maps / "backbone")
         found.append(load_file(out / "heads.safetensors"))
     for key, tensor in found[0].items():
         assert distance(found[1][key], tensor) <= 1e-5

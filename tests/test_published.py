@@ -6,18 +6,17 @@ import numpy as np
 import pandas as pd
 import pytest
 from pipeline_builders import (
-    CPU,
     extracted,
     fitted,
     make_backbone_dir,
     make_host,
     make_samples,
     make_stage2_cache,
-    silent,
 )
 
 from h2t.cache.reader import open_cache
 from h2t.pipeline.base.outputs import write_run_record
+from h2t.pipeline.base.run import Run
 from h2t.pipeline.reporting import files
 from h2t.pipeline.reporting.published import different_runs, estimates
 from h2t.pipeline.reporting.results import load_result
@@ -56,10 +55,8 @@ def made(tmp_path_factory):
     )
     host = make_host(grid={"ratio": [0.0, 0.3], "seed": [0, 1, 2]}, optimiser={"epochs": EPOCHS, "batch_size": BATCH})
     with open_cache(home / "c") as cache:
-        trained = train_classifier.run(
-            host, train_classifier.Residency(), "dr", cache, home / "b", CPU, home / "h", silent
-        )
-        evaluate.run(evaluate.Params(), "dr", cache, home / "h", home / "b", CPU, home / "evaluate/dr", silent)
+        trained = train_classifier.run(host, Run("dr", home / "h"), train_classifier.Residency(), cache, home / "b")
+        evaluate.run(evaluate.Params(), Run("dr", home / "evaluate/dr"), cache, home / "h", home / "b")
     write_run_record(home / "runs/train_classifier/dr.json", {"seconds": 2.0, "cpu": 1.5, **vars(trained)})
     return home, len(samples[0].of("train"))
 

@@ -160,7 +160,7 @@ def test_a_file_that_ends_before_a_chunk_does(cache_dir, way):
     make_cache(cache_dir)
     with open_cache(cache_dir) as cache:
         cache.chunk_ranges(np.array([6]), 0)
-        cache._offsets[0, 6] = shard(cache_dir).stat().st_size - 9
+        cache._chunks.offsets[0, 6] = shard(cache_dir).stat().st_size - 9
         with pytest.raises(CacheError) as error:
             cache.read([0, 4, 6])
     says = f"{shard(cache_dir)}: truncated, it ends before byte 199 (read from byte 171);"
@@ -329,9 +329,9 @@ def test_a_kernel_that_stops_early_is_asked_for_the_rest(cache_dir, monkeypatch,
 def test_a_pickled_cache_keeps_what_it_has_yet_to_check(cache_dir):
     make_cache(cache_dir)
     with open_cache(cache_dir) as cache:
-        cache.unchecked = {"maps.zarr/expert_0/c.1.0.0.0"}
+        cache._chunks.unchecked = {"maps.zarr/expert_0/c.1.0.0.0"}
         with pickle.loads(pickle.dumps(cache)) as again:
-            assert again.unchecked == cache.unchecked
+            assert again._chunks.unchecked == cache._chunks.unchecked
             shard(cache_dir).write_bytes(shard(cache_dir).read_bytes() + b"x")
             with pytest.raises(CacheError, match="was replaced"):
                 again.read([4])
@@ -341,6 +341,6 @@ def test_a_pickled_cache_keeps_what_it_has_yet_to_check(cache_dir):
 def test_a_size_is_checked_once(cache_dir):
     make_cache(cache_dir)
     with open_cache(cache_dir) as cache:
-        cache.unchecked = {f"maps.zarr/expert_0/c.{i}.0.0.0" for i in (1, 2)}
+        cache._chunks.unchecked = {f"maps.zarr/expert_0/c.{i}.0.0.0" for i in (1, 2)}
         cache.read([0, 4])
-        assert cache.unchecked == {"maps.zarr/expert_0/c.2.0.0.0"}
+        assert cache._chunks.unchecked == {"maps.zarr/expert_0/c.2.0.0.0"}

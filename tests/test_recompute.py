@@ -9,6 +9,7 @@ from pipeline_builders import CPU, extracted, make_backbone_dir, make_prepare, m
 
 from h2t.cache.reader import open_cache
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.run import Run
 from h2t.pipeline.command_line.main import main
 from h2t.pipeline.data.samples import Samples
 from h2t.pipeline.inspection.recompute import TOLERANCE, recompute
@@ -81,7 +82,7 @@ def test_inputs_of_another_cache_are_refused(tmp_path, digits, backbone_dir, dig
     with pytest.raises(UserError, match="another transform"):
         compared(digits_cache, dataclasses.replace(samples, facts=facts), images, backbone_dir)
     with open_cache(digits_cache) as cache:
-        pool.run(pool.Params(), "b", cache, tmp_path / "copy", lambda line: None)
+        pool.run(pool.Params(), Run("b", tmp_path / "copy"), cache)
     with pytest.raises(UserError, match="pooled copy"):
         compared(tmp_path / "copy", samples, images, backbone_dir)
 

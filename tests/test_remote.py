@@ -17,7 +17,8 @@ from builders import make_cache, make_rows, tree
 from crc32c import crc32c
 
 from h2t.cache.errors import CacheError
-from h2t.cache.read import remote
+from h2t.cache.read import asking
+from h2t.cache.read.spans import MAX_SPAN_BYTES, merged
 from h2t.cache.reader import open_cache
 from h2t.cache.tools.verify import verify
 
@@ -28,7 +29,7 @@ WANTED = [59, 4, 4, 0, 31]
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch):
-    monkeypatch.setattr(remote, "FIRST_WAIT", 0)
+    monkeypatch.setattr(asking, "FIRST_WAIT", 0)
 
 
 def refusal(url, rows=WANTED) -> CacheError:
@@ -284,14 +285,14 @@ def kept(request, monkeypatch):
 )
 def test_a_store_that_falters_is_asked_again(web, kept, spoil):
     with open_cache(web.url) as cache:
-        web.handler.spoil = Falters(remote.TRIES - 1, spoil)
+        web.handler.spoil = Falters(asking.TRIES - 1, spoil)
         assert cache.read(WANTED).tobytes() == web.maps[0][WANTED].tobytes()
         web.asked.clear()
         web.handler.spoil = Falters(100, spoil)
-        with pytest.raises(CacheError, match=f"{remote.TRIES} times") as error:
+        with pytest.raises(CacheError, match=f"{asking.TRIES} times") as error:
             cache.read([20])
     assert error.value.reason == "unreachable"
-    assert len(web.asked) <= remote.TRIES + 1  # and the size of the shard
+    assert len(web.asked) <= asking.TRIES + 1  # and the size of the shard
 
 
 def test_what_cannot_pass_is_asked_once(web, kept):
@@ -382,11 +383,11 @@ def test_many_threads_ask_for_a_block_once(web):
 
 
 def test_neighbours_come_by_one_request():
-    spans, inside = remote.merged([(100, 110), (0, 10), (20, 40), (30, 35), (10**6, 10**6 + 5)])
+    spans, inside = merged([(100, 110), (0, 10), (20, 40), (30, 35), (10**6, 10**6 + 5)])
     assert spans == [(0, 110), (10**6, 10**6 + 5)]
     assert inside == [(0, 100, 10), (0, 0, 10), (0, 20, 20), (0, 30, 5), (1, 0, 5)]
-    far = remote.MAX_SPAN_BYTES
-    assert len(remote.merged([(i * 1000, i * 1000 + 1000) for i in range(far // 500)])[0]) == 2 + far % 500 // 500
+    far = MAX_SPAN_BYTES
+    assert len(merged([(i * 1000, i * 1000 + 1000) for i in range(far // 500)])[0]) == 2 + far % 500 // 500
 
 
 def test_a_token_in_the_query_is_sent_and_never_told(web):

@@ -16,8 +16,8 @@ from pipeline_builders import ROOT
 from h2t.cache.errors import CacheError
 from h2t.cache.format import spec
 from h2t.cache.format.spec import MAPS, MAX_RECORD_BYTES, RECORD, ROWS, STATISTICS
+from h2t.cache.read import asking, transfer
 from h2t.cache.read import files as local
-from h2t.cache.read import remote, transfer
 from h2t.cache.reader import open_cache
 from h2t.cache.tools.verify import verify
 
@@ -59,7 +59,7 @@ print(json.dumps(found))
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch):
-    monkeypatch.setattr(remote, "FIRST_WAIT", 0)
+    monkeypatch.setattr(asking, "FIRST_WAIT", 0)
 
 
 @pytest.fixture(scope="module")

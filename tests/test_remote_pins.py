@@ -19,7 +19,7 @@ from pipeline_builders import ROOT
 
 from h2t.cache.errors import CacheError, CacheWarning
 from h2t.cache.format.spec import RECORD, ROWS, STATISTICS
-from h2t.cache.read import blocks, remote
+from h2t.cache.read import asking, blocks, remote
 from h2t.cache.read.transfer import Version, version_of
 from h2t.cache.reader import open_cache
 from h2t.cache.tools.verify import verify
@@ -31,7 +31,7 @@ EVERY = np.arange(60)
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch):
-    monkeypatch.setattr(remote, "FIRST_WAIT", 0)
+    monkeypatch.setattr(asking, "FIRST_WAIT", 0)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pipeline_builders import ROOT
 from servers import S3_KEY, S3_SECRET, openssh_server, put_s3, s3_endpoint, sftp_server, sshd_program
 
 from h2t.cache.errors import CacheError
-from h2t.cache.read import remote
+from h2t.cache.read import asking
 from h2t.cache.reader import open_cache
 from h2t.cache.tools.verify import verify
 
@@ -62,7 +62,7 @@ def replace(store, tmp_path):
 def test_a_cache_is_read_and_verified(store, made, monkeypatch, kept):
     monkeypatch.setenv("H2T_BLOCK_CACHE_BYTES", kept)
     with open_cache(f"{store}/c") as cache:
-        assert cache.unchecked == set()  # sizes came with the listing
+        assert cache._chunks.unchecked == set()  # sizes came with the listing
         for expert in (0, 1):
             assert cache.read(WANTED, expert=expert).tobytes() == made[expert][WANTED].tobytes()
         assert cache.rows == SETTINGS["rows"]
@@ -99,12 +99,12 @@ def test_a_stranger_is_refused_in_one_line(store, tmp_path, monkeypatch):
 
 
 def test_no_server_is_one_line(made, monkeypatch):
-    monkeypatch.setattr(remote, "FIRST_WAIT", 0)
+    monkeypatch.setattr(asking, "FIRST_WAIT", 0)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", S3_KEY)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", S3_SECRET)
     for url in ("s3://lab/x/c", "ssh://user:s3cr3t@127.0.0.1:1/c"):
-        with pytest.raises(CacheError, match=f"{remote.TRIES} times") as error:
+        with pytest.raises(CacheError, match=f"{asking.TRIES} times") as error:
             open_cache(url)
         assert error.value.reason == "unreachable"
         assert not any(secret in error.value.detail for secret in (S3_SECRET, "s3cr3t"))

@@ -2,10 +2,11 @@ import re
 import shutil
 
 import pytest
-from pipeline_builders import CPU, fitted, make_backbone_dir, make_stage2_cache, silent
+from pipeline_builders import fitted, make_backbone_dir, make_stage2_cache, silent
 
 from h2t.cache.reader import open_cache
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.run import Run
 from h2t.pipeline.reporting import comparison, files
 from h2t.pipeline.stages import evaluate, report
 
@@ -23,12 +24,12 @@ def evaluated(tmp_path_factory):
     fitted(folder / "h", cache, folder / "b")
     for name in ("dr", "left"):
         with open_cache(cache) as opened:
-            evaluate.run(evaluate.Params(), name, opened, folder / "h", folder / "b", CPU, folder / "e" / name, silent)
+            evaluate.run(evaluate.Params(), Run(name, folder / "e" / name), opened, folder / "h", folder / "b")
     return folder / "e"
 
 
 def reported(out, evaluated, hosts=("dr",), say=silent, title="T"):
-    report.run(report.Params(title=title), list(hosts), evaluated, out, say)
+    report.run(report.Params(title=title), Run("report", out, say=say), list(hosts), evaluated)
     return (out / "index.html").read_text(encoding="utf-8")
 
 

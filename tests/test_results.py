@@ -16,6 +16,7 @@ from benchmarks import analyses, online_results, tables
 from benchmarks.results import online_tables
 from h2t.pipeline.base import params
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.run import Run
 from h2t.pipeline.inspection import settings
 from h2t.pipeline.reporting import comparison, files
 from h2t.pipeline.reporting.results import FIGURES, load_result
@@ -290,7 +291,7 @@ def test_run_records_are_shown_on_request_only(tmp_path, evaluated):
     (runs / "b.json").write_text('{"seconds": 12.5, "rows": 77, "commit": "abcdef", "machine": {"cores": 2}}')
     pages = []
     for given in (None, tmp_path / "runs"):
-        report.run(report.Params(), ["dr"], evaluated, tmp_path / "out", lambda line: None, given)
+        report.run(report.Params(), Run("report", tmp_path / "out"), ["dr"], evaluated, given)
         pages.append((tmp_path / "out" / "index.html").read_text())
     assert ["abcdef" in p for p in pages] == [False, True]
     (runs / "b.json").write_text("{")

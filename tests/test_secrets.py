@@ -14,7 +14,7 @@ from test_remote import Handler
 
 from h2t.cache import redaction
 from h2t.cache.errors import CacheError
-from h2t.cache.read import remote
+from h2t.cache.read import asking
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.command_line.caches import previous
 from h2t.pipeline.command_line.main import main
@@ -39,8 +39,8 @@ URLS = [
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch):
-    monkeypatch.setattr(remote, "FIRST_WAIT", 0)
-    monkeypatch.setattr(remote, "TRIES", 2)
+    monkeypatch.setattr(asking, "FIRST_WAIT", 0)
+    monkeypatch.setattr(asking, "TRIES", 2)
 
 
 @pytest.fixture(scope="module")

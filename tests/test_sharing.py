@@ -26,6 +26,7 @@ from h2t.cache.tools.verify import verify
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.command_line.main import main
 from h2t.pipeline.inspection import doctor
+from h2t.pipeline.inspection.setting_up import NAMED_BY_DVC
 from h2t.pipeline.sharing import publish, repository
 
 DVC_YAML = """
@@ -252,11 +253,14 @@ def test_pull_goes_on_where_it_failed(lab, monkeypatch, of):
     done = h2t("cache", "pull", url, "--into", lab / "b")
     assert done.exit_code == 1
     assert len(done.stderr.splitlines()) == 1
+    (missing,) = [name for name, content in wanted[of.removeprefix("data/")].items() if content == largest]
+    assert f"1 file missing at the remote ({missing})" in done.stderr
+    assert "h2t cache publish" in done.stderr
     target = lab / "b" / of.removeprefix("data/")
     assert not target.exists()
     staging = target.parent / ".b.staging/cache"
-    came = {p.relative_to(staging): p.stat().st_ino for p in staging.rglob("*") if p.is_file()}
-    assert came
+    came = {p.relative_to(staging).as_posix(): p.stat().st_ino for p in staging.rglob("*") if p.is_file()}
+    assert set(came) == set(wanted[of.removeprefix("data/")]) - {missing}  # a missing file stops no other one
     (lab / "gone").rename(gone)
     done = h2t("cache", "pull", url, "--into", lab / "b")
     assert done.exit_code == 0, done.output
@@ -287,7 +291,8 @@ def test_pull_refuses_what_is_damaged(lab, monkeypatch):
     monkeypatch.chdir(lab)
     done = h2t("cache", "pull", url, "--into", lab / "b")
     assert done.exit_code == 1
-    assert "downloaded files are damaged" in done.stderr
+    assert "1 file damaged at the remote (maps.zarr/expert_0/c.1.0.0.0: has other content" in done.stderr
+    assert "h2t cache publish --repair" in done.stderr
     assert not (lab / "b/extract/b").exists()
     assert not (lab / "b/train_backbone").exists()
 
@@ -665,13 +670,13 @@ def plant_entry_that_dvc_cannot_fill(lab, patch):
 
 def test_doctor_knows_which_keys_dvc_names():
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].values()
-    found = {section: set() for section in doctor.NAMED_BY_DVC}
+    found = {section: set() for section in NAMED_BY_DVC}
     for stage in stages:
         if "foreach" in stage:
             found.setdefault(stage["foreach"].strip("${}"), set()).update(
                 re.findall(r"\$\{item\.(\w+)\}", json.dumps(stage["do"]))
             )
-    assert found == {"inputs": set(), **{section: set(keys) for section, keys in doctor.NAMED_BY_DVC.items()}}
+    assert found == {"inputs": set(), **{section: set(keys) for section, keys in NAMED_BY_DVC.items()}}
 
 
 def plant_missing_file(lab, patch):

@@ -3,19 +3,21 @@
 import numpy as np
 import pytest
 import torch
-from pipeline_builders import CPU, fitted, make_backbone_dir, make_host, make_stage2_cache, silent
+from pipeline_builders import CPU, fitted, make_backbone_dir, make_host, make_stage2_cache
 
 from h2t.cache.reader import open_cache
 from h2t.cache.tools import pooled
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.run import Run
 from h2t.pipeline.evaluation import scoring
 from h2t.pipeline.evaluation.scoring import score_heads, score_stage1
 from h2t.pipeline.extraction import batchnorm
 from h2t.pipeline.heads import residency
 from h2t.pipeline.heads.batches import MOST_DRAWN, Streams
 from h2t.pipeline.heads.fusion import Selection
+from h2t.pipeline.heads.parts import StepSize, part_sizes, parts_of
 from h2t.pipeline.heads.residency import Residency, find_room
-from h2t.pipeline.heads.stack import HeadSetting, StepSize, part_sizes, parts_of
+from h2t.pipeline.heads.stack import HeadSetting
 from h2t.pipeline.heads.stored import load_heads
 from h2t.pipeline.networks.trained import load_head
 from h2t.pipeline.stages import evaluate, pool, train_classifier
@@ -112,7 +114,7 @@ def test_a_fitted_host_that_cannot_fit_is_one_line(tmp_path, cache, backbone, mo
     monkeypatch.setattr(train_classifier, "available_memory", lambda: 10_000)
     params = train_classifier.Params.model_validate({"host": "ncm", "backbone": "b"})
     with open_cache(cache) as opened, pytest.raises(UserError, match="a closed-form fit on 48 samples needs"):
-        train_classifier.run(params, Residency(), "ncm", opened, backbone[0], CPU, tmp_path / "h", silent)
+        train_classifier.run(params, Run("ncm", tmp_path / "h"), Residency(), opened, backbone[0])
 
 
 def test_budgets_are_shares_of_what_is_available(memory):
@@ -148,8 +150,7 @@ def test_training_resumes_in_the_parts_it_was_begun_in(tmp_path, cache, backbone
     memory(5_500_000)
     with open_cache(cache) as opened:
         host = make_host(grid=GRID)
-        args = (opened, backbone[0], CPU, tmp_path / "h", silent)
-        summary = train_classifier.run(host, Residency(pooled=False), "dr", *args)
+        summary = train_classifier.run(host, Run("dr", tmp_path / "h"), Residency(pooled=False), opened, backbone[0])
     assert summary.resumed_steps == 10
     found = load_heads(tmp_path / "h").state
     for key, tensor in expected.items():
@@ -217,7 +218,7 @@ def test_a_fitted_host_names_the_row_too(tmp_path, backbone):
     folder = spoilt(tmp_path / "c", backbone[1], split="train", label=2, statistics="instance")
     params = train_classifier.Params.model_validate({"host": "ncm", "backbone": "b"})
     with open_cache(folder) as opened, pytest.raises(UserError, match=r"row \d+ \(\d+\.png\) holds NaN"):
-        train_classifier.run(params, Residency(), "ncm", opened, backbone[0], CPU, tmp_path / "h", silent)
+        train_classifier.run(params, Run("ncm", tmp_path / "h"), Residency(), opened, backbone[0])
 
 
 def test_without_such_a_row_the_learning_rate_is_named(tmp_path, cache, backbone):
@@ -230,7 +231,7 @@ def test_a_row_that_is_not_finite_is_named_by_evaluation(tmp_path, cache, backbo
     fitted(tmp_path / "h", cache, backbone[0])
     folder = spoilt(tmp_path / "c", backbone[1], split="test", statistics=statistics)
     with open_cache(folder) as opened, pytest.raises(UserError, match=r"row \d+ \(\d+\.png\) holds NaN or infinity"):
-        evaluate.run(evaluate.Params(), "dr", opened, tmp_path / "h", backbone[0], CPU, tmp_path / "e", silent)
+        evaluate.run(evaluate.Params(), Run("dr", tmp_path / "e"), opened, tmp_path / "h", backbone[0])
 
 
 def test_statistics_that_are_not_finite_are_named():
@@ -260,8 +261,8 @@ def test_evaluation_in_blocks_says_the_same(tmp_path, cache, backbone, monkeypat
 
 def test_a_pooled_copy_is_the_same_with_little_memory(tmp_path, cache, monkeypatch):
     with open_cache(cache) as opened:
-        pool.run(pool.Params(), "b", opened, tmp_path / "a", silent)
+        pool.run(pool.Params(), Run("b", tmp_path / "a"), opened)
         monkeypatch.setattr(pooled, "available_memory", lambda: 1)
-        pool.run(pool.Params(), "b", opened, tmp_path / "b", silent)
+        pool.run(pool.Params(), Run("b", tmp_path / "b"), opened)
     with open_cache(tmp_path / "a") as a, open_cache(tmp_path / "b") as b:
         assert a.commit.files == b.commit.files

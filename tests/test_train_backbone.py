@@ -7,11 +7,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 from builders import tree
-from pipeline_builders import CPU, distance, make_samples, silent, torchrun, write_params
+from pipeline_builders import distance, make_samples, silent, torchrun, write_params
 from safetensors.torch import load_file, save_file
 
 from h2t.pipeline.base import params as reading
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.run import Run
 from h2t.pipeline.base.seeds import stream
 from h2t.pipeline.stages import train_backbone
 from h2t.pipeline.stages.train_backbone import Params
@@ -62,7 +63,7 @@ def make_training(**overrides) -> Params:
 
 def trained(out, samples, images, say=silent, **overrides):
     """The backbone's state after training into `out`."""
-    train_backbone.run(make_training(**overrides), "b", samples, images, 0, CPU, out, say)
+    train_backbone.run(make_training(**overrides), Run("b", out, say=say), samples, images)
     return load_file(out / "backbone.safetensors")
 
 
@@ -149,8 +150,10 @@ def test_an_unfinished_training_with_other_settings_is_not_gone_on_with(digits, 
         with pytest.raises(Killed):
             trained(tmp_path / "b", *digits, epochs=1)
     said = []
-    trained(tmp_path / "b", *digits, said.append, epochs=1, lr=0.03)
-    assert not any("resumes" in line for line in said)
+    trained(tmp_path / "b", *digits, said.append, epochs=1, lr=0.03, mixup=0.2)
+    assert said[0] == (
+        "b: starts anew, as the saved training differs: parameters.lr 0.03, was 0.02; parameters.mixup 0.2, was 1.0"
+    )
 
 
 def test_parts_of_a_batch_have_batch_norm_of_their_own(digits, tmp_path):
@@ -263,7 +266,7 @@ def test_two_processes_train_like_one_and_go_on_where_one_was_killed(tmp_path, m
 
         with monkeypatch.context() as patch:
             patch.setattr(Checkpoint, "offer", die)
-            train_backbone.run(Params(**entry), "ce_mixup", samples, images, 0, CPU, out, silent)
+            train_backbone.run(Params(**entry), Run("ce_mixup", out), samples, images)
 
     one(tmp_path / "one")
     with pytest.raises(Killed):

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 from image_builders import SMALL, make_imagenet_lt, write_image
-from pipeline_builders import extracted, make_backbone_dir, silent
+from pipeline_builders import extracted, make_backbone_dir
 
 from h2t.cache.reader import open_cache
+from h2t.pipeline.base.run import Run
 from h2t.pipeline.data.images import Images, Transform, decode
 from h2t.pipeline.data.samples import load_samples
 from h2t.pipeline.stages import prepare
@@ -64,7 +65,7 @@ def test_an_image_more_changes_no_other_row(tmp_path):
         section = prepare.Params(dataset="imagenet_lt", options=make_imagenet_lt(tmp_path / name, counts=counts))
         for path in (tmp_path / name).rglob("*.JPEG"):  # the same pixels under the same name
             write_image(path, sum(path.name.encode()))
-        prepare.run(section, 0, tmp_path / f"p-{name}", silent)
+        prepare.run(section, Run("prepare", tmp_path / f"p-{name}"))
         samples = load_samples(tmp_path / f"p-{name}")
         images = samples.images(section.model_dump())
         out = tmp_path / f"cache-{name}"

@@ -14,7 +14,7 @@ import hashlib
 import os
 import shutil
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -42,6 +42,11 @@ def from_environment() -> "BlockCache | None":
 def arriving(digest: str, version: str) -> str:
     """The key for one `version` of a file that should have the sha256 `digest`, while only parts of it are here."""
     return f"{digest}-{hashlib.sha256(version.encode()).hexdigest()[:16]}"
+
+
+def spans_of(blocks: Iterable[int], size: int) -> list[tuple[int, int]]:
+    """(start, stop) in bytes of each of `blocks` of a file of `size` bytes."""
+    return [(block * BLOCK_BYTES, min((block + 1) * BLOCK_BYTES, size)) for block in blocks]
 
 
 class BlockCache:

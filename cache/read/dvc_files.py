@@ -10,13 +10,14 @@ damage its index.
 import hashlib
 import json
 import re
+import sys
 import tempfile
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, Self
 
 from h2t.cache.errors import CacheError
 from h2t.cache.read.remote import RemoteFiles
-from h2t.cache.read.transfer import Pace, Patience, Unasked, read_whole
+from h2t.cache.read.transfer import read_whole
 from h2t.cache.redaction import without
 
 PREFIX = "dvc+"
@@ -57,12 +58,27 @@ class DvcFiles(RemoteFiles):
 
     def _start(self, url: str) -> None:
         super()._start(url)
-        self._places: dict[str, str] = {}
+        self.digests: Mapping[str, str] = {}  # name of a file -> its md5
+        self.most_bytes = 0  # no file is longer: the size of the whole output, as dvc.lock records it
+        self._place_of: Any = None
+
+    @classmethod
+    def of(cls, repo: Any, url: str, path: str) -> Self:
+        """The files below `path` of the open DVC repository `repo`, which `url` names. Raises CacheError."""
+        files = cls.__new__(cls)
+        files._start(f"{PREFIX}{url}#{path}")
+        files._look_up(repo, path)
+        return files
 
     def _connect(self) -> None:
+        from dvc.repo import Repo
+
         address = parse_address(self._given)
         try:
-            self._store, places = _resolve(address)
+            with tempfile.TemporaryDirectory(prefix="h2t-index-") as scratch:  # other readers can damage a shared index
+                where, config = address.repository, {"core": {"site_cache_dir": scratch}}
+                with Repo.open(where, rev=address.revision, subrepos=True, uninitialized=True, config=config) as repo:
+                    self._look_up(repo, address.path)
         except CacheError:
             raise
         except Exception as error:  # noqa: BLE001 - git, DVC and every protocol raise their own exceptions
@@ -70,60 +86,61 @@ class DvcFiles(RemoteFiles):
             raise CacheError(
                 "unreachable", f"{self._url}: cannot be looked up ({said}); check the address and your access"
             ) from None
-        if not self._places:  # another process keeps the files that were opened, even if the branch has moved
-            self._places = places
+
+    def _look_up(self, repo: Any, path: str) -> None:
+        """Connects to the remote of the output that contains `path`, and finds the object of each file below `path`."""
+        out, inside = _output(repo, path)
+        digest = out.hash_info.value
+        if not digest.endswith(DIRECTORY):
+            raise CacheError("missing", f"{path}: is a file, but a cache is a directory; check the path")
+        odb = repo.cloud.get_remote_odb(out.remote)
+        self._store, self._place_of = odb.fs.fs, odb.oid_to_path
+        if self.digests:  # another process keeps the files that were opened, even if the branch has moved
+            return
+        size = out.meta.size if out.meta else None
+        self.most_bytes = sys.maxsize if size is None else size
+        try:
+            place = odb.oid_to_path(digest)
+            listing = self._ask(digest, lambda patience: read_whole(self._fs, place, MAX_LISTING_BYTES, patience)).data
+        except CacheError as error:
+            if error.reason != "missing":
+                raise
+            raise CacheError(
+                "missing", f"{path}: was not published, the remote lacks it; run h2t cache publish in that repository"
+            ) from None
+        if hashlib.md5(listing, usedforsecurity=False).hexdigest() + DIRECTORY != digest:
+            raise CacheError(
+                "damaged",
+                f"{path}: the list of its files in the remote is not the one recorded; run h2t cache publish --repair "
+                "in that repository",
+            )
+        below = {name: md5 for name, md5 in members(listing).items() if name.startswith(inside)}
+        self.digests = {name[len(inside) :]: md5 for name, md5 in below.items()}
 
     def _opened(self) -> dict[str, Any]:
-        return {**super()._opened(), "_places": self._places}
+        return {**super()._opened(), "digests": self.digests, "most_bytes": self.most_bytes}
 
     def _check_record(self, *, content: bool = False) -> None:
         """Nothing: objects are named by their digest, so another cache has other objects."""
 
     def names(self) -> set[str]:
         """Every file of the directory, as DVC recorded it."""
-        return set(self._places)
+        return set(self.digests)
 
     def listed_sizes(self, names: Iterable[str]) -> dict[str, int | None]:
         """Empty: DVC does not record the sizes of the files in a directory."""
         return {}
 
     def _path(self, name: str) -> str:
-        try:
-            return self._places[name]
-        except KeyError:
-            raise FileNotFoundError(name) from None
+        if name not in self.digests:
+            raise FileNotFoundError(name)
+        return str(self._place_of(self.digests[name]))
 
 
-def _resolve(address: Address) -> tuple[Any, dict[str, str]]:
-    """The file system of the remote, and for each file below the path (relative to it) the path of its object."""
-    from dvc.repo import Repo
-
-    with tempfile.TemporaryDirectory(prefix="h2t-index-") as scratch:  # other readers can damage a shared index
-        where, config = address.repository, {"core": {"site_cache_dir": scratch}}
-        with Repo.open(where, rev=address.revision, subrepos=True, uninitialized=True, config=config) as repo:
-            out, inside = _output(repo, address.path)
-            odb = repo.cloud.get_remote_odb(out.remote)
-            digest = out.hash_info.value
-            fs = odb.fs.fs
-            if not digest.endswith(DIRECTORY):
-                raise CacheError("missing", f"{address.path}: is a file, but a cache is a directory; check the path")
-            try:
-                listing = read_whole(fs, odb.oid_to_path(digest), MAX_LISTING_BYTES, Patience(Pace())).data
-            except Unasked as error:
-                raise CacheError("damaged", f"{address.path}: the list of its files in the remote: {error}") from None
-            except FileNotFoundError:
-                raise CacheError(
-                    "missing",
-                    f"{address.path}: was not published, the remote lacks it; run h2t cache publish in that repository",
-                ) from None
-            if hashlib.md5(listing, usedforsecurity=False).hexdigest() + DIRECTORY != digest:
-                raise CacheError(
-                    "damaged",
-                    f"{address.path}: the list of its files in the remote is not the one recorded; run h2t cache "
-                    "publish in that repository",
-                )
-            files = {name: odb.oid_to_path(digest) for name, digest in members(listing).items()}
-    return fs, {name[len(inside) :]: place for name, place in files.items() if name.startswith(inside)}
+def folders(repo: Any, path: str) -> list[str]:
+    """Names of the folders directly in `path` that are or hold outputs of the open DVC repository, sorted."""
+    inside = (place.removeprefix(f"{path}/") for place in _outputs(repo) if place.startswith(f"{path}/"))
+    return sorted({rest.partition("/")[0] for rest in inside})
 
 
 def members(listing: bytes) -> dict[str, str]:
@@ -143,9 +160,14 @@ def members(listing: bytes) -> dict[str, str]:
     return digests
 
 
+def _outputs(repo: Any) -> dict[str, Any]:
+    """Path in the repository -> output, of every output with a recorded digest."""
+    return {repo.fs.relpath(out.fs_path, repo.root_dir): out for out in repo.index.outs if out.hash_info.value}
+
+
 def _output(repo: Any, path: str) -> tuple[Any, str]:
     """The output that contains `path`, and the rest of `path` inside it: empty, or ending with a slash."""
-    outputs = {repo.fs.relpath(out.fs_path, repo.root_dir): out for out in repo.index.outs if out.hash_info.value}
+    outputs = _outputs(repo)
     for place, out in outputs.items():
         if path == place:
             return out, ""

@@ -1,8 +1,8 @@
 """The compiled gather (`gather.c`): reads uncompressed rows from files into their slots and checks them.
 
-It does the work of the loop in `cache.reader`, several times faster: no Python runs between two rows, and the GIL is
-released. If it was not built (no compiler, or another system or processor), `compiled()` returns None and the loop in
-`cache.reader` reads the same values.
+It does the work of `cache.read.jobs.InPlace`, several times faster: no Python runs between two rows, and the GIL is
+released. If it was not built (no compiler, or another system or processor), `compiled()` returns None and `InPlace`
+reads the same values.
 """
 
 import ctypes

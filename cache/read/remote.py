@@ -20,22 +20,23 @@ from contextlib import suppress
 from itertools import islice
 from typing import Any, TypeVar
 
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
-
 from h2t.cache.errors import CacheError, CacheWarning
 from h2t.cache.format.spec import MAPS, MAX_RECORD_BYTES, RECORD, sha256
 from h2t.cache.memory import available_memory
-from h2t.cache.read.blocks import BLOCK_BYTES, BlockCache, arriving, from_environment
-from h2t.cache.read.protocols import behind, file_system, is_sshfs, may_pass
+from h2t.cache.read.asking import ask
+from h2t.cache.read.blocks import BLOCK_BYTES, BlockCache, arriving, from_environment, spans_of
+from h2t.cache.read.protocols import file_system, is_sshfs
+from h2t.cache.read.spans import merged
 from h2t.cache.read.transfer import (
     Answer,
     Pace,
     Patience,
+    Take,
     TooSlow,
-    Unasked,
     Version,
     about,
     below,
+    copy_whole,
     listing,
     read_spans,
     read_whole,
@@ -45,11 +46,7 @@ from h2t.cache.redaction import redacted, secrets_in, without
 
 T = TypeVar("T")
 
-TRIES = 5
-FIRST_WAIT, LONGEST_WAIT = 0.4, 10.0  # seconds before a retry: at most the first, doubling up to the second
 BLOCKS_AT_ONCE = 16  # blocks that one thread requests in parallel: enough to hide latency, few enough for its memory
-#: Ranges with a smaller gap share one request, which costs about as much as reading the gap; and the most it may fetch.
-MAX_GAP_BYTES, MAX_SPAN_BYTES = 64 * 1024, 4 * 1024 * 1024
 RECORD_SECONDS = 30.0  # the commit record is checked again after this time, even if no new file is read
 SMALL_BYTES = 64 * 1024 * 1024  # reads up to this size skip the check of available memory
 
@@ -92,10 +89,17 @@ class RemoteFiles:
     def _connect(self) -> None:
         base, _, query = self._given.partition("?")
         self._query = f"?{query}" if query else ""
-        try:
-            self._store, self._root = self._ask("", lambda _: file_system(base))
-        except (ImportError, ValueError) as error:  # unknown protocol, or its package is not installed
-            raise type(error)(without(str(error), self._secrets)) from None
+
+        def connected(_: Patience) -> tuple[Any, str] | Exception:
+            try:
+                return file_system(base)
+            except (ImportError, ValueError) as error:  # unknown protocol, or its package is not installed
+                return type(error)(without(str(error), self._secrets))  # not raised, as the store refused nothing
+
+        found = ask(self._url.rstrip("/"), connected, self._pace, self._secrets, self._reconnect)
+        if isinstance(found, Exception):
+            raise found
+        self._store, self._root = found
 
     @property
     def _fs(self) -> Any:
@@ -197,6 +201,15 @@ class RemoteFiles:
         if name == RECORD:
             self._pin_record(data, version)
         return data
+
+    def copy(self, name: str, start: Callable[[], Take], at_most: int) -> None:
+        """Passes all bytes of `name`, piece by piece, to the function that `start` returns.
+
+        After a failure, `start` is called again and all bytes come again. CacheErrors of these functions pass as they
+        are. Raises CacheError `damaged` if there are more than `at_most` bytes, `missing`, `replaced`, `unreachable`.
+        """
+        version = self._ask(name, lambda patience: copy_whole(self._fs, self._path(name), at_most, patience, start()))
+        self._pin(name, version)
 
     def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """For each range (start, stop), its bytes. Raises CacheError `damaged` if there are fewer or more."""
@@ -302,7 +315,7 @@ class RemoteFiles:
                 if not (blocks.is_whole(digest) and all(blocks.holds(digest, block) for block in every)):
                     if not blocks.room(size):
                         return None
-                    data = b"".join(self._spans(name, _spans_of(every, size)))
+                    data = b"".join(self._spans(name, spans_of(every, size)))
                     if sha256(data) != digest:
                         raise self._another(name)
                     blocks.put_whole(digest, data)
@@ -316,7 +329,7 @@ class RemoteFiles:
             parts = (range(start // BLOCK_BYTES, -(-stop // BLOCK_BYTES)) for start, stop in ranges)
             missing = iter([block for block in sorted(set().union(*parts)) if not blocks.holds(key, block)])
             while group := list(islice(missing, BLOCKS_AT_ONCE)):
-                spans = _spans_of(group, size)
+                spans = spans_of(group, size)
                 if not blocks.room(sum(stop - start for start, stop in spans)):
                     return key
                 for block, data in zip(group, self._spans(name, spans), strict=True):
@@ -373,45 +386,13 @@ class RemoteFiles:
         return [answer.data for answer in answers]
 
     def _ask(self, name: str, question: Callable[[Patience], T]) -> T:
-        """The answer of the store to `question`, with up to `TRIES` tries, as long as the store is fast enough."""
-        where = f"{self._url}/{name}".rstrip("/")
-        tries = Retrying(
-            stop=stop_after_attempt(TRIES),
-            wait=wait_random_exponential(FIRST_WAIT, LONGEST_WAIT),
-            retry=retry_if_exception(may_pass),
-            before_sleep=lambda _: self._reconnect(),
-            reraise=True,
-        )
-        patience = Patience(self._pace)
+        """The answer of the store to `question` about the file `name`; raises CacheError."""
         try:
-            return tries(lambda: question(patience))
-        except Exception as raised:  # every store raises its own exceptions
-            error = behind(raised)
-            if isinstance(error, CacheError) or (not name and isinstance(error, (ImportError, ValueError))):
-                raise
-            if isinstance(error, Unasked):
-                raise CacheError("damaged", f"{where}: {error}") from None
-            if isinstance(error, TooSlow):
-                raise CacheError(
-                    "unreachable",
-                    f"{where}: the store is too slow ({error}); try again later, or copy the cache closer",
-                ) from None
-            if isinstance(error, (FileNotFoundError, NotADirectoryError)):
-                if name != RECORD:
-                    self._check_record()
-                raise CacheError(
-                    "missing", f"{where}: file is missing; check the address, or publish the cache again"
-                ) from None
-            if getattr(error, "status", None) == 416:  # HTTP: the range is beyond the end of the file
-                raise CacheError("damaged", f"{where}: is shorter than its index or {RECORD} says") from None
-            said = without(" ".join(str(error).split()), self._secrets) or type(error).__name__
-            if may_pass(error):
-                problem = f"the store failed {TRIES} times ({said}); try again later"
-            elif "unable to locate credentials" in said.lower():  # the words of botocore
-                problem = "no AWS credentials found; set AWS_PROFILE or AWS_ACCESS_KEY_ID"
-            else:
-                problem = f"the store refused ({said}); check the address and your access"
-            raise CacheError("unreachable", f"{where}: {problem}") from None
+            return ask(f"{self._url}/{name}", question, self._pace, self._secrets, self._reconnect)
+        except CacheError as error:
+            if error.reason == "missing" and name != RECORD:
+                self._check_record()  # `replaced` explains it better
+            raise
 
     def _reconnect(self) -> None:
         """Connects again with sshfs, whose broken connection stays broken; other stores connect for each request."""
@@ -437,25 +418,3 @@ def _forked() -> None:
 
 
 os.register_at_fork(after_in_child=_forked)
-
-
-def _spans_of(blocks: Iterable[int], size: int) -> list[tuple[int, int]]:
-    """(start, stop) in bytes of each of `blocks` of a file of `size` bytes."""
-    return [(block * BLOCK_BYTES, min((block + 1) * BLOCK_BYTES, size)) for block in blocks]
-
-
-def merged(ranges: Sequence[tuple[int, int]]) -> tuple[list[tuple[int, int]], list[tuple[int, int, int]]]:
-    """Ranges with gaps of at most `MAX_GAP_BYTES` merged into spans of at most `MAX_SPAN_BYTES`.
-
-    Returns the spans, and for each range the number of its span, its first byte within the span, and its size.
-    """
-    spans: list[tuple[int, int]] = []
-    inside = [(0, 0, 0)] * len(ranges)
-    for i in sorted(range(len(ranges)), key=ranges.__getitem__):
-        start, stop = ranges[i]
-        if spans and start - spans[-1][1] <= MAX_GAP_BYTES and stop - spans[-1][0] <= MAX_SPAN_BYTES:
-            spans[-1] = (spans[-1][0], max(spans[-1][1], stop))
-        else:
-            spans.append((start, stop))
-        inside[i] = (len(spans) - 1, start - spans[-1][0], stop - start)
-    return spans, inside

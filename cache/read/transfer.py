@@ -2,7 +2,7 @@
 
 fsspec reads an answer completely before returning it, and an HTTP client decompresses it, so a hostile server could
 exhaust memory. Bodies from HTTP, S3 and SFTP are therefore read here, piece by piece. Other stores are read with
-fsspec's own ranges and timeouts.
+fsspec's own ranges, files and timeouts; for them there is no minimum rate.
 """
 
 import asyncio
@@ -16,12 +16,14 @@ from h2t.cache.read.protocols import CONNECTIONS, is_http, is_s3, is_sshfs
 
 T = TypeVar("T")
 Span = tuple[int, int]
+Take = Callable[[bytes], object]  # receives the pieces of a body in order
 
 LEAST_RATE = 1000  # bytes per second that a store must send, averaged over each window, until its answer is complete
 WINDOW = 30.0  # seconds
 LISTING_SECONDS = 300.0  # timeout of a listing, whose bytes cannot be counted as they arrive
 PIECE_BYTES = 256 * 1024
 SFTP_PIECE_BYTES = 64 * 1024  # small enough that a slow transfer is seen, as bytes are counted when a piece is complete
+SFTP_SPAN_BYTES = 4 * 1024 * 1024  # of a whole file, requested at a time
 TIMES = ("mtime", "LastModified", "Last-Modified", "last_modified", "updated", "modified", "created")
 
 
@@ -116,17 +118,31 @@ class Patience:
 
 def read_whole(fs: Any, path: str, at_most: int, patience: Patience) -> Answer:
     """The whole file. Raises Unasked, and stops reading, if it is longer than `at_most` bytes."""
+    data = bytearray()
+    version = copy_whole(fs, path, at_most, patience, data.extend)
+    return Answer(bytes(data), version)
+
+
+def copy_whole(fs: Any, path: str, at_most: int, patience: Patience, take: Take) -> Version:
+    """Passes the whole file to `take`, piece by piece, and returns its version.
+
+    Raises Unasked, and stops reading, if it is longer than `at_most` bytes.
+    """
     if is_sshfs(fs):
-        return patience.result(fs, _sftp_whole(fs, path, at_most, patience.pace))
+        return patience.result(fs, _sftp_whole(fs, path, at_most, patience.pace, take))
     if one := _one(fs):
-        return patience.result(fs, one(fs, path, None, at_most, patience.pace))
+        return patience.result(fs, one(fs, path, None, at_most, patience.pace, take))
     version = version_of(fs.info(path))
     if version.size is not None and version.size > at_most:
         raise _too_long(at_most)
-    data = bytes(fs.cat_file(path) if version.size is not None else fs.cat_file(path, start=0, end=at_most + 1))
-    if len(data) > at_most:
-        raise _too_long(at_most)
-    return Answer(data, version)
+    count = 0
+    with fs.open(path, "rb") as file:
+        while part := file.read(PIECE_BYTES):
+            count += len(part)
+            if count > at_most:
+                raise _too_long(at_most)
+            take(part)
+    return version
 
 
 def read_spans(fs: Any, path: str, spans: Sequence[Span], patience: Patience) -> list[Answer | BaseException]:
@@ -176,19 +192,21 @@ def _too_long(at_most: int) -> Unasked:
     return Unasked(f"must be at most {at_most} bytes; it is longer")
 
 
-def _one(fs: Any) -> Callable[..., Coroutine[Any, Any, Answer]] | None:
+def _one(fs: Any) -> Callable[..., Coroutine[Any, Any, Version]] | None:
     """The function that requests one span (or None: the whole file) of `fs`; None for stores read by fsspec."""
     return _http if is_http(fs) else _s3 if is_s3(fs) else None
 
 
 async def _side_by_side(
-    one: Callable[..., Coroutine[Any, Any, Answer]], fs: Any, path: str, spans: Sequence[Span], pace: Pace
+    one: Callable[..., Coroutine[Any, Any, Version]], fs: Any, path: str, spans: Sequence[Span], pace: Pace
 ) -> list[Answer | BaseException]:
     gate = asyncio.Semaphore(CONNECTIONS)
 
     async def gated(span: Span) -> Answer:
+        data = bytearray()
         async with gate:
-            return await one(fs, path, span, span[1] - span[0], pace)
+            version = await one(fs, path, span, span[1] - span[0], pace, data.extend)
+        return Answer(bytes(data), version)
 
     return await asyncio.gather(*map(gated, spans), return_exceptions=True)
 
@@ -197,9 +215,9 @@ def _range(span: Span) -> str:
     return f"bytes={span[0]}-{span[1] - 1}"
 
 
-async def _http(fs: Any, path: str, span: Span | None, at_most: int, pace: Pace) -> Answer:
+async def _http(fs: Any, path: str, span: Span | None, at_most: int, pace: Pace, take: Take) -> Version:
     if span and span[0] == span[1]:
-        return Answer(b"", Version())
+        return Version()
     session = await fs.set_session()
     options = {**fs.kwargs, "auto_decompress": False}
     options["headers"] = {**options.get("headers", {}), "Accept-Encoding": "identity"}
@@ -227,12 +245,12 @@ async def _http(fs: Any, path: str, span: Span | None, at_most: int, pace: Pace)
                 raise _too_long(at_most)
             if answer.status == 200:
                 size = length
-            data = await _body(answer.content.readany, at_most, pace)
-        except Unasked:
+            await _body(answer.content.readany, at_most, pace, take)
+        except Exception:
             answer.close()  # else aiohttp would read the rest of the body to reuse the connection
             raise
         told = {key: answer.headers.get(key) for key in ("ETag", "Last-Modified")}
-        return Answer(data, version_of({**told, "size": size}))
+        return version_of({**told, "size": size})
 
 
 def _content_range(header: str) -> tuple[int | None, int | None]:
@@ -245,19 +263,19 @@ def _content_range(header: str) -> tuple[int | None, int | None]:
     return int(first) if first.isdecimal() else None, int(size) if size.isdecimal() else None
 
 
-async def _body(read: Callable[[], Coroutine[Any, Any, bytes]], at_most: int, pace: Pace) -> bytes:
-    data = bytearray()
+async def _body(read: Callable[[], Coroutine[Any, Any, bytes]], at_most: int, pace: Pace, take: Take) -> None:
+    count = 0
     while part := await read():
         pace.came(len(part))
-        if len(data) + len(part) > at_most:
+        count += len(part)
+        if count > at_most:
             raise _too_long(at_most)
-        data += part
-    return bytes(data)
+        take(part)
 
 
-async def _s3(fs: Any, path: str, span: Span | None, at_most: int, pace: Pace) -> Answer:
+async def _s3(fs: Any, path: str, span: Span | None, at_most: int, pace: Pace, take: Take) -> Version:
     if span and span[0] == span[1]:
-        return Answer(b"", Version())
+        return Version()
     bucket, key, version = fs.split_path(path)
     options = {"Range": _range(span)} if span else {}
     if version:
@@ -267,11 +285,11 @@ async def _s3(fs: Any, path: str, span: Span | None, at_most: int, pace: Pace) -
     try:
         if answer.get("ContentLength", 0) > at_most:
             raise _too_long(at_most)
-        data = await _body(lambda: body.read(PIECE_BYTES), at_most, pace)
+        await _body(lambda: body.read(PIECE_BYTES), at_most, pace, take)
     finally:
         body.close()
     _, size = _content_range(answer.get("ContentRange", ""))
-    return Answer(data, version_of({**answer, "size": size if span else answer.get("ContentLength")}))
+    return version_of({**answer, "size": size if span else answer.get("ContentLength")})
 
 
 async def _sftp_spans(fs: Any, path: str, spans: Sequence[Span], pace: Pace) -> list[Answer | BaseException]:
@@ -284,12 +302,14 @@ async def _sftp_spans(fs: Any, path: str, spans: Sequence[Span], pace: Pace) -> 
     return await _sftp(fs, path, read)
 
 
-async def _sftp_whole(fs: Any, path: str, at_most: int, pace: Pace) -> Answer:
-    async def read(file: Any) -> Answer:
+async def _sftp_whole(fs: Any, path: str, at_most: int, pace: Pace, take: Take) -> Version:
+    async def read(file: Any) -> Version:
         version = await _sftp_version(file)
         if version.size is None or version.size > at_most:
             raise _too_long(at_most)
-        return Answer(await _sftp_span(file, 0, version.size, pace), version)
+        for start in range(0, version.size, SFTP_SPAN_BYTES):
+            take(await _sftp_span(file, start, min(start + SFTP_SPAN_BYTES, version.size), pace))
+        return version
 
     return await _sftp(fs, path, read)
 

@@ -238,9 +238,10 @@ def _number(value: float | None) -> str:
 def pool_command(location: str, out: Path, name: str, given: tuple[str, ...], codec: str, replace: bool) -> None:
     """Copy a cache with each map pooled to a vector."""
     from h2t.pipeline.base import params
+    from h2t.pipeline.base.run import Run
     from h2t.pipeline.stages import pool
 
     chosen = dict(params.assignment("--option", option) for option in given)
     section = params.build(pool.Params, "pool", {"pool": name, "pool_options": chosen, "codec": codec})
     with opened(location) as maps:
-        pool.run(section, out.name, maps, out, click.echo, replace=replace)
+        pool.run(section, Run(out.name, out, say=click.echo), maps, replace=replace)

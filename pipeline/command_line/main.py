@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -23,6 +23,9 @@ from h2t.pipeline.command_line.one_line import OneLineErrors
 from h2t.pipeline.command_line.options import PATH
 from h2t.pipeline.command_line.sharing import COMMANDS as SHARING
 from h2t.pipeline.command_line.sharing import doctor, upgrade
+
+if TYPE_CHECKING:
+    from h2t.pipeline.base.run import Run
 
 
 @click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
@@ -110,6 +113,14 @@ def _traceback() -> str:
     return traceback.format_exc()
 
 
+def _run(values: dict[str, Any], say: Say, name: str, out: Path) -> "Run":
+    """The run of a stage that computes on a device. Raises UserError if this machine does not have it."""
+    from h2t.pipeline.base import device
+    from h2t.pipeline.base.run import Run
+
+    return Run(name, out, device.choose(values["device"]), values["seed"], say)
+
+
 def _name(section: str, help: str) -> Callable[[Any], Any]:
     """The argument NAME: an entry of `section` in the parameters."""
     return click.argument("name", shell_complete=options.entries(section), help=help)
@@ -158,10 +169,11 @@ def inputs(values: dict[str, Any], say: Say, digests: Path, out: Path) -> None:
 def prepare(values: dict[str, Any], say: Say, out: Path) -> None:
     """Choose samples: hold out, make long-tailed, order classes."""
     from h2t.pipeline.base import params
+    from h2t.pipeline.base.run import Run
     from h2t.pipeline.stages import prepare as stage_module
 
     section = params.build(stage_module.Params, "prepare", params.section(values, "prepare"))
-    stage_module.run(section, values["seed"], out, say)
+    stage_module.run(section, Run("prepare", out, seed=values["seed"], say=say))
 
 
 @main.command("train-backbone", epilog="h2t train-backbone ce_mixup data/prepare data/train_backbone/ce_mixup")
@@ -171,7 +183,7 @@ def prepare(values: dict[str, Any], say: Say, out: Path) -> None:
 @stage
 def train_backbone(values: dict[str, Any], say: Say, name: str, samples: Path, out: Path) -> None:
     """Stage I: train the backbone NAME, or load its weights."""
-    from h2t.pipeline.base import device, params
+    from h2t.pipeline.base import params
     from h2t.pipeline.data.samples import load_samples
     from h2t.pipeline.stages import train_backbone as stage_module
 
@@ -179,7 +191,7 @@ def train_backbone(values: dict[str, Any], say: Say, name: str, samples: Path, o
     names.check_folders(values, "backbones", name, out)
     prepared = load_samples(samples)
     images = prepared.images(params.section(values, "prepare"))
-    stage_module.run(section, name, prepared, images, values["seed"], device.choose(values["device"]), out, say)
+    stage_module.run(section, _run(values, say, name, out), prepared, images)
 
 
 @main.command(epilog="h2t extract ce_mixup data/prepare data/train_backbone/ce_mixup \\\n  data/extract/ce_mixup")
@@ -194,7 +206,7 @@ def extract(
     values: dict[str, Any], say: Say, name: str, samples: Path, backbone: Path, out: Path, replace: bool, anew: bool
 ) -> dict[str, Any]:
     """Run the frozen backbone NAME once and cache its maps."""
-    from h2t.pipeline.base import device, params
+    from h2t.pipeline.base import params
     from h2t.pipeline.data.samples import load_samples
     from h2t.pipeline.stages import extract as stage_module
 
@@ -203,22 +215,9 @@ def extract(
     prepared = load_samples(samples)
     names.check_backbone(values, name, backbone, say)
     images = prepared.images(params.section(values, "prepare"))
-    chosen = device.choose(values["device"])
+    run = _run(values, say, name, out)
     with previous(section.statistics_from, name) as kept:
-        summary = stage_module.run(
-            section,
-            name,
-            prepared,
-            images,
-            backbone,
-            values["seed"],
-            chosen,
-            out,
-            say,
-            replace=replace,
-            previous=kept,
-            anew=anew,
-        )
+        summary = stage_module.run(section, run, prepared, images, backbone, replace=replace, previous=kept, anew=anew)
     return vars(summary)
 
 
@@ -231,12 +230,13 @@ def extract(
 def pool(values: dict[str, Any], say: Say, name: str, cache: str, out: Path, replace: bool) -> None:
     """Copy a cache with each map pooled to a vector."""
     from h2t.pipeline.base import params
+    from h2t.pipeline.base.run import Run
     from h2t.pipeline.stages import pool as stage_module
 
     section = params.build(stage_module.Params, "pool", params.section(values, "pool"))
     names.check_folders(values, "backbones", name, cache, out)
     with opened(cache) as maps:
-        stage_module.run(section, name, maps, out, say, replace=replace)
+        stage_module.run(section, Run(name, out, say=say), maps, replace=replace)
 
 
 @main.command(epilog="h2t probe ce_mixup data/extract/ce_mixup data/probe/ce_mixup")
@@ -255,7 +255,7 @@ def probe(values: dict[str, Any], say: Say, name: str, cache: str, out: Path, ba
 
     It is a logistic regression. A backbone that is not in the parameters, as that of imported features, gets one too.
     """
-    from h2t.pipeline.base import device, params
+    from h2t.pipeline.base import params
     from h2t.pipeline.heads.start import check_backbone, imported
     from h2t.pipeline.networks.probe import Probe
     from h2t.pipeline.networks.trained import NONE
@@ -275,7 +275,7 @@ def probe(values: dict[str, Any], say: Say, name: str, cache: str, out: Path, ba
         if head == "probe":
             names.check_backbone(values, name, backbone, say)
             check_backbone(maps, backbone)
-        return stage_module.run(head, settings, name, maps, backbone, device.choose(values["device"]), out, say)
+        return stage_module.run(head, settings, _run(values, say, name, out), maps, backbone)
 
 
 @main.command(
@@ -291,7 +291,7 @@ def train_classifier(
     values: dict[str, Any], say: Say, name: str, cache: str, backbone: Path, out: Path
 ) -> dict[str, Any]:
     """Stage II: train the heads of the host NAME on a cache."""
-    from h2t.pipeline.base import device, params
+    from h2t.pipeline.base import params
     from h2t.pipeline.heads.residency import Residency
     from h2t.pipeline.stages import train_classifier as stage_module
 
@@ -299,7 +299,7 @@ def train_classifier(
     residency = params.build(Residency, "train_classifier", params.section(values, "train_classifier"))
     with opened(cache) as maps:
         names.check_host(values, name, cache, backbone, out, say)
-        summary = stage_module.run(section, residency, name, maps, backbone, device.choose(values["device"]), out, say)
+        summary = stage_module.run(section, _run(values, say, name, out), residency, maps, backbone)
     return vars(summary)
 
 
@@ -315,13 +315,13 @@ def train_classifier(
 @stage
 def evaluate(values: dict[str, Any], say: Say, name: str, cache: str, heads: Path, backbone: Path, out: Path) -> None:
     """Evaluate the host NAME and the stage-I head on a cache."""
-    from h2t.pipeline.base import device, params
+    from h2t.pipeline.base import params
     from h2t.pipeline.stages import evaluate as stage_module
 
     section = params.build(stage_module.Params, "evaluate", params.section(values, "evaluate"))
     with opened(cache) as maps:
         names.check_host(values, name, cache, backbone, out, say, heads)
-        stage_module.run(section, name, maps, heads, backbone, device.choose(values["device"]), out, say)
+        stage_module.run(section, _run(values, say, name, out), maps, heads, backbone)
 
 
 @main.command(
@@ -356,6 +356,7 @@ def report(
     writes a report of both there.
     """
     from h2t.pipeline.base import params
+    from h2t.pipeline.base.run import Run
     from h2t.pipeline.stages import report as stage_module
 
     if compare:
@@ -369,7 +370,7 @@ def report(
         raise click.UsageError("give EVALUATE_DIR and OUT, or --compare A B")
     section = params.build(stage_module.Params, "report", params.section(values, "report"))
     names.check_evaluated(values, evaluate_dir)
-    stage_module.run(section, list(params.section(values, "hosts")), evaluate_dir, out, say, runs)
+    stage_module.run(section, Run("report", out, say=say), list(params.section(values, "hosts")), evaluate_dir, runs)
 
 
 @main.command("presets", epilog="h2t presets cifar10-100 > params.yaml")

@@ -51,23 +51,14 @@ def export(
     """
     from h2t.pipeline.base import device as devices
     from h2t.pipeline.base import params
+    from h2t.pipeline.base.run import Run
     from h2t.pipeline.models import export as room
 
     prepare = params.section(params.load(params_file, overrides), "prepare")
     choice = room.Choice(head, ratio, seed, donor, selection)
     with opened(cache) as maps:
-        room.run(
-            maps,
-            heads,
-            backbone,
-            choice,
-            prepare,
-            devices.choose(device),
-            out,
-            click.echo,
-            onnx=onnx,
-            with_images=not without_images,
-        )
+        run = Run("export", out, devices.choose(device), say=click.echo)
+        room.run(run, maps, heads, backbone, choice, prepare, onnx=onnx, with_images=not without_images)
 
 
 @click.command(cls=Command, epilog="h2t predict model photos/ --top 3 --out classes.csv")

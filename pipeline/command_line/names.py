@@ -55,15 +55,21 @@ def check_backbone(values: Mapping[str, Any], name: str, folder: Path, say: Call
     if "cache" in recorded:  # a probe, which names its cache
         return
     kind = plugins.load("backbones", asked.arch).Options
-    for key, actual, wanted in (
+    compared: tuple[tuple[str, Any, Any], ...] = (
         ("arch", recorded["arch"], asked.arch),
         ("objective", recorded.get("objective", asked.objective), asked.objective),
         ("options", recorded["options"], asked.options),
+        ("input", recorded.get("input", {}), asked.input.model_dump(exclude_none=True)),
         ("head", recorded.get("head", "trained"), asked.head),
         ("probe", recorded.get("probe"), asked.probe.model_dump() if asked.head == "probe" else None),
-    ):
+    )
+    for key, actual, wanted in compared:
         if key == "options":
             actual, wanted = (build(kind, f"{folder}: options", o).model_dump() for o in (actual, wanted))
+        if key in ("options", "input"):  # what the parameters leave open, the network's configuration decides
+            assert isinstance(wanted, dict)
+            stated = {k for k, v in wanted.items() if v is not None}
+            actual, wanted = ({k: one.get(k) for k in stated} for one in (actual, wanted))
         if actual != wanted:
             raise UserError(
                 f"{folder}: must be a backbone with {key} {wanted}, as in backbones.{name}; got {actual}; "

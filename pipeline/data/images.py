@@ -26,12 +26,17 @@ from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import Index, NonNegative, Positive, Ratio, Real, Section, Side, at_most
 from h2t.pipeline.base.seeds import stream
+from h2t.pipeline.data.network_input import Fit, Input, Interpolation
 
 KEEP_DECODED_BYTES = 1024**3  # decoded images kept in memory, at most a quarter of the available memory
 AT_ONCE = 8  # images per task of a decoding thread: for small images, handing over a task costs more than decoding
 #: Formats that are opened (MPO counts as JPEG). Pillow's others are refused; for EPS, say, it would start Ghostscript.
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP")
 MAX_PIXELS = 89_478_485  # larger images are refused before decoding; Pillow's limit against decompression bombs
+
+
+#: Keys of a transform that only a backbone's input sets. Left out of records where they are not set.
+OF_INPUT = {"interpolation": None, "fit": "centre"}
 
 
 def _rising_pair(value: list[float]) -> list[float]:
@@ -65,6 +70,31 @@ class Transform(Section):
     """Mean of each colour channel, subtracted after scaling to [0, 1]."""
     std: Annotated[list[Positive], pydantic.Field(min_length=3, max_length=3)]
     """Standard deviation of each colour channel, which the result is divided by."""
+    interpolation: Interpolation | None = None
+    """Filter of resizing; null is bilinear. With a filter the long side is cut down to a whole number of pixels."""
+    fit: Fit = "centre"
+    """How the image is brought to size; see the backbones' section `input`."""
+
+    @pydantic.model_serializer(mode="wrap")
+    def _without_unset(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = dump(self)
+        return {k: v for k, v in values.items() if k not in OF_INPUT or v != OF_INPUT[k]}
+
+
+ROUNDING = 1e-6  # 224 / 0.875 must be 256, also if the share is a rounded fraction
+
+
+def transform_for(dataset: Transform, stated: Input) -> Transform:
+    """The transform of a backbone: the dataset's, with the keys that are `stated`.
+
+    The dataset's augmentation (padding, area, flip, jitter) stays.
+    """
+    values: dict[str, Any] = stated.model_dump(exclude_none=True)
+    crop = values.pop("crop", None)
+    new = dataset.model_dump() | values
+    if crop is not None:
+        new["resize"] = int(new["size"] / crop + ROUNDING)
+    return Transform.model_validate(new)
 
 
 @dataclass(frozen=True)
@@ -136,13 +166,22 @@ def _check_size(image: np.ndarray, transform: Transform) -> None:
 
 
 def _resized(image: np.ndarray, transform: Transform) -> np.ndarray:
-    """The image with its short side resized to `resize` pixels, if that is set."""
+    """The image with its short side resized to `resize` pixels, or both sides to squash it, if that is set."""
     if transform.resize is None:
         return image
     picture = Image.fromarray(image)
-    scale = transform.resize / min(picture.size)
-    width, height = (max(transform.size, round(side * scale)) for side in picture.size)
-    return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
+    wanted, short = transform.resize, min(picture.size)
+    if transform.fit == "squash":
+        width = height = wanted
+    elif transform.interpolation is None:
+        width, height = (max(transform.size, round(side * (wanted / short))) for side in picture.size)
+    else:  # as torchvision, timm and transformers round
+        width, height = (int(wanted * side / short) for side in picture.size)
+    return np.asarray(picture.resize((width, height), _filter(transform)))
+
+
+def _filter(transform: Transform) -> Image.Resampling:
+    return Image.Resampling[(transform.interpolation or "bilinear").upper()]
 
 
 def for_evaluation(image: np.ndarray, transform: Transform) -> np.ndarray:
@@ -150,7 +189,10 @@ def for_evaluation(image: np.ndarray, transform: Transform) -> np.ndarray:
     size = transform.size
     image = _resized(image, transform)
     height, width = image.shape[:2]
-    top, left = round((height - size) / 2), round((width - size) / 2)
+    if transform.fit == "centre_floor":
+        top, left = (height - size) // 2, (width - size) // 2
+    else:
+        top, left = round((height - size) / 2), round((width - size) / 2)
     return image[top : top + size, left : left + size]
 
 
@@ -161,7 +203,7 @@ def augmented(image: np.ndarray, transform: Transform, draws: np.random.Generato
     """
     size = transform.size
     if transform.area is not None:
-        image = _random_resized_crop(image, size, transform.area, draws)
+        image = _random_resized_crop(image, transform, draws)
     else:
         pad = transform.padding
         image = _resized(image, transform)
@@ -178,8 +220,9 @@ def augmented(image: np.ndarray, transform: Transform, draws: np.random.Generato
     return image
 
 
-def _random_resized_crop(image: np.ndarray, size: int, area: list[float], draws: np.random.Generator) -> np.ndarray:
+def _random_resized_crop(image: np.ndarray, transform: Transform, draws: np.random.Generator) -> np.ndarray:
     height, width = image.shape[:2]
+    size, area = transform.size, transform.area or [1.0, 1.0]
     for _ in range(10):
         wanted = height * width * draws.uniform(area[0], area[1])
         aspect = np.exp(draws.uniform(np.log(3 / 4), np.log(4 / 3)))
@@ -190,7 +233,7 @@ def _random_resized_crop(image: np.ndarray, size: int, area: list[float], draws:
         w = h = min(height, width)
     top, left = int(draws.integers(height - h + 1)), int(draws.integers(width - w + 1))
     crop = Image.fromarray(image[top : top + h, left : left + w])
-    return np.asarray(crop.resize((size, size), Image.Resampling.BILINEAR))
+    return np.asarray(crop.resize((size, size), _filter(transform)))
 
 
 def _jittered(image: np.ndarray, strength: float, draws: np.random.Generator) -> np.ndarray:
@@ -236,6 +279,12 @@ class Images:
         if self._origin is None:
             raise TypeError("images without an origin cannot be opened in another process")
         return _reopen, (*self._origin, self.sources, self._expected, self.transform), {"_rotation": self._rotation}
+
+    def prepared_for(self, transform: Transform) -> "Images":
+        """The same images with another transform, that of a backbone."""
+        other = copy.copy(self)
+        other.transform = transform
+        return other
 
     def turned(self, rotation: float) -> "Images":
         """The same images, with augmented views also rotated by up to `rotation` degrees."""

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import build
-from h2t.pipeline.data.images import Images, Transform, open_images
+from h2t.pipeline.data.images import Images, Transform, open_images, transform_for
+from h2t.pipeline.data.network_input import Input
 
 TEXT = pa.string()
 SCHEMA = pa.schema({"sample": pa.int64(), "split": TEXT, "label": pa.int32(), "source": TEXT, "digest": TEXT})
@@ -40,6 +41,11 @@ class Samples:
     def transform(self) -> Transform:
         """The transform that the samples were prepared with."""
         return build(Transform, "classes.json: transform", self.facts["transform"])
+
+    def with_input(self, stated: Input) -> "Samples":
+        """The samples as a backbone with this input takes them: only the transform is another."""
+        transform = transform_for(self.transform, stated).model_dump(mode="json")
+        return replace(self, facts={**self.facts, "transform": transform})
 
     def of(self, split: str) -> np.ndarray:
         """The sample numbers of `split`, int64 (n,), sorted by label."""

@@ -34,8 +34,10 @@ SAMPLERS = {
 
 
 def _norms(backbone: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The batch norms before pooling. Those after it belong to the head and keep their statistics."""
+    after = {part for module in getattr(backbone, "modules_after", ()) for part in module.modules()}
     for name, module in backbone.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module not in after:
             yield name, module
 
 
@@ -133,8 +135,12 @@ def compute(
 
 
 def to_bytes(statistics: Statistics) -> bytes:
-    """A safetensors file with keys `<statistics>/<buffer>`. Equal values give equal bytes."""
-    return save({f"{name}/{buffer}": t for name, buffers in statistics.items() for buffer, t in buffers.items()})
+    """A safetensors file with keys `<statistics>/<buffer>`. Equal values give equal bytes.
+
+    Statistics of a network without batch norm are an empty tensor `<statistics>/`.
+    """
+    none = {"": torch.empty(0)}
+    return save({f"{name}/{buffer}": t for name, own in statistics.items() for buffer, t in (own or none).items()})
 
 
 def from_bytes(data: bytes) -> Statistics:
@@ -146,6 +152,9 @@ def from_bytes(data: bytes) -> Statistics:
         raise UserError(f"batchnorm.safetensors: cannot be read ({error}); extract again") from None
     for key, tensor in tensors.items():
         name, _, buffer = key.partition("/")
+        if key == f"{name}/" and not tensor.numel():
+            statistics.setdefault(name, {})
+            continue
         if not buffer:
             raise UserError(f"batchnorm.safetensors: keys must be <statistics>/<buffer>; got {key!r}; extract again")
         if not tensor.isfinite().all():

@@ -35,7 +35,6 @@ from h2t.pipeline.networks.trained import StageOneHead
 from h2t.pipeline.training.resume import Checkpoint
 
 FLOAT = 4  # bytes of a float32, which heads compute with
-COPIES: dict[Selection, int] = {"mixup": 5, "shuffled": 6}  # copies of a head's input in a step; 3 for other selections
 
 
 class NotFinite(Exception):
@@ -78,57 +77,6 @@ class Optimiser(Section):
     def rate(self, epoch: int) -> float:
         """The learning rate of `epoch`, counted from 0; it is constant within an epoch and never reaches 0."""
         return 0.5 * self.lr * (1 + math.cos(math.pi * epoch / self.epochs))
-
-
-@dataclass(frozen=True)
-class StepSize:
-    """Computes the memory, in bytes, of a training step.
-
-    `batch`: samples in a batch. `numbers`: numbers per row, all experts; `kept`: bytes of each as stored. `logits` and
-    `parameters`: numbers per head. `pool_copies`: how many more copies of its input a head's pool needs.
-    """
-
-    batch: int
-    numbers: int
-    kept: int
-    logits: int
-    parameters: int
-    pool_copies: int = 0
-
-    def window(self, heads: Sequence[HeadSetting]) -> int:
-        """Bytes of the stored features of one step of `heads`: receivers and donors of every seed."""
-        seeds, donors = seeds_and_donors(heads)
-        return len(seeds) * (1 + len(donors)) * self.batch * self.numbers * self.kept
-
-    def of(self, heads: Sequence[HeadSetting]) -> int:
-        """Bytes of a step of `heads`: features of every seed, copies per head, logits, parameters, gradients, momenta.
-
-        The copies per head are receivers, donors and the fused input; mixup and shuffled donors need more. Measured
-        peaks on maps of 64 x 8 x 8 exceed this by at most 6 %.
-        """
-        seeds, donors = seeds_and_donors(heads)
-        copies = max([1 + self.pool_copies, *(COPIES.get(h.selection, 3) for h in heads)])
-        gathered = len(seeds) * len(donors) * self.batch * self.numbers * (3 * self.kept + FLOAT)
-        per_head = copies * self.batch * self.numbers * FLOAT
-        return gathered + len(heads) * (per_head + FLOAT * (6 * self.logits + 8 * self.parameters))
-
-
-def seeds_and_donors(heads: Sequence[HeadSetting]) -> tuple[list[int], list[str]]:
-    """The distinct seeds and the distinct donors of `heads`, in order of appearance."""
-    return list(dict.fromkeys(h.seed for h in heads)), list(dict.fromkeys(h.donor for h in heads))
-
-
-def parts_of(heads: Sequence[HeadSetting], size: int) -> list[list[HeadSetting]]:
-    """Splits `heads` in order into parts of `size`; the last may be smaller.
-
-    Heads do not depend on each other, so training part by part gives the same heads.
-    """
-    return [list(heads[i : i + size]) for i in range(0, len(heads), size)]
-
-
-def part_sizes(heads: int) -> list[int]:
-    """The part sizes that split `heads` into 1, 2, 3 ... nearly equal parts, largest first."""
-    return sorted({-(-heads // count) for count in range(1, heads + 1)}, reverse=True)
 
 
 def not_finite(state: Mapping[str, torch.Tensor]) -> tuple[int, str] | None:

@@ -21,7 +21,7 @@ from h2t.pipeline.data.images import Images
 from h2t.pipeline.data.samples import Samples
 from h2t.pipeline.extraction import batchnorm
 from h2t.pipeline.extraction.recorded import ingredients
-from h2t.pipeline.networks.trained import load_backbone
+from h2t.pipeline.networks.trained import backbone_facts, load_backbone
 
 #: Allowed deviation of a recomputed value from the stored one, as a share of the largest value in its map. The same
 #: device, thread count and versions give the same bits; others may sum in another order and so round differently.
@@ -52,6 +52,8 @@ def recompute(
     """
     inputs, spec = ingredients(cache.files, cache.spec), cache.spec
     backbone, identity = load_backbone(backbone_dir)
+    samples = samples.with_input(backbone_facts(backbone_dir).input)
+    images = images.prepared_for(samples.transform)
     for name, recorded, given in (
         ("backbone", inputs["backbone"].get("weights"), identity["weights"]),
         ("transform", inputs["transform"], samples.facts["transform"]),

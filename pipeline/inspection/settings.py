@@ -41,7 +41,7 @@ TRAINED_ONLY = ("optimiser", "grid")
 MOVED = (("extract", "cluster"),)
 
 
-class Run(params.Section):
+class RunSection(params.Section):
     """Section `run`: how stages run. It changes no result, and DVC does not watch it."""
 
     cluster: Annotated[str | None, ADDRESS] = None
@@ -68,7 +68,7 @@ def check(values: dict[str, Any], say: Callable[[str], None] = lambda line: None
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
         raise UserError(f"seed: must be a whole number from 0 to 4294967295; got {seed!r}")
     device.check(values["device"])
-    run = params.build(Run, "run", values["run"])
+    run = params.build(RunSection, "run", values["run"])
     for of, key in MOVED:
         entries = values[of] if isinstance(values[of], dict) else {}
         if entries.get(key) is not None:
@@ -94,7 +94,12 @@ def check(values: dict[str, Any], say: Callable[[str], None] = lambda line: None
     for name, entry in complete(values, "backbones").items():
         backbone = params.build(train_backbone.Params, f"backbones.{name}", entry)
         where = f"backbones.{name}"
-        params.build(plugins.load("backbones", backbone.arch).Options, f"{where}.options", backbone.options)
+        arch = plugins.load("backbones", backbone.arch)
+        params.build(arch.Options, f"{where}.options", backbone.options)
+        if backbone.weights == "pretrained" and not hasattr(arch, "weights"):
+            raise UserError(
+                f"{where}.weights: {backbone.arch} has no pretrained weights; got pretrained; name a checkpoint file"
+            )
         params.build(plugins.load("objectives", backbone.objective).Loss, f"{where}.loss", backbone.loss)
         heads[name] = backbone.head
         if backbone.head == "probe" and "stage1" not in extraction.batchnorm:
@@ -111,7 +116,9 @@ def check(values: dict[str, Any], say: Callable[[str], None] = lambda line: None
                 f"{where}.backbone: no backbone {host.backbone!r}{nearest(host.backbone, known)} "
                 f"(there are: {', '.join(known)})"
             )
-        if host.batchnorm not in extraction.batchnorm:
+        # A recipe that is left out is stage1 if the cache has no other.
+        left_out = "batchnorm" not in host.model_fields_set and "stage1" in extraction.batchnorm
+        if host.batchnorm not in extraction.batchnorm and not left_out:
             raise UserError(
                 f"{where}.batchnorm: must be one of extract.batchnorm ({', '.join(extraction.batchnorm)}); "
                 f"got {host.batchnorm!r}; add it to extract.batchnorm"

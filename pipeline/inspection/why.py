@@ -18,7 +18,7 @@ from h2t.pipeline.data.samples import Samples
 from h2t.pipeline.extraction import batchnorm
 from h2t.pipeline.extraction.recorded import ingredients
 from h2t.pipeline.extraction.reuse import NAMES, Wanted, changes, kept_statistics, origins
-from h2t.pipeline.networks.trained import backbone_identity
+from h2t.pipeline.networks.trained import backbone_facts, backbone_identity
 from h2t.pipeline.stages import extract
 
 EXAMPLES = 3  # image names shown for each kind of change
@@ -94,6 +94,9 @@ def why(
     asked: dict[str, Any] = {}
     if backbone_dir is not None:
         asked["backbone"] = {**backbone_identity(backbone_dir), "tap": extract.TAP}
+        facts = backbone_facts(backbone_dir)
+        params = extract.with_recipes_of(params, facts)
+        samples = None if samples is None else samples.with_input(facts.input)
     else:
         unknown.append("weights (no backbone here)")
     if samples is not None:

@@ -25,6 +25,7 @@ from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import fresh_directory
 from h2t.pipeline.base.params import build
+from h2t.pipeline.base.run import Run
 from h2t.pipeline.data.classes import recorded_names
 from h2t.pipeline.data.images import Images, Transform, open_images
 from h2t.pipeline.evaluation.scoring import head_logits, load_heads_for
@@ -82,19 +83,17 @@ def only(heads: Heads, number: int) -> Heads:
 
 
 def run(
+    run: Run,
     cache: Cache,
     heads_dir: Path,
     backbone_dir: Path,
     choice: Choice,
     prepare: Mapping[str, Any],
-    device: torch.device,
-    out: Path,
-    say: Callable[[str], None],
     *,
     onnx: bool = False,
     with_images: bool = True,
 ) -> dict[str, float]:
-    """Writes `head.safetensors`, `model.safetensors` and, with `onnx`, `model.onnx` into the directory `out`.
+    """Writes `head.safetensors`, `model.safetensors` and, with `onnx`, `model.onnx` into the directory `run.out`.
 
     `prepare` is the section `prepare` of the parameters; it says where the images are and how they are transformed.
     Without `with_images`, only the head is checked, on cached maps. Returns the difference that each check measured:
@@ -119,6 +118,7 @@ def run(
         "options": identity["options"],
         "classes": recorded_names(cache.spec.provenance, cache.files),
         "transform": images.transform.model_dump(),
+        **({"input": identity["input"]} if "input" in identity else {}),
         "statistics": kind,
         "host": heads.about["host"],
         "setting": {k: setting[k] for k in ("ratio", "donor", "selection", "seed")},
@@ -126,8 +126,8 @@ def run(
         "cache": heads.about["cache"],
     }
     rows = _rows(cache, kind)
-    expected = head_logits(cache, one, rows, device)[0]
-    with fresh_directory(out) as into:
+    expected = head_logits(cache, one, rows, run.device)[0]
+    with fresh_directory(run.out) as into:
         head = {**about, "kind": "h2t head 1", "parts": vars(heads.parts)}
         tensors, described = one.frozen.to_file() if one.frozen else ({}, None)
         head |= {"frozen": described} if one.frozen else {}
@@ -135,12 +135,12 @@ def run(
         path = into / "model.safetensors"
         plain = save_model(path, backbone, one, about)
         model = load_model(path)
-        measured = _check(model, cache, rows, expected, images if with_images else None, device, say)
+        measured = _check(model, run, cache, rows, expected, images if with_images else None)
         if onnx:
             measured["onnx"] = write_onnx(model, into / "model.onnx")
     what = "a state dict of its architecture" if plain else "no plain state dict (the head is not one linear layer)"
-    say(
-        f"{out}: head {number} (ratio {setting['ratio']:g}, seed {setting['seed']}) under {kind} statistics; "
+    run.say(
+        f"{run.out}: head {number} (ratio {setting['ratio']:g}, seed {setting['seed']}) under {kind} statistics; "
         f"model.safetensors is {what}; logits agree with evaluate, largest relative difference: "
         + ", ".join(f"{name} {value:.1e}" for name, value in measured.items())
     )
@@ -164,13 +164,7 @@ def _rows(cache: Cache, statistics: str) -> np.ndarray:
 
 
 def _check(
-    model: Model,
-    cache: Cache,
-    rows: np.ndarray,
-    expected: torch.Tensor,
-    images: Images | None,
-    device: torch.device,
-    say: Callable[[str], None],
+    model: Model, run: Run, cache: Cache, rows: np.ndarray, expected: torch.Tensor, images: Images | None
 ) -> dict[str, float]:
     """Compares the model's logits with `expected` (n, K), which evaluate computes on the cache's `rows` (n,).
 
@@ -182,13 +176,13 @@ def _check(
             raise UserError(
                 f"{cache.files}: is pooled, so there are no maps to check the head on; export without --without-images"
             )
-        say("checked without images: the head on cached maps, the backbone by its digest")
+        run.say("checked without images: the head on cached maps, the backbone by its digest")
         network: Callable[[Any], torch.Tensor] = model.network.on_maps
         given: Any = _maps(cache, rows)
         name = "maps"
     else:
-        network, name = model.network.to(device), "images"
-        given = _views(images, rows).to(device)
+        network, name = model.network.to(run.device), "images"
+        given = _views(images, rows).to(run.device)
     with torch.no_grad():
         computed = network(given).cpu()
     model.network.cpu()

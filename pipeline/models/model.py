@@ -135,7 +135,7 @@ def save_model(path: Path, backbone: nn.Module, one: Heads, about: Any) -> bool:
     """
     parts, context, state = one.parts, one.context, {name: t[0] for name, t in one.state.items()}
     linear = as_linear(parts, context, state)
-    last = getattr(backbone, "classifier", "fc")
+    last = getattr(backbone, "last_layer", "fc")
     if linear is not None:
         weights = {f"{last}.weight": linear[0], f"{last}.bias": linear[1]}
         head: Any = {"linear": last}
@@ -162,7 +162,8 @@ def load_model(path: Path) -> Model:
         raise UserError(f"{path}: holds no complete classifier; make one with h2t export")
     arch = plugins.load("backbones", about["arch"])
     with torch.random.fork_rng():
-        backbone = build_backbone(arch, build(arch.Options, f"{path}: options", about["options"]))
+        options = build(arch.Options, f"{path}: options", about["options"])
+        backbone = build_backbone(arch, options, about.get("input", {}).get("size"))
     head: nn.Module
     if "linear" in about["head"]:
         last = about["head"]["linear"]

@@ -25,7 +25,11 @@ class Backbone(nn.Module):
     #: Prefixes of state-dict keys that keep their initial weights when training starts from given weights.
     fresh: tuple[str, ...] = ()
     #: Name of the network's own classifier, which is not part of the backbone; an exported linear head gets this name.
-    classifier: str = "fc"
+    last_layer: str = "fc"
+    #: State-dict keys of the whole network that the backbone does not use.
+    unused: frozenset[str] = frozenset()
+    #: Modules after pooling; batch norms in them keep their statistics.
+    modules_after: tuple[nn.Module, ...] = ()
 
     def after_pool(self) -> tuple[Layer, ...]:
         """The layers between pooling and classifier, in order, with the network's own tensors; by default none."""
@@ -56,12 +60,13 @@ def features_of(backbone: Backbone) -> int:
     return part.outputs(backbone.channels) if part else backbone.channels
 
 
-def build_backbone(plugin: ModuleType, options: Section) -> Backbone:
+def build_backbone(plugin: ModuleType, options: Section, size: int | None = None) -> Backbone:
     """The network of a backbone plug-in, with initial weights from torch's global generator.
 
-    Raises UserError if the network lacks `channels` or `experts`, and whatever the plug-in's `build` raises.
+    A plug-in that states its input is given `size`, the side of the images in pixels. Raises UserError if the network
+    lacks `channels` or `experts`, and whatever the plug-in's `build` raises.
     """
-    backbone: Backbone = plugin.build(options)
+    backbone: Backbone = plugin.build(options, size) if hasattr(plugin, "input") else plugin.build(options)
     for name in ("channels", "experts"):
         if not hasattr(backbone, name):
             raise UserError(

@@ -148,30 +148,54 @@ def _check(layers: Sequence[Layer], tensors: int) -> None:
         raise ValueError("it holds tensors of no layer")
 
 
-def layers_of(module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[Layer, ...] | None:
-    """The layers that compute what `module` does, with its own tensors, or None.
-
-    `x` (B, D) and `y` (B, D') are an input and the output of the module in eval mode; what is found is checked on them.
-    """
-    candidates: list[tuple[Layer, ...]] = [()] if x.shape == y.shape else []
+def layer(kind: str, module: nn.Module) -> Layer:
+    """The layer `kind` with the tensors of `module`, not copies, so that it trains and moves with the module."""
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    epsilon = getattr(module, "eps", getattr(module, "variance_epsilon", None))
+    if kind in ACTIVATIONS:
+        return Layer(kind)
+    if kind == "linear":
+        assert isinstance(weight, torch.Tensor)
+        return Layer(kind, weight.flatten(1), bias)
+    if kind == "affine":
+        mean, variance = torch.as_tensor(module.running_mean), torch.as_tensor(module.running_var)
+        scale = torch.rsqrt(variance + float(str(module.eps))) * (1 if weight is None else weight)
+        return Layer(kind, scale, (0 if bias is None else bias) - mean * scale)
+    return Layer(kind, weight, bias if kind == "layer_norm" else None, _epsilon(module) or 0.0)
+
+
+def kinds_of(module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[str, ...] | None:
+    """Kinds of the layers that compute what `module` does, none for an identity, or None if there are no such layers.
+
+    `x` (B, D) and `y` (B, D') are an input and the output of the module in eval mode, on which the layers are compared.
+    The input must tell layers apart: large and small values of both signs.
+    """
     if isinstance(module, nn.Linear):
-        candidates.append((Layer("linear", weight, bias),))
-    elif isinstance(module, nn.Conv2d) and module.groups == 1 and set(module.kernel_size) == {1}:
-        candidates.append((Layer("linear", module.weight.flatten(1), bias),))
-    elif isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None:
-        mean = torch.as_tensor(module.running_mean)
-        scale = torch.rsqrt(module.running_var + module.eps) * (1 if weight is None else weight)
-        shift = (0 if bias is None else bias) - mean * scale
-        candidates.append((Layer("affine", scale, shift),))
-    elif isinstance(epsilon, float):
-        candidates += [(Layer("layer_norm", weight, bias, epsilon),), (Layer("rms_norm", weight, None, epsilon),)]
-    elif not list(module.parameters()):
-        candidates += [(Layer(name),) for name in ACTIVATIONS]
-    # timm's norms may have an activation of their own.
-    candidates += [(*layers, Layer(name)) for layers in candidates if hasattr(module, "act") for name in ACTIVATIONS]
-    return next((layers for layers in candidates if same(FrozenPart(layers)(x), y)), None)
+        possible = ["linear"]
+    elif isinstance(module, nn.Conv2d):
+        possible = ["linear"] if module.groups == 1 and set(module.kernel_size) == {1} else []
+    elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+        possible = ["affine"] if module.running_var is not None else []
+    elif _epsilon(module) is not None:
+        possible = ["layer_norm", "rms_norm"]
+    elif list(module.parameters()):
+        possible = []
+    else:
+        possible = list(ACTIVATIONS)
+        if same(x, y):
+            return ()
+    candidates: list[tuple[str, ...]] = [(kind,) for kind in possible]
+    if hasattr(module, "act"):  # timm's norms may have an activation of their own
+        candidates += [(kind, activation) for kind in possible for activation in ACTIVATIONS]
+    for kinds in candidates:
+        if same(FrozenPart(tuple(layer(kind, module) for kind in kinds))(x), y):
+            return kinds
+    return None
+
+
+def _epsilon(module: nn.Module) -> float | None:
+    """The epsilon of a norm; None for other modules."""
+    found = getattr(module, "eps", getattr(module, "variance_epsilon", None))
+    return float(found) if isinstance(found, float) else None
 
 
 def same(a: torch.Tensor, b: torch.Tensor, tolerance: float = SAME) -> bool:

@@ -1,94 +1,251 @@
-"""Finds the last maps of a torchvision model, and checks that pooling and classifier on them give its own logits.
+"""Backbones made of whole networks of other packages, and the proof that they are cut in the right place.
 
-The graph node whose output the backbone returns is called the tap.
+The proof: pooling, the layers after it and the network's own classifier, on the maps of the backbone, must give the
+network's own logits. What follows the maps is found by watching which modules see the pooled maps and what comes of
+them; no network is known by name.
 """
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torchvision.models import get_model, list_models
-from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.networks.backbone import Backbone
+from h2t.pipeline.networks.classifier import global_average
+from h2t.pipeline.networks.frozen import FrozenPart, Layer, kinds_of, layer, same
+from h2t.pipeline.networks.layouts import Features, as_maps
 
-SIDE = 224  # pixels; side of the input that the tap is checked with
-TOLERANCE = 1e-5  # largest difference of logits / largest logit: float32 rounds differently in another order of sums
+TOLERANCE = 1e-4  # largest difference of logits / largest logit: float32 rounds differently in another order of sums
+NAMED = 4  # modules that a message names
+
+#: A module between pooling and classifier, with the kinds of layers that compute what it does (`frozen.Layer`).
+After = tuple[nn.Module, tuple[str, ...]]
 
 
-def model_names() -> list[str]:
-    """Names of torchvision's classification models."""
-    import torchvision
+@dataclass(frozen=True)
+class Ending:
+    """What follows the maps of a network: the modules `after` pooling, and the name of its linear `classifier`.
 
-    return list_models(module=torchvision.models)
+    Both are empty if the network's own logits cannot be computed from its pooled maps; `why` then says what is in the
+    way. `classifier` alone is empty for a network that ends in an embedding.
+    """
+
+    after: tuple[After, ...] = ()
+    classifier: str = ""
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of a module that turned one vector per image into another."""
+
+    name: str
+    module: nn.Module
+    given: torch.Tensor
+    result: torch.Tensor
 
 
 class Tapped(Backbone):
-    """A torchvision model up to its tap: (B, 3, H, W) -> one map (B, C, H', W'). State-dict keys are torchvision's.
+    """A network of another package up to its last maps: (B, 3, S, S) -> one map (B, C, H, W).
 
-    Raises UserError if the model has no tap.
+    State-dict keys are the network's own. A subclass defines `trunk` and, if the network has an output of its own,
+    `whole`. Modules that neither the maps nor the layers after pooling need are removed.
     """
 
-    _graph: Any
+    _model: Any
+    ending: Ending
+    features: Features
+    prefix: int | None
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, model: nn.Module, channels: int, features: Features, side: int, prefix: int | None) -> None:
+        """`side`: of an input that the network takes, in pixels. `prefix`: prefix tokens, None if unknown.
+
+        Raises UserError if the network has no such features.
+        """
         super().__init__()
-        model = get_model(name, weights=None)
-        node, linear = find_tap(name, model)
-        self.channels = linear.in_features
-        graph = create_feature_extractor(model, {node: "maps"})
-        # Registering the graph's parts, not the graph itself, keeps its name out of the state-dict keys.
-        self.__dict__["_graph"] = graph
-        for key, module in graph.named_children():
-            self.add_module(key, module)
-        for key, parameter in graph.named_parameters(recurse=False):
-            self.register_parameter(key, parameter)
+        self._hold(model)
+        # In this way they cannot take the place of modules that the network calls so.
+        vars(self).update(channels=channels, features=features, prefix=prefix)
+        self.eval()
+        whole = set(self.state_dict())
+        ending = find_ending(self, side)
+        vars(self).update(ending=ending, last_layer=ending.classifier or "fc")
+        vars(self).update(modules_after=tuple(module for module, _ in ending.after))
+        self.cut(side)
+        vars(self).update(unused=frozenset(whole - set(self.state_dict())))
+        self.train()
+
+    def _hold(self, model: nn.Module) -> None:
+        """Becomes `model`: both hold the same dictionaries, so what is moved, trained or loaded in one is in both."""
+        self.__dict__["_model"] = model
+        for held in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+            self.__dict__[held] = getattr(model, held)
+
+    def trunk(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, S, S) -> the network's last maps or tokens, in its own layout."""
+        raise NotImplementedError
+
+    def whole(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Images (B, 3, S, S) -> the network's own logits (B, K) or embedding (B, D); None if it has neither."""
+        raise NotImplementedError
 
     def train(self, mode: bool = True) -> "Tapped":
-        """Switches the graph as well: torch traces one for each mode, as dropout is in the graph of train mode only."""
+        """Sets the mode of all modules, and of the network itself."""
         super().train(mode)
-        self._graph.train(mode)
+        self._model.train(mode)
         return self
 
+    def after_pool(self) -> tuple[Layer, ...]:
+        """The network's layers between pooling and classifier."""
+        return tuple(layer(kind, module) for module, kinds in self.ending.after for kind in kinds)
+
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Images (B, 3, H, W) -> one map (B, C, H', W')."""
-        return (self._graph(x)["maps"],)
+        """Images (B, 3, S, S) -> one map (B, C, H, W)."""
+        image = (x.shape[2], x.shape[3])
+        return (as_maps(self.trunk(x), self.channels, image, self.prefix, self.features),)
+
+    def cut(self, side: int) -> None:
+        """Removes the classifier, and each of the network's parts that no forward pass of the backbone reaches."""
+        if self.ending.classifier:
+            parent, _, name = self.ending.classifier.rpartition(".")
+            setattr(self._model.get_submodule(parent), name, nn.Identity())
+        reached: set[nn.Module] = {module for module, _ in self.ending.after}
+        with _hooked(self._model, lambda name, module, given, result: reached.add(module)), torch.no_grad():
+            self.trunk(torch.zeros(1, 3, side, side))
+        for name, part in list(self._model.named_children()):
+            if not reached & set(part.modules()):
+                delattr(self._model, name)
 
 
 @torch.no_grad()
-def find_tap(name: str, model: nn.Module) -> tuple[str, nn.Linear]:
-    """(graph node, linear classifier) of `model`.
+def find_ending(backbone: Tapped, side: int) -> Ending:
+    """What follows the maps of `backbone`, which is in eval mode. Raises UserError if there are no such features."""
+    x = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    model = backbone._model
+    with _classifiers_that_show(model):
+        calls: list[_Call] = []
+        following: list[str] = []  # modules called after the one that gave the maps
+        values = backbone.trunk(x)
 
-    The tap is the last node with values (B, C, H, W) whose mean over the image is the classifier's input. Raises
-    UserError if there is none, or if torch cannot trace the model.
+        def record(name: str, module: nn.Module, given: torch.Tensor | None, result: Any) -> None:
+            if isinstance(result, torch.Tensor) and result.shape == values.shape and torch.equal(result, values):
+                following.clear()
+            elif not list(module.children()):
+                following.append(name)
+            if given is not None and _is_vector(result):
+                calls.append(_Call(name, module, given, result.clone()))
+
+        with _hooked(model, record):
+            logits = backbone.whole(x)
+        maps = as_maps(values, backbone.channels, (side, side), backbone.prefix, backbone.features)
+        if logits is None:
+            return Ending(why="it has no classifier of its own")
+        found = _follow(global_average(maps), logits, calls)
+        if found is not None:
+            return found
+        seen = _seen_by_the_head(backbone, values, side, logits, calls)
+    if seen:
+        return Ending(why=f"its own head reads {seen}")
+    between = [f"{name} ({type(model.get_submodule(name)).__name__})" for name in dict.fromkeys(following)]
+    more = f" and {len(between) - NAMED} more" if len(between) > NAMED else ""
+    return Ending(why=f"between its maps and its logits lie {', '.join(between[:NAMED]) or 'other operations'}{more}")
+
+
+def _seen_by_the_head(
+    backbone: Tapped, values: torch.Tensor, side: int, logits: torch.Tensor, calls: Sequence[_Call]
+) -> str:
+    """Which other features give the network's own logits, in words, or nothing."""
+    others: tuple[tuple[Features, str], ...] = (
+        ("cls", "the class token: set options.features to cls"),
+        ("map", "the mean of the patches: set options.features to map"),
+        ("tokens", "the mean of all tokens: set options.features to tokens"),
+    )
+    for features, said in others:
+        if features != backbone.features:
+            try:
+                maps = as_maps(values, backbone.channels, (side, side), backbone.prefix, features)
+            except UserError:
+                continue
+            if _follow(global_average(maps), logits, calls) is not None:
+                return said
+    return ""
+
+
+def _follow(value: torch.Tensor, logits: torch.Tensor, calls: Sequence[_Call]) -> Ending | None:
+    """The modules that lead from the pooled maps `value` (B, C) to the network's own `logits`, or None."""
+    after: list[After] = []
+    kept: list[Layer] = []
+    pooled, at = value, 0
+    while at < len(calls):
+        call = calls[at]
+        at += 1
+        if not same(call.given.flatten(1), value, TOLERANCE):
+            continue
+        result = call.result.flatten(1)
+        if isinstance(call.module, nn.Linear) and same(result, logits, TOLERANCE):
+            own = FrozenPart((*kept, layer("linear", call.module)))(pooled)
+            return Ending(tuple(after), call.name) if same(own, logits, TOLERANCE) else None
+        probe = 4 * torch.randn(call.given.shape, generator=torch.Generator().manual_seed(1))
+        kinds = kinds_of(call.module, probe.flatten(1), call.module(probe.clone()).flatten(1))
+        if kinds:
+            after.append((call.module, kinds))
+            kept += [layer(kind, call.module) for kind in kinds]
+            value = result
+    return Ending(tuple(after)) if same(FrozenPart(tuple(kept))(pooled), logits, TOLERANCE) else None
+
+
+def _is_vector(value: Any) -> bool:
+    """Whether `value` is a tensor with one vector for each image: all axes but the first and one more have size 1."""
+    return (
+        isinstance(value, torch.Tensor)
+        and value.dim() >= 2
+        and value.is_floating_point()
+        and sum(n > 1 for n in value.shape[1:]) <= 1
+    )
+
+
+@contextmanager
+def _hooked(model: nn.Module, seen: Callable[[str, nn.Module, torch.Tensor | None, Any], Any]) -> Iterator[None]:
+    """Calls `seen(name, module, argument, result)` after each call of a module inside `model`.
+
+    `argument` is a copy of the first one, as the module may change it, or None if it is not one vector per image.
     """
-    x = torch.randn(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    copies: list[torch.Tensor | None] = []
+
+    def before(module: nn.Module, given: tuple[Any, ...]) -> None:
+        copies.append(given[0].clone() if given and _is_vector(given[0]) else None)
+
+    def after(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        return lambda module, given, result: seen(name, module, copies.pop(), result) and None
+
+    handles = [m.register_forward_pre_hook(before) for name, m in model.named_modules() if name]
+    handles += [m.register_forward_hook(after(name)) for name, m in model.named_modules() if name]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _classifiers_that_show(model: nn.Module) -> Iterator[None]:
+    """Fresh classifiers may be all zero, or their biases hide tiny features: other values for the time of the proof."""
     linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
     biases = [(m.bias, m.bias.clone()) for m in linears if m.bias is not None]
-    model.eval()
+    zero = [m.weight for m in linears if not m.weight.any()]
+    draws = torch.Generator().manual_seed(3)
     try:
         for bias, _ in biases:
-            bias.zero_()  # features of an untrained model can be tiny, and biases would hide them
-        nodes = get_graph_node_names(model)[1]
-        values = create_feature_extractor(model, {n: n for n in nodes[-40:]})(x)
-        expected = model(x)
-    except (RuntimeError, ValueError, TypeError, AssertionError, AttributeError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"torchvision model {name!r}: torch cannot trace it ({reason}); choose another one") from None
-    for node in reversed(nodes[-40:]):
-        maps = values[node]
-        if not isinstance(maps, torch.Tensor) or maps.dim() != 4 or maps.shape[2] * maps.shape[3] == 1:
-            continue
-        for linear in reversed(linears):
-            if linear.in_features == maps.shape[1] and linear.out_features == expected.shape[1]:
-                distance = (linear(maps.mean((2, 3))) - expected).abs().max() / expected.abs().max()
-                if distance <= TOLERANCE:
-                    for bias, value in biases:
-                        bias.copy_(value)
-                    model.train()
-                    return node, linear
-    raise UserError(
-        f"torchvision model {name!r}: must end in global average pooling and one linear layer, so that maps can be "
-        "fused before pooling; got another ending; choose another one, such as resnet50 or efficientnet_b0"
-    )
+            bias.zero_()
+        for weight in zero:
+            weight.normal_(generator=draws)
+        yield
+    finally:
+        for bias, value in biases:
+            bias.copy_(value)
+        for weight in zero:
+            weight.zero_()

@@ -9,6 +9,7 @@ import torch
 
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.params import build
+from h2t.pipeline.data.network_input import Input
 from h2t.pipeline.networks.backbone import Backbone, build_backbone
 from h2t.pipeline.networks.frozen import FrozenPart, from_file
 from h2t.pipeline.networks.weights import fill, load_weights, weights_digest
@@ -33,6 +34,18 @@ class StageOneHead:
     about: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class BackboneFacts:
+    """`input`: what the network takes, as far as it is stated. `batch_norm`: whether it has running statistics.
+
+    `pretrained`: its weights are those of a package or hub.
+    """
+
+    input: Input
+    batch_norm: bool
+    pretrained: bool
+
+
 def load_backbone(folder: Path) -> tuple[Backbone, dict[str, Any]]:
     """The backbone, frozen and in eval mode, and its identity: `arch`, `options` and the sha256 `weights`.
 
@@ -42,10 +55,11 @@ def load_backbone(folder: Path) -> tuple[Backbone, dict[str, Any]]:
     state, about = load_weights(path)
     arch = plugins.load("backbones", about["arch"])
     with torch.random.fork_rng():
-        backbone = build_backbone(arch, build(arch.Options, f"{path}: options", about["options"]))
+        options = build(arch.Options, f"{path}: options", about["options"])
+        backbone = build_backbone(arch, options, about.get("input", {}).get("size"))
     fill(backbone, state, str(path))
     backbone.requires_grad_(False).eval()
-    return backbone, {"arch": about["arch"], "options": about["options"], "weights": weights_digest(state)}
+    return backbone, _identity(state, about)
 
 
 def backbone_digest(folder: Path) -> str:
@@ -59,9 +73,24 @@ def backbone_digest(folder: Path) -> str:
 
 
 def backbone_identity(folder: Path) -> dict[str, Any]:
-    """`arch`, `options` and the sha256 `weights`, as caches record them. Raises UserError."""
-    state, about = load_weights(folder / "backbone.safetensors")
-    return {"arch": about["arch"], "options": about["options"], "weights": weights_digest(state)}
+    """`arch`, `options`, the sha256 `weights` and `input`, if stated, as caches record them. Raises UserError."""
+    return _identity(*load_weights(folder / "backbone.safetensors"))
+
+
+def _identity(state: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> dict[str, Any]:
+    stated = {"input": about["input"]} if "input" in about else {}
+    return {"arch": about["arch"], "options": about["options"], "weights": weights_digest(state), **stated}
+
+
+def backbone_facts(folder: Path) -> BackboneFacts:
+    """What `train_backbone` recorded of the backbone beside its weights. Raises UserError."""
+    path = folder / "backbone.safetensors"
+    state, about = load_weights(path)
+    return BackboneFacts(
+        input=build(Input, f"{path}: input", about.get("input", {})),
+        batch_norm=any(name.endswith("running_mean") for name in state),
+        pretrained=about.get("pretrained") is True,
+    )
 
 
 def load_head(folder: Path) -> StageOneHead:

@@ -6,7 +6,7 @@ behind metrics.json), and what else the report shows (`evidence.py`). Classifier
 last epoch; nothing is chosen on the test split.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,13 +14,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import torch
 from pydantic import BeforeValidator
 
 from h2t.cache.reader import Cache
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import fresh_directory, write_json
 from h2t.pipeline.base.params import Index, Ratio, Section
+from h2t.pipeline.base.run import Run
 from h2t.pipeline.data.classes import by_index, groups
 from h2t.pipeline.evaluation.evidence import write_about, write_embedding, write_reliability, write_weight_norms
 from h2t.pipeline.evaluation.metrics import over_seeds, summary
@@ -58,22 +58,13 @@ class Params(Section):
     """Ratio that is reported as `with_h2t` where there are no validation images to choose it by."""
 
 
-def run(
-    params: Params,
-    name: str,
-    cache: Cache,
-    heads_dir: Path,
-    backbone_dir: Path,
-    device: torch.device,
-    out: Path,
-    say: Callable[[str], None],
-) -> dict[str, Any]:
-    """Evaluates the classifiers of host `name`, writes the results into the directory `out` and returns the metrics.
+def run(params: Params, run: Run, cache: Cache, heads_dir: Path, backbone_dir: Path) -> dict[str, Any]:
+    """Evaluates the classifiers of host `run.name`, writes the results to `run.out` and returns the metrics.
 
     Raises UserError if the classifiers were trained on another cache or backbone, or if there are no test rows.
     """
     heads = load_heads_for(cache, heads_dir, backbone_dir)
-    stage1 = backbone_head(cache, backbone_dir, "linear", device, say)
+    stage1 = backbone_head(cache, backbone_dir, "linear", run.device, run.say)
     counts = heads.about["counts"]
     group_of = group_choice(params, counts)
     splits = [s for s in ("val", "test") if s in set(cache.rows["split"].unique().to_pylist())]
@@ -89,11 +80,11 @@ def run(
     stored = set(cache.rows.filter(pc.field("split") == "test")["statistics"].to_pylist())
     lines = [recipe_statistics, *({heads.about["receiver"]} & stored)]
     scores = {
-        (split, statistics): score_heads(cache, heads, split, statistics, device)
+        (split, statistics): score_heads(cache, heads, split, statistics, run.device)
         for split in splits
         for statistics in dict.fromkeys(lines)
     }
-    of_stage1 = {split: score_stage1(cache, stage1, split, device) for split in splits} if stage1.state else {}
+    of_stage1 = {split: score_stage1(cache, stage1, split, run.device) for split in splits} if stage1.state else {}
 
     figures: list[dict[str, Any]] = []
     for (split, statistics), result in scores.items():
@@ -107,8 +98,8 @@ def run(
     of_recipe = [f for f in figures if f["statistics"] == recipe_statistics and f["number"] >= 0]
     ratio = reported_ratio(of_recipe, params.ratio)
     if ratio is None:
-        say(
-            f"note: {name}: no classifier to report as with_h2t, which needs donor instance, selection random and "
+        run.say(
+            f"note: {run.name}: no classifier to report as with_h2t, which needs donor instance, selection random and "
             f"ratio {params.ratio:g}"
         )
     without = _chosen(of_recipe, "test", 0.0)
@@ -119,7 +110,7 @@ def run(
         "with_h2t": _entry(with_h2t, recipe_statistics, params),
     }
     kept = [f["number"] for f in (*without, *with_h2t)]
-    with fresh_directory(out) as into:
+    with fresh_directory(run.out) as into:
         write_json(into / "metrics.json", metrics)
         pq.write_table(pa.Table.from_pylist(figures, _schema(figures)), into / "heads.parquet")
         write_per_class(into, table, scores, of_stage1, counts)
@@ -129,7 +120,7 @@ def run(
             into, cache, heads, stage1, scores[("test", recipe_statistics)], of_stage1.get("test"), without, with_h2t
         )
         write_about(into, cache, heads, sample_rows(cache.rows, "test", recipe_statistics).first, group_of)
-    say(f"{name}: " + _one_line(metrics))
+    run.say(f"{run.name}: " + _one_line(metrics))
     return metrics
 
 

@@ -8,7 +8,6 @@ Decoding, forward passes (`extraction.forward`) and writing overlap.
 import math
 import shutil
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import DISTINCT, Bytes, Count, Epochs, Positive, Section, at_most
 from h2t.pipeline.base.precision import Precision
 from h2t.pipeline.base.progress import progress
+from h2t.pipeline.base.run import Run
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.data.images import Images
 from h2t.pipeline.data.samples import Samples
@@ -39,7 +39,7 @@ from h2t.pipeline.extraction.cluster import ADDRESS
 from h2t.pipeline.extraction.recipes import stored
 from h2t.pipeline.extraction.recorded import MOST_IMAGES
 from h2t.pipeline.networks.backbone import Backbone
-from h2t.pipeline.networks.trained import load_backbone
+from h2t.pipeline.networks.trained import BackboneFacts, backbone_facts, load_backbone
 from h2t.pipeline.networks.weights import weights_digest
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
@@ -55,7 +55,10 @@ class Params(Section):
         "stage1",
         "branchwise",
     ]
-    """Batch-norm recipes whose rows the cache stores; a host reads one of them."""
+    """Batch-norm recipes whose rows the cache stores; a host reads one of them. Without batch norm it is `stage1`.
+
+    If the key is left out, it is `stage1` as well for the pretrained weights of a package.
+    """
     batchnorm_passes: Epochs = 200
     """Batches that each set of statistics is estimated from."""
     max_views: Annotated[Count, at_most(MOST_VIEWS)] = 1
@@ -129,77 +132,93 @@ def row_table(params: Params, samples: Samples) -> pa.Table:
 
 def run(
     params: Params,
-    name: str,
+    run: Run,
     samples: Samples,
     images: Images,
     backbone_dir: Path,
-    seed: int,
-    device: torch.device,
-    out: Path,
-    say: Callable[[str], None],
     *,
     replace: bool = False,
     previous: Source | None = None,
     anew: bool = False,
 ) -> Summary:
-    """Extracts the maps of the backbone in `backbone_dir` into the cache `out`; resumes a killed run.
+    """Extracts the maps of the backbone in `backbone_dir` into the cache `run.out`; resumes a killed run.
 
     `previous` is the open cache that `extract.statistics_from` names. With `anew` its statistics are kept but no rows:
     all are computed, to the same bytes. Raises CacheError (`exists`, `busy`, `full`, `damaged`), and UserError if the
     backbone, images, previous cache or cluster cannot be used.
     """
     backbone, identity = load_backbone(backbone_dir)
-    backbone.to(device)
+    backbone.to(run.device)
+    facts = backbone_facts(backbone_dir)
+    asked, params = params, with_recipes_of(params, facts)
+    if "batchnorm" in asked.model_fields_set and (left_out := set(asked.batchnorm) - set(params.batchnorm)):
+        run.say(
+            f"note: {run.name}: has no batch norm, so there is one set of statistics, stage1; left out: "
+            + ", ".join(sorted(left_out))
+        )
+    samples = samples.with_input(facts.input)
+    images = images.prepared_for(samples.transform)
     rows = row_table(params, samples)
     names = sorted(set(rows["statistics"].unique().to_pylist()))
-    inputs = fingerprint_inputs(params, samples, identity, seed)
-    settings = forward.settings(params.batch_size, params.precision, device)
+    inputs = fingerprint_inputs(params, samples, identity, run.seed)
+    settings = forward.settings(params.batch_size, params.precision, run.device)
     kept: Statistics = {}
     if previous is not None:
         kept, lost = reuse.kept_statistics(previous, inputs, names)
         if lost:
-            say(f"{name}: {lost}")
+            run.say(f"{run.name}: {lost}")
     origin = {"statistics_from": previous.spec.fingerprint} if previous is not None and kept else {}
-    with Staging(out) as staging:
-        existing = committed(out)
+    with Staging(run.out) as staging:
+        existing = committed(run.out)
         if existing is not None and _same(existing, inputs, params, names, len(rows), kept, origin):
-            say(f"{name}: {out} already holds this cache ({counted(existing.rows, 'row')}); nothing to do")
+            run.say(f"{run.name}: {run.out} already holds this cache ({counted(existing.rows, 'row')}); nothing to do")
             staging.discard()
             return _summary(existing, 0, 0, existing.shards, forward.Passes())
         if existing is not None and not replace:
-            raise CacheError("exists", f"{out}: holds another cache; remove it, or pass --replace to write this one")
+            raise CacheError(
+                "exists", f"{run.out}: holds another cache; remove it, or pass --replace to write this one"
+            )
         statistics = _statistics(
-            staging, params, names, kept, backbone, samples, images, seed, device, {**inputs, "settings": settings}
+            staging, params, run, names, kept, backbone, samples, images, {**inputs, "settings": settings}
         )
         inputs["batchnorm"]["statistics"] = sha256(statistics)
-        spec = _spec(params, backbone, samples, len(rows), inputs, {**settings, **origin}, device)
+        spec = _spec(params, backbone, samples, len(rows), inputs, {**settings, **origin}, run.device)
         writer = CacheWriter(staging, spec, rows, settings)
         pending = writer.pending
-        _announce(spec, name, pending, out, say)
+        _announce(spec, run, pending)
         todo = {shard: np.array(spec.shard_range(shard)) for shard in pending}
         carrier = None
         if previous is not None and not anew:
             wanted = reuse.Wanted(rows, inputs, params.dtype, samples.facts["dataset"], settings)
             carrier, summary = reuse.carrier(previous, wanted, batchnorm.from_bytes(statistics), spec, pending)
-            say(f"{name}: {summary}")
+            run.say(f"{run.name}: {summary}")
         if carrier is not None:
             todo = {shard: numbers[carrier.origin[numbers] < 0] for shard, numbers in todo.items()}
         job = forward.Job(
-            rows, todo, images, backbone_dir.resolve(), identity, statistics, seed, device, spec, settings
+            rows, todo, images, backbone_dir.resolve(), identity, statistics, run.seed, run.device, spec, settings
         )
         before = weights_digest(dict(backbone.named_parameters()))
-        passes = _extract(job, backbone, writer, carrier, params.cluster, name, say)
+        passes = _extract(job, backbone, writer, carrier, params.cluster, run)
         if weights_digest(dict(backbone.named_parameters())) != before:
             raise UserError(
-                f"{name}: the backbone's weights must not change during extraction; got other weights at its end; make "
-                "its forward pass leave its parameters alone"
+                f"{run.name}: the backbone's weights must not change during extraction; got other weights at its end; "
+                "make its forward pass leave its parameters alone"
             )
         writer.commit(statistics, card(spec, rows), replace=replace)
     forwarded = sum(len(numbers) for numbers in todo.values())
     taken = sum(len(spec.shard_range(shard)) for shard in pending) - forwarded
     what = f"{counted(spec.rows, 'row')} in {counted(spec.shards, 'shard')}, {spec.value_bytes / 1e6:.1f} MB of values"
-    say(f"{name}: {what}, written to {out}")
+    run.say(f"{run.name}: {what}, written to {run.out}")
     return _summary(spec, forwarded, taken, spec.shards - len(pending), passes)
+
+
+def with_recipes_of(params: Params, facts: BackboneFacts) -> Params:
+    """The parameters with the batch-norm recipes that apply to the backbone, `stage1` alone if it has no batch norm."""
+    given = "batchnorm" in params.model_fields_set
+    if facts.batch_norm and (given or not facts.pretrained):
+        return params
+    passes = params.batchnorm_passes if facts.batch_norm else 0
+    return params.model_copy(update={"batchnorm": ["stage1"], "batchnorm_passes": passes})
 
 
 def _summary(spec: CacheSpec, forwarded: int, taken: int, kept: int, passes: forward.Passes) -> Summary:
@@ -267,13 +286,12 @@ def _same(
 def _statistics(
     staging: Staging,
     params: Params,
+    run: Run,
     names: list[str],
     kept: Statistics,
     backbone: Backbone,
     samples: Samples,
     images: Images,
-    seed: int,
-    device: torch.device,
     depends: dict[str, Any],
 ) -> bytes:
     """The batch-norm statistics `names` as bytes: those `kept`, and the others estimated.
@@ -287,7 +305,7 @@ def _statistics(
         return data
     missing = [name for name in names if name not in kept]
     estimated = batchnorm.compute(
-        backbone, missing, samples, images, passes=params.batchnorm_passes, seed=seed, device=device
+        backbone, missing, samples, images, passes=params.batchnorm_passes, seed=run.seed, device=run.device
     )
     data = batchnorm.to_bytes({name: {**kept, **estimated}[name] for name in names})
     staging.keep("batchnorm.safetensors", data)
@@ -327,18 +345,18 @@ def _spec(
     )
 
 
-def _announce(spec: CacheSpec, name: str, pending: list[int], out: Path, say: Callable[[str], None]) -> None:
+def _announce(spec: CacheSpec, run: Run, pending: list[int]) -> None:
     """Prints what will be written. Raises CacheError `full` if the disk has too little space for it."""
     share = sum(len(spec.shard_range(s)) for s in pending) / spec.rows
     needed = int(spec.value_bytes * share * 1.02) + 2**20
-    free = shutil.disk_usage(out.parent).free
+    free = shutil.disk_usage(run.out.parent).free
     kept = spec.shards - len(pending)
     resumed = f", {kept:,} of {counted(spec.shards, 'shard')} already written" if kept else ""
     size = f"{counted(spec.rows, 'row')}, {spec.value_bytes / 1e6:.1f} MB of values"
-    say(f"{name}: {size}{resumed}; {free / 1e9:.1f} GB free")
+    run.say(f"{run.name}: {size}{resumed}; {free / 1e9:.1f} GB free")
     if needed > free:
         raise CacheError(
-            "full", f"{out}: needs {needed / 1e9:.2f} GB; got {free / 1e9:.2f} GB free; make space or use a codec"
+            "full", f"{run.out}: needs {needed / 1e9:.2f} GB; got {free / 1e9:.2f} GB free; make space or use a codec"
         )
 
 
@@ -348,14 +366,13 @@ def _extract(
     writer: CacheWriter,
     carrier: Carrier | None,
     address: str | None,
-    name: str,
-    say: Callable[[str], None],
+    run: Run,
 ) -> forward.Passes:
     """Computes the rows in `job.todo`, here or on a cluster. Another thread completes shards and writes them."""
     spec, passes = job.spec, forward.Passes()
     row_bytes = sum(spec.row_bytes(e) for e in range(spec.experts))
     total = sum(len(numbers) for numbers in job.todo.values())
-    bar = progress(None, f"extract {name}", unit="row", total=total, unit_scale=True)
+    bar = progress(None, f"extract {run.name}", unit="row", total=total, unit_scale=True)
 
     def tick(rows: int) -> None:
         bar.update(rows)
@@ -370,7 +387,7 @@ def _extract(
     with ThreadPoolExecutor(1, "write") as write_thread, bar:
         writes: deque[Future[None]] = deque()
         # With rows from a previous cache few are left in each shard, so batches span shards.
-        for shard, maps in forward.shards(job, backbone, address, tick, passes, say, straddle=carrier is not None):
+        for shard, maps in forward.shards(job, backbone, address, tick, passes, run.say, straddle=carrier is not None):
             writes.append(write_thread.submit(write, shard, maps))
             while len(writes) > 2:  # bounds memory to three shards
                 writes.popleft().result()

@@ -4,9 +4,7 @@ Linear classifiers need only these vectors, so this is the copy to share. It has
 backbone; train-classifier and evaluate accept it like any other cache.
 """
 
-from collections.abc import Callable
 from importlib.metadata import version
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -18,6 +16,7 @@ from h2t.cache.tools.pooled import pooled
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import Section, plugin
 from h2t.pipeline.base.progress import progress
+from h2t.pipeline.base.run import Run
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.heads.features import load_pool, pool_label
 
@@ -35,10 +34,8 @@ class Params(Section):
     """Compression of the copy."""
 
 
-def run(
-    params: Params, name: str, cache: Cache, out: Path, say: Callable[[str], None], *, replace: bool = False
-) -> CacheSpec:
-    """Pools `cache` into a new cache at `out`; resumes a killed run. Vectors are stored as maps (D, 1, 1), float32.
+def run(params: Params, run: Run, cache: Cache, *, replace: bool = False) -> CacheSpec:
+    """Pools `cache` into a new cache at `run.out`; resumes a killed run. Vectors are stored as maps (D, 1, 1), float32.
 
     Raises CacheError (`exists`, `busy`, `full`), and UserError if `cache` is pooled already, or if the pool is trained
     or gives more than one number per channel.
@@ -60,10 +57,10 @@ def run(
             pooled_maps: np.ndarray = of[maps.shape[1]]({}, torch.from_numpy(maps)).numpy()
         return pooled_maps
 
-    with progress(None, f"pool {name}", unit="row", total=cache.spec.rows, unit_scale=True) as bar:
+    with progress(None, f"pool {run.name}", unit="row", total=cache.spec.rows, unit_scale=True) as bar:
         spec = pooled(
             cache,
-            out,
+            run.out,
             vectors,
             pool_label(params.pool, params.pool_options),
             codec=params.codec,
@@ -72,5 +69,5 @@ def run(
             progress=bar.update,
         )
     before, after = cache.spec.value_bytes / 1e6, spec.value_bytes / 1e6
-    say(f"{name}: {counted(spec.rows, 'row')}, {before:.1f} -> {after:.1f} MB, written to {out}")
+    run.say(f"{run.name}: {counted(spec.rows, 'row')}, {before:.1f} -> {after:.1f} MB, written to {run.out}")
     return spec

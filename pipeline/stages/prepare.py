@@ -7,8 +7,7 @@ left out are listed in `skipped.parquet`.
 """
 
 import json
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -20,6 +19,7 @@ from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import fresh_directory, write_json
 from h2t.pipeline.base.params import Index, Positive, Section, Seed, at_least, build, plugin
 from h2t.pipeline.base.progress import progress
+from h2t.pipeline.base.run import Run
 from h2t.pipeline.base.seeds import stream
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.data.classes import groups
@@ -56,18 +56,18 @@ class Params(Section):
     """Images of each class held out as validation images, which then choose the ratio."""
 
 
-def run(params: Params, seed: int, out: Path, say: Callable[[str], None]) -> None:
-    """Chooses the samples of the dataset and writes them to the directory `out`.
+def run(params: Params, run: Run) -> None:
+    """Chooses the samples of the dataset and writes them to the directory `run.out`.
 
-    `seed` decides which samples are held out. Raises UserError for data that cannot be used, BadImage for an image.
+    `run.seed` decides which samples are held out. Raises UserError for data that cannot be used, BadImage for an image.
     """
     dataset = plugins.load("datasets", params.dataset)
     options = build(dataset.Options, "prepare.options", params.options)
     images: Collection = dataset.load(options)
     label, split = np.array(images.label), np.array(images.split, object)
 
-    _hold_out(label, split, "test", params.test_per_class, "prepare.test_per_class", seed)
-    _hold_out(label, split, "val", params.validation_per_class, "prepare.validation_per_class", seed)
+    _hold_out(label, split, "test", params.test_per_class, "prepare.test_per_class", run.seed)
+    _hold_out(label, split, "val", params.validation_per_class, "prepare.validation_per_class", run.seed)
     kept = _long_tail(label, split, params.imbalance, images.classes)
 
     chosen = sorted([*kept.tolist(), *np.flatnonzero(split != "train").tolist()])
@@ -98,7 +98,7 @@ def run(params: Params, seed: int, out: Path, say: Callable[[str], None]) -> Non
     table = table.add_column(0, "sample", pa.array(range(len(table)), pa.int64()))
 
     ordered = counts[order].tolist()
-    with fresh_directory(out) as into:
+    with fresh_directory(run.out) as into:
         pq.write_table(table, into / "samples.parquet", compression="zstd")
         if params.bad_images == "skip":
             pq.write_table(_skipped(bad, split), into / "skipped.parquet", compression="zstd")
@@ -116,18 +116,18 @@ def run(params: Params, seed: int, out: Path, say: Callable[[str], None]) -> Non
         )
     sizes = {name: table["split"].to_pylist().count(name) for name in ("train", "val", "test")}
     class_count = counted(len(order), "class", "classes")
-    say(
+    run.say(
         f"{params.dataset}: {class_count} of {ordered[0]:,} to {ordered[-1]:,} training images; "
         + ", ".join(f"{name} {size:,}" for name, size in sizes.items())
     )
     if bad:
         first = next(iter(bad.values()))
         left_out = counted(len(bad), "bad image")
-        say(f"note: {left_out} left out, listed in skipped.parquet; first: {first.source} {first.reason}")
+        run.say(f"note: {left_out} left out, listed in skipped.parquet; first: {first.source} {first.reason}")
     if ordered[-1] == 1:
-        say("note: at least one class has only one training sample")
+        run.say("note: at least one class has only one training sample")
     if not sizes["val"]:
-        say("note: no validation split, so no ratio can be chosen; evaluate.ratio is the ratio that is reported")
+        run.say("note: no validation split, so no ratio can be chosen; evaluate.ratio is the ratio that is reported")
 
 
 def _digests(images: Images, chosen: Sequence[int], policy: str) -> tuple[dict[int, str], dict[int, BadImage]]:

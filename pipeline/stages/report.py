@@ -5,10 +5,10 @@ Writes `index.html` (self-contained), `results.md` (the tables), `ratio.svg`, `m
 results of other hosts are named in a note and left out.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 from h2t.pipeline.base.params import Section
+from h2t.pipeline.base.run import Run
 
 NUMBER = 2026112602  # other results, another number: docs/numbers.md
 
@@ -20,15 +20,8 @@ class Params(Section):
     """Title of the page."""
 
 
-def run(
-    params: Params,
-    hosts: list[str],
-    evaluate_dir: Path,
-    out: Path,
-    say: Callable[[str], None],
-    runs: Path | None = None,
-) -> None:
-    """Writes a report on `hosts` into the directory `out`. The page also shows the run records in the folder `runs`.
+def run(params: Params, run: Run, hosts: list[str], evaluate_dir: Path, runs: Path | None = None) -> None:
+    """Writes a report on `hosts` into the directory `run.out`. The page also shows the run records in `runs`.
 
     Raises UserError for a host that has not been evaluated, and for files that cannot be read.
     """
@@ -39,6 +32,6 @@ def run(
     results = [load_result(name, evaluate_dir / name) for name in hosts]
     leftovers = sorted(p.name for p in evaluate_dir.iterdir() if p.is_dir() and p.name not in hosts)
     if leftovers:
-        say(f"note: {', '.join(leftovers)}: not among the hosts of the parameters, left out")
-    write(params.title, results, out, run_records(runs) if runs else [])
-    say(markdown_table(results))
+        run.say(f"note: {', '.join(leftovers)}: not among the hosts of the parameters, left out")
+    write(params.title, results, run.out, run_records(runs) if runs else [])
+    run.say(markdown_table(results))

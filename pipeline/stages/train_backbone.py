@@ -1,7 +1,7 @@
 """train_backbone (stage I): trains a network with an objective, or loads its weights from a file.
 
-Writes `backbone.safetensors` (the network up to its maps), `head.safetensors` (the stage-I classifier; without tensors
-if `head` is `probe` or `none`) and training curves as tab-separated files in `plots/metrics`, in the layout of DVC's
+Writes `backbone.safetensors` (the network up to its maps), `head.safetensors` (the stage-I classifier; without one if
+`head` is `probe` or `none`) and training curves as tab-separated files in `plots/metrics`, in the layout of DVC's
 logger. The loop is in `training.loop`;
 `torchrun --nproc-per-node N -m h2t.pipeline train-backbone ...` runs it in N processes.
 """
@@ -10,7 +10,7 @@ import csv
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Literal
@@ -21,12 +21,15 @@ from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import fresh_directory
 from h2t.pipeline.base.params import Section, build, plugin
+from h2t.pipeline.base.run import Run, silent
 from h2t.pipeline.base.seeds import torch_seed
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.data.images import Images
+from h2t.pipeline.data.network_input import Input, chosen
 from h2t.pipeline.data.samples import Samples
 from h2t.pipeline.networks.backbone import Backbone, build_backbone, features_of, frozen_part
 from h2t.pipeline.networks.probe import Probe
+from h2t.pipeline.networks.tap import Tapped
 from h2t.pipeline.networks.trained import NONE
 from h2t.pipeline.networks.weights import (
     fill,
@@ -56,10 +59,12 @@ class Params(Training):
     """The loss of stage I, with its classifier."""
     loss: dict[str, Any] = {}
     """Constants of the objective; see below."""
+    input: Input = Input()
+    """What the network takes; see below."""
     start: str | None = None
-    """Weights that training starts from: `torchvision`, or a checkpoint file. The classifier in them is not used."""
+    """Weights that training starts from: `pretrained` (or `torchvision`), or a file. Their classifier is not used."""
     weights: str | None = None
-    """Checkpoint file with the finished weights: nothing is trained."""
+    """Finished weights, so nothing is trained: `pretrained`, or a file. With `none` or null the network is trained."""
     sha256: str | None = None
     """Digest that the checkpoint file must have, as hexadecimal text; null accepts any file."""
     head: Literal["trained", "probe", "none"] = "trained"
@@ -68,90 +73,105 @@ class Params(Training):
     """How stage `probe` fits the classifier."""
 
 
-def run(
-    params: Params,
-    name: str,
-    samples: Samples,
-    images: Images,
-    seed: int,
-    device: torch.device,
-    out: Path,
-    say: Callable[[str], None],
-) -> None:
-    """Trains or loads the backbone `name` and writes it into the directory `out`. `seed`: of weights and batches.
+def run(params: Params, run: Run, samples: Samples, images: Images) -> None:
+    """Trains or loads the backbone `run.name` and writes it into the directory `run.out`.
 
     Raises UserError if the weights are missing or do not fit, or if training diverges.
     """
-    where = f"backbones.{name}"
+    where = f"backbones.{run.name}"
     arch, objectives = plugins.load("backbones", params.arch), plugins.load("objectives", params.objective)
     counts = torch.tensor(samples.counts)
     with torch.random.fork_rng():
-        torch.manual_seed(torch_seed(seed, "stage1", "initial"))
+        torch.manual_seed(torch_seed(run.seed, "stage1", "initial"))
         options = build(arch.Options, f"{where}.options", params.options)
-        backbone = build_backbone(arch, options)
+        stated = params.input
+        if hasattr(arch, "resolved"):
+            options = arch.resolved(options)
+        if hasattr(arch, "input"):
+            stated = chosen(arch.input(options), params.input)
+        backbone = build_backbone(arch, options, stated.size)
         loss = build(objectives.Loss, f"{where}.loss", params.loss)
         objective: Objective = objectives.Objective(loss, features_of(backbone), backbone.experts, counts)
-    if params.weights is not None:
-        _load(params, where, backbone, objective)
-        say(f"{name}: weights from {Path(params.weights).name}; nothing is trained")
-        _write(out, params, backbone, objective, [])
+    about = {
+        "arch": params.arch,
+        "options": options.model_dump(exclude_defaults=True) if hasattr(arch, "resolved") else params.options,
+        "channels": backbone.channels,
+        "experts": backbone.experts,
+        **({"input": stated.model_dump(exclude_none=True)} if stated != Input() else {}),
+    }
+    if params.weights not in (None, "none"):
+        about |= {"pretrained": True} if params.weights == "pretrained" or hasattr(arch, "input") else {}
+        whole = _weights(params, f"{where}.weights", arch, options, stated)
+        reason = _load(whole, f"{where}.weights", backbone, objective if params.head == "trained" else None)
+        source = "pretrained" if params.weights == "pretrained" else Path(str(params.weights)).name
+        run.say(f"{run.name}: weights from {source}; nothing is trained")
+        if reason and params.head == "trained":
+            run.say(f"note: {run.name}: the weights' own classifier is left out: {reason}")
+        _write(run.out, about, params, backbone, None if reason else objective, [])
         return
     if params.start is not None:
-        _start(params, where, arch, options, backbone)
+        _start(params, where, arch, options, backbone, stated)
     if params.frozen and params.head != "trained":
-        say(f"{name}: frozen, with head: {params.head}; nothing is trained")
-        _write(out, params, backbone, objective, [])
+        run.say(f"{run.name}: frozen, with head: {params.head}; nothing is trained")
+        _write(run.out, about, params, backbone, None, [])
         return
-    save = Checkpoint(out, _token(params, samples, backbone, seed, device), seconds=0)
-    with processes(device) as group:
+    samples = samples.with_input(stated)
+    images = images.prepared_for(samples.transform)
+    save = Checkpoint(run.out, _token(params, run, samples, backbone), seconds=0)
+    with processes(run.device) as group:
         if params.accumulate % group.size:
             raise UserError(
                 f"{where}.accumulate: must be a multiple of the number of processes, {group.size}, which share the "
                 f"parts of a batch equally; got {params.accumulate}; set it to {group.size}"
             )
         first = group.rank == 0
-        training = StageOne(params, backbone, objective, samples, images, seed, group)
-        curves = training.run(name, save, say if first else lambda line: None)
+        training = StageOne(params, backbone, objective, samples, images, run.seed, group)
+        curves = training.run(run.name, save, run.say if first else silent)
     if not all(torch.isfinite(p).all() for p in backbone.state_dict().values()):
         raise UserError(f"{where}: training diverged, weights must be finite; got NaN or infinity; lower {where}.lr")
     if first:
         last = curves[-1]
-        _write(out, params, backbone, objective, curves)
+        _write(run.out, about, params, backbone, objective if params.head == "trained" else None, curves)
         save.clear()
         epochs = counted(params.epochs, "epoch")
-        say(f"{name}: {epochs}, loss {last['loss']:.3f}, training accuracy {last['accuracy']:.1f} %")
+        run.say(f"{run.name}: {epochs}, loss {last['loss']:.3f}, training accuracy {last['accuracy']:.1f} %")
 
 
-def _token(params: Params, samples: Samples, backbone: Backbone, seed: int, device: torch.device) -> str:
+def _token(params: Params, run: Run, samples: Samples, backbone: Backbone) -> str:
     """Training resumes only if this token is unchanged. It does not depend on the number of processes."""
     table = samples.table.select(["split", "label", "source", "digest"]).to_pydict()
     about = {
-        "params": params.model_dump(),
-        "samples": table,
-        "initial": weights_digest(backbone.state_dict()),
-        "seed": seed,
-        "device": device.type,
+        "parameters": params.model_dump(),
+        "samples": hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest(),
+        "initial weights": weights_digest(backbone.state_dict()),
+        "seed": run.seed,
+        "device": run.device.type,
         "torch": torch.__version__,
     }
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    return json.dumps(about, sort_keys=True)
 
 
-def _write(out: Path, params: Params, backbone: Backbone, objective: Objective, curves: Curves) -> None:
-    about = {"arch": params.arch, "options": params.options, "channels": backbone.channels, "experts": backbone.experts}
+def _write(
+    out: Path, about: dict[str, Any], params: Params, backbone: Backbone, objective: Objective | None, curves: Curves
+) -> None:
+    """Writes the stage's files; without an `objective` the head file holds no classifier."""
     part = frozen_part(backbone)
     tensors, described = part.to_file() if part else ({}, None)
-    if params.head == "trained":
-        state, head = objective.state_dict(), {"classifier": objective.classifier, "scale": objective.scale}
-    else:
-        state, head = {}, {"classifier": NONE, "scale": 1.0, "head": params.head}
-    if params.head == "probe":
-        head["probe"] = params.probe.model_dump()
-    if part:
-        head["frozen"] = described
     with fresh_directory(out) as into:
         save_weights(into / "backbone.safetensors", backbone.state_dict(), about)
-        described_head = {**about, "objective": params.objective, **head}
-        save_weights(into / "head.safetensors", {**state, **tensors}, described_head)
+        save_weights(
+            into / "head.safetensors",
+            {**(objective.state_dict() if objective else {}), **tensors},
+            {
+                **about,
+                "objective": params.objective,
+                "classifier": objective.classifier if objective else NONE,
+                "scale": objective.scale if objective else 1.0,
+                **({"frozen": described} if part else {}),
+                **({"head": params.head} if params.head != "trained" else {}),
+                **({"probe": params.probe.model_dump()} if params.head == "probe" else {}),
+            },
+        )
         _write_curves(into / "plots" / "metrics", curves)
 
 
@@ -177,25 +197,54 @@ def _checkpoint(params: Params, key: str, path: Path) -> dict[str, torch.Tensor]
     return state
 
 
-def _load(params: Params, where: str, backbone: Backbone, objective: Objective) -> None:
-    state = _checkpoint(params, f"{where}.weights", Path(str(params.weights)))
-    if params.head != "trained":
-        fill(backbone, without_head(state, backbone.state_dict()), f"{where}.weights")
-        return
-    body, head = split_head(state)
-    fill(backbone, body, f"{where}.weights")
-    objective.load_state_dict(fit_head(head, objective.state_dict(), f"{where}.weights"))
+def _weights(params: Params, key: str, arch: ModuleType, options: Section, stated: Input) -> Mapping[str, torch.Tensor]:
+    """The state dict that the parameter `key`, of `weights` or `start`, names. Raises UserError."""
+    named = str(params.start if key.endswith(".start") else params.weights)
+    if named not in ("pretrained", "torchvision"):
+        return _checkpoint(params, key, Path(named))
+    if not hasattr(arch, "weights"):
+        raise UserError(f"{key}: {named} has no weights for {params.arch}; name a checkpoint file, or null")
+    state: Mapping[str, torch.Tensor] = (
+        arch.weights(options, stated.size) if hasattr(arch, "input") else arch.weights(options)
+    )
+    return state
 
 
-def _start(params: Params, where: str, arch: ModuleType, options: Section, backbone: Backbone) -> None:
+def _load(whole: Mapping[str, torch.Tensor], where: str, backbone: Backbone, objective: Objective | None) -> str:
+    """Loads the weights of a whole network. Returns why its classifier is left out, or nothing if it is kept.
+
+    Without an `objective` the classifier is not looked at.
+    """
+    if objective is None and not isinstance(backbone, Tapped):
+        fill(backbone, without_head(whole, backbone.state_dict()), where)
+        return "none is asked for"
+    if isinstance(backbone, Tapped):
+        fill(backbone, {k: v for k, v in whole.items() if k not in backbone.unused}, where)
+        names = [f"{backbone.last_layer}.{part}" for part in ("weight", "bias")]
+        if objective is None:
+            return "none is asked for"
+        if backbone.ending.why:
+            return backbone.ending.why
+        if names[0] not in whole:
+            return "there is none"
+        head = {part: whole[name][None] for part, name in zip(("weight", "bias"), names, strict=True) if name in whole}
+    else:
+        body, head = split_head(whole)
+        fill(backbone, body, where)
+    assert objective is not None
+    own = objective.state_dict()
+    if objective.classifier == "linear" and head["weight"].shape[::2] == own["weight"].shape[::2]:
+        classes, wanted = head["weight"].shape[1], own["weight"].shape[1]
+        if classes != wanted:
+            return f"it has {counted(classes, 'class', 'classes')}, the dataset has {wanted}"
+    objective.load_state_dict(fit_head(head, own, where))
+    return ""
+
+
+def _start(params: Params, where: str, arch: ModuleType, options: Section, backbone: Backbone, stated: Input) -> None:
     """Loads the weights to start from into `backbone`, except those that it declares `fresh`."""
     key = f"{where}.start"
-    if params.start == "torchvision":
-        if not hasattr(arch, "weights"):
-            raise UserError(f"{key}: torchvision has no weights for {params.arch}; name a checkpoint file, or null")
-        pretrained = arch.weights(options)
-    else:
-        pretrained = _checkpoint(params, key, Path(str(params.start)))
+    pretrained = _weights(params, key, arch, options, stated)
     own = backbone.state_dict()
     used = {k: v for k, v in pretrained.items() if k in own}  # without the classifier, whose keys are not in `own`
     kept = {k: v for k, v in own.items() if k.startswith(backbone.fresh)}

@@ -6,9 +6,7 @@ its settings; the host's settings in the schema's metadata) and `history.parquet
 
 import itertools
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,6 +29,7 @@ from h2t.pipeline.base.params import (
     Seed,
     plugin,
 )
+from h2t.pipeline.base.run import Run
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.data.classes import recorded_names
 from h2t.pipeline.extraction.recipes import RECIPES, Recipe
@@ -43,23 +42,20 @@ from h2t.pipeline.heads.features import (
     pool_label,
 )
 from h2t.pipeline.heads.fusion import Rounding, Selection
-from h2t.pipeline.heads.head import MAP_AXES, Head
+from h2t.pipeline.heads.head import Head
 from h2t.pipeline.heads.host import Context, Host
-from h2t.pipeline.heads.residency import WINDOW_SHARE, Choice, Feed, Residency, Room, amount, find_room, plan_tier
+from h2t.pipeline.heads.parts import planned_parts, step_size
+from h2t.pipeline.heads.residency import Feed, Residency, amount, find_room, plan_tier
 from h2t.pipeline.heads.stack import (
     FLOAT,
     HeadSetting,
     NotFinite,
     Optimiser,
-    Stack,
-    StepSize,
     not_finite,
-    part_sizes,
-    parts_of,
-    seeds_and_donors,
 )
 from h2t.pipeline.heads.start import backbone_head, check_backbone, class_means, from_file
 from h2t.pipeline.heads.stored import HeadParts, build_head
+from h2t.pipeline.heads.training import fit, train
 from h2t.pipeline.networks.pool import Pool
 from h2t.pipeline.networks.trained import StageOneHead, backbone_digest, load_head
 from h2t.pipeline.networks.weights import save_weights, weights_digest
@@ -89,7 +85,7 @@ class Params(Section):
     backbone: str
     """Entry of `backbones` whose cache is read."""
     batchnorm: Literal["stage1", "calibrated", "branchwise"] = "branchwise"
-    """Batch-norm recipe whose rows are read; one of `extract.batchnorm`."""
+    """Batch-norm recipe whose rows are read, of `extract.batchnorm`; left out, `stage1` if the cache has no other."""
     pool: Annotated[str, plugin("pools")] = "gap"
     """How maps become vectors."""
     pool_options: dict[str, Any] = {}
@@ -135,23 +131,6 @@ class Summary:
     expected_hit_rate: float | None = None
 
 
-@dataclass(frozen=True)
-class Trained:
-    """`state`: name -> (K, ...); `history`: a line per classifier and epoch; `restored`: steps of an earlier run."""
-
-    state: dict[str, torch.Tensor]
-    history: pa.Table
-    restored: int = 0
-
-
-RESULT_COPIES = 3  # copies of all weights in memory: one collected, two while writing
-TRAINED_POOL_COPIES = 8  # copies of a head's input for the gradients of a pool with parameters (measured on `gem`)
-FROZEN_COPIES = 3  # copies of a head's input for the gradients of a layer between pool and classifier
-RESUME_SLACK = 1.5  # a step may exceed its budget by this factor, so that training can resume in the same parts
-
-HISTORY = pa.schema([("number", pa.int64()), ("epoch", pa.int64()), ("lr", pa.float64()), ("loss", pa.float64())])
-
-
 def read_under(recipe: Recipe, sampler: str) -> str:
     """The statistics under which rows drawn by `sampler` are read; those of the receivers for a sampler plug-in."""
     return recipe.donors.get(sampler, recipe.receiver)
@@ -162,33 +141,25 @@ def heads_of(grid: Grid, rounding: Rounding = "floor") -> list[HeadSetting]:
     return [HeadSetting(*h, rounding) for h in itertools.product(grid.ratio, grid.donor, grid.selection, grid.seed)]
 
 
-def run(
-    params: Params,
-    residency: Residency,
-    name: str,
-    cache: Cache,
-    backbone_dir: Path,
-    device: torch.device,
-    out: Path,
-    say: Callable[[str], None],
-) -> Summary:
-    """Trains all classifiers of host `name` and writes them into the directory `out`.
+def run(params: Params, run: Run, residency: Residency, cache: Cache, backbone_dir: Path) -> Summary:
+    """Trains all classifiers of host `run.name` and writes them into the directory `run.out`.
 
     An interrupted run resumes from its last saved step. Raises UserError for settings or caches that do not fit.
     """
     check_backbone(cache, backbone_dir)
+    params = _with_recipe(params, run.name, cache)
     recipe = RECIPES[params.batchnorm]
     kind = plugins.load("hosts", params.host).Host
     own = load_head(backbone_dir)
-    check_start(params, name, kind, own.about.get("head", "trained" if own.state else "none"))
+    check_start(params, run.name, kind, own.about.get("head", "trained" if own.state else "none"))
     start = params.start or ("means" if kind.starts_from == "means" else None)
     from_backbone = kind.starts_from != "own" and start in (None, "probe")
-    stage1 = backbone_head(cache, backbone_dir, params.classifier, device, say) if from_backbone else own
+    stage1 = backbone_head(cache, backbone_dir, params.classifier, run.device, run.say) if from_backbone else own
     fitted = kind.fitted
     receiver = params.receiver or kind.receiver
     heads = [HeadSetting(0.0, "instance", "random", 0)] if fitted else heads_of(params.grid, params.rounding)
     replaced = [h.replaced(cache.spec.maps[0][0]) for h in heads]
-    _check_grid(params, name, cache, fitted, heads, replaced)
+    _check_grid(params, run.name, cache, fitted, heads, replaced)
     streams = Streams(
         cache.rows,
         recorded_names(cache.spec.provenance, cache.files),
@@ -211,12 +182,12 @@ def run(
         scale=params.scale or kind.usual_scale or (stage1.scale if same else 1.0),
         pool=params.pool,
         pool_options=params.pool_options,
-        where=f"hosts.{name}",
+        where=f"hosts.{run.name}",
     )
-    head = build_head(parts, context, channels, frozen.to(device) if frozen else None)
+    head = build_head(parts, context, channels, frozen.to(run.device) if frozen else None)
     reader = _reader(params, cache, head.pool, as_maps=not (residency.pooled or fitted))
     if start not in (None, "probe"):
-        stage1 = replace(_start(start, params, name, reader, head, streams, device), frozen=frozen)
+        stage1 = replace(_start(start, params, run, reader, head, streams), frozen=frozen)
     about = {
         **asdict(parts),
         "batchnorm": params.batchnorm,
@@ -233,40 +204,55 @@ def run(
         **({"start": Path(params.start).name} if params.start else {}),
     }
     if fitted:
-        _check_fit(name, streams, reader, holds_logits=kind.holds_logits)
-        trained, summary = _fit(head, stage1, streams, reader, device), Summary(1, 0)
+        _check_fit(run.name, streams, reader, holds_logits=kind.holds_logits)
+        trained, summary = fit(head, stage1, streams, reader, run.device), Summary(1, 0)
         if bad := not_finite(trained.state):
-            raise _not_finite_because(name, fitted, cache, streams.receivers.first, bad[1], heads[0])
+            raise _not_finite_because(run.name, fitted, cache, streams.receivers.first, bad[1], heads[0])
     else:
         begin = weights_digest(stage1.state)
         token = f"{cache.spec.fingerprint} {about['backbone']} {params.model_dump_json()} {begin}"
-        room = find_room(residency, device)
+        room = find_room(residency, run.device)
         choice = plan_tier(streams, reader, residency, room)
-        size = _step_size(streams, reader, stage1, head, features)
-        planned = _parts(name, heads, size, choice, room, len(streams.rows) * reader.row_bytes, Path(out), token)
+        size = step_size(streams, reader, stage1, head)
+        planned = planned_parts(run, heads, size, choice, room, len(streams.rows) * reader.row_bytes, token)
         if len(planned) > 1:
-            say(
-                f"{name}: {counted(len(heads), 'classifier')} in {len(planned)} parts, "
+            run.say(
+                f"{run.name}: {counted(len(heads), 'classifier')} in {len(planned)} parts, "
                 f"to stay below {amount(room.step)} per step"
             )
         rows = max(size.window(part) for part in planned) // reader.row_bytes
-        feed = Feed(streams, reader, choice, room.windows, device, say, step_rows=rows)
+        feed = Feed(streams, reader, choice, room.windows, run.device, run.say, step_rows=rows)
         try:
-            trained = _train(params.optimiser, name, head, planned, feed, stage1, Path(out), token)
+            trained = train(params.optimiser, run, head, planned, feed, stage1, token)
         except NotFinite as bad:
-            Checkpoint(out, "").clear()  # or training on a repaired cache would resume from these weights
-            raise _not_finite_because(name, fitted, cache, streams.rows, bad.parameter, heads[bad.head]) from None
+            Checkpoint(run.out, "").clear()  # or training on a repaired cache would resume from these weights
+            raise _not_finite_because(run.name, fitted, cache, streams.rows, bad.parameter, heads[bad.head]) from None
         summary = _summary(len(heads), params.optimiser, streams.steps, trained.restored, feed)
-        say(f"{name}: {feed.cost}")
-    with fresh_directory(out) as into:
+        run.say(f"{run.name}: {feed.cost}")
+    with fresh_directory(run.out) as into:
         tensors, described = frozen.to_file() if frozen else ({}, None)
         about_file = {"host": params.host, **({"frozen": described} if frozen else {})}
         save_weights(into / "heads.safetensors", {**trained.state, **tensors}, about_file)
         pq.write_table(_table(heads, replaced, about), into / "heads.parquet")
         pq.write_table(trained.history, into / "history.parquet")
-    Checkpoint(out, "").clear()
-    say(f"{name}: " + ("fitted" if fitted else _outcome(trained.history, params.optimiser.epochs, len(heads))))
+    Checkpoint(run.out, "").clear()
+    run.say(f"{run.name}: " + ("fitted" if fitted else _outcome(trained.history, params.optimiser.epochs, len(heads))))
     return summary
+
+
+def _with_recipe(params: Params, name: str, cache: Cache) -> Params:
+    """The parameters with recipe `stage1` if the cache holds no other statistics and no other recipe is asked for.
+
+    Raises UserError if one is.
+    """
+    if params.batchnorm == "stage1" or set(cache.rows["statistics"].unique().to_pylist()) != {"stage1"}:
+        return params
+    if "batchnorm" in params.model_fields_set:
+        raise UserError(
+            f"hosts.{name}.batchnorm: must be stage1, the only statistics in {cache.files}; got {params.batchnorm}; "
+            "set it to stage1 or, if the backbone has batch norm, add the recipe to extract.batchnorm and extract again"
+        )
+    return params.model_copy(update={"batchnorm": "stage1"})
 
 
 def check_start(params: Params, name: str, kind: type[Host], head: str) -> None:
@@ -286,19 +272,15 @@ def check_start(params: Params, name: str, kind: type[Host], head: str) -> None:
         raise UserError(f"{where}.start_sha256: needs a file in start; got {params.start}; remove the key")
 
 
-def _start(
-    start: str, params: Params, name: str, reader: FeatureReader, head: Head, streams: Streams, device: torch.device
-) -> StageOneHead:
+def _start(start: str, params: Params, run: Run, reader: FeatureReader, head: Head, streams: Streams) -> StageOneHead:
     """The classifier that training starts from: class means, or the vectors in the file `start`. Raises UserError."""
-    classes = streams.index.classes
     if start == "means":
-        return class_means(reader, head, streams.receivers, classes, params.classifier, device)
-    cache = reader.cache
+        return class_means(reader, head, streams.receivers, streams.index.classes, params.classifier, run.device)
     return from_file(
         Path(start),
         params.start_sha256,
-        f"hosts.{name}.start",
-        recorded_names(cache.spec.provenance, cache.files),
+        f"hosts.{run.name}.start",
+        recorded_names(reader.cache.spec.provenance, reader.cache.files),
         head.host.context.channels,
         params.classifier,
     )
@@ -381,121 +363,6 @@ def _check_fit(name: str, streams: Streams, reader: FeatureReader, *, holds_logi
             f"hosts.{name}: a closed-form fit on {counted(samples, 'sample')} needs {amount(need)} of memory; "
             f"{amount(room)} are available; raise the memory limit, or use a host that is trained by gradient descent"
         )
-
-
-def _fit(head: Head, stage1: StageOneHead, streams: Streams, reader: FeatureReader, device: torch.device) -> Trained:
-    """The one classifier of a host with a closed-form fit, on the unaugmented view of every training sample."""
-    features = reader.read(streams.receivers.first).to(device, torch.float32)
-    state = head.fit(features, torch.from_numpy(streams.receivers.labels).to(device), stage1)
-    history = pa.table({"number": [], "epoch": [], "lr": [], "loss": []}, schema=HISTORY)
-    return Trained({k: t.to(torch.float32)[None] for k, t in state.items()}, history)
-
-
-def _step_size(streams: Streams, reader: FeatureReader, stage1: StageOneHead, head: Head, features: int) -> StepSize:
-    """The sizes that the memory of a training step depends on. `features`: D, what the classifier gets."""
-    experts, classes = reader.cache.experts, streams.index.classes
-    numbers = reader.row_bytes // reader.dtype.itemsize
-    linear = experts * classes * (features + 1)
-    return StepSize(
-        batch=streams.batch_size,
-        numbers=numbers,
-        kept=reader.dtype.itemsize,
-        logits=experts * streams.batch_size * classes,
-        parameters=max(linear, sum(t.numel() for t in stage1.state.values())),
-        pool_copies=(TRAINED_POOL_COPIES if len(reader.shape) == MAP_AXES - 2 and head.pool.initial() else 0)
-        + FROZEN_COPIES * len(stage1.frozen.layers if stage1.frozen else ()),
-    )
-
-
-def _parts(
-    name: str,
-    heads: list[HeadSetting],
-    size: StepSize,
-    choice: Choice,
-    room: Room,
-    features: int,
-    out: Path,
-    token: str,
-) -> list[list[HeadSetting]]:
-    """Splits the heads into the fewest parts whose steps fit, or as an interrupted run did, if that still fits.
-
-    `features`: bytes of the features that stay in memory. Raises UserError if not even one head fits.
-    """
-    results = RESULT_COPIES * len(heads) * FLOAT * size.parameters
-    if results > room.host:
-        raise UserError(
-            f"hosts.{name}.grid: the weights of {counted(len(heads), 'classifier')} need {amount(results)} of memory; "
-            f"{amount(room.host)} are available; make the grid smaller, or raise the memory limit"
-        )
-    streamed = choice.tier == "stream"
-
-    def fits(parts: list[list[HeadSetting]], slack: float = 1.0) -> bool:
-        step, window = slack * room.step, slack * WINDOW_SHARE * room.windows
-        return all(size.of(part) <= step and (not streamed or size.window(part) <= window) for part in parts)
-
-    ways = [parts_of(heads, n) for n in part_sizes(len(heads))]
-    saved = Checkpoint.saved(out)
-    for parts in ways:
-        if any(_key(token, n, parts) == key for n, key in saved.items()) and fits(parts, RESUME_SLACK):
-            return parts
-    for parts in ways:
-        if fits(parts):
-            return parts
-    here = choice.tier == "device" or not room.gpu  # whether features are kept where training runs
-    need = max(size.of(p) + (2 * size.window(p) if streamed else features * here) for p in ways[-1])
-    if need > room.where_trained:
-        raise UserError(
-            f"hosts.{name}: training a single classifier needs {amount(need)} of memory; "
-            f"{amount(room.where_trained)} are available; lower hosts.{name}.optimiser.batch_size ({size.batch}), or "
-            "raise the memory limit"
-        )
-    return ways[-1]
-
-
-def _key(token: str, number: int, parts: list[list[HeadSetting]]) -> str:
-    """The token of a part's saved step. Training resumes only if it is unchanged."""
-    return sha256(f"{token} part {number} of {len(parts)}".encode()).hexdigest()
-
-
-def _train(
-    optimiser: Optimiser,
-    name: str,
-    head: Head,
-    parts: list[list[HeadSetting]],
-    feed: Feed,
-    stage1: StageOneHead,
-    out: Path,
-    token: str,
-) -> Trained:
-    """Trains all heads by gradient descent, part by part."""
-    state: dict[str, torch.Tensor] = {}
-    history: list[dict[str, float]] = []
-    done = restored = 0
-    for number, part in enumerate(parts):
-        stack = Stack(head, part, feed.of(*seeds_and_donors(part)))
-        stack.start(stage1)
-        numbers = list(range(done, done + len(part)))
-        done += len(part)
-
-        def report(epoch: int, losses: torch.Tensor, numbers: list[int] = numbers) -> None:
-            rate = optimiser.rate(epoch)
-            history.extend(
-                {"number": n, "epoch": epoch, "lr": rate, "loss": loss}
-                for n, loss in zip(numbers, losses.tolist(), strict=True)
-            )
-
-        checkpoint = Checkpoint(out, _key(token, number, parts), part=number)
-        try:
-            stack.train(optimiser, name, report, checkpoint)
-        except NotFinite as bad:
-            raise NotFinite(bad.epoch, numbers[bad.head], bad.parameter) from None
-        restored += checkpoint.restored
-        for key, tensor in stack.state.items():
-            if key not in state:
-                state[key] = torch.empty(sum(map(len, parts)), *tensor.shape[1:], dtype=tensor.dtype)
-            state[key][numbers] = tensor.detach().cpu()
-    table = pa.Table.from_pylist(history, HISTORY).sort_by([("epoch", "ascending"), ("number", "ascending")])
-    return Trained(state, table, restored)
 
 
 def _outcome(history: pa.Table, epochs: int, heads: int) -> str:

@@ -152,6 +152,8 @@ class StageOne:
                 "prepare more images, or lower batch_size"
             )
         state = {**self._state, "scaler": self._scale}
+        if anew := save.differences():
+            say(f"{name}: starts anew, as the saved training differs: {'; '.join(anew)}")
         done = save.restore(state, self._optimiser, self._curves)
         self._load_scale()
         if done:

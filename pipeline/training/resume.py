@@ -1,5 +1,6 @@
 """Saves unfinished training beside the output, so that a killed run resumes from its last saved step."""
 
+import json
 import os
 import shutil
 import time
@@ -38,6 +39,25 @@ class Checkpoint:
             with suppress(UserError, ValueError):
                 tokens[int(path.stem.removeprefix("state-"))] = str(load_weights(path)[1]["token"])
         return tokens
+
+    def differences(self) -> list[str]:
+        """Why the saved step of another training is not resumed: keys of its token that differ, with both values.
+
+        Empty if nothing is saved, or if the tokens agree. Tokens are JSON objects; one that is not, as earlier versions
+        saved, differs by "version".
+        """
+        try:
+            saved = str(load_weights(self.path)[1].get("token"))
+        except UserError:
+            return []
+        if saved == self.token:
+            return []
+        try:
+            before, now = _flat(json.loads(saved)), _flat(json.loads(self.token))
+        except (ValueError, AttributeError):
+            return ["version"]
+        changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        return [f"{key} {_short(now.get(key))}, was {_short(before.get(key))}" for key in changed]
 
     def restore(self, state: dict[str, torch.Tensor], optimiser: torch.optim.Optimizer, losses: torch.Tensor) -> int:
         """Loads the saved step into the arguments; returns the number of steps done, 0 if nothing usable is saved."""
@@ -82,3 +102,18 @@ class Checkpoint:
     def clear(self) -> None:
         """Deletes the saved steps of all parts."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _flat(token: dict[str, object]) -> dict[str, object]:
+    """The keys of a token, those of its objects as KEY.KEY."""
+    flat: dict[str, object] = {}
+    for key, value in token.items():
+        inner = _flat(value) if isinstance(value, dict) else {}
+        flat |= {f"{key}.{name}": v for name, v in inner.items()} or {key: value}
+    return flat
+
+
+def _short(value: object) -> str:
+    """A value in a message; of a digest the first 12 digits."""
+    text = str(value)
+    return text if len(text) < 64 else text[:12]

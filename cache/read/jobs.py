@@ -1,0 +1,137 @@
+"""The three ways to read the rows of a plan into an array, each a callable on one piece of the work.
+
+`Compiled` and `InPlace` read uncompressed one-row chunks of local files directly into their slots; `Decode` reads
+everything else. Each checks the crc32c of every chunk before its values are returned, and raises CacheError.
+"""
+
+import os
+from functools import partial
+
+import numpy as np
+from crc32c import crc32c
+
+from h2t.cache.format import shard as shard_layout
+from h2t.cache.read.chunks import Chunks
+from h2t.cache.read.files import LocalFiles
+from h2t.cache.read.gather import CHANGED, DONE, MISMATCH, REFUSED, Gather
+from h2t.cache.read.plan import Plan, Unit
+
+
+class Compiled:
+    """Reads one-row chunks with the compiled gather, each row directly into its slot of `out`."""
+
+    def __init__(
+        self,
+        chunks: Chunks,
+        gather: Gather,
+        expert: int,
+        plan: Plan,
+        shards: np.ndarray,
+        offsets: np.ndarray,
+        out: np.ndarray,
+    ) -> None:
+        self.chunks, self.gather, self.expert, self.plan, self.out = chunks, gather, expert, plan, out
+        self.shards, self.offsets = shards, offsets
+        self.row_bytes = chunks.spec.row_bytes(expert)
+        self.slots = plan.leads() * self.row_bytes
+
+    def __call__(self, portion: tuple[int, int]) -> None:
+        files, spec = self.chunks.files, self.chunks.spec
+        assert isinstance(files, LocalFiles)
+        first, last = portion
+        present, which = np.unique(self.shards[first:last], return_inverse=True)
+        names = [spec.shard_file(self.expert, shard) for shard in present.tolist()]
+        with files.handles(names) as held:
+            opened = np.array(held, np.int64)
+            outcome = self.gather(
+                opened[:, 0].astype(np.int32)[which],
+                self.offsets[first:last],
+                self.slots[first:last],
+                self.out,
+                self.row_bytes,
+                opened,
+            )
+        if outcome.result == CHANGED:
+            raise files.replaced(names[outcome.row])
+        if outcome.result != DONE:
+            j = first + outcome.row
+            name = spec.shard_file(self.expert, int(self.shards[j]))
+            if outcome.result == MISMATCH:
+                raise self.chunks.fault(self.expert, int(self.plan.chunks[j]), "crc32c mismatch")
+            if outcome.result == REFUSED:
+                with files.in_one_line(name):
+                    raise OSError(outcome.errno, os.strerror(outcome.errno), f"{files}/{name}")
+            start = int(self.offsets[j])
+            raise files.ends_early(name, start, start + self.row_bytes + shard_layout.CRC_BYTES)
+        for slot, lead in self.plan.repeats(first, last):
+            self.out[slot] = self.out[lead]
+
+
+class InPlace:
+    """Does the work of `Compiled` if that was not built: reads rows into their slots and checksums beside them."""
+
+    def __init__(self, chunks: Chunks, expert: int, plan: Plan, out: np.ndarray) -> None:
+        self.chunks, self.expert, self.plan = chunks, expert, plan
+        self.rows = out.reshape(len(out), -1)
+        self.bytes = self.rows.reshape(-1).view(np.uint8).data
+        self.starts = plan.leads() * chunks.spec.row_bytes(expert)
+
+    def __call__(self, unit: Unit) -> None:
+        chunks, begin, count = self.chunks, unit.first, unit.last - unit.first
+        size = chunks.spec.row_bytes(self.expert)
+        slots = [self.bytes[at : at + size] for at in self.starts[unit.first : unit.last].tolist()]
+        expected = np.empty(count, "<u4")
+        sums = expected.view(np.uint8).data
+        buffers = slots * 2
+        buffers[0::2] = slots
+        buffers[1::2] = [sums[at : at + 4] for at in range(0, 4 * count, 4)]
+        assert isinstance(chunks.files, LocalFiles)
+        chunks.files.read_into(
+            chunks.spec.shard_file(self.expert, unit.shard),
+            ((start, stop, buffers[2 * (a - begin) : 2 * (b - begin)]) for a, b, start, stop in unit.runs),
+        )
+        wrong = np.flatnonzero(np.fromiter(map(crc32c, slots), np.uint32, count) != expected)
+        if len(wrong):
+            raise chunks.fault(self.expert, int(self.plan.chunks[begin + wrong[0]]), "crc32c mismatch")
+        for slot, lead in self.plan.repeats(unit.first, unit.last):
+            self.rows[slot] = self.rows[lead]
+
+
+class Decode:
+    """Reads, checks and decodes chunks: one-row chunks directly into their slots of `out`, others through a copy."""
+
+    def __init__(
+        self, chunks: Chunks, expert: int, plan: Plan, offsets: np.ndarray, sizes: np.ndarray, out: np.ndarray
+    ) -> None:
+        self.chunks, self.expert, self.plan, self.out = chunks, expert, plan, out
+        self.offsets, self.sizes, self.leads = offsets.tolist(), sizes.tolist(), plan.leads().tolist()
+
+    def __call__(self, unit: Unit) -> None:
+        name = self.chunks.spec.shard_file(self.expert, unit.shard)
+        self.chunks.once_more(name, partial(self._fill, name, unit))
+
+    def _fill(self, name: str, unit: Unit) -> None:
+        chunks, plan, out = self.chunks, self.plan, self.out
+        whole_rows = chunks.spec.chunk_rows == 1
+        scratch = np.empty((0 if whole_rows else chunks.spec.chunk_rows, *out.shape[1:]), out.dtype)
+        fetched = chunks.files.read_ranges(name, [(run.start, run.stop) for run in unit.runs])
+        for run, data in zip(unit.runs, fetched, strict=True):
+            view = memoryview(data)
+            for j in range(run.first, run.last):
+                begin = self.offsets[j] - run.start
+                self._decode(j, view[begin : begin + self.sizes[j]], out[self.leads[j]] if whole_rows else scratch)
+                if not whole_rows:
+                    wanted = plan.order[plan.bounds[j] : plan.bounds[j + 1]]
+                    out[wanted] = scratch[plan.within[wanted]]
+        if whole_rows:
+            for slot, lead in plan.repeats(unit.first, unit.last):
+                out[slot] = out[lead]
+
+    def _decode(self, j: int, stored: memoryview, target: np.ndarray) -> None:
+        chunks = self.chunks
+        if not shard_layout.holds(stored):
+            raise chunks.fault(self.expert, int(self.plan.chunks[j]), "crc32c mismatch")
+        try:
+            chunks.codec.decode(stored[: -shard_layout.CRC_BYTES], target)
+        except (ValueError, RuntimeError) as error:
+            raise chunks.fault(self.expert, int(self.plan.chunks[j]), f"cannot be decoded ({error})") from None

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import yaml
 from click.testing import CliRunner
 from golden_cases import FIRST
 from pipeline_builders import CPU, make_stage2_cache, refused, write_params
+from printed import blocks
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file
 from test_importing import make_features, save_npz
@@ -312,20 +314,19 @@ def test_a_backbone_with_a_trained_head_gets_a_note_in_place_of_a_probe(project)
 # --- imported features
 
 
-def test_imported_features_get_a_probe_and_every_host_of_one_expert(tmp_path, monkeypatch):
+def test_imported_features_get_a_probe_by_the_commands_of_the_page(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_params(Path("params.yaml"))
     save_npz("train.npz", *make_features((20, 12, 6)))
     save_npz("test.npz", *make_features((5, 5, 5), seed=1))
-    h2t("cache", "import", "features", "--train", "train.npz", "--test", "test.npz")
-    h2t("probe", "mine", "features", "head")
-    host = "hosts={dr: {backbone: ce_mixup, batchnorm: stage1, grid: {ratio: [0.0, 0.3]}, optimiser: {epochs: 1}}}"
-    h2t("train-classifier", "dr", "features", "head", "heads", "--set", host)
-    h2t("evaluate", "dr", "features", "heads", "head", "result", "--set", host)
+    (block,) = blocks("docs/frozen-backbones.md")
+    for line in block.splitlines():
+        h2t(*shlex.split(line)[1:])
     metrics = json.loads(Path("result/metrics.json").read_text(encoding="utf-8"))
     assert metrics["stage1"]["top1"] > 90
     assert metrics["with_h2t"]["top1"] > 90
-    assert "this backbone has none" in refused("train-classifier", "dr", "features", "none", "x", "--set", host)
+    host = ("--set", "hosts={dr: {backbone: ce_mixup, batchnorm: stage1}}")
+    assert "this backbone has none" in refused("train-classifier", "dr", "features", "none", "x", *host)
 
 
 # --- a file of vectors

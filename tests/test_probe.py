@@ -13,7 +13,7 @@ import yaml
 from click.testing import CliRunner
 from golden_cases import FIRST
 from pipeline_builders import CPU, make_stage2_cache, refused, write_params
-from printed import blocks
+from printed import ROOT, blocks
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file
 from test_importing import make_features, save_npz
@@ -309,6 +309,13 @@ def test_a_backbone_with_a_trained_head_gets_a_note_in_place_of_a_probe(project)
     said = h2t("probe", "few", "data/extract/few", "out", "--set", "backbones.few.head=trained")
     assert "no probe is fitted" in said
     assert [p.name for p in Path("out").iterdir()] == ["probe.json"]
+
+
+def test_of_dvcs_stages_the_probe_comes_first_and_none_depends_on_it():
+    """So a full run fits it once, and with a trained head nothing runs again because of it."""
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    assert list(stages).index("probe") < list(stages).index("train_classifier")
+    assert not [d for stage in stages.values() for d in stage.get("do", stage)["deps"] if d.startswith("data/probe")]
 
 
 # --- imported features

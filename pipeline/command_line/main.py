@@ -272,6 +272,8 @@ def probe(values: dict[str, Any], say: Say, name: str, cache: str, out: Path, ba
             backbone = Path(NONE)
         elif backbone is None:
             backbone = Path(cache).parent.parent / "train_backbone" / name
+            if "://" in cache and head == "probe":
+                raise click.UsageError("a cache at a URL needs --backbone DIR, the backbone that it was extracted with")
         if head == "probe":
             names.check_backbone(values, name, backbone, say)
             check_backbone(maps, backbone)

@@ -351,7 +351,21 @@ def datasets(name: str) -> Result:
     return found
 
 
-BACKBONE_OPTIONS = {"torchvision": {"model": "resnet18"}}
+BACKBONE_OPTIONS: dict[str, dict[str, Any]] = {
+    "torchvision": {"model": "resnet18"},
+    "timm": {"model": "test_resnet"},
+    "huggingface": {
+        "config": {
+            "model_type": "vit",
+            "image_size": 32,
+            "patch_size": 8,
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 16,
+        }
+    },
+}
 
 
 def backbones(name: str) -> Result:

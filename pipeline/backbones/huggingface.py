@@ -58,7 +58,8 @@ class _HuggingFace(Tapped):
 
 def _base(model: Any) -> Any:
     """The network without its classifier."""
-    return getattr(model, model.base_model_prefix, model)
+    classifies = type(model).__name__.endswith("ForImageClassification")
+    return getattr(model, model.base_model_prefix) if classifies else model
 
 
 def resolved(options: Options) -> Options:
@@ -98,6 +99,7 @@ def _create(options: Options, size: int | None) -> Any:
     config = _config(options)
     if size is not None and hasattr(config, "image_size"):
         config.image_size = size
+    config.architectures = getattr(config, "architectures", None) or []  # what from_config goes through
     return _kind(transformers, config).from_config(config)
 
 

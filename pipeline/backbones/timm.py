@@ -39,8 +39,6 @@ class _Timm(Tapped):
         return values
 
     def whole(self, x: torch.Tensor) -> torch.Tensor | None:
-        if not getattr(self._model, "num_classes", 0):
-            return None
         values: torch.Tensor = self._model.forward_head(self._model.forward_features(x))
         return values
 

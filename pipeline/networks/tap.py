@@ -116,9 +116,19 @@ class Tapped(Backbone):
         reached: set[nn.Module] = {module for module, _ in self.ending.after}
         with _hooked(self._model, lambda name, module, given, result: reached.add(module)), torch.no_grad():
             self.trunk(torch.zeros(1, 3, side, side))
-        for name, part in list(self._model.named_children()):
-            if not reached & set(part.modules()):
-                delattr(self._model, name)
+        gone = {
+            name: part
+            for name, part in self._model.named_children()
+            if any(True for _ in part.parameters()) and not reached & set(part.modules())
+        }
+        for name in gone:
+            delattr(self._model, name)
+        try:
+            with torch.no_grad():
+                self.trunk(torch.zeros(1, 3, side, side))
+        except AttributeError:  # a part is used without being called
+            for name, part in gone.items():
+                self._model.add_module(name, part)
 
 
 @torch.no_grad()
@@ -126,7 +136,7 @@ def find_ending(backbone: Tapped, side: int) -> Ending:
     """What follows the maps of `backbone`, which is in eval mode. Raises UserError if there are no such features."""
     x = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     model = backbone._model
-    with _classifiers_that_show(model):
+    with _telling(model):
         calls: list[_Call] = []
         following: list[str] = []  # modules called after the one that gave the maps
         values = backbone.trunk(x)
@@ -134,7 +144,9 @@ def find_ending(backbone: Tapped, side: int) -> Ending:
         def record(name: str, module: nn.Module, given: torch.Tensor | None, result: Any) -> None:
             if isinstance(result, torch.Tensor) and result.shape == values.shape and torch.equal(result, values):
                 following.clear()
-            elif not list(module.children()):
+                calls.clear()
+                return
+            if not list(module.children()):
                 following.append(name)
             if given is not None and _is_vector(result):
                 calls.append(_Call(name, module, given, result.clone()))
@@ -232,20 +244,25 @@ def _hooked(model: nn.Module, seen: Callable[[str, nn.Module, torch.Tensor | Non
 
 
 @contextmanager
-def _classifiers_that_show(model: nn.Module) -> Iterator[None]:
-    """Fresh classifiers may be all zero, or their biases hide tiny features: other values for the time of the proof."""
-    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    biases = [(m.bias, m.bias.clone()) for m in linears if m.bias is not None]
-    zero = [m.weight for m in linears if not m.weight.any()]
+def _telling(model: nn.Module) -> Iterator[None]:
+    """Other values for the time of the proof: fresh ones can hide what a module does.
+
+    Fresh norms may change nothing, fresh classifiers may be all zero, and their biases are larger than tiny features.
+    """
     draws = torch.Generator().manual_seed(3)
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    biases = [m.bias for m in linears if m.bias is not None]
+    zero = [m.weight for m in linears if not m.weight.any()]
+    vectors = {id(t): t for t in (*model.parameters(), *model.buffers()) if t.dim() == 1 and t.is_floating_point()}
+    kept = [(t, t.clone()) for t in {**vectors, **{id(w): w for w in zero}}.values()]
     try:
-        for bias, _ in biases:
+        for tensor in vectors.values():
+            tensor.add_(0.2 * torch.rand(tensor.shape, generator=draws))
+        for bias in biases:
             bias.zero_()
         for weight in zero:
             weight.normal_(generator=draws)
         yield
     finally:
-        for bias, value in biases:
-            bias.copy_(value)
-        for weight in zero:
-            weight.zero_()
+        for tensor, value in kept:
+            tensor.copy_(value)

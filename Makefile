@@ -25,7 +25,7 @@ $(VENV)/installed: pyproject.toml setup.py cache/read/gather.c
 	  { echo "error: $(PYTHON) is no Python 3.11 to 3.13; name one, for example: make repro PYTHON=python3.12" >&2; exit 1; }
 	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV), which takes minutes, as torch is large; what pip says: $(VENV)/install.log"
-	@($(BIN)/python -m pip install --upgrade "pip>=25.1" && $(BIN)/python -m pip install --editable . --group dev) \
+	@($(BIN)/python -m pip install --upgrade "pip>=25.1" && $(BIN)/python -m pip install --editable '.[pipeline]' --group dev) \
 	  > $(VENV)/install.log 2>&1 || { tail -n 20 $(VENV)/install.log >&2; exit 1; }
 	@touch $@
 

@@ -14,6 +14,7 @@ import pandas as pd
 
 from benchmarks.measure import RESULTS, save
 from benchmarks.online_results import BOUNDS, Online, bounds_table, load_online, recipes_lines, record
+from benchmarks.pictures import ratio_picture
 from benchmarks.tables import (
     DONORS,
     RECIPES,
@@ -36,7 +37,6 @@ from benchmarks.tables import (
 )
 from h2t.pipeline.base import params
 from h2t.pipeline.base.errors import UserError
-from h2t.pipeline.reporting.figures import ratio_picture
 from h2t.pipeline.reporting.files import difference_table, markdown_table, run_records
 from h2t.pipeline.reporting.published import different_runs
 from h2t.pipeline.reporting.results import load_result, ratio_curve

@@ -1,3 +1,4 @@
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -22,10 +23,58 @@ def cache_dir(tmp_path):
     return tmp_path / "cache"
 
 
+def _read_by(monkeypatch, way):
+    from h2t.cache.read.gather import compiled
+
+    if way != "compiled":
+        monkeypatch.setattr("h2t.cache.reader.compiled", lambda: None)
+    elif compiled() is None:
+        pytest.skip("the compiled gather was not built")
+
+
+@pytest.fixture(params=["compiled", "plain"])
+def way(request, monkeypatch):
+    """How rows are read: by the compiled gather, or as where there is none."""
+    _read_by(monkeypatch, request.param)
+    return request.param
+
+
+LAYOUTS = {"compiled": {}, "in place": {}, "decoded": {"codec": "zstd"}, "small rows": {"chunk_rows": 2}}
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request, monkeypatch):
+    """The layout of a cache; together these take every path through the reader."""
+    if request.param in ("compiled", "in place"):
+        _read_by(monkeypatch, request.param)
+    return LAYOUTS[request.param]
+
+
+@pytest.fixture
+def no_waiting(monkeypatch):
+    """A store that falters is asked again at once."""
+    monkeypatch.setattr("h2t.cache.read.asking.FIRST_WAIT", 0)
+
+
+@pytest.fixture(params=["8000000", "0"], ids=["blocks kept", "no blocks"])
+def kept(request, monkeypatch):
+    """With a cache of remote blocks and without."""
+    monkeypatch.setenv("H2T_BLOCK_CACHE_BYTES", request.param)
+
+
+@pytest.fixture(scope="session")
+def all_blocks(tmp_path_factory):
+    """A folder, and numbers for those below it: a folder from `tmp_path_factory` for each test takes milliseconds."""
+    return tmp_path_factory.mktemp("blocks"), itertools.count()
+
+
 @pytest.fixture(autouse=True)
-def own_blocks(tmp_path_factory, monkeypatch):
-    """Blocks of remote caches are kept apart from those of whoever runs the tests."""
-    monkeypatch.setenv("H2T_BLOCK_CACHE", str(tmp_path_factory.mktemp("blocks")))
+def own_blocks(all_blocks, monkeypatch):
+    """Blocks of remote caches and embeddings are apart from those of whoever runs the tests, and of other tests."""
+    folder, numbers = all_blocks
+    own = folder / str(next(numbers))
+    monkeypatch.setenv("H2T_BLOCK_CACHE", str(own))
+    monkeypatch.setenv("XDG_CACHE_HOME", f"{own}.home")
 
 
 @pytest.fixture(autouse=True)
@@ -78,4 +127,14 @@ def digits_cache(tmp_path_factory, digits, backbone_dir):
 
     out = tmp_path_factory.mktemp("extract") / "b"
     extracted(out, *digits, backbone_dir, max_views=2)
+    return out
+
+
+@pytest.fixture(scope="session")
+def plain_cache(tmp_path_factory, digits, backbone_dir):
+    """The digits' maps of that backbone under the default recipes, one view, float32; tests change copies only."""
+    from pipeline_builders import extracted
+
+    out = tmp_path_factory.mktemp("plain") / "b"
+    extracted(out, *digits, backbone_dir)
     return out

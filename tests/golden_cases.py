@@ -313,14 +313,28 @@ def _parquet_files(root: Path) -> dict[str, Any]:
     return {"train": [str(root / "train.parquet")], "test": [str(root / "test.parquet")]}
 
 
+def _listed_images(root: Path, **named: str) -> dict[str, Any]:
+    """Five images, two lists of them and a table; returns the options with `named`."""
+    lines = [(f"img/{i}.png", ("wren", "wren", "rook")[i % 3]) for i in range(5)]
+    image_builders.make_tree(root, dict.fromkeys([path for path, _ in lines], 0))
+    image_builders.write_list(root / "train.txt", lines[:3])
+    image_builders.write_list(root / "test.txt", lines[3:])
+    splits = ("train", "train", "train", "test", "val")
+    table = [f"{path},{label},{split}\n" for (path, label), split in zip(lines, splits, strict=True)]
+    (root / "table.csv").write_text("file,bird,part\n" + "".join(table), encoding="utf-8")
+    return {"root": str(root), "transform": {"size": 32, "resize": 36}, **named}
+
+
 FILES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "cifar10": _cifar_files,
     "cifar100": _cifar_files,
     "image_folder": image_builders.make_image_folder,
     "imagenet_lt": image_builders.make_imagenet_lt,
     "inaturalist18": image_builders.make_inaturalist18,
+    "list_file": partial(_listed_images, train="train.txt", test="test.txt"),
     "parquet": _parquet_files,
     "places_lt": partial(image_builders.make_places_lt, style="data_256"),
+    "table": partial(_listed_images, table="images/table.csv", path="file", label="bird", split="part"),
 }
 
 

@@ -1,7 +1,7 @@
 """A web server that gives a cache as it is or spoils one of its files, for tests of what a reader takes from it.
 
 Paths are /MODE/TARGET/NAME: where NAME begins with TARGET, MODE spoils the answer; all else is sound. `spoiled` gives
-the mode of single names, whatever the path says.
+the mode of single names, whatever the path says; `spoil` changes ranges.
 """
 
 import hashlib
@@ -26,13 +26,18 @@ def bomb() -> bytes:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves `files` by ranges, with an ETag if `tagged`; `asked` are (method, name) of all requests."""
+    """Serves `files` by ranges, with an ETag if `tagged`; `asked` are (method, name) of all requests.
+
+    `queries` are what stood behind a `?`. `spoil`, if set, maps (name, bytes of a range) to (body, status, length).
+    """
 
     files: dict[str, bytes] = {}
     spoiled: dict[str, str] = {}
     asked: list[tuple[str, str]] = []
     encodings: set[str] = set()
+    queries: set[str] = set()
     tagged = True
+    spoil = None
 
     def do_HEAD(self) -> None:
         self._sound(body_too=False)
@@ -51,13 +56,15 @@ class Handler(BaseHTTPRequestHandler):
             self._sound(body_too=True)
 
     def _parts(self) -> list[str]:
-        return self.path.lstrip("/").replace("%20", " ").split("/", 2)
+        path, _, query = self.path.partition("?")
+        type(self).queries.add(query)
+        return path.lstrip("/").replace("%20", " ").split("/", 2)
 
     def _sought(self, data: bytes) -> tuple[bytes, int, dict[str, str]]:
         if not (wanted := self.headers.get("Range")):
             return data, 200, {}
         first, _, last = wanted.removeprefix("bytes=").partition("-")
-        part = data[int(first) : int(last) + 1]
+        part = data[int(first) : int(last) + 1 if last else None]
         return part, 206, {"Content-Range": f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}"}
 
     def _sound(self, *, body_too: bool) -> None:
@@ -68,7 +75,10 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(404)
             return
         data, status, headers = self._sought(files[name])
-        self._head(status, headers | {"Content-Length": str(len(data))}, files[name])
+        length = len(data)
+        if type(self).spoil and headers:
+            data, status, length = type(self).spoil(name, data)
+        self._head(status, headers | {"Content-Length": str(length)}, files[name])
         if body_too:
             self.wfile.write(data)
 
@@ -108,7 +118,7 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(0.1)
 
     def _silent(self, data: bytes) -> None:
-        time.sleep(20)
+        time.sleep(120)
 
     def _breaks(self, data: bytes) -> None:
         """Half a second, a byte, and gone."""
@@ -120,12 +130,12 @@ class Handler(BaseHTTPRequestHandler):
         self.send_error(500)
 
     def _steady(self, data: bytes) -> None:
-        """About 5 kB/s."""
+        """About 2 kB/s."""
         whole = self.files[self._parts()[2]]
         _, status, headers = self._sought(whole)
         self._head(status, headers | {"Content-Length": str(len(data))}, whole)
-        for at in range(0, len(data), 500):
-            self.wfile.write(data[at : at + 500])
+        for at in range(0, len(data), 200):
+            self.wfile.write(data[at : at + 200])
             time.sleep(0.1)
 
     def log_message(self, *_: object) -> None:
@@ -135,7 +145,9 @@ class Handler(BaseHTTPRequestHandler):
 @contextmanager
 def hostile_server(files: dict[str, bytes]) -> Iterator[tuple[str, type[Handler]]]:
     """(URL, handler) of a server of `files` on the loopback."""
-    handler = type("Here", (Handler,), {"files": files, "spoiled": {}, "asked": [], "encodings": set()})
+    handler = type(
+        "Here", (Handler,), {"files": files, "spoiled": {}, "asked": [], "encodings": set(), "queries": set()}
+    )
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     server.block_on_close = False

@@ -1,11 +1,17 @@
-"""Kills a run at random moments and starts it again, until it ends."""
+"""Kills a run at random moments and starts it again until it ends, or strikes it before a file operation."""
 
+import multiprocessing
+import os
 import random
+import shutil
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+ATTEMPTS = 20
 
 
 def finish(command: Sequence[str], env: dict[str, str], cwd: Path) -> None:
@@ -29,7 +35,7 @@ def kill_and_restart(
     command: Sequence[str],
     env: dict[str, str],
     cwd: Path,
-    staging: Path,
+    target: Path,
     *,
     kills: int,
     shards: int,
@@ -40,31 +46,64 @@ def kill_and_restart(
     """Ends the run by the signal `how` at `kills` random moments of its work, starts it again, and at last lets it end.
 
     A moment is a random amount of finished work plus a random pause of at most `pause` seconds, not a wall-clock time,
-    so that kills spread over the whole of the work on a slow machine and on a fast one. Returns the shards in the
-    journal after each kill.
+    so that kills spread over the whole of the work on a slow machine and on a fast one. One that struck before the
+    first shard or after the last one is repeated. Returns the shards in the journal after each kill.
     """
     draws = random.Random(seed)
-    found = []
-    for moment in sorted(draws.sample(range(shards - 2), kills)):
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=env,
-            cwd=cwd,
-            preexec_fn=heard,
-        )
-        process.stdout.readline()  # what it will do: rows, bytes, shards kept; now it works
-        while journalled(staging) < moment and process.poll() is None:
-            time.sleep(0.001)
-        time.sleep(draws.uniform(0, pause))
-        process.send_signal(how)
-        errors = process.communicate()[1]
+    staging = target.parent / f".{target.name}.staging"
+    found: list[int] = []
+    for moment in sorted(draws.sample(range(1, shards - 1), kills)):
+        for _ in range(ATTEMPTS):
+            process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, cwd=cwd, preexec_fn=heard
+            )
+            process.stdout.readline()  # what it will do: rows, bytes, shards kept; now it works
+            while journalled(staging) < moment and process.poll() is None:
+                time.sleep(0.001)
+            time.sleep(draws.uniform(0, pause))
+            process.send_signal(how)
+            errors = process.communicate()[1]
+            assert b"Traceback" not in errors, errors.decode()
+            if process.returncode != 0 and 0 < journalled(staging) < shards:
+                break
+            if process.returncode == 0:  # faster than the kill
+                shutil.rmtree(target)
+        else:
+            raise AssertionError(f"no kill amid the work in {ATTEMPTS} runs: {errors.decode()}")
         if how == signal.SIGKILL:
             assert process.returncode == -how, errors.decode()
-        else:
-            assert process.returncode != 0, "the run had ended before"
-            assert b"Traceback" not in errors, errors.decode()
         found.append(journalled(staging))
     finish(command, env, cwd)
     return found
+
+
+CHANGES = ("os.rename", "os.rmdir", "os.remove", "os.mkdir")
+
+
+def killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def struck(work: Callable[[], None], step: int, strike: Callable[[], None] = killed) -> int:
+    """The exit code of `work` in a fork of this process; `strike` is called once, just before change number `step`.
+
+    A change renames or removes a file, or makes or removes a directory.
+    """
+
+    def child() -> None:
+        left = step
+
+        def count(event: str, _: object) -> None:
+            nonlocal left
+            if event in CHANGES:
+                left -= 1
+                if left == -1:
+                    strike()
+
+        sys.addaudithook(count)
+        work()
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join()
+    return process.exitcode

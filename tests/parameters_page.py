@@ -97,7 +97,7 @@ def meaning(model: type[Section], field: str) -> str:
     """What `field` means. Raises KeyError where no class that `model` derives from says it."""
     for owner in model.__mro__:
         if issubclass(owner, Section) and field in (texts := _literals(owner)):
-            return texts[field]
+            return " ".join(texts[field].split())
     raise KeyError(f"{model.__module__}.{model.__name__}.{field}: write a string literal below the field")
 
 

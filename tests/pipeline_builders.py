@@ -17,7 +17,7 @@ import pyarrow as pa
 import torch
 import yaml
 from builders import make_maps, make_spec, write_cache
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
 from h2t.cache.format.rows import make_rows
@@ -171,6 +171,7 @@ def make_stack(
     receiver="balanced",
     donors=None,
     rounding="floor",
+    at_once=True,
 ) -> Stack:
     """A stack at its start on the cache in the folder `cache`; `heads` are keyword dictionaries of HeadSetting."""
     settings = [
@@ -193,8 +194,9 @@ def make_stack(
         head = build_head(parts, context)
         reader = FeatureReader(opened, (lambda m: head.pool({}, m)) if pooled else None)
         feed = Feed(streams, reader, Choice("memory", "test"), 2**30, CPU, silent, dtype=dtype)
-        stack = Stack(head, settings, feed)
-    stack.start(stage1 or make_stage1_head(context.classes, context.channels, context.experts))
+        stack = Stack(head, settings, feed, at_once=at_once)
+    about = (context.classes, context.channels, context.experts)
+    stack.start(stage1 or make_stage1_head(*about, classifier=head.host.classifier))
     return stack
 
 
@@ -220,12 +222,17 @@ def make_prepare(**overrides) -> prepare.Params:
     return prepare.Params.model_validate({**values, **overrides})
 
 
+def prepared(section: dict[str, Any], out: Path, seed=0):
+    """(Samples, Images) of the section `prepare`, prepared into `out`."""
+    params = prepare.Params.model_validate(section)
+    prepare.run(params, Run("prepare", out, seed=seed))
+    samples = load_samples(out)
+    return samples, samples.images(params.model_dump())
+
+
 def make_samples(folder: Path, seed=0, **overrides):
     """(Samples, Images) of digits, prepared into `folder`."""
-    params = make_prepare(**overrides)
-    prepare.run(params, Run("prepare", folder, seed=seed))
-    samples = load_samples(folder)
-    return samples, samples.images(params.model_dump())
+    return prepared(make_prepare(**overrides).model_dump(), folder, seed)
 
 
 def make_extract(**overrides) -> extract.Params:
@@ -339,13 +346,25 @@ def torchrun(*arguments: Any, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def refused(*arguments, leaves=None) -> str:
-    """The one line of a refusal, which leaves nothing at `leaves`."""
+def invoke(*arguments: Any) -> Result:
+    """Runs `h2t` in this process."""
     from h2t.pipeline.command_line.main import main
 
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def accepted(*arguments: Any) -> str:
+    """What a command says on stdout that ends well."""
+    result = invoke(*arguments)
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    return result.stdout
+
+
+def refused(*arguments: Any, leaves: Path | None = None, code: int | None = None) -> str:
+    """The one line of a refusal, with the exit code `code` if given, which leaves nothing at `leaves`."""
+    result = invoke(*arguments)
     assert isinstance(result.exception, SystemExit), result.exception
-    assert result.exit_code in (1, 2), result.output
+    assert result.exit_code in ((1, 2) if code is None else (code,)), result.output
     assert result.stderr.endswith("\n")
     assert result.stderr[:-1].isprintable(), result.stderr
     assert len(result.stderr) < 4000

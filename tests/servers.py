@@ -52,7 +52,7 @@ def put_s3(root: Path, bucket: str, prefix: str, environment: dict[str, str], *,
             s3.upload_file(str(path), bucket, f"{prefix}/{path.relative_to(root).as_posix()}")
 
 
-def make_keys(home: Path, port: int) -> tuple[Path, Path]:
+def make_keys(home: Path) -> tuple[Path, Path]:
     """(host key, authorized keys) of a server, and a home directory whose user it lets in."""
     import asyncssh
 
@@ -62,12 +62,17 @@ def make_keys(home: Path, port: int) -> tuple[Path, Path]:
     host.write_private_key(home / "host_key")
     user.write_private_key(ssh / "id_ed25519")
     user.write_public_key(ssh / "authorized_keys")
-    known = host.export_public_key().decode().rsplit(" ", 1)[0] if host.get_comment() else host.export_public_key()
-    text = known.decode() if isinstance(known, bytes) else known
-    (ssh / "known_hosts").write_text(f"[127.0.0.1]:{port} {text.strip()}\n")
     for path in (home / "host_key", ssh / "id_ed25519", ssh / "authorized_keys"):
         path.chmod(0o600)
     return home / "host_key", ssh / "authorized_keys"
+
+
+def know(home: Path, port: int) -> None:
+    """Has the user of `home` trust the server's host key at `port`."""
+    import asyncssh
+
+    key = asyncssh.read_private_key(home / "host_key").export_public_key().decode().strip()
+    (home / ".ssh" / "known_hosts").write_text(f"[127.0.0.1]:{port} {key}\n")
 
 
 def free_port() -> int:
@@ -81,21 +86,21 @@ def sftp_server(home: Path) -> Iterator[int]:
     """The port of an SFTP server that is Python's own (asyncssh); `home` becomes the home of a user it lets in."""
     import asyncssh
 
-    port = free_port()
-    host_key, authorized = make_keys(home, port)
+    host_key, authorized = make_keys(home)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
 
     async def start():
         return await asyncssh.listen(
-            "127.0.0.1", port, server_host_keys=[str(host_key)], authorized_client_keys=str(authorized),
+            "127.0.0.1", 0, server_host_keys=[str(host_key)], authorized_client_keys=str(authorized),
             sftp_factory=True, allow_scp=False,
         )  # fmt: skip
 
-    server = asyncio.run_coroutine_threadsafe(start(), loop).result(10)
+    server = asyncio.run_coroutine_threadsafe(start(), loop).result(60)
+    know(home, server.get_port())
     try:
-        yield port
+        yield server.get_port()
     finally:
         loop.call_soon_threadsafe(server.close)  # clients keep their connections, which is not waited for
         loop.call_soon_threadsafe(loop.stop)
@@ -113,7 +118,8 @@ def openssh_server(home: Path) -> Iterator[int]:
     program = sshd_program()
     assert program, "sshd is not installed"
     port = free_port()
-    host_key, authorized = make_keys(home, port)
+    host_key, authorized = make_keys(home)
+    know(home, port)
     if os.geteuid() == 0:
         Path("/run/sshd").mkdir(exist_ok=True)  # where sshd keeps its unprivileged half, if root starts it
     settings = {
@@ -126,7 +132,7 @@ def openssh_server(home: Path) -> Iterator[int]:
     with (home / "sshd.log").open("wb") as log:
         process = subprocess.Popen(command, stderr=log)
         try:
-            for _ in range(100):
+            for _ in range(1200):
                 with socket.socket() as knock:
                     if knock.connect_ex(("127.0.0.1", port)) == 0:
                         break

@@ -60,6 +60,7 @@ FLOORS = (
     "models",
     "sharing",
     "inspection",
+    "project",
     "command_line",
 )
 

@@ -18,7 +18,7 @@ from h2t.cache.tools.audit import describe, pooled, stats, verify
 from h2t.cache.write.staging import Staging
 from h2t.cache.write.writer import committed
 
-FLIPS = 1000 if os.environ.get("H2T_FULL") else 200
+FLIPS = 1000 if os.environ.get("H2T_FULL") else 120
 
 
 def faults(location, **how) -> list[str]:

@@ -1,4 +1,4 @@
-"""The benchmarks of extraction and of a large cache run tiny; streaming holds its memory bound on a smaller cache."""
+"""The benchmark of a large cache runs tiny; streaming holds its memory bound on a smaller cache."""
 
 import json
 import subprocess
@@ -10,18 +10,6 @@ import pytest
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
-
-
-def test_extraction_benchmark(tmp_path, capsys):
-    from benchmarks.bench_extract import main
-
-    out = tmp_path / "result.json"
-    main(["--tiny", "--data", str(tmp_path / "data"), "--out", str(out), "--device", "cpu"])
-    body = json.loads(out.read_text())
-    assert set(body["seconds"]) == {"bare", "ours"}
-    assert set(body["of_bare"]) == {"median", "p10", "p90", "cpu"}
-    assert [p.name for p in (tmp_path / "data").iterdir()] == ["backbone"]
-    assert "ours / bare" in capsys.readouterr().out
 
 
 def test_streaming_a_cache_ten_times_the_budget_does_not_hold_it(tmp_path):

@@ -8,11 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import pytest
 import torch
 from builders import tree
+from distributed import Client
 from pipeline_builders import extracted, make_extract
 
 from h2t.cache.write.writer import CacheWriter
@@ -52,10 +53,17 @@ def test_two_processes_write_the_same_bytes_also_when_one_is_killed(
     assert tree(tmp_path / "b") == single
 
 
-@pytest.fixture
-def scheduler(tmp_path):
+def address_in(about):
+    """What a scheduler has written so far."""
+    with suppress(OSError, ValueError):
+        return json.loads(about.read_text())["address"]
+    return None
+
+
+@pytest.fixture(scope="module")
+def scheduler(tmp_path_factory):
     """A dask scheduler and two workers as people start them, on the loopback: its address, the workers' processes."""
-    about = tmp_path / "scheduler.json"
+    about = tmp_path_factory.mktemp("scheduler") / "scheduler.json"
 
     def dask(*arguments):
         command = [sys.executable, "-m", "dask", *arguments, "--no-dashboard"]
@@ -71,15 +79,54 @@ def scheduler(tmp_path):
 
         start("scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(about))
         until = time.monotonic() + 60
-        while not (about.exists() and about.stat().st_size) and time.monotonic() < until:
+        while not (address := address_in(about)) and time.monotonic() < until:
             time.sleep(0.05)
-        address = json.loads(about.read_text())["address"]
-        yield address, [start("worker", address, "--no-nanny", "--nthreads", "1", "--name", n) for n in "01"]
+        assert address, "no scheduler"
+        workers = [start("worker", address, "--no-nanny", "--nthreads", "1", "--name", n) for n in "01"]
+        with Client(address, set_as_default=False) as client:
+            client.wait_for_workers(2, timeout=300)
+        yield address, workers
+
+
+def test_a_stopped_worker_is_named_and_going_on_is_enough(
+    digits, backbone_dir, single, scheduler, tmp_path, monkeypatch
+):
+    address, workers = scheduler
+    monkeypatch.setattr("h2t.pipeline.extraction.cluster.QUIET", 12.0)
+    monkeypatch.setattr("h2t.pipeline.extraction.cluster.SILENT", 9.0)
+    write, said, stopped = CacheWriter.write, [], []
+
+    def stop_one(self, shard, maps):
+        write(self, shard, maps)
+        if not stopped:
+            stopped.append(shard)
+            workers[1].send_signal(signal.SIGSTOP)
+
+    def say(line):
+        said.append(line)
+        if "no report for 9 s from worker 1 at tcp://" in line:
+            workers[1].send_signal(signal.SIGCONT)
+
+    monkeypatch.setattr(CacheWriter, "write", stop_one)
+    extracted(tmp_path / "b", *digits, backbone_dir, say=say, cluster=address, **SMALL)
+    assert any("no shard for " in line and "no report for 9 s from worker 1 at tcp://" in line for line in said), said
+    assert not any("worker 0" in line for line in said)
+    assert tree(tmp_path / "b") == single
+
+
+def test_workers_take_rows_of_a_previous_cache_too(digits, backbone_dir, scheduler, tmp_path):
+    extracted(tmp_path / "one view", *digits, backbone_dir, **{**SMALL, "max_views": 1})
+    given = {"previous": tmp_path / "one view", **SMALL}
+    extracted(tmp_path / "here", *digits, backbone_dir, **given)
+    there = extracted(tmp_path / "there", *digits, backbone_dir, cluster=scheduler[0], **given)
+    assert there.taken > there.forwarded > 0
+    assert tree(tmp_path / "there") == tree(tmp_path / "here")
 
 
 def test_workers_of_a_scheduler_write_the_same_bytes_also_when_one_is_killed(
     digits, backbone_dir, single, tmp_path, monkeypatch, scheduler
 ):
+    """The last test of these workers."""
     address, workers = scheduler
     write, written = CacheWriter.write, []
 
@@ -91,33 +138,7 @@ def test_workers_of_a_scheduler_write_the_same_bytes_also_when_one_is_killed(
 
     monkeypatch.setattr(CacheWriter, "write", kill_one)
     extracted(tmp_path / "b", *digits, backbone_dir, cluster=address, **SMALL)
-    assert workers[0].wait(10) == -signal.SIGKILL
-    assert tree(tmp_path / "b") == single
-
-
-def test_a_stopped_worker_is_named_and_going_on_is_enough(
-    digits, backbone_dir, single, scheduler, tmp_path, monkeypatch
-):
-    address, workers = scheduler
-    monkeypatch.setattr("h2t.pipeline.extraction.cluster.QUIET", 6.0)
-    monkeypatch.setattr("h2t.pipeline.extraction.cluster.SILENT", 4.0)
-    write, said, stopped = CacheWriter.write, [], []
-
-    def stop_one(self, shard, maps):
-        write(self, shard, maps)
-        if not stopped:
-            stopped.append(shard)
-            workers[1].send_signal(signal.SIGSTOP)
-
-    def say(line):
-        said.append(line)
-        if "no report for 4 s from worker 1 at tcp://" in line:
-            workers[1].send_signal(signal.SIGCONT)
-
-    monkeypatch.setattr(CacheWriter, "write", stop_one)
-    extracted(tmp_path / "b", *digits, backbone_dir, say=say, cluster=address, **SMALL)
-    assert any("no shard for " in line and "no report for 4 s from worker 1 at tcp://" in line for line in said), said
-    assert not any("worker 0" in line for line in said)
+    assert workers[0].wait(60) == -signal.SIGKILL
     assert tree(tmp_path / "b") == single
 
 

@@ -1,37 +1,35 @@
-"""The pages on adding things are short, the conformance tests accept their code, and `dvc repro` runs it.
-
-The parameters for own data in the README are complete, too.
-"""
+"""The pages on adding things are short, the conformance tests accept their code, and `dvc repro` runs it."""
 
 import contextlib
-import json
 import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from click.testing import CliRunner
 from conformance import (
+    CHANNELS,
     COUNTS,
     check_backbone,
+    check_fusion,
     check_gradients,
     check_head_alone,
     check_logits,
     check_objective,
     check_pool,
+    check_ratio_0,
     check_sampler,
+    gradient_hosts,
 )
 from dvc.repo import Repo
-from image_builders import write_image
-from pipeline_builders import ROOT, environment, h2t, make_params, make_samples, make_stage2_cache
+from pipeline_builders import ROOT, environment, make_params, make_samples, make_stage2_cache
+from repositories import dvc
 
 from h2t.pipeline.base import plugins
-from h2t.pipeline.command_line.main import main
 from h2t.pipeline.inspection import settings
 from h2t.pipeline.inspection.setting_up import NAMED_BY_DVC
 
@@ -89,8 +87,16 @@ def test_a_page_is_short_and_its_parameters_are_accepted(page, outside):
 
 def test_the_host_of_the_page(outside, tmp_path):
     _, name = install(ROOT / "docs" / "adding-a-host.md", outside)
-    cache = make_stage2_cache(tmp_path / "c", counts=COUNTS, shape=(20, 2, 2))
+    assert name in gradient_hosts()
+
+    def noise(maps, rows):
+        maps[0][np.array(rows["statistics"]) == "instance"] += 1.5
+
+    cache = make_stage2_cache(tmp_path / "c", counts=COUNTS, shape=(CHANNELS, 2, 2))
+    other_donors = make_stage2_cache(tmp_path / "d", counts=COUNTS, shape=(CHANNELS, 2, 2), change=noise)
     check_head_alone(name, cache)
+    check_ratio_0(name, cache, other_donors)
+    check_fusion(cache, name)
     check_gradients(name, (9, 1))
     check_logits(name)
 
@@ -119,37 +125,8 @@ def test_the_dataset_of_the_page(outside, tmp_path):
     assert images.batch([0, 1], [None, None]).shape == (2, 3, 8, 8)
 
 
-@pytest.mark.parametrize("name", plugins.names("samplers"))
-def test_samplers_conform(name):
-    check_sampler(name)
-
-
-@pytest.mark.parametrize("name", plugins.names("objectives"))
-def test_objectives_conform(name):
-    check_objective(name)
-
-
-@pytest.mark.parametrize("name", plugins.names("pools"))
-def test_pools_conform(name):
-    check_pool(name)
-
-
-def dvc(*arguments, cwd):
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    done = subprocess.run(
-        [sys.executable, "-m", "dvc", *arguments],
-        cwd=cwd,
-        env=environment(PATH=path, DVC_NO_ANALYTICS="1"),
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 @pytest.mark.slow
-def test_dvc_repro_runs_the_plug_ins_of_all_pages(tmp_path):
+def test_dvc_repro_runs_the_plug_ins_of_all_pages(tmp_path, monkeypatch, warm_h2t):
     """A project has six files in `plugins/`: a run uses each of them, and an edit makes its stages stale."""
     for name in ("dvc.yaml", "stages.yaml"):
         shutil.copy(ROOT / name, tmp_path / name)
@@ -172,31 +149,15 @@ def test_dvc_repro_runs_the_plug_ins_of_all_pages(tmp_path):
         "seed": 0,
     }
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))
-    dvc("init", "--no-scm", "--quiet", cwd=tmp_path)
-    upgraded = h2t("upgrade", "--apply", cwd=tmp_path)
-    assert upgraded.returncode == 0, upgraded.stderr
-    dvc("repro", "--quiet", cwd=tmp_path)
+    for key, value in environment(PATH=f"{warm_h2t.parent}:{os.environ['PATH']}").items():
+        monkeypatch.setenv(key, value)
+    dvc("init", "--no-scm", where=tmp_path)
+    subprocess.run([warm_h2t, "upgrade", "--apply"], cwd=tmp_path, check=True, capture_output=True)
+    dvc("repro", where=tmp_path)
     assert "hinge" in (tmp_path / "data/report/results.md").read_text()
     heads = pq.read_table(tmp_path / "data/evaluate/hinge/heads.parquet").to_pydict()
     assert set(heads["donor"]) >= {"instance", "square_root"}
     with (tmp_path / "plugins/hosts/hinge.py").open("a") as file:
         file.write("# edited\n")
-    stale = json.loads(dvc("status", "--json", cwd=tmp_path))
-    assert set(stale) == {"train_classifier@hinge", "evaluate@hinge"}
-
-
-def test_the_parameters_of_the_readme_prepare_a_folder_of_images_and_dvc_reads_them(tmp_path):
-    (block,) = blocks(ROOT / "README.md", "yaml")
-    (tmp_path / "params.yaml").write_text(block)
-    for name in ("dvc.yaml", "stages.yaml"):
-        shutil.copy(ROOT / name, tmp_path / name)
-    for j, (name, count) in enumerate({"owl": 5, "cat": 3}.items()):
-        for i in range(count):
-            write_image(tmp_path / f"photos/train/{name}/{i}.jpg", 100 * j + i, (9, 8))
-        write_image(tmp_path / f"photos/test/{name}/0.jpg", 100 * j + 50, (9, 8))
-    with contextlib.chdir(tmp_path):
-        done = CliRunner().invoke(main, ["prepare", "data/prepare"])
-        assert done.exit_code == 0, done.output
-        stages = {stage.addressing for stage in Repo.init(no_scm=True).index.stages}
-    assert stages >= {"watch@photos", "train_backbone@mine", "extract@mine", "evaluate@dr", "report"}
-    assert pq.read_table(tmp_path / "data/prepare/samples.parquet").num_rows == 10
+    with contextlib.chdir(tmp_path), Repo() as repo:
+        assert set(repo.status()) == {"train_classifier@hinge", "evaluate@hinge"}

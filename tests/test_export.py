@@ -5,9 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from PIL import Image
-from pipeline_builders import CPU, fitted, make_prepare, silent, write_params
+from pipeline_builders import CPU, fitted, invoke, make_prepare, silent, write_params
 from safetensors.torch import load_file
 from torchvision.models import resnet18
 
@@ -16,7 +15,6 @@ from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import build
 from h2t.pipeline.base.run import Run
-from h2t.pipeline.command_line.main import main
 from h2t.pipeline.evaluation.metrics import softmax_confidence
 from h2t.pipeline.evaluation.scoring import head_logits, load_heads_for
 from h2t.pipeline.heads.batches import sample_rows
@@ -181,16 +179,12 @@ def test_onnx_without_its_packages_is_one_line(tmp_path, trained, monkeypatch):
         exported(trained, tmp_path / "m", onnx=True)
 
 
-def h2t(*arguments):
-    return CliRunner().invoke(main, [str(a) for a in arguments])
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, trained):
     """An exported model, by the command line, and pictures of digits as files."""
     root = tmp_path_factory.mktemp("export")
     params = write_params(root / "params.yaml")
-    done = h2t(
+    done = invoke(
         "export", trained.root / "dr", trained.cache, trained.backbone, root / "m", "--head", 3, "--params", params
     )
     assert done.exit_code == 0, done.output
@@ -204,12 +198,12 @@ def model(tmp_path_factory, trained):
 
 
 def test_predict_names_classes_as_the_model_does(model, tmp_path):
-    done = h2t("predict", model / "m", model / "pictures", "--top", 2)
+    done = invoke("predict", model / "m", model / "pictures", "--top", 2)
     assert done.exit_code == 0, done.output
     header, *lines = done.stdout.splitlines()
     assert header == "image,rank,class,confidence"
     assert len(lines) == 6
-    table = json.loads(h2t("predict", model / "m", model / "pictures", "--json", "--top", 99).stdout)
+    table = json.loads(invoke("predict", model / "m", model / "pictures", "--json", "--top", 99).stdout)
     assert sum(line["confidence"] for line in table[:10]) == pytest.approx(1, abs=1e-4)
     loaded = load_model(model / "m")
     digits = plugins.load("datasets", "digits")
@@ -220,7 +214,7 @@ def test_predict_names_classes_as_the_model_does(model, tmp_path):
     with torch.no_grad():
         assert table[0]["class"] == loaded.classes[int(loaded.network(x).argmax())]
     out = tmp_path / "classes.csv"
-    assert h2t("predict", model / "m/model.safetensors", model / "pictures", "--top", 2, "--out", out).exit_code == 0
+    assert invoke("predict", model / "m/model.safetensors", model / "pictures", "--top", 2, "--out", out).exit_code == 0
     assert out.read_text().splitlines() == [header, *lines]
 
 
@@ -240,7 +234,7 @@ def test_of_equal_logits_the_first_class_comes_first_as_in_evaluate(classes):
 def test_predict_leaves_out_what_is_no_image_and_says_so(model, tmp_path):
     shutil.copy(model / "pictures/deep/0.png", tmp_path / "good.png")
     (tmp_path / "bad.png").write_bytes(b"no picture")
-    done = h2t("predict", model / "m", tmp_path)
+    done = invoke("predict", model / "m", tmp_path)
     assert done.exit_code == 1
     assert len(done.stdout.splitlines()) == 2
     assert "bad.png" in done.stderr
@@ -258,7 +252,7 @@ def test_predict_leaves_out_what_is_no_image_and_says_so(model, tmp_path):
 )
 def test_wrong_use_of_predict_is_one_line(model, monkeypatch, arguments, says):
     monkeypatch.chdir(model)
-    done = h2t("predict", *arguments)
+    done = invoke("predict", *arguments)
     assert done.exit_code == 1
     assert says in done.stderr
     assert len(done.stderr.splitlines()) == 1

@@ -2,7 +2,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -140,14 +139,14 @@ def test_every_expert_has_its_own_array(tmp_path, digits):
     assert not np.array_equal(maps[1], maps[2])
 
 
-def test_an_extraction_repeats_to_the_byte_and_says_nothing_of_time_or_place(tmp_path, digits, backbone_dir):
-    trees = []
-    for name in ("a", "b"):
-        extracted(tmp_path / name / "c", *digits, backbone_dir)
-        trees.append(tree(tmp_path / name / "c"))
-        assert [p.name for p in (tmp_path / name).iterdir()] == ["c"]
-    assert trees[0] == trees[1]
-    assert str(tmp_path).encode() not in b"".join(trees[0].values())
+def test_an_extraction_repeats_to_the_byte_and_says_nothing_of_time_or_place(
+    tmp_path, digits, backbone_dir, plain_cache
+):
+    extracted(tmp_path / "c", *digits, backbone_dir)
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
+    again = tree(tmp_path / "c")
+    assert again == tree(plain_cache)
+    assert str(tmp_path).encode() not in b"".join(again.values())
 
 
 def test_the_written_cache_is_sound(digits_cache):
@@ -177,28 +176,27 @@ OTHERS = {
     "codec": {"codec": "zstd"},
     "chunks": {"chunk_rows": 5},
     "views": {"max_views": 2},
-    "recipes": {"batchnorm": ["stage1"]},
+    "recipes": {"batchnorm": ["stage1", "calibrated"]},
 }
 
 
 @pytest.mark.parametrize("change", OTHERS.values(), ids=OTHERS)
 def test_another_cache_is_refused_and_left_alone_unless_replaced(tmp_path, digits, backbone_dir, change):
-    out = tmp_path / "c"
-    extracted(out, *digits, backbone_dir)
+    out, own = tmp_path / "c", {"batchnorm": ["stage1"]}
+    extracted(out, *digits, backbone_dir, **own)
     before = tree(out)
     with pytest.raises(CacheError) as error:
-        extracted(out, *digits, backbone_dir, **change)
+        extracted(out, *digits, backbone_dir, **{**own, **change})
     assert error.value.reason == "exists"
     assert "--replace" in str(error.value)
     assert tree(out) == before
-    extracted(out, *digits, backbone_dir, replace=True, **change)
-    extracted(tmp_path / "fresh", *digits, backbone_dir, **change)
+    extracted(out, *digits, backbone_dir, replace=True, **{**own, **change})
+    extracted(tmp_path / "fresh", *digits, backbone_dir, **{**own, **change})
     assert tree(out) == tree(tmp_path / "fresh")
 
 
-def test_another_backbone_or_another_image_is_another_cache(tmp_path, digits, backbone_dir):
-    out = tmp_path / "c"
-    extracted(out, *digits, backbone_dir)
+def test_another_backbone_or_another_image_is_another_cache(tmp_path, digits, backbone_dir, plain_cache):
+    out = Path(shutil.copytree(plain_cache, tmp_path / "c"))
     make_backbone_dir(tmp_path / "other", seed=1)
     with pytest.raises(CacheError, match="another cache"):
         extracted(out, *digits, tmp_path / "other")
@@ -259,55 +257,37 @@ def test_what_float16_cannot_hold_is_refused_and_float32_takes_it(tmp_path, digi
 # --- kills
 
 
-def extraction(folder: Path, name: str, params: Path, samples: Path, backbone: Path) -> tuple[list[str], Path, Path]:
-    """(command, its output, its staging directory)."""
-    out = folder / name / "b"
-    command = [sys.executable, "-m", "h2t.pipeline", "extract", "b", samples, backbone, out, "--params", params]
-    return [*map(str, command), "--device", "cpu"], out, out.parent / ".b.staging"
-
-
 def killed_extraction(
-    folder: Path, params: Path, samples: Path, backbone: Path, kills: int, how: signal.Signals = signal.SIGKILL
+    h2t: Path, folder: Path, params: Path, samples: Path, kills: int, how: signal.Signals = signal.SIGKILL
 ) -> None:
-    """Ends in the same bytes as an uninterrupted one; most kills strike between the first and the last shard."""
+    """Ends in the same bytes as an uninterrupted one."""
     env = environment()
-    command, whole, _ = extraction(folder, "whole", params, samples, backbone)
-    finish(command, env, folder)
+    make_backbone_dir(folder / "backbone")
+    command, options = [str(h2t), "extract", "b", str(samples), str(folder / "backbone")], ["--params", str(params)]
+    whole, out = folder / "whole/b", folder / "killed/b"
+    finish([*command, str(whole), *options, "--device", "cpu"], env, folder)
     with open_cache(whole) as cache:
         shards, rows = cache.spec.shards, cache.spec.rows
     assert shards >= 12
-    command, out, staging = extraction(folder, "killed", params, samples, backbone)
-    found = kill_and_restart(command, env, folder, staging, kills=kills, shards=shards, seed=0, how=how)
-    between = sum(0 < done < shards for done in found)
-    where = f"between the first and the last shard, after {found} shards"
-    print(f"{rows} rows, {shards} shards; {between} of {kills} kills {where}")  # noqa: T201
-    assert between >= (8 if kills == 10 else kills - 1)
+    run = [*command, str(out), *options, "--device", "cpu"]
+    found = kill_and_restart(run, env, folder, out, kills=kills, shards=shards, seed=0, how=how)
+    print(f"{rows} rows, {shards} shards; killed after {found} shards")  # noqa: T201
     assert tree(out) == tree(whole)
     assert [p.name for p in out.parent.iterdir()] == ["b"]
 
 
 @pytest.mark.timeout(900)
-def test_killed_extraction_of_the_default_data_ends_in_the_same_bytes(tmp_path):
-    """Four kills; ten with H2T_FULL=1."""
+@pytest.mark.parametrize(
+    ("how", "kills"),
+    [(signal.SIGKILL, 10 if os.environ.get("H2T_FULL") else 4), (signal.SIGINT, 2), (signal.SIGTERM, 2)],
+)
+def test_an_extraction_that_is_ended_resumes_to_the_same_bytes(tmp_path, warm_h2t, how, kills):
+    """Where it can still speak, without a traceback: Ctrl-C is no error of ours."""
     make_samples(tmp_path / "samples", test_per_class=40, validation_per_class=14)
-    make_backbone_dir(tmp_path / "backbone")
     params = write_params(
         tmp_path / "params.yaml", extract__batchnorm_passes=2, extract__chunk_rows=32, extract__shard_bytes=16384
     )
-    kills = 10 if os.environ.get("H2T_FULL") else 4
-    killed_extraction(tmp_path, params, tmp_path / "samples", tmp_path / "backbone", kills)
-
-
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_an_extraction_that_is_asked_to_end_goes_on_to_the_same_bytes(tmp_path, how):
-    """Without a traceback: Ctrl-C is no error of ours."""
-    make_samples(tmp_path / "samples", test_per_class=40, validation_per_class=14)
-    make_backbone_dir(tmp_path / "backbone")
-    params = write_params(
-        tmp_path / "params.yaml", extract__batchnorm_passes=2, extract__chunk_rows=32, extract__shard_bytes=16384
-    )
-    killed_extraction(tmp_path, params, tmp_path / "samples", tmp_path / "backbone", 2, how)
+    killed_extraction(warm_h2t, tmp_path, params, tmp_path / "samples", kills, how)
 
 
 CIFAR = os.environ.get("H2T_SHARED_DATA", "")
@@ -316,7 +296,7 @@ CIFAR = os.environ.get("H2T_SHARED_DATA", "")
 @pytest.mark.faults
 @pytest.mark.timeout(3600)
 @pytest.mark.skipif(not CIFAR, reason="H2T_SHARED_DATA: the folder with cifar10-train.parquet and -test.parquet")
-def test_killed_extraction_of_cifar_ends_in_the_same_bytes(tmp_path):
+def test_killed_extraction_of_cifar_ends_in_the_same_bytes(tmp_path, warm_h2t):
     """Ten kills on 22,406 rows of 64x8x8: CIFAR-10-LT 100 and its test split, ResNet-20."""
     from h2t.pipeline.stages import prepare
 
@@ -330,7 +310,6 @@ def test_killed_extraction_of_cifar_ends_in_the_same_bytes(tmp_path):
     prepare.run(prepare.Params.model_validate(section), Run("prepare", tmp_path / "samples"))
     counts = json.loads((tmp_path / "samples" / "classes.json").read_text())["counts"]
     assert counts == [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
-    make_backbone_dir(tmp_path / "backbone")
     params = write_params(
         tmp_path / "params.yaml",
         prepare=section,
@@ -338,4 +317,4 @@ def test_killed_extraction_of_cifar_ends_in_the_same_bytes(tmp_path):
         extract__shard_bytes=2**21,
         hosts__dr__batchnorm="stage1",
     )
-    killed_extraction(tmp_path, params, tmp_path / "samples", tmp_path / "backbone", 10)
+    killed_extraction(warm_h2t, tmp_path, params, tmp_path / "samples", 10)

@@ -105,7 +105,7 @@ def host_of(name):
         return make_host(name, experts=2)
 
 
-def open_stack(opened, name, tier, pooled):
+def open_stack(opened, name, tier, pooled, selections=SELECTIONS):
     made = host_of(name)
     host = plugins.load("hosts", name).Host
     streams = Streams(
@@ -118,14 +118,13 @@ def open_stack(opened, name, tier, pooled):
         head = build_head(parts, context)
     reader = FeatureReader(opened, (lambda m: head.pool({}, m)) if pooled else None)
     feed = Feed(streams, reader, Choice(tier, "test"), 10 * reader.row_bytes, GPU, silent)
-    heads = [HeadSetting(r, "instance", s, seed) for r in (0.0, 0.5) for s in SELECTIONS for seed in (0, 1)]
+    heads = [HeadSetting(r, "instance", s, seed) for r in (0.0, 0.5) for s in selections for seed in (0, 1)]
     stack = Stack(head, heads, feed)
     stack.start(made.stage1)
     return stack
 
 
-@pytest.mark.parametrize("name", gradient_hosts())
-@pytest.mark.parametrize("tier", ["device", "stream"])
+@pytest.mark.parametrize(("name", "tier"), [*((name, "device") for name in gradient_hosts()), ("dr", "stream")])
 def test_features_fusion_and_losses_of_a_stack(fake, cache, name, tier):
     """A window as it is loaded (its thread would not know the mode), and a step up to the losses of all heads."""
     with open_cache(cache) as opened:
@@ -144,6 +143,13 @@ def test_features_fusion_and_losses_of_a_stack(fake, cache, name, tier):
         assert losses.device == GPU
         updated = vmap(stack.head.update)(state, x)
         assert all(t.device == GPU for t in updated.values())
+        if stack.at_once:
+            for selections in (("random",), ("shuffled",)):  # folded, and fused
+                stack = open_stack(opened, name, tier, pooled=True, selections=selections)
+                logits = stack._logits(batch, table, stack.masks(0, 0), stack.orders(0, 0, size))
+                state = {k: t.detach() for k, t in stack.state.items()}
+                losses = vmap(stack._on_logits.loss, in_dims=(0, 0, 0, None))(state, logits, labels[:4], noise)
+                assert losses.device == GPU
 
 
 @pytest.mark.parametrize("name", sorted({*gradient_hosts(), *fitted_hosts()} - {"logistic_regression", "ncm"}))

@@ -70,13 +70,6 @@ def test_agrees_with_a_slow_reference_and_leaves_its_inputs(shape, ratio):
     assert (changed == changed[0]).all()  # one set for the whole batch
 
 
-def test_ratio_0_is_the_receiver_and_ratio_1_the_donor():
-    receiver, donor = torch.randn(4, 7, 2, 2), torch.randn(4, 7, 2, 2)
-    ranks = torch.from_numpy(channel_ranks(3, 1, 2, 0, 7))[:, None, None]
-    assert torch.equal(fuse(receiver, donor, ranks < replaced_channels(0.0, 7)), receiver)
-    assert torch.equal(fuse(receiver, donor, ranks < replaced_channels(1.0, 7)), donor)
-
-
 def test_what_is_not_replaced_may_be_anything():
     receiver = torch.ones(2, 4)
     donor = torch.full((2, 4), float("nan"))
@@ -89,7 +82,9 @@ def test_mixup_is_the_mean_of_fusion_over_all_sets(count):
     receiver, donor = (torch.randn(3, 4, 2, 2, generator=draws, dtype=torch.float64) for _ in "ab")
     masks = [torch.isin(torch.arange(4), torch.tensor(chosen)) for chosen in combinations(range(4), count)]
     mean = torch.stack([fuse(receiver, donor, mask[:, None, None]) for mask in masks]).mean(0)
-    torch.testing.assert_close(mix(receiver, donor, torch.tensor(count / 4, dtype=torch.float64)), mean)
+    mixed = mix(receiver, donor, torch.tensor(count / 4, dtype=torch.float64))
+    torch.testing.assert_close(mixed, mean)
+    assert torch.equal(mixed, receiver) == (count == 0)
 
 
 @given(

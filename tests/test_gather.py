@@ -143,9 +143,13 @@ def test_neighbours_are_read_together(tmp_path):
         return next(int(line.split()[1]) for line in lines if line.startswith("syscr"))
 
     def cost(rows: np.ndarray) -> int:
-        before = reads()
-        assert store.gather(zeros(len(rows)), rows)[0].result == DONE
-        return reads() - before
+        """The least of five times: other threads of this process may read meanwhile."""
+        found = []
+        for _ in range(5):
+            before = reads()
+            assert store.gather(zeros(len(rows)), rows)[0].result == DONE
+            found.append(reads() - before)
+        return min(found)
 
     if not Path("/proc/self/io").exists():
         pytest.skip("this kernel does not count system calls")

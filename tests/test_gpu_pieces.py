@@ -3,32 +3,42 @@
 import json
 
 import pytest
-from test_paper import TINY, files  # noqa: F401
 
 from benchmarks import gpu
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("piece", [p for p in gpu.PIECES if p != "tests"])
-def test_a_piece_runs_in_small(tmp_path, piece, files):  # noqa: F811
-    """All but `tests`, whose tests would be skipped."""
-    paper = ["--paper", "--only", "ce_mixup", "--parquet", *files, *(a for s in TINY for a in ("--set", s))]
-    gpu.main([piece, "--tiny", "--device", "cpu", "--out", str(tmp_path), "--data", str(tmp_path / "data"), *paper])
+EXPECTED = {
+    "extract": {"seconds", "of_bare", "bound", "holds"},
+    "stack": {"contestants", "stack_over_singles", "stack_over_one_head", "bandwidth", "bound", "holds"},
+    "stage2": {"seconds", "steps", "finite", "bound", "holds"},
+    "maps": {"seconds", "pool", "finite"},
+}
+
+
+@pytest.mark.parametrize("piece", EXPECTED)
+def test_a_piece_runs_in_small(tmp_path, piece):
+    """All but `tests`, whose tests would be skipped, and `table6`, which test_paper.py runs."""
+    data = tmp_path / "data"
+    gpu.main([piece, "--tiny", "--device", "cpu", "--out", str(tmp_path), "--data", str(data)])
     body = json.loads((tmp_path / f"gpu-{piece}.json").read_text())
     assert (body["piece"], body["device"], body["tiny"]) == (piece, "cpu", True)
     assert "error" not in body
     assert str(tmp_path) not in json.dumps(body)
-    expected = {
-        "extract": {"of_bare", "bound", "holds"},
-        "stack": {"stack_over_one_head", "bandwidth", "bound", "holds"},
-        "stage2": {"seconds", "steps", "finite", "bound", "holds"},
-        "maps": {"seconds", "pool", "finite"},
-        "table6": {"rows"},
-    }
-    assert expected[piece] <= set(body)
-    if piece == "table6":
-        assert {"DR", "DR + H2T"} <= {row["row"] for row in body["rows"]}
+    assert EXPECTED[piece] <= set(body)
+    if piece == "extract":
+        assert set(body["seconds"]) == {"bare", "ours"}
+        assert set(body["of_bare"]) == {"median", "p10", "p90", "cpu"}
+        assert [p.name for p in (data / "bench_extract").iterdir()] == ["backbone"]
+    if piece == "stack":
+        assert set(body["contestants"]) == {"stack", "singles", "one head"}
+        assert {"median", "p10", "p90", "cpu"} <= set(body["stack_over_singles"])
+        assert body["distance_to_heads_alone"] <= 1e-5
+
+
+def test_every_piece_is_run():
+    assert set(gpu.PIECES) == {*EXPECTED, "tests", "table6"}
 
 
 def test_what_is_missing_is_named_before_anything_runs(tmp_path, monkeypatch):

@@ -12,22 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from click.testing import CliRunner
 from image_builders import SMALL, make_image_folder, make_imagenet_lt
 from PIL import Image
-from pipeline_builders import make_params, refused, write_params
+from pipeline_builders import accepted, make_params, refused, write_params
 
 from h2t.cache.reader import open_cache
 from h2t.pipeline.base.errors import UserError
-from h2t.pipeline.command_line.main import main
 from h2t.pipeline.data import images
 from h2t.pipeline.stages.prepare import Imbalance, _long_tail
-
-
-def accepted(*arguments) -> str:
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    assert result.exit_code == 0, (result.stderr, result.exception)
-    return result.stdout
 
 
 def prepare(folder, dataset, options, check=refused, **section):
@@ -58,24 +50,13 @@ def listed(tmp_path, *lines: str, train=None, **options):
     ("line", "says"),
     [
         ("../secret.png 0", "must be relative"),
-        ("train/../../secret.png 0", "must be relative"),
-        ("/etc/passwd 0", "must be relative"),
-        ("~/.ssh/id_rsa 0", "must be relative"),
-        ("a\\..\\b 0", "must be relative"),
-        ("a\0b 0", "must be relative"),
         ("link.png 0", "a link that leads out of it"),
         ("out/secret.png 0", "a link that leads out of it"),
         ("circle/x 0", "'circle/x': cannot be "),
         ("x" * 5000 + " 0", "cannot be opened"),
         ("a/" * 3000 + "b 0", "cannot be opened"),
         ("train/x.png -1", "must have the form 'relative/path label'"),
-        ("train/x.png 1.5", "must have the form 'relative/path label'"),
-        ("train/x.png 1e3", "must have the form 'relative/path label'"),
-        ("train/x.png ٣", "must have the form 'relative/path label'"),
-        ("train/x.png " + "9" * 5000, "must have the form 'relative/path label'"),
-        ("train/x.png 4000000000", "must have the form 'relative/path label'"),
         ("train/x.png 400000000", "with 12 training images labels are 0 to 11"),
-        ("train/x.png", "must have the form 'relative/path label'"),
         ("train/n01443537/n01443537_2.JPEG 1", "must be listed once, in one split"),
         ("train/\x1b[2J\u202e.png 0", "is missing"),
     ],
@@ -194,10 +175,10 @@ def pictures(count: int = 6, labels=None) -> pa.Table:
     [
         ([0, 1, 0, 1, 0, -1], "0 or more; got -1"),
         ([0, 1, 0, 1, 0, 2**62], "labels are 0 to 5"),
-        ([0, 1, 0, 1, 0, None], "0 or more; got None"),
-        ([0.0, 1.0, 0.5, 1.0, 0.0, 1.0], "0 or more; got 0.0"),
-        (["a", "b", "a", "b", "a", "b"], "0 or more; got 'a'"),
-        ([[0], [1], [0], [1], [0], [1]], "0 or more; got [0]"),
+        ([0, 1, 0, 1, 0, None], "text or a whole number; got none"),
+        ([0.0, 1.0, 0.5, 1.0, 0.0, 1.0], "text or a whole number; got 0.0"),
+        (["a", "b", "a", "b", "a", " "], "must not be empty; got ' '"),
+        ([[0], [1], [0], [1], [0], [1]], "text or a whole number; got [0]"),
     ],
 )
 def test_labels_of_a_table_that_are_none(tmp_path, labels, says):
@@ -277,24 +258,6 @@ def test_100000_classes_from_import_to_metrics(tmp_path):
 
 def save(path, x, y):
     np.savez(path, x=np.asarray(x), y=np.asarray(y))
-
-
-@pytest.mark.parametrize(
-    ("x", "y", "says"),
-    [
-        (np.zeros((0, 3), np.float32), np.zeros(0, int), "got float32 (0, 3)"),
-        ([[1.0, np.nan]], [0], "holds NaN"),
-        ([[1.0, -np.inf]], [0], "holds NaN, infinity"),
-        ([[1j]], [0], "must be numbers"),
-        ([["1"]], [0], "must be numbers"),
-        (np.zeros((2, 3)), [0, np.nan], "whole numbers or texts"),
-        (np.zeros((2, 3)), [[0], [1]], "one label for each"),
-    ],
-    ids=["no rows", "nan", "inf", "complex", "text", "nan label", "two axes"],
-)
-def test_features_that_are_none(tmp_path, x, y, says):
-    save(tmp_path / "x.npz", x, y)
-    assert says in refused("cache", "import", tmp_path / "c", "--train", tmp_path / "x.npz", leaves=tmp_path / "c")
 
 
 def test_negative_labels_are_names_like_others(tmp_path):

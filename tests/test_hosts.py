@@ -69,7 +69,7 @@ def test_a_head_of_a_stack_is_the_head_alone(name, cache):
 
 @pytest.mark.parametrize("name", gradient_hosts())
 def test_a_head_of_a_stack_is_the_head_alone_with_experts_on_maps(name, experts_cache):
-    check_head_alone(name, experts_cache, experts=3, pooled=False)
+    check_head_alone(name, experts_cache, experts=3, pooled=False, dtypes=[torch.float64])
 
 
 @pytest.mark.parametrize("name", gradient_hosts())
@@ -245,13 +245,6 @@ def test_ride_with_cosines():
 # Check values of the published settings: CIFAR-100-LT, imbalance 100.
 
 CIFAR100 = torch.tensor([int(500 * 0.01 ** (j / 99)) for j in range(100)])
-
-
-def test_counts_of_cifar():
-    assert int(CIFAR100.sum()) == 10847
-    assert int(CIFAR100[35]) == 98
-    ten = [int(5000 * 0.01 ** (j / 9)) for j in range(10)]
-    assert ten == [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
 
 
 def test_margins_and_weights_of_ldam_drw():
@@ -618,55 +611,3 @@ def test_the_checks_find_fusion_at_evaluation(tmp_path, wide_cache, stage1_dir, 
     monkeypatch.setattr(FeatureReader, "read", fused)
     with pytest.raises(AssertionError):
         check_evaluation(wide_cache, load_heads(tmp_path / "h"))
-
-
-DROPPED = '''"""Hinge: the multi-class hinge loss.
-
-Source: Crammer and Singer, JMLR 2001.
-"""
-
-import torch
-from torch.nn import functional as F
-
-from h2t.pipeline.heads.host import GradientHost
-from h2t.pipeline.base.params import Positive, Section
-
-
-class Loss(Section):
-    """The margin."""
-
-    margin: Positive = 1.0
-
-
-class Host(GradientHost):
-    """Started from stage I."""
-
-    def __init__(self, loss, classifier, scale, context):
-        super().__init__(classifier, scale, context)
-        self.margin = loss.margin
-
-    def loss(self, state, features, labels, noise):
-        """Mean of the batch."""
-        logits = self.logits(state, features)
-        own = logits.gather(-1, labels.unsqueeze(-1))
-        return F.relu(self.margin + logits - own).mean()
-'''
-
-
-def test_a_host_file_dropped_into_a_folder_needs_no_other_edit(
-    tmp_path, monkeypatch, cache, other_donors, wide_cache, stage1_dir
-):
-    (tmp_path / "plugins" / "hosts").mkdir(parents=True)
-    (tmp_path / "plugins" / "hosts" / "hinge.py").write_text(DROPPED, encoding="utf-8")
-    monkeypatch.setenv("H2T_PLUGINS", str(tmp_path / "plugins"))
-    assert "hinge" in gradient_hosts()
-    assert plugins.summary("hosts", "hinge") == "Hinge: the multi-class hinge loss."
-    check_head_alone("hinge", cache)
-    check_ratio_0("hinge", cache, other_donors)
-    check_gradients("hinge", (9, 1))
-    check_logits("hinge")
-    check_fusion(cache, "hinge")
-    run_stage(tmp_path / "h", wide_cache, stage1_dir[0], host="hinge", loss={"margin": 2.0})
-    with open_cache(wide_cache) as opened:
-        found = evaluate.run(evaluate.Params(), Run("h", tmp_path / "e"), opened, tmp_path / "h", stage1_dir[0])
-    assert all(found[row]["top1"] is not None for row in ("stage1", "without_h2t", "with_h2t"))

@@ -5,18 +5,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from click.testing import CliRunner
-from pipeline_builders import write_params
+from pipeline_builders import invoke, write_params
 from safetensors.numpy import save_file
 
 from h2t.cache.reader import open_cache
 from h2t.cache.tools.audit import verify
-from h2t.pipeline.command_line.main import main
 from h2t.pipeline.sharing import importing
-
-
-def h2t(*arguments):
-    return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
 def make_features(counts=(3, 12, 6), shape=(5,), seed=0, dtype=np.float32):
@@ -56,7 +50,7 @@ WRITERS = [
 def test_every_format_gives_the_rows_that_were_given(tmp_path, write, name):
     x, y = make_features()
     write(tmp_path / name, x, y)
-    done = h2t("cache", "import", tmp_path / "c", "--train", tmp_path / name)
+    done = invoke("cache", "import", tmp_path / "c", "--train", tmp_path / name)
     assert done.exit_code == 0, done.output
     assert verify(tmp_path / "c") == []
     with open_cache(tmp_path / "c") as cache:
@@ -77,7 +71,7 @@ def test_npy_with_labels_beside_and_class_names(tmp_path):
     np.save(tmp_path / "x.npy", x)
     np.save(tmp_path / "y.npy", y)
     (tmp_path / "names.txt").write_text("cat\ndog\nowl\n")
-    done = h2t(
+    done = invoke(
         "cache", "import", tmp_path / "c", "--train", tmp_path / "x.npy", "--train-labels", tmp_path / "y.npy",
         "--classes", tmp_path / "names.txt",
     )  # fmt: skip
@@ -91,7 +85,7 @@ def imported(tmp_path):
     for split, seed in (("train", 0), ("test", 1)):
         save_npz(tmp_path / f"{split}.npz", *make_features(seed=seed))
     out = tmp_path / "features"
-    done = h2t("cache", "import", out, "--train", tmp_path / "train.npz", "--test", tmp_path / "test.npz")
+    done = invoke("cache", "import", out, "--train", tmp_path / "train.npz", "--test", tmp_path / "test.npz")
     assert done.exit_code == 0, done.output
     return out
 
@@ -102,9 +96,9 @@ def test_hosts_without_a_warm_start_train_on_imported_features(tmp_path, host):
     params = write_params(tmp_path / "params.yaml")
     entry = f"hosts.{host}={{backbone: ce_mixup, batchnorm: stage1}}"
     common = ["--params", params, "--set", entry, "--device", "cpu"]
-    done = h2t("train-classifier", host, cache, "none", tmp_path / "heads", *common)
+    done = invoke("train-classifier", host, cache, "none", tmp_path / "heads", *common)
     assert done.exit_code == 0, done.output
-    done = h2t("evaluate", host, cache, tmp_path / "heads", "none", tmp_path / "evaluate", *common)
+    done = invoke("evaluate", host, cache, tmp_path / "heads", "none", tmp_path / "evaluate", *common)
     assert done.exit_code == 0, done.output
     metrics = json.loads((tmp_path / "evaluate/metrics.json").read_text())
     assert metrics["stage1"] is None
@@ -114,7 +108,7 @@ def test_hosts_without_a_warm_start_train_on_imported_features(tmp_path, host):
 def test_hosts_with_a_warm_start_say_so(tmp_path):
     cache = imported(tmp_path)
     params = write_params(tmp_path / "params.yaml", hosts__dr__batchnorm="stage1")
-    done = h2t("train-classifier", "dr", cache, "none", tmp_path / "heads", "--params", params, "--device", "cpu")
+    done = invoke("train-classifier", "dr", cache, "none", tmp_path / "heads", "--params", params, "--device", "cpu")
     assert done.exit_code == 1
     (line,) = done.stderr.splitlines()
     assert "imported features have none" in line
@@ -123,7 +117,7 @@ def test_hosts_with_a_warm_start_say_so(tmp_path):
 def test_a_backbone_for_imported_features_is_refused(tmp_path, backbone_dir):
     cache = imported(tmp_path)
     params = write_params(tmp_path / "params.yaml", hosts__dr__batchnorm="stage1")
-    done = h2t("train-classifier", "dr", cache, backbone_dir, tmp_path / "heads", "--params", params)
+    done = invoke("train-classifier", "dr", cache, backbone_dir, tmp_path / "heads", "--params", params)
     assert done.exit_code == 1
     assert "give none as the backbone" in done.stderr
 
@@ -133,29 +127,17 @@ def test_importing_again_does_nothing_and_other_features_are_refused(tmp_path):
     before = (cache / "cache.json").read_bytes()
     imported(tmp_path)
     save_npz(tmp_path / "other.npz", *make_features(seed=5))
-    done = h2t("cache", "import", cache, "--train", tmp_path / "other.npz")
+    done = invoke("cache", "import", cache, "--train", tmp_path / "other.npz")
     assert done.exit_code == 1
     assert "holds another cache" in done.stderr
     assert (cache / "cache.json").read_bytes() == before
-    assert h2t("cache", "import", cache, "--train", tmp_path / "other.npz", "--replace").exit_code == 0
+    assert invoke("cache", "import", cache, "--train", tmp_path / "other.npz", "--replace").exit_code == 0
     assert (cache / "cache.json").read_bytes() != before
 
 
 class Evil:
     def __reduce__(self):
         return (print, ("code ran",))
-
-
-def pickled(path):
-    np.save(path, np.array([Evil()], dtype=object), allow_pickle=True)
-
-
-def pickle_itself(path):
-    path.write_bytes(pickle.dumps(Evil()))
-
-
-def pickled_in_npz(path):
-    np.savez(path, features=np.array([Evil()], dtype=object), labels=np.zeros(1, int))
 
 
 def cut(path):
@@ -167,61 +149,49 @@ def garbage(path):
     path.write_bytes(b"PAR1" + b"\xff" * 64)
 
 
-def nan(path):
-    x, y = make_features()
-    x[4, 2] = np.nan
-    save_npz(path, x, y)
+def features(x, y=None):
+    """Writes an .npz file of features and, unless None, labels."""
+    labels = {} if y is None else {"labels": np.asarray(y)}
+    return lambda path: np.savez(path, features=np.asarray(x), **labels)
 
 
-def ragged(path):
-    pq.write_table(pa.table({"embedding": [[1.0], [1.0, 2.0]], "label": [0, 1]}), path)
+THREE = np.zeros((3, 2), np.float32)
+OBJECTS = np.array([Evil()], dtype=object)
+HOSTILE = {
+    "pickled": (lambda path: np.save(path, OBJECTS, allow_pickle=True), "x.npy", "Python objects"),
+    "a pickle": (lambda path: path.write_bytes(pickle.dumps(Evil())), "x.npy", "cannot be read"),
+    "pickled in npz": (features(OBJECTS, [0]), "x.npz", "allow_pickle"),
+    "cut": (cut, "x.npy", "cannot be read"),
+    "no npz": (garbage, "x.npz", "cannot be read"),
+    "no safetensors": (garbage, "x.safetensors", "cannot be read"),
+    "no parquet": (garbage, "x.parquet", "cannot be read"),
+    "another name": (garbage, "x.pkl", "must be one of .npy"),
+    "ragged": (
+        lambda path: pq.write_table(pa.table({"embedding": [[1.0], [1.0, 2.0]], "label": [0, 1]}), path),
+        "x.parquet",
+        "different lengths",
+    ),
+    "nan": (features([[1.0, 2.0], [1.0, np.nan]], [0, 1]), "x.npz", "row 1 (x.npz/000000001) holds NaN"),
+    "infinity": (features([[1.0, -np.inf]], [0]), "x.npz", "holds NaN, infinity"),
+    "too large": (features(np.full((3, 2), 1e300), [0, 0, 0]), "x.npz", "beyond float32"),
+    "complex": (features([[1j]], [0]), "x.npz", "must be numbers"),
+    "text": (features([["1"]], [0]), "x.npz", "must be numbers"),
+    "no rows": (features(THREE[:0], np.zeros(0, int)), "x.npz", "got float32 (0, 2)"),
+    "cube": (features(THREE[:, :, None], [0, 0, 0]), "x.npz", "(n, C) or (n, C, H, W)"),
+    "no labels": (features(THREE), "x.npz", "no labels"),
+    "few labels": (features(THREE, [0, 0]), "x.npz", "one label for each of 3 rows"),
+    "labels of two axes": (features(THREE, [[0], [1], [1]]), "x.npz", "one label for each"),
+    "fractions": (features(THREE, [0, 0.5, 1]), "x.npz", "whole numbers or texts"),
+    "nan label": (features(THREE, [0, np.nan, 1]), "x.npz", "whole numbers or texts"),
+}
 
 
-def no_labels(path):
-    np.savez(path, features=np.zeros((3, 2), np.float32))
-
-
-def few_labels(path):
-    np.savez(path, features=np.zeros((3, 2), np.float32), labels=np.zeros(2, int))
-
-
-def fractions(path):
-    np.savez(path, features=np.zeros((3, 2), np.float32), labels=np.array([0, 0.5, 1]))
-
-
-def cube(path):
-    np.savez(path, features=np.zeros((3, 2, 2), np.float32), labels=np.zeros(3, int))
-
-
-def too_large(path):
-    np.savez(path, features=np.full((3, 2), 1e300), labels=np.zeros(3, int))
-
-
-@pytest.mark.parametrize(
-    ("write", "name", "says"),
-    [
-        (pickled, "x.npy", "Python objects"),
-        (pickle_itself, "x.npy", "cannot be read"),
-        (pickled_in_npz, "x.npz", "allow_pickle"),
-        (cut, "x.npy", "cannot be read"),
-        (garbage, "x.npz", "cannot be read"),
-        (garbage, "x.safetensors", "cannot be read"),
-        (garbage, "x.parquet", "cannot be read"),
-        (garbage, "x.pkl", "must be one of .npy"),
-        (nan, "x.npz", "row 4 (x.npz/000000004) holds NaN"),
-        (ragged, "x.parquet", "different lengths"),
-        (no_labels, "x.npz", "no labels"),
-        (few_labels, "x.npz", "one label for each of 3 rows"),
-        (fractions, "x.npz", "whole numbers or texts"),
-        (cube, "x.npz", "(n, C) or (n, C, H, W)"),
-        (too_large, "x.npz", "beyond float32"),
-    ],
-)
+@pytest.mark.parametrize(("write", "name", "says"), HOSTILE.values(), ids=HOSTILE)
 def test_hostile_input_is_one_line_and_leaves_nothing(tmp_path, capfd, write, name, says):
     write(tmp_path / name)
     np.save(tmp_path / "y.npy", np.zeros(9, int))
     beside = ["--train-labels", tmp_path / "y.npy"] if name.endswith(("npy", "pkl", "safetensors")) else []
-    done = h2t("cache", "import", tmp_path / "c", "--train", tmp_path / name, *beside)
+    done = invoke("cache", "import", tmp_path / "c", "--train", tmp_path / name, *beside)
     assert done.exit_code == 1, done.output
     (line,) = done.stderr.splitlines()
     assert says in line
@@ -234,7 +204,7 @@ def test_an_archive_that_claims_too_much_is_refused_unread(tmp_path, monkeypatch
 
     save_npz(tmp_path / "x.npz", *make_features())
     monkeypatch.setattr(importing, "available_memory", lambda: 100)
-    done = h2t("cache", "import", tmp_path / "c", "--train", tmp_path / "x.npz")
+    done = invoke("cache", "import", tmp_path / "c", "--train", tmp_path / "x.npz")
     assert done.exit_code == 1
     assert "GB of memory" in done.stderr
 
@@ -242,7 +212,7 @@ def test_an_archive_that_claims_too_much_is_refused_unread(tmp_path, monkeypatch
 def test_labels_without_training_rows_are_refused(tmp_path):
     save_npz(tmp_path / "train.npz", *make_features((3, 4)))
     save_npz(tmp_path / "test.npz", *make_features((3, 4, 5)))
-    done = h2t("cache", "import", tmp_path / "c", "--train", tmp_path / "train.npz", "--test", tmp_path / "test.npz")
+    done = invoke("cache", "import", tmp_path / "c", "--train", tmp_path / "train.npz", "--test", tmp_path / "test.npz")
     assert done.exit_code == 1
     assert "label 2 occurs in no training row" in done.stderr
 
@@ -261,9 +231,9 @@ def test_features_that_change_while_they_are_imported_are_refused(tmp_path, monk
     command = ["cache", "import", tmp_path / "c", "--train", tmp_path / "x.npy", "--train-labels", tmp_path / "y.npy"]
     with monkeypatch.context() as patch:
         patch.setattr(importing, "CacheWriter", late)
-        done = h2t(*command)
+        done = invoke(*command)
     assert done.exit_code == 1
     assert "changed while it was imported; import again once the file is finished" in done.stderr
     assert not (tmp_path / "c").exists()
-    assert h2t(*command).exit_code == 0
+    assert invoke(*command).exit_code == 0
     assert verify(tmp_path / "c") == []

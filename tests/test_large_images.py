@@ -4,14 +4,13 @@ import json
 
 import pytest
 from image_builders import make_imagenet_lt, make_inaturalist18, make_places_lt
-from pipeline_builders import extracted, fitted
+from pipeline_builders import extracted, fitted, prepared
 from safetensors.torch import save_file
 
 from h2t.cache.reader import open_cache
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.run import Run
-from h2t.pipeline.data.samples import load_samples
-from h2t.pipeline.stages import evaluate, prepare, train_backbone
+from h2t.pipeline.stages import evaluate, train_backbone
 
 pytestmark = pytest.mark.slow
 
@@ -33,10 +32,8 @@ def calm_weights(path, arch, options=()):
     ],
 )
 def test_from_images_to_metrics(dataset, make, backbone, tmp_path):
-    section = prepare.Params(dataset=dataset, options=make(tmp_path / "images"))
-    prepare.run(section, Run("prepare", tmp_path / "prepare"))
-    samples = load_samples(tmp_path / "prepare")
-    images = samples.images(section.model_dump())
+    section = {"dataset": dataset, "options": make(tmp_path / "images")}
+    samples, images = prepared(section, tmp_path / "prepare")
     backbone = {**backbone, "start": str(calm_weights(tmp_path / "start.safetensors", **backbone))}
     training = train_backbone.Params(
         **backbone, epochs=1, batch_size=8, schedule="cosine", warmup_epochs=0, lr=0.001, mixup=0.2

@@ -2,9 +2,11 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+from kills import struck
 from pipeline_builders import environment
 
 from h2t.pipeline.base.errors import UserError
@@ -107,23 +109,18 @@ def test_json_has_no_nan(tmp_path):
         write_json(tmp_path / "x.json", {"a": float("nan")})
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from h2t.pipeline.base.outputs import fresh_directory
-left = int(sys.argv[2])
-def count(event, args):
-    global left
-    if event in ("os.rename", "os.rmdir", "os.remove", "os.mkdir"):
-        left -= 1
-        if left < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-sys.addaudithook(count)
-with fresh_directory(Path(sys.argv[1])) as into:
-    for name in "abc":
-        (into / name).write_text("new")
-print("done")
-"""
+def renewed(out):
+    """Writes the output anew."""
+    with fresh_directory(out) as into:
+        for name in "abc":
+            (into / name).write_text("new")
+
+
+OLD, NEW = {n: n for n in "abc"}, dict.fromkeys("abc", "new")
+
+
+def contents(out):
+    return {p.name: p.read_text() for p in out.iterdir()}
 
 
 def test_killed_at_any_step_the_output_is_the_old_or_the_new_one(tmp_path):
@@ -132,34 +129,35 @@ def test_killed_at_any_step_the_output_is_the_old_or_the_new_one(tmp_path):
     for step in range(40):
         out = tmp_path / str(step) / "out"
         filled(out, "abc")
-        command = [sys.executable, "-c", KILLED, str(out), str(step)]
-        done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
-        assert done.stdout or done.returncode == -signal.SIGKILL, done.stderr
+        code = struck(partial(renewed, out), step)
+        assert code in (0, -signal.SIGKILL)
         if not out.exists():
             with pytest.raises(ZeroDivisionError), fresh_directory(out):
                 raise ZeroDivisionError
-        ends.append({p.name: p.read_text() for p in out.iterdir()})
-        if done.stdout:
+        ends.append(contents(out))
+        if code == 0:
             break
-    assert all(end in ({n: n for n in "abc"}, dict.fromkeys("abc", "new")) for end in ends), ends
-    assert ends[-1]["a"] == "new"
+    assert all(end in (OLD, NEW) for end in ends), ends
+    assert ends[-1] == NEW
     assert len(ends) > 5
+
+
+def interrupted():
+    raise KeyboardInterrupt
 
 
 def test_ctrl_c_between_the_renames_puts_the_old_output_back(tmp_path):
     out = tmp_path / "out"
     filled(out, "abc")
-    stop = KILLED.replace("os.kill(os.getpid(), signal.SIGKILL)", "left = 10**9; raise KeyboardInterrupt")
     ends = []
     for step in range(40):
-        command = [sys.executable, "-c", stop, str(out), str(step)]
-        done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
-        ends.append({p.name: p.read_text() for p in out.iterdir()})
-        if done.stdout or ends[-1]["a"] == "new":
+        code = struck(partial(renewed, out), step, interrupted)
+        ends.append(contents(out))
+        if code == 0 or ends[-1]["a"] == "new":
             break
         assert names(tmp_path) == ["out"]
-    assert all(end == {n: n for n in "abc"} for end in ends[:-1]), ends
-    assert ends[-1] == dict.fromkeys("abc", "new")
+    assert all(end == OLD for end in ends[:-1]), ends
+    assert ends[-1] == NEW
     assert len(ends) > 2
 
 

@@ -6,7 +6,7 @@ import pytest
 from pipeline_builders import ROOT
 from small_cifar import write_images
 
-from benchmarks import paper
+from benchmarks import gpu, paper
 from h2t.pipeline.base import params
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.inspection import settings
@@ -25,8 +25,8 @@ TINY = [
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("images")
-    write_images(folder / "train.parquet", 24, 0)
-    write_images(folder / "test.parquet", 5, 1)
+    write_images(folder / "train.parquet", 12, 0)
+    write_images(folder / "test.parquet", 3, 1)
     return [str(folder / "train.parquet"), str(folder / "test.parquet")]
 
 
@@ -45,8 +45,8 @@ def test_every_table_has_complete_parameters_and_its_published_rows(table):
 
 def test_a_table_from_images_to_figures_and_again(tmp_path, files, capsys):
     values = paper.parameters("6-100", ["ce_mixup"], parquet=files, overrides=TINY)
-    results = tmp_path / "paper.json"
-    entries = paper.Reproduction("6-100", values, tmp_path / "run", {"ce_mixup": 1}).run(results)
+    results, place = tmp_path / "paper.json", tmp_path / "data/paper/6-100"
+    entries = paper.Reproduction("6-100", values, place, {"ce_mixup": 1}).run(results)
     rows = ["CE", "DR", "DR, statistics as with H2T", "DR + H2T", "MiSLAS", "MiSLAS + H2T"]
     assert [e["row"] for e in entries] == rows
     assert [e["published"] for e in entries] == [70.70, 79.15, None, 82.87, 82.12, 83.23]
@@ -55,17 +55,26 @@ def test_a_table_from_images_to_figures_and_again(tmp_path, files, capsys):
     assert entries[1]["seeds"] == [0, 1, 2, 3, 4]
     kept = json.loads(results.read_text())
     assert sorted(e["row"] for e in kept) == sorted(rows)
-    assert params.load(tmp_path / "run/params.yaml") == values
+    assert params.load(place / "params.yaml") == values
     capsys.readouterr()
-    made = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*.safetensors")}
-    assert paper.Reproduction("6-100", values, tmp_path / "run", {"ce_mixup": 1}).run(results) == entries
+    made = {p: p.stat().st_mtime_ns for p in place.rglob("*.safetensors")}
+    assert paper.Reproduction("6-100", values, place, {"ce_mixup": 1}).run(results) == entries
     said = capsys.readouterr().out
     assert said.count("finished before") == 6  # prepare, stage I, and twice the heads and their evaluation
     assert "already holds this cache" in said
     assert {p: p.stat().st_mtime_ns for p in made} == made
     assert json.loads(results.read_text()) == kept
     assert "| DR + H2T | 1 |" in paper.shown(entries)
-    assert "| mislas | with H2T |" in (tmp_path / "run/report/results.md").read_text(encoding="utf-8")
+    assert "| mislas | with H2T |" in (place / "report/results.md").read_text(encoding="utf-8")
+    # The same table as a piece of `make gpu`, for which all is finished, too.
+    options = ["--only", "ce_mixup", "--parquet", *files, *(word for line in TINY for word in ("--set", line))]
+    given = ["table6", "--tiny", "--device", "cpu", "--out", str(tmp_path), "--data", str(tmp_path / "data")]
+    gpu.main([*given, "--paper", *options])
+    body = json.loads((tmp_path / "gpu-table6.json").read_text())
+    assert "error" not in body
+    assert sorted(row["row"] for row in body["rows"]) == sorted(rows)
+    assert str(tmp_path) not in json.dumps(body)
+    assert {p: p.stat().st_mtime_ns for p in made} == made
 
 
 def test_the_digits_keep_the_grids_of_their_preset():

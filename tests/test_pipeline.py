@@ -1,4 +1,4 @@
-"""The whole of `dvc repro` on a tiny parameter file, in a copy of the repository."""
+"""The whole of `dvc repro` on a tiny parameter file, in a project with its own `cache.py`, `pipeline/` and `tests/`."""
 
 import contextlib
 import json
@@ -13,14 +13,18 @@ import yaml
 from builders import tree
 from dvc.repo import Repo
 from pipeline_builders import ROOT, environment, make_params
+from test_own_names import plant
 
 pytestmark = pytest.mark.slow
 
-CODE = ("h2t", "cache", "pipeline", "plugins", "inputs", "dvc.yaml", "stages.yaml", ".dvcignore")
+OURS = "ours"  # the folder with a copy of our code; everything else in the repository belongs to the user
+CODE = ("h2t", "cache", "pipeline")
+PROJECT = ("plugins", "inputs", "dvc.yaml", "stages.yaml", ".dvcignore")
 
 
 def dvc(*arguments: str, cwd: Path) -> str:
-    env = environment(PYTHONPATH=str(cwd), DVC_NO_ANALYTICS="1")
+    env = environment(PYTHONPATH=f"{cwd}:{cwd / OURS}", DVC_NO_ANALYTICS="1")
+    env["XDG_CACHE_HOME"] = str(cwd / "home")
     env["PATH"] = os.pathsep.join([str(cwd / "bin"), str(Path(sys.executable).parent), env["PATH"]])
     done = subprocess.run(
         [sys.executable, "-m", "dvc", *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=900
@@ -46,12 +50,13 @@ def changed(repository: Path) -> set[str]:
 def repository(tmp_path_factory):
     """A repository with our code and tiny parameters, one host; every stage has run once."""
     root = tmp_path_factory.mktemp("repository")
-    for name in CODE:
-        source = ROOT / name
+    for name in (*CODE, *PROJECT):
+        source, target = ROOT / name, root / OURS / name if name in CODE else root / name
         if source.is_dir():
-            shutil.copytree(source, root / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(source, target, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
         else:
-            shutil.copy(source, root / name)
+            shutil.copy(source, target)
+    plant(root)
     values = make_params()
     values["backbones"] = {"ce_mixup": values["backbones"]["ce_mixup"]}
     (root / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
@@ -125,7 +130,7 @@ def number(*keys):
 
 def remark_everywhere(repository):
     for package in ("cache", "pipeline"):
-        for path in (repository / package).rglob("*.py"):
+        for path in (repository / OURS / package).rglob("*.py"):
             path.write_text(path.read_text() + "\n# a remark\n")
 
 
@@ -161,7 +166,7 @@ EDITS = {
 
 @pytest.mark.parametrize(("edit", "stages"), EDITS.values(), ids=EDITS)
 def test_an_edit_re_runs_exactly_what_it_can_change(repository, edit, stages):
-    kept = {p: p.read_bytes() for n in (*CODE, "params.yaml") for p in _files(repository / n)}
+    kept = {p: p.read_bytes() for n in (OURS, *PROJECT, "params.yaml") for p in _files(repository / n)}
     edit(repository)
     assert any(p.read_bytes() != data for p, data in kept.items())
     try:
@@ -176,14 +181,17 @@ def _files(path: Path) -> list[Path]:
 
 
 @pytest.mark.timeout(1800)
-def test_running_anew_gives_the_same_bytes(repository):
-    """Everything but `data/runs`, which says when and where it ran."""
+def test_running_anew_gives_the_same_bytes(repository, warm_h2t):
+    """Everything but `data/runs`, which says when and where it ran; and in forks of a process as in new ones."""
 
     def outputs():
         return {name: data for name, data in tree(repository / "data").items() if not name.startswith("runs/")}
 
     before = outputs()
     shutil.rmtree(repository / "data")
+    shutil.rmtree(repository / "home" / "h2t")
+    (repository / "bin" / "h2t").unlink()
+    (repository / "bin" / "h2t").symlink_to(warm_h2t)
     dvc("repro", "--force", "--no-run-cache", cwd=repository)
     after = outputs()
     assert set(after) == set(before)

@@ -115,14 +115,3 @@ def test_trained_pools_train_per_head_as_alone(name, options, cache):
         alone, _ = trained(make_stack(cache, [HEADS[k]], **given), lr=0.2)
         for part in alone:
             assert float((together[part][k] - alone[part][0]).abs().max()) <= 1e-9
-
-
-def test_mixup_of_features_has_the_expectation_of_fusion(maps):
-    """The mean over all sets of k of C channels is the mix with share k / C."""
-    from itertools import combinations
-
-    receiver, donor = maps[0], maps[1]
-    masks = [torch.tensor([c in chosen for c in range(6)]) for chosen in combinations(range(6), 2)]
-    mean = torch.stack([fuse(receiver, donor, m[:, None, None]) for m in masks]).mean(0)
-    assert torch.allclose(mean, mix(receiver, donor, torch.tensor(2 / 6).double()))
-    assert torch.equal(mix(receiver, donor, torch.tensor(0.0).double()), receiver)

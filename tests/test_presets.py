@@ -2,7 +2,7 @@
 
 import pytest
 import yaml
-from pipeline_builders import ROOT, h2t
+from pipeline_builders import ROOT, accepted
 
 from h2t.pipeline.base import params
 from h2t.pipeline.inspection import settings
@@ -84,8 +84,7 @@ def test_stage_one_of_ride_and_reslt_is_that_of_their_authors(name):
         assert ratios == [0.0] or 0.25 in ratios
 
 
-def test_the_command_lists_them(tmp_path):
-    done = h2t("presets", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_the_command_lists_them():
+    said = accepted("presets")
     for name in PAPER:
-        assert name in done.stdout
+        assert name in said

@@ -11,19 +11,9 @@ import pytest
 from builders import make_cache, make_rows, reseal, tree
 
 from h2t.cache.errors import CacheError
-from h2t.cache.read.gather import Gather, compiled
+from h2t.cache.read.gather import Gather
 from h2t.cache.reader import THREADS, open_cache
 from h2t.cache.tools.audit import describe
-
-
-@pytest.fixture(params=["compiled", "plain"])
-def way(request, monkeypatch):
-    """By the compiled gather, and as where there is none."""
-    if request.param == "plain":
-        monkeypatch.setattr("h2t.cache.reader.compiled", lambda: None)
-    elif compiled() is None:
-        pytest.skip("the compiled gather was not built")
-    return request.param
 
 
 def shard(root, number=1, expert=0):
@@ -41,6 +31,7 @@ def flip(path, at=-1):
 REFUSALS = {
     "fractions": ([1.5], {}, "rows: row numbers expected; got float64"),
     "a mask": ([True], {}, "rows: row numbers expected; got bool"),
+    "no dimension": (3, {}, "rows: one dimension expected; got shape ()"),
     "no such expert": ([0], {"expert": 2}, "expert: must be 0 to 1; got 2"),
     "an expert below 0": ([0], {"expert": -1}, "expert: must be 0 to 1; got -1"),
     "two dimensions": ([[0, 1]], {}, "rows: one dimension expected; got shape (1, 2)"),
@@ -64,11 +55,20 @@ def test_every_row_and_the_last_expert_are_there(cache_dir):
         assert cache.read(np.array([0, 10], np.uint8)).tobytes() == maps[0][[0, 10]].tobytes()
 
 
-def test_a_buffer_that_is_refused(cache_dir):
+BUFFERS = {
+    "rows": (np.zeros((2, 3, 2, 2), "<f2"), "float16 (2, 3, 2, 2)"),
+    "dtype": (np.zeros((3, 3, 2, 2), "<f4"), "float32 (3, 3, 2, 2)"),
+    "strided": (np.zeros((6, 3, 2, 2), "<f2")[::2], "float16 (3, 3, 2, 2)"),
+    "column order": (np.zeros((3, 3, 2, 2), "<f2", order="F"), "float16 (3, 3, 2, 2)"),
+}
+
+
+@pytest.mark.parametrize("out, got", BUFFERS.values(), ids=BUFFERS)  # noqa: PT006
+def test_a_buffer_that_is_refused(cache_dir, out, got):
     make_cache(cache_dir)
     with open_cache(cache_dir) as cache, pytest.raises(CacheError) as error:
-        cache.read([1, 2], out=np.zeros((2, 3, 2, 1), "<f4"))
-    says = "out: contiguous float16 (2, 3, 2, 2) expected; got float32 (2, 3, 2, 1)"
+        cache.read([3, 1, 3], out=out)
+    says = f"out: contiguous float16 (3, 3, 2, 2) expected; got {got}"
     assert (error.value.reason, error.value.detail) == ("mismatch", says)
 
 

@@ -1,11 +1,8 @@
 """Caches behind a URL: few requests to open, ranges only, and every way a store can go wrong is a CacheError."""
 
-import hashlib
 import os
 import pickle
-import threading
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +12,7 @@ import numpy as np
 import pytest
 from builders import make_cache, make_rows, tree
 from crc32c import crc32c
+from hostile_server import hostile_server
 
 from h2t.cache.errors import CacheError
 from h2t.cache.read import asking
@@ -23,13 +21,10 @@ from h2t.cache.reader import open_cache
 from h2t.cache.tools.verify import verify
 
 SHARD = "maps.zarr/expert_0/c.1.0.0.0"
+pytestmark = pytest.mark.usefixtures("no_waiting")
+
 SETTINGS = {"rows": make_rows(60), "shard_rows": 4, "maps": ((3, 2, 2), (2, 1, 1))}
 WANTED = [59, 4, 4, 0, 31]
-
-
-@pytest.fixture(autouse=True)
-def _no_waiting(monkeypatch):
-    monkeypatch.setattr(asking, "FIRST_WAIT", 0)
 
 
 def refusal(url, rows=WANTED) -> CacheError:
@@ -52,45 +47,39 @@ def memory(tmp_path):
     fs.rm(root, recursive=True)
 
 
-def test_opening_asks_once_per_folder_and_not_once_per_file(memory, monkeypatch):
-    asked = []
+@pytest.fixture
+def requests(memory, monkeypatch):
+    """(method, path) of what the store was asked for."""
+    found = []
     for name in ("ls", "size", "info"):
         original = getattr(type(memory.fs), name)
 
         def counted(self, path, *rest, _name=name, _original=original, **more):
-            asked.append((_name, path))
+            found.append((_name, path))
             return _original(self, path, *rest, **more)
 
         monkeypatch.setattr(type(memory.fs), name, counted)
+    return found
+
+
+def test_opening_asks_once_per_folder_and_not_once_per_file(memory, requests):
     with open_cache(memory.url) as cache:
-        assert [path for name, path in asked if name == "size"] == []
-        listed = {path for name, path in asked if name == "ls"}
+        listed = {path for name, path in requests if name == "ls"}
         assert len(listed) == 4  # the cache, its group and its two experts, for 30 shards
         for expert in (0, 1):
             assert cache.read(WANTED, expert=expert).tobytes() == memory.maps[expert][WANTED].tobytes()
-        assert not any(name == "size" for name, _ in asked)
+        assert not any(name == "size" for name, _ in requests)
 
 
-def test_a_quick_check_lists_folders_and_asks_for_no_size(memory, monkeypatch):
-    asked = []
-    for name in ("ls", "size"):
-        original = getattr(type(memory.fs), name)
-
-        def counted(self, path, *rest, _name=name, _original=original, **more):
-            asked.append((_name, path))
-            return _original(self, path, *rest, **more)
-
-        monkeypatch.setattr(type(memory.fs), name, counted)
+def test_a_quick_check_lists_folders_and_asks_for_no_size(memory, requests):
     assert verify(memory.url, quick=True) == []
-    assert len([path for name, path in asked if name == "ls"]) == 4
-    assert not any(name == "size" for name, _ in asked)
+    assert len([path for name, path in requests if name == "ls"]) == 4
+    assert not any(name == "size" for name, _ in requests)
     data = memory.fs.cat_file(f"{memory.root}/{SHARD}")
     memory.fs.pipe_file(f"{memory.root}/{SHARD}", data[:-1])
     memory.fs.rm(f"{memory.root}/{SHARD.replace('c.1.', 'c.2.')}")
-    faults = verify(memory.url, quick=True)
-    assert sorted(str(f).split(": ")[-1] for f in faults) == [
-        f"{len(data) - 1} bytes, cache.json says {len(data)}", "file is missing",
-    ]  # fmt: skip
+    said = sorted(str(fault).split(": ")[-1] for fault in verify(memory.url, quick=True))
+    assert said == [f"{len(data) - 1} bytes, cache.json says {len(data)}", "file is missing"]
 
 
 @pytest.mark.parametrize(
@@ -128,68 +117,11 @@ def test_swapped_bytes_are_damage(memory):
 # --- a web server: no sizes in listings
 
 
-class Handler(BaseHTTPRequestHandler):
-    """Serves `files` with ranges; `spoil`, if set, maps (name, body) to (status, headers, body) or None."""
-
-    files: dict[str, bytes] = {}
-    tagged = True  # whether answers carry an ETag
-    asked: list[tuple[str, str]] = []
-    tokens: set[str] = set()
-    spoil = None
-
-    def answer(self, *, body_too: bool) -> None:
-        name, _, query = self.path.lstrip("/").partition("?")
-        type(self).tokens.add(query)
-        type(self).asked.append((self.command, name))
-        if name not in self.files:
-            self.send_error(404)
-            return
-        data, status, headers = self.files[name], 200, {}
-        if wanted := self.headers.get("Range"):
-            first, _, last = wanted.removeprefix("bytes=").partition("-")
-            start, stop = int(first), int(last) + 1 if last else len(data)
-            if start >= len(data):
-                self.send_error(416)
-                return
-            headers["Content-Range"] = f"bytes {start}-{min(stop, len(data)) - 1}/{len(data)}"
-            data, status = data[start:stop], 206
-        if self.tagged:
-            headers["ETag"] = f'"{hashlib.md5(self.files[name]).hexdigest()}"'
-        length = len(data)
-        if type(self).spoil is not None and wanted:
-            data, status, length = type(self).spoil(name, data)
-        self.send_response(status)
-        for key, value in {**headers, "Content-Length": str(length), "Accept-Ranges": "bytes"}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if body_too:
-            self.wfile.write(data)
-
-    def do_GET(self) -> None:
-        self.answer(body_too=True)
-
-    def do_HEAD(self) -> None:
-        self.answer(body_too=False)
-
-    def log_message(self, *_) -> None:
-        pass
-
-
 @pytest.fixture
 def web(tmp_path):
-    pytest.importorskip("aiohttp")
     maps = make_cache(tmp_path / "c", **SETTINGS)
-    handler = type("Here", (Handler,), {"files": tree(tmp_path / "c"), "asked": [], "tokens": set()})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    url = f"http://127.0.0.1:{server.server_address[1]}"
-    yield SimpleNamespace(
-        url=url, handler=handler, files=handler.files, asked=handler.asked, tokens=handler.tokens, maps=maps
-    )
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with hostile_server(tree(tmp_path / "c")) as (url, handler):
+        yield SimpleNamespace(url=f"{url}/as/is", handler=handler, files=handler.files, asked=handler.asked, maps=maps)
 
 
 def test_a_web_server_is_read_by_ranges(web):
@@ -267,12 +199,6 @@ class Falters:
             self.times -= 1
             return self.spoil(name, data)
         return data, 206, len(data)
-
-
-@pytest.fixture(params=["8000000", "0"], ids=["blocks kept", "no blocks"])
-def kept(request, monkeypatch):
-    monkeypatch.setenv("H2T_BLOCK_CACHE_BYTES", request.param)
-    return request.param != "0"
 
 
 @pytest.mark.parametrize(
@@ -397,7 +323,7 @@ def test_a_token_in_the_query_is_sent_and_never_told(web):
         web.handler.spoil = Falters(100, lambda name, data: (b"", 403, 0))
         with pytest.raises(CacheError) as error:
             cache.read([20], expert=1)
-    assert web.tokens == {"sig=s3cr3t%2B"}
+    assert web.handler.queries == {"sig=s3cr3t%2B"}
     assert "s3cr3t" not in str(error.value)
     for secret in ("http://user:s3cr3t@127.0.0.1:1/c", "http://s3cr3t@127.0.0.1:1/c", "nosuch://s3cr3t@h/c?k=s3cr3t"):
         with pytest.raises((CacheError, ValueError)) as wrong:

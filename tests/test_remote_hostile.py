@@ -16,10 +16,12 @@ from pipeline_builders import ROOT
 from h2t.cache.errors import CacheError
 from h2t.cache.format import spec
 from h2t.cache.format.spec import MAPS, MAX_RECORD_BYTES, RECORD, ROWS, STATISTICS
-from h2t.cache.read import asking, transfer
 from h2t.cache.read import files as local
+from h2t.cache.read import transfer
 from h2t.cache.reader import open_cache
 from h2t.cache.tools.verify import verify
+
+pytestmark = pytest.mark.usefixtures("no_waiting")
 
 SETTINGS = {"rows": make_rows(60), "shard_rows": 20, "maps": ((3, 2, 2),)}
 MOST_MORE = 200 * 1024**2
@@ -57,11 +59,6 @@ print(json.dumps(found))
 """
 
 
-@pytest.fixture(autouse=True)
-def _no_waiting(monkeypatch):
-    monkeypatch.setattr(asking, "FIRST_WAIT", 0)
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     root = tmp_path_factory.mktemp("hostile") / "c"
@@ -70,10 +67,13 @@ def server(tmp_path_factory):
         yield found
 
 
-@pytest.mark.parametrize("blocks", ["8000000", "0"], ids=["blocks kept", "no blocks"])
-def test_no_answer_fills_the_memory(server, tmp_path, blocks):
+@pytest.mark.parametrize(
+    ("blocks", "targets"),
+    [("8000000", [RECORD, ROWS, STATISTICS, MAPS]), ("0", [MAPS])],  # only shards are kept in blocks
+    ids=["blocks kept", "no blocks"],
+)
+def test_no_answer_fills_the_memory(server, tmp_path, blocks, targets):
     url, handler = server
-    targets = [RECORD, ROWS, STATISTICS, MAPS]
     urls = [f"{url}/sound/x"] + [
         f"{url}/{mode}/{name}" for mode in ("gzip", "endless", "lies", "range") for name in targets
     ]
@@ -101,11 +101,12 @@ def test_a_server_that_hardly_answers_is_left(server, monkeypatch, mode, target)
         cache.read([0, 59])
     assert error.value.reason == "unreachable"
     assert len(error.value.detail.splitlines()) == 1
-    assert time.monotonic() - started < 10  # of one window and a busy machine, whatever the number of tries
+    assert time.monotonic() - started < 60  # one window and a busy machine; the silence lasts two minutes
 
 
 def test_a_slow_but_steady_server_is_waited_for(server, monkeypatch):
-    monkeypatch.setattr(transfer, "WINDOW", 0.5)
+    monkeypatch.setattr(transfer, "WINDOW", 1.5)
+    monkeypatch.setattr(transfer, "LEAST_RATE", 100)  # far below the server's, which may be starved for a second
     with open_cache(f"{server[0]}/steady/{ROWS}") as cache:
         started = time.monotonic()
         assert cache.rows == SETTINGS["rows"]
@@ -113,11 +114,11 @@ def test_a_slow_but_steady_server_is_waited_for(server, monkeypatch):
 
 
 def test_the_rate_is_that_of_the_store_and_not_of_a_request(monkeypatch):
-    monkeypatch.setattr(transfer, "WINDOW", 0.3)
+    monkeypatch.setattr(transfer, "WINDOW", 1.0)
     pace = transfer.Pace()
     patience = transfer.Patience(pace)
-    pace.came(300)
-    time.sleep(0.31)
+    pace.came(1000)
+    time.sleep(1.01)
 
     async def answer() -> str:
         await transfer.asyncio.sleep(0.1)

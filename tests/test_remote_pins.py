@@ -19,19 +19,16 @@ from pipeline_builders import ROOT
 
 from h2t.cache.errors import CacheError, CacheWarning
 from h2t.cache.format.spec import RECORD, ROWS, STATISTICS
-from h2t.cache.read import asking, blocks, remote
+from h2t.cache.read import blocks, remote
 from h2t.cache.read.transfer import Version, version_of
 from h2t.cache.reader import open_cache
 from h2t.cache.tools.verify import verify
 
+pytestmark = pytest.mark.usefixtures("no_waiting")
+
 SETTINGS = {"rows": make_rows(60), "shard_rows": 4, "maps": ((3, 2, 2),)}
 SHARD = "maps.zarr/expert_0/c.1.0.0.0"  # rows 4 to 7
 EVERY = np.arange(60)
-
-
-@pytest.fixture(autouse=True)
-def _no_waiting(monkeypatch):
-    monkeypatch.setattr(asking, "FIRST_WAIT", 0)
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +44,6 @@ def caches(tmp_path_factory):
 def web(caches):
     with hostile_server(dict(caches[0][0])) as (url, handler):
         yield f"{url}/as/is", handler
-
-
-@pytest.fixture(params=["8000000", "0"], ids=["blocks kept", "no blocks"])
-def kept(request, monkeypatch):
-    monkeypatch.setenv("H2T_BLOCK_CACHE_BYTES", request.param)
 
 
 def replaced(read) -> None:

@@ -13,27 +13,10 @@ from builders import make_cache, make_maps, make_rows, make_spec, make_statistic
 from h2t.cache.errors import CacheError
 from h2t.cache.format.spec import RECORD
 from h2t.cache.read.files import LocalFiles
-from h2t.cache.read.gather import compiled
 from h2t.cache.reader import open_cache
 from h2t.cache.tools.audit import verify
 
 ROWS = 24
-WAYS = {
-    "compiled": {},
-    "in place": {},
-    "decoded": {"codec": "zstd"},
-    "small rows": {"chunk_rows": 2},
-}
-
-
-@pytest.fixture(params=WAYS)
-def layout(request, monkeypatch):
-    """The layout of a cache that is read in one of the ways there are."""
-    if request.param == "in place":
-        monkeypatch.setattr("h2t.cache.reader.compiled", lambda: None)
-    elif request.param == "compiled" and compiled() is None:
-        pytest.skip("the compiled gather was not built")
-    return WAYS[request.param]
 
 
 @pytest.fixture

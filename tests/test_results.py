@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from pipeline_builders import ROOT, h2t, write_params
+from pipeline_builders import ROOT, invoke, write_params
 from report_builders import make_evaluated
 from scipy.stats import ttest_rel
 
@@ -275,13 +275,14 @@ def test_compare_without_a_shared_host(tmp_path, evaluated):
         comparison.compare(evaluated, tmp_path, None, print)
 
 
-def test_command_line(tmp_path, evaluated):
+def test_command_line(tmp_path, monkeypatch, evaluated):
     write_params(tmp_path / "params.yaml")
-    done = h2t("report", "--compare", evaluated, evaluated, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    done = invoke("report", "--compare", evaluated, evaluated)
+    assert done.exit_code == 0, done.stderr
     assert "B - A" in done.stdout
-    missing = h2t("report", evaluated, cwd=tmp_path)
-    assert missing.returncode == 2
+    missing = invoke("report", evaluated)
+    assert missing.exit_code == 2
     assert "--compare" in missing.stderr
 
 

@@ -4,12 +4,10 @@ import re
 import shutil
 
 import pytest
-from click.testing import CliRunner
-from pipeline_builders import write_params
+from pipeline_builders import invoke, write_params
 from report_builders import make_evaluated
 from repositories import dvc, git, start_repository
 
-from h2t.pipeline.command_line.main import main
 from h2t.pipeline.reporting.results import load_result
 
 DVC_YAML = """
@@ -22,10 +20,6 @@ stages:
       params: [seed]
       outs: ["data/evaluate/${item}"]
 """
-
-
-def h2t(*arguments):
-    return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
 def table_of(text: str) -> list[str]:
@@ -58,9 +52,9 @@ def here(lab, monkeypatch, tmp_path):
 
 
 def test_two_revisions_are_the_two_folders(here, tmp_path):
-    folders = h2t("report", "--compare", here / "one/evaluate", here / "two/evaluate")
+    folders = invoke("report", "--compare", here / "one/evaluate", here / "two/evaluate")
     assert folders.exit_code == 0, folders.output
-    found = h2t("report", "--compare", "one", "HEAD", tmp_path / "both")
+    found = invoke("report", "--compare", "one", "HEAD", tmp_path / "both")
     assert found.exit_code == 0, found.output
     assert len(table_of(found.stdout)) == 3
     assert table_of(found.stdout) == table_of(folders.stdout)
@@ -72,7 +66,7 @@ def test_two_revisions_are_the_two_folders(here, tmp_path):
 
 
 def test_a_revision_against_the_workspace(here):
-    same = h2t("report", "--compare", "two", "data")
+    same = invoke("report", "--compare", "two", "data")
     assert same.exit_code == 0, same.output
     assert "+0.00 [+0.00, +0.00] too close to tell" in table_of(same.stdout)[1]
 
@@ -80,9 +74,9 @@ def test_a_revision_against_the_workspace(here):
 def test_an_experiment_goes_by_its_name(here, lab):
     """`dvc exp run` on the last commit with the seed of the one before it gives the results of that."""
     dvc("exp", "run", "--name", "trial", "-S", "seed=0", where=lab / "a")
-    found = h2t("report", "--compare", "HEAD", "trial", here / "both")
+    found = invoke("report", "--compare", "HEAD", "trial", here / "both")
     assert found.exit_code == 0, found.output
-    assert table_of(found.stdout) == table_of(h2t("report", "--compare", "two", "one").stdout)
+    assert table_of(found.stdout) == table_of(invoke("report", "--compare", "two", "one").stdout)
     assert "A: HEAD, B: trial" in (here / "both/index.html").read_text()
 
 
@@ -94,20 +88,20 @@ def test_an_experiment_whose_name_several_have_is_one_line(here, lab):
         dvc("checkout", "--force", where=root)
         dvc("exp", "run", "--name", "twice", "-S", f"seed={seed}", where=root)
     git("checkout", "--quiet", "--force", "bare", where=root)
-    found = h2t("report", "--compare", "two", "twice")
+    found = invoke("report", "--compare", "two", "twice")
     assert found.exit_code == 1
     assert found.stderr.startswith("error: twice: several experiments have this name")
     assert found.stderr.count("\n") == 1
     git("checkout", "--quiet", "--force", "two", where=root)
     dvc("checkout", "--force", where=root)
-    assert table_of(h2t("report", "--compare", "two", "twice").stdout)  # the one on the commit that is checked out
+    assert table_of(invoke("report", "--compare", "two", "twice").stdout)  # the one on the commit that is checked out
 
 
 def test_a_revision_comes_from_the_remote(here, lab):
     dvc("push", "--all-commits", where=lab / "a")
-    before = table_of(h2t("report", "--compare", "one", "two").stdout)
+    before = table_of(invoke("report", "--compare", "one", "two").stdout)
     shutil.rmtree(lab / "a/.dvc/cache")
-    found = h2t("report", "--compare", "one", "two")
+    found = invoke("report", "--compare", "one", "two")
     assert found.exit_code == 0, found.output
     assert table_of(found.stdout) == before
 
@@ -117,7 +111,7 @@ def test_a_revision_comes_from_the_remote(here, lab):
     [("bare", "has no data/evaluate"), ("no-such", "neither a folder nor a revision")],
 )
 def test_what_cannot_be_compared_is_one_line(here, place, rule):
-    found = h2t("report", "--compare", place, "two")
+    found = invoke("report", "--compare", place, "two")
     assert found.exit_code == 1
     assert found.stderr.startswith(f"error: {place}: {rule}")
     assert found.stderr.count("\n") == 1

@@ -1,16 +1,13 @@
 """No login, token or query of a URL in what people read or keep: messages, records of runs, provenance, reports."""
 
-import threading
-from http.server import ThreadingHTTPServer
-
 import click
 import pytest
 import yaml
 from builders import tree
 from click.testing import CliRunner
+from hostile_server import hostile_server
 from pipeline_builders import make_params, make_stage2_cache
 from repositories import dvc, git, start_repository
-from test_remote import Handler
 
 from h2t.cache import redaction
 from h2t.cache.errors import CacheError
@@ -125,17 +122,10 @@ def test_redacting_takes_time_that_grows_with_the_text_only():
 
 @pytest.fixture
 def web(tmp_path):
-    """URL of a cache of stage II behind a web server that wants a token."""
-    pytest.importorskip("aiohttp")
+    """URL, with a token, of a cache of stage II behind a web server."""
     cache = make_stage2_cache(tmp_path / "c", backbone="none", train=("stage1",), evaluation=("stage1",))
-    handler = type("Here", (Handler,), {"files": tree(cache), "asked": [], "tokens": set()})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}?token={SECRET}"
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with hostile_server(tree(cache)) as (url, _):
+        yield f"{url}/as/is?token={SECRET}"
 
 
 def test_nothing_that_is_kept_holds_it(tmp_path, web):

@@ -1,6 +1,8 @@
 """Stage II, evaluation and pooling where memory is short, batches larger than the data, rows that are not finite."""
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from pipeline_builders import CPU, fitted, make_backbone_dir, make_host, make_stage2_cache
@@ -10,7 +12,9 @@ from h2t.cache.tools import pooled
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.evaluation import scoring
-from h2t.pipeline.evaluation.scoring import score_heads, score_stage1
+from h2t.pipeline.evaluation.metrics import Answers
+from h2t.pipeline.evaluation.scoring import Scores, score_heads, score_stage1
+from h2t.pipeline.evaluation.tables import write_predictions
 from h2t.pipeline.extraction import batchnorm
 from h2t.pipeline.heads import residency
 from h2t.pipeline.heads.batches import MOST_DRAWN, Streams
@@ -257,6 +261,35 @@ def test_evaluation_in_blocks_says_the_same(tmp_path, cache, backbone, monkeypat
         for x, y in zip(a.said, b.said, strict=True):
             assert np.array_equal(x.guesses, y.guesses)
             assert np.allclose(x.confidence, y.confidence, atol=1e-6)
+
+
+def test_evaluation_refuses_before_it_reads_what_would_not_fit(tmp_path, cache, backbone, monkeypatch):
+    fitted(tmp_path / "h", cache, backbone[0])
+    monkeypatch.setattr(evaluate, "available_memory", lambda: 200 * 10**6)
+    with open_cache(cache) as opened:
+        monkeypatch.setattr(opened, "read", lambda *_, **__: pytest.fail("read"))
+        with pytest.raises(
+            UserError, match=r"predictions of \d+ classifiers for .* rows need 2\d\d MB .* 200 MB are free"
+        ):
+            evaluate.run(evaluate.Params(), Run("dr", tmp_path / "e"), opened, tmp_path / "h", backbone[0])
+    assert not (tmp_path / "e").exists()
+
+
+def test_predictions_are_written_head_by_head(tmp_path):
+    rng = np.random.default_rng(0)
+    said = [Answers(rng.integers(0, 9, 20_000).astype(np.int32), rng.random(20_000)) for _ in range(60)]
+    result = Scores("mixture", rng.integers(0, 9, 20_000), np.arange(20_000), said)
+    usual = pa.default_memory_pool()
+    arrow = pa.proxy_memory_pool(usual)
+    pa.set_memory_pool(arrow)
+    try:
+        write_predictions(tmp_path, result, None, list(range(60)))
+    finally:
+        pa.set_memory_pool(usual)
+    assert arrow.max_memory() < 8e6  # one column of all heads is 9.6 MB
+    table = pq.read_table(tmp_path / "predictions.parquet")
+    assert table["number"].to_pylist() == np.repeat(np.arange(60), 20_000).tolist()
+    assert np.array_equal(table["predicted"].to_numpy(), np.concatenate([a.guesses for a in said]))
 
 
 def test_a_pooled_copy_is_the_same_with_little_memory(tmp_path, cache, monkeypatch):

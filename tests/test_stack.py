@@ -6,6 +6,8 @@ import torch
 from pipeline_builders import distance, make_optimiser, make_stack, make_stage1_head, make_stage2_cache, trained
 from torch.nn import functional as F
 
+from h2t.pipeline.base import plugins
+from h2t.pipeline.heads import stack as stack_module
 from h2t.pipeline.heads.fusion import replaced_channels
 
 GRID = [
@@ -24,6 +26,12 @@ def cache(tmp_path_factory):
     return make_stage2_cache(folder, counts=(30, 12, 3), shape=(20, 3, 3), views=(1, 1, 2))
 
 
+@pytest.fixture(scope="module")
+def two_experts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stack") / "c"
+    return make_stage2_cache(folder, counts=(30, 12, 3), shape=(20, 3, 3), views=(1, 1, 2), experts=2)
+
+
 def test_the_learning_rates_of_the_reference():
     expected = [0.02, 0.01951, 0.01809, 0.01588, 0.01309, 0.01, 0.00691, 0.00412, 0.00191, 0.00049]
     optimiser = make_optimiser(epochs=10, lr=0.02)
@@ -32,33 +40,70 @@ def test_the_learning_rates_of_the_reference():
     assert min(make_optimiser(epochs=200).rate(e) for e in range(200)) > 0
 
 
-@pytest.mark.parametrize("experts", [1, 2])
-@pytest.mark.parametrize("pooled", [True, False])
-def test_a_head_of_a_stack_is_the_head_trained_alone_float32(tmp_path, cache, experts, pooled):
+@pytest.mark.parametrize(
+    ("experts", "pooled", "dtype"), [(1, True, torch.float32), (2, False, torch.float32), (1, False, torch.float64)]
+)
+def test_a_head_of_a_stack_is_the_head_trained_alone(tmp_path, cache, experts, pooled, dtype):
     if experts == 2:
         cache = make_stage2_cache(tmp_path / "c", counts=(30, 12, 3), shape=(20, 3, 3), experts=2)
-    together, losses = trained(make_stack(cache, GRID, donors=DONORS, pooled=pooled, batch_size=8), lr=0.2)
+    options = {"pooled": pooled, "dtype": dtype, "batch_size": 8}
+    together, losses = trained(make_stack(cache, GRID, donors=DONORS, **options), lr=0.2)
     assert all(torch.isfinite(x).all() for x in losses)
-    for k in range(0, len(GRID), 5):
-        alone, lost = trained(
-            make_stack(cache, [GRID[k]], donors={GRID[k]["donor"]: GRID[k]["donor"]}, pooled=pooled, batch_size=8),
-            lr=0.2,
-        )
+    for k in range(0, len(GRID), 7):
+        donor = GRID[k]["donor"]
+        alone, lost = trained(make_stack(cache, [GRID[k]], donors={donor: donor}, **options), lr=0.2)
         for name in alone:
+            assert alone[name].dtype == dtype
             assert distance(together[name][k], alone[name][0]) <= 1e-5
+            if dtype == torch.float64:
+                assert float((together[name][k] - alone[name][0]).abs().max()) <= 1e-9
         assert torch.allclose(torch.stack(losses)[:, k], torch.stack(lost)[:, 0], rtol=1e-4)
 
 
-@pytest.mark.parametrize("pooled", [True, False])
-def test_a_head_of_a_stack_is_the_head_trained_alone_float64(cache, pooled):
-    options = {"pooled": pooled, "dtype": torch.float64, "batch_size": 8}
-    together, _ = trained(make_stack(cache, GRID, donors=DONORS, **options), lr=0.2, epochs=3)
-    for k in range(0, len(GRID), 7):
-        donor = GRID[k]["donor"]
-        alone, _ = trained(make_stack(cache, [GRID[k]], donors={donor: donor}, **options), lr=0.2, epochs=3)
-        for name in alone:
-            assert alone[name].dtype == torch.float64
-            assert float((together[name][k] - alone[name][0]).abs().max()) <= 1e-9
+LINEAR = [  # host, its loss, classifier
+    *(
+        (name, {}, kind)
+        for name in plugins.names("hosts")
+        for kind in ("linear", "cosine")
+        if plugins.load("hosts", name).Host.linear and (name, kind) not in {("gcl", "linear"), ("ride", "linear")}
+    ),
+    ("ride", {"experts": "sum"}, "linear"),
+]
+MIXED = [{"ratio": r, "donor": "balanced", "selection": "mixup", "seed": 3} for r in (0.3, 1.0)]
+UNEVEN = [h for h in GRID if h["selection"] != "shuffled"][3:20]  # groups of a seed and a donor differ in size
+KINDS_OF_STACKS = {
+    "folded": UNEVEN,
+    "mixup": [*UNEVEN, *MIXED],
+    "shuffled": GRID[1::3],
+    "nothing is replaced": [{"ratio": 0.0, "seed": seed} for seed in (3, 0)],
+}
+
+
+@pytest.mark.parametrize(("host", "loss", "classifier"), LINEAR)
+@pytest.mark.parametrize("kind", KINDS_OF_STACKS)
+def test_products_of_the_whole_stack_give_the_heads_of_vmap(two_experts, host, loss, classifier, kind):
+    options = {"host": host, "loss": loss, "classifier": classifier, "scale": 3.0, "donors": DONORS, "batch_size": 8}
+    bounds = {torch.float64: 1e-11} | ({torch.float32: 1e-4} if kind == "folded" else {})
+    for dtype, bound in bounds.items():
+        wide, slow = (
+            make_stack(two_experts, KINDS_OF_STACKS[kind], dtype=dtype, at_once=at_once, **options)
+            for at_once in (True, False)
+        )
+        assert (wide.at_once, slow.at_once) == (True, False)
+        (ours, our_losses), (theirs, their_losses) = trained(wide, lr=0.2), trained(slow, lr=0.2)
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            assert distance(ours[name], theirs[name]) <= bound
+        assert distance(torch.stack(our_losses), torch.stack(their_losses)) <= bound
+
+
+def test_heads_with_many_classes_are_not_folded(cache, monkeypatch):
+    monkeypatch.setattr(stack_module, "FOLDED_CLASSES", 0)
+    fused, losses = trained(make_stack(cache, GRID[:9], donors=DONORS, dtype=torch.float64, batch_size=8))
+    monkeypatch.undo()
+    folded, others = trained(make_stack(cache, GRID[:9], donors=DONORS, dtype=torch.float64, batch_size=8))
+    assert all(distance(fused[name], folded[name]) <= 1e-11 for name in fused)
+    assert distance(torch.stack(losses), torch.stack(others)) <= 1e-11
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-9)])
@@ -73,25 +118,6 @@ def test_pooling_first_or_last_gives_the_same_heads(tmp_path, dtype, bound):
     for name in on_maps:
         for k in range(len(GRID)):
             assert distance(on_maps[name][k], on_vectors[name][k]) <= bound
-
-
-def test_ratio_0_needs_no_donor_at_all(tmp_path):
-    """Heads at ratio 0 do not change by one bit when the donors' maps are replaced; others do."""
-    counts = {"counts": (12, 5, 2), "shape": (8, 2, 2)}
-    plain = make_stage2_cache(tmp_path / "a", **counts)
-
-    def noise(maps, rows):
-        maps[0][np.array(rows["statistics"]) == "instance"] = 7.5
-
-    other = make_stage2_cache(tmp_path / "b", change=noise, **counts)
-    heads = [{"ratio": 0.0}, {"ratio": 0.5}]
-    first, _ = trained(make_stack(plain, heads))
-    second, _ = trained(make_stack(other, heads))
-    alone, _ = trained(make_stack(plain, [{"ratio": 0.0}]))
-    for name in first:
-        assert torch.equal(first[name][0], second[name][0])
-        assert not torch.equal(first[name][1], second[name][1])
-        assert distance(first[name][0], alone[name][0]) <= 1e-5
 
 
 def test_heads_of_one_seed_share_batches_and_heads_of_other_seeds_do_not(cache):

@@ -2,10 +2,12 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from builders import tree
+from kills import struck
 
 from h2t.cache.errors import CacheError
 from h2t.cache.write.staging import Staging, write_durably
@@ -82,39 +84,26 @@ def test_publish_replaces_only_when_told_to(cache_dir):
     assert list(cache_dir.parent.iterdir()) == [cache_dir]
 
 
-REPLACE = """
-import os, signal, sys
-from h2t.cache.write.staging import Staging
-left = int(sys.argv[2])
-def count(event, args):
-    global left
-    if event in ("os.rename", "os.rmdir", "os.remove"):
-        left -= 1
-        if left < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-with Staging(sys.argv[1]) as staging:
-    sys.addaudithook(count)
-    staging.publish(replace=True)
-print("done")
-"""
+def replaced(target):
+    with Staging(target) as staging:
+        staging.publish(replace=True)
 
 
 def test_a_replaced_cache_is_there_again_after_a_kill_at_any_step(tmp_path):
     """At every step of a replacement the target is the old or the new content, at the latest when staging opens."""
     ends = []
-    for step in range(20):
+    for step in range(40):
         target = tmp_path / str(step) / "cache"
         target.mkdir(parents=True)
         (target / "file").write_bytes(b"old")
         with Staging(target) as staging:
             finished(staging)
-        command = [sys.executable, "-c", REPLACE, str(target), str(step)]
-        done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, check=False)
+        code = struck(partial(replaced, target), step)
         with Staging(target):
             ends.append(tree(target)["file"])
-        if done.stdout:
+        if code == 0:
             break
-        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert code == -signal.SIGKILL
     assert ends[:2] == [b"old", b"old"]
     assert ends[-1] == b"new"
     assert len(ends) > 4

@@ -8,14 +8,12 @@ import shutil
 import pytest
 import yaml
 from builders import tree
-from click.testing import CliRunner
 from dvc.repo import Repo
 from golden_cases import FIRST
-from pipeline_builders import ROOT
+from pipeline_builders import ROOT, invoke
 from repositories import dvc, git
 
 from h2t.pipeline.base import numbers
-from h2t.pipeline.command_line.main import main
 from h2t.pipeline.inspection.doctor import examine
 from h2t.pipeline.inspection.upgrade import same_meaning, upgrade
 
@@ -41,10 +39,6 @@ def project(tmp_path, monkeypatch):
     return root
 
 
-def h2t(*arguments):
-    return CliRunner().invoke(main, [str(a) for a in arguments])
-
-
 def changed(root):
     """Stages that DVC calls changed, but for outputs that lie in no DVC cache or were left out of the example."""
     with contextlib.chdir(root), Repo(str(root)) as repo:
@@ -65,13 +59,13 @@ def edit(path, change):
 def test_a_lock_file_from_before_the_numbers_is_taken_over(project):
     before = tree(project)
     assert changed(project) == STAGES | {"inputs"}
-    said = h2t("upgrade")
+    said = invoke("upgrade")
     assert said.exit_code == 0, said.output
     assert "results of 6 stages are kept" in said.stdout
     (again,) = [line for line in said.stdout.splitlines() if "runs again" in line]
     assert again.startswith("report runs again")
     assert {name: data for name, data in tree(project).items() if name in before} == before, "said, not done"
-    done = h2t("upgrade", "--apply")
+    done = invoke("upgrade", "--apply")
     assert done.exit_code == 0, done.output
     assert changed(project) == NEWER
     lock = yaml.safe_load((project / "dvc.lock").read_text())["stages"]
@@ -83,34 +77,39 @@ def test_a_lock_file_from_before_the_numbers_is_taken_over(project):
     shutil.rmtree(project / "data/inputs")  # the digests of no input, and DVC's note that git ignores them
     (project / "data/.gitignore").unlink()
     assert tree(project / "data") == tree(FIRST / "data")
-    assert "nothing to change" in h2t("upgrade").stdout
+    assert "nothing to change" in invoke("upgrade").stdout
 
 
 def test_what_the_first_version_wrote_is_verified_and_trained_on(project):
-    assert h2t("cache", "verify", "data/extract/few").exit_code == 0
-    done = h2t("train-classifier", "dr", "data/extract/few", "data/train_backbone/few", "heads")
+    assert invoke("cache", "verify", "data/extract/few").exit_code == 0
+    done = invoke("train-classifier", "dr", "data/extract/few", "data/train_backbone/few", "heads")
     assert done.exit_code == 0, done.output
-    again = h2t("evaluate", "dr", "data/extract/few", "data/train_classifier/dr", "data/train_backbone/few", "out")
+    again = invoke("evaluate", "dr", "data/extract/few", "data/train_classifier/dr", "data/train_backbone/few", "out")
     assert again.exit_code == 0, again.output
     assert json.loads((project / "out/metrics.json").read_text())["with_h2t"]["heads"] == 2
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "stages"),
+    ("settings", "stages"),
     [
-        (("extract", "codec"), "zstd", {"extract@few"}),
-        (("hosts", "dr", "optimiser", "lr"), 0.5, {"train_classifier@dr", "report"}),
-        (("seed",), 7, {"prepare", "train_backbone@few", "extract@few"}),
-        (("extract", "chunk_rows"), None, set()),  # its default
-        (("hosts", "dr", "rounding"), "floor", set()),
-        (("run",), {"cluster": "local:2"}, set()),
+        (
+            {("extract", "codec"): "zstd", ("hosts", "dr", "optimiser", "lr"): 0.5},
+            {"extract@few", "train_classifier@dr", "report"},
+        ),
+        ({("seed",): 7}, {"prepare", "train_backbone@few", "extract@few"}),
+        (  # defaults, and what changes no byte
+            {("extract", "chunk_rows"): None, ("hosts", "dr", "rounding"): "floor", ("run",): {"cluster": "local:2"}},
+            set(),
+        ),
     ],
 )
-def test_parameters_must_mean_the_same(project, key, value, stages):
+def test_parameters_must_mean_the_same(project, settings, stages):
     def change(values):
-        for part in key[:-1]:
-            values = values[part]
-        values[key[-1]] = value
+        for (*parents, last), value in settings.items():
+            at = values
+            for part in parents:
+                at = at[part]
+            at[last] = value
 
     edit(project / "params.yaml", change)
     plan = upgrade(project, lambda line: None, apply=True)
@@ -133,18 +132,18 @@ def test_it_says_what_another_number_concerns_and_why(project):
     for name in ("dvc.lock", "stages.yaml"):
         path = project / name
         path.write_text(path.read_text().replace("extract: 2026112601", "extract: 2026112507"))
-    refused = h2t("prepare", "out")
+    refused = invoke("prepare", "out")
     assert refused.exit_code == 1
     assert "type: h2t upgrade" in refused.stderr
-    said = h2t("upgrade").stdout
+    said = invoke("upgrade").stdout
     assert "stages.yaml: extract: 2026112507 -> 2026112601" in said
     (line, _) = [one for one in said.splitlines() if "runs again" in one]
     assert line.startswith("extract@few runs again and writes data/extract/few: extract has the number 2026112601, was")
     assert line.endswith("read by evaluate@dr, pool@few, report, train_classifier@dr")
     assert "2026112507" in (project / "stages.yaml").read_text()
-    assert h2t("upgrade", "--apply").exit_code == 0
+    assert invoke("upgrade", "--apply").exit_code == 0
     assert changed(project) == {"extract@few"} | NEWER
-    assert h2t("prepare", "out").exit_code == 0
+    assert invoke("prepare", "out").exit_code == 0
 
 
 def test_data_that_differ_are_not_taken_over(project):
@@ -183,7 +182,7 @@ def test_a_plug_in_of_the_project_gets_its_line_and_reruns_what_uses_its_kind(pr
 def test_a_dvc_yaml_that_watches_no_numbers_is_one_line(project):
     path = project / "dvc.yaml"
     path.write_text(re.sub(r"(- |, )?stages\.yaml: \[[^\]]*\]", "", path.read_text()))
-    done = h2t("upgrade", "--apply")
+    done = invoke("upgrade", "--apply")
     assert done.exit_code == 1
     assert "dvc.yaml: watches no numbers" in done.stderr
     assert len(done.stderr.splitlines()) == 1
@@ -191,7 +190,7 @@ def test_a_dvc_yaml_that_watches_no_numbers_is_one_line(project):
 
 def test_outside_of_a_repository_it_is_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    done = h2t("upgrade")
+    done = invoke("upgrade")
     assert done.exit_code == 1
     assert "not inside a DVC repository" in done.stderr
 
@@ -200,7 +199,7 @@ def test_doctor_names_outputs_that_were_made_by_other_code_of_the_same_number(pr
     upgrade(project, lambda line: None, apply=True)
     arguments = ("train-classifier", "dr", "data/extract/few", "data/train_backbone/few", "out")
     record = project / "data/runs/train_classifier/dr.json"
-    assert h2t(*arguments, "--record", record).exit_code == 0
+    assert invoke(*arguments, "--record", record).exit_code == 0
     values = json.loads(record.read_text())
     assert {"pipeline/heads/stack.py", "pipeline/hosts/dr.py", "cache/reader.py"} <= set(values["code"])
 

@@ -355,11 +355,9 @@ def test_dvc_runs_what_a_change_concerns_and_nothing_else(tmp_path, warm_h2t):
     write(project.root, values)
     assert project.ran("extract@ce_mixup") == ["watch@kept", "inputs", "extract@ce_mixup"]
 
-    # Images that are replaced, added, deleted, renamed.
+    # Images that are replaced, renamed; what else changes a digest is above.
     for change in (
         lambda: write_image(photos / "train/owl/0.png", 99, (9, 8)),
-        lambda: write_image(photos / "train/cat/more.png", 7, (9, 8)),
-        (photos / "train/cat/0.png").unlink,
         lambda: (photos / "train/cat/1.png").rename(photos / "train/cat/one.png"),
     ):
         change()

@@ -1,12 +1,8 @@
 import json
 import os
-import random
-import shutil
-import signal
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -270,47 +266,6 @@ def test_writing_reads_no_shard(tmp_path):
         out = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, check=True, text=True)
         opens = eval(out.stdout)
         assert sorted(opens) == [(f"c.{s}.0.0.0.partial", "w") for s in range(3)]
-
-
-@pytest.mark.faults
-def test_killed_at_random_instants_it_resumes_to_the_same_bytes(tmp_path):
-    """SIGKILL after a seeded random time from the first finished shard on, again and again, until one attempt ends."""
-    overrides = {"rows": 64, "maps": ((16, 64, 64),), "dtype": "float32", "codec": "zstd", "shard_rows": 4}
-    spec = make_spec(**overrides)
-    write_cache(tmp_path / "whole", spec, make_rows(spec.rows), make_maps(spec))
-    whole = tree(tmp_path / "whole")
-    target = tmp_path / "killed"
-    journal = tmp_path / ".killed.staging" / "journal"
-    script = WRITE + "write_cache(Path(sys.argv[2]), spec, rows, maps)\n"
-    rng = random.Random(7)
-    between = []
-
-    def lines() -> int:
-        return journal.read_bytes().count(b"\n") if journal.exists() else 0
-
-    while len(between) < 5:
-        had = lines()
-        command = [sys.executable, "-c", script, str(ROOT), str(target), str(overrides)]
-        with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
-            while lines() in (0, had) and process.poll() is None:
-                time.sleep(0.001)
-            time.sleep(rng.uniform(0, 0.06))
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-        if target.exists():  # this attempt was faster than the kill
-            assert tree(target) == whole
-            shutil.rmtree(target)
-            continue
-        assert process.returncode == -signal.SIGKILL, process.stderr.read()
-        if 1 <= lines() < spec.shards:
-            between.append(lines())
-        if lines() > spec.shards - 4:  # go on from fewer shards, or there is nothing left to interrupt
-            write_cache(target, spec, make_rows(spec.rows), make_maps(spec))
-            assert tree(target) == whole
-            shutil.rmtree(target)
-    write_cache(target, spec, make_rows(spec.rows), make_maps(spec))
-    assert tree(target) == whole
-    assert all(1 <= n < spec.shards for n in between)
 
 
 # One process imports, then forks a child per kill, which costs milliseconds instead of a second of imports.

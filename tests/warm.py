@@ -1,16 +1,20 @@
-"""An `h2t` that starts at once, for tests in which DVC or a shell starts it a dozen times.
+"""An `h2t` that starts at once, for tests that start it many times.
 
 Importing torch takes seconds of processor time in every new process. Here one process imports everything and forks for
-each command, which gets the caller's arguments, folder, environment and standard streams. tests/test_pipeline.py runs
-every stage in a new interpreter.
+each command. The fork gets the caller's arguments, folder, environment and standard streams; SIGINT and SIGTERM are
+passed on to it, and a caller that is killed takes it along. tests/test_pipeline.py runs every stage in a new
+interpreter.
 """
 
+import fcntl
 import os
+import signal
 import socket
 import sys
+from contextlib import suppress
 
 STREAMS = (0, 1, 2)
-IMPORTED = ("torch", "torch._dynamo", "torchvision", "sklearn.manifold", "matplotlib.pyplot", "pandas", "dvc.repo")
+IMPORTED = ("torch", "torch._dynamo", "torchvision", "sklearn.manifold", "pandas", "dvc.repo")
 ROOMS = ("stages", "command_line", "extraction", "heads", "evaluation", "reporting", "models", "sharing", "inspection")
 
 
@@ -21,9 +25,12 @@ def ask(place: str, arguments: list[str]) -> int:
     body = os.fsencode("\0".join(words))
     with socket.socket(socket.AF_UNIX) as at:
         at.connect(place)
-        socket.send_fds(at, [len(body).to_bytes(8, "little")], STREAMS)
+        socket.send_fds(at, [_number(len(body))], STREAMS)
         at.sendall(body)
-        return int(at.recv(8) or b"70")  # 70: it ended without a word
+        fork = int.from_bytes(at.recv(8), "little")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, _: os.kill(fork, number))
+        return int.from_bytes(at.recv(8) or b"\x46", "little")  # 70: it ended without a word
 
 
 def serve(place: str) -> None:
@@ -31,7 +38,6 @@ def serve(place: str) -> None:
     import gc
     import pkgutil
     import select
-    import signal
     from importlib import import_module
 
     for name in IMPORTED:
@@ -40,7 +46,7 @@ def serve(place: str) -> None:
         for found in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
             import_module(found.name)
     gc.freeze()  # forks share what is never looked at
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks
+    signal.signal(signal.SIGCHLD, _reap)
     with socket.socket(socket.AF_UNIX) as at:
         at.bind(place)
         at.listen()
@@ -48,20 +54,32 @@ def serve(place: str) -> None:
         while sys.stdin not in select.select([at, sys.stdin], [], [])[0]:
             caller, _ = at.accept()
             if os.fork() == 0:
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 answer(caller)
             caller.close()
 
 
+def _reap(*_: object) -> None:
+    """Waits for the forks that have ended, so that their processor time is counted."""
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
 def answer(caller: socket.socket) -> None:
     """In the fork: becomes the command, tells the exit code, and ends."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     head, streams, _, _ = socket.recv_fds(caller, 8, len(STREAMS))
     body, size = b"", int.from_bytes(head, "little")
     while len(body) < size:
         body += caller.recv(size - len(body))
+    for what, value in ((fcntl.F_SETSIG, signal.SIGKILL), (fcntl.F_SETOWN, os.getpid()), (fcntl.F_SETFL, os.O_ASYNC)):
+        fcntl.fcntl(caller, what, value)  # the kernel kills this process when the caller is gone
+    caller.sendall(_number(os.getpid()))
     folder, count, *words = os.fsdecode(body).split("\0")
     for standard, given in zip(STREAMS, streams, strict=True):
         os.dup2(given, standard)
+        os.close(given)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(line.split("=", 1) for line in words[int(count) :])
@@ -80,8 +98,12 @@ def answer(caller: socket.socket) -> None:
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    caller.sendall(str(code if isinstance(code, int) else 1).encode())
+    caller.sendall(_number(code if isinstance(code, int) else 1))
     os._exit(0)
+
+
+def _number(value: int) -> bytes:
+    return value.to_bytes(8, "little")
 
 
 if __name__ == "__main__":

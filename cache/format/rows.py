@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from h2t.cache.errors import CacheError
@@ -104,5 +103,7 @@ def _check_memory(need: int) -> None:
 
 def _text_bytes(column: pa.ChunkedArray) -> int:
     """Bytes of the texts of a dictionary-encoded column once it is decoded."""
+    import pyarrow.compute as pc  # takes longer to import than this package
+
     lengths = (pc.take(pc.binary_length(chunk.dictionary), chunk.indices) for chunk in column.chunks)
     return sum(pc.sum(each).as_py() or 0 for each in lengths)

@@ -13,9 +13,7 @@ from typing import Any
 
 from h2t.cache.errors import CacheError
 from h2t.cache.format.spec import RECORD
-from h2t.cache.read import dvc_files
 from h2t.cache.read.in_use import InUse
-from h2t.cache.read.remote import RemoteFiles
 from h2t.cache.read.store import FileStore
 
 NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
@@ -287,8 +285,13 @@ def _after(buffers: Sequence[Any], done: int) -> list[Any]:
 def files_at(location: str | Path) -> FileStore:
     """The files of the cache at a path, an fsspec URL or a `dvc+` address; raises CacheError `unreachable`."""
     text = str(location)
-    if text.startswith(dvc_files.PREFIX):
-        return dvc_files.DvcFiles(text)
+    # Imported here: the code for servers takes as long to import as all the rest of the reader.
+    if text.startswith("dvc+"):
+        from h2t.cache.read.dvc_files import DvcFiles
+
+        return DvcFiles(text)
     if "://" in text and not text.startswith("file://"):
+        from h2t.cache.read.remote import RemoteFiles
+
         return RemoteFiles(text)
     return LocalFiles(Path(text.removeprefix("file://")))

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,6 @@ from h2t.cache.write.writer import create_group
 
 #: Shards checked in parallel; each is held in memory whole.
 WORKERS = min(4, os.cpu_count() or 1)
-MAX_TASKS = 500  # a task costs dask 1 ms, more than checking a small shard
 GROUP_KEYS = ("node_type", "zarr_format", "attributes")
 ARRAY_KEYS = (
     *("node_type", "zarr_format", "shape", "data_type", "chunk_grid", "chunk_key_encoding"),
@@ -84,15 +84,8 @@ def _same_record(files: FileStore) -> list[Fault]:
 
 
 def _run(jobs: Sequence[tuple[str, Callable[[], list[Fault]]]]) -> list[Fault]:
-    import dask
-
-    def portion(start: int, stop: int) -> list[Fault]:
-        return [fault for name, job in jobs[start:stop] for fault in _guarded(name, job)]
-
-    step = -(-len(jobs) // MAX_TASKS)
-    tasks = [dask.delayed(portion, pure=False)(at, at + step) for at in range(0, len(jobs), step)]
-    results = dask.compute(*tasks, scheduler="threads", num_workers=WORKERS)
-    return [fault for result in results for fault in result]
+    with ThreadPoolExecutor(WORKERS) as pool:
+        return [fault for faults in pool.map(lambda job: _guarded(*job), jobs) for fault in faults]
 
 
 def _guarded(name: str, job: Callable[[], list[Fault]]) -> list[Fault]:

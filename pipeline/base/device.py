@@ -1,11 +1,13 @@
 """Choosing the device to compute on, with settings that make runs repeatable."""
 
 import re
-
-import torch
+from typing import TYPE_CHECKING
 
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.text import counted
+
+if TYPE_CHECKING:
+    import torch
 
 
 def check(name: object) -> None:
@@ -14,11 +16,13 @@ def check(name: object) -> None:
         raise UserError(f"device: must be auto, cpu, cuda or cuda:N; got {name!r}")
 
 
-def choose(name: str) -> torch.device:
+def choose(name: str) -> "torch.device":
     """The device called `auto`, `cpu`, `cuda` or `cuda:N`. Raises UserError if this machine does not have it.
 
     Makes cuDNN deterministic and turns off its benchmarking, so that runs are repeatable.
     """
+    import torch
+
     check(name)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -21,9 +21,20 @@ CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ERO
 #: Messages of torch, of threads and of the library loader for "out of memory", where they do not raise MemoryError.
 NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "can't start new thread", "map segment")
 
+#: Import names of the packages that the extra `pipeline` installs and the base install leaves out.
+PIPELINE = {
+    "PIL", "dask", "jinja2", "pandas", "pydantic", "safetensors", "scipy", "sklearn", "threadpoolctl",
+    "torch", "torchvision", "tqdm",
+}  # fmt: skip
+
 
 def of_the_machine(error: BaseException) -> UserError | None:
-    """A UserError for an `error` caused by the machine: a disk that cannot be written, or no memory. Otherwise None."""
+    """A UserError for an `error` caused by the machine, otherwise None.
+
+    Causes are a disk that cannot be written, no memory, and a package that only the extra `pipeline` installs.
+    """
+    if isinstance(error, ModuleNotFoundError) and (package := (error.name or "").partition(".")[0]) in PIPELINE:
+        return UserError(f"{package}: not installed, and this command needs it; type: pip install 'h2t[pipeline]'")
     if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
         why = os.strerror(error.errno)
         return UserError(f"{error.filename or 'disk'}: {why}; free some space or fix the permissions, then run again")

@@ -310,15 +310,20 @@ def load(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     known = values.get("inputs") or {}
     if not isinstance(known, Mapping) or not all(isinstance(p, str) and p.strip() for p in known.values()):
         raise UserError("inputs: must map names to files or folders, such as inputs: {images: photos}")
+    for name, place in known.items():
+        if place.startswith("~"):
+            raise UserError(f"inputs.{name}: DVC does not know ~; write {Path(place).expanduser()} in its place")
     return {k: _located(v, k, known) if k in NAME_FILES else v for k, v in values.items()}
 
 
 def _located(value: Any, where: str, known: Mapping[str, str]) -> Any:
-    """`value` with each `inputs/NAME/...` replaced by an absolute path. Raises UserError for an unknown NAME."""
+    """`value` with absolute paths for each `inputs/NAME/...` and `~/...`. Raises UserError for an unknown NAME."""
     if isinstance(value, Mapping):
         return {k: _located(v, f"{where}.{k}", known) for k, v in value.items()}
     if isinstance(value, list):
         return [_located(v, f"{where}[{i}]", known) for i, v in enumerate(value)]
+    if isinstance(value, str) and value.startswith("~/"):
+        return str(Path(value).expanduser())
     if not isinstance(value, str) or not value.startswith(INPUTS):
         return value
     name, _, inside = value.removeprefix(INPUTS).partition("/")

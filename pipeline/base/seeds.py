@@ -5,19 +5,20 @@ streams with different keys are independent (NumPy's SeedSequence with a spawn k
 """
 
 import hashlib
+from functools import lru_cache
 
 import numpy as np
 
 
-def _word(part: int | str) -> int:
-    if isinstance(part, str):
-        return int.from_bytes(hashlib.sha256(part.encode()).digest()[:4], "little")
-    return part
+@lru_cache(maxsize=256)
+def _word(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
 
 
 def stream(seed: int, *key: int | str) -> np.random.Generator:
     """A new generator for `seed` and `key`. The same seed and key always give the same draws."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=tuple(map(_word, key)))))
+    words = tuple(_word(part) if isinstance(part, str) else part for part in key)
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=words)))
 
 
 def torch_seed(seed: int, *key: int | str) -> int:

@@ -197,6 +197,7 @@ def stats_command(location: str, as_json: bool) -> None:
 
     with opened(location) as maps:
         table = stats(maps)
+        names = dict(enumerate(maps.spec.provenance.get("classes") or ()))
     if as_json:
         click.echo(json.dumps(table, sort_keys=True))
         return
@@ -207,11 +208,8 @@ def stats_command(location: str, as_json: bool) -> None:
             f"min {_number(line['min'])}, max {_number(line['max'])}, mean {_number(line['mean'])}, "
             f"{line['nan']} NaN, {line['inf']} Inf"
         )
-        low, high = norms[0], norms[-1]
-        click.echo(
-            f"  mean L2 norm by class: {low['mean_l2']:.4g} (class {low['label']}) to "
-            f"{high['mean_l2']:.4g} (class {high['label']})"
-        )
+        low, high = (f"{c['mean_l2']:.4g} (class {names.get(c['label'], c['label'])})" for c in (norms[0], norms[-1]))
+        click.echo(f"  mean L2 norm by class: {low} to {high}")
 
 
 def _number(value: float | None) -> str:

@@ -5,10 +5,12 @@ Stages are imported inside the commands, so that `h2t --help` answers at once.
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,6 +20,7 @@ from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.command_line import names, options
 from h2t.pipeline.command_line.caches import cache as cache_group
 from h2t.pipeline.command_line.caches import opened, previous
+from h2t.pipeline.command_line.init import init
 from h2t.pipeline.command_line.models import export, predict
 from h2t.pipeline.command_line.one_line import OneLineErrors
 from h2t.pipeline.command_line.options import PATH
@@ -33,7 +36,8 @@ if TYPE_CHECKING:
 def main() -> None:
     """Train better classifiers for long-tailed images on cached feature maps.
 
-    `dvc repro` runs all stages of params.yaml. In order they are: watch, inputs, prepare, train-backbone, extract,
+    `h2t init` writes a project for images of your own. `dvc repro` runs all
+    stages of params.yaml. In order they are: watch, inputs, prepare, train-backbone, extract,
     pool, probe, train-classifier, evaluate, report.
 
     \b
@@ -45,6 +49,7 @@ def main() -> None:
 for command in SHARING:
     cache_group.add_command(command)
 main.add_command(cache_group)
+main.add_command(init)
 main.add_command(doctor)
 main.add_command(upgrade)
 main.add_command(export)
@@ -53,10 +58,11 @@ main.add_command(predict)
 Say = Callable[[str], None]
 
 
-def stage(function: Callable[..., Any]) -> Callable[..., Any]:
+def stage(function: Callable[..., Any], *, outline: bool = False) -> Callable[..., Any]:
     """Adds the options of every stage command. `function` gets the checked parameters as `values`, and `say`.
 
-    `function` may return facts about the run, which the run record keeps.
+    With `outline`, only the names of sections and entries are checked, which needs no torch. `function` may return
+    facts about the run, which the run record keeps.
     """
 
     @options.params_file
@@ -87,7 +93,7 @@ def stage(function: Callable[..., Any]) -> Callable[..., Any]:
         if device is not None:
             values["device"] = device
         try:
-            settings.check(values, say)
+            (settings.outline if outline else settings.check)(values, say)
             numbers.check()
             inputs.check(values, params_file.parent)
             with progress.hidden(quiet):
@@ -105,6 +111,9 @@ def stage(function: Callable[..., Any]) -> Callable[..., Any]:
             write_run_record(record, {**{k: round(v, 3) for k, v in taken.items()}, **(facts or {})})
 
     return command
+
+
+outlined_stage = partial(stage, outline=True)
 
 
 def _traceback() -> str:
@@ -155,7 +164,7 @@ def watch(name: str, out: Path, params_file: Path, quiet: bool) -> None:
 @main.command(epilog="h2t inputs inputs data/inputs")
 @click.argument("digests", type=PATH, help="Folder of the digests that watch wrote.")
 @_out("Directory to write.")
-@stage
+@outlined_stage
 def inputs(values: dict[str, Any], say: Say, digests: Path, out: Path) -> None:
     """Assign the digests of inputs to the stages."""
     from h2t.pipeline.stages import inputs as stage_module
@@ -326,6 +335,73 @@ def evaluate(values: dict[str, Any], say: Say, name: str, cache: str, heads: Pat
         stage_module.run(section, _run(values, say, name, out), maps, heads, backbone)
 
 
+@main.command(epilog="h2t sweep dr --ratio 0.05,0.1,0.35 --seed 0,1,2,3,4")
+@_host_name
+@click.option("--ratio", metavar="R,...", help="Fusion ratios; 0 is always added. By default those of the parameters.")
+@click.option("--donor", metavar="NAME,...", help="Samplers that donors are drawn by.")
+@click.option("--selection", metavar="NAME,...", help="Which channels are replaced.")
+@click.option("--lr", metavar="RATE,...", help="Learning rates.")
+@click.option("--seed", metavar="N,...", help="Seeds of batches and initial weights.")
+@click.option("--data", type=PATH, default=Path("data"), show_default=True, help="Folder of the pipeline's outputs.")
+@click.option("--out", type=PATH, metavar="DIR", help="Keep the classifiers and sweep.json in this new directory.")
+@click.option("--save", is_flag=True, help="Write the grid to hosts.NAME.grid of the parameter file.")
+@options.as_json
+@stage
+def sweep(
+    values: dict[str, Any],
+    say: Say,
+    name: str,
+    data: Path,
+    out: Path | None,
+    save: bool,
+    as_json: bool,
+    lr: str | None,
+    **lists: str | None,
+) -> None:
+    """Try ratios, donors and seeds of the host NAME on its cache.
+
+    Trains and evaluates in one process, and prints a table. Neither the
+    parameters (without --save) nor the outputs of the pipeline change.
+    """
+    from h2t.pipeline.base import params
+    from h2t.pipeline.base.outputs import fresh_directory
+    from h2t.pipeline.base.run import silent
+    from h2t.pipeline.heads.residency import Residency
+    from h2t.pipeline.heads.stack import Optimiser
+    from h2t.pipeline.inspection import sweep as work
+    from h2t.pipeline.stages import evaluate, train_classifier
+
+    entry = params.section(values, f"hosts.{name}")
+    asked = {key: _values(text) for key, text in lists.items() if text is not None}
+    if asked:
+        entry = {**entry, "grid": {**(entry.get("grid") or {}), **asked}}
+    section = params.build(train_classifier.Params, f"hosts.{name}", entry)
+    rates = [params.build(Optimiser, "--lr", {"lr": v}).lr for v in _values(lr or "")]
+    residency = params.build(Residency, "train_classifier", params.section(values, "train_classifier"))
+    evaluation = params.build(evaluate.Params, "evaluate", params.section(values, "evaluate"))
+    backbone = data / "train_backbone" / section.backbone
+    names.check_backbone(values, section.backbone, backbone, say)
+    with opened(str(data / "extract" / section.backbone)) as maps, TemporaryDirectory(prefix="h2t-sweep-") as scratch:
+        where = Path(scratch) / "sweep"
+        run = _run(values, silent if as_json else say, name, where)
+        lines = work.sweep(section, run, residency, evaluation, maps, backbone, rates, data / "evaluate" / name)
+        if out is not None:
+            work.save(lines, where)
+            with fresh_directory(out) as into:
+                shutil.copytree(where, into, dirs_exist_ok=True)
+    if save:
+        given = click.get_current_context().params["params_file"]
+        work.keep_grid(given, name, {key: getattr(section.grid, key) for key in asked})
+    click.echo(json.dumps([line.as_dict() for line in lines], indent=1) if as_json else work.table(lines))
+
+
+def _values(text: str) -> list[Any]:
+    """The values in a list with commas, each read as YAML: 0,0.1 -> [0, 0.1]."""
+    from h2t.pipeline.base import params
+
+    return [params.assignment("", f"value={part}")[1] for part in text.split(",") if part.strip()]
+
+
 @main.command(
     epilog="h2t report data/evaluate data/report --runs data/runs\nh2t report --compare main my-branch comparison"
 )
@@ -343,7 +419,7 @@ def evaluate(values: dict[str, Any], say: Say, name: str, cache: str, heads: Pat
     metavar="A B",
     help="Compare B with A. Each is a folder of evaluated hosts, a git revision or an experiment.",
 )
-@stage
+@outlined_stage
 def report(
     values: dict[str, Any],
     say: Say,

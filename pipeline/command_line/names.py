@@ -107,8 +107,8 @@ def check_evaluated(values: Mapping[str, Any], folder: Path) -> None:
             host = json.loads((folder / name / "about.json").read_text(encoding="utf-8"))["host"]["host"]
         except (OSError, ValueError, KeyError, TypeError):
             continue  # the report names what is missing
-        if host != entry["host"]:
+        if host != entry.get("host"):
             raise UserError(
-                f"{folder / name}: must be an evaluation of host {entry['host']}, as in hosts.{name}; got {host}; "
+                f"{folder / name}: must be an evaluation of host {entry.get('host')}, as in hosts.{name}; got {host}; "
                 f"run h2t evaluate {name} again"
             )

@@ -46,12 +46,13 @@ def entries(section: str) -> Completion:
     """Completes the names of the entries in a section of the parameter file."""
 
     def complete(context: click.Context, parameter: click.Parameter, start: str) -> list[str]:
-        from h2t.pipeline.base import params
         from h2t.pipeline.base.errors import UserError
 
         try:
+            from h2t.pipeline.base import params
+
             return _beginning(params.load(context.params.get("params_file") or Path("params.yaml"))[section], start)
-        except (UserError, KeyError, TypeError):  # no usable parameter file, so there is nothing to suggest
+        except (UserError, KeyError, TypeError, ImportError):  # no usable parameters or a base install: no names
             return []
 
     return complete

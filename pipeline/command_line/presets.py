@@ -11,7 +11,7 @@ def names() -> list[str]:
     """The sorted names of all presets. Raises UserError if the folder is missing."""
     presets = sorted(p.stem for p in FOLDER.glob("*.yaml"))
     if not presets:
-        raise UserError(f"{FOLDER}: no presets here; they are in the repository only, so run this in a clone of it")
+        raise UserError(f"{FOLDER}: no presets here, although they come with h2t; install it again")
     return presets
 
 

@@ -53,7 +53,7 @@ def class_index(labels: np.ndarray, names: Sequence[str]) -> ClassIndex:
     if (counts == 0).any():
         empty = int(np.argmin(counts))
         raise UserError(
-            f"class {empty} ({names[empty]}): must have at least one training sample; got 0; "
+            f"class {names[empty]}: must have at least one training sample; got 0; "
             "drop the class or lower prepare.imbalance.ratio"
         )
     return ClassIndex(np.cumsum(counts) - counts, counts)

@@ -13,13 +13,14 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Annotated, Any
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import pydantic
-import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from h2t.cache.memory import available_memory
 from h2t.pipeline.base import plugins
@@ -28,20 +29,26 @@ from h2t.pipeline.base.params import Index, NonNegative, Positive, Ratio, Real, 
 from h2t.pipeline.base.seeds import stream
 from h2t.pipeline.data.network_input import Fit, Input, Interpolation
 
+if TYPE_CHECKING:
+    import torch  # imported where it is used: datasets state their options without it
+
 KEEP_DECODED_BYTES = 1024**3  # decoded images kept in memory, at most a quarter of the available memory
 AT_ONCE = 8  # images per task of a decoding thread: for small images, handing over a task costs more than decoding
 #: Formats that are opened (MPO counts as JPEG). Pillow's others are refused; for EPS, say, it would start Ghostscript.
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP")
+ORIENTATION = 0x0112  # the EXIF tag
 MAX_PIXELS = 89_478_485  # larger images are refused before decoding; Pillow's limit against decompression bombs
-
-
-#: Keys of a transform that only a backbone's input sets. Left out of records where they are not set.
-OF_INPUT = {"interpolation": None, "fit": "centre"}
 
 
 def _rising_pair(value: list[float]) -> list[float]:
     if len(value) != 2 or not 0 < value[0] <= value[1]:
         raise ValueError("must be two shares above 0, the smaller one first")
+    return value
+
+
+def _low_and_high(value: list[float]) -> list[float]:
+    if len(value) != 2 or not value[0] < value[1]:
+        raise ValueError("must be two pixel values, the smaller one first")
     return value
 
 
@@ -70,15 +77,25 @@ class Transform(Section):
     """Mean of each colour channel, subtracted after scaling to [0, 1]."""
     std: Annotated[list[Positive], pydantic.Field(min_length=3, max_length=3)]
     """Standard deviation of each colour channel, which the result is divided by."""
-    interpolation: Interpolation | None = None
-    """Filter of resizing; null is bilinear. With a filter the long side is cut down to a whole number of pixels."""
-    fit: Fit = "centre"
-    """How the image is brought to size; see the backbones' section `input`."""
+    interpolation: Interpolation = "bilinear"
+    """Filter that images are resized with."""
+    fit: Fit | None = None
+    """How images are brought to size, see the backbones' section `input`; null is centre with other rounding."""
+    exif: Literal["apply", "ignore"] = "ignore"
+    """Turn images as their EXIF orientation says, or take the pixels as they are stored."""
+    range: Annotated[list[Real], pydantic.AfterValidator(_low_and_high)] | None = None
+    """Pixel values of 16-bit and floating-point images that become black and white, such as [0, 4095] for 12 bits; null
+    keeps the high byte of 16 bits and refuses floating point."""
 
     @pydantic.model_serializer(mode="wrap")
-    def _without_unset(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
-        values: dict[str, Any] = dump(self)
-        return {k: v for k, v in values.items() if k not in OF_INPUT or v != OF_INPUT[k]}
+    def _without_later_defaults(self, write: Any) -> dict[str, Any]:
+        """Leaves out the keys below at their defaults: records made before these keys existed stay equal."""
+        values: dict[str, Any] = write(self)
+        return {k: v for k, v in values.items() if k not in LATER or v != type(self).model_fields[k].default}
+
+
+#: Keys of Transform that version 0.1.0 did not have.
+LATER = ("interpolation", "fit", "exif", "range")
 
 
 ROUNDING = 1e-6  # 224 / 0.875 must be 256, also if the share is a rounded fraction
@@ -94,6 +111,8 @@ def transform_for(dataset: Transform, stated: Input) -> Transform:
     new = dataset.model_dump() | values
     if crop is not None:
         new["resize"] = int(new["size"] / crop + ROUNDING)
+    if crop is not None or stated.interpolation is not None:
+        new.setdefault("fit", "centre")
     return Transform.model_validate(new)
 
 
@@ -101,13 +120,17 @@ def transform_for(dataset: Transform, stated: Input) -> Transform:
 class Collection:
     """The images of a dataset as lists of equal length, in the dataset's own order.
 
-    `label` is the index into `classes`, in the dataset's own numbering. `split` is train, val or test.
+    `label` is the index into `classes`, in the dataset's own numbering. `split` is train, val or test. `group` names
+    what an image belongs to (a patient, a camera); a group is never divided among splits. `notes` are lines for the
+    user, about files that were left out, for example.
     """
 
     classes: list[str]
     source: list[str]
     label: list[int]
     split: list[str]
+    group: list[str] | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 class BadImage(UserError):
@@ -128,31 +151,108 @@ class BadImage(UserError):
         return BadImage, (self.source, self.reason)
 
 
-def decode(data: bytes) -> np.ndarray:
+def decode(data: bytes, *, exif: bool = False, levels: Sequence[float] | None = None) -> np.ndarray:
     """Decodes an image file to uint8 (H, W, 3), as the published codes do (Pillow's `convert("RGB")`).
 
     Grey values are repeated, palettes looked up, transparency is dropped, CMYK is converted without a colour profile,
-    16-bit values keep their high byte, animations give their first frame. EXIF orientation is ignored. Raises
-    ValueError for data that is not an image, is truncated, has more than `MAX_PIXELS` pixels or floating-point pixels.
+    animations give their first frame. 16-bit grey values keep their high byte, unless `levels` gives the values that
+    become black and white. With `exif` the image is turned as its EXIF orientation says. Raises ValueError for data
+    that is not an image, is truncated, has more than `MAX_PIXELS` pixels or several pages, and for floating-point
+    pixels without `levels`.
     """
+    with _opened(data) as image:
+        upright = _turned(image) if exif else image
+        if upright.mode == "F" or upright.mode.startswith("I"):  # Pillow would clip these to 255
+            return np.repeat(_eight_bits(np.asarray(upright), levels)[..., None], 3, axis=2)
+        return np.asarray(upright.convert("RGB"))
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """The image in `data`, not yet decoded. Raises ValueError for data that is none, also for errors in the block."""
     if not data:
         raise ValueError("is empty, 0 bytes")
+    if data[128:132] == b"DICM":
+        raise ValueError("is a DICOM file; convert it to a 16-bit PNG and set prepare.options.transform.range")
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"has {image.width}x{image.height} pixels, more than {MAX_PIXELS}")
-            if image.mode == "F":
-                raise ValueError("has floating-point pixels, whose range is not known")
-            if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to 255
-                high = np.clip(np.asarray(image), 0, 65535) >> 8
-                return np.repeat(high.astype(np.uint8)[..., None], 3, axis=2)
-            return np.asarray(image.convert("RGB"))
+            if image.format == "TIFF" and (pages := getattr(image, "n_frames", 1)) > 1:
+                raise ValueError(f"is a TIFF of {pages} pages; save each page that you need as a file of its own")
+            yield image
     except UnidentifiedImageError:
         raise ValueError("is in no known image format") from None
     except Image.DecompressionBombError:
         raise ValueError(f"has more than {MAX_PIXELS} pixels") from None
     except (OSError, SyntaxError, EOFError, struct.error, zlib.error, IndexError, KeyError, TypeError) as error:
         raise ValueError(f"cannot be decoded ({error})") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Properties:
+    """What an image file holds: size in pixels, Pillow's mode, whether EXIF turns it; `low` and `high`, the smallest
+    and largest value where values have 16 bits or floating point and were read, else 0.
+    """
+
+    width: int
+    height: int
+    mode: str
+    turned: bool
+    low: float = 0.0
+    high: float = 0.0
+
+
+def properties(data: bytes, *, headers: bool = False) -> Properties:
+    """The properties of an image; with `headers` its pixels are not decoded. Raises ValueError like `decode`.
+
+    JPEG files are decoded at an eighth of their size, which reads all their bytes in a fraction of the time.
+    """
+    with _opened(data) as image:
+        width, height, mode = image.width, image.height, image.mode
+        low = high = 0.0
+        if not headers:
+            image.draft(None, (max(1, width // 8), max(1, height // 8)))
+            image.load()
+            if mode == "F" or mode.startswith("I"):
+                values = np.asarray(image)
+                low, high = float(values.min()), float(values.max())
+        return Properties(width, height, mode, _orientation(image) not in (0, 1), low, high)
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 0 if there is none."""
+    try:
+        return int(image.getexif().get(ORIENTATION, 0))
+    except (OSError, SyntaxError, EOFError, struct.error, ValueError, LookupError, TypeError, AttributeError):
+        return 0
+
+
+def decoder(transform: Transform) -> Callable[[bytes], np.ndarray]:
+    """`decode` with the EXIF and range settings of `transform`."""
+    return partial(decode, exif=transform.exif == "apply", levels=transform.range)
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF orientation says. Damaged EXIF data turns nothing."""
+    image.load()  # errors of the pixels are not errors of EXIF
+    try:
+        return ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, EOFError, struct.error, ValueError, LookupError, TypeError, AttributeError):
+        return image
+
+
+def _eight_bits(values: np.ndarray, levels: Sequence[float] | None) -> np.ndarray:
+    """Grey values of 16 or 32 bits, or floating point, (H, W) -> uint8 (H, W)."""
+    if levels is not None:
+        low, high = levels
+        scaled = (values.astype(np.float64) - low) / (high - low)
+        if not np.isfinite(scaled).all():
+            raise ValueError("has pixels that are NaN or infinite")
+        return (255 * np.clip(scaled, 0, 1)).round().astype(np.uint8)
+    if values.dtype.kind == "f":
+        raise ValueError("has floating-point pixels; set prepare.options.transform.range to [lowest, highest] value")
+    return (np.clip(values, 0, 65535) >> 8).astype(np.uint8)
 
 
 def _check_size(image: np.ndarray, transform: Transform) -> None:
@@ -173,15 +273,16 @@ def _resized(image: np.ndarray, transform: Transform) -> np.ndarray:
     wanted, short = transform.resize, min(picture.size)
     if transform.fit == "squash":
         width = height = wanted
-    elif transform.interpolation is None:
-        width, height = (max(transform.size, round(side * (wanted / short))) for side in picture.size)
+    elif transform.fit is None:
+        scale = wanted / short
+        width, height = (max(transform.size, round(side * scale)) for side in picture.size)
     else:  # as torchvision, timm and transformers round
         width, height = (int(wanted * side / short) for side in picture.size)
     return np.asarray(picture.resize((width, height), _filter(transform)))
 
 
 def _filter(transform: Transform) -> Image.Resampling:
-    return Image.Resampling[(transform.interpolation or "bilinear").upper()]
+    return Image.Resampling[transform.interpolation.upper()]
 
 
 def for_evaluation(image: np.ndarray, transform: Transform) -> np.ndarray:
@@ -203,7 +304,7 @@ def augmented(image: np.ndarray, transform: Transform, draws: np.random.Generato
     """
     size = transform.size
     if transform.area is not None:
-        image = _random_resized_crop(image, transform, draws)
+        image = _random_resized_crop(image, transform, transform.area, draws)
     else:
         pad = transform.padding
         image = _resized(image, transform)
@@ -220,9 +321,10 @@ def augmented(image: np.ndarray, transform: Transform, draws: np.random.Generato
     return image
 
 
-def _random_resized_crop(image: np.ndarray, transform: Transform, draws: np.random.Generator) -> np.ndarray:
+def _random_resized_crop(
+    image: np.ndarray, transform: Transform, area: list[float], draws: np.random.Generator
+) -> np.ndarray:
     height, width = image.shape[:2]
-    size, area = transform.size, transform.area or [1.0, 1.0]
     for _ in range(10):
         wanted = height * width * draws.uniform(area[0], area[1])
         aspect = np.exp(draws.uniform(np.log(3 / 4), np.log(4 / 3)))
@@ -233,10 +335,11 @@ def _random_resized_crop(image: np.ndarray, transform: Transform, draws: np.rand
         w = h = min(height, width)
     top, left = int(draws.integers(height - h + 1)), int(draws.integers(width - w + 1))
     crop = Image.fromarray(image[top : top + h, left : left + w])
-    return np.asarray(crop.resize((size, size), _filter(transform)))
+    return np.asarray(crop.resize((transform.size, transform.size), _filter(transform)))
 
 
 def _jittered(image: np.ndarray, strength: float, draws: np.random.Generator) -> np.ndarray:
+    import torch
     from torchvision.transforms.v2 import functional
 
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # a copy: Pillow's own array is read-only
@@ -250,7 +353,7 @@ def _jittered(image: np.ndarray, strength: float, draws: np.random.Generator) ->
 class Images:
     """The images of a sample table as normalised batches. Images are addressed by sample number.
 
-    `read` returns the bytes of a source, and `decoder` decodes them. Small collections are decoded once and kept.
+    `read` returns the bytes of a source, and `decode` decodes them. Small collections are decoded once and kept.
     `expected` holds the sha256 of each image in hex; the bytes are compared with it before every decoding. It is None
     while no digests exist. `origin`, the dataset's name and options, allows a copy to be opened in another process.
     """
@@ -260,7 +363,7 @@ class Images:
         sources: Sequence[str],
         expected: Sequence[str] | None,
         read: Callable[[str], bytes],
-        decoder: Callable[[bytes], np.ndarray],
+        decode: Callable[[bytes], np.ndarray],
         transform: Transform,
         origin: tuple[str, Section] | None = None,
     ) -> None:
@@ -270,7 +373,7 @@ class Images:
         self._expected = expected
         self.transform = transform
         self._read = read
-        self._decoder = decoder
+        self._decode = decode
         self._decoded: dict[int, np.ndarray] = {}
         self._room = min(KEEP_DECODED_BYTES, available_memory() // 4)
         self._threads = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "decode")
@@ -323,7 +426,7 @@ class Images:
         try:
             data = self._read(source)
             self._check(sample, data)
-            image = self._decoder(data)
+            image = self._decode(data)
             _check_size(image, self.transform)
         except FileNotFoundError:
             raise BadImage(source, "is missing") from None
@@ -355,7 +458,7 @@ class Images:
     def _views(self, wanted: Sequence[tuple[int, Sequence[int | str] | None]]) -> list[np.ndarray]:
         return [self._view(sample, key) for sample, key in wanted]
 
-    def batch(self, samples: Sequence[int], keys: Sequence[Sequence[int | str] | None]) -> torch.Tensor:
+    def batch(self, samples: Sequence[int], keys: Sequence[Sequence[int | str] | None]) -> "torch.Tensor":
         """Normalised float32 (B, 3, size, size). The key None gives the evaluation view, (seed, view) an augmented one.
 
         Raises BadImage, and UserError if an image has changed.
@@ -366,8 +469,10 @@ class Images:
         return normalised(np.stack(list(views)), self.transform)
 
 
-def normalised(images: np.ndarray, transform: Transform) -> torch.Tensor:
+def normalised(images: np.ndarray, transform: Transform) -> "torch.Tensor":
     """uint8 (B, H, W, 3) -> float32 (B, 3, H, W), scaled to [0, 1] and normalised."""
+    import torch
+
     x = torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.float32) / 255
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (transform.mean, transform.std))
     return ((x - mean) / std).contiguous()
@@ -378,7 +483,8 @@ def open_images(
 ) -> Images:
     """The images of `sources`, read and decoded by the plug-in `dataset`; `expected` holds their digests, if known."""
     origin = (dataset.__name__.rpartition(".")[2], options)
-    return Images(sources, expected, dataset.reader(options), getattr(dataset, "decode", decode), transform, origin)
+    decode = getattr(dataset, "decode", None) or decoder(transform)
+    return Images(sources, expected, dataset.reader(options), decode, transform, origin)
 
 
 def _reopen(

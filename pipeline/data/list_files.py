@@ -46,9 +46,10 @@ def _leaves(root: str, folder: str) -> bool:
 def locate(root: Path, source: str, follow_links: bool) -> Path:
     """The path of `source` under `root`. Raises UserError for a path that leaves `root`."""
     parts = PurePosixPath(source).parts
-    if not parts or source.startswith(("/", "~")) or ".." in parts or "\\" in source or "\0" in source:
-        raise UserError(f"path {source!r}: must be relative, with forward slashes and without '..'; correct it")
     path = root / source
+    foreign = "\\" in source and not path.is_file()  # a back-slash may be a part of a name
+    if not parts or source.startswith(("/", "~")) or ".." in parts or "\0" in source or foreign:
+        raise UserError(f"path {source!r}: must be relative, with forward slashes and without '..'; correct it")
     if follow_links:
         return path
     try:
@@ -87,54 +88,78 @@ def transform(options: Options) -> Transform:
     return options.transform
 
 
-def read_list(path: Path, root: Path, follow_links: bool) -> tuple[list[str], list[int]]:
-    """(sources, labels) of a list file. Raises UserError that names the file and the line."""
+def read_list(path: Path, root: Path, follow_links: bool, *, whole: bool = True) -> tuple[list[str], list[str]]:
+    """(sources, labels) of a list file, labels as text; with `whole` they must be whole numbers of 0 or more.
+
+    Raises UserError that names the file and the line.
+    """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
         raise UserError(f"{path}: no such list file; set prepare.options.lists to the folder that holds it") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: must be a readable UTF-8 text file; got: {error}") from None
     sources: list[str] = []
-    labels: list[int] = []
+    labels: list[str] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         source, label = [*line.rsplit(None, 1), ""][:2]
-        if not (label.isascii() and label.isdigit() and len(label) <= LABEL_DIGITS):
+        if not label or (whole and not (label.isascii() and label.isdigit() and len(label) <= LABEL_DIGITS)):
             raise UserError(
-                f"{path}:{number}: must have the form 'relative/path label' with a label of 0 or more; got {line!r}"
+                f"{path}:{number}: must have the form 'relative/path label'"
+                f"{' with a label of 0 or more' if whole else ''}; got {line!r}{_hint(line, whole=whole)}"
             )
         try:
             locate(root, source.strip(), follow_links)
         except UserError as error:
             raise UserError(f"{path}:{number}: {error}") from None
         sources.append(source.strip())
-        labels.append(int(label))
+        labels.append(label)
     if not sources:
         raise UserError(f"{path}: must name at least one image; got an empty list file")
     return sources, labels
 
 
-def load(options: Options, class_of: Callable[[str], str]) -> Collection:
-    """All images that the lists name. `class_of` derives the class name from the path of a training image.
+def _hint(line: str, *, whole: bool) -> str:
+    """The datasets that may read such lines."""
+    if "," in line or ";" in line:
+        return "; for a table with columns set prepare.dataset=table"
+    return "; for labels in words set prepare.dataset=list_file" if whole and len(line.split()) > 1 else ""
 
-    Raises UserError for a list that cannot be read, a label out of range, and an image that is named twice.
-    """
+
+def read_lists(options: Options, *, whole: bool = False) -> tuple[list[str], list[str], list[str]]:
+    """(sources, labels, splits) of all list files. Raises UserError like `read_list`."""
     root, lists = Path(options.root), Path(options.lists or options.root)
     if not root.is_dir():
         raise UserError(f"prepare.options.root: no folder {options.root}; set it to the folder of the images")
     source: list[str] = []
-    label: list[int] = []
+    label: list[str] = []
     split: list[str] = []
     for name in ("train", "val", "test"):
         given = getattr(options, name)
         if given is not None:
-            paths, labels = read_list(lists / given, root, options.follow_links)
+            paths, labels = read_list(lists / given, root, options.follow_links, whole=whole)
             source += paths
             label += labels
             split += [name] * len(paths)
     _refuse_repeats(source)
+    return source, label, split
+
+
+def load(options: Options, class_of: Callable[[str], str]) -> Collection:
+    """All images that the lists name. `class_of` derives the class name from the path of a training image.
+
+    Raises UserError for a list that cannot be read, a label that is no whole number or out of range, and an image that
+    is named twice.
+    """
+    source, texts, split = read_lists(options, whole=True)
+    label = [int(text) for text in texts]
+    if min(label) > 0:
+        raise UserError(
+            f"{options.train}: labels must start at 0; got {min(label)} as the lowest; subtract {min(label)}, or set "
+            "prepare.dataset=list_file, which takes any labels"
+        )
     train = [i for i, part in enumerate(split) if part == "train"]
     highest = max(train, key=label.__getitem__)
     if label[highest] >= len(train):
@@ -205,4 +230,14 @@ def walk(root: Path, part: str, follow_links: bool) -> list[str]:
                 "to follow it"
             )
         found += [(where / f).as_posix() for f in files if not f.startswith(".")]
+    _refuse_other_encodings(root, found)
     return sorted(found)
+
+
+def _refuse_other_encodings(root: Path, paths: Sequence[str]) -> None:
+    """Raises UserError for names that are not UTF-8: neither DVC nor a Parquet file can hold them."""
+    foreign = [path for path in paths if any("\udc80" <= sign <= "\udcff" for sign in path)]
+    if foreign:
+        first = os.fsencode(foreign[0]).decode(errors="backslashreplace")
+        others = f" and {counted(len(foreign) - 1, 'other')}" if len(foreign) > 1 else ""
+        raise UserError(f"{root}: file names must be UTF-8; got {first}{others}; rename them, for example with convmv")

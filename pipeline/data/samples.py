@@ -68,7 +68,7 @@ class Samples:
                 f"got {prepare['dataset']!r}; prepare again (dvc repro or h2t prepare)"
             )
         options = build(dataset.Options, "prepare.options", prepare.get("options", {}))
-        had, asked = self.transform.model_dump(), dataset.transform(options).model_dump()
+        had, asked = dict(self.transform), dict(dataset.transform(options))
         if differ := [key for key in had if had[key] != asked[key]]:
             key = differ[0]
             raise UserError(
@@ -86,7 +86,7 @@ def load_samples(path: Path) -> Samples:
     """
     folder = path.parent if path.suffix == ".parquet" else path
     try:
-        table = pq.read_table(folder / "samples.parquet")
+        table = pq.ParquetFile(folder / "samples.parquet").read()  # `read_table` imports pandas
         facts = json.loads((folder / "classes.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{folder}: no prepared samples here; run h2t prepare {folder}") from None

@@ -1,5 +1,11 @@
-"""The transforms of the published codes (LDAM-DRW, MiSLAS, GCL, RIDE, H2T). They are the defaults of the datasets."""
+"""The default transforms of the datasets: those of the published codes (LDAM-DRW, MiSLAS, GCL, RIDE, H2T), and OWN."""
 
+from collections.abc import Mapping
+from typing import Any
+
+import pydantic
+
+from h2t.pipeline.base.params import Section
 from h2t.pipeline.data.images import Transform
 
 #: For CIFAR-10 and CIFAR-100.
@@ -18,3 +24,19 @@ IMAGENET = Transform(
 
 #: For iNaturalist 2018: the same with the mean and standard deviation of its own images.
 INATURALIST = IMAGENET.model_copy(update={"mean": [0.466, 0.471, 0.380], "std": [0.195, 0.194, 0.192]})
+
+#: For images of one's own: as for ImageNet, and photos are turned as their EXIF orientation says.
+OWN = IMAGENET.model_copy(update={"exif": "apply"})
+
+
+class OwnImages(Section):
+    """Options of datasets for images of one's own. Keys that `transform` leaves out have the dataset's defaults."""
+
+    transform: Transform = OWN
+    """Size, augmentation and normalisation; a key that is left out has its value of the default."""
+
+    @pydantic.field_validator("transform", mode="before")
+    @classmethod
+    def _complete(cls, given: Any) -> Any:
+        default = cls.model_fields["transform"].default
+        return {**default.model_dump(), **given} if isinstance(given, Mapping) else given

@@ -1,23 +1,26 @@
 """Any folder of images sorted by class: `<train>/<class>/.../<image>`, and the same for validation and test images.
 
-This is the layout of torchvision's ImageFolder. Without `test`, `prepare` holds out test samples (`test_per_class`).
+This is the layout of torchvision's ImageFolder. Validation and test folders of the usual names are found. Without test
+images `prepare` holds some out (`prepare.test`). A `metadata.csv` of Hugging Face is read by the dataset `table`.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
 from h2t.pipeline.base.errors import UserError, nearest
-from h2t.pipeline.base.params import Section
-from h2t.pipeline.data import list_files
+from h2t.pipeline.base.text import counted
+from h2t.pipeline.data import list_files, tables
 from h2t.pipeline.data.images import FORMATS, Collection, Transform
-from h2t.pipeline.data.transforms import IMAGENET
+from h2t.pipeline.data.labels import USUAL, split_of
+from h2t.pipeline.data.transforms import OwnImages
 
-NUMBER = 2026112601  # other results, another number: docs/numbers.md
+NUMBER = 2026112602  # other results, another number: docs/numbers.md
 
 
-class Options(Section):
+class Options(OwnImages):
     """Keys of `prepare.options`."""
 
     root: str
@@ -25,55 +28,131 @@ class Options(Section):
     train: str = "train"
     """Folder of the training images inside `root`; `.` where the class folders lie in `root` itself."""
     val: str | None = None
-    """Folder of the validation images inside `root`; null for none."""
+    """Folder of the validation images inside `root`; null looks for val, valid, validation and dev."""
     test: str | None = None
-    """Folder of the test images inside `root`; null for none."""
+    """Folder of the test images inside `root`; null looks for test, testing and eval."""
     follow_links: bool = False
     """Allow links that lead out of `root`."""
-    transform: Transform = IMAGENET
-    """Size, augmentation and normalisation."""
 
 
 def transform(options: Options) -> Transform:
-    """The transform in the options; by default that of ImageNet, 224 pixels, with colour jitter."""
+    """The transform in the options; by default `OWN`, 224 pixels, with colour jitter."""
     return options.transform
 
 
-def _images(options: Options, part: str) -> list[tuple[str, str]]:
-    """(class, source) of each image in the folder `part`, sorted by class name, then by path."""
+def _folders(options: Options) -> dict[str, str]:
+    """Split -> its folder inside `root`, with validation and test folders of the usual names."""
+    root = Path(options.root)
+    given = {part: getattr(options, part) for part in USUAL}
+    if options.train != "." and root.is_dir():
+        for folder in sorted(path.name for path in root.iterdir() if path.is_dir()):
+            part = split_of(folder)
+            if part is not None and given[part] is None:
+                given[part] = folder
+    return {part: folder for part, folder in given.items() if folder is not None}
+
+
+def _images(options: Options, part: str) -> tuple[list[tuple[str, str]], list[str]]:
+    """((class, source) of each image in the folder `part`, sorted by class name, then by path; notes on other files).
+
+    Raises UserError if there are none, or if the folder is of another layout.
+    """
     root = Path(options.root)
     if not (root / part).is_dir():
+        inside = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+        here = f" (root holds {', '.join(inside[:5])}; where these are the classes, set train to .)" if inside else ""
         raise UserError(
-            f"prepare.options: no folder {root / part}; set root, train, val and test to folders that hold one folder "
-            "per class"
+            f"prepare.options: no folder {root / part}{here}; set root, train, val and test to folders that hold one "
+            "folder per class"
         )
     endings = {ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS}
-    images = []
+    images: list[tuple[str, str]] = []
+    loose: list[str] = []
+    others: list[str] = []
     for source in list_files.walk(root, part, options.follow_links):
-        inside = PurePosixPath(source).relative_to(PurePosixPath(part)).parts
-        if PurePosixPath(source).suffix.lower() in endings and len(inside) > 1:
-            images.append((inside[0], source))
+        path = PurePosixPath(source)
+        inside_part = path.relative_to(PurePosixPath(part)).parts
+        if len(inside_part) < 3 and path.stem == "metadata" and path.suffix.lower() in tables.ENDINGS:
+            raise UserError(
+                f"{root / path}: this folder has its labels in a table; set prepare.dataset=table and "
+                f"prepare.options={{table: {root / path}, path: file_name, label: COLUMN}}, or remove the table"
+            )
+        if path.suffix.lower() not in endings:
+            others.append(path.suffix.lower() or path.name)
+        elif len(inside_part) > 1:
+            images.append((inside_part[0], source))
+        else:
+            loose.append(source)
     if not images:
         raise UserError(
-            f"{root / part}: must hold a folder of images per class; got no images; "
-            "set prepare.options.train, val and test"
+            f"{root / part}: must hold a folder of images per class; got "
+            + (f"{counted(len(loose), 'image')} and no folders of images" if loose else "no images")
+            + "; set prepare.options.train, val and test, or list labels in a table (prepare.dataset=table)"
         )
-    return sorted(images)
+    classes = {name for name, _ in images}
+    if all(split_of(name) for name in classes):
+        raise UserError(
+            f"{root / part}: holds the splits {', '.join(sorted(classes))}, not classes; set prepare.options.root to "
+            "this folder and prepare.options.train to its training folder"
+        )
+    return sorted(images), [
+        *_left_out(root / part, loose, others),
+        *_without_images(root / part, classes),
+        *_same_folders(root / part, images, len(PurePosixPath(part).parts)),
+    ]
+
+
+def _left_out(folder: Path, loose: list[str], others: list[str]) -> list[str]:
+    """Notes on the files that are not used."""
+    notes = []
+    if loose:
+        notes.append(f"note: {folder}: {counted(len(loose), 'image')} in no class folder, left out; first: {loose[0]}")
+    if others:
+        kinds = ", ".join(f"{kind} {count:,}" for kind, count in Counter(others).most_common(5))
+        notes.append(f"note: {folder}: {counted(len(others), 'file')} of other kinds left out: {kinds}")
+    return notes
+
+
+def _without_images(folder: Path, classes: set[str]) -> list[str]:
+    """A note on class folders without an image."""
+    empty = sorted(
+        p.name for p in folder.iterdir() if p.is_dir() and p.name not in classes and not p.name.startswith(".")
+    )
+    if not empty:
+        return []
+    named = ", ".join(empty[:5])
+    return [f"note: {folder}: {counted(len(empty), 'folder')} without images, so no class: {named}"]
+
+
+def _same_folders(folder: Path, images: list[tuple[str, str]], depth: int) -> list[str]:
+    """A note if all images lie in sub-folders of equal names, which may be the classes: site_A/cat, site_B/cat."""
+    inner: dict[str, set[str]] = {}
+    for name, source in images:
+        between = PurePosixPath(source).parts[depth + 1 : -1]
+        inner.setdefault(name, set()).add(between[0] if between else "")
+    shared = set.intersection(*inner.values()) - {""} if len(inner) > 1 else set()
+    if not shared or any("" in names for names in inner.values()):
+        return []
+    return [
+        f"note: {folder}: the classes are {', '.join(sorted(inner)[:3])}, which all have the folders "
+        f"{', '.join(sorted(shared)[:3])}; if these are the classes, list the images in a table (prepare.dataset=table)"
+    ]
 
 
 def load(options: Options) -> Collection:
-    """All images, with classes in alphabetical order. Files without the ending of an image format are ignored.
+    """All images, with classes in alphabetical order. Files without the ending of an image format are left out.
 
     Raises UserError for a missing folder, a folder without images, and a class without a training folder.
     """
-    classes = sorted({name for name, _ in _images(options, options.train)})
+    folders = _folders(options)
+    found = {part: _images(options, folder) for part, folder in folders.items()}
+    classes = sorted({name for name, _ in found["train"][0]})
     number = {name: j for j, name in enumerate(classes)}
     source: list[str] = []
     label: list[int] = []
     split: list[str] = []
-    for part in ("train", "val", "test"):
-        folder = getattr(options, part)
-        for name, path in _images(options, folder) if folder is not None else ():
+    for part, (images, _) in found.items():
+        for name, path in images:
             if name not in number:
                 raise UserError(
                     f"{path}: no training folder for class {name!r}{nearest(name, classes)}; add it or remove the image"
@@ -82,13 +161,12 @@ def load(options: Options) -> Collection:
             source.append(path)
             label.append(number[name])
             split.append(part)
-    return Collection(classes, source, label, split)
+    return Collection(classes, source, label, split, notes=[note for _, notes in found.values() for note in notes])
 
 
 def inputs(options: Options) -> dict[str, str]:
     """Option -> path: the folder of each split."""
-    given = {part: getattr(options, part) for part in ("train", "val", "test")}
-    return {part: str(Path(options.root) / folder) for part, folder in given.items() if folder is not None}
+    return {part: str(Path(options.root) / folder) for part, folder in _folders(options).items()}
 
 
 def reader(options: Options) -> Callable[[str], bytes]:

@@ -3,7 +3,12 @@
 All tables are small: a few heads, `BINS` bins, and at most `PER_CLASS` samples of each of `SHOWN` classes.
 """
 
+import hashlib
+import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +32,7 @@ SHOWN = 10  # most classes in the embedding; of more classes, this many evenly s
 PER_CLASS = 60  # most samples of a class in the embedding
 SPARSITY_ROWS = 256  # most test rows whose zeros are counted
 PERPLEXITY = 30
+METHOD = f"t-SNE, perplexity {PERPLEXITY}, pca, 0"
 ROOM = 256 * 2**20  # bytes of memory that t-SNE and its libraries may need
 FEWEST = 8  # with fewer samples there is no embedding
 
@@ -83,9 +89,9 @@ def embed(features: np.ndarray) -> np.ndarray:
     """t-SNE of features (n, D) as points in the plane, float64 (n, 2). Equal features give equal points.
 
     It runs on one thread, because the order of sums over several threads varies. Raises MemoryError below `ROOM`.
-    Source: van der Maaten and Hinton, "Visualizing Data using t-SNE", JMLR 2008.
+    Source: van der Maaten and Hinton, "Visualizing Data using t-SNE", JMLR 2008. A change here needs another METHOD.
     """
-    from sklearn.manifold import TSNE  # takes seconds to import, and every stage imports this module's caller
+    from sklearn.manifold import TSNE  # takes seconds to import
 
     if available_memory() < ROOM:  # OpenBLAS would retry its allocations forever
         raise MemoryError(f"t-SNE needs {ROOM // 2**20} MB")
@@ -93,6 +99,39 @@ def embed(features: np.ndarray) -> np.ndarray:
         perplexity = min(PERPLEXITY, (len(features) - 1) / 3)
         points = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(features.astype(np.float64))
     return np.asarray(points, np.float64)
+
+
+def embed_once(features: np.ndarray) -> np.ndarray:
+    """`embed(features)`, computed once on a machine: the hosts of a cache show the same points, whatever their heads.
+
+    Points are kept in `h2t/embeddings` below XDG_CACHE_HOME or ~/.cache, in a file named after everything they depend
+    on, behind a sha256 of their bytes. A file that is missing, damaged or cannot be written costs time only.
+    """
+    made_by = (METHOD, *(f"{name} {version(name)}" for name in ("scikit-learn", "scipy", "numpy")))
+    known = f"{made_by} {features.shape} {features.dtype}".encode() + features.tobytes()
+    with suppress(OSError, RuntimeError):
+        data = _kept_at(known).read_bytes()
+        points = data[hashlib.sha256().digest_size :]
+        if data == _sealed(points) and len(points) == len(features) * 2 * 8:
+            return np.frombuffer(points, np.float64).reshape(-1, 2)
+    at = embed(features)
+    with suppress(OSError, RuntimeError):
+        path = _kept_at(known)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        partial.write_bytes(_sealed(at.tobytes()))
+        partial.replace(path)
+    return at
+
+
+def _kept_at(known: bytes) -> Path:
+    """The file of the points that depend on `known`. Raises RuntimeError for a user without a home folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home, "h2t", "embeddings", hashlib.sha256(known).hexdigest())
+
+
+def _sealed(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest() + data
 
 
 def write_embedding(
@@ -105,7 +144,7 @@ def write_embedding(
     """
     places = shown_samples(labels, len(recorded_names(cache.spec.provenance, cache.files)))
     few = len(places) < FEWEST
-    at = np.zeros((0, 2)) if few else embed(_features(cache, rows[places]))
+    at = np.zeros((0, 2)) if few else embed_once(_features(cache, rows[places]))
     places = places[:0] if few else places
     columns = {
         "sample": pa.array(samples[places], pa.int64()),
@@ -130,13 +169,14 @@ def write_about(into: Path, cache: Cache, heads: Heads, rows: np.ndarray, group_
     `rows` are test rows; the share of zeros is measured on at most `SPARSITY_ROWS` of them.
     """
     table, spec = cache.rows, cache.spec
-    kinds = table.group_by(["split", "statistics"]).aggregate([("row", "count")]).to_pylist()
+    # `group_by` imports pandas where it is installed.
+    kinds = Counter(zip(table["split"].to_pylist(), table["statistics"].to_pylist(), strict=True))
     rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), SPARSITY_ROWS)).round().astype(int)]
     maps = (to_tensor(cache.read(rows, expert=e), spec.dtype) for e in range(spec.experts))
     zeros = [(m.numel() - int(m.count_nonzero())) / m.numel() for m in maps]
     facts = {
         "rows": spec.rows,
-        "rows_of": sorted([k["split"], k["statistics"], k["row_count"]] for k in kinds),
+        "rows_of": sorted([*kind, count] for kind, count in kinds.items()),
         "bytes": sum(size for size, _ in cache.commit.files.values()),
         "files": len(cache.commit.files),
         "maps": [list(shape) for shape in spec.maps],

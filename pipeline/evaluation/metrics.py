@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -75,15 +76,17 @@ def softmax_confidence(logits: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Answers:
-    """A classifier's predictions for n samples: class, int64 (n,), and confidence in [0, 1], float64 (n,)."""
+    """A classifier's predictions for n samples: class, int32 (n,), and confidence in [0, 1], float64 (n,)."""
 
     guesses: np.ndarray
     confidence: np.ndarray
 
+    BYTES: ClassVar[int] = 4 + 8  # of one sample
+
 
 def answers(logits: np.ndarray) -> Answers:
     """Predictions from logits (n, classes). Among equal largest logits, the first class is predicted."""
-    return Answers(logits.argmax(1), softmax_confidence(logits))
+    return Answers(logits.argmax(1).astype(np.int32), softmax_confidence(logits))
 
 
 def summary(predicted: Answers, labels: np.ndarray, group_of: Sequence[str | None]) -> dict[str, float | None]:

@@ -64,15 +64,26 @@ def score_heads(cache: Cache, heads: Heads, split: str, statistics: str, device:
     Raises UserError for logits that are not finite.
     """
     rows = sample_rows(cache.rows, split, statistics)
-    parts: list[list[Answers]] = [[] for _ in heads.table.to_pylist()]
-    for part, block in _logits_in_blocks(cache, heads, rows.first, device):
-        for mine, logits_of_head in zip(parts, _finite(block, cache, part).numpy(), strict=True):
-            mine.append(answers(logits_of_head))
-    return Scores(statistics, rows.labels, rows.samples, [_joined(mine) for mine in parts])
+    blocks = _logits_in_blocks(cache, heads, rows.first, device)
+    return Scores(statistics, rows.labels, rows.samples, _answered(cache, blocks, len(heads.table), len(rows.first)))
 
 
-def _joined(parts: list[Answers]) -> Answers:
-    return Answers(*(np.concatenate([getattr(a, k) for a in parts]) for k in ("guesses", "confidence")))
+def _answered(
+    cache: Cache, blocks: Iterator[tuple[np.ndarray, torch.Tensor]], heads: int, samples: int
+) -> list[Answers]:
+    """Predictions of each head from blocks of logits (heads, n, classes), which together cover all `samples`.
+
+    The arrays are made once and filled: with many heads and samples, they are most of what evaluation holds.
+    """
+    said = [Answers(np.empty(samples, np.int32), np.empty(samples)) for _ in range(heads)]
+    first = 0
+    for part, block in blocks:
+        for mine, logits_of_head in zip(said, _finite(block, cache, part).numpy(), strict=True):
+            found = answers(logits_of_head)
+            mine.guesses[first : first + len(part)] = found.guesses
+            mine.confidence[first : first + len(part)] = found.confidence
+        first += len(part)
+    return said
 
 
 def head_logits(cache: Cache, heads: Heads, rows: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -131,11 +142,13 @@ def score_stage1(cache: Cache, head: StageOneHead, split: str, device: torch.dev
     identity_if_pooled(cache, "gap")  # the stage-I head takes averages only
     reader = FeatureReader(cache, global_average)
     state = {name: t.to(device) for name, t in head.state.items()}
-    said: list[Answers] = []
-    for part in _blocks(rows.first, reader.row_bytes // 4 + cache.experts * head.state["weight"].shape[-2]):
-        with torch.no_grad():
-            features = reader.read(part).to(device)
-            features = features if head.frozen is None else head.frozen(features)
-            block = logits(head.classifier, state, features, head.scale)
-        said.append(answers(_finite(block, cache, part).numpy()))
-    return Scores(STAGE1, rows.labels, rows.samples, [_joined(said)])
+
+    def blocks() -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        for part in _blocks(rows.first, reader.row_bytes // 4 + cache.experts * head.state["weight"].shape[-2]):
+            with torch.no_grad():
+                features = reader.read(part).to(device)
+                features = features if head.frozen is None else head.frozen(features)
+                block = logits(head.classifier, state, features, head.scale)
+            yield part, block[None]
+
+    return Scores(STAGE1, rows.labels, rows.samples, _answered(cache, blocks(), 1, len(rows.first)))

@@ -62,18 +62,17 @@ def write_confusion(into: Path, result: Scores, first: Scores | None, kept: list
 
 
 def write_predictions(into: Path, result: Scores, first: Scores | None, kept: list[int]) -> None:
-    """Writes `predictions.parquet`: each sample's predicted class and confidence, by stage I and the heads `kept`."""
-    parts = []
-    for head, answers in each(result, first, kept):
-        parts.append(
-            pa.table(
-                {
-                    "number": pa.array([head] * len(answers.guesses), pa.int64()),
-                    "sample": pa.array(result.samples),
-                    "label": pa.array(result.labels.astype(np.int32)),
-                    "predicted": pa.array(answers.guesses.astype(np.int32)),
-                    "confidence": pa.array(answers.confidence.astype(np.float32)),
-                }
-            )
-        )
-    pq.write_table(pa.concat_tables(parts), into / "predictions.parquet", compression="zstd")
+    """Writes `predictions.parquet`: each sample's predicted class and confidence, by stage I and the heads `kept`.
+
+    One head after the other, because all together can be larger than the memory.
+    """
+    kinds = {"number": pa.int64(), "sample": pa.int64(), "label": pa.int32(), "predicted": pa.int32()}
+    schema = pa.schema({**kinds, "confidence": pa.float32()})
+    with pq.ParquetWriter(into / "predictions.parquet", schema, compression="zstd") as writer:
+        for head, answers in each(result, first, kept):
+            numbers = np.full(len(answers.guesses), head)
+            columns = (numbers, result.samples, result.labels, answers.guesses, answers.confidence)
+            arrays = [
+                pa.array(c.astype(f.type.to_pandas_dtype()), f.type) for c, f in zip(columns, schema, strict=True)
+            ]
+            writer.write_table(pa.table(arrays, schema=schema))

@@ -55,7 +55,8 @@ class Host:
     starts_from: Literal["head", "means", "trained", "own"] = "head"
     #: Factor of its cosine logits unless `hosts.NAME.scale` has one; None is that of the backbone's head.
     usual_scale: float | None = None
-    #: True if the training loss depends on the features only through `expert_logits` of a linear or cosine classifier.
+    #: True if the training loss depends on the features, `weight` and `bias` only through `expert_logits` of a linear
+    #: or cosine classifier. Many such heads get their logits from one matrix product.
     linear = False
 
     classifier: str

@@ -1,23 +1,27 @@
 """Trains K heads together. Heads of one seed share their batches; each has its own channels and optimiser state.
 
-A `Head` describes one of them; `torch.func.vmap` over its gradient adds the stack's axis. Head k of a stack equals that
-head trained alone, up to the rounding of batched matrix products.
+A `Head` describes one of them; `torch.func.vmap` over its gradient adds the stack's axis. Heads that are linear in
+pooled features get their logits from matrix products of the whole stack instead (`heads.folded`), to the same result.
+Head k of a stack equals that head trained alone, up to the rounding of batched matrix products.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch.func import grad_and_value, vmap
+from torch.nn import functional as F
 
 from h2t.pipeline.base.params import Count, Epochs, NonNegative, Rate, Ratio, Section
 from h2t.pipeline.base.progress import progress
 from h2t.pipeline.base.seeds import stream
 from h2t.pipeline.heads.batches import Batch
 from h2t.pipeline.heads.features import FeatureTable
+from h2t.pipeline.heads.folded import Folded, Groups
 from h2t.pipeline.heads.fusion import (
     Rounding,
     Selection,
@@ -30,10 +34,14 @@ from h2t.pipeline.heads.fusion import (
     shuffle,
 )
 from h2t.pipeline.heads.head import Head
+from h2t.pipeline.heads.host import GradientHost
 from h2t.pipeline.heads.residency import Feed, Step
+from h2t.pipeline.networks.classifier import expert_logits
 from h2t.pipeline.networks.trained import StageOneHead
 from h2t.pipeline.training.resume import Checkpoint
 
+LEAST_LENGTH = 1e-12  # of a feature vector, as in torch's `normalize`
+FOLDED_CLASSES = 2  # of more classes than this times the batch, fused features cost less than folded weights
 FLOAT = 4  # bytes of a float32, which heads compute with
 
 
@@ -91,16 +99,19 @@ def not_finite(state: Mapping[str, torch.Tensor]) -> tuple[int, str] | None:
 class Stack:
     """K heads of one kind. `state` holds their parameters, name -> (K, ...).
 
-    `heads` are the settings of the heads. `feed` gives the batches of their seeds and donors.
+    `heads` are the settings of the heads. `feed` gives the batches of their seeds and donors. `at_once`: whether heads
+    that are linear in pooled features get their logits from products of the whole stack; if not, and for all other
+    heads, vmap computes them.
     """
 
-    def __init__(self, head: Head, heads: Sequence[HeadSetting], feed: Feed) -> None:
+    def __init__(self, head: Head, heads: Sequence[HeadSetting], feed: Feed, *, at_once: bool = True) -> None:
         self.head, self.host, self.heads, self.feed = head, head.gradient_host, list(heads), feed
         self.streams, self.device, self.dtype = feed.streams, feed.device, feed.dtype
         streams = feed.streams
         self._seed_index = np.array([streams.seeds.index(h.seed) for h in heads])
         self._seed = torch.from_numpy(self._seed_index).to(self.device)
-        self._donor = torch.tensor([streams.donors.index(h.donor) for h in heads], device=self.device)
+        donor_index = [streams.donors.index(h.donor) for h in heads]
+        self._donor = torch.tensor(donor_index, device=self.device)
         channels = feed.shape[0]
         self.replaced = np.array([h.replaced(channels) for h in heads])
         self._random = np.array([h.selection in ("random", "shuffled") for h in heads])
@@ -118,6 +129,15 @@ class Stack:
         self._mixing = bool((mixed & (self.replaced > 0)).any())
         self._share = torch.tensor(mixed * self.replaced / channels, device=self.device, dtype=self.dtype)
         self.state: dict[str, torch.Tensor] = {}
+        changes = type(self.host).update is not GradientHost.update
+        self.at_once = at_once and head.linear and len(feed.shape) == 1 and not changes
+        self._on_logits = copy(self.host)
+        self._on_logits.classifier = "given"
+        # Feature mixup changes lengths by more than its shares, and shuffled donors are different for each head.
+        usual = not len(shuffled) and not (self._mixing and self.host.classifier == "cosine")
+        few = self.host.context.classes <= FOLDED_CLASSES * self.streams.batch_size
+        self._folds = usual and few and bool(self.replaced.any())
+        self._groups = Groups(self._seed_index, donor_index, self.device)
 
     def start(self, stage1: StageOneHead) -> None:
         """Sets the initial parameters of every head; they are equal for heads of one seed.
@@ -175,13 +195,27 @@ class Stack:
     def step(self, at: Step, optimiser: torch.optim.Optimizer) -> torch.Tensor:
         """Makes one gradient step of every head. Returns their losses before the step, (K,)."""
         epoch, step, batch, table = at
-        x = self.fused(batch, table, self.masks(epoch, step), self.orders(epoch, step, batch.labels.shape[1]))
+        masks, orders = self.masks(epoch, step), self.orders(epoch, step, batch.labels.shape[1])
         labels = torch.from_numpy(batch.labels).to(self.device)[self._seed]
         by_seed = [
             self.host.noise(stream(seed, "noise", epoch, step), batch.labels.shape[1]) for seed in self.streams.seeds
         ]
         drawn = [n for n in by_seed if n is not None]
         noise = torch.stack(drawn).to(self.device, self.dtype)[self._seed] if drawn else None
+        if self.at_once:
+            losses = self._gradients_at_once(self._logits(batch, table, masks, orders), labels, noise)
+            optimiser.step()
+            return losses
+        x = self.fused(batch, table, masks, orders)
+        losses = self._gradients(x, labels, noise)
+        optimiser.step()
+        if self.host.fixed:
+            state = {name: t.detach() for name, t in self.state.items()}
+            self.state.update(vmap(self.head.update)(state, x))
+        return losses
+
+    def _gradients(self, x: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+        """Sets the gradients of any heads from their fused inputs (K, E, B, C[, H, W]). Returns the losses, (K,)."""
         trained = {name: t.detach() for name, t in self.state.items() if name not in self.host.fixed}
         fixed = {name: t for name, t in self.state.items() if name in self.host.fixed}
 
@@ -191,11 +225,39 @@ class Stack:
         gradient = vmap(grad_and_value(loss), in_dims=(0, 0, 0, 0, None if noise is None else 0))
         grads, losses = gradient(trained, fixed, x, labels, noise)
         for name, gradients in grads.items():
-            self.state[name].grad = gradients
-        optimiser.step()
-        if fixed:
-            self.state.update(vmap(self.head.update)({**trained, **fixed}, x))
+            self.state[name].grad = gradients.contiguous()
         return losses.detach()
+
+    def _gradients_at_once(
+        self, logits: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Sets the gradients of linear heads from their experts' logits (K, E, B, N). Returns the losses, (K,)."""
+        loss = vmap(self._on_logits.loss, in_dims=(0, 0, 0, None if noise is None else 0))
+        losses = loss(self.state, logits, labels, noise)
+        trained = {name: t for name, t in self.state.items() if name not in self.host.fixed}
+        gradients = torch.autograd.grad(losses.sum(), list(trained.values()))
+        for tensor, gradient in zip(trained.values(), gradients, strict=True):
+            tensor.grad = gradient.contiguous()  # the fused optimiser reads it as such
+        return losses.detach()
+
+    def _logits(
+        self, batch: Batch, table: FeatureTable, masks: torch.Tensor, orders: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The experts' logits of every head on its fused features, (K, E, B, N)."""
+        host, state = self.host, self.state
+        if not self._folds:
+            return expert_logits(host.classifier, state, self.fused(batch, table, masks, orders), host.scale)
+        receivers, donors = table.take(batch.receivers), table.take(batch.donors)
+        groups = self._groups
+        pairs = torch.cat([receivers[groups.seed], donors[groups.seed, groups.donor]], dim=-1)
+        share = torch.where(self._share[:, None, None] > 0, self._share[:, None, None], masks.to(self.dtype))
+        if host.classifier == "linear":
+            products = Folded.apply(state["weight"], share, pairs, groups)
+            return host.scale * (products + state["bias"].unsqueeze(-2))
+        ones = torch.ones_like(share).unsqueeze(2)
+        lengths = Folded.apply(ones, share, pairs.square(), groups).sqrt().clamp_min(LEAST_LENGTH)  # (K, E, B, 1)
+        products = Folded.apply(F.normalize(state["weight"], dim=-1), share, pairs, groups)
+        return host.scale * products / lengths
 
     def train(
         self,
@@ -212,7 +274,7 @@ class Stack:
         trained = {name: t for name, t in self.state.items() if name not in self.host.fixed}
         groups = [{"params": [t], "factor": self.host.rates.get(name, 1.0)} for name, t in trained.items()]
         optimiser = torch.optim.SGD(
-            groups, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
+            groups, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay, fused=True
         )
         losses = torch.zeros(settings.epochs, len(self.heads), dtype=self.dtype, device=self.device)
         first = save.restore(self.state, optimiser, losses) if save else 0

@@ -91,9 +91,9 @@ def load_heads(folder: Path) -> Heads:
     tensors, described = load_weights(path)
     state, frozen = from_file(tensors, described, str(path))
     try:
-        table = pq.read_table(folder / "heads.parquet")
+        table = pq.ParquetFile(folder / "heads.parquet").read()  # `read_table` imports pandas
         about = json.loads(table.schema.metadata[b"h2t"])
-    except (FileNotFoundError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{folder}: heads.parquet is missing or unreadable ({error}); run train_classifier again"
         ) from None

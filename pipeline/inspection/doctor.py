@@ -1,6 +1,7 @@
 """`h2t doctor`: checks the project and says what to type. A check that fails does not stop the others."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 from h2t.cache.errors import CacheError
@@ -16,8 +17,11 @@ def examine(start: Path, params_file: Path, *, full: bool = False) -> list[Findi
 
     Errors become findings; none is raised for a fault of the project.
     """
+    versions = setting_up.versions()
+    if find_spec("torch") is None:  # the base install, which the other checks cannot run in
+        return versions
     findings = [
-        *setting_up.versions(),
+        *versions,
         *setting_up.parameters(params_file),
         *setting_up.watched(params_file),
         *setting_up.compute(params_file),

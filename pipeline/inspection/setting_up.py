@@ -13,17 +13,17 @@ NAMED_BY_DVC = {"backbones": ("arch", "objective"), "hosts": ("host", "backbone"
 
 
 def versions() -> list[Finding]:
-    """Compares the installed packages with the requirements of h2t."""
+    """Compares the installed packages with the requirements of h2t and its extra `pipeline`."""
     from packaging.requirements import Requirement
 
     faults = []
     try:
         needed = requires("h2t") or []
     except PackageNotFoundError:
-        return [Finding("versions", "fault", "h2t is not installed", "pip install --editable .")]
+        return [Finding("versions", "fault", "h2t is not installed", "pip install --editable '.[pipeline]'")]
     for text in needed:
         requirement = Requirement(text)
-        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+        if requirement.marker and not requirement.marker.evaluate({"extra": "pipeline"}):
             continue
         try:
             have = version(requirement.name)
@@ -33,7 +33,7 @@ def versions() -> list[Finding]:
         if not requirement.specifier.contains(have, prereleases=True):
             faults.append(f"{requirement.name} {have}, needed {requirement.specifier}")
     if faults:
-        return [Finding("versions", "fault", "; ".join(faults), "pip install --upgrade --editable .")]
+        return [Finding("versions", "fault", "; ".join(faults), "pip install 'h2t[pipeline]'")]
     return [Finding("versions", "ok", ", ".join(f"{n} {version(n)}" for n in ("torch", "zarr", "dvc")))]
 
 

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 from h2t.pipeline.base import device, params, plugins
 from h2t.pipeline.base.errors import UserError, nearest
 from h2t.pipeline.extraction.cluster import ADDRESS
-from h2t.pipeline.heads.residency import Residency
 
 #: Every section of params.yaml, in the order of the data.
 SECTIONS = (
@@ -34,6 +33,8 @@ ENTRIES = {
     "backbones": ("backbone_defaults", {"arch": "backbones", "objective": "objectives"}),
     "hosts": ("host_defaults", {"host": "hosts"}),
 }
+#: Sections of settings with fixed names.
+PLAIN = ("prepare", "extract", "pool", "train_classifier", "evaluate", "report")
 #: Keys of hosts that are trained. A host with a closed-form fit does not take them from `host_defaults`.
 TRAINED_ONLY = ("optimiser", "grid")
 
@@ -54,32 +55,10 @@ def check(values: dict[str, Any], say: Callable[[str], None] = lambda line: None
     Fills in sections that are left out; `host`, `arch` and `objective`, by the entry's name; in each entry the values
     of `backbone_defaults` or `host_defaults`; and settings from `run` in the section of their stage.
     """
+    from h2t.pipeline.heads.residency import Residency
     from h2t.pipeline.stages import evaluate, extract, pool, prepare, report, train_backbone, train_classifier
 
-    for name in values:
-        if name not in SECTIONS:
-            raise UserError(f"{name}: unknown section{nearest(name, SECTIONS)} (there are: {', '.join(SECTIONS)})")
-    for name in SECTIONS:
-        if name in LEFT_OUT:
-            values.setdefault(name, copy(LEFT_OUT[name]))
-        if name not in values:
-            raise UserError(f"{name}: missing; add the section to the parameter file")
-    seed = values["seed"]
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
-        raise UserError(f"seed: must be a whole number from 0 to 4294967295; got {seed!r}")
-    device.check(values["device"])
-    run = params.build(RunSection, "run", values["run"])
-    for of, key in MOVED:
-        entries = values[of] if isinstance(values[of], dict) else {}
-        if entries.get(key) is not None:
-            say(f"note: {of}.{key} belongs in the section run; here a change of it makes DVC run {of} again")
-        elif (given := getattr(run, key)) is not None:
-            values[of] = {**entries, key: given}
-    named = values["inputs"]
-    if named is not None and not isinstance(named, dict):
-        raise UserError(f"inputs: must be a mapping of names to files or folders; got {named!r}")
-    for name in named or ():
-        _check_name("inputs", name, "files")
+    _check_sections(values, say)
     section = params.build(prepare.Params, "prepare", values["prepare"])
     params.build(plugins.load("datasets", section.dataset).Options, "prepare.options", section.options)
     extraction = params.build(extract.Params, "extract", values["extract"])
@@ -129,11 +108,63 @@ def check(values: dict[str, Any], say: Callable[[str], None] = lambda line: None
         params.build(plugins.load("pools", host.pool).Options, f"{where}.pool_options", host.pool_options)
 
 
-def complete(values: dict[str, Any], name: str) -> dict[str, Any]:
+def outline(values: dict[str, Any], say: Callable[[str], None] = lambda line: None) -> None:
+    """Completes `values` as `check` does, but checks only the section `prepare` and which other entries there are.
+
+    It needs no torch. It serves stages that read names only; every stage that computes calls `check`. Hosts with a
+    closed-form fit keep the keys of `host_defaults` that they do not take.
+    """
+    from h2t.pipeline.stages import prepare
+
+    _check_sections(values, say)
+    for name in (*PLAIN, *(defaults for defaults, _ in ENTRIES.values())):
+        _check_mapping(name, values[name])
+    section = params.build(prepare.Params, "prepare", values["prepare"])
+    params.build(plugins.load("datasets", section.dataset).Options, "prepare.options", section.options)
+    for name in ENTRIES:
+        for key, entry in complete(values, name, narrow=False).items():
+            _check_mapping(f"{name}.{key}", entry)
+
+
+def _check_mapping(name: str, value: Any) -> None:
+    if not isinstance(value, dict):
+        raise UserError(f"{name}: must be a mapping; got {value!r}; write its settings as key: value below it")
+
+
+def _check_sections(values: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Checks the names of the sections and those that name no plug-in; fills in what is left out."""
+    for name in values:
+        if name not in SECTIONS:
+            raise UserError(f"{name}: unknown section{nearest(name, SECTIONS)} (there are: {', '.join(SECTIONS)})")
+    for name in SECTIONS:
+        if name in LEFT_OUT:
+            values.setdefault(name, copy(LEFT_OUT[name]))
+        if name not in values:
+            raise UserError(f"{name}: missing; add the section to the parameter file")
+    seed = values["seed"]
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise UserError(f"seed: must be a whole number from 0 to 4294967295; got {seed!r}")
+    device.check(values["device"])
+    run = params.build(RunSection, "run", values["run"])
+    for of, key in MOVED:
+        entries = values[of] if isinstance(values[of], dict) else {}
+        if entries.get(key) is not None:
+            say(f"note: {of}.{key} belongs in the section run; here a change of it makes DVC run {of} again")
+        elif (given := getattr(run, key)) is not None:
+            values[of] = {**entries, key: given}
+    named = values["inputs"]
+    if named is not None and not isinstance(named, dict):
+        raise UserError(f"inputs: must be a mapping of names to files or folders; got {named!r}")
+    for name in named or ():
+        _check_name("inputs", name, "files")
+
+
+def complete(values: dict[str, Any], name: str, *, narrow: bool = True) -> dict[str, Any]:
     """The entries of section `name` merged with their defaults; they also replace the entries in `values`.
 
-    An entry named like a plug-in does not need a key that names the plug-in. Raises UserError if the section is empty,
-    is not a mapping, or has an entry whose name is not valid.
+    An entry named like a plug-in does not need a key that names the plug-in. With `narrow`, hosts are loaded to leave
+    out defaults that they do not take. Raises UserError if the section is empty, is not a mapping, or has an entry
+    whose name is not valid.
     """
     section = values[name]
     if not isinstance(section, dict) or not section:
@@ -145,7 +176,8 @@ def complete(values: dict[str, Any], name: str) -> dict[str, Any]:
         if isinstance(entry, dict):
             named = {k: key for k, kind in kinds.items() if key in plugins.names(kind)}
             own = {**named, **entry} if name == "hosts" else entry
-            section[key] = params.merged(_for_host(own, defaults) if name == "hosts" else {**named, **defaults}, own)
+            given = defaults if name == "hosts" else {**named, **defaults}
+            section[key] = params.merged(_for_host(own, given) if name == "hosts" and narrow else given, own)
     return section
 
 

@@ -12,7 +12,7 @@ import torch
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import replace_file
 from h2t.pipeline.base.params import build
-from h2t.pipeline.data.images import Images, Transform, decode
+from h2t.pipeline.data.images import Images, Transform, decoder
 from h2t.pipeline.models.model import load_model
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
@@ -94,7 +94,7 @@ def predict(
     """
     logits, classes, transform = open_model(model, device)
     files = find_images(paths)
-    images = Images([str(f) for f in files], None, lambda name: Path(name).read_bytes(), decode, transform)
+    images = Images([str(f) for f in files], None, lambda name: Path(name).read_bytes(), decoder(transform), transform)
     lines: list[dict[str, Any]] = []
     for batch in _readable(images, len(files), complain):
         best, which = ranked(logits(torch.cat([x for _, x in batch])), top)

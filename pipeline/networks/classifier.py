@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
-Classifier = Literal["linear", "cosine", "branches"]
+Classifier = Literal["linear", "cosine", "branches", "given"]
 
 State = Mapping[str, torch.Tensor]
 
@@ -34,8 +34,11 @@ def expert_logits(classifier: str, state: State, features: torch.Tensor, scale: 
     """Logits of each expert, (E, B, K), from features (E, B, D).
 
     linear: `scale` (f w + b). cosine: `scale` cos(f, w), without bias (Li et al., "GCL", CVPR 2022; RIDE's cosine
-    classifier). branches: `scale` times the sum of ResLT's branches, normalised by their running statistics.
+    classifier). branches: `scale` times the sum of ResLT's branches, normalised by their running statistics. given: the
+    features are the logits already; heads.stack computes those of many heads at once.
     """
+    if classifier == "given":
+        return features
     weight = state["weight"]
     if classifier == "cosine":
         return scale * F.normalize(features, dim=-1) @ F.normalize(weight, dim=-1).transpose(-1, -2)

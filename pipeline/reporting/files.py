@@ -1,4 +1,4 @@
-"""Writes the files of a report: the page, the tables in Markdown, the figure and the data behind the plots."""
+"""Writes the files of a report: the page, the tables in Markdown and the data behind the plots."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -11,7 +11,6 @@ from h2t.cache.redaction import in_markdown
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import fresh_directory, write_json
 from h2t.pipeline.base.text import counted
-from h2t.pipeline.reporting.figures import ratio_picture
 from h2t.pipeline.reporting.intervals import Difference
 from h2t.pipeline.reporting.page import cell, render, spread
 from h2t.pipeline.reporting.results import (
@@ -41,7 +40,6 @@ def write(
     with fresh_directory(out) as into:
         (into / "results.md").write_text(_document(title, results), encoding="utf-8")
         (into / "index.html").write_text(render(title, results, list(runs), against), encoding="utf-8")
-        (into / "ratio.svg").write_text(ratio_picture(curves), encoding="utf-8")
         write_json(into / "metrics.json", {r.name: r.metrics for r in results})
         plots = into / "plots"
         plots.mkdir()
@@ -136,8 +134,6 @@ def _document(title: str, results: list[HostResult]) -> str:
             "",
             *(["Other donors and other channels at the reported ratio:", "", others, ""] if others else []),
             *notes,
-            "",
-            "![Accuracy against the ratio of replaced channels](ratio.svg)",
             "",
         ]
     )

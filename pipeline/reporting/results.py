@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +34,28 @@ class HostResult:
         """The batch-norm statistics that the host is evaluated under."""
         return str(self.about["host"]["evaluate"])
 
-    @property
+    @cached_property
     def heads(self) -> pd.DataFrame:
         """The host's heads with their figures on the test split, under its own statistics."""
         heads = self.tables["heads"]
         return heads[(heads.split == "test") & (heads.statistics == self.statistics) & (heads.number >= 0)]
 
+    @cached_property
+    def _found(self) -> dict[tuple[float, str, str], pd.DataFrame]:
+        """What `at` has returned: a report asks for the same settings some hundred times."""
+        return {}
+
     def at(self, ratio: float, donor: str = "instance", selection: str = "random") -> pd.DataFrame:
         """The heads of this setting, one per seed, ascending. At ratio 0, donor and selection have no effect."""
-        heads = self.heads[self.heads.ratio == ratio]
-        if ratio:
-            heads = heads[(heads.donor == donor) & (heads.selection == selection)]
-        return heads.drop_duplicates("seed").sort_values("seed")
+        setting = (ratio, donor, selection)
+        if setting not in self._found:
+            heads = self.heads[self.heads.ratio == ratio]
+            if ratio:
+                heads = heads[(heads.donor == donor) & (heads.selection == selection)]
+            self._found[setting] = heads.drop_duplicates("seed").sort_values("seed")
+        return self._found[setting]
 
-    @property
+    @cached_property
     def ratios(self) -> list[float]:
         """The ratios that were trained with donor instance and selection random, ascending; 0 included if trained."""
         return [r for r in sorted(set(self.heads.ratio)) if len(self.at(r))]

@@ -16,14 +16,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BeforeValidator
 
+from h2t.cache.memory import available_memory
 from h2t.cache.reader import Cache
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import fresh_directory, write_json
 from h2t.pipeline.base.params import Index, Ratio, Section
 from h2t.pipeline.base.run import Run
+from h2t.pipeline.base.text import counted
 from h2t.pipeline.data.classes import by_index, groups
-from h2t.pipeline.evaluation.evidence import write_about, write_embedding, write_reliability, write_weight_norms
-from h2t.pipeline.evaluation.metrics import over_seeds, summary
+from h2t.pipeline.evaluation.evidence import ROOM, write_about, write_embedding, write_reliability, write_weight_norms
+from h2t.pipeline.evaluation.metrics import Answers, over_seeds, summary
 from h2t.pipeline.evaluation.scoring import STAGE1, Scores, load_heads_for, score_heads, score_stage1
 from h2t.pipeline.evaluation.tables import each, write_confusion, write_per_class, write_predictions
 from h2t.pipeline.heads.batches import sample_rows
@@ -61,7 +63,8 @@ class Params(Section):
 def run(params: Params, run: Run, cache: Cache, heads_dir: Path, backbone_dir: Path) -> dict[str, Any]:
     """Evaluates the classifiers of host `run.name`, writes the results to `run.out` and returns the metrics.
 
-    Raises UserError if the classifiers were trained on another cache or backbone, or if there are no test rows.
+    Raises UserError if the classifiers were trained on another cache or backbone, if there are no test rows, or if the
+    predictions would not fit into memory.
     """
     heads = load_heads_for(cache, heads_dir, backbone_dir)
     stage1 = backbone_head(cache, backbone_dir, "linear", run.device, run.say)
@@ -78,11 +81,12 @@ def run(params: Params, run: Run, cache: Cache, heads_dir: Path, backbone_dir: P
     recipe_statistics = heads.about["evaluate"]
     # DR as published is trained and evaluated under balanced statistics alone; with branch-wise ones, an extra line.
     stored = set(cache.rows.filter(pc.field("split") == "test")["statistics"].to_pylist())
-    lines = [recipe_statistics, *({heads.about["receiver"]} & stored)]
+    lines = list(dict.fromkeys([recipe_statistics, *({heads.about["receiver"]} & stored)]))
+    _check_memory(run.name, cache, len(table), [(split, statistics) for split in splits for statistics in lines])
     scores = {
         (split, statistics): score_heads(cache, heads, split, statistics, run.device)
         for split in splits
-        for statistics in dict.fromkeys(lines)
+        for statistics in lines
     }
     of_stage1 = {split: score_stage1(cache, stage1, split, run.device) for split in splits} if stage1.state else {}
 
@@ -122,6 +126,19 @@ def run(params: Params, run: Run, cache: Cache, heads_dir: Path, backbone_dir: P
         write_about(into, cache, heads, sample_rows(cache.rows, "test", recipe_statistics).first, group_of)
     run.say(f"{run.name}: " + _one_line(metrics))
     return metrics
+
+
+def _check_memory(name: str, cache: Cache, heads: int, scored: list[tuple[str, str]]) -> None:
+    """Raises UserError unless the predictions of so many heads for the rows of each (split, statistics) fit."""
+    counts = cache.rows.group_by(["split", "statistics"]).aggregate([("row", "count")]).to_pylist()
+    rows = sum(line["row_count"] for line in counts if (line["split"], line["statistics"]) in scored)
+    need, room = rows * heads * Answers.BYTES + ROOM, available_memory()
+    if need > room:
+        raise UserError(
+            f"{name}: the predictions of {counted(heads, 'classifier')} for {counted(rows, 'row')} need "
+            f"{need / 1e6:.0f} MB of memory; {room / 1e6:.0f} MB are free; free memory, or train fewer classifiers "
+            f"(hosts.{name}.grid)"
+        )
 
 
 def group_choice(params: Params, counts: list[int]) -> list[str | None]:

@@ -80,11 +80,13 @@ def named(values: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     watched = dataset.inputs(options) if hasattr(dataset, "inputs") else {}
     paths = {"prepare": {f"prepare.options.{option}": path for option, path in watched.items()}}
     kept = values["extract"].get("statistics_from")
-    paths["extract"] = {} if kept is None or "://" in kept else {"extract.statistics_from": kept}
+    paths["extract"] = {} if not isinstance(kept, str) or "://" in kept else {"extract.statistics_from": kept}
     for name, entry in values["backbones"].items():
         files = {key: entry.get(key) for key in ("weights", "start")}
         paths[f"backbones/{name}"] = {
-            f"backbones.{name}.{key}": path for key, path in files.items() if path is not None and path not in NO_FILES
+            f"backbones.{name}.{key}": path
+            for key, path in files.items()
+            if isinstance(path, str) and path not in NO_FILES
         }
     return paths
 

@@ -1,4 +1,4 @@
-"""prepare: chooses the samples. Holds out evaluation samples, makes the rest long-tailed, orders the classes.
+"""prepare: chooses the samples. Holds out test and validation images, cuts a long tail if asked, orders the classes.
 
 Writes `samples.parquet` (one row per sample, sorted by split, label, source) and `classes.json` (names, counts, class
 order, groups, transform). Both depend only on the dataset and the parameters, so every machine gets the same subset.
@@ -13,17 +13,20 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pydantic
 
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import fresh_directory, write_json
 from h2t.pipeline.base.params import Index, Positive, Section, Seed, at_least, build, plugin
 from h2t.pipeline.base.progress import progress
-from h2t.pipeline.base.run import Run
+from h2t.pipeline.base.run import Run, Say
 from h2t.pipeline.base.seeds import stream
 from h2t.pipeline.base.text import counted
+from h2t.pipeline.data import splits
 from h2t.pipeline.data.classes import groups
 from h2t.pipeline.data.images import BadImage, Collection, Images, open_images
+from h2t.pipeline.data.splits import HoldOut, Labelled, SmallClasses
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
@@ -32,7 +35,8 @@ class Imbalance(Section):
     """Section `prepare.imbalance`: the long tail that is cut from the training images."""
 
     profile: Literal["none", "exponential", "step"] = "none"
-    """How class counts fall: exponentially, or in one step at half of the classes; `none` keeps every image."""
+    """How class counts fall: exponentially, or in one step at half of the classes; `none` keeps every image: right for
+    data that is long-tailed already."""
     ratio: Annotated[Positive, at_least(1)] = 1.0
     """Images of the largest class divided by images of the smallest."""
     seed: Seed = 0
@@ -50,10 +54,27 @@ class Params(Section):
     """Stop at the first image that cannot be decoded, or leave such images out and record them."""
     imbalance: Imbalance = Imbalance()
     """The long tail that is cut from the training images."""
+    test: HoldOut | None = None
+    """Test images held out before the tail is cut, for a dataset without test images: a share of each class, or
+    `{at_most: n, keep: k}`: up to n images of each class, as long as k stay for training."""
+    validation: HoldOut | None = None
+    """The same for validation images, which then choose the ratio; of the images that `test` leaves."""
     test_per_class: Index = 0
-    """Images of each class held out as test images, before the tail is cut; for a dataset without test images."""
+    """Images of each class held out as test images, in place of `test`; an error if a class is too small."""
     validation_per_class: Index = 0
-    """Images of each class held out as validation images, which then choose the ratio."""
+    """Images of each class held out as validation images, in place of `validation`."""
+    min_per_class: SmallClasses = SmallClasses()
+    """What happens to classes with few training images."""
+    duplicates: Literal["note", "refuse", "drop"] = "note"
+    """Name images that are equal byte by byte, stop at them, or drop all but one before anything is held out; of images
+    under two labels, drop all."""
+
+    @pydantic.model_validator(mode="after")
+    def _one_way(self) -> "Params":
+        for name in ("test", "validation"):
+            if getattr(self, name) is not None and getattr(self, f"{name}_per_class"):
+                raise ValueError(f"set {name} or {name}_per_class, not both")
+        return self
 
 
 def run(params: Params, run: Run) -> None:
@@ -64,22 +85,37 @@ def run(params: Params, run: Run) -> None:
     dataset = plugins.load("datasets", params.dataset)
     options = build(dataset.Options, "prepare.options", params.options)
     images: Collection = dataset.load(options)
-    label, split = np.array(images.label), np.array(images.split, object)
-
-    _hold_out(label, split, "test", params.test_per_class, "prepare.test_per_class", run.seed)
-    _hold_out(label, split, "val", params.validation_per_class, "prepare.validation_per_class", run.seed)
-    kept = _long_tail(label, split, params.imbalance, images.classes)
-
-    chosen = sorted([*kept.tolist(), *np.flatnonzero(split != "train").tolist()])
+    for note in images.notes:
+        run.say(note)
+    found = Labelled.of(images)
     opened = open_images(dataset, options, images.source, None, dataset.transform(options))  # no digests exist yet
-    digests, bad = _digests(opened, chosen, params.bad_images)
+
+    digests: dict[int, str] = {}
+    bad: dict[int, BadImage] = {}
+    if params.duplicates == "drop":
+        digests, bad = _digests(opened, range(len(images.source)), params.bad_images)
+        _drop_copies(found, digests, bad, run.say)
+    found, notes = splits.treat_small_classes(found, params.min_per_class)
+    _hold_out(found, "test", params, run.seed, notes)
+    _hold_out(found, "val", params, run.seed, notes)
+    before = found.sizes("train")
+    kept = _long_tail(found.label, found.split, params.imbalance, found.classes)
+    if len(kept) < before.sum():
+        notes.append(_cut(before, len(kept)))
+    for note in notes:
+        run.say(note)
+
+    chosen = sorted([*kept.tolist(), *np.flatnonzero(np.isin(found.split, ("val", "test"))).tolist()])
+    if params.duplicates != "drop":
+        digests, bad = _digests(opened, chosen, params.bad_images)
+        _name_copies(found, digests, params.duplicates, run.say)
     chosen = [i for i in chosen if i in digests]
-    counts = np.bincount(label[[i for i in chosen if split[i] == "train"]], minlength=len(images.classes))
+    label, split, classes = found.label, found.split, found.classes
+    counts = np.bincount(label[[i for i in chosen if split[i] == "train"]], minlength=len(classes))
     if counts.min() == 0:
-        empty = int(counts.argmin())
         raise UserError(
-            f"class {empty} ({images.classes[empty]}): must have at least one usable training image; got 0; "
-            "repair one or drop the class"
+            f"class {classes[int(counts.argmin())]}: must have at least one usable training image; got 0; "
+            "repair one, or remove the class"
         )
     order = np.argsort(-counts, kind="stable")  # class order map: new label -> native label
     relabel = np.argsort(order)
@@ -101,12 +137,14 @@ def run(params: Params, run: Run) -> None:
     with fresh_directory(run.out) as into:
         pq.write_table(table, into / "samples.parquet", compression="zstd")
         if params.bad_images == "skip":
-            pq.write_table(_skipped(bad, split), into / "skipped.parquet", compression="zstd")
+            pq.write_table(
+                _skipped(bad, np.where(split == "", images.split, split)), into / "skipped.parquet", compression="zstd"
+            )
         write_json(
             into / "classes.json",
             {
                 "dataset": params.dataset,
-                "classes": [images.classes[j] for j in order],
+                "classes": [classes[j] for j in order],
                 "counts": ordered,
                 "order": order.tolist(),
                 "groups": groups(ordered),
@@ -156,29 +194,77 @@ def _skipped(bad: dict[int, BadImage], split: np.ndarray) -> pa.Table:
     ).sort_by([("split", "ascending"), ("source", "ascending")])
 
 
-def _hold_out(label: np.ndarray, split: np.ndarray, name: str, per_class: int, key: str, seed: int) -> None:
-    """Moves `per_class` random samples of each class from train to `name`, unless the dataset has that split."""
-    if (split == name).any() or not per_class:
-        if name == "test" and not (split == name).any():
+def _drop_copies(found: Labelled, digests: dict[int, str], bad: dict[int, BadImage], say: Say) -> None:
+    """Drops bad images and copies of others from `found`, and says so."""
+    found.split[list(bad)] = ""
+    alike = splits.copies(digests)
+    for line in splits.describe_copies(found, alike):
+        say(f"note: {line}")
+    if alike:
+        say(f"note: prepare.duplicates=drop leaves out {counted(splits.drop_copies(found, alike), 'image')}")
+
+
+def _name_copies(found: Labelled, digests: dict[int, str], policy: str, say: Say) -> None:
+    """Says which images are equal byte by byte. Raises UserError if there are any and `policy` is `refuse`."""
+    lines = splits.describe_copies(found, splits.copies(digests))
+    if lines and policy == "refuse":
+        raise UserError(
+            f"prepare.duplicates=refuse: images must differ; got {'; '.join(lines)}; remove the copies, or set "
+            "prepare.duplicates to drop"
+        )
+    for line in lines:
+        say(f"note: {line}; prepare.duplicates=drop leaves copies out")
+
+
+def _cut(before: np.ndarray, after: int) -> str:
+    """What the long tail leaves out; `before` and `after` it was cut, training images of each class and in all."""
+    already = before.max() >= 2 * before.min()
+    return f"imbalance: {after:,} of {before.sum():,} training images are kept" + (
+        f"; the classes have {before.max():,} to {before.min():,} as they are, and "
+        "prepare.imbalance.profile=none keeps all"
+        if already
+        else ""
+    )
+
+
+def _hold_out(found: Labelled, into: str, params: Params, seed: int, notes: list[str]) -> None:
+    """Holds out what the parameters ask for, unless the dataset has the split `into`. Appends to `notes`.
+
+    Raises UserError if there is no test split and none is asked for.
+    """
+    key = {"test": "test", "val": "validation"}[into]
+    how, per_class = getattr(params, key), getattr(params, f"{key}_per_class")
+    if (found.split == into).any():
+        if how is not None:
+            notes.append(f"note: the dataset has {splits.SPLIT_WORDS[into]} images, so prepare.{key} holds out none")
+    elif how is not None:
+        splits.hold_out(found, into, how, params.min_per_class, seed)
+    elif per_class and found.group is None:
+        _hold_out_per_class(found, into, per_class, f"prepare.{key}_per_class", seed)
+    elif per_class:
+        splits.hold_out(found, into, splits.AtMost(at_most=per_class), params.min_per_class, seed)
+    notes += splits.without(found, into)
+    if into == "test" and not (found.split == into).any():
+        if how is None and not per_class:
             raise UserError(
-                f"{key}: must be at least 1, as the dataset has no test split; got {per_class}; set the number of test "
-                "samples per class"
+                "prepare.test: must be set, as the dataset has no test split; got nothing; set it to a share such as "
+                "0.2, or name test images in prepare.options.test"
             )
-        return
-    for j, members in enumerate(_members(label, split, label.max() + 1)):
+        raise UserError(
+            f"prepare.{key}: must leave at least one image for testing; got none; set a larger share, lower keep, or "
+            "use groups of fewer images"
+        )
+
+
+def _hold_out_per_class(found: Labelled, into: str, per_class: int, key: str, seed: int) -> None:
+    """Moves `per_class` random images of each class from train to `into`."""
+    for j, members in enumerate(found.members("train")):
         if len(members) <= per_class:
             raise UserError(
-                f"{key}: must leave class {j} one of its {counted(len(members), 'sample')} for training; "
-                f"got {per_class}; lower it"
+                f"{key}: must leave class {found.classes[j]} one of its {counted(len(members), 'sample')} for "
+                f"training; got {per_class}; lower it, or set {key.removesuffix('_per_class')} to a share such as 0.2"
             )
-        split[stream(seed, "prepare", name, j).permutation(members)[:per_class]] = name
-
-
-def _members(label: np.ndarray, split: np.ndarray, classes: int) -> list[np.ndarray]:
-    """The training samples of each class, ascending. Sorts once: a search per class takes hours for 100,000 classes."""
-    train = np.flatnonzero(split == "train")
-    train = train[np.argsort(label[train], kind="stable")]
-    return np.split(train, np.searchsorted(label[train], np.arange(1, classes)))
+        found.split[stream(seed, "prepare", into, j).permutation(members)[:per_class]] = into
 
 
 def long_tailed_counts(largest: int, classes: int, imbalance: Imbalance) -> list[int]:
@@ -201,12 +287,12 @@ def _long_tail(label: np.ndarray, split: np.ndarray, imbalance: Imbalance, names
 
     With seed 0 this is the subset that the published codes of LDAM-DRW, MiSLAS, GCL, RIDE, ResLT and H2T train on.
     """
-    members = _members(label, split, len(names))
+    members = Labelled(list(names), [], label, split, None).members("train")
     sizes = [len(m) for m in members]
     if min(sizes) == 0:
-        empty = sizes.index(0)
         raise UserError(
-            f"class {empty} ({names[empty]}): must have at least one training sample; got 0; drop the class"
+            f"class {names[sizes.index(0)]}: must have at least one training sample; got 0; add one, or drop the "
+            "class: prepare.min_per_class={n: 1, then: drop}"
         )
     if imbalance.profile == "none":
         return np.concatenate(members)
@@ -214,8 +300,9 @@ def _long_tail(label: np.ndarray, split: np.ndarray, imbalance: Imbalance, names
     if min(wanted) == 0:
         empty = wanted.index(0)
         raise UserError(
-            f"prepare.imbalance.ratio: must leave class {empty} ({names[empty]}) at least one of its "
-            f"{counted(sizes[empty], 'sample')}; got {imbalance.ratio:g}, which leaves 0; lower the ratio"
+            f"prepare.imbalance.ratio: must leave class {names[empty]} at least one of its "
+            f"{counted(sizes[empty], 'sample')}; got {imbalance.ratio:g}, which leaves 0; lower the ratio, or for data "
+            "that is long-tailed already set prepare.imbalance.profile to none"
         )
     draws = np.random.RandomState(imbalance.seed)
     kept = []

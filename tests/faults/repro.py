@@ -19,7 +19,7 @@ from pathlib import Path
 
 from stages import PRESET, ROOT, litter, tree
 
-CODE = ("h2t", "cache", "pipeline", "plugins", "dvc.yaml", "stages.yaml", ".dvcignore")
+CODE = ("h2t", "cache", "pipeline", "plugins", "inputs", "dvc.yaml", "stages.yaml", ".dvcignore")
 HOW = ("SIGKILL", "Ctrl-C", "twice")
 ATTEMPTS = 10
 

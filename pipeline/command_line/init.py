@@ -1,0 +1,74 @@
+"""`h2t init`: looks at images and labels, reports on them, and writes a project that fits them."""
+
+import sys
+from pathlib import Path
+
+import click
+
+from h2t.pipeline.command_line.one_line import Command
+from h2t.pipeline.command_line.options import PATH
+
+
+@click.command(cls=Command, epilog="h2t init birds --data ~/photos\nh2t init --data labels.csv --label species")
+@click.argument(
+    "folder", type=PATH, default=Path(), metavar="[DIR]", help="Folder of the project; by default this one."
+)
+@click.option(
+    "--data",
+    type=PATH,
+    required=True,
+    metavar="PATH",
+    help="A folder of class folders, or of images with a table; a CSV, TSV, JSON Lines or Parquet file.",
+)
+@click.option("--label", metavar="COLUMN", help="Column of the labels in a table.")
+@click.option(
+    "--backbone",
+    metavar="NAME",
+    help="A pretrained backbone that is not trained further, by plug-in or PLUG-IN:MODEL: resnet50, "
+    "torchvision:efficientnet_b0. By default a small ResNet is trained.",
+)
+@click.option(
+    "--check",
+    type=click.Choice(["all", "headers"]),
+    default="all",
+    show_default=True,
+    help="Read every byte of each image, or the beginning only, which finds neither damage nor copies.",
+)
+def init(folder: Path, data: Path, label: str | None, backbone: str | None, check: str) -> None:
+    """Write a project for images of your own.
+
+    Prints what the images are, and writes params.yaml, dvc.yaml and all that `dvc repro` needs.
+    """
+    from h2t.pipeline.project import choose, describe, detect, survey, write
+
+    if folder.exists() and not folder.is_dir():
+        raise click.UsageError(f"{folder}: must be a folder; got a file")
+    for name in ("params.yaml", "dvc.yaml", "stages.yaml"):  # before minutes of reading images
+        if (folder / name).exists():
+            raise click.UsageError(f"{folder / name}: exists already; remove it, or give another folder as DIR")
+    found = detect.detect(data, label)
+    write.check_places(folder, found)
+    seen = survey.survey(found, headers=check == "headers")
+    for line in describe.lines(found, seen, bar=_bar()):
+        click.echo(line)
+    settings = choose.choose(found, seen, backbone)
+    for note in settings.notes:
+        click.echo(note)
+    files = write.project(folder, found, settings, data.expanduser().absolute().stem or "images")
+    try:
+        for line in write.write(folder, files, found):
+            click.echo(line)
+    except write.Exists as error:
+        raise click.UsageError(str(error)) from None
+    if backbone is None:
+        click.echo("note: a small ResNet will be trained; a pretrained one is usually better: --backbone resnet50")
+    click.echo("next: " + ("dvc repro" if folder == Path() else f"cd {folder} && dvc repro"))
+
+
+def _bar() -> str:
+    """A full block, or # where the terminal's encoding has none."""
+    try:
+        "█".encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return "#"
+    return "█"

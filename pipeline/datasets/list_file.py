@@ -1,0 +1,32 @@
+"""List files of one's own: an image per line, `relative/path label`; labels are words or whole numbers.
+
+The ImageNet-LT, Places-LT and iNaturalist plug-ins read the same files with whole-number labels from 0 on. A file with
+commas, quotes or a header is a `table`.
+"""
+
+from h2t.pipeline.data import labels, list_files
+from h2t.pipeline.data.images import Collection, Transform
+from h2t.pipeline.data.list_files import inputs, reader
+from h2t.pipeline.data.transforms import OWN, OwnImages
+
+NUMBER = 2026112601  # other results, another number: docs/numbers.md
+
+__all__ = ["Options", "inputs", "load", "reader", "transform"]
+
+
+class Options(OwnImages, list_files.Options):
+    """Keys of `prepare.options`."""
+
+    transform: Transform = OWN
+
+
+def transform(options: Options) -> Transform:
+    """The transform in the options; by default `OWN`, 224 pixels."""
+    return options.transform
+
+
+def load(options: Options) -> Collection:
+    """All images of the lists, in their order. Raises UserError that names the file and the line."""
+    source, text, split = list_files.read_lists(options)
+    classes, label = labels.numbered(text)
+    return Collection(classes, source, label, split)

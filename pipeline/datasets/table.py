@@ -1,0 +1,185 @@
+"""Images named in a table, or stored in it: CSV, TSV, JSON Lines or Parquet, with labels of text or whole numbers.
+
+`prepare.options: {table: photos/labels.csv, path: file_name, label: species}`. An image's source is its path relative
+to `root`, or the Parquet file's name and the row number. This also reads Hugging Face folders by their `metadata.csv`.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import pydantic
+
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.data import labels, list_files, parquet_files, tables
+from h2t.pipeline.data.images import Collection, Transform
+from h2t.pipeline.data.transforms import OwnImages
+
+NUMBER = 2026112601  # other results, another number: docs/numbers.md
+
+
+class Options(OwnImages):
+    """Keys of `prepare.options`."""
+
+    table: str | dict[Literal["train", "val", "test"], str]
+    """The table, or tables of train, val and test. A pattern such as `part-*.parquet` names several files."""
+    root: str | None = None
+    """Folder that the paths in the table start from; null is the folder of each table."""
+    path: str | None = None
+    """Column of image paths; exactly one of `path` and `bytes` is set."""
+    bytes: str | None = None
+    """Column of encoded images in Parquet files: bytes, or structs with a field `bytes`."""
+    label: str = "label"
+    """Column of class names, or of whole numbers."""
+    split: str | None = None
+    """Column that says train, val or test; null: all images are for training, or as `table` says."""
+    group: str | None = None
+    """Column of what must not be divided among splits, such as the patient, the camera or the plant."""
+    follow_links: bool = False
+    """Allow links that lead out of `root`."""
+
+    @pydantic.model_validator(mode="after")
+    def _one_source(self) -> "Options":
+        if (self.path is None) == (self.bytes is None):
+            raise ValueError("set exactly one of path, the column of image paths, and bytes, the column of images")
+        return self
+
+
+def transform(options: Options) -> Transform:
+    """The transform in the options; by default `OWN`, 224 pixels."""
+    return options.transform
+
+
+def _tables(options: Options) -> list[tuple[str, Path]]:
+    """(split, or "" where the table does not say, path) of each table."""
+    given = options.table if isinstance(options.table, dict) else {"": options.table}
+    keys = {split: f"prepare.options.table{split and '.'}{split}" for split in given}
+    found = [(split, path) for split, text in given.items() for path in parquet_files.found(keys[split], text)]
+    for split, path in found:
+        if path.suffix.lower() not in tables.ENDINGS:
+            raise UserError(
+                f"{keys[split]}: {path}: must end in one of {', '.join(tables.ENDINGS)}; "
+                "save the table in one of these formats"
+            )
+        if options.bytes and path.suffix.lower() != ".parquet":
+            raise UserError(f"prepare.options.bytes: only Parquet files hold images; got {path}; set path in its place")
+    return found
+
+
+def folder(options: Options) -> Path:
+    """The folder that the paths of images are relative to. Raises UserError if it does not exist."""
+    if options.root is not None:
+        root = Path(options.root).expanduser()
+    else:
+        folders = [os.path.abspath(path.parent) for _, path in _tables(options)]  # noqa: PTH100 - keeps links
+        root = Path(os.path.commonpath(folders))
+    if not root.is_dir():
+        raise UserError(f"prepare.options.root: no folder {root}; set it to the folder that the paths start from")
+    return root
+
+
+def load(options: Options) -> Collection:
+    """All rows of all tables, in order. Raises UserError that names the table, the row and the value."""
+    found = _tables(options)
+    wanted = [name for name in (options.path, options.label, options.split, options.group) if name is not None]
+    root = None if options.path is None else folder(options)
+    source: list[str] = []
+    texts: list[str] = []
+    split: list[str] = []
+    group: list[str] = []
+    places: dict[str, str] = {}
+    for (part, path), short in zip(found, parquet_files.short_names([path for _, path in found]), strict=True):
+        columns = tables.columns(path, wanted)
+        text = tables.texts(path, options.label, columns[options.label])
+        if root is not None and options.path is not None:
+            base = root if options.root is not None else path.parent
+            given = tables.texts(path, options.path, columns[options.path])
+            own = [_source(p, base, root, f"{path}: row {row}", options) for row, p in enumerate(given, 1)]
+            _check_that_some_exist(path, root, own)
+        else:
+            own = [f"{short}:{row:09d}" for row in range(len(text))]
+        for row, (one, name) in enumerate(zip(own, text, strict=True), 1):
+            if one in places:
+                raise UserError(
+                    f"{path}: row {row}: {one!r} ({name}): must be named once; got it before at {places[one]}; "
+                    "remove one of the rows"
+                )
+            places[one] = f"{path}: row {row} ({name})"
+        source += own
+        texts += text
+        split += list(_splits(part, path, options, columns)) if options.split else [part or "train"] * len(text)
+        if options.group:
+            named = (None if value is None else str(value).strip() for value in columns[options.group])
+            group += [one or of for one, of in zip(named, own, strict=True)]  # without a name: a group of its own
+    if not source:
+        raise UserError(f"{found[0][1]}: must hold at least one row; got none; name another table")
+    classes, label = labels.numbered(texts)
+    return Collection(classes, source, label, split, group if options.group else None)
+
+
+def _splits(part: str, path: Path, options: Options, columns: dict[str, list[object]]) -> Iterator[str]:
+    """The split of each row."""
+    for row, value in enumerate(columns[str(options.split)], 1):
+        split = labels.split_of(str(value))
+        if split is None or part not in ("", split):
+            known = ", ".join(name for names in labels.USUAL.values() for name in names)
+            raise UserError(
+                f"{path}: row {row}, column {options.split!r}: must be {part or f'one of {known}'}; got {value!r:.60}; "
+                "correct it, or leave prepare.options.split out"
+            )
+        yield split
+
+
+def _source(text: str, base: Path, root: Path, where: str, options: Options) -> str:
+    """The path `text`, relative to `base`, absolute or in the home folder (~), as a path relative to `root`.
+
+    Back-slashes separate folders, as in tables from Windows, unless a file has that name.
+    """
+    if "\\" in text and not (base / text).is_file():
+        text = text.replace("\\", "/")
+    path = os.path.normpath(base / Path(text).expanduser())
+    source = Path(os.path.relpath(path, root)).as_posix()
+    if source == ".." or source.startswith("../"):
+        raise UserError(
+            f"{where}: {text!r}: must lie in {root}; set prepare.options.root to a folder that holds all images"
+        )
+    try:
+        list_files.locate(root, source, options.follow_links)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    return source
+
+
+def _check_that_some_exist(table: Path, root: Path, sources: list[str]) -> None:
+    """Raises UserError if none of the first images exists: then the paths start from another folder."""
+    if sources and not any((root / source).exists() for source in sources[:100]):
+        raise UserError(
+            f"{table}: row 1: no file {root / sources[0]}; set prepare.options.root to the folder that the paths in "
+            "the table start from"
+        )
+
+
+def inputs(options: Options) -> dict[str, str]:
+    """Option -> path: the tables, and the folder of the images."""
+    given = options.table if isinstance(options.table, dict) else {"": options.table}
+    named = {f"table{split and '.'}{split}": path for split, path in given.items()}
+    return named if options.root is None else {**named, "root": options.root}
+
+
+def reader(options: Options) -> Callable[[str], bytes]:
+    """A function that returns the bytes of a source."""
+    if options.bytes is None:
+        return list_files.image_reader(str(folder(options)), options.follow_links)
+    paths = [path for _, path in _tables(options)]
+    files = {
+        name: parquet_files.opened("prepare.options.table", path)
+        for name, path in zip(parquet_files.short_names(paths), paths, strict=True)
+    }
+    for name, file in files.items():
+        if options.bytes not in file.schema_arrow.names:
+            raise UserError(
+                f"{name}: no column {options.bytes!r} (there are: {', '.join(file.schema_arrow.names)}); "
+                "set prepare.options.bytes"
+            )
+    return parquet_files.row_reader(files, options.bytes, "prepare.options.bytes")

@@ -1,0 +1,198 @@
+"""`h2t sweep`: trains and evaluates more classifiers of a host on the cached features, beside the pipeline's outputs.
+
+One process trains, scores the test rows and compares. No output of the pipeline changes.
+"""
+
+import json
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from h2t.cache.reader import Cache
+from h2t.pipeline.base import plugins
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.outputs import write_json
+from h2t.pipeline.base.run import Run
+from h2t.pipeline.base.text import counted
+from h2t.pipeline.evaluation.metrics import over_seeds, summary
+from h2t.pipeline.evaluation.scoring import load_heads_for, score_heads
+from h2t.pipeline.heads.residency import Residency
+from h2t.pipeline.reporting.intervals import Difference, paired
+from h2t.pipeline.stages import evaluate, train_classifier
+
+FIGURES = evaluate.FIGURES
+SETTING = ("ratio", "donor", "selection", "lr")  # what tells the lines of a sweep apart, besides the seed
+
+
+@dataclass(frozen=True)
+class Line:
+    """The test figures of one setting: mean and standard deviation over its seeds, percent.
+
+    `difference`: figure -> paired difference from ratio 0 of the same donor, selection and learning rate; None at ratio
+    0. `standing`: the difference of top-1 from the evaluated classifiers of the same setting in the pipeline's outputs,
+    if there are any.
+    """
+
+    ratio: float
+    donor: str
+    selection: str
+    lr: float
+    seeds: list[int]
+    figures: dict[str, float | None]
+    difference: dict[str, Difference] | None
+    standing: Difference | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The line of `h2t sweep --json`."""
+        differences = None if self.difference is None else {k: _covering(d) for k, d in self.difference.items()}
+        setting = {key: getattr(self, key) for key in (*SETTING, "seeds")}
+        standing = None if self.standing is None else _covering(self.standing)
+        return {**setting, **self.figures, "difference": differences, "standing": standing}
+
+
+def _covering(difference: Difference) -> dict[str, Any]:
+    """A difference for JSON, with what its interval covers."""
+    return {**difference.as_dict(), "covers": ["seeds"]}
+
+
+def sweep(
+    params: train_classifier.Params,
+    run: Run,
+    residency: Residency,
+    evaluation: evaluate.Params,
+    cache: Cache,
+    backbone_dir: Path,
+    lrs: Sequence[float] = (),
+    evaluated: Path | None = None,
+) -> list[Line]:
+    """Trains the classifiers of `params.grid` at each learning rate of `lrs`, and compares them on the test rows.
+
+    `lrs` is by default the host's own. Ratio 0 is always part of the grid. Heads go to `run.out`/lr-RATE. `evaluated`:
+    the directory that evaluate wrote for this host, to compare with. Lines are sorted by learning rate, donor,
+    selection and ratio. Raises UserError for a host with a closed-form fit, and for settings that do not fit the cache.
+    """
+    if plugins.load("hosts", params.host).Host.fitted:
+        raise UserError(
+            f"hosts.{run.name}: a sweep needs a host that is trained by gradient descent; host {params.host} has a "
+            "closed-form fit; change its constants in hosts.*.loss instead"
+        )
+    lines = []
+    ratios = sorted({0.0, *params.grid.ratio})
+    for lr in lrs or (params.optimiser.lr,):
+        grid = params.grid.model_copy(update={"ratio": ratios})
+        optimiser = params.optimiser.model_copy(update={"lr": lr})
+        given = params.model_copy(update={"grid": grid, "optimiser": optimiser})
+        heads_dir = run.out / f"lr-{lr:g}"
+        train_classifier.run(given, replace(run, out=heads_dir), residency, cache, backbone_dir)
+        figures = _figures(run, evaluation, cache, heads_dir, backbone_dir)
+        own = lr == params.optimiser.lr
+        lines += _lines(figures, lr, _standing(evaluated) if evaluated is not None and own else [])
+    return lines
+
+
+def _figures(
+    run: Run, evaluation: evaluate.Params, cache: Cache, heads_dir: Path, backbone_dir: Path
+) -> list[dict[str, Any]]:
+    """Setting and test figures of every classifier in `heads_dir`."""
+    heads = load_heads_for(cache, heads_dir, backbone_dir)
+    group_of = evaluate.group_choice(evaluation, heads.about["counts"])
+    scores = score_heads(cache, heads, "test", heads.about["evaluate"], run.device)
+    table = heads.table.to_pylist()
+    return [{**head, **summary(scores.said[head["number"]], scores.labels, group_of)} for head in table]
+
+
+def _standing(evaluated: Path) -> list[dict[str, Any]]:
+    """Test figures of the classifiers that the pipeline evaluated, under their recipe's statistics; [] if none are."""
+    try:
+        metrics = json.loads((evaluated / "metrics.json").read_text(encoding="utf-8"))
+        figures = pq.read_table(evaluated / "heads.parquet").to_pylist()
+    except FileNotFoundError:
+        return []
+    under = (metrics["without_h2t"] or metrics["with_h2t"] or {"statistics": None})["statistics"]
+    return [f for f in figures if f["number"] >= 0 and f["split"] == "test" and f["statistics"] == under]
+
+
+def _lines(figures: Sequence[Mapping[str, Any]], lr: float, standing: Sequence[Mapping[str, Any]]) -> list[Line]:
+    """One line for each ratio, donor and selection."""
+
+    def by_seed(found: Sequence[Mapping[str, Any]], name: str, *setting: object) -> dict[int, float]:
+        same = [f for f in found if (f["ratio"], f["donor"], f["selection"]) == setting and f[name] is not None]
+        return {f["seed"]: f[name] for f in same}
+
+    lines = []
+    for donor, selection, ratio in sorted({(f["donor"], f["selection"], f["ratio"]) for f in figures}):
+        mine = [f for f in figures if (f["ratio"], f["donor"], f["selection"]) == (ratio, donor, selection)]
+        difference = {}
+        for name in FIGURES if ratio else ():
+            found = paired(
+                by_seed(figures, name, ratio, donor, selection), by_seed(figures, name, 0.0, donor, selection)
+            )
+            if found:
+                difference[name] = found
+        before = by_seed(standing, "top1", ratio, donor, selection)
+        lines.append(
+            Line(
+                ratio,
+                donor,
+                selection,
+                lr,
+                [f["seed"] for f in mine],
+                over_seeds([{name: f[name] for name in FIGURES} for f in mine]),
+                difference or None,
+                paired(by_seed(figures, "top1", ratio, donor, selection), before),
+            )
+        )
+    return lines
+
+
+def table(lines: Sequence[Line]) -> str:
+    """The lines as a text of at most 80 columns."""
+    settings = {key: len({getattr(line, key) for line in lines}) > 1 for key in ("donor", "selection", "lr")}
+    shown = ["ratio", *(key for key, differs in settings.items() if differs)]
+    header = [*shown, "top-1", "head", "medium", "tail", "top-1 against ratio 0"]
+    rows = [[*(_setting(line, key) for key in shown), *_cells(line)] for line in lines]
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    texts = [" ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
+    seeds = counted(len(lines[0].seeds), "seed")
+    said = (
+        f"Test accuracy in percent, mean over {seeds}. Differences are paired by seed; their 95 % intervals cover "
+        "seeds, neither test images nor backbones."
+    )
+    return "\n".join([*(text.rstrip() for text in texts), "", textwrap.fill(said, 80)])
+
+
+def _setting(line: Line, key: str) -> str:
+    value = getattr(line, key)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _cells(line: Line) -> list[str]:
+    figures = [line.figures[name] for name in ("top1", "head", "medium", "tail")]
+    difference = line.difference["top1"].text if line.difference else ""
+    return [*("–" if figure is None else f"{figure:.2f}" for figure in figures), difference]
+
+
+def save(lines: Sequence[Line], out: Path) -> None:
+    """Writes `sweep.json`, a list of `Line.as_dict`, into the directory `out`."""
+    write_json(out / "sweep.json", [line.as_dict() for line in lines])
+
+
+def keep_grid(params_file: Path, name: str, lists: Mapping[str, Sequence[Any]]) -> None:
+    """Writes `lists` to `hosts.NAME.grid` of a parameter file; ratio 0 is added. Comments and order stay.
+
+    Raises UserError if the file has no such entry.
+    """
+    from dvc.utils.serialize import modify_yaml
+
+    with modify_yaml(str(params_file)) as given:
+        entry = (given.get("hosts") or {}).get(name)
+        if entry is None:
+            raise UserError(f"{params_file}: --save needs an entry hosts.{name}; got none; write one")
+        grid = {key: list(values) for key, values in lists.items()}
+        if "ratio" in grid:
+            grid["ratio"] = sorted({0.0, *grid["ratio"]})
+        entry.setdefault("grid", {}).update(grid)

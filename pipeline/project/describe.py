@@ -1,0 +1,70 @@
+"""The report of `h2t init`: classes as bars, sizes, modes, unreadable images and copies, in lines of text."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+
+from h2t.pipeline.base.text import counted
+from h2t.pipeline.data.splits import Labelled, describe_copies
+from h2t.pipeline.project.choose import split_sizes
+from h2t.pipeline.project.detect import Found
+from h2t.pipeline.project.survey import Survey
+
+WIDTH = 40  # characters of the longest bar
+MOST, LAST = 20, 5  # of more classes than MOST, the first MOST - LAST and the last LAST are shown
+NAME = 24  # characters of a class name
+SAID = 3  # unreadable images that are named
+
+
+def lines(found: Found, seen: Survey, *, bar: str = "█") -> Iterator[str]:
+    """Yields the lines of the report. `bar` is the sign that bars are drawn with."""
+    images = found.collection
+    classes = counted(len(images.classes), "class", "classes")
+    sizes = ", ".join(f"{name} {size:,}" for name, size in split_sizes(found).items())
+    yield f"{counted(len(images.source), 'image')} in {classes} (dataset {found.dataset}); {sizes}"
+    yield from bars(images.classes, images.label, bar)
+    if len(sides := seen.readable):
+        low, high, middle = sides.min(), sides.max(), int(np.median(sides))
+        yield f"short side  {low:,} pixels" + (f" to {high:,}, half of them at least {middle:,}" if high > low else "")
+    yield "modes       " + ", ".join(f"{mode} {count:,}" for mode, count in seen.modes.most_common())
+    if seen.turned:
+        yield f"EXIF        {counted(seen.turned, 'image')} turned as their orientation says"
+    if seen.deep:
+        yield f"range       values of 16-bit and floating-point images: {seen.deep[0]:g} to {seen.deep[1]:g}"
+    if images.group:
+        groups = counted(len(set(images.group)), "group")
+        yield f"groups      {groups} by the column {found.options['group']!r}: none is divided among splits"
+    yield from (f"note        {note.removeprefix('note: ')}" for note in images.notes)
+    yield from _unreadable(found, seen)
+    alike = seen.copies()
+    yield from (f"copies      {line}" for line in describe_copies(Labelled.of(images), alike))
+    if alike:
+        yield "            copies are left out, and all of an image under two labels (duplicates: drop)"
+    if not seen.digests:
+        yield "copies      not looked for; --check all reads every byte"
+
+
+def bars(classes: list[str], label: list[int], bar: str) -> Iterator[str]:
+    """A bar for each class, in descending order of its images."""
+    counts = Counter(label)
+    ordered = sorted(range(len(classes)), key=lambda j: (-counts[j], classes[j]))
+    largest = max(counts.values())
+    shown = ordered if len(ordered) <= MOST else [*ordered[: MOST - LAST], -1, *ordered[-LAST:]]
+    width = min(NAME, max(len(classes[j]) for j in shown if j >= 0))
+    for j in shown:
+        if j < 0:
+            yield f"  ... {counted(len(ordered) - MOST, 'class', 'classes')} between"
+            continue
+        name = classes[j] if len(classes[j]) <= width else classes[j][: width - 1] + "…"
+        yield f"  {name:{width}} {counts[j]:>7,} {bar * max(1, round(WIDTH * counts[j] / largest))}"
+
+
+def _unreadable(found: Found, seen: Survey) -> Iterator[str]:
+    if not seen.unreadable:
+        return
+    yield f"unreadable  {counted(len(seen.unreadable), 'image')}, left out (bad_images: skip)"
+    for i, reason in list(seen.unreadable.items())[:SAID]:
+        yield f"            {found.collection.source[i]} {reason}"
+    if len(seen.unreadable) > SAID:
+        yield f"            and {len(seen.unreadable) - SAID:,} more, listed in data/prepare/skipped.parquet"

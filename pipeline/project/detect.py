@@ -1,0 +1,259 @@
+"""Finds out how a file or folder of images names its classes: which dataset reads it, with which options.
+
+Looked for, in this order: a table file; Hugging Face's metadata.csv, .jsonl or .parquet; Parquet files with images; a
+CSV, TSV or JSON Lines table beside images; a folder per class, under folders of splits or without.
+"""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from h2t.pipeline.base import plugins
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.params import INPUTS, build
+from h2t.pipeline.data import parquet_files, tables
+from h2t.pipeline.data.images import Collection
+from h2t.pipeline.data.labels import USUAL, split_of
+
+#: Usual names of columns, most usual first.
+PATHS = ("file_name", "filename", "path", "filepath", "file_path", "image_path", "img_path", "file", "image", "img")
+LABELS = ("label", "labels", "class", "class_name", "species", "category", "target", "diagnosis", "defect", "kind", "y")
+SPLITS = ("split", "subset", "partition", "set")
+GROUPS = (
+    *("group", "patient", "patient_id", "subject", "subject_id", "camera", "camera_id", "site", "site_id"),
+    *("location", "location_id", "plant", "plant_id", "individual", "specimen", "sequence", "seq_id"),
+)
+LOOK = 100  # so many rows of a table must name at least one file that exists
+
+
+@dataclass(frozen=True)
+class Found:
+    """How images are read: the dataset, its options, and the collection that they give.
+
+    Paths in `options` are absolute; `inputs` holds the files and folders that they lie in, by the names that
+    params.yaml gives them.
+    """
+
+    dataset: str
+    options: dict[str, Any]
+    inputs: dict[str, Path]
+    collection: Collection
+
+    def written(self) -> dict[str, Any]:
+        """The options as they stand in params.yaml: `inputs/NAME/...` in place of absolute paths."""
+        return {key: self._referring(value) for key, value in self.options.items()}
+
+    def _referring(self, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: self._referring(part) for key, part in value.items()}
+        if isinstance(value, str) and value.startswith("/"):
+            for name, place in self.inputs.items():
+                if value == str(place) or value.startswith(f"{place}/"):
+                    inside = value.removeprefix(str(place)).lstrip("/")
+                    return f"{INPUTS}{name}" + (f"/{inside}" if inside else "")
+        return value
+
+
+def detect(data: Path, label: str | None = None) -> Found:
+    """How the images at `data`, a folder or a table, are read. `label` names the column of labels.
+
+    Raises UserError if there are no images, or no labels are found.
+    """
+    data = Path(os.path.abspath(data.expanduser()))  # noqa: PTH100 - keeps links
+    if not data.exists():
+        raise UserError(f"--data {data}: no such file or folder; correct the path")
+    if data.is_file():
+        if data.suffix.lower() not in tables.ENDINGS:
+            raise UserError(
+                f"--data {data}: must be a folder of images or a table that ends in {', '.join(tables.ENDINGS)}"
+            )
+        return _table({"": data}, data.parent, label)
+    return _by_metadata(data, label) or _by_parquet(data, label) or _by_table(data, label) or _by_folders(data)
+
+
+def _named(known: Sequence[str], usual: Iterable[str]) -> str | None:
+    """The column of `known` whose name is the most usual one, or None."""
+    plain = {name.strip().lower().replace(" ", "_"): name for name in reversed(known)}
+    return next((plain[name] for name in usual if name in plain), None)
+
+
+def _label_column(table: Path, known: Sequence[str], label: str | None) -> str:
+    chosen = label or _named(known, LABELS)
+    if chosen is None or chosen not in known:
+        raise UserError(
+            f"{table}: which column holds the labels? There are: {', '.join(known)}; add --label COLUMN to the command"
+            + (f" (no column {label!r})" if label else "")
+        )
+    return chosen
+
+
+def _table(by_split: Mapping[str, Path], folder: Path, label: str | None, named: str | None = None) -> Found:
+    """Images named in tables, or stored in Parquet files; `by_split` holds one table, or one for each split."""
+    by_split = {split: by_split[split] for split in ("", *USUAL) if split in by_split}
+    first = next(iter(by_split.values()))
+    sample = parquet_files.found("--data", str(first))[0]
+    known = tables.column_names(sample)
+    options: dict[str, Any] = {
+        "table": str(first) if "" in by_split else {split: str(path) for split, path in by_split.items()}
+    }
+    inputs = {"images": folder}
+    stored = _bytes_column(sample)
+    if stored is not None:
+        options["bytes"] = stored
+        inputs = {"images": folder if len(by_split) > 1 or first != sample or folder != first.parent else first}
+    else:
+        path = named if named in known else _named(known, PATHS)
+        if path is None:
+            raise UserError(
+                f"{sample}: no column of image paths found; there are: {', '.join(known)}; rename it to file_name, or "
+                "write params.yaml by hand (docs/own-data.md)"
+            )
+        root = _root(sample, path)
+        options["path"] = path
+        if root != sample.parent:
+            options["root"] = str(root)
+            inputs = {"images": root}
+            if not sample.is_relative_to(root):
+                inputs["table"] = first if "" in by_split else folder
+    options["label"] = _label_column(sample, known, label)
+    if "" in by_split and (split := _named(known, SPLITS)) and _are_splits(sample, split):
+        options["split"] = split
+    if group := _named([name for name in known if name not in options.values()], GROUPS):
+        options["group"] = group
+    return _loaded("table", options, inputs)
+
+
+def _loaded(dataset: str, options: dict[str, Any], inputs: dict[str, Path]) -> Found:
+    module = plugins.load("datasets", dataset)
+    collection = module.load(build(module.Options, "prepare.options", options))
+    return Found(dataset, options, inputs, collection)
+
+
+def _bytes_column(path: Path) -> str | None:
+    """The column of encoded images in a Parquet file, or None."""
+    if path.suffix.lower() != ".parquet":
+        return None
+    for field_ in pq.read_schema(path):
+        kinds = [field_.type]
+        if pa.types.is_struct(field_.type):
+            kinds = [part.type for part in field_.type if part.name == "bytes"]
+        if any(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) for kind in kinds):
+            return str(field_.name)
+    return None
+
+
+def _root(table: Path, column: str) -> Path:
+    """The folder that the paths in `column` start from: that of the table, one inside it, or what absolute ones share.
+
+    Raises UserError if none of the first paths exists.
+    """
+    given = [str(text).replace("\\", "/") for text in tables.columns(table, [column])[column][:LOOK]]
+    absolute = [str(Path(text).expanduser()) for text in given if text.startswith(("/", "~"))]
+    if absolute:
+        everything = tables.columns(table, [column])[column]
+        return Path(os.path.commonpath([os.path.dirname(Path(str(t)).expanduser()) for t in everything]))  # noqa: PTH120
+    inside = sorted(path for path in table.parent.iterdir() if path.is_dir() and not path.name.startswith("."))
+    for folder in (table.parent, *inside):
+        if any((folder / text).is_file() for text in given):
+            return folder
+    raise UserError(
+        f"{table}: column {column!r}: no file {table.parent / given[0] if given else 'at all'}, nor in a folder beside "
+        "the table; correct the paths, or write params.yaml by hand (docs/own-data.md)"
+    )
+
+
+def _are_splits(table: Path, column: str) -> bool:
+    values = set(tables.columns(table, [column])[column])
+    return all(split_of(str(value)) for value in values) and any(split_of(str(v)) == "train" for v in values)
+
+
+def _folders_of_splits(data: Path) -> dict[str, Path]:
+    """Split -> the sub-folder of `data` that is named like it."""
+    found: dict[str, Path] = {}
+    for path in sorted(data.iterdir()):
+        split = split_of(path.name) if path.is_dir() else None
+        if split is not None:
+            found.setdefault(split, path)
+    return found
+
+
+def _by_metadata(data: Path, label: str | None) -> Found | None:
+    """A Hugging Face folder: metadata.csv, .jsonl or .parquet in the folder or in each split's."""
+
+    def metadata(folder: Path) -> Path | None:
+        paths = [folder / f"metadata{ending}" for ending in tables.ENDINGS]
+        return next((path for path in paths if path.is_file()), None)
+
+    if own := metadata(data):
+        return _table({"": own}, data, label, "file_name")
+    by_split = {split: path for split, folder in _folders_of_splits(data).items() if (path := metadata(folder))}
+    return _table(by_split, data, label, "file_name") if "train" in by_split else None
+
+
+def _by_parquet(data: Path, label: str | None) -> Found | None:
+    """Parquet files with images, of splits that their names or folders tell: data/train-00000-of-00002.parquet."""
+    paths = sorted(path for depth in ("*", "*/*", "*/*/*") for path in data.glob(f"{depth}.parquet"))
+    paths = [path for path in paths if _bytes_column(path)]
+    if not paths:
+        return None
+    patterns: dict[str, set[str]] = {}
+    for path in paths:
+        prefix = path.stem.partition("-")[0]
+        by_name, by_folder = split_of(prefix), split_of(path.parent.name)
+        pattern = f"{prefix}*" if by_name and prefix != path.stem else path.stem if by_name else "*"
+        patterns.setdefault(by_name or by_folder or "", set()).add(f"{path.parent}/{pattern}.parquet")
+    several = next((found for found in patterns.values() if len(found) > 1), None)
+    if several or ("" in patterns and len(patterns) > 1):
+        raise UserError(
+            f"--data {data}: Parquet files whose splits their names do not tell, such as {paths[0].name}; name them "
+            "train-*.parquet and test-*.parquet, or write params.yaml by hand (docs/own-data.md)"
+        )
+    return _table({split: Path(next(iter(found))) for split, found in patterns.items()}, data, label)
+
+
+def _by_table(data: Path, label: str | None) -> Found | None:
+    """A table in the folder that names images, or one for each split: labels.csv, or train.csv and test.csv."""
+    paths = sorted(path for path in data.iterdir() if path.suffix.lower() in tables.ENDINGS and path.is_file())
+    known = {path: tables.column_names(path) for path in paths}
+    usable = [p for p in paths if _named(known[p], PATHS) and (label in known[p] or _named(known[p], LABELS))]
+    by_split = {split: path for path in usable if (split := split_of(path.stem))}
+    if "train" in by_split:
+        return _table(by_split, data, label)
+    if len(usable) > 1:
+        raise UserError(f"--data {data}: several tables ({', '.join(p.name for p in usable)}); name one of them")
+    if usable:
+        return _table({"": usable[0]}, data, label)
+    if paths and not _has_class_folders(data):
+        path = paths[0]
+        if _named(known[path], PATHS) is None:
+            raise UserError(
+                f"{path}: no column of image paths found; there are: {', '.join(known[path])}; rename it to file_name"
+            )
+        _label_column(path, known[path], label)
+    return None
+
+
+def _has_class_folders(data: Path) -> bool:
+    return any(path.is_dir() and not path.name.startswith(".") for path in data.iterdir())
+
+
+def _by_folders(data: Path) -> Found:
+    """A folder for each class, below folders of splits or without them."""
+    by_split = _folders_of_splits(data)
+    if "train" in by_split:
+        options = {"root": str(data), **{s: by_split[s].name for s in USUAL if s in by_split}}
+        return _loaded("image_folder", options, {"images": data})
+    inside = [path for path in sorted(data.iterdir()) if not path.name.startswith(".")]
+    if len(inside) == 1 and inside[0].is_dir() and _has_class_folders(inside[0]):  # as archives unpack
+        return detect(inside[0])
+    if not _has_class_folders(data):
+        raise UserError(
+            f"--data {data}: no labels found: neither a folder for each class nor a table; sort the images into "
+            "folders, or add a table with the columns file_name and label"
+        )
+    return _loaded("image_folder", {"root": str(data), "train": "."}, {"images": data})

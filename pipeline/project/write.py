@@ -1,0 +1,178 @@
+"""Writes the files of a project: params.yaml, dvc.yaml, stages.yaml, plugins/, inputs/, ignore files, git and DVC.
+
+`files/` holds those that every project has in common; in the repository they are links to its own.
+"""
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from h2t.pipeline.base import numbers, plugins
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.project.choose import Settings
+from h2t.pipeline.project.detect import Found
+
+FILES = Path(__file__).parent / "files"
+PLOTS = ("ratio.json", "per_class.json")  # templates of `dvc plots`
+IGNORED = ("/data/", "/dvc_plots/", "__pycache__/")
+DVC_IGNORED = ("__pycache__", ".*.staging")
+RESULTS = "data"  # the folder of all outputs
+#: Keys of params.yaml whose mappings are written in braces; so are `options` of more than LONG keys.
+IN_BRACES = (
+    *("inputs", "table", "transform", "test", "validation", "min_per_class", "extract", "optimiser", "grid"),
+    *("logit_adjustment", "report"),
+)
+LONG = 5
+
+
+class Exists(UserError):
+    """A file of another content stands where one is to be written."""
+
+
+def project(folder: Path, found: Found, settings: Settings, title: str) -> dict[str, str]:
+    """The files of the project in `folder`: path relative to it -> text."""
+    with contextlib.chdir(folder) if folder.is_dir() else contextlib.nullcontext():
+        own = numbers.text(numbers.in_code())  # those of plug-ins in the folder too
+    return {
+        "dvc.yaml": (FILES / "dvc.yaml").read_text(encoding="utf-8"),
+        "stages.yaml": own,
+        "inputs/.gitignore": "/*.json\n",
+        **{f"plugins/{kind}/.gitkeep": "" for kind in plugins.KINDS},
+        **{f".dvc/plots/{name}": (FILES / name).read_text(encoding="utf-8") for name in PLOTS},
+        "params.yaml": parameters(folder, found, settings, title),
+    }
+
+
+def check_places(folder: Path, found: Found) -> None:
+    """Raises UserError if the project would lie among the images, or the images among the results."""
+    here = Path(os.path.abspath(folder))  # noqa: PTH100 - keeps links
+    for place in found.inputs.values():
+        if here == place or here.is_relative_to(place):
+            raise UserError(
+                f"{folder}: the project must not lie in the folder of the images, {place}, which DVC watches; "
+                f"type: h2t init PROJECT --data {place}, with a folder beside it"
+            )
+        if place.is_relative_to(here / RESULTS):
+            raise UserError(
+                f"{place}: results will be written to {here / RESULTS}, so images cannot lie there; move them, for "
+                f"example to {here / 'images'}"
+            )
+
+
+def parameters(folder: Path, found: Found, settings: Settings, title: str) -> str:
+    """The text of params.yaml."""
+    here = Path(os.path.abspath(folder))  # noqa: PTH100
+    inputs = {
+        name: os.path.relpath(place, here) if place.is_relative_to(here) else str(place)
+        for name, place in found.inputs.items()
+    }
+    recipes = ["stage1"] if settings.pretrained else ["stage1", "branchwise"]
+    own = {
+        "inputs": inputs,
+        "prepare": settings.prepare,
+        "backbone_defaults": {},
+        "backbones": {settings.name: settings.backbone},
+        "extract": {"batchnorm": recipes, "batchnorm_passes": settings.batchnorm_passes},
+        "pool": {},
+        "host_defaults": {},
+        "hosts": {
+            "dr": {
+                "host": "dr",
+                "backbone": settings.name,
+                "batchnorm": recipes[-1],
+                "optimiser": {"epochs": 10, "lr": 0.02},
+                "grid": {"ratio": [0.0, 0.1, 0.2, 0.3, 0.4, 0.5], "seed": [0, 1, 2]},
+            },
+            "logit_adjustment": {"host": "logit_adjustment", "backbone": settings.name, "batchnorm": "stage1"},
+        },
+        "evaluate": {},
+        "report": {"title": title},
+    }
+    parts = ["# Written by h2t init. All keys and their defaults: docs/parameters.md of h2t.\nseed: 0"]
+    parts += [line for name, value in own.items() for line in _section(name, value)]
+    return "\n".join(parts) + "\n"
+
+
+def _section(name: str, value: object, indent: str = "") -> list[str]:
+    """The lines of `name: value`; mappings have a line for each key, unless they stand in braces."""
+    short = name in IN_BRACES or (name == "options" and isinstance(value, dict) and len(value) > LONG)
+    if not isinstance(value, dict) or not value or short:
+        return [f"{indent}{name}: {_flow(value)}"]
+    inside = (line for key, part in value.items() for line in _section(key, part, indent + "  "))
+    return [f"{indent}{name}:", *inside]
+
+
+def _flow(value: object) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def check_free(folder: Path, files: dict[str, str]) -> None:
+    """Raises Exists for the first file that is there already with other content."""
+    for name, text in files.items():
+        path = folder / name
+        if path.exists() and (not path.is_file() or path.read_text(encoding="utf-8", errors="replace") != text):
+            raise Exists(f"{path}: exists already; remove it, or name another folder: h2t init FOLDER --data ...")
+
+
+def write(folder: Path, files: dict[str, str], found: Found) -> Iterator[str]:
+    """Writes the files, git's and DVC's folders where there are none; yields a line for each thing that was done.
+
+    Raises Exists before anything is written if a file is there already with other content.
+    """
+    check_free(folder, files)
+    folder.mkdir(parents=True, exist_ok=True)
+    here = Path(os.path.abspath(folder))  # noqa: PTH100
+    inside = [f"/{place.relative_to(here).as_posix()}" for place in found.inputs.values() if place.is_relative_to(here)]
+    _append(folder / ".gitignore", [*IGNORED, *inside])
+    _append(folder / ".dvcignore", DVC_IGNORED)
+    yield from _versioned(folder)
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    if not str(here).isascii():
+        yield f"note: {here}: DVC's experiment queue needs a path of ASCII letters; dvc repro works"
+    shown = sorted({name.split("/")[0] + ("/" if "/" in name else "") for name in files} - {".dvc/"})
+    yield f"wrote {', '.join(shown)}, .gitignore and .dvcignore"
+
+
+def _append(path: Path, wanted: list[str] | tuple[str, ...]) -> None:
+    """Adds the lines that the file lacks."""
+    there = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = [*there, *(line for line in wanted if line not in there)]
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def _versioned(folder: Path) -> Iterator[str]:
+    """Initialises git and DVC in `folder` where they are not; yields what was done."""
+    top = _git_top(folder)
+    if top is None:
+        yield "git: not installed, so DVC works without it; install git to keep versions"
+    elif top == "":
+        subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True, capture_output=True)
+        yield "git: initialised"
+    if (folder / ".dvc").is_dir() and (folder / ".dvc/config").is_file():
+        return
+    options = ["--no-scm"] if top is None else ["--subdir"] if top and Path(top).resolve() != folder.resolve() else []
+    command = [sys.executable, "-m", "dvc", "init", "--quiet", "--force", *options]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        reason = next(iter(done.stderr.strip().splitlines()), "no reason given")
+        raise UserError(f"dvc init: {reason.removeprefix('ERROR: ')}")
+    with (folder / ".dvc/config").open("a", encoding="utf-8") as config:
+        config.write((FILES / "dvc-config").read_text(encoding="utf-8"))
+    yield "DVC: initialised"
+
+
+def _git_top(folder: Path) -> str | None:
+    """The root of the git repository around `folder`; "" if there is none, None if git is not installed."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "--show-toplevel"], cwd=folder, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else ""

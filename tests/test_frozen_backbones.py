@@ -1,0 +1,209 @@
+"""Pretrained networks of other packages: the proof of the tap by family, layouts, weights, one set of statistics."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from backbone_families import FAMILIES, built, own_logits_differ_by, reference, timm
+from pipeline_builders import make_samples
+from safetensors.torch import save_file
+
+from h2t.pipeline.base import plugins
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.run import Run
+from h2t.pipeline.extraction import batchnorm
+from h2t.pipeline.networks.layouts import as_maps, grid
+from h2t.pipeline.networks.trained import BackboneFacts, load_backbone, load_head
+from h2t.pipeline.stages import extract, train_backbone
+
+pytest.importorskip("timm")
+pytest.importorskip("transformers")
+
+#: Families whose own classifier does not read the chosen features, with a part of the reason that is given.
+UNPROVEN = {
+    "timm-test_vit-map": "the class token: set options.features to cls",
+    "timm-test_vit-tokens": "the class token: set options.features to cls",
+    "timm-vit_base_patch16_siglip_224-map": r"lie attn_pool\.",
+    "huggingface-dinov2-cls": r"lie classifier \(Linear\)",
+    "huggingface-dinov2_with_registers-cls": r"lie classifier \(Linear\)",
+    "huggingface-siglip_vision_model-map": r"lie head\.",
+}
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f.quick], ids=str)
+def test_pool_and_own_layers_and_classifier_give_the_networks_own_logits(family):
+    backbone, off = own_logits_differ_by(family)
+    if str(family) in UNPROVEN:
+        assert off is None
+        assert re.search(UNPROVEN[str(family)], backbone.ending.why)
+    else:
+        assert off is not None, backbone.ending.why
+        assert off <= 1e-4
+    assert torch.equal(
+        built(family).state_dict()[name := next(iter(backbone.state_dict()))], built(family).state_dict()[name]
+    )
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(3, 3), (2, 5), (7, 1), (14, 9)])
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+def test_tokens_become_a_grid_that_need_not_be_square(rows, columns, prefix):
+    image = (rows * 16, columns * 16)
+    patches = torch.randn(2, 6, rows, columns)
+    tokens = torch.cat([torch.randn(2, prefix, 6), patches.flatten(2).mT], 1)
+    assert grid(rows * columns, image) == (rows, columns)
+    assert torch.equal(as_maps(tokens, 6, image, prefix, "map"), patches)
+    assert as_maps(tokens, 6, image, prefix, "tokens").shape == (2, 6, prefix + rows * columns, 1)
+    if prefix:
+        assert torch.equal(as_maps(tokens, 6, image, prefix, "cls")[..., 0, 0], tokens[:, 0])
+    else:
+        with pytest.raises(UserError, match="needs a network with a class token"):
+            as_maps(tokens, 6, image, prefix, "cls")
+
+
+def test_maps_with_the_channels_last_are_turned():
+    maps = torch.randn(2, 6, 3, 4)
+    assert torch.equal(as_maps(maps.permute(0, 2, 3, 1), 6, (48, 64), None, "map"), maps)
+    assert torch.equal(as_maps(maps, 6, (48, 64), None, "map"), maps)
+
+
+VIT = timm("test_vit", "cls")
+
+
+def params(path, **more) -> train_backbone.Params:
+    values = {"arch": "timm", "options": VIT.options, "objective": "ce", "weights": str(path), "input": {"size": 32}}
+    return train_backbone.Params.model_validate({**values, **more})
+
+
+@pytest.mark.parametrize(("classes", "says"), [(10, None), (1000, "it has 1000 classes, the dataset has 10")])
+def test_the_classifier_in_the_weights_is_kept_if_it_has_the_datasets_classes(tmp_path, classes, says):
+    import timm as package
+
+    samples, images = make_samples(tmp_path / "p")
+    whole = package.create_model("test_vit", num_classes=classes, img_size=32)
+    save_file(whole.state_dict(), tmp_path / "w.safetensors")
+    said: list[str] = []
+    train_backbone.run(params(tmp_path / "w.safetensors"), Run("b", tmp_path / "b", say=said.append), samples, images)
+    head = load_head(tmp_path / "b")
+    if says is None:
+        assert torch.equal(head.state["weight"][0], whole.head.weight)
+    else:
+        assert not head.state
+        assert says in said[-1].replace(",000", "000")
+    backbone, identity = load_backbone(tmp_path / "b")
+    assert identity["input"]["size"] == 32
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(backbone(x)[0][..., 0, 0], whole.eval().forward_features(x)[:, 0], atol=1e-5)
+
+
+def test_without_batch_norm_there_is_one_set_of_statistics_and_no_pass():
+    network = built(VIT)
+    found = batchnorm.from_bytes(batchnorm.to_bytes({"stage1": batchnorm.current(network)}))
+    assert found == {"stage1": {}}
+    batchnorm.use(network, found["stage1"])
+
+
+def facts(batch_norm, pretrained):
+    from h2t.pipeline.data.network_input import Input
+
+    return BackboneFacts(Input(), batch_norm, pretrained)
+
+
+def test_recipes_that_do_not_apply_are_left_out():
+    asked = extract.Params(batchnorm=["stage1", "calibrated"])
+    assert extract.with_recipes_of(asked, facts(True, True)) == asked
+    assert extract.with_recipes_of(extract.Params(), facts(True, False)).batchnorm == ["stage1", "branchwise"]
+    assert extract.with_recipes_of(extract.Params(), facts(True, True)).batchnorm == ["stage1"]
+    for given in (asked, extract.Params()):
+        left = extract.with_recipes_of(given, facts(False, False))
+        assert (left.batchnorm, left.batchnorm_passes) == (["stage1"], 0)
+
+
+def options(arch, **values):
+    module = plugins.load("backbones", arch)
+    return module, module.Options.model_validate(values)
+
+
+@pytest.mark.parametrize("arch", ["timm", "huggingface"])
+def test_a_hub_id_needs_a_commit(arch):
+    module, chosen = options(arch, model="owner/name")
+    with pytest.raises(UserError, match=r"options\.revision: a hub id needs the commit"):
+        module.resolved(chosen)
+    with pytest.raises(ValueError, match="40 hexadecimal digits"):
+        module.Options(model="owner/name", revision="main")
+
+
+@pytest.mark.parametrize("arch", ["timm", "huggingface"])
+def test_offline_the_message_says_where_to_put_the_files(arch, monkeypatch):
+    import huggingface_hub
+
+    def offline(*_, **__):
+        raise OSError("no network\nmore")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    module, chosen = options(arch, model="owner/name", revision="a" * 40)
+    with pytest.raises(
+        UserError, match=r"\(no network\); put config\.json and model\.safetensors into a folder"
+    ) as caught:
+        module.resolved(chosen)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("arch", ["timm", "huggingface"])
+def test_code_of_a_folder_is_refused(arch, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit", "auto_map": {"AutoModel": "evil.Model"}}))
+    module, chosen = options(arch, model=str(tmp_path))
+    with pytest.raises(UserError, match="brings code of its own, which h2t never runs"):
+        module.resolved(chosen)
+
+
+def test_a_local_folder_of_hugging_face_gives_network_input_and_weights(tmp_path):
+    import transformers
+
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=16, patch_size=8
+    )
+    whole = transformers.ViTForImageClassification(config).eval()
+    whole.save_pretrained(tmp_path)
+    transformers.ViTImageProcessor(size={"height": 16, "width": 16}, resample=3).save_pretrained(tmp_path)
+    module, chosen = options("huggingface", model=str(tmp_path), features="cls")
+    stated = module.input(chosen)
+    assert (stated.size, stated.fit, stated.interpolation, stated.mean) == (16, "squash", "bicubic", [0.5] * 3)
+    found = module.weights(chosen, 16)
+    assert all(torch.equal(found[name], tensor) for name, tensor in whole.state_dict().items())
+    backbone = module.build(module.resolved(chosen), 16)
+    assert backbone.last_layer == "classifier"
+    assert backbone.unused == {"classifier.weight", "classifier.bias"}
+
+
+def test_an_unknown_name_gets_the_nearest():
+    module, chosen = options("timm", model="resnet81")
+    with pytest.raises(
+        UserError, match=r"options\.model: must be a network of timm.*got 'resnet81'; did you mean 'resnet"
+    ):
+        module.build(chosen, 32)
+
+
+def test_fresh_weights_come_from_torchs_generator_and_the_proof_changes_nothing():
+    module, chosen = options("timm", model="test_convnext")
+    states = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        states.append(module.build(chosen, 32).state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values(), strict=True))
+    assert not torch.equal(states[0]["stem.0.weight"], states[2]["stem.0.weight"])
+    torch.manual_seed(0)
+    plain = module._create(chosen).state_dict()
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in states[0].items())
+
+
+def test_a_backbone_moves_and_trains_with_its_network():
+    network = built(VIT).double()
+    assert network._model.cls_token.dtype == torch.float64
+    assert network(torch.zeros(1, 3, 32, 32, dtype=torch.float64))[0].dtype == torch.float64
+    network.train()
+    assert all(m.training for m in network._model.modules())
+    assert reference(VIT).training is False
+    assert np.isfinite(network.channels)

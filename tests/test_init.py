@@ -1,0 +1,221 @@
+"""`h2t init`: what it finds in collections of every kind, says about them and writes."""
+
+import contextlib
+from pathlib import Path
+
+import own_data
+import pytest
+import yaml
+from click.testing import CliRunner
+from pipeline_builders import ROOT
+
+from h2t.pipeline.base import params
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.command_line.main import main
+from h2t.pipeline.inspection import settings
+from h2t.pipeline.project import choose, describe, detect, survey, write
+
+
+def said(found, seen) -> str:
+    return "\n".join(describe.lines(found, seen))
+
+
+@pytest.fixture(scope="module")
+def collections(tmp_path_factory):
+    """Folder of the six collections, and the number of usable images of each."""
+    folder = tmp_path_factory.mktemp("collections")
+    usable = {name: make(folder / name) for name, (make, _) in own_data.COLLECTIONS.items()}
+    wren = folder / "messy/wren"
+    next(path for path in wren.iterdir() if path.name.startswith("caf")).rename(wren / "cafe.jpg")
+    return folder, usable
+
+
+DETECTED = {
+    "skewed": ("image_folder", {"root": ".", "train": "."}),
+    "metadata": ("table", {"table": "metadata.csv", "path": "file_name", "label": "species"}),
+    "sites": ("table", {"table": "observations.csv", "path": "Image", "label": "Label", "group": "Site"}),
+    "parquet": (
+        "table",
+        {
+            "table": {"train": "data/train*.parquet", "test": "data/test*.parquet"},
+            "bytes": "image",
+            "label": "label",
+        },
+    ),
+    "rare": ("image_folder", {"root": ".", "train": "."}),
+    "messy": ("image_folder", {"root": ".", "train": "."}),
+}
+
+
+def below(value, folder: Path):
+    """`value` with paths relative to `folder`."""
+    if isinstance(value, dict):
+        return {key: below(part, folder) for key, part in value.items()}
+    return str(Path(value).relative_to(folder)) if str(value).startswith("/") else value
+
+
+@pytest.mark.parametrize("name", DETECTED)
+def test_every_collection_is_read_whole_and_its_settings_are_valid(collections, name, tmp_path):
+    folder, usable = collections[0] / name, collections[1][name]
+    found = detect.detect(folder)
+    assert (found.dataset, below(found.options, folder)) == DETECTED[name]
+    seen = survey.survey(found)
+    left_out = len(seen.unreadable) + sum(len(group) for group in seen.copies())
+    kept = {"messy": 1}.get(name, 0)  # of the two copies in one class one stays
+    assert len(found.collection.source) == usable + left_out - kept
+    chosen = choose.choose(found, seen, None)
+    text = write.parameters(tmp_path, found, chosen, name)
+    assert len([line for line in text.splitlines() if line.strip()]) <= 40
+    (tmp_path / "params.yaml").write_text(text)
+    values = params.load(tmp_path / "params.yaml")
+    settings.check(values)
+    assert "imbalance" not in values["prepare"]
+    assert ("test" in values["prepare"]) == (name != "parquet")
+    assert values["prepare"]["options"]["transform"]["size"] == own_data.SIDE
+
+
+def test_a_messy_collection_is_described(collections):
+    found = detect.detect(collections[0] / "messy")
+    seen = survey.survey(found)
+    text = said(found, seen)
+    for line in (
+        "129 images in 5 classes (dataset image_folder); train 129",
+        "Rotkehlchen      60 " + 40 * "█",
+        "RGB 125, CMYK 1, I;16 1",
+        "1 image turned",
+        "1 file of other kinds left out: .txt 1",
+        "2 images, left out (bad_images: skip)",
+        "owl/empty.png is empty, 0 bytes",
+        "1 image under two labels, such as owl/001.jpg (owl, train) and wren/also.jpg (wren, train)",
+    ):
+        assert line in text, line
+    chosen = choose.choose(found, seen, None).prepare
+    assert chosen["options"]["transform"]["range"] == [0.0, 4095.0]
+    assert (chosen["bad_images"], chosen["duplicates"]) == ("skip", "drop")
+
+
+def test_headers_alone_tell_sizes(collections):
+    found = detect.detect(collections[0] / "skewed")
+    seen = survey.survey(found, headers=True)
+    assert (seen.short_side == own_data.SIDE).all()
+    assert "not looked for; --check all" in said(found, seen)
+
+
+def test_many_classes_are_shortened():
+    names = [f"class {j}" for j in range(100)]
+    lines = list(describe.bars(names, [j for j in range(100) for _ in range(100 - j)], "#"))
+    assert len(lines) == describe.MOST + 1
+    assert lines[describe.MOST - describe.LAST] == "  ... 80 classes between"
+
+
+def test_folders_of_splits_and_a_folder_around_all(tmp_path):
+    for part in ("training", "valid", "test"):
+        own_data.sort(tmp_path / "archive/photos" / part, {"a": 2, "b": 1})
+    found = detect.detect(tmp_path / "archive")
+    assert below(found.options, tmp_path) == {
+        "root": "archive/photos",
+        "train": "training",
+        "val": "valid",
+        "test": "test",
+    }
+    chosen = choose.choose(found, survey.survey(found), None).prepare
+    assert not {"test", "validation"} & set(chosen)
+
+
+def test_tables_of_splits_and_images_elsewhere(tmp_path):
+    own_data.sort(tmp_path / "pool", {"x": 4})
+    for part, numbers in (("train", "012"), ("test", "3")):
+        lines = "".join(f"{tmp_path}/pool/x/00{n}.jpg,k\n" for n in numbers)
+        (tmp_path / "lists").mkdir(exist_ok=True)
+        (tmp_path / f"lists/{part}.csv").write_text(f"path,class\n{lines}")
+    found = detect.detect(tmp_path / "lists/train.csv")
+    assert found.inputs == {"images": tmp_path / "pool/x", "table": tmp_path / "lists/train.csv"}
+    assert found.written()["table"] == "inputs/table"
+
+
+def test_hugging_face_folders_of_splits(tmp_path):
+    for part in ("train", "test"):
+        put(tmp_path / part / "metadata.jsonl", '{"file_name": "a.jpg", "label": "k"}\n', a=True)
+    found = detect.detect(tmp_path)
+    assert found.inputs == {"images": tmp_path}
+    assert below(found.options, tmp_path)["table"] == {s: f"{s}/metadata.jsonl" for s in ("train", "test")}
+    assert found.collection.source == ["train/a.jpg", "test/a.jpg"]
+    assert (survey.survey(found, headers=True).short_side == own_data.SIDE).all()
+
+
+WRONG = {
+    "nothing there": (lambda f: f / "none", "no such file or folder"),
+    "an empty folder": (lambda f: f, "no labels found"),
+    "no table": (lambda f: put(f / "x.xlsx", "PK"), "must be a folder of images or a table that ends in"),
+    "no labels": (lambda f: put(f / "x.csv", "file_name,size\na.jpg,1\n", a=True), "which column holds the labels?"),
+    "no paths": (lambda f: put(f / "x.csv", "name,label\na,b\n"), "no column of image paths found"),
+    "no such files": (lambda f: put(f / "x.csv", "path,label\nb.jpg,b\n"), "no file"),
+    "loose images": (lambda f: put(f / "a.jpg", "", a=True).parent, "no labels found"),
+    "two tables": (lambda f: two_tables(f), "several tables (a.csv, b.csv); name one of them"),
+    "no images": (lambda f: put(f / "c/notes.txt", "x").parent.parent, "must hold a folder of images per class"),
+    "damaged images": (lambda f: put(f / "c/a.jpg", "x").parent.parent, "no image can be read; the first is in no"),
+}
+
+
+def put(path: Path, text: str, *, a: bool = False) -> Path:
+    """Writes a file, with `a` also an image a.jpg beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    if a:
+        path.with_name("a.jpg").write_bytes(own_data.encoded(own_data.picture(0, 0)))
+    return path
+
+
+def two_tables(folder: Path) -> Path:
+    for name in ("a", "b"):
+        put(folder / f"{name}.csv", "path,label\na.jpg,b\n", a=True)
+    return folder
+
+
+@pytest.mark.parametrize(("make", "says"), WRONG.values(), ids=WRONG)
+def test_wrong_data_is_one_line_and_nothing_is_written(make, says, tmp_path):
+    (tmp_path / "d").mkdir()
+    result = CliRunner().invoke(main, ["init", str(tmp_path / "p"), "--data", str(make(tmp_path / "d"))])
+    assert result.exit_code == 1, result.output
+    assert says in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "p").exists()
+
+
+def test_places_where_images_and_results_would_mix(tmp_path):
+    own_data.sort(tmp_path / "data/images", {"a": 2, "b": 2})
+    for folder, says in (("data/images/project", "must not lie in the folder of the images"), (".", "results will be")):
+        with pytest.raises(UserError, match=says):
+            write.check_places(tmp_path / folder, detect.detect(tmp_path / "data/images"))
+
+
+def test_a_project_is_written_once(tmp_path):
+    own_data.sort(tmp_path / "p/photos", {"a": 9, "b": 6})
+    with contextlib.chdir(tmp_path / "p"):
+        result = CliRunner().invoke(main, ["init", "--data", "photos"])
+        assert result.exit_code == 0, result.output
+        assert result.stdout.endswith("next: dvc repro\n")
+        assert result.stdout.count("initialised") == 2
+        values = yaml.safe_load(Path("params.yaml").read_text())
+        assert values["inputs"] == {"images": "photos"}
+        assert Path("dvc.yaml").read_text() == (ROOT / "dvc.yaml").read_text()
+        assert Path("stages.yaml").read_text() == (ROOT / "stages.yaml").read_text()
+        assert {"/data/", "/photos"} <= set(Path(".gitignore").read_text().split())
+        assert Path(".dvc/plots/ratio.json").is_file()
+        assert Path("plugins/hosts").is_dir()
+        before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+        result = CliRunner().invoke(main, ["init", "--data", "photos"])
+        assert result.exit_code == 2
+        assert result.stderr.startswith("error: params.yaml: exists already")
+        assert before == {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+
+
+def test_a_pretrained_backbone_by_name(collections, tmp_path):
+    found = detect.detect(collections[0] / "skewed")
+    chosen = choose.choose(found, survey.survey(found, headers=True), "torchvision:efficientnet_b0")
+    assert (chosen.name, chosen.backbone["options"]) == ("efficientnet_b0", {"model": "efficientnet_b0"})
+    assert "transform" not in chosen.prepare["options"]
+    (tmp_path / "params.yaml").write_text(write.parameters(tmp_path, found, chosen, "x"))
+    settings.check(params.load(tmp_path / "params.yaml"))
+    with pytest.raises(UserError, match="no backbone 'resnet5'; did you mean 'resnet"):
+        choose.choose(found, survey.survey(found, headers=True), "resnet5")

@@ -1,0 +1,97 @@
+"""What a command does not need is not imported, because importing torch takes longer than most commands."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from builders import make_cache
+from pipeline_builders import environment, make_params, write_params
+from report_builders import make_evaluated
+
+from h2t.pipeline.evaluation.evidence import embed, embed_once
+
+HEAVY = {"torch", "torchvision", "sklearn", "matplotlib", "dask", "dvc", "zarr"}
+RUN = """
+import sys
+from h2t.pipeline.command_line.main import main
+try:
+    main(sys.argv[1:])
+except SystemExit as stop:
+    assert not stop.code, stop.code
+print([name for name in sys.modules if "." not in name])
+"""
+
+
+def loaded_by(*command, cwd):
+    """The top-level modules that a process has loaded after this command."""
+    words = [sys.executable, "-c", RUN, *map(str, command)]
+    done = subprocess.run(words, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(ast.literal_eval(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize(
+    "command", ["--help", "train-classifier --help", "list", "presets", "presets tiny", "watch photos photos.json"]
+)
+def test_looking_around_imports_no_numbers(tmp_path, command):
+    (tmp_path / "photos").mkdir()
+    write_params(tmp_path / "params.yaml", inputs={"photos": "photos"})
+    assert not loaded_by(*command.split(), cwd=tmp_path) & (HEAVY | {"numpy", "pandas", "pyarrow", "PIL"})
+
+
+def test_cache_info_imports_no_torch_and_nothing_for_servers(tmp_path):
+    make_cache(tmp_path / "c")
+    assert not loaded_by("cache", "info", "c", cwd=tmp_path) & (HEAVY | {"pandas", "fsspec", "aiohttp", "tenacity"})
+
+
+def test_inputs_imports_no_torch(tmp_path):
+    write_params(tmp_path / "params.yaml")
+    (tmp_path / "digests").mkdir()
+    assert not loaded_by("inputs", "digests", "out", cwd=tmp_path) & (HEAVY | {"pandas"})
+    assert (tmp_path / "out/backbones/ce_mixup.json").is_file()
+
+
+def test_report_imports_no_torch(tmp_path):
+    made = make_evaluated(tmp_path)
+    values = make_params()
+    values["host_defaults"] = {"optimiser": {"epochs": 2}}  # which a host with a closed-form fit does not take
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))
+    assert not loaded_by("report", made, "out", cwd=tmp_path) & HEAVY
+    assert (tmp_path / "out/index.html").is_file()
+
+
+def points_file():
+    (path,) = Path(os.environ["XDG_CACHE_HOME"], "h2t/embeddings").iterdir()
+    return path
+
+
+def test_points_are_computed_once_for_the_same_features():
+    features = np.random.default_rng(0).standard_normal((30, 4)).astype(np.float32)
+    points = embed_once(features)
+    assert np.array_equal(points, embed(features))
+    script = (
+        "import sys; import numpy as np; from h2t.pipeline.evaluation.evidence import embed_once\n"
+        "points = embed_once(np.random.default_rng(0).standard_normal((30, 4)).astype(np.float32))\n"
+        "assert 'sklearn' not in sys.modules; print(points.tobytes().hex())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == points.tobytes().hex()
+    assert np.array_equal(embed_once(features[::-1]), embed(features[::-1]))
+
+
+def test_a_damaged_or_unwritable_file_of_points_changes_nothing(monkeypatch, tmp_path):
+    features = np.random.default_rng(0).standard_normal((12, 3)).astype(np.float32)
+    points = embed_once(features)
+    whole = points_file().read_bytes()
+    for damaged in (whole[:-1], b"", whole[:40] + bytes([whole[40] ^ 1]) + whole[41:]):
+        points_file().write_bytes(damaged)
+        assert np.array_equal(embed_once(features), points)
+        assert points_file().read_bytes() == whole
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert np.array_equal(embed_once(features), points)

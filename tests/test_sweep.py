@@ -1,0 +1,104 @@
+"""`h2t sweep`: more classifiers on the cached features, in one process, beside the pipeline's outputs."""
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from builders import tree
+from pipeline_builders import accepted, refused, write_params
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory, digits_cache, backbone_dir):
+    """The outputs of the pipeline, up to an evaluated host."""
+    folder = tmp_path_factory.mktemp("sweep")
+    data = folder / "data"
+    for stage, made in (("extract", digits_cache), ("train_backbone", backbone_dir)):
+        (data / stage).mkdir(parents=True)
+        (data / stage / "ce_mixup").symlink_to(made)
+    write_params(folder / "params.yaml", hosts__ncm={"host": "ncm", "backbone": "ce_mixup"})
+    params = ("--params", folder / "params.yaml")
+    maps, backbone = data / "extract/ce_mixup", data / "train_backbone/ce_mixup"
+    accepted("train-classifier", "dr", maps, backbone, data / "train_classifier/dr", *params)
+    accepted("evaluate", "dr", maps, data / "train_classifier/dr", backbone, data / "evaluate/dr", *params)
+    return folder
+
+
+def sweep(project, *options, host="dr"):
+    return accepted("sweep", host, "--params", project / "params.yaml", "--data", project / "data", *options)
+
+
+def outputs(project):
+    return {part: tree(project / "data" / part) for part in ("train_classifier", "evaluate")}
+
+
+def test_figures_are_those_of_the_pipeline(project):
+    before = outputs(project)
+    lines = json.loads(sweep(project, "--ratio", "0.3,0.5", "--json"))
+    assert outputs(project) == before
+    assert [line["ratio"] for line in lines] == [0.0, 0.3, 0.5]
+    figures = pq.read_table(project / "data/evaluate/dr/heads.parquet").to_pylist()
+    metrics = json.loads((project / "data/evaluate/dr/metrics.json").read_text())
+    for line in lines[:2]:
+        same = [
+            f
+            for f in figures
+            if f["split"] == "test"
+            and f["ratio"] == line["ratio"]
+            and f["statistics"] == metrics["without_h2t"]["statistics"]
+        ]
+        assert line["seeds"] == [f["seed"] for f in same] == [0, 1]
+        for name in ("top1", "head", "medium", "tail", "ece"):
+            assert line[name] == pytest.approx(np.mean([f[name] for f in same]), abs=1e-4)
+        assert line["standing"]["mean"] == pytest.approx(0, abs=1e-4)
+    assert lines[0]["difference"] is None
+    assert lines[2]["standing"] is None  # the pipeline has no ratio 0.5
+    difference = lines[2]["difference"]["top1"]
+    assert difference["mean"] == pytest.approx(lines[2]["top1"] - lines[0]["top1"])
+    assert difference["low"] <= difference["mean"] <= difference["high"]
+    assert difference["covers"] == ["seeds"]
+
+
+def test_the_table_has_a_line_for_each_setting(project, tmp_path):
+    text = sweep(project, "--ratio", "0.5", "--lr", "0.01,0.1", "--donor", "balanced", "--out", tmp_path / "kept", "-q")
+    lines = text.splitlines()
+    assert lines[0].split()[:3] == ["ratio", "lr", "top-1"]
+    assert [line.split()[:2] for line in lines[1:5]] == [["0", "0.01"], ["0.5", "0.01"], ["0", "0.1"], ["0.5", "0.1"]]
+    assert max(map(len, lines)) <= 80
+    kept = json.loads((tmp_path / "kept/sweep.json").read_text())
+    assert {line["donor"] for line in kept} == {"balanced"}
+    assert (tmp_path / "kept/lr-0.1/heads.safetensors").is_file()
+
+
+def test_a_grid_can_be_kept(project, tmp_path):
+    params = tmp_path / "params.yaml"
+    params.write_text("# my words\n" + (project / "params.yaml").read_text())
+    asked = ("--ratio", "0.4", "--seed", "3", "--save")
+    accepted("sweep", "dr", "--params", params, "--data", project / "data", *asked)
+    assert params.read_text().startswith("# my words\n")
+    before, after = (yaml.safe_load(path.read_text()) for path in (project / "params.yaml", params))
+    assert after["hosts"]["dr"]["grid"] == {**before["hosts"]["dr"]["grid"], "ratio": [0.0, 0.4], "seed": [3]}
+    before["hosts"]["dr"]["grid"] = after["hosts"]["dr"]["grid"]
+    assert after == before
+
+
+@pytest.mark.parametrize(
+    ("host", "options", "words"),
+    [
+        ("ncm", (), "closed-form fit"),
+        ("dr", ("--ratio", "1.5"), "ratio"),
+        ("dr", ("--ratio", "0.3,a"), "ratio"),
+        ("dr", ("--lr", "-1"), "lr"),
+        ("dr", ("--donor", "nobody"), "donor"),
+        ("other", (), "hosts"),
+    ],
+)
+def test_what_cannot_be_swept_is_one_line(project, host, options, words):
+    before = outputs(project)
+    given = ("--params", project / "params.yaml", "--data", project / "data")
+    line = refused("sweep", host, *given, *options)
+    assert line.count("\n") == 1
+    assert words in line
+    assert outputs(project) == before

@@ -13,7 +13,12 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 #: Pages whose shell blocks tests/stranger.py types in a fresh clone, in this order.
 TYPED = ("README.md", "docs/numbers.md", "docs/results.md")
 #: Pages whose blocks a test runs: sharing.md as they stand, the benchmarks on smaller data.
-TESTED = {"docs/sharing.md": "test_docs_sharing.py", "benchmarks/README.md": "test_benchmarks.py"}
+TESTED = {
+    "docs/own-data.md": "test_init.py",
+    "docs/sharing.md": "test_docs_sharing.py",
+    "docs/frozen-backbones.md": "test_probe.py",
+    "benchmarks/README.md": "test_benchmarks.py",
+}
 
 
 def blocks(page: str, language: str = "sh") -> list[str]:

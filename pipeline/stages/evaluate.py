@@ -1,4 +1,4 @@
-"""evaluate: scores the stage-I classifier and every stage-II classifier on the validation and test rows.
+"""evaluate: scores the backbone's own head and every stage-II classifier on the validation and test rows.
 
 Writes `metrics.json` (stage1, without_h2t, with_h2t: mean and standard deviation over seeds), `heads.parquet` (the
 figures of every classifier), `per_class.parquet`, `confusion.parquet` and `predictions.parquet` (for the classifiers
@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BeforeValidator
 
-from h2t.cache.memory import available_memory
+from h2t.cache.memory import available_memory, return_freed_arrays
 from h2t.cache.reader import Cache
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import fresh_directory, write_json
@@ -29,12 +29,14 @@ from h2t.pipeline.evaluation.metrics import Answers, over_seeds, summary
 from h2t.pipeline.evaluation.scoring import STAGE1, Scores, load_heads_for, score_heads, score_stage1
 from h2t.pipeline.evaluation.tables import each, write_confusion, write_per_class, write_predictions
 from h2t.pipeline.heads.batches import sample_rows
+from h2t.pipeline.heads.start import backbone_head
 from h2t.pipeline.heads.stored import Heads
-from h2t.pipeline.networks.trained import StageOneHead, load_head
+from h2t.pipeline.networks.trained import StageOneHead
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 FIGURES = ("top1", "head", "medium", "tail", "ece")
+LITTLE = 2 * 2**30  # bytes of available memory below which freed memory is returned at once
 GROUP_NAMES = ("paper_index", "paper_threshold", "oltr")
 
 
@@ -66,7 +68,7 @@ def run(params: Params, run: Run, cache: Cache, heads_dir: Path, backbone_dir: P
     predictions would not fit into memory.
     """
     heads = load_heads_for(cache, heads_dir, backbone_dir)
-    stage1 = load_head(backbone_dir)
+    stage1 = backbone_head(cache, backbone_dir, "linear", run.device, run.say)
     counts = heads.about["counts"]
     group_of = group_choice(params, counts)
     splits = [s for s in ("val", "test") if s in set(cache.rows["split"].unique().to_pylist())]
@@ -138,6 +140,8 @@ def _check_memory(name: str, cache: Cache, heads: int, scored: list[tuple[str, s
             f"{need / 1e6:.0f} MB of memory; {room / 1e6:.0f} MB are free; free memory, or train fewer classifiers "
             f"(hosts.{name}.grid)"
         )
+    if room < LITTLE:
+        return_freed_arrays()
 
 
 def group_choice(params: Params, counts: list[int]) -> list[str | None]:

@@ -192,9 +192,9 @@ def test_dvc_watches_a_local_folder_and_no_hub_id(tmp_path):
 
 
 def test_an_unknown_name_gets_the_nearest():
-    module, chosen = options("timm", model="resnet81")
+    module, chosen = options("timm", model="resnet188")
     with pytest.raises(
-        UserError, match=r"options\.model: must be a network of timm.*got 'resnet81'; did you mean 'resnet"
+        UserError, match=r"options\.model: must be a network of timm.*got 'resnet188'; did you mean 'resnet"
     ):
         module.build(chosen, 32)
 

@@ -26,6 +26,7 @@ LOADED = {
         "samplers": ["balanced", "instance", "reverse"],
     },
     "pool": {"pools": None},
+    "probe": {},
     "train_classifier": {
         "hosts": ["${item.host}"],
         "pools": None,

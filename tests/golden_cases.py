@@ -30,7 +30,8 @@ import torch
 import yaml
 import zarr
 from PIL import Image
-from safetensors.numpy import load_file
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from h2t.pipeline.base import numbers, plugins
 
@@ -221,6 +222,31 @@ def _cache(folder: Path) -> Result:
     return {**kept("cache.json", about), **tables(folder, "rows.parquet"), **kept("maps", maps)}
 
 
+def probe() -> Result:
+    """Of a backbone whose head is left out; its weights are those of the cache."""
+    settings = ("--set", "backbones.few.head=probe")
+    with safe_open("data/train_backbone/few/head.safetensors", "np") as file:
+        about = json.loads(file.metadata()["h2t"])
+    about |= {"head": "probe", "probe": {"l2": 1e-3, "scale": 25.0, "iterations": 1000}, "classifier": "none"}
+    save_file({}, "data/train_backbone/few/head.safetensors", {"h2t": json.dumps(about)})
+    h2t("probe", "few", "data/extract/few", "out", *settings)
+    found = documents(Path("out"), "probe.json")
+    rows = pq.read_table("data/extract/few/rows.parquet").to_pandas()
+    train = rows[(rows.split == "train") & (rows.statistics == "stage1") & (rows["view"] == 0)]
+    maps = np.asarray(zarr.open_group("data/extract/few/maps.zarr", mode="r")["expert_0"])[train["row"]]
+    x, y = maps.astype(np.float64).mean((2, 3)), train["label"].to_numpy()
+    # Solvers that stop near the minimum differ in the weights; what is minimised is flat there.
+    for name in ("head", "cosine"):
+        state = load_file(f"out/{name}.safetensors")
+        weight, bias = state["weight"][0].astype(np.float64), state.get("bias", np.zeros((1, 1)))[0]
+        found |= kept(f"{name} about", [f"{key} {value.shape} {value.dtype}" for key, value in state.items()])
+        lengths = np.linalg.norm(x, axis=1, keepdims=True) * np.linalg.norm(weight, axis=1)
+        logits = x @ weight.T + bias if name == "head" else 25 * x @ weight.T / lengths
+        losses = np.logaddexp.reduce(logits, axis=1) - logits[np.arange(len(y)), y]
+        found |= kept(f"{name} loss", np.array([losses.mean() + (name == "head") * 5e-4 * (weight**2).sum()]))
+    return found
+
+
 def train_classifier() -> Result:
     h2t("train-classifier", "dr", "data/extract/few", "data/train_backbone/few", "out")
     return weights(Path("out/heads.safetensors")) | tables(Path("out"), "heads.parquet", "history.parquet")
@@ -244,6 +270,7 @@ STAGES: dict[str, Callable[[], Result]] = {
     "train_backbone": train_backbone,
     "extract": extract,
     "pool": pool,
+    "probe": probe,
     "train_classifier": train_classifier,
     "evaluate": evaluate,
     "report": report,

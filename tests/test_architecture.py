@@ -217,6 +217,8 @@ NEVER_LOADS = {
     ("train_classifier", "h2t.pipeline.networks.trained"),
     ("evaluate", "h2t.pipeline.networks.trained"),
     ("evaluate", "h2t.pipeline.heads.batches"),
+    *(("probe", f"h2t.pipeline.heads.{module}") for module in ("batches", "features")),
+    ("probe", "h2t.pipeline.networks.trained"),
 }
 
 
@@ -242,6 +244,7 @@ PARAMETERS = {
     "train_backbone": {"seed", "backbones.${key}", "backbone_defaults"},
     "extract": {"seed", "extract"},
     "pool": {"pool"},
+    "probe": {"backbones.${key}", "backbone_defaults"},
     "train_classifier": {"hosts.${key}", "host_defaults"},
     "evaluate": {"evaluate"},
     "report": {"hosts", "report"},

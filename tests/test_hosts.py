@@ -164,6 +164,14 @@ def balanced_softmax_reference(s, x, labels, noise):
     return total / len(labels)
 
 
+def lift_reference(s, x, labels, noise):
+    total = 0.0
+    for i, y in enumerate(labels):
+        cosines = cosines_by_hand(s["weight"], x[:, i])
+        total += minus_log_p([20 * c + math.log(n / sum(COUNTS)) for c, n in zip(cosines, COUNTS, strict=True)], y)
+    return total / len(labels)
+
+
 def reslt_reference(s, x, labels, noise):
     """Batch norm from the map's two moments, 4 classes: 1 of head, 2 of medium, 1 of tail; beta 0.5."""
     experts, batch = x.shape[:2]
@@ -191,6 +199,7 @@ REFERENCES = {
     "lws": lws_reference,
     "mislas": mislas_reference,
     "gcl": gcl_reference,
+    "lift": lift_reference,
     "balanced_softmax": balanced_softmax_reference,
     "reslt": reslt_reference,
 }

@@ -143,7 +143,7 @@ def line_in(name):
 
 
 HEADS = {"train_classifier", "evaluate", "report"}
-BODY = {"extract", "pool"}
+BODY = {"extract", "pool", "probe"}
 ALL = {"prepare", "train_backbone"} | BODY | HEADS
 EDITS = {
     "a remark in every file": (remark_everywhere, set()),
@@ -151,6 +151,7 @@ EDITS = {
     "another host's number": (number("hosts", "gcl"), set()),
     "a backbone's number": (number("backbones", "resnet20"), ALL - {"prepare"}),
     "a pool's number": (number("pools", "gap"), HEADS | {"pool"}),
+    "a probe's number": (number("probe"), {"probe"}),
     "a stage's number": (number("extract"), HEADS | BODY),
     "a host of one's own": (line_in("plugins/hosts/.gitkeep"), HEADS),
     "a host's parameter": (parameter(hosts__dr__optimiser__lr=0.01), HEADS),

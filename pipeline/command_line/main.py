@@ -38,7 +38,7 @@ def main() -> None:
 
     `h2t init` writes a project for images of your own. `dvc repro` runs all stages of
     params.yaml. In order they are: watch, inputs, prepare, train-backbone, extract,
-    pool, train-classifier, evaluate, report.
+    pool, probe, train-classifier, evaluate, report.
 
     \b
     Completion of commands and names in bash (or zsh_source, fish_source):
@@ -125,7 +125,7 @@ def _name(section: str, help: str) -> Callable[[Any], Any]:
 _backbone_name = _name("backbones", "Name of the backbone in the parameters.")
 _host_name = _name("hosts", "Name of the host in the parameters.")
 _samples = click.argument("samples", type=PATH, help="Directory that prepare wrote.")
-_backbone = click.argument("backbone", type=PATH, help="Directory that train-backbone wrote.")
+_backbone = click.argument("backbone", type=PATH, help="Directory that train-backbone or probe wrote, or none.")
 _cache = click.argument("cache", help="Path or URL of the cache.")
 
 
@@ -231,6 +231,47 @@ def pool(values: dict[str, Any], say: Say, name: str, cache: str, out: Path, rep
     names.check_folders(values, "backbones", name, cache, out)
     with opened(cache) as maps:
         stage_module.run(section, Run(name, out, say=say), maps, replace=replace)
+
+
+@main.command(epilog="h2t probe ce_mixup data/extract/ce_mixup data/probe/ce_mixup")
+@_backbone_name
+@_cache
+@_out("Directory to write.")
+@click.option(
+    "--backbone",
+    type=PATH,
+    metavar="DIR",
+    help="Directory that train-backbone wrote; by default CACHE/../../train_backbone/NAME.",
+)
+@stage
+def probe(values: dict[str, Any], say: Say, name: str, cache: str, out: Path, backbone: Path | None) -> dict[str, Any]:
+    """Fit the head of the frozen backbone NAME to a cache.
+
+    It is a logistic regression. A backbone that is not in the parameters, as that of imported features, gets one too.
+    """
+    from h2t.pipeline.base import params
+    from h2t.pipeline.heads.start import check_backbone, imported
+    from h2t.pipeline.networks.probe import Probe
+    from h2t.pipeline.networks.trained import NONE
+    from h2t.pipeline.stages import probe as stage_module
+    from h2t.pipeline.stages import train_backbone
+
+    head, settings = "probe", Probe()
+    if name in values["backbones"]:
+        asked = params.build(train_backbone.Params, f"backbones.{name}", values["backbones"][name])
+        head, settings = asked.head, asked.probe
+    names.check_folders(values, "backbones", name, cache, out)
+    with opened(cache) as maps:
+        if imported(maps):
+            backbone = Path(NONE)
+        elif backbone is None:
+            backbone = Path(cache).parent.parent / "train_backbone" / name
+            if "://" in cache and head == "probe":
+                raise click.UsageError("a cache at a URL needs --backbone DIR, the backbone that it was extracted with")
+        if head == "probe":
+            names.check_backbone(values, name, backbone, say)
+            check_backbone(maps, backbone)
+        return stage_module.run(head, settings, _run(values, say, name, out), maps, backbone)
 
 
 @main.command(

@@ -52,13 +52,18 @@ def check_backbone(values: Mapping[str, Any], name: str, folder: Path, say: Call
     asked = build(Params, f"backbones.{name}", values["backbones"][name])
     head = folder / "head.safetensors"  # without it the objective is not recorded
     recorded = load_weights(head if head.is_file() else folder / "backbone.safetensors")[1]
+    if "cache" in recorded:  # a probe, which names its cache
+        return
     kind = plugins.load("backbones", asked.arch).Options
-    for key, actual, wanted in (
+    compared: tuple[tuple[str, Any, Any], ...] = (
         ("arch", recorded["arch"], asked.arch),
         ("objective", recorded.get("objective", asked.objective), asked.objective),
         ("options", recorded["options"], asked.options),
         ("input", recorded.get("input", {}), asked.input.model_dump(exclude_none=True)),
-    ):
+        ("head", recorded.get("head", "trained"), asked.head),
+        ("probe", recorded.get("probe"), asked.probe.model_dump() if asked.head == "probe" else None),
+    )
+    for key, actual, wanted in compared:
         if key == "options":
             actual, wanted = (build(kind, f"{folder}: options", o).model_dump() for o in (actual, wanted))
         if key in ("options", "input"):  # what the parameters leave open, the network's configuration decides

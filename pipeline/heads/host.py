@@ -7,7 +7,7 @@ randomness comes in through `initial` and `noise`.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -50,6 +50,11 @@ class Host:
     receiver = "balanced"
     #: Numbers per channel in its features: 1, or 2 with pool `moments`, whose features are (E, B, D, 2).
     numbers = 1
+    #: Where it starts: from the backbone's `head` or `hosts.NAME.start`; from class `means` unless that says otherwise;
+    #: from the classifier that stage I `trained` and nothing else; or from its `own` weights.
+    starts_from: Literal["head", "means", "trained", "own"] = "head"
+    #: Factor of its cosine logits unless `hosts.NAME.scale` has one; None is that of the backbone's head.
+    usual_scale: float | None = None
     #: True if the training loss depends on the features, `weight` and `bias` only through `expert_logits` of a linear
     #: or cosine classifier. Many such heads get their logits from one matrix product.
     linear = False
@@ -69,11 +74,15 @@ class Host:
         *_, self.classifier, self.scale, self.context = given
 
     def stage1_state(self, stage1: StageOneHead) -> dict[str, torch.Tensor]:
-        """A copy of the stage-I classifier's parameters. Raises UserError if they do not fit this host."""
+        """A copy of the parameters it starts from: those of stage I, or what stands in their place.
+
+        Raises UserError if they do not fit this host.
+        """
         if not stage1.state:
             raise UserError(
-                "this host starts from the classifier of stage I, and there is none for imported features or for a "
-                "pretrained backbone of other classes; use crt, ncm or logistic_regression"
+                "this host starts from a classifier, and this backbone has none, like features that were imported; fit "
+                "one (head: probe; for imported features h2t probe NAME CACHE OUT, then OUT as the backbone), set "
+                "start: means, or use crt, ncm or logistic_regression"
             )
         if stage1.classifier != self.classifier:
             raise UserError(

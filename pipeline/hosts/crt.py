@@ -18,6 +18,7 @@ NUMBER = 2026112601  # other results, another number: docs/numbers.md
 class Host(GradientHost):
     """The initial weights are uniform within +- 1 / sqrt(D), as in torch's linear layer; stage I's are not used."""
 
+    starts_from = "own"
     linear = True
 
     def initial(self, stage1: StageOneHead, draws: np.random.Generator) -> dict[str, torch.Tensor]:

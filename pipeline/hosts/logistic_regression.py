@@ -32,6 +32,7 @@ class Loss(Section):
 class Host(FittedHost):
     """The mean of the experts' logits is linear in their concatenated features, so one problem gives all weights."""
 
+    starts_from = "own"
     holds_logits = True
 
     def __init__(self, loss: Loss, classifier: str, scale: float, context: Context) -> None:

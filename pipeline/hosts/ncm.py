@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from h2t.pipeline.base.params import Section
 from h2t.pipeline.heads.host import Context, FittedHost, State
+from h2t.pipeline.networks.probe import class_means
 from h2t.pipeline.networks.trained import StageOneHead
 
 NUMBER = 2026112602  # other results, another number: docs/numbers.md
@@ -28,6 +29,8 @@ class Loss(Section):
 class Host(FittedHost):
     """Does not use the stage-I classifier. `classifier` selects the distance."""
 
+    starts_from = "own"
+
     def __init__(self, loss: Loss, classifier: str, scale: float, context: Context) -> None:
         super().__init__(classifier, scale, context)
         self.features = loss.features
@@ -35,12 +38,7 @@ class Host(FittedHost):
     def fit(self, features: torch.Tensor, labels: torch.Tensor, stage1: StageOneHead) -> dict[str, torch.Tensor]:
         """The class means as `weight` (E, K, D), `bias` (E, K) if linear, and `centre` (E, D) for `centred_l2`."""
         centre = {"centre": features.double().mean(1).to(features)} if self.features == "centred_l2" else {}
-        # Sums over runs of sorted samples: a one-hot matrix would take 80 GB for 100,000 classes of one sample.
-        order = labels.argsort(stable=True)
-        counts = labels.bincount(minlength=self.context.classes)
-        values = self._scaled(centre, features)[:, order].movedim(0, 1).to(torch.float64).contiguous()  # (n, E, D)
-        sums = torch.segment_reduce(values, "sum", lengths=counts)
-        means = (sums / counts[:, None, None]).movedim(1, 0).to(features.dtype).contiguous()  # (E, K, D)
+        means = class_means(self._scaled(centre, features), labels, self.context.classes)
         if self.classifier == "cosine":
             return {**centre, "weight": means}
         return {**centre, "weight": means, "bias": -means.square().sum(-1) / 2}

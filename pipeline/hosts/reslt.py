@@ -31,6 +31,7 @@ class Loss(Section):
 class Host(GradientHost):
     """Batch norm uses the statistics of the fused batch in training, and its running statistics at evaluation."""
 
+    starts_from = "trained"
     numbers = 2
     fixed = frozenset({"running_mean", "running_var"})
 

@@ -25,6 +25,7 @@ class Loss(Section):
 class Host(GradientHost):
     """Takes both kinds of classifier; the usual scales are 1 for linear and 30 for cosine."""
 
+    starts_from = "trained"
     linear = True
 
     def __init__(self, loss: Loss, classifier: str, scale: float, context: Context) -> None:

@@ -69,6 +69,7 @@ def check(values: dict[str, Any], say: Callable[[str], None] = lambda line: None
     params.build(report.Params, "report", values["report"])
     params.check_partial(train_backbone.Params, "backbone_defaults", values["backbone_defaults"])
     params.check_partial(train_classifier.Params, "host_defaults", values["host_defaults"])
+    heads = {}
     for name, entry in complete(values, "backbones").items():
         backbone = params.build(train_backbone.Params, f"backbones.{name}", entry)
         where = f"backbones.{name}"
@@ -79,6 +80,12 @@ def check(values: dict[str, Any], say: Callable[[str], None] = lambda line: None
                 f"{where}.weights: {backbone.arch} has no pretrained weights; got pretrained; name a checkpoint file"
             )
         params.build(plugins.load("objectives", backbone.objective).Loss, f"{where}.loss", backbone.loss)
+        heads[name] = backbone.head
+        if backbone.head == "probe" and "stage1" not in extraction.batchnorm:
+            raise UserError(
+                f"{where}.head: a probe is fitted to training rows under stage1 statistics; extract.batchnorm has "
+                f"{', '.join(extraction.batchnorm)}; add stage1"
+            )
     for name, entry in complete(values, "hosts").items():
         where = f"hosts.{name}"
         host = params.build(train_classifier.Params, where, entry)
@@ -95,7 +102,9 @@ def check(values: dict[str, Any], say: Callable[[str], None] = lambda line: None
                 f"{where}.batchnorm: must be one of extract.batchnorm ({', '.join(extraction.batchnorm)}); "
                 f"got {host.batchnorm!r}; add it to extract.batchnorm"
             )
-        params.build(plugins.load("hosts", host.host).Loss, f"{where}.loss", host.loss)
+        plugin = plugins.load("hosts", host.host)
+        params.build(plugin.Loss, f"{where}.loss", host.loss)
+        train_classifier.check_start(host, name, plugin.Host, heads[host.backbone])
         params.build(plugins.load("pools", host.pool).Options, f"{where}.pool_options", host.pool_options)
 
 

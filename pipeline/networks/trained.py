@@ -1,7 +1,7 @@
 """Loads the stage-I network, backbone and classifier, that `train_backbone` wrote."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,18 @@ NONE = "none"
 
 @dataclass(frozen=True)
 class StageOneHead:
-    """The stage-I classifier: its `state` and the arguments of `classifier.logits`.
+    """The classifier that comes with a backbone: trained in stage I, or a probe.
 
-    The state is empty where there is none: for imported features, and for a pretrained network whose classifier has
-    other classes. `frozen` is what lies between pooling and classifier, if anything.
+    Its `state` and the arguments of `classifier.logits`. The state is empty where there is none: for imported features,
+    and for a pretrained network whose classifier has other classes. `frozen` is what lies between pooling and
+    classifier, if anything. `about`: what its file says.
     """
 
     state: Mapping[str, torch.Tensor]
     classifier: str
     scale: float
     frozen: FrozenPart | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,10 @@ def backbone_digest(folder: Path) -> str:
     """sha256 of the backbone's weights, as caches record it; `none` for imported features. Raises UserError."""
     if str(folder) == NONE:
         return NONE
-    return weights_digest(load_weights(folder / "backbone.safetensors")[0])
+    path = folder / "backbone.safetensors"
+    if not path.is_file() and (folder / "head.safetensors").is_file():  # a probe, which records the digest
+        return str(load_weights(folder / "head.safetensors")[1]["backbone"])
+    return weights_digest(load_weights(path)[0])
 
 
 def backbone_identity(folder: Path) -> dict[str, Any]:
@@ -89,10 +94,10 @@ def backbone_facts(folder: Path) -> BackboneFacts:
 
 
 def load_head(folder: Path) -> StageOneHead:
-    """The stage-I classifier; an empty one for imported features. Raises UserError."""
+    """The classifier in head.safetensors; an empty one for imported features. Raises UserError."""
     if str(folder) == NONE:
         return StageOneHead({}, NONE, 1.0)
     path = folder / "head.safetensors"
     tensors, about = load_weights(path)
     state, frozen = from_file(tensors, about, str(path))
-    return StageOneHead(state, about["classifier"], about["scale"], frozen)
+    return StageOneHead(state, about["classifier"], about["scale"], frozen, about)

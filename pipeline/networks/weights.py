@@ -141,6 +141,12 @@ def split_head(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tenso
     return {k: v for k, v in plain.items() if not k.startswith(used)}, head
 
 
+def without_head(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state dict of a whole network without its classifier, whatever that is; `own` is the network's without it."""
+    plain = {_own_name(k): v for k, v in state.items()}
+    return {k: v for k, v in plain.items() if k in own or not k.startswith(tuple(f"{name}." for name in HEADS))}
+
+
 def _stacked(each: list[torch.Tensor], what: str, dims: int) -> torch.Tensor:
     """Stacks the tensors of all experts or branches, each with `dims` axes, as float32 (E, ...).
 

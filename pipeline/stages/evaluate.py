@@ -1,4 +1,4 @@
-"""evaluate: scores the stage-I classifier and every stage-II classifier on the validation and test rows.
+"""evaluate: scores the backbone's own head and every stage-II classifier on the validation and test rows.
 
 Writes `metrics.json` (stage1, without_h2t, with_h2t: mean and standard deviation over seeds), `heads.parquet` (the
 figures of every classifier), `per_class.parquet`, `confusion.parquet` and `predictions.parquet` (for the classifiers
@@ -29,8 +29,9 @@ from h2t.pipeline.evaluation.metrics import Answers, over_seeds, summary
 from h2t.pipeline.evaluation.scoring import STAGE1, Scores, load_heads_for, score_heads, score_stage1
 from h2t.pipeline.evaluation.tables import each, write_confusion, write_per_class, write_predictions
 from h2t.pipeline.heads.batches import sample_rows
+from h2t.pipeline.heads.start import backbone_head
 from h2t.pipeline.heads.stored import Heads
-from h2t.pipeline.networks.trained import StageOneHead, load_head
+from h2t.pipeline.networks.trained import StageOneHead
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
@@ -67,7 +68,7 @@ def run(params: Params, run: Run, cache: Cache, heads_dir: Path, backbone_dir: P
     predictions would not fit into memory.
     """
     heads = load_heads_for(cache, heads_dir, backbone_dir)
-    stage1 = load_head(backbone_dir)
+    stage1 = backbone_head(cache, backbone_dir, "linear", run.device, run.say)
     counts = heads.about["counts"]
     group_of = group_choice(params, counts)
     splits = [s for s in ("val", "test") if s in set(cache.rows["split"].unique().to_pylist())]

@@ -1,7 +1,8 @@
 """train_backbone (stage I): trains a network with an objective, or loads its weights from a file.
 
-Writes `backbone.safetensors` (the network up to its maps), `head.safetensors` (the stage-I classifier) and training
-curves as tab-separated files in `plots/metrics`, in the layout of DVC's logger. The loop is in `training.loop`;
+Writes `backbone.safetensors` (the network up to its maps), `head.safetensors` (the stage-I classifier; without one if
+`head` is `probe` or `none`) and training curves as tab-separated files in `plots/metrics`, in the layout of DVC's
+logger. The loop is in `training.loop`;
 `torchrun --nproc-per-node N -m h2t.pipeline train-backbone ...` runs it in N processes.
 """
 
@@ -12,7 +13,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 
@@ -27,9 +28,18 @@ from h2t.pipeline.data.images import Images
 from h2t.pipeline.data.network_input import Input, chosen
 from h2t.pipeline.data.samples import Samples
 from h2t.pipeline.networks.backbone import Backbone, build_backbone, features_of, frozen_part
+from h2t.pipeline.networks.probe import Probe
 from h2t.pipeline.networks.tap import Tapped
 from h2t.pipeline.networks.trained import NONE
-from h2t.pipeline.networks.weights import fill, fit_head, load_checkpoint, save_weights, split_head, weights_digest
+from h2t.pipeline.networks.weights import (
+    fill,
+    fit_head,
+    load_checkpoint,
+    save_weights,
+    split_head,
+    weights_digest,
+    without_head,
+)
 from h2t.pipeline.training.loop import Curves, StageOne, Training
 from h2t.pipeline.training.objective import Objective
 from h2t.pipeline.training.parallel import processes
@@ -57,6 +67,10 @@ class Params(Training):
     """Finished weights, so nothing is trained: `pretrained`, or a file. With `none` or null the network is trained."""
     sha256: str | None = None
     """Digest that the checkpoint file must have, as hexadecimal text; null accepts any file."""
+    head: Literal["trained", "probe", "none"] = "trained"
+    """The backbone's classifier: that of stage I, one that stage `probe` fits to the cached rows, or none."""
+    probe: Probe = Probe()
+    """How stage `probe` fits the classifier."""
 
 
 def run(params: Params, run: Run, samples: Samples, images: Images) -> None:
@@ -88,15 +102,19 @@ def run(params: Params, run: Run, samples: Samples, images: Images) -> None:
     if params.weights not in (None, "none"):
         about |= {"pretrained": True} if params.weights == "pretrained" or hasattr(arch, "input") else {}
         whole = _weights(params, f"{where}.weights", arch, options, stated)
-        reason = _load(whole, f"{where}.weights", backbone, objective)
+        reason = _load(whole, f"{where}.weights", backbone, objective if params.head == "trained" else None)
         source = "pretrained" if params.weights == "pretrained" else Path(str(params.weights)).name
         run.say(f"{run.name}: weights from {source}; nothing is trained")
-        if reason:
+        if reason and params.head == "trained":
             run.say(f"note: {run.name}: the weights' own classifier is left out: {reason}")
         _write(run.out, about, params, backbone, None if reason else objective, [])
         return
     if params.start is not None:
         _start(params, where, arch, options, backbone, stated)
+    if params.frozen and params.head != "trained":
+        run.say(f"{run.name}: frozen, with head: {params.head}; nothing is trained")
+        _write(run.out, about, params, backbone, None, [])
+        return
     samples = samples.with_input(stated)
     images = images.prepared_for(samples.transform)
     save = Checkpoint(run.out, _token(params, run, samples, backbone), seconds=0)
@@ -113,7 +131,7 @@ def run(params: Params, run: Run, samples: Samples, images: Images) -> None:
         raise UserError(f"{where}: training diverged, weights must be finite; got NaN or infinity; lower {where}.lr")
     if first:
         last = curves[-1]
-        _write(run.out, about, params, backbone, objective, curves)
+        _write(run.out, about, params, backbone, objective if params.head == "trained" else None, curves)
         save.clear()
         epochs = counted(params.epochs, "epoch")
         run.say(f"{run.name}: {epochs}, loss {last['loss']:.3f}, training accuracy {last['accuracy']:.1f} %")
@@ -150,6 +168,8 @@ def _write(
                 "classifier": objective.classifier if objective else NONE,
                 "scale": objective.scale if objective else 1.0,
                 **({"frozen": described} if part else {}),
+                **({"head": params.head} if params.head != "trained" else {}),
+                **({"probe": params.probe.model_dump()} if params.head == "probe" else {}),
             },
         )
         _write_curves(into / "plots" / "metrics", curves)
@@ -190,12 +210,19 @@ def _weights(params: Params, key: str, arch: ModuleType, options: Section, state
     return state
 
 
-def _load(whole: Mapping[str, torch.Tensor], where: str, backbone: Backbone, objective: Objective) -> str:
-    """Loads the weights of a whole network. Returns why its classifier is left out, or nothing if it is kept."""
-    own = objective.state_dict()
+def _load(whole: Mapping[str, torch.Tensor], where: str, backbone: Backbone, objective: Objective | None) -> str:
+    """Loads the weights of a whole network. Returns why its classifier is left out, or nothing if it is kept.
+
+    Without an `objective` the classifier is not looked at.
+    """
+    if objective is None and not isinstance(backbone, Tapped):
+        fill(backbone, without_head(whole, backbone.state_dict()), where)
+        return "none is asked for"
     if isinstance(backbone, Tapped):
         fill(backbone, {k: v for k, v in whole.items() if k not in backbone.unused}, where)
         names = [f"{backbone.last_layer}.{part}" for part in ("weight", "bias")]
+        if objective is None:
+            return "none is asked for"
         if backbone.ending.why:
             return backbone.ending.why
         if names[0] not in whole:
@@ -204,6 +231,8 @@ def _load(whole: Mapping[str, torch.Tensor], where: str, backbone: Backbone, obj
     else:
         body, head = split_head(whole)
         fill(backbone, body, where)
+    assert objective is not None
+    own = objective.state_dict()
     if objective.classifier == "linear" and head["weight"].shape[::2] == own["weight"].shape[::2]:
         classes, wanted = head["weight"].shape[1], own["weight"].shape[1]
         if classes != wanted:

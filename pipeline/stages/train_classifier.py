@@ -6,7 +6,7 @@ its settings; the host's settings in the schema's metadata) and `history.parquet
 
 import itertools
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -42,7 +42,8 @@ from h2t.pipeline.heads.features import (
     pool_label,
 )
 from h2t.pipeline.heads.fusion import Rounding, Selection
-from h2t.pipeline.heads.host import Context
+from h2t.pipeline.heads.head import Head
+from h2t.pipeline.heads.host import Context, Host
 from h2t.pipeline.heads.parts import planned_parts, step_size
 from h2t.pipeline.heads.residency import Feed, Residency, amount, find_room, plan_tier
 from h2t.pipeline.heads.stack import (
@@ -52,11 +53,12 @@ from h2t.pipeline.heads.stack import (
     Optimiser,
     not_finite,
 )
+from h2t.pipeline.heads.start import backbone_head, check_backbone, class_means, from_file
 from h2t.pipeline.heads.stored import HeadParts, build_head
 from h2t.pipeline.heads.training import fit, train
 from h2t.pipeline.networks.pool import Pool
-from h2t.pipeline.networks.trained import NONE, backbone_digest, load_head
-from h2t.pipeline.networks.weights import save_weights
+from h2t.pipeline.networks.trained import StageOneHead, backbone_digest, load_head
+from h2t.pipeline.networks.weights import save_weights, weights_digest
 from h2t.pipeline.training.resume import Checkpoint
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
@@ -91,7 +93,11 @@ class Params(Section):
     classifier: Literal["linear", "cosine"] = "linear"
     """Logits from products, or from cosines times `scale`."""
     scale: Positive | None = None
-    """Factor of cosine logits; null is that of stage I if its classifier is of the same kind, else 1."""
+    """Factor of cosine logits; null is the host's own, that of a backbone's head of this kind, or 1."""
+    start: str | None = None
+    """Where training starts: `probe`, `means` (of the classes), a file of vectors, or null, the backbone's head."""
+    start_sha256: str | None = None
+    """With `start: FILE`: digest of the file, which must be given, because DVC does not watch it."""
     experts: Experts | None = None
     """Number of experts that the cache must have; null accepts any."""
     loss: dict[str, Any] = {}
@@ -135,32 +141,20 @@ def heads_of(grid: Grid, rounding: Rounding = "floor") -> list[HeadSetting]:
     return [HeadSetting(*h, rounding) for h in itertools.product(grid.ratio, grid.donor, grid.selection, grid.seed)]
 
 
-def check_backbone(cache: Cache, backbone_dir: Path) -> None:
-    """Raises UserError unless the cache was extracted by the backbone in `backbone_dir`."""
-    expected = backbone_digest(backbone_dir)
-    backbone = cache.spec.fingerprint_inputs.get("backbone")
-    recorded = backbone.get("weights") if isinstance(backbone, dict) else None
-    if recorded == NONE != expected:
-        raise UserError(
-            f"{cache.files}: imported features have no backbone; got {backbone_dir}; give none as the backbone"
-        )
-    if recorded != expected:
-        raise UserError(
-            f"{cache.files}: this cache was extracted by a backbone with weights {str(recorded)[:12]}, but "
-            f"{backbone_dir} has {expected[:12]}; give the backbone that the cache was made with, or extract again"
-        )
-
-
 def run(params: Params, run: Run, residency: Residency, cache: Cache, backbone_dir: Path) -> Summary:
     """Trains all classifiers of host `run.name` and writes them into the directory `run.out`.
 
     An interrupted run resumes from its last saved step. Raises UserError for settings or caches that do not fit.
     """
     check_backbone(cache, backbone_dir)
-    stage1 = load_head(backbone_dir)
     params = _with_recipe(params, run.name, cache)
     recipe = RECIPES[params.batchnorm]
     kind = plugins.load("hosts", params.host).Host
+    own = load_head(backbone_dir)
+    check_start(params, run.name, kind, own.about.get("head", "trained" if own.state else "none"))
+    start = params.start or ("means" if kind.starts_from == "means" else None)
+    from_backbone = kind.starts_from != "own" and start in (None, "probe")
+    stage1 = backbone_head(cache, backbone_dir, params.classifier, run.device, run.say) if from_backbone else own
     fitted = kind.fitted
     receiver = params.receiver or kind.receiver
     heads = [HeadSetting(0.0, "instance", "random", 0)] if fitted else heads_of(params.grid, params.rounding)
@@ -185,13 +179,15 @@ def run(params: Params, run: Run, residency: Residency, cache: Cache, backbone_d
         host=params.host,
         loss=params.loss,
         classifier=params.classifier,
-        scale=params.scale or (stage1.scale if same else 1.0),
+        scale=params.scale or kind.usual_scale or (stage1.scale if same else 1.0),
         pool=params.pool,
         pool_options=params.pool_options,
         where=f"hosts.{run.name}",
     )
     head = build_head(parts, context, channels, frozen.to(run.device) if frozen else None)
     reader = _reader(params, cache, head.pool, as_maps=not (residency.pooled or fitted))
+    if start not in (None, "probe"):
+        stage1 = replace(_start(start, params, run, reader, head, streams), frozen=frozen)
     about = {
         **asdict(parts),
         "batchnorm": params.batchnorm,
@@ -205,6 +201,7 @@ def run(params: Params, run: Run, residency: Residency, cache: Cache, backbone_d
         "experts": context.experts,
         "pixels": context.pixels,
         **({"map_channels": channels} if frozen else {}),
+        **({"start": Path(params.start).name} if params.start else {}),
     }
     if fitted:
         _check_fit(run.name, streams, reader, holds_logits=kind.holds_logits)
@@ -212,7 +209,8 @@ def run(params: Params, run: Run, residency: Residency, cache: Cache, backbone_d
         if bad := not_finite(trained.state):
             raise _not_finite_because(run.name, fitted, cache, streams.receivers.first, bad[1], heads[0])
     else:
-        token = f"{cache.spec.fingerprint} {about['backbone']} {params.model_dump_json()}"
+        begin = weights_digest(stage1.state)
+        token = f"{cache.spec.fingerprint} {about['backbone']} {params.model_dump_json()} {begin}"
         room = find_room(residency, run.device)
         choice = plan_tier(streams, reader, residency, room)
         size = step_size(streams, reader, stage1, head)
@@ -255,6 +253,37 @@ def _with_recipe(params: Params, name: str, cache: Cache) -> Params:
             "set it to stage1 or, if the backbone has batch norm, add the recipe to extract.batchnorm and extract again"
         )
     return params.model_copy(update={"batchnorm": "stage1"})
+
+
+def check_start(params: Params, name: str, kind: type[Host], head: str) -> None:
+    """Raises UserError if host `name` cannot start as asked from a backbone with this `head`."""
+    where, backbone = f"hosts.{name}", f"backbones.{params.backbone}"
+    if kind.starts_from == "own" and params.start:
+        raise UserError(f"{where}.start: host {params.host} has a start of its own; got {params.start}; remove the key")
+    if kind.starts_from == "trained" and (params.start or head != "trained"):
+        raise UserError(
+            f"{where}: host {params.host} starts from the classifier that its own stage I trained; got "
+            f"{f'start: {params.start}' if params.start else f'{backbone} with head: {head}'}; use head: trained "
+            "without start, or another host"
+        )
+    if params.start == "probe" and head != "probe":
+        raise UserError(f"{where}.start: {backbone} has head: {head}; set {backbone}.head: probe, or start: means")
+    if params.start_sha256 and params.start in (None, "probe", "means"):
+        raise UserError(f"{where}.start_sha256: needs a file in start; got {params.start}; remove the key")
+
+
+def _start(start: str, params: Params, run: Run, reader: FeatureReader, head: Head, streams: Streams) -> StageOneHead:
+    """The classifier that training starts from: class means, or the vectors in the file `start`. Raises UserError."""
+    if start == "means":
+        return class_means(reader, head, streams.receivers, streams.index.classes, params.classifier, run.device)
+    return from_file(
+        Path(start),
+        params.start_sha256,
+        f"hosts.{run.name}.start",
+        recorded_names(reader.cache.spec.provenance, reader.cache.files),
+        head.host.context.channels,
+        params.classifier,
+    )
 
 
 def _check_grid(

@@ -343,7 +343,7 @@ def sweep(
     lr: str | None,
     **lists: str | None,
 ) -> None:
-    """Try ratios, donors and seeds of the host NAME on its cache.
+    """Try ratios, donors and seeds of the host NAME.
 
     Trains and evaluates in one process, and prints a table. Neither the
     parameters (without --save) nor the outputs of the pipeline change.

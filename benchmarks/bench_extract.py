@@ -4,13 +4,11 @@
     python -m benchmarks.bench_extract --data DIR --device cuda --arch resnet50 --size 224 --precision bf16
 
 Turns alternate. Ours is `extract.run`, all of it: decoding ahead, batches, forward pass, conversion, crc, writing,
-fsync, commit. Bare is the backbone alone on batches that lie ready in memory. `spent` is what single parts take alone.
+fsync, commit. Bare is the backbone alone on batches that lie ready in memory.
 """
 
 import shutil
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from benchmarks.measure import arguments, machine, save, spread, table
+from benchmarks.measure import alternate, arguments, machine, ratio, save, table
 from h2t.pipeline.base import device as devices
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.precision import computing
@@ -36,10 +34,6 @@ ARCH = "resnet32"
 ROWS, TINY_ROWS = 16384, 160  # enough that starting and committing do not count
 SIZE = 32
 READY = 128  # batches in memory for the bare pass, which begins again with the first
-
-
-def quiet(line: str) -> None:
-    """Takes what extraction says."""
 
 
 def inputs(folder: Path, rows: int, arch: str, size: int) -> tuple[Samples, Images, Path]:
@@ -81,13 +75,6 @@ def inputs(folder: Path, rows: int, arch: str, size: int) -> tuple[Samples, Imag
     return Samples(table, facts), images, folder
 
 
-def seconds(call: Callable[[], object]) -> tuple[float, float]:
-    """By the clock, and computed by this process on all cores together: the steadier figure on a busy machine."""
-    start, started = time.perf_counter(), time.process_time()
-    call()
-    return time.perf_counter() - start, time.process_time() - started
-
-
 def main(given: Sequence[str] | None = None) -> None:
     parser = arguments("bench_extract", __doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--device", default="auto")
@@ -124,20 +111,8 @@ def main(given: Sequence[str] | None = None) -> None:
         shutil.rmtree(options.data / "cache", ignore_errors=True)
         extract.run(params, Run("bench", options.data / "cache", device), samples, images, folder)
 
-    bare()
-    ours()
-    found: dict[str, list[tuple[float, float]]] = {"bare": [], "ours": []}
-    for i in range(rounds):
-        for name, call in (("bare", bare), ("ours", ours)) if i % 2 else (("ours", ours), ("bare", bare)):
-            found[name].append(seconds(call))
-    ratios = [a[0] / b[0] for a, b in zip(found["bare"], found["ours"], strict=True)]
-    cpu = statistics.median(a[1] / b[1] for a, b in zip(found["bare"], found["ours"], strict=True))
-    low, high = spread(ratios)
-    spent = {
-        "row table": seconds(lambda: extract.row_table(params, samples))[1],
-        "decoding and normalising": seconds(lambda: [images.batch(some, [None] * len(some)) for some in numbers])[1],
-        "reading the backbone": seconds(lambda: load_backbone(folder))[1],
-    }
+    timings = alternate({"bare": bare, "ours": ours}, rounds, slow_rounds=rounds)
+    of_bare = ratio(timings["bare"], timings["ours"])
     shutil.rmtree(options.data / "cache", ignore_errors=True)
     body: dict[str, Any] = {
         "tiny": options.tiny,
@@ -146,19 +121,18 @@ def main(given: Sequence[str] | None = None) -> None:
         "threads": torch.get_num_threads(),
         "case": f"{rows} images {options.size}x{options.size}, {options.arch}, {params.precision}, "
         f"batches of {params.batch_size}",
-        "images_per_second": {name: rows / statistics.median(t for t, _ in times) for name, times in found.items()},
-        "seconds": {name: [t for t, _ in times] for name, times in found.items()},
-        "cpu_seconds": {name: [t for _, t in times] for name, times in found.items()},
-        "of_bare": {"median": statistics.median(ratios), "p10": low, "p90": high, "cpu": cpu},
+        "images_per_second": {name: rows / timing.median for name, timing in timings.items()},
+        "seconds": {name: timing.seconds for name, timing in timings.items()},
+        "cpu_seconds": {name: timing.cpu for name, timing in timings.items()},
+        "of_bare": of_bare,
         "wanted": WANTED,
-        "spent_cpu_s": spent,
     }
     save(options.out, body)
     print(body["case"], "on", body["device"])
     lines = [[name, f"{rate:.0f}"] for name, rate in body["images_per_second"].items()]
     print(table(["", "images/s"], lines))
-    median = body["of_bare"]["median"]
-    print(f"ours / bare: {median:.3f} ({low:.3f} to {high:.3f}), by CPU seconds {cpu:.3f}; wanted {WANTED}")
+    spread = f"{of_bare['p10']:.3f} to {of_bare['p90']:.3f}"
+    print(f"ours / bare: {of_bare['median']:.3f} ({spread}), by CPU seconds {of_bare['cpu']:.3f}; wanted {WANTED}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import zarr
 import zarrs  # noqa: F401 - registers its codec pipeline
 from crc32c import crc32c
 
-from benchmarks.measure import Timing, alternate, arguments, fastest, machine, ratio, save, table
+from benchmarks.measure import alternate, arguments, fastest, machine, ratio, save, table
 from benchmarks.synthetic import write_synthetic
 from h2t.cache.format.shard import CRC_BYTES
 from h2t.cache.read.gather import compiled
@@ -40,13 +40,12 @@ Read = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One map shape: how many rows the cache holds, an i.i.d. gather asks for, and the zstd cache holds."""
+    """One map shape: how many rows the cache holds, an i.i.d. gather asks for, and steps a window has."""
 
     shape: tuple[int, int, int]
     rows: int
     gather: int
     steps: int
-    zstd_rows: int
     classes: int = 100
 
     @property
@@ -55,10 +54,10 @@ class Case:
 
 
 CASES = (
-    Case((64, 8, 8), rows=131_072, gather=512, steps=64, zstd_rows=16_384),
-    Case((2048, 7, 7), rows=5_376, gather=256, steps=64, zstd_rows=1_024),
+    Case((64, 8, 8), rows=131_072, gather=512, steps=64),
+    Case((2048, 7, 7), rows=5_376, gather=256, steps=64),
 )
-TINY = (Case((64, 8, 8), rows=96, gather=16, steps=1, zstd_rows=32, classes=4),)
+TINY = (Case((64, 8, 8), rows=96, gather=16, steps=1, classes=4),)
 
 
 def window_rows(labels: np.ndarray, steps: int, rng: np.random.Generator) -> np.ndarray:
@@ -354,47 +353,6 @@ def bench_gather(
     }
 
 
-def bench_decode(cache: Cache, case: Case, rounds: int) -> dict[str, Any]:
-    """Our read of a compressed cache against decoding the same chunks, already in memory, on all cores."""
-    from h2t.cache.format.codecs import codec
-
-    rng = np.random.default_rng(2026)
-    rows = rng.permutation(cache.spec.rows)[: cache.spec.rows // 2]
-    out = np.zeros((len(rows), *case.shape), cache.spec.stored_dtype)
-    shards, offsets, sizes = cache.chunk_ranges(rows, 0)
-    stored = [
-        memoryview(cache.files.read_ranges(cache.spec.shard_file(0, s), [(o, o + n)])[0])[:-4]
-        for s, o, n in zip(shards.tolist(), offsets.tolist(), sizes.tolist(), strict=True)
-    ]
-    decode = codec(cache.spec.codec).decode
-    pairs = list(zip(stored, out, strict=True))
-
-    def decode_some(some: Sequence[tuple[memoryview, np.ndarray]]) -> None:
-        for data, target in some:
-            decode(data, target)
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        timings = alternate(
-            {
-                "ours": lambda: cache.read(rows, out=out),
-                "decoding only, 1 thread": lambda: decode_some(pairs),
-                "decoding only": lambda: list(pool.map(decode_some, [pairs[i::THREADS] for i in range(THREADS)])),
-            },
-            rounds,
-        )
-    best: Timing = min((t for n, t in timings.items() if n != "ours"), key=lambda t: t.median)
-    return {
-        "case": case.name,
-        "gather": f"iid, {cache.spec.codec}",
-        "rows": len(rows),
-        "distinct_rows": len(rows),
-        "useful_bytes": out.nbytes,
-        "fetched_bytes": int(sizes.sum()),
-        "contestants": {n: {**t.json(), "useful_gb_per_s": out.nbytes / t.median / 1e9} for n, t in timings.items()},
-        "vs_decoding": ratio(best, timings["ours"]),
-    }
-
-
 def files_below(*roots: Path) -> list[Path]:
     return [p for root in roots for p in ([root] if root.is_file() else root.rglob("*")) if p.is_file()]
 
@@ -427,9 +385,9 @@ def drop_page_cache(*roots: Path) -> Callable[[], None]:
     return drop
 
 
-def made_cache(path: Path, case: Case, rows: int, codec: str) -> Cache:
+def made_cache(path: Path, case: Case) -> Cache:
     if not path.exists():
-        write_synthetic(path, rows, case.shape, classes=case.classes, codec=codec)
+        write_synthetic(path, case.rows, case.shape, classes=case.classes)
     return open_cache(path)
 
 
@@ -452,10 +410,9 @@ def show(result: Mapping[str, Any]) -> None:
         for name, t in sorted(result["contestants"].items(), key=lambda item: item[1]["median_s"])
     ]
     print(table(("contestant", "ms", "10 to 90 %", "CPU ms", "useful GB/s", "time / ours", "setting"), lines))
-    for key in ("useful_bytes_vs_raw", "time_vs_raw", "vs_decoding"):
-        if key in result:
-            r = result[key]
-            print(f"{key}: {r['median']:.2f} ({r['p10']:.2f} to {r['p90']:.2f}); in CPU time {r['cpu']:.2f}")
+    for key in ("useful_bytes_vs_raw", "time_vs_raw"):
+        r = result[key]
+        print(f"{key}: {r['median']:.2f} ({r['p10']:.2f} to {r['p90']:.2f}); in CPU time {r['cpu']:.2f}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -487,12 +444,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     options.data.mkdir(parents=True, exist_ok=True)
     for case in TINY if options.tiny else [c for c in CASES if options.case in (None, c.name)]:
-        with made_cache(options.data / case.name, case, case.rows, "none") as cache:
+        with made_cache(options.data / case.name, case) as cache:
             files = copies(cache, options.data, case.name)
             for gather, draws in draw(cache, case).items():
                 add(bench_gather(cache, case, gather, draws, files, rounds, cold=options.cold))
-        with made_cache(options.data / f"{case.name}.zstd", case, case.zstd_rows, "zstd") as cache:
-            add(bench_decode(cache, case, rounds))
 
 
 if __name__ == "__main__":

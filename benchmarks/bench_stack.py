@@ -13,14 +13,13 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.measure import RESULTS, Timing, machine, ratio, save, table
+from benchmarks.measure import RESULTS, Timing, alternate, machine, ratio, save, table
 from benchmarks.synthetic import write_synthetic
 from h2t.cache.reader import open_cache
 from h2t.pipeline.base.device import choose
@@ -76,14 +75,8 @@ class Training:
         return stack
 
 
-def timed(call: Callable[[], object]) -> tuple[float, float]:
-    start, started = time.perf_counter(), time.process_time()
-    call()
-    return time.perf_counter() - start, time.process_time() - started
-
-
 def bench(training: Training, heads: list[HeadSetting], rounds: int) -> dict[str, Timing]:
-    """Turns of the stack, of all single runs, and of one single run; one untimed run of each kind first."""
+    """Turns of the stack, of all single runs, and of one single run."""
     contestants: dict[str, Callable[[], object]] = {
         "stack": lambda: training.run(heads),
         "singles": lambda: [training.run([head]) for head in heads],
@@ -91,12 +84,7 @@ def bench(training: Training, heads: list[HeadSetting], rounds: int) -> dict[str
     }
     for seed in sorted({h.seed for h in heads}):
         training.feed((seed,))
-    contestants["stack"](), contestants["one head"]()
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
-    for _ in range(rounds):
-        for name, call in contestants.items():
-            taken[name].append(timed(call))
-    return {n: Timing(tuple(s for s, _ in t), tuple(c for _, c in t)) for n, t in taken.items()}
+    return alternate(contestants, rounds, slow_rounds=rounds)
 
 
 def agreement(training: Training, heads: list[HeadSetting]) -> float:

@@ -70,10 +70,13 @@ def alternate(
     before: Callable[[], object] = lambda: None,
     settings: Mapping[str, str] | None = None,
     before_round: Callable[[], object] = lambda: None,
+    *,
+    slow_rounds: int = SLOW_ROUNDS,
 ) -> dict[str, Timing]:
     """Every contestant has one turn per round, after one untimed call each, so that noise falls on all alike.
 
-    A turn's time is the median of its calls. Each round starts with another contestant.
+    A turn's time is the median of its calls. Each round starts with another contestant. One that takes more than
+    `SLOW_SECONDS` has its turn in the first `slow_rounds` only.
     """
     turns: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
     slow = set()
@@ -86,7 +89,7 @@ def alternate(
     for i in range(rounds):
         before_round()
         for name in order[i % len(order) :] + order[: i % len(order)]:
-            if name in slow and i >= SLOW_ROUNDS:
+            if name in slow and i >= slow_rounds:
                 continue
             turns[name].append(_turn(contestants[name], before))
     found = {}

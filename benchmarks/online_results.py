@@ -9,9 +9,10 @@ from typing import Any
 
 import pandas as pd
 
+from benchmarks.tables import cell
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.reporting.intervals import Difference
-from h2t.pipeline.reporting.results import difference, mean_and_std
+from h2t.pipeline.reporting.results import difference
 
 #: How far the cache may lie from the published way, in points.
 BOUNDS = {"top1": 0.3, "head": 1.5, "medium": 1.5, "tail": 1.5}
@@ -70,7 +71,7 @@ def bounds_table(online: Online, ours: pd.DataFrame) -> list[list[str]]:
         found = difference(ours, online.heads, figure)
         if found is None:
             raise UserError("online: no seed was trained both online and on the cache")
-        cells = [_cell(heads, figure) for heads in (online.heads, ours)]
+        cells = [cell(heads, figure) for heads in (online.heads, ours)]
         lines.append([figure, *cells, found.text.rpartition("]")[0] + "]", f"± {bound:g}", verdict(found, bound)])
     return lines
 
@@ -95,8 +96,3 @@ def record(online: Online, ours: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
         }
     command = f"python -m benchmarks.online_h2t --ratio {online.ratio:g}"
     return {"command": command, "ratio": online.ratio, "runs": list(online.runs), "ours": found}
-
-
-def _cell(heads: pd.DataFrame, figure: str) -> str:
-    mean, std = mean_and_std(heads, figure)
-    return f"{mean:.2f}" + ("" if std is None else f" ± {std:.2f}")

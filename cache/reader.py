@@ -5,7 +5,7 @@
 
 Each shard index is read once and kept. `read.plan` turns the rows into byte ranges, a small thread pool reads them, and
 the crc32c of every chunk is checked before its values are returned. Uncompressed rows that are their own chunk are read
-from the file directly into the result.
+from a local file directly into the result, if the compiled gather was built.
 """
 
 import os
@@ -27,8 +27,8 @@ from h2t.cache.read.chunks import Chunks, check_size
 from h2t.cache.read.files import files_at
 from h2t.cache.read.gather import compiled
 from h2t.cache.read.in_use import InUse
-from h2t.cache.read.jobs import Compiled, Decode, InPlace
-from h2t.cache.read.plan import MAX_GAP_BYTES, Plan, plan_rows, portions, units
+from h2t.cache.read.jobs import Compiled, Decode
+from h2t.cache.read.plan import Plan, plan_rows, portions, units
 from h2t.cache.read.store import FileStore
 
 T = TypeVar("T")
@@ -183,21 +183,16 @@ class Cache:
     def _gather(self, plan: Plan, out: np.ndarray, expert: int) -> None:
         shards, offsets, sizes = self._chunks.ranges(plan.chunks, expert)
         local = self.files.local
-        whole_rows = local and self.spec.chunk_rows == 1 and self.spec.codec == "none"
-        if whole_rows and (gather := compiled()):
-            work = portions(shards, sizes, portion_bytes=PORTION_BYTES, max_shards=PORTION_SHARDS)
-            self._share_out(Compiled(self._chunks, gather, expert, plan, shards, offsets, out), work)
+        plain = self.spec.codec == "none"
+        if local and plain and self.spec.chunk_rows == 1 and (gather := compiled()):
+            parts = portions(shards, sizes, portion_bytes=PORTION_BYTES, max_shards=PORTION_SHARDS)
+            self._share_out(Compiled(self._chunks, gather, expert, plan, shards, offsets, out), parts)
             return
-        runs = units(shards, offsets, sizes, max_gap=0 if whole_rows else MAX_GAP_BYTES)
-        reads = sum(len(unit.runs) for unit in runs) if whole_rows else len(runs)
+        work = units(shards, offsets, sizes)
+        calls = sum(len(unit.runs) for unit in work) if plain else len(work)  # decoding needs no GIL
         # Remote reads wait for the network, so they always run in parallel.
-        alone = local and sizes.sum() < PARALLEL_READ_BYTES * reads
-        job = (
-            InPlace(self._chunks, expert, plan, out)
-            if whole_rows
-            else Decode(self._chunks, expert, plan, offsets, sizes, out)
-        )
-        self._share_out(job, runs, alone=alone)
+        alone = local and sizes.sum() < PARALLEL_READ_BYTES * calls
+        self._share_out(Decode(self._chunks, expert, plan, offsets, sizes, out), work, alone=alone)
 
     def _after_fork(self) -> None:
         """Sets this cache up in a forked child, where the parent's threads do not exist."""

@@ -39,13 +39,13 @@ def way(request, monkeypatch):
     return request.param
 
 
-LAYOUTS = {"compiled": {}, "in place": {}, "decoded": {"codec": "zstd"}, "small rows": {"chunk_rows": 2}}
+LAYOUTS = {"compiled": {}, "plain": {}, "decoded": {"codec": "zstd"}, "small rows": {"chunk_rows": 2}}
 
 
 @pytest.fixture(params=LAYOUTS)
 def layout(request, monkeypatch):
     """The layout of a cache; together these take every path through the reader."""
-    if request.param in ("compiled", "in place"):
+    if request.param in ("compiled", "plain"):
         _read_by(monkeypatch, request.param)
     return LAYOUTS[request.param]
 

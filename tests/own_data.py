@@ -161,7 +161,7 @@ def environment(folder: Path, layered: bool) -> Path:
             )
             script.chmod(0o755)
     else:
-        subprocess.run([venv / "bin/pip", "install", "--quiet", wheel], check=True)
+        subprocess.run([venv / "bin/pip", "install", "--quiet", f"{wheel}[pipeline]"], check=True)
     return venv / "bin"
 
 

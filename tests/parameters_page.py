@@ -7,6 +7,7 @@ A field's meaning is the string literal below it, which is read from the source 
 
 import ast
 import inspect
+import math
 import re
 import sys
 import types
@@ -19,7 +20,7 @@ import pydantic
 import yaml
 
 from h2t.pipeline.base import plugins
-from h2t.pipeline.base.params import DISTINCT, Section
+from h2t.pipeline.base.params import DISTINCT, Bounds, Section
 from h2t.pipeline.data.images import Transform
 from h2t.pipeline.heads.residency import Residency
 from h2t.pipeline.inspection.settings import RunSection
@@ -103,12 +104,10 @@ def meaning(model: type[Section], field: str) -> str:
 
 def _range(checks: list[Any]) -> str:
     """The bounds that the validators of `params` (within, above, at_least, at_most) set together, in words."""
-    low, high, beyond = float("-inf"), float("inf"), False
-    for check in checks:
-        function = getattr(check, "func", None)
-        bounds = inspect.getclosurevars(function).nonlocals if inspect.isfunction(function) else {}
-        beyond |= bool(bounds) and function.__qualname__.startswith("above.")
-        low, high = max(low, bounds.get("low", low)), min(high, bounds.get("high", high))
+    bounds = [b for check in checks if isinstance(b := getattr(check, "func", None), Bounds)]
+    low = max((b.low for b in bounds), default=-math.inf)
+    high = min((b.high for b in bounds), default=math.inf)
+    beyond = any(b.exclusive for b in bounds)
     most = "" if high > SHOWN else f"{high:,.10g}"
     if beyond:
         return ", above 0" + (f", at most {most}" if most else "")

@@ -14,6 +14,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 TYPED = ("README.md", "docs/numbers.md", "docs/results.md")
 #: Pages whose blocks a test runs: sharing.md as they stand, the benchmarks on smaller data.
 TESTED = {
+    "docs/own-data.md": "test_init.py",
     "docs/sharing.md": "test_docs_sharing.py",
     "docs/frozen-backbones.md": "test_probe.py",
     "benchmarks/README.md": "test_benchmarks.py",

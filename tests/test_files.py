@@ -79,24 +79,6 @@ def test_reading_past_the_end_is_damage_and_never_zeros(files, wanted):
     assert error.value.reason == "damaged"
 
 
-@pytest.mark.parametrize("sizes", [[1], [10, 0, 5], [1] * 700, [4990]])
-def test_buffers_are_filled_one_after_the_other(tmp_path, sizes):
-    (tmp_path / "data").write_bytes(DATA)
-    files = LocalFiles(tmp_path)
-    buffers = [bytearray(size) for size in sizes]
-    files.read_into("data", [(10, 10 + sum(sizes), [memoryview(b) for b in buffers])])
-    assert b"".join(buffers) == DATA[10 : 10 + sum(sizes)]
-    files.close()
-
-
-def test_buffers_past_the_end_are_damage(tmp_path):
-    (tmp_path / "data").write_bytes(DATA)
-    buffers = [memoryview(bytearray(8)), memoryview(bytearray(8))]
-    with pytest.raises(CacheError) as error:
-        LocalFiles(tmp_path).read_into("data", [(4990, 5006, buffers)])
-    assert error.value.reason == "damaged"
-
-
 def test_open_files_are_bounded_and_closed(tmp_path):
     for i in range(MAX_OPEN + 50):
         (tmp_path / str(i)).write_bytes(bytes([i % 256]))

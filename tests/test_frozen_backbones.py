@@ -178,10 +178,23 @@ def test_a_local_folder_of_hugging_face_gives_network_input_and_weights(tmp_path
     assert backbone.unused == {"classifier.weight", "classifier.bias"}
 
 
+def test_dvc_watches_a_local_folder_and_no_hub_id(tmp_path):
+    from pipeline_builders import make_params
+
+    from h2t.pipeline.stages import inputs
+
+    values = make_params()
+    values.setdefault("extract", {})
+    for model, watched in ((str(tmp_path), True), ("owner/name", False)):
+        values["backbones"] = {"b": {"arch": "timm", "options": {"model": model}, "weights": "pretrained"}}
+        named = inputs.named(values)["backbones/b"]
+        assert named == ({"backbones.b.options.model": model} if watched else {})
+
+
 def test_an_unknown_name_gets_the_nearest():
-    module, chosen = options("timm", model="resnet81")
+    module, chosen = options("timm", model="resnet188")
     with pytest.raises(
-        UserError, match=r"options\.model: must be a network of timm.*got 'resnet81'; did you mean 'resnet"
+        UserError, match=r"options\.model: must be a network of timm.*got 'resnet188'; did you mean 'resnet"
     ):
         module.build(chosen, 32)
 

@@ -137,7 +137,7 @@ import numpy as np
 from h2t.cache.errors import CacheError
 from h2t.cache.reader import open_cache
 from h2t.cache.tools.verify import verify
-import dask.threaded, zarr
+import zarr
 
 pages = int(open("/proc/self/statm").read().split()[0])
 limit = pages * resource.getpagesize() + 512 * 2**20

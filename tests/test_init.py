@@ -1,9 +1,13 @@
 """`h2t init`: what it finds in collections of every kind, says about them and writes."""
 
 import contextlib
+import csv
+import shlex
 from pathlib import Path
 
 import own_data
+import printed
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -11,9 +15,11 @@ from pipeline_builders import ROOT
 
 from h2t.pipeline.base import params
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.run import Run
 from h2t.pipeline.command_line.main import main
 from h2t.pipeline.inspection import settings
 from h2t.pipeline.project import choose, describe, detect, survey, write
+from h2t.pipeline.stages import prepare
 
 
 def said(found, seen) -> str:
@@ -72,6 +78,27 @@ def test_every_collection_is_read_whole_and_its_settings_are_valid(collections, 
     assert "imbalance" not in values["prepare"]
     assert ("test" in values["prepare"]) == (name != "parquet")
     assert values["prepare"]["options"]["transform"]["size"] == own_data.SIDE
+    lines: list[str] = []
+    section = params.build(prepare.Params, "prepare", values["prepare"])
+    prepare.run(section, Run("prepare", tmp_path / "out", say=lines.append))
+    samples = pq.read_table(tmp_path / "out/samples.parquet")
+    assert samples.num_rows == usable
+    assert {"train", "val", "test"} == set(samples["split"].to_pylist())
+    if name == "rare":
+        assert [line for line in lines if line.startswith("note: no test images of 3 classes of 8")]
+    if name == "sites":
+        site = {row["Image"][4:]: row["Site"] for row in rows_of(folder / "observations.csv")}
+        both = {(site[source.removeprefix("img/")], split) for source, split in split_of(samples)}
+        assert len(both) == len({place for place, _ in both})
+
+
+def rows_of(table: Path) -> list[dict[str, str]]:
+    with table.open(encoding="utf-8-sig", newline="") as file:
+        return list(csv.DictReader(file, delimiter=";"))
+
+
+def split_of(samples) -> list[tuple[str, str]]:
+    return list(zip(samples["source"].to_pylist(), samples["split"].to_pylist(), strict=True))
 
 
 def test_a_messy_collection_is_described(collections):
@@ -208,6 +235,17 @@ def test_a_project_is_written_once(tmp_path):
         assert result.exit_code == 2
         assert result.stderr.startswith("error: params.yaml: exists already")
         assert before == {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+
+
+def test_the_command_of_the_docs(tmp_path, monkeypatch):
+    own_data.sort(tmp_path / "photos", {"a": 9, "b": 6})
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (block,) = printed.blocks("docs/own-data.md")
+    with contextlib.chdir(tmp_path):
+        result = CliRunner().invoke(main, shlex.split(block)[1:])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.endswith("next: cd birds && dvc repro\n")
+    assert params.load(tmp_path / "birds/params.yaml")["inputs"] == {"images": str(tmp_path / "photos")}
 
 
 def test_a_pretrained_backbone_by_name(collections, tmp_path):

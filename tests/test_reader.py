@@ -190,7 +190,7 @@ def test_rows_and_statistics(cache_dir):
 def spy_on_reads(monkeypatch) -> list[tuple[str, int, int]]:
     """File name, start and stop of every positioned read from now on."""
     reads = []
-    pread, preadv = os.pread, os.preadv
+    pread = os.pread
 
     def note(handle: int, start: int, got: int) -> None:
         reads.append((Path(f"/proc/self/fd/{handle}").readlink().name, start, start + got))
@@ -200,11 +200,6 @@ def spy_on_reads(monkeypatch) -> list[tuple[str, int, int]]:
         note(handle, start, len(data))
         return data
 
-    def spied_preadv(handle, buffers, start, *flags):
-        got = preadv(handle, buffers, start, *flags)
-        note(handle, start, got)
-        return got
-
     def spied_gather(self, files, offsets, slots, out, row_bytes, opened):
         for handle, start in zip(files.tolist(), offsets.tolist(), strict=True):
             note(handle, start, row_bytes + 4)
@@ -212,7 +207,6 @@ def spy_on_reads(monkeypatch) -> list[tuple[str, int, int]]:
 
     gather = Gather.__call__
     monkeypatch.setattr(os, "pread", spied_pread)
-    monkeypatch.setattr(os, "preadv", spied_preadv)
     monkeypatch.setattr(Gather, "__call__", spied_gather)
     return reads
 

@@ -163,7 +163,7 @@ def test_a_file_that_ends_before_a_chunk_does(cache_dir, way):
         cache._chunks.offsets[0, 6] = shard(cache_dir).stat().st_size - 9
         with pytest.raises(CacheError) as error:
             cache.read([0, 4, 6])
-    says = f"{shard(cache_dir)}: truncated, it ends before byte 199 (read from byte 171);"
+    says = f"{shard(cache_dir)}: truncated, it ends before byte 199 (read from byte "
     assert error.value.reason == "damaged"
     assert error.value.detail.startswith(says)
 
@@ -258,7 +258,6 @@ def readers(monkeypatch):
         return call
 
     monkeypatch.setattr(os, "pread", noted(os.pread))
-    monkeypatch.setattr(os, "preadv", noted(os.preadv))
     monkeypatch.setattr(Gather, "__call__", noted(Gather.__call__))
     return found
 
@@ -288,42 +287,19 @@ def test_a_small_gather_is_read_by_its_caller_alone(cache_dir, way, readers, lay
 # --- bytes
 
 
-@pytest.mark.parametrize(("layout", "reads"), [({}, 2), ({"codec": "zstd"}, 1), ({"chunk_rows": 2}, 1)])
-def test_what_lies_between_is_bridged_only_on_the_way_to_a_copy(cache_dir, monkeypatch, layout, reads):
-    """Rows that go straight into their slots are read without a byte that nobody asked for."""
+@pytest.mark.parametrize("layout", [{}, {"codec": "zstd"}, {"chunk_rows": 2}])
+def test_what_lies_between_is_bridged_on_the_way_to_a_copy(cache_dir, monkeypatch, layout):
     monkeypatch.setattr("h2t.cache.reader.compiled", lambda: None)
     make_cache(cache_dir, rows=make_rows(12), **{"shard_rows": 12, **layout})
     sizes = []
-    pread, preadv = os.pread, os.preadv
+    pread = os.pread
     monkeypatch.setattr(os, "pread", lambda f, size, at: sizes.append(size) or pread(f, size, at))
-    monkeypatch.setattr(os, "preadv", lambda f, b, at: sizes.append(sum(map(len, b))) or preadv(f, b, at))
     with open_cache(cache_dir) as cache:
         cache.read([0])
         sizes.clear()
         cache.read([0, 4])
         _, offsets, stored = cache.chunk_ranges(np.array([0, 4]) // cache.spec.chunk_rows, 0)
-    assert len(sizes) == reads
-    assert sum(sizes) == (stored.sum() if reads == 2 else offsets[1] + stored[1] - offsets[0])
-
-
-@pytest.mark.parametrize("most", [1, 25, 30, 61])
-def test_a_kernel_that_stops_early_is_asked_for_the_rest(cache_dir, monkeypatch, most):
-    """A read may end within a payload, within a checksum, or between two rows."""
-    monkeypatch.setattr("h2t.cache.reader.compiled", lambda: None)
-    (maps,) = make_cache(cache_dir)
-    preadv = os.preadv
-
-    def short(handle: int, buffers: list, at: int) -> int:
-        whole = bytearray(min(most, sum(map(len, buffers))))
-        got = preadv(handle, [whole], at)
-        for buffer in buffers:
-            part, whole = whole[: len(buffer)], whole[len(buffer) :]
-            memoryview(buffer).cast("B")[: len(part)] = part
-        return got
-
-    monkeypatch.setattr(os, "preadv", short)
-    with open_cache(cache_dir) as cache:
-        assert cache.read([0, 1, 2, 3, 9, 10]).tobytes() == maps[[0, 1, 2, 3, 9, 10]].tobytes()
+    assert sizes == [offsets[1] + stored[1] - offsets[0]]
 
 
 def test_a_pickled_cache_keeps_what_it_has_yet_to_check(cache_dir):

@@ -18,6 +18,7 @@ from h2t.cache.format import spec
 from h2t.cache.format.spec import MAPS, MAX_RECORD_BYTES, RECORD, ROWS, STATISTICS
 from h2t.cache.read import files as local
 from h2t.cache.read import transfer
+from h2t.cache.read.stores import store_of
 from h2t.cache.reader import open_cache
 from h2t.cache.tools.verify import verify
 
@@ -168,7 +169,7 @@ def test_dvcs_own_client_is_bounded_and_asks_once(tmp_path, name):
 
         def whole(mode: str) -> bytes:
             patience = transfer.Patience(transfer.Pace())
-            return transfer.read_whole(fs, f"{url}/{mode}/{name[:5]}/{name}", 1000, patience).data
+            return store_of(fs).whole(f"{url}/{mode}/{name[:5]}/{name}", 1000, patience).data
 
         assert whole("unspoiled") == b"[1,2,3]"
         for mode in ("gzip", "endless", "lies"):
@@ -184,4 +185,4 @@ def test_a_list_of_files_at_a_dvc_remote_is_bounded(tmp_path, monkeypatch):
     """DVC's own parts are as they are; only what the remote gives is too long."""
     (tmp_path / "listing").write_bytes(b"x" * 100)
     with pytest.raises(transfer.Unasked, match="must be at most 99 bytes"):
-        transfer.read_whole(LocalFileSystem(), str(tmp_path / "listing"), 99, transfer.Patience(transfer.Pace()))
+        store_of(LocalFileSystem()).whole(str(tmp_path / "listing"), 99, transfer.Patience(transfer.Pace()))

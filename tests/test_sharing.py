@@ -25,8 +25,7 @@ from h2t.cache.redaction import redacted
 from h2t.cache.tools.verify import verify
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.command_line.main import main
-from h2t.pipeline.inspection import doctor
-from h2t.pipeline.inspection.setting_up import NAMED_BY_DVC
+from h2t.pipeline.inspection import doctor, setting_up
 from h2t.pipeline.sharing import publish, repository
 
 DVC_YAML = """
@@ -619,11 +618,11 @@ def plant_copies(lab, patch):
 
 
 def plant_full_disk(lab, patch):
-    patch.setattr(doctor, "LOW_DISK", 10**18)
+    patch.setattr(setting_up, "LOW_DISK", 10**18)
 
 
 def plant_old_version(lab, patch):
-    patch.setattr(doctor, "requires", lambda name: ["zarr>=99", "nosuchpackage>=1"])
+    patch.setattr(setting_up, "requires", lambda name: ["zarr>=99", "nosuchpackage>=1"])
 
 
 def plant_device(lab, patch):
@@ -670,13 +669,13 @@ def plant_entry_that_dvc_cannot_fill(lab, patch):
 
 def test_doctor_knows_which_keys_dvc_names():
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].values()
-    found = {section: set() for section in NAMED_BY_DVC}
+    found = {section: set() for section in setting_up.NAMED_BY_DVC}
     for stage in stages:
         if "foreach" in stage:
             found.setdefault(stage["foreach"].strip("${}"), set()).update(
                 re.findall(r"\$\{item\.(\w+)\}", json.dumps(stage["do"]))
             )
-    assert found == {"inputs": set(), **{section: set(keys) for section, keys in NAMED_BY_DVC.items()}}
+    assert found == {"inputs": set(), **{section: set(keys) for section, keys in setting_up.NAMED_BY_DVC.items()}}
 
 
 def plant_missing_file(lab, patch):

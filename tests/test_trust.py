@@ -97,7 +97,7 @@ import numpy as np
 from h2t.cache.tools import audit, verify
 from h2t.cache.format import codecs
 from h2t.cache import reader
-import dask.threaded, numcodecs.pcodec, pcodec, zarr, zarr.codecs, zarr.codecs.numcodecs, zarr.storage
+import numcodecs.pcodec, pcodec, zarr, zarr.codecs, zarr.codecs.numcodecs, zarr.storage
 from h2t.pipeline.extraction import batchnorm
 
 sys.path[:0] = [{tests!r}]

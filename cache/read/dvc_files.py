@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, Self
 
 from h2t.cache.errors import CacheError
 from h2t.cache.read.remote import RemoteFiles
-from h2t.cache.read.transfer import read_whole
 from h2t.cache.redaction import without
 
 PREFIX = "dvc+"
@@ -101,7 +100,7 @@ class DvcFiles(RemoteFiles):
         self.most_bytes = sys.maxsize if size is None else size
         try:
             place = odb.oid_to_path(digest)
-            listing = self._ask(digest, lambda patience: read_whole(self._fs, place, MAX_LISTING_BYTES, patience)).data
+            listing = self._ask(digest, lambda patience: self._at.whole(place, MAX_LISTING_BYTES, patience)).data
         except CacheError as error:
             if error.reason != "missing":
                 raise

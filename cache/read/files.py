@@ -118,21 +118,6 @@ class LocalFiles:
                     raise self.ends_early(name, start, stop)
         return parts
 
-    def read_into(self, name: str, pieces: Iterable[tuple[int, int, Sequence[Any]]]) -> None:
-        """For each piece (start, stop, buffers), reads these bytes into the buffers, one after the other.
-
-        A piece has at most 1024 buffers and takes one system call, unless the kernel returns early. Raises CacheError
-        `damaged` if the file ends before `stop`.
-        """
-        with self._unchanged(name) as handle:
-            for start, stop, buffers in pieces:
-                position = start + os.preadv(handle, buffers, start)
-                while position < stop:
-                    got = os.preadv(handle, _after(buffers, position - start), position)
-                    if got == 0:
-                        raise self.ends_early(name, start, stop)
-                    position += got
-
     @contextmanager
     def handles(self, names: Sequence[str]) -> Iterator[list[Opened]]:
         """Descriptors of `names`, open for reading inside the context. Raises CacheError `missing`, `replaced`.
@@ -268,18 +253,6 @@ class LocalFiles:
 
 def _stamp(status: os.stat_result) -> Stamp:
     return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _after(buffers: Sequence[Any], done: int) -> list[Any]:
-    """The part of `buffers` that is still empty after `done` bytes were read into them."""
-    rest = []
-    for buffer in buffers:
-        if done >= len(buffer):
-            done -= len(buffer)
-        else:
-            rest.append(memoryview(buffer)[done:])
-            done = 0
-    return rest
 
 
 def files_at(location: str | Path) -> FileStore:

@@ -1,7 +1,7 @@
 """The compiled gather (`gather.c`): reads uncompressed rows from files into their slots and checks them.
 
-It does the work of `cache.read.jobs.InPlace`, several times faster: no Python runs between two rows, and the GIL is
-released. If it was not built (no compiler, or another system or processor), `compiled()` returns None and `InPlace`
+Several times faster than `cache.read.jobs.Decode`: no Python runs between two rows, no copy is made, and the GIL is
+released. If it was not built (no compiler, or another system or processor), `compiled()` returns None and `Decode`
 reads the same values.
 """
 

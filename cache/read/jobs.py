@@ -1,14 +1,13 @@
-"""The three ways to read the rows of a plan into an array, each a callable on one piece of the work.
+"""The two ways to read the rows of a plan into an array, each a callable on one piece of the work.
 
-`Compiled` and `InPlace` read uncompressed one-row chunks of local files directly into their slots; `Decode` reads
-everything else. Each checks the crc32c of every chunk before its values are returned, and raises CacheError.
+`Compiled` reads uncompressed one-row chunks of local files directly into their slots; `Decode` reads everything. Both
+check the crc32c of every chunk before its values are returned, and raise CacheError.
 """
 
 import os
 from functools import partial
 
 import numpy as np
-from crc32c import crc32c
 
 from h2t.cache.format import shard as shard_layout
 from h2t.cache.read.chunks import Chunks
@@ -65,36 +64,6 @@ class Compiled:
             raise files.ends_early(name, start, start + self.row_bytes + shard_layout.CRC_BYTES)
         for slot, lead in self.plan.repeats(first, last):
             self.out[slot] = self.out[lead]
-
-
-class InPlace:
-    """Does the work of `Compiled` if that was not built: reads rows into their slots and checksums beside them."""
-
-    def __init__(self, chunks: Chunks, expert: int, plan: Plan, out: np.ndarray) -> None:
-        self.chunks, self.expert, self.plan = chunks, expert, plan
-        self.rows = out.reshape(len(out), -1)
-        self.bytes = self.rows.reshape(-1).view(np.uint8).data
-        self.starts = plan.leads() * chunks.spec.row_bytes(expert)
-
-    def __call__(self, unit: Unit) -> None:
-        chunks, begin, count = self.chunks, unit.first, unit.last - unit.first
-        size = chunks.spec.row_bytes(self.expert)
-        slots = [self.bytes[at : at + size] for at in self.starts[unit.first : unit.last].tolist()]
-        expected = np.empty(count, "<u4")
-        sums = expected.view(np.uint8).data
-        buffers = slots * 2
-        buffers[0::2] = slots
-        buffers[1::2] = [sums[at : at + 4] for at in range(0, 4 * count, 4)]
-        assert isinstance(chunks.files, LocalFiles)
-        chunks.files.read_into(
-            chunks.spec.shard_file(self.expert, unit.shard),
-            ((start, stop, buffers[2 * (a - begin) : 2 * (b - begin)]) for a, b, start, stop in unit.runs),
-        )
-        wrong = np.flatnonzero(np.fromiter(map(crc32c, slots), np.uint32, count) != expected)
-        if len(wrong):
-            raise chunks.fault(self.expert, int(self.plan.chunks[begin + wrong[0]]), "crc32c mismatch")
-        for slot, lead in self.plan.repeats(unit.first, unit.last):
-            self.rows[slot] = self.rows[lead]
 
 
 class Decode:

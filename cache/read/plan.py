@@ -17,8 +17,6 @@ import numpy as np
 
 #: Reading this many unwanted bytes costs about as much as another system call.
 MAX_GAP_BYTES = 16 * 1024
-#: A vectored read takes 1024 buffers, and a chunk needs two: its values and its checksum.
-MAX_CHUNKS = 512
 #: Small enough for a CPU cache, large enough that the overhead per unit does not matter.
 UNIT_BYTES = 1024 * 1024
 
@@ -80,18 +78,11 @@ class Run(NamedTuple):
     stop: int
 
 
-def coalesce(
-    shards: np.ndarray,
-    offsets: np.ndarray,
-    sizes: np.ndarray,
-    *,
-    max_gap: int = MAX_GAP_BYTES,
-    max_chunks: int = MAX_CHUNKS,
-) -> list[Run]:
+def coalesce(shards: np.ndarray, offsets: np.ndarray, sizes: np.ndarray, *, max_gap: int = MAX_GAP_BYTES) -> list[Run]:
     """Runs of chunks, each to be fetched with one read, in order.
 
     `shards`, `offsets`, `sizes` int64 (m,): shard, offset and size in bytes of each chunk, sorted by shard and offset.
-    A run stays in one shard, has gaps of at most `max_gap` bytes and at most `max_chunks` chunks.
+    A run stays in one shard and has gaps of at most `max_gap` bytes.
     """
     count = len(shards)
     if not count:
@@ -99,9 +90,7 @@ def coalesce(
     ends = offsets + sizes
     gaps = offsets[1:] - ends[:-1]
     apart = np.concatenate([[True], (shards[1:] != shards[:-1]) | (gaps > max_gap) | (gaps < 0)])
-    position = np.arange(count)
-    neighbours = position - np.maximum.accumulate(np.where(apart, position, 0))
-    first = np.flatnonzero(neighbours % max_chunks == 0)
+    first = np.flatnonzero(apart)
     last = np.append(first[1:], count)
     columns = zip(first.tolist(), last.tolist(), offsets[first].tolist(), ends[last - 1].tolist(), strict=True)
     return list(map(partial(tuple.__new__, Run), columns))  # calling Run(...) takes twice as long

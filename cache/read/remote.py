@@ -1,7 +1,7 @@
 """The files of a cache behind a URL: ranges are fetched in parallel, retried, and cached on the local disk.
 
-fsspec handles protocols and credentials (`read.protocols`); `read.transfer` limits the size and duration of an answer.
-A request that fails is retried a few times with growing pauses. Shards go through the local block cache
+fsspec handles protocols and credentials (`read.protocols`); `read.stores` asks each kind of store, within bounds of
+size and time. A request that fails is retried a few times with growing pauses. Shards go through the local block cache
 (`read.blocks`) once the commit record is known.
 
 An open cache is pinned: each answer carries the version of its file (an ETag, or size and time), and a version other
@@ -12,7 +12,6 @@ cache, so the version of the commit record is checked again after it.
 import os
 import threading
 import time
-import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,28 +19,16 @@ from contextlib import suppress
 from itertools import islice
 from typing import Any, TypeVar
 
-from h2t.cache.errors import CacheError, CacheWarning
+from h2t.cache.errors import CacheError
 from h2t.cache.format.spec import MAPS, MAX_RECORD_BYTES, RECORD, sha256
 from h2t.cache.memory import available_memory
 from h2t.cache.read.asking import ask
 from h2t.cache.read.blocks import BLOCK_BYTES, BlockCache, arriving, from_environment, spans_of
+from h2t.cache.read.pins import Pins
 from h2t.cache.read.protocols import file_system, is_sshfs
 from h2t.cache.read.spans import merged
-from h2t.cache.read.transfer import (
-    Answer,
-    Pace,
-    Patience,
-    Take,
-    TooSlow,
-    Version,
-    about,
-    below,
-    copy_whole,
-    listing,
-    read_spans,
-    read_whole,
-    version_of,
-)
+from h2t.cache.read.stores import Store, store_of
+from h2t.cache.read.transfer import Answer, Pace, Patience, Take, TooSlow, version_of
 from h2t.cache.redaction import redacted, secrets_in, without
 
 T = TypeVar("T")
@@ -72,9 +59,7 @@ class RemoteFiles:
         self._given, self._url, self._secrets = url, redacted(url), secrets_in(url)
         self._blocks: BlockCache | None = None
         self._shards: Mapping[str, tuple[int, str]] = {}
-        self._versions: dict[str, Version] = {}
-        self._record: str | None = None  # sha256 of the commit record that was read
-        self._placed: set[str] = set()  # files whose pinned version is known to belong to the commit record
+        self._pins = Pins(self._url)
         self._looked = time.monotonic()  # when the commit record was last checked
         self._pace = Pace()
         self._store: Any = None
@@ -109,12 +94,16 @@ class RemoteFiles:
                 self._connect()
             return self._store
 
+    @property
+    def _at(self) -> Store:
+        return store_of(self._fs)
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopened, (type(self), self._given, self._shards, self._opened())
 
     def _opened(self) -> dict[str, Any]:
-        """Pinned versions and record, to be sent to another process."""
-        return {"_versions": dict(self._versions), "_record": self._record, "_placed": set(self._placed)}
+        """What another process must know of the files that were opened: attribute -> value."""
+        return {"_pins": self._pins.copy()}
 
     def after_fork(self) -> None:
         """Drops the connection and all locks in a forked child, where the parent's threads do not exist."""
@@ -170,7 +159,7 @@ class RemoteFiles:
         sizes = {name: self.size(name) if size is None else size for name, size in listed.items()}
         if sizes:
             self._check_record()
-            self._placed.update(sizes)
+            self._pins.placed.update(sizes)
         return sizes
 
     def listed_sizes(self, names: Iterable[str]) -> dict[str, int | None]:
@@ -189,17 +178,17 @@ class RemoteFiles:
         """Every file below the URL; empty if the store cannot list them."""
         root = self._root.rstrip("/")
         try:
-            return {str(name)[len(root) :].lstrip("/") for name in below(self._fs, root, Patience(self._pace))}
+            return {str(name)[len(root) :].lstrip("/") for name in self._at.below(root, Patience(self._pace))}
         except (OSError, NotImplementedError, TooSlow):
             return set()
 
     def read_all(self, name: str, at_most: int) -> bytes:
         """All bytes of `name`. Raises CacheError `damaged` if there are more than `at_most`, `missing`, `replaced`."""
         self._check_memory(name, at_most)
-        data, version = self._ask(name, lambda patience: read_whole(self._fs, self._path(name), at_most, patience))
-        self._pin(name, version)
+        data, version = self._ask(name, lambda patience: self._at.whole(self._path(name), at_most, patience))
+        self._pins.pin(name, version)
         if name == RECORD:
-            self._pin_record(data, version)
+            self._pins.pin_record(data, version)
         return data
 
     def copy(self, name: str, start: Callable[[], Take], at_most: int) -> None:
@@ -208,8 +197,8 @@ class RemoteFiles:
         After a failure, `start` is called again and all bytes come again. CacheErrors of these functions pass as they
         are. Raises CacheError `damaged` if there are more than `at_most` bytes, `missing`, `replaced`, `unreachable`.
         """
-        version = self._ask(name, lambda patience: copy_whole(self._fs, self._path(name), at_most, patience, start()))
-        self._pin(name, version)
+        version = self._ask(name, lambda patience: self._at.copy(self._path(name), at_most, patience, start()))
+        self._pins.pin(name, version)
 
     def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """For each range (start, stop), its bytes. Raises CacheError `damaged` if there are fewer or more."""
@@ -229,7 +218,7 @@ class RemoteFiles:
         if self._blocks is not None and name in self._shards:
             digest = self._shards[name][1]
             self._blocks.forget(digest)
-            if name in self._versions:
+            if name in self._pins.versions:
                 self._blocks.forget(self._arriving(name, digest))
         self._check_record(content=True)
 
@@ -240,35 +229,13 @@ class RemoteFiles:
         return f"{self._root.rstrip('/')}/{name}{self._query}"
 
     def _about(self, name: str) -> dict[str, Any]:
-        details = self._ask(name, lambda patience: about(self._fs, self._path(name), patience))
-        self._pin(name, version_of(details))
+        details = self._ask(name, lambda patience: self._at.about(self._path(name), patience))
+        self._pins.pin(name, version_of(details))
         return details
-
-    def _pin(self, name: str, version: Version) -> None:
-        """Remembers the first version of a file; raises CacheError `replaced` for any other."""
-        held = self._versions.setdefault(name, version)
-        if held.differs(version):
-            raise self._replaced(f"{name} has another version than before")
-        if version.known and not held.known:
-            self._versions[name] = version
-
-    def _pin_record(self, data: bytes, version: Version) -> None:
-        digest = sha256(data)
-        if self._record is None:
-            self._record = digest
-            if not version.known:
-                warnings.warn(
-                    f"{self._url}: the store tells neither ETag nor time of a file; if the cache is replaced while it "
-                    "is open, this is noticed only if its bytes do not match",
-                    CacheWarning,
-                    stacklevel=4,
-                )
-        elif digest != self._record:
-            raise self._replaced(f"{RECORD} differs from the one read before")
 
     def _check_record(self, *, content: bool = False) -> None:
         """Raises CacheError `replaced` unless the commit record is still the one read: same version, or `content`."""
-        if self._record is None or not (content or self._versions[RECORD].known):
+        if self._pins.record is None or not (content or self._pins.known(RECORD)):
             return
         try:
             if content:
@@ -277,12 +244,9 @@ class RemoteFiles:
                 self._about(RECORD)
         except CacheError as error:
             if error.reason in ("missing", "damaged"):
-                raise self._replaced(f"{RECORD} is gone") from None
+                raise self._pins.replaced(f"{RECORD} is gone") from None
             raise
         self._looked = time.monotonic()
-
-    def _replaced(self, what: str) -> CacheError:
-        return CacheError("replaced", f"{self._url}: was replaced while it was open ({what}); open the cache again")
 
     def _check_memory(self, name: str, size: int) -> None:
         if size > SMALL_BYTES and size > available_memory():
@@ -294,7 +258,7 @@ class RemoteFiles:
         """Sizes in bytes of the files in `folder`; empty unless the store lists the sizes of all of them."""
         path = self._path(folder).rstrip("/")
         try:
-            files = [entry for entry in listing(self._fs, path, Patience(self._pace)) if entry["type"] == "file"]
+            files = [entry for entry in self._at.listing(path, Patience(self._pace)) if entry["type"] == "file"]
             entries = {f"{folder}/{str(entry['name']).rpartition('/')[2]}".lstrip("/"): entry for entry in files}
             versions = {name: version_of(entry) for name, entry in entries.items()}
         except Exception:  # noqa: BLE001 - stores raise anything; without a listing, files are requested one by one
@@ -302,7 +266,7 @@ class RemoteFiles:
         if any(version.size is None for version in versions.values()):
             return {}
         for name, version in versions.items():
-            self._pin(name, version)
+            self._pins.pin(name, version)
         return {name: version.size for name, version in versions.items() if version.size is not None}
 
     def _kept(self, name: str, size: int, digest: str, ranges: Sequence[tuple[int, int]]) -> str | None:
@@ -322,7 +286,7 @@ class RemoteFiles:
                 return digest
             if blocks.is_whole(digest):
                 key = digest
-            elif self._versions.get(name, Version()).known or version_of(self._about(name)).known:
+            elif self._pins.known(name) or version_of(self._about(name)).known:
                 key = self._arriving(name, digest)
             else:  # without a version, blocks of different files could be mixed, so none are cached
                 return None
@@ -340,7 +304,7 @@ class RemoteFiles:
             return digest if whole else key
 
     def _arriving(self, name: str, digest: str) -> str:
-        return arriving(digest, f"{self._url}/{name} {self._versions[name]}")
+        return arriving(digest, f"{self._url}/{name} {self._pins.versions[name]}")
 
     def _another(self, name: str) -> CacheError:
         return CacheError(
@@ -360,7 +324,7 @@ class RemoteFiles:
         def request_missing(patience: Patience) -> None:
             todo = [i for i, answer in enumerate(received) if answer is None]
             failed = None
-            answers = read_spans(self._fs, self._path(name), [spans[i] for i in todo], patience)
+            answers = self._at.spans(self._path(name), [spans[i] for i in todo], patience)
             for i, answer in zip(todo, answers, strict=True):
                 if isinstance(answer, BaseException):
                     failed = answer
@@ -374,15 +338,15 @@ class RemoteFiles:
         self._ask(name, request_missing)
         answers = [answer for answer in received if answer]
         for answer, (start, stop) in zip(answers, spans, strict=True):
-            self._pin(name, answer.version)
+            self._pins.pin(name, answer.version)
             if len(answer.data) != stop - start:
                 raise CacheError(
                     "damaged",
                     f"{self._url}/{name}: bytes {start} to {stop} were requested, {len(answer.data)} bytes came",
                 )
-        if name not in self._placed or time.monotonic() - self._looked > RECORD_SECONDS:
+        if name not in self._pins.placed or time.monotonic() - self._looked > RECORD_SECONDS:
             self._check_record()
-            self._placed.add(name)
+            self._pins.placed.add(name)
         return [answer.data for answer in answers]
 
     def _ask(self, name: str, question: Callable[[Patience], T]) -> T:

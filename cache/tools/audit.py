@@ -3,9 +3,8 @@
 `verify` and `pooled` have files of their own and are imported from here.
 """
 
-import os
+import math
 from collections import Counter
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,7 @@ from h2t.cache.tools.verify import Fault, verify
 
 __all__ = ["Fault", "describe", "pooled", "stats", "verify"]
 
-WORKERS = min(4, os.cpu_count() or 1)
-BLOCK_BYTES = 8 * 1024 * 1024  # of stored values; a worker needs about six times as much memory
+BLOCK_BYTES = 8 * 1024 * 1024  # of stored values read at a time; about six times as much memory is needed
 
 
 def describe(cache: Cache) -> dict[str, Any]:
@@ -49,85 +47,48 @@ def describe(cache: Cache) -> dict[str, Any]:
     }
 
 
-@dataclass(slots=True)
-class _Sums:
-    """Sums over rows of one expert; `norms` is label -> (rows, sum of L2 norms)."""
-
-    values: int = 0
-    zeros: int = 0
-    nan: int = 0
-    inf: int = 0
-    low: float = np.inf
-    high: float = -np.inf
-    total: float = 0.0
-    norms: dict[int, tuple[int, float]] | None = None
-
-    def add(self, other: "_Sums") -> None:
-        self.values += other.values
-        self.zeros += other.zeros
-        self.nan += other.nan
-        self.inf += other.inf
-        self.low = min(self.low, other.low)
-        self.high = max(self.high, other.high)
-        self.total += other.total
-        self.norms = self.norms or {}
-        for label, (rows, norm) in (other.norms or {}).items():
-            have = self.norms.get(label, (0, 0.0))
-            self.norms[label] = (have[0] + rows, have[1] + norm)
-
-
-def _block(cache: Cache, expert: int, start: int, stop: int, labels: np.ndarray) -> _Sums:
-    stored = cache.read(np.arange(start, stop), expert=expert)
-    values = to_float32(stored, cache.spec.dtype).reshape(len(stored), -1).astype(np.float64)
-    finite = np.isfinite(values)
-    sums = _Sums(values=values.size, zeros=int((values == 0).sum()), nan=int(np.isnan(values).sum()))
-    sums.inf = int(finite.size - finite.sum()) - sums.nan
-    if finite.any():
-        sums.low = float(values.min(where=finite, initial=np.inf))
-        sums.high = float(values.max(where=finite, initial=-np.inf))
-    values[~finite] = 0
-    sums.total = float(values.sum())
-    norm = np.sqrt(np.einsum("ij,ij->i", values, values))
-    present, which = np.unique(labels, return_inverse=True)
-    rows, norms = np.bincount(which), np.bincount(which, norm)
-    sums.norms = {int(label): (int(n), float(s)) for label, n, s in zip(present, rows, norms, strict=True)}
-    return sums
-
-
-def stats(cache: Cache, *, workers: int = WORKERS) -> list[dict[str, Any]]:
+def stats(cache: Cache) -> list[dict[str, Any]]:
     """Statistics of the values of each expert, as one JSON object per expert.
 
     `sparsity` is the share of values that are 0; `values`, `nan` and `inf` are counts; `classes` lists the rows and the
     mean L2 norm of the maps of each class. `min`, `max`, `mean` and norms are over finite values; `min`, `max` and
-    `mean` are None if there are none. Memory depends on the number of workers, not on the size of the cache.
+    `mean` are None if there are none.
     """
-    import dask
-
-    labels = cache.rows["label"].to_numpy()
-    spec = cache.spec
+    labels, spec = cache.rows["label"].to_numpy(), cache.spec
     table = []
     for expert, shape in enumerate(spec.maps):
+        zeros = nan = finite_values = 0
+        low, high, total = np.inf, -np.inf, 0.0
+        norms = np.zeros(labels.max() + 1)
         step = max(1, BLOCK_BYTES // (spec.row_bytes(expert) * spec.chunk_rows)) * spec.chunk_rows
-        blocks = [(start, min(start + step, spec.rows)) for start in range(0, spec.rows, step)]
-        tasks = [dask.delayed(_block, pure=False, traverse=False)(cache, expert, a, b, labels[a:b]) for a, b in blocks]
-        sums = _Sums()
-        for part in dask.compute(*tasks, scheduler="threads", num_workers=workers):
-            sums.add(part)
-        finite = sums.values - sums.nan - sums.inf
+        for start in range(0, spec.rows, step):
+            stored = cache.read(np.arange(start, min(start + step, spec.rows)), expert=expert)
+            values = to_float32(stored, spec.dtype).reshape(len(stored), -1).astype(np.float64)
+            finite = np.isfinite(values)
+            zeros += int((values == 0).sum())
+            nan += int(np.isnan(values).sum())
+            finite_values += int(finite.sum())
+            low = min(low, values.min(where=finite, initial=np.inf))
+            high = max(high, values.max(where=finite, initial=-np.inf))
+            values[~finite] = 0
+            total += float(values.sum())
+            norm = np.sqrt(np.einsum("ij,ij->i", values, values))
+            norms += np.bincount(labels[start : start + step], norm, len(norms))
+        count, rows = spec.rows * math.prod(shape), np.bincount(labels)
         table.append(
             {
                 "expert": expert,
                 "shape": list(shape),
-                "values": sums.values,
-                "sparsity": sums.zeros / sums.values,
-                "min": sums.low if finite else None,
-                "max": sums.high if finite else None,
-                "mean": sums.total / finite if finite else None,
-                "nan": sums.nan,
-                "inf": sums.inf,
+                "values": count,
+                "sparsity": zeros / count,
+                "min": float(low) if finite_values else None,
+                "max": float(high) if finite_values else None,
+                "mean": total / finite_values if finite_values else None,
+                "nan": nan,
+                "inf": count - finite_values - nan,
                 "classes": [
-                    {"label": label, "rows": rows, "mean_l2": norm / rows}
-                    for label, (rows, norm) in sorted((sums.norms or {}).items())
+                    {"label": label, "rows": int(rows[label]), "mean_l2": float(norms[label] / rows[label])}
+                    for label in np.flatnonzero(rows).tolist()
                 ],
             }
         )

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,6 @@ def pooled(
     each shard with its number of rows. Raises CacheError: `exists`, `busy`, `full`, `unwritable`, `mismatch`, and
     whatever reading `cache` raises.
     """
-    import dask
-
     target = Path(target)
     parent = cache.spec
     maps = tuple((_pooled(cache, pool, e, 0, 1).shape[1], 1, 1) for e in range(cache.experts))
@@ -94,8 +93,8 @@ def pooled(
         # A worker holds a shard, its encoded copy, and a block once in the parent's dtype and twice in float32.
         own = 2 * sum(spec.shard_rows * spec.row_bytes(e) for e in range(spec.experts)) + 5 * BLOCK_BYTES
         workers = max(1, min(WORKERS, available_memory() // (2 * own)))
-        tasks = [dask.delayed(shard, pure=False)(number) for number in writer.pending]
-        dask.compute(*tasks, scheduler="threads", num_workers=workers)
+        with ThreadPoolExecutor(workers) as threads:
+            list(threads.map(shard, writer.pending))
         writer.commit(cache.statistics, card(spec, cache.rows), replace=replace)
     return spec
 

@@ -10,6 +10,7 @@ first. If only the layout differs, or rows moved within chunks, the rows are rea
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Protocol
 
 import numpy as np
@@ -145,7 +146,8 @@ class Carrier:
         cuts = np.flatnonzero(apart) + 1
         runs = list(zip([0, *cuts.tolist()], [*cuts.tolist(), len(chunks)], strict=True))
         stored: list[memoryview] = []
-        for shard, mine in _by_shard(shards, runs):
+        for shard, group in groupby(runs, key=lambda run: int(shards[run[0]])):
+            mine = list(group)
             ranges = [(int(offsets[a]), int(ends[b - 1])) for a, b in mine]
             name = self.source.spec.shard_file(expert, shard)
             for (a, b), data in zip(mine, self.source.files.read_ranges(name, ranges), strict=True):
@@ -157,14 +159,3 @@ class Carrier:
                         raise self.source.chunk_fault(expert, int(chunks[i]), "crc32c mismatch")
                     stored.append(chunk)
         return stored
-
-
-def _by_shard(shards: np.ndarray, runs: Sequence[tuple[int, int]]) -> list[tuple[int, list[tuple[int, int]]]]:
-    """Runs of chunks grouped by shard: (shard, runs)."""
-    groups: list[tuple[int, list[tuple[int, int]]]] = []
-    for run in runs:
-        shard = int(shards[run[0]])
-        if not groups or groups[-1][0] != shard:
-            groups.append((shard, []))
-        groups[-1][1].append(run)
-    return groups

@@ -63,8 +63,8 @@ def _create(options: Options, **more: Any) -> Any:
     timm = package("timm")
     config = resolved(options).config or {}
     name = str(config.get("architecture", options.model))
-    known = timm.list_models(include_tags=True)
-    if name.partition(".")[0] not in {one.partition(".")[0] for one in known}:
+    known = timm.list_models()
+    if name.partition(".")[0] not in known:
         raise UserError(
             f"options.model: must be a network of timm, a folder or a hub id; got {name!r}{nearest(name, known)}"
         )

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from h2t.cache.redaction import one_line, redacted
 
+LONGEST_MESSAGE = 200  # characters of a library's message that are shown
 LONGEST_NAME = 100  # the time to compare two names grows with the square of their length
 
 
@@ -23,7 +24,7 @@ NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "can
 
 #: Import names of the packages that the extra `pipeline` installs and the base install leaves out.
 PIPELINE = {
-    "PIL", "dask", "jinja2", "pandas", "pydantic", "safetensors", "scipy", "sklearn", "threadpoolctl",
+    "PIL", "jinja2", "pandas", "pydantic", "safetensors", "scipy", "sklearn", "threadpoolctl",
     "torch", "torchvision", "tqdm",
 }  # fmt: skip
 
@@ -43,6 +44,11 @@ def of_the_machine(error: BaseException) -> UserError | None:
         said = next(iter(str(error).splitlines()), "").rstrip(". ") or "not enough"
         return UserError(f"memory: {said}; raise the limit or close other programs, then run again")
     return None
+
+
+def in_brief(error: BaseException) -> str:
+    """The message of a library's error on one line of at most 200 characters, or the name of its class."""
+    return " ".join(str(error).split())[:LONGEST_MESSAGE] or type(error).__name__
 
 
 def nearest(name: object, known: Iterable[object]) -> str:

@@ -3,9 +3,11 @@
 Each stage and each plug-in declares its own `Section`, so a new option of one stage reruns no other stage.
 """
 
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -47,48 +49,40 @@ class Section(pydantic.BaseModel):
         return _representable(value)
 
 
-def within(low: float, high: float) -> pydantic.AfterValidator:
-    """A validator: the number must lie in [low, high]."""
+@dataclass(frozen=True)
+class Bounds:
+    """A check that a number lies between `low` and `high`, and is not `low` itself if `exclusive`; else ValueError."""
 
-    def check(value: float) -> float:
-        if not low <= value <= high:
-            raise ValueError(f"must lie in [{low:g}, {high:g}]")
+    said: str
+    low: float = -math.inf
+    high: float = math.inf
+    exclusive: bool = False
+
+    def __call__(self, value: float) -> float:
+        if not self.low <= value <= self.high or (self.exclusive and value == self.low):
+            raise ValueError(f"must {self.said}")
         return value
 
-    return pydantic.AfterValidator(check)
+
+def within(low: float, high: float) -> pydantic.AfterValidator:
+    """A validator: the number must lie in [low, high]."""
+    return pydantic.AfterValidator(Bounds(f"lie in [{low:g}, {high:g}]", low, high))
 
 
 def above(low: float) -> pydantic.AfterValidator:
     """A validator: the number must be greater than `low`."""
-
-    def check(value: float) -> float:
-        if not value > low:
-            raise ValueError(f"must be greater than {low:g}")
-        return value
-
-    return pydantic.AfterValidator(check)
+    return pydantic.AfterValidator(Bounds(f"be greater than {low:g}", low, exclusive=True))
 
 
 def at_least(low: int) -> pydantic.AfterValidator:
     """A validator: the number must be at least `low`."""
-
-    def check(value: float) -> float:
-        if not value >= low:
-            raise ValueError(f"must be at least {low}")
-        return value
-
-    return pydantic.AfterValidator(check)
+    return pydantic.AfterValidator(Bounds(f"be at least {low}", low))
 
 
 def at_most(high: float) -> pydantic.AfterValidator:
     """A validator: the number must be at most `high`."""
-
-    def check(value: float) -> float:
-        if not value <= high:
-            raise ValueError(f"must be at most {high if isinstance(high, int) else f'{high:g}'}")
-        return value
-
-    return pydantic.AfterValidator(check)
+    most = str(high) if isinstance(high, int) else f"{high:g}"
+    return pydantic.AfterValidator(Bounds(f"be at most {most}", high=high))
 
 
 def plugin(kind: str) -> pydantic.AfterValidator:

@@ -14,7 +14,7 @@ from h2t.pipeline.base.errors import UserError, nearest
 _FILE = re.compile(r"[^\W_][\w-]{0,99}")  # valid file names, without the ending
 KINDS = ("datasets", "backbones", "objectives", "samplers", "pools", "hosts")
 #: Kinds whose file may leave out its parameters: (class with the default, name of the parameters).
-DEFAULTS = {"pools": ("Pool", "Options"), "hosts": ("Host", "Loss")}
+DEFAULTS = {"objectives": ("Objective", "Loss"), "pools": ("Pool", "Options"), "hosts": ("Host", "Loss")}
 
 
 def folders(kind: str) -> list[Path]:

@@ -25,7 +25,7 @@ from h2t.pipeline.command_line.options import PATH
     "--backbone",
     metavar="NAME",
     help="A pretrained backbone that is not trained further, by plug-in or PLUG-IN:MODEL: resnet50, "
-    "torchvision:efficientnet_b0. By default a small ResNet is trained.",
+    "timm:convnext_tiny. By default a small ResNet is trained.",
 )
 @click.option(
     "--check",

@@ -7,28 +7,28 @@ import json
 import os
 import shutil
 import time
+import traceback
 from collections.abc import Callable
 from functools import partial, wraps
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from h2t.cache.errors import CacheError
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.run import Run, Say, silent
 from h2t.pipeline.command_line import names, options
 from h2t.pipeline.command_line.caches import cache as cache_group
 from h2t.pipeline.command_line.caches import opened, previous
 from h2t.pipeline.command_line.init import init
+from h2t.pipeline.command_line.lists import list_plugins, list_presets
 from h2t.pipeline.command_line.models import export, predict
 from h2t.pipeline.command_line.one_line import OneLineErrors
 from h2t.pipeline.command_line.options import PATH
 from h2t.pipeline.command_line.sharing import COMMANDS as SHARING
 from h2t.pipeline.command_line.sharing import doctor, upgrade
-
-if TYPE_CHECKING:
-    from h2t.pipeline.base.run import Run
 
 
 @click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 def main() -> None:
     """Train better classifiers for long-tailed images on cached feature maps.
 
-    `h2t init` writes a project for images of your own. `dvc repro` runs all
-    stages of params.yaml. In order they are: watch, inputs, prepare, train-backbone, extract,
+    `h2t init` writes a project for images of your own. `dvc repro` runs all stages of
+    params.yaml. In order they are: watch, inputs, prepare, train-backbone, extract,
     pool, probe, train-classifier, evaluate, report.
 
     \b
@@ -46,16 +46,10 @@ def main() -> None:
     """  # noqa: D301 - click wants the character, not two
 
 
-for command in SHARING:
-    cache_group.add_command(command)
-main.add_command(cache_group)
-main.add_command(init)
-main.add_command(doctor)
-main.add_command(upgrade)
-main.add_command(export)
-main.add_command(predict)
-
-Say = Callable[[str], None]
+for of_cache in SHARING:
+    cache_group.add_command(of_cache)
+for command in (cache_group, init, doctor, upgrade, export, predict, list_presets, list_plugins):
+    main.add_command(command)
 
 
 def stage(function: Callable[..., Any], *, outline: bool = False) -> Callable[..., Any]:
@@ -88,7 +82,7 @@ def stage(function: Callable[..., Any], *, outline: bool = False) -> Callable[..
         from h2t.pipeline.stages import inputs
 
         started, used = time.perf_counter(), time.process_time()
-        say: Say = (lambda line: None) if quiet else click.echo
+        say: Say = silent if quiet else click.echo
         values = params.load(params_file, overrides)
         if device is not None:
             values["device"] = device
@@ -100,7 +94,7 @@ def stage(function: Callable[..., Any], *, outline: bool = False) -> Callable[..
                 facts = function(values=values, say=say, **arguments)
         except (UserError, CacheError) as error:
             if verbose:
-                raise SystemExit(_traceback()) from None
+                raise SystemExit(traceback.format_exc()) from None
             if hint := inputs.in_queue(values):
                 raise UserError(f"{error}{hint}") from None
             raise
@@ -116,16 +110,9 @@ def stage(function: Callable[..., Any], *, outline: bool = False) -> Callable[..
 outlined_stage = partial(stage, outline=True)
 
 
-def _traceback() -> str:
-    import traceback
-
-    return traceback.format_exc()
-
-
-def _run(values: dict[str, Any], say: Say, name: str, out: Path) -> "Run":
+def _run(values: dict[str, Any], say: Say, name: str, out: Path) -> Run:
     """The run of a stage that computes on a device. Raises UserError if this machine does not have it."""
     from h2t.pipeline.base import device
-    from h2t.pipeline.base.run import Run
 
     return Run(name, out, device.choose(values["device"]), values["seed"], say)
 
@@ -157,7 +144,7 @@ def watch(name: str, out: Path, params_file: Path, quiet: bool) -> None:
     from h2t.pipeline.base import params
     from h2t.pipeline.stages import watch as stage_module
 
-    say: Say = (lambda line: None) if quiet else click.echo
+    say: Say = silent if quiet else click.echo
     stage_module.run(name, params.load(params_file).get("inputs") or {}, out, say)
 
 
@@ -178,7 +165,6 @@ def inputs(values: dict[str, Any], say: Say, digests: Path, out: Path) -> None:
 def prepare(values: dict[str, Any], say: Say, out: Path) -> None:
     """Choose samples: hold out, make long-tailed, order classes."""
     from h2t.pipeline.base import params
-    from h2t.pipeline.base.run import Run
     from h2t.pipeline.stages import prepare as stage_module
 
     section = params.build(stage_module.Params, "prepare", params.section(values, "prepare"))
@@ -239,7 +225,6 @@ def extract(
 def pool(values: dict[str, Any], say: Say, name: str, cache: str, out: Path, replace: bool) -> None:
     """Copy a cache with each map pooled to a vector."""
     from h2t.pipeline.base import params
-    from h2t.pipeline.base.run import Run
     from h2t.pipeline.stages import pool as stage_module
 
     section = params.build(stage_module.Params, "pool", params.section(values, "pool"))
@@ -365,7 +350,6 @@ def sweep(
     """
     from h2t.pipeline.base import params
     from h2t.pipeline.base.outputs import fresh_directory
-    from h2t.pipeline.base.run import silent
     from h2t.pipeline.heads.residency import Residency
     from h2t.pipeline.heads.stack import Optimiser
     from h2t.pipeline.inspection import sweep as work
@@ -434,7 +418,6 @@ def report(
     writes a report of both there.
     """
     from h2t.pipeline.base import params
-    from h2t.pipeline.base.run import Run
     from h2t.pipeline.stages import report as stage_module
 
     if compare:
@@ -449,49 +432,3 @@ def report(
     section = params.build(stage_module.Params, "report", params.section(values, "report"))
     names.check_evaluated(values, evaluate_dir)
     stage_module.run(section, Run("report", out, say=say), list(params.section(values, "hosts")), evaluate_dir, runs)
-
-
-@main.command("presets", epilog="h2t presets cifar10-100 > params.yaml")
-@click.argument(
-    "name", required=False, shell_complete=options.preset_names, help="Print this preset instead of the list."
-)
-def list_presets(name: str | None) -> None:
-    """List the presets (the paper's settings), or print one."""
-    from h2t.pipeline.command_line import presets
-
-    if name is not None:
-        click.echo(presets.text(name), nl=False)
-        return
-    _print_table([(one, presets.summary(one)) for one in presets.names()])
-
-
-@main.command("list", epilog="h2t list hosts")
-@click.argument(
-    "kind",
-    required=False,
-    shell_complete=options.kinds,
-    help="datasets, backbones, objectives, samplers, pools or hosts; by default all.",
-)
-@options.as_json
-def list_plugins(kind: str | None, as_json: bool) -> None:
-    """List the plug-ins that parameters can name."""
-    from h2t.pipeline.base import plugins
-    from h2t.pipeline.base.errors import nearest
-
-    if kind is not None and kind not in plugins.KINDS:
-        raise UserError(f"kind: must be one of {', '.join(plugins.KINDS)}; got {kind!r}{nearest(kind, plugins.KINDS)}")
-    summaries = {k: {n: plugins.summary(k, n) for n in plugins.names(k)} for k in plugins.KINDS if kind in (None, k)}
-    if as_json:
-        click.echo(json.dumps(summaries, indent=2, sort_keys=True))
-        return
-    width = max(len(name) for entries in summaries.values() for name in entries)
-    for one, entries in summaries.items():
-        click.echo(one)
-        _print_table([(f"  {name:{width}}", line) for name, line in entries.items()])
-
-
-def _print_table(rows: list[tuple[str, str]]) -> None:
-    """Prints two columns. The second is wrapped, so that lines have at most 80 characters."""
-    formatter = click.HelpFormatter(width=80)
-    formatter.write_dl(rows)
-    click.echo(formatter.getvalue(), nl=False)

@@ -73,9 +73,10 @@ def _answered(
 ) -> list[Answers]:
     """Predictions of each head from blocks of logits (heads, n, classes), which together cover all `samples`.
 
-    The arrays are made once and filled: with many heads and samples, they are most of what evaluation holds.
+    The arrays are made once: with many heads and samples, they are most of what evaluation holds. They are written to
+    before the first block, so that the size of the blocks is chosen from the memory that is left.
     """
-    said = [Answers(np.empty(samples, np.int32), np.empty(samples)) for _ in range(heads)]
+    said = [Answers(np.full(samples, -1, np.int32), np.full(samples, np.nan)) for _ in range(heads)]
     first = 0
     for part, block in blocks:
         for mine, logits_of_head in zip(said, _finite(block, cache, part).numpy(), strict=True):

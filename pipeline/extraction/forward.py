@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -98,62 +99,6 @@ class Launched:
 
 
 @dataclass(frozen=True)
-class Work:
-    """Turns rows of the table `rows` into maps of `dtype`. `seed` is the seed of the augmented views."""
-
-    rows: pa.Table
-    images: Images
-    backbone: Backbone
-    statistics: Statistics
-    batch_size: int
-    precision: Precision
-    dtype: str
-    seed: int
-    device: torch.device
-    passes: Passes
-
-    def batches(self, numbers: np.ndarray) -> Iterator[tuple[str, pa.Table]]:
-        """(statistics, rows) of each forward pass over the rows `numbers`: in order, at most `batch_size` rows."""
-        chosen = self.rows.take(numbers)
-        names = np.array(chosen["statistics"])
-        cuts = [0, *(np.flatnonzero(names[1:] != names[:-1]) + 1).tolist(), len(chosen)]
-        for begin, end in pairwise(cuts):
-            for first in range(begin, end, self.batch_size):
-                yield str(names[first]), chosen.slice(first, min(self.batch_size, end - first))
-
-    def decode(self, part: pa.Table) -> torch.Tensor:
-        """Input of one forward pass, (batch_size, 3, H, W): the last image is repeated to fill up the batch."""
-        samples, views = part["sample"].to_pylist(), part["view"].to_pylist()
-        keys = [None if view == 0 else (self.seed, view) for view in views]
-        missing = self.batch_size - len(samples)
-        batch = self.images.batch(samples, keys)
-        if missing:
-            batch = torch.cat([batch, batch[-1:].expand(missing, -1, -1, -1)])
-        return batch.pin_memory() if self.device.type == "cuda" else batch
-
-    @torch.no_grad()
-    def launch(self, x: torch.Tensor, count: int) -> Launched:
-        """Starts the forward pass of the images `x`, of which the first `count` are wanted; on the CPU, runs it.
-
-        Uses the batch-norm statistics that the backbone holds now.
-        """
-        cuda = self.device.type == "cuda"
-        clock, used = time.perf_counter(), time.process_time()
-        started = _event(self.device) if cuda else None
-        computed_maps = guarded_maps(self.backbone, x.to(self.device, non_blocking=True), self.precision)
-        self.passes.images += len(x)
-        self.passes.seconds += 0 if cuda else time.perf_counter() - clock
-        self.passes.cpu += time.process_time() - used
-        maps = [m[:count] for m in computed_maps]
-        kept = [m.to(DTYPES[self.dtype]) for m in maps]
-        finite = torch.stack([m.isfinite().all() for m in kept]).all()
-        if cuda:
-            kept, finite = [_pinned(m) for m in kept], _pinned(finite)
-        done = _event(self.device) if cuda else None
-        return Launched(maps, kept, finite, started, done)
-
-
-@dataclass(frozen=True)
 class Job:
     """The work of an extraction, as sent to cluster workers, which compute the same bytes from it as this process."""
 
@@ -184,16 +129,70 @@ class Job:
                     f"run.cluster: {key} must be {value} on every worker; got {here[key]}; give the worker the same "
                     "files, device and versions, or leave it out"
                 )
-        work = self.work(backbone.to(device), device, Passes())
-        return lambda shard: next(computed(work, self.spec, {shard: self.todo[shard]}, lambda rows: None))[1]
+        work = Work(self, backbone.to(device), device, Passes())
+        return lambda shard: next(computed(work, {shard: self.todo[shard]}, lambda rows: None))[1]
 
-    def work(self, backbone: Backbone, device: torch.device, passes: Passes) -> Work:
-        """The `Work` that computes rows with `backbone`, which is on `device`, and adds its cost to `passes`."""
-        statistics = batchnorm.from_bytes(self.statistics)
-        batch_size, precision, dtype = self.settings["batch_size"], self.settings["precision"], self.spec.dtype
-        return Work(
-            self.rows, self.images, backbone, statistics, batch_size, precision, dtype, self.seed, device, passes
+
+@dataclass(frozen=True)
+class Work:
+    """Computes the maps of a job's rows with `backbone`, which is on `device`, and adds the cost to `passes`."""
+
+    job: Job
+    backbone: Backbone
+    device: torch.device
+    passes: Passes
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        """The batch-norm statistics of the cache, by name."""
+        return batchnorm.from_bytes(self.job.statistics)
+
+    @property
+    def batch_size(self) -> int:
+        """Images in a forward pass."""
+        return int(self.job.settings["batch_size"])
+
+    def batches(self, numbers: np.ndarray) -> Iterator[tuple[str, pa.Table]]:
+        """(statistics, rows) of each forward pass over the rows `numbers`: in order, at most `batch_size` rows."""
+        chosen = self.job.rows.take(numbers)
+        names = np.array(chosen["statistics"])
+        cuts = [0, *(np.flatnonzero(names[1:] != names[:-1]) + 1).tolist(), len(chosen)]
+        for begin, end in pairwise(cuts):
+            for first in range(begin, end, self.batch_size):
+                yield str(names[first]), chosen.slice(first, min(self.batch_size, end - first))
+
+    def decode(self, part: pa.Table) -> torch.Tensor:
+        """Input of one forward pass, (batch_size, 3, H, W): the last image is repeated to fill up the batch."""
+        samples, views = part["sample"].to_pylist(), part["view"].to_pylist()
+        keys = [None if view == 0 else (self.job.seed, view) for view in views]
+        missing = self.batch_size - len(samples)
+        batch = self.job.images.batch(samples, keys)
+        if missing:
+            batch = torch.cat([batch, batch[-1:].expand(missing, -1, -1, -1)])
+        return batch.pin_memory() if self.device.type == "cuda" else batch
+
+    @torch.no_grad()
+    def launch(self, x: torch.Tensor, count: int) -> Launched:
+        """Starts the forward pass of the images `x`, of which the first `count` are wanted; on the CPU, runs it.
+
+        Uses the batch-norm statistics that the backbone holds now.
+        """
+        cuda = self.device.type == "cuda"
+        clock, used = time.perf_counter(), time.process_time()
+        started = _event(self.device) if cuda else None
+        computed_maps = guarded_maps(
+            self.backbone, x.to(self.device, non_blocking=True), self.job.settings["precision"]
         )
+        self.passes.images += len(x)
+        self.passes.seconds += 0 if cuda else time.perf_counter() - clock
+        self.passes.cpu += time.process_time() - used
+        maps = [m[:count] for m in computed_maps]
+        kept = [m.to(DTYPES[self.job.spec.dtype]) for m in maps]
+        finite = torch.stack([m.isfinite().all() for m in kept]).all()
+        if cuda:
+            kept, finite = [_pinned(m) for m in kept], _pinned(finite)
+        done = _event(self.device) if cuda else None
+        return Launched(maps, kept, finite, started, done)
 
 
 def shards(
@@ -212,7 +211,7 @@ def shards(
     that are waited for. `straddle`: see `computed`.
     """
     if address is None:
-        yield from computed(job.work(backbone, job.device, passes), job.spec, job.todo, tick, straddle=straddle)
+        yield from computed(Work(job, backbone, job.device, passes), job.todo, tick, straddle=straddle)
         return
     for shard, maps in cluster.shards(address, job, list(job.todo), say):
         tick(len(job.todo[shard]))
@@ -220,7 +219,7 @@ def shards(
 
 
 def computed(
-    work: Work, spec: CacheSpec, todo: Todo, tick: Callable[[int], None], *, straddle: bool = False
+    work: Work, todo: Todo, tick: Callable[[int], None], *, straddle: bool = False
 ) -> Iterator[tuple[int, list[np.ndarray]]]:
     """(shard, maps of its rows in `todo`, one array per expert), in order.
 
@@ -228,6 +227,7 @@ def computed(
     """
     groups = [np.concatenate(list(todo.values()))] if straddle and todo else todo.values()
     batches = _forwarded(work, groups)
+    spec = work.job.spec
     surplus = [np.empty((0, *shape), spec.stored_dtype) for shape in spec.maps]  # rows of the next shard
     for shard, rows in todo.items():
         parts = [[maps] for maps in surplus]

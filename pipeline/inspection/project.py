@@ -7,8 +7,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from h2t.pipeline.base import numbers
 from h2t.pipeline.base.code import made_by_other_code
 from h2t.pipeline.base.errors import UserError
@@ -32,8 +30,8 @@ def stage_numbers(root: Path) -> list[Finding]:
 def other_code(root: Path) -> list[Finding]:
     """Finds outputs made by different code with the same stage number, as far as run records show it."""
     try:
-        lock = dict(yaml.safe_load((root / "dvc.lock").read_text(encoding="utf-8"))["stages"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):  # reported by `outputs.data`
+        lock = repository.locked_stages(root)
+    except UserError:  # reported by `outputs.data`
         return []
     return [
         Finding(

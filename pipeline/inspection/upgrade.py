@@ -17,7 +17,7 @@ from h2t.pipeline.base import numbers, plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import replace_file
 from h2t.pipeline.base.text import counted
-from h2t.pipeline.sharing.repository import Say, in_one_line, repository
+from h2t.pipeline.sharing.repository import Say, in_one_line, locked_stages, repository
 
 #: What the stages read of the inputs: written by stage `inputs`, which version 0.1.0 did not have.
 INPUTS = Path("data/inputs")
@@ -122,7 +122,7 @@ def _plan(root: Path, repo: Any) -> Plan:
         if file.get(key) != code.get(key)
     }
     plan = Plan(changed)
-    lock = _lock(root)
+    lock = locked_stages(root)
     watched = False
     for stage in sorted(repo.index.stages, key=lambda s: str(s.addressing)):
         watched |= any(_is_params(dep, numbers.FILE) for dep in stage.deps)
@@ -137,19 +137,6 @@ def _plan(root: Path, repo: Any) -> Plan:
     if lock and not watched:
         raise UserError("dvc.yaml: watches no numbers of stages.yaml; replace it by the dvc.yaml of this version first")
     return plan
-
-
-def _lock(root: Path) -> dict[str, Any]:
-    """The stages in dvc.lock by name; empty if no stage was run yet. Raises UserError for a damaged file."""
-    path = root / "dvc.lock"
-    try:
-        stages = yaml.safe_load(path.read_text(encoding="utf-8"))["stages"]
-    except FileNotFoundError:
-        return {}
-    except (yaml.YAMLError, KeyError, TypeError) as error:
-        why = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: not a lock file of DVC ({why}); restore it from git") from None
-    return dict(stages)
 
 
 def _is_params(dep: Any, name: str | Path) -> bool:

@@ -6,11 +6,9 @@ standard deviation 1/3, clamped to [-1, 1]; d_j = (log n_max - log n_j) / (log n
 """
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from h2t.pipeline.base.params import NonNegative, Positive, Section
-from h2t.pipeline.networks.classifier import global_average, logits
 from h2t.pipeline.training import objective
 from h2t.pipeline.training.longtail import cloud_sizes, clouded
 
@@ -28,26 +26,13 @@ class Loss(Section):
     """Factor of the cosine logits."""
 
 
-class Objective(objective.Objective):
-    """A cosine classifier; the loss is taken on the mean of the experts' cosines.
-
-    Initial weights: uniform in [-1, 1], then normalised to length 1.
-    """
-
-    classifier = "cosine"
+class Objective(objective.CosineObjective):
+    """A cosine classifier; the loss is taken on the mean of the experts' cosines."""
 
     def __init__(self, loss: Loss, channels: int, experts: int, counts: torch.Tensor) -> None:
-        super().__init__()
-        self.scale = loss.scale
+        super().__init__(loss.scale, channels, experts, counts)
         self.amplitude, self.margin = loss.amplitude, loss.margin
-        weight = torch.empty(experts, len(counts), channels).uniform_(-1, 1)
-        self.weight = nn.Parameter(F.normalize(weight, dim=-1))
         self.clouds = cloud_sizes(counts)
-
-    def forward(self, maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """Cosines (B, K), the mean over experts."""
-        features = torch.stack([global_average(m) for m in maps])
-        return logits("cosine", {"weight": self.weight}, features)
 
     def cost(self, outputs: torch.Tensor, labels: torch.Tensor, epoch: int) -> torch.Tensor:
         """Cross-entropy of the adjusted cosines (B, K). Draws noise from torch's generator at each call."""

@@ -8,11 +8,9 @@ CE_w(s (cos_j - 1[j = y] m_y)) with m_j = margin n_j^(-1/4) / max_l n_l^(-1/4). 
 from typing import Annotated
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from h2t.pipeline.base.params import Index, NonNegative, Positive, Section, within
-from h2t.pipeline.networks.classifier import global_average, logits
 from h2t.pipeline.training import objective
 from h2t.pipeline.training.longtail import effective_weights, ldam_margins
 
@@ -32,27 +30,14 @@ class Loss(Section):
     """Epoch, counted from 0, from which classes are weighted; 160 of 200 as published."""
 
 
-class Objective(objective.Objective):
-    """A cosine classifier; the loss is taken on the mean of the experts' cosines.
-
-    Initial weights: uniform in [-1, 1], then normalised to length 1.
-    """
-
-    classifier = "cosine"
+class Objective(objective.CosineObjective):
+    """A cosine classifier; the loss is taken on the mean of the experts' cosines."""
 
     def __init__(self, loss: Loss, channels: int, experts: int, counts: torch.Tensor) -> None:
-        super().__init__()
-        self.scale = loss.scale
+        super().__init__(loss.scale, channels, experts, counts)
         self.reweight_epoch = loss.reweight_epoch
-        weight = torch.empty(experts, len(counts), channels).uniform_(-1, 1)
-        self.weight = nn.Parameter(F.normalize(weight, dim=-1))
         self.margins = ldam_margins(counts, loss.margin)
         self.weights = effective_weights(counts, loss.beta)
-
-    def forward(self, maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """Cosines (B, K), the mean over experts."""
-        features = torch.stack([global_average(m) for m in maps])
-        return logits("cosine", {"weight": self.weight}, features)
 
     def cost(self, outputs: torch.Tensor, labels: torch.Tensor, epoch: int) -> torch.Tensor:
         """Weighted cross-entropy of the cosines (B, K) less the true class's margin."""

@@ -13,6 +13,8 @@ from h2t.pipeline.project.survey import Survey
 
 LARGEST_SIDE = 64  # pixels of a small ResNet's input; it trains on a CPU
 PASS = 128  # images in a pass that estimates batch-norm statistics
+SHARE = 0.15  # of all images that are held out for testing, where classes allow it
+MOST_HELD = 50  # test images of a class
 MANY = 10_000  # images, from which fewer epochs are enough
 
 
@@ -86,9 +88,10 @@ def _hold_outs(found: Found, prepare: dict[str, Any]) -> list[str]:
     empty = [images.classes[j] for j in np.flatnonzero(sizes == 0)]
     if empty:
         prepare["min_per_class"] = {"n": 1, "then": "drop"}
-    middle = int(np.median(sizes[sizes > 0]))
-    keep = 3 if middle >= 6 else 1
-    test = int(np.clip(round(0.3 * middle), 2, 50))
+    keep = 3 if np.median(sizes[sizes > 0]) >= 6 else 1
+    test = next(
+        (n for n in range(2, MOST_HELD) if np.minimum(n, sizes - keep).clip(0).sum() >= SHARE * sizes.sum()), MOST_HELD
+    )
     if "test" not in images.split:
         prepare["test"] = {"at_most": test, "keep": keep}
     if "val" not in images.split:
@@ -115,7 +118,7 @@ def _network(backbone: str | None, epochs: int) -> tuple[str, dict[str, Any]]:
     entry: dict[str, Any] = {"arch": arch, "objective": "ce"}
     if model:
         entry["options"] = {"model": model}
-    entry |= {"start": "torchvision", "frozen": True, "epochs": 30, "batch_size": 64}
+    entry |= {"start": "pretrained", "frozen": True, "epochs": 30, "batch_size": 64}
     name = "".join(sign if sign.isalnum() else "_" for sign in (model or arch).rpartition("/")[2]).strip("_")
     return name or arch, entry
 

@@ -25,7 +25,7 @@ from h2t.cache.format.spec import CacheSpec, canonical_json, chunk_rows_for, sha
 from h2t.cache.memory import available_memory
 from h2t.cache.write.staging import Staging
 from h2t.cache.write.writer import CacheWriter, committed
-from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.errors import UserError, in_brief
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.networks.trained import NONE
 
@@ -34,7 +34,6 @@ LABELS = ("labels", "label", "targets", "target", "y")
 SOURCES = ("source", "path", "id", "key")
 SHARD_BYTES = 128 * 1024**2
 BLOCK_ROWS = 1024  # rows converted at a time
-TEXT_LIMIT = 200  # characters of a reader's error in a message
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def read_part(path: Path, labels: Path | None, keys: Keys) -> Part:
         raise
     except Exception as error:  # noqa: BLE001 - each format's reader has its own classes of errors
         where = f"{path} with {labels}" if labels else path
-        raise UserError(f"{where}: cannot be read ({_short(error)}); write the file again") from None
+        raise UserError(f"{where}: cannot be read ({in_brief(error)}); write the file again") from None
 
 
 def read_names(path: Path) -> list[str]:
@@ -89,11 +88,6 @@ def read_names(path: Path) -> list[str]:
         raise UserError(
             f"{path}: not a readable list of class names ({error}); it must be UTF-8 text, one name per line"
         ) from None
-
-
-def _short(error: BaseException) -> str:
-    """An error's message on one line, cut to `TEXT_LIMIT` characters, or the name of its class."""
-    return " ".join(str(error).split())[:TEXT_LIMIT] or type(error).__name__
 
 
 @dataclass(frozen=True)

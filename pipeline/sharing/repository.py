@@ -12,7 +12,7 @@ import yaml
 from h2t.cache.errors import CacheError
 from h2t.cache.format.spec import RECORD
 from h2t.cache.redaction import redacted
-from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.errors import UserError, in_brief
 
 Say = Callable[[str], None]
 
@@ -46,7 +46,7 @@ def in_one_line(what: str) -> Iterator[None]:
             f"{what}: no git repository can be read there; check the address and your access to it"
         ) from None
     except Exception as error:  # noqa: BLE001 - every protocol raises its own
-        raise UserError(f"{what}: {redacted(_short(error))}") from None
+        raise UserError(f"{what}: {redacted(in_brief(error))}") from None
 
 
 def repository(start: Path) -> Path:
@@ -90,30 +90,38 @@ class Out:
     size: int
 
 
-def outs(root: Path) -> list[Out]:
-    """Every output in dvc.lock. Raises UserError if the file is missing or damaged."""
+def locked_stages(root: Path) -> dict[str, dict[str, Any]]:
+    """The stages in dvc.lock by name; empty if nothing was run yet. Raises UserError if the file is damaged."""
     path = root / "dvc.lock"
     try:
         stages = (yaml.safe_load(path.read_text(encoding="utf-8")) or {})["stages"]
+        return {name: dict(stage) for name, stage in stages.items()}
+    except FileNotFoundError:
+        return {}
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: not a lock file of DVC ({in_brief(error)}); restore it from git") from None
+
+
+def outs(root: Path) -> list[Out]:
+    """Every output in dvc.lock. Raises UserError if the file is missing or damaged."""
+    stages = locked_stages(root)
+    if not stages:
+        raise UserError(f"{root / 'dvc.lock'}: missing, because nothing was run yet; type: dvc repro")
+    try:
         return [
             Out(name, o["path"], o["md5"], int(o.get("size", 0)))
             for name, stage in stages.items()
             for o in stage.get("outs", [])
         ]
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing, because nothing was run yet; type: dvc repro") from None
-    except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: not a lock file of DVC ({_short(error)}); restore it from git") from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{root / 'dvc.lock'}: not a lock file of DVC ({in_brief(error)}); restore it from git"
+        ) from None
 
 
 def dvc_cache(root: Path) -> Path:
     """The folder of DVC's cache, by the configuration of all levels."""
     return Path(config_of(root).get("cache", {}).get("dir") or root / ".dvc/cache")
-
-
-def _short(error: BaseException) -> str:
-    """An error's message on one line of at most 200 characters, or the name of its class."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def caches(root: Path) -> list[Path]:

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BeforeValidator
 
-from h2t.cache.memory import available_memory
+from h2t.cache.memory import available_memory, return_freed_arrays
 from h2t.cache.reader import Cache
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import fresh_directory, write_json
@@ -36,6 +36,7 @@ from h2t.pipeline.networks.trained import StageOneHead
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 FIGURES = ("top1", "head", "medium", "tail", "ece")
+LITTLE = 2 * 2**30  # bytes of available memory below which freed memory is returned at once
 GROUP_NAMES = ("paper_index", "paper_threshold", "oltr")
 
 
@@ -139,6 +140,8 @@ def _check_memory(name: str, cache: Cache, heads: int, scored: list[tuple[str, s
             f"{need / 1e6:.0f} MB of memory; {room / 1e6:.0f} MB are free; free memory, or train fewer classifiers "
             f"(hosts.{name}.grid)"
         )
+    if room < LITTLE:
+        return_freed_arrays()
 
 
 def group_choice(params: Params, counts: list[int]) -> list[str | None]:

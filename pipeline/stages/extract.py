@@ -8,6 +8,7 @@ Decoding, forward passes (`extraction.forward`) and writing overlap.
 import math
 import shutil
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,9 +179,13 @@ def run(
             raise CacheError(
                 "exists", f"{run.out}: holds another cache; remove it, or pass --replace to write this one"
             )
-        statistics = _statistics(
-            staging, params, run, names, kept, backbone, samples, images, {**inputs, "settings": settings}
-        )
+
+        def estimate(wanted: list[str]) -> Statistics:
+            return batchnorm.compute(
+                backbone, wanted, samples, images, passes=params.batchnorm_passes, seed=run.seed, device=run.device
+            )
+
+        statistics = _statistics(staging, names, kept, estimate, {**inputs, "settings": settings})
         inputs["batchnorm"]["statistics"] = sha256(statistics)
         spec = _spec(params, backbone, samples, len(rows), inputs, {**settings, **origin}, run.device)
         writer = CacheWriter(staging, spec, rows, settings)
@@ -285,16 +290,12 @@ def _same(
 
 def _statistics(
     staging: Staging,
-    params: Params,
-    run: Run,
     names: list[str],
     kept: Statistics,
-    backbone: Backbone,
-    samples: Samples,
-    images: Images,
+    estimate: Callable[[list[str]], Statistics],
     depends: dict[str, Any],
 ) -> bytes:
-    """The batch-norm statistics `names` as bytes: those `kept`, and the others estimated.
+    """The batch-norm statistics `names` as bytes: those `kept`, and the others by `estimate`.
 
     They are saved in staging, so that a resumed run does not estimate them again. `depends`: everything that the
     estimates depend on.
@@ -303,10 +304,7 @@ def _statistics(
     data = staging.kept("batchnorm.safetensors")
     if data is not None and staging.kept("batchnorm.json") == canonical_json({"of": key, "is": sha256(data)}):
         return data
-    missing = [name for name in names if name not in kept]
-    estimated = batchnorm.compute(
-        backbone, missing, samples, images, passes=params.batchnorm_passes, seed=run.seed, device=run.device
-    )
+    estimated = estimate([name for name in names if name not in kept])
     data = batchnorm.to_bytes({name: {**kept, **estimated}[name] for name in names})
     staging.keep("batchnorm.safetensors", data)
     staging.keep("batchnorm.json", canonical_json({"of": key, "is": sha256(data)}))

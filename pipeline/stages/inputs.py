@@ -17,6 +17,7 @@ from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import fresh_directory, write_json
 from h2t.pipeline.base.params import INPUTS, build
+from h2t.pipeline.networks.pretrained import is_folder
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
@@ -83,6 +84,9 @@ def named(values: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     paths["extract"] = {} if not isinstance(kept, str) or "://" in kept else {"extract.statistics_from": kept}
     for name, entry in values["backbones"].items():
         files = {key: entry.get(key) for key in ("weights", "start")}
+        model = (entry.get("options") or {}).get("model")
+        if isinstance(model, str) and is_folder(model):
+            files["options.model"] = model
         paths[f"backbones/{name}"] = {
             f"backbones.{name}.{key}": path
             for key, path in files.items()

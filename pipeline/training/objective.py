@@ -2,6 +2,10 @@
 
 import torch
 from torch import nn
+from torch.nn import functional as F
+
+from h2t.pipeline.base.params import Section
+from h2t.pipeline.networks.classifier import fresh_linear, global_average, logits
 
 
 class Objective(nn.Module):
@@ -11,6 +15,8 @@ class Objective(nn.Module):
     training images of each class. The state dict is the stage-I classifier, as in `networks.classifier`.
     """
 
+    #: The keys under backbones.<name>.loss of a plug-in file without a class `Loss`: none.
+    Loss: type[Section] = Section
     #: Kind of classifier: linear, cosine or branches (`networks.classifier.Classifier`).
     classifier: str
     #: Factor of the logits (`networks.classifier.logits`).
@@ -48,3 +54,39 @@ class Objective(nn.Module):
         if partners is None:
             return cost
         return share * cost + (1 - share) * self.cost(outputs, partners, epoch)
+
+
+class LinearObjective(Objective):
+    """A linear classifier; `cost` gets the mean of the experts' logits, (B, K). Initial weights: `fresh_linear`."""
+
+    classifier = "linear"
+    scale = 1.0
+
+    def __init__(self, loss: Section, channels: int, experts: int, counts: torch.Tensor) -> None:
+        super().__init__()
+        self.weight, self.bias = map(nn.Parameter, fresh_linear(experts, len(counts), channels))
+
+    def forward(self, maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Logits (B, K), the mean over experts."""
+        features = torch.stack([global_average(m) for m in maps])
+        return logits("linear", dict(self.named_parameters()), features)
+
+
+class CosineObjective(Objective):
+    """A cosine classifier with logits of factor `scale`; `cost` gets the mean of the experts' cosines, (B, K).
+
+    Initial weights: uniform in [-1, 1], then normalised to length 1.
+    """
+
+    classifier = "cosine"
+
+    def __init__(self, scale: float, channels: int, experts: int, counts: torch.Tensor) -> None:
+        super().__init__()
+        self.scale = scale
+        weight = torch.empty(experts, len(counts), channels).uniform_(-1, 1)
+        self.weight = nn.Parameter(F.normalize(weight, dim=-1))
+
+    def forward(self, maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Cosines (B, K), the mean over experts."""
+        features = torch.stack([global_average(m) for m in maps])
+        return logits("cosine", {"weight": self.weight}, features)

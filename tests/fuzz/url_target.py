@@ -157,7 +157,7 @@ def _open_url(folder: Path) -> Parse:
 TARGETS = [
     Target(
         "urls",
-        "cache/redaction.py, dvc_files.py, remote.py",
+        "cache/redaction.py, dvc_files.py, remote.py, stores.py",
         _open_url,
         _url_seeds,
         mutation.mostly(_mutated_url, 0.95),

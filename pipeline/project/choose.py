@@ -118,7 +118,7 @@ def _network(backbone: str | None, epochs: int) -> tuple[str, dict[str, Any]]:
     entry: dict[str, Any] = {"arch": arch, "objective": "ce"}
     if model:
         entry["options"] = {"model": model}
-    entry |= {"start": "pretrained", "frozen": True, "epochs": 30, "batch_size": 64}
+    entry |= {"start": "pretrained", "frozen": True, "head": "probe"}
     name = "".join(sign if sign.isalnum() else "_" for sign in (model or arch).rpartition("/")[2]).strip("_")
     return name or arch, entry
 

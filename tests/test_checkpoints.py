@@ -174,7 +174,7 @@ def test_files_that_are_no_checkpoints(tmp_path, content, name):
         (lambda s: s["fc.bias"][:1].fill_(torch.nan), "fc.bias holds NaN or infinity"),
         (lambda s: s.update({"fc.0.bias": torch.ones(3)}), "fc.bias must be dense real tensors with 1 axis"),
         (lambda s: s.update({"fc.bias": torch.ones(10, dtype=torch.complex64)}), "got another kind of tensor"),
-        (lambda s: s.update({"fc.weight": torch.ones(7, 64)}), r"classifier's weight must have shape \(1, 10, 64\)"),
+        (lambda s: s.update({"fc.weight": torch.ones(10, 63)}), r"classifier's weight must have shape \(1, 10, 64\)"),
     ],
 )
 def test_weights_that_do_not_fit(tmp_path, digits, change, text):

@@ -3,13 +3,12 @@
 Code from a hub is never run, and weights are read as safetensors or with `weights_only`.
 """
 
-import importlib
 import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pydantic
 
@@ -27,15 +26,21 @@ def _commit(value: str | None) -> str | None:
 Revision = Annotated[str | None, pydantic.AfterValidator(_commit)]
 
 
-def package(name: str) -> Any:
+def package(name: Literal["timm", "transformers", "huggingface_hub"]) -> Any:
     """The optional package `name`, whose extra has the name of the plug-in. Raises UserError if it is missing."""
     extra = {"transformers": "huggingface"}.get(name, name)
     try:
-        return importlib.import_module(name)
+        if name == "timm":
+            import timm as found
+        elif name == "transformers":
+            import transformers as found
+        else:
+            import huggingface_hub as found
     except ImportError as error:
         if error.name and error.name.partition(".")[0] != name:
             raise
         raise UserError(f"arch {extra}: needs the package {name}; type: pip install 'h2t[{extra}]'") from None
+    return found
 
 
 def is_folder(model: str) -> bool:

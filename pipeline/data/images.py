@@ -383,6 +383,12 @@ class Images:
             raise TypeError("images without an origin cannot be opened in another process")
         return _reopen, (*self._origin, self.sources, self._expected, self.transform), {"_rotation": self._rotation}
 
+    def __copy__(self) -> "Images":
+        """The same open images. What is decoded is kept once for each copy, as a transform may decode differently."""
+        other = object.__new__(Images)
+        other.__dict__.update(self.__dict__, _decoded={})
+        return other
+
     def prepared_for(self, transform: Transform) -> "Images":
         """The same images with another transform, that of a backbone."""
         other = copy.copy(self)

@@ -26,7 +26,7 @@ def test_index_of_sorted_labels():
 
 
 @pytest.mark.parametrize(
-    ("labels", "names", "empty"), [([0, 2], "abc", "class 1 (b)"), ([0, 1], "abc", "class 2 (c)"), ([], "a", "class 0")]
+    ("labels", "names", "empty"), [([0, 2], "abc", "class b"), ([0, 1], "abc", "class c"), ([], "a", "class a")]
 )
 def test_an_empty_class_is_named(labels, names, empty):
     with pytest.raises(UserError) as error:

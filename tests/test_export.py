@@ -47,7 +47,9 @@ def trained(tmp_path_factory, digits_cache, backbone_dir):
 
 def exported(trained, out, host="dr", *, say=silent, choice=ONE, cache=None, **more):
     with open_cache(cache or trained.cache) as opened:
-        return run(opened, trained.root / host, trained.backbone, choice, PREPARE, CPU, out, say, **more)
+        return run(
+            Run("export", out, CPU, say=say), opened, trained.root / host, trained.backbone, choice, PREPARE, **more
+        )
 
 
 @pytest.mark.parametrize(("host", "choice"), [("dr", Choice(2)), ("mislas", Choice(1)), ("ncm", Choice())])

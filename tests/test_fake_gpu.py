@@ -4,7 +4,10 @@ No driver is needed, and a tensor that was left on the CPU raises where it meets
 gradients, `.numpy()`, pinned copies, autocast, and whatever looks at values. tests/test_gpu.py has those, on a GPU.
 """
 
+from dataclasses import asdict
+
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from conformance import CHANNELS, COUNTS, fitted_hosts, gradient_hosts, make_features, make_host
@@ -23,7 +26,7 @@ from h2t.pipeline.heads.features import FeatureReader
 from h2t.pipeline.heads.host import Context
 from h2t.pipeline.heads.residency import Choice, Feed
 from h2t.pipeline.heads.stack import HeadSetting, Stack
-from h2t.pipeline.heads.stored import HeadParts, build_head
+from h2t.pipeline.heads.stored import HeadParts, Heads, build_head
 from h2t.pipeline.networks.classifier import global_average
 from h2t.pipeline.networks.trained import StageOneHead
 from h2t.pipeline.training.loop import StageOne, Training
@@ -173,17 +176,10 @@ def test_pools(fake, name):
 
 
 def test_scoring(fake, cache):
-    from types import SimpleNamespace
-
     parts = HeadParts("dr", {}, "linear", 1.0, "gap", {}, "hosts.fake")
+    context = {"counts": list(COUNTS), "channels": CHANNELS, "experts": 2, "pixels": 4}
     state = {"weight": torch.empty(3, 2, len(COUNTS), CHANNELS), "bias": torch.empty(3, 2, len(COUNTS))}
-    heads = SimpleNamespace(
-        parts=parts,
-        context=Context(torch.tensor(COUNTS), CHANNELS, 2, 4),
-        state=state,
-        table=[0, 1, 2],
-        about={"counts": list(COUNTS)},
-    )
+    heads = Heads(state, pa.table({"number": [0, 1, 2]}), {**asdict(parts), **context})
     with open_cache(cache) as opened:
         ((_, found),) = scoring._logits_in_blocks(opened, heads, np.arange(9), GPU)
         assert (found.shape, found.device) == ((3, 9, len(COUNTS)), GPU)

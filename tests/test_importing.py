@@ -111,7 +111,7 @@ def test_hosts_with_a_warm_start_say_so(tmp_path):
     done = invoke("train-classifier", "dr", cache, "none", tmp_path / "heads", "--params", params, "--device", "cpu")
     assert done.exit_code == 1
     (line,) = done.stderr.splitlines()
-    assert "imported features have none" in line
+    assert "this backbone has none, like features that were imported" in line
 
 
 def test_a_backbone_for_imported_features_is_refused(tmp_path, backbone_dir):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from h2t.cache.errors import CacheError
-from h2t.cache.read.files import MAX_OPEN, LocalFiles, RemoteFiles, files_at
+from h2t.cache.read.files import MAX_OPEN, LocalFiles, files_at
+from h2t.cache.read.remote import RemoteFiles
 
 DATA = np.random.default_rng(0).integers(0, 256, 5000, np.uint8).tobytes()
 

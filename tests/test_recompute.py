@@ -34,6 +34,10 @@ def test_rows_are_random_distinct_and_no_more_than_there_are(digits, backbone_di
         def __init__(self, images):
             self.images, self.asked = images, []
 
+        def prepared_for(self, transform):
+            self.images = self.images.prepared_for(transform)
+            return self
+
         def batch(self, samples, keys):
             self.asked.extend(zip(samples, keys, strict=True))
             return self.images.batch(samples, keys)

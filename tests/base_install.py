@@ -15,18 +15,9 @@ from pathlib import Path
 
 from builders import make_cache
 from pipeline_builders import make_backbone_dir
-from repositories import dvc, git, start_repository
+from repositories import PUBLISHED, dvc, git, start_repository
 
 ROOT = Path(__file__).parent.parent
-DVC_YAML = """
-stages:
-  train_backbone:
-    cmd: cp -r made/backbone data/train_backbone/b
-    outs: [data/train_backbone/b]
-  extract:
-    cmd: cp -r made/cache data/extract/b
-    outs: [data/extract/b]
-"""
 IMPORTS = """
 import json, sys, time
 started = time.process_time()
@@ -45,7 +36,7 @@ def published(home: Path) -> tuple[Path, str]:
     """A repository with a published cache `b` and its backbone, and the URL of a bare clone of it."""
     from h2t.pipeline.sharing.publish import publish
 
-    root = start_repository(home, DVC_YAML, ["train_backbone", "extract"])
+    root = start_repository(home, PUBLISHED, ["train_backbone", "extract"])
     make_cache(root / "made/cache")
     make_backbone_dir(root / "made/backbone")
     dvc("repro", where=root)

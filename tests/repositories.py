@@ -11,6 +11,17 @@ from unittest.mock import patch
 from dvc.cli import main as dvc_main
 from pipeline_builders import ROOT, write_params
 
+#: The dvc.yaml of a repository that publishes a cache and its backbone, from `made/cache` and `made/backbone`.
+PUBLISHED = """
+stages:
+  train_backbone:
+    cmd: cp -r made/backbone data/train_backbone/b
+    outs: [data/train_backbone/b]
+  extract:
+    cmd: cp -r made/cache data/extract/b
+    outs: [data/extract/b]
+"""
+
 
 def git(*arguments, where):
     identity = ["-c", "user.name=A", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]

@@ -13,7 +13,8 @@ from PIL import Image
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.data import images
-from h2t.pipeline.data.images import BadImage, decode
+from h2t.pipeline.data.decoding import decode
+from h2t.pipeline.data.images import BadImage
 from h2t.pipeline.data.samples import load_samples
 from h2t.pipeline.stages import prepare
 

@@ -18,7 +18,7 @@ from pipeline_builders import accepted, make_params, refused, write_params
 
 from h2t.cache.reader import open_cache
 from h2t.pipeline.base.errors import UserError
-from h2t.pipeline.data import images
+from h2t.pipeline.data import decoding
 from h2t.pipeline.stages.prepare import Imbalance, _long_tail
 
 
@@ -127,10 +127,10 @@ def test_images_that_are_bombs(tmp_path):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for data in (png(2**31 - 1, 2**31 - 1, b""), png(60000, 60000, zlib.compress(bytes(2**24))), bytes(header)):
         with pytest.raises(ValueError, match=r"pixels|cannot be decoded"):
-            images.decode(data)
+            decoding.decode(data)
     text = b"\x89PNG\r\n\x1a\n" + png(8, 8, zlib.compress(bytes(72)))[8:33] + _text_chunk(zlib.compress(bytes(2**27)))
     with pytest.raises(ValueError, match=r"cannot be decoded|too large"):
-        images.decode(text)
+        decoding.decode(text)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024
 
 

@@ -15,7 +15,8 @@ from h2t.pipeline.base import params, plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.data import images, splits
-from h2t.pipeline.data.images import Collection, Transform, decode
+from h2t.pipeline.data.decoding import decode
+from h2t.pipeline.data.images import Collection, Transform
 from h2t.pipeline.data.splits import AtMost, Labelled, SmallClasses
 from h2t.pipeline.stages import prepare
 

@@ -12,7 +12,7 @@ from builders import make_cache, make_rows, tree
 from click.testing import CliRunner
 from hostile_server import hostile_server
 from pipeline_builders import make_backbone_dir
-from repositories import dvc, git, start_repository
+from repositories import PUBLISHED, dvc, git, start_repository
 
 from h2t.cache.format.spec import RECORD
 from h2t.cache.read import asking, transfer
@@ -20,15 +20,6 @@ from h2t.pipeline.command_line.main import main
 from h2t.pipeline.sharing import repository
 
 PARTS = ("extract/b", "train_backbone/b")
-DVC_YAML = """
-stages:
-  train_backbone:
-    cmd: cp -r made/backbone data/train_backbone/b
-    outs: [data/train_backbone/b]
-  extract:
-    cmd: cp -r made/cache data/extract/b
-    outs: [data/extract/b]
-"""
 SHARD, WEIGHTS = "maps.zarr/expert_0/c.1.0.0.0", "backbone.safetensors"
 MOST_MORE = 200 * 1024**2
 
@@ -60,7 +51,7 @@ class Lab:
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
     home = tmp_path_factory.mktemp("hostile")
-    root = start_repository(home, DVC_YAML, ["train_backbone", "extract"])
+    root = start_repository(home, PUBLISHED, ["train_backbone", "extract"])
     make_cache(root / "made/cache", rows=make_rows(60), shard_rows=20)
     make_backbone_dir(root / "made/backbone")
     dvc("repro", where=root)

@@ -1,6 +1,7 @@
 """`h2t sweep`: more classifiers on the cached features, in one process, beside the pipeline's outputs."""
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -59,6 +60,20 @@ def test_figures_are_those_of_the_pipeline(project):
     assert difference["mean"] == pytest.approx(lines[2]["top1"] - lines[0]["top1"])
     assert difference["low"] <= difference["mean"] <= difference["high"]
     assert difference["covers"] == ["seeds"]
+
+
+def test_an_evaluation_of_another_cache_is_not_compared_with(project, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(project / "data", data, symlinks=True)
+    about = data / "evaluate/dr/about.json"
+    values = json.loads(about.read_text())
+    values["host"]["cache"] = "0" * 64
+    about.write_text(json.dumps(values))
+    given = ("--params", project / "params.yaml", "--ratio", "0.3")
+    assert "own classifiers, by ratio: 0: " in accepted("sweep", "dr", *given, "--data", project / "data")
+    said = accepted("sweep", "dr", *given, "--data", data)
+    assert "is an evaluation of another cache" in said
+    assert "own classifiers" not in said
 
 
 def test_the_table_has_a_line_for_each_setting(project, tmp_path):

@@ -4,7 +4,8 @@ import pytest
 import torch
 from image_builders import SMALL, write_image
 
-from h2t.pipeline.data.images import Images, Transform, decode
+from h2t.pipeline.data.decoding import decode
+from h2t.pipeline.data.images import Images, Transform
 
 
 @pytest.fixture(scope="module")

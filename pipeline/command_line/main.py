@@ -3,21 +3,11 @@
 Stages are imported inside the commands, so that `h2t --help` answers at once.
 """
 
-import json
-import os
-import shutil
-import time
-import traceback
-from collections.abc import Callable
-from functools import partial, wraps
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
 
-from h2t.cache.errors import CacheError
-from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.run import Run, Say, silent
 from h2t.pipeline.command_line import names, options
 from h2t.pipeline.command_line.caches import cache as cache_group
@@ -29,6 +19,19 @@ from h2t.pipeline.command_line.one_line import OneLineErrors
 from h2t.pipeline.command_line.options import PATH
 from h2t.pipeline.command_line.sharing import COMMANDS as SHARING
 from h2t.pipeline.command_line.sharing import doctor, upgrade
+from h2t.pipeline.command_line.stage import (
+    backbone_folder,
+    backbone_name,
+    cache_place,
+    entry_name,
+    host_name,
+    outlined_stage,
+    output,
+    run_of,
+    samples_folder,
+    stage,
+)
+from h2t.pipeline.command_line.sweep import sweep
 
 
 @click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
@@ -48,95 +51,13 @@ def main() -> None:
 
 for of_cache in SHARING:
     cache_group.add_command(of_cache)
-for command in (cache_group, init, doctor, upgrade, export, predict, list_presets, list_plugins):
+for command in (cache_group, init, doctor, upgrade, export, predict, sweep, list_presets, list_plugins):
     main.add_command(command)
 
 
-def stage(function: Callable[..., Any], *, outline: bool = False) -> Callable[..., Any]:
-    """Adds the options of every stage command. `function` gets the checked parameters as `values`, and `say`.
-
-    With `outline`, only the names of sections and entries are checked, which needs no torch. `function` may return
-    facts about the run, which the run record keeps.
-    """
-
-    @options.params_file
-    @options.overrides
-    @options.device(None, "; by default the parameter `device`")
-    @click.option(
-        "--record", type=PATH, default=None, metavar="FILE", help="Write time, machine and rates of this run as JSON."
-    )
-    @click.option("-q", "--quiet", is_flag=True, help="Print warnings and errors only.")
-    @click.option("-v", "--verbose", is_flag=True, help="Show tracebacks of errors.")
-    @wraps(function)
-    def command(
-        params_file: Path,
-        overrides: tuple[str, ...],
-        device: str | None,
-        record: Path | None,
-        quiet: bool,
-        verbose: bool,
-        **arguments: Any,
-    ) -> None:
-        from h2t.pipeline.base import numbers, params, progress
-        from h2t.pipeline.inspection import settings
-        from h2t.pipeline.stages import inputs
-
-        started, used = time.perf_counter(), time.process_time()
-        say: Say = silent if quiet else click.echo
-        values = params.load(params_file, overrides)
-        if device is not None:
-            values["device"] = device
-        try:
-            (settings.outline if outline else settings.check)(values, say)
-            numbers.check()
-            inputs.check(values, params_file.parent)
-            with progress.hidden(quiet):
-                facts = function(values=values, say=say, **arguments)
-        except (UserError, CacheError) as error:
-            if verbose:
-                raise SystemExit(traceback.format_exc()) from None
-            if hint := inputs.in_queue(values):
-                raise UserError(f"{error}{hint}") from None
-            raise
-        if record is not None and os.environ.get("RANK", "0") == "0":  # under torchrun the first process writes
-            from h2t.pipeline.base.outputs import write_run_record
-
-            taken = {"seconds": time.perf_counter() - started, "cpu": time.process_time() - used}
-            write_run_record(record, {**{k: round(v, 3) for k, v in taken.items()}, **(facts or {})})
-
-    return command
-
-
-outlined_stage = partial(stage, outline=True)
-
-
-def _run(values: dict[str, Any], say: Say, name: str, out: Path) -> Run:
-    """The run of a stage that computes on a device. Raises UserError if this machine does not have it."""
-    from h2t.pipeline.base import device
-
-    return Run(name, out, device.choose(values["device"]), values["seed"], say)
-
-
-def _name(section: str, help: str) -> Callable[[Any], Any]:
-    """The argument NAME: an entry of `section` in the parameters."""
-    return click.argument("name", shell_complete=options.entries(section), help=help)
-
-
-_backbone_name = _name("backbones", "Name of the backbone in the parameters.")
-_host_name = _name("hosts", "Name of the host in the parameters.")
-_samples = click.argument("samples", type=PATH, help="Directory that prepare wrote.")
-_backbone = click.argument("backbone", type=PATH, help="Directory that train-backbone or probe wrote, or none.")
-_cache = click.argument("cache", help="Path or URL of the cache.")
-
-
-def _out(help: str) -> Callable[[Any], Any]:
-    """The argument OUT, the path that the command writes."""
-    return click.argument("out", type=PATH, help=help)
-
-
 @main.command(epilog="h2t watch images inputs/images.json")
-@_name("inputs", "Name of the input in the section `inputs` of the parameters.")
-@_out("JSON file to write.")
+@entry_name("inputs", "Name of the input in the section `inputs` of the parameters.")
+@output("JSON file to write.")
 @options.params_file
 @click.option("-q", "--quiet", is_flag=True, help="Print warnings and errors only.")
 def watch(name: str, out: Path, params_file: Path, quiet: bool) -> None:
@@ -150,7 +71,7 @@ def watch(name: str, out: Path, params_file: Path, quiet: bool) -> None:
 
 @main.command(epilog="h2t inputs inputs data/inputs")
 @click.argument("digests", type=PATH, help="Folder of the digests that watch wrote.")
-@_out("Directory to write.")
+@output("Directory to write.")
 @outlined_stage
 def inputs(values: dict[str, Any], say: Say, digests: Path, out: Path) -> None:
     """Assign the digests of inputs to the stages."""
@@ -160,7 +81,7 @@ def inputs(values: dict[str, Any], say: Say, digests: Path, out: Path) -> None:
 
 
 @main.command(epilog="h2t prepare data/prepare")
-@_out("Directory to write.")
+@output("Directory to write.")
 @stage
 def prepare(values: dict[str, Any], say: Say, out: Path) -> None:
     """Choose samples: hold out, make long-tailed, order classes."""
@@ -172,9 +93,9 @@ def prepare(values: dict[str, Any], say: Say, out: Path) -> None:
 
 
 @main.command("train-backbone", epilog="h2t train-backbone ce_mixup data/prepare data/train_backbone/ce_mixup")
-@_backbone_name
-@_samples
-@_out("Directory to write.")
+@backbone_name
+@samples_folder
+@output("Directory to write.")
 @stage
 def train_backbone(values: dict[str, Any], say: Say, name: str, samples: Path, out: Path) -> None:
     """Stage I: train the backbone NAME, or load its weights."""
@@ -186,14 +107,14 @@ def train_backbone(values: dict[str, Any], say: Say, name: str, samples: Path, o
     names.check_folders(values, "backbones", name, out)
     prepared = load_samples(samples)
     images = prepared.images(params.section(values, "prepare"))
-    stage_module.run(section, _run(values, say, name, out), prepared, images)
+    stage_module.run(section, run_of(values, say, name, out), prepared, images)
 
 
 @main.command(epilog="h2t extract ce_mixup data/prepare data/train_backbone/ce_mixup \\\n  data/extract/ce_mixup")
-@_backbone_name
-@_samples
-@_backbone
-@_out("Cache to write.")
+@backbone_name
+@samples_folder
+@backbone_folder
+@output("Cache to write.")
 @options.replace
 @click.option("--anew", is_flag=True, help="Compute all rows; take none from extract.statistics_from.")
 @stage
@@ -210,16 +131,16 @@ def extract(
     prepared = load_samples(samples)
     names.check_backbone(values, name, backbone, say)
     images = prepared.images(params.section(values, "prepare"))
-    run = _run(values, say, name, out)
+    run = run_of(values, say, name, out)
     with previous(section.statistics_from, name) as kept:
         summary = stage_module.run(section, run, prepared, images, backbone, replace=replace, previous=kept, anew=anew)
     return vars(summary)
 
 
 @main.command(epilog="h2t pool ce_mixup data/extract/ce_mixup data/pool/ce_mixup")
-@_backbone_name
-@_cache
-@_out("Cache to write.")
+@backbone_name
+@cache_place
+@output("Cache to write.")
 @options.replace
 @stage
 def pool(values: dict[str, Any], say: Say, name: str, cache: str, out: Path, replace: bool) -> None:
@@ -234,9 +155,9 @@ def pool(values: dict[str, Any], say: Say, name: str, cache: str, out: Path, rep
 
 
 @main.command(epilog="h2t probe ce_mixup data/extract/ce_mixup data/probe/ce_mixup")
-@_backbone_name
-@_cache
-@_out("Directory to write.")
+@backbone_name
+@cache_place
+@output("Directory to write.")
 @click.option(
     "--backbone",
     type=PATH,
@@ -271,17 +192,17 @@ def probe(values: dict[str, Any], say: Say, name: str, cache: str, out: Path, ba
         if head == "probe":
             names.check_backbone(values, name, backbone, say)
             check_backbone(maps, backbone)
-        return stage_module.run(head, settings, _run(values, say, name, out), maps, backbone)
+        return stage_module.run(head, settings, run_of(values, say, name, out), maps, backbone)
 
 
 @main.command(
     "train-classifier",
     epilog="h2t train-classifier dr data/extract/ce_mixup data/train_backbone/ce_mixup \\\n  data/train_classifier/dr",
 )
-@_host_name
-@_cache
-@_backbone
-@_out("Directory to write.")
+@host_name
+@cache_place
+@backbone_folder
+@output("Directory to write.")
 @stage
 def train_classifier(
     values: dict[str, Any], say: Say, name: str, cache: str, backbone: Path, out: Path
@@ -295,7 +216,7 @@ def train_classifier(
     residency = params.build(Residency, "train_classifier", params.section(values, "train_classifier"))
     with opened(cache) as maps:
         names.check_host(values, name, cache, backbone, out, say)
-        summary = stage_module.run(section, _run(values, say, name, out), residency, maps, backbone)
+        summary = stage_module.run(section, run_of(values, say, name, out), residency, maps, backbone)
     return vars(summary)
 
 
@@ -303,11 +224,11 @@ def train_classifier(
     epilog="h2t evaluate dr data/extract/ce_mixup data/train_classifier/dr \\\n"
     "  data/train_backbone/ce_mixup data/evaluate/dr"
 )
-@_host_name
-@_cache
+@host_name
+@cache_place
 @click.argument("heads", type=PATH, help="Directory that train-classifier wrote.")
-@_backbone
-@_out("Directory to write.")
+@backbone_folder
+@output("Directory to write.")
 @stage
 def evaluate(values: dict[str, Any], say: Say, name: str, cache: str, heads: Path, backbone: Path, out: Path) -> None:
     """Evaluate the host NAME and the stage-I head on a cache."""
@@ -317,73 +238,7 @@ def evaluate(values: dict[str, Any], say: Say, name: str, cache: str, heads: Pat
     section = params.build(stage_module.Params, "evaluate", params.section(values, "evaluate"))
     with opened(cache) as maps:
         names.check_host(values, name, cache, backbone, out, say, heads)
-        stage_module.run(section, _run(values, say, name, out), maps, heads, backbone)
-
-
-@main.command(epilog="h2t sweep dr --ratio 0.05,0.1,0.35 --seed 0,1,2,3,4")
-@_host_name
-@click.option("--ratio", metavar="R,...", help="Fusion ratios; 0 is always added. By default those of the parameters.")
-@click.option("--donor", metavar="NAME,...", help="Samplers that donors are drawn by.")
-@click.option("--selection", metavar="NAME,...", help="Which channels are replaced.")
-@click.option("--lr", metavar="RATE,...", help="Learning rates.")
-@click.option("--seed", metavar="N,...", help="Seeds of batches and initial weights.")
-@click.option("--data", type=PATH, default=Path("data"), show_default=True, help="Folder of the pipeline's outputs.")
-@click.option("--out", type=PATH, metavar="DIR", help="Keep the classifiers and sweep.json in this new directory.")
-@click.option("--save", is_flag=True, help="Write the grid to hosts.NAME.grid of the parameter file.")
-@options.as_json
-@stage
-def sweep(
-    values: dict[str, Any],
-    say: Say,
-    name: str,
-    data: Path,
-    out: Path | None,
-    save: bool,
-    as_json: bool,
-    lr: str | None,
-    **lists: str | None,
-) -> None:
-    """Try ratios, donors and seeds of the host NAME.
-
-    Trains and evaluates in one process, and prints a table. Neither the
-    parameters (without --save) nor the outputs of the pipeline change.
-    """
-    from h2t.pipeline.base import params
-    from h2t.pipeline.base.outputs import fresh_directory
-    from h2t.pipeline.heads.residency import Residency
-    from h2t.pipeline.heads.stack import Optimiser
-    from h2t.pipeline.inspection import sweep as work
-    from h2t.pipeline.stages import evaluate, train_classifier
-
-    entry = params.section(values, f"hosts.{name}")
-    asked = {key: _values(text) for key, text in lists.items() if text is not None}
-    if asked:
-        entry = {**entry, "grid": {**(entry.get("grid") or {}), **asked}}
-    section = params.build(train_classifier.Params, f"hosts.{name}", entry)
-    rates = [params.build(Optimiser, "--lr", {"lr": v}).lr for v in _values(lr or "")]
-    residency = params.build(Residency, "train_classifier", params.section(values, "train_classifier"))
-    evaluation = params.build(evaluate.Params, "evaluate", params.section(values, "evaluate"))
-    backbone = data / "train_backbone" / section.backbone
-    names.check_backbone(values, section.backbone, backbone, say)
-    with opened(str(data / "extract" / section.backbone)) as maps, TemporaryDirectory(prefix="h2t-sweep-") as scratch:
-        where = Path(scratch) / "sweep"
-        run = _run(values, silent if as_json else say, name, where)
-        lines = work.sweep(section, run, residency, evaluation, maps, backbone, rates, data / "evaluate" / name)
-        if out is not None:
-            work.save(lines, where)
-            with fresh_directory(out) as into:
-                shutil.copytree(where, into, dirs_exist_ok=True)
-    if save:
-        given = click.get_current_context().params["params_file"]
-        work.keep_grid(given, name, {key: getattr(section.grid, key) for key in asked})
-    click.echo(json.dumps([line.as_dict() for line in lines], indent=1) if as_json else work.table(lines))
-
-
-def _values(text: str) -> list[Any]:
-    """The values in a list with commas, each read as YAML: 0,0.1 -> [0, 0.1]."""
-    from h2t.pipeline.base import params
-
-    return [params.assignment("", f"value={part}")[1] for part in text.split(",") if part.strip()]
+        stage_module.run(section, run_of(values, say, name, out), maps, heads, backbone)
 
 
 @main.command(

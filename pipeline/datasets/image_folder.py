@@ -13,7 +13,8 @@ from PIL import Image
 from h2t.pipeline.base.errors import UserError, nearest
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.data import list_files, tables
-from h2t.pipeline.data.images import FORMATS, Collection, Transform
+from h2t.pipeline.data.decoding import FORMATS
+from h2t.pipeline.data.images import Collection, Transform
 from h2t.pipeline.data.labels import USUAL, split_of
 from h2t.pipeline.data.transforms import OwnImages
 

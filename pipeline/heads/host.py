@@ -11,11 +11,13 @@ from typing import Any, Literal, overload
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import Section
 from h2t.pipeline.networks.classifier import expert_logits, logits
 from h2t.pipeline.networks.trained import StageOneHead
+from h2t.pipeline.training.longtail import log_prior
 
 State = Mapping[str, torch.Tensor]
 
@@ -151,6 +153,28 @@ class ClassScaleHost(GradientHost):
     def logits(self, state: State, features: torch.Tensor) -> torch.Tensor:
         """Features (E, B, D) -> logits (B, K), the mean over the experts."""
         return (self.expert_logits(state, features) * state["class_scale"].unsqueeze(-2)).mean(0)
+
+
+class PriorHost(GradientHost):
+    """Base of hosts that train on instance-wise batches by cross-entropy of the logits plus tau log(n_j / N).
+
+    Test time uses plain logits. Source: Menon et al., ICLR 2021, eq. (10); with tau 1, Ren et al., NeurIPS 2020,
+    eq. (3).
+    """
+
+    linear = True
+    receiver = "instance"
+
+    def __init__(self, tau: float, classifier: str, scale: float, context: Context) -> None:
+        super().__init__(classifier, scale, context)
+        self.prior = tau * log_prior(context.counts)
+
+    def loss(
+        self, state: State, features: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Mean cross-entropy of the batch, with the prior added to the logits."""
+        logits = self.logits(state, features)
+        return F.cross_entropy(logits + self.prior.to(logits), labels)
 
 
 class FittedHost(Host):

@@ -7,13 +7,9 @@ test time uses plain z. Their adapters inside the backbone and their test-time e
 start from embeddings of the class names; name a file of them in `hosts.NAME.start`.
 """
 
-import torch
-from torch.nn import functional as F
-
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import NonNegative, Section
-from h2t.pipeline.heads.host import Context, GradientHost, State
-from h2t.pipeline.training.longtail import log_prior
+from h2t.pipeline.heads.host import Context, PriorHost
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
@@ -25,23 +21,13 @@ class Loss(Section):
     """Strength of the class prior; 0 is cross-entropy."""
 
 
-class Host(GradientHost):
+class Host(PriorHost):
     """Needs `classifier: cosine`. `scale` is 25 unless given."""
 
-    linear = True
-    receiver = "instance"
     starts_from = "means"
     usual_scale = 25.0
 
     def __init__(self, loss: Loss, classifier: str, scale: float, context: Context) -> None:
         if classifier != "cosine":
             raise UserError(f"classifier: host lift needs a cosine classifier; got {classifier!r}; set it to cosine")
-        super().__init__(classifier, scale, context)
-        self.prior = loss.tau * log_prior(context.counts)
-
-    def loss(
-        self, state: State, features: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Mean cross-entropy of the batch, with the prior added to the logits."""
-        logits = self.logits(state, features)
-        return F.cross_entropy(logits + self.prior.to(logits), labels)
+        super().__init__(loss.tau, classifier, scale, context)

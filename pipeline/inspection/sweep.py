@@ -20,6 +20,7 @@ from h2t.pipeline.base.run import Run
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.evaluation.metrics import over_seeds, summary
 from h2t.pipeline.evaluation.scoring import load_heads_for, score_heads
+from h2t.pipeline.heads.features import maps_fingerprint
 from h2t.pipeline.heads.residency import Residency
 from h2t.pipeline.reporting.intervals import Difference, paired
 from h2t.pipeline.stages import evaluate, train_classifier
@@ -90,7 +91,8 @@ def sweep(
         train_classifier.run(given, replace(run, out=heads_dir), residency, cache, backbone_dir)
         figures = _figures(run, evaluation, cache, heads_dir, backbone_dir)
         own = lr == params.optimiser.lr
-        lines += _lines(figures, lr, _standing(evaluated) if evaluated is not None and own else [])
+        standing = _standing(evaluated, cache, run) if evaluated is not None and own else []
+        lines += _lines(figures, lr, standing)
     return lines
 
 
@@ -105,12 +107,19 @@ def _figures(
     return [{**head, **summary(scores.said[head["number"]], scores.labels, group_of)} for head in table]
 
 
-def _standing(evaluated: Path) -> list[dict[str, Any]]:
-    """Test figures of the classifiers that the pipeline evaluated, under their recipe's statistics; [] if none are."""
+def _standing(evaluated: Path, cache: Cache, run: Run) -> list[dict[str, Any]]:
+    """Test figures of the classifiers that the pipeline evaluated, under their recipe's statistics.
+
+    None if nothing has been evaluated there, or if it was on another cache, which `run.say` is told.
+    """
     try:
+        host = json.loads((evaluated / "about.json").read_text(encoding="utf-8"))["host"]
         metrics = json.loads((evaluated / "metrics.json").read_text(encoding="utf-8"))
-        figures = pq.read_table(evaluated / "heads.parquet").to_pylist()
+        figures = pq.ParquetFile(evaluated / "heads.parquet").read().to_pylist()
     except FileNotFoundError:
+        return []
+    if host["cache"] != maps_fingerprint(cache.spec):
+        run.say(f"note: {evaluated} is an evaluation of another cache, so nothing is compared with it")
         return []
     under = (metrics["without_h2t"] or metrics["with_h2t"] or {"statistics": None})["statistics"]
     return [f for f in figures if f["number"] >= 0 and f["split"] == "test" and f["statistics"] == under]
@@ -158,10 +167,15 @@ def table(lines: Sequence[Line]) -> str:
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     texts = [" ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
     seeds = counted(len(lines[0].seeds), "seed")
+    against = [
+        f"{' '.join(_setting(line, key) for key in shown)}: {line.standing.text}" for line in lines if line.standing
+    ]
     said = (
         f"Test accuracy in percent, mean over {seeds}. Differences are paired by seed; their 95 % intervals cover "
         "seeds, neither test images nor backbones."
     )
+    if against:
+        said += f" Top-1 against the pipeline's own classifiers, by {' '.join(shown)}: {'; '.join(against)}."
     return "\n".join([*(text.rstrip() for text in texts), "", textwrap.fill(said, 80)])
 
 

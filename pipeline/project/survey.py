@@ -14,7 +14,7 @@ from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import build
 from h2t.pipeline.base.progress import progress
-from h2t.pipeline.data.images import Properties, properties
+from h2t.pipeline.data.decoding import Properties, properties
 from h2t.pipeline.data.splits import copies
 from h2t.pipeline.project.detect import Found
 

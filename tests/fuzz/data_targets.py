@@ -13,7 +13,8 @@ from fuzz.target import Parse, Target
 from PIL import Image
 
 from h2t.pipeline.base.params import build
-from h2t.pipeline.data import images
+from h2t.pipeline.data import decoding
+from h2t.pipeline.data.images import BadImage
 from h2t.pipeline.datasets import imagenet_lt
 
 # List files: flags, uint8 (follow links), then the lists of train, val and test, apart by \0.
@@ -105,10 +106,10 @@ def _open_image(folder: Path) -> Parse:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's of odd files; the outcome is what counts
             try:
-                found = images.decode(data)
+                found = decoding.decode(data)
             except ValueError as error:
-                raise images.BadImage("x.png", str(error)) from None
-        if found.dtype != np.uint8 or found.ndim != 3 or found.shape[2] != 3 or found.size > 3 * images.MAX_PIXELS:
+                raise BadImage("x.png", str(error)) from None
+        if found.dtype != np.uint8 or found.ndim != 3 or found.shape[2] != 3 or found.size > 3 * decoding.MAX_PIXELS:
             raise Finding(f"no image: {found.dtype} {found.shape}")
         return found
 
@@ -119,5 +120,5 @@ TARGETS = [
     Target(
         "lists", "pipeline/data/list_files.py: load", _open_lists, _list_seeds, mutation.mostly(_mutated_list), 8192
     ),
-    Target("image", "pipeline/data/images.py: decode", _open_image, _image_seeds, mutation.raw, 4096),
+    Target("image", "pipeline/data/decoding.py: decode", _open_image, _image_seeds, mutation.raw, 4096),
 ]

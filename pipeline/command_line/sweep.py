@@ -1,0 +1,82 @@
+"""`h2t sweep`: tries settings of a host on its cache, beside the pipeline's outputs."""
+
+import json
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import click
+
+from h2t.pipeline.base.run import Say
+from h2t.pipeline.command_line import names, options
+from h2t.pipeline.command_line.caches import opened
+from h2t.pipeline.command_line.one_line import Command
+from h2t.pipeline.command_line.options import PATH
+from h2t.pipeline.command_line.stage import host_name, run_of, stage
+
+
+@click.command(cls=Command, epilog="h2t sweep dr --ratio 0.05,0.1,0.35 --seed 0,1,2,3,4")
+@host_name
+@click.option("--ratio", metavar="R,...", help="Fusion ratios; 0 is always added. By default those of the parameters.")
+@click.option("--donor", metavar="NAME,...", help="Samplers that donors are drawn by.")
+@click.option("--selection", metavar="NAME,...", help="Which channels are replaced.")
+@click.option("--lr", metavar="RATE,...", help="Learning rates.")
+@click.option("--seed", metavar="N,...", help="Seeds of batches and initial weights.")
+@click.option("--data", type=PATH, default=Path("data"), show_default=True, help="Folder of the pipeline's outputs.")
+@click.option("--out", type=PATH, metavar="DIR", help="Keep the classifiers and sweep.json in this new directory.")
+@click.option("--save", is_flag=True, help="Write the grid to hosts.NAME.grid of the parameter file.")
+@options.as_json
+@stage
+def sweep(
+    values: dict[str, Any],
+    say: Say,
+    name: str,
+    data: Path,
+    out: Path | None,
+    save: bool,
+    as_json: bool,
+    lr: str | None,
+    **lists: str | None,
+) -> None:
+    """Try ratios, donors and seeds of the host NAME.
+
+    Trains and evaluates in one process, and prints a table. Neither the
+    parameters (without --save) nor the outputs of the pipeline change.
+    """
+    from h2t.pipeline.base import params
+    from h2t.pipeline.base.outputs import fresh_directory
+    from h2t.pipeline.heads.residency import Residency
+    from h2t.pipeline.heads.stack import Optimiser
+    from h2t.pipeline.inspection import sweep as work
+    from h2t.pipeline.stages import evaluate, train_classifier
+
+    entry = params.section(values, f"hosts.{name}")
+    asked = {key: _values(text) for key, text in lists.items() if text is not None}
+    if asked:
+        entry = {**entry, "grid": {**(entry.get("grid") or {}), **asked}}
+    section = params.build(train_classifier.Params, f"hosts.{name}", entry)
+    rates = [params.build(Optimiser, "--lr", {"lr": v}).lr for v in _values(lr or "")]
+    residency = params.build(Residency, "train_classifier", params.section(values, "train_classifier"))
+    evaluation = params.build(evaluate.Params, "evaluate", params.section(values, "evaluate"))
+    backbone = data / "train_backbone" / section.backbone
+    names.check_backbone(values, section.backbone, backbone, say)
+    with opened(str(data / "extract" / section.backbone)) as maps, TemporaryDirectory(prefix="h2t-sweep-") as scratch:
+        where = Path(scratch) / "sweep"
+        run = run_of(values, say, name, where)
+        lines = work.sweep(section, run, residency, evaluation, maps, backbone, rates, data / "evaluate" / name)
+        if out is not None:
+            work.save(lines, where)
+            with fresh_directory(out) as into:
+                shutil.copytree(where, into, dirs_exist_ok=True)
+    if save:
+        given = click.get_current_context().params["params_file"]
+        work.keep_grid(given, name, {key: getattr(section.grid, key) for key in asked})
+    click.echo(json.dumps([line.as_dict() for line in lines], indent=1) if as_json else work.table(lines))
+
+
+def _values(text: str) -> list[Any]:
+    """The values in a list with commas, each read as YAML: 0,0.1 -> [0, 0.1]."""
+    from h2t.pipeline.base import params
+
+    return [params.assignment("", f"value={part}")[1] for part in text.split(",") if part.strip()]

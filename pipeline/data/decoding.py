@@ -1,0 +1,115 @@
+"""Decodes image files: to uint8 (H, W, 3), or only as far as their properties need."""
+
+import io
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+#: Formats that are opened (MPO counts as JPEG). Pillow's others are refused; for EPS, say, it would start Ghostscript.
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP")
+ORIENTATION = 0x0112  # the EXIF tag
+MAX_PIXELS = 89_478_485  # larger images are refused before decoding; Pillow's limit against decompression bombs
+
+
+def decode(data: bytes, *, exif: bool = False, levels: Sequence[float] | None = None) -> np.ndarray:
+    """Decodes an image file to uint8 (H, W, 3), as the published codes do (Pillow's `convert("RGB")`).
+
+    Grey values are repeated, palettes looked up, transparency is dropped, CMYK is converted without a colour profile,
+    animations give their first frame. 16-bit grey values keep their high byte, unless `levels` gives the values that
+    become black and white. With `exif` the image is turned as its EXIF orientation says. Raises ValueError for data
+    that is not an image, is truncated, has more than `MAX_PIXELS` pixels or several pages, and for floating-point
+    pixels without `levels`.
+    """
+    with _opened(data) as image:
+        upright = _turned(image) if exif else image
+        if upright.mode == "F" or upright.mode.startswith("I"):  # Pillow would clip these to 255
+            return np.repeat(_eight_bits(np.asarray(upright), levels)[..., None], 3, axis=2)
+        return np.asarray(upright.convert("RGB"))
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """The image in `data`, not yet decoded. Raises ValueError for data that is none, also for errors in the block."""
+    if not data:
+        raise ValueError("is empty, 0 bytes")
+    if data[128:132] == b"DICM":
+        raise ValueError("is a DICOM file; convert it to a 16-bit PNG and set prepare.options.transform.range")
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"has {image.width}x{image.height} pixels, more than {MAX_PIXELS}")
+            if image.format == "TIFF" and (pages := getattr(image, "n_frames", 1)) > 1:
+                raise ValueError(f"is a TIFF of {pages} pages; save each page that you need as a file of its own")
+            yield image
+    except UnidentifiedImageError:
+        raise ValueError("is in no known image format") from None
+    except Image.DecompressionBombError:
+        raise ValueError(f"has more than {MAX_PIXELS} pixels") from None
+    except (OSError, SyntaxError, EOFError, struct.error, zlib.error, IndexError, KeyError, TypeError) as error:
+        raise ValueError(f"cannot be decoded ({error})") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Properties:
+    """What an image file holds: size in pixels, Pillow's mode, whether EXIF turns it; `low` and `high`, the smallest
+    and largest value where values have 16 bits or floating point and were read, else 0.
+    """
+
+    width: int
+    height: int
+    mode: str
+    turned: bool
+    low: float = 0.0
+    high: float = 0.0
+
+
+def properties(data: bytes, *, headers: bool = False) -> Properties:
+    """The properties of an image; with `headers` its pixels are not decoded. Raises ValueError like `decode`.
+
+    JPEG files are decoded at an eighth of their size, which reads all their bytes in a fraction of the time.
+    """
+    with _opened(data) as image:
+        width, height, mode = image.width, image.height, image.mode
+        low = high = 0.0
+        if not headers:
+            image.draft(None, (max(1, width // 8), max(1, height // 8)))
+            image.load()
+            if mode == "F" or mode.startswith("I"):
+                values = np.asarray(image)
+                low, high = float(values.min()), float(values.max())
+        return Properties(width, height, mode, _orientation(image) not in (0, 1), low, high)
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 0 if there is none."""
+    try:
+        return int(image.getexif().get(ORIENTATION, 0))
+    except (OSError, SyntaxError, EOFError, struct.error, ValueError, LookupError, TypeError, AttributeError):
+        return 0
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF orientation says. Damaged EXIF data turns nothing."""
+    image.load()  # errors of the pixels are not errors of EXIF
+    try:
+        return ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, EOFError, struct.error, ValueError, LookupError, TypeError, AttributeError):
+        return image
+
+
+def _eight_bits(values: np.ndarray, levels: Sequence[float] | None) -> np.ndarray:
+    """Grey values of 16 or 32 bits, or floating point, (H, W) -> uint8 (H, W)."""
+    if levels is not None:
+        low, high = levels
+        scaled = (values.astype(np.float64) - low) / (high - low)
+        if not np.isfinite(scaled).all():
+            raise ValueError("has pixels that are NaN or infinite")
+        return (255 * np.clip(scaled, 0, 1)).round().astype(np.uint8)
+    if values.dtype.kind == "f":
+        raise ValueError("has floating-point pixels; set prepare.options.transform.range to [lowest, highest] value")
+    return (np.clip(values, 0, 65535) >> 8).astype(np.uint8)

@@ -21,6 +21,7 @@ import torch._dynamo  # what torch.func loads at its first use: a cost of import
 from h2t.cache.reader import Cache, open_cache
 from h2t.pipeline.base.run import silent
 from h2t.pipeline.heads.batches import Streams
+from h2t.pipeline.heads.descent import Descent
 from h2t.pipeline.heads.features import FeatureReader
 from h2t.pipeline.heads.fusion import replaced_channels
 from h2t.pipeline.heads.host import Context
@@ -67,10 +68,10 @@ def run(way: Literal["stream", "memory"], path: str, budget: int, steps: int | N
         head = build_head(HeadParts("dr", {}, "linear", 1.0, "gap", {}, "hosts.dr"), context)
         stack = Stack(head, HEADS, feed)
         stack.start(stage1)
-        optimiser = torch.optim.SGD(list(stack.state.values()), lr=0.02, momentum=0.9, weight_decay=5e-4)
+        descent = Descent(stack.state, {}, momentum=0.9, weight_decay=5e-4)
         started = time.perf_counter()
         for at in itertools.islice(feed.steps(1), count):
-            stack.step(at, optimiser)
+            stack.step(at, descent, 0.02)
         seconds = time.perf_counter() - started
         row_bytes, meter = cache.spec.row_bytes(), reader.meter
         used = sum(streams.batch(0, step).labels.size * 2 for step in range(count)) * row_bytes

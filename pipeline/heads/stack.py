@@ -20,6 +20,7 @@ from h2t.pipeline.base.params import Count, Epochs, NonNegative, Rate, Ratio, Se
 from h2t.pipeline.base.progress import progress
 from h2t.pipeline.base.seeds import stream
 from h2t.pipeline.heads.batches import Batch
+from h2t.pipeline.heads.descent import Descent
 from h2t.pipeline.heads.features import FeatureTable
 from h2t.pipeline.heads.folded import Folded, Groups
 from h2t.pipeline.heads.fusion import (
@@ -192,8 +193,8 @@ class Stack:
             x = torch.where(share > 0, mix(receivers, donors, share), x)
         return x
 
-    def step(self, at: Step, optimiser: torch.optim.Optimizer) -> torch.Tensor:
-        """Makes one gradient step of every head. Returns their losses before the step, (K,)."""
+    def step(self, at: Step, descent: Descent, rate: float) -> torch.Tensor:
+        """Makes one step of every head at learning rate `rate`. Returns their losses before the step, (K,)."""
         epoch, step, batch, table = at
         masks, orders = self.masks(epoch, step), self.orders(epoch, step, batch.labels.shape[1])
         labels = torch.from_numpy(batch.labels).to(self.device)[self._seed]
@@ -204,11 +205,11 @@ class Stack:
         noise = torch.stack(drawn).to(self.device, self.dtype)[self._seed] if drawn else None
         if self.at_once:
             losses = self._gradients_at_once(self._logits(batch, table, masks, orders), labels, noise)
-            optimiser.step()
+            descent.step(rate)
             return losses
         x = self.fused(batch, table, masks, orders)
         losses = self._gradients(x, labels, noise)
-        optimiser.step()
+        descent.step(rate)
         if self.host.fixed:
             state = {name: t.detach() for name, t in self.state.items()}
             self.state.update(vmap(self.head.update)(state, x))
@@ -225,7 +226,7 @@ class Stack:
         gradient = vmap(grad_and_value(loss), in_dims=(0, 0, 0, 0, None if noise is None else 0))
         grads, losses = gradient(trained, fixed, x, labels, noise)
         for name, gradients in grads.items():
-            self.state[name].grad = gradients.contiguous()
+            self.state[name].grad = gradients
         return losses.detach()
 
     def _gradients_at_once(
@@ -237,7 +238,7 @@ class Stack:
         trained = {name: t for name, t in self.state.items() if name not in self.host.fixed}
         gradients = torch.autograd.grad(losses.sum(), list(trained.values()))
         for tensor, gradient in zip(trained.values(), gradients, strict=True):
-            tensor.grad = gradient.contiguous()  # the fused optimiser reads it as such
+            tensor.grad = gradient
         return losses.detach()
 
     def _logits(
@@ -272,24 +273,19 @@ class Stack:
         weights. Raises NotFinite after the first epoch that ends with a weight that is NaN or infinite.
         """
         trained = {name: t for name, t in self.state.items() if name not in self.host.fixed}
-        groups = [{"params": [t], "factor": self.host.rates.get(name, 1.0)} for name, t in trained.items()]
-        optimiser = torch.optim.SGD(
-            groups, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay, fused=True
-        )
+        descent = Descent(trained, self.host.rates, settings.momentum, settings.weight_decay)
         losses = torch.zeros(settings.epochs, len(self.heads), dtype=self.dtype, device=self.device)
-        first = save.restore(self.state, optimiser, losses) if save else 0
+        first = save.restore(self.state, descent, losses) if save else 0
         steps = self.streams.steps
         bar = progress(None, f"train_classifier {name}", unit="step", total=settings.epochs * steps, initial=first)
         with bar:
             for at in self.feed.steps(settings.epochs, *divmod(first, steps)):
-                for group in optimiser.param_groups:
-                    group["lr"] = settings.rate(at.epoch) * group["factor"]
-                losses[at.epoch] += self.step(at, optimiser) * at.batch.labels.shape[1]
+                losses[at.epoch] += self.step(at, descent, settings.rate(at.epoch)) * at.batch.labels.shape[1]
                 bar.update()
                 if at.step == steps - 1 and (bad := not_finite(self.state)):
                     raise NotFinite(at.epoch, *bad)
                 if save:
-                    save.offer(at.epoch * steps + at.step + 1, self.state, optimiser, losses)
+                    save.offer(at.epoch * steps + at.step + 1, self.state, descent, losses)
                 del at  # it keeps a window of features in memory
         for epoch, total in enumerate(losses):
             report(epoch, total / self.streams.samples)

@@ -6,6 +6,7 @@ import shutil
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
@@ -14,6 +15,12 @@ from h2t.pipeline.base.outputs import replace_file
 from h2t.pipeline.networks.weights import load_weights, save_weights
 
 SECONDS = 30.0  # between two saves; a shorter run saves nothing
+
+
+class HasMomentum(Protocol):
+    """An optimiser of torch, or anything with its `state`: tensor -> {"momentum_buffer": tensor, ...}."""
+
+    state: Any
 
 
 class Checkpoint:
@@ -59,7 +66,7 @@ class Checkpoint:
         changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
         return [f"{key} {_short(now.get(key))}, was {_short(before.get(key))}" for key in changed]
 
-    def restore(self, state: dict[str, torch.Tensor], optimiser: torch.optim.Optimizer, losses: torch.Tensor) -> int:
+    def restore(self, state: dict[str, torch.Tensor], optimiser: HasMomentum, losses: torch.Tensor) -> int:
         """Loads the saved step into the arguments; returns the number of steps done, 0 if nothing usable is saved."""
         try:
             saved, about = load_weights(self.path)
@@ -81,7 +88,7 @@ class Checkpoint:
         self,
         steps: int,
         state: dict[str, torch.Tensor],
-        optimiser: torch.optim.Optimizer,
+        optimiser: HasMomentum,
         losses: torch.Tensor,
     ) -> None:
         """Saves the state after `steps` steps, unless the last save is less than `seconds` ago."""

@@ -237,6 +237,19 @@ def test_a_project_is_written_once(tmp_path):
         assert before == {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
 
 
+def test_what_lies_in_a_folder_of_dvc_without_its_config_stays(tmp_path):
+    own_data.sort(tmp_path / "p/photos", {"a": 9, "b": 6})
+    kept = tmp_path / "p/.dvc/cache/files/md5/ab/cd"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("an object")
+    with contextlib.chdir(tmp_path / "p"):
+        result = CliRunner().invoke(main, ["init", "--data", "photos"])
+    assert result.exit_code in (1, 2)
+    assert result.stderr.count("\n") == 1
+    assert ".dvc: must have a file config" in result.stderr
+    assert kept.read_text() == "an object"
+
+
 def test_the_command_of_the_docs(tmp_path, monkeypatch):
     own_data.sort(tmp_path / "photos", {"a": 9, "b": 6})
     monkeypatch.setenv("HOME", str(tmp_path))

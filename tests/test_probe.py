@@ -85,6 +85,16 @@ def test_a_probe_fitted_again_has_the_same_bits(classifier):
 
 
 @pytest.mark.parametrize("classifier", ["linear", "cosine"])
+def test_a_probe_that_stops_before_its_minimum_says_so(classifier):
+    x, y = make_blobs(channels=64)
+    for iterations, lines in ((2, 1), (1000, 0)):
+        said = []
+        probe.fit(x, y, len(COUNTS), Probe(iterations=iterations), classifier, said.append)
+        assert len(said) == lines
+        assert all("stopped after 2 iterations" in line for line in said)
+
+
+@pytest.mark.parametrize("classifier", ["linear", "cosine"])
 def test_features_that_are_all_zero_give_finite_weights(classifier):
     state = probe.fit(torch.zeros(6, 3), torch.tensor([0, 0, 0, 1, 1, 1]), 2, Probe(), classifier)
     assert all(t.isfinite().all() for t in state.values())

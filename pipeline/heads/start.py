@@ -6,7 +6,7 @@ saved one if it is of this cache and these settings, and fits it otherwise.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
@@ -22,6 +22,7 @@ from h2t.cache.memory import available_memory
 from h2t.cache.reader import Cache
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import build
+from h2t.pipeline.base.run import Say, silent
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.data.classes import recorded_names
 from h2t.pipeline.heads.batches import SampleRows, sample_rows
@@ -71,7 +72,12 @@ def check_backbone(cache: Cache, backbone_dir: Path) -> None:
 
 
 def fit_probe(
-    cache: Cache, settings: Probe, classifier: Kind, device: torch.device, frozen: FrozenPart | None
+    cache: Cache,
+    settings: Probe,
+    classifier: Kind,
+    device: torch.device,
+    frozen: FrozenPart | None,
+    say: Say = silent,
 ) -> StageOneHead:
     """The probe on the pooled training rows of `cache`, view 0 of each sample, after the `frozen` part of the backbone.
 
@@ -100,7 +106,7 @@ def fit_probe(
     if frozen:
         with torch.no_grad():
             features = frozen.to(device)(features)
-    state = probe.fit(features, torch.from_numpy(rows.labels).to(device), classes, settings, classifier)
+    state = probe.fit(features, torch.from_numpy(rows.labels).to(device), classes, settings, classifier, say)
     cpu = {name: t.cpu() for name, t in state.items()}
     return StageOneHead(cpu, classifier, settings.scale if classifier == "cosine" else 1.0, frozen)
 
@@ -123,9 +129,7 @@ def _of(cache: Cache, settings: Probe) -> dict[str, Any]:
     }
 
 
-def backbone_head(
-    cache: Cache, folder: Path, classifier: str, device: torch.device, say: Callable[[str], None]
-) -> StageOneHead:
+def backbone_head(cache: Cache, folder: Path, classifier: str, device: torch.device, say: Say) -> StageOneHead:
     """The head of the backbone in `folder`: trained in stage I, or a probe of the kind `classifier`.
 
     `folder` was written by train-backbone or probe, or is `none`; then, and with `head: none`, the result is empty.
@@ -149,7 +153,7 @@ def backbone_head(
                 f"{str(about['cache'])[:12]}; run h2t probe again"
             )
     say(f"fitting the {kind} probe, as {saved} has none of this cache with these settings; h2t probe saves it")
-    return fit_probe(cache, settings, kind, device, trained.frozen)
+    return fit_probe(cache, settings, kind, device, trained.frozen, say)
 
 
 def class_means(

@@ -13,8 +13,11 @@ import torch
 from torch.nn import functional as F
 
 from h2t.pipeline.base.params import Epochs, Positive, Section
+from h2t.pipeline.base.run import Say, silent
+from h2t.pipeline.base.text import counted
 
 GRADIENT = 1e-5  # the solver stops where no entry of the gradient is larger, for features scaled to mean square 1
+AT_THE_LIMIT = 1  # SciPy's status of L-BFGS-B that reached its limit of iterations or evaluations
 CORRECTIONS = 10  # pairs of steps and gradients that L-BFGS keeps
 
 
@@ -30,19 +33,32 @@ class Probe(Section):
 
 
 def fit(
-    features: torch.Tensor, labels: torch.Tensor, classes: int, settings: Probe, classifier: Literal["linear", "cosine"]
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    classes: int,
+    settings: Probe,
+    classifier: Literal["linear", "cosine"],
+    say: Say = silent,
 ) -> dict[str, torch.Tensor]:
     """The classifier of one expert at the minimum: `weight` float32 (1, K, D) and, if linear, `bias` (1, K).
 
     `features` float32 (N, D) and `labels` int64 (N,) lie on one device. They are only read. Matrix products are in
-    float32, sums over samples in float64.
+    float32, sums over samples in float64. `say` is told if the solver stopped before the minimum.
     """
     solver = _linear if classifier == "linear" else _cosine
-    return {name: t.to(torch.float32)[None] for name, t in solver(features, labels, classes, settings).items()}
+    state, stopped = solver(features, labels, classes, settings)
+    if stopped:
+        say(
+            f"note: the {classifier} probe stopped after {counted(settings.iterations, 'iteration')}, before its "
+            "minimum; raise probe.iterations, or for the linear one probe.l2"
+        )
+    return {name: t.to(torch.float32)[None] for name, t in state.items()}
 
 
-def _linear(features: torch.Tensor, labels: torch.Tensor, classes: int, settings: Probe) -> dict[str, torch.Tensor]:
-    """Weight (K, D) and bias (K,), float64."""
+def _linear(
+    features: torch.Tensor, labels: torch.Tensor, classes: int, settings: Probe
+) -> tuple[dict[str, torch.Tensor], bool]:
+    """Weight (K, D) and bias (K,), float64; and whether the solver stopped too early."""
     # Centring changes the bias alone, as it is not penalised; scaling is undone in weights and penalty. Both make the
     # problem better conditioned, so that it takes fewer iterations.
     centre = features.mean(0, dtype=torch.float64)
@@ -57,15 +73,18 @@ def _linear(features: torch.Tensor, labels: torch.Tensor, classes: int, settings
         gradient = torch.cat([(slope.T @ x).double() + penalty * weight, slope.sum(0, dtype=torch.float64)[:, None]], 1)
         return value + penalty / 2 * weight.square().sum(), gradient
 
-    found = _minimum(loss, x.new_zeros(classes, width + 1, dtype=torch.float64), settings.iterations)
+    found, stopped = _minimum(loss, x.new_zeros(classes, width + 1, dtype=torch.float64), settings.iterations)
     weight = found[:, :width] / scale
-    return {"weight": weight, "bias": found[:, width] - weight @ centre}
+    return {"weight": weight, "bias": found[:, width] - weight @ centre}, stopped
 
 
-def _cosine(features: torch.Tensor, labels: torch.Tensor, classes: int, settings: Probe) -> dict[str, torch.Tensor]:
-    """Weight (K, D), float64, rows of length 1: the mean cross-entropy of scale x cosine, from the class means on.
+def _cosine(
+    features: torch.Tensor, labels: torch.Tensor, classes: int, settings: Probe
+) -> tuple[dict[str, torch.Tensor], bool]:
+    """Weight (K, D), float64, rows of length 1; and whether the solver stopped too early.
 
-    Lengths of the weights do not change cosines, so there is no penalty; the scale bounds the logits.
+    Minimises the mean cross-entropy of scale x cosine, from the class means on. Lengths of the weights do not change
+    cosines, so there is no penalty; the scale bounds the logits.
     """
     x = F.normalize(features, dim=-1)
 
@@ -77,7 +96,8 @@ def _cosine(features: torch.Tensor, labels: torch.Tensor, classes: int, settings
         return value, (gradient - (gradient * unit).sum(1, keepdim=True) * unit) / length
 
     start = F.normalize(class_means(x[None], labels, classes)[0].double(), dim=-1)
-    return {"weight": F.normalize(_minimum(loss, start, settings.iterations), dim=-1)}
+    found, stopped = _minimum(loss, start, settings.iterations)
+    return {"weight": F.normalize(found, dim=-1)}, stopped
 
 
 def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,8 +112,11 @@ def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Te
 
 def _minimum(
     loss: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]], start: torch.Tensor, iterations: int
-) -> torch.Tensor:
-    """Where `loss`, a function of float64 (K, D) that gives value and gradient, is smallest."""
+) -> tuple[torch.Tensor, bool]:
+    """Where `loss`, a function of float64 (K, D) that gives value and gradient, is smallest.
+
+    Also whether the solver had to stop before, at its limit of iterations.
+    """
     from scipy.optimize import minimize  # takes half a second to import
 
     def flat(given: np.ndarray) -> tuple[float, np.ndarray]:
@@ -108,7 +131,7 @@ def _minimum(
             method="L-BFGS-B",
             options={"maxiter": iterations, "maxfun": 2 * iterations, "gtol": GRADIENT, "maxcor": CORRECTIONS},
         )
-    return torch.from_numpy(found.x).view(start.shape).to(start.device)
+    return torch.from_numpy(found.x).view(start.shape).to(start.device), found.status == AT_THE_LIMIT
 
 
 def class_means(features: torch.Tensor, labels: torch.Tensor, classes: int) -> torch.Tensor:

@@ -156,10 +156,12 @@ def _versioned(folder: Path) -> Iterator[str]:
     elif top == "":
         subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True, capture_output=True)
         yield "git: initialised"
-    if (folder / ".dvc").is_dir() and (folder / ".dvc/config").is_file():
+    if (folder / ".dvc/config").is_file():
         return
+    if os.path.lexists(folder / ".dvc"):  # `dvc init --force` would delete it with its cache
+        raise UserError(f"{folder / '.dvc'}: must have a file config; got none; make an empty one, or move .dvc away")
     options = ["--no-scm"] if top is None else ["--subdir"] if top and Path(top).resolve() != folder.resolve() else []
-    command = [sys.executable, "-m", "dvc", "init", "--quiet", "--force", *options]
+    command = [sys.executable, "-m", "dvc", "init", "--quiet", *options]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode:
         reason = next(iter(done.stderr.strip().splitlines()), "no reason given")

@@ -28,7 +28,7 @@ def run(head: str, settings: Probe, run: Run, cache: Cache, backbone_dir: Path) 
         if head == "probe":
             frozen = load_head(backbone_dir).frozen
             for kind in ("linear", "cosine"):
-                save_probe(into, fit_probe(cache, settings, kind, run.device, frozen), cache, settings)
+                save_probe(into, fit_probe(cache, settings, kind, run.device, frozen, run.say), cache, settings)
             samples = sum(cache.spec.provenance["counts"])
             found |= {"probe": settings.model_dump(), "samples": samples}
             run.say(f"{run.name}: probes fitted to {samples:,} samples")

@@ -177,6 +177,42 @@ class PriorHost(GradientHost):
         return F.cross_entropy(logits + self.prior.to(logits), labels)
 
 
+class MixingHost(GradientHost):
+    """Base of hosts that mix each sample's features and label with those of another sample of the batch.
+
+    h' = t h_i + (1 - t) h_s(i), and the loss is mean_i [u CE(z(h'), y_i) + (1 - u) CE(z(h'), y_s(i))]: one share t from
+    Beta(alpha, alpha) and one permutation s for each batch; a subclass says what u is.
+    """
+
+    receiver = "instance"
+
+    def __init__(self, alpha: float, classifier: str, scale: float, context: Context) -> None:
+        super().__init__(classifier, scale, context)
+        self.alpha = alpha
+        self.linear = classifier == "linear"  # mixed features then have mixed logits
+
+    def label_share(self, share: torch.Tensor, labels: torch.Tensor, partners: torch.Tensor) -> torch.Tensor:
+        """The share u of each sample's own label (B,), from the share t (B,) of its features and the labels (B,)."""
+        raise NotImplementedError
+
+    def noise(self, draws: np.random.Generator, batch: int) -> torch.Tensor:
+        """(batch, 2), float64: the permutation, and t in each line."""
+        order = draws.permutation(batch)
+        return torch.from_numpy(np.stack([order, np.full(batch, draws.beta(self.alpha, self.alpha))], 1))
+
+    def loss(
+        self, state: State, features: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The mixed loss, averaged over the batch."""
+        assert noise is not None
+        order, share = noise[:, 0].long(), noise[:, 1]
+        partners = labels[order]
+        mixed = torch.lerp(features[:, order], features, share.unsqueeze(-1))
+        losses = -self.logits(state, mixed).log_softmax(-1)
+        own, other = (losses.gather(-1, y.unsqueeze(-1)).squeeze(-1) for y in (labels, partners))
+        return torch.lerp(other, own, self.label_share(share, labels, partners)).mean()
+
+
 class FittedHost(Host):
     """Base of hosts with a closed-form fit on all training samples. They have no batches and no donors, so no H2T."""
 

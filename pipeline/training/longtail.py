@@ -4,6 +4,17 @@
 """
 
 import torch
+from torch.nn import functional as F
+
+LEAST = 1e-12  # smallest base of a power, whose gradient may be infinite at 0
+
+
+def own_class(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Whether a column of `logits` (B, K) is that of the sample's own class, bool (B, K).
+
+    Unlike torch's `one_hot` it works under vmap.
+    """
+    return labels.unsqueeze(-1) == torch.arange(logits.shape[-1], device=labels.device)
 
 
 def ldam_margins(counts: torch.Tensor, largest: float = 0.5) -> torch.Tensor:
@@ -16,6 +27,27 @@ def effective_weights(counts: torch.Tensor, beta: float) -> torch.Tensor:
     """Weights proportional to (1 - beta) / (1 - beta^n_j), scaled to mean 1, (K,) (Cui et al., CVPR 2019)."""
     weights = (1 - beta) / (1 - beta ** counts.double())
     return weights * len(counts) / weights.sum()
+
+
+def focal_losses(logits: torch.Tensor, labels: torch.Tensor, gamma: float, *, detach: bool = False) -> torch.Tensor:
+    """The focal loss of each sample, (1 - p_y)^gamma (-log p_y) with p the softmax, (B,), from logits (B, K).
+
+    With `detach` no gradient flows through the weight. Source: Lin et al., ICCV 2017, eq. (4), for the softmax.
+    """
+    log_p = logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    weight = (-log_p.expm1()).clamp_min(LEAST) ** gamma
+    return -(weight.detach() if detach else weight) * log_p
+
+
+def sigmoid_focal_losses(logits: torch.Tensor, labels: torch.Tensor, gamma: float) -> torch.Tensor:
+    """The focal loss of each sample (B,), from logits (B, K): a binary loss per class, summed over the classes.
+
+    With s_j the sigmoid and p_j = s_j for the true class, 1 - s_j for others: sum_j (1 - p_j)^gamma (-log p_j). Source:
+    Lin et al., ICCV 2017, eq. (4); Cui et al., CVPR 2019, eq. (14).
+    """
+    own = own_class(logits, labels)
+    signed = torch.where(own, logits, -logits)  # p_j = sigmoid(signed_j)
+    return (-(gamma * F.logsigmoid(-signed)).exp() * F.logsigmoid(signed)).sum(-1)
 
 
 def log_prior(counts: torch.Tensor) -> torch.Tensor:
@@ -46,5 +78,5 @@ def clouded(
     clamped to [-1, 1]. Source: Li et al., "Long-tailed Visual Recognition via Gaussian Clouded Logit Adjustment",
     CVPR 2022, section 3.
     """
-    own = labels.unsqueeze(-1) == torch.arange(logits.shape[-1], device=labels.device)
+    own = own_class(logits, labels)
     return logits - amplitude * noise.abs() * clouds - margin * own.to(logits.dtype)

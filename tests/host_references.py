@@ -186,4 +186,38 @@ REFERENCES = {
     "lade": lade_reference,
     "manifold_mixup": mixing_reference(lambda t, ratio: t),
     "remix": mixing_reference(remix_share),
+    "smote": ce_reference,
+    "feature_transfer": ce_reference,
 }
+
+
+# References of losses that depend on more: (state, batch of arrays, training features (E, N, D) sorted by class).
+
+
+def isda_reference(s, batch, training):
+    """Halfway through the training, so r = 0.25; the quadratic form entry by entry."""
+    experts, total = len(training), 0.0
+    starts = np.cumsum(COUNTS) - COUNTS
+    for i, y in enumerate(batch.labels.tolist()):
+        z = logits_by_hand(s["weight"], s["bias"], batch.features[:, i])
+        for e in range(experts):
+            own = training[e, starts[y] : starts[y] + COUNTS[y]]
+            covariance = np.cov(own.T, bias=True)
+            for k in range(len(z)):
+                d = s["weight"][e, k] - s["weight"][e, y]
+                form = sum(d[a] * covariance[a, b] * d[b] for a in range(len(d)) for b in range(len(d)))
+                z[k] += 0.125 * float(form) / experts
+        total += minus_log_p(z, y)
+    return total / len(batch.labels)
+
+
+def pair_mixup_reference(s, batch, training):
+    total = 0.0
+    for i, y in enumerate(batch.labels.tolist()):
+        t = batch.noise[i]
+        z = logits_by_hand(s["weight"], s["bias"], t * batch.features[:, i] + (1 - t) * batch.partners[:, i])
+        total += t * minus_log_p(z, y) + (1 - t) * minus_log_p(z, batch.partner_labels[i])
+    return total / len(batch.labels)
+
+
+BATCH_REFERENCES = {"isda": isda_reference, "pair_mixup": pair_mixup_reference}

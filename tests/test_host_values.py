@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from h2t.pipeline.base import plugins
-from h2t.pipeline.heads.host import Context
+from h2t.pipeline.heads.host import Context, TrainingBatch
 from h2t.pipeline.networks.trained import StageOneHead
+from h2t.pipeline.training.longtail import class_covariances
 
 COUNTS = torch.tensor([100, 10, 1])
 WEIGHT = torch.tensor([[0.5, -0.25], [0.1, 0.3], [-0.4, 0.2]], dtype=torch.float64)
@@ -125,3 +126,88 @@ def test_the_weights_that_httn_transfers():
     exact = torch.tensor([[0.520235, -0.051668], [-0.337865, 0.414569]], dtype=torch.float64)
     tail = torch.nn.functional.normalize(features[0, 2], dim=0)
     assert plain["weight"][0, 2].tolist() == pytest.approx((exact @ tail).tolist(), abs=2e-6)
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("full", 1.199331), ("diagonal", 1.201972)])
+def test_isda_of_the_example(kind, expected):
+    host = made("isda", covariance=kind)
+    full = torch.zeros(1, 3, 2, 2, dtype=torch.float64)
+    full[0, 0] = torch.tensor([[0.2, 0.05], [0.05, 0.1]])
+    full[0, 2] = torch.tensor([[0.05, 0.02], [0.02, 0.08]])
+    host.covariances = full if kind == "full" else full.diagonal(dim1=-2, dim2=-1)
+    batch = TrainingBatch(FEATURES[None], LABELS, progress=1.0)
+    assert host.batch_loss(STATE, batch).item() == pytest.approx(expected, abs=6e-7)
+    assert host.batch_loss(STATE, batch._replace(progress=0.0)).item() == pytest.approx(1.190922, abs=6e-7)
+
+
+def test_covariances_are_divided_by_the_count():
+    features = torch.tensor([[[1, 2], [3, 0], [2, 2], [5, 5]]], dtype=torch.float64)
+    found = class_covariances(features, [3, 1], full=True)[0]
+    assert found[0].flatten().tolist() == pytest.approx([2 / 3, -2 / 3, -2 / 3, 8 / 9])
+    assert not found[1:].any()
+    diagonal = class_covariances(features, [3, 1], full=False)[0]
+    assert torch.allclose(diagonal, found.diagonal(dim1=-2, dim2=-1))
+
+
+def test_feature_transfer_moves_the_deviation_of_a_large_class():
+    host = made("feature_transfer", regular_above=20, share=1.0)
+    q = torch.tensor([[0.8], [0.6]], dtype=torch.float64)
+    host.projections = (q @ q.T)[None]
+    host.centres = torch.tensor([[[1, 1], [0, 1], [0, 1]]], dtype=torch.float64)
+    partners = torch.tensor([[[2, 3], [2, 3], [2, 3]]], dtype=torch.float64)
+    receivers = torch.tensor([[[7, 7], [7, 7], [7, 7]]], dtype=torch.float64)
+    labels, theirs = torch.tensor([1, 0, 2]), torch.tensor([0, 0, 1])
+    batch = TrainingBatch(receivers, labels, torch.zeros(3), partners=partners, partner_labels=theirs)
+    found = host.augment(batch)[0]
+    assert found[0].tolist() == pytest.approx([1.6, 2.2])
+    assert found[1:].tolist() == [[7, 7], [7, 7]]  # a large class keeps its samples, a rare partner gives nothing
+
+
+def test_feature_transfer_keeps_the_directions_of_most_variance():
+    draws = torch.Generator().manual_seed(0)
+    features = torch.randn(1, 111, 2, generator=draws).double() * torch.tensor([5.0, 0.1])
+    labels = torch.arange(3).repeat_interleave(COUNTS)
+    for energy, rank in ((0.95, 1), (1.0, 2), (0.0, 0)):
+        host = made("feature_transfer", energy=energy)
+        host.prepare(features, labels, StageOneHead(STATE, "linear", 1.0))
+        assert torch.linalg.matrix_rank(host.projections[0], tol=1e-6) == rank
+        if rank == 1:
+            assert float(host.projections[0, 0, 0]) == pytest.approx(1, abs=1e-3)
+
+
+def test_smote_moves_towards_a_neighbour():
+    host = made("smote", neighbours=2)
+    features = torch.tensor([[[9, 9]] * 100 + [[1, 2], [3, 0], [9, 0]] + [[0, 0]] * 7 + [[4, 4]]], dtype=torch.float64)
+    host.prepare(features, torch.arange(3).repeat_interleave(COUNTS), StageOneHead(STATE, "linear", 1.0))
+    assert host.neighbours[100].tolist()[0] == 104 or features[0, host.neighbours[100, 0]].tolist() == [0, 0]
+    assert host.neighbours[110].tolist() == [-1, -1]
+    host.neighbours[100] = torch.tensor([101, 102])
+    noise = torch.tensor([[0.2, 0.1, 0.25], [0.05, 0.1, 0.25], [0.999, 0.5, 0.5], [0.2, 0.6, 0.5]], dtype=torch.float64)
+    samples = torch.tensor([100, 100, 110, 100])
+    labels = torch.tensor([1, 1, 2, 1])
+    found = host.augment(TrainingBatch(features[:, samples], labels, noise, samples))[0]
+    # Moved; an original, as 0.05 < 10 / 100; a class of one sample; the second neighbour.
+    assert found.tolist() == [[1.5, 1.5], [1, 2], [4, 4], [5, 1]]
+
+
+def test_smote_is_that_of_imbalanced_learn():
+    """Its neighbours are ours, and each of its synthetic samples lies between a sample and one of our neighbours."""
+    from imblearn.over_sampling import SMOTE
+
+    counts = torch.tensor([40, 12, 7])
+    draws = torch.Generator().manual_seed(3)
+    features = torch.randn(1, 59, 3, generator=draws).double()
+    labels = torch.arange(3).repeat_interleave(counts)
+    module = plugins.load("hosts", "smote")
+    host = module.Host(module.Loss(), "linear", 1.0, Context(counts, 3, 1))
+    host.prepare(features, labels, StageOneHead(STATE, "linear", 1.0))
+    x = features[0].numpy()
+    made_there, their_labels = SMOTE(k_neighbors=5, random_state=0).fit_resample(x, labels.numpy())
+    assert np.bincount(their_labels).tolist() == [40, 40, 40]
+    for synthetic, label in zip(made_there[59:], their_labels[59:], strict=True):
+        pairs = [(i, j) for i in np.flatnonzero(labels.numpy() == label) for j in host.neighbours[i].tolist()]
+        between = [
+            abs(np.linalg.norm(synthetic - x[i]) + np.linalg.norm(synthetic - x[j]) - np.linalg.norm(x[i] - x[j]))
+            for i, j in pairs
+        ]
+        assert min(between) < 1e-9

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,10 +16,12 @@ from conformance import (
     fitted_hosts,
     gradient_hosts,
     loss_of,
+    make_batch,
     make_features,
     make_host,
+    training_features,
 )
-from host_references import REFERENCES, ce_reference, cosines_by_hand, minus_log_p
+from host_references import BATCH_REFERENCES, REFERENCES, ce_reference, cosines_by_hand, minus_log_p
 from pipeline_builders import make_backbone_dir, make_stage1_head, make_stage2_cache, silent
 
 from h2t.cache.reader import open_cache
@@ -27,9 +30,9 @@ from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.extraction.recipes import RECIPES, Recipe
 from h2t.pipeline.heads import stack as stack_module
-from h2t.pipeline.heads.batches import Batch, Streams
+from h2t.pipeline.heads.batches import Streams
 from h2t.pipeline.heads.features import FeatureReader
-from h2t.pipeline.heads.host import Context
+from h2t.pipeline.heads.host import Context, TrainingBatch
 from h2t.pipeline.heads.residency import Residency
 from h2t.pipeline.heads.stored import load_heads
 from h2t.pipeline.hosts.mislas import smoothing
@@ -101,8 +104,14 @@ def test_the_loss_is_that_of_a_slow_reference(name, experts):
     labels = torch.tensor([0, 3, 1, 2, 2, 0, 1])
     features = make_features(made, len(labels), experts, seed=5)
     loss, state, noise = loss_of(made, features, labels)
+    batch = make_batch(made.host, features, labels, noise)
+    given = batch._replace(features=made.host.augment(batch))  # which has tests of its own
     plain = {k: t.detach().numpy() for k, t in state.items()}
-    expected = REFERENCES[name](plain, features.numpy(), labels.tolist(), None if noise is None else noise.numpy())
+    numbers = TrainingBatch(*(part.numpy() if isinstance(part, torch.Tensor) else part for part in given))
+    if name in BATCH_REFERENCES:
+        expected = BATCH_REFERENCES[name](plain, numbers, training_features(made).numpy())
+    else:
+        expected = REFERENCES[name](plain, numbers.features, labels.tolist(), numbers.noise)
     assert abs(loss.item() - expected) <= 1e-10 * max(1, abs(expected))
 
 
@@ -194,7 +203,7 @@ def test_running_statistics_of_reslt_are_those_of_torch():
         for e in range(2):
             z[h] += (norm(maps[e]).mean((-2, -1)) @ state["weight"][e].T + state["bias"][e]) / 2
     assert torch.allclose(branch_logits(state, features), z, atol=1e-12)
-    updated = made.host.update(state, features)
+    updated = made.host.update(state, features, torch.zeros(6, dtype=torch.long))
     for h, norm in enumerate(norms):
         assert torch.allclose(updated["running_mean"][h], norm.running_mean, atol=1e-12)
         assert torch.allclose(updated["running_var"][h], norm.running_var, atol=1e-12)
@@ -439,7 +448,7 @@ def donors_labels(monkeypatch):
     def batch(self, epoch, step):
         found = original(self, epoch, step)
         labels = self.receivers.labels[np.searchsorted(self.receivers.first, found.receivers[:, ::-1])]
-        return Batch(found.receivers, labels, found.donors)
+        return replace(found, labels=labels)
 
     monkeypatch.setattr(Streams, "batch", batch)
 

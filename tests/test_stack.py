@@ -61,6 +61,7 @@ def test_a_head_of_a_stack_is_the_head_trained_alone(tmp_path, cache, experts, p
 
 
 LEFT_OUT = {("gcl", "linear"), ("lift", "linear"), ("ride", "linear")}
+LEFT_OUT |= {("manifold_mixup", "cosine"), ("remix", "cosine")}  # which mix features
 LINEAR = [  # host, its loss, classifier
     *(
         (name, {}, kind)

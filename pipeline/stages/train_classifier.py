@@ -168,6 +168,8 @@ def run(params: Params, run: Run, residency: Residency, cache: Cache, backbone_d
         [0] if fitted else params.grid.seed,
         params.optimiser.batch_size,
         receiver=receiver,
+        partner=None if fitted else kind.partner,
+        epochs=params.optimiser.epochs,
     )
     channels, height, width = cache.spec.maps[0]
     frozen = stage1.frozen
@@ -185,7 +187,10 @@ def run(params: Params, run: Run, residency: Residency, cache: Cache, backbone_d
         where=f"hosts.{run.name}",
     )
     head = build_head(parts, context, channels, frozen.to(run.device) if frozen else None)
-    reader = _reader(params, cache, head.pool, as_maps=not (residency.pooled or fitted))
+    reads = "features" if fitted else kind.reads
+    as_maps = reads == "maps" or (reads == "any" and not residency.pooled)
+    reader = _reader(params, cache, head.pool, as_maps=as_maps)
+    _check_reads(params, run.name, "any" if fitted else reads, reader)
     if start not in (None, "probe"):
         stage1 = replace(_start(start, params, run, reader, head, streams), frozen=frozen)
     about = {
@@ -209,6 +214,8 @@ def run(params: Params, run: Run, residency: Residency, cache: Cache, backbone_d
         if bad := not_finite(trained.state):
             raise _not_finite_because(run.name, fitted, cache, streams.receivers.first, bad[1], heads[0])
     else:
+        if head.gradient_host.prepares:
+            _check_fit(run.name, streams, reader, holds_logits=False)
         begin = weights_digest(stage1.state)
         token = f"{cache.spec.fingerprint} {about['backbone']} {params.model_dump_json()} {begin}"
         room = find_room(residency, run.device)
@@ -339,6 +346,20 @@ def _reader(params: Params, cache: Cache, pool: Pool, *, as_maps: bool) -> Featu
             "got a pooled cache; use the cache that it was made from"
         )
     return FeatureReader(cache, already or ((lambda maps: pool({}, maps)) if exact and not as_maps else None))
+
+
+def _check_reads(params: Params, name: str, reads: str, reader: FeatureReader) -> None:
+    """Raises UserError if a host that `reads` features gets maps, or the other way round."""
+    if reads == "features" and reader.pooling is None:
+        raise UserError(
+            f"hosts.{name}.pool: host {params.host} changes features before fusion, so the pool must act on each "
+            f"channel alone and train nothing; got {params.pool}; use gap"
+        )
+    if reads == "maps" and reader.pooling is not None:
+        raise UserError(
+            f"{reader.cache.files}: host {params.host} needs whole maps; got a pooled cache; use the cache that it was "
+            "made from"
+        )
 
 
 def _table(heads: list[HeadSetting], replaced: list[int], about: dict[str, Any]) -> pa.Table:

@@ -125,11 +125,7 @@ class StageOne:
         self._forward = torch.compile(self.backbone) if params.compile else self.backbone
         self._labels = torch.from_numpy(samples.labels)
         self._train = samples.of("train")
-        turned = images.turned(params.rotation) if params.rotation else images
-        self._images: Images | ResidentImages = turned
-        if group.device.type == "cuda":
-            room = torch.cuda.mem_get_info(group.device)[0] // 4
-            self._images = resident(turned, self._train.tolist(), group.device, room)
+        self._images: Images | ResidentImages = images.turned(params.rotation) if params.rotation else images
         networks = (("backbone", self.backbone), ("objective", self.objective))
         self._state = {f"{n}.{k}": t for n, m in networks for k, t in m.state_dict(keep_vars=True).items()}
         self._buffers = [b for _, m in networks for b in m.buffers()]
@@ -163,6 +159,9 @@ class StageOne:
         self._load_scale()
         if done:
             say(f"{name}: resumes after epoch {done} of {self.params.epochs}")
+        if isinstance(self._images, Images) and self.group.device.type == "cuda":
+            room = torch.cuda.mem_get_info(self.group.device)[0] // 4
+            self._images = resident(self._images, self._train.tolist(), self.group.device, room)
         bar = progress(
             range(done, self.params.epochs),
             f"train_backbone {name}",

@@ -199,20 +199,36 @@ def augmented(image: np.ndarray, transform: Transform, draws: np.random.Generato
     size = transform.size
     if transform.area is not None:
         image = _random_resized_crop(image, transform, transform.area, draws)
+        flipped = _flipped(transform, draws)
     else:
-        pad = transform.padding
-        image = _resized(image, transform)
-        image = np.pad(image, ((pad, pad), (pad, pad), (0, 0))) if pad else image
-        top = int(draws.integers(image.shape[0] - size + 1))
-        left = int(draws.integers(image.shape[1] - size + 1))
+        image = padded(image, transform)
+        top, left, flipped = crop_and_flip(image.shape, transform, draws)
         image = image[top : top + size, left : left + size]
-    if transform.flip and draws.random() < 0.5:
+    if flipped:
         image = image[:, ::-1]
     if rotation:
         image = np.asarray(Image.fromarray(image).rotate(draws.uniform(-rotation, rotation)))
     if transform.jitter:
         image = _jittered(image, transform.jitter, draws)
     return image
+
+
+def padded(image: np.ndarray, transform: Transform) -> np.ndarray:
+    """The image that random crops are taken from: resized, with zeros around it; uint8 (H, W, 3)."""
+    pad = transform.padding
+    image = _resized(image, transform)
+    return np.pad(image, ((pad, pad), (pad, pad), (0, 0))) if pad else image
+
+
+def crop_and_flip(shape: tuple[int, ...], transform: Transform, draws: np.random.Generator) -> tuple[int, int, bool]:
+    """Top and left of a random crop of a padded image of `shape` (H, W, 3), and whether the crop is mirrored."""
+    top = int(draws.integers(shape[0] - transform.size + 1))
+    left = int(draws.integers(shape[1] - transform.size + 1))
+    return top, left, _flipped(transform, draws)
+
+
+def _flipped(transform: Transform, draws: np.random.Generator) -> bool:
+    return transform.flip and bool(draws.random() < 0.5)
 
 
 def _random_resized_crop(
@@ -351,9 +367,17 @@ class Images:
         image = self.array(sample)
         if key is None:
             return for_evaluation(image, self.transform)
-        seed, *rest = key
-        draws = stream(int(seed), "view", self.sources[sample], *rest)
-        return augmented(image, self.transform, draws, self._rotation)
+        return augmented(image, self.transform, self.draws(sample, key), self._rotation)
+
+    def draws(self, sample: int, key: Sequence[int | str]) -> np.random.Generator:
+        """The random stream of one view: `key` is (seed, view)."""
+        seed, *view = key
+        return stream(int(seed), "view", self.sources[sample], *view)
+
+    @property
+    def only_crops(self) -> bool:
+        """Whether augmented views are random crops and flips, nothing else."""
+        return self.transform.area is None and not self.transform.jitter and not self._rotation
 
     def _views(self, wanted: Sequence[tuple[int, Sequence[int | str] | None]]) -> list[np.ndarray]:
         return [self._view(sample, key) for sample, key in wanted]

@@ -22,6 +22,7 @@ from h2t.pipeline.base.progress import progress
 from h2t.pipeline.base.seeds import stream, torch_seed
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.data.images import Images
+from h2t.pipeline.data.resident_images import ResidentImages, resident
 from h2t.pipeline.data.samples import Samples
 from h2t.pipeline.networks.backbone import Backbone, frozen_part
 from h2t.pipeline.networks.classifier import global_average, logits
@@ -122,9 +123,9 @@ class StageOne:
         if params.frozen:
             self.backbone.requires_grad_(False)
         self._forward = torch.compile(self.backbone) if params.compile else self.backbone
-        self._images = images.turned(params.rotation) if params.rotation else images
         self._labels = torch.from_numpy(samples.labels)
         self._train = samples.of("train")
+        self._images: Images | ResidentImages = images.turned(params.rotation) if params.rotation else images
         networks = (("backbone", self.backbone), ("objective", self.objective))
         self._state = {f"{n}.{k}": t for n, m in networks for k, t in m.state_dict(keep_vars=True).items()}
         self._buffers = [b for _, m in networks for b in m.buffers()]
@@ -158,6 +159,9 @@ class StageOne:
         self._load_scale()
         if done:
             say(f"{name}: resumes after epoch {done} of {self.params.epochs}")
+        if isinstance(self._images, Images) and self.group.device.type == "cuda":
+            room = torch.cuda.mem_get_info(self.group.device)[0] // 4
+            self._images = resident(self._images, self._train.tolist(), self.group.device, room)
         bar = progress(
             range(done, self.params.epochs),
             f"train_backbone {name}",

@@ -52,7 +52,15 @@ from h2t.pipeline.stages import extract, pool, prepare, probe, train_backbone, t
 
 FIGURES = ("top1", "head", "medium", "tail")
 SPLITS = ("val", "test")
-PENALTIES = [1e-5, 1e-4, 1e-3, 1e-2, 1e-1]  # l2 of probe and logistic regression; scikit-learn's C is 1 / (l2 n)
+PENALTIES = [
+    1e-6,
+    1e-5,
+    1e-4,
+    1e-3,
+    1e-2,
+    1e-1,
+    1.0,
+]  # l2 of probe and logistic regression; scikit-learn's C is 1 / (l2 n)
 TAUS = [0.25, 0.5, 0.75, 1.0, 1.5]
 #: Fitted host -> the constant of its loss that is tuned, and its values.
 TUNED: dict[str, tuple[str, list[Any]]] = {
@@ -61,7 +69,7 @@ TUNED: dict[str, tuple[str, list[Any]]] = {
     "ncm": ("features", ["centred_l2", "l2", "raw"]),
     "tau_norm": ("tau", TAUS),
 }
-RATES = [0.02, 0.1, 0.004, 0.5]  # learning rates of the other hosts; all hosts are trained at the first one first
+RATES = [0.02, 0.1, 0.5, 0.004, 2.0]  # learning rates of the other hosts; all hosts are trained at the first one first
 RATIOS = [0.0, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
 SEEDS = [0, 1, 2, 3, 4]
 JOURNEY = ("dr", "crt", "lws", "mislas", "balanced_softmax", "lift")

@@ -3,13 +3,13 @@
 import json
 
 import pytest
+import timm
 import torch
 from small_cifar import write_images
 
 from benchmarks import frozen
 from h2t.pipeline.base.errors import UserError
 
-timm = pytest.importorskip("timm")
 pytestmark = pytest.mark.slow
 
 

@@ -46,6 +46,7 @@ class Made:
             "scale": self.scale,
             "pool": self.pool,
             "stage1": self.stage1,
+            "pooled": self.host.reads != "maps",
         }
 
 
@@ -103,6 +104,15 @@ def make_batch(host: Any, features: torch.Tensor, labels: torch.Tensor, noise: t
     return batch._replace(partners=features.flip(1), partner_labels=labels.flip(0))
 
 
+def augmented(host: Any, batch: TrainingBatch) -> TrainingBatch:
+    """The batch as the loss gets it. A host that reads maps gets some whose means are the features."""
+    if host.reads != "maps":
+        return batch._replace(features=host.augment(batch))
+    uneven = torch.tensor([[0.5, 1.5], [1.75, 0.25]], dtype=torch.float64)
+    maps = [x[..., None, None] * uneven for x in (batch.features, batch.partners)]
+    return batch._replace(features=global_average(host.augment(batch._replace(features=maps[0], partners=maps[1]))))
+
+
 def check_head_alone(
     name: str, cache: Path, experts: int = 1, pooled: bool = True, dtypes=(torch.float32, torch.float64)
 ) -> None:
@@ -145,8 +155,7 @@ def loss_of(made: Made, features: torch.Tensor, labels: torch.Tensor, seed=0) ->
     state = {k: t.detach().double().requires_grad_(k not in host.fixed) for k, t in start.items()}
     noise = host.noise(stream(seed, "noise", 0, 0), len(labels))
     noise = None if noise is None else noise.double()
-    batch = make_batch(host, features, labels, noise)
-    return host.batch_loss(state, batch._replace(features=host.augment(batch))), state, noise
+    return host.batch_loss(state, augmented(host, make_batch(host, features, labels, noise))), state, noise
 
 
 def check_gradients(name: str, counts: tuple[int, ...]) -> None:
@@ -192,8 +201,7 @@ def check_fusion(cache: Path, name: str = "dr") -> None:
     stack = make_stack(
         cache,
         [{"ratio": r} for r in ratios],
-        **made.options,
-        pooled=False,
+        **{**made.options, "pooled": False},
         receiver=recipe.receiver,
         donors={"instance": recipe.donors["instance"]},
         batch_size=16,

@@ -499,8 +499,7 @@ def _host(host: Any, context: Any) -> Result:
         batch = TrainingBatch(features, labels, noise, first[labels], progress=0.5)
         if host.partner:
             batch = batch._replace(partners=features.flip(1), partner_labels=labels.flip(0))
-        batch = batch._replace(features=host.augment(batch))
-        loss = host.batch_loss(start, batch)
+        loss = host.batch_loss(start, _augmented(host, batch))
         gradients = torch.autograd.grad(loss, list(moving.values()), allow_unused=True)
         found |= kept("loss", loss)
         for key, gradient in zip(moving, gradients, strict=True):
@@ -511,6 +510,16 @@ def _host(host: Any, context: Any) -> Result:
     for key, value in start.items():
         found |= kept(f"start {key}", value)
     return found | kept("logits", host.logits(start, features))
+
+
+def _augmented(host: Any, batch: TrainingBatch) -> TrainingBatch:
+    """The batch as the loss gets it; a host that reads maps gets some of 2 x 2 whose means are the features."""
+    if host.reads != "maps":
+        return batch._replace(features=host.augment(batch))
+    uneven = torch.tensor([[0.5, 1.5], [1.75, 0.25]], dtype=torch.float64)
+    maps = [x[..., None, None] * uneven for x in (batch.features, batch.partners)]
+    changed = host.augment(batch._replace(features=maps[0], partners=maps[1]))
+    return batch._replace(features=changed.mean((-2, -1)))
 
 
 PLUGINS: dict[str, Callable[[str], Result]] = {

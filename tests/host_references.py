@@ -6,6 +6,7 @@ Reference(state, features (E, B, D), labels, noise) -> loss, for the class count
 import math
 
 import numpy as np
+import torch
 from conformance import COUNTS
 
 
@@ -170,6 +171,33 @@ def remix_share(t, ratio):
     return 1 if ratio <= 1 / 3 and 1 - t < 0.5 else t
 
 
+def squares_by_hand(x, centroids):
+    return [sum((a - b) ** 2 for a, b in zip(x, c, strict=True)) for c in centroids]
+
+
+def oltr_reference(s, x, labels, noise):
+    experts, batch = x.shape[:2]
+    z, term = np.zeros((batch, len(COUNTS))), 0.0
+    for e in range(experts):
+        c, w = s["centroids"][e], s["weight"][e]
+        attract, others = 0.0, 0.0
+        for i, y in enumerate(labels):
+            h = x[e, i]
+            m = np.exp(s["memory_weight"][e] @ h + s["memory_bias"][e])
+            memory = (m / m.sum()) @ c
+            v = h + np.tanh(s["select_weight"][e] @ h + s["select_bias"][e]) * memory
+            squares = squares_by_hand(h, c)
+            v = 10 / math.sqrt(min(squares)) * v
+            length = math.sqrt(sum(v**2))
+            for k in range(len(w)):
+                cosine = sum(v * w[k]) / length / math.sqrt(sum(w[k] ** 2))
+                z[i, k] += 16 * length / (1 + length) * cosine / experts
+            attract += squares[y] / (2 * batch)
+            others += (sum(squares) - squares[y]) / (batch * len(w))
+        term += (attract + 0.01 * max(0, 10 - others)) / experts
+    return sum(minus_log_p(list(z[i]), y) for i, y in enumerate(labels)) / batch + 0.01 * term
+
+
 REFERENCES = {
     "dr": ce_reference,
     "crt": ce_reference,
@@ -188,6 +216,8 @@ REFERENCES = {
     "remix": mixing_reference(remix_share),
     "smote": ce_reference,
     "feature_transfer": ce_reference,
+    "cam_split": ce_reference,
+    "oltr": oltr_reference,
 }
 
 
@@ -220,4 +250,63 @@ def pair_mixup_reference(s, batch, training):
     return total / len(batch.labels)
 
 
-BATCH_REFERENCES = {"isda": isda_reference, "pair_mixup": pair_mixup_reference}
+def m2m_reference(s, batch, training):
+    """The stage-I classifier is the one at the start, so both are in `s`."""
+    x, labels, noise = batch.features, batch.labels.tolist(), batch.noise
+    experts, size = x.shape[:2]
+    length = np.sqrt((training**2).sum((0, 2))).mean()
+    total = 0.0
+    for i, k in enumerate(labels):
+        odds = [1 - 0.999 ** max(COUNTS[y] - COUNTS[k], 0) for y in labels]
+        own = x[:, i]
+        if sum(odds) and noise[i, 0] < 1 - COUNTS[k] / max(COUNTS):
+            seed = next(j for j in range(size) if sum(odds[: j + 1]) > noise[i, 1] * sum(odds))
+            moved = x[:, seed].copy()
+            for _ in range(10):
+                p = np.array(probabilities(s, moved))
+                p[k] -= 1
+                g = np.array(
+                    [(p @ s["weight"][e] + 0.5 * s["weight"][e, labels[seed]]) / experts for e in range(experts)]
+                )
+                moved = np.maximum(moved - 0.1 * length * g / (np.sqrt((g**2).sum()) + 1e-10), 0)
+            if probabilities(s, moved)[k] >= 0.9 and noise[i, 2] < odds[seed]:
+                own = moved
+        total += minus_log_p(logits_by_hand(s["weight"], s["bias"], own), k)
+    return total / size
+
+
+def meta_saug_reference(s, batch, training):
+    """Gradients by torch's autograd, of formulas written out sample by sample; halfway, so r = 0.125."""
+    starts = np.cumsum(COUNTS) - COUNTS
+    parts = [training[:, a : a + n] for a, n in zip(starts, COUNTS, strict=True)]
+    spreads = torch.from_numpy(np.stack([part.var(1) for part in parts], 1)).requires_grad_()
+    effective = torch.tensor([(1 - 0.9999) / (1 - 0.9999**n) for n in COUNTS], dtype=torch.float64)
+    weights = effective / effective.mean()
+    x, partners = torch.from_numpy(batch.features), torch.from_numpy(batch.partners)
+
+    def logits(w, b, features):
+        return sum(features[e] @ w[e].T + b[e] for e in range(len(w))) / len(w)
+
+    def augmented(w, b, covariances):
+        losses = []
+        for i, y in enumerate(batch.labels.tolist()):
+            forms = sum(((w[e] - w[e, y]) ** 2 * covariances[e, y]).sum(1) for e in range(len(w))) / len(w)
+            z = logits(w, b, x[:, i : i + 1])[0] + 0.0625 * forms
+            losses.append(weights[y] * (z.logsumexp(0) - z[y]))
+        return sum(losses) / len(losses)
+
+    w, b = (torch.from_numpy(s[name]).requires_grad_() for name in ("weight", "bias"))
+    steps = torch.autograd.grad(augmented(w, b, spreads), (w, b), create_graph=True)
+    z = logits(w - 0.02 * steps[0], b - 0.02 * steps[1], partners)
+    on_balanced = (z.logsumexp(1) - z[torch.arange(len(z)), torch.from_numpy(batch.partner_labels)]).mean()
+    (direction,) = torch.autograd.grad(on_balanced, spreads)
+    assert direction.abs().max() > 0
+    return augmented(w, b, spreads - 0.1 * direction).item()
+
+
+BATCH_REFERENCES = {
+    "isda": isda_reference,
+    "pair_mixup": pair_mixup_reference,
+    "m2m": m2m_reference,
+    "meta_saug": meta_saug_reference,
+}

@@ -150,7 +150,7 @@ def test_covariances_are_divided_by_the_count():
 
 
 def test_feature_transfer_moves_the_deviation_of_a_large_class():
-    host = made("feature_transfer", regular_above=20, share=1.0)
+    host = made("feature_transfer", regular_classes=1, share=1.0)
     q = torch.tensor([[0.8], [0.6]], dtype=torch.float64)
     host.projections = (q @ q.T)[None]
     host.centres = torch.tensor([[[1, 1], [0, 1], [0, 1]]], dtype=torch.float64)
@@ -211,3 +211,72 @@ def test_smote_is_that_of_imbalanced_learn():
             for i, j in pairs
         ]
         assert min(between) < 1e-9
+
+
+def test_oltr_of_the_example():
+    """The part without the centroids' own term."""
+    selector = torch.tensor([[0.2, -0.1], [0.3, 0.4]], dtype=torch.float64)
+    state = {
+        "weight": STATE["weight"],
+        "memory_weight": STATE["weight"],
+        "memory_bias": STATE["bias"],
+        "centroids": torch.tensor([[[1, 0], [0, 1], [1, 1]]], dtype=torch.float64),
+        "select_weight": selector[None],
+        "select_bias": torch.zeros(1, 2, dtype=torch.float64),
+    }
+    host = made("oltr", centroid_weight=0.0)
+    assert host.loss(state, FEATURES[None], LABELS, None).item() == pytest.approx(9.540138, abs=6e-7)
+    at_centroid = {**state, "centroids": state["centroids"].clone().requires_grad_()}
+    found = made("oltr").loss(at_centroid, torch.tensor([[[1.0, 0.0]]]).double(), LABELS[:1], None)
+    assert torch.autograd.grad(found, at_centroid["centroids"])[0].isfinite().all()
+
+
+def test_m2m_of_the_example():
+    host = made("m2m", steps=1, step=0.1)
+    host.prepare(FEATURES[None], LABELS, StageOneHead(STATE, "linear", 1.0))
+    host.length = torch.tensor(1.0)
+    moved = host.translated(STATE, FEATURES[None, 1:], torch.tensor([0]), torch.tensor([2]))
+    assert moved[0, 0].tolist() == pytest.approx([0.405501, 0.282710], abs=6e-7)
+    assert host._first(moved).softmax(-1)[0, 2].item() == pytest.approx(0.253705, abs=6e-7)
+    # A sample of class 2 and one of class 0, its seed, which stays with probability 0.094302.
+    for confidence, keep, changes in ((0.25, 0.0943, True), (0.25, 0.0944, False), (0.26, 0.0943, False)):
+        host = made("m2m", steps=1, step=0.1, confidence=confidence)
+        host.prepare(FEATURES[None], LABELS, StageOneHead(STATE, "linear", 1.0))
+        host.length = torch.tensor(1.0)
+        noise = torch.tensor([[0.5, 0.5, keep], [0.5, 0.5, 0.0]], dtype=torch.float64)
+        found = host.loss(STATE, FEATURES[None], LABELS, noise).item()
+        x = torch.cat([moved[0] if changes else FEATURES[:1], FEATURES[1:]])
+        expected = torch.nn.functional.cross_entropy(x @ WEIGHT.T + BIAS, LABELS).item()
+        assert found == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_split_by_class_activation():
+    """Two classes that are not rare and a rare one, of one channel whose activation is the map itself."""
+    module = plugins.load("hosts", "cam_split")
+    host = module.Host(module.Loss(regular_classes=2, share=1.0), "linear", 1.0, Context(COUNTS, 1, 1, pixels=4))
+    host.weight = torch.ones(1, 3, 1, dtype=torch.float64)
+    host.resembles = torch.tensor([[0, 0, 0], [0, 0, 0], [0, 1, 0]]).bool()
+    mine, other = torch.tensor([[10.0, 9], [2, 0]]).double(), torch.tensor([[5.0, 6], [7, 25]]).double()
+    maps, partners = torch.stack([mine, mine])[None, :, None], torch.stack([other + 1, other])[None, :, None]
+    noise = torch.tensor([[0, 0.5, 0.5, 0, 1, 0, 1], [0, 0.5, 0.5, 0, 1, 0, 1]], dtype=torch.float64)
+    labels, theirs = torch.tensor([2, 1]), torch.tensor([0, 1])
+    batch = TrainingBatch(maps, labels, noise, partners=partners, partner_labels=theirs)
+    found = host.augment(batch)[0, :, 0]
+    # Pixels by turns the receiver's where specific (10 is), and the partner's where common (6 is, 25 is not).
+    assert found[0].tolist() == [[10, 6], [0, 0]]
+    assert torch.equal(found[1], mine)  # not rare
+    alone = host.augment(batch._replace(partner_labels=torch.tensor([0, 0])))
+    assert torch.equal(alone, maps)  # no partner of a class that resembles it
+    flat = host.augment(batch._replace(features=torch.ones_like(maps), partners=torch.zeros_like(maps)))
+    assert flat.isfinite().all()
+
+
+def test_partners_of_the_split_are_of_the_classes_that_look_most_like_the_rare_one():
+    module = plugins.load("hosts", "cam_split")
+    counts = torch.tensor([3, 2, 2, 1])
+    host = module.Host(module.Loss(confusing=1), "linear", 1.0, Context(counts, 4, 1))
+    of_class = torch.tensor([[9, 0, 0, 1], [0, 9, 0, 5], [4, 0, 9, 0], [0, 2, 3, 9]])
+    said = of_class.repeat_interleave(counts, dim=0)
+    state = {"weight": torch.eye(4)[None], "bias": torch.zeros(1, 4)}
+    host.prepare(said[None].float(), torch.arange(4).repeat_interleave(counts), StageOneHead(state, "linear", 1.0))
+    assert host.resembles.int().tolist() == [[0, 0, 1, 0], [0, 0, 0, 1], [0, 0, 0, 1], [0, 1, 0, 0]]

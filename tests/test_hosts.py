@@ -7,6 +7,7 @@ import torch
 from conformance import (
     CHANNELS,
     COUNTS,
+    augmented,
     check_evaluation,
     check_fusion,
     check_gradients,
@@ -104,8 +105,7 @@ def test_the_loss_is_that_of_a_slow_reference(name, experts):
     labels = torch.tensor([0, 3, 1, 2, 2, 0, 1])
     features = make_features(made, len(labels), experts, seed=5)
     loss, state, noise = loss_of(made, features, labels)
-    batch = make_batch(made.host, features, labels, noise)
-    given = batch._replace(features=made.host.augment(batch))  # which has tests of its own
+    given = augmented(made.host, make_batch(made.host, features, labels, noise))  # augmenting has tests of its own
     plain = {k: t.detach().numpy() for k, t in state.items()}
     numbers = TrainingBatch(*(part.numpy() if isinstance(part, torch.Tensor) else part for part in given))
     if name in BATCH_REFERENCES:

@@ -141,6 +141,8 @@ class GradientHost(Host):
     partner: str | None = None
     #: Whether it needs whole `maps`, or `features` that are pooled before fusion; `any` works with both.
     reads: Literal["any", "features", "maps"] = "any"
+    #: Its parameters, in multiples of those of a linear classifier; memory is planned by it.
+    size: float = 1.0
 
     @property
     def prepares(self) -> bool:

@@ -91,7 +91,7 @@ def step_size(streams: Streams, reader: FeatureReader, stage1: StageOneHead, hea
         numbers=numbers,
         kept=reader.dtype.itemsize,
         logits=experts * streams.batch_size * classes,
-        parameters=max(linear, sum(t.numel() for t in stage1.state.values())),
+        parameters=int(max(linear, sum(t.numel() for t in stage1.state.values())) * head.gradient_host.size),
         pool_copies=(TRAINED_POOL_COPIES if len(reader.shape) == MAP_AXES - 2 and head.pool.initial() else 0)
         + FROZEN_COPIES * len(frozen.layers if frozen else ()),
         partners=int(streams.partner is not None),

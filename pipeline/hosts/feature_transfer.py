@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from h2t.pipeline.base.params import Index, Ratio, Section
+from h2t.pipeline.base.params import Count, Ratio, Section
 from h2t.pipeline.heads.host import Context, GradientHost, State, TrainingBatch
 from h2t.pipeline.networks.trained import StageOneHead
+from h2t.pipeline.training.longtail import without_tail
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
@@ -23,8 +24,8 @@ NUMBER = 2026112601  # other results, another number: docs/numbers.md
 class Loss(Section):
     """Keys of `hosts.NAME.loss`."""
 
-    regular_above: Index = 20
-    """Classes of more samples are regular, others rare."""
+    regular_classes: Count | None = None
+    """Number of largest classes that are not rare; null is all but the tail classes of `paper_index`."""
     energy: Ratio = 0.95
     """Share of the variance of regular classes that the directions Q keep."""
     share: Ratio = 0.5
@@ -46,14 +47,13 @@ class Host(GradientHost):
         super().__init__(classifier, scale, context)
         self.constants = loss
         self.counts = context.counts.tolist()
-        self.regular = context.counts > loss.regular_above
+        self.regular = without_tail(self.counts, loss.regular_classes)
 
     def prepare(self, features: torch.Tensor, labels: torch.Tensor, stage1: StageOneHead) -> None:
         """Keeps the class means and the projection on the principal directions of regular classes."""
         parts = features.double().split(self.counts, dim=1)
         self.centres = torch.stack([part.mean(1) for part in parts], 1).to(features)
-        regular = [part - part.mean(1, keepdim=True) for part in parts if part.shape[1] > self.constants.regular_above]
-        apart = torch.cat([features.new_zeros(len(features), 1, features.shape[-1]).double(), *regular], 1)
+        apart = torch.cat([part - part.mean(1, keepdim=True) for part in parts[: self.regular]], 1)
         variances, directions = torch.linalg.eigh(apart.mT @ apart)  # ascending
         beyond = variances.flip(-1).cumsum(-1) - variances.flip(-1)  # variance of the directions before each one
         kept = beyond < self.constants.energy * variances.sum(-1, keepdim=True)
@@ -69,12 +69,12 @@ class Host(GradientHost):
         assert batch.noise is not None
         assert batch.partners is not None
         assert batch.partner_labels is not None
-        regular = self.regular.to(batch.labels.device)
         apart = batch.partners - self.centres[:, batch.partner_labels]
         moved = self.centres[:, batch.labels] + apart @ self.projections
         if self.constants.clamp:
             moved = moved.clamp_min(0)
-        chosen = (batch.noise < self.constants.share) & ~regular[batch.labels] & regular[batch.partner_labels]
+        lends = (batch.labels >= self.regular) & (batch.partner_labels < self.regular)
+        chosen = lends & (batch.noise < self.constants.share)
         return torch.where(chosen.unsqueeze(-1), moved, batch.features)
 
     def loss(

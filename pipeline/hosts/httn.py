@@ -14,10 +14,10 @@ from torch.nn import functional as F
 
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import Count, Positive, Section
-from h2t.pipeline.data.classes import groups
 from h2t.pipeline.heads.host import Context, FittedHost
 from h2t.pipeline.networks.probe import class_means
 from h2t.pipeline.networks.trained import StageOneHead
+from h2t.pipeline.training.longtail import without_tail
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
@@ -46,8 +46,7 @@ class Host(FittedHost):
             )
         super().__init__(classifier, scale, context)
         self.constants = loss
-        tail = groups(context.counts.tolist())["paper_index"].count("tail")
-        self.head_classes = loss.head_classes or context.classes - tail
+        self.head_classes = without_tail(context.counts.tolist(), loss.head_classes)
 
     def fit(self, features: torch.Tensor, labels: torch.Tensor, stage1: StageOneHead) -> dict[str, torch.Tensor]:
         """Weight (E, K, D) and bias (E, K): stage I's for head classes, transferred ones for tail classes."""

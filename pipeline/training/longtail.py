@@ -6,6 +6,8 @@
 import torch
 from torch.nn import functional as F
 
+from h2t.pipeline.data.classes import groups
+
 LEAST = 1e-12  # smallest base of a power, whose gradient may be infinite at 0
 
 
@@ -27,6 +29,11 @@ def effective_weights(counts: torch.Tensor, beta: float) -> torch.Tensor:
     """Weights proportional to (1 - beta) / (1 - beta^n_j), scaled to mean 1, (K,) (Cui et al., CVPR 2019)."""
     weights = (1 - beta) / (1 - beta ** counts.double())
     return weights * len(counts) / weights.sum()
+
+
+def without_tail(counts: list[int], given: int | None) -> int:
+    """How many of the largest classes are not rare: `given`, or all but the tail classes of `paper_index`."""
+    return given or len(counts) - groups(counts)["paper_index"].count("tail")
 
 
 def focal_losses(logits: torch.Tensor, labels: torch.Tensor, gamma: float, *, detach: bool = False) -> torch.Tensor:

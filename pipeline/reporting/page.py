@@ -188,7 +188,7 @@ def host_data(result: HostResult) -> dict[str, Any]:
         "classes": _classes(result, runs),
         "changed": _changed(result) if len(result.about["counts"]) > MOST_CLASSES else None,
         "accuracy": [_accuracy(result, [int(n) for n in result.at(r).number], runs) for r in result.ratios],
-        "rows": {row: _row(result, row, runs) for row, entry in result.metrics.items() if entry is not None},
+        "rows": {row: _row(result, row, runs) for row in ROWS if result.metrics[row] is not None},
         "embedding": _embedding(result),
     }
 

@@ -32,9 +32,8 @@ from h2t.pipeline.evaluation.scoring import head_logits, load_heads_for
 from h2t.pipeline.extraction import batchnorm
 from h2t.pipeline.heads.batches import sample_rows
 from h2t.pipeline.heads.stored import Heads
-from h2t.pipeline.models.model import Model, load_model, save_model
+from h2t.pipeline.models.model import Model, load_model, save_head, save_model
 from h2t.pipeline.networks.trained import load_backbone
-from h2t.pipeline.networks.weights import save_weights
 
 CHECKED = 32  # most images whose logits are compared
 #: Allowed difference of logits, max|d| / max|logit|, by the storage type of the maps; it is mostly their rounding.
@@ -128,10 +127,7 @@ def run(
     rows = _rows(cache, kind)
     expected = head_logits(cache, one, rows, run.device)[0]
     with fresh_directory(run.out) as into:
-        head = {**about, "kind": "h2t head 1", "parts": vars(heads.parts)}
-        tensors, described = one.frozen.to_file() if one.frozen else ({}, None)
-        head |= {"frozen": described} if one.frozen else {}
-        save_weights(into / "head.safetensors", {**{name: t[0] for name, t in one.state.items()}, **tensors}, head)
+        save_head(into / "head.safetensors", one, about)
         path = into / "model.safetensors"
         plain = save_model(path, backbone, one, about)
         model = load_model(path)

@@ -182,7 +182,7 @@ def _column(file: pq.ParquetFile, name: str) -> np.ndarray:
     return array
 
 
-def _checked(path: Path, features: np.ndarray, labels: np.ndarray, sources: list[str] | None) -> Part:
+def _checked(path: Path | str, features: np.ndarray, labels: np.ndarray, sources: list[str] | None) -> Part:
     """The split of these arrays. Raises UserError if they are not features with one label per row."""
     if features.dtype.kind not in "fiu" or features.ndim not in (2, 4) or 0 in features.shape:
         raise UserError(
@@ -196,7 +196,7 @@ def _checked(path: Path, features: np.ndarray, labels: np.ndarray, sources: list
         labels.dtype.kind == "O" and not all(isinstance(v, str) for v in labels.tolist())
     ):
         raise UserError(f"{path}: labels must be whole numbers or texts; got dtype {labels.dtype}; convert them")
-    names = sources or [f"{path.name}/{i:09d}" for i in range(len(features))]
+    names = sources or [f"{Path(path).name}/{i:09d}" for i in range(len(features))]
     return Part(features, labels.tolist(), names)
 
 
@@ -216,6 +216,32 @@ def _blocks(part: Part, dtype: str) -> Iterator[np.ndarray]:
     """Yields all maps of a split, (n, C, H, W), at most `BLOCK_ROWS` rows at a time."""
     for first in range(0, len(part.labels), BLOCK_ROWS):
         yield _maps(part, np.arange(first, min(first + BLOCK_ROWS, len(part.labels))), dtype)
+
+
+def split_parts(
+    features: np.ndarray, labels: Sequence[Any], splits: Sequence[str] | None, sources: Sequence[str] | None
+) -> dict[str, Part]:
+    """The parts of arrays in memory: `splits` says train, val or test for each row; None: all rows are for training.
+
+    Raises UserError for arrays that do not fit each other, and for a split that is none of these.
+    """
+    given = np.asarray(labels)
+    names = None if sources is None else [str(source) for source in sources]
+    whole = _checked("arrays", np.asarray(features), given, names)
+    if splits is None:
+        return {"train": whole}
+    of = np.asarray(splits)
+    if of.shape != given.shape:
+        raise UserError(f"split: must say train, val or test for each of {counted(len(given), 'row')}; got {of.shape}")
+    if unknown := sorted(set(of.tolist()) - set(SPLITS), key=str):
+        raise UserError(f"split: must be train, val or test; got {unknown[0]!r}; rename it")
+    parts = {}
+    for split in SPLITS:
+        rows = np.flatnonzero(of == split)
+        if len(rows):
+            kept = [whole.sources[i] for i in rows]
+            parts[split] = Part(whole.features[rows], [whole.labels[i] for i in rows], kept)
+    return parts
 
 
 def class_order(parts: Mapping[str, Part]) -> tuple[list[Any], list[int]]:

@@ -316,7 +316,9 @@ def predict(model: str | Path | Classifier, of: Any, *, top: int = 1, device: st
             with TemporaryDirectory() as folder:
                 model.save(Path(folder) / "model")
                 return predict(Path(folder) / "model", of, top=top, device=device)
-        return pd.DataFrame(images_predict.predict(Path(model), paths, devices.choose(device), _warn, top=top))
+        opened = images_predict.open_model(Path(model), devices.choose(device))
+        batches = images_predict.predict(opened, images_predict.find_images(paths), _warn, top=top)
+        return pd.DataFrame([line for lines in batches for line in lines])
     classifier = model if isinstance(model, Classifier) else load(model)
     probabilities = torch.from_numpy(classifier.predict_proba(of))
     best, which = images_predict.ranked(probabilities.log(), top)
@@ -392,8 +394,8 @@ def _opened(images: Sequence[str | Path] | np.ndarray) -> Images:
             return one if one.ndim == 3 else np.repeat(one[..., None], 3, 2)
 
         return Images([str(i) for i in range(len(arrays))], None, str.encode, decode, OWN)
-    files = images_predict.find_images([Path(path) for path in images])
-    return Images([str(f) for f in files], None, lambda name: Path(name).read_bytes(), decoder(OWN), OWN)
+    found = images_predict.find_images([Path(path) for path in images])
+    return Images(found.names, None, found.read, decoder(OWN), OWN)
 
 
 def _gathered(

@@ -1,10 +1,16 @@
+import csv
+import io
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 from pipeline_builders import CPU, fitted, invoke, make_prepare, silent, write_params
 from safetensors.torch import load_file
@@ -15,6 +21,7 @@ from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import build
 from h2t.pipeline.base.run import Run
+from h2t.pipeline.command_line.main import main
 from h2t.pipeline.evaluation.metrics import softmax_confidence
 from h2t.pipeline.evaluation.scoring import head_logits, load_heads_for
 from h2t.pipeline.heads.batches import sample_rows
@@ -233,6 +240,71 @@ def test_of_equal_logits_the_first_class_comes_first_as_in_evaluate(classes):
         assert share[:, 0].numpy() == pytest.approx(softmax_confidence(logits.numpy()), rel=1e-12)
 
 
+def as_table(text):
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def test_predict_writes_the_same_lines_in_every_format(model, tmp_path):
+    expected = as_table(invoke("predict", model / "m", model / "pictures", "--top", 2).stdout)
+    lines = [{**line, "rank": int(line["rank"]), "confidence": float(line["confidence"])} for line in expected]
+    for ending in ("csv", "json", "jsonl", "parquet"):
+        out = tmp_path / f"classes.{ending}"
+        assert invoke("predict", model / "m", model / "pictures", "--top", 2, "--out", out).exit_code == 0
+    assert as_table((tmp_path / "classes.csv").read_text()) == expected
+    assert json.loads((tmp_path / "classes.json").read_text()) == lines
+    assert [json.loads(line) for line in (tmp_path / "classes.jsonl").read_text().splitlines()] == lines
+    assert pq.read_table(tmp_path / "classes.parquet").to_pylist() == lines
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"classes.{e}" for e in ("csv", "json", "jsonl", "parquet")]
+    done = invoke("predict", model / "m", model / "pictures", "--top", 2, "--jsonl")
+    assert [json.loads(line) for line in done.stdout.splitlines()] == lines
+
+
+def test_predict_reads_tables_and_stdin(model, tmp_path, monkeypatch):
+    folder = model / "pictures"
+    expected = [line["class"] for line in as_table(invoke("predict", model / "m", folder).stdout)]
+    names = [f"deep/{i}.png" for i in range(3)]
+    (folder / "some.csv").write_text("file_name,other\n" + "".join(f"{name},x\n" for name in names))
+    (folder / "windows.tsv").write_text("photo\n" + "".join(name.replace("/", "\\") + "\n" for name in names))
+    pq.write_table(pa.table({"image": [(folder / name).read_bytes() for name in names]}), folder / "inside.parquet")
+    for table, more in (("some.csv", []), ("windows.tsv", ["--column", "photo"]), ("inside.parquet", [])):
+        done = invoke("predict", model / "m", folder / table, *more)
+        assert [line["class"] for line in as_table(done.stdout)] == expected, done.output
+    assert as_table(done.stdout)[2]["image"] == f"{folder}/inside.parquet:000000002"
+    done = invoke("predict", model / "m", folder / "windows.tsv")
+    assert "windows.tsv: which column holds the paths of images? There are: photo; add --column NAME" in done.stderr
+    for between in ("\n", "\0"):
+        text = between.join([*(str(folder / name) for name in names), ""])
+        done = CliRunner().invoke(main, ["predict", str(model / "m"), "-"], input=text)
+        assert [line["class"] for line in as_table(done.stdout)] == expected, done.output
+    for table in ("some.csv", "windows.tsv", "inside.parquet"):
+        (folder / table).unlink()
+
+
+def test_predict_streams_many_images_and_names_the_bad_ones(model, tmp_path):
+    """More images than a batch; a bad one in a batch costs no other, and names of any bytes are printed."""
+    data = (model / "pictures/deep/0.png").read_bytes()
+    for i in range(130):
+        (tmp_path / f"{i:03}.png").write_bytes(data)
+    (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes(data)
+    (tmp_path / "070.png").write_bytes(data[:-40])
+    done = invoke("predict", model / "m", tmp_path)
+    assert done.exit_code == 1
+    lines = as_table(done.stdout)
+    assert len(lines) == 130
+    assert len({(line["class"], line["confidence"]) for line in lines}) == 1
+    assert lines[-1]["image"] == f"{tmp_path}/caf\\xe9.png"
+    assert done.stderr.startswith(f"skipped: {tmp_path}/070.png: cannot be decoded")
+    assert "prepare" not in done.stderr
+
+
+def test_without_a_readable_image_nothing_is_written(model, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    done = invoke("predict", model / "m", tmp_path / "bad.png", "--out", tmp_path / "c.json")
+    assert done.exit_code == 1
+    assert "no image could be read (given: 1)" in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.png"]
+
+
 def test_predict_leaves_out_what_is_no_image_and_says_so(model, tmp_path):
     shutil.copy(model / "pictures/deep/0.png", tmp_path / "good.png")
     (tmp_path / "bad.png").write_bytes(b"no picture")
@@ -249,7 +321,7 @@ def test_predict_leaves_out_what_is_no_image_and_says_so(model, tmp_path):
         (["nowhere", "x.png"], "no exported model; make one with h2t export"),
         (["m/head.safetensors", "pictures"], "holds no complete classifier"),
         (["m", "nothing.png"], "no such image"),
-        (["m", "pictures", "--out", "x.txt"], "must end in .csv or .json"),
+        (["m", "pictures", "--out", "x.txt"], "must end in .csv, .json, .jsonl, .parquet"),
     ],
 )
 def test_wrong_use_of_predict_is_one_line(model, monkeypatch, arguments, says):

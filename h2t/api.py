@@ -39,11 +39,13 @@ from h2t.pipeline.data.classes import recorded_names
 from h2t.pipeline.data.images import Collection, Images, decoder, open_images
 from h2t.pipeline.data.splits import AtMost, Labelled, SmallClasses, hold_out
 from h2t.pipeline.data.transforms import OWN
+from h2t.pipeline.evaluation.scoring import Scores, score_heads
 from h2t.pipeline.heads.batches import sample_rows
 from h2t.pipeline.heads.features import FeatureReader
 from h2t.pipeline.heads.residency import Residency
 from h2t.pipeline.heads.stored import Heads, load_heads
 from h2t.pipeline.models import predict as images_predict
+from h2t.pipeline.models.card import Measured, Stated, card
 from h2t.pipeline.models.export import Choice, choose, only
 from h2t.pipeline.models.features import Extractor, extractor
 from h2t.pipeline.models.model import load_single_head, save_head, save_model
@@ -58,7 +60,7 @@ __all__ = ["Classifier", "Comparison", "Features", "compare", "extract_features"
 
 PROBE = "probe"  # the line of the logistic regression that is fitted to the training features
 FIGURES = ("top1", "head", "medium", "tail", "ece")
-NOT_SETTINGS = ("number", "seed", "replaced", "split", "statistics", "rounding")
+NOT_SETTINGS = ("number", "seed", "replaced")  # columns of the table of heads
 
 
 @dataclass(frozen=True)
@@ -198,15 +200,18 @@ def compare(
         with cache:
             names = recorded_names(cache.spec.provenance, cache.files)
             start = _start(cache, root / "probe", l2, chosen, seed, say)
-            heads, lines = {}, []
+            heads, tested, lines = {}, {}, []
             for name, params in asked.items():
                 run = Run(name, root / "heads" / name, chosen, seed, say)
                 train_classifier.run(params, run, Residency(), cache, start)
                 scored = Run(name, root / "evaluate" / name, chosen, seed, say)
                 evaluate.run(evaluate.Params(), scored, cache, run.out, start)
                 heads[name] = load_heads(run.out)
-                lines += _lines(name, pq.ParquetFile(scored.out / "heads.parquet").read())
-    return Comparison(_table(lines), names, heads, made)
+                tested[name] = score_heads(cache, heads[name], "test", heads[name].about["evaluate"], chosen)
+                figures = pq.ParquetFile(scored.out / "heads.parquet").read()
+                lines += _lines(name, figures.to_pylist(), heads[name].table.column_names)
+            dataset = str(cache.spec.provenance.get("dataset", "unknown"))
+    return Comparison(_table(lines), names, dataset, heads, tested, made)
 
 
 @dataclass(frozen=True)
@@ -220,7 +225,9 @@ class Comparison:
 
     table: pd.DataFrame
     classes: list[str]
+    dataset: str
     heads: Mapping[str, Heads] = field(repr=False)
+    tested: Mapping[str, Scores] = field(repr=False)
     extractor: Extractor | None = field(default=None, repr=False)
 
     def __repr__(self) -> str:
@@ -244,16 +251,23 @@ class Comparison:
         if seed is None:
             seed = int(heads.table["seed"][0].as_py())
         number = choose(heads, Choice(ratio=ratio, seed=seed, **_first(heads)), method)
-        return Classifier(only(heads, number), self.classes, self.extractor)
+        tested = self.tested[method]
+        measured = Measured(tested.labels, tested.said[number].guesses)
+        return Classifier(only(heads, number), self.classes, self.extractor, measured, self.dataset)
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """One trained head. Classes are in the order of the probabilities; `extractor` makes its features, if known."""
+    """One trained head. Classes are in the order of the probabilities; `extractor` makes its features, if known.
+
+    `measured`: its predictions for the test samples, if there were any.
+    """
 
     head: Heads = field(repr=False)
     classes: list[str]
     extractor: Extractor | None = field(default=None, repr=False)
+    measured: Measured | None = field(default=None, repr=False)
+    dataset: str = "unknown"
 
     def predict_proba(self, features: Any) -> np.ndarray:
         """Probabilities float64 (n, classes) of features (n, D) or maps (n, C, H, W). Raises UserError."""
@@ -274,10 +288,11 @@ class Classifier:
         """The name of the most probable class of each row, text (n,)."""
         return np.array(self.classes)[self.predict_proba(features).argmax(1)]
 
-    def save(self, folder: str | Path) -> None:
-        """Writes head.safetensors into a new folder and, if the backbone is known, model.safetensors.
+    def save(self, folder: str | Path, *, licence: str | None = None, use: str | None = None) -> None:
+        """Writes head.safetensors, README.md (a model card) and, if the backbone is known, model.safetensors.
 
-        `h2t predict` and `h2t.api.predict` classify images with the latter. Raises OSError.
+        `h2t predict` and `h2t.api.predict` classify images with the last. `licence` and `use`, what the model is meant
+        for, are written into the card. Raises OSError.
         """
         setting = self.head.table.to_pylist()[0]
         about = {
@@ -294,6 +309,8 @@ class Classifier:
                 about |= {**made.about, "transform": made.transform.model_dump()}
                 save_model(into / "model.safetensors", made.backbone, self.head, about)
             save_head(into / "head.safetensors", self.head, about)
+            text = card(about, self.head.about["counts"], self.dataset, self.measured, Stated(licence, use))
+            (into / "README.md").write_text(text, encoding="utf-8")
 
 
 def load(folder: str | Path) -> Classifier:
@@ -458,12 +475,14 @@ def _start(cache: Cache, out: Path, l2: float, device: torch.device, seed: int, 
     return out
 
 
-def _lines(method: str, figures: pa.Table) -> list[dict[str, Any]]:
-    """A line for each setting of the method, from evaluate's figures of each head: the mean over the seeds."""
-    heads = figures.to_pylist()
+def _lines(method: str, heads: list[dict[str, Any]], columns: Sequence[str]) -> list[dict[str, Any]]:
+    """A line for each setting of the method, from evaluate's figures of each head: the mean over the seeds.
+
+    `columns` are those of the table of heads, settings among them.
+    """
     statistics = heads[0]["statistics"]
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
-    settings = [name for name in figures.column_names if name not in (*NOT_SETTINGS, *FIGURES) and name in heads[0]]
+    settings = [name for name in columns if name not in NOT_SETTINGS]
     for line in heads:
         if line["statistics"] != statistics and line["number"] >= 0:
             continue

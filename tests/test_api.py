@@ -102,7 +102,10 @@ def test_one_is_taken_saved_and_loaded(compared, tmp_path):
     one = compared.take("dr", ratio=0.25, seed=1)
     assert one.head.table.to_pylist()[0] | {"ratio": 0.25, "seed": 1} == one.head.table.to_pylist()[0]
     assert (one.predict(x) == y).mean() > 0.8
-    one.save(tmp_path / "m")
+    one.save(tmp_path / "m", licence="MIT", use="Birds")
+    text = (tmp_path / "m/README.md").read_text(encoding="utf-8")
+    assert "- This model: MIT" in text
+    assert "| kōkako | 4 | 1 | " in text
     np.testing.assert_array_equal(api.load(tmp_path / "m").predict_proba(x), one.predict_proba(x))
     table = api.predict(tmp_path / "m", x, top=2)
     assert table.columns.tolist() == ["image", "rank", "class", "confidence"]

@@ -10,10 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner
 from PIL import Image
 from pipeline_builders import CPU, fitted, invoke, make_prepare, silent, write_params
 from safetensors.torch import load_file
+from scipy.stats import beta
 from torchvision.models import resnet18
 
 from h2t.cache.reader import open_cache
@@ -23,9 +25,10 @@ from h2t.pipeline.base.params import build
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.command_line.main import main
 from h2t.pipeline.evaluation.metrics import softmax_confidence
-from h2t.pipeline.evaluation.scoring import head_logits, load_heads_for
+from h2t.pipeline.evaluation.scoring import head_logits, load_heads_for, score_heads
 from h2t.pipeline.heads.batches import sample_rows
 from h2t.pipeline.heads.residency import Residency
+from h2t.pipeline.models.card import Stated, interval
 from h2t.pipeline.models.export import Choice, run
 from h2t.pipeline.models.model import as_linear, load_model
 from h2t.pipeline.models.predict import ranked
@@ -73,6 +76,47 @@ def test_a_model_gives_the_logits_of_evaluate(tmp_path, trained, digits, host, c
         logits = model.network(digits[1].batch(samples, [None] * len(samples)))
     assert float((logits - expected).abs().max() / expected.abs().max()) < 1e-4
     assert model.classes == [str(name) for name in digits[0].facts["classes"]]
+
+
+def test_a_card_says_what_was_trained_and_how_certain_its_figures_are(tmp_path, trained):
+    exported(trained, tmp_path / "m", stated=Stated("CC BY 4.0", "Digits | of `forms`"))
+    text = (tmp_path / "m/README.md").read_text(encoding="utf-8")
+    header = yaml.safe_load(text.split("---\n")[1])
+    assert header["license_name"] == "CC BY 4.0"
+    assert "Digits \\| of &#96;forms&#96;" in text
+    with open_cache(trained.cache) as cache:
+        heads = load_heads_for(cache, trained.root / "dr", trained.backbone)
+        scores = score_heads(cache, heads, "test", heads.about["evaluate"], CPU)
+        counts = cache.spec.provenance["counts"]
+    right = scores.said[3].guesses == scores.labels
+    assert f"| all images | {100 * right.mean():.1f} | " in text
+    for k, name in enumerate(load_model(tmp_path / "m").classes):
+        mine = scores.labels == k
+        assert f"| {name} | {counts[k]} | {mine.sum()} | {100 * right[mine].mean():.1f} | " in text
+    assert "host `dr` with ratio 0.3, donor instance, selection random, seed 1" in text.replace("Host", "host")
+
+
+def test_intervals_of_accuracies():
+    """One class: Jeffreys' interval as SciPy has it. Equal classes: as of all images together. None is empty."""
+    right, total = np.array([7, 2, 0]), np.array([10, 10, 10])
+    low, high = 100 * beta.ppf([0.025, 0.975], 7.5, 3.5)
+    assert interval(right[:1], total[:1], np.ones(1)) == pytest.approx((70, low, high))
+    low, high = 100 * beta.ppf([0.025, 0.975], 9.5, 21.5)
+    assert interval(right, total, total / 30) == pytest.approx((30, low, high))
+    for k, ends in ((0, (0, 0)), (5, (100, 100))):
+        mean, low, high = interval(np.array([k]), np.array([5]), np.ones(1))
+        assert low <= mean <= high
+        assert high - low > 30
+        assert mean in ends
+
+
+def test_intervals_hold_as_often_as_they_say():
+    """500 test sets of 20 classes of other accuracies and sizes, which count alike whatever their number of images."""
+    draws = np.random.default_rng(0)
+    accuracy, total = draws.uniform(0.3, 0.95, 20), np.array([3, 5, 8, 12, 40] * 4)
+    weights = np.full(20, 1 / 20)
+    found = [interval(draws.binomial(total, accuracy), total, weights) for _ in range(500)]
+    assert np.mean([low <= 100 * accuracy.mean() <= high for _, low, high in found]) > 0.93
 
 
 def test_a_linear_head_is_a_plain_state_dict_with_evaluation_statistics(tmp_path, trained):

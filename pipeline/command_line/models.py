@@ -29,6 +29,8 @@ from h2t.pipeline.command_line.options import PATH
 @click.option("--selection", metavar="NAME", help="Choose a head of this selection of channels.")
 @click.option("--onnx", is_flag=True, help="Also write model.onnx.")
 @click.option("--without-images", is_flag=True, help="Check the model on cached maps only, without reading images.")
+@click.option("--licence", metavar="TEXT", help="Licence of the model, for README.md.")
+@click.option("--use", metavar="TEXT", help="What the model is meant for, and what not, for README.md.")
 @options.params_file
 @options.overrides
 @options.device("cpu")
@@ -44,6 +46,8 @@ def export(
     selection: str | None,
     onnx: bool,
     without_images: bool,
+    licence: str | None,
+    use: str | None,
     params_file: Path,
     overrides: tuple[str, ...],
     device: str,
@@ -56,12 +60,14 @@ def export(
     from h2t.pipeline.base import params
     from h2t.pipeline.base.run import Run
     from h2t.pipeline.models import export as room
+    from h2t.pipeline.models.card import Stated
 
     prepare = params.section(params.load(params_file, overrides), "prepare")
     choice = room.Choice(head, ratio, seed, donor, selection)
     with opened(cache) as maps:
         run = Run("export", out, devices.choose(device), say=click.echo)
-        room.run(run, maps, heads, backbone, choice, prepare, onnx=onnx, with_images=not without_images)
+        stated = Stated(licence, use)
+        room.run(run, maps, heads, backbone, choice, prepare, onnx=onnx, with_images=not without_images, stated=stated)
 
 
 @click.command(

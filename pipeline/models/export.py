@@ -28,10 +28,11 @@ from h2t.pipeline.base.params import build
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.data.classes import recorded_names
 from h2t.pipeline.data.images import Images, Transform, open_images
-from h2t.pipeline.evaluation.scoring import head_logits, load_heads_for
+from h2t.pipeline.evaluation.scoring import head_logits, load_heads_for, score_heads
 from h2t.pipeline.extraction import batchnorm
 from h2t.pipeline.heads.batches import sample_rows
 from h2t.pipeline.heads.stored import Heads
+from h2t.pipeline.models.card import Measured, Stated, card
 from h2t.pipeline.models.model import Model, load_model, save_head, save_model
 from h2t.pipeline.networks.trained import load_backbone
 
@@ -91,8 +92,9 @@ def run(
     *,
     onnx: bool = False,
     with_images: bool = True,
+    stated: Stated = Stated(),  # noqa: B008 - frozen
 ) -> dict[str, float]:
-    """Writes `head.safetensors`, `model.safetensors` and, with `onnx`, `model.onnx` into the directory `run.out`.
+    """Writes `head.safetensors`, `model.safetensors`, README.md and, with `onnx`, `model.onnx` into `run.out`.
 
     `prepare` is the section `prepare` of the parameters; it says where the images are and how they are transformed.
     Without `with_images`, only the head is checked, on cached maps. Returns the difference that each check measured:
@@ -128,6 +130,10 @@ def run(
     expected = head_logits(cache, one, rows, run.device)[0]
     with fresh_directory(run.out) as into:
         save_head(into / "head.safetensors", one, about)
+        tested = score_heads(cache, one, "test", kind, run.device)
+        dataset = str(cache.spec.provenance.get("dataset", "unknown"))
+        text = card(about, heads.about["counts"], dataset, Measured(tested.labels, tested.said[0].guesses), stated)
+        (into / "README.md").write_text(text, encoding="utf-8")
         path = into / "model.safetensors"
         plain = save_model(path, backbone, one, about)
         model = load_model(path)

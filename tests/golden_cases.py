@@ -260,7 +260,9 @@ def evaluate() -> Result:
 
 def report() -> Result:
     h2t("report", "data/evaluate", "out")
-    return documents(Path("out"), "results.md", "metrics.json", "plots/ratio.csv", "plots/per_class.csv")
+    return documents(
+        Path("out"), "results.md", "metrics.json", "summary.json", "plots/ratio.csv", "plots/per_class.csv"
+    )
 
 
 STAGES: dict[str, Callable[[], Result]] = {

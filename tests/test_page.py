@@ -18,6 +18,7 @@ from report_builders import NASTY, make_evaluated
 
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.reporting import page
+from h2t.pipeline.reporting.answer import Answer
 from h2t.pipeline.reporting.page import render
 from h2t.pipeline.reporting.results import load_result
 from h2t.pipeline.stages import report
@@ -237,7 +238,7 @@ def test_classifiers_that_are_always_as_sure_are_drawn(shown, page_file, tmp_pat
     single = replace(
         result, tables={**result.tables, "reliability": bins[bins.bin == bins.bin[bins["count"] > 0].min()]}
     )
-    (tmp_path / "page.html").write_text(render("One bin", [single]), encoding="utf-8")
+    (tmp_path / "page.html").write_text(render("One bin", Answer([single])), encoding="utf-8")
     shown.errors.clear()
     shown.open(tmp_path / "page.html")
     assert shown.run("document.querySelectorAll('#reliability svg').length") == 1

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from h2t.cache.redaction import in_markdown
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import fresh_directory, write_json
 from h2t.pipeline.base.text import counted
+from h2t.pipeline.reporting.answer import Answer
 from h2t.pipeline.reporting.intervals import Difference
 from h2t.pipeline.reporting.page import cell, render, spread
 from h2t.pipeline.reporting.results import (
@@ -31,16 +33,22 @@ def write(
     out: Path,
     runs: Iterable[Mapping[str, Any]] = (),
     against: Mapping[str, str] | None = None,
+    evaluated: Path | None = None,
+    backbones: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a complete report into the directory `out`.
 
-    `runs` are run records to show; `against` names the host that each host is compared with (`results.hosts_apart`).
+    `runs` are run records, which only the page shows; `against` names the host that each host is compared with (`results.hosts_apart`);
+    `evaluated` and `backbones` make the export command (`answer.Answer`).
     """
+    answer = Answer(results, list(runs), evaluated, backbones)
+    untimed = replace(answer, runs=())
     curves = pd.concat([ratio_curve(r) for r in results], ignore_index=True)
     with fresh_directory(out) as into:
-        (into / "results.md").write_text(_document(title, results), encoding="utf-8")
-        (into / "index.html").write_text(render(title, results, list(runs), against), encoding="utf-8")
+        (into / "results.md").write_text(_document(title, untimed), encoding="utf-8")
+        (into / "index.html").write_text(render(title, answer, against), encoding="utf-8")
         write_json(into / "metrics.json", {r.name: r.metrics for r in results})
+        write_json(into / "summary.json", answer.summary())
         plots = into / "plots"
         plots.mkdir()
         _csv(curves, plots / "ratio.csv")
@@ -106,8 +114,9 @@ def variants_table(results: list[HostResult]) -> str | None:
     return "\n".join([head, "| --- | --- | --- | --- |" + " --- |" * (len(FIGURES) + 1), *lines]) if lines else None
 
 
-def _document(title: str, results: list[HostResult]) -> str:
-    """The text of results.md."""
+def _document(title: str, answer: Answer) -> str:
+    """The text of results.md: the answer, an overview, then all figures."""
+    results = list(answer.results)
     notes, others = [], variants_table(results)
     for result in results:
         first = next((e for e in result.metrics.values() if e is not None), {"groups": "none"})
@@ -121,6 +130,12 @@ def _document(title: str, results: list[HostResult]) -> str:
     return "\n".join(
         [
             f"# {in_markdown(title)}",
+            "",
+            *(f"- {in_markdown(line)}" for line in answer.lines()),
+            "",
+            *answer.overview(),
+            "",
+            "## All figures",
             "",
             markdown_table(results),
             "",

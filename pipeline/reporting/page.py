@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.data.classes import GROUPS
-from h2t.pipeline.reporting.published import estimates
+from h2t.pipeline.reporting.answer import Answer, duration
 from h2t.pipeline.reporting.results import (
     FIGURES,
     ROWS,
@@ -34,17 +34,17 @@ NAMED = 10  # where runs of neighbours are shown, this many classes that gain mo
 
 def render(
     title: str,
-    results: Sequence[HostResult],
-    runs: Sequence[Mapping[str, Any]] = (),
+    answer: Answer,
     against: Mapping[str, str] | None = None,
 ) -> str:
     """The page as HTML text.
 
-    `runs` are run records (time, machine, rates); no other part of a report may depend on them. `against` names the
-    host that each host is compared with (`results.hosts_apart`).
+    `answer` holds the results, and run records (time, machine, rates) to show. `against` names the host that each host
+    is compared with (`results.hosts_apart`).
     """
+    results, runs = answer.results, answer.runs
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(cell=cell, counted=counted, number=_number, size=_size, duration=_duration, times=_times)
+    environment.filters.update(cell=cell, counted=counted, number=_number, size=_size, duration=duration, times=_times)
     scripts = [(TEMPLATES / "vendor" / name).read_text(encoding="utf-8") for name in VENDOR]
     scripts.append((TEMPLATES / "report.js").read_text(encoding="utf-8"))
     return environment.get_template("report.html").render(
@@ -63,7 +63,7 @@ def render(
         runs=runs,
         places=list(dict.fromkeys(_place(run) for run in runs)),
         place_of=_place,
-        estimates=estimates(results, runs),
+        estimates=answer.estimates,
         data=_json({"hosts": {r.name: host_data(r) for r in results}, "rows": ROWS}),
         style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
         scripts=[Markup(script) for script in scripts],
@@ -92,15 +92,6 @@ def _size(count: float) -> str:
         for p, u in ((9, "GB"), (6, "MB"), (3, "kB"), (0, "bytes"))
         if count >= 10**p or not p
     )
-
-
-def _duration(seconds: float | None) -> str:
-    """Seconds as text, in a suitable unit; a dash for None."""
-    if seconds is None:
-        return "–"
-    length, unit = next((n, u) for n, u in ((3600, "h"), (60, "min"), (1, "s")) if seconds >= 2 * n or n == 1)
-    value = seconds / length
-    return f"{value:,.0f} {unit}" if value >= 10 else f"{value:.1f} {unit}"
 
 
 def _times(ratio: float | None) -> str:

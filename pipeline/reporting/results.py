@@ -115,6 +115,13 @@ def between_hosts(after: HostResult, before: HostResult, row: str) -> dict[str, 
     return {f: difference(new, old, f) for f in FIGURES}
 
 
+def between_rows(after: HostResult, row: str, before: HostResult, before_row: str, figure: str) -> str | None:
+    """The verdict on `figure`: `row` of one host minus `before_row` of another, paired by seed; None without pairs."""
+    new, old = (r.at(r.metrics[k]["ratio"]) for r, k in ((after, row), (before, before_row)))
+    apart = difference(new, old, figure)
+    return apart.verdict if apart else None
+
+
 def variants(result: HostResult) -> list[tuple[float, str, str]]:
     """Trained settings (ratio, donor, selection) other than donor instance with selection random, sorted."""
     heads = result.heads[result.heads.ratio > 0]

@@ -168,25 +168,25 @@ class Answer:
 
     def lines(self, figure: str = "top1") -> list[str]:
         """The answer, one sentence group a line: best, H2T, certainty, cost, export command."""
-        said = [self.best(figure), self.share(), self.certainty(), self.cost()]
+        said = [" ".join(self.best(figure)), self.share(), self.certainty(), self.cost()]
         command = self.command(figure)
         return [*filter(None, said), *([f"To use it: {command}"] if command else [])]
 
-    def best(self, figure: str) -> str:
-        """Which classifier is best by `figure`, and which are too close to it to tell."""
+    def best(self, figure: str) -> list[str]:
+        """Sentences: which classifier is best by `figure`, and which are too close to it to tell or not compared."""
         ranking = self.rankings.get(figure)
         if ranking is None or ranking.best is None:
-            return f"No host has a {RANKED[figure]} figure."
+            return [f"No method has a {RANKED[figure]} figure."]
         first = ranking.best
         row = first.best(figure) or ""
         figures = [f for f in dict.fromkeys((figure, "top1", "tail")) if first.figure(row, f) is not None]
         said = ", ".join(f"{RANKED[f]} {first.figure(row, f):.1f} %" for f in figures)
-        text = f"Best {RANKED[figure]}: {first.words(row)}; {said}."
+        sentences = [f"Best {RANKED[figure]}: {first.words(row)}; {said}."]
         if ranking.ties:
-            text += f" Too close to it to tell: {_some(ranking.ties)}."
+            sentences.append(f"Too close to it to tell: {_some(ranking.ties)}.")
         if ranking.others:
-            text += f" On another backbone, so not compared: {_some(ranking.others)}."
-        return text
+            sentences.append(f"On another backbone, so not compared: {_some(ranking.others)}.")
+        return sentences
 
     def share(self) -> str:
         """For how many methods H2T raised or lowered top-1, and its share in the best."""

@@ -4,17 +4,15 @@ Under CI=true a missing browser fails; elsewhere these tests are skipped with th
 """
 
 import json
-import os
 import re
 from dataclasses import replace
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
 
-import browser
 import pandas as pd
 import pytest
-from report_builders import NASTY, make_evaluated
+from report_builders import NASTY, make_evaluated, open_browser
 
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.reporting import page
@@ -61,12 +59,7 @@ def page_file(tmp_path_factory):
 @pytest.fixture(scope="module")
 def shown(page_file):
     """The page, open in a browser."""
-    if browser.find() is None:
-        reason = "no Chromium: apt-get install chromium"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    with browser.Browser() as found:
+    with open_browser() as found:
         found.open(page_file)
         yield found
 

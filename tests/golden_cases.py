@@ -252,13 +252,17 @@ def train_classifier() -> Result:
     return weights(Path("out/heads.safetensors")) | tables(Path("out"), "heads.parquet", "history.parquet")
 
 
+EVALUATE = ("evaluate", "dr", "data/extract/few", "data/train_classifier/dr", "data/train_backbone/few")
+
+
 def evaluate() -> Result:
-    h2t("evaluate", "dr", "data/extract/few", "data/train_classifier/dr", "data/train_backbone/few", "out")
-    names = ("heads", "per_class", "confusion", "predictions")
+    h2t(*EVALUATE, "out")
+    names = ("heads", "differences", "per_class", "confusion", "predictions")
     return documents(Path("out"), "metrics.json") | tables(Path("out"), *(f"{name}.parquet" for name in names))
 
 
 def report() -> Result:
+    h2t(*EVALUATE, "data/evaluate/dr")  # version 0.1.0 wrote no differences.parquet
     h2t("report", "data/evaluate", "out")
     return documents(
         Path("out"), "results.md", "metrics.json", "summary.json", "plots/ratio.csv", "plots/per_class.csv"

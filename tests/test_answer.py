@@ -28,7 +28,7 @@ def evaluated(tmp_path_factory):
 def stated(result, **difference):
     """`result` with these differences in its metrics, as (mean, low, high, verdict)."""
     full = {
-        f: {**dict(zip(("mean", "low", "high", "verdict"), d, strict=True)), "covers": ["seeds", "images"]}
+        f: {**dict(zip(("mean", "low", "high", "verdict"), d, strict=True)), "covers": ["seeds", "images"], "seeds": 3}
         for f, d in difference.items()
     }
     return replace(result, metrics={**result.metrics, "difference": full})
@@ -55,7 +55,7 @@ def test_the_answer_names_the_best_its_share_certainty_cost_and_command(evaluate
     ratio = better.metrics["with_h2t"]["ratio"]
     assert best == f"Best top-1: dr with H2T at ratio {ratio:g}; top-1 94.4 %, tail 90.6 %."
     assert share.startswith(
-        "H2T raised top-1 for 0 of 1 method, lowered it for 0, 1 too close to tell; tail for 1 of 1"
+        "H2T raised top-1 for 0 of 1 method, lowered it for 0, too close to tell for 1; tail for 1 of 1"
     )
     assert share.endswith("In the best method: +0.8 [-0.5, +2.1], too close to tell.")
     assert certainty == (

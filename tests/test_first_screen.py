@@ -11,8 +11,9 @@ from pipeline_builders import ROOT
 from report_builders import make_evaluated, open_browser
 from test_answer import stated, with_figures
 
+from h2t.pipeline.evaluation.intervals import Difference
 from h2t.pipeline.reporting import page
-from h2t.pipeline.reporting.answer import Answer, Change
+from h2t.pipeline.reporting.answer import Answer
 from h2t.pipeline.reporting.first_screen import scale
 from h2t.pipeline.reporting.page import render
 from h2t.pipeline.reporting.results import load_result
@@ -92,7 +93,7 @@ QUESTIONS = {
 @pytest.mark.parametrize(("width", "height", "screens"), [(1440, 900, 1), (390, 844, 2)])
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_ten_questions_are_answered_at_first_sight(desk, question, width, height, screens):
-    """Without scrolling on a desk, within one scroll on a phone."""
+    """Without scrolling at a desk, within one scroll on a phone."""
     desk.resize(width, height)
     selector, answer = QUESTIONS[question]
     if question == "What did stage II add to stage I?":
@@ -155,7 +156,7 @@ def test_every_verdict_has_a_shape_and_words(desk):
     ],
 )
 def test_a_scale_shows_zero_and_every_interval(ends, ticks):
-    changes = [Change(mean, low, high, None, ()) for low, mean, high in ends]
+    changes = [Difference(mean, low, high, None, (), 3) for low, mean, high in ends]
     found = scale(changes)
     assert [text for _, text in found.ticks] == ticks
     assert 0 <= found.at(0.0) <= 100
@@ -368,8 +369,8 @@ def test_paper_shows_every_column_in_light_colours(shown, file, dark):
     try:
         assert shown.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
         assert shown.run("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
-        wide = "[...document.querySelectorAll('table')].filter(t => t.offsetParent && t.getBoundingClientRect().right > 704)"
-        assert shown.run(f"{wide}.map(t => t.id)") == []
+        tables = "[...document.querySelectorAll('table')].filter(t => t.offsetParent)"
+        assert shown.run(f"{tables}.filter(t => t.getBoundingClientRect().right > 704).map(t => t.id)") == []
         heads = shown.run(
             "[...document.querySelectorAll('#hosts thead th')].map(h => h.innerText.trim().toLowerCase())"
         )

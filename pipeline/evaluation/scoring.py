@@ -11,7 +11,7 @@ from torch.func import vmap
 from h2t.cache.memory import available_memory
 from h2t.cache.reader import Cache
 from h2t.pipeline.base.errors import UserError
-from h2t.pipeline.evaluation.metrics import Answers, answers
+from h2t.pipeline.evaluation.metrics import Graded, answers
 from h2t.pipeline.heads.batches import sample_rows
 from h2t.pipeline.heads.features import (
     FeatureReader,
@@ -38,7 +38,7 @@ class Scores:
     statistics: str
     labels: np.ndarray
     samples: np.ndarray
-    said: list[Answers]  # one entry per head
+    said: list[Graded]  # one entry per head
 
 
 def load_heads_for(cache: Cache, heads_dir: Path, backbone_dir: Path) -> Heads:
@@ -65,24 +65,26 @@ def score_heads(cache: Cache, heads: Heads, split: str, statistics: str, device:
     """
     rows = sample_rows(cache.rows, split, statistics)
     blocks = _logits_in_blocks(cache, heads, rows.first, device)
-    return Scores(statistics, rows.labels, rows.samples, _answered(cache, blocks, len(heads.table), len(rows.first)))
+    return Scores(statistics, rows.labels, rows.samples, _answered(cache, blocks, len(heads.table), rows.labels))
 
 
 def _answered(
-    cache: Cache, blocks: Iterator[tuple[np.ndarray, torch.Tensor]], heads: int, samples: int
-) -> list[Answers]:
-    """Predictions of each head from blocks of logits (heads, n, classes), which together cover all `samples`.
+    cache: Cache, blocks: Iterator[tuple[np.ndarray, torch.Tensor]], heads: int, labels: np.ndarray
+) -> list[Graded]:
+    """Predictions of each head from blocks of logits (heads, n, classes), which together cover all `labels`.
 
     The arrays are made once: with many heads and samples, they are most of what evaluation holds. They are written to
     before the first block, so that the size of the blocks is chosen from the memory that is left.
     """
-    said = [Answers(np.full(samples, -1, np.int32), np.full(samples, np.nan)) for _ in range(heads)]
+    kinds = {"guesses": np.int32, "confidence": np.float64, "rank": np.int32, "loss": np.float64}
+    said = [Graded(**{name: np.full(len(labels), -1, kind) for name, kind in kinds.items()}) for _ in range(heads)]
     first = 0
     for part, block in blocks:
         for mine, logits_of_head in zip(said, _finite(block, cache, part).numpy(), strict=True):
-            found = answers(logits_of_head)
-            mine.guesses[first : first + len(part)] = found.guesses
-            mine.confidence[first : first + len(part)] = found.confidence
+            block_of = slice(first, first + len(part))
+            found = answers(logits_of_head, labels[block_of])
+            for name in kinds:
+                getattr(mine, name)[block_of] = getattr(found, name)
         first += len(part)
     return said
 
@@ -152,4 +154,4 @@ def score_stage1(cache: Cache, head: StageOneHead, split: str, device: torch.dev
                 block = logits(head.classifier, state, features, head.scale)
             yield part, block[None]
 
-    return Scores(STAGE1, rows.labels, rows.samples, _answered(cache, blocks(), 1, len(rows.first)))
+    return Scores(STAGE1, rows.labels, rows.samples, _answered(cache, blocks(), 1, rows.labels))

@@ -18,14 +18,13 @@ from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import write_json
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.base.text import counted
+from h2t.pipeline.evaluation.intervals import FIGURES, Difference, paired
 from h2t.pipeline.evaluation.metrics import over_seeds, summary
 from h2t.pipeline.evaluation.scoring import load_heads_for, score_heads
 from h2t.pipeline.heads.features import maps_fingerprint
 from h2t.pipeline.heads.residency import Residency
-from h2t.pipeline.reporting.intervals import Difference, paired
 from h2t.pipeline.stages import evaluate, train_classifier
 
-FIGURES = evaluate.FIGURES
 SETTING = ("ratio", "donor", "selection", "lr")  # what tells the lines of a sweep apart, besides the seed
 
 

@@ -4,7 +4,7 @@ The page, results.md and the terminal say the same sentences.
 """
 
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,33 +12,14 @@ from typing import Any
 
 from h2t.cache.redaction import in_markdown
 from h2t.pipeline.base.text import counted
+from h2t.pipeline.evaluation.intervals import Difference
 from h2t.pipeline.reporting.published import Estimate, different_runs, estimates
-from h2t.pipeline.reporting.results import ROWS, HostResult, between_rows, with_against_without
+from h2t.pipeline.reporting.results import ROWS, HostResult, rows_apart
 
 RANKED = {"top1": "top-1", "tail": "tail", "medium": "medium", "head": "head", "ece": "calibration error"}
 SMALLER_IS_BETTER = {"ece"}
 APART = ("higher", "lower")  # verdicts that tell two classifiers apart
 SOURCES = {"seeds": "seeds of stage II", "images": "test images", "backbones": "trainings of the backbone"}
-
-
-@dataclass(frozen=True)
-class Change:
-    """A difference in percentage points: its mean, the bounds of its 95 % interval, and its verdict.
-
-    `low` and `high` are None where there is no interval; `verdict` is None where none is given. `covers` names what the
-    interval covers: seeds, images, backbones.
-    """
-
-    mean: float
-    low: float | None
-    high: float | None
-    verdict: str | None
-    covers: tuple[str, ...]
-
-    @property
-    def interval(self) -> str:
-        """The interval as text in brackets; empty if there is none."""
-        return "" if self.low is None or self.high is None else f"[{self.low:+.1f}, {self.high:+.1f}]"
 
 
 @dataclass(frozen=True)
@@ -53,18 +34,10 @@ class Method:
         return self.result.name
 
     @cached_property
-    def changes(self) -> dict[str, Change]:
+    def changes(self) -> dict[str, Difference]:
         """With H2T minus without, by figure; empty for a host that was not trained both ways."""
-        stated = self.result.metrics.get("difference")
-        if stated is not None:
-            return {
-                f: Change(d["mean"], d["low"], d["high"], d["verdict"], tuple(d["covers"]))
-                for f, d in stated.items()
-                if d
-            }
-        # Results of an earlier version: an interval over seeds only.
-        apart = with_against_without(self.result) or {}
-        return {f: Change(d.mean, d.low, d.high, d.verdict, ("seeds",)) for f, d in apart.items() if d}
+        stated = self.result.metrics["difference"] or {}
+        return {f: Difference(**{**d, "covers": tuple(d["covers"])}) for f, d in stated.items() if d}
 
     def figure(self, row: str, figure: str) -> float | None:
         """One figure of a row of metrics.json, in percent; None if there is none."""
@@ -123,8 +96,14 @@ class Ranking:
         return self.methods[0] if self.methods else None
 
 
-def rank(methods: Sequence[Method], figure: str) -> Ranking:
-    """Ranks the methods that have `figure` by it."""
+Verdict = Callable[[Method, str, Method, str, str], str | None]
+
+
+def rank(methods: Sequence[Method], figure: str, verdict: Verdict) -> Ranking:
+    """Ranks the methods that have `figure` by it.
+
+    `verdict(method, row, other, other_row, figure)` compares two classifiers.
+    """
     sign = 1 if figure in SMALLER_IS_BETTER else -1
     known = [(m, row) for m in methods if (row := m.best(figure))]
     known.sort(key=lambda pair: sign * (pair[0].figure(pair[1], figure) or 0.0))
@@ -136,7 +115,7 @@ def rank(methods: Sequence[Method], figure: str) -> Ranking:
         first, first_row = known[0]
         if method.result.about["host"]["backbone"] != first.result.about["host"]["backbone"]:
             others.append(method.name)
-        elif between_rows(method.result, row, first.result, first_row, figure) not in APART:
+        elif verdict(method, row, first, first_row, figure) not in APART:
             ties.append(method.name)
             places[method.name] = 1
     return Ranking(figure, [m for m, _ in known], places, ties, others)
@@ -163,8 +142,17 @@ class Answer:
     @cached_property
     def rankings(self) -> dict[str, Ranking]:
         """A ranking by each figure that any method has."""
-        found = {f: rank(self.methods, f) for f in RANKED}
-        return {f: r for f, r in found.items() if r.methods}
+        compared: dict[tuple[str, str, str, str], dict[str, Difference | None]] = {}
+
+        def verdict(after: Method, row: str, before: Method, before_row: str, figure: str) -> str | None:
+            pair = (after.name, row, before.name, before_row)
+            if pair not in compared:
+                compared[pair] = rows_apart(after.result, row, before.result, before_row) or {}
+            found = compared[pair].get(figure)
+            return found.verdict if found else None
+
+        rankings = {f: rank(self.methods, f, verdict) for f in RANKED}
+        return {f: r for f, r in rankings.items() if r.methods}
 
     def lines(self, figure: str = "top1") -> list[str]:
         """The answer, one sentence group a line: best, H2T, certainty, cost, export command."""
@@ -199,8 +187,8 @@ class Answer:
         first = self.rankings["top1"].best if "top1" in self.rankings else None
         if first and "top1" in first.changes:
             change = first.changes["top1"]
-            words = " ".join(filter(None, (f"{change.mean:+.1f}", change.interval)))
-            text += f". In the best method: {words}, {change.verdict or 'not compared'}"
+            words = " ".join(filter(None, (f"{change.mean:+.1f}", short_interval(change))))
+            text += f". In the best method: {words}, {change.verdict or 'no verdict'}"
         return f"{text}."
 
     def certainty(self) -> str:
@@ -286,7 +274,7 @@ class Answer:
                 if (value := m.figure(row, figure)) is not None
             }
             if "top1" in m.changes:
-                line["h2t"] = m.changes["top1"].verdict or "not compared"
+                line["h2t"] = m.changes["top1"].verdict or "no verdict"
             table[m.name] = line
         return table
 
@@ -308,6 +296,11 @@ class Answer:
         return (2 * twice + once) * sum(result.about["counts"])
 
 
+def short_interval(change: Difference) -> str:
+    """The interval with one decimal, in brackets; empty if there is none."""
+    return "" if change.low is None or change.high is None else f"[{change.low:+.1f}, {change.high:+.1f}]"
+
+
 def duration(seconds: float | None) -> str:
     """Seconds as text, in a suitable unit; a dash for None."""
     if seconds is None:
@@ -318,13 +311,11 @@ def duration(seconds: float | None) -> str:
 
 
 def _tally(methods: Sequence[Method], figure: str) -> str:
-    """For how many methods H2T raised and lowered `figure`: `1 of 6 methods, lowered it for 2, 3 too close to tell`."""
+    """For how many H2T raised and lowered `figure`: `1 of 6 methods, lowered it for 2, too close to tell for 3`."""
     said = [m.changes[figure].verdict for m in methods if figure in m.changes]
-    higher, lower, same = (said.count(v) for v in ("higher", "lower", "identical"))
-    rest = len(said) - higher - lower - same
-    text = f"{higher} of {counted(len(said), 'method')}, lowered it for {lower}"
-    text += f", changed no prediction of {same}" if same else ""
-    return text + (f", {rest} too close to tell" if rest else "")
+    text = f"{said.count('higher')} of {counted(len(said), 'method')}, lowered it for {said.count('lower')}"
+    more = {"identical": "identical for", "too close to tell": "too close to tell for", None: "no verdict for"}
+    return text + "".join(f", {words} {said.count(v)}" for v, words in more.items() if v in said)
 
 
 def _three(method: Method, figure: str) -> str:
@@ -333,7 +324,7 @@ def _three(method: Method, figure: str) -> str:
     return "→".join("–" if v is None else f"{v:.1f}" for v in values)
 
 
-def _short(change: Change | None) -> str:
+def _short(change: Difference | None) -> str:
     """A change as `-1.3 lower`; `?` and `=` stand for too close to tell and identical."""
     if change is None:
         return "–"

@@ -62,7 +62,8 @@ def _table(sides: Sequence[Side]) -> list[str]:
         *lines,
         "",
         "A and B: top-1 in percent, mean ± standard deviation over seeds; with H2T, at the stated ratio.",
-        "Differences: over the seeds that both have, paired by seed, in percentage points, with the 95 % interval.",
+        "Differences: percentage points, with the 95 % interval over the seeds that both have and over test images.",
+        "Between two backbones there is no verdict: each was trained once.",
     ]
 
 

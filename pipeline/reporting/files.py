@@ -12,8 +12,8 @@ from h2t.cache.redaction import in_markdown
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import fresh_directory, write_json
 from h2t.pipeline.base.text import counted
+from h2t.pipeline.evaluation.intervals import Difference
 from h2t.pipeline.reporting.answer import Answer
-from h2t.pipeline.reporting.intervals import Difference
 from h2t.pipeline.reporting.page import cell, render, spread
 from h2t.pipeline.reporting.results import (
     FIGURES,
@@ -121,7 +121,7 @@ def _document(title: str, answer: Answer) -> str:
     results = list(answer.results)
     notes, others = [], variants_table(results)
     for result in results:
-        first = next((e for e in result.metrics.values() if e is not None), {"groups": "none"})
+        first = next((e for row in ROWS if (e := result.metrics[row]) is not None), {"groups": "none"})
         heads = result.metrics["without_h2t"] or result.metrics["with_h2t"]
         seeds = heads["heads"] if heads else 0
         name = in_markdown(result.name)
@@ -146,8 +146,9 @@ def _document(title: str, answer: Answer) -> str:
             "Percent; mean ± standard deviation over the seeds of stage II (it says nothing about other backbones). "
             "Last epoch; nothing is chosen on the test split.",
             "",
-            "With H2T minus without, in percentage points: paired by seed (same batches), with the 95 % interval of "
-            "the mean over these seeds. If the interval contains 0, the difference is too close to tell:",
+            "With H2T minus without, in percentage points, with the 95 % interval over the seeds of stage II and the "
+            "test images (paired by both; not over backbones). If the interval contains 0, or the predictions differ "
+            "on fewer than 5 images, the difference is too close to tell:",
             "",
             difference_table(results),
             "",

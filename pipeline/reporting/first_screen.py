@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from h2t.pipeline.reporting.answer import Answer, Change, Method
+from h2t.pipeline.evaluation.intervals import Difference
+from h2t.pipeline.reporting.answer import Answer, Method, short_interval
 
 STEPS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)  # between the ticks of a scale, in percentage points
 DRAWN = ("top1", "tail")
@@ -102,7 +103,7 @@ def first_screen(answer: Answer) -> FirstScreen:
     )
 
 
-def scale(changes: Sequence[Change]) -> Scale:
+def scale(changes: Sequence[Difference]) -> Scale:
     """The scale that shows 0 and all `changes` with their intervals, with at most eight steps."""
     ends = [0.0, *(e for c in changes for e in (c.low, c.mean, c.high) if e is not None)]
     low, high = min(ends), max(ends)
@@ -119,9 +120,14 @@ def _line(method: Method, answer: Answer, figure: str, scales: dict[str, Scale])
     return Line(method, place, tied, dots)
 
 
-def _dot(change: Change, on: Scale) -> Dot:
+def _dot(change: Difference, on: Scale) -> Dot:
     low, high = (None if e is None else on.at(e) for e in (change.low, change.high))
     kind = change.verdict if change.verdict in ("higher", "lower", "identical") else "open"
     return Dot(
-        on.at(change.mean), low, high, kind, f"{change.mean:+.1f} {change.verdict or 'no verdict'}", change.interval
+        on.at(change.mean),
+        low,
+        high,
+        kind,
+        f"{change.mean:+.1f} {change.verdict or 'no verdict'}",
+        short_interval(change),
     )

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from h2t.pipeline.base.text import counted
-from h2t.pipeline.reporting.intervals import Difference
+from h2t.pipeline.evaluation.intervals import Difference
 from h2t.pipeline.reporting.results import FIGURES, ROWS, HostResult, between_hosts
 
 

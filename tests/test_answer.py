@@ -53,11 +53,11 @@ def test_the_answer_names_the_best_its_share_certainty_cost_and_command(evaluate
     answer = Answer([better], (), evaluated, {"dr": "b0"})
     best, share, certainty, cost, command = answer.lines()
     ratio = better.metrics["with_h2t"]["ratio"]
-    assert best == f"Best top-1: dr with H2T at ratio {ratio:g}; top-1 94.4 %, tail 90.6 %."
-    assert share.startswith(
-        "H2T raised top-1 for 0 of 1 method, lowered it for 0, too close to tell for 1; tail for 1 of 1"
+    assert best == (
+        f"Best top-1: dr with H2T at ratio {ratio:g}; top-1 94.4 %, tail 90.6 %. H2T's share in it: +0.8 [-0.5, +2.1], "
+        "too close to tell."
     )
-    assert share.endswith("In the best method: +0.8 [-0.5, +2.1], too close to tell.")
+    assert share == "H2T over 1 method: top-1 0 higher, 0 lower, 1 undecided; tail 1 higher, 0 lower."
     assert certainty == (
         "Intervals (95 %) cover 3 seeds of stage II and 24 test images; not other trainings of the backbone."
     )
@@ -88,7 +88,8 @@ def test_where_h2t_lowers_top1_the_better_classifier_is_the_one_without(dr):
     answer = Answer([stated(worse, top1=(-2.0, -3.0, -1.0, "lower"))])
     assert answer.lines()[0].startswith("Best top-1: dr without H2T; top-1 80.0 %")
     assert answer.lines("tail")[0].startswith("Best tail: dr with H2T at ratio")
-    assert "lowered it for 1" in answer.lines()[1]
+    assert answer.lines()[1] == "H2T over 1 method: top-1 0 higher, 1 lower."
+    assert "H2T's share in it: -2.0 [-3.0, -1.0], lower." in answer.lines()[0]
     assert answer.command() is None  # without the folders there is nothing to copy
 
 
@@ -100,14 +101,14 @@ def test_methods_on_other_backbones_are_not_compared(dr):
     assert [m.name for m in ranking.methods] == ["dr", "other"]
     assert ranking.others == ["other"]
     assert ranking.ties == []
-    assert "On another backbone, so not compared: other." in answer.best("top1")
+    assert "On another backbone, so not compared: other." in answer.lines()[0]
 
 
 def test_ties_share_the_first_place(dr):
     again = replace(dr, name="again")
     ranking = Answer([dr, again]).rankings["top1"]
     assert set(ranking.places.values()) == {1}
-    assert "Too close to it to tell: again." in Answer([dr, again]).best("top1")
+    assert "Too close to it to tell: again." in Answer([dr, again]).lines()[0]
 
 
 def test_a_ratio_at_the_edge_of_the_grid_is_remarked(dr):

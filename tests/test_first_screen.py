@@ -73,7 +73,7 @@ def place_of(page, selector, what="bottom"):
 QUESTIONS = {
     "Which classifier is best?": ("#best", "Best top-1: dr with H2T at ratio 0.3; top-1 82.0 %, tail 55.0 %."),
     "Which are as good?": ("#best", "Too close to it to tell:"),
-    "Does H2T help here?": (".answer", "H2T raised top-1 for 2 of 6 methods, lowered it for 1"),
+    "Does H2T help here?": (".answer", "H2T over 6 methods: top-1 2 higher, 1 lower, 1 identical, 2 undecided"),
     "How sure is that?": (
         ".answer",
         "Intervals (95 %) cover 3 seeds of stage II and 24 test images; not other trainings",

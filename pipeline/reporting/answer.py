@@ -170,6 +170,10 @@ class Answer:
         figures = [f for f in dict.fromkeys((figure, "top1", "tail")) if first.figure(row, f) is not None]
         said = ", ".join(f"{RANKED[f]} {first.figure(row, f):.1f} %" for f in figures)
         sentences = [f"Best {RANKED[figure]}: {first.words(row)}; {said}."]
+        if figure in first.changes:
+            change = first.changes[figure]
+            words = " ".join(filter(None, (f"{change.mean:+.1f}", short_interval(change))))
+            sentences.append(f"H2T's share in it: {words}, {change.verdict or 'no verdict'}.")
         if ranking.ties:
             sentences.append(f"Too close to it to tell: {_some(ranking.ties)}.")
         if ranking.others:
@@ -177,19 +181,12 @@ class Answer:
         return sentences
 
     def share(self) -> str:
-        """For how many methods H2T raised or lowered top-1, and its share in the best."""
-        both = [m for m in self.methods if "top1" in m.changes]
+        """For how many methods H2T raised or lowered top-1 and tail accuracy."""
+        both = [m for m in self.methods if m.changes]
         if not both:
-            return "H2T: no host was trained both with and without it."
-        text = f"H2T raised top-1 for {_tally(both, 'top1')}"
-        if any("tail" in m.changes for m in both):
-            text += f"; tail for {_tally(both, 'tail')}"
-        first = self.rankings["top1"].best if "top1" in self.rankings else None
-        if first and "top1" in first.changes:
-            change = first.changes["top1"]
-            words = " ".join(filter(None, (f"{change.mean:+.1f}", short_interval(change))))
-            text += f". In the best method: {words}, {change.verdict or 'no verdict'}"
-        return f"{text}."
+            return "H2T: no method was trained both with and without it."
+        parts = [f"{RANKED[f]} {tally}" for f in ("top1", "tail") if (tally := _tally(both, f))]
+        return f"H2T over {counted(len(both), 'method')}: {'; '.join(parts)}."
 
     def certainty(self) -> str:
         """What the intervals cover, and what they do not."""
@@ -311,11 +308,12 @@ def duration(seconds: float | None) -> str:
 
 
 def _tally(methods: Sequence[Method], figure: str) -> str:
-    """For how many H2T raised and lowered `figure`: `1 of 6 methods, lowered it for 2, too close to tell for 3`."""
+    """How many methods H2T raised and lowered: `1 higher, 2 lower, 3 undecided`; empty if none has the figure."""
     said = [m.changes[figure].verdict for m in methods if figure in m.changes]
-    text = f"{said.count('higher')} of {counted(len(said), 'method')}, lowered it for {said.count('lower')}"
-    more = {"identical": "identical for", "too close to tell": "too close to tell for", None: "no verdict for"}
-    return text + "".join(f", {words} {said.count(v)}" for v, words in more.items() if v in said)
+    decided = {verdict: said.count(verdict) for verdict in ("higher", "lower", "identical")}
+    parts = [f"{n} {verdict}" for verdict, n in decided.items() if n or verdict != "identical"]
+    rest = len(said) - sum(decided.values())
+    return ", ".join([*parts, *([f"{rest} undecided"] if rest else [])]) if said else ""
 
 
 def _three(method: Method, figure: str) -> str:

@@ -145,14 +145,14 @@ def _groups(result: HostResult) -> str:
 
 
 def _seeds(results: Sequence[HostResult]) -> str:
-    """How many backbones, and how many seeds of stage II, stand behind the means."""
-    entries = {r.name: r.metrics["without_h2t"] or r.metrics["with_h2t"] for r in results}
-    numbers = sorted({entry["heads"] for entry in entries.values() if entry})
-    seeds = (
-        f"{numbers[0]} to {numbers[-1]} seeds" if len(numbers) > 1 else counted(numbers[0] if numbers else 0, "seed")
-    )
-    backbones = len({r.about["host"]["backbone"] for r in results})
-    return f"{counted(backbones, 'backbone')}, trained once · {seeds} of stage II"
+    """How many backbones, and how many seeds of stage II, stand behind the means. Closed-form fits have no seed."""
+    entries = [r.metrics["without_h2t"] or r.metrics["with_h2t"] for r in results if r.about["host"]["seeded"]]
+    numbers = sorted({entry["heads"] for entry in entries if entry})
+    backbones = counted(len({r.about["host"]["backbone"] for r in results}), "backbone")
+    if not numbers:
+        return f"{backbones}, trained once · closed-form fits, which have no seed"
+    seeds = f"{numbers[0]} to {numbers[-1]} seeds" if len(numbers) > 1 else counted(numbers[0], "seed")
+    return f"{backbones}, trained once · {seeds} of stage II"
 
 
 def _neighbours(results: Sequence[HostResult]) -> str | None:

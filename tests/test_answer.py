@@ -12,6 +12,7 @@ from report_builders import make_evaluated
 
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.reporting.answer import Answer
+from h2t.pipeline.reporting.page import render
 from h2t.pipeline.reporting.results import load_result
 from h2t.pipeline.stages import report
 
@@ -111,16 +112,20 @@ def test_ties_share_the_first_place(dr):
     assert "Too close to it to tell: again." in Answer([dr, again]).lines()[0]
 
 
-def test_a_ratio_at_the_edge_of_the_grid_is_remarked(dr):
-    heads = pd.concat([dr.tables["heads"], dr.tables["heads"].assign(split="val")])
-    chosen = replace(dr, tables={**dr.tables, "heads": heads})
-    remarks = {}
-    for ratio in (0.1, 0.3, 0.6):
-        metrics = {**chosen.metrics, "with_h2t": {**(chosen.metrics["with_h2t"] or chosen.metrics["without_h2t"])}}
-        metrics["with_h2t"]["ratio"] = ratio
-        remarks[ratio] = Answer([replace(chosen, metrics=metrics)]).methods[0].edge
-    assert remarks == {0.1: "smallest tried", 0.3: None, 0.6: "largest tried"}
-    assert Answer([dr]).methods[0].edge is None  # without validation images nothing was chosen
+def test_what_was_chosen_at_the_edge_of_the_grid_is_remarked(dr):
+    assert Answer([dr]).methods[0].tuned == {}  # without validation images nothing was chosen
+    chosen = {
+        "by": "validation images",
+        "values": {"lr": 0.1, "ratio": 0.6, "tau": 1.0},
+        "tried": {"lr": [0.1, 1.0], "ratio": [0.1, 0.3, 0.6], "tau": [0.5, 1.0, 2.0]},
+        "at_edge": ["lr", "ratio"],
+        "left_out": [],
+    }
+    metrics = {**dr.metrics, "with_h2t": {**dr.metrics["with_h2t"], "ratio": 0.6, "chosen": chosen}}
+    answer = Answer([replace(dr, metrics=metrics)])
+    assert answer.methods[0].tuned == {"lr": "0.1, smallest tried", "ratio": "0.6, largest tried", "tau": "1"}
+    text = re.sub(r"<[^>]+>", " ", render("T", answer).split("<tbody>")[1].split("</tbody>")[0])
+    assert " ".join(text.split()).endswith("0.6 lr 0.1, smallest tried largest tried tau 1")
 
 
 def test_the_terminal_shows_the_answer_and_a_table_of_100_columns(evaluated, tmp_path):

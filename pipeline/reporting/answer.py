@@ -13,6 +13,7 @@ from typing import Any
 from h2t.cache.redaction import in_markdown
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.evaluation.intervals import Difference
+from h2t.pipeline.reporting.chosen import number
 from h2t.pipeline.reporting.published import Estimate, different_runs, estimates
 from h2t.pipeline.reporting.results import ROWS, HostResult, rows_apart
 
@@ -57,12 +58,20 @@ class Method:
         return None if entry is None else entry["ratio"]
 
     @property
-    def edge(self) -> str | None:
-        """A remark if validation chose the smallest or the largest of at least three ratios; else None."""
-        tried = [r for r in self.result.ratios if r]
-        if self.ratio is None or len(tried) < 3 or "val" not in set(self.result.tables["heads"].split):
-            return None
-        return {tried[0]: "smallest tried", tried[-1]: "largest tried"}.get(self.ratio)
+    def tuned(self) -> dict[str, str]:
+        """What was chosen for the method, ratio included: name -> value, with a remark if it is at an edge of the grid.
+
+        With H2T, where there is such a classifier.
+        """
+        rows = [e for r in ("with_h2t", "without_h2t") if (e := self.result.metrics[r])]
+        chosen = rows[0].get("chosen") if rows else None
+        if not chosen:
+            return {}
+        found = {}
+        for name, value in chosen["values"].items():
+            end = "largest" if value == max(chosen["tried"][name]) else "smallest"
+            found[name] = number(value) + (f", {end} tried" if name in chosen["at_edge"] else "")
+        return found
 
     @property
     def seeds(self) -> int:
@@ -201,7 +210,7 @@ class Answer:
 
     def cost(self) -> str:
         """How many classifiers were trained, and what the published way would have taken."""
-        heads = sum(len(r.heads) for r in self.results)
+        heads = sum(len(r.every_head) for r in self.results)
         found = [e for e in self.estimates if e.ours["seconds"]]
         if found:
             ours, theirs = (sum(getattr(e, of)["seconds"] or 0.0 for e in found) for of in ("ours", "theirs"))
@@ -233,7 +242,7 @@ class Answer:
             home / "extract" / backbone,
             home / "train_backbone" / backbone,
         ]
-        chosen = ["--head", str(int(heads.number.iloc[0]))] if len(first.result.heads) > 1 else []
+        chosen = ["--head", str(int(heads.number.iloc[0]))] if len(first.result.every_head) > 1 else []
         return shlex.join(["h2t", "export", *(f.as_posix() for f in folders), "model", *chosen])
 
     def overview(self) -> list[str]:
@@ -289,7 +298,7 @@ class Answer:
     @staticmethod
     def _published_images(result: HostResult) -> int:
         """Images that an epoch of all different classifiers passes through the backbone in the published way."""
-        twice, once = different_runs(result.heads)
+        twice, once = different_runs(result.every_head, result.constants)
         return (2 * twice + once) * sum(result.about["counts"])
 
 

@@ -14,6 +14,7 @@ from h2t.pipeline.base.outputs import fresh_directory, write_json
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.evaluation.intervals import Difference
 from h2t.pipeline.reporting.answer import Answer
+from h2t.pipeline.reporting.chosen import choices
 from h2t.pipeline.reporting.page import cell, render, spread
 from h2t.pipeline.reporting.results import (
     FIGURES,
@@ -154,6 +155,7 @@ def _document(title: str, answer: Answer) -> str:
             "",
             *(["Other donors and other channels at the reported ratio:", "", others, ""] if others else []),
             *notes,
+            *(f"- {in_markdown(line)}." for line in choices(results)),
             "",
         ]
     )

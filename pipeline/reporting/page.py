@@ -15,6 +15,7 @@ from markupsafe import Markup
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.data.classes import GROUPS
 from h2t.pipeline.reporting.answer import RANKED, Answer, duration
+from h2t.pipeline.reporting.chosen import choices
 from h2t.pipeline.reporting.first_screen import first_screen
 from h2t.pipeline.reporting.page_data import MOST_CLASSES, host_data
 from h2t.pipeline.reporting.results import (
@@ -69,6 +70,7 @@ def render(title: str, answer: Answer, sides: Sequence[Side] = ()) -> str:
         groups=list(dict.fromkeys(_groups(r) for r in results)),
         seeds=_seeds(results),
         neighbours=_neighbours(results),
+        choices=choices(results),
         variants=any(variants_at(r, ratio) for r in results for ratio in r.ratios),
         runs=runs,
         places=list(dict.fromkeys(_place(run) for run in runs)),

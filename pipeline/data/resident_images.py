@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from h2t.pipeline.data.images import Images, crop_and_flip, padded
+from h2t.pipeline.data.images import Images, crop_and_flip, normalised, padded
 
 
 class ResidentImages:
@@ -21,9 +21,7 @@ class ResidentImages:
 
     def __init__(self, images: Images, rows: dict[int, int], pixels: torch.Tensor) -> None:
         self._images, self._rows, self._pixels = images, rows, pixels
-        transform, device = images.transform, pixels.device
-        self._mean, self._std = (torch.tensor(v, device=device) for v in (transform.mean, transform.std))
-        self._across = torch.arange(transform.size, device=device)
+        self._across = torch.arange(images.transform.size, device=pixels.device)
 
     def batch(self, samples: Sequence[int], keys: Sequence[Sequence[int | str]]) -> torch.Tensor:
         """Normalised float32 (B, 3, size, size) on the device: the augmented view `(seed, view)` of each sample."""
@@ -35,8 +33,7 @@ class ResidentImages:
         row, top, left, flipped = torch.from_numpy(np.array(places).T.copy()).to(self._pixels.device)
         across = torch.where(flipped[:, None] == 1, self._across.flip(0), self._across)
         y, x = (top[:, None] + self._across)[:, :, None], (left[:, None] + across)[:, None, :]
-        pixels = self._pixels[row[:, None, None], y, x].to(torch.float32) / 255
-        return ((pixels - self._mean) / self._std).permute(0, 3, 1, 2).contiguous()
+        return normalised(self._pixels[row[:, None, None], y, x], transform)
 
 
 def resident(images: Images, samples: Sequence[int], device: torch.device, room: int) -> Images | ResidentImages:

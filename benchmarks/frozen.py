@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from h2t.pipeline.reporting.intervals import paired
 from safetensors.torch import save_file
 from threadpoolctl import threadpool_limits
 
@@ -47,7 +48,6 @@ from h2t.pipeline.heads.start import backbone_head
 from h2t.pipeline.networks.classifier import global_average
 from h2t.pipeline.networks.probe import Probe
 from h2t.pipeline.networks.weights import load_checkpoint
-from h2t.pipeline.reporting.intervals import paired
 from h2t.pipeline.stages import extract, pool, prepare, probe, train_backbone, train_classifier
 
 FIGURES = ("top1", "head", "medium", "tail")

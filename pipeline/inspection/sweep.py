@@ -21,6 +21,7 @@ from h2t.pipeline.base.text import counted
 from h2t.pipeline.evaluation.intervals import FIGURES, Difference, paired
 from h2t.pipeline.evaluation.metrics import over_seeds, summary
 from h2t.pipeline.evaluation.scoring import load_heads_for, score_heads
+from h2t.pipeline.evaluation.tables import Comparison, compared
 from h2t.pipeline.heads.features import maps_fingerprint
 from h2t.pipeline.heads.residency import Residency
 from h2t.pipeline.stages import evaluate, train_classifier
@@ -32,9 +33,9 @@ SETTING = ("ratio", "donor", "selection", "lr")  # what tells the lines of a swe
 class Line:
     """The test figures of one setting: mean and standard deviation over its seeds, percent.
 
-    `difference`: figure -> paired difference from ratio 0 of the same donor, selection and learning rate; None at ratio
-    0. `standing`: the difference of top-1 from the evaluated classifiers of the same setting in the pipeline's outputs,
-    if there are any.
+    `difference`: figure -> difference from ratio 0 of the same learning rate, paired by seed and test image; None at
+    ratio 0. `standing`: the difference of top-1 from the evaluated classifiers of the same setting in the pipeline's
+    outputs, if there are any, paired by seed.
     """
 
     ratio: float
@@ -48,15 +49,10 @@ class Line:
 
     def as_dict(self) -> dict[str, Any]:
         """The line of `h2t sweep --json`."""
-        differences = None if self.difference is None else {k: _covering(d) for k, d in self.difference.items()}
+        differences = None if self.difference is None else {k: d.as_dict() for k, d in self.difference.items()}
         setting = {key: getattr(self, key) for key in (*SETTING, "seeds")}
-        standing = None if self.standing is None else _covering(self.standing)
+        standing = None if self.standing is None else self.standing.as_dict()
         return {**setting, **self.figures, "difference": differences, "standing": standing}
-
-
-def _covering(difference: Difference) -> dict[str, Any]:
-    """A difference for JSON, with what its interval covers."""
-    return {**difference.as_dict(), "covers": ["seeds"]}
 
 
 def sweep(
@@ -88,22 +84,23 @@ def sweep(
         given = params.model_copy(update={"grid": grid, "optimiser": optimiser})
         heads_dir = run.out / f"lr-{lr:g}"
         train_classifier.run(given, replace(run, out=heads_dir), residency, cache, backbone_dir)
-        figures = _figures(run, evaluation, cache, heads_dir, backbone_dir)
+        figures, apart = _figures(run, evaluation, cache, heads_dir, backbone_dir)
         own = lr == params.optimiser.lr
         standing = _standing(evaluated, cache, run) if evaluated is not None and own else []
-        lines += _lines(figures, lr, standing)
+        lines += _lines(figures, apart, lr, standing)
     return lines
 
 
 def _figures(
     run: Run, evaluation: evaluate.Params, cache: Cache, heads_dir: Path, backbone_dir: Path
-) -> list[dict[str, Any]]:
-    """Setting and test figures of every classifier in `heads_dir`."""
+) -> tuple[list[dict[str, Any]], list[Comparison]]:
+    """Setting and test figures of every classifier in `heads_dir`, and how their settings differ."""
     heads = load_heads_for(cache, heads_dir, backbone_dir)
     group_of = evaluate.group_choice(evaluation, heads.about["counts"])
     scores = score_heads(cache, heads, "test", heads.about["evaluate"], run.device)
     table = heads.table.to_pylist()
-    return [{**head, **summary(scores.said[head["number"]], scores.labels, group_of)} for head in table]
+    figures = [{**head, **summary(scores.said[head["number"]], scores.labels, group_of)} for head in table]
+    return figures, compared(table, scores, None, group_of)
 
 
 def _standing(evaluated: Path, cache: Cache, run: Run) -> list[dict[str, Any]]:
@@ -124,7 +121,12 @@ def _standing(evaluated: Path, cache: Cache, run: Run) -> list[dict[str, Any]]:
     return [f for f in figures if f["number"] >= 0 and f["split"] == "test" and f["statistics"] == under]
 
 
-def _lines(figures: Sequence[Mapping[str, Any]], lr: float, standing: Sequence[Mapping[str, Any]]) -> list[Line]:
+def _lines(
+    figures: Sequence[Mapping[str, Any]],
+    apart: Sequence[Comparison],
+    lr: float,
+    standing: Sequence[Mapping[str, Any]],
+) -> list[Line]:
     """One line for each ratio, donor and selection."""
 
     def by_seed(found: Sequence[Mapping[str, Any]], name: str, *setting: object) -> dict[int, float]:
@@ -134,13 +136,8 @@ def _lines(figures: Sequence[Mapping[str, Any]], lr: float, standing: Sequence[M
     lines = []
     for donor, selection, ratio in sorted({(f["donor"], f["selection"], f["ratio"]) for f in figures}):
         mine = [f for f in figures if (f["ratio"], f["donor"], f["selection"]) == (ratio, donor, selection)]
-        difference = {}
-        for name in FIGURES if ratio else ():
-            found = paired(
-                by_seed(figures, name, ratio, donor, selection), by_seed(figures, name, 0.0, donor, selection)
-            )
-            if found:
-                difference[name] = found
+        setting = (ratio, donor, selection)
+        difference = next((c.figures for c in apart if (c.setting, c.against) == (setting, "without_h2t")), {})
         before = by_seed(standing, "top1", ratio, donor, selection)
         lines.append(
             Line(
@@ -150,7 +147,7 @@ def _lines(figures: Sequence[Mapping[str, Any]], lr: float, standing: Sequence[M
                 lr,
                 [f["seed"] for f in mine],
                 over_seeds([{name: f[name] for name in FIGURES} for f in mine]),
-                difference or None,
+                {name: found for name, found in difference.items() if found} or None,
                 paired(by_seed(figures, "top1", ratio, donor, selection), before),
             )
         )
@@ -170,11 +167,13 @@ def table(lines: Sequence[Line]) -> str:
         f"{' '.join(_setting(line, key) for key in shown)}: {line.standing.text}" for line in lines if line.standing
     ]
     said = (
-        f"Test accuracy in percent, mean over {seeds}. Differences are paired by seed; their 95 % intervals cover "
-        "seeds, neither test images nor backbones."
+        f"Test accuracy in percent, mean over {seeds}. Differences are paired by seed and test image; their 95 % "
+        "intervals cover both, not backbones."
     )
     if against:
-        said += f" Top-1 against the pipeline's own classifiers, by {' '.join(shown)}: {'; '.join(against)}."
+        said += (
+            f" Top-1 against the pipeline's own classifiers (over seeds), by {' '.join(shown)}: {'; '.join(against)}."
+        )
     return "\n".join([*(text.rstrip() for text in texts), "", textwrap.fill(said, 80)])
 
 

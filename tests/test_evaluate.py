@@ -22,8 +22,8 @@ from h2t.pipeline.networks.trained import load_head
 from h2t.pipeline.stages import evaluate
 
 FIGURES = ("top1", "head", "medium", "tail", "ece")
-ALL = (*FIGURES, "balanced_accuracy", "macro_f1", "top5", "nll")
-KEYS = {*ALL, *(f"{f}_std" for f in ALL), "ratio", "heads", "statistics", "groups"}
+ALL = (*FIGURES, "balanced_accuracy", "macro_f1", "top5", "nll", "temperature", "ece_scaled")
+KEYS = {*ALL, *(f"{f}_std" for f in ALL), "chosen", "ratio", "heads", "statistics", "groups"}
 
 
 def evaluated(out, cache, heads, backbone, say=silent, **params):

@@ -101,16 +101,17 @@ class Graded(Answers):
     BYTES: ClassVar[int] = 4 + 8 + 4 + 8  # of one sample
 
 
-def answers(logits: np.ndarray, labels: np.ndarray) -> Graded:
+def answers(logits: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> Graded:
     """Predictions from logits (n, classes) for samples of the classes `labels`, int (n,).
 
-    Of equal logits, the first class comes first, for the predicted class as for ranks. (`top_k_accuracy_score` of
-    scikit-learn puts the last one first and sorts all classes.)
+    Confidence and loss are those of logits / temperature. Of equal logits, the first class comes first, for the
+    predicted class as for ranks. (`top_k_accuracy_score` of scikit-learn puts the last one first, and sorts all
+    classes.)
     """
     own = logits[np.arange(len(labels)), labels][:, None]
     before = np.arange(logits.shape[1]) < labels[:, None]
     rank = np.count_nonzero((logits > own) | ((logits == own) & before), axis=1)
-    shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
+    shifted = (logits.astype(np.float64) - logits.max(1, keepdims=True)) / temperature
     total = np.exp(shifted).sum(1)
     loss = np.log(total) - shifted[np.arange(len(labels)), labels]
     return Graded(logits.argmax(1).astype(np.int32), 1 / total, rank.astype(np.int32), loss)

@@ -48,9 +48,20 @@ class HostResult:
 
     @cached_property
     def heads(self) -> pd.DataFrame:
-        """The host's heads with their figures on the test split, under its own statistics."""
+        """The host's heads, with the constants that were chosen, and their test figures under its own statistics."""
+        heads = self.every_head
+        return heads[heads.tuned.astype(bool)] if "tuned" in heads else heads
+
+    @property
+    def every_head(self) -> pd.DataFrame:
+        """The same with heads whose constants were tried and not chosen."""
         heads = self.tables["heads"]
         return heads[(heads.split == "test") & (heads.statistics == self.statistics) & (heads.number >= 0)]
+
+    @property
+    def constants(self) -> list[str]:
+        """Names of the constants in which heads differ from the host's settings; columns of `heads`."""
+        return list(self.about["host"].get("constants", []))
 
     @cached_property
     def _found(self) -> dict[tuple[float, str, str], pd.DataFrame]:
@@ -169,6 +180,20 @@ def rows_apart(after: HostResult, row: str, before: HostResult, before_row: str)
 def between_hosts(after: HostResult, before: HostResult, row: str) -> dict[str, Difference | None] | None:
     """The differences `after` - `before` in `row` of metrics.json; None if either host lacks the row."""
     return rows_apart(after, row, before, row)
+
+
+def as_published(result: HostResult) -> dict[str, tuple[float | None, float | None]] | None:
+    """Mean and std over seeds, by figure, of the ratio-0 heads under `balanced` statistics; None if there are none.
+
+    The published DR code sees only balanced batches, in training and at evaluation.
+    """
+    heads = result.tables["heads"]
+    rows = heads[(heads.split == "test") & (heads.statistics == "balanced") & (heads.ratio == 0)]
+    rows = rows[rows.number.isin(result.numbers("without_h2t"))]
+    own = result.metrics["without_h2t"]
+    if own is None or own["statistics"] == "balanced" or not len(rows):
+        return None
+    return {f: mean_and_std(rows, f) for f in FIGURES}
 
 
 def variants(result: HostResult) -> list[tuple[float, str, str]]:

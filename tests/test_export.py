@@ -24,7 +24,7 @@ from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import build
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.command_line.main import main
-from h2t.pipeline.evaluation.metrics import softmax_confidence
+from h2t.pipeline.evaluation.metrics import answers
 from h2t.pipeline.evaluation.scoring import head_logits, load_heads_for, score_heads
 from h2t.pipeline.heads.batches import sample_rows
 from h2t.pipeline.heads.residency import Residency
@@ -281,7 +281,9 @@ def test_of_equal_logits_the_first_class_comes_first_as_in_evaluate(classes):
         assert torch.equal(which[:, 0], logits.argmax(1))
         expected = np.argsort(-logits.numpy(), axis=1, kind="stable")[:, :5]
         assert which.tolist() == expected.tolist()
-        assert share[:, 0].numpy() == pytest.approx(softmax_confidence(logits.numpy()), rel=1e-12)
+        assert share[:, 0].numpy() == pytest.approx(
+            answers(logits.numpy(), np.zeros(len(logits), int)).confidence, rel=1e-12
+        )
 
 
 def as_table(text):

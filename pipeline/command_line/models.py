@@ -27,6 +27,9 @@ from h2t.pipeline.command_line.options import PATH
 @click.option("--seed", type=int, metavar="N", help="Choose a head of this seed.")
 @click.option("--donor", metavar="NAME", help="Choose a head of this donor sampler.")
 @click.option("--selection", metavar="NAME", help="Choose a head of this selection of channels.")
+@click.option(
+    "--constant", "constants", multiple=True, metavar="NAME=VALUE", help="Choose a head by a constant of its grid."
+)
 @click.option("--onnx", is_flag=True, help="Also write model.onnx.")
 @click.option("--without-images", is_flag=True, help="Check the model on cached maps only, without reading images.")
 @click.option("--licence", metavar="TEXT", help="Licence of the model, for README.md.")
@@ -44,6 +47,7 @@ def export(
     seed: int | None,
     donor: str | None,
     selection: str | None,
+    constants: tuple[str, ...],
     onnx: bool,
     without_images: bool,
     licence: str | None,
@@ -54,7 +58,8 @@ def export(
 ) -> None:
     """Export one trained head, alone and with its backbone.
 
-    Together, the options --head, --ratio, --seed, --donor and --selection must leave one head.
+    Together, the options --head, --ratio, --seed, --donor, --selection and
+    --constant must leave one head.
     """
     from h2t.pipeline.base import device as devices
     from h2t.pipeline.base import params
@@ -63,7 +68,8 @@ def export(
     from h2t.pipeline.models.card import Stated
 
     prepare = params.section(params.load(params_file, overrides), "prepare")
-    choice = room.Choice(head, ratio, seed, donor, selection)
+    own = dict(params.assignment("--constant", text) for text in constants)
+    choice = room.Choice(head, ratio, seed, donor, selection, own)
     with opened(cache) as maps:
         run = Run("export", out, devices.choose(device), say=click.echo)
         stated = Stated(licence, use)

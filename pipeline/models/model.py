@@ -99,6 +99,11 @@ class Model:
         return list(self.about["classes"])
 
     @property
+    def temperature(self) -> float:
+        """What logits are divided by before the softmax; 1 unless held-out samples gave another."""
+        return float(self.about.get("temperature", 1.0))
+
+    @property
     def transform(self) -> Transform:
         """How an image becomes input. Raises UserError if the file describes it wrongly."""
         return build(Transform, "model: transform", self.about["transform"])
@@ -135,7 +140,7 @@ def save_model(path: Path, backbone: nn.Module, one: Heads, about: Any) -> bool:
 
     `about` must hold arch, options, classes and transform.
     """
-    parts, context, state = one.parts, one.context, {name: t[0] for name, t in one.state.items()}
+    parts, context, state = one.parts_of(0), one.context, {name: t[0] for name, t in one.state.items()}
     linear = as_linear(parts, context, state)
     last = getattr(backbone, "last_layer", "fc")
     if linear is not None:
@@ -156,7 +161,7 @@ def save_head(path: Path, one: Heads, about: Mapping[str, Any]) -> None:
     tensors, described = one.frozen.to_file() if one.frozen else ({}, None)
     context = {f.name: one.about[f.name] for f in fields(Context)}
     part = {"frozen": described, "map_channels": one.about["map_channels"]} if one.frozen else {}
-    about = {**about, "kind": HEAD_KIND, "parts": vars(one.parts), "context": context, **part}
+    about = {**about, "kind": HEAD_KIND, "parts": vars(one.parts_of(0)), "context": context, **part}
     save_weights(path, {**{name: t[0] for name, t in one.state.items()}, **tensors}, about)
 
 

@@ -7,7 +7,6 @@ from typing import Any
 from h2t.cache.redaction import in_markdown
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.reporting.files import text_of, write
-from h2t.pipeline.reporting.intervals import Difference
 from h2t.pipeline.reporting.page import cell
 from h2t.pipeline.reporting.results import FIGURES, ROWS, HostResult, between_hosts, load_result
 
@@ -56,14 +55,15 @@ def _side_by_side(pairs: list[list[HostResult]]) -> list[str]:
     for first, second in pairs:
         for row, label in ROWS.items():
             cells = [_top1(r.metrics[row]) for r in (first, second)]
-            apart = between_hosts(second, first, row) or _plain(second.metrics[row], first.metrics[row])
+            apart = between_hosts(second, first, row) or dict.fromkeys(FIGURES)
             texts = [text_of(apart[f]) for f in FIGURES]
             lines.append(f"| {in_markdown(first.name)} | {label} | " + " | ".join([*cells, *texts]) + " |")
     return [
         *lines,
         "",
         "A and B: top-1 in percent, mean ± standard deviation over seeds; with H2T, at the stated ratio.",
-        "Differences: over the seeds that both have, paired by seed, in percentage points, with the 95 % interval.",
+        "Differences: percentage points, with the 95 % interval over the seeds that both have and over test images.",
+        "Between two backbones there is no verdict: each was trained once.",
     ]
 
 
@@ -71,12 +71,3 @@ def _top1(entry: Mapping[str, Any] | None) -> str:
     """Mean ± std of top-1, and the ratio, because the two sides may have chosen different ones."""
     at = f" at {entry['ratio']:g}" if entry and entry["ratio"] else ""
     return cell(entry, "top1") + at
-
-
-def _plain(after: Mapping[str, Any] | None, before: Mapping[str, Any] | None) -> dict[str, Difference | None]:
-    """The difference without an interval, for entries that have no seeds to pair (stage I)."""
-    differences: dict[str, Difference | None] = dict.fromkeys(FIGURES)
-    for f in FIGURES if after and before else ():
-        x, y = (after or {})[f], (before or {})[f]
-        differences[f] = Difference(x - y, None, None, None, 1) if x is not None and y is not None else None
-    return differences

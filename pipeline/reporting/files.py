@@ -11,7 +11,8 @@ from h2t.cache.redaction import in_markdown
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import fresh_directory, write_json
 from h2t.pipeline.base.text import counted
-from h2t.pipeline.reporting.intervals import Difference
+from h2t.pipeline.evaluation.intervals import Difference
+from h2t.pipeline.reporting.chosen import choices
 from h2t.pipeline.reporting.page import cell, render, spread
 from h2t.pipeline.reporting.results import (
     FIGURES,
@@ -110,7 +111,7 @@ def _document(title: str, results: list[HostResult]) -> str:
     """The text of results.md."""
     notes, others = [], variants_table(results)
     for result in results:
-        first = next((e for e in result.metrics.values() if e is not None), {"groups": "none"})
+        first = next((e for row in ROWS if (e := result.metrics[row]) is not None), {"groups": "none"})
         heads = result.metrics["without_h2t"] or result.metrics["with_h2t"]
         seeds = heads["heads"] if heads else 0
         name = in_markdown(result.name)
@@ -127,13 +128,15 @@ def _document(title: str, results: list[HostResult]) -> str:
             "Percent; mean ± standard deviation over the seeds of stage II (it says nothing about other backbones). "
             "Last epoch; nothing is chosen on the test split.",
             "",
-            "With H2T minus without, in percentage points: paired by seed (same batches), with the 95 % interval of "
-            "the mean over these seeds. If the interval contains 0, the difference is too close to tell:",
+            "With H2T minus without, in percentage points, with the 95 % interval over the seeds of stage II and the "
+            "test images (paired by both; not over backbones). If the interval contains 0, or the predictions differ "
+            "on fewer than 5 images, the difference is too close to tell:",
             "",
             difference_table(results),
             "",
             *(["Other donors and other channels at the reported ratio:", "", others, ""] if others else []),
             *notes,
+            *(f"- {in_markdown(line)}." for line in choices(results)),
             "",
         ]
     )
@@ -146,10 +149,10 @@ def _published(result: HostResult) -> str | None:
     """
     heads = result.tables["heads"]
     rows = heads[(heads.split == "test") & (heads.statistics == "balanced") & (heads.ratio == 0)]
+    rows = rows[rows.number.isin(result.numbers("without_h2t"))]
     own = result.metrics["without_h2t"]
     if own is None or own["statistics"] == "balanced" or not len(rows):
         return None
-    rows = rows.drop_duplicates("seed")
     figures = ", ".join(f"{f} {rows[f].mean():.2f}" for f in FIGURES if rows[f].notna().all())
     return f"without H2T, evaluated under `balanced` statistics as the published code does: {figures}."
 

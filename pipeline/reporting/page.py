@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.data.classes import GROUPS
+from h2t.pipeline.reporting.chosen import choices
 from h2t.pipeline.reporting.published import estimates
 from h2t.pipeline.reporting.results import (
     FIGURES,
@@ -59,6 +60,7 @@ def render(
         groups=list(dict.fromkeys(_groups(r) for r in results)),
         seeds=_seeds(results),
         neighbours=_neighbours(results),
+        choices=choices(results),
         variants=any(variants_at(r, ratio) for r in results for ratio in r.ratios),
         runs=runs,
         places=list(dict.fromkeys(_place(run) for run in runs)),
@@ -186,7 +188,7 @@ def host_data(result: HostResult) -> dict[str, Any]:
         "classes": _classes(result, runs),
         "changed": _changed(result) if len(result.about["counts"]) > MOST_CLASSES else None,
         "accuracy": [_accuracy(result, [int(n) for n in result.at(r).number], runs) for r in result.ratios],
-        "rows": {row: _row(result, row, runs) for row, entry in result.metrics.items() if entry is not None},
+        "rows": {row: _row(result, row, runs) for row in ROWS if result.metrics[row] is not None},
         "embedding": _embedding(result),
     }
 

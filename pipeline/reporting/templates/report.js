@@ -103,7 +103,7 @@ function drawRatio() {
   $("ratio-value").textContent = h.ratios[at];
   const apart = FIGURES.filter((f) => h.difference[f][at]).map((f) => {
     const d = h.difference[f][at];
-    return `${NAMES[f]} ${signed(d.mean)}` + (known(d.low) ? ` [${signed(d.low)}, ${signed(d.high)}], ${d.verdict}` : "");
+    return `${NAMES[f]} ${signed(d.mean)}` + (known(d.low) ? ` [${signed(d.low)}, ${signed(d.high)}], ${d.verdict || "no verdict"}` : "");
   });
   $("ratio-text").textContent = `${state.host} at ratio ${h.ratios[at]}: ` + bars.map((b) => `${b.group} ${text(b.mean, 1)}`).join(", ") + "." +
     (apart.length ? ` Difference from ratio 0, paired by seed, in percentage points, with the 95 % interval: ${apart.join("; ")}.` : "");
@@ -129,7 +129,7 @@ function drawVariants() {
       ],
     }, ["donor, channels", "difference", "95 % interval", "verdict", NAMES[figure], "std"], others.map((v) => {
       const d = v.difference[figure];
-      return [v.name, d ? signed(d.mean) : "–", d && known(d.low) ? `${signed(d.low)} to ${signed(d.high)}` : "–", d ? d.verdict : "–", v.mean[figure], v.std[figure]];
+      return [v.name, d ? signed(d.mean) : "–", d && known(d.low) ? `${signed(d.low)} to ${signed(d.high)}` : "–", d ? d.verdict || "no verdict" : "–", v.mean[figure], v.std[figure]];
     }));
   }
 }

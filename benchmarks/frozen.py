@@ -38,6 +38,7 @@ from h2t.pipeline.base.outputs import replace_file
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.data.classes import groups
 from h2t.pipeline.data.samples import Samples, load_samples
+from h2t.pipeline.evaluation.intervals import paired
 from h2t.pipeline.evaluation.metrics import answers, over_seeds, summary
 from h2t.pipeline.evaluation.scoring import load_heads_for, score_heads, score_stage1
 from h2t.pipeline.heads.batches import sample_rows

@@ -263,7 +263,7 @@ def test_predict_names_classes_as_the_model_does(model, tmp_path):
     read = digits.reader(digits.Options())
     from h2t.pipeline.data.images import normalised
 
-    x = normalised(np.stack([digits.decode(read("digits/0000"))]), loaded.transform)
+    x = normalised(torch.from_numpy(np.stack([digits.decode(read("digits/0000"))])), loaded.transform)
     with torch.no_grad():
         assert table[0]["class"] == loaded.classes[int(loaded.network(x).argmax())]
     out = tmp_path / "classes.csv"

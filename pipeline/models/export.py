@@ -41,7 +41,7 @@ CHECKED = 32  # most images whose logits are compared
 #: Allowed difference of logits, max|d| / max|logit|, by the storage type of the maps; it is mostly their rounding.
 TOLERANCE = {"float32": 1e-4, "float16": 4e-3, "bfloat16": 3e-2}
 ONNX_TOLERANCE = 1e-4
-SETTING = ("ratio", "seed", "donor", "selection")  # columns of heads.parquet that every host has
+SETTING = ("ratio", "donor", "selection", "seed")  # columns of heads.parquet that every host has
 NEEDS_ONNX = "onnx: needs the packages onnx, onnxscript and onnxruntime; type: pip install 'h2t[onnx]'"
 
 

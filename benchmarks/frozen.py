@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from h2t.pipeline.reporting.intervals import paired
 from safetensors.torch import save_file
 from threadpoolctl import threadpool_limits
 

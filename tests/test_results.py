@@ -264,7 +264,7 @@ def test_compare_two_runs(tmp_path, evaluated):
     assert f" at {load_result('dr', other / 'dr').metrics['with_h2t']['ratio']:g} |" in table[2]
     assert " at " not in table[1]
     page = (tmp_path / "both" / "index.html").read_text()
-    assert "B: dr minus A: dr, with H2T" in page
+    assert page.index('id="sides-table"') < page.index('id="methods"')  # A against B comes first
     assert f">{second - first:+.2f}<span" in page
     same: list[str] = []
     comparison.compare(evaluated, evaluated, None, same.append)

@@ -3,11 +3,11 @@
 One process trains, scores the test rows and compares. No output of the pipeline changes.
 """
 
+import itertools
 import json
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,9 @@ class Line:
     """The test figures of one setting: mean and standard deviation over its seeds, percent.
 
     `constants`: other constants of the grid, as in `HeadSetting`. `difference`: figure -> difference from ratio 0 of
-    the same learning rate and constants, paired by seed and test image; None at ratio 0. `standing`: that of top-1
-    from the evaluated classifiers of the same setting in the pipeline's outputs, if there are any, paired by seed.
+    the same learning rate and constants, paired by seed and test image; None at ratio 0. `standing`: the difference of
+    top-1 from the evaluated classifiers of the same setting in the pipeline's outputs, if there are any, paired by
+    seed.
     """
 
     ratio: float
@@ -82,21 +83,23 @@ def sweep(
     given = params.model_copy(update={"grid": grid, "folds": None})
     heads_dir = run.out / "heads"
     train_classifier.run(given, replace(run, out=heads_dir), residency, cache, backbone_dir)
-    figures, compare = _figures(run, evaluation, cache, heads_dir, backbone_dir)
-    standing = _standing(evaluated, cache, run) if evaluated is not None else []
-    return _lines(figures, compare, params.optimiser.lr, list(grid.constants()), standing)
-
-
-def _figures(
-    run: Run, evaluation: evaluate.Params, cache: Cache, heads_dir: Path, backbone_dir: Path
-) -> tuple[list[dict[str, Any]], Callable[[Sequence[Mapping[str, Any]]], list[Comparison]]]:
-    """Setting and test figures of every classifier in `heads_dir`, and a function that compares some of these."""
     heads = load_heads_for(cache, heads_dir, backbone_dir)
     group_of = evaluate.group_choice(evaluation, heads.about["counts"])
     scores = score_heads(cache, heads, "test", heads.about["evaluate"], run.device)
-    table = heads.table.to_pylist()
-    figures = [{**head, **summary(scores.said[head["number"]], scores.labels, group_of)} for head in table]
-    return figures, partial(compared, result=scores, first=None, group_of=group_of)
+    standing = _standing(evaluated, cache, run) if evaluated is not None else []
+    lines = []
+    for own in itertools.product(*grid.constants().values()):
+        constants = {"lr": params.optimiser.lr, **dict(zip(grid.constants(), own, strict=True))}
+        mine = _with(heads.table.to_pylist(), constants, params.optimiser.lr)
+        figures = [{**head, **summary(scores.said[head["number"]], scores.labels, group_of)} for head in mine]
+        before = _with(standing, constants, params.optimiser.lr)
+        lines += _lines(figures, compared(mine, scores, None, group_of), constants, before)
+    return lines
+
+
+def _with(heads: Sequence[Mapping[str, Any]], constants: Mapping[str, Any], lr: float) -> list[Mapping[str, Any]]:
+    """The lines of `heads` with these `constants`; `lr` is the learning rate of those that state none."""
+    return [h for h in heads if all({"lr": lr, **h}.get(name) == value for name, value in constants.items())]
 
 
 def _standing(evaluated: Path, cache: Cache, run: Run) -> list[dict[str, Any]]:
@@ -119,53 +122,33 @@ def _standing(evaluated: Path, cache: Cache, run: Run) -> list[dict[str, Any]]:
 
 def _lines(
     figures: Sequence[Mapping[str, Any]],
-    compare: Callable[[Sequence[Mapping[str, Any]]], list[Comparison]],
-    lr: float,
-    names: Sequence[str],
+    apart: Sequence[Comparison],
+    constants: Mapping[str, Any],
     standing: Sequence[Mapping[str, Any]],
 ) -> list[Line]:
-    """One line for each ratio, donor, selection and combination of constants.
-
-    `compare` compares some of the `figures`. `names`: those of the constants in the grid. `lr`: the learning rate where
-    that is not one of them.
-    """
-    others = [name for name in names if name != "lr"]
-
-    def constants(figure: Mapping[str, Any]) -> tuple[Any, ...]:
-        return (figure.get("lr", lr), *(figure.get(name) for name in others))
+    """One line for each ratio, donor and selection of heads with these `constants`."""
 
     def by_seed(found: Sequence[Mapping[str, Any]], name: str, *setting: object) -> dict[int, float]:
-        same = [f for f in found if (constants(f), f["donor"], f["selection"], f["ratio"]) == setting]
-        return {f["seed"]: f[name] for f in same if f[name] is not None}
+        same = [f for f in found if (f["ratio"], f["donor"], f["selection"]) == setting and f[name] is not None]
+        return {f["seed"]: f[name] for f in same}
 
     lines = []
-    order = list(dict.fromkeys(map(constants, figures)))
-    apart = {
-        (own, c.setting): c.figures
-        for own in order
-        for c in compare([f for f in figures if constants(f) == own])
-        if c.against == "without_h2t"
-    }
-    settings = {(constants(f), f["donor"], f["selection"], f["ratio"]) for f in figures}
-    for own, donor, selection, ratio in sorted(settings, key=lambda s: (order.index(s[0]), *s[1:])):
-        mine = [
-            f
-            for f in figures
-            if (constants(f), f["donor"], f["selection"], f["ratio"]) == (own, donor, selection, ratio)
-        ]
-        difference = apart.get((own, (ratio, donor, selection)), {})
-        before = by_seed(standing, "top1", own, donor, selection, ratio)
+    for donor, selection, ratio in sorted({(f["donor"], f["selection"], f["ratio"]) for f in figures}):
+        mine = [f for f in figures if (f["ratio"], f["donor"], f["selection"]) == (ratio, donor, selection)]
+        setting = (ratio, donor, selection)
+        difference = next((c.figures for c in apart if (c.setting, c.against) == (setting, "without_h2t")), {})
+        before = by_seed(standing, "top1", ratio, donor, selection)
         lines.append(
             Line(
                 ratio,
                 donor,
                 selection,
-                own[0],
-                dict(zip(others, own[1:], strict=True)),
+                constants["lr"],
+                {name: value for name, value in constants.items() if name != "lr"},
                 [f["seed"] for f in mine],
                 over_seeds([{name: f[name] for name in FIGURES} for f in mine]),
                 {name: found for name, found in difference.items() if found} or None,
-                paired(by_seed(figures, "top1", own, donor, selection, ratio), before),
+                paired(by_seed(figures, "top1", ratio, donor, selection), before),
             )
         )
     return lines

@@ -247,19 +247,19 @@ def _entry(
     }
 
 
+def _schema(figures: list[dict[str, Any]], heads: Heads) -> pa.Schema:
+    """The columns of `heads.parquet`: those that the heads have, and figures."""
+    kinds = {f.name: f.type for f in heads.table.schema}
+    kinds |= {"split": pa.string(), "statistics": pa.string(), "tuned": pa.bool_()}
+    return pa.schema([(k, kinds.get(k, pa.float64())) for k in figures[0]])
+
+
 def _difference(apart: list[Comparison], ratio: float | None) -> dict[str, Any] | None:
     """The differences with H2T at `ratio` minus without, by figure; None if one of the two was not trained."""
     for comparison in apart:
         if (comparison.setting, comparison.against) == ((ratio, *STANDARD), "without_h2t"):
             return {figure: found and found.as_dict() for figure, found in comparison.figures.items()}
     return None
-
-
-def _schema(figures: list[dict[str, Any]], heads: Heads) -> pa.Schema:
-    """The columns of `heads.parquet`: those that the heads have, and figures."""
-    kinds = {f.name: f.type for f in heads.table.schema}
-    kinds |= {"split": pa.string(), "statistics": pa.string(), "tuned": pa.bool_()}
-    return pa.schema([(k, kinds.get(k, pa.float64())) for k in figures[0]])
 
 
 def _write_evidence(

@@ -266,7 +266,9 @@ def evaluate() -> Result:
 def report() -> Result:
     h2t(*EVALUATE, "data/evaluate/dr")  # version 0.1.0 wrote no differences.parquet
     h2t("report", "data/evaluate", "out")
-    return documents(Path("out"), "results.md", "metrics.json", "plots/ratio.csv", "plots/per_class.csv")
+    return documents(
+        Path("out"), "results.md", "metrics.json", "summary.json", "plots/ratio.csv", "plots/per_class.csv"
+    )
 
 
 STAGES: dict[str, Callable[[], Result]] = {

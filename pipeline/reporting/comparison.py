@@ -1,6 +1,6 @@
 """`h2t report --compare`: compares two sets of evaluated hosts."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,8 @@ from h2t.cache.redaction import in_markdown
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.reporting.files import text_of, write
 from h2t.pipeline.reporting.page import cell
-from h2t.pipeline.reporting.results import FIGURES, ROWS, HostResult, between_hosts, load_result
+from h2t.pipeline.reporting.results import FIGURES, HostResult, load_result
+from h2t.pipeline.reporting.sides import Side, sentence, sides_of
 
 
 def compare(
@@ -29,8 +30,9 @@ def compare(
             f"{first}, {second}: no host is in both; got {', '.join(hosts[0]) or 'none'} in the first and "
             f"{', '.join(hosts[1]) or 'none'} in the second; compare folders with a host of the same name"
         )
-    pairs = [[load_result(name, folder / name) for folder in folders] for name in shared]
-    say("\n".join(_side_by_side(pairs)))
+    pairs = [(load_result(name, folders[0] / name), load_result(name, folders[1] / name)) for name in shared]
+    sides = sides_of(pairs)
+    say("\n".join([sentence(sides), "", *_table(sides)]))
     alone = sorted(set(hosts[0]) ^ set(hosts[1]))
     if alone:
         say(f"\nnote: {', '.join(alone)}: only in one of the two, not compared")
@@ -40,7 +42,7 @@ def compare(
             for pair in pairs
             for label, r in zip("AB", pair, strict=True)
         ]
-        write(f"A: {first}, B: {second}", both, out, against={f"B: {name}": f"A: {name}" for name in shared})
+        write(f"A: {first}, B: {second}", both, out, sides=sides)
 
 
 def _evaluated(folder: Path) -> Path:
@@ -48,16 +50,14 @@ def _evaluated(folder: Path) -> Path:
     return next((p for p in (folder / "evaluate", folder) if any(p.glob("*/metrics.json"))), folder)
 
 
-def _side_by_side(pairs: list[list[HostResult]]) -> list[str]:
+def _table(sides: Sequence[Side]) -> list[str]:
     """The Markdown table of A, B and their differences, and its explanation."""
-    lines = ["| host | classifier | A | B | " + " | ".join(f"{f}, B - A" for f in FIGURES) + " |"]
-    lines.append("| --- | --- | --- | --- |" + " --- |" * len(FIGURES))
-    for first, second in pairs:
-        for row, label in ROWS.items():
-            cells = [_top1(r.metrics[row]) for r in (first, second)]
-            apart = between_hosts(second, first, row) or dict.fromkeys(FIGURES)
-            texts = [text_of(apart[f]) for f in FIGURES]
-            lines.append(f"| {in_markdown(first.name)} | {label} | " + " | ".join([*cells, *texts]) + " |")
+    lines = ["| host | classifier | A | B | seeds of both | " + " | ".join(f"{f}, B - A" for f in FIGURES) + " |"]
+    lines.append("| --- | --- | --- | --- | --- |" + " --- |" * len(FIGURES))
+    for side in sides:
+        cells = [_top1(r.metrics[side.row]) for r in (side.a, side.b)]
+        texts = [text_of(side.apart[f]) for f in FIGURES]
+        lines.append(f"| {in_markdown(side.host)} | {side.label} | " + " | ".join([*cells, side.seeds, *texts]) + " |")
     return [
         *lines,
         "",

@@ -182,6 +182,20 @@ def between_hosts(after: HostResult, before: HostResult, row: str) -> dict[str, 
     return rows_apart(after, row, before, row)
 
 
+def as_published(result: HostResult) -> dict[str, tuple[float | None, float | None]] | None:
+    """Mean and std over seeds, by figure, of the ratio-0 heads under `balanced` statistics; None if there are none.
+
+    The published DR code sees only balanced batches, in training and at evaluation.
+    """
+    heads = result.tables["heads"]
+    rows = heads[(heads.split == "test") & (heads.statistics == "balanced") & (heads.ratio == 0)]
+    rows = rows[rows.number.isin(result.numbers("without_h2t"))]
+    own = result.metrics["without_h2t"]
+    if own is None or own["statistics"] == "balanced" or not len(rows):
+        return None
+    return {f: mean_and_std(rows, f) for f in FIGURES}
+
+
 def variants(result: HostResult) -> list[tuple[float, str, str]]:
     """Trained settings (ratio, donor, selection) other than donor instance with selection random, sorted."""
     heads = result.heads[result.heads.ratio > 0]

@@ -217,7 +217,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("pieces", nargs="*", metavar="PIECE", help=f"by default all: {', '.join(PIECES)}")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="seconds: does it work, not how fast")
-    parser.add_argument("--data", type=Path, help="a folder with 14 GB of room that is kept; by default a temporary one")
+    parser.add_argument("--data", type=Path, help="a folder with 14 GB of room; by default a temporary one")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of the JSON files")
     parser.add_argument("--paper", nargs=argparse.REMAINDER, default=[], help="options of benchmarks.paper")
     options = parser.parse_args(given)

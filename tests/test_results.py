@@ -14,7 +14,7 @@ from scipy.stats import ttest_rel
 
 from benchmarks import analyses, online_results, tables
 from benchmarks.results import online_tables
-from h2t.pipeline.base import params
+from h2t.pipeline.base import params, plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.inspection import settings

@@ -4,7 +4,7 @@ No driver is needed, and a tensor that was left on the CPU raises where it meets
 gradients, `.numpy()`, pinned copies, autocast, and whatever looks at values. tests/test_gpu.py has those, on a GPU.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +22,7 @@ from h2t.pipeline.evaluation import scoring
 from h2t.pipeline.evaluation.scoring import score_stage1
 from h2t.pipeline.extraction import batchnorm
 from h2t.pipeline.heads.batches import Streams
+from h2t.pipeline.heads.draws import Draws
 from h2t.pipeline.heads.features import FeatureReader
 from h2t.pipeline.heads.host import Context
 from h2t.pipeline.heads.residency import Choice, Feed
@@ -127,21 +128,27 @@ def open_stack(opened, name, tier, pooled, selections=SELECTIONS):
     return stack
 
 
+def on_the_gpu(stack):
+    """The first step of a window, its draws copied one by one: pinned memory needs a driver."""
+    at = stack.feed._load(0, range(2))[0]
+    drawn = {name: tensor.to(GPU) for name, tensor in stack.drawn(0, 0, at.batch).items()}
+    rows = [([torch.from_numpy(p).to(GPU) for p in at.table.find(r)], r.shape) for r in stack._gathered(at.batch)]
+    return replace(at, draws=Draws(rows, **drawn))
+
+
 @pytest.mark.parametrize(("name", "tier"), [*((name, "device") for name in gradient_hosts()), ("dr", "stream")])
 def test_features_fusion_and_losses_of_a_stack(fake, cache, name, tier):
     """A window as it is loaded (its thread would not know the mode), and a step up to the losses of all heads."""
     with open_cache(cache) as opened:
         stack = open_stack(opened, name, tier, pooled=True)
-        load = stack.feed._stream if tier == "stream" else stack.feed._resident
-        _, _, (batch, *_), table = load(0, range(2))
-        size = batch.labels.shape[1]
-        x = stack.fused(batch, table, stack.masks(0, 0), stack.orders(0, 0, size))
+        at = on_the_gpu(stack)
+        x = stack.fused(at)
         assert x.device == GPU
-        labels = torch.from_numpy(batch.labels).to(GPU)[stack._seed]
-        noise = stack.host.noise(np.random.default_rng(0), size)
-        noise = None if noise is None else noise.to(GPU, torch.float32)
+        labels = at.draws.labels[stack._seed]
+        noise = None if at.draws.noise is None else at.draws.noise[stack._seed]
+        drawn = 0 if noise is not None else None
         state = {k: t.detach() for k, t in stack.state.items()}
-        losses = vmap(stack.head.loss, in_dims=(0, 0, 0, None))(state, x, labels, noise)
+        losses = vmap(stack.head.loss, in_dims=(0, 0, 0, drawn))(state, x, labels, noise)
         assert losses.shape == (16,)
         assert losses.device == GPU
         updated = vmap(stack.head.update)(state, x)
@@ -149,10 +156,13 @@ def test_features_fusion_and_losses_of_a_stack(fake, cache, name, tier):
         if stack.at_once:
             for selections in (("random",), ("shuffled",)):  # folded, and fused
                 stack = open_stack(opened, name, tier, pooled=True, selections=selections)
-                logits = stack._logits(batch, table, stack.masks(0, 0), stack.orders(0, 0, size))
+                at = on_the_gpu(stack)
+                labels, noise = at.draws.labels[stack._seed], at.draws.noise
                 state = {k: t.detach() for k, t in stack.state.items()}
-                losses = vmap(stack._on_logits.loss, in_dims=(0, 0, 0, None))(state, logits, labels[:4], noise)
-                assert losses.device == GPU
+                losses = stack._on_logits.loss(
+                    state, stack._logits(at), labels, None if noise is None else noise[stack._seed]
+                )
+                assert (losses.shape, losses.device) == ((4,), GPU)
 
 
 @pytest.mark.parametrize("name", sorted({*gradient_hosts(), *fitted_hosts()} - {"logistic_regression", "ncm"}))

@@ -21,19 +21,23 @@ class Descent:
     def __init__(
         self, tensors: Mapping[str, torch.Tensor], rates: Mapping[str, float], momentum: float, weight_decay: float
     ) -> None:
-        self.tensors = [(tensor, rates.get(name, 1.0)) for name, tensor in tensors.items()]
+        self.groups: dict[float, list[torch.Tensor]] = defaultdict(list)
+        for name, tensor in tensors.items():
+            self.groups[rates.get(name, 1.0)].append(tensor)
         self.momentum, self.weight_decay = momentum, weight_decay
         self.state: dict[torch.Tensor, dict[str, Any]] = defaultdict(dict)
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
         """One step of learning rate `rate`."""
-        for tensor, factor in self.tensors:
-            assert tensor.grad is not None
-            buffers = [self.state[tensor].get("momentum_buffer")]
+        for factor, tensors in self.groups.items():
+            buffers = [self.state[tensor].get("momentum_buffer") for tensor in tensors]
+            # The fused kernel on the CPU ignores strides.
+            gradients = [tensor.grad.contiguous() for tensor in tensors if tensor.grad is not None]
+            assert len(gradients) == len(tensors)
             sgd(
-                [tensor],
-                [tensor.grad.contiguous()],  # the fused kernel on the CPU does not look at strides
+                tensors,
+                gradients,
                 buffers,
                 fused=True,
                 lr=rate * factor,
@@ -43,4 +47,5 @@ class Descent:
                 nesterov=False,
                 maximize=False,
             )
-            self.state[tensor]["momentum_buffer"] = buffers[0]
+            for tensor, buffer in zip(tensors, buffers, strict=True):
+                self.state[tensor]["momentum_buffer"] = buffer

@@ -18,6 +18,17 @@ def effective_weights(counts: torch.Tensor, beta: float) -> torch.Tensor:
     return weights * len(counts) / weights.sum()
 
 
+def log_likelihoods(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Log-likelihoods of the labels, log softmax(z)_y (..., B), from logits (..., B, K) and labels (..., B), int64."""
+    # Softmax over an inner axis is computed for many samples at once, so classes come before samples.
+    return logits.mT.log_softmax(-2).gather(-2, labels.unsqueeze(-2)).squeeze(-2)
+
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of each batch, (...), from logits (..., B, K) and labels (..., B), int64."""
+    return -log_likelihoods(logits, labels).mean(-1)
+
+
 def log_prior(counts: torch.Tensor) -> torch.Tensor:
     """Log of the class frequencies, log(n_j / N), (K,)."""
     return (counts.double() / counts.sum()).log()

@@ -2,9 +2,11 @@
 
     python -m benchmarks.bench_extract --data DIR
     python -m benchmarks.bench_extract --data DIR --device cuda --arch resnet50 --size 224 --precision bf16
+    python -m benchmarks.bench_extract --data DIR --model vit_base_patch16_224 --size 224 --images 512 --rounds 1
 
-Turns alternate. Ours is `extract.run`, all of it: decoding ahead, batches, forward pass, conversion, crc, writing,
-fsync, commit. Bare is the backbone alone on batches that lie ready in memory.
+Turns alternate. Ours is `extract.run`, all of it: loading the backbone, decoding ahead, batches, forward pass,
+conversion, crc, writing, fsync, commit. Bare is the backbone alone on batches that lie ready in memory. Both warm up
+on two batches.
 """
 
 import shutil
@@ -21,10 +23,12 @@ import torch
 from benchmarks.measure import alternate, arguments, machine, ratio, save, table
 from h2t.pipeline.base import device as devices
 from h2t.pipeline.base import plugins
+from h2t.pipeline.base.params import build
 from h2t.pipeline.base.precision import computing
-from h2t.pipeline.base.run import Run
+from h2t.pipeline.base.run import Run, silent
 from h2t.pipeline.data.images import Images, Transform
 from h2t.pipeline.data.samples import Samples
+from h2t.pipeline.networks.backbone import build_backbone
 from h2t.pipeline.networks.trained import load_backbone
 from h2t.pipeline.networks.weights import save_weights
 from h2t.pipeline.stages import extract
@@ -33,11 +37,16 @@ WANTED = 0.9  # of the bare forward pass's images per second
 ARCH = "resnet32"
 ROWS, TINY_ROWS = 16384, 160  # enough that starting and committing do not count
 SIZE = 32
-READY = 128  # batches in memory for the bare pass, which begins again with the first
+READY, READY_BYTES = 128, 2 * 2**30  # most batches in memory for the bare pass, which begins again with the first
 
 
-def inputs(folder: Path, rows: int, arch: str, size: int) -> tuple[Samples, Images, Path]:
-    """Random images as samples of ten classes, half for training, and a backbone with random weights."""
+def inputs(
+    folder: Path, rows: int, arch: str, size: int, given: dict[str, Any] | None = None
+) -> tuple[Samples, Images, Path]:
+    """Random images as samples of ten classes, half for training, and a backbone with random weights.
+
+    `given`: the backbone's options.
+    """
     mean = [0.5, 0.5, 0.5]
     transform = Transform(size=size, mean=mean, std=mean)
     half = rows // 2
@@ -68,8 +77,9 @@ def inputs(folder: Path, rows: int, arch: str, size: int) -> tuple[Samples, Imag
     images = Images(sources, digests, str.encode, decoder, transform)
     module = plugins.load("backbones", arch)
     torch.manual_seed(0)
-    backbone = module.build(module.Options())
-    about = {"arch": arch, "options": {}, "channels": backbone.channels, "experts": 1}
+    backbone = build_backbone(module, build(module.Options, "--model", given or {}), size)
+    stated = {"input": {"size": size}} if hasattr(module, "input") else {}
+    about = {"arch": arch, "options": given or {}, "channels": backbone.channels, "experts": 1, **stated}
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(folder / "backbone.safetensors", backbone.state_dict(), about)
     return Samples(table, facts), images, folder
@@ -79,6 +89,8 @@ def main(given: Sequence[str] | None = None) -> None:
     parser = arguments("bench_extract", __doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--device", default="auto")
     parser.add_argument("--arch", default=ARCH)
+    parser.add_argument("--model", help="a network of timm in place of --arch")
+    parser.add_argument("--features", default="map", help="of --model: map, tokens or cls")
     parser.add_argument("--size", type=int, default=SIZE, help="of the images, pixels")
     parser.add_argument("--precision", default="float32", help="float32, bf16 or fp16")
     parser.add_argument("--images", type=int, default=ROWS)
@@ -87,7 +99,9 @@ def main(given: Sequence[str] | None = None) -> None:
     about = machine()
     rows, rounds = (TINY_ROWS, 2) if options.tiny else (options.images, options.rounds)
     device = devices.choose(options.device)
-    samples, images, folder = inputs(options.data / "backbone", rows, options.arch, options.size)
+    arch = "timm" if options.model else options.arch
+    given_options = {"model": options.model, "features": options.features} if options.model else {}
+    samples, images, folder = inputs(options.data / "backbone", rows, arch, options.size, given_options)
     params = extract.Params(
         batchnorm=["stage1"],
         batch_size=32 if options.tiny else 128,
@@ -95,23 +109,26 @@ def main(given: Sequence[str] | None = None) -> None:
         precision=options.precision,
     )
     numbers = [list(range(i, min(i + params.batch_size, rows))) for i in range(0, rows, params.batch_size)]
-    lying_ready = [images.batch(some, [None] * len(some)).to(device) for some in numbers[:READY]]
+    ready = max(2, min(READY, READY_BYTES // (12 * params.batch_size * options.size**2)))
+    lying_ready = [images.batch(some, [None] * len(some)).to(device) for some in numbers[:ready]]
     backbone, _ = load_backbone(folder)
     backbone.to(device)
 
     @torch.no_grad()
-    def bare() -> None:
+    def bare(batches: int = len(numbers)) -> None:
         with computing(device, params.precision):
-            for i in range(len(numbers)):
-                backbone(lying_ready[i % READY])
+            for i in range(batches):
+                backbone(lying_ready[i % len(lying_ready)])
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    def ours() -> None:
+    def ours(of: Samples = samples) -> None:
         shutil.rmtree(options.data / "cache", ignore_errors=True)
-        extract.run(params, Run("bench", options.data / "cache", device), samples, images, folder)
+        extract.run(params, Run("bench", options.data / "cache", device, say=silent), of, images, folder)
 
-    timings = alternate({"bare": bare, "ours": ours}, rounds, slow_rounds=rounds)
+    bare(2)
+    ours(Samples(samples.table.slice(len(samples.table) - 2 * params.batch_size), samples.facts))
+    timings = alternate({"bare": bare, "ours": ours}, rounds, slow_rounds=rounds, warm_up=False)
     of_bare = ratio(timings["bare"], timings["ours"])
     shutil.rmtree(options.data / "cache", ignore_errors=True)
     body: dict[str, Any] = {
@@ -119,7 +136,7 @@ def main(given: Sequence[str] | None = None) -> None:
         "machine": {**about, "versions": {**about["versions"], "torch": version("torch")}},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
-        "case": f"{rows} images {options.size}x{options.size}, {options.arch}, {params.precision}, "
+        "case": f"{rows} images {options.size}x{options.size}, {options.model or arch}, {params.precision}, "
         f"batches of {params.batch_size}",
         "images_per_second": {name: rows / timing.median for name, timing in timings.items()},
         "seconds": {name: timing.seconds for name, timing in timings.items()},

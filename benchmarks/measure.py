@@ -72,15 +72,17 @@ def alternate(
     before_round: Callable[[], object] = lambda: None,
     *,
     slow_rounds: int = SLOW_ROUNDS,
+    warm_up: bool = True,
 ) -> dict[str, Timing]:
     """Every contestant has one turn per round, after one untimed call each, so that noise falls on all alike.
 
+    Without `warm_up` that call is left out; then none counts as slow.
     A turn's time is the median of its calls. Each round starts with another contestant. One that takes more than
     `SLOW_SECONDS` has its turn in the first `slow_rounds` only.
     """
     turns: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
     slow = set()
-    for name, call in contestants.items():
+    for name, call in contestants.items() if warm_up else ():
         start = time.perf_counter()
         call()
         if time.perf_counter() - start > SLOW_SECONDS:

@@ -9,9 +9,16 @@ from pipeline_builders import distance, extracted, fitted, write_params
 from pipeline_builders import h2t as command
 
 from h2t.cache.reader import open_cache
+from h2t.pipeline.backbones import resnet20
 from h2t.pipeline.base import device as devices
+from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.run import silent
+from h2t.pipeline.data.resident_images import ResidentImages
 from h2t.pipeline.networks.weights import load_weights, save_weights
+from h2t.pipeline.training.loop import StageOne, Training
+from h2t.pipeline.training.parallel import Group
+from h2t.pipeline.training.resume import Checkpoint
 
 pytestmark = [
     pytest.mark.gpu,
@@ -110,3 +117,29 @@ def test_the_pipeline_from_end_to_end(tmp_path):
         assert done.returncode == 0, done.stderr
     done = command("cache", "verify", "c", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def stage_one(digits, device, folder, capture=True):
+    """(curves, weights) of two epochs of a small network."""
+    samples, images = digits
+    torch.manual_seed(0)
+    net = resnet20.build(resnet20.Options())
+    objective = plugins.load("objectives", "ce")
+    head = objective.Objective(objective.Loss(), net.channels, 1, torch.tensor(samples.counts))
+    settings = Training(epochs=2, batch_size=64, mixup=1.0, warmup_epochs=0, milestones=[1])
+    training = StageOne(settings, net, head, samples, images, 0, Group(device, 0, 1))
+    if not capture:
+        training._may_capture = lambda: False
+    curves = training.run("b", Checkpoint(folder, "token", seconds=1e9), silent)
+    assert isinstance(training._images, ResidentImages) == (device.type == "cuda")
+    return curves, {name: value.cpu() for name, value in net.state_dict().items()}
+
+
+def test_stage_one_is_that_of_the_cpu_and_captured_steps_change_nothing(tmp_path, digits, device):
+    curves, weights = stage_one(digits, device, tmp_path / "captured")
+    plain, same = stage_one(digits, device, tmp_path / "plain", capture=False)
+    assert curves == plain
+    for name, value in weights.items():
+        assert torch.equal(value, same[name]), name
+    expected, _ = stage_one(digits, torch.device("cpu"), tmp_path / "cpu")
+    assert curves[0]["loss"] == pytest.approx(expected[0]["loss"], rel=1e-3)

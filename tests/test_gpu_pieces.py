@@ -10,7 +10,7 @@ pytestmark = pytest.mark.slow
 
 
 EXPECTED = {
-    "extract": {"seconds", "of_bare", "bound", "holds"},
+    "extract": {"networks", "bound", "holds"},
     "stack": {"contestants", "stack_over_singles", "stack_over_one_head", "bandwidth", "bound", "holds"},
     "stage2": {"seconds", "steps", "finite", "bound", "holds"},
     "maps": {"seconds", "pool", "finite"},
@@ -28,8 +28,10 @@ def test_a_piece_runs_in_small(tmp_path, piece):
     assert str(tmp_path) not in json.dumps(body)
     assert EXPECTED[piece] <= set(body)
     if piece == "extract":
-        assert set(body["seconds"]) == {"bare", "ours"}
-        assert set(body["of_bare"]) == {"median", "p10", "p90", "cpu"}
+        for found in body["networks"].values():
+            assert set(found["seconds"]) == {"bare", "ours"}
+            assert set(found["of_bare"]) == {"median", "p10", "p90", "cpu"}
+        assert set(body["networks"]) == {"ResNet-50", "ViT-B/16"}
         assert [p.name for p in (data / "bench_extract").iterdir()] == ["backbone"]
     if piece == "stack":
         assert set(body["contestants"]) == {"stack", "singles", "one head"}

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,7 @@ def write_run_record(path: Path, facts: Mapping[str, Any]) -> None:
             "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "system": platform.system()},
             "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
             "python": platform.python_version(),
-            "versions": {name: version(name) for name in ("torch", "zarr", "numcodecs", "numpy", "dvc")},
+            "versions": {name: _version(name) for name in ("torch", "zarr", "numcodecs", "numpy", "dvc")},
             "commit": _commit(),
             "code": code.digests(sys.modules),
             **facts,
@@ -156,6 +156,12 @@ def write_run_record(path: Path, facts: Mapping[str, Any]) -> None:
             replace_file(partial, path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def _version(name: str) -> str | None:
+    with suppress(PackageNotFoundError):
+        return version(name)
+    return None
 
 
 def _commit() -> str | None:

@@ -24,7 +24,7 @@ from h2t.cache.format.spec import CacheSpec
 from h2t.pipeline.base.device import choose
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.precision import Precision, guarded_maps
-from h2t.pipeline.data.images import Images
+from h2t.pipeline.data.images import Images, normalised
 from h2t.pipeline.extraction import batchnorm, cluster
 from h2t.pipeline.extraction.batchnorm import Statistics
 from h2t.pipeline.networks.backbone import Backbone
@@ -162,27 +162,31 @@ class Work:
                 yield str(names[first]), chosen.slice(first, min(self.batch_size, end - first))
 
     def decode(self, part: pa.Table) -> torch.Tensor:
-        """Input of one forward pass, (batch_size, 3, H, W): the last image is repeated to fill up the batch."""
+        """Images of one forward pass, float32 (batch_size, 3, H, W); for a GPU, which normalises them itself, uint8
+        (batch_size, H, W, 3) in pinned memory. The last image is repeated to fill up the batch.
+        """
         samples, views = part["sample"].to_pylist(), part["view"].to_pylist()
         keys = [None if view == 0 else (self.job.seed, view) for view in views]
         missing = self.batch_size - len(samples)
-        batch = self.job.images.batch(samples, keys)
+        views = torch.from_numpy(self.job.images.pixels(samples, keys))
         if missing:
-            batch = torch.cat([batch, batch[-1:].expand(missing, -1, -1, -1)])
-        return batch.pin_memory() if self.device.type == "cuda" else batch
+            views = torch.cat([views, views[-1:].expand(missing, -1, -1, -1)])
+        if self.device.type == "cuda":
+            return views.pin_memory()
+        return normalised(views, self.job.images.transform)
 
     @torch.no_grad()
     def launch(self, x: torch.Tensor, count: int) -> Launched:
-        """Starts the forward pass of the images `x`, of which the first `count` are wanted; on the CPU, runs it.
+        """Starts the forward pass of `x` (from `decode`), of which the first `count` are wanted; on the CPU, runs it.
 
         Uses the batch-norm statistics that the backbone holds now.
         """
         cuda = self.device.type == "cuda"
         clock, used = time.perf_counter(), time.process_time()
         started = _event(self.device) if cuda else None
-        computed_maps = guarded_maps(
-            self.backbone, x.to(self.device, non_blocking=True), self.job.settings["precision"]
-        )
+        if cuda:
+            x = normalised(x.to(self.device, non_blocking=True), self.job.images.transform)
+        computed_maps = guarded_maps(self.backbone, x, self.job.settings["precision"])
         self.passes.images += len(x)
         self.passes.seconds += 0 if cuda else time.perf_counter() - clock
         self.passes.cpu += time.process_time() - used

@@ -6,6 +6,7 @@ Decoding, forward passes (`extraction.forward`) and writing overlap.
 """
 
 import math
+import os
 import shutil
 from collections import deque
 from collections.abc import Callable
@@ -44,6 +45,8 @@ from h2t.pipeline.networks.trained import BackboneFacts, backbone_facts, load_ba
 from h2t.pipeline.networks.weights import weights_digest
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
+#: Threads that write shards; each digests at one to two gigabytes a second, which is less than a fast GPU makes.
+WRITERS = max(1, min(4, len(os.sched_getaffinity(0)) // 4))
 
 TAP = "last maps before pooling"  # where the backbone is cut; part of the fingerprint
 MOST_VIEWS = 2**15  # views are numbered from 0 in 16 bits
@@ -366,7 +369,7 @@ def _extract(
     address: str | None,
     run: Run,
 ) -> forward.Passes:
-    """Computes the rows in `job.todo`, here or on a cluster. Another thread completes shards and writes them."""
+    """Computes the rows in `job.todo`, here or on a cluster. Other threads complete shards and write them."""
     spec, passes = job.spec, forward.Passes()
     row_bytes = sum(spec.row_bytes(e) for e in range(spec.experts))
     total = sum(len(numbers) for numbers in job.todo.values())
@@ -382,12 +385,12 @@ def _extract(
         else:
             writer.put(shard, carrier.complete(shard, maps))
 
-    with ThreadPoolExecutor(1, "write") as write_thread, bar:
+    with ThreadPoolExecutor(WRITERS, "write") as write_threads, bar:
         writes: deque[Future[None]] = deque()
         # With rows from a previous cache few are left in each shard, so batches span shards.
         for shard, maps in forward.shards(job, backbone, address, tick, passes, run.say, straddle=carrier is not None):
-            writes.append(write_thread.submit(write, shard, maps))
-            while len(writes) > 2:  # bounds memory to three shards
+            writes.append(write_threads.submit(write, shard, maps))
+            while len(writes) > WRITERS + 1:  # bounds memory to two shards more than are being written
                 writes.popleft().result()
         for pending_write in writes:
             pending_write.result()

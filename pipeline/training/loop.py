@@ -22,9 +22,11 @@ from h2t.pipeline.base.progress import progress
 from h2t.pipeline.base.seeds import stream, torch_seed
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.data.images import Images
+from h2t.pipeline.data.resident_images import ResidentImages, resident
 from h2t.pipeline.data.samples import Samples
 from h2t.pipeline.networks.backbone import Backbone, frozen_part
 from h2t.pipeline.networks.classifier import global_average, logits
+from h2t.pipeline.training.captured import captured
 from h2t.pipeline.training.objective import Objective
 from h2t.pipeline.training.parallel import Group
 from h2t.pipeline.training.resume import Checkpoint
@@ -121,10 +123,11 @@ class StageOne:
             self.backbone.to(memory_format=torch.channels_last)
         if params.frozen:
             self.backbone.requires_grad_(False)
+        self._forward: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
         self._forward = torch.compile(self.backbone) if params.compile else self.backbone
-        self._images = images.turned(params.rotation) if params.rotation else images
         self._labels = torch.from_numpy(samples.labels)
         self._train = samples.of("train")
+        self._images: Images | ResidentImages = images.turned(params.rotation) if params.rotation else images
         networks = (("backbone", self.backbone), ("objective", self.objective))
         self._state = {f"{n}.{k}": t for n, m in networks for k, t in m.state_dict(keep_vars=True).items()}
         self._buffers = [b for _, m in networks for b in m.buffers()]
@@ -158,6 +161,11 @@ class StageOne:
         self._load_scale()
         if done:
             say(f"{name}: resumes after epoch {done} of {self.params.epochs}")
+        if isinstance(self._images, Images) and self.group.device.type == "cuda":
+            room = torch.cuda.mem_get_info(self.group.device)[0] // 4
+            self._images = resident(self._images, self._train.tolist(), self.group.device, room)
+            if isinstance(self._images, ResidentImages) and self._may_capture():
+                self._forward = captured(self.backbone.train(), self._some_images())
         bar = progress(
             range(done, self.params.epochs),
             f"train_backbone {name}",
@@ -179,6 +187,18 @@ class StageOne:
             if self.group.rank == 0:
                 save.offer(epoch + 1, state, self._optimiser, self._curves)
         return [dict(zip(("lr", "loss", "accuracy"), line, strict=True)) for line in self._curves.tolist()]
+
+    def _may_capture(self) -> bool:
+        """Whether a step is one plain float32 pass, as `captured` needs it."""
+        params = self.params
+        one = params.accumulate == 1 and self.group.size == 1
+        plain = params.precision == "float32" and not params.compile and not params.channels_last
+        return one and plain and not params.frozen and len(self._train) >= params.batch_size
+
+    def _some_images(self) -> torch.Tensor:
+        """A batch of the usual size, (batch_size, 3, H, W)."""
+        some = self._train[: self.params.batch_size].tolist()
+        return self._images.batch(some, [(self.seed, "stage1", 0)] * len(some))
 
     def _epoch(self, epoch: int) -> torch.Tensor:
         """Trains one epoch; (learning rate, mean loss, training accuracy in percent), float64 (3,)."""

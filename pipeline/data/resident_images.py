@@ -1,0 +1,55 @@
+"""Images that stay on a GPU: decoded once, and cropped and mirrored there.
+
+Small images, such as CIFAR's, train faster than a processor can prepare their batches. The draws of a view and its
+pixels are those of `Images`.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from h2t.pipeline.data.images import Images, crop_and_flip, normalised, padded
+
+
+class ResidentImages:
+    """Augmented views of images on a GPU, made by `resident`.
+
+    `pixels`: the padded images, uint8 (N, H, W, 3) on the device; `rows`: sample number -> its row there.
+    """
+
+    def __init__(self, images: Images, rows: dict[int, int], pixels: torch.Tensor) -> None:
+        self._images, self._rows, self._pixels = images, rows, pixels
+        self._across = torch.arange(images.transform.size, device=pixels.device)
+
+    def batch(self, samples: Sequence[int], keys: Sequence[Sequence[int | str]]) -> torch.Tensor:
+        """Normalised float32 (B, 3, size, size) on the device: the augmented view `(seed, view)` of each sample."""
+        shape, transform = self._pixels.shape[1:], self._images.transform
+        places = [
+            (self._rows[s], *crop_and_flip(shape, transform, self._images.draws(s, key)))
+            for s, key in zip(samples, keys, strict=True)
+        ]
+        row, top, left, flipped = torch.from_numpy(np.array(places).T.copy()).to(self._pixels.device)
+        across = torch.where(flipped[:, None] == 1, self._across.flip(0), self._across)
+        y, x = (top[:, None] + self._across)[:, :, None], (left[:, None] + across)[:, None, :]
+        return normalised(self._pixels[row[:, None, None], y, x], transform)
+
+
+def resident(images: Images, samples: Sequence[int], device: torch.device, room: int) -> Images | ResidentImages:
+    """`samples` of `images` kept on `device`, or `images` as they are.
+
+    They are kept if augmented views are only crops and flips, all images have one size, and take at most `room` bytes.
+    """
+    if not images.only_crops:
+        return images
+    shape = padded(images.array(samples[0]), images.transform).shape
+    if len(samples) * math.prod(shape) > room:
+        return images
+    pixels = torch.empty(len(samples), *shape, dtype=torch.uint8)
+    for row, sample in enumerate(samples):
+        image = padded(images.array(sample), images.transform)
+        if image.shape != shape:
+            return images
+        pixels[row] = torch.from_numpy(image)
+    return ResidentImages(images, {s: row for row, s in enumerate(samples)}, pixels.to(device))

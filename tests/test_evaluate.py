@@ -22,7 +22,8 @@ from h2t.pipeline.networks.trained import load_head
 from h2t.pipeline.stages import evaluate
 
 FIGURES = ("top1", "head", "medium", "tail", "ece")
-KEYS = {*FIGURES, *(f"{f}_std" for f in FIGURES), "ratio", "heads", "statistics", "groups"}
+ALL = (*FIGURES, "temperature", "ece_scaled")
+KEYS = {*ALL, *(f"{f}_std" for f in ALL), "chosen", "ratio", "heads", "statistics", "groups"}
 
 
 def evaluated(out, cache, heads, backbone, say=silent, **params):

@@ -216,6 +216,7 @@ def train_classifier(
     residency = params.build(Residency, "train_classifier", params.section(values, "train_classifier"))
     with opened(cache) as maps:
         names.check_host(values, name, cache, backbone, out, say)
+        stage_module.check_choice(section, name, maps)
         summary = stage_module.run(section, run_of(values, say, name, out), residency, maps, backbone)
     return vars(summary)
 

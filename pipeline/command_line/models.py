@@ -24,6 +24,9 @@ from h2t.pipeline.command_line.options import PATH
 @click.option("--seed", type=int, metavar="N", help="Choose a head of this seed.")
 @click.option("--donor", metavar="NAME", help="Choose a head of this donor sampler.")
 @click.option("--selection", metavar="NAME", help="Choose a head of this selection of channels.")
+@click.option(
+    "--constant", "constants", multiple=True, metavar="NAME=VALUE", help="Choose a head by a constant of its grid."
+)
 @click.option("--onnx", is_flag=True, help="Also write model.onnx.")
 @click.option("--without-images", is_flag=True, help="Check the model on cached maps only, without reading images.")
 @options.params_file
@@ -39,6 +42,7 @@ def export(
     seed: int | None,
     donor: str | None,
     selection: str | None,
+    constants: tuple[str, ...],
     onnx: bool,
     without_images: bool,
     params_file: Path,
@@ -47,7 +51,8 @@ def export(
 ) -> None:
     """Export one trained head, alone and with its backbone.
 
-    Together, the options --head, --ratio, --seed, --donor and --selection must leave one head.
+    Together, the options --head, --ratio, --seed, --donor, --selection and
+    --constant must leave one head.
     """
     from h2t.pipeline.base import device as devices
     from h2t.pipeline.base import params
@@ -55,7 +60,8 @@ def export(
     from h2t.pipeline.models import export as room
 
     prepare = params.section(params.load(params_file, overrides), "prepare")
-    choice = room.Choice(head, ratio, seed, donor, selection)
+    own = dict(params.assignment("--constant", text) for text in constants)
+    choice = room.Choice(head, ratio, seed, donor, selection, own)
     with opened(cache) as maps:
         run = Run("export", out, devices.choose(device), say=click.echo)
         room.run(run, maps, heads, backbone, choice, prepare, onnx=onnx, with_images=not without_images)

@@ -68,9 +68,9 @@ def _bins(confidence: np.ndarray, bins: int) -> np.ndarray:
     return np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
 
 
-def softmax_confidence(logits: np.ndarray) -> np.ndarray:
-    """The largest softmax probability of each row of logits (n, classes), float64 (n,)."""
-    shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
+def softmax_confidence(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    """The largest softmax probability of each row of logits / temperature; logits (n, classes), result float64 (n,)."""
+    shifted = (logits.astype(np.float64) - logits.max(1, keepdims=True)) / temperature
     return 1 / np.exp(shifted).sum(1)
 
 
@@ -84,9 +84,12 @@ class Answers:
     BYTES: ClassVar[int] = 4 + 8  # of one sample
 
 
-def answers(logits: np.ndarray) -> Answers:
-    """Predictions from logits (n, classes). Among equal largest logits, the first class is predicted."""
-    return Answers(logits.argmax(1).astype(np.int32), softmax_confidence(logits))
+def answers(logits: np.ndarray, temperature: float = 1.0) -> Answers:
+    """Predictions from logits (n, classes); their confidence is that of logits / temperature.
+
+    Among equal largest logits, the first class is predicted.
+    """
+    return Answers(logits.argmax(1).astype(np.int32), softmax_confidence(logits, temperature))
 
 
 def summary(predicted: Answers, labels: np.ndarray, group_of: Sequence[str | None]) -> dict[str, float | None]:

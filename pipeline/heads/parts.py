@@ -6,6 +6,7 @@ Heads do not depend on each other, so training part by part gives the same heads
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import groupby
 
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.run import Run
@@ -104,6 +105,8 @@ def planned_parts(
 ) -> list[list[HeadSetting]]:
     """Splits the heads into the fewest parts whose steps fit, or as an interrupted run did, if that still fits.
 
+    A part has heads of one kind, and those of a kind are neighbours in `heads`.
+
     `features`: bytes of the features that stay in memory. Raises UserError if not even one head fits.
     """
     results = RESULT_COPIES * len(heads) * FLOAT * size.parameters
@@ -118,7 +121,8 @@ def planned_parts(
         step, window = slack * room.step, slack * WINDOW_SHARE * room.windows
         return all(size.of(part) <= step and (not streamed or size.window(part) <= window) for part in parts)
 
-    ways = [parts_of(heads, n) for n in part_sizes(len(heads))]
+    kinds = [list(same) for _, same in groupby(heads, lambda h: h.kind)]
+    ways = [[part for kind in kinds for part in parts_of(kind, n)] for n in part_sizes(max(map(len, kinds)))]
     saved = Checkpoint.saved(run.out)
     for parts in ways:
         if any(part_token(token, n, parts) == key for n, key in saved.items()) and fits(parts, RESUME_SLACK):

@@ -20,7 +20,7 @@ from h2t.pipeline.base.params import Count, Epochs, NonNegative, Rate, Ratio, Se
 from h2t.pipeline.base.progress import progress
 from h2t.pipeline.base.seeds import stream
 from h2t.pipeline.heads.batches import Batch
-from h2t.pipeline.heads.descent import Descent
+from h2t.pipeline.heads.descent import Descent, PerHead
 from h2t.pipeline.heads.draws import DRAWN_BYTES, Draws, sent
 from h2t.pipeline.heads.folded import Folded, Groups
 from h2t.pipeline.heads.fusion import (
@@ -45,6 +45,7 @@ LEAST_LENGTH = 1e-12  # of a feature vector, as in torch's `normalize`
 FOLDED_CLASSES = 2  # of more classes than this times the batch, fused features cost less than folded weights
 DRAWN: tuple[Selection, ...] = ("random", "shuffled")  # selections that draw their channels
 FLOAT = 4  # bytes of a float32, which heads compute with
+PER_HEAD = ("lr", "weight_decay")  # constants in which heads of one stack may differ
 
 
 class NotFinite(Exception):
@@ -57,13 +58,23 @@ class NotFinite(Exception):
 
 @dataclass(frozen=True)
 class HeadSetting:
-    """What distinguishes one head of a stack from the others; `rounding` is the same for all."""
+    """What distinguishes one head of a stack from the others; `rounding` is the same for all.
+
+    `constants`: (name, value) of the constants in which it differs from the host's own settings: `lr`, `weight_decay`,
+    `scale`, and `loss.KEY` for a constant of the loss. Heads of one stack have equal `kind`s.
+    """
 
     ratio: float
     donor: str
     selection: Selection
     seed: int
     rounding: Rounding = "floor"
+    constants: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def kind(self) -> tuple[tuple[str, Any], ...]:
+        """The constants that heads of one stack share: all but those of the optimiser."""
+        return tuple((name, value) for name, value in self.constants if name not in PER_HEAD)
 
     def replaced(self, channels: int) -> int:
         """How many of `channels` are replaced."""
@@ -87,6 +98,17 @@ class Optimiser(Section):
     def rate(self, epoch: int) -> float:
         """The learning rate of `epoch`, counted from 0; it is constant within an epoch and never reaches 0."""
         return 0.5 * self.lr * (1 + math.cos(math.pi * epoch / self.epochs))
+
+    def of(self, head: HeadSetting) -> "Optimiser":
+        """The settings that `head` is trained with."""
+        return self.model_copy(update={name: value for name, value in head.constants if name in PER_HEAD})
+
+    def per_head(self, heads: Sequence[HeadSetting]) -> PerHead | None:
+        """The constants of each of `heads`; None if all of them have these settings."""
+        own = [self.of(head) for head in heads]
+        if all(settings == self for settings in own):
+            return None
+        return PerHead([settings.lr / self.lr for settings in own], [settings.weight_decay for settings in own])
 
 
 def _fixed_masks(heads: Sequence[HeadSetting], replaced: np.ndarray, channels: int) -> torch.Tensor | None:
@@ -308,7 +330,8 @@ class Stack:
         weights. Raises NotFinite after the first epoch that ends with a weight that is NaN or infinite.
         """
         trained = {name: t for name, t in self.state.items() if name not in self.host.fixed}
-        descent = Descent(trained, self.host.rates, settings.momentum, settings.weight_decay)
+        per_head = settings.per_head(self.heads)
+        descent = Descent(trained, self.host.rates, settings.momentum, settings.weight_decay, per_head)
         losses = torch.zeros(settings.epochs, len(self.heads), dtype=self.dtype, device=self.device)
         first = save.restore(self.state, descent, losses) if save else 0
         steps = self.streams.steps

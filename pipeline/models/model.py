@@ -97,6 +97,11 @@ class Model:
         return list(self.about["classes"])
 
     @property
+    def temperature(self) -> float:
+        """What logits are divided by before the softmax; 1 unless held-out samples gave another."""
+        return float(self.about.get("temperature", 1.0))
+
+    @property
     def transform(self) -> Transform:
         """How an image becomes input. Raises UserError if the file describes it wrongly."""
         return build(Transform, "model: transform", self.about["transform"])
@@ -133,7 +138,7 @@ def save_model(path: Path, backbone: nn.Module, one: Heads, about: Any) -> bool:
 
     `about` must hold arch, options, classes and transform.
     """
-    parts, context, state = one.parts, one.context, {name: t[0] for name, t in one.state.items()}
+    parts, context, state = one.parts_of(0), one.context, {name: t[0] for name, t in one.state.items()}
     linear = as_linear(parts, context, state)
     last = getattr(backbone, "last_layer", "fc")
     if linear is not None:

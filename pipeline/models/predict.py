@@ -68,19 +68,21 @@ def onnx_session(path: Path) -> tuple[Any, dict[str, Any]]:
 def open_model(path: Path, device: torch.device) -> tuple[Logits, list[str], Transform]:
     """A model's function from images (B, 3, S, S) to logits (B, K), its class names and its transform.
 
+    Logits are divided by the model's temperature, if it has one, so that their softmax is its confidence.
     `path` is an `.onnx` or `.safetensors` file, or the directory of an export. Raises UserError.
     """
     if path.suffix == ".onnx":
         session, about = onnx_session(path)
         transform = build(Transform, f"{path}: transform", about["transform"])
+        temperature = about.get("temperature", 1.0)
         return (
-            lambda x: torch.from_numpy(session.run(["logits"], {"images": x.numpy()})[0]),
+            lambda x: torch.from_numpy(session.run(["logits"], {"images": x.numpy()})[0]) / temperature,
             about["classes"],
             transform,
         )
     model = load_model(path)
     network = model.network.to(device)
-    return lambda x: network(x.to(device)).cpu(), model.classes, model.transform
+    return lambda x: network(x.to(device)).cpu() / model.temperature, model.classes, model.transform
 
 
 @torch.no_grad()

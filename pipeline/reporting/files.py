@@ -11,6 +11,7 @@ from h2t.cache.redaction import in_markdown
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import fresh_directory, write_json
 from h2t.pipeline.base.text import counted
+from h2t.pipeline.reporting.chosen import choices
 from h2t.pipeline.reporting.intervals import Difference
 from h2t.pipeline.reporting.page import cell, render, spread
 from h2t.pipeline.reporting.results import (
@@ -134,6 +135,7 @@ def _document(title: str, results: list[HostResult]) -> str:
             "",
             *(["Other donors and other channels at the reported ratio:", "", others, ""] if others else []),
             *notes,
+            *(f"- {in_markdown(line)}." for line in choices(results)),
             "",
         ]
     )
@@ -146,10 +148,10 @@ def _published(result: HostResult) -> str | None:
     """
     heads = result.tables["heads"]
     rows = heads[(heads.split == "test") & (heads.statistics == "balanced") & (heads.ratio == 0)]
+    rows = rows[rows.number.isin(result.numbers("without_h2t"))]
     own = result.metrics["without_h2t"]
     if own is None or own["statistics"] == "balanced" or not len(rows):
         return None
-    rows = rows.drop_duplicates("seed")
     figures = ", ".join(f"{f} {rows[f].mean():.2f}" for f in FIGURES if rows[f].notna().all())
     return f"without H2T, evaluated under `balanced` statistics as the published code does: {figures}."
 

@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.data.classes import GROUPS
+from h2t.pipeline.reporting.chosen import choices
 from h2t.pipeline.reporting.published import estimates
 from h2t.pipeline.reporting.results import (
     FIGURES,
@@ -59,6 +60,7 @@ def render(
         groups=list(dict.fromkeys(_groups(r) for r in results)),
         seeds=_seeds(results),
         neighbours=_neighbours(results),
+        choices=choices(results),
         variants=any(variants_at(r, ratio) for r in results for ratio in r.ratios),
         runs=runs,
         places=list(dict.fromkeys(_place(run) for run in runs)),

@@ -36,9 +36,20 @@ class HostResult:
 
     @cached_property
     def heads(self) -> pd.DataFrame:
-        """The host's heads with their figures on the test split, under its own statistics."""
+        """The host's heads, with the constants that were chosen, and their test figures under its own statistics."""
+        heads = self.every_head
+        return heads[heads.tuned.astype(bool)] if "tuned" in heads else heads
+
+    @property
+    def every_head(self) -> pd.DataFrame:
+        """The same with heads whose constants were tried and not chosen."""
         heads = self.tables["heads"]
         return heads[(heads.split == "test") & (heads.statistics == self.statistics) & (heads.number >= 0)]
+
+    @property
+    def constants(self) -> list[str]:
+        """Names of the constants in which heads differ from the host's settings; columns of `heads`."""
+        return list(self.about["host"].get("constants", []))
 
     @cached_property
     def _found(self) -> dict[tuple[float, str, str], pd.DataFrame]:

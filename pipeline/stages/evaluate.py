@@ -6,7 +6,7 @@ behind metrics.json), and what else the report shows (`evidence.py`). Classifier
 last epoch; nothing is chosen on the test split.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,8 +23,11 @@ from h2t.pipeline.base.outputs import fresh_directory, write_json
 from h2t.pipeline.base.params import Index, Ratio, Section
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.base.text import counted
-from h2t.pipeline.data.classes import by_index, groups
+from h2t.pipeline.data.classes import by_index, groups, recorded_names
+from h2t.pipeline.evaluation.calibration import calibrated
+from h2t.pipeline.evaluation.choice import choose
 from h2t.pipeline.evaluation.evidence import ROOM, write_about, write_embedding, write_reliability, write_weight_norms
+from h2t.pipeline.evaluation.folds import load_folds
 from h2t.pipeline.evaluation.metrics import Answers, over_seeds, summary
 from h2t.pipeline.evaluation.scoring import STAGE1, Scores, load_heads_for, score_heads, score_stage1
 from h2t.pipeline.evaluation.tables import each, write_confusion, write_per_class, write_predictions
@@ -33,9 +36,10 @@ from h2t.pipeline.heads.start import backbone_head
 from h2t.pipeline.heads.stored import Heads
 from h2t.pipeline.networks.trained import StageOneHead
 
-NUMBER = 2026112601  # other results, another number: docs/numbers.md
+NUMBER = 2026112602  # other results, another number: docs/numbers.md
 
 FIGURES = ("top1", "head", "medium", "tail", "ece")
+SCALED = ("temperature", "ece_scaled")  # the temperature, and the calibration error of logits divided by it
 LITTLE = 2 * 2**30  # bytes of available memory below which freed memory is returned at once
 GROUP_NAMES = ("paper_index", "paper_threshold", "oltr")
 
@@ -101,6 +105,18 @@ def run(params: Params, run: Run, cache: Cache, heads_dir: Path, backbone_dir: P
         figures.append({"number": -1, "split": split, "statistics": STAGE1, **one})
 
     of_recipe = [f for f in figures if f["statistics"] == recipe_statistics and f["number"] >= 0]
+    folds = load_folds(heads_dir)
+    judged, by = [f for f in of_recipe if f["split"] == "val"], "validation images"
+    names = recorded_names(cache.spec.provenance, cache.files)
+    if folds:  # lines as of validation images
+        judged = [{**table[n], "split": "val", "top1": accuracy} for n, accuracy in folds.accuracy.items()]
+        by = counted(folds.folds, "fold")
+    left_out = [names[label] for label in folds.left_out] if folds else []
+    chosen = choose(f"hosts.{run.name}.grid", table, heads.constants, judged, by, left_out)
+    if heads.constants:
+        for f in figures:
+            f["tuned"] = chosen.keeps(f) if f["number"] >= 0 else None
+    of_recipe = [f for f in (*(f for f in of_recipe if f["split"] == "test"), *judged) if chosen.keeps(f)]
     ratio = reported_ratio(of_recipe, params.ratio)
     if ratio is None:
         run.say(
@@ -109,15 +125,23 @@ def run(params: Params, run: Run, cache: Cache, heads_dir: Path, backbone_dir: P
         )
     without = _chosen(of_recipe, "test", 0.0)
     with_h2t = _chosen(of_recipe, "test", ratio) if ratio else []
-    metrics = {
-        "stage1": _entry([f for f in figures if f["number"] == -1 and f["split"] == "test"], STAGE1, params),
-        "without_h2t": _entry(without, recipe_statistics, params),
-        "with_h2t": _entry(with_h2t, recipe_statistics, params),
-    }
     kept = [f["number"] for f in (*without, *with_h2t)]
+    first = [f for f in figures if f["number"] == -1 and f["split"] == "test"]
+    scaled = calibrated(cache, heads, kept, stage1, folds, run.device)
+    for f in figures if scaled else ():
+        own = (
+            scaled.get(f["number"]) if f["split"] == "test" and f["statistics"] in (recipe_statistics, STAGE1) else None
+        )
+        f |= {"temperature": own and own.temperature, "ece_scaled": own and own.ece}
+    standard = [h for h in table if _standard(h) or not h["ratio"]]
+    metrics = {
+        "stage1": _entry(first, STAGE1, params),
+        "without_h2t": _entry(without, recipe_statistics, params, lambda f: chosen.as_dict(f, standard)),
+        "with_h2t": _entry(with_h2t, recipe_statistics, params, lambda f: chosen.as_dict(f, standard)),
+    }
     with fresh_directory(run.out) as into:
         write_json(into / "metrics.json", metrics)
-        pq.write_table(pa.Table.from_pylist(figures, _schema(figures)), into / "heads.parquet")
+        pq.write_table(pa.Table.from_pylist(figures, _schema(figures, heads)), into / "heads.parquet")
         write_per_class(into, table, scores, of_stage1, counts)
         write_confusion(into, scores[("test", recipe_statistics)], of_stage1.get("test"), kept, len(counts))
         write_predictions(into, scores[("test", recipe_statistics)], of_stage1.get("test"), kept)
@@ -183,12 +207,21 @@ def _chosen(figures: list[dict[str, Any]], split: str, ratio: float) -> list[dic
     return list(by_seed.values())
 
 
-def _entry(figures: list[dict[str, Any]], statistics: str, params: Params) -> dict[str, Any] | None:
-    """An entry of metrics.json: mean and standard deviation over seeds; None without `figures`."""
+def _entry(
+    figures: list[dict[str, Any]],
+    statistics: str,
+    params: Params,
+    chosen: Callable[[dict[str, Any]], dict[str, Any] | None] = lambda figure: None,
+) -> dict[str, Any] | None:
+    """An entry of metrics.json: mean and standard deviation over seeds; None without `figures`.
+
+    `chosen` tells what was chosen for the setting of one of them.
+    """
     if not figures:
         return None
     return {
-        **over_seeds([{k: f[k] for k in FIGURES} for f in figures]),
+        **over_seeds([{k: f.get(k) for k in (*FIGURES, *SCALED)} for f in figures]),
+        "chosen": chosen(figures[0]),
         "ratio": figures[0].get("ratio"),
         "heads": len(figures),
         "statistics": statistics,
@@ -196,11 +229,11 @@ def _entry(figures: list[dict[str, Any]], statistics: str, params: Params) -> di
     }
 
 
-def _schema(figures: list[dict[str, Any]]) -> pa.Schema:
-    """The columns of `heads.parquet`."""
-    kinds = {"number": pa.int64(), "seed": pa.int64(), "replaced": pa.int64(), "ratio": pa.float64()}
-    texts = ("donor", "selection", "split", "statistics")
-    return pa.schema([(k, kinds.get(k, pa.string() if k in texts else pa.float64())) for k in figures[0]])
+def _schema(figures: list[dict[str, Any]], heads: Heads) -> pa.Schema:
+    """The columns of `heads.parquet`: those that the heads have, and figures."""
+    kinds = {f.name: f.type for f in heads.table.schema}
+    kinds |= {"split": pa.string(), "statistics": pa.string(), "tuned": pa.bool_()}
+    return pa.schema([(k, kinds.get(k, pa.float64())) for k in figures[0]])
 
 
 def _write_evidence(

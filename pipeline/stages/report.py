@@ -7,6 +7,7 @@ results of other hosts are named in a note and left out.
 
 from pathlib import Path
 
+from h2t.pipeline.base import clock
 from h2t.pipeline.base.params import Section
 from h2t.pipeline.base.run import Run
 
@@ -29,6 +30,7 @@ def run(params: Params, run: Run, hosts: list[str], evaluate_dir: Path, runs: Pa
     from h2t.pipeline.reporting.files import markdown_table, run_records, write
     from h2t.pipeline.reporting.results import load_result
 
+    clock.begins("drawing")
     results = [load_result(name, evaluate_dir / name) for name in hosts]
     leftovers = sorted(p.name for p in evaluate_dir.iterdir() if p.is_dir() and p.name not in hosts)
     if leftovers:

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from h2t.cache.reader import Cache
-from h2t.pipeline.base import plugins
+from h2t.pipeline.base import clock, plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import write_json
 from h2t.pipeline.base.run import Run
@@ -94,6 +94,7 @@ def _figures(
     run: Run, evaluation: evaluate.Params, cache: Cache, heads_dir: Path, backbone_dir: Path
 ) -> list[dict[str, Any]]:
     """Setting and test figures of every classifier in `heads_dir`."""
+    clock.begins("evaluation")
     heads = load_heads_for(cache, heads_dir, backbone_dir)
     group_of = evaluate.group_choice(evaluation, heads.about["counts"])
     scores = score_heads(cache, heads, "test", heads.about["evaluate"], run.device)

@@ -337,9 +337,9 @@ def _train(
                 f"{run.name}: {counted(len(heads), 'classifier')} in {len(planned)} parts, "
                 f"to stay below {amount(room.step)} per step"
             )
-        rows = max(size.window(part) for part in planned) // reader.row_bytes
+        step_rows = max(size.window(part) for part in planned) // reader.row_bytes
         clock.begins("reading")
-        feed = Feed(streams, reader, choice, room.windows, run.device, run.say, step_rows=rows)
+        feed = Feed(streams, reader, choice, room.windows, run.device, run.say, step_rows=step_rows)
         try:
             clock.begins("training")
             trained = train(params.optimiser, run, head_of, planned, feed, stage1, token)

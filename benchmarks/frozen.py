@@ -6,7 +6,7 @@
 The network runs once over every image, enlarged to --size pixels; its averaged maps are all that the rest reads. Every
 method has one constant tuned on validation images (TUNED, RATES); nothing is chosen on the test images. Every step is
 written to --out as soon as it is done, so a run that is killed keeps what it has; --minutes ends a run early: what was
-not tried by then is missing in `tried`.
+not tried by then is missing in `tried`. benchmarks.frozen_results prints the tables.
 
 Beside it, with the same images: benchmarks.plain_frozen, what people write by hand.
 """
@@ -27,7 +27,8 @@ from safetensors.torch import save_file
 from threadpoolctl import threadpool_limits
 
 from benchmarks import plain_frozen
-from benchmarks.measure import RESULTS, machine, save, table
+from benchmarks.frozen_results import FIGURES, JOURNEY, lines_of, shown
+from benchmarks.measure import RESULTS, machine, save
 from h2t.cache.errors import CacheError
 from h2t.cache.reader import Cache, open_cache
 from h2t.pipeline.base import device as devices
@@ -37,7 +38,7 @@ from h2t.pipeline.base.outputs import replace_file
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.data.classes import groups
 from h2t.pipeline.data.samples import Samples, load_samples
-from h2t.pipeline.evaluation.metrics import answers, over_seeds, summary
+from h2t.pipeline.evaluation.metrics import answers, summary
 from h2t.pipeline.evaluation.scoring import load_heads_for, score_heads, score_stage1
 from h2t.pipeline.heads.batches import sample_rows
 from h2t.pipeline.heads.features import FeatureReader
@@ -47,10 +48,8 @@ from h2t.pipeline.heads.start import backbone_head
 from h2t.pipeline.networks.classifier import global_average
 from h2t.pipeline.networks.probe import Probe
 from h2t.pipeline.networks.weights import load_checkpoint
-from h2t.pipeline.reporting.intervals import paired
 from h2t.pipeline.stages import extract, pool, prepare, probe, train_backbone, train_classifier
 
-FIGURES = ("top1", "head", "medium", "tail")
 SPLITS = ("val", "test")
 PENALTIES = [
     1e-6,
@@ -72,7 +71,6 @@ TUNED: dict[str, tuple[str, list[Any]]] = {
 RATES = [0.02, 0.1, 0.5, 0.004, 2.0]  # learning rates of the other hosts; all hosts are trained at the first one first
 RATIOS = [0.0, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
 SEEDS = [0, 1, 2, 3, 4]
-JOURNEY = ("dr", "crt", "lws", "mislas", "balanced_softmax", "lift")
 
 
 @dataclass(frozen=True)
@@ -249,7 +247,6 @@ class Study:
         """Trains and scores host `name`: at the learning rate `value`, or fitted with its tuned constant at `value`."""
         kind = plugins.load("hosts", name).Host
         given: dict[str, Any] = {"host": name, "backbone": "frozen", "batchnorm": "stage1"}
-        given["classifier"] = classifier_of(name, self.samples.counts, self.cache.spec.maps[0][0])
         if kind.fitted:
             given["loss"] = {TUNED[name][0]: value} if name in TUNED else {}
         else:
@@ -259,12 +256,14 @@ class Study:
         step = name if value is None else f"{name} {value}"
         try:
             with self.journal.step(step):
+                given["classifier"] = classifier_of(name, self.samples.counts, self.cache.spec.maps[0][0])
                 section = params.build(train_classifier.Params, f"hosts.{name}", given)
                 run = Run(name, out, self.device, say=self.say)
                 train_classifier.run(section, run, Residency(), self.cache, self.head)
                 heads = load_heads_for(self.cache, out, self.head)
                 scored = {s: score_heads(self.cache, heads, s, heads.about["evaluate"], self.device) for s in SPLITS}
-        except UserError as error:  # such as a learning rate that diverges
+        # A learning rate may diverge, and a host may need whole maps: the others go on.
+        except Exception as error:  # noqa: BLE001
             self.journal.body["failed"][step] = str(error).replace(str(self.data), "DATA")
             print(f"{step}: {error}", flush=True)
             return
@@ -367,72 +366,6 @@ def classifier_of(name: str, counts: Sequence[int], channels: int) -> str:
             continue
         return kind
     raise UserError(f"hosts.{name}: must take a linear or a cosine classifier; got neither")
-
-
-def lines_of(body: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A line for each method, and one with H2T for each that takes it: at the setting best on the validation images.
-
-    `edge`: whether the chosen value is the smallest or largest of several; a better one may then lie beyond.
-    """
-    lines = []
-    for method in dict.fromkeys(t["method"] for t in body["tried"]):
-        mine = [t for t in body["tried"] if t["method"] == method]
-        values = [t["value"] for t in mine if t["value"] is not None and not isinstance(t["value"], str)]
-        before: dict[int, float] | None = None
-        for with_h2t in (False, True):
-            some = [t for t in mine if (t["ratio"] > 0) == with_h2t]
-            if not some:
-                continue
-            best = max(some, key=lambda t: np.mean(t["val"]))
-            by_seed = dict(enumerate(best["test"]["top1"]))
-            difference = paired(by_seed, before) if before is not None else None
-            seeds = [{k: v[i] for k, v in best["test"].items()} for i in range(len(by_seed))]
-            lines.append(
-                {
-                    "method": method + (" + H2T" if with_h2t else ""),
-                    "value": best["value"],
-                    "tried": sorted(set(values)),
-                    "edge": len(set(values)) > 1 and best["value"] in (min(values), max(values)),
-                    "ratio": best["ratio"],
-                    "validation_top1": float(np.mean(best["val"])),
-                    **over_seeds(seeds),
-                    "seeds": len(seeds),
-                    "difference": difference.as_dict() if difference else None,
-                }
-            )
-            before = by_seed
-    return lines
-
-
-def shown(body: Mapping[str, Any]) -> str:
-    """The results as Markdown."""
-    rows = []
-    for line in body["table"]:
-        figures = [_figure(line.get(k), line.get(f"{k}_std")) for k in FIGURES]
-        edge = " (edge)" if line["edge"] else ""
-        found = line["difference"]
-        apart = f"{found['mean']:+.2f}" if found else ""
-        if found and found["low"] is not None:
-            apart += f" [{found['low']:+.2f}, {found['high']:+.2f}] {found['verdict']}"
-        value = "" if line["value"] is None else f"{line['value']}{edge}"
-        rows.append([line["method"], value, f"{line['ratio']:g}" if line["ratio"] else "", *figures, apart])
-    text = [table(["method", "constant", "ratio", *FIGURES, "with H2T - without"], rows)]
-    if "plain" in body:
-        ours, plain = body["journey"], body["plain"]
-        text.append(
-            table(
-                ["journey", "heads", "CPU s"],
-                [
-                    ["ours", str(ours["heads"]), f"{ours['cpu']:.1f}"],
-                    ["network and scikit-learn", str(plain["fits"]["wanted"]), f"{plain['cpu']:.1f}"],
-                ],
-            )
-        )
-    return "\n\n".join(text)
-
-
-def _figure(mean: float | None, std: float | None) -> str:
-    return "" if mean is None else f"{mean:.2f}" + (f" ± {std:.2f}" if std is not None else "")
 
 
 def main(given: Sequence[str] | None = None) -> None:

@@ -38,7 +38,8 @@ from h2t.pipeline.base.outputs import replace_file
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.data.classes import groups
 from h2t.pipeline.data.samples import Samples, load_samples
-from h2t.pipeline.evaluation.metrics import answers, summary
+from h2t.pipeline.evaluation.intervals import differences
+from h2t.pipeline.evaluation.metrics import Answers, group_accuracy, per_class_accuracy
 from h2t.pipeline.evaluation.scoring import load_heads_for, score_heads, score_stage1
 from h2t.pipeline.heads.batches import sample_rows
 from h2t.pipeline.heads.features import FeatureReader
@@ -145,30 +146,44 @@ class Study:
         self.say = partial(print, flush=True)
         self.samples: Samples
         self.cache: Cache
+        self.labels: np.ndarray  # of the test rows
+        #: (method, whether with H2T) -> the best mean top-1 on validation images, and the predictions on test images.
+        self.best: dict[tuple[str, bool], tuple[float, list[Answers]]] = {}
 
     def run(self, hosts: Sequence[str]) -> None:
-        """Everything, the dearest last."""
+        """Everything. The hosts of the journey come first, other learning rates last, as time may run out."""
         self._prepare()
         self._extract()
         with open_cache(self.data / "pool") as self.cache:
             self.group_of = groups(self.samples.counts)["paper_index"]
             self._probe()
-            names = [n for n in hosts or one_expert_hosts() if not plugins.load("hosts", n).Host.fitted]
-            for name in names:
+            names = sorted(hosts or one_expert_hosts(), key=lambda n: n not in JOURNEY)
+            trained = [n for n in names if not plugins.load("hosts", n).Host.fitted]
+            for name in (n for n in trained if n in JOURNEY):
                 self._host(name, self.size.rates[0])
             self._journey()
-            for name in (n for n in hosts or one_expert_hosts() if n not in names):
+            for name in (n for n in names if n not in trained):
                 for value in TUNED.get(name, ("", [None]))[1]:
                     self._host(name, value)
             self._scikit_learn()
             self._plain()
-            for rate in self.size.rates[1:]:
-                for name in names:
-                    if not self.journal.late:
+            for rate in self.size.rates:
+                for name in trained:
+                    if not (self.journal.late or (rate == self.size.rates[0] and name in JOURNEY)):
                         self._host(name, rate)
-        self.journal.body["table"] = lines_of(self.journal.body)
+        self.journal.body["table"] = self._table()
         self.journal.body["finished"] = True
         self.journal.save()
+
+    def _table(self) -> list[dict[str, Any]]:
+        """The lines of the table; H2T's differences with intervals over seeds and test images."""
+        lines = lines_of(self.journal.body)
+        for line in lines:
+            if line["with_h2t"]:
+                after, before = (self.best[line["host"], with_h2t][1] for with_h2t in (True, False))
+                found = differences(after, before, self.labels, self.group_of)
+                line["differences"] = {k: d.as_dict() for k, d in found.items() if d is not None and k in FIGURES}
+        return lines
 
     def _prepare(self) -> None:
         given = {
@@ -234,12 +249,9 @@ class Study:
                     "probe", Probe(l2=l2), Run("frozen", out, self.device, say=self.say), self.cache, self.backbone
                 )
             head = backbone_head(self.cache, out, "linear", self.device, self.say)
-            found = {}
-            for split in SPLITS:
-                scores = score_stage1(self.cache, head, split, self.device)
-                found[split] = [self._figures(scores.said[0], scores.labels)]
-            self._note("probe", l2, 0.0, found)
-            best = max(best, (found["val"][0]["top1"], out))
+            scores = {split: score_stage1(self.cache, head, split, self.device) for split in SPLITS}
+            found = self._note("probe", l2, 0.0, {s: (of.said, of.labels) for s, of in scores.items()})
+            best = max(best, (found, out))
         self.head = best[1]
         self.journal.body["probe_l2"] = float(self.head.name)
 
@@ -267,29 +279,34 @@ class Study:
             self.journal.body["failed"][step] = str(error).replace(str(self.data), "DATA")
             print(f"{step}: {error}", flush=True)
             return
-        for ratio in sorted({line["ratio"] for line in heads.table.to_pylist()}):
-            mine = [h["number"] for h in heads.table.to_pylist() if h["ratio"] == ratio]
-            found = {s: [self._figures(scored[s].said[n], scored[s].labels) for n in mine] for s in SPLITS}
-            self._note(name, value, ratio, found)
+        table = heads.table.to_pylist()
+        for ratio in sorted({line["ratio"] for line in table}):
+            mine = [line["number"] for line in table if line["ratio"] == ratio]
+            self._note(name, value, ratio, {s: ([of.said[n] for n in mine], of.labels) for s, of in scored.items()})
 
-    def _figures(self, said: Any, labels: np.ndarray) -> dict[str, Any]:
-        found = summary(said, labels, self.group_of)
-        return {k: found[k] for k in FIGURES}
+    def _figures(self, said: Answers, labels: np.ndarray) -> dict[str, float | None]:
+        """Of `FIGURES`, in percent."""
+        accuracy = per_class_accuracy(labels, said.guesses, len(self.group_of))
+        return {"top1": 100 * float((said.guesses == labels).mean()), **group_accuracy(accuracy, self.group_of)}
 
-    def _note(self, method: str, value: Any, ratio: float, found: Mapping[str, list[dict[str, Any]]]) -> None:
-        """Keeps the figures of one setting, by seed: top-1 on the validation images, all of them on the test images."""
-        self.journal.body["tried"].append(
-            {
-                "method": method,
-                "value": value,
-                "ratio": ratio,
-                "val": [round(f["top1"], 4) for f in found["val"]],
-                "test": {
-                    k: [round(f[k], 4) for f in found["test"]] for k in FIGURES if found["test"][0][k] is not None
-                },
-            }
-        )
+    def _note(
+        self, method: str, value: Any, ratio: float, said: Mapping[str, tuple[Sequence[Answers], np.ndarray]]
+    ) -> float:
+        """Keeps the figures of one setting by seed: top-1 on validation images, which is returned, all on test images.
+
+        `said`: split -> predictions of each seed's classifier, and labels.
+        """
+        found = {split: [self._figures(one, labels) for one in of] for split, (of, labels) in said.items()}
+        known = [k for k in FIGURES if found["test"][0][k] is not None]
+        val = [f["top1"] or 0.0 for f in found["val"]]
+        of, self.labels = said["test"]
+        if np.mean(val) > self.best.get((method, ratio > 0), (-1.0, []))[0]:
+            self.best[method, ratio > 0] = (float(np.mean(val)), [Answers(o.guesses, o.confidence) for o in of])
+        test = {k: [round(f[k] or 0.0, 4) for f in found["test"]] for k in known}
+        tried = {"method": method, "value": value, "ratio": ratio, "val": [round(v, 6) for v in val], "test": test}
+        self.journal.body["tried"].append(tried)
         self.journal.save()
+        return float(np.mean(val))
 
     def _matrices(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Split -> pooled features, float32 (n, C), and labels (n,)."""
@@ -305,9 +322,9 @@ class Study:
             for l2 in self.size.penalties:
                 with self.journal.step(f"{name} {l2:g}"):
                     fitted = plain_frozen.logistic_regression(*matrices["train"], l2, weighting)
-                    logits = {s: fitted.decision_function(matrices[s][0]) for s in SPLITS}
-                found = {s: [self._figures(answers(logits[s]), matrices[s][1])] for s in SPLITS}
-                self._note(name, l2, 0.0, found)
+                    shares = {s: fitted.predict_proba(matrices[s][0]) for s in SPLITS}
+                said = {s: [Answers(p.argmax(1), p.max(1))] for s, p in shares.items()}
+                self._note(name, l2, 0.0, {s: (said[s], matrices[s][1]) for s in SPLITS})
 
     def _journey(self) -> None:
         """What the steps from images to the heads of six hosts took, one learning rate each."""

@@ -13,7 +13,6 @@ import numpy as np
 
 from benchmarks.measure import table
 from h2t.pipeline.evaluation.metrics import over_seeds
-from h2t.pipeline.reporting.intervals import paired
 
 FIGURES = ("top1", "head", "medium", "tail")
 #: The hosts of the journey from images to classifiers, which the plain script is compared with.
@@ -23,35 +22,33 @@ JOURNEY = ("dr", "crt", "lws", "mislas", "balanced_softmax", "lift")
 def lines_of(body: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A line for each method, and one with H2T for each that takes it: at the setting best on the validation images.
 
-    `edge`: whether the chosen value is the smallest or largest of several; a better one may then lie beyond.
+    `edge`: whether the constant is the smallest or largest of several; a better one may then lie beyond.
     """
     lines = []
     for method in dict.fromkeys(t["method"] for t in body["tried"]):
         mine = [t for t in body["tried"] if t["method"] == method]
-        values = [t["value"] for t in mine if t["value"] is not None and not isinstance(t["value"], str)]
-        before: dict[int, float] | None = None
+        values = {t["value"] for t in mine if t["value"] is not None and not isinstance(t["value"], str)}
         for with_h2t in (False, True):
             some = [t for t in mine if (t["ratio"] > 0) == with_h2t]
             if not some:
                 continue
             best = max(some, key=lambda t: np.mean(t["val"]))
-            by_seed = dict(enumerate(best["test"]["top1"]))
-            difference = paired(by_seed, before) if before is not None else None
-            seeds = [{k: v[i] for k, v in best["test"].items()} for i in range(len(by_seed))]
+            seeds = [
+                dict(zip(best["test"], figures, strict=True)) for figures in zip(*best["test"].values(), strict=True)
+            ]
             lines.append(
                 {
-                    "method": method + (" + H2T" if with_h2t else ""),
+                    "host": method,
+                    "with_h2t": with_h2t,
                     "value": best["value"],
-                    "tried": sorted(set(values)),
-                    "edge": len(set(values)) > 1 and best["value"] in (min(values), max(values)),
+                    "tried": sorted(values),
+                    "edge": len(values) > 1 and best["value"] in (min(values), max(values)),
                     "ratio": best["ratio"],
                     "validation_top1": float(np.mean(best["val"])),
                     **over_seeds(seeds),
                     "seeds": len(seeds),
-                    "difference": difference.as_dict() if difference else None,
                 }
             )
-            before = by_seed
     return lines
 
 
@@ -60,14 +57,12 @@ def shown(body: Mapping[str, Any]) -> str:
     rows = []
     for line in body["table"]:
         figures = [_figure(line.get(k), line.get(f"{k}_std")) for k in FIGURES]
-        found = line["difference"]
-        apart = f"{found['mean']:+.2f}" if found else ""
-        if found and found["low"] is not None:
-            apart += f" [{found['low']:+.2f}, {found['high']:+.2f}] {found['verdict']}"
-        edge = " (edge)" if line["edge"] else ""
-        value = "" if line["value"] is None else f"{line['value']}{edge}"
-        rows.append([line["method"], value, f"{line['ratio']:g}" if line["ratio"] else "", *figures, apart])
-    text = [table(["method", "constant", "ratio", *FIGURES, "with H2T - without"], rows)]
+        apart = [_difference(line.get("differences", {}).get(k)) for k in ("top1", "tail")]
+        value = "" if line["value"] is None else f"{line['value']}{' (edge)' if line['edge'] else ''}"
+        name = line["host"] + (" + H2T" if line["with_h2t"] else "")
+        rows.append([name, value, f"{line['ratio']:g}" if line["ratio"] else "", *figures, *apart])
+    header = ["method", "constant", "ratio", *FIGURES, "top1, with H2T - without", "tail, with H2T - without"]
+    text = [table(header, rows)]
     if body["failed"]:
         text.append("Not trained: " + "; ".join(f"{step} ({why})" for step, why in body["failed"].items()) + ".")
     cache, costs, count = body["cache"], body["costs"], body["samples"]
@@ -103,6 +98,13 @@ def shown(body: Mapping[str, Any]) -> str:
 def _before(steps: Mapping[str, Mapping[str, float]]) -> float:
     """Processor seconds of the steps before the hosts."""
     return sum(cost["cpu"] for name, cost in steps.items() if name.partition(" ")[0] not in JOURNEY)
+
+
+def _difference(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    interval = "" if found["low"] is None else f" [{found['low']:+.2f}, {found['high']:+.2f}]"
+    return f"{found['mean']:+.2f}{interval} {found['verdict'] or 'no verdict'}"
 
 
 def _figure(mean: float | None, std: float | None) -> str:

@@ -4,8 +4,6 @@
 lines. Every line is written as soon as it is known. The quick families are tested in test_frozen_backbones.py.
 """
 
-
-
 import contextlib
 import io
 import re

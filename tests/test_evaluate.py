@@ -22,7 +22,8 @@ from h2t.pipeline.networks.trained import load_head
 from h2t.pipeline.stages import evaluate
 
 FIGURES = ("top1", "head", "medium", "tail", "ece")
-KEYS = {*FIGURES, *(f"{f}_std" for f in FIGURES), "ratio", "heads", "statistics", "groups"}
+ALL = (*FIGURES, "balanced_accuracy", "macro_f1", "top5", "nll", "temperature", "ece_scaled")
+KEYS = {*ALL, *(f"{f}_std" for f in ALL), "chosen", "ratio", "heads", "statistics", "groups"}
 
 
 def evaluated(out, cache, heads, backbone, say=silent, **params):
@@ -57,8 +58,14 @@ def slow_figures(made, split, statistics, weight, bias, group_of):
 
 def test_metrics_have_exactly_the_contracts_keys(tmp_path, made):
     metrics = evaluated(tmp_path / "e", *made[:3])
-    assert set(metrics) == {"stage1", "without_h2t", "with_h2t"}
-    for entry in metrics.values():
+    assert set(metrics) == {"stage1", "without_h2t", "with_h2t", "difference"}
+    assert set(metrics["difference"]) == set(FIGURES)
+    for figure, apart in metrics["difference"].items():
+        assert set(apart) == {"mean", "low", "high", "verdict", "covers", "seeds"}
+        assert apart["mean"] == pytest.approx(metrics["with_h2t"][figure] - metrics["without_h2t"][figure])
+        assert apart["low"] < apart["mean"] < apart["high"]
+        assert (apart["verdict"], apart["covers"], apart["seeds"]) == (None, ["seeds", "images"], 2)
+    for entry in (metrics[row] for row in ("stage1", "without_h2t", "with_h2t")):
         assert set(entry) == KEYS
         assert all(0 <= entry[f] <= 100 for f in FIGURES)
     assert (metrics["stage1"]["ratio"], metrics["stage1"]["heads"]) == (None, 1)

@@ -84,7 +84,7 @@ def test_the_table_has_a_line_for_each_setting(project, tmp_path):
     assert max(map(len, lines)) <= 80
     kept = json.loads((tmp_path / "kept/sweep.json").read_text())
     assert {line["donor"] for line in kept} == {"balanced"}
-    assert (tmp_path / "kept/lr-0.1/heads.safetensors").is_file()
+    assert (tmp_path / "kept/heads/heads.safetensors").is_file()
 
 
 def test_a_grid_can_be_kept(project, tmp_path):

@@ -216,6 +216,7 @@ def train_classifier(
     residency = params.build(Residency, "train_classifier", params.section(values, "train_classifier"))
     with opened(cache) as maps:
         names.check_host(values, name, cache, backbone, out, say)
+        stage_module.check_choice(section, name, maps)
         summary = stage_module.run(section, run_of(values, say, name, out), residency, maps, backbone)
     return vars(summary)
 
@@ -286,4 +287,6 @@ def report(
         raise click.UsageError("give EVALUATE_DIR and OUT, or --compare A B")
     section = params.build(stage_module.Params, "report", params.section(values, "report"))
     names.check_evaluated(values, evaluate_dir)
-    stage_module.run(section, Run("report", out, say=say), list(params.section(values, "hosts")), evaluate_dir, runs)
+    hosts = params.section(values, "hosts")
+    backbones = {name: host["backbone"] for name, host in hosts.items() if "backbone" in host}
+    stage_module.run(section, Run("report", out, say=say), list(hosts), evaluate_dir, runs, backbones)

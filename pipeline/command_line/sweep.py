@@ -36,7 +36,6 @@ def sweep(
     out: Path | None,
     save: bool,
     as_json: bool,
-    lr: str | None,
     **lists: str | None,
 ) -> None:
     """Try ratios, donors and seeds of the host NAME.
@@ -47,7 +46,6 @@ def sweep(
     from h2t.pipeline.base import params
     from h2t.pipeline.base.outputs import fresh_directory
     from h2t.pipeline.heads.residency import Residency
-    from h2t.pipeline.heads.stack import Optimiser
     from h2t.pipeline.inspection import sweep as work
     from h2t.pipeline.stages import evaluate, train_classifier
 
@@ -56,7 +54,6 @@ def sweep(
     if asked:
         entry = {**entry, "grid": {**(entry.get("grid") or {}), **asked}}
     section = params.build(train_classifier.Params, f"hosts.{name}", entry)
-    rates = [params.build(Optimiser, "--lr", {"lr": v}).lr for v in _values(lr or "")]
     residency = params.build(Residency, "train_classifier", params.section(values, "train_classifier"))
     evaluation = params.build(evaluate.Params, "evaluate", params.section(values, "evaluate"))
     backbone = data / "train_backbone" / section.backbone
@@ -64,7 +61,7 @@ def sweep(
     with opened(str(data / "extract" / section.backbone)) as maps, TemporaryDirectory(prefix="h2t-sweep-") as scratch:
         where = Path(scratch) / "sweep"
         run = run_of(values, say, name, where)
-        lines = work.sweep(section, run, residency, evaluation, maps, backbone, rates, data / "evaluate" / name)
+        lines = work.sweep(section, run, residency, evaluation, maps, backbone, data / "evaluate" / name)
         if out is not None:
             work.save(lines, where)
             with fresh_directory(out) as into:

@@ -1,6 +1,6 @@
 """Scores cached rows with trained heads: those of a stack, and the stage-I head."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from torch.func import vmap
 from h2t.cache.memory import available_memory
 from h2t.cache.reader import Cache
 from h2t.pipeline.base.errors import UserError
-from h2t.pipeline.evaluation.metrics import Answers, answers
+from h2t.pipeline.evaluation.metrics import Graded, answers
 from h2t.pipeline.heads.batches import sample_rows
 from h2t.pipeline.heads.features import (
     FeatureReader,
@@ -38,7 +38,7 @@ class Scores:
     statistics: str
     labels: np.ndarray
     samples: np.ndarray
-    said: list[Answers]  # one entry per head
+    said: list[Graded]  # one entry per head
 
 
 def load_heads_for(cache: Cache, heads_dir: Path, backbone_dir: Path) -> Heads:
@@ -58,31 +58,43 @@ def load_heads_for(cache: Cache, heads_dir: Path, backbone_dir: Path) -> Heads:
     return heads
 
 
-def score_heads(cache: Cache, heads: Heads, split: str, statistics: str, device: torch.device) -> Scores:
+def score_heads(
+    cache: Cache,
+    heads: Heads,
+    split: str,
+    statistics: str,
+    device: torch.device,
+    temperatures: Sequence[float] | None = None,
+) -> Scores:
     """Predictions of all heads of a stack for the samples of `split`, from the rows under `statistics`.
 
-    Raises UserError for logits that are not finite.
+    `temperatures`: what each head's logits are divided by; None is 1. Raises UserError for logits that are not finite.
     """
     rows = sample_rows(cache.rows, split, statistics)
     blocks = _logits_in_blocks(cache, heads, rows.first, device)
-    return Scores(statistics, rows.labels, rows.samples, _answered(cache, blocks, len(heads.table), len(rows.first)))
+    divisors = temperatures or [1.0] * len(heads.table)
+    return Scores(statistics, rows.labels, rows.samples, _answered(cache, blocks, divisors, rows.labels))
 
 
 def _answered(
-    cache: Cache, blocks: Iterator[tuple[np.ndarray, torch.Tensor]], heads: int, samples: int
-) -> list[Answers]:
-    """Predictions of each head from blocks of logits (heads, n, classes), which together cover all `samples`.
+    cache: Cache, blocks: Iterator[tuple[np.ndarray, torch.Tensor]], temperatures: Sequence[float], labels: np.ndarray
+) -> list[Graded]:
+    """Predictions of each head from blocks of logits (heads, n, classes), which together cover all `labels`.
 
+    Logits are divided by the `temperatures` of the heads.
     The arrays are made once: with many heads and samples, they are most of what evaluation holds. They are written to
     before the first block, so that the size of the blocks is chosen from the memory that is left.
     """
-    said = [Answers(np.full(samples, -1, np.int32), np.full(samples, np.nan)) for _ in range(heads)]
+    kinds = {"guesses": np.int32, "confidence": np.float64, "rank": np.int32, "loss": np.float64}
+    said = [Graded(**{name: np.full(len(labels), -1, kind) for name, kind in kinds.items()}) for _ in temperatures]
     first = 0
     for part, block in blocks:
-        for mine, logits_of_head in zip(said, _finite(block, cache, part).numpy(), strict=True):
-            found = answers(logits_of_head)
-            mine.guesses[first : first + len(part)] = found.guesses
-            mine.confidence[first : first + len(part)] = found.confidence
+        finite = _finite(block, cache, part).numpy()
+        for mine, temperature, logits_of_head in zip(said, temperatures, finite, strict=True):
+            block_of = slice(first, first + len(part))
+            found = answers(logits_of_head, labels[block_of], temperature)
+            for name in kinds:
+                getattr(mine, name)[block_of] = getattr(found, name)
         first += len(part)
     return said
 
@@ -100,18 +112,22 @@ def _logits_in_blocks(
     cache: Cache, heads: Heads, rows: np.ndarray, device: torch.device
 ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
     """Blocks of `rows` in order, each with its logits (heads, n, classes) on `device`, not checked."""
-    head = heads.head(device)
+    kinds = heads.kinds(device)
+    pool = kinds[0][1].pool
     already = identity_if_pooled(cache, pool_label(heads.parts.pool, heads.parts.pool_options))
-    pooling = already or ((lambda maps: head.pool({}, maps)) if head.pool.commutes else None)
-    state = {name: t.to(device) for name, t in heads.state.items()}
-    reader = FeatureReader(cache, pooling)
+    reader = FeatureReader(cache, already or ((lambda maps: pool({}, maps)) if pool.commutes else None))
+    one = len(kinds) == 1  # the usual case, without a copy
+    states = [{k: (t if one else t[numbers]).to(device) for k, t in heads.state.items()} for numbers, _ in kinds]
+    order = torch.tensor([number for numbers, _ in kinds for number in numbers]).argsort()
 
     numbers = reader.row_bytes // reader.dtype.itemsize
     for part in _blocks(rows, max(numbers, len(heads.about["counts"])) * len(heads.table)):
         x = reader.read(part).to(device, torch.float32)  # (E, n, C[, H, W])
         with torch.no_grad():
-            block: torch.Tensor = vmap(head.logits, in_dims=(0, None))(state, x)
-        yield part, block
+            blocks = [
+                vmap(head.logits, in_dims=(0, None))(own, x) for (_, head), own in zip(kinds, states, strict=True)
+            ]
+        yield part, blocks[0] if one else torch.cat(blocks)[order.to(device)]
 
 
 def _blocks(rows: np.ndarray, numbers: int) -> list[np.ndarray]:
@@ -134,22 +150,38 @@ def _finite(block: torch.Tensor, cache: Cache, rows: np.ndarray) -> torch.Tensor
     return block
 
 
-def score_stage1(cache: Cache, head: StageOneHead, split: str, device: torch.device) -> Scores:
+def score_stage1(
+    cache: Cache, head: StageOneHead, split: str, device: torch.device, temperature: float = 1.0
+) -> Scores:
     """Predictions of the stage-I head for the samples of `split`, under `stage1` statistics; `said` has one entry.
 
-    Raises UserError for logits that are not finite, and for a cache pooled by anything but an average.
+    Logits are divided by `temperature`. Raises UserError for logits that are not finite, and for a cache pooled by
+    anything but an average.
     """
     rows = sample_rows(cache.rows, split, STAGE1)
+    blocks = _stage1_in_blocks(cache, head, rows.first, device)
+    return Scores(STAGE1, rows.labels, rows.samples, _answered(cache, blocks, [temperature], rows.labels))
+
+
+def stage1_logits(cache: Cache, head: StageOneHead, rows: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Logits of the stage-I head on the cache's `rows`, int (n,): float32 (n, classes), in host memory.
+
+    Raises UserError as `score_stage1` does.
+    """
+    blocks = _stage1_in_blocks(cache, head, rows, device)
+    return torch.cat([_finite(block, cache, part)[0] for part, block in blocks])
+
+
+def _stage1_in_blocks(
+    cache: Cache, head: StageOneHead, rows: np.ndarray, device: torch.device
+) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+    """Blocks of `rows` in order, each with its logits (1, n, classes) on `device`, not checked."""
     identity_if_pooled(cache, "gap")  # the stage-I head takes averages only
     reader = FeatureReader(cache, global_average)
     state = {name: t.to(device) for name, t in head.state.items()}
-
-    def blocks() -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-        for part in _blocks(rows.first, reader.row_bytes // 4 + cache.experts * head.state["weight"].shape[-2]):
-            with torch.no_grad():
-                features = reader.read(part).to(device)
-                features = features if head.frozen is None else head.frozen(features)
-                block = logits(head.classifier, state, features, head.scale)
-            yield part, block[None]
-
-    return Scores(STAGE1, rows.labels, rows.samples, _answered(cache, blocks(), 1, len(rows.first)))
+    for part in _blocks(rows, reader.row_bytes // 4 + cache.experts * head.state["weight"].shape[-2]):
+        with torch.no_grad():
+            features = reader.read(part).to(device)
+            features = features if head.frozen is None else head.frozen(features)
+            block = logits(head.classifier, state, features, head.scale)
+        yield part, block[None]

@@ -1,6 +1,6 @@
 """Tables of single heads that evaluate writes: accuracy per class, confusion, predictions. Number -1 is stage I."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from h2t.pipeline.data.classes import groups
-from h2t.pipeline.evaluation.metrics import Answers, confusion, per_class_accuracy
+from h2t.pipeline.evaluation.intervals import differences
+from h2t.pipeline.evaluation.metrics import Answers, confusion, per_class_accuracy, precision_and_f1
 from h2t.pipeline.evaluation.scoring import Scores
 
 
@@ -20,28 +21,87 @@ def write_per_class(
     first: Mapping[str, Scores],
     counts: list[int],
 ) -> None:
-    """Writes `per_class.parquet`: one line per (head, split, statistics, class), accuracy in percent.
+    """Writes `per_class.parquet`: one line per (head, split, statistics, class).
+
+    In percent: `accuracy` (of the class's samples, which is its recall), `precision` (of what is predicted as the
+    class) and `f1`; null where undefined.
 
     `table` holds the lines of heads.parquet, `scored` the scores of the stack by (split, statistics), `first` those of
     the stage-I head by split, `counts` the training images of each class. Each line also states the class's group by
     every group definition.
     """
     defined = groups(counts)
-    columns: dict[str, list[Any]] = {k: [] for k in ("number", "split", "statistics", "class", "count", "accuracy")}
+    names = ("number", "split", "statistics", "class", "count", "accuracy", "precision", "f1")
+    columns: dict[str, list[Any]] = {name: [] for name in names}
     of: dict[str, list[Any]] = {name: [] for name in defined}
     results = [(h["number"], h["number"], split, r) for (split, _), r in scored.items() for h in table]
     results += [(-1, 0, split, r) for split, r in first.items()]
     for head, position, split, result in results:
-        accuracy = per_class_accuracy(result.labels, result.said[position].guesses, len(counts))
+        guesses = result.said[position].guesses
+        accuracy = per_class_accuracy(result.labels, guesses, len(counts))
+        precision, f1 = precision_and_f1(result.labels, guesses, len(counts))
         columns["number"] += [head] * len(counts)
         columns["split"] += [split] * len(counts)
         columns["statistics"] += [result.statistics] * len(counts)
         columns["class"] += range(len(counts))
         columns["count"] += counts
-        columns["accuracy"] += [None if np.isnan(a) else float(a) for a in accuracy]
+        for name, values in (("accuracy", accuracy), ("precision", precision), ("f1", f1)):
+            columns[name] += [None if np.isnan(v) else float(v) for v in values]
         for name, members in defined.items():
             of[name] += members
     pq.write_table(pa.table({**columns, **of}), into / "per_class.parquet", compression="zstd")
+
+
+STANDARD = ("instance", "random")  # donor and selection of H2T as published
+
+
+def compared(
+    lines: Sequence[Mapping[str, Any]],
+    result: Scores,
+    first: Scores | None,
+    group_of: Sequence[str | None],
+    seeded: bool,
+) -> list[dict[str, Any]]:
+    """The differences of every setting on the test split, as lines of `differences.parquet`.
+
+    `lines` are those of the heads to compare: number, seed, ratio, donor, selection. Heads are paired by seed.
+    `against` says what is subtracted: `stage1`, `without_h2t` (ratio 0), or `standard` (donor instance, selection
+    random, the same ratio). `seeded` is False for a host whose fit does not depend on a seed.
+    """
+    settings: dict[tuple[float, str, str], dict[int, int]] = {}
+    for line in lines:
+        ratio = float(line["ratio"])
+        setting = (ratio, *((line["donor"], line["selection"]) if ratio else STANDARD))
+        settings.setdefault(setting, {}).setdefault(line["seed"], line["number"])
+
+    found: list[dict[str, Any]] = []
+    for setting, numbers in sorted(settings.items()):
+        others: dict[str, dict[int, int]] = {}
+        if setting[0]:
+            others["without_h2t"] = settings.get((0.0, *STANDARD), {})
+            if setting[1:] != STANDARD:
+                others["standard"] = settings.get((setting[0], *STANDARD), {})
+        pairs = {
+            against: [(result.said[n], result.said[before[s]]) for s, n in sorted(numbers.items()) if s in before]
+            for against, before in others.items()
+        }
+        if first and np.array_equal(first.samples, result.samples):
+            pairs["stage1"] = [(result.said[n], first.said[0]) for n in numbers.values()]
+        for against, both in pairs.items():
+            if both:
+                after, before = zip(*both, strict=True)
+                apart = differences(after, before, result.labels, group_of, seeded)
+                about = {"ratio": setting[0], "donor": setting[1], "selection": setting[2], "against": against}
+                found += [{**about, "figure": name, **d.as_dict()} for name, d in apart.items() if d]
+    return found
+
+
+def write_differences(into: Path, found: list[dict[str, Any]]) -> None:
+    """Writes `differences.parquet` from the lines that `compared` made."""
+    text, number = pa.string(), pa.float64()
+    kinds = {"ratio": number, "donor": text, "selection": text, "against": text, "figure": text, "mean": number}
+    kinds |= {"low": number, "high": number, "verdict": text, "covers": pa.list_(text), "seeds": pa.int64()}
+    pq.write_table(pa.Table.from_pylist(found, pa.schema(kinds)), into / "differences.parquet", compression="zstd")
 
 
 def each(result: Scores, first: Scores | None, kept: list[int]) -> list[tuple[int, Answers]]:

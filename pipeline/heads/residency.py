@@ -221,7 +221,7 @@ class Feed:
         for window in in_background(windows, meter=self.meter) if self.choice.tier == "stream" else windows:
             epoch, begin, batches, table = window if isinstance(window, tuple) else window()
             for step, batch in enumerate(batches, begin):
-                self.meter.bytes_used += (batch.receivers.size + batch.donors.size) * row_bytes
+                self.meter.bytes_used += batch.rows.size * row_bytes
                 yield Step(epoch, step, batch, table)
             del window, batches, table  # before another window is read: at most two at a time
 
@@ -253,7 +253,7 @@ class Feed:
     def _stream(self, epoch: int, steps: range) -> Window:
         """Reads a window: its batches, and the features of their rows. Hot rows are in memory already."""
         batches = [self.streams.batch(epoch, step) for step in steps]
-        rows = np.unique(np.concatenate([part.ravel() for b in batches for part in (b.receivers, b.donors)]))
+        rows = np.unique(np.concatenate([batch.rows for batch in batches]))
         rows = np.setdiff1d(rows, self._hot_rows, assume_unique=True)
         values = self.reader.read(rows, self.device)
         for batch in batches:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from h2t.pipeline.base.params import Count, Epochs, NonNegative, Rate, Ratio, Se
 from h2t.pipeline.base.progress import progress
 from h2t.pipeline.base.seeds import stream
 from h2t.pipeline.heads.batches import Batch
-from h2t.pipeline.heads.descent import Descent
+from h2t.pipeline.heads.descent import Descent, Run
 from h2t.pipeline.heads.features import FeatureTable
 from h2t.pipeline.heads.folded import Folded, Groups
 from h2t.pipeline.heads.fusion import (
@@ -35,7 +36,7 @@ from h2t.pipeline.heads.fusion import (
     shuffle,
 )
 from h2t.pipeline.heads.head import Head
-from h2t.pipeline.heads.host import GradientHost
+from h2t.pipeline.heads.host import GradientHost, TrainingBatch
 from h2t.pipeline.heads.residency import Feed, Step
 from h2t.pipeline.networks.classifier import expert_logits
 from h2t.pipeline.networks.trained import StageOneHead
@@ -44,6 +45,7 @@ from h2t.pipeline.training.resume import Checkpoint
 LEAST_LENGTH = 1e-12  # of a feature vector, as in torch's `normalize`
 FOLDED_CLASSES = 2  # of more classes than this times the batch, fused features cost less than folded weights
 FLOAT = 4  # bytes of a float32, which heads compute with
+PER_HEAD = ("lr", "weight_decay")  # constants in which heads of one stack may differ
 
 
 class NotFinite(Exception):
@@ -56,13 +58,23 @@ class NotFinite(Exception):
 
 @dataclass(frozen=True)
 class HeadSetting:
-    """What distinguishes one head of a stack from the others; `rounding` is the same for all."""
+    """What distinguishes one head of a stack from the others; `rounding` is the same for all.
+
+    `constants`: (name, value) of the constants in which it differs from the host's own settings: `lr`, `weight_decay`,
+    `scale`, and `loss.KEY` for a constant of the loss. Heads of one stack have equal `kind`s.
+    """
 
     ratio: float
     donor: str
     selection: Selection
     seed: int
     rounding: Rounding = "floor"
+    constants: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def kind(self) -> tuple[tuple[str, Any], ...]:
+        """The constants that heads of one stack share: all but those of the optimiser."""
+        return tuple((name, value) for name, value in self.constants if name not in PER_HEAD)
 
     def replaced(self, channels: int) -> int:
         """How many of `channels` are replaced."""
@@ -87,6 +99,21 @@ class Optimiser(Section):
         """The learning rate of `epoch`, counted from 0; it is constant within an epoch and never reaches 0."""
         return 0.5 * self.lr * (1 + math.cos(math.pi * epoch / self.epochs))
 
+    def of(self, head: HeadSetting) -> "Optimiser":
+        """The settings that `head` is trained with."""
+        return self.model_copy(update={name: value for name, value in head.constants if name in PER_HEAD})
+
+    def runs(self, heads: Sequence[HeadSetting]) -> list[Run] | None:
+        """Runs of neighbours among `heads` with equal constants; None if all of them have these settings."""
+        own = [self.of(head) for head in heads]
+        if all(settings == self for settings in own):
+            return None
+        runs: list[Run] = []
+        for settings, same in groupby(own):
+            first = runs[-1].end if runs else 0
+            runs.append(Run(first, first + len(list(same)), settings.lr / self.lr, settings.weight_decay))
+        return runs
+
 
 def not_finite(state: Mapping[str, torch.Tensor]) -> tuple[int, str] | None:
     """(head, parameter) of the first NaN or infinite value in `state` (name -> (K, ...)), or None."""
@@ -95,6 +122,17 @@ def not_finite(state: Mapping[str, torch.Tensor]) -> tuple[int, str] | None:
         if not finite.all():
             return int((~finite).nonzero()[0]), name
     return None
+
+
+def _axes(batch: TrainingBatch) -> Any:
+    """The axis of the heads in each part of a batch, for vmap."""
+    return TrainingBatch(*(0 if isinstance(part, torch.Tensor) else None for part in batch))  # type: ignore[arg-type]
+
+
+def _taken(batch: TrainingBatch, seeds: torch.Tensor | int, features: torch.Tensor) -> TrainingBatch:
+    """The parts of one seed or, with an index for each head, those of the heads; `features` as given."""
+    rest = (part[seeds] if isinstance(part, torch.Tensor) else part for part in batch[1:])
+    return TrainingBatch(features, *rest)  # type: ignore[arg-type]
 
 
 class Stack:
@@ -132,12 +170,10 @@ class Stack:
         self.state: dict[str, torch.Tensor] = {}
         changes = type(self.host).update is not GradientHost.update
         self.at_once = at_once and head.linear and len(feed.shape) == 1 and not changes
-        self._on_logits = copy(self.host)
-        self._on_logits.classifier = "given"
         # Feature mixup changes lengths by more than its shares, and shuffled donors are different for each head.
         usual = not len(shuffled) and not (self._mixing and self.host.classifier == "cosine")
         few = self.host.context.classes <= FOLDED_CLASSES * self.streams.batch_size
-        self._folds = usual and few and bool(self.replaced.any())
+        self._folds = usual and few and bool(self.replaced.any()) and not self.host.augments
         self._groups = Groups(self._seed_index, donor_index, self.device)
 
     def start(self, stage1: StageOneHead) -> None:
@@ -145,6 +181,12 @@ class Stack:
 
         Raises UserError if the stage-I classifier does not fit the host.
         """
+        if self.host.prepares:
+            rows = self.streams.receivers
+            x = self.feed.reader.read(rows.first).to(self.device, self.dtype)
+            self.head.prepare(x, torch.from_numpy(rows.labels).to(self.device), stage1)
+        self._on_logits = copy(self.host)
+        self._on_logits.classifier = "given"
         each = [self.head.initial(stage1, stream(h.seed, "initial")) for h in self.heads]
         self.state = {
             name: torch.stack([e[name] for e in each]).to(self.device, self.dtype, copy=True) for name in each[0]
@@ -176,11 +218,45 @@ class Stack:
         each = [by_seed[h.seed] for h in self.heads if h.selection == "shuffled"]
         return torch.from_numpy(np.stack(each)).to(self.device)
 
+    def given(self, at: Step, progress: float = 0.0) -> TrainingBatch:
+        """What a step brings, with a leading axis of seeds: `features` are the receivers before fusion, augmented."""
+        batch, table = at.batch, at.table
+        by_seed = [
+            self.host.noise(stream(seed, "noise", at.epoch, at.step), batch.labels.shape[1])
+            for seed in self.streams.seeds
+        ]
+        drawn = [n for n in by_seed if n is not None]
+        labels, samples, partner_labels = (
+            torch.from_numpy(part).to(self.device) for part in (batch.labels, batch.samples, batch.partner_labels)
+        )
+        paired = self.streams.partner is not None
+        given = TrainingBatch(
+            table.take(batch.receivers),
+            labels,
+            torch.stack(drawn).to(self.device, self.dtype) if drawn else None,
+            samples,
+            table.take(batch.partners) if paired else None,
+            partner_labels if paired else None,
+            progress,
+        )
+        if not self.host.augments:
+            return given
+        each = [_taken(given, seed, receivers) for seed, receivers in enumerate(given.features)]
+        return given._replace(features=torch.stack([self.host.augment(one) for one in each]))
+
     def fused(
-        self, batch: Batch, table: FeatureTable, masks: torch.Tensor, orders: torch.Tensor | None = None
+        self,
+        batch: Batch,
+        table: FeatureTable,
+        masks: torch.Tensor,
+        orders: torch.Tensor | None = None,
+        receivers: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The fused input of every head, (K, E, B, C[, H, W]), in the feed's dtype."""
-        receivers = table.take(batch.receivers)[self._seed]
+        """The fused input of every head, (K, E, B, C[, H, W]), in the feed's dtype.
+
+        `receivers` (seeds, E, B, C[, H, W]): by default those in `table`, as they are.
+        """
+        receivers = (table.take(batch.receivers) if receivers is None else receivers)[self._seed]
         if not self.replaced.any():
             return receivers
         donors = table.take(batch.donors)[self._seed, self._donor]
@@ -193,48 +269,44 @@ class Stack:
             x = torch.where(share > 0, mix(receivers, donors, share), x)
         return x
 
-    def step(self, at: Step, descent: Descent, rate: float) -> torch.Tensor:
-        """Makes one step of every head at learning rate `rate`. Returns their losses before the step, (K,)."""
+    def step(self, at: Step, descent: Descent, rate: float, progress: float = 0.0) -> torch.Tensor:
+        """Makes one step of every head at learning rate `rate`. Returns their losses before the step, (K,).
+
+        `progress`: finished epochs / epochs.
+        """
         epoch, step, batch, table = at
         masks, orders = self.masks(epoch, step), self.orders(epoch, step, batch.labels.shape[1])
-        labels = torch.from_numpy(batch.labels).to(self.device)[self._seed]
-        by_seed = [
-            self.host.noise(stream(seed, "noise", epoch, step), batch.labels.shape[1]) for seed in self.streams.seeds
-        ]
-        drawn = [n for n in by_seed if n is not None]
-        noise = torch.stack(drawn).to(self.device, self.dtype)[self._seed] if drawn else None
+        given = self.given(at, progress)
         if self.at_once:
-            losses = self._gradients_at_once(self._logits(batch, table, masks, orders), labels, noise)
+            logits = self._logits(given.features, batch, table, masks, orders)
+            losses = self._gradients_at_once(_taken(given._replace(partners=None), self._seed, logits))
             descent.step(rate)
             return losses
-        x = self.fused(batch, table, masks, orders)
-        losses = self._gradients(x, labels, noise)
+        x = self.fused(batch, table, masks, orders, given.features)
+        of_heads = _taken(given, self._seed, x)
+        losses = self._gradients(of_heads)
         descent.step(rate)
         if self.host.fixed:
             state = {name: t.detach() for name, t in self.state.items()}
-            self.state.update(vmap(self.head.update)(state, x))
+            self.state.update(vmap(self.head.update)(state, x, of_heads.labels))
         return losses
 
-    def _gradients(self, x: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
-        """Sets the gradients of any heads from their fused inputs (K, E, B, C[, H, W]). Returns the losses, (K,)."""
+    def _gradients(self, batch: TrainingBatch) -> torch.Tensor:
+        """Sets the gradients of any heads; `features` are their fused inputs. Returns the losses, (K,)."""
         trained = {name: t.detach() for name, t in self.state.items() if name not in self.host.fixed}
         fixed = {name: t for name, t in self.state.items() if name in self.host.fixed}
 
-        def loss(own: dict[str, torch.Tensor], fixed: dict[str, torch.Tensor], *rest: Any) -> torch.Tensor:
-            return self.head.loss({**own, **fixed}, *rest)
+        def loss(own: dict[str, torch.Tensor], fixed: dict[str, torch.Tensor], batch: TrainingBatch) -> torch.Tensor:
+            return self.head.batch_loss({**own, **fixed}, batch)
 
-        gradient = vmap(grad_and_value(loss), in_dims=(0, 0, 0, 0, None if noise is None else 0))
-        grads, losses = gradient(trained, fixed, x, labels, noise)
+        grads, losses = vmap(grad_and_value(loss), in_dims=(0, 0, _axes(batch)))(trained, fixed, batch)
         for name, gradients in grads.items():
             self.state[name].grad = gradients
         return losses.detach()
 
-    def _gradients_at_once(
-        self, logits: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Sets the gradients of linear heads from their experts' logits (K, E, B, N). Returns the losses, (K,)."""
-        loss = vmap(self._on_logits.loss, in_dims=(0, 0, 0, None if noise is None else 0))
-        losses = loss(self.state, logits, labels, noise)
+    def _gradients_at_once(self, batch: TrainingBatch) -> torch.Tensor:
+        """Sets the gradients of linear heads; `features` are their experts' logits (K, E, B, N). Returns the losses."""
+        losses = vmap(self._on_logits.batch_loss, in_dims=(0, _axes(batch)))(self.state, batch)
         trained = {name: t for name, t in self.state.items() if name not in self.host.fixed}
         gradients = torch.autograd.grad(losses.sum(), list(trained.values()))
         for tensor, gradient in zip(trained.values(), gradients, strict=True):
@@ -242,13 +314,19 @@ class Stack:
         return losses.detach()
 
     def _logits(
-        self, batch: Batch, table: FeatureTable, masks: torch.Tensor, orders: torch.Tensor | None
+        self,
+        receivers: torch.Tensor,
+        batch: Batch,
+        table: FeatureTable,
+        masks: torch.Tensor,
+        orders: torch.Tensor | None,
     ) -> torch.Tensor:
-        """The experts' logits of every head on its fused features, (K, E, B, N)."""
+        """The experts' logits of every head on its fused features, (K, E, B, N); `receivers` (seeds, E, B, C)."""
         host, state = self.host, self.state
         if not self._folds:
-            return expert_logits(host.classifier, state, self.fused(batch, table, masks, orders), host.scale)
-        receivers, donors = table.take(batch.receivers), table.take(batch.donors)
+            x = self.fused(batch, table, masks, orders, receivers)
+            return expert_logits(host.classifier, state, x, host.scale)
+        donors = table.take(batch.donors)
         groups = self._groups
         pairs = torch.cat([receivers[groups.seed], donors[groups.seed, groups.donor]], dim=-1)
         share = torch.where(self._share[:, None, None] > 0, self._share[:, None, None], masks.to(self.dtype))
@@ -273,14 +351,17 @@ class Stack:
         weights. Raises NotFinite after the first epoch that ends with a weight that is NaN or infinite.
         """
         trained = {name: t for name, t in self.state.items() if name not in self.host.fixed}
-        descent = Descent(trained, self.host.rates, settings.momentum, settings.weight_decay)
+        runs = settings.runs(self.heads)
+        descent = Descent(trained, self.host.rates, settings.momentum, settings.weight_decay, runs)
         losses = torch.zeros(settings.epochs, len(self.heads), dtype=self.dtype, device=self.device)
         first = save.restore(self.state, descent, losses) if save else 0
         steps = self.streams.steps
         bar = progress(None, f"train_classifier {name}", unit="step", total=settings.epochs * steps, initial=first)
         with bar:
             for at in self.feed.steps(settings.epochs, *divmod(first, steps)):
-                losses[at.epoch] += self.step(at, descent, settings.rate(at.epoch)) * at.batch.labels.shape[1]
+                progress_made = at.epoch / settings.epochs
+                lost = self.step(at, descent, settings.rate(at.epoch), progress_made)
+                losses[at.epoch] += lost * at.batch.labels.shape[1]
                 bar.update()
                 if at.step == steps - 1 and (bad := not_finite(self.state)):
                     raise NotFinite(at.epoch, *bad)

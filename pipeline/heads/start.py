@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
@@ -78,8 +79,11 @@ def fit_probe(
     device: torch.device,
     frozen: FrozenPart | None,
     say: Say = silent,
+    rows: pa.Table | None = None,
 ) -> StageOneHead:
     """The probe on the pooled training rows of `cache`, view 0 of each sample, after the `frozen` part of the backbone.
+
+    `rows`: some of the cache's rows, to fit to those alone.
 
     Raises UserError if the cache has several experts, no training rows under `stage1` statistics, maps that are not
     finite, or more of them than fit into memory.
@@ -90,23 +94,23 @@ def fit_probe(
             "backbone's own head (head: trained)"
         )
     identity_if_pooled(cache, "gap")  # raises for vectors of another pool
-    rows = sample_rows(cache.rows, "train", STATISTICS)
+    used = sample_rows(cache.rows if rows is None else rows, "train", STATISTICS)
     classes = len(recorded_names(cache.spec.provenance, cache.files))
     channels = cache.spec.maps[0][0]
     width = max(channels, frozen.outputs(channels)) if frozen else channels
-    need = 4 * COPIES * len(rows.first) * (width + classes)
+    need = 4 * COPIES * len(used.first) * (width + classes)
     if need > (room := available_memory()):
         raise UserError(
-            f"{cache.files}: a probe on {counted(len(rows.first), 'sample')} needs {amount(need)} of memory; "
+            f"{cache.files}: a probe on {counted(len(used.first), 'sample')} needs {amount(need)} of memory; "
             f"{amount(room)} are available; raise the memory limit, or use host crt, which starts from random weights"
         )
-    features = FeatureReader(cache, global_average).read(rows.first)[0].to(device)
-    if not features.isfinite().all() and (row := first_not_finite(cache, rows.first)):
+    features = FeatureReader(cache, global_average).read(used.first)[0].to(device)
+    if not features.isfinite().all() and (row := first_not_finite(cache, used.first)):
         raise UserError(f"{cache.files}: {row} holds NaN or infinity; extract again, or correct and import it again")
     if frozen:
         with torch.no_grad():
             features = frozen.to(device)(features)
-    state = probe.fit(features, torch.from_numpy(rows.labels).to(device), classes, settings, classifier, say)
+    state = probe.fit(features, torch.from_numpy(used.labels).to(device), classes, settings, classifier, say)
     cpu = {name: t.cpu() for name, t in state.items()}
     return StageOneHead(cpu, classifier, settings.scale if classifier == "cosine" else 1.0, frozen)
 
@@ -129,17 +133,22 @@ def _of(cache: Cache, settings: Probe) -> dict[str, Any]:
     }
 
 
-def backbone_head(cache: Cache, folder: Path, classifier: str, device: torch.device, say: Say) -> StageOneHead:
+def backbone_head(
+    cache: Cache, folder: Path, classifier: str, device: torch.device, say: Say, rows: pa.Table | None = None
+) -> StageOneHead:
     """The head of the backbone in `folder`: trained in stage I, or a probe of the kind `classifier`.
 
     `folder` was written by train-backbone or probe, or is `none`; then, and with `head: none`, the result is empty.
-    Raises UserError for a probe of another cache.
+    With `rows`, some of the cache's rows, a probe is fitted to those alone. Raises UserError for a probe of another
+    cache.
     """
     trained = load_head(folder)
     if str(folder) == NONE or trained.about.get("head") != "probe":
         return trained
     kind: Kind = "cosine" if classifier == "cosine" else "linear"
     settings = build(Probe, f"{folder}: probe", trained.about["probe"])
+    if rows is not None:
+        return fit_probe(cache, settings, kind, device, trained.frozen, say, rows)
     expected = _of(cache, settings)
     saved = folder if "cache" in trained.about else folder.parent.parent / "probe" / folder.name
     if (saved / PROBES[kind]).is_file():

@@ -1,7 +1,8 @@
 """Loads trained heads from disk and builds the `Head` object that computes with their state."""
 
 import json
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from h2t.pipeline.base.params import build
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.heads.features import load_pool
 from h2t.pipeline.heads.head import Head
-from h2t.pipeline.heads.host import Context
+from h2t.pipeline.heads.host import Context, GradientHost
 from h2t.pipeline.networks.frozen import FrozenPart, from_file
 from h2t.pipeline.networks.weights import load_weights
+
+LOSS = "loss."  # prefix of the constants of a loss among those of a head
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,12 @@ class HeadParts:
     pool: str
     pool_options: dict[str, Any]
     where: str
+
+    def of(self, constants: Iterable[tuple[str, Any]]) -> "HeadParts":
+        """The parts of a head with `constants` of its own, as in `HeadSetting`."""
+        own = dict(constants)
+        loss = {name.removeprefix(LOSS): value for name, value in own.items() if name.startswith(LOSS)}
+        return replace(self, loss={**self.loss, **loss}, scale=own.get("scale", self.scale))
 
 
 def build_head(
@@ -55,14 +64,20 @@ def build_head(
             f"{parts.where}.host: {parts.host} needs maps right before its classifier, and this backbone has layers "
             "between; choose another host or another backbone"
         )
+    if frozen is not None and isinstance(host, GradientHost) and host.augments:
+        raise UserError(
+            f"{parts.where}.host: {parts.host} changes what its classifier gets before fusion, and this backbone has "
+            "layers between pooling and classifier; choose another host or another backbone"
+        )
     return Head(host, pool, frozen)
 
 
 @dataclass(frozen=True)
 class Heads:
-    """A trained stack of K heads. `state`: name -> (K, ...). `table`: a line per head. `about`: the host's settings.
+    """K trained heads of a host. `state`: name -> (K, ...). `table`: a line per head. `about`: the host's settings.
 
-    `frozen` is what lies between pool and classifier, the same for all heads.
+    `frozen` is what lies between pool and classifier, the same for all heads. Columns of `table` that are named in
+    `constants` hold constants in which heads differ from the host's settings.
     """
 
     state: dict[str, torch.Tensor]
@@ -79,10 +94,34 @@ class Heads:
         counts, *rest = (self.about[f.name] for f in fields(Context))
         return Context(torch.tensor(counts), *rest)
 
-    def head(self, device: torch.device) -> Head:
-        """What computes, on `device`, with the state of one head. Raises UserError for options that do not fit."""
+    @property
+    def constants(self) -> list[str]:
+        return list(self.about.get("constants", []))
+
+    def of(self, numbers: Sequence[int]) -> "Heads":
+        """The heads `numbers` alone, numbered anew from 0."""
+        table = self.table.take(pa.array(numbers, pa.int64()))
+        renumbered = table.set_column(0, "number", pa.array(range(len(numbers)), pa.int64()))
+        return Heads({k: t[list(numbers)] for k, t in self.state.items()}, renumbered, self.about, self.frozen)
+
+    def parts_of(self, number: int) -> HeadParts:
+        """The plug-ins and options of one head, with its own constants."""
+        return self.parts.of((name, self.table[name][number].as_py()) for name in self.constants)
+
+    def kinds(self, device: torch.device) -> list[tuple[list[int], Head]]:
+        """What computes, on `device`, with the states of which heads; heads of equal constants share it.
+
+        Raises UserError for options that do not fit.
+        """
         frozen = None if self.frozen is None else self.frozen.to(device)
-        return build_head(self.parts, self.context, self.about.get("map_channels"), frozen)
+        alike: dict[str, list[int]] = {}
+        for number in range(len(self.table)):
+            alike.setdefault(repr(self.parts_of(number)), []).append(number)
+        channels = self.about.get("map_channels")
+        return [
+            (numbers, build_head(self.parts_of(numbers[0]), self.context, channels, frozen))
+            for numbers in alike.values()
+        ]
 
 
 def load_heads(folder: Path) -> Heads:

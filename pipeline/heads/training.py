@@ -1,10 +1,12 @@
 """Trains all heads of one host, by gradient descent or by a closed-form fit."""
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
 import torch
 
+from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.heads.batches import Streams
 from h2t.pipeline.heads.features import FeatureReader
@@ -27,38 +29,44 @@ class Trained:
     restored: int = 0
 
 
-def fit(head: Head, stage1: StageOneHead, streams: Streams, reader: FeatureReader, device: torch.device) -> Trained:
-    """The one classifier of a host with a closed-form fit, on the unaugmented view of every training sample."""
+def fit(
+    heads: Sequence[Head], stage1: StageOneHead, streams: Streams, reader: FeatureReader, device: torch.device
+) -> Trained:
+    """The classifiers of a host with a closed-form fit, on the unaugmented view of every training sample."""
     features = reader.read(streams.receivers.first).to(device, torch.float32)
-    state = head.fit(features, torch.from_numpy(streams.receivers.labels).to(device), stage1)
+    labels = torch.from_numpy(streams.receivers.labels).to(device)
+    states = [head.fit(features, labels, stage1) for head in heads]
+    for state in states:
+        _check_alike(states[0], state)
     history = pa.table({"number": [], "epoch": [], "lr": [], "loss": []}, schema=HISTORY)
-    return Trained({k: t.to(torch.float32)[None] for k, t in state.items()}, history)
+    return Trained({k: torch.stack([state[k].to(torch.float32) for state in states]) for k in states[0]}, history)
 
 
 def train(
     optimiser: Optimiser,
     run: Run,
-    head: Head,
+    head_of: Callable[[HeadSetting], Head],
     parts: list[list[HeadSetting]],
     feed: Feed,
     stage1: StageOneHead,
     token: str,
 ) -> Trained:
-    """Trains all heads by gradient descent, part by part."""
+    """Trains all heads by gradient descent, part by part. `head_of` gives what computes for the heads of a part."""
     state: dict[str, torch.Tensor] = {}
     history: list[dict[str, float]] = []
     done = restored = 0
     for number, part in enumerate(parts):
-        stack = Stack(head, part, feed.of(*seeds_and_donors(part)))
+        stack = Stack(head_of(part[0]), part, feed.of(*seeds_and_donors(part)))
         stack.start(stage1)
         numbers = list(range(done, done + len(part)))
         done += len(part)
 
-        def report(epoch: int, losses: torch.Tensor, numbers: list[int] = numbers) -> None:
-            rate = optimiser.rate(epoch)
+        own = [optimiser.of(setting) for setting in part]
+
+        def report(epoch: int, losses: torch.Tensor, numbers: list[int] = numbers, own: list[Optimiser] = own) -> None:
             history.extend(
-                {"number": n, "epoch": epoch, "lr": rate, "loss": loss}
-                for n, loss in zip(numbers, losses.tolist(), strict=True)
+                {"number": n, "epoch": epoch, "lr": settings.rate(epoch), "loss": loss}
+                for n, settings, loss in zip(numbers, own, losses.tolist(), strict=True)
             )
 
         checkpoint = Checkpoint(run.out, part_token(token, number, parts), part=number)
@@ -67,9 +75,23 @@ def train(
         except NotFinite as bad:
             raise NotFinite(bad.epoch, numbers[bad.head], bad.parameter) from None
         restored += checkpoint.restored
+        _check_alike(
+            {name: t[0] for name, t in (state or stack.state).items()}, {k: t[0] for k, t in stack.state.items()}
+        )
         for key, tensor in stack.state.items():
             if key not in state:
                 state[key] = torch.empty(sum(map(len, parts)), *tensor.shape[1:], dtype=tensor.dtype)
             state[key][numbers] = tensor.detach().cpu()
     table = pa.Table.from_pylist(history, HISTORY).sort_by([("epoch", "ascending"), ("number", "ascending")])
     return Trained(state, table, restored)
+
+
+def _check_alike(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> None:
+    """Raises UserError unless two classifiers have the same parameters, so that they can be stored together."""
+    shapes = [{name: tuple(t.shape) for name, t in state.items()} for state in (one, other)]
+    if shapes[0] != shapes[1]:
+        differs = min(name for name in {*shapes[0], *shapes[1]} if shapes[0].get(name) != shapes[1].get(name))
+        raise UserError(
+            f"grid.loss: classifiers of a host must have the same parameters; {differs} is {shapes[0].get(differs)} "
+            f"with one value and {shapes[1].get(differs)} with another; make an entry of hosts for each value"
+        )

@@ -104,6 +104,7 @@ def check(values: dict[str, Any], say: Callable[[str], None] = lambda line: None
             )
         plugin = plugins.load("hosts", host.host)
         params.build(plugin.Loss, f"{where}.loss", host.loss)
+        train_classifier.check_constants(host, name)
         train_classifier.check_start(host, name, plugin.Host, heads[host.backbone])
         params.build(plugins.load("pools", host.pool).Options, f"{where}.pool_options", host.pool_options)
 

@@ -18,30 +18,30 @@ from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import write_json
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.base.text import counted
+from h2t.pipeline.evaluation.intervals import FIGURES, Difference, paired
 from h2t.pipeline.evaluation.metrics import over_seeds, summary
 from h2t.pipeline.evaluation.scoring import load_heads_for, score_heads
 from h2t.pipeline.heads.features import maps_fingerprint
 from h2t.pipeline.heads.residency import Residency
-from h2t.pipeline.reporting.intervals import Difference, paired
 from h2t.pipeline.stages import evaluate, train_classifier
 
-FIGURES = evaluate.FIGURES
-SETTING = ("ratio", "donor", "selection", "lr")  # what tells the lines of a sweep apart, besides the seed
+SETTING = ("ratio", "donor", "selection", "lr")  # what tells the lines of a sweep apart, besides constants and the seed
 
 
 @dataclass(frozen=True)
 class Line:
     """The test figures of one setting: mean and standard deviation over its seeds, percent.
 
-    `difference`: figure -> paired difference from ratio 0 of the same donor, selection and learning rate; None at ratio
-    0. `standing`: the difference of top-1 from the evaluated classifiers of the same setting in the pipeline's outputs,
-    if there are any.
+    `constants`: other constants of the grid, as in `HeadSetting`. `difference`: figure -> paired difference from ratio
+    0 of the same donor, selection, learning rate and constants; None at ratio 0. `standing`: the difference of top-1
+    from the evaluated classifiers of the same setting in the pipeline's outputs, if there are any.
     """
 
     ratio: float
     donor: str
     selection: str
     lr: float
+    constants: dict[str, Any]
     seeds: list[int]
     figures: dict[str, float | None]
     difference: dict[str, Difference] | None
@@ -50,7 +50,7 @@ class Line:
     def as_dict(self) -> dict[str, Any]:
         """The line of `h2t sweep --json`."""
         differences = None if self.difference is None else {k: _covering(d) for k, d in self.difference.items()}
-        setting = {key: getattr(self, key) for key in (*SETTING, "seeds")}
+        setting = {key: getattr(self, key) for key in (*SETTING, "constants", "seeds")}
         standing = None if self.standing is None else _covering(self.standing)
         return {**setting, **self.figures, "difference": differences, "standing": standing}
 
@@ -67,33 +67,27 @@ def sweep(
     evaluation: evaluate.Params,
     cache: Cache,
     backbone_dir: Path,
-    lrs: Sequence[float] = (),
     evaluated: Path | None = None,
 ) -> list[Line]:
-    """Trains the classifiers of `params.grid` at each learning rate of `lrs`, and compares them on the test rows.
+    """Trains the classifiers of `params.grid` and compares them on the test rows.
 
-    `lrs` is by default the host's own. Ratio 0 is always part of the grid. Heads go to `run.out`/lr-RATE. `evaluated`:
-    the directory that evaluate wrote for this host, to compare with. Lines are sorted by learning rate, donor,
-    selection and ratio. Raises UserError for a host with a closed-form fit, and for settings that do not fit the cache.
+    Ratio 0 is always part of the grid. Heads go to `run.out`/heads. `evaluated`: the directory that evaluate wrote for
+    this host, to compare with. Lines are sorted by constants, in the order of the grid, then by donor, selection and
+    ratio. Nothing is chosen. Raises UserError for a host with a closed-form fit, and for settings that do not fit the
+    cache.
     """
     if plugins.load("hosts", params.host).Host.fitted:
         raise UserError(
             f"hosts.{run.name}: a sweep needs a host that is trained by gradient descent; host {params.host} has a "
-            "closed-form fit; change its constants in hosts.*.loss instead"
+            "closed-form fit; give values of its constants in hosts.*.grid.loss, which train-classifier takes"
         )
-    lines = []
-    ratios = sorted({0.0, *params.grid.ratio})
-    for lr in lrs or (params.optimiser.lr,):
-        grid = params.grid.model_copy(update={"ratio": ratios})
-        optimiser = params.optimiser.model_copy(update={"lr": lr})
-        given = params.model_copy(update={"grid": grid, "optimiser": optimiser})
-        heads_dir = run.out / f"lr-{lr:g}"
-        train_classifier.run(given, replace(run, out=heads_dir), residency, cache, backbone_dir)
-        figures = _figures(run, evaluation, cache, heads_dir, backbone_dir)
-        own = lr == params.optimiser.lr
-        standing = _standing(evaluated, cache, run) if evaluated is not None and own else []
-        lines += _lines(figures, lr, standing)
-    return lines
+    grid = params.grid.model_copy(update={"ratio": sorted({0.0, *params.grid.ratio})})
+    given = params.model_copy(update={"grid": grid, "folds": None})
+    heads_dir = run.out / "heads"
+    train_classifier.run(given, replace(run, out=heads_dir), residency, cache, backbone_dir)
+    figures = _figures(run, evaluation, cache, heads_dir, backbone_dir)
+    standing = _standing(evaluated, cache, run) if evaluated is not None else []
+    return _lines(figures, params.optimiser.lr, list(grid.constants()), standing)
 
 
 def _figures(
@@ -125,34 +119,50 @@ def _standing(evaluated: Path, cache: Cache, run: Run) -> list[dict[str, Any]]:
     return [f for f in figures if f["number"] >= 0 and f["split"] == "test" and f["statistics"] == under]
 
 
-def _lines(figures: Sequence[Mapping[str, Any]], lr: float, standing: Sequence[Mapping[str, Any]]) -> list[Line]:
-    """One line for each ratio, donor and selection."""
+def _lines(
+    figures: Sequence[Mapping[str, Any]], lr: float, names: Sequence[str], standing: Sequence[Mapping[str, Any]]
+) -> list[Line]:
+    """One line for each ratio, donor, selection and combination of constants.
+
+    `names`: those of the constants in the grid. `lr`: the learning rate where that is not one of them.
+    """
+    others = [name for name in names if name != "lr"]
+
+    def constants(figure: Mapping[str, Any]) -> tuple[Any, ...]:
+        return (figure.get("lr", lr), *(figure.get(name) for name in others))
 
     def by_seed(found: Sequence[Mapping[str, Any]], name: str, *setting: object) -> dict[int, float]:
-        same = [f for f in found if (f["ratio"], f["donor"], f["selection"]) == setting and f[name] is not None]
-        return {f["seed"]: f[name] for f in same}
+        same = [f for f in found if (constants(f), f["donor"], f["selection"], f["ratio"]) == setting]
+        return {f["seed"]: f[name] for f in same if f[name] is not None}
 
     lines = []
-    for donor, selection, ratio in sorted({(f["donor"], f["selection"], f["ratio"]) for f in figures}):
-        mine = [f for f in figures if (f["ratio"], f["donor"], f["selection"]) == (ratio, donor, selection)]
+    order = list(dict.fromkeys(map(constants, figures)))
+    settings = {(constants(f), f["donor"], f["selection"], f["ratio"]) for f in figures}
+    for own, donor, selection, ratio in sorted(settings, key=lambda s: (order.index(s[0]), *s[1:])):
+        mine = [
+            f
+            for f in figures
+            if (constants(f), f["donor"], f["selection"], f["ratio"]) == (own, donor, selection, ratio)
+        ]
         difference = {}
         for name in FIGURES if ratio else ():
             found = paired(
-                by_seed(figures, name, ratio, donor, selection), by_seed(figures, name, 0.0, donor, selection)
+                by_seed(figures, name, own, donor, selection, ratio), by_seed(figures, name, own, donor, selection, 0.0)
             )
             if found:
                 difference[name] = found
-        before = by_seed(standing, "top1", ratio, donor, selection)
+        before = by_seed(standing, "top1", own, donor, selection, ratio)
         lines.append(
             Line(
                 ratio,
                 donor,
                 selection,
-                lr,
+                own[0],
+                dict(zip(others, own[1:], strict=True)),
                 [f["seed"] for f in mine],
                 over_seeds([{name: f[name] for name in FIGURES} for f in mine]),
                 difference or None,
-                paired(by_seed(figures, "top1", ratio, donor, selection), before),
+                paired(by_seed(figures, "top1", own, donor, selection, ratio), before),
             )
         )
     return lines
@@ -160,8 +170,8 @@ def _lines(figures: Sequence[Mapping[str, Any]], lr: float, standing: Sequence[M
 
 def table(lines: Sequence[Line]) -> str:
     """The lines as a text of at most 80 columns."""
-    settings = {key: len({getattr(line, key) for line in lines}) > 1 for key in ("donor", "selection", "lr")}
-    shown = ["ratio", *(key for key, differs in settings.items() if differs)]
+    names = ("donor", "selection", "lr", *lines[0].constants)
+    shown = ["ratio", *(key for key in names if len({_setting(line, key) for line in lines}) > 1)]
     header = [*shown, "top-1", "head", "medium", "tail", "top-1 against ratio 0"]
     rows = [[*(_setting(line, key) for key in shown), *_cells(line)] for line in lines]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
@@ -180,7 +190,7 @@ def table(lines: Sequence[Line]) -> str:
 
 
 def _setting(line: Line, key: str) -> str:
-    value = getattr(line, key)
+    value = line.constants[key] if key in line.constants else getattr(line, key)
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

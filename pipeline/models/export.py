@@ -10,13 +10,12 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from h2t.cache.format.spec import to_float32
@@ -28,30 +27,37 @@ from h2t.pipeline.base.params import build
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.data.classes import recorded_names
 from h2t.pipeline.data.images import Images, Transform, open_images
-from h2t.pipeline.evaluation.scoring import head_logits, load_heads_for
+from h2t.pipeline.evaluation.calibration import of_heads
+from h2t.pipeline.evaluation.folds import load_folds
+from h2t.pipeline.evaluation.scoring import head_logits, load_heads_for, score_heads
 from h2t.pipeline.extraction import batchnorm
 from h2t.pipeline.heads.batches import sample_rows
 from h2t.pipeline.heads.stored import Heads
-from h2t.pipeline.models.model import Model, load_model, save_model
+from h2t.pipeline.models.card import Measured, Stated, card
+from h2t.pipeline.models.model import Model, load_model, save_head, save_model
 from h2t.pipeline.networks.trained import load_backbone
-from h2t.pipeline.networks.weights import save_weights
 
 CHECKED = 32  # most images whose logits are compared
 #: Allowed difference of logits, max|d| / max|logit|, by the storage type of the maps; it is mostly their rounding.
 TOLERANCE = {"float32": 1e-4, "float16": 4e-3, "bfloat16": 3e-2}
 ONNX_TOLERANCE = 1e-4
+SETTING = ("ratio", "donor", "selection", "seed")  # columns of heads.parquet that every host has
 NEEDS_ONNX = "onnx: needs the packages onnx, onnxscript and onnxruntime; type: pip install 'h2t[onnx]'"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Selects a head of a stack by its number or by its settings. A field that is None matches every head."""
+    """Selects a head of a stack by its number or by its settings. A field that is None matches every head.
+
+    `constants`: values of constants that the grid of the host has, such as {"lr": 0.05, "loss.tau": 1.0}.
+    """
 
     number: int | None = None
     ratio: float | None = None
     seed: int | None = None
     donor: str | None = None
     selection: str | None = None
+    constants: Mapping[str, Any] = field(default_factory=dict)
 
 
 def choose(heads: Heads, choice: Choice, where: str) -> int:
@@ -59,27 +65,27 @@ def choose(heads: Heads, choice: Choice, where: str) -> int:
 
     `where` names the stack in the message.
     """
-    asked = {k: v for k, v in vars(choice).items() if v is not None}
+    asked = {k: v for k, v in vars(choice).items() if v is not None and k != "constants"} | dict(choice.constants)
+    if unknown := choice.constants.keys() - set(heads.constants):
+        raise UserError(
+            f"{where}: --constant {min(unknown)}: no such constant in its grid; it has: "
+            f"{', '.join(heads.constants) or 'none'}; leave the option out"
+        )
     lines = [h for h in heads.table.to_pylist() if all(h[k] == v for k, v in asked.items())]
     if len(lines) == 1:
         return int(lines[0]["number"])
+    values = {k: list(dict.fromkeys(heads.table[k].to_pylist())) for k in (*SETTING, *heads.constants)}
     has = "; ".join(
-        f"--{k} {', '.join(f'{v:g}' if isinstance(v, float) else str(v) for v in dict.fromkeys(column.to_pylist()))}"
-        for k, column in zip(heads.table.column_names, heads.table.columns, strict=True)
-        if k in ("ratio", "seed", "donor", "selection") and len(set(column.to_pylist())) > 1
+        (f"--constant {k}=" if k in heads.constants else f"--{k} ")
+        + ", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in found)
+        for k, found in values.items()
+        if len(found) > 1
     )
     wanted = f"{', '.join(f'{k} {v}' for k, v in asked.items())} matches" if asked else "without a choice there are"
     raise UserError(
         f"{where}: exactly one head must be chosen; {wanted} {len(lines)} of {len(heads.table)}; "
         f"pass --head 0 to {len(heads.table) - 1}" + (f", or a combination of {has}" if has else "")
     )
-
-
-def only(heads: Heads, number: int) -> Heads:
-    """A stack with head `number` alone, which becomes head 0."""
-    state = {name: t[number : number + 1] for name, t in heads.state.items()}
-    table = heads.table.slice(number, 1)
-    return Heads(state, table.set_column(0, "number", pa.array([0], pa.int64())), heads.about, heads.frozen)
 
 
 def run(
@@ -92,8 +98,9 @@ def run(
     *,
     onnx: bool = False,
     with_images: bool = True,
+    stated: Stated = Stated(),  # noqa: B008 - frozen
 ) -> dict[str, float]:
-    """Writes `head.safetensors`, `model.safetensors` and, with `onnx`, `model.onnx` into the directory `run.out`.
+    """Writes `head.safetensors`, `model.safetensors`, README.md and, with `onnx`, `model.onnx` into `run.out`.
 
     `prepare` is the section `prepare` of the parameters; it says where the images are and how they are transformed.
     Without `with_images`, only the head is checked, on cached maps. Returns the difference that each check measured:
@@ -105,7 +112,7 @@ def run(
     heads = load_heads_for(cache, heads_dir, backbone_dir)
     number = choose(heads, choice, str(heads_dir))
     setting = heads.table.to_pylist()[number]
-    one = only(heads, number)
+    one = heads.of([number])
     backbone, identity = load_backbone(backbone_dir)
     statistics = batchnorm.from_bytes(cache.statistics)
     kind = heads.about["evaluate"]
@@ -113,7 +120,7 @@ def run(
         raise UserError(f"{cache.files}: holds no {kind!r} batch-norm statistics; extract again")
     batchnorm.use(backbone, statistics[kind])
     images = _images(cache, prepare)
-    about = {
+    about: dict[str, Any] = {
         "arch": identity["arch"],
         "options": identity["options"],
         "classes": recorded_names(cache.spec.provenance, cache.files),
@@ -121,17 +128,20 @@ def run(
         **({"input": identity["input"]} if "input" in identity else {}),
         "statistics": kind,
         "host": heads.about["host"],
-        "setting": {k: setting[k] for k in ("ratio", "donor", "selection", "seed")},
+        "setting": {k: setting[k] for k in (*SETTING, *heads.constants)},
         "backbone": identity["weights"],
         "cache": heads.about["cache"],
     }
+    fitted = of_heads(cache, heads, [number], load_folds(heads_dir), run.device)
+    about |= {"temperature": fitted[0]} if fitted else {}
     rows = _rows(cache, kind)
     expected = head_logits(cache, one, rows, run.device)[0]
     with fresh_directory(run.out) as into:
-        head = {**about, "kind": "h2t head 1", "parts": vars(heads.parts)}
-        tensors, described = one.frozen.to_file() if one.frozen else ({}, None)
-        head |= {"frozen": described} if one.frozen else {}
-        save_weights(into / "head.safetensors", {**{name: t[0] for name, t in one.state.items()}, **tensors}, head)
+        save_head(into / "head.safetensors", one, about)
+        tested = score_heads(cache, one, "test", kind, run.device)
+        dataset = str(cache.spec.provenance.get("dataset", "unknown"))
+        text = card(about, heads.about["counts"], dataset, Measured(tested.labels, tested.said[0].guesses), stated)
+        (into / "README.md").write_text(text, encoding="utf-8")
         path = into / "model.safetensors"
         plain = save_model(path, backbone, one, about)
         model = load_model(path)

@@ -48,8 +48,8 @@ class Estimate:
         return theirs / mine if theirs and mine else None
 
 
-def different_runs(heads: pd.DataFrame) -> tuple[int, int]:
-    """The number of runs that the published way needs for `heads`: (with donors, without).
+def different_runs(heads: pd.DataFrame, constants: Sequence[str] = ()) -> tuple[int, int]:
+    """The number of runs that the published way needs for `heads`: (with donors, without). `constants`: columns.
 
     Heads that cannot differ count as one run: at ratio 0, donor and channels have no effect; at ratio 1, all channels
     come from one donor, whatever their selection (except `shuffled`, which mixes donors).
@@ -57,8 +57,8 @@ def different_runs(heads: pd.DataFrame) -> tuple[int, int]:
     with_donors = heads[heads.ratio > 0]
     whole = (with_donors.ratio == 1) & (with_donors.selection != "shuffled")
     chosen = with_donors.selection.mask(whole, "all")
-    runs = with_donors.assign(selection=chosen)[["ratio", "donor", "selection", "seed"]].drop_duplicates()
-    return len(runs), heads[heads.ratio == 0].seed.nunique()
+    runs = with_donors.assign(selection=chosen)[["ratio", "donor", "selection", "seed", *constants]].drop_duplicates()
+    return len(runs), len(heads.loc[heads.ratio == 0, ["seed", *constants]].drop_duplicates())
 
 
 def estimates(results: Sequence[HostResult], runs: Sequence[Mapping[str, Any]]) -> list[Estimate]:
@@ -74,7 +74,7 @@ def estimates(results: Sequence[HostResult], runs: Sequence[Mapping[str, Any]]) 
 
 
 def _estimate(result: HostResult, train: Mapping[str, Any], extract: Mapping[str, Any]) -> Estimate:
-    twice, once = different_runs(result.heads)
+    twice, once = different_runs(result.every_head, result.constants)
     images = (2 * twice + once) * train["steps"] * train["batch_size"]
     whole = not extract["kept_shards"] and not extract["taken"]
     ours = {clock: None if train["resumed_steps"] else train.get(clock) for clock in CLOCKS}

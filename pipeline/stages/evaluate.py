@@ -1,12 +1,13 @@
 """evaluate: scores the backbone's own head and every stage-II classifier on the validation and test rows.
 
-Writes `metrics.json` (stage1, without_h2t, with_h2t: mean and standard deviation over seeds), `heads.parquet` (the
-figures of every classifier), `per_class.parquet`, `confusion.parquet` and `predictions.parquet` (for the classifiers
-behind metrics.json), and what else the report shows (`evidence.py`). Classifiers are evaluated as they are after the
-last epoch; nothing is chosen on the test split.
+Writes `metrics.json` (stage1, without_h2t, with_h2t: mean and standard deviation over seeds; difference: with H2T minus
+without), `heads.parquet` (the figures of every classifier), `differences.parquet` (of every setting from ratio 0, from
+the usual donors and from stage I), `per_class.parquet`, `confusion.parquet` and `predictions.parquet` (for the
+classifiers behind metrics.json), and what else the report shows (`evidence.py`). docs/intervals.md lists the fields.
+Classifiers are evaluated as they are after the last epoch; nothing is chosen on the test split.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,24 +19,38 @@ from pydantic import BeforeValidator
 
 from h2t.cache.memory import available_memory, return_freed_arrays
 from h2t.cache.reader import Cache
+from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import fresh_directory, write_json
 from h2t.pipeline.base.params import Index, Ratio, Section
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.base.text import counted
-from h2t.pipeline.data.classes import by_index, groups
+from h2t.pipeline.data.classes import by_index, groups, recorded_names
+from h2t.pipeline.evaluation.calibration import calibrated
+from h2t.pipeline.evaluation.choice import choose
 from h2t.pipeline.evaluation.evidence import ROOM, write_about, write_embedding, write_reliability, write_weight_norms
-from h2t.pipeline.evaluation.metrics import Answers, over_seeds, summary
+from h2t.pipeline.evaluation.folds import load_folds
+from h2t.pipeline.evaluation.intervals import FIGURES
+from h2t.pipeline.evaluation.metrics import Graded, over_seeds, summary
 from h2t.pipeline.evaluation.scoring import STAGE1, Scores, load_heads_for, score_heads, score_stage1
-from h2t.pipeline.evaluation.tables import each, write_confusion, write_per_class, write_predictions
+from h2t.pipeline.evaluation.tables import (
+    STANDARD,
+    compared,
+    each,
+    write_confusion,
+    write_differences,
+    write_per_class,
+    write_predictions,
+)
 from h2t.pipeline.heads.batches import sample_rows
 from h2t.pipeline.heads.start import backbone_head
 from h2t.pipeline.heads.stored import Heads
 from h2t.pipeline.networks.trained import StageOneHead
 
-NUMBER = 2026112601  # other results, another number: docs/numbers.md
+NUMBER = 2026112604  # other results, another number: docs/numbers.md
 
-FIGURES = ("top1", "head", "medium", "tail", "ece")
+MORE = ("balanced_accuracy", "macro_f1", "top5", "nll")  # figures without an interval
+SCALED = ("temperature", "ece_scaled")  # the temperature, and the calibration error of logits divided by it
 LITTLE = 2 * 2**30  # bytes of available memory below which freed memory is returned at once
 GROUP_NAMES = ("paper_index", "paper_threshold", "oltr")
 
@@ -101,6 +116,18 @@ def run(params: Params, run: Run, cache: Cache, heads_dir: Path, backbone_dir: P
         figures.append({"number": -1, "split": split, "statistics": STAGE1, **one})
 
     of_recipe = [f for f in figures if f["statistics"] == recipe_statistics and f["number"] >= 0]
+    folds = load_folds(heads_dir)
+    judged, by = [f for f in of_recipe if f["split"] == "val"], "validation images"
+    names = recorded_names(cache.spec.provenance, cache.files)
+    if folds:  # lines as of validation images
+        judged = [{**table[n], "split": "val", "top1": accuracy} for n, accuracy in folds.accuracy.items()]
+        by = counted(folds.folds, "fold")
+    left_out = [names[label] for label in folds.left_out] if folds else []
+    chosen = choose(f"hosts.{run.name}.grid", table, heads.constants, judged, by, left_out)
+    if heads.constants:
+        for f in figures:
+            f["tuned"] = chosen.keeps(f) if f["number"] >= 0 else None
+    of_recipe = [f for f in (*(f for f in of_recipe if f["split"] == "test"), *judged) if chosen.keeps(f)]
     ratio = reported_ratio(of_recipe, params.ratio)
     if ratio is None:
         run.say(
@@ -109,22 +136,36 @@ def run(params: Params, run: Run, cache: Cache, heads_dir: Path, backbone_dir: P
         )
     without = _chosen(of_recipe, "test", 0.0)
     with_h2t = _chosen(of_recipe, "test", ratio) if ratio else []
-    metrics = {
-        "stage1": _entry([f for f in figures if f["number"] == -1 and f["split"] == "test"], STAGE1, params),
-        "without_h2t": _entry(without, recipe_statistics, params),
-        "with_h2t": _entry(with_h2t, recipe_statistics, params),
-    }
+    # A fit in closed form has no seed.
+    seeded = not plugins.load("hosts", heads.parts.host).Host.fitted
+    test_lines = [f for f in of_recipe if f["split"] == "test"]
+    apart = compared(test_lines, scores[("test", recipe_statistics)], of_stage1.get("test"), group_of, seeded)
     kept = [f["number"] for f in (*without, *with_h2t)]
+    first = [f for f in figures if f["number"] == -1 and f["split"] == "test"]
+    scaled = calibrated(cache, heads, kept, stage1, folds, run.device)
+    for f in figures if scaled else ():
+        own = (
+            scaled.get(f["number"]) if f["split"] == "test" and f["statistics"] in (recipe_statistics, STAGE1) else None
+        )
+        f |= {"temperature": own and own.temperature, "ece_scaled": own and own.ece}
+    standard = [h for h in table if _standard(h) or not h["ratio"]]
+    metrics = {
+        "stage1": _entry(first, STAGE1, params),
+        "without_h2t": _entry(without, recipe_statistics, params, lambda f: chosen.as_dict(f, standard)),
+        "with_h2t": _entry(with_h2t, recipe_statistics, params, lambda f: chosen.as_dict(f, standard)),
+        "difference": _difference(apart, ratio) if without and with_h2t else None,
+    }
     with fresh_directory(run.out) as into:
         write_json(into / "metrics.json", metrics)
-        pq.write_table(pa.Table.from_pylist(figures, _schema(figures)), into / "heads.parquet")
+        pq.write_table(pa.Table.from_pylist(figures, _schema(figures, heads)), into / "heads.parquet")
+        write_differences(into, apart)
         write_per_class(into, table, scores, of_stage1, counts)
         write_confusion(into, scores[("test", recipe_statistics)], of_stage1.get("test"), kept, len(counts))
         write_predictions(into, scores[("test", recipe_statistics)], of_stage1.get("test"), kept)
         _write_evidence(
             into, cache, heads, stage1, scores[("test", recipe_statistics)], of_stage1.get("test"), without, with_h2t
         )
-        write_about(into, cache, heads, sample_rows(cache.rows, "test", recipe_statistics).first, group_of)
+        write_about(into, cache, heads, sample_rows(cache.rows, "test", recipe_statistics).first, group_of, seeded)
     run.say(f"{run.name}: " + _one_line(metrics))
     return metrics
 
@@ -133,7 +174,7 @@ def _check_memory(name: str, cache: Cache, heads: int, scored: list[tuple[str, s
     """Raises UserError unless the predictions of so many heads for the rows of each (split, statistics) fit."""
     counts = cache.rows.group_by(["split", "statistics"]).aggregate([("row", "count")]).to_pylist()
     rows = sum(line["row_count"] for line in counts if (line["split"], line["statistics"]) in scored)
-    need, room = rows * heads * Answers.BYTES + ROOM, available_memory()
+    need, room = rows * heads * Graded.BYTES + ROOM, available_memory()
     if need > room:
         raise UserError(
             f"{name}: the predictions of {counted(heads, 'classifier')} for {counted(rows, 'row')} need "
@@ -171,7 +212,7 @@ def reported_ratio(figures: list[dict[str, Any]], fallback: float) -> float | No
 
 def _standard(figure: Mapping[str, Any]) -> bool:
     """True for H2T as published: whole donors drawn instance-wise, random channels."""
-    return bool(figure["donor"] == "instance" and figure["selection"] == "random")
+    return (figure["donor"], figure["selection"]) == STANDARD
 
 
 def _chosen(figures: list[dict[str, Any]], split: str, ratio: float) -> list[dict[str, Any]]:
@@ -183,12 +224,21 @@ def _chosen(figures: list[dict[str, Any]], split: str, ratio: float) -> list[dic
     return list(by_seed.values())
 
 
-def _entry(figures: list[dict[str, Any]], statistics: str, params: Params) -> dict[str, Any] | None:
-    """An entry of metrics.json: mean and standard deviation over seeds; None without `figures`."""
+def _entry(
+    figures: list[dict[str, Any]],
+    statistics: str,
+    params: Params,
+    chosen: Callable[[dict[str, Any]], dict[str, Any] | None] = lambda figure: None,
+) -> dict[str, Any] | None:
+    """An entry of metrics.json: mean and standard deviation over seeds; None without `figures`.
+
+    `chosen` tells what was chosen for the setting of one of them.
+    """
     if not figures:
         return None
     return {
-        **over_seeds([{k: f[k] for k in FIGURES} for f in figures]),
+        **over_seeds([{k: f.get(k) for k in (*FIGURES, *MORE, *SCALED)} for f in figures]),
+        "chosen": chosen(figures[0]),
         "ratio": figures[0].get("ratio"),
         "heads": len(figures),
         "statistics": statistics,
@@ -196,11 +246,20 @@ def _entry(figures: list[dict[str, Any]], statistics: str, params: Params) -> di
     }
 
 
-def _schema(figures: list[dict[str, Any]]) -> pa.Schema:
-    """The columns of `heads.parquet`."""
-    kinds = {"number": pa.int64(), "seed": pa.int64(), "replaced": pa.int64(), "ratio": pa.float64()}
-    texts = ("donor", "selection", "split", "statistics")
-    return pa.schema([(k, kinds.get(k, pa.string() if k in texts else pa.float64())) for k in figures[0]])
+def _schema(figures: list[dict[str, Any]], heads: Heads) -> pa.Schema:
+    """The columns of `heads.parquet`: those that the heads have, and figures."""
+    kinds = {f.name: f.type for f in heads.table.schema}
+    kinds |= {"split": pa.string(), "statistics": pa.string(), "tuned": pa.bool_()}
+    return pa.schema([(k, kinds.get(k, pa.float64())) for k in figures[0]])
+
+
+def _difference(apart: list[dict[str, Any]], ratio: float | None) -> dict[str, Any]:
+    """Of the lines of `compared`, those of H2T as published at `ratio` minus ratio 0, by figure; None without one."""
+    found: dict[str, Any] = dict.fromkeys(FIGURES)
+    for line in apart:
+        if line["ratio"] == ratio and _standard(line) and line["against"] == "without_h2t":
+            found[line["figure"]] = {k: line[k] for k in ("mean", "low", "high", "verdict", "covers", "seeds")}
+    return found
 
 
 def _write_evidence(
@@ -233,5 +292,5 @@ def _one_line(metrics: Mapping[str, Any]) -> str:
     return "; ".join(
         f"{name} top-1 {entry['top1']:.2f}, tail {entry['tail']:.2f}" if entry and entry["tail"] is not None else name
         for name, entry in metrics.items()
-        if entry
+        if entry and name != "difference"
     )

@@ -1,7 +1,8 @@
 """train_classifier (stage II): trains all classifiers of one host, the combinations of its grid, on the cached maps.
 
 Writes `heads.safetensors` (each parameter stacked over the classifiers), `heads.parquet` (a line per classifier with
-its settings; the host's settings in the schema's metadata) and `history.parquet` (loss per classifier and epoch).
+its settings; the host's settings in the schema's metadata), `history.parquet` (loss per classifier and epoch) and, with
+`folds`, `folds.parquet` (how well each setting does on held-out training samples).
 """
 
 import itertools
@@ -22,16 +23,22 @@ from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import fresh_directory
 from h2t.pipeline.base.params import (
     DISTINCT,
+    Count,
     Experts,
+    NonNegative,
     Positive,
+    Rate,
     Ratio,
     Section,
     Seed,
+    at_least,
+    build,
     plugin,
 )
-from h2t.pipeline.base.run import Run
+from h2t.pipeline.base.run import Run, silent
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.data.classes import recorded_names
+from h2t.pipeline.evaluation.folds import FOLDS, cross_validate
 from h2t.pipeline.extraction.recipes import RECIPES, Recipe
 from h2t.pipeline.heads.batches import Streams
 from h2t.pipeline.heads.features import (
@@ -54,8 +61,8 @@ from h2t.pipeline.heads.stack import (
     not_finite,
 )
 from h2t.pipeline.heads.start import backbone_head, check_backbone, class_means, from_file
-from h2t.pipeline.heads.stored import HeadParts, build_head
-from h2t.pipeline.heads.training import fit, train
+from h2t.pipeline.heads.stored import LOSS, HeadParts, Heads, build_head
+from h2t.pipeline.heads.training import Trained, fit, train
 from h2t.pipeline.networks.pool import Pool
 from h2t.pipeline.networks.trained import StageOneHead, backbone_digest, load_head
 from h2t.pipeline.networks.weights import save_weights, weights_digest
@@ -75,6 +82,20 @@ class Grid(Section):
     """Which channels are replaced; `mixup` mixes all channels, `shuffled` takes each from another donor (controls)."""
     seed: Annotated[list[Seed], DISTINCT] = [0, 1, 2]
     """Seeds of batches and initial weights."""
+    lr: Annotated[list[Rate], DISTINCT] | None = None
+    """Learning rates to choose from; null is `optimiser.lr` alone."""
+    weight_decay: Annotated[list[NonNegative], DISTINCT] | None = None
+    """Weight decays to choose from; null is `optimiser.weight_decay` alone."""
+    scale: Annotated[list[Positive], DISTINCT] | None = None
+    """Factors of cosine logits to choose from; null is `scale` alone."""
+    loss: dict[str, Annotated[list[float | int | str], DISTINCT]] = {}
+    """Values to choose from for keys of `loss`, such as {tau: [0.5, 1.0]}; also of hosts with a closed-form fit."""
+
+    def constants(self) -> dict[str, list[Any]]:
+        """The values of each constant, by its name in `HeadSetting.constants`; those of one stack's heads come last."""
+        named = {"scale": self.scale, "lr": self.lr, "weight_decay": self.weight_decay}
+        losses = {LOSS + key: values for key, values in self.loss.items()}
+        return losses | {name: values for name, values in named.items() if values is not None}
 
 
 class Params(Section):
@@ -109,7 +130,9 @@ class Params(Section):
     optimiser: Optimiser = Optimiser()
     """Training; hosts with a closed-form fit do not take it."""
     grid: Grid = Grid()
-    """What the classifiers vary in; hosts with a closed-form fit do not take it."""
+    """What the classifiers vary in; of it, hosts with a closed-form fit take `loss` alone."""
+    folds: Annotated[Count, at_least(2)] | None = None
+    """Parts of a cross-validation on the training samples that chooses from the grid; null is validation images."""
 
 
 @dataclass(frozen=True)
@@ -136,9 +159,17 @@ def read_under(recipe: Recipe, sampler: str) -> str:
     return recipe.donors.get(sampler, recipe.receiver)
 
 
-def heads_of(grid: Grid, rounding: Rounding = "floor") -> list[HeadSetting]:
-    """All combinations of the grid's values; the seed varies fastest."""
-    return [HeadSetting(*h, rounding) for h in itertools.product(grid.ratio, grid.donor, grid.selection, grid.seed)]
+def heads_of(grid: Grid, rounding: Rounding = "floor", *, fitted: bool = False) -> list[HeadSetting]:
+    """All combinations of the grid's values; the seed varies fastest, constants slowest.
+
+    `fitted`: those of a host with a closed-form fit, which has neither ratios nor seeds.
+    """
+    constants = grid.constants()
+    each = [tuple(zip(constants, values, strict=True)) for values in itertools.product(*constants.values())]
+    if fitted:
+        return [HeadSetting(0.0, "instance", "random", 0, constants=own) for own in each]
+    usual = itertools.product(each, grid.ratio, grid.donor, grid.selection, grid.seed)
+    return [HeadSetting(ratio, donor, chosen, seed, rounding, own) for own, ratio, donor, chosen, seed in usual]
 
 
 def run(params: Params, run: Run, residency: Residency, cache: Cache, backbone_dir: Path) -> Summary:
@@ -148,32 +179,104 @@ def run(params: Params, run: Run, residency: Residency, cache: Cache, backbone_d
     """
     check_backbone(cache, backbone_dir)
     params = _with_recipe(params, run.name, cache)
+    kind = plugins.load("hosts", params.host).Host
+    own = load_head(backbone_dir)
+    head = own.about.get("head", "trained" if own.state else "none")
+    check_start(params, run.name, kind, head)
+    settings = heads_of(params.grid, params.rounding, fitted=kind.fitted)
+    _check_grid(params, run.name, cache, kind.fitted, settings)
+    chosen = _cross_validated(params, run, residency, cache, backbone_dir, settings, head) if params.folds else None
+    heads, trained, summary = _train(params, run, residency, cache, backbone_dir, settings)
+    with fresh_directory(run.out) as into:
+        tensors, described = heads.frozen.to_file() if heads.frozen else ({}, None)
+        about_file = {"host": params.host, **({"frozen": described} if heads.frozen else {})}
+        save_weights(into / "heads.safetensors", {**heads.state, **tensors}, about_file)
+        pq.write_table(heads.table, into / "heads.parquet")
+        pq.write_table(trained.history, into / "history.parquet")
+        if chosen is not None:
+            pq.write_table(chosen, into / FOLDS)
+    for number in range(params.folds or 0):
+        Checkpoint(_out_of_fold(run, number), "").clear()
+    Checkpoint(run.out, "").clear()
+    epochs = params.optimiser.epochs
+    outcome = counted(len(settings), "classifier") + " fitted" if kind.fitted and len(settings) > 1 else "fitted"
+    run.say(f"{run.name}: {outcome if kind.fitted else _outcome(trained.history, epochs, len(settings))}")
+    return summary
+
+
+def _out_of_fold(run: Run, number: int) -> Path:
+    """The place whose neighbour holds the unfinished training of a fold; nothing is written to the place itself."""
+    return run.out.with_name(f"{run.out.name}.fold-{number}")
+
+
+def _cross_validated(
+    params: Params,
+    run: Run,
+    residency: Residency,
+    cache: Cache,
+    backbone_dir: Path,
+    settings: list[HeadSetting],
+    head: str,
+) -> pa.Table:
+    """How well each setting does on held-out training samples, as `evaluation.folds` describes."""
+    assert params.folds is not None
+    recipe, kind = RECIPES[params.batchnorm], plugins.load("hosts", params.host).Host
+    under = [read_under(recipe, params.receiver or kind.receiver)]
+    if not kind.fitted:
+        under += [read_under(recipe, donor) for donor in params.grid.donor]
+    tried = [(number, s) for number, s in enumerate(settings) if kind.fitted or s.seed == params.grid.seed[0]]
+    run.say(f"{run.name}: cross-validation of {counted(len(tried), 'setting')} in {params.folds} folds")
+    if head == "trained":
+        run.say(
+            f"note: {run.name}: stage I was trained on the samples that are held out here, so they look easier than "
+            "new ones; where there are enough images, choose on validation images"
+        )
+
+    def train_on(rows: pa.Table, fold: int) -> Heads:
+        quiet = replace(run, out=_out_of_fold(run, fold), say=silent)
+        return _train(params, quiet, residency, cache, backbone_dir, [s for _, s in tried], rows)[0]
+
+    numbers = [number for number, _ in tried]
+    return cross_validate(cache, list(dict.fromkeys(under)), params.folds, numbers, train_on, run.device)
+
+
+def _train(
+    params: Params,
+    run: Run,
+    residency: Residency,
+    cache: Cache,
+    backbone_dir: Path,
+    heads: list[HeadSetting],
+    rows: pa.Table | None = None,
+) -> tuple[Heads, Trained, Summary]:
+    """Trains classifiers with the settings `heads` on the training samples in `rows`, by default all of the cache."""
     recipe = RECIPES[params.batchnorm]
     kind = plugins.load("hosts", params.host).Host
     own = load_head(backbone_dir)
-    check_start(params, run.name, kind, own.about.get("head", "trained" if own.state else "none"))
     start = params.start or ("means" if kind.starts_from == "means" else None)
     from_backbone = kind.starts_from != "own" and start in (None, "probe")
-    stage1 = backbone_head(cache, backbone_dir, params.classifier, run.device, run.say) if from_backbone else own
+    stage1 = own
+    if from_backbone:
+        stage1 = backbone_head(cache, backbone_dir, params.classifier, run.device, run.say, rows)
     fitted = kind.fitted
     receiver = params.receiver or kind.receiver
-    heads = [HeadSetting(0.0, "instance", "random", 0)] if fitted else heads_of(params.grid, params.rounding)
     replaced = [h.replaced(cache.spec.maps[0][0]) for h in heads]
-    _check_grid(params, run.name, cache, fitted, heads, replaced)
     streams = Streams(
-        cache.rows,
+        cache.rows if rows is None else rows,
         recorded_names(cache.spec.provenance, cache.files),
         read_under(recipe, receiver),
         {} if fitted else {donor: read_under(recipe, donor) for donor in params.grid.donor},
-        [0] if fitted else params.grid.seed,
+        list(dict.fromkeys(h.seed for h in heads)),
         params.optimiser.batch_size,
         receiver=receiver,
+        partner=None if fitted else kind.partner,
+        epochs=params.optimiser.epochs,
     )
     channels, height, width = cache.spec.maps[0]
     frozen = stage1.frozen
     features = frozen.outputs(channels) if frozen else channels
     context = Context(torch.from_numpy(streams.index.counts), features, cache.experts, height * width)
-    _check_cache(cache, context, kind.numbers)
+    _check_cache(cache, context, kind.numbers, whole=rows is None)
     same = stage1.classifier == params.classifier
     parts = HeadParts(
         host=params.host,
@@ -184,8 +287,16 @@ def run(params: Params, run: Run, residency: Residency, cache: Cache, backbone_d
         pool_options=params.pool_options,
         where=f"hosts.{run.name}",
     )
-    head = build_head(parts, context, channels, frozen.to(run.device) if frozen else None)
-    reader = _reader(params, cache, head.pool, as_maps=not (residency.pooled or fitted))
+
+    def head_of(setting: HeadSetting) -> Head:
+        on_device = frozen.to(run.device) if frozen else None
+        return build_head(parts.of(setting.constants), context, channels, on_device)
+
+    head = head_of(heads[0])
+    reads = "features" if fitted else kind.reads
+    as_maps = reads == "maps" or (reads == "any" and not residency.pooled)
+    reader = _reader(params, cache, head.pool, as_maps=as_maps)
+    _check_reads(params, run.name, "any" if fitted else reads, reader)
     if start not in (None, "probe"):
         stage1 = replace(_start(start, params, run, reader, head, streams), frozen=frozen)
     about = {
@@ -196,6 +307,7 @@ def run(params: Params, run: Run, residency: Residency, cache: Cache, backbone_d
         "rounding": params.rounding,
         "cache": maps_fingerprint(cache.spec),
         "backbone": backbone_digest(backbone_dir),
+        **({"constants": [name for name, _ in heads[0].constants]} if heads[0].constants else {}),
         "counts": streams.index.counts.tolist(),
         "channels": context.channels,
         "experts": context.experts,
@@ -205,17 +317,21 @@ def run(params: Params, run: Run, residency: Residency, cache: Cache, backbone_d
     }
     if fitted:
         _check_fit(run.name, streams, reader, holds_logits=kind.holds_logits)
-        trained, summary = fit(head, stage1, streams, reader, run.device), Summary(1, 0)
+        trained = fit([head_of(h) for h in heads], stage1, streams, reader, run.device)
+        summary = Summary(len(heads), 0)
         if bad := not_finite(trained.state):
-            raise _not_finite_because(run.name, fitted, cache, streams.receivers.first, bad[1], heads[0])
+            raise _not_finite_because(run.name, fitted, cache, streams.receivers.first, bad[1], heads[bad[0]])
     else:
+        if head.gradient_host.prepares:
+            _check_fit(run.name, streams, reader, holds_logits=False)
         begin = weights_digest(stage1.state)
         token = f"{cache.spec.fingerprint} {about['backbone']} {params.model_dump_json()} {begin}"
+        token += "" if rows is None else f" fold of {streams.samples} samples"
         room = find_room(residency, run.device)
         choice = plan_tier(streams, reader, residency, room)
         size = step_size(streams, reader, stage1, head)
         planned = planned_parts(run, heads, size, choice, room, len(streams.rows) * reader.row_bytes, token)
-        if len(planned) > 1:
+        if len(planned) > len({h.kind for h in heads}):
             run.say(
                 f"{run.name}: {counted(len(heads), 'classifier')} in {len(planned)} parts, "
                 f"to stay below {amount(room.step)} per step"
@@ -223,21 +339,13 @@ def run(params: Params, run: Run, residency: Residency, cache: Cache, backbone_d
         rows = max(size.window(part) for part in planned) // reader.row_bytes
         feed = Feed(streams, reader, choice, room.windows, run.device, run.say, step_rows=rows)
         try:
-            trained = train(params.optimiser, run, head, planned, feed, stage1, token)
+            trained = train(params.optimiser, run, head_of, planned, feed, stage1, token)
         except NotFinite as bad:
             Checkpoint(run.out, "").clear()  # or training on a repaired cache would resume from these weights
             raise _not_finite_because(run.name, fitted, cache, streams.rows, bad.parameter, heads[bad.head]) from None
         summary = _summary(len(heads), params.optimiser, streams.steps, trained.restored, feed)
         run.say(f"{run.name}: {feed.cost}")
-    with fresh_directory(run.out) as into:
-        tensors, described = frozen.to_file() if frozen else ({}, None)
-        about_file = {"host": params.host, **({"frozen": described} if frozen else {})}
-        save_weights(into / "heads.safetensors", {**trained.state, **tensors}, about_file)
-        pq.write_table(_table(heads, replaced, about), into / "heads.parquet")
-        pq.write_table(trained.history, into / "history.parquet")
-    Checkpoint(run.out, "").clear()
-    run.say(f"{run.name}: " + ("fitted" if fitted else _outcome(trained.history, params.optimiser.epochs, len(heads))))
-    return summary
+    return Heads(trained.state, _table(heads, replaced, about), about, frozen), trained, summary
 
 
 def _with_recipe(params: Params, name: str, cache: Cache) -> Params:
@@ -286,39 +394,67 @@ def _start(start: str, params: Params, run: Run, reader: FeatureReader, head: He
     )
 
 
-def _check_grid(
-    params: Params, name: str, cache: Cache, fitted: bool, heads: list[HeadSetting], replaced: list[int]
-) -> None:
-    """Raises UserError for settings that do not suit the host or the cache. `replaced`: channels per head."""
-    where = f"hosts.{name}"
+def check_constants(params: Params, name: str) -> None:
+    """Raises UserError for a constant in the grid of host `name` that the host does not have, or a value out of range.
+
+    Also for keys of the grid that a host with a closed-form fit does not take.
+    """
+    plugin, where = plugins.load("hosts", params.host), f"hosts.{name}"
+    for key, values in params.grid.loss.items():
+        for value in values:
+            build(plugin.Loss, f"{where}.grid.loss", {**params.loss, key: value})
+    if not plugin.Host.fitted:
+        return
     for key in ("grid", "optimiser", "receiver"):
-        if fitted and key in params.model_fields_set:
+        taken = key == "grid" and params.grid.model_fields_set == {"loss"}
+        if key in params.model_fields_set and not taken:
             raise UserError(
-                f"{where}.{key}: host {params.host} has a closed-form fit and takes no {key}; remove the key"
+                f"{where}.{key}: host {params.host} has a closed-form fit and takes no {key}"
+                f"{' but the key loss' if key == 'grid' else ''}; remove the key"
             )
+
+
+def check_choice(params: Params, name: str, cache: Cache) -> None:
+    """Raises UserError if the grid of host `name` has constants to choose from, and there is nothing to choose on."""
+    several = [key for key, values in params.grid.constants().items() if len(values) > 1]
+    if several and not params.folds and "val" not in cache.rows["split"].unique().to_pylist():
+        raise UserError(
+            f"hosts.{name}.grid: a choice among values of {', '.join(several)} needs validation images or "
+            f"cross-validation; got neither; set hosts.{name}.folds: 5, hold out images "
+            "(prepare.validation_per_class), or leave one value"
+        )
+
+
+def _check_grid(params: Params, name: str, cache: Cache, fitted: bool, heads: list[HeadSetting]) -> None:
+    """Raises UserError for settings that do not suit the host or the cache."""
+    check_constants(params, name)
+    where = f"hosts.{name}"
     if params.experts not in (None, cache.experts):
         raise UserError(
             f"{where}.experts: must be {cache.experts}, as in the cache of backbone {params.backbone}; got "
             f"{params.experts}; change it, or set backbones.{params.backbone}.options.experts and extract again"
         )
     channels = cache.spec.maps[0][0]
-    for head, count in zip(heads, replaced, strict=True):
-        if head.ratio and not count:
+    for head in heads:
+        if head.ratio and not head.replaced(channels):
             raise UserError(
                 f"{where}.grid.ratio[{params.grid.ratio.index(head.ratio)}]: must be 0 or replace at least one of "
                 f"{counted(channels, 'channel')}; got {head.ratio:g}; use 0 or at least {1 / channels:.3g}"
             )
 
 
-def _check_cache(cache: Cache, context: Context, numbers: int) -> None:
-    """Raises UserError for a cache whose maps or classes do not suit a host with so many `numbers` per channel."""
+def _check_cache(cache: Cache, context: Context, numbers: int, *, whole: bool) -> None:
+    """Raises UserError for a cache whose maps or classes do not suit a host with so many `numbers` per channel.
+
+    `whole`: whether `context` counts all training samples of the cache.
+    """
     if len(set(cache.spec.maps)) > 1:
         shapes = ", ".join(" x ".join(map(str, shape)) for shape in cache.spec.maps)
         raise UserError(
             f"{cache.files}: the maps of all experts must have the same shape; got {shapes}; use a cache with one shape"
         )
     recorded = cache.spec.provenance.get("counts", context.counts.tolist())
-    if recorded != context.counts.tolist():
+    if whole and recorded != context.counts.tolist():
         raise UserError(
             f"{cache.files}: rows and record of a cache must agree; the rows have {context.counts.tolist()} training "
             f"samples per class, the record says {recorded}; extract again"
@@ -341,11 +477,26 @@ def _reader(params: Params, cache: Cache, pool: Pool, *, as_maps: bool) -> Featu
     return FeatureReader(cache, already or ((lambda maps: pool({}, maps)) if exact and not as_maps else None))
 
 
+def _check_reads(params: Params, name: str, reads: str, reader: FeatureReader) -> None:
+    """Raises UserError if a host that `reads` features gets maps, or the other way round."""
+    if reads == "features" and reader.pooling is None:
+        raise UserError(
+            f"hosts.{name}.pool: host {params.host} changes features before fusion, so the pool must act on each "
+            f"channel alone and train nothing; got {params.pool}; use gap"
+        )
+    if reads == "maps" and reader.pooling is not None:
+        raise UserError(
+            f"{reader.cache.files}: host {params.host} needs whole maps; got a pooled cache; use the cache that it was "
+            "made from"
+        )
+
+
 def _table(heads: list[HeadSetting], replaced: list[int], about: dict[str, Any]) -> pa.Table:
     """The table `heads.parquet`: a line per head with its settings; `about` in the schema's metadata."""
-    columns = {k: [asdict(h)[k] for h in heads] for k in ("ratio", "donor", "selection", "seed")}
+    columns = {k: [getattr(h, k) for h in heads] for k in ("ratio", "donor", "selection", "seed")}
     numbers = pa.array(range(len(heads)), pa.int64())
-    table = pa.table({"number": numbers, **columns, "replaced": pa.array(replaced, pa.int64())})
+    constants = {name: [dict(h.constants)[name] for h in heads] for name, _ in heads[0].constants}
+    table = pa.table({"number": numbers, **columns, "replaced": pa.array(replaced, pa.int64()), **constants})
     return table.replace_schema_metadata({"h2t": json.dumps(about, sort_keys=True)})
 
 

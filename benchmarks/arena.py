@@ -27,7 +27,6 @@ from h2t.pipeline.base import device, params, plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.command_line import presets
-from h2t.pipeline.heads.host import GradientHost
 from h2t.pipeline.heads.residency import Residency
 from h2t.pipeline.inspection import settings
 from h2t.pipeline.networks.trained import backbone_digest
@@ -56,18 +55,6 @@ def parameters(only: Sequence[str] = (), overrides: Sequence[str] = ()) -> dict[
         params.apply(values, override)
     settings.check(values)
     return values
-
-
-def needs(host: type) -> str:
-    """What a method needs besides features and labels of a batch, in words."""
-    if not issubclass(host, GradientHost):
-        return "all features at once"
-    found = ["whole maps"] if host.reads == "maps" else []
-    if host.prepare is not GradientHost.prepare:
-        found.append("training features")
-    if host.partner:
-        found.append(f"a second sampler ({host.partner})")
-    return ", ".join(found) or "–"
 
 
 class Arena:
@@ -130,7 +117,7 @@ class Arena:
                 "method": name,
                 "h2t": words,
                 "batches": "–" if kind.fitted else host.receiver or kind.receiver,
-                "needs": needs(kind),
+                "needs": kind.needs() or "–",
                 **{f: None if entry.get(f) is None else round(entry[f], 2) for f in FIGURES},
                 "chosen": (entry.get("chosen") or {}).get("values", {}),
                 "cpu_seconds": seconds,

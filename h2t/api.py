@@ -39,6 +39,8 @@ from h2t.pipeline.data.classes import recorded_names
 from h2t.pipeline.data.images import Collection, Images, decoder, open_images
 from h2t.pipeline.data.splits import AtMost, Labelled, SmallClasses, hold_out
 from h2t.pipeline.data.transforms import OWN
+from h2t.pipeline.evaluation.calibration import of_heads
+from h2t.pipeline.evaluation.folds import load_folds
 from h2t.pipeline.evaluation.scoring import Scores, score_heads
 from h2t.pipeline.heads.batches import sample_rows
 from h2t.pipeline.heads.features import FeatureReader
@@ -46,7 +48,6 @@ from h2t.pipeline.heads.residency import Residency
 from h2t.pipeline.heads.stored import Heads, load_heads
 from h2t.pipeline.models import predict as images_predict
 from h2t.pipeline.models.card import Measured, Stated, card
-from h2t.pipeline.models.export import Choice, choose
 from h2t.pipeline.models.features import Extractor, extractor
 from h2t.pipeline.models.model import load_single_head, save_head, save_model
 from h2t.pipeline.networks.classifier import global_average
@@ -200,18 +201,29 @@ def compare(
         with cache:
             names = recorded_names(cache.spec.provenance, cache.files)
             start = _start(cache, root / "probe", l2, chosen, seed, say)
-            heads, tested, lines = {}, {}, []
+            stacks, lines = {}, []
             for name, params in asked.items():
                 run = Run(name, root / "heads" / name, chosen, seed, say)
                 train_classifier.run(params, run, Residency(), cache, start)
                 scored = Run(name, root / "evaluate" / name, chosen, seed, say)
                 evaluate.run(evaluate.Params(), scored, cache, run.out, start)
-                heads[name] = load_heads(run.out)
-                tested[name] = score_heads(cache, heads[name], "test", heads[name].about["evaluate"], chosen)
+                heads = load_heads(run.out)
                 figures = pq.ParquetFile(scored.out / "heads.parquet").read()
-                lines += _lines(name, figures.to_pylist(), heads[name].table.column_names)
+                lines += _lines(name, figures.to_pylist(), heads.table.column_names)
+                tested = score_heads(cache, heads, "test", heads.about["evaluate"], chosen)
+                warm = of_heads(cache, heads, range(len(heads.table)), load_folds(run.out), chosen)
+                stacks[name] = _Stack(heads, tested, warm or [1.0] * len(heads.table))
             dataset = str(cache.spec.provenance.get("dataset", "unknown"))
-    return Comparison(_table(lines), names, dataset, heads, tested, made)
+    return Comparison(_table(lines), names, dataset, lines, stacks, made)
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """The heads of a method, their predictions for the test rows, and the temperature of each."""
+
+    heads: Heads
+    tested: Scores
+    temperatures: list[float]
 
 
 @dataclass(frozen=True)
@@ -226,8 +238,8 @@ class Comparison:
     table: pd.DataFrame
     classes: list[str]
     dataset: str
-    heads: Mapping[str, Heads] = field(repr=False)
-    tested: Mapping[str, Scores] = field(repr=False)
+    lines: list[dict[str, Any]] = field(repr=False)
+    stacks: Mapping[str, _Stack] = field(repr=False)
     extractor: Extractor | None = field(default=None, repr=False)
 
     def __repr__(self) -> str:
@@ -241,31 +253,36 @@ class Comparison:
 
         Without `seed` the first one. Raises UserError if there is no such classifier.
         """
-        if method not in self.heads:
-            raise UserError(f"method: must be one of {', '.join(self.heads)}; got {method!r}")
-        heads = self.heads[method]
-        if ratio is None:
-            mine = self.table[self.table["method"] == method]
-            column = "val_top1" if "val_top1" in mine else "ratio"
-            ratio = float(mine.loc[mine[column].idxmax(), "ratio"])
-        if seed is None:
-            seed = int(heads.table["seed"][0].as_py())
-        number = choose(heads, Choice(ratio=ratio, seed=seed, **_first(heads)), method)
-        tested = self.tested[method]
-        measured = Measured(tested.labels, tested.said[number].guesses)
-        return Classifier(heads.of([number]), self.classes, self.extractor, measured, self.dataset)
+        if method not in self.stacks:
+            raise UserError(f"method: must be one of {', '.join(self.stacks)}; got {method!r}")
+        mine = [line for line in self.lines if line["method"] == method]
+        found = [line for line in mine if ratio in (None, line["settings"]["ratio"])]
+        if not found:
+            ratios = ", ".join(f"{line['settings']['ratio']:g}" for line in mine)
+            raise UserError(f"ratio: must be one of {ratios}; got {ratio}")
+        best = max(found, key=lambda line: line.get("val_top1", line["settings"]["ratio"]))
+        numbers = best["numbers"]
+        if seed is not None and seed not in numbers:
+            raise UserError(f"seed: must be one of {', '.join(map(str, numbers))}; got {seed}")
+        number = numbers[min(numbers) if seed is None else seed]
+        stack = self.stacks[method]
+        measured = Measured(stack.tested.labels, stack.tested.said[number].guesses)
+        one = stack.heads.of([number])
+        return Classifier(one, self.classes, self.extractor, stack.temperatures[number], measured, self.dataset)
 
 
 @dataclass(frozen=True)
 class Classifier:
     """One trained head. Classes are in the order of the probabilities; `extractor` makes its features, if known.
 
-    `measured`: its predictions for the test samples, if there were any.
+    `temperature`: what logits are divided by before the softmax, from validation rows. `measured`: its predictions for
+    the test samples, if there were any.
     """
 
     head: Heads = field(repr=False)
     classes: list[str]
     extractor: Extractor | None = field(default=None, repr=False)
+    temperature: float = 1.0
     measured: Measured | None = field(default=None, repr=False)
     dataset: str = "unknown"
 
@@ -280,8 +297,8 @@ class Classifier:
             )
         state = {name: t[0].double() for name, t in self.head.state.items()}
         with torch.no_grad():
-            [(_, head)] = self.head.kinds(torch.device("cpu"))
-            logits = head.logits(state, values[None])
+            ((_, head),) = self.head.kinds(torch.device("cpu"))
+            logits = head.logits(state, values[None]) / self.temperature
         result: np.ndarray = logits.softmax(1).numpy()
         return result
 
@@ -303,6 +320,7 @@ class Classifier:
             "backbone": self.head.about["backbone"],
             "cache": self.head.about["cache"],
             "statistics": "stage1",
+            **({"temperature": self.temperature} if self.temperature != 1 else {}),
         }
         made = self.extractor
         with fresh_directory(Path(folder)) as into:
@@ -318,7 +336,7 @@ def load(folder: str | Path) -> Classifier:
     """The classifier that `Classifier.save` or `h2t export` wrote; it takes features. Raises UserError."""
     path = Path(folder) / "head.safetensors" if Path(folder).is_dir() else Path(folder)
     head = load_single_head(path)
-    return Classifier(head, list(head.about["classes"]))
+    return Classifier(head, list(head.about["classes"]), temperature=float(head.about.get("temperature", 1.0)))
 
 
 def predict(model: str | Path | Classifier, of: Any, *, top: int = 1, device: str = "auto") -> pd.DataFrame:
@@ -487,18 +505,19 @@ def _lines(method: str, heads: list[dict[str, Any]], columns: Sequence[str]) -> 
     for line in heads:
         if line["statistics"] != statistics and line["number"] >= 0:
             continue
-        key = (PROBE,) if line["number"] == -1 else (method, *(line[name] for name in settings))
-        one = found.setdefault(key, {"method": key[0], "settings": {}, "test": [], "val": []})
-        if line["number"] >= 0:
-            one["settings"] = {name: line[name] for name in settings}
+        own = {name: line[name] for name in settings} if line["number"] >= 0 else {}
+        key = (method if own else PROBE, *own.values())
+        one = found.setdefault(key, {"method": key[0], "settings": own, "numbers": {}, "test": [], "val": []})
+        one["numbers"][line["seed"]] = line["number"]
         one[line["split"]].append(line)
     lines = []
     for one in found.values():
-        means = {k: _mean([line[k] for line in one["test"]]) for k in FIGURES}
-        tops = [line["top1"] for line in one["test"]]
-        val = {"val_top1": _mean([line["top1"] for line in one["val"]])} if one["val"] else {}
-        sd = float(np.std(tops, ddof=1)) if len(tops) > 1 else None
-        lines.append({"method": one["method"], **one["settings"], **means, "top1_sd": sd, **val, "seeds": len(tops)})
+        test, val = one.pop("test"), one.pop("val")
+        one |= {figure: _mean([line[figure] for line in test]) for figure in FIGURES}
+        tops = [line["top1"] for line in test]
+        one |= {"top1_sd": float(np.std(tops, ddof=1)) if len(tops) > 1 else None}
+        one |= {"val_top1": _mean([line["top1"] for line in val])} if val else {}
+        lines.append({**one, "seeds": len(tops)})
     return lines
 
 
@@ -510,12 +529,9 @@ def _mean(values: list[float | None]) -> float | None:
 def _table(lines: list[dict[str, Any]]) -> pd.DataFrame:
     """The lines without settings that are the same everywhere; the probe once, first."""
     probe_line = [line for line in lines if line["method"] == PROBE][:1]
-    table = pd.DataFrame([*probe_line, *(line for line in lines if line["method"] != PROBE)])
+    once = [*probe_line, *(line for line in lines if line["method"] != PROBE)]
+    flat = [{"method": line["method"], **line["settings"], **line} for line in once]
+    table = pd.DataFrame(flat).drop(columns=["settings", "numbers"])
     first = ["method", "ratio"]
     same = [c for c in table if c not in (*first, *FIGURES, "val_top1", "top1_sd") and table[c].dropna().nunique() <= 1]
     return table[[*first, *(c for c in table if c not in (*first, *same))]]
-
-
-def _first(heads: Heads) -> dict[str, Any]:
-    """The first donor and selection, if heads differ in them."""
-    return {name: heads.table[name][0].as_py() for name in ("donor", "selection")}

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from parameters_page import built_in, written
 
-from benchmarks.arena import needs
 from h2t.pipeline.base import plugins
 
 PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
@@ -68,9 +67,8 @@ def entry(kind: str, name: str) -> str:
         module = plugins.load(kind, name)
         batches = "none: closed-form fit, no H2T" if module.Host.fitted else module.Host.receiver
         constants = [f"`{key}` {written(field.get_default())}" for key, field in module.Loss.model_fields.items()]
-        more = needs(module.Host) if not module.Host.fitted else "–"
         line = f"Batches: {batches}."
-        line += f" Needs {more}." if more != "–" else ""
+        line += f" Needs {more}." if (more := module.Host.needs()) else ""
         line += f" Constants: {', '.join(constants)}." if constants else ""
         parts.append(line)
     return "\n\n".join(parts)

@@ -55,10 +55,10 @@ def test_the_answer_names_the_best_its_share_certainty_cost_and_command(evaluate
     best, share, certainty, cost, command = answer.lines()
     ratio = better.metrics["with_h2t"]["ratio"]
     assert best == (
-        f"Best top-1: dr with H2T at ratio {ratio:g}; top-1 94.4 %, tail 90.6 %. H2T's share in it: +0.8 [-0.5, +2.1], "
+        f"Best top-1: dr with H2T at ratio {ratio:g}; top-1 94.4 %, tail 90.6 %. H2T's share in it: +0.8 [-0.5, +2.1] "
         "too close to tell."
     )
-    assert share == "H2T over 1 method: top-1 0 higher, 0 lower, 1 undecided; tail 1 higher, 0 lower."
+    assert share == ("H2T in dr: top-1 +0.8 [-0.5, +2.1] too close to tell; tail +2.6 [+0.4, +4.8] higher.")
     assert certainty == (
         "Intervals (95 %) cover 3 seeds of stage II and 24 test images; not other trainings of the backbone."
     )
@@ -89,9 +89,15 @@ def test_where_h2t_lowers_top1_the_better_classifier_is_the_one_without(dr):
     answer = Answer([stated(worse, top1=(-2.0, -3.0, -1.0, "lower"))])
     assert answer.lines()[0].startswith("Best top-1: dr without H2T; top-1 80.0 %")
     assert answer.lines("tail")[0].startswith("Best tail: dr with H2T at ratio")
-    assert answer.lines()[1] == "H2T over 1 method: top-1 0 higher, 1 lower."
-    assert "H2T's share in it: -2.0 [-3.0, -1.0], lower." in answer.lines()[0]
+    assert answer.lines()[1] == "H2T in dr: top-1 -2.0 [-3.0, -1.0] lower."
+    assert "H2T's share in it: -2.0 [-3.0, -1.0] lower." in answer.lines()[0]
     assert answer.command() is None  # without the folders there is nothing to copy
+
+
+def test_of_several_methods_it_says_for_how_many_h2t_is_higher_or_lower(dr):
+    verdicts = ["higher", "lower", "lower", "too close to tell", "identical", None]
+    hosts = [replace(stated(dr, top1=(0.0, -1.0, 1.0, v)), name=f"h{i}") for i, v in enumerate(verdicts)]
+    assert Answer(hosts).share() == "H2T over 6 methods: top-1 1 higher, 2 lower, 1 identical, 2 undecided."
 
 
 def test_methods_on_other_backbones_are_not_compared(dr):

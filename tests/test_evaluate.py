@@ -76,6 +76,38 @@ def test_metrics_have_exactly_the_contracts_keys(tmp_path, made):
     assert metrics["with_h2t"]["ratio"] in (0.3, 0.8)
 
 
+def test_every_setting_is_compared_with_ratio_0_with_stage_i_and_with_the_usual_donors(tmp_path, made):
+    cache, _, backbone, _ = made
+    grid = {"ratio": [0.0, 0.3], "donor": ["instance", "balanced"], "seed": [0, 1, 2]}
+    fitted(tmp_path / "h", cache, backbone, grid=grid)
+    metrics = evaluated(tmp_path / "e", cache, tmp_path / "h", backbone)
+    table = pd.read_parquet(tmp_path / "e" / "differences.parquet")
+    top1 = table[table.figure == "top1"]
+    assert sorted(zip(top1.ratio, top1.donor, top1.against, strict=True)) == [
+        (0.0, "instance", "stage1"),
+        (0.3, "balanced", "stage1"),
+        (0.3, "balanced", "standard"),
+        (0.3, "balanced", "without_h2t"),
+        (0.3, "instance", "stage1"),
+        (0.3, "instance", "without_h2t"),
+    ]
+    heads = pd.read_parquet(tmp_path / "e" / "heads.parquet")
+    heads = heads[(heads.split == "test") & heads.statistics.isin(["mixture", "stage1"])]
+    for line in table.itertuples():
+        mine = heads[(heads.ratio == line.ratio) & (heads.donor == line.donor)]
+        other = {
+            "stage1": heads[heads.number == -1],
+            "without_h2t": heads[(heads.ratio == 0) & (heads.donor == "instance")],
+            "standard": heads[(heads.ratio == 0.3) & (heads.donor == "instance")],
+        }[line.against]
+        assert line.mean == pytest.approx(mine[line.figure].mean() - other[line.figure].mean())
+        assert line.low < line.mean < line.high
+        assert (list(line.covers), line.seeds) == (["seeds", "images"], 3)
+        assert pd.isna(line.verdict) == (line.figure == "ece")  # 70 test images are too few for a verdict on it
+    usual = table[(table.donor == "instance") & (table.against == "without_h2t")].set_index("figure")
+    assert {f: d["low"] for f, d in metrics["difference"].items()} == usual.low.to_dict()
+
+
 def test_figures_by_hand(tmp_path, made):
     """Last-epoch heads on the test rows under the recipe's statistics; the stage-I head on its own."""
     metrics = evaluated(tmp_path / "e", *made[:3])

@@ -124,13 +124,12 @@ def _mean_and_reach(each: np.ndarray, labels: np.ndarray, weights: np.ndarray) -
     seeds = len(each)
     means = each @ weights
     changed = float(np.count_nonzero(each) / seeds)
-    of_mean, freedom = _variance_over_images(each.mean(0), labels, weights)
+    variances, freedom = _variances_over_images(np.vstack([each.mean(0), each]), labels, weights)
     if seeds > 1:
         a = means.var(ddof=1) / seeds
-        single = float(np.mean([_variance_over_images(one, labels, weights)[0] for one in each]))
-        c = max((seeds * of_mean - single) / (seeds - 1), 0.0)
+        c = max(float(seeds * variances[0] - variances[1:].mean()) / (seeds - 1), 0.0)
     else:
-        a, c = 0.0, of_mean
+        a, c = 0.0, float(variances[0])
     if changed < FEWEST_CHANGED:
         c += 2 * (100 * float(weights @ weights)) ** 2
     if not a + c:
@@ -140,18 +139,23 @@ def _mean_and_reach(each: np.ndarray, labels: np.ndarray, weights: np.ndarray) -
     return float(means.mean()), reach, changed
 
 
-def _variance_over_images(values: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> tuple[float, int]:
-    """The variance of the weighted sum of `values` (n,) if other images of the same classes were drawn.
+def _variances_over_images(values: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, int]:
+    """For each line of `values` (lines, n), the variance of its weighted sum if other images of the same classes were
+    drawn, float64 (lines,). Also the degrees of freedom.
 
-    Also its degrees of freedom. The weights of a class are equal. A class with one image has no variance of its own:
-    the square of its value stands in, which is too large rather than too small.
+    The weights of a class are equal. A class with one image has no variance of its own: the square of its value stands
+    in, which is too large rather than too small.
     """
+    lines, classes = len(values), int(labels.max()) + 1
+    place = (labels + classes * np.arange(lines)[:, None]).ravel()
+    total, square = (
+        np.bincount(place, v.ravel(), minlength=lines * classes).reshape(lines, classes) for v in (values, values**2)
+    )
     counts = np.bincount(labels)
-    total, square, weight = (np.bincount(labels, v) for v in (values, values**2, weights))
-    several = counts > 1
-    spread = np.where(several, (square - total**2 / np.maximum(counts, 1)) / np.maximum(counts - 1, 1), square)
-    variance = float(np.sum(weight**2 / np.maximum(counts, 1) * np.maximum(spread, 0)))
-    return variance, int(np.maximum(counts[counts > 0] - 1, 1).sum())
+    at_least_one = np.maximum(counts, 1)
+    spread = np.where(counts > 1, (square - total**2 / at_least_one) / np.maximum(counts - 1, 1), square)
+    of_class = np.bincount(labels, weights) ** 2 / at_least_one
+    return np.maximum(spread, 0) @ of_class, int(np.maximum(counts[counts > 0] - 1, 1).sum())
 
 
 def paired(after: Mapping[int, float], before: Mapping[int, float]) -> Difference | None:

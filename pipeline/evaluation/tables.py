@@ -1,6 +1,7 @@
 """Tables of single heads that evaluate writes: accuracy per class, confusion, predictions. Number -1 is stage I."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from h2t.pipeline.data.classes import groups
-from h2t.pipeline.evaluation.intervals import differences
+from h2t.pipeline.evaluation.intervals import Difference, differences
 from h2t.pipeline.evaluation.metrics import Answers, confusion, per_class_accuracy, precision_and_f1
 from h2t.pipeline.evaluation.scoring import Scores
 
@@ -55,53 +56,63 @@ def write_per_class(
 STANDARD = ("instance", "random")  # donor and selection of H2T as published
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """The differences of one setting (ratio, donor, selection) on the test split, by figure.
+
+    `against` says what is subtracted: `stage1`, `without_h2t` (ratio 0), or `standard` (donor instance, selection
+    random, the same ratio).
+    """
+
+    setting: tuple[float, str, str]
+    against: str
+    figures: dict[str, Difference | None]
+
+
 def compared(
-    lines: Sequence[Mapping[str, Any]],
+    heads: Sequence[Mapping[str, Any]],
     result: Scores,
     first: Scores | None,
     group_of: Sequence[str | None],
-    seeded: bool,
-) -> list[dict[str, Any]]:
-    """The differences of every setting on the test split, as lines of `differences.parquet`.
+    seeded: bool = True,
+) -> list[Comparison]:
+    """Compares the settings of `heads`, lines of heads.parquet, with each other by seed, and with stage I.
 
-    `lines` are those of the heads to compare: number, seed, ratio, donor, selection. Heads are paired by seed.
-    `against` says what is subtracted: `stage1`, `without_h2t` (ratio 0), or `standard` (donor instance, selection
-    random, the same ratio). `seeded` is False for a host whose fit does not depend on a seed.
+    `result` and `first` are the scores of all heads and of stage I. `seeded` is False for a host whose fit does not
+    depend on a seed.
     """
     settings: dict[tuple[float, str, str], dict[int, int]] = {}
-    for line in lines:
-        ratio = float(line["ratio"])
-        setting = (ratio, *((line["donor"], line["selection"]) if ratio else STANDARD))
-        settings.setdefault(setting, {}).setdefault(line["seed"], line["number"])
-
-    found: list[dict[str, Any]] = []
+    for head in heads:
+        setting = (float(head["ratio"]), *((head["donor"], head["selection"]) if head["ratio"] else STANDARD))
+        settings.setdefault(setting, {}).setdefault(head["seed"], head["number"])
+    found = []
     for setting, numbers in sorted(settings.items()):
-        others: dict[str, dict[int, int]] = {}
-        if setting[0]:
-            others["without_h2t"] = settings.get((0.0, *STANDARD), {})
-            if setting[1:] != STANDARD:
-                others["standard"] = settings.get((setting[0], *STANDARD), {})
-        pairs = {
-            against: [(result.said[n], result.said[before[s]]) for s, n in sorted(numbers.items()) if s in before]
-            for against, before in others.items()
-        }
+        others = {"without_h2t": (0.0, *STANDARD), "standard": (setting[0], *STANDARD)} if setting[0] else {}
+        for against, other in others.items():
+            before = settings.get(other, {}) if other != setting else {}
+            if seeds := sorted(numbers.keys() & before.keys()):
+                after, old = ([result.said[of[s]] for s in seeds] for of in (numbers, before))
+                apart = differences(after, old, result.labels, group_of, seeded=seeded)
+                found.append(Comparison(setting, against, apart))
         if first and np.array_equal(first.samples, result.samples):
-            pairs["stage1"] = [(result.said[n], first.said[0]) for n in numbers.values()]
-        for against, both in pairs.items():
-            if both:
-                after, before = zip(*both, strict=True)
-                apart = differences(after, before, result.labels, group_of, seeded)
-                about = {"ratio": setting[0], "donor": setting[1], "selection": setting[2], "against": against}
-                found += [{**about, "figure": name, **d.as_dict()} for name, d in apart.items() if d]
+            after = [result.said[n] for n in numbers.values()]
+            apart = differences(after, first.said * len(after), result.labels, group_of, seeded=seeded)
+            found.append(Comparison(setting, "stage1", apart))
     return found
 
 
-def write_differences(into: Path, found: list[dict[str, Any]]) -> None:
-    """Writes `differences.parquet` from the lines that `compared` made."""
+def write_differences(into: Path, comparisons: Sequence[Comparison]) -> None:
+    """Writes `differences.parquet`: one line per comparison and figure."""
     text, number = pa.string(), pa.float64()
     kinds = {"ratio": number, "donor": text, "selection": text, "against": text, "figure": text, "mean": number}
     kinds |= {"low": number, "high": number, "verdict": text, "covers": pa.list_(text), "seeds": pa.int64()}
-    pq.write_table(pa.Table.from_pylist(found, pa.schema(kinds)), into / "differences.parquet", compression="zstd")
+    lines = [
+        dict(zip(kinds, (*c.setting, c.against, figure), strict=False)) | apart.as_dict()
+        for c in comparisons
+        for figure, apart in c.figures.items()
+        if apart
+    ]
+    pq.write_table(pa.Table.from_pylist(lines, pa.schema(kinds)), into / "differences.parquet", compression="zstd")
 
 
 def each(result: Scores, first: Scores | None, kept: list[int]) -> list[tuple[int, Answers]]:

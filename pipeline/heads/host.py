@@ -94,6 +94,11 @@ class Host:
         """Hosts are made with four arguments. A subclass that uses `loss` itself may pass on the other three."""
         *_, self.classifier, self.scale, self.context = given
 
+    @classmethod
+    def needs(cls) -> str:
+        """What it needs besides features and labels of a batch, in words; empty if that is nothing."""
+        return ""
+
     def stage1_state(self, stage1: StageOneHead) -> dict[str, torch.Tensor]:
         """A copy of the parameters it starts from: those of stage I, or what stands in their place.
 
@@ -143,6 +148,16 @@ class GradientHost(Host):
     reads: Literal["any", "features", "maps"] = "any"
     #: Its parameters, in multiples of those of a linear classifier; memory is planned by it.
     size: float = 1.0
+
+    @classmethod
+    def needs(cls) -> str:
+        """What it needs besides features and labels of a batch, in words; empty if that is nothing."""
+        found = {
+            "whole maps": cls.reads == "maps",
+            "training features": cls.prepare is not GradientHost.prepare,
+            f"a second sampler ({cls.partner})": cls.partner is not None,
+        }
+        return ", ".join(words for words, needed in found.items() if needed)
 
     @property
     def prepares(self) -> bool:
@@ -276,6 +291,11 @@ class FittedHost(Host):
     receiver = "instance"
     #: True if the fit holds the logits of all training samples, (E, N, K).
     holds_logits = False
+
+    @classmethod
+    def needs(cls) -> str:
+        """What it needs besides features and labels of a batch, in words."""
+        return "all training features at once"
 
     def fit(self, features: torch.Tensor, labels: torch.Tensor, stage1: StageOneHead) -> dict[str, torch.Tensor]:
         """The parameters, from features (E, N, D) and labels (N,) of the training samples, in ascending label order."""

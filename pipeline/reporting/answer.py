@@ -180,9 +180,7 @@ class Answer:
         said = ", ".join(f"{RANKED[f]} {first.figure(row, f):.1f} %" for f in figures)
         sentences = [f"Best {RANKED[figure]}: {first.words(row)}; {said}."]
         if figure in first.changes:
-            change = first.changes[figure]
-            words = " ".join(filter(None, (f"{change.mean:+.1f}", short_interval(change))))
-            sentences.append(f"H2T's share in it: {words}, {change.verdict or 'no verdict'}.")
+            sentences.append(f"H2T's share in it: {in_words(first.changes[figure])}.")
         if ranking.ties:
             sentences.append(f"Too close to it to tell: {_some(ranking.ties)}.")
         if ranking.others:
@@ -190,10 +188,14 @@ class Answer:
         return sentences
 
     def share(self) -> str:
-        """For how many methods H2T raised or lowered top-1 and tail accuracy."""
+        """What H2T changes in top-1 and tail accuracy: by how much in one method, or for how many of several."""
         both = [m for m in self.methods if m.changes]
         if not both:
             return "H2T: no method was trained both with and without it."
+        if len(both) == 1:
+            changes = both[0].changes
+            parts = [f"{RANKED[f]} {in_words(changes[f])}" for f in ("top1", "tail") if f in changes]
+            return f"H2T in {both[0].name}: {'; '.join(parts)}."
         parts = [f"{RANKED[f]} {tally}" for f in ("top1", "tail") if (tally := _tally(both, f))]
         return f"H2T over {counted(len(both), 'method')}: {'; '.join(parts)}."
 
@@ -305,6 +307,11 @@ class Answer:
 def short_interval(change: Difference) -> str:
     """The interval with one decimal, in brackets; empty if there is none."""
     return "" if change.low is None or change.high is None else f"[{change.low:+.1f}, {change.high:+.1f}]"
+
+
+def in_words(change: Difference) -> str:
+    """Mean, interval and verdict on one line, with one decimal."""
+    return " ".join(filter(None, (f"{change.mean:+.1f}", short_interval(change), change.verdict or "no verdict")))
 
 
 def duration(seconds: float | None) -> str:

@@ -27,7 +27,7 @@ from h2t.pipeline.reporting.results import (
     variants_at,
     with_against_without,
 )
-from h2t.pipeline.reporting.sides import Side
+from h2t.pipeline.reporting.sides import Side, sentence
 
 
 def write(
@@ -48,7 +48,7 @@ def write(
     untimed = replace(answer, runs=())
     curves = pd.concat([ratio_curve(r) for r in results], ignore_index=True)
     with fresh_directory(out) as into:
-        (into / "results.md").write_text(_document(title, untimed), encoding="utf-8")
+        (into / "results.md").write_text(_document(title, untimed, sides), encoding="utf-8")
         (into / "index.html").write_text(render(title, answer, sides), encoding="utf-8")
         write_json(into / "metrics.json", {r.name: r.metrics for r in results})
         write_json(into / "summary.json", answer.summary())
@@ -117,8 +117,8 @@ def variants_table(results: list[HostResult]) -> str | None:
     return "\n".join([head, "| --- | --- | --- | --- |" + " --- |" * (len(FIGURES) + 1), *lines]) if lines else None
 
 
-def _document(title: str, answer: Answer) -> str:
-    """The text of results.md: the answer, an overview, then all figures."""
+def _document(title: str, answer: Answer, sides: Sequence[Side]) -> str:
+    """The text of results.md: A against B if there are `sides`, the answer, an overview, then all figures."""
     results = list(answer.results)
     notes, others = [], variants_table(results)
     for result in results:
@@ -136,6 +136,7 @@ def _document(title: str, answer: Answer) -> str:
         [
             f"# {in_markdown(title)}",
             "",
+            *([f"- {sentence(sides)}"] if sides else []),
             *(f"- {in_markdown(line)}" for line in answer.lines()),
             "",
             *answer.overview(),

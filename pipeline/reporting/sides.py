@@ -50,7 +50,7 @@ def sentence(sides: Sequence[Side]) -> str:
 
 def _seeds(a: HostResult, b: HostResult, row: str) -> str:
     """How many seeds are on both sides: `3 seeds`, or `3 of 5 seeds` where one side has more."""
-    if row == "stage1":
+    if row == "stage1" or not a.about["host"]["seeded"]:
         return "no seed"
     first, second = (set(r.at(r.metrics[row]["ratio"]).seed) for r in (a, b))
     both, most = len(first & second), len(first | second)

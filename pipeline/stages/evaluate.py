@@ -35,6 +35,7 @@ from h2t.pipeline.evaluation.metrics import Graded, over_seeds, summary
 from h2t.pipeline.evaluation.scoring import STAGE1, Scores, load_heads_for, score_heads, score_stage1
 from h2t.pipeline.evaluation.tables import (
     STANDARD,
+    Comparison,
     compared,
     each,
     write_confusion,
@@ -153,7 +154,7 @@ def run(params: Params, run: Run, cache: Cache, heads_dir: Path, backbone_dir: P
         "stage1": _entry(first, STAGE1, params),
         "without_h2t": _entry(without, recipe_statistics, params, lambda f: chosen.as_dict(f, standard)),
         "with_h2t": _entry(with_h2t, recipe_statistics, params, lambda f: chosen.as_dict(f, standard)),
-        "difference": _difference(apart, ratio) if without and with_h2t else None,
+        "difference": _difference(apart, ratio),
     }
     with fresh_directory(run.out) as into:
         write_json(into / "metrics.json", metrics)
@@ -253,13 +254,12 @@ def _schema(figures: list[dict[str, Any]], heads: Heads) -> pa.Schema:
     return pa.schema([(k, kinds.get(k, pa.float64())) for k in figures[0]])
 
 
-def _difference(apart: list[dict[str, Any]], ratio: float | None) -> dict[str, Any]:
-    """Of the lines of `compared`, those of H2T as published at `ratio` minus ratio 0, by figure; None without one."""
-    found: dict[str, Any] = dict.fromkeys(FIGURES)
-    for line in apart:
-        if line["ratio"] == ratio and _standard(line) and line["against"] == "without_h2t":
-            found[line["figure"]] = {k: line[k] for k in ("mean", "low", "high", "verdict", "covers", "seeds")}
-    return found
+def _difference(apart: list[Comparison], ratio: float | None) -> dict[str, Any] | None:
+    """The differences with H2T at `ratio` minus without, by figure; None if one of the two was not trained."""
+    for comparison in apart:
+        if (comparison.setting, comparison.against) == ((ratio, *STANDARD), "without_h2t"):
+            return {figure: found and found.as_dict() for figure, found in comparison.figures.items()}
+    return None
 
 
 def _write_evidence(

@@ -336,8 +336,8 @@ def _train(
                 f"{run.name}: {counted(len(heads), 'classifier')} in {len(planned)} parts, "
                 f"to stay below {amount(room.step)} per step"
             )
-        rows = max(size.window(part) for part in planned) // reader.row_bytes
-        feed = Feed(streams, reader, choice, room.windows, run.device, run.say, step_rows=rows)
+        step_rows = max(size.window(part) for part in planned) // reader.row_bytes
+        feed = Feed(streams, reader, choice, room.windows, run.device, run.say, step_rows=step_rows)
         try:
             trained = train(params.optimiser, run, head_of, planned, feed, stage1, token)
         except NotFinite as bad:

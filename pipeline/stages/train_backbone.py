@@ -148,8 +148,12 @@ def _token(params: Params, run: Run, samples: Samples, backbone: Backbone) -> st
         "parameters": params.model_dump(exclude={"head", "probe"}),  # they do not change the training
         "samples": hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest(),
         "transform": samples.transform.model_dump(mode="json"),
-        "numbers": {"train_backbone": NUMBER, "datasets": _number("datasets", samples.facts["dataset"])}
-        | {"backbones": _number("backbones", params.arch), "objectives": _number("objectives", params.objective)},
+        "numbers": {
+            "train_backbone": NUMBER,
+            "datasets": _number("datasets", plugins.load("datasets", samples.facts["dataset"])),
+            "backbones": _number("backbones", plugins.load("backbones", params.arch)),
+            "objectives": _number("objectives", plugins.load("objectives", params.objective)),
+        },
         "initial weights": weights_digest(backbone.state_dict()),
         "seed": run.seed,
         "device": run.device.type,
@@ -158,12 +162,13 @@ def _token(params: Params, run: Run, samples: Samples, backbone: Backbone) -> st
     return json.dumps(about, sort_keys=True)
 
 
-def _number(kind: str, name: str) -> int | str:
+def _number(kind: str, plugin: ModuleType) -> int | str:
     """The number of a built-in plug-in; for one of the user's own, a digest of all Python files of this kind."""
-    if (plugins.folders(kind)[0] / f"{name}.py").is_file():
-        return int(plugins.load(kind, name).NUMBER)
+    built_in, *own = plugins.folders(kind)
+    if Path(str(plugin.__file__)).parent == built_in:
+        return int(plugin.NUMBER)
     digest = hashlib.sha256()
-    for folder in plugins.folders(kind)[1:]:
+    for folder in own:
         for path in sorted(folder.rglob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -37,15 +37,18 @@ from h2t.pipeline.heads.fusion import (
 from h2t.pipeline.heads.head import Head
 from h2t.pipeline.heads.host import GradientHost, is_stackable
 from h2t.pipeline.heads.residency import MAX_WINDOW_STEPS, Feed, Step
-from h2t.pipeline.networks.classifier import expert_logits
 from h2t.pipeline.networks.trained import StageOneHead
 from h2t.pipeline.training.resume import Checkpoint
 
 LEAST_LENGTH = 1e-12  # of a feature vector, as in torch's `normalize`
-FOLDED_CLASSES = 2  # of more classes than this times the batch, fused features cost less than folded weights
+FOLDED_CLASSES = 64  # with more classes, fused features cost less than folded weights (docs/decisions/0019)
 DRAWN: tuple[Selection, ...] = ("random", "shuffled")  # selections that draw their channels
 FLOAT = 4  # bytes of a float32, which heads compute with
 PER_HEAD = ("lr", "weight_decay")  # constants in which heads of one stack may differ
+
+
+Product = Callable[[torch.Tensor], torch.Tensor]
+Lengths = Callable[[], torch.Tensor]
 
 
 class NotFinite(Exception):
@@ -169,7 +172,7 @@ class Stack:
         self._on_logits.classifier = "given"
         # Feature mixup changes lengths by more than its shares, and shuffled donors are different for each head.
         usual = not len(shuffled) and not (self._mixing and self.host.classifier == "cosine")
-        few = self.host.context.classes <= FOLDED_CLASSES * self.streams.batch_size
+        few = self.host.context.classes <= FOLDED_CLASSES
         self._folds = self.at_once and usual and few and bool(self.replaced.any())
         self._groups = Groups(self._seed_index, donor_index, self.device)
 
@@ -301,21 +304,31 @@ class Stack:
     def _logits(self, at: Step) -> torch.Tensor:
         """The experts' logits of every head on its fused features, (K, E, B, N)."""
         host, state = self.host, self.state
-        if not self._folds:
-            return expert_logits(host.classifier, state, self.fused(at), host.scale)
+        product, lengths = self._folded(at) if self._folds else self._unfolded(at)
+        if host.classifier == "linear":
+            logits = product(state["weight"]) + state["bias"].unsqueeze(-1)
+        else:
+            logits = product(F.normalize(state["weight"], dim=-1)) / lengths().clamp_min(LEAST_LENGTH)
+        return (logits if host.scale == 1 else host.scale * logits).mT
+
+    def _unfolded(self, at: Step) -> tuple[Product, Lengths]:
+        """Products of weights (K, E, N, C) with fused features, (K, E, N, B), and their lengths, (K, E, 1, B)."""
+        features = self.fused(at).mT
+        return lambda weight: weight @ features, lambda: features.norm(dim=-2, keepdim=True)
+
+    def _folded(self, at: Step) -> tuple[Product, Lengths]:
+        """The same without fused features."""
         assert at.draws is not None
         groups, features = self._groups, at.table.gather(*at.draws.rows[0])  # (G, E, 2 B, C)
         pairs = features.reshape(*features.shape[:2], -1, 2 * features.shape[3])
         share = self.masks(at.draws.ranks).to(self.dtype)
         if self._mixing:
             share = torch.where(self._share > 0, self._share, share)
-        if host.classifier == "linear":
-            logits = Folded.apply(state["weight"], share, pairs, groups) + state["bias"].unsqueeze(-1)
-        else:
-            ones = torch.ones_like(share).unsqueeze(2)
-            lengths = Folded.apply(ones, share, pairs.square(), groups).sqrt().clamp_min(LEAST_LENGTH)  # (K, E, 1, B)
-            logits = Folded.apply(F.normalize(state["weight"], dim=-1), share, pairs, groups) / lengths
-        return (logits if host.scale == 1 else host.scale * logits).mT
+        ones = torch.ones_like(share).unsqueeze(2)
+        return (
+            lambda weight: Folded.apply(weight, share, pairs, groups),
+            lambda: Folded.apply(ones, share, pairs.square(), groups).sqrt(),
+        )
 
     def train(
         self,

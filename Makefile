@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Threads that wait for work sleep instead of spinning: a shared machine stays usable, and small batches lose nothing.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: repro table test check format bench gpu audit clean
+.PHONY: repro table arena test check format bench gpu audit clean
 
 repro: $(VENV)/installed
 	dvc repro
@@ -19,6 +19,11 @@ repro: $(VENV)/installed
 # `make repro` made stay as they are; killed, it resumes.
 table: $(VENV)/installed
 	$(BIN)/python -m benchmarks.paper digits --data data/table --out data/table/digits.json
+
+# Every method of stage II on one cache, tuned alike (presets/arena.yaml), in data/arena; killed, it resumes. Another
+# cache: make arena ARENA="--cache CACHE --backbone FOLDER".
+arena: $(VENV)/installed
+	$(BIN)/python -m benchmarks.arena $(ARENA)
 
 $(VENV)/installed: pyproject.toml setup.py cache/read/gather.c
 	@test -x $(BIN)/python || $(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))" || \

@@ -37,6 +37,7 @@ from h2t.pipeline.base.outputs import replace_file
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.data.classes import groups
 from h2t.pipeline.data.samples import Samples, load_samples
+from h2t.pipeline.evaluation.intervals import paired
 from h2t.pipeline.evaluation.metrics import answers, over_seeds, summary
 from h2t.pipeline.evaluation.scoring import load_heads_for, score_heads, score_stage1
 from h2t.pipeline.heads.batches import sample_rows
@@ -47,7 +48,6 @@ from h2t.pipeline.heads.start import backbone_head
 from h2t.pipeline.networks.classifier import global_average
 from h2t.pipeline.networks.probe import Probe
 from h2t.pipeline.networks.weights import load_checkpoint
-from h2t.pipeline.reporting.intervals import paired
 from h2t.pipeline.stages import extract, pool, prepare, probe, train_backbone, train_classifier
 
 FIGURES = ("top1", "head", "medium", "tail")

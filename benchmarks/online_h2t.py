@@ -158,7 +158,7 @@ def train(
         "frozen": frozen,
         "unaugmented": unaugmented,
         "steps": EPOCHS * -(-len(train_samples) // BATCH),
-        "figures": summary(answers(guesses), labels[test], groups(samples.counts)["paper_index"]),
+        "figures": summary(answers(guesses, labels[test]), labels[test], groups(samples.counts)["paper_index"]),
         "loss": total / len(train_samples),
         "seconds": round(seconds, 2),
         "cpu": round(cpu, 2),

@@ -11,7 +11,7 @@ import pandas as pd
 
 from benchmarks.tables import cell
 from h2t.pipeline.base.errors import UserError
-from h2t.pipeline.reporting.intervals import Difference
+from h2t.pipeline.evaluation.intervals import Difference
 from h2t.pipeline.reporting.results import difference
 
 #: How far the cache may lie from the published way, in points.

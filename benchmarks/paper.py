@@ -181,16 +181,15 @@ class Reproduction:
     def record(self, stage: str, name: str) -> Path:
         return self.data / "runs" / stage / f"{name}.json"
 
+    def sources(self) -> None:
+        """The caches of all backbones, from images on."""
+        self._prepare()
+        for name in self.values["backbones"]:
+            self._backbone(name)
+
     def run(self, results: Path) -> list[dict[str, Any]]:
         """Everything; entries go to `results` as soon as a host is evaluated. Returns those of this table."""
-        self.data.mkdir(parents=True, exist_ok=True)
-        (self.data / "params.yaml").write_text(yaml.safe_dump(self.values, sort_keys=False), encoding="utf-8")
-        section = params.build(prepare.Params, "prepare", self.values["prepare"])
-        out, seed = self.data / "prepare", self.values["seed"]
-        about = [self.values["prepare"], seed]
-        run = Run("prepare", out, seed=seed, say=print)
-        unless_done(self.record("prepare", "prepare"), out, about, lambda: prepare.run(section, run))
-        self.samples = load_samples(out)
+        self._prepare()
         entries = []
         for name in self.values["backbones"]:
             self._backbone(name)
@@ -201,6 +200,17 @@ class Reproduction:
         about = params.build(report.Params, "report", self.values.get("report", {}))
         report.run(about, Run("report", self.data / "report", say=print), list(self.hosts), self.data / "evaluate")
         return entries
+
+    def _prepare(self) -> None:
+        """Chooses the samples."""
+        self.data.mkdir(parents=True, exist_ok=True)
+        (self.data / "params.yaml").write_text(yaml.safe_dump(self.values, sort_keys=False), encoding="utf-8")
+        section = params.build(prepare.Params, "prepare", self.values["prepare"])
+        out, seed = self.data / "prepare", self.values["seed"]
+        about = [self.values["prepare"], seed]
+        run = Run("prepare", out, seed=seed, say=print)
+        unless_done(self.record("prepare", "prepare"), out, about, lambda: prepare.run(section, run))
+        self.samples = load_samples(out)
 
     def _backbone(self, name: str) -> None:
         """Stage I and the cache of backbone `name`; rows only under the statistics that its hosts read."""

@@ -1,10 +1,8 @@
 """Families of pretrained networks at tiny size with random weights, and what holds for each of them.
 
-`python tests/backbone_families.py` writes the table of docs/backbones.md; with names of families it only prints their
-lines. The quick ones are tested in test_frozen_backbones.py.
+`python tests/backbone_families.py` writes the table of docs/backbones.md; with names of families it only replaces their
+lines. Every line is written as soon as it is known. The quick families are tested in test_frozen_backbones.py.
 """
-
-# ruff: noqa: E501 - a row of a Markdown table is one line
 
 import contextlib
 import io
@@ -186,12 +184,11 @@ PARAMS = {
     "device": "cpu",
     "prepare": {
         "dataset": "digits",
-        "imbalance": {"profile": "exponential", "ratio": 20.0},
+        "imbalance": {"profile": "exponential", "ratio": 100.0},
         "test_per_class": 5,
-        "validation_per_class": 110,
     },
     "extract": {"batch_size": 32, "batchnorm": ["stage1"]},
-    "hosts": {"h": {"host": "crt", "backbone": "b", "optimiser": {"epochs": 1}, "grid": {"seed": [0]}}},
+    "hosts": {"h": {"host": "dr", "backbone": "b", "optimiser": {"epochs": 1}, "grid": {"seed": [0]}}},
 }
 
 
@@ -203,8 +200,9 @@ def journey(family: Family) -> list[str]:
         "objective": "ce",
         "options": family.options,
         "input": {"size": family.size, "crop": 1.0},
-        "epochs": 1,
         "frozen": True,
+        "head": "probe",
+        "probe": {"iterations": 50},
     }
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
         values = yaml.safe_dump(yaml.safe_load(yaml.safe_dump({**PARAMS, "backbones": {"b": _plain(backbone)}})))
@@ -214,8 +212,9 @@ def journey(family: Family) -> list[str]:
             "prepare": ("prepare", "s"),
             "train": ("train-backbone", "b", "s", "b"),
             "extract": ("extract", "b", "s", "b", "c"),
-            "heads": ("train-classifier", "h", "c", "b", "h"),
-            "evaluate": ("evaluate", "h", "c", "h", "b", "e"),
+            "probe": ("probe", "b", "c", "p", "--backbone", "b"),
+            "heads": ("train-classifier", "h", "c", "p", "h"),
+            "evaluate": ("evaluate", "h", "c", "h", "p", "e"),
             "export": ("export", "h", "c", "b", "m", "--ratio", "0.3"),
             "predict": ("predict", "m", "one.png", "--out", "p.csv"),
             "onnx": ("export", "h", "c", "b", "n", "--ratio", "0.3", "--onnx"),
@@ -248,8 +247,8 @@ def line(family: Family) -> str:
     prefix = str(backbone.prefix if backbone.prefix is not None else "") if layout == "tokens" else ""
     between = ", ".join(kind for _, kinds in backbone.ending.after for kind in kinds)
     proof = f"yes, {off:.0e}" if off is not None else f"no: {backbone.ending.why}"
-    steps = journey(family) if family.quick else None
-    names = ("extract", "heads", "evaluate", "export", "predict", "onnx predict")
+    steps = journey(family)
+    names = ("extract", "probe", "heads", "evaluate", "export", "predict", "onnx predict")
     cells = [
         f"{family.arch} `{family.name}`",
         layout,
@@ -257,30 +256,38 @@ def line(family: Family) -> str:
         f"`{family.features}`",
         between,
         proof,
-        *("" if steps is None else "yes" if name in steps else "no" for name in names),
+        *("yes" if name in steps else "no" for name in names),
         f"{seconds:.1f}",
     ]
     return f"| {' | '.join(cells)} |"
 
 
 HEADER = """\
-| network | layout | prefix tokens | features | between pooling and classifier | own logits | extract | heads with H2T | \
-evaluate | export | predict | ONNX | CPU seconds to build |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
+| network | layout | prefix tokens | features | between pooling and classifier | own logits | extract | probe | heads \
+with H2T | evaluate | export | predict | ONNX | CPU seconds to build |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
 
 
 def main(names: list[str]) -> None:
     torch.set_num_threads(1)
-    lines = []
+    text = PAGE.read_text(encoding="utf-8")
+    known = re.search(r"(?s)<!-- table -->\n(.*?)\n<!-- end -->", text)
+    assert known
+    lines = {_of(row): row for row in known[1].splitlines()[2:]} if known[1].startswith(HEADER) else {}
     for family in FAMILIES:
         if not names or family.name in names:
-            lines.append(line(family))
-            sys.stdout.write(lines[-1] + "\n")
+            new = line(family)
+            lines[_of(new)] = new
+            sys.stdout.write(new + "\n")
             sys.stdout.flush()
-    if not names:
-        text = PAGE.read_text(encoding="utf-8")
-        table = "\n".join([HEADER, *lines])
-        PAGE.write_text(re.sub(r"(?s)(<!-- table -->\n).*?(\n<!-- end -->)", rf"\g<1>{table}\g<2>", text), "utf-8")
+            table = "\n".join([HEADER, *lines.values()])
+            PAGE.write_text(text.replace(known[0], f"<!-- table -->\n{table}\n<!-- end -->"), "utf-8")
+
+
+def _of(row: str) -> tuple[str, str]:
+    """The network and the features of a row of the table."""
+    cells = row.split("|")
+    return cells[1], cells[4]
 
 
 if __name__ == "__main__":

@@ -89,12 +89,25 @@ class Browser:
         """Another size of the screen, light or dark."""
         screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self._call("Emulation.setDeviceMetricsOverride", screen)
-        feature = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self._call("Emulation.setEmulatedMedia", {"features": [feature]})
+        self.media("screen", dark)
 
-    def screenshot(self, path: Path) -> None:
-        """The whole page as PNG."""
-        found = self._call("Page.captureScreenshot", {"captureBeyondViewport": True})
+    def media(self, kind: str, dark: bool = False) -> None:
+        """Shows the page as on a `screen` or in `print`, for those who like it light or dark."""
+        feature = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self._call("Emulation.setEmulatedMedia", {"media": kind, "features": [feature]})
+
+    def seen_by(self, deficiency: str) -> None:
+        """Shows colours as people with a colour vision deficiency see them, such as deuteranopia; or `none`."""
+        self._call("Emulation.setEmulatedVisionDeficiency", {"type": deficiency})
+
+    def screenshot(self, path: Path, whole: bool = True) -> None:
+        """The whole page as PNG, or what is in view."""
+        found = self._call("Page.captureScreenshot", {"captureBeyondViewport": whole})
+        path.write_bytes(base64.b64decode(found["data"]))
+
+    def pdf(self, path: Path) -> None:
+        """The page as printed."""
+        found = self._call("Page.printToPDF", {"preferCSSPageSize": True, "printBackground": False})
         path.write_bytes(base64.b64decode(found["data"]))
 
     def _call(self, method: str, parameters: dict[str, Any] | None = None) -> dict[str, Any]:

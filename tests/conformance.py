@@ -17,7 +17,8 @@ from h2t.pipeline.base.seeds import stream
 from h2t.pipeline.data.classes import ClassIndex
 from h2t.pipeline.extraction.recipes import RECIPES
 from h2t.pipeline.heads import stack as stack_module
-from h2t.pipeline.heads.host import Context, FittedHost, GradientHost
+from h2t.pipeline.heads.batches import law
+from h2t.pipeline.heads.host import Context, FittedHost, GradientHost, TrainingBatch
 from h2t.pipeline.networks.classifier import global_average, logits
 from h2t.pipeline.networks.trained import StageOneHead
 
@@ -45,6 +46,7 @@ class Made:
             "scale": self.scale,
             "pool": self.pool,
             "stage1": self.stage1,
+            "pooled": self.host.reads != "maps",
         }
 
 
@@ -79,12 +81,45 @@ def make_features(made: Made, batch: int, experts=1, seed=0) -> torch.Tensor:
     return global_average(maps)
 
 
+def training_features(made: Made) -> torch.Tensor:
+    """Features (E, N, D) of as many training samples as the host's context counts, float64, sorted by class."""
+    return make_features(made, int(made.host.context.counts.sum()), made.host.context.experts, seed=9)
+
+
+def prepared(made: Made) -> Any:
+    """The host, after it saw the training features where it asks for them."""
+    if made.host.prepares:
+        counts = made.host.context.counts
+        labels = torch.arange(len(counts)).repeat_interleave(counts)
+        made.host.prepare(training_features(made), labels, made.stage1)
+    return made.host
+
+
+def make_batch(host: Any, features: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor | None) -> TrainingBatch:
+    """A batch halfway through the training; its partners are the same samples in reverse order."""
+    counts = host.context.counts
+    batch = TrainingBatch(features, labels, noise, samples=(counts.cumsum(0) - counts)[labels], progress=0.5)
+    if host.partner is None:
+        return batch
+    return batch._replace(partners=features.flip(1), partner_labels=labels.flip(0))
+
+
+def augmented(host: Any, batch: TrainingBatch) -> TrainingBatch:
+    """The batch as the loss gets it. A host that reads maps gets some whose means are the features."""
+    if host.reads != "maps":
+        return batch._replace(features=host.augment(batch))
+    uneven = torch.tensor([[0.5, 1.5], [1.75, 0.25]], dtype=torch.float64)
+    maps = [x[..., None, None] * uneven for x in (batch.features, batch.partners)]
+    return batch._replace(features=global_average(host.augment(batch._replace(features=maps[0], partners=maps[1]))))
+
+
 def check_head_alone(
     name: str, cache: Path, experts: int = 1, pooled: bool = True, dtypes=(torch.float32, torch.float64)
 ) -> None:
     """Head k of a stack is head k alone: 1e-5 of the largest weight in float32, 1e-9 for each element in float64."""
     heads = [{"ratio": r, "selection": s, "seed": seed} for r in (0.0, 0.3, 1.0) for s in SELECTIONS for seed in (0, 3)]
     made = make_host(name, experts=experts)
+    pooled = {"any": pooled, "features": True, "maps": False}[made.host.reads]
     for dtype in dtypes:
         options = {**made.options, "pooled": pooled, "dtype": dtype, "batch_size": 16}
         together, losses = trained(make_stack(cache, heads, **options), lr=0.02)
@@ -115,11 +150,12 @@ def check_ratio_0(name: str, cache: Path, other: Path) -> None:
 
 def loss_of(made: Made, features: torch.Tensor, labels: torch.Tensor, seed=0) -> tuple[torch.Tensor, dict, Any]:
     """(loss, state that requires gradients, noise) in float64 at the start."""
-    start = made.host.initial(made.stage1, stream(seed, "initial"))
-    state = {k: t.detach().double().requires_grad_(k not in made.host.fixed) for k, t in start.items()}
-    noise = made.host.noise(stream(seed, "noise", 0, 0), len(labels))
+    host = prepared(made)
+    start = host.initial(made.stage1, stream(seed, "initial"))
+    state = {k: t.detach().double().requires_grad_(k not in host.fixed) for k, t in start.items()}
+    noise = host.noise(stream(seed, "noise", 0, 0), len(labels))
     noise = None if noise is None else noise.double()
-    return made.host.loss(state, features, labels, noise), state, noise
+    return host.batch_loss(state, augmented(host, make_batch(host, features, labels, noise))), state, noise
 
 
 def check_gradients(name: str, counts: tuple[int, ...]) -> None:
@@ -147,7 +183,7 @@ def check_logits(name: str) -> None:
         labels = torch.arange(12) % len(COUNTS)
         state = made.host.fit(make_features(made, 12).float(), labels.sort().values, made.stage1)
     else:
-        state = made.host.initial(made.stage1, stream(0, "initial"))
+        state = prepared(made).initial(made.stage1, stream(0, "initial"))
     state = {k: t.detach().double() for k, t in state.items()}
     features = make_features(made, 5)
     with torch.no_grad():
@@ -165,8 +201,7 @@ def check_fusion(cache: Path, name: str = "dr") -> None:
     stack = make_stack(
         cache,
         [{"ratio": r} for r in ratios],
-        **made.options,
-        pooled=False,
+        **{**made.options, "pooled": False},
         receiver=recipe.receiver,
         donors={"instance": recipe.donors["instance"]},
         batch_size=16,
@@ -193,7 +228,8 @@ def check_fusion(cache: Path, name: str = "dr") -> None:
     )
     assert np.array_equal(seen[0].numpy(), labels[receivers])
     before = maps.clone()
-    x = stack.fused(at)
+    given, given_donors = stack.given(at)
+    x = stack.fused(at.draws, given.features, given_donors)
     again = table.take(stack.streams.rows)[0]
     assert torch.equal(again, before[torch.from_numpy(stack.streams.rows)]), "the features were changed in place"
     mine, theirs = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
@@ -263,13 +299,13 @@ def check_sampler(name: str) -> None:
     """Positions in range, the same for the same address, others for another step."""
     from functools import partial
 
-    law = plugins.load("samplers", name)
+    draw = law(name, 20)
     index = ClassIndex(np.array([0, 9, 12]), np.array([9, 3, 2]))
     streams = partial(stream, 3, "test")
-    drawn = [law.draw(index, streams, 0, step, 4) for step in (0, 1)]
+    drawn = [draw(index, streams, 0, step, 4) for step in (0, 1)]
     assert all(d.dtype == np.int64 and d.shape == (4,) and ((d >= 0) & (d < 14)).all() for d in drawn)
-    assert np.array_equal(drawn[1], law.draw(index, partial(stream, 3, "test"), 0, 1, 4))
-    many = [law.draw(index, streams, epoch, 0, 4).tolist() for epoch in range(20)]
+    assert np.array_equal(drawn[1], draw(index, partial(stream, 3, "test"), 0, 1, 4))
+    many = [draw(index, streams, epoch, 0, 4).tolist() for epoch in range(20)]
     assert len({tuple(m) for m in many}) > 1
 
 

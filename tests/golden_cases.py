@@ -34,6 +34,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from h2t.pipeline.base import numbers, plugins
+from h2t.pipeline.heads.batches import law
+from h2t.pipeline.heads.host import TrainingBatch
 
 HERE = Path(__file__).parent / "golden"
 FIRST, RESULTS = HERE / "first", HERE / "results"
@@ -252,15 +254,21 @@ def train_classifier() -> Result:
     return weights(Path("out/heads.safetensors")) | tables(Path("out"), "heads.parquet", "history.parquet")
 
 
+EVALUATE = ("evaluate", "dr", "data/extract/few", "data/train_classifier/dr", "data/train_backbone/few")
+
+
 def evaluate() -> Result:
-    h2t("evaluate", "dr", "data/extract/few", "data/train_classifier/dr", "data/train_backbone/few", "out")
-    names = ("heads", "per_class", "confusion", "predictions")
+    h2t(*EVALUATE, "out")
+    names = ("heads", "differences", "per_class", "confusion", "predictions")
     return documents(Path("out"), "metrics.json") | tables(Path("out"), *(f"{name}.parquet" for name in names))
 
 
 def report() -> Result:
+    h2t(*EVALUATE, "data/evaluate/dr")  # version 0.1.0 wrote no differences.parquet
     h2t("report", "data/evaluate", "out")
-    return documents(Path("out"), "results.md", "metrics.json", "plots/ratio.csv", "plots/per_class.csv")
+    return documents(
+        Path("out"), "results.md", "metrics.json", "summary.json", "plots/ratio.csv", "plots/per_class.csv"
+    )
 
 
 STAGES: dict[str, Callable[[], Result]] = {
@@ -430,7 +438,7 @@ def samplers(name: str) -> Result:
     def streams(*key: int | str) -> np.random.Generator:
         return np.random.default_rng([7, *(crc32(part.encode()) if isinstance(part, str) else part for part in key)])
 
-    draw = plugins.load("samplers", name).draw
+    draw = law(name, epochs=2)
     drawn = [draw(classes, streams, epoch, step, 16) for epoch in (0, 1) for step in (0, 1)]
     return kept("positions", [d.tolist() for d in drawn])
 
@@ -485,22 +493,39 @@ def _host(host: Any, context: Any) -> Result:
         start = {key: value.double() for key, value in start.items()}
         found = kept("about", about)
     else:
+        if host.prepares:
+            sorted_by_class = torch.arange(len(COUNTS)).repeat_interleave(context.counts)
+            host.prepare(waves(2, sum(COUNTS), 6, step=0.8).abs(), sorted_by_class, stage1)
         start = {k: t.double() for k, t in host.initial(stage1, np.random.default_rng(1)).items()}
         found = kept("about", {**about, "rates": dict(host.rates), "fixed": sorted(host.fixed)})
         moving = {k: t.requires_grad_() for k, t in start.items() if k not in host.fixed}
         noise = host.noise(np.random.default_rng(2), 12)
         noise = None if noise is None else noise.double()
-        loss = host.loss(start, features, labels, noise)
+        first = context.counts.cumsum(0) - context.counts
+        batch = TrainingBatch(features, labels, noise, first[labels], progress=0.5)
+        if host.partner:
+            batch = batch._replace(partners=features.flip(1), partner_labels=labels.flip(0))
+        loss = host.batch_loss(start, _augmented(host, batch))
         gradients = torch.autograd.grad(loss, list(moving.values()), allow_unused=True)
         found |= kept("loss", loss)
         for key, gradient in zip(moving, gradients, strict=True):
             if gradient is not None:
                 found |= kept(f"gradient of {key}", gradient)
-        for key, value in host.update(start, features).items():
+        for key, value in host.update(start, features, labels).items():
             found |= kept(f"update of {key}", value)
     for key, value in start.items():
         found |= kept(f"start {key}", value)
     return found | kept("logits", host.logits(start, features))
+
+
+def _augmented(host: Any, batch: TrainingBatch) -> TrainingBatch:
+    """The batch as the loss gets it; a host that reads maps gets some of 2 x 2 whose means are the features."""
+    if host.reads != "maps":
+        return batch._replace(features=host.augment(batch))
+    uneven = torch.tensor([[0.5, 1.5], [1.75, 0.25]], dtype=torch.float64)
+    maps = [x[..., None, None] * uneven for x in (batch.features, batch.partners)]
+    changed = host.augment(batch._replace(features=maps[0], partners=maps[1]))
+    return batch._replace(features=changed.mean((-2, -1)))
 
 
 PLUGINS: dict[str, Callable[[str], Result]] = {

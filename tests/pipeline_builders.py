@@ -187,6 +187,7 @@ def make_stack(
             sorted({h.seed for h in settings}),
             batch_size,
             receiver=plugins.load("hosts", host).Host.receiver,
+            partner=plugins.load("hosts", host).Host.partner,
         )
         channels, height, width = opened.spec.maps[0]
         context = Context(torch.from_numpy(streams.index.counts), channels, opened.experts, height * width)
@@ -195,8 +196,8 @@ def make_stack(
         reader = FeatureReader(opened, (lambda m: head.pool({}, m)) if pooled else None)
         feed = Feed(streams, reader, Choice("memory", "test"), 2**30, CPU, silent, dtype=dtype)
         stack = Stack(head, settings, feed, at_once=at_once)
-    about = (context.classes, context.channels, context.experts)
-    stack.start(stage1 or make_stage1_head(*about, classifier=head.host.classifier))
+        about = (context.classes, context.channels, context.experts)
+        stack.start(stage1 or make_stage1_head(*about, classifier=head.host.classifier))
     return stack
 
 

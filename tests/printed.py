@@ -16,6 +16,7 @@ TYPED = ("README.md", "docs/numbers.md", "docs/results.md")
 TESTED = {
     "docs/own-data.md": "test_init.py",
     "docs/sharing.md": "test_docs_sharing.py",
+    "docs/tutorial.md": "test_tutorial.py",
     "docs/frozen-backbones.md": "test_probe.py",
     "benchmarks/README.md": "test_benchmarks.py",
 }

@@ -1,7 +1,10 @@
 """A small evaluated host, through the stages themselves: a cache of random maps, a grid of heads, evaluate."""
 
+import os
 from pathlib import Path
 
+import browser
+import pytest
 from pipeline_builders import make_backbone_dir, make_host, make_stage2_cache
 
 from h2t.cache.reader import open_cache
@@ -31,3 +34,13 @@ def make_evaluated(folder: Path, name: str = "dr", *, classes=None, grid=None, s
         train_classifier.run(params, Run(name, heads), Residency(), opened, backbone)
         evaluate.run(evaluate.Params(), Run(name, folder / "evaluate" / name), opened, heads, backbone)
     return folder / "evaluate"
+
+
+def open_browser() -> browser.Browser:
+    """A browser. Without one tests are skipped, or fail under CI=true."""
+    if browser.find() is None:
+        reason = "no Chromium: apt-get install chromium"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return browser.Browser()

@@ -22,7 +22,7 @@ from h2t.pipeline.networks.trained import load_head
 from h2t.pipeline.stages import evaluate
 
 FIGURES = ("top1", "head", "medium", "tail", "ece")
-ALL = (*FIGURES, "temperature", "ece_scaled")
+ALL = (*FIGURES, "balanced_accuracy", "macro_f1", "top5", "nll", "temperature", "ece_scaled")
 KEYS = {*ALL, *(f"{f}_std" for f in ALL), "chosen", "ratio", "heads", "statistics", "groups"}
 
 
@@ -58,8 +58,14 @@ def slow_figures(made, split, statistics, weight, bias, group_of):
 
 def test_metrics_have_exactly_the_contracts_keys(tmp_path, made):
     metrics = evaluated(tmp_path / "e", *made[:3])
-    assert set(metrics) == {"stage1", "without_h2t", "with_h2t"}
-    for entry in metrics.values():
+    assert set(metrics) == {"stage1", "without_h2t", "with_h2t", "difference"}
+    assert set(metrics["difference"]) == set(FIGURES)
+    for figure, apart in metrics["difference"].items():
+        assert set(apart) == {"mean", "low", "high", "verdict", "covers", "seeds"}
+        assert apart["mean"] == pytest.approx(metrics["with_h2t"][figure] - metrics["without_h2t"][figure])
+        assert apart["low"] < apart["mean"] < apart["high"]
+        assert (apart["verdict"], apart["covers"], apart["seeds"]) == (None, ["seeds", "images"], 2)
+    for entry in (metrics[row] for row in ("stage1", "without_h2t", "with_h2t")):
         assert set(entry) == KEYS
         assert all(0 <= entry[f] <= 100 for f in FIGURES)
     assert (metrics["stage1"]["ratio"], metrics["stage1"]["heads"]) == (None, 1)
@@ -68,6 +74,38 @@ def test_metrics_have_exactly_the_contracts_keys(tmp_path, made):
     assert (metrics["without_h2t"]["ratio"], metrics["without_h2t"]["heads"]) == (0.0, 2)
     assert metrics["without_h2t"]["statistics"] == metrics["with_h2t"]["statistics"] == "mixture"
     assert metrics["with_h2t"]["ratio"] in (0.3, 0.8)
+
+
+def test_every_setting_is_compared_with_ratio_0_with_stage_i_and_with_the_usual_donors(tmp_path, made):
+    cache, _, backbone, _ = made
+    grid = {"ratio": [0.0, 0.3], "donor": ["instance", "balanced"], "seed": [0, 1, 2]}
+    fitted(tmp_path / "h", cache, backbone, grid=grid)
+    metrics = evaluated(tmp_path / "e", cache, tmp_path / "h", backbone)
+    table = pd.read_parquet(tmp_path / "e" / "differences.parquet")
+    top1 = table[table.figure == "top1"]
+    assert sorted(zip(top1.ratio, top1.donor, top1.against, strict=True)) == [
+        (0.0, "instance", "stage1"),
+        (0.3, "balanced", "stage1"),
+        (0.3, "balanced", "standard"),
+        (0.3, "balanced", "without_h2t"),
+        (0.3, "instance", "stage1"),
+        (0.3, "instance", "without_h2t"),
+    ]
+    heads = pd.read_parquet(tmp_path / "e" / "heads.parquet")
+    heads = heads[(heads.split == "test") & heads.statistics.isin(["mixture", "stage1"])]
+    for line in table.itertuples():
+        mine = heads[(heads.ratio == line.ratio) & (heads.donor == line.donor)]
+        other = {
+            "stage1": heads[heads.number == -1],
+            "without_h2t": heads[(heads.ratio == 0) & (heads.donor == "instance")],
+            "standard": heads[(heads.ratio == 0.3) & (heads.donor == "instance")],
+        }[line.against]
+        assert line.mean == pytest.approx(mine[line.figure].mean() - other[line.figure].mean())
+        assert line.low < line.mean < line.high
+        assert (list(line.covers), line.seeds) == (["seeds", "images"], 3)
+        assert pd.isna(line.verdict) == (line.figure == "ece")  # 70 test images are too few for a verdict on it
+    usual = table[(table.donor == "instance") & (table.against == "without_h2t")].set_index("figure")
+    assert {f: d["low"] for f, d in metrics["difference"].items()} == usual.low.to_dict()
 
 
 def test_figures_by_hand(tmp_path, made):

@@ -1,13 +1,21 @@
+import csv
+import io
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
+from click.testing import CliRunner
 from PIL import Image
 from pipeline_builders import CPU, fitted, invoke, make_prepare, silent, write_params
 from safetensors.torch import load_file
+from scipy.stats import beta
 from torchvision.models import resnet18
 
 from h2t.cache.reader import open_cache
@@ -15,10 +23,12 @@ from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import build
 from h2t.pipeline.base.run import Run
-from h2t.pipeline.evaluation.metrics import softmax_confidence
-from h2t.pipeline.evaluation.scoring import head_logits, load_heads_for
+from h2t.pipeline.command_line.main import main
+from h2t.pipeline.evaluation.metrics import answers
+from h2t.pipeline.evaluation.scoring import head_logits, load_heads_for, score_heads
 from h2t.pipeline.heads.batches import sample_rows
 from h2t.pipeline.heads.residency import Residency
+from h2t.pipeline.models.card import Stated, interval
 from h2t.pipeline.models.export import Choice, run
 from h2t.pipeline.models.model import as_linear, load_model
 from h2t.pipeline.models.predict import ranked
@@ -66,6 +76,47 @@ def test_a_model_gives_the_logits_of_evaluate(tmp_path, trained, digits, host, c
         logits = model.network(digits[1].batch(samples, [None] * len(samples)))
     assert float((logits - expected).abs().max() / expected.abs().max()) < 1e-4
     assert model.classes == [str(name) for name in digits[0].facts["classes"]]
+
+
+def test_a_card_says_what_was_trained_and_how_certain_its_figures_are(tmp_path, trained):
+    exported(trained, tmp_path / "m", stated=Stated("CC BY 4.0", "Digits | of `forms`"))
+    text = (tmp_path / "m/README.md").read_text(encoding="utf-8")
+    header = yaml.safe_load(text.split("---\n")[1])
+    assert header["license_name"] == "CC BY 4.0"
+    assert "Digits \\| of &#96;forms&#96;" in text
+    with open_cache(trained.cache) as cache:
+        heads = load_heads_for(cache, trained.root / "dr", trained.backbone)
+        scores = score_heads(cache, heads, "test", heads.about["evaluate"], CPU)
+        counts = cache.spec.provenance["counts"]
+    right = scores.said[3].guesses == scores.labels
+    assert f"| all images | {100 * right.mean():.1f} | " in text
+    for k, name in enumerate(load_model(tmp_path / "m").classes):
+        mine = scores.labels == k
+        assert f"| {name} | {counts[k]} | {mine.sum()} | {100 * right[mine].mean():.1f} | " in text
+    assert "host `dr` with ratio 0.3, donor instance, selection random, seed 1" in text.replace("Host", "host")
+
+
+def test_intervals_of_accuracies():
+    """One class: Jeffreys' interval as SciPy has it. Equal classes: as of all images together. None is empty."""
+    right, total = np.array([7, 2, 0]), np.array([10, 10, 10])
+    low, high = 100 * beta.ppf([0.025, 0.975], 7.5, 3.5)
+    assert interval(right[:1], total[:1], np.ones(1)) == pytest.approx((70, low, high))
+    low, high = 100 * beta.ppf([0.025, 0.975], 9.5, 21.5)
+    assert interval(right, total, total / 30) == pytest.approx((30, low, high))
+    for k, ends in ((0, (0, 0)), (5, (100, 100))):
+        mean, low, high = interval(np.array([k]), np.array([5]), np.ones(1))
+        assert low <= mean <= high
+        assert high - low > 30
+        assert mean in ends
+
+
+def test_intervals_hold_as_often_as_they_say():
+    """500 test sets of 20 classes of other accuracies and sizes, which count alike whatever their number of images."""
+    draws = np.random.default_rng(0)
+    accuracy, total = draws.uniform(0.3, 0.95, 20), np.array([3, 5, 8, 12, 40] * 4)
+    weights = np.full(20, 1 / 20)
+    found = [interval(draws.binomial(total, accuracy), total, weights) for _ in range(500)]
+    assert np.mean([low <= 100 * accuracy.mean() <= high for _, low, high in found]) > 0.93
 
 
 def test_a_linear_head_is_a_plain_state_dict_with_evaluation_statistics(tmp_path, trained):
@@ -212,7 +263,7 @@ def test_predict_names_classes_as_the_model_does(model, tmp_path):
     read = digits.reader(digits.Options())
     from h2t.pipeline.data.images import normalised
 
-    x = normalised(np.stack([digits.decode(read("digits/0000"))]), loaded.transform)
+    x = normalised(torch.from_numpy(np.stack([digits.decode(read("digits/0000"))])), loaded.transform)
     with torch.no_grad():
         assert table[0]["class"] == loaded.classes[int(loaded.network(x).argmax())]
     out = tmp_path / "classes.csv"
@@ -230,7 +281,74 @@ def test_of_equal_logits_the_first_class_comes_first_as_in_evaluate(classes):
         assert torch.equal(which[:, 0], logits.argmax(1))
         expected = np.argsort(-logits.numpy(), axis=1, kind="stable")[:, :5]
         assert which.tolist() == expected.tolist()
-        assert share[:, 0].numpy() == pytest.approx(softmax_confidence(logits.numpy()), rel=1e-12)
+        assert share[:, 0].numpy() == pytest.approx(
+            answers(logits.numpy(), np.zeros(len(logits), int)).confidence, rel=1e-12
+        )
+
+
+def as_table(text):
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def test_predict_writes_the_same_lines_in_every_format(model, tmp_path):
+    expected = as_table(invoke("predict", model / "m", model / "pictures", "--top", 2).stdout)
+    lines = [{**line, "rank": int(line["rank"]), "confidence": float(line["confidence"])} for line in expected]
+    for ending in ("csv", "json", "jsonl", "parquet"):
+        out = tmp_path / f"classes.{ending}"
+        assert invoke("predict", model / "m", model / "pictures", "--top", 2, "--out", out).exit_code == 0
+    assert as_table((tmp_path / "classes.csv").read_text()) == expected
+    assert json.loads((tmp_path / "classes.json").read_text()) == lines
+    assert [json.loads(line) for line in (tmp_path / "classes.jsonl").read_text().splitlines()] == lines
+    assert pq.read_table(tmp_path / "classes.parquet").to_pylist() == lines
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"classes.{e}" for e in ("csv", "json", "jsonl", "parquet")]
+    done = invoke("predict", model / "m", model / "pictures", "--top", 2, "--jsonl")
+    assert [json.loads(line) for line in done.stdout.splitlines()] == lines
+
+
+def test_predict_reads_tables_and_stdin(model, tmp_path, monkeypatch):
+    folder = model / "pictures"
+    expected = [line["class"] for line in as_table(invoke("predict", model / "m", folder).stdout)]
+    names = [f"deep/{i}.png" for i in range(3)]
+    (folder / "some.csv").write_text("file_name,other\n" + "".join(f"{name},x\n" for name in names))
+    (folder / "windows.tsv").write_text("photo\n" + "".join(name.replace("/", "\\") + "\n" for name in names))
+    pq.write_table(pa.table({"image": [(folder / name).read_bytes() for name in names]}), folder / "inside.parquet")
+    for table, more in (("some.csv", []), ("windows.tsv", ["--column", "photo"]), ("inside.parquet", [])):
+        done = invoke("predict", model / "m", folder / table, *more)
+        assert [line["class"] for line in as_table(done.stdout)] == expected, done.output
+    assert as_table(done.stdout)[2]["image"] == f"{folder}/inside.parquet:000000002"
+    done = invoke("predict", model / "m", folder / "windows.tsv")
+    assert "windows.tsv: which column holds the paths of images? There are: photo; add --column NAME" in done.stderr
+    for between in ("\n", "\0"):
+        text = between.join([*(str(folder / name) for name in names), ""])
+        done = CliRunner().invoke(main, ["predict", str(model / "m"), "-"], input=text)
+        assert [line["class"] for line in as_table(done.stdout)] == expected, done.output
+    for table in ("some.csv", "windows.tsv", "inside.parquet"):
+        (folder / table).unlink()
+
+
+def test_predict_streams_many_images_and_names_the_bad_ones(model, tmp_path):
+    """More images than a batch; a bad one in a batch costs no other, and names of any bytes are printed."""
+    data = (model / "pictures/deep/0.png").read_bytes()
+    for i in range(130):
+        (tmp_path / f"{i:03}.png").write_bytes(data)
+    (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes(data)
+    (tmp_path / "070.png").write_bytes(data[:-40])
+    done = invoke("predict", model / "m", tmp_path)
+    assert done.exit_code == 1
+    lines = as_table(done.stdout)
+    assert len(lines) == 130
+    assert len({(line["class"], line["confidence"]) for line in lines}) == 1
+    assert lines[-1]["image"] == f"{tmp_path}/caf\\xe9.png"
+    assert done.stderr.startswith(f"skipped: {tmp_path}/070.png: cannot be decoded")
+    assert "prepare" not in done.stderr
+
+
+def test_without_a_readable_image_nothing_is_written(model, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    done = invoke("predict", model / "m", tmp_path / "bad.png", "--out", tmp_path / "c.json")
+    assert done.exit_code == 1
+    assert "no image could be read (given: 1)" in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.png"]
 
 
 def test_predict_leaves_out_what_is_no_image_and_says_so(model, tmp_path):
@@ -249,7 +367,7 @@ def test_predict_leaves_out_what_is_no_image_and_says_so(model, tmp_path):
         (["nowhere", "x.png"], "no exported model; make one with h2t export"),
         (["m/head.safetensors", "pictures"], "holds no complete classifier"),
         (["m", "nothing.png"], "no such image"),
-        (["m", "pictures", "--out", "x.txt"], "must end in .csv or .json"),
+        (["m", "pictures", "--out", "x.txt"], "must end in .csv, .json, .jsonl, .parquet"),
     ],
 )
 def test_wrong_use_of_predict_is_one_line(model, monkeypatch, arguments, says):

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from conformance import CHANNELS, COUNTS, fitted_hosts, gradient_hosts, make_features, make_host
+from conformance import CHANNELS, COUNTS, fitted_hosts, gradient_hosts, make_features, make_host, prepared
 from pipeline_builders import CPU, make_stage2_cache, silent
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
 from torch.func import vmap
@@ -21,10 +21,11 @@ from h2t.pipeline.base.precision import guarded_maps
 from h2t.pipeline.evaluation import scoring
 from h2t.pipeline.evaluation.scoring import score_stage1
 from h2t.pipeline.extraction import batchnorm
+from h2t.pipeline.heads import stack as stack_module
 from h2t.pipeline.heads.batches import Streams
 from h2t.pipeline.heads.draws import Draws
 from h2t.pipeline.heads.features import FeatureReader
-from h2t.pipeline.heads.host import Context
+from h2t.pipeline.heads.host import Context, is_stackable
 from h2t.pipeline.heads.residency import Choice, Feed
 from h2t.pipeline.heads.stack import HeadSetting, Stack
 from h2t.pipeline.heads.stored import HeadParts, Heads, build_head
@@ -114,12 +115,13 @@ def open_stack(opened, name, tier, pooled, selections=SELECTIONS):
     host = plugins.load("hosts", name).Host
     streams = Streams(
         opened.rows, opened.spec.provenance["classes"], host.receiver, {"instance": "instance"}, [0, 1], 4,
-        receiver=host.receiver,
+        receiver=host.receiver, partner=host.partner,
     )  # fmt: skip
     with unset_fake_temporarily():
         context = Context(torch.from_numpy(streams.index.counts), CHANNELS, 2, 4)
         parts = HeadParts(name, {}, made.classifier, made.scale, made.pool, {}, "hosts.fake")
         head = build_head(parts, context)
+    pooled = pooled and host.reads != "maps"
     reader = FeatureReader(opened, (lambda m: head.pool({}, m)) if pooled else None)
     feed = Feed(streams, reader, Choice(tier, "test"), 10 * reader.row_bytes, GPU, silent)
     heads = [HeadSetting(r, "instance", s, seed) for r in (0.0, 0.5) for s in selections for seed in (0, 1)]
@@ -136,41 +138,53 @@ def on_the_gpu(stack):
     return replace(at, draws=Draws(rows, **drawn))
 
 
-@pytest.mark.parametrize(("name", "tier"), [*((name, "device") for name in gradient_hosts()), ("dr", "stream")])
+#: Computes gradients inside its loss, which a device without hardware cannot.
+NESTED = {"meta_saug"}
+
+
+@pytest.mark.parametrize(
+    ("name", "tier"), [*((name, "device") for name in gradient_hosts() if name not in NESTED), ("dr", "stream")]
+)
 def test_features_fusion_and_losses_of_a_stack(fake, cache, name, tier):
     """A window as it is loaded (its thread would not know the mode), and a step up to the losses of all heads."""
     with open_cache(cache) as opened:
         stack = open_stack(opened, name, tier, pooled=True)
         at = on_the_gpu(stack)
-        x = stack.fused(at)
+        given, donors = stack.given(at, 0.5)
+        assert all(part.device == GPU for part in given if isinstance(part, torch.Tensor))
+        x = stack.fused(at.draws, given.features, donors)
         assert x.device == GPU
-        labels = at.draws.labels[stack._seed]
-        noise = None if at.draws.noise is None else at.draws.noise[stack._seed]
-        drawn = 0 if noise is not None else None
+        of_heads = stack_module._taken(given, stack._seed, x)
         state = {k: t.detach() for k, t in stack.state.items()}
-        losses = vmap(stack.head.loss, in_dims=(0, 0, 0, drawn))(state, x, labels, noise)
+        losses = vmap(stack.head.batch_loss, in_dims=(0, stack_module._axes(of_heads)))(state, of_heads)
         assert losses.shape == (16,)
         assert losses.device == GPU
-        updated = vmap(stack.head.update)(state, x)
+        updated = vmap(stack.head.update)(state, x, of_heads.labels)
         assert all(t.device == GPU for t in updated.values())
         if stack.at_once:
             for selections in (("random",), ("shuffled",)):  # folded, and fused
                 stack = open_stack(opened, name, tier, pooled=True, selections=selections)
                 at = on_the_gpu(stack)
-                labels, noise = at.draws.labels[stack._seed], at.draws.noise
+                given, donors = stack.given(at)
+                logits = stack._logits(at.draws, given.features, donors)
+                of_heads = stack_module._taken(given._replace(partners=None), stack._seed, logits)
                 state = {k: t.detach() for k, t in stack.state.items()}
-                losses = stack._on_logits.loss(
-                    state, stack._logits(at), labels, None if noise is None else noise[stack._seed]
-                )
-                assert (losses.shape, losses.device) == ((4,), GPU)
+                losses = stack._on_logits.batch_loss
+                if not is_stackable(stack._on_logits):
+                    losses = vmap(losses, in_dims=(0, stack_module._axes(of_heads)))
+                found = losses(state, of_heads)
+                assert (found.shape, found.device) == ((4,), GPU)
 
 
-@pytest.mark.parametrize("name", sorted({*gradient_hosts(), *fitted_hosts()} - {"logistic_regression", "ncm"}))
+@pytest.mark.parametrize("name", sorted({*gradient_hosts(), *fitted_hosts()} - {"logistic_regression", "ncm", "httn"}))
 def test_hosts_on_features_of_the_device(fake, name):
     made = host_of(name)
     labels = torch.empty(7, dtype=torch.long, device=GPU)
     features = on_gpu({"x": make_features(made, 7, 2)})["x"].float()
     if name in gradient_hosts():
+        if made.host.prepares:
+            with unset_fake_temporarily():
+                prepared(made)
         state = on_gpu(made.host.initial(made.stage1, np.random.default_rng(0)))
     else:
         state = on_gpu(made.host.fit(features, labels, made.stage1))

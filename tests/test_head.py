@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conformance import CHANNELS, fitted_hosts, gradient_hosts, make_host
+from conformance import CHANNELS, fitted_hosts, gradient_hosts, make_batch, make_host, prepared
 
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
@@ -18,6 +18,7 @@ DRAWS = np.random.default_rng
 def make_head(name="dr", pool=None, frozen=None, **options) -> tuple[Head, dict[str, torch.Tensor]]:
     """A head in float64 with its state at the start."""
     made = make_host(name, **options)
+    prepared(made)
     head = Head(made.host, load_pool(pool or made.pool, {}, "pool_options", CHANNELS), frozen)
     return head, {k: t.double() for k, t in head.initial(made.stage1, DRAWS(0)).items()}
 
@@ -29,18 +30,23 @@ def make_maps(batch=6, experts=1) -> torch.Tensor:
 LABELS = torch.arange(6) % 4
 
 
+def batch_of(head, x):
+    """A batch of LABELS with the inputs `x` of the head."""
+    noise = head.gradient_host.noise(DRAWS(0), len(LABELS))
+    return make_batch(head.host, x, LABELS, None if noise is None else noise.double())
+
+
 @pytest.mark.parametrize("name", gradient_hosts())
 def test_maps_and_the_features_pooled_of_them_give_the_same(name):
     head, state = make_head(name)
     maps = make_maps()
-    noise = head.gradient_host.noise(DRAWS(0), len(LABELS))
-    noise = None if noise is None else noise.double()
     pooled = head.pool({}, maps)
     assert torch.equal(head.logits(state, maps), head.logits(state, pooled))
-    assert torch.equal(head.loss(state, maps, LABELS, noise), head.loss(state, pooled, LABELS, noise))
-    updated = head.update(state, maps)
+    losses = [head.batch_loss(state, batch_of(head, x)) for x in (maps, pooled)]
+    assert torch.equal(*losses)
+    updated = head.update(state, maps, LABELS)
     assert updated.keys() == set(head.gradient_host.fixed) & {"running_mean", "running_var"}
-    assert all(torch.equal(t, head.update(state, pooled)[k]) for k, t in updated.items())
+    assert all(torch.equal(t, head.update(state, pooled, LABELS)[k]) for k, t in updated.items())
 
 
 def test_a_trained_pool_keeps_its_parameters_apart():
@@ -84,18 +90,15 @@ def test_a_linear_head_has_linear_logits_and_a_loss_of_these_alone(name, classif
     except AssertionError:
         pytest.skip(f"{name} takes no {classifier} classifier")
     head, state = make_head(name, classifier=classifier)
-    assert head.linear == made.host.linear == (name != "reslt")
+    assert head.linear == made.host.linear
     if not head.linear:
         return
     assert linear_in_weighted_features(head, state, classifier)
-    host, features = head.gradient_host, head.features(state, make_maps())
-    noise = host.noise(DRAWS(0), len(LABELS))
-    noise = None if noise is None else noise.double()
-    expected = host.loss(state, features, LABELS, noise)
-    given = host.expert_logits(state, features)
-    host.expert_logits = lambda state, features: given  # an instance of this test's own
-    host.logits = (lambda logits: lambda state, features: logits)(type(host).logits(host, state, features))
-    assert torch.equal(host.loss(state, torch.full_like(features, torch.nan), LABELS, noise), expected)
+    host, batch = head.gradient_host, batch_of(head, head.features(state, make_maps()))
+    expected, logits = host.batch_loss(state, batch), host.expert_logits(state, batch.features)
+    host.classifier = "given"  # an instance of this test's own
+    found = host.batch_loss(state, batch._replace(features=logits, partners=None))
+    assert torch.allclose(found, expected, rtol=1e-12)
 
 
 def test_a_fitted_head_is_not_trained_and_a_trained_one_not_fitted():

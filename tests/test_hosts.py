@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,6 +7,7 @@ import torch
 from conformance import (
     CHANNELS,
     COUNTS,
+    augmented,
     check_evaluation,
     check_fusion,
     check_gradients,
@@ -15,9 +17,12 @@ from conformance import (
     fitted_hosts,
     gradient_hosts,
     loss_of,
+    make_batch,
     make_features,
     make_host,
+    training_features,
 )
+from host_references import BATCH_REFERENCES, REFERENCES, ce_reference, cosines_by_hand, minus_log_p
 from pipeline_builders import make_backbone_dir, make_stage1_head, make_stage2_cache, silent
 
 from h2t.cache.reader import open_cache
@@ -26,9 +31,9 @@ from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.extraction.recipes import RECIPES, Recipe
 from h2t.pipeline.heads import stack as stack_module
-from h2t.pipeline.heads.batches import Batch, Streams
+from h2t.pipeline.heads.batches import Streams
 from h2t.pipeline.heads.features import FeatureReader
-from h2t.pipeline.heads.host import Context
+from h2t.pipeline.heads.host import Context, TrainingBatch
 from h2t.pipeline.heads.residency import Residency
 from h2t.pipeline.heads.stored import load_heads
 from h2t.pipeline.hosts.mislas import smoothing
@@ -88,121 +93,7 @@ def test_logits(name):
     check_logits(name)
 
 
-# Slow references in float64, one number at a time, from the papers' formulas.
-
-
-def logits_by_hand(w, b, x):
-    """Mean over experts of w x + b for one sample: w (E, K, D), b (E, K), x (E, D) -> list of K."""
-    experts, classes, size = w.shape
-    return [
-        sum(sum(w[e, j, d] * x[e, d] for d in range(size)) + (b[e, j] if b is not None else 0) for e in range(experts))
-        / experts
-        for j in range(classes)
-    ]
-
-
-def cosines_by_hand(w, x):
-    experts, classes, _ = w.shape
-    return [
-        sum(
-            float(np.dot(w[e, j], x[e])) / math.sqrt(float((w[e, j] ** 2).sum()) * float((x[e] ** 2).sum()))
-            for e in range(experts)
-        )
-        / experts
-        for j in range(classes)
-    ]
-
-
-def minus_log_p(z, y):
-    top = max(z)
-    return top + math.log(sum(math.exp(v - top) for v in z)) - z[y]
-
-
-def ce_reference(s, x, labels, noise):
-    return sum(minus_log_p(logits_by_hand(s["weight"], s["bias"], x[:, i]), y) for i, y in enumerate(labels)) / len(
-        labels
-    )
-
-
-def scaled_logits(s, x):
-    one = {
-        k: s[k] * s["class_scale"][..., None] if k == "weight" else s[k] * s["class_scale"] for k in ("weight", "bias")
-    }
-    return logits_by_hand(one["weight"], one["bias"], x)
-
-
-def lws_reference(s, x, labels, noise):
-    return sum(minus_log_p(scaled_logits(s, x[:, i]), y) for i, y in enumerate(labels)) / len(labels)
-
-
-def mislas_reference(s, x, labels, noise):
-    high, low, total = max(COUNTS), min(COUNTS), 0.0
-    for i, y in enumerate(labels):
-        e = 0.1 + 0.3 * math.sin((COUNTS[y] - low) * math.pi / (2 * (high - low)))
-        z = scaled_logits(s, x[:, i])
-        total += (1 - e) * minus_log_p(z, y) + e * sum(minus_log_p(z, j) for j in range(len(z))) / len(z)
-    return total / len(labels)
-
-
-def gcl_reference(s, x, labels, noise):
-    high, low, total = math.log(max(COUNTS)), math.log(min(COUNTS)), 0.0
-    for i, y in enumerate(labels):
-        cosines = cosines_by_hand(s["weight"], x[:, i])
-        for j in range(len(COUNTS)):
-            cosines[j] -= 0.5 * abs(noise[i, j]) * (high - math.log(COUNTS[j])) / (high - low)
-        cosines[y] -= 0.1
-        surprise = minus_log_p([20 * c for c in cosines], y)
-        total += (1 - math.exp(-surprise)) * surprise
-    return total / len(labels)
-
-
-def balanced_softmax_reference(s, x, labels, noise):
-    total = 0.0
-    for i, y in enumerate(labels):
-        z = logits_by_hand(s["weight"], s["bias"], x[:, i])
-        total += minus_log_p([v + math.log(n) for v, n in zip(z, COUNTS, strict=True)], y)
-    return total / len(labels)
-
-
-def lift_reference(s, x, labels, noise):
-    total = 0.0
-    for i, y in enumerate(labels):
-        cosines = cosines_by_hand(s["weight"], x[:, i])
-        total += minus_log_p([20 * c + math.log(n / sum(COUNTS)) for c, n in zip(cosines, COUNTS, strict=True)], y)
-    return total / len(labels)
-
-
-def reslt_reference(s, x, labels, noise):
-    """Batch norm from the map's two moments, 4 classes: 1 of head, 2 of medium, 1 of tail; beta 0.5."""
-    experts, batch = x.shape[:2]
-    z = np.zeros((3, batch, len(COUNTS)))
-    for h in range(3):
-        for e in range(experts):
-            mean = x[e, :, :, 0].mean(0)
-            variance = x[e, :, :, 1].mean(0) - mean**2
-            for i in range(batch):
-                normal = (x[e, i, :, 0] - mean) / np.sqrt(variance + 1e-5) * s["norm_weight"][h] + s["norm_bias"][h]
-                z[h, i] += (s["weight"][e] @ normal + s["bias"][e]) / experts
-    fusion = sum(minus_log_p(list(z[:, i].sum(0)), y) for i, y in enumerate(labels)) / batch
-    terms = []
-    for i, y in enumerate(labels):
-        for h, first in enumerate((0, 1, 3)):
-            if y >= first:
-                terms.append(-math.log(math.exp(-minus_log_p(list(z[h, i]), y)) + 1e-7))
-    return 0.5 * fusion + 0.5 * sum(terms) / len(terms)
-
-
-REFERENCES = {
-    "dr": ce_reference,
-    "crt": ce_reference,
-    "ride": ce_reference,
-    "lws": lws_reference,
-    "mislas": mislas_reference,
-    "gcl": gcl_reference,
-    "lift": lift_reference,
-    "balanced_softmax": balanced_softmax_reference,
-    "reslt": reslt_reference,
-}
+# Losses against slow references.
 
 
 @pytest.mark.parametrize("name", gradient_hosts())
@@ -214,8 +105,13 @@ def test_the_loss_is_that_of_a_slow_reference(name, experts):
     labels = torch.tensor([0, 3, 1, 2, 2, 0, 1])
     features = make_features(made, len(labels), experts, seed=5)
     loss, state, noise = loss_of(made, features, labels)
+    given = augmented(made.host, make_batch(made.host, features, labels, noise))  # augmenting has tests of its own
     plain = {k: t.detach().numpy() for k, t in state.items()}
-    expected = REFERENCES[name](plain, features.numpy(), labels.tolist(), None if noise is None else noise.numpy())
+    numbers = TrainingBatch(*(part.numpy() if isinstance(part, torch.Tensor) else part for part in given))
+    if name in BATCH_REFERENCES:
+        expected = BATCH_REFERENCES[name](plain, numbers, training_features(made).numpy())
+    else:
+        expected = REFERENCES[name](plain, numbers.features, labels.tolist(), numbers.noise)
     assert abs(loss.item() - expected) <= 1e-10 * max(1, abs(expected))
 
 
@@ -307,7 +203,7 @@ def test_running_statistics_of_reslt_are_those_of_torch():
         for e in range(2):
             z[h] += (norm(maps[e]).mean((-2, -1)) @ state["weight"][e].T + state["bias"][e]) / 2
     assert torch.allclose(branch_logits(state, features), z, atol=1e-12)
-    updated = made.host.update(state, features)
+    updated = made.host.update(state, features, torch.zeros(6, dtype=torch.long))
     for h, norm in enumerate(norms):
         assert torch.allclose(updated["running_mean"][h], norm.running_mean, atol=1e-12)
         assert torch.allclose(updated["running_var"][h], norm.running_var, atol=1e-12)
@@ -552,7 +448,7 @@ def donors_labels(monkeypatch):
     def batch(self, epoch, step):
         found = original(self, epoch, step)
         labels = self.receivers.labels[np.searchsorted(self.receivers.first, found.receivers[:, ::-1])]
-        return Batch(found.receivers, labels, found.donors)
+        return replace(found, labels=labels)
 
     monkeypatch.setattr(Streams, "batch", batch)
 

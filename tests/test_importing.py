@@ -1,16 +1,19 @@
 import json
 import pickle
 
+import h5py
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from pipeline_builders import invoke, write_params
 from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_tensors
 
 from h2t.cache.reader import open_cache
 from h2t.cache.tools.audit import verify
-from h2t.pipeline.sharing import importing
+from h2t.pipeline.sharing import feature_files, importing
 
 
 def make_features(counts=(3, 12, 6), shape=(5,), seed=0, dtype=np.float32):
@@ -38,11 +41,35 @@ def save_fixed_parquet(path, x, y):
     pq.write_table(pa.table({"embedding": values, "label": [f"class {v}" for v in y]}), path)
 
 
+def save_wide_parquet(path, x, y):
+    columns = {f"f{j}": x[:, j] for j in reversed(range(x.shape[1]))}  # in no order
+    pq.write_table(pa.table({"id": [f"s{i}" for i in range(len(x))], **columns, "label": y}), path, row_group_size=4)
+
+
+def save_torch(path, x, y):
+    torch.save({"features": torch.from_numpy(x), "labels": torch.from_numpy(y)}, path)
+
+
+def save_old_torch(path, x, y):
+    tensors = {"features": torch.from_numpy(x), "labels": [f"class {v}" for v in y]}
+    torch.save(tensors, path, _use_new_zipfile_serialization=False)
+
+
+def save_hdf5(path, x, y):
+    with h5py.File(path, "w") as file:
+        file["features"] = x
+        file["label"] = [f"class {v}" for v in y]
+
+
 WRITERS = [
     (save_npz, "x.npz"),
     (save_safetensors, "x.safetensors"),
     (save_parquet, "x.parquet"),
     (save_fixed_parquet, "x.parquet"),
+    (save_wide_parquet, "x.parquet"),
+    (save_torch, "x.pt"),
+    (save_old_torch, "x.pth"),
+    (save_hdf5, "x.h5"),
 ]
 
 
@@ -79,6 +106,77 @@ def test_npy_with_labels_beside_and_class_names(tmp_path):
     with open_cache(tmp_path / "c") as cache:
         assert (cache.spec.maps, cache.spec.dtype) == (((4, 2, 2),), "float16")
         assert cache.spec.provenance["classes"] == ["dog", "owl", "cat"]
+
+
+def from_npy(tmp_path, x, *more):
+    """Imports the array with what is given beside it."""
+    np.save(tmp_path / "x.npy", x)
+    return invoke("cache", "import", tmp_path / "c", "--train", tmp_path / "x.npy", *more)
+
+
+LABEL_FILES = {
+    "numbers.txt": "".join(f"{k}\n" for k in (2, 0, 1, 0)).encode(),
+    "words.txt": "owl\r\nwren\r\nkōkako\r\nwren".encode("utf-8-sig"),
+    "one column.csv": b"kind\nowl\nwren\ntit\nwren\n",
+    "columns.csv": b"path;label\na.jpg;owl\nb.jpg;wren\nc.jpg;tit\nd.jpg;wren\n",
+    "columns.tsv": b"class\tfile\nowl\ta\nwren\tb\ntit\tc\nwren\td\n",
+    "lines.jsonl": b'{"y": "owl"}\n{"y": "wren"}\n{"y": "tit"}\n{"y": "wren"}\n',
+}
+
+
+@pytest.mark.parametrize("name", LABEL_FILES)
+def test_labels_beside_an_npy_file(tmp_path, name):
+    (tmp_path / name).write_bytes(LABEL_FILES[name])
+    x = np.arange(12, dtype=np.float32).reshape(4, 3)
+    done = from_npy(tmp_path, x, "--train-labels", tmp_path / name)
+    assert done.exit_code == 0, done.output
+    with open_cache(tmp_path / "c") as cache:
+        names = cache.spec.provenance["classes"]
+        assert names[0] == ("0" if name == "numbers.txt" else "wren")
+        assert cache.spec.provenance["counts"] == [2, 1, 1]
+        np.testing.assert_array_equal(cache.read([0, 1])[:, :, 0, 0], x[[1, 3]])
+        if name == "columns.csv":
+            assert sorted(cache.rows["source"].to_pylist()) == ["a.jpg", "b.jpg", "c.jpg", "d.jpg"]
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_bfloat16_becomes_float32_of_the_same_values(tmp_path, suffix):
+    x = torch.randn(6, 4).bfloat16()
+    content = {"features": x, "labels": torch.tensor([0, 0, 0, 1, 1, 2])}
+    (torch.save if suffix == ".pt" else save_tensors)(content, tmp_path / f"x{suffix}")
+    done = invoke("cache", "import", tmp_path / "c", "--train", tmp_path / f"x{suffix}")
+    assert done.exit_code == 0, done.output
+    with open_cache(tmp_path / "c") as cache:
+        np.testing.assert_array_equal(cache.read(np.arange(6))[:, :, 0, 0], x.float().numpy())
+
+
+AXES = {"NTC": ((4, 5, 3), (3, 5, 1)), "NCT": ((4, 3, 5), (3, 5, 1)), "nhwc": ((4, 2, 7, 3), (3, 2, 7)),
+        "NCHW": ((4, 3, 2, 7), (3, 2, 7)), "CN": ((3, 4), (3, 1, 1))}  # fmt: skip
+
+
+@pytest.mark.parametrize(("axes", "shapes"), AXES.items(), ids=AXES)
+def test_axes_are_named(tmp_path, axes, shapes):
+    given, expected = shapes
+    x = np.random.default_rng(0).standard_normal(given).astype(np.float32)
+    np.save(tmp_path / "y.npy", np.array([0, 0, 0, 1]))
+    done = from_npy(tmp_path, x, "--train-labels", tmp_path / "y.npy", "--axes", axes)
+    assert done.exit_code == 0, done.output
+    letters = axes.upper().lower()
+    wanted = np.einsum(f"{letters}->nc{letters.translate(dict.fromkeys(map(ord, 'nc')))}", x).reshape(4, *expected)
+    with open_cache(tmp_path / "c") as cache:
+        assert cache.spec.maps == (expected,)
+        np.testing.assert_array_equal(cache.read(np.arange(4)), wanted)
+
+
+def test_wide_columns_of_two_kinds_are_named(tmp_path):
+    x, y = make_features()
+    columns = {f"{kind}_{j:03d}": x[:, j] for kind in ("clip", "dino") for j in range(5)}
+    pq.write_table(pa.table({**columns, "label": y}), tmp_path / "x.parquet")
+    command = ["cache", "import", tmp_path / "c", "--train", tmp_path / "x.parquet"]
+    done = invoke(*command)
+    assert "no features called" in done.stderr
+    assert "it holds label, clip_*, dino_*; name the right one by --features-key" in done.stderr
+    assert invoke(*command, "--features-key", "dino_*").exit_code == 0
 
 
 def imported(tmp_path):
@@ -155,16 +253,35 @@ def features(x, y=None):
     return lambda path: np.savez(path, features=np.asarray(x), **labels)
 
 
+def linked(path):
+    """A dataset whose values lie in another file, as HDF5 allows."""
+    path.with_name("other.bin").write_bytes(bytes(64))
+    with h5py.File(path, "w") as file:
+        file.create_dataset("features", (4, 4), "f4", external=[(str(path.with_name("other.bin")), 0, 64)])
+        file["labels"] = [0, 0, 1, 1]
+
+
+def missing(path):
+    pq.write_table(pa.table({"f0": [1.0, None], "f1": [1.0, 2.0], "label": [0, 1]}), path)
+
+
 THREE = np.zeros((3, 2), np.float32)
 OBJECTS = np.array([Evil()], dtype=object)
 HOSTILE = {
     "pickled": (lambda path: np.save(path, OBJECTS, allow_pickle=True), "x.npy", "Python objects"),
     "a pickle": (lambda path: path.write_bytes(pickle.dumps(Evil())), "x.npy", "cannot be read"),
-    "pickled in npz": (features(OBJECTS, [0]), "x.npz", "allow_pickle"),
+    "pickled in npz": (features(OBJECTS, [0]), "x.npz", "it holds Python objects or is damaged"),
     "cut": (cut, "x.npy", "cannot be read"),
     "no npz": (garbage, "x.npz", "cannot be read"),
     "no safetensors": (garbage, "x.safetensors", "cannot be read"),
     "no parquet": (garbage, "x.parquet", "cannot be read"),
+    "no torch file": (garbage, "x.pt", "cannot be read"),
+    "objects in torch": (lambda path: torch.save({"features": Evil()}, path), "x.pt", "Python objects"),
+    "a list in torch": (lambda path: torch.save([torch.zeros(2)], path), "x.pt", "a tensor or a dict of tensors"),
+    "no HDF5": (garbage, "x.h5", "cannot be read"),
+    "HDF5 of other files": (linked, "x.hdf5", "features lies in other files"),
+    "a hole in wide columns": (missing, "x.parquet", "column 'f0' has 1 missing value"),
+    "tokens without axes": (lambda path: np.save(path, np.zeros((9, 2, 4))), "x.npy", "--axes NTC where each row has"),
     "another name": (garbage, "x.pkl", "must be one of .npy"),
     "ragged": (
         lambda path: pq.write_table(pa.table({"embedding": [[1.0], [1.0, 2.0]], "label": [0, 1]}), path),
@@ -177,7 +294,8 @@ HOSTILE = {
     "complex": (features([[1j]], [0]), "x.npz", "must be numbers"),
     "text": (features([["1"]], [0]), "x.npz", "must be numbers"),
     "no rows": (features(THREE[:0], np.zeros(0, int)), "x.npz", "got float32 (0, 2)"),
-    "cube": (features(THREE[:, :, None], [0, 0, 0]), "x.npz", "(n, C) or (n, C, H, W)"),
+    "cube": (features(THREE[:, :, None], [0, 0, 0]), "x.npz", "features have three axes, (3, 2, 1); name them: --axes"),
+    "five axes": (features(np.zeros((3, 1, 1, 1, 1)), [0, 0, 0]), "x.npz", "(n, C) or (n, C, H, W)"),
     "no labels": (features(THREE), "x.npz", "no labels"),
     "few labels": (features(THREE, [0, 0]), "x.npz", "one label for each of 3 rows"),
     "labels of two axes": (features(THREE, [[0], [1], [1]]), "x.npz", "one label for each"),
@@ -195,15 +313,52 @@ def test_hostile_input_is_one_line_and_leaves_nothing(tmp_path, capfd, write, na
     assert done.exit_code == 1, done.output
     (line,) = done.stderr.splitlines()
     assert says in line
+    assert str(tmp_path / name) in line
+    assert "pickle" not in line
     assert "code ran" not in done.output + capfd.readouterr().out
     assert not (tmp_path / "c").exists()
 
 
-def test_an_archive_that_claims_too_much_is_refused_unread(tmp_path, monkeypatch):
-    from h2t.pipeline.sharing import importing
+WRONG_LABELS = {
+    "labels.csv": (b"kind,site\nowl,A\n", "no labels called"),
+    "few.csv": (b"label\nowl\n", "one label for each of 4 rows is needed; got shape (1,)"),
+    "empty.txt": (b"owl\n\nwren\nwren\n", "line 2 is empty"),
+    "Latin.txt": (b"caf\xe9\n", "cannot be read"),
+    "Latin.csv": (b"label\ncaf\xe9\n", "is not UTF-8"),
+    "a hole.csv": (b"label,x\n,1\nowl,1\n", "row 1, column 'label'"),
+    "labels.xlsx": (b"PK", "must be one of .npy"),
+    "pickled.npy": (pickle.dumps(["owl"]), "cannot be read"),
+    "damaged.npy": (b"\x93NUMPY", "cannot be read"),
+}
 
+
+@pytest.mark.parametrize("name", WRONG_LABELS)
+def test_wrong_labels_are_one_line_that_names_their_file(tmp_path, name):
+    data, says = WRONG_LABELS[name]
+    (tmp_path / name).write_bytes(data)
+    done = from_npy(tmp_path, np.zeros((4, 3)), "--train-labels", tmp_path / name)
+    assert done.exit_code == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {tmp_path / name}:")
+    assert says in line
+    assert "pickle" not in line.replace("pickled.npy", "")
+    assert "x.npy" not in line
+    assert not (tmp_path / "c").exists()
+
+
+def test_axes_that_do_not_fit_are_refused(tmp_path):
+    np.save(tmp_path / "y.npy", np.zeros(4, int))
+    for axes in ("NTCC", "NC", "XYZ", "NHC"):
+        done = from_npy(tmp_path, np.zeros((4, 3, 2)), "--train-labels", tmp_path / "y.npy", "--axes", axes)
+        assert (
+            "--axes must name each of the 3 axes of (4, 3, 2) once: N and C, with H and W for maps or T" in done.stderr
+        )
+        assert f"got '{axes}'" in done.stderr
+
+
+def test_an_archive_that_claims_too_much_is_refused_unread(tmp_path, monkeypatch):
     save_npz(tmp_path / "x.npz", *make_features())
-    monkeypatch.setattr(importing, "available_memory", lambda: 100)
+    monkeypatch.setattr(feature_files, "available_memory", lambda: 100)
     done = invoke("cache", "import", tmp_path / "c", "--train", tmp_path / "x.npz")
     assert done.exit_code == 1
     assert "GB of memory" in done.stderr

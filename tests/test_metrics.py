@@ -4,18 +4,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy.special import softmax
-from sklearn.metrics import accuracy_score, confusion_matrix, recall_score
+from sklearn.metrics import (
+    accuracy_score,
+    confusion_matrix,
+    f1_score,
+    log_loss,
+    precision_score,
+    recall_score,
+    top_k_accuracy_score,
+)
 
 from h2t.pipeline.data.classes import GROUPS, groups
 from h2t.pipeline.evaluation.metrics import (
     BINS,
     answers,
+    calibration_gaps,
     confusion,
     expected_calibration_error,
     group_accuracy,
     over_seeds,
     per_class_accuracy,
-    softmax_confidence,
+    precision_and_f1,
     summary,
 )
 
@@ -33,7 +42,7 @@ def test_agrees_with_scikit_learn(drawn):
     assert [true.tolist(), predicted.tolist()] == [places.tolist() for places in np.nonzero(expected)]
     assert count.tolist() == expected[true, predicted].tolist()
     logits = np.eye(classes)[guesses]
-    found = summary(answers(logits), labels, ["head"] * classes)
+    found = summary(answers(logits, labels), labels, ["head"] * classes)
     assert found["top1"] == pytest.approx(100 * accuracy_score(labels, guesses))
     recall = recall_score(labels, guesses, labels=range(classes), average=None, zero_division=np.nan)
     assert np.allclose(per_class_accuracy(labels, guesses, classes), 100 * recall, equal_nan=True)
@@ -47,7 +56,7 @@ def test_figures_of_each_number_of_classes_agree_with_scikit_learn(classes):
     logits = rng.integers(-3, 4, (300, classes)).astype(np.float32)
     labels = rng.integers(0, max(1, classes // 2), 300)  # the later half of the classes is absent
     group_of = groups([1] * classes)["paper_index"]
-    found = summary(answers(logits), labels, group_of)
+    found = summary(answers(logits, labels), labels, group_of)
     guesses = np.array([row.index(max(row)) for row in logits.tolist()])  # the first of the largest
     assert found["top1"] == pytest.approx(100 * accuracy_score(labels, guesses))
     present = np.unique(labels)
@@ -63,9 +72,49 @@ def test_figures_of_each_number_of_classes_agree_with_scikit_learn(classes):
     assert found["ece"] == pytest.approx(100 * sum(gaps), abs=1e-6)
 
 
+def test_further_figures_agree_with_scikit_learn():
+    """Without ties, which scikit-learn ranks the other way; some classes without samples, some never predicted."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 3, (400, 30))
+    logits[:, 25:] -= 100
+    labels = rng.integers(0, 20, 400)
+    found = summary(answers(logits, labels), labels, groups([1] * 30)["paper_index"])
+    guesses, share = logits.argmax(1), softmax(logits, axis=1)
+    recalls = recall_score(labels, guesses, labels=np.unique(labels), average="macro")
+    assert found["balanced_accuracy"] == pytest.approx(100 * recalls)
+    assert found["macro_f1"] == pytest.approx(100 * f1_score(labels, guesses, average="macro"))
+    assert found["top5"] == pytest.approx(100 * top_k_accuracy_score(labels, logits, k=5, labels=range(30)))
+    assert found["nll"] == pytest.approx(log_loss(labels, share, labels=range(30)))
+    precision, f1 = precision_and_f1(labels, guesses, 30)
+    assert np.isnan(precision[25:]).all()
+    assert np.isnan(f1[25:]).all()
+    assert not np.isnan(f1[:20]).any()
+    seen = np.unique(guesses)
+    expected = precision_score(labels, guesses, labels=seen, average=None, zero_division=0)
+    assert np.allclose(precision[seen], 100 * expected)
+
+
+def test_ranks_put_the_first_of_equal_logits_first():
+    logits = np.array([[1.0, 2.0, 2.0, 0.0]] * 4)
+    assert answers(logits, np.arange(4)).rank.tolist() == [2, 0, 1, 3]
+    assert answers(logits, np.arange(4)).guesses.tolist() == [1] * 4
+
+
+@given(st.integers(0, 2**31), st.integers(1, 200))
+def test_the_gaps_add_up_to_the_calibration_error(seed, samples):
+    rng = np.random.default_rng(seed)
+    said, labels = answers(rng.normal(0, 2, (samples, 4)), rng.integers(0, 4, samples)), rng.integers(0, 4, samples)
+    right = (said.guesses == labels).astype(float)
+    error = expected_calibration_error(said.confidence, right)
+    assert 100 * calibration_gaps(said, labels).mean() == pytest.approx(error, abs=1e-9)
+
+
 def test_one_sample_of_one_class():
-    found = summary(answers(np.array([[3.0]])), np.array([0]), ["tail"])
-    assert found == {"top1": 100.0, "head": None, "medium": None, "tail": 100.0, "ece": 0.0}
+    found = summary(answers(np.array([[3.0]]), np.array([0])), np.array([0]), ["tail"])
+    assert found == {
+        **{"top1": 100.0, "head": None, "medium": None, "tail": 100.0, "ece": 0.0},
+        **{"balanced_accuracy": 100.0, "macro_f1": 100.0, "top5": 100.0, "nll": 0.0},
+    }
 
 
 def test_a_group_is_the_mean_over_its_classes_that_have_samples():
@@ -75,7 +124,7 @@ def test_a_group_is_the_mean_over_its_classes_that_have_samples():
 
 
 def test_of_tied_logits_the_first_class_wins():
-    found = summary(answers(np.zeros((2, 3))), np.array([0, 1]), ["head", "medium", "tail"])
+    found = summary(answers(np.zeros((2, 3)), np.array([0, 1])), np.array([0, 1]), ["head", "medium", "tail"])
     assert (found["top1"], found["head"], found["medium"], found["tail"]) == (50.0, 100.0, 0.0, None)
 
 
@@ -127,8 +176,10 @@ def test_calibration_error_agrees_with_digitize(confidence, seed):
 
 
 def test_confidence_of_huge_and_equal_logits():
-    found = softmax_confidence(np.array([[1e30, -1e30], [0.0, 0.0], [-1e4, -1e4 - np.log(3)]]))
-    assert np.allclose(found, [1.0, 0.5, 0.75])
+    found = answers(np.array([[1e30, -1e30], [0.0, 0.0], [-1e4, -1e4 - np.log(3)]]), np.array([0, 1, 1]))
+    assert np.allclose(found.confidence, [1.0, 0.5, 0.75])
+    assert np.allclose(found.loss, [0.0, np.log(2), np.log(4)])
+    assert found.rank.tolist() == [0, 1, 1]
 
 
 def test_one_seed_has_no_deviation():

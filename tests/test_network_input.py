@@ -31,7 +31,7 @@ def crops(count: int) -> list[np.ndarray]:
 
 def ours(image: np.ndarray, stated: Input) -> torch.Tensor:
     transform = transform_for(DATASET, stated)
-    return normalised(np.stack([for_evaluation(image, transform)]), transform)[0]
+    return normalised(torch.from_numpy(np.stack([for_evaluation(image, transform)])), transform)[0]
 
 
 @pytest.mark.parametrize(

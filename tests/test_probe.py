@@ -27,6 +27,8 @@ from h2t.pipeline.heads.batches import sample_rows
 from h2t.pipeline.networks import probe
 from h2t.pipeline.networks.frozen import FrozenPart, Layer
 from h2t.pipeline.networks.probe import Probe
+from h2t.pipeline.networks.trained import load_head
+from h2t.pipeline.training.loop import StageOne
 
 COUNTS = (120, 40, 14, 5)
 
@@ -203,6 +205,32 @@ def test_a_saved_probe_a_fitted_one_and_its_folder_give_the_same_classifiers(pro
     h2t("train-backbone", "few", "data/prepare", "data/train_backbone/few", "--set", "backbones.few.probe.l2=1.0")
     assert "fitting" in train("dr", "other", "data/train_backbone/few", "--set", "backbones.few.probe.l2=1.0")
     assert Path("other/heads.safetensors").read_bytes() not in contents
+
+
+def test_other_settings_of_the_probe_do_not_train_the_backbone_again(project, monkeypatch):
+    trained = Path("data/train_backbone/few/backbone.safetensors").read_bytes()
+    epochs = []
+    whole = StageOne._epoch
+    monkeypatch.setattr(StageOne, "_epoch", lambda self, epoch: (epochs.append(epoch), whole(self, epoch))[1])
+
+    def again(*more) -> str:
+        shutil.rmtree("data/train_backbone/few")  # as DVC does before it runs a stage
+        settings = [word for text in more for word in ("--set", text)]
+        return h2t("train-backbone", "few", "data/prepare", "data/train_backbone/few", *settings)
+
+    assert "was trained with these settings before" in again("backbones.few.probe.l2=0.5")
+    assert Path("data/train_backbone/few/backbone.safetensors").read_bytes() == trained
+    assert load_head(Path("data/train_backbone/few")).about["probe"]["l2"] == 0.5
+    assert epochs == []
+    plugin = Path("plugins/backbones/few.py")
+    plugin.write_text(plugin.read_text(encoding="utf-8") + "\n# another network, for all one knows\n")
+    assert "starts anew" in again()
+    assert len(epochs) == 2
+    again("backbones.few.lr=0.05")
+    assert len(epochs) == 4
+    again("backbones.few.lr=0.05", "backbones.few.head=trained")
+    assert len(epochs) == 4
+    assert not Path("data/train_backbone/.few.training").exists()
 
 
 def test_the_probe_is_the_stage1_line(project):

@@ -19,7 +19,7 @@ from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.inspection import settings
 from h2t.pipeline.reporting import comparison, files
-from h2t.pipeline.reporting.results import FIGURES, load_result
+from h2t.pipeline.reporting.results import FIGURES, load_result, rows_apart
 from h2t.pipeline.stages import report, train_classifier
 
 GRID = {"donor": ["instance", "balanced"], "selection": ["random", "first"]}
@@ -49,13 +49,14 @@ def test_table_of_donors_from_a_small_cache(evaluated):
         for figure, cell in zip(("top1", "head", "medium", "tail"), figures, strict=True):
             assert cell == f"{np.mean(mine[figure]):.2f} ± {np.std(mine[figure], ddof=1):.2f}"
         if label != "instance, random":
-            test = ttest_rel(mine.top1.to_numpy(), usual.top1.to_numpy())
             found = [float(n) for n in re.findall(r"[+-]\d+\.\d+", apart)]
-            interval = test.confidence_interval(0.95)
             each = mine.top1.to_numpy() - usual.top1.to_numpy()
-            low, high = (interval.low, interval.high) if each.std() else (each.mean(), each.mean())
-            assert found == pytest.approx([each.mean(), low, high], abs=0.0051)
-            assert apart.endswith("too close to tell") == (low <= 0 <= high)
+            interval = ttest_rel(mine.top1.to_numpy(), usual.top1.to_numpy()).confidence_interval(0.95)
+            assert found[0] == pytest.approx(each.mean(), abs=0.0051)
+            assert found[1] < found[0] < found[2]
+            if each.std():  # over seeds and images, so not narrower than over seeds
+                assert found[2] - found[1] > 0.5 * (interval.high - interval.low)
+            assert apart.endswith("too close to tell") == (found[1] <= 0 <= found[2])
 
 
 def test_a_report_has_the_same_lines_of_other_donors(evaluated):
@@ -263,11 +264,49 @@ def test_compare_two_runs(tmp_path, evaluated):
     assert f" at {load_result('dr', other / 'dr').metrics['with_h2t']['ratio']:g} |" in table[2]
     assert " at " not in table[1]
     page = (tmp_path / "both" / "index.html").read_text()
-    assert "B: dr minus A: dr, with H2T" in page
+    assert page.index('id="sides-table"') < page.index('id="methods"')  # A against B comes first
     assert f">{second - first:+.2f}<span" in page
     same: list[str] = []
     comparison.compare(evaluated, evaluated, None, same.append)
-    assert same[0].count("+0.00 [+0.00, +0.00] too close to tell") == 2 * len(FIGURES)
+    assert len(re.findall(r"\+0\.00 \[-[\d.]+, \+[\d.]+\] identical", same[0])) == 3 * len(FIGURES)
+
+
+def test_hosts_of_one_backbone_are_compared_image_by_image(tmp_path):
+    folder = make_evaluated(tmp_path)
+    for name in ("ncm", "tau_norm"):
+        make_evaluated(tmp_path, name, host=name, fitted=True)
+    dr, ncm, tau_norm = (load_result(name, folder / name) for name in ("dr", "ncm", "tau_norm"))
+    # A fit without seeds is compared with every seed of the other host.
+    for row in ("without_h2t", "with_h2t"):
+        apart = rows_apart(dr, row, ncm, "without_h2t")
+        for figure in FIGURES:
+            assert apart[figure].mean == pytest.approx(dr.metrics[row][figure] - ncm.metrics["without_h2t"][figure])
+        assert (apart["top1"].covers, apart["top1"].seeds) == (("seeds", "images"), 3)
+        assert apart["top1"].verdict is not None
+    assert rows_apart(dr, "with_h2t", dr, "without_h2t")["tail"].as_dict() == dr.metrics["difference"]["tail"]
+    both = rows_apart(tau_norm, "without_h2t", ncm, "without_h2t")["top1"]
+    assert (both.covers, both.seeds) == (("images",), 1)
+    assert both.verdict is not None
+    assert rows_apart(dr, "stage1", ncm, "stage1")["top1"].verdict == "identical"
+    assert rows_apart(ncm, "with_h2t", dr, "with_h2t") is None
+
+
+def test_backbones_that_were_trained_once_get_no_verdict(tmp_path, evaluated):
+    other = load_result("dr", make_evaluated(tmp_path, seed=1) / "dr")
+    dr = load_result("dr", evaluated / "dr")
+    apart = rows_apart(other, "with_h2t", dr, "with_h2t")
+    assert {d.verdict for d in apart.values()} == {None}
+    assert apart["top1"].covers == ("seeds", "images")
+    assert apart["top1"].low < apart["top1"].mean < apart["top1"].high
+
+
+def test_other_test_images_have_no_interval(evaluated):
+    dr = load_result("dr", evaluated / "dr")
+    moved = dr.tables["predictions"].assign(sample=dr.tables["predictions"]["sample"] + 1)
+    other = replace(dr, tables={**dr.tables, "predictions": moved})
+    apart = rows_apart(other, "with_h2t", dr, "without_h2t")
+    assert apart["top1"].mean == pytest.approx(dr.metrics["with_h2t"]["top1"] - dr.metrics["without_h2t"]["top1"])
+    assert (apart["top1"].low, apart["top1"].verdict, apart["top1"].covers) == (None, None, ())
 
 
 def test_compare_without_a_shared_host(tmp_path, evaluated):

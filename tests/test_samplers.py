@@ -7,13 +7,15 @@ from scipy.stats import chisquare
 
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.seeds import stream
+from h2t.pipeline.heads.batches import law
 
+EPOCHS = 60
 NAMES = plugins.names("samplers")
 LIKELY = 1e-5  # a fair draw falls below this once in 100,000; seeds are fixed, so a test that passes once always does
 
 
 def drawn(name, index, epoch=0, step=0, size=8, seed=0):
-    return plugins.load("samplers", name).draw(index, partial(stream, seed, name), epoch, step, size)
+    return law(name, EPOCHS)(index, partial(stream, seed, name), epoch, step, size)
 
 
 def epoch_of(name, index, epoch=0, size=8, seed=0):
@@ -140,6 +142,22 @@ def test_reverse_classes_follow_one_over_their_count():
     assert chisquare(np.bincount(labels, minlength=4), share * len(labels)).pvalue > LIKELY
     inside = positions[labels == 2] - index.starts[2]
     assert chisquare(np.bincount(inside, minlength=20)).pvalue > LIKELY
+
+
+def test_square_root_classes_follow_the_root_of_their_count():
+    index = make_index((400, 100, 25, 4))
+    labels = labels_of(index, np.concatenate([epoch_of("square_root", index, e, 64) for e in range(60)]))
+    share = np.array([20, 10, 5, 2]) / 37
+    assert chisquare(np.bincount(labels, minlength=4), share * len(labels)).pvalue > LIKELY
+
+
+@pytest.mark.parametrize(("epoch", "balanced"), [(0, 0.0), (15, 15 / 59), (59, 1.0)])
+def test_progressive_classes_move_from_their_counts_to_equal_shares(epoch, balanced):
+    index = make_index((500, 60, 20, 5))
+    seeds = range(40)
+    labels = labels_of(index, np.concatenate([epoch_of("progressive", index, epoch, 64, seed) for seed in seeds]))
+    share = (1 - balanced) * index.counts / 585 + balanced / 4
+    assert chisquare(np.bincount(labels, minlength=4), share * len(labels)).pvalue > LIKELY
 
 
 @pytest.mark.parametrize("name", ["balanced", "reverse"])

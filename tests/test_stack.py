@@ -62,6 +62,8 @@ def test_a_head_of_a_stack_is_the_head_trained_alone(tmp_path, cache, experts, p
 
 
 LEFT_OUT = {("gcl", "linear"), ("lift", "linear"), ("ride", "linear")}
+LEFT_OUT |= {("isda", "cosine"), ("manifold_mixup", "cosine"), ("remix", "cosine")}  # the last two mix features
+LEFT_OUT |= {("cam_split", kind) for kind in ("linear", "cosine")}  # reads maps
 LINEAR = [  # host, its loss, classifier
     *(
         (name, {}, kind)

@@ -62,7 +62,14 @@ def test_figures_are_those_of_the_pipeline(project):
     difference = lines[2]["difference"]["top1"]
     assert difference["mean"] == pytest.approx(lines[2]["top1"] - lines[0]["top1"])
     assert difference["low"] <= difference["mean"] <= difference["high"]
-    assert difference["covers"] == ["seeds"]
+    assert (difference["covers"], difference["seeds"]) == (["seeds", "images"], 2)
+    assert metrics["with_h2t"]["ratio"] == 0.3
+    for figure, expected in metrics["difference"].items():
+        found = lines[1]["difference"][figure]
+        assert [found[key] for key in ("mean", "low", "high")] == pytest.approx(
+            [expected[key] for key in ("mean", "low", "high")], abs=1e-3
+        )
+    assert lines[0]["standing"]["covers"] == ["seeds"]
 
 
 def test_an_evaluation_of_another_cache_is_not_compared_with(project, tmp_path):
@@ -73,7 +80,7 @@ def test_an_evaluation_of_another_cache_is_not_compared_with(project, tmp_path):
     values["host"]["cache"] = "0" * 64
     about.write_text(json.dumps(values))
     given = ("--params", project / "params.yaml", "--ratio", "0.3")
-    assert "own classifiers, by ratio: 0: " in accepted("sweep", "dr", *given, "--data", project / "data")
+    assert "own classifiers (over seeds), by ratio: 0: " in accepted("sweep", "dr", *given, "--data", project / "data")
     said = accepted("sweep", "dr", *given, "--data", data)
     assert "is an evaluation of another cache" in said
     assert "own classifiers" not in said

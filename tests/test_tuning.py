@@ -432,3 +432,27 @@ def test_the_report_says_what_was_tried_and_chosen(tmp_path):
     expected = f"dr, with H2T: lr {chosen['values']['lr']:g} of 0.001, 0.3 (the"
     assert expected in (tmp_path / "r/results.md").read_text()
     assert expected in (tmp_path / "r/index.html").read_text()
+
+
+def test_a_sweep_shows_every_combination_and_chooses_nothing(tmp_path, digits_cache, backbone_dir):
+    for stage, made in (("extract", digits_cache), ("train_backbone", backbone_dir)):
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "ce_mixup").symlink_to(made)
+    host = {"backbone": "ce_mixup", "optimiser": {"epochs": 1}, "folds": 2}
+    lists = {"ratio": [0.3], "seed": [0], "loss": {"smooth_head": [0.2, 0.4]}, "weight_decay": [0.0]}
+    params = write_params(tmp_path / "params.yaml", hosts={"mislas": {**host, "grid": lists}})
+    given = ("--params", params, "--data", tmp_path)
+    lines = json.loads(accepted("sweep", "mislas", *given, "--lr", "0.01,0.1", "--json"))
+    settings = [(line["constants"], line["lr"], line["ratio"]) for line in lines]
+    assert settings == [
+        ({"loss.smooth_head": smooth, "weight_decay": 0.0}, lr, ratio)
+        for smooth in (0.2, 0.4)
+        for lr in (0.01, 0.1)
+        for ratio in (0.0, 0.3)
+    ]
+    assert all((line["difference"] is None) == (line["ratio"] == 0) for line in lines)
+    assert accepted("sweep", "mislas", *given, "-q").splitlines()[0].split()[:3] == [
+        "ratio",
+        "loss.smooth_head",
+        "top-1",
+    ]

@@ -185,7 +185,7 @@ def _line(model: type[pydantic.BaseModel], where: str, error: Any) -> str:
     got = error["input"]
     if error["type"] == "extra_forbidden":
         known = _keys_at(model, error["loc"][:-1])
-        hint = nearest(str(error["loc"][-1]), known) or f" (known: {', '.join(known)})"
+        hint = nearest(str(error["loc"][-1]), known) or f" (known: {', '.join(known) or 'none'})"
         return f"{path}: unknown key{hint}"
     if error["type"] == "missing":
         return f"{path}: missing; add it (h2t presets lists complete files)"

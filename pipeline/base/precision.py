@@ -18,12 +18,13 @@ def computing(device: torch.device, precision: Precision) -> torch.autocast:
 def guarded_maps(backbone: nn.Module, x: torch.Tensor, precision: Precision) -> list[torch.Tensor]:
     """Maps of the images `x` (B, 3, H, W), computed in `precision`: float32 (B, C, H, W), one tensor per expert.
 
-    The largest float16 value is 65504. Images whose maps are not finite get the maps of a float32 pass, and all others
-    keep theirs. So a row does not depend on the rows batched with it.
+    The largest float16 value is 65504. Images whose maps are not finite in fp16 get the maps of a float32 pass, and all
+    others keep theirs. So a row does not depend on the rows batched with it. bf16 has the range of float32 and needs no
+    second pass, so a GPU need not be waited for.
     """
     with computing(x.device, precision):
         maps = [m.float() for m in backbone(x)]
-    if precision == "float32":
+    if precision != "fp16":
         return maps
     finite = torch.stack([m.flatten(1).isfinite().all(1) for m in maps]).all(0)
     if finite.all():

@@ -287,4 +287,6 @@ def report(
         raise click.UsageError("give EVALUATE_DIR and OUT, or --compare A B")
     section = params.build(stage_module.Params, "report", params.section(values, "report"))
     names.check_evaluated(values, evaluate_dir)
-    stage_module.run(section, Run("report", out, say=say), list(params.section(values, "hosts")), evaluate_dir, runs)
+    hosts = params.section(values, "hosts")
+    backbones = {name: host["backbone"] for name, host in hosts.items() if "backbone" in host}
+    stage_module.run(section, Run("report", out, say=say), list(hosts), evaluate_dir, runs, backbones)

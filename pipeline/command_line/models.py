@@ -1,9 +1,12 @@
 """`h2t export` and `h2t predict`: export a trained head as a model, and classify new images with it."""
 
+import os
+import sys
 from pathlib import Path
 
 import click
 
+from h2t.cache.redaction import printable
 from h2t.pipeline.command_line import options
 from h2t.pipeline.command_line.caches import opened
 from h2t.pipeline.command_line.one_line import Command
@@ -29,6 +32,8 @@ from h2t.pipeline.command_line.options import PATH
 )
 @click.option("--onnx", is_flag=True, help="Also write model.onnx.")
 @click.option("--without-images", is_flag=True, help="Check the model on cached maps only, without reading images.")
+@click.option("--licence", metavar="TEXT", help="Licence of the model, for README.md.")
+@click.option("--use", metavar="TEXT", help="What the model is meant for, and what not, for README.md.")
 @options.params_file
 @options.overrides
 @options.device("cpu")
@@ -45,6 +50,8 @@ def export(
     constants: tuple[str, ...],
     onnx: bool,
     without_images: bool,
+    licence: str | None,
+    use: str | None,
     params_file: Path,
     overrides: tuple[str, ...],
     device: str,
@@ -58,18 +65,29 @@ def export(
     from h2t.pipeline.base import params
     from h2t.pipeline.base.run import Run
     from h2t.pipeline.models import export as room
+    from h2t.pipeline.models.card import Stated
 
     prepare = params.section(params.load(params_file, overrides), "prepare")
     own = dict(params.assignment("--constant", text) for text in constants)
     choice = room.Choice(head, ratio, seed, donor, selection, own)
     with opened(cache) as maps:
         run = Run("export", out, devices.choose(device), say=click.echo)
-        room.run(run, maps, heads, backbone, choice, prepare, onnx=onnx, with_images=not without_images)
+        stated = Stated(licence, use)
+        room.run(run, maps, heads, backbone, choice, prepare, onnx=onnx, with_images=not without_images, stated=stated)
 
 
-@click.command(cls=Command, epilog="h2t predict model photos/ --top 3 --out classes.csv")
+@click.command(
+    cls=Command,
+    epilog="h2t predict model photos/ --top 3 --out classes.csv\nfind photos -newer yesterday | h2t predict model -",
+)
 @click.argument("model", type=PATH, help="Directory that h2t export wrote.")
-@click.argument("images", type=PATH, nargs=-1, required=True, help="Image files, or directories of them.")
+@click.argument(
+    "images",
+    type=PATH,
+    nargs=-1,
+    required=True,
+    help="Image files, folders or tables of them; - reads paths from stdin, one a line.",
+)
 @click.option(
     "--top",
     type=click.IntRange(1),
@@ -78,24 +96,59 @@ def export(
     metavar="N",
     help="Print the N most probable classes of each image.",
 )
-@click.option("--out", type=PATH, metavar="FILE", help="Write to this .csv or .json file instead of stdout.")
+@click.option("--column", metavar="NAME", help="Column of the paths in a table; by default file_name, path, image, ...")
+@click.option(
+    "--out", type=PATH, metavar="FILE", help="Write to this .csv, .json, .jsonl or .parquet file instead of stdout."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of CSV.")
+@click.option("--jsonl", "as_lines", is_flag=True, help="Print JSON Lines instead of CSV.")
 @options.device("auto")
-def predict(model: Path, images: tuple[Path, ...], top: int, out: Path | None, as_json: bool, device: str) -> None:
-    """Classify images with an exported model."""
+def predict(
+    model: Path,
+    images: tuple[Path, ...],
+    top: int,
+    column: str | None,
+    out: Path | None,
+    as_json: bool,
+    as_lines: bool,
+    device: str,
+) -> None:
+    """Classify images with an exported model.
+
+    Images that cannot be read are left out; then it exits with 1.
+    """
     from h2t.pipeline.base import device as devices
     from h2t.pipeline.models import predict as room
+    from h2t.pipeline.models import prediction_files
 
-    unread: list[str] = []
+    if as_json and as_lines:
+        raise click.UsageError("give --json or --jsonl, not both")
+    if out is not None:
+        prediction_files.check(out)
+    unread = 0
 
     def complain(line: str) -> None:
-        unread.append(line)
-        click.echo(f"skipped: {line}", err=True)
+        nonlocal unread
+        unread += 1
+        click.echo(printable(f"skipped: {line}"), err=True)
 
-    lines = room.predict(model, images, devices.choose(device), complain, top=top)
-    if out is None:
-        click.echo(room.as_text(lines, "json" if as_json else "csv"), nl=False)
-    else:
-        room.save(out, lines)
+    made = room.open_model(model, devices.choose(device))
+    batches = room.predict(made, room.find_images(_given(images), column), complain, top=top)
+    kind = "json" if as_json else "jsonl" if as_lines else "csv"
+    first = next(batches)  # if no image can be read, nothing is written
+    with prediction_files.as_file(out) if out else prediction_files.as_text(sys.stdout, kind) as write:
+        write(first)
+        for lines in batches:
+            write(lines)
     if unread:
         raise SystemExit(1)
+
+
+def _given(images: tuple[Path, ...]) -> list[Path]:
+    """The paths on the command line, with those of stdin in place of -."""
+    if Path("-") not in images:
+        return list(images)
+    text = os.fsdecode(sys.stdin.buffer.read())
+    lines = text.split("\0") if "\0" in text else text.splitlines()
+    piped = [Path(line) for line in lines if line.strip()]
+    return [path for image in images for path in (piped if image == Path("-") else [image])]

@@ -24,9 +24,9 @@ from h2t.pipeline.command_line.options import PATH
     type=PATH,
     required=True,
     metavar="FILE",
-    help="Training features: .npy, .npz, .safetensors or .parquet.",
+    help="Training features: .npy, .npz, .safetensors, .parquet, .pt or .h5.",
 )
-@click.option("--train-labels", type=PATH, metavar="FILE", help="Training labels, if they are in another file.")
+@click.option("--train-labels", type=PATH, metavar="FILE", help="Training labels in another file: also .csv, .txt.")
 @click.option("--val", type=PATH, metavar="FILE", help="Validation features.")
 @click.option("--val-labels", type=PATH, metavar="FILE", help="Validation labels, if they are in another file.")
 @click.option("--test", type=PATH, metavar="FILE", help="Test features.")
@@ -34,9 +34,14 @@ from h2t.pipeline.command_line.options import PATH
 @click.option(
     "--features-key",
     metavar="NAME",
-    help="Name of the features in the file; by default features, embeddings, x, ...",
+    help="Name of the features in the file; by default features, embeddings, x, or f* for columns f0, f1, ...",
 )
 @click.option("--labels-key", metavar="NAME", help="Name of the labels in the file; by default labels, label, y, ...")
+@click.option(
+    "--axes",
+    metavar="LETTERS",
+    help="Axes of the features' array: N rows, C channels, H and W of maps, T tokens, e.g. NTC or NHWC.",
+)
 @click.option("--classes", type=PATH, metavar="FILE", help="Text file with one class name per line, label 0 first.")
 @options.replace
 def import_command(
@@ -49,16 +54,17 @@ def import_command(
     test_labels: Path | None,
     features_key: str | None,
     labels_key: str | None,
+    axes: str | None,
     classes: Path | None,
     replace: bool,
 ) -> None:
     """Make a cache of features from another program."""
-    from h2t.pipeline.sharing import importing
+    from h2t.pipeline.sharing import feature_files, importing
 
-    keys = importing.Keys(features_key, labels_key)
+    keys = feature_files.Keys(features_key, labels_key, axes)
     given = {"train": (train, train_labels), "val": (val, val_labels), "test": (test, test_labels)}
-    parts = {split: importing.read_part(f, y, keys) for split, (f, y) in given.items() if f is not None}
-    class_names = importing.read_names(classes) if classes is not None else None
+    parts = {split: feature_files.read_part(f, y, keys) for split, (f, y) in given.items() if f is not None}
+    class_names = feature_files.read_names(classes) if classes is not None else None
     importing.run(parts, out, click.echo, names=class_names, replace=replace)
 
 

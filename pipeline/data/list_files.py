@@ -143,7 +143,7 @@ def read_lists(options: Options, *, whole: bool = False) -> tuple[list[str], lis
             source += paths
             label += labels
             split += [name] * len(paths)
-    _refuse_repeats(source)
+    _refuse_repeats(source, [str(lists / getattr(options, name)) for name in split])
     return source, label, split
 
 
@@ -184,12 +184,16 @@ def inputs(options: Options) -> dict[str, str]:
     return {"root": options.root, **{part: str(lists / name) for part, name in given.items() if name is not None}}
 
 
-def _refuse_repeats(sources: Sequence[str]) -> None:
-    seen: set[str] = set()
-    for source in sources:
+def _refuse_repeats(sources: Sequence[str], files: Sequence[str]) -> None:
+    """Raises UserError for an image that is named twice. `files` holds the list of each source."""
+    seen: dict[str, str] = {}
+    for source, file in zip(sources, files, strict=True):
         if source in seen:
-            raise UserError(f"list files: {source!r}: must be listed once, in one split; got a second entry; remove it")
-        seen.add(source)
+            raise UserError(
+                f"{file}: {source!r}: must be listed once, in one split; got a second entry, after one in "
+                f"{seen[source]}; remove one of them"
+            )
+        seen[source] = file
 
 
 def class_names(sources: Sequence[str], labels: Sequence[int], class_of: Callable[[str], str]) -> list[str]:

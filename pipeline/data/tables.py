@@ -1,7 +1,7 @@
 """Tables of images in CSV, TSV, JSON Lines and Parquet files: columns as text, with errors that name file and row."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from h2t.pipeline.data.parquet_files import class_names
 DELIMITED = (".csv", ".tsv", ".tab")
 LINES = (".jsonl", ".ndjson")
 ENDINGS = (*DELIMITED, *LINES, ".parquet")
+#: Usual names of a column of image paths, most usual first.
+PATHS = ("file_name", "filename", "path", "filepath", "file_path", "image_path", "img_path", "file", "image", "img")
 BOM = b"\xef\xbb\xbf"
 
 
@@ -45,6 +47,25 @@ def columns(path: Path, wanted: Sequence[str]) -> dict[str, list[Any]]:
         names = class_names(table.schema, name) if path.suffix.lower() == ".parquet" else None
         found[name] = _named(values, names, f"{path}: column {name!r}") if names else values
     return found
+
+
+def usual_column(known: Sequence[str], usual: Iterable[str]) -> str | None:
+    """The column of `known` whose name is the most usual one, whatever its case and spaces, or None."""
+    plain = {name.strip().lower().replace(" ", "_"): name for name in reversed(known)}
+    return next((plain[name] for name in usual if name in plain), None)
+
+
+def bytes_column(path: Path) -> str | None:
+    """The column of encoded images in a Parquet file, or None. Raises UserError if the file cannot be read."""
+    if path.suffix.lower() != ".parquet":
+        return None
+    for field in _schema(path):
+        kinds = [field.type]
+        if pa.types.is_struct(field.type):
+            kinds = [part.type for part in field.type if part.name == "bytes"]
+        if any(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) for kind in kinds):
+            return str(field.name)
+    return None
 
 
 def texts(path: Path, name: str, values: Sequence[Any]) -> list[str]:
@@ -118,6 +139,6 @@ def _text(path: Path) -> bytes:
 
 def _unreadable(path: Path, error: Exception) -> UserError:
     if isinstance(error, FileNotFoundError):
-        return UserError(f"{path}: no such table; correct prepare.options.table")
+        return UserError(f"{path}: no such table; correct the path")
     reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
-    return UserError(f"{path}: must be a readable table ({reason}); correct the file or prepare.options.table")
+    return UserError(f"{path}: must be a readable table ({reason}); correct the file")

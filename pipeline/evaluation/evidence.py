@@ -163,10 +163,13 @@ def _features(cache: Cache, rows: np.ndarray) -> np.ndarray:
     return features.movedim(0, 1).flatten(1).numpy()
 
 
-def write_about(into: Path, cache: Cache, heads: Heads, rows: np.ndarray, group_of: Sequence[str | None]) -> None:
+def write_about(
+    into: Path, cache: Cache, heads: Heads, rows: np.ndarray, group_of: Sequence[str | None], seeded: bool
+) -> None:
     """Writes `about.json`: the host's settings, the classes, and facts about the cache.
 
-    `rows` are test rows; the share of zeros is measured on at most `SPARSITY_ROWS` of them.
+    `seeded`: whether its training depends on a seed. `rows` are test rows; the share of zeros is measured on at most
+    `SPARSITY_ROWS` of them.
     """
     table, spec = cache.rows, cache.spec
     # `group_by` imports pandas where it is installed.
@@ -191,6 +194,7 @@ def write_about(into: Path, cache: Cache, heads: Heads, rows: np.ndarray, group_
     }
     counts = heads.about["counts"]
     settings = {k: v for k, v in heads.about.items() if k not in ("counts", "where")}
+    settings["seeded"] = seeded
     names = recorded_names(spec.provenance, cache.files)
     about = {"host": settings, "classes": names, "counts": counts, "groups": list(group_of), "cache": facts}
     write_json(into / "about.json", about)

@@ -51,6 +51,17 @@ def expected_calibration_error(confidence: np.ndarray, right: np.ndarray, bins: 
     return float(100 * np.abs(gap).sum() / len(confidence))
 
 
+def calibration_gaps(predicted: "Answers", labels: np.ndarray) -> np.ndarray:
+    """Each sample's share of the ECE, float64 (n,): their mean is `expected_calibration_error`, as a fraction.
+
+    It is correctness minus confidence, with the sign of its bin's sum.
+    """
+    right = (predicted.guesses == labels).astype(float)
+    place = _bins(predicted.confidence, BINS)
+    gap = np.bincount(place, right - predicted.confidence, minlength=BINS)
+    return np.sign(gap)[place] * (right - predicted.confidence)
+
+
 def reliability(confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> list[dict[str, float | int | None]]:
     """Samples, mean confidence and accuracy (percent; None if empty) of each bin of `expected_calibration_error`."""
     place = _bins(confidence, bins)
@@ -68,12 +79,6 @@ def _bins(confidence: np.ndarray, bins: int) -> np.ndarray:
     return np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
 
 
-def softmax_confidence(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-    """The largest softmax probability of each row of logits / temperature; logits (n, classes), result float64 (n,)."""
-    shifted = (logits.astype(np.float64) - logits.max(1, keepdims=True)) / temperature
-    return 1 / np.exp(shifted).sum(1)
-
-
 @dataclass(frozen=True)
 class Answers:
     """A classifier's predictions for n samples: class, int32 (n,), and confidence in [0, 1], float64 (n,)."""
@@ -81,25 +86,67 @@ class Answers:
     guesses: np.ndarray
     confidence: np.ndarray
 
-    BYTES: ClassVar[int] = 4 + 8  # of one sample
 
+@dataclass(frozen=True)
+class Graded(Answers):
+    """Predictions compared with the true classes.
 
-def answers(logits: np.ndarray, temperature: float = 1.0) -> Answers:
-    """Predictions from logits (n, classes); their confidence is that of logits / temperature.
-
-    Among equal largest logits, the first class is predicted.
+    `rank`: how many classes come before the true one, int32 (n,). `loss`: minus the logarithm of the true class's
+    probability, float64 (n,).
     """
-    return Answers(logits.argmax(1).astype(np.int32), softmax_confidence(logits, temperature))
+
+    rank: np.ndarray
+    loss: np.ndarray
+
+    BYTES: ClassVar[int] = 4 + 8 + 4 + 8  # of one sample
 
 
-def summary(predicted: Answers, labels: np.ndarray, group_of: Sequence[str | None]) -> dict[str, float | None]:
-    """top1, head, medium, tail and ece in percent. `labels` is int (n,); `group_of` has one entry per class."""
+def answers(logits: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> Graded:
+    """Predictions from logits (n, classes) for samples of the classes `labels`, int (n,).
+
+    Confidence and loss are those of logits / temperature. Of equal logits, the first class comes first, for the
+    predicted class as for ranks. (`top_k_accuracy_score` of scikit-learn puts the last one first, and sorts all
+    classes.)
+    """
+    own = logits[np.arange(len(labels)), labels][:, None]
+    before = np.arange(logits.shape[1]) < labels[:, None]
+    rank = np.count_nonzero((logits > own) | ((logits == own) & before), axis=1)
+    shifted = (logits.astype(np.float64) - logits.max(1, keepdims=True)) / temperature
+    total = np.exp(shifted).sum(1)
+    loss = np.log(total) - shifted[np.arange(len(labels)), labels]
+    return Graded(logits.argmax(1).astype(np.int32), 1 / total, rank.astype(np.int32), loss)
+
+
+def precision_and_f1(labels: np.ndarray, guesses: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Precision and F1 of each class in percent, float64 (classes,) each.
+
+    NaN where undefined: precision of a class that is never predicted, F1 of one that has no samples either.
+    """
+    from sklearn.metrics import precision_recall_fscore_support  # takes a second to import
+
+    found = precision_recall_fscore_support(labels, guesses, labels=range(classes), zero_division=np.nan)
+    return 100 * found[0], 100 * found[2]
+
+
+def summary(predicted: Graded, labels: np.ndarray, group_of: Sequence[str | None]) -> dict[str, float | None]:
+    """The figures of a classifier, all in percent but `nll`.
+
+    top1, head, medium, tail, ece; `balanced_accuracy`, the mean recall of the classes that have samples; `macro_f1`,
+    the mean F1 of the classes that have samples or are predicted; `top5`; `nll`, the mean negative log-likelihood in
+    nats.
+    `labels` is int (n,); `group_of` has one entry per class.
+    """
     accuracy = per_class_accuracy(labels, predicted.guesses, len(group_of))
     right = predicted.guesses == labels
+    _, f1 = precision_and_f1(labels, predicted.guesses, len(group_of))
     return {
         "top1": float(100 * right.mean()),
         **group_accuracy(accuracy, group_of),
         "ece": expected_calibration_error(predicted.confidence, right.astype(float)),
+        "balanced_accuracy": float(np.nanmean(accuracy)),
+        "macro_f1": float(np.nanmean(f1)),
+        "top5": float(100 * (predicted.rank < 5).mean()),
+        "nll": float(predicted.loss.mean()),
     }
 
 

@@ -11,7 +11,7 @@ from torch.func import vmap
 from h2t.cache.memory import available_memory
 from h2t.cache.reader import Cache
 from h2t.pipeline.base.errors import UserError
-from h2t.pipeline.evaluation.metrics import Answers, answers
+from h2t.pipeline.evaluation.metrics import Graded, answers
 from h2t.pipeline.heads.batches import sample_rows
 from h2t.pipeline.heads.features import (
     FeatureReader,
@@ -25,7 +25,7 @@ from h2t.pipeline.networks.classifier import global_average, logits
 from h2t.pipeline.networks.trained import StageOneHead, backbone_digest
 
 STAGE1 = "stage1"
-BLOCK_BYTES = 256 * 1024**2  # limit of what is computed at once; an eighth of the available memory if that is less
+BLOCK_BYTES = 64 * 1024**2  # limit of one block of logits, of which a few copies exist; less if memory is short
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Scores:
     statistics: str
     labels: np.ndarray
     samples: np.ndarray
-    said: list[Answers]  # one entry per head
+    said: list[Graded]  # one entry per head
 
 
 def load_heads_for(cache: Cache, heads_dir: Path, backbone_dir: Path) -> Heads:
@@ -73,26 +73,28 @@ def score_heads(
     rows = sample_rows(cache.rows, split, statistics)
     blocks = _logits_in_blocks(cache, heads, rows.first, device)
     divisors = temperatures or [1.0] * len(heads.table)
-    return Scores(statistics, rows.labels, rows.samples, _answered(cache, blocks, divisors, len(rows.first)))
+    return Scores(statistics, rows.labels, rows.samples, _answered(cache, blocks, divisors, rows.labels))
 
 
 def _answered(
-    cache: Cache, blocks: Iterator[tuple[np.ndarray, torch.Tensor]], temperatures: Sequence[float], samples: int
-) -> list[Answers]:
-    """Predictions of each head from blocks of logits (heads, n, classes), which together cover all `samples`.
+    cache: Cache, blocks: Iterator[tuple[np.ndarray, torch.Tensor]], temperatures: Sequence[float], labels: np.ndarray
+) -> list[Graded]:
+    """Predictions of each head from blocks of logits (heads, n, classes), which together cover all `labels`.
 
     Logits are divided by the `temperatures` of the heads.
     The arrays are made once: with many heads and samples, they are most of what evaluation holds. They are written to
     before the first block, so that the size of the blocks is chosen from the memory that is left.
     """
-    said = [Answers(np.full(samples, -1, np.int32), np.full(samples, np.nan)) for _ in temperatures]
+    kinds = {"guesses": np.int32, "confidence": np.float64, "rank": np.int32, "loss": np.float64}
+    said = [Graded(**{name: np.full(len(labels), -1, kind) for name, kind in kinds.items()}) for _ in temperatures]
     first = 0
     for part, block in blocks:
         finite = _finite(block, cache, part).numpy()
         for mine, temperature, logits_of_head in zip(said, temperatures, finite, strict=True):
-            found = answers(logits_of_head, temperature)
-            mine.guesses[first : first + len(part)] = found.guesses
-            mine.confidence[first : first + len(part)] = found.confidence
+            block_of = slice(first, first + len(part))
+            found = answers(logits_of_head, labels[block_of], temperature)
+            for name in kinds:
+                getattr(mine, name)[block_of] = getattr(found, name)
         first += len(part)
     return said
 
@@ -158,7 +160,7 @@ def score_stage1(
     """
     rows = sample_rows(cache.rows, split, STAGE1)
     blocks = _stage1_in_blocks(cache, head, rows.first, device)
-    return Scores(STAGE1, rows.labels, rows.samples, _answered(cache, blocks, [temperature], len(rows.first)))
+    return Scores(STAGE1, rows.labels, rows.samples, _answered(cache, blocks, [temperature], rows.labels))
 
 
 def stage1_logits(cache: Cache, head: StageOneHead, rows: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from inspect import signature
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +29,12 @@ MOST_DRAWN = 8192
 def _named_streams(seed: int, branch: str, sampler: str) -> Callable[..., np.random.Generator]:
     """Cached per name, so a sampler can reuse what it drew, such as an epoch's permutation."""
     return partial(stream, seed, branch, sampler)
+
+
+def law(sampler: str, epochs: int) -> Callable[..., np.ndarray]:
+    """The function `draw` of a sampler plug-in. One that takes `epochs`, the length of the training, gets it."""
+    draw: Callable[..., np.ndarray] = plugins.load("samplers", sampler).draw
+    return partial(draw, epochs=epochs) if "epochs" in signature(draw).parameters else draw
 
 
 @dataclass(frozen=True)
@@ -63,19 +70,33 @@ def sample_rows(rows: pa.Table, split: str, statistics: str) -> SampleRows:
 
 @dataclass(frozen=True)
 class Batch:
-    """One step of every seed: rows of `receivers` and their `labels`, int64 (seeds, B); `donors` (seeds, donors, B)."""
+    """One step of every seed: rows of `receivers` and their `labels`, int64 (seeds, B); `donors` (seeds, donors, B).
+
+    `samples` (seeds, B): the places of the receivers among the training samples. `partners`, `partner_labels`: rows and
+    labels of the second sampler, (seeds, B), or (0, B) without one.
+    """
 
     receivers: np.ndarray
     labels: np.ndarray
     donors: np.ndarray
+    samples: np.ndarray
+    partners: np.ndarray
+    partner_labels: np.ndarray
+
+    @property
+    def rows(self) -> np.ndarray:
+        """All rows that the step needs, int64, flat."""
+        return np.concatenate([part.ravel() for part in (self.receivers, self.donors, self.partners)])
 
 
 class Streams:
     """The batches of stage II. An epoch draws as many receivers as there are training samples.
 
     `receiver_statistics`, `donor_statistics` (donor -> statistics): the batch-norm statistics that rows are read under.
-    `receiver` and the donors name samplers. The attribute `batch_size` is that of the largest batch: the one asked for,
-    but at most the number of samples. Raises UserError if the cache lacks rows under these statistics.
+    `receiver` and the donors name samplers, as does `partner`, a second sampler of rows under the receivers'
+    statistics. `epochs`, the length of the training, is for samplers whose law changes over it. The attribute
+    `batch_size` is that of the largest batch: the one asked for, but at most the number of samples. Raises UserError if
+    the cache lacks rows under these statistics.
     """
 
     def __init__(
@@ -88,13 +109,16 @@ class Streams:
         batch_size: int,
         *,
         receiver: str = RECEIVER,
+        partner: str | None = None,
+        epochs: int = 1,
     ) -> None:
         self.seeds = list(seeds)
-        self._receiver = receiver
+        self._receiver, self.partner = receiver, partner
         self.donors = list(donor_statistics)
         self.receivers = sample_rows(rows, "train", receiver_statistics)
         self._donors = {d: sample_rows(rows, "train", s) for d, s in donor_statistics.items()}
-        self._samplers = {sampler: plugins.load("samplers", sampler) for sampler in (receiver, *donor_statistics)}
+        samplers = (receiver, *donor_statistics, *((partner,) if partner else ()))
+        self._draws = {sampler: law(sampler, epochs) for sampler in samplers}
         self.index: ClassIndex = class_index(self.receivers.labels, class_names)
         self.samples = self.index.samples
         self.batch_size = min(batch_size, self.samples)
@@ -111,7 +135,7 @@ class Streams:
     @property
     def step_rows(self) -> int:
         """Rows that the largest step draws."""
-        return len(self.seeds) * (1 + len(self.donors)) * self.batch_size
+        return len(self.seeds) * (1 + len(self.donors) + bool(self.partner)) * self.batch_size
 
     @property
     def rows(self) -> np.ndarray:
@@ -126,13 +150,20 @@ class Streams:
         picked = [
             self._draw(seed, "receiver", self._receiver, self.receivers, epoch, step, size) for seed in self.seeds
         ]
-        receivers = np.stack([rows for rows, _ in picked])
-        labels = np.stack([self.receivers.labels[positions] for _, positions in picked])
+        receivers, samples = (np.stack(parts) for parts in zip(*picked, strict=True))
+        mates = (
+            [self._draw(seed, "partner", self.partner, self.receivers, epoch, step, size) for seed in self.seeds]
+            if self.partner
+            else []
+        )
+        partners, places = np.array(mates, np.int64).reshape(-1, 2, size).swapaxes(0, 1)
+        labels = self.receivers.labels
         donors = [
             [self._draw(seed, "donor", name, table, epoch, step, size)[0] for name, table in self._donors.items()]
             for seed in self.seeds
         ]
-        return Batch(receivers, labels, np.array(donors, np.int64).reshape(len(self.seeds), len(self.donors), size))
+        donated = np.array(donors, np.int64).reshape(len(self.seeds), len(self.donors), size)
+        return Batch(receivers, labels[samples], donated, samples, partners, labels[places])
 
     def _draw(
         self, seed: int, branch: str, sampler: str, table: SampleRows, epoch: int, step: int, size: int
@@ -140,7 +171,7 @@ class Streams:
         """(rows, positions of their samples in `table`), int64 (size,) each."""
         # Samplers count in whole batches, so a whole one is drawn, and cut at the end of the epoch.
         streams = _named_streams(seed, branch, sampler)
-        positions = self._samplers[sampler].draw(self.index, streams, epoch, step, self._drawn)[:size]
+        positions = self._draws[sampler](self.index, streams, epoch, step, self._drawn)[:size]
         rows = table.first[positions]
         views = table.views[positions]
         if (views > 1).any():

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from h2t.pipeline.heads.host import FittedHost, GradientHost, Host, State
+from h2t.pipeline.heads.host import FittedHost, GradientHost, Host, State, TrainingBatch
 from h2t.pipeline.networks.pool import Pool
 from h2t.pipeline.networks.trained import StageOneHead
 
@@ -40,6 +40,11 @@ class Head:
             raise TypeError(f"{type(self.host).__name__} has a closed-form fit and is not trained")
         return self.host
 
+    def prepare(self, x: torch.Tensor, labels: torch.Tensor, stage1: StageOneHead) -> None:
+        """Shows the host maps or pooled features of all training samples, in ascending order of `labels` (N,)."""
+        with torch.no_grad():
+            self.gradient_host.prepare(self.features(self._pool_on(x.device), x), labels, stage1)
+
     def initial(self, stage1: StageOneHead, draws: np.random.Generator) -> dict[str, torch.Tensor]:
         """The state before the first step. Raises UserError if the stage-I classifier does not fit the host."""
         return {**self.gradient_host.initial(stage1, draws), **_with_prefix(self.pool.initial())}
@@ -58,11 +63,17 @@ class Head:
         self, state: State, x: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The training loss, a scalar, of maps or pooled features after fusion; labels of the receivers (B,)."""
-        return self.gradient_host.loss(_of_host(state), self.features(state, x), labels, noise)
+        return self.batch_loss(state, TrainingBatch(x, labels, noise))
 
-    def update(self, state: State, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    def batch_loss(self, state: State, batch: TrainingBatch) -> torch.Tensor:
+        """The training loss, a scalar; `features` and `partners` of `batch` are maps or pooled features."""
+        partners = None if batch.partners is None else self.features(state, batch.partners)
+        features = self.features(state, batch.features)
+        return self.gradient_host.batch_loss(_of_host(state), batch._replace(features=features, partners=partners))
+
+    def update(self, state: State, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         """New values of the host's `fixed` parameters after a step on the fused input `x`."""
-        return self.gradient_host.update(_of_host(state), self.features(state, x))
+        return self.gradient_host.update(_of_host(state), self.features(state, x), labels)
 
     def fit(self, x: torch.Tensor, labels: torch.Tensor, stage1: StageOneHead) -> dict[str, torch.Tensor]:
         """The state of a closed-form fit on maps or pooled features of all training samples, in ascending label order.
@@ -72,8 +83,12 @@ class Head:
         """
         if not isinstance(self.host, FittedHost):
             raise TypeError(f"{type(self.host).__name__} is trained by gradient descent and has no closed-form fit")
-        pool = {name: t.to(x.device) for name, t in _with_prefix(self.pool.initial()).items()}
+        pool = self._pool_on(x.device)
         return {**self.host.fit(self.features(pool, x), labels, stage1), **pool}
+
+    def _pool_on(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """The initial parameters of the pool, as they stand in a head's state."""
+        return {name: t.to(device) for name, t in _with_prefix(self.pool.initial()).items()}
 
 
 def _with_prefix(pool: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

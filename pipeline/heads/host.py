@@ -2,12 +2,13 @@
 
 A host describes one classifier; `heads.stack` trains many at once. `torch.func.vmap` adds the stack's axis, so tensors
 in `logits`, `loss` and `update` have the shapes of one classifier. These methods must not draw random numbers: all
-randomness comes in through `initial` and `noise`.
+randomness comes in through `initial` and `noise`. Under vmap a tensor's values cannot decide what is computed: use
+`torch.where` and indices in place of `if` and boolean masks.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 import numpy as np
 import torch
@@ -33,7 +34,8 @@ def stackable(method: Method) -> Method:
 
 def is_stackable(host: "GradientHost") -> bool:
     """Whether its `loss` and `logits` are marked. An override without the mark counts, not what it overrides."""
-    return all(hasattr(method, "stackable") for method in (host.loss, host.logits))
+    whole = type(host).batch_loss is GradientHost.batch_loss
+    return whole and all(hasattr(method, "stackable") for method in (host.loss, host.logits))
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,24 @@ class Context:
     @property
     def classes(self) -> int:
         return len(self.counts)
+
+
+class TrainingBatch(NamedTuple):
+    """What a loss can depend on besides the parameters.
+
+    `features` (E, B, D), after fusion and pooling; `labels` of the receivers (B,), int64; `noise` as drawn. `samples`
+    (B,), int64: the place of each receiver in the features that `prepare` got. `partners` (E, B, D), not fused, and
+    `partner_labels` (B,): samples of a second sampler, for hosts that name one. `progress`: finished epochs / epochs,
+    0 in the first epoch.
+    """
+
+    features: torch.Tensor
+    labels: torch.Tensor
+    noise: torch.Tensor | None = None
+    samples: torch.Tensor | None = None
+    partners: torch.Tensor | None = None
+    partner_labels: torch.Tensor | None = None
+    progress: float = 0.0
 
 
 class Host:
@@ -88,6 +108,11 @@ class Host:
     def __init__(self, *given: Any) -> None:
         """Hosts are made with four arguments. A subclass that uses `loss` itself may pass on the other three."""
         *_, self.classifier, self.scale, self.context = given
+
+    @classmethod
+    def needs(cls) -> str:
+        """What it needs besides features and labels of a batch, in words; empty if that is nothing."""
+        return ""
 
     def stage1_state(self, stage1: StageOneHead) -> dict[str, torch.Tensor]:
         """A copy of the parameters it starts from: those of stage I, or what stands in their place.
@@ -132,6 +157,40 @@ class GradientHost(Host):
     rates: Mapping[str, float] = {}
     #: Names of the parameters that the optimiser does not change.
     fixed: frozenset[str] = frozenset()
+    #: A second sampler: its samples, one per receiver, come with every batch as `partners`. They are drawn apart from
+    #: the donors and read under the statistics of the receivers, so H2T and its absence mean the same as elsewhere.
+    partner: str | None = None
+    #: Whether it needs whole `maps`, or `features` that are pooled before fusion; `any` works with both.
+    reads: Literal["any", "features", "maps"] = "any"
+    #: Its parameters, in multiples of those of a linear classifier; memory is planned by it.
+    size: float = 1.0
+
+    @classmethod
+    def needs(cls) -> str:
+        """What it needs besides features and labels of a batch, in words; empty if that is nothing."""
+        found = {
+            "whole maps": cls.reads == "maps",
+            "training features": cls.prepare is not GradientHost.prepare,
+            f"a second sampler ({cls.partner})": cls.partner is not None,
+        }
+        return ", ".join(words for words, needed in found.items() if needed)
+
+    @property
+    def prepares(self) -> bool:
+        """Whether it looks at the training samples before the first step."""
+        return type(self).prepare is not GradientHost.prepare
+
+    @property
+    def augments(self) -> bool:
+        """Whether it changes receivers before fusion."""
+        return type(self).augment is not GradientHost.augment
+
+    def prepare(self, features: torch.Tensor, labels: torch.Tensor, stage1: StageOneHead) -> None:
+        """Called once, before `initial`: keeps as attributes what the other methods need to know of the samples.
+
+        `features` (E, N, D): those of view 0 of every training sample, not fused, in ascending order of `labels` (N,).
+        Kept values are constants, shared by all classifiers of the host.
+        """
 
     def initial(self, stage1: StageOneHead, draws: np.random.Generator) -> dict[str, torch.Tensor]:
         """Initial parameters: the stage-I classifier (H2T paper, Algorithm 1). Raises UserError if it does not fit."""
@@ -147,8 +206,20 @@ class GradientHost(Host):
         """The loss of a batch, a scalar: features (E, B, D) after fusion and pooling, labels of the receivers (B,)."""
         raise NotImplementedError
 
-    def update(self, state: State, features: torch.Tensor) -> dict[str, torch.Tensor]:
-        """New values of `fixed` parameters after a step on `features`, such as running means; none by default."""
+    def batch_loss(self, state: State, batch: TrainingBatch) -> torch.Tensor:
+        """The loss of a batch, a scalar. Override it in place of `loss` where features, labels and noise do not do."""
+        return self.loss(state, batch.features, batch.labels, batch.noise)
+
+    def augment(self, batch: TrainingBatch) -> torch.Tensor:
+        """The receivers after an augmentation of features or maps; by default as they are.
+
+        `batch` is that of one seed: its `features` are the receivers before fusion, (E, B, C) or maps (E, B, C, H, W),
+        as are `partners`. Called once per seed and step, without vmap and without gradients.
+        """
+        return batch.features
+
+    def update(self, state: State, features: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """New values of `fixed` parameters after a step, such as running means; none by default."""
         return {}
 
 
@@ -194,6 +265,43 @@ class PriorHost(GradientHost):
         return cross_entropy(logits + self.prior.to(logits), labels)
 
 
+class MixingHost(GradientHost):
+    """Base of hosts that mix each sample's features and label with those of another sample of the batch.
+
+    h' = t h_i + (1 - t) h_s(i), and the loss is mean_i [u CE(z(h'), y_i) + (1 - u) CE(z(h'), y_s(i))]: one share t from
+    Beta(alpha, alpha) and one permutation s for each batch; a subclass says what u is.
+    """
+
+    linear = True
+    receiver = "instance"
+
+    def __init__(self, alpha: float, classifier: str, scale: float, context: Context) -> None:
+        super().__init__(classifier, scale, context)
+        self.alpha = alpha
+        self.linear = classifier == "linear"  # whose logits of mixed features are mixed logits
+
+    def label_share(self, share: torch.Tensor, labels: torch.Tensor, partners: torch.Tensor) -> torch.Tensor:
+        """The share u of each sample's own label (B,), from the share t (B,) of its features and the labels (B,)."""
+        raise NotImplementedError
+
+    def noise(self, draws: np.random.Generator, batch: int) -> torch.Tensor:
+        """(batch, 2), float64: the permutation, and t in each line."""
+        order = draws.permutation(batch)
+        return torch.from_numpy(np.stack([order, np.full(batch, draws.beta(self.alpha, self.alpha))], 1))
+
+    def loss(
+        self, state: State, features: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The mixed loss, averaged over the batch."""
+        assert noise is not None
+        order, share = noise[:, 0].long(), noise[:, 1]
+        partners = labels[order]
+        mixed = torch.lerp(features[:, order], features, share.unsqueeze(-1))
+        losses = -self.logits(state, mixed).log_softmax(-1)
+        own, other = (losses.gather(-1, y.unsqueeze(-1)).squeeze(-1) for y in (labels, partners))
+        return torch.lerp(other, own, self.label_share(share, labels, partners)).mean()
+
+
 class FittedHost(Host):
     """Base of hosts with a closed-form fit on all training samples. They have no batches and no donors, so no H2T."""
 
@@ -201,6 +309,11 @@ class FittedHost(Host):
     receiver = "instance"
     #: True if the fit holds the logits of all training samples, (E, N, K).
     holds_logits = False
+
+    @classmethod
+    def needs(cls) -> str:
+        """What it needs besides features and labels of a batch, in words."""
+        return "all training features at once"
 
     def fit(self, features: torch.Tensor, labels: torch.Tensor, stage1: StageOneHead) -> dict[str, torch.Tensor]:
         """The parameters, from features (E, N, D) and labels (N,) of the training samples, in ascending label order."""

@@ -32,7 +32,8 @@ class StepSize:
     """Computes the memory, in bytes, of a training step.
 
     `batch`: samples in a batch. `numbers`: numbers per row, all experts; `kept`: bytes of each as stored. `logits` and
-    `parameters`: numbers per head. `pool_copies`: how many more copies of its input a head's pool needs.
+    `parameters`: numbers per head. `pool_copies`: how many more copies of its input a head's pool needs. `partners`: 1
+    for a host with a second sampler.
     """
 
     batch: int
@@ -41,11 +42,12 @@ class StepSize:
     logits: int
     parameters: int
     pool_copies: int = 0
+    partners: int = 0
 
     def window(self, heads: Sequence[HeadSetting]) -> int:
         """Bytes of the stored features of one step of `heads`: receivers and donors of every seed."""
         seeds, donors = seeds_and_donors(heads)
-        return len(seeds) * (1 + len(donors)) * self.batch * self.numbers * self.kept
+        return len(seeds) * (1 + len(donors) + self.partners) * self.batch * self.numbers * self.kept
 
     def of(self, heads: Sequence[HeadSetting]) -> int:
         """Bytes of a step of `heads`: features of every seed, copies per head, logits, parameters, gradients, momenta.
@@ -54,8 +56,8 @@ class StepSize:
         peaks on maps of 64 x 8 x 8 exceed this by at most 6 %.
         """
         seeds, donors = seeds_and_donors(heads)
-        copies = max([1 + self.pool_copies, *(COPIES.get(h.selection, 3) for h in heads)])
-        gathered = len(seeds) * len(donors) * self.batch * self.numbers * (3 * self.kept + FLOAT)
+        copies = max([1 + self.pool_copies, *(COPIES.get(h.selection, 3) for h in heads)]) + self.partners
+        gathered = len(seeds) * (len(donors) + self.partners) * self.batch * self.numbers * (3 * self.kept + FLOAT)
         per_head = copies * self.batch * self.numbers * FLOAT
         return gathered + len(heads) * (per_head + FLOAT * (6 * self.logits + 8 * self.parameters))
 
@@ -94,9 +96,10 @@ def step_size(streams: Streams, reader: FeatureReader, stage1: StageOneHead, hea
         numbers=numbers,
         kept=reader.dtype.itemsize,
         logits=experts * streams.batch_size * classes,
-        parameters=max(linear, sum(t.numel() for t in stage1.state.values())),
+        parameters=int(max(linear, sum(t.numel() for t in stage1.state.values())) * head.gradient_host.size),
         pool_copies=(TRAINED_POOL_COPIES if len(reader.shape) == MAP_AXES - 2 and head.pool.initial() else 0)
         + FROZEN_COPIES * len(frozen.layers if frozen else ()),
+        partners=int(streams.partner is not None),
     )
 
 

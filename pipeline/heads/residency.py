@@ -234,7 +234,7 @@ class Feed:
         for window in in_background(windows, meter=self.meter if streamed else None):
             while window:  # each step is dropped before the next window is read: at most two windows at a time
                 at = window.pop(0)
-                self.meter.bytes_used += (at.batch.receivers.size + at.batch.donors.size) * row_bytes
+                self.meter.bytes_used += at.batch.rows.size * row_bytes
                 yield at
                 del at
 
@@ -270,7 +270,7 @@ class Feed:
 
     def _read(self, batches: list[Batch]) -> FeatureTable:
         """Reads the features of the rows of a window. Hot rows are in memory already."""
-        rows = np.unique(np.concatenate([part.ravel() for b in batches for part in (b.receivers, b.donors)]))
+        rows = np.unique(np.concatenate([batch.rows for batch in batches]))
         rows = np.setdiff1d(rows, self._hot_rows, assume_unique=True)
         values = self.reader.read(rows, self.device)
         for batch in batches:

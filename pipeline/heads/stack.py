@@ -35,7 +35,7 @@ from h2t.pipeline.heads.fusion import (
     shuffle,
 )
 from h2t.pipeline.heads.head import Head
-from h2t.pipeline.heads.host import GradientHost, is_stackable
+from h2t.pipeline.heads.host import GradientHost, TrainingBatch, is_stackable
 from h2t.pipeline.heads.residency import MAX_WINDOW_STEPS, Feed, Step
 from h2t.pipeline.networks.trained import StageOneHead
 from h2t.pipeline.training.resume import Checkpoint
@@ -134,6 +134,17 @@ def not_finite(state: Mapping[str, torch.Tensor]) -> tuple[int, str] | None:
     return None
 
 
+def _axes(batch: TrainingBatch) -> Any:
+    """The axis of the heads in each part of a batch, for vmap."""
+    return TrainingBatch(*(0 if isinstance(part, torch.Tensor) else None for part in batch))  # type: ignore[arg-type]
+
+
+def _taken(batch: TrainingBatch, seeds: torch.Tensor | int, features: torch.Tensor) -> TrainingBatch:
+    """The parts of one seed or, with an index for each head, those of the heads; `features` as given."""
+    rest = (part[seeds] if isinstance(part, torch.Tensor) else part for part in batch[1:])
+    return TrainingBatch(features, *rest)  # type: ignore[arg-type]
+
+
 class Stack:
     """K heads of one kind. `state` holds their parameters, name -> (K, ...).
 
@@ -168,12 +179,10 @@ class Stack:
         self.state: dict[str, torch.Tensor] = {}
         changes = type(self.host).update is not GradientHost.update
         self.at_once = at_once and head.linear and len(feed.shape) == 1 and not changes
-        self._on_logits = copy(self.host)
-        self._on_logits.classifier = "given"
         # Feature mixup changes lengths by more than its shares, and shuffled donors are different for each head.
         usual = not len(shuffled) and not (self._mixing and self.host.classifier == "cosine")
         few = self.host.context.classes <= FOLDED_CLASSES
-        self._folds = self.at_once and usual and few and bool(self.replaced.any())
+        self._folds = self.at_once and usual and few and bool(self.replaced.any()) and not self.host.augments
         self._groups = Groups(self._seed_index, donor_index, self.device)
 
     def start(self, stage1: StageOneHead) -> None:
@@ -181,6 +190,12 @@ class Stack:
 
         Raises UserError if the stage-I classifier does not fit the host.
         """
+        if self.host.prepares:
+            rows = self.streams.receivers
+            x = self.feed.reader.read(rows.first).to(self.device, self.dtype)
+            self.head.prepare(x, torch.from_numpy(rows.labels).to(self.device), stage1)
+        self._on_logits = copy(self.host)
+        self._on_logits.classifier = "given"
         each = [self.head.initial(stage1, stream(h.seed, "initial")) for h in self.heads]
         self.state = {
             name: torch.stack([e[name] for e in each]).to(self.device, self.dtype, copy=True) for name in each[0]
@@ -204,7 +219,10 @@ class Stack:
     def drawn(self, epoch: int, step: int, batch: Batch) -> dict[str, torch.Tensor]:
         """The tensors of `Draws` but `rows`, by name, on the CPU; without noise and orders where there are none."""
         size = batch.labels.shape[1]
-        tensors = {"labels": torch.from_numpy(batch.labels), "ranks": torch.from_numpy(self.ranks(epoch, step))}
+        parts = {"labels": batch.labels, "samples": batch.samples, "ranks": self.ranks(epoch, step)}
+        if self.streams.partner:
+            parts["partner_labels"] = batch.partner_labels
+        tensors = {name: torch.from_numpy(part) for name, part in parts.items()}
         noise = [self.host.noise(stream(seed, "noise", epoch, step), size) for seed in self.streams.seeds]
         if given := [n.to(self.dtype) for n in noise if n is not None]:
             tensors["noise"] = torch.stack(given)
@@ -225,29 +243,45 @@ class Stack:
         return np.array([[donor_orders(seed, epoch, step, e, size, channels) for e in experts] for seed in seeds])
 
     def _gathered(self, batch: Batch) -> list[np.ndarray]:
-        """The rows that a step gathers: pairs for groups of heads (G, 2 B), or receivers and, if there are, donors."""
+        """The rows that a step gathers: pairs for groups of heads (G, 2 B), or receivers, donors and partners."""
         if self._folds:
             seed, donor = self._groups.seed, self._groups.donor
             pairs = np.stack([batch.receivers[seed], batch.donors[seed, donor]], axis=-1)
             return [pairs.reshape(len(pairs), -1)]
-        return [batch.receivers, batch.donors] if self.replaced.any() else [batch.receivers]
+        donors = [batch.donors] if self.replaced.any() else []
+        return [batch.receivers, *donors, *([batch.partners] if self.streams.partner else [])]
 
     def masks(self, ranks: torch.Tensor) -> torch.Tensor:
         """Masks of the channels that are replaced in a batch with these `ranks`, bool (K, E, C)."""
         drawn = ranks[self._seed] < self._replaced
         return drawn if self._fixed is None else torch.where(self._drawn, drawn, self._fixed.unsqueeze(1))
 
-    def fused(self, at: Step) -> torch.Tensor:
+    def given(self, at: Step, progress: float = 0.0) -> tuple[TrainingBatch, torch.Tensor | None]:
+        """(What a step brings, with a leading axis of seeds; donors (seeds, donors, E, B, C[, H, W]) if any are used).
+
+        `features` are the receivers before fusion, augmented. Where fusion is folded they are pairs, (G, E, 2 B, C).
+        """
+        draws = at.draws
+        assert draws is not None
+        features, *others = (at.table.gather(*rows) for rows in draws.rows)
+        donors = others[0] if self.replaced.any() and not self._folds else None
+        partners = others[-1] if self.streams.partner and not self._folds else None
+        labels = draws.partner_labels
+        given = TrainingBatch(features, draws.labels, draws.noise, draws.samples, partners, labels, progress)
+        if not self.host.augments:
+            return given, donors
+        each = [_taken(given, seed, receivers) for seed, receivers in enumerate(given.features)]
+        return given._replace(features=torch.stack([self.host.augment(one) for one in each])), donors
+
+    def fused(self, draws: Draws, receivers: torch.Tensor, donors: torch.Tensor | None) -> torch.Tensor:
         """The fused input of every head, (K, E, B, C[, H, W]), in the feed's dtype."""
-        assert at.draws is not None
-        gathered = [at.table.gather(*rows) for rows in at.draws.rows]
-        receivers = gathered[0][self._seed]
-        if len(gathered) == 1:
+        receivers = receivers[self._seed]
+        if donors is None:
             return receivers
-        donors = gathered[1][self._seed, self._donor]
-        if at.draws.orders is not None:
-            donors[self._shuffled] = shuffle(donors[self._shuffled], at.draws.orders[self._order])
-        masks = self.masks(at.draws.ranks)
+        donors = donors[self._seed, self._donor]
+        if draws.orders is not None:
+            donors[self._shuffled] = shuffle(donors[self._shuffled], draws.orders[self._order])
+        masks = self.masks(draws.ranks)
         inner = (1,) * (receivers.dim() - 4)  # the axes after the channels
         x = fuse(receivers, donors, masks.reshape(*masks.shape[:2], 1, -1, *inner))
         if self._mixing:
@@ -255,73 +289,73 @@ class Stack:
             x = torch.where(share > 0, mix(receivers, donors, share), x)
         return x
 
-    def step(self, at: Step, descent: Descent, rate: float) -> torch.Tensor:
-        """Makes one step of every head at learning rate `rate`. Returns their losses before the step, (K,)."""
+    def step(self, at: Step, descent: Descent, rate: float, progress: float = 0.0) -> torch.Tensor:
+        """Makes one step of every head at learning rate `rate`. Returns their losses before the step, (K,).
+
+        `progress`: finished epochs / epochs.
+        """
         assert at.draws is not None
-        labels, noise = at.draws.labels[self._seed], at.draws.noise
-        if noise is not None:
-            noise = noise[self._seed]
+        given, donors = self.given(at, progress)
         if self.at_once:
-            losses = self._gradients_at_once(self._logits(at), labels, noise)
+            logits = self._logits(at.draws, given.features, donors)
+            losses = self._gradients_at_once(_taken(given._replace(partners=None), self._seed, logits))
             descent.step(rate)
             return losses
-        x = self.fused(at)
-        losses = self._gradients(x, labels, noise)
+        x = self.fused(at.draws, given.features, donors)
+        of_heads = _taken(given, self._seed, x)
+        losses = self._gradients(of_heads)
         descent.step(rate)
         if self.host.fixed:
             state = {name: t.detach() for name, t in self.state.items()}
-            self.state.update(vmap(self.head.update)(state, x))
+            self.state.update(vmap(self.head.update)(state, x, of_heads.labels))
         return losses
 
-    def _gradients(self, x: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
-        """Sets the gradients of any heads from their fused inputs (K, E, B, C[, H, W]). Returns the losses, (K,)."""
+    def _gradients(self, batch: TrainingBatch) -> torch.Tensor:
+        """Sets the gradients of any heads; `features` are their fused inputs. Returns the losses, (K,)."""
         trained = {name: t.detach() for name, t in self.state.items() if name not in self.host.fixed}
         fixed = {name: t for name, t in self.state.items() if name in self.host.fixed}
 
-        def loss(own: dict[str, torch.Tensor], fixed: dict[str, torch.Tensor], *rest: Any) -> torch.Tensor:
-            return self.head.loss({**own, **fixed}, *rest)
+        def loss(own: dict[str, torch.Tensor], fixed: dict[str, torch.Tensor], batch: TrainingBatch) -> torch.Tensor:
+            return self.head.batch_loss({**own, **fixed}, batch)
 
-        gradient = vmap(grad_and_value(loss), in_dims=(0, 0, 0, 0, None if noise is None else 0))
-        grads, losses = gradient(trained, fixed, x, labels, noise)
+        grads, losses = vmap(grad_and_value(loss), in_dims=(0, 0, _axes(batch)))(trained, fixed, batch)
         for name, gradients in grads.items():
             self.state[name].grad = gradients
         return losses.detach()
 
-    def _gradients_at_once(
-        self, logits: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Sets the gradients of linear heads from their experts' logits (K, E, B, N). Returns the losses, (K,)."""
-        loss = self._on_logits.loss
+    def _gradients_at_once(self, batch: TrainingBatch) -> torch.Tensor:
+        """Sets the gradients of linear heads; `features` are their experts' logits (K, E, B, N). Returns the losses."""
+        loss = self._on_logits.batch_loss
         if not is_stackable(self._on_logits):
-            loss = vmap(loss, in_dims=(0, 0, 0, None if noise is None else 0))
-        losses = loss(self.state, logits, labels, noise)
+            loss = vmap(loss, in_dims=(0, _axes(batch)))
+        losses = loss(self.state, batch)
         trained = {name: t for name, t in self.state.items() if name not in self.host.fixed}
         gradients = torch.autograd.grad(losses.sum(), list(trained.values()))
         for tensor, gradient in zip(trained.values(), gradients, strict=True):
             tensor.grad = gradient
         return losses.detach()
 
-    def _logits(self, at: Step) -> torch.Tensor:
+    def _logits(self, draws: Draws, features: torch.Tensor, donors: torch.Tensor | None) -> torch.Tensor:
         """The experts' logits of every head on its fused features, (K, E, B, N)."""
         host, state = self.host, self.state
-        product, lengths = self._folded(at) if self._folds else self._unfolded(at)
+        found = self._folded(draws, features) if self._folds else self._unfolded(draws, features, donors)
+        product, lengths = found
         if host.classifier == "linear":
             logits = product(state["weight"]) + state["bias"].unsqueeze(-1)
         else:
             logits = product(F.normalize(state["weight"], dim=-1)) / lengths().clamp_min(LEAST_LENGTH)
         return (logits if host.scale == 1 else host.scale * logits).mT
 
-    def _unfolded(self, at: Step) -> tuple[Product, Lengths]:
+    def _unfolded(self, draws: Draws, receivers: torch.Tensor, donors: torch.Tensor | None) -> tuple[Product, Lengths]:
         """Products of weights (K, E, N, C) with fused features, (K, E, N, B), and their lengths, (K, E, 1, B)."""
-        features = self.fused(at).mT
+        features = self.fused(draws, receivers, donors).mT
         return lambda weight: weight @ features, lambda: features.norm(dim=-2, keepdim=True)
 
-    def _folded(self, at: Step) -> tuple[Product, Lengths]:
-        """The same without fused features."""
-        assert at.draws is not None
-        groups, features = self._groups, at.table.gather(*at.draws.rows[0])  # (G, E, 2 B, C)
+    def _folded(self, draws: Draws, features: torch.Tensor) -> tuple[Product, Lengths]:
+        """The same without fused features, from pairs (G, E, 2 B, C)."""
+        groups = self._groups
         pairs = features.reshape(*features.shape[:2], -1, 2 * features.shape[3])
-        share = self.masks(at.draws.ranks).to(self.dtype)
+        share = self.masks(draws.ranks).to(self.dtype)
         if self._mixing:
             share = torch.where(self._share > 0, self._share, share)
         ones = torch.ones_like(share).unsqueeze(2)
@@ -353,7 +387,7 @@ class Stack:
         bar = progress(None, f"train_classifier {name}", unit="step", total=settings.epochs * steps, initial=first)
         with bar:
             for at in self.feed.steps(settings.epochs, *divmod(first, steps), self.draw, window):
-                lost = self.step(at, descent, settings.rate(at.epoch))
+                lost = self.step(at, descent, settings.rate(at.epoch), at.epoch / settings.epochs)
                 losses[at.epoch].add_(lost, alpha=at.batch.labels.shape[1])
                 bar.update()
                 if at.step == steps - 1 and (bad := not_finite(self.state)):

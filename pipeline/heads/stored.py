@@ -16,7 +16,7 @@ from h2t.pipeline.base.params import build
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.heads.features import load_pool
 from h2t.pipeline.heads.head import Head
-from h2t.pipeline.heads.host import Context
+from h2t.pipeline.heads.host import Context, GradientHost
 from h2t.pipeline.networks.frozen import FrozenPart, from_file
 from h2t.pipeline.networks.weights import load_weights
 
@@ -63,6 +63,11 @@ def build_head(
         raise UserError(
             f"{parts.where}.host: {parts.host} needs maps right before its classifier, and this backbone has layers "
             "between; choose another host or another backbone"
+        )
+    if frozen is not None and isinstance(host, GradientHost) and host.augments:
+        raise UserError(
+            f"{parts.where}.host: {parts.host} changes what its classifier gets before fusion, and this backbone has "
+            "layers between pooling and classifier; choose another host or another backbone"
         )
     return Head(host, pool, frozen)
 

@@ -63,6 +63,6 @@ class Host(GradientHost):
         """ResLT's loss, with the statistics of the batch."""
         return reslt_loss(self.scale * branch_logits(state, features), labels, self.starts, self.beta)
 
-    def update(self, state: State, features: torch.Tensor) -> dict[str, torch.Tensor]:
+    def update(self, state: State, features: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         """The new running statistics, (branches, D). All branches see the same maps."""
         return running_statistics(state, features, self.context.pixels)

@@ -3,6 +3,7 @@
 One process trains, scores the test rows and compares. No output of the pipeline changes.
 """
 
+import itertools
 import json
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -18,14 +19,14 @@ from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import write_json
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.base.text import counted
+from h2t.pipeline.evaluation.intervals import FIGURES, Difference, paired
 from h2t.pipeline.evaluation.metrics import over_seeds, summary
 from h2t.pipeline.evaluation.scoring import load_heads_for, score_heads
+from h2t.pipeline.evaluation.tables import Comparison, compared
 from h2t.pipeline.heads.features import maps_fingerprint
 from h2t.pipeline.heads.residency import Residency
-from h2t.pipeline.reporting.intervals import Difference, paired
 from h2t.pipeline.stages import evaluate, train_classifier
 
-FIGURES = evaluate.FIGURES
 SETTING = ("ratio", "donor", "selection", "lr")  # what tells the lines of a sweep apart, besides constants and the seed
 
 
@@ -33,9 +34,10 @@ SETTING = ("ratio", "donor", "selection", "lr")  # what tells the lines of a swe
 class Line:
     """The test figures of one setting: mean and standard deviation over its seeds, percent.
 
-    `constants`: other constants of the grid, as in `HeadSetting`. `difference`: figure -> paired difference from ratio
-    0 of the same donor, selection, learning rate and constants; None at ratio 0. `standing`: the difference of top-1
-    from the evaluated classifiers of the same setting in the pipeline's outputs, if there are any.
+    `constants`: other constants of the grid, as in `HeadSetting`. `difference`: figure -> difference from ratio 0 of
+    the same learning rate and constants, paired by seed and test image; None at ratio 0. `standing`: the difference of
+    top-1 from the evaluated classifiers of the same setting in the pipeline's outputs, if there are any, paired by
+    seed.
     """
 
     ratio: float
@@ -50,15 +52,10 @@ class Line:
 
     def as_dict(self) -> dict[str, Any]:
         """The line of `h2t sweep --json`."""
-        differences = None if self.difference is None else {k: _covering(d) for k, d in self.difference.items()}
+        differences = None if self.difference is None else {k: d.as_dict() for k, d in self.difference.items()}
         setting = {key: getattr(self, key) for key in (*SETTING, "constants", "seeds")}
-        standing = None if self.standing is None else _covering(self.standing)
+        standing = None if self.standing is None else self.standing.as_dict()
         return {**setting, **self.figures, "difference": differences, "standing": standing}
-
-
-def _covering(difference: Difference) -> dict[str, Any]:
-    """A difference for JSON, with what its interval covers."""
-    return {**difference.as_dict(), "covers": ["seeds"]}
 
 
 def sweep(
@@ -86,21 +83,24 @@ def sweep(
     given = params.model_copy(update={"grid": grid, "folds": None})
     heads_dir = run.out / "heads"
     train_classifier.run(given, replace(run, out=heads_dir), residency, cache, backbone_dir)
-    figures = _figures(run, evaluation, cache, heads_dir, backbone_dir)
-    standing = _standing(evaluated, cache, run) if evaluated is not None else []
-    return _lines(figures, params.optimiser.lr, list(grid.constants()), standing)
-
-
-def _figures(
-    run: Run, evaluation: evaluate.Params, cache: Cache, heads_dir: Path, backbone_dir: Path
-) -> list[dict[str, Any]]:
-    """Setting and test figures of every classifier in `heads_dir`."""
     clock.begins("evaluation")
     heads = load_heads_for(cache, heads_dir, backbone_dir)
     group_of = evaluate.group_choice(evaluation, heads.about["counts"])
     scores = score_heads(cache, heads, "test", heads.about["evaluate"], run.device)
-    table = heads.table.to_pylist()
-    return [{**head, **summary(scores.said[head["number"]], scores.labels, group_of)} for head in table]
+    standing = _standing(evaluated, cache, run) if evaluated is not None else []
+    lines = []
+    for own in itertools.product(*grid.constants().values()):
+        constants = {"lr": params.optimiser.lr, **dict(zip(grid.constants(), own, strict=True))}
+        mine = _with(heads.table.to_pylist(), constants, params.optimiser.lr)
+        figures = [{**head, **summary(scores.said[head["number"]], scores.labels, group_of)} for head in mine]
+        before = _with(standing, constants, params.optimiser.lr)
+        lines += _lines(figures, compared(mine, scores, None, group_of), constants, before)
+    return lines
+
+
+def _with(heads: Sequence[Mapping[str, Any]], constants: Mapping[str, Any], lr: float) -> list[Mapping[str, Any]]:
+    """The lines of `heads` with these `constants`; `lr` is the learning rate of those that state none."""
+    return [h for h in heads if all({"lr": lr, **h}.get(name) == value for name, value in constants.items())]
 
 
 def _standing(evaluated: Path, cache: Cache, run: Run) -> list[dict[str, Any]]:
@@ -122,49 +122,34 @@ def _standing(evaluated: Path, cache: Cache, run: Run) -> list[dict[str, Any]]:
 
 
 def _lines(
-    figures: Sequence[Mapping[str, Any]], lr: float, names: Sequence[str], standing: Sequence[Mapping[str, Any]]
+    figures: Sequence[Mapping[str, Any]],
+    apart: Sequence[Comparison],
+    constants: Mapping[str, Any],
+    standing: Sequence[Mapping[str, Any]],
 ) -> list[Line]:
-    """One line for each ratio, donor, selection and combination of constants.
-
-    `names`: those of the constants in the grid. `lr`: the learning rate where that is not one of them.
-    """
-    others = [name for name in names if name != "lr"]
-
-    def constants(figure: Mapping[str, Any]) -> tuple[Any, ...]:
-        return (figure.get("lr", lr), *(figure.get(name) for name in others))
+    """One line for each ratio, donor and selection of heads with these `constants`."""
 
     def by_seed(found: Sequence[Mapping[str, Any]], name: str, *setting: object) -> dict[int, float]:
-        same = [f for f in found if (constants(f), f["donor"], f["selection"], f["ratio"]) == setting]
-        return {f["seed"]: f[name] for f in same if f[name] is not None}
+        same = [f for f in found if (f["ratio"], f["donor"], f["selection"]) == setting and f[name] is not None]
+        return {f["seed"]: f[name] for f in same}
 
     lines = []
-    order = list(dict.fromkeys(map(constants, figures)))
-    settings = {(constants(f), f["donor"], f["selection"], f["ratio"]) for f in figures}
-    for own, donor, selection, ratio in sorted(settings, key=lambda s: (order.index(s[0]), *s[1:])):
-        mine = [
-            f
-            for f in figures
-            if (constants(f), f["donor"], f["selection"], f["ratio"]) == (own, donor, selection, ratio)
-        ]
-        difference = {}
-        for name in FIGURES if ratio else ():
-            found = paired(
-                by_seed(figures, name, own, donor, selection, ratio), by_seed(figures, name, own, donor, selection, 0.0)
-            )
-            if found:
-                difference[name] = found
-        before = by_seed(standing, "top1", own, donor, selection, ratio)
+    for donor, selection, ratio in sorted({(f["donor"], f["selection"], f["ratio"]) for f in figures}):
+        mine = [f for f in figures if (f["ratio"], f["donor"], f["selection"]) == (ratio, donor, selection)]
+        setting = (ratio, donor, selection)
+        difference = next((c.figures for c in apart if (c.setting, c.against) == (setting, "without_h2t")), {})
+        before = by_seed(standing, "top1", ratio, donor, selection)
         lines.append(
             Line(
                 ratio,
                 donor,
                 selection,
-                own[0],
-                dict(zip(others, own[1:], strict=True)),
+                constants["lr"],
+                {name: value for name, value in constants.items() if name != "lr"},
                 [f["seed"] for f in mine],
                 over_seeds([{name: f[name] for name in FIGURES} for f in mine]),
-                difference or None,
-                paired(by_seed(figures, "top1", own, donor, selection, ratio), before),
+                {name: found for name, found in difference.items() if found} or None,
+                paired(by_seed(figures, "top1", ratio, donor, selection), before),
             )
         )
     return lines
@@ -183,11 +168,13 @@ def table(lines: Sequence[Line]) -> str:
         f"{' '.join(_setting(line, key) for key in shown)}: {line.standing.text}" for line in lines if line.standing
     ]
     said = (
-        f"Test accuracy in percent, mean over {seeds}. Differences are paired by seed; their 95 % intervals cover "
-        "seeds, neither test images nor backbones."
+        f"Test accuracy in percent, mean over {seeds}. Differences are paired by seed and test image; their 95 % "
+        "intervals cover both, not backbones."
     )
     if against:
-        said += f" Top-1 against the pipeline's own classifiers, by {' '.join(shown)}: {'; '.join(against)}."
+        said += (
+            f" Top-1 against the pipeline's own classifiers (over seeds), by {' '.join(shown)}: {'; '.join(against)}."
+        )
     return "\n".join([*(text.rstrip() for text in texts), "", textwrap.fill(said, 80)])
 
 

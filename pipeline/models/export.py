@@ -29,19 +29,19 @@ from h2t.pipeline.data.classes import recorded_names
 from h2t.pipeline.data.images import Images, Transform, open_images
 from h2t.pipeline.evaluation.calibration import of_heads
 from h2t.pipeline.evaluation.folds import load_folds
-from h2t.pipeline.evaluation.scoring import head_logits, load_heads_for
+from h2t.pipeline.evaluation.scoring import head_logits, load_heads_for, score_heads
 from h2t.pipeline.extraction import batchnorm
 from h2t.pipeline.heads.batches import sample_rows
 from h2t.pipeline.heads.stored import Heads
-from h2t.pipeline.models.model import Model, load_model, save_model
+from h2t.pipeline.models.card import Measured, Stated, card
+from h2t.pipeline.models.model import Model, load_model, save_head, save_model
 from h2t.pipeline.networks.trained import load_backbone
-from h2t.pipeline.networks.weights import save_weights
 
 CHECKED = 32  # most images whose logits are compared
 #: Allowed difference of logits, max|d| / max|logit|, by the storage type of the maps; it is mostly their rounding.
 TOLERANCE = {"float32": 1e-4, "float16": 4e-3, "bfloat16": 3e-2}
 ONNX_TOLERANCE = 1e-4
-SETTING = ("ratio", "seed", "donor", "selection")  # columns of heads.parquet that every host has
+SETTING = ("ratio", "donor", "selection", "seed")  # columns of heads.parquet that every host has
 NEEDS_ONNX = "onnx: needs the packages onnx, onnxscript and onnxruntime; type: pip install 'h2t[onnx]'"
 
 
@@ -98,8 +98,9 @@ def run(
     *,
     onnx: bool = False,
     with_images: bool = True,
+    stated: Stated = Stated(),  # noqa: B008 - frozen
 ) -> dict[str, float]:
-    """Writes `head.safetensors`, `model.safetensors` and, with `onnx`, `model.onnx` into the directory `run.out`.
+    """Writes `head.safetensors`, `model.safetensors`, README.md and, with `onnx`, `model.onnx` into `run.out`.
 
     `prepare` is the section `prepare` of the parameters; it says where the images are and how they are transformed.
     Without `with_images`, only the head is checked, on cached maps. Returns the difference that each check measured:
@@ -136,10 +137,11 @@ def run(
     rows = _rows(cache, kind)
     expected = head_logits(cache, one, rows, run.device)[0]
     with fresh_directory(run.out) as into:
-        head = {**about, "kind": "h2t head 1", "parts": vars(one.parts_of(0))}
-        tensors, described = one.frozen.to_file() if one.frozen else ({}, None)
-        head |= {"frozen": described} if one.frozen else {}
-        save_weights(into / "head.safetensors", {**{name: t[0] for name, t in one.state.items()}, **tensors}, head)
+        save_head(into / "head.safetensors", one, about)
+        tested = score_heads(cache, one, "test", kind, run.device)
+        dataset = str(cache.spec.provenance.get("dataset", "unknown"))
+        text = card(about, heads.about["counts"], dataset, Measured(tested.labels, tested.said[0].guesses), stated)
+        (into / "README.md").write_text(text, encoding="utf-8")
         path = into / "model.safetensors"
         plain = save_model(path, backbone, one, about)
         model = load_model(path)

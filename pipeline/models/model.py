@@ -7,10 +7,11 @@ with the class names.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 from torch import nn
 
@@ -22,10 +23,11 @@ from h2t.pipeline.heads.host import Context
 from h2t.pipeline.heads.stored import HeadParts, Heads, build_head
 from h2t.pipeline.networks.backbone import build_backbone, frozen_part
 from h2t.pipeline.networks.classifier import global_average
-from h2t.pipeline.networks.frozen import FrozenPart
+from h2t.pipeline.networks.frozen import FrozenPart, from_file
 from h2t.pipeline.networks.weights import fill, load_weights, save_weights
 
 KIND = "h2t model 1"
+HEAD_KIND = "h2t head 1"
 PREFIX = "h2t."
 PROBES = 16
 
@@ -152,6 +154,26 @@ def save_model(path: Path, backbone: nn.Module, one: Heads, about: Any) -> bool:
             head["map_channels"] = one.about["map_channels"]
     save_weights(path, {**backbone.state_dict(), **weights}, {**about, "kind": KIND, "head": head})
     return linear is not None
+
+
+def save_head(path: Path, one: Heads, about: Mapping[str, Any]) -> None:
+    """Writes a stack with one head alone, without a backbone; `about` must hold classes."""
+    tensors, described = one.frozen.to_file() if one.frozen else ({}, None)
+    context = {f.name: one.about[f.name] for f in fields(Context)}
+    part = {"frozen": described, "map_channels": one.about["map_channels"]} if one.frozen else {}
+    about = {**about, "kind": HEAD_KIND, "parts": vars(one.parts_of(0)), "context": context, **part}
+    save_weights(path, {**{name: t[0] for name, t in one.state.items()}, **tensors}, about)
+
+
+def load_single_head(path: Path) -> Heads:
+    """The stack with one head in a file that `save_head` wrote. Raises UserError for another file."""
+    tensors, about = load_weights(path)
+    if about.get("kind") != HEAD_KIND or "context" not in about:
+        raise UserError(f"{path}: holds no head that h2t export wrote; export it again")
+    state, frozen = from_file(tensors, about, str(path))
+    table = pa.table({"number": pa.array([0], pa.int64()), **{k: [v] for k, v in about["setting"].items()}})
+    described = {**about, **about["parts"], **about["context"]}
+    return Heads({name: t[None] for name, t in state.items()}, table, described, frozen)
 
 
 def load_model(path: Path) -> Model:

@@ -1,47 +1,83 @@
-"""Predicts the classes of image files with an exported model."""
+"""Predicts the classes of images, in files, folders and tables, with an exported model, batch by batch."""
 
-import csv
-import io
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from h2t.pipeline.base.errors import UserError
-from h2t.pipeline.base.outputs import replace_file
 from h2t.pipeline.base.params import build
-from h2t.pipeline.data.images import Images, Transform, decoder
+from h2t.pipeline.base.progress import progress
+from h2t.pipeline.data import parquet_files, tables
+from h2t.pipeline.data.images import BadImage, Images, Transform, decoder
 from h2t.pipeline.models.model import load_model
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-BATCH = 64
+BATCH = 64  # images in a forward pass
 NEEDS_ONNXRUNTIME = "onnx: needs the package onnxruntime; type: pip install 'h2t[onnx]'"
 
 Logits = Callable[[torch.Tensor], torch.Tensor]
+Opened = tuple[Logits, list[str], Transform]
 
 
-def find_images(paths: Sequence[Path]) -> list[Path]:
-    """`paths` with each directory replaced by the image files below it, sorted.
+@dataclass(frozen=True)
+class Inputs:
+    """Images by name: the path of a file, or FILE:ROW for an image that lies in a Parquet file. `read` gives bytes."""
 
-    A file counts as an image by its suffix; a file named in `paths` is taken as it is. Raises UserError for a path that
-    does not exist, and if there is no image at all.
+    names: list[str]
+    read: Callable[[str], bytes]
+
+
+def find_images(paths: Sequence[Path], column: str | None = None) -> Inputs:
+    """The images that `paths` name: those below each directory, sorted, those of each table, and single files.
+
+    A file in a directory counts as an image by its suffix. A table (CSV, TSV, JSON Lines, Parquet) names images in
+    `column`, or one of a usual name; paths start from the table's folder. A Parquet file may hold images itself. Raises
+    UserError for a path that does not exist, a table without such a column, and if there is no image at all.
     """
-    files: list[Path] = []
+    names: list[str] = []
+    stored: dict[str, Callable[[str], bytes]] = {}
     for path in paths:
         if path.is_dir():
-            files += sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        elif path.is_file():
-            files.append(path)
+            names += sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        elif not path.is_file():
+            raise UserError(f"{path}: no such image or directory; give image files, folders of images or tables")
+        elif path.suffix.lower() not in tables.ENDINGS:
+            names.append(str(path))
+        elif column is None and (inside := tables.bytes_column(path)):
+            file = parquet_files.opened("predict", path)
+            stored[str(path)] = parquet_files.row_reader({str(path): file}, inside, "--column")
+            names += [f"{path}:{row:09d}" for row in range(file.metadata.num_rows)]
         else:
-            raise UserError(f"{path}: no such image or directory; give image files or folders of images")
-    if not files:
+            names += _named_in(path, column)
+    if not names:
         raise UserError(
             f"{', '.join(map(str, paths))}: no images there; their names must end in {', '.join(sorted(SUFFIXES))}, "
             "or name each file"
         )
-    return files
+
+    def read(name: str) -> bytes:
+        table, _, row = name.rpartition(":")
+        return stored[table](name) if table in stored and row.isdecimal() else Path(name).read_bytes()
+
+    return Inputs(names, read)
+
+
+def _named_in(table: Path, column: str | None) -> list[str]:
+    """The paths in a table, as paths from here."""
+    known = tables.column_names(table)
+    column = column or tables.usual_column(known, tables.PATHS)
+    if column not in known:
+        raise UserError(
+            f"{table}: which column holds the paths of images? There are: {', '.join(known)}; add --column NAME"
+        )
+    texts = tables.texts(table, column, tables.columns(table, [column])[column])
+    separated = (text if (table.parent / text).is_file() else text.replace("\\", "/") for text in texts)
+    return [str(table.parent / Path(text).expanduser()) for text in separated]
 
 
 def onnx_session(path: Path) -> tuple[Any, dict[str, Any]]:
@@ -65,7 +101,7 @@ def onnx_session(path: Path) -> tuple[Any, dict[str, Any]]:
     return session, about
 
 
-def open_model(path: Path, device: torch.device) -> tuple[Logits, list[str], Transform]:
+def open_model(path: Path, device: torch.device) -> Opened:
     """A model's function from images (B, 3, S, S) to logits (B, K), its class names and its transform.
 
     Logits are divided by the model's temperature, if it has one, so that their softmax is its confidence.
@@ -85,29 +121,36 @@ def open_model(path: Path, device: torch.device) -> tuple[Logits, list[str], Tra
     return lambda x: network(x.to(device)).cpu() / model.temperature, model.classes, model.transform
 
 
-@torch.no_grad()
 def predict(
-    model: Path, paths: Sequence[Path], device: torch.device, complain: Callable[[str], None], *, top: int = 1
-) -> list[dict[str, Any]]:
-    """The `top` most probable classes of each image, as lines with the keys image, rank, class and confidence.
+    model: Opened, inputs: Inputs, complain: Callable[[str], None], *, top: int = 1
+) -> Iterator[list[dict[str, Any]]]:
+    """Yields, for each batch, the `top` most probable classes of each image: keys image, rank, class and confidence.
 
-    Confidence is the softmax probability, in [0, 1]; rank 1 is the best. `complain` gets one line for each image that
-    cannot be read; the image is skipped. Raises UserError if no image is left.
+    Confidence is the softmax probability, in [0, 1]; rank 1 is the best. Bytes of a name that are no UTF-8 are escaped.
+    `complain` gets one line for each image that cannot be read; the image is left out. Raises UserError if no image is
+    left.
     """
-    logits, classes, transform = open_model(model, device)
-    files = find_images(paths)
-    images = Images([str(f) for f in files], None, lambda name: Path(name).read_bytes(), decoder(transform), transform)
-    lines: list[dict[str, Any]] = []
-    for batch in _readable(images, len(files), complain):
-        best, which = ranked(logits(torch.cat([x for _, x in batch])), top)
-        for (number, _), values, indices in zip(batch, best.tolist(), which.tolist(), strict=True):
-            lines += [
-                {"image": str(files[number]), "rank": rank, "class": classes[index], "confidence": round(value, 6)}
+    logits, classes, transform = model
+    images = Images(inputs.names, None, inputs.read, decoder(transform), transform)
+    count, done = len(inputs.names), 0
+    with progress(None, "predict", unit="image", total=count) as bar:
+        for first in range(0, count, BATCH):
+            wanted = range(first, min(first + BATCH, count))
+            numbers, x = _readable(images, wanted, complain)
+            bar.update(len(wanted))
+            if not numbers:
+                continue
+            done += len(numbers)
+            with torch.no_grad():
+                best, which = ranked(logits(x), top)
+            names = (os.fsencode(inputs.names[n]).decode("utf-8", "backslashreplace") for n in numbers)
+            yield [
+                {"image": name, "rank": rank, "class": classes[index], "confidence": round(value, 6)}
+                for name, values, indices in zip(names, best.tolist(), which.tolist(), strict=True)
                 for rank, (value, index) in enumerate(zip(values, indices, strict=True), 1)
             ]
-    if not lines:
-        raise UserError(f"predict: no image could be read (given: {len(files)}); the lines above say why")
-    return lines
+    if not done:
+        raise UserError(f"predict: no image could be read (given: {count}); the lines above say why")
 
 
 def ranked(logits: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,37 +163,19 @@ def ranked(logits: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor]:
     return values.softmax(1).gather(1, which), which
 
 
-def _readable(images: Images, count: int, complain: Callable[[str], None]) -> Iterator[list[tuple[int, torch.Tensor]]]:
-    """Yields batches of at most `BATCH` readable images as (number, input (1, 3, S, S)); complains of the others."""
-    batch: list[tuple[int, torch.Tensor]] = []
-    for number in range(count):
+def _readable(images: Images, wanted: range, complain: Callable[[str], None]) -> tuple[list[int], torch.Tensor]:
+    """(numbers of the readable images among `wanted`, their input (B, 3, S, S)); complains of the others."""
+    try:
+        return list(wanted), images.batch(wanted, [None] * len(wanted))
+    except UserError:
+        pass
+    numbers, inputs = [], []
+    for number in wanted:
         try:
-            batch.append((number, images.batch([number], [None])))
+            inputs.append(images.batch([number], [None]))
+            numbers.append(number)
+        except BadImage as bad:
+            complain(f"{bad.source}: {bad.reason}")
         except UserError as error:
             complain(str(error))
-        if len(batch) == BATCH:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def as_text(lines: Sequence[dict[str, Any]], kind: str) -> str:
-    """`lines` as text; `kind` is `csv` or `json`."""
-    if kind == "json":
-        return json.dumps(lines, indent=1, ensure_ascii=False) + "\n"
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()
-
-
-def save(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """Writes `lines` to a .csv or .json file. Raises UserError for another suffix."""
-    kind = path.suffix.removeprefix(".")
-    if kind not in ("csv", "json"):
-        raise UserError(f"{path}: must end in .csv or .json; got {path.suffix or 'no suffix'!r}")
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(as_text(lines, kind), encoding="utf-8")
-    replace_file(partial, path)
+    return numbers, torch.cat(inputs) if inputs else torch.empty(0)

@@ -5,13 +5,10 @@ CSV, TSV or JSON Lines table beside images; a folder per class, under folders of
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
@@ -21,7 +18,6 @@ from h2t.pipeline.data.images import Collection
 from h2t.pipeline.data.labels import USUAL, split_of
 
 #: Usual names of columns, most usual first.
-PATHS = ("file_name", "filename", "path", "filepath", "file_path", "image_path", "img_path", "file", "image", "img")
 LABELS = ("label", "labels", "class", "class_name", "species", "category", "target", "diagnosis", "defect", "kind", "y")
 SPLITS = ("split", "subset", "partition", "set")
 GROUPS = (
@@ -76,14 +72,8 @@ def detect(data: Path, label: str | None = None) -> Found:
     return _by_metadata(data, label) or _by_parquet(data, label) or _by_table(data, label) or _by_folders(data)
 
 
-def _named(known: Sequence[str], usual: Iterable[str]) -> str | None:
-    """The column of `known` whose name is the most usual one, or None."""
-    plain = {name.strip().lower().replace(" ", "_"): name for name in reversed(known)}
-    return next((plain[name] for name in usual if name in plain), None)
-
-
 def _label_column(table: Path, known: Sequence[str], label: str | None) -> str:
-    chosen = label or _named(known, LABELS)
+    chosen = label or tables.usual_column(known, LABELS)
     if chosen is None or chosen not in known:
         raise UserError(
             f"{table}: which column holds the labels? There are: {', '.join(known)}; add --label COLUMN to the command"
@@ -102,12 +92,12 @@ def _table(by_split: Mapping[str, Path], folder: Path, label: str | None, named:
         "table": str(first) if "" in by_split else {split: str(path) for split, path in by_split.items()}
     }
     inputs = {"images": folder}
-    stored = _bytes_column(sample)
+    stored = tables.bytes_column(sample)
     if stored is not None:
         options["bytes"] = stored
         inputs = {"images": folder if len(by_split) > 1 or first != sample or folder != first.parent else first}
     else:
-        path = named if named in known else _named(known, PATHS)
+        path = named if named in known else tables.usual_column(known, tables.PATHS)
         if path is None:
             raise UserError(
                 f"{sample}: no column of image paths found; there are: {', '.join(known)}; rename it to file_name, or "
@@ -121,9 +111,9 @@ def _table(by_split: Mapping[str, Path], folder: Path, label: str | None, named:
             if not sample.is_relative_to(root):
                 inputs["table"] = first if "" in by_split else folder
     options["label"] = _label_column(sample, known, label)
-    if "" in by_split and (split := _named(known, SPLITS)) and _are_splits(sample, split):
+    if "" in by_split and (split := tables.usual_column(known, SPLITS)) and _are_splits(sample, split):
         options["split"] = split
-    if group := _named([name for name in known if name not in options.values()], GROUPS):
+    if group := tables.usual_column([name for name in known if name not in options.values()], GROUPS):
         options["group"] = group
     return _loaded("table", options, inputs)
 
@@ -132,19 +122,6 @@ def _loaded(dataset: str, options: dict[str, Any], inputs: dict[str, Path]) -> F
     module = plugins.load("datasets", dataset)
     collection = module.load(build(module.Options, "prepare.options", options))
     return Found(dataset, options, inputs, collection)
-
-
-def _bytes_column(path: Path) -> str | None:
-    """The column of encoded images in a Parquet file, or None."""
-    if path.suffix.lower() != ".parquet":
-        return None
-    for field_ in pq.read_schema(path):
-        kinds = [field_.type]
-        if pa.types.is_struct(field_.type):
-            kinds = [part.type for part in field_.type if part.name == "bytes"]
-        if any(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) for kind in kinds):
-            return str(field_.name)
-    return None
 
 
 def _root(table: Path, column: str) -> Path:
@@ -198,7 +175,7 @@ def _by_metadata(data: Path, label: str | None) -> Found | None:
 def _by_parquet(data: Path, label: str | None) -> Found | None:
     """Parquet files with images, of splits that their names or folders tell: data/train-00000-of-00002.parquet."""
     paths = sorted(path for depth in ("*", "*/*", "*/*/*") for path in data.glob(f"{depth}.parquet"))
-    paths = [path for path in paths if _bytes_column(path)]
+    paths = [path for path in paths if tables.bytes_column(path)]
     if not paths:
         return None
     patterns: dict[str, set[str]] = {}
@@ -220,7 +197,11 @@ def _by_table(data: Path, label: str | None) -> Found | None:
     """A table in the folder that names images, or one for each split: labels.csv, or train.csv and test.csv."""
     paths = sorted(path for path in data.iterdir() if path.suffix.lower() in tables.ENDINGS and path.is_file())
     known = {path: tables.column_names(path) for path in paths}
-    usable = [p for p in paths if _named(known[p], PATHS) and (label in known[p] or _named(known[p], LABELS))]
+    usable = [
+        p
+        for p in paths
+        if tables.usual_column(known[p], tables.PATHS) and (label in known[p] or tables.usual_column(known[p], LABELS))
+    ]
     by_split = {split: path for path in usable if (split := split_of(path.stem))}
     if "train" in by_split:
         return _table(by_split, data, label)
@@ -230,7 +211,7 @@ def _by_table(data: Path, label: str | None) -> Found | None:
         return _table({"": usable[0]}, data, label)
     if paths and not _has_class_folders(data):
         path = paths[0]
-        if _named(known[path], PATHS) is None:
+        if tables.usual_column(known[path], tables.PATHS) is None:
             raise UserError(
                 f"{path}: no column of image paths found; there are: {', '.join(known[path])}; rename it to file_name"
             )

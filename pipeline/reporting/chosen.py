@@ -31,7 +31,7 @@ def said(chosen: Mapping[str, Any]) -> str:
         edge = ""
         if name in chosen["at_edge"]:
             edge = f" (the {'largest' if value == max(values) else 'smallest'} tried: one beyond may be better)"
-        parts.append(f"{name} {_number(value)} of {', '.join(map(_number, values))}{edge}")
+        parts.append(f"{name} {number(value)} of {', '.join(map(number, values))}{edge}")
     text = f"{'; '.join(parts)}; chosen " + PLACES.get(chosen["by"], f"by cross-validation in {chosen['by']}")
     left_out = chosen["left_out"]
     if left_out:
@@ -40,5 +40,6 @@ def said(chosen: Mapping[str, Any]) -> str:
     return text
 
 
-def _number(value: Any) -> str:
+def number(value: Any) -> str:
+    """A chosen value as text."""
     return str(value) if isinstance(value, str) else f"{value:g}"

@@ -1,15 +1,15 @@
 """`h2t report --compare`: compares two sets of evaluated hosts."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from h2t.cache.redaction import in_markdown
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.reporting.files import text_of, write
-from h2t.pipeline.reporting.intervals import Difference
 from h2t.pipeline.reporting.page import cell
-from h2t.pipeline.reporting.results import FIGURES, ROWS, HostResult, between_hosts, load_result
+from h2t.pipeline.reporting.results import FIGURES, HostResult, load_result
+from h2t.pipeline.reporting.sides import Side, sentence, sides_of
 
 
 def compare(
@@ -30,8 +30,9 @@ def compare(
             f"{first}, {second}: no host is in both; got {', '.join(hosts[0]) or 'none'} in the first and "
             f"{', '.join(hosts[1]) or 'none'} in the second; compare folders with a host of the same name"
         )
-    pairs = [[load_result(name, folder / name) for folder in folders] for name in shared]
-    say("\n".join(_side_by_side(pairs)))
+    pairs = [(load_result(name, folders[0] / name), load_result(name, folders[1] / name)) for name in shared]
+    sides = sides_of(pairs)
+    say("\n".join([sentence(sides), "", *_table(sides)]))
     alone = sorted(set(hosts[0]) ^ set(hosts[1]))
     if alone:
         say(f"\nnote: {', '.join(alone)}: only in one of the two, not compared")
@@ -41,7 +42,7 @@ def compare(
             for pair in pairs
             for label, r in zip("AB", pair, strict=True)
         ]
-        write(f"A: {first}, B: {second}", both, out, against={f"B: {name}": f"A: {name}" for name in shared})
+        write(f"A: {first}, B: {second}", both, out, sides=sides)
 
 
 def _evaluated(folder: Path) -> Path:
@@ -49,21 +50,20 @@ def _evaluated(folder: Path) -> Path:
     return next((p for p in (folder / "evaluate", folder) if any(p.glob("*/metrics.json"))), folder)
 
 
-def _side_by_side(pairs: list[list[HostResult]]) -> list[str]:
+def _table(sides: Sequence[Side]) -> list[str]:
     """The Markdown table of A, B and their differences, and its explanation."""
-    lines = ["| host | classifier | A | B | " + " | ".join(f"{f}, B - A" for f in FIGURES) + " |"]
-    lines.append("| --- | --- | --- | --- |" + " --- |" * len(FIGURES))
-    for first, second in pairs:
-        for row, label in ROWS.items():
-            cells = [_top1(r.metrics[row]) for r in (first, second)]
-            apart = between_hosts(second, first, row) or _plain(second.metrics[row], first.metrics[row])
-            texts = [text_of(apart[f]) for f in FIGURES]
-            lines.append(f"| {in_markdown(first.name)} | {label} | " + " | ".join([*cells, *texts]) + " |")
+    lines = ["| host | classifier | A | B | seeds of both | " + " | ".join(f"{f}, B - A" for f in FIGURES) + " |"]
+    lines.append("| --- | --- | --- | --- | --- |" + " --- |" * len(FIGURES))
+    for side in sides:
+        cells = [_top1(r.metrics[side.row]) for r in (side.a, side.b)]
+        texts = [text_of(side.apart[f]) for f in FIGURES]
+        lines.append(f"| {in_markdown(side.host)} | {side.label} | " + " | ".join([*cells, side.seeds, *texts]) + " |")
     return [
         *lines,
         "",
         "A and B: top-1 in percent, mean ± standard deviation over seeds; with H2T, at the stated ratio.",
-        "Differences: over the seeds that both have, paired by seed, in percentage points, with the 95 % interval.",
+        "Differences: percentage points, with the 95 % interval over the seeds that both have and over test images.",
+        "Between two backbones there is no verdict: each was trained once.",
     ]
 
 
@@ -71,12 +71,3 @@ def _top1(entry: Mapping[str, Any] | None) -> str:
     """Mean ± std of top-1, and the ratio, because the two sides may have chosen different ones."""
     at = f" at {entry['ratio']:g}" if entry and entry["ratio"] else ""
     return cell(entry, "top1") + at
-
-
-def _plain(after: Mapping[str, Any] | None, before: Mapping[str, Any] | None) -> dict[str, Difference | None]:
-    """The difference without an interval, for entries that have no seeds to pair (stage I)."""
-    differences: dict[str, Difference | None] = dict.fromkeys(FIGURES)
-    for f in FIGURES if after and before else ():
-        x, y = (after or {})[f], (before or {})[f]
-        differences[f] = Difference(x - y, None, None, None, 1) if x is not None and y is not None else None
-    return differences

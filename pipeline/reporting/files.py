@@ -1,7 +1,8 @@
 """Writes the files of a report: the page, the tables in Markdown and the data behind the plots."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,22 @@ from h2t.cache.redaction import in_markdown
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import fresh_directory, write_json
 from h2t.pipeline.base.text import counted
+from h2t.pipeline.evaluation.intervals import Difference
+from h2t.pipeline.reporting.answer import Answer
 from h2t.pipeline.reporting.chosen import choices
-from h2t.pipeline.reporting.intervals import Difference
 from h2t.pipeline.reporting.page import cell, render, spread
 from h2t.pipeline.reporting.results import (
     FIGURES,
     ROWS,
     HostResult,
+    as_published,
     mean_and_std,
     per_class,
     ratio_curve,
     variants_at,
     with_against_without,
 )
+from h2t.pipeline.reporting.sides import Side, sentence
 
 
 def write(
@@ -31,17 +35,23 @@ def write(
     results: list[HostResult],
     out: Path,
     runs: Iterable[Mapping[str, Any]] = (),
-    against: Mapping[str, str] | None = None,
+    sides: Sequence[Side] = (),
+    evaluated: Path | None = None,
+    backbones: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a complete report into the directory `out`.
 
-    `runs` are run records to show; `against` names the host that each host is compared with (`results.hosts_apart`).
+    `runs` are run records, which only the page shows. With `sides`, page and table begin with A against B. `evaluated`
+    and `backbones` make the export command (`answer.Answer`).
     """
+    answer = Answer(results, list(runs), evaluated, backbones)
+    untimed = replace(answer, runs=())
     curves = pd.concat([ratio_curve(r) for r in results], ignore_index=True)
     with fresh_directory(out) as into:
-        (into / "results.md").write_text(_document(title, results), encoding="utf-8")
-        (into / "index.html").write_text(render(title, results, list(runs), against), encoding="utf-8")
+        (into / "results.md").write_text(_document(title, untimed, sides), encoding="utf-8")
+        (into / "index.html").write_text(render(title, answer, sides), encoding="utf-8")
         write_json(into / "metrics.json", {r.name: r.metrics for r in results})
+        write_json(into / "summary.json", answer.summary())
         plots = into / "plots"
         plots.mkdir()
         _csv(curves, plots / "ratio.csv")
@@ -107,29 +117,40 @@ def variants_table(results: list[HostResult]) -> str | None:
     return "\n".join([head, "| --- | --- | --- | --- |" + " --- |" * (len(FIGURES) + 1), *lines]) if lines else None
 
 
-def _document(title: str, results: list[HostResult]) -> str:
-    """The text of results.md."""
+def _document(title: str, answer: Answer, sides: Sequence[Side]) -> str:
+    """The text of results.md: A against B if there are `sides`, the answer, an overview, then all figures."""
+    results = list(answer.results)
     notes, others = [], variants_table(results)
     for result in results:
-        first = next((e for e in result.metrics.values() if e is not None), {"groups": "none"})
+        first = next((e for row in ROWS if (e := result.metrics[row]) is not None), {"groups": "none"})
         heads = result.metrics["without_h2t"] or result.metrics["with_h2t"]
         seeds = heads["heads"] if heads else 0
         name = in_markdown(result.name)
         notes.append(f"- {name}: {counted(seeds, 'seed')} of stage II; groups `{in_markdown(str(first['groups']))}`.")
-        extra = _published(result)
-        if extra:
-            notes.append(f"- {name}, {extra}")
+        if published := as_published(result):
+            figures = ", ".join(f"{f} {v:.2f}" for f, (v, _) in published.items() if v is not None)
+            notes.append(
+                f"- {name}, without H2T, evaluated under `balanced` statistics as the published code does: {figures}."
+            )
     return "\n".join(
         [
             f"# {in_markdown(title)}",
+            "",
+            *([f"- {sentence(sides)}"] if sides else []),
+            *(f"- {in_markdown(line)}" for line in answer.lines()),
+            "",
+            *answer.overview(),
+            "",
+            "## All figures",
             "",
             markdown_table(results),
             "",
             "Percent; mean ± standard deviation over the seeds of stage II (it says nothing about other backbones). "
             "Last epoch; nothing is chosen on the test split.",
             "",
-            "With H2T minus without, in percentage points: paired by seed (same batches), with the 95 % interval of "
-            "the mean over these seeds. If the interval contains 0, the difference is too close to tell:",
+            "With H2T minus without, in percentage points, with the 95 % interval over the seeds of stage II and the "
+            "test images (paired by both; not over backbones). If the interval contains 0, or the predictions differ "
+            "on fewer than 5 images, the difference is too close to tell:",
             "",
             difference_table(results),
             "",
@@ -139,21 +160,6 @@ def _document(title: str, results: list[HostResult]) -> str:
             "",
         ]
     )
-
-
-def _published(result: HostResult) -> str | None:
-    """A sentence on the ratio-0 heads under `balanced` statistics, which the published DR code evaluates; None if none.
-
-    The published code sees only balanced batches, in training and at evaluation.
-    """
-    heads = result.tables["heads"]
-    rows = heads[(heads.split == "test") & (heads.statistics == "balanced") & (heads.ratio == 0)]
-    rows = rows[rows.number.isin(result.numbers("without_h2t"))]
-    own = result.metrics["without_h2t"]
-    if own is None or own["statistics"] == "balanced" or not len(rows):
-        return None
-    figures = ", ".join(f"{f} {rows[f].mean():.2f}" for f in FIGURES if rows[f].notna().all())
-    return f"without H2T, evaluated under `balanced` statistics as the published code does: {figures}."
 
 
 def _csv(table: pd.DataFrame, path: Path) -> None:

@@ -7,17 +7,29 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.data.classes import GROUPS
-from h2t.pipeline.reporting.intervals import Difference, paired
+from h2t.pipeline.evaluation.intervals import FIGURES as FIGURES
+from h2t.pipeline.evaluation.intervals import Difference, differences, paired
+from h2t.pipeline.evaluation.metrics import Answers
 
-FIGURES = ("top1", *GROUPS, "ece")
 ROWS = {"stage1": "stage I", "without_h2t": "without H2T", "with_h2t": "with H2T"}
 ABOUT = {"host", "classes", "counts", "groups", "cache"}
-TABLES = ("heads", "per_class", "confusion", "reliability", "weight_norms", "embedding")
+SINGLE = {-1}  # in place of seeds: stage I, and hosts fitted in closed form
+TABLES = (
+    "heads",
+    "differences",
+    "predictions",
+    "per_class",
+    "confusion",
+    "reliability",
+    "weight_norms",
+    "embedding",
+)
 
 
 @dataclass(frozen=True)
@@ -78,6 +90,35 @@ class HostResult:
         entry = self.metrics[row]
         return [] if entry is None else [int(n) for n in self.at(entry["ratio"]).number]
 
+    def stated(self, ratio: float, donor: str, selection: str, against: str) -> dict[str, Difference | None]:
+        """The differences of a setting from `against` that evaluate wrote, by figure."""
+        found: dict[str, Difference | None] = dict.fromkeys(FIGURES)
+        table = self.tables["differences"]
+        table = table[(table.ratio == ratio) & (table.donor == donor) & (table.selection == selection)]
+        for line in table[table.against == against].itertuples():
+            verdict = None if pd.isna(line.verdict) else str(line.verdict)
+            covers = tuple(str(source) for source in line.covers)
+            found[str(line.figure)] = Difference(line.mean, line.low, line.high, verdict, covers, int(line.seeds))
+        return found
+
+    def predictions(self, row: str) -> tuple[dict[int, Answers], np.ndarray, np.ndarray]:
+        """The predictions behind `row` of metrics.json by seed, and samples and labels of the test images, (n,) each.
+
+        Stage I and hosts fitted in closed form have the one seed -1.
+        """
+        seeds = dict.fromkeys(self.numbers(row), -1)
+        if row != "stage1" and self.about["host"]["seeded"]:
+            heads = self.at(self.metrics[row]["ratio"])
+            seeds = dict(zip(heads.number.astype(int), heads.seed.astype(int), strict=True))
+        table = self.tables["predictions"]
+        by_number = {number: table[table.number == number].sort_values("sample") for number in seeds}
+        first = next(iter(by_number.values()))
+        said = {
+            seeds[number]: Answers(part.predicted.to_numpy(), part.confidence.to_numpy(np.float64))
+            for number, part in by_number.items()
+        }
+        return said, first["sample"].to_numpy(), first["label"].to_numpy()
+
 
 def load_result(name: str, folder: Path) -> HostResult:
     """The results that evaluate wrote into `folder`. Raises UserError if they are missing or damaged."""
@@ -106,7 +147,7 @@ def difference(after: pd.DataFrame, before: pd.DataFrame, figure: str) -> Differ
 
 def against_zero(result: HostResult, ratio: float) -> dict[str, Difference | None]:
     """The differences of `ratio` minus ratio 0 of the same host, by figure, paired by seed (same batches)."""
-    return {f: difference(result.at(ratio), result.at(0.0), f) for f in FIGURES}
+    return result.stated(ratio, "instance", "random", "without_h2t")
 
 
 def with_against_without(result: HostResult) -> dict[str, Difference | None] | None:
@@ -115,15 +156,44 @@ def with_against_without(result: HostResult) -> dict[str, Difference | None] | N
     return against_zero(result, entry["ratio"]) if entry and len(result.at(0.0)) else None
 
 
-def between_hosts(after: HostResult, before: HostResult, row: str) -> dict[str, Difference | None] | None:
-    """The differences `after` - `before` in `row` of metrics.json, paired by seed.
+def rows_apart(after: HostResult, row: str, before: HostResult, before_row: str) -> dict[str, Difference | None] | None:
+    """The differences of `row` of one host minus `before_row` of another, by figure, paired by seed and test image.
 
-    None if either host lacks the row, and for stage I, which has no seeds to pair.
+    There is no verdict across two backbones: the intervals cannot cover how another training would have changed them.
+    On other test images there is no interval either. None if a row is missing, or no seed is on both sides.
     """
-    if after.metrics[row] is None or before.metrics[row] is None or row == "stage1":
+    if after.metrics[row] is None or before.metrics[before_row] is None:
         return None
-    new, old = (r.at(r.metrics[row]["ratio"]) for r in (after, before))
-    return {f: difference(new, old, f) for f in FIGURES}
+    (new, samples, labels), (old, old_samples, old_labels) = after.predictions(row), before.predictions(before_row)
+    if not (np.array_equal(samples, old_samples) and np.array_equal(labels, old_labels)):
+        figures = [(f, after.metrics[row][f], before.metrics[before_row][f]) for f in FIGURES]
+        return {f: None if None in (x, y) else Difference(x - y, None, None, None, (), 0) for f, x, y in figures}
+    # A single classifier is compared with every seed of the other side.
+    seeds = sorted(s for s in new.keys() | old.keys() if all(s in said or said.keys() == SINGLE for said in (new, old)))
+    if not seeds:
+        return None
+    left, right = ([said[-1 if said.keys() == SINGLE else s] for s in seeds] for said in (new, old))
+    one_backbone = after.about["host"]["backbone"] == before.about["host"]["backbone"]
+    return differences(left, right, labels, after.about["groups"], seeded=set(seeds) != SINGLE, verdicts=one_backbone)
+
+
+def between_hosts(after: HostResult, before: HostResult, row: str) -> dict[str, Difference | None] | None:
+    """The differences `after` - `before` in `row` of metrics.json; None if either host lacks the row."""
+    return rows_apart(after, row, before, row)
+
+
+def as_published(result: HostResult) -> dict[str, tuple[float | None, float | None]] | None:
+    """Mean and std over seeds, by figure, of the ratio-0 heads under `balanced` statistics; None if there are none.
+
+    The published DR code sees only balanced batches, in training and at evaluation.
+    """
+    heads = result.tables["heads"]
+    rows = heads[(heads.split == "test") & (heads.statistics == "balanced") & (heads.ratio == 0)]
+    rows = rows[rows.number.isin(result.numbers("without_h2t"))]
+    own = result.metrics["without_h2t"]
+    if own is None or own["statistics"] == "balanced" or not len(rows):
+        return None
+    return {f: mean_and_std(rows, f) for f in FIGURES}
 
 
 def variants(result: HostResult) -> list[tuple[float, str, str]]:
@@ -163,12 +233,11 @@ class Variant:
 
 def variants_at(result: HostResult, ratio: float) -> list[Variant]:
     """The variants at `ratio`, with their differences from donor instance, selection random, paired by seed."""
-    usual = result.at(ratio)
     others = []
     for r, donor, selection in variants(result):
         if r == ratio:
             heads = result.at(r, donor, selection)
-            others.append(Variant(donor, selection, heads, {f: difference(heads, usual, f) for f in FIGURES}))
+            others.append(Variant(donor, selection, heads, result.stated(r, donor, selection, "standard")))
     return others
 
 

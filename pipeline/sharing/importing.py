@@ -1,203 +1,31 @@
-"""`h2t cache import`: makes a cache from features in .npy, .npz, safetensors or Parquet files.
+"""`h2t cache import`: makes a cache from features that another program computed.
 
 Features are vectors (n, C) or maps (n, C, H, W). Their backbone is unknown, so there is no stage-I head, and hosts that
 start from one refuse such a cache. All rows are recorded under `stage1` statistics. Classes are numbered by descending
 training count, as in every cache.
 """
 
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-from safetensors import safe_open
 from safetensors.numpy import save
 
 from h2t.cache.errors import CacheError
 from h2t.cache.format.card import card
 from h2t.cache.format.rows import SPLITS, make_rows
 from h2t.cache.format.spec import CacheSpec, canonical_json, chunk_rows_for, sha256, shard_rows_for
-from h2t.cache.memory import available_memory
 from h2t.cache.write.staging import Staging
 from h2t.cache.write.writer import CacheWriter, committed
-from h2t.pipeline.base.errors import UserError, in_brief
+from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.networks.trained import NONE
+from h2t.pipeline.sharing.feature_files import Part, checked
 
-FEATURES = ("features", "embeddings", "embedding", "feature", "x")
-LABELS = ("labels", "label", "targets", "target", "y")
-SOURCES = ("source", "path", "id", "key")
 SHARD_BYTES = 128 * 1024**2
 BLOCK_ROWS = 1024  # rows converted at a time
-
-
-@dataclass(frozen=True)
-class Keys:
-    """Names of the arrays or columns in a file; for None, the usual names are tried."""
-
-    features: str | None = None
-    labels: str | None = None
-
-
-@dataclass(frozen=True)
-class Part:
-    """One split: features (n, C, H, W) or (n, C), the n labels as they were given, and a distinct source for each."""
-
-    features: np.ndarray
-    labels: list[Any]
-    sources: list[str]
-
-
-def read_part(path: Path, labels: Path | None, keys: Keys) -> Part:
-    """Reads a split from `path`, with its labels from the same file or from `labels`.
-
-    Raises UserError for a file that cannot be read, or that holds no features with one label each.
-    """
-    readers = {".npy": _npy, ".npz": _npz, ".safetensors": _safetensors, ".parquet": _parquet}
-    if path.suffix not in readers:
-        raise UserError(f"{path}: must be one of {', '.join(readers)}; got {path.suffix or 'no suffix'!r}")
-    try:
-        arrays = readers[path.suffix](path)
-        features = arrays.pick(FEATURES, keys.features, "features")
-        if labels is None and arrays.one:
-            raise UserError(f"{path}: holds no labels; give them by --SPLIT-labels FILE")
-        if labels is None:
-            given = arrays.pick(LABELS, keys.labels, "labels")
-        else:
-            given = readers.get(labels.suffix, _npy)(labels).pick(LABELS, keys.labels, "labels")
-        return _checked(path, features, given, arrays.texts(SOURCES))
-    except FileNotFoundError as error:
-        raise UserError(f"{error.filename or path}: no such file; check the path") from None
-    except UserError:
-        raise
-    except Exception as error:  # noqa: BLE001 - each format's reader has its own classes of errors
-        where = f"{path} with {labels}" if labels else path
-        raise UserError(f"{where}: cannot be read ({in_brief(error)}); write the file again") from None
-
-
-def read_names(path: Path) -> list[str]:
-    """Class names from a text file, one per line. Raises UserError."""
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path}: not a readable list of class names ({error}); it must be UTF-8 text, one name per line"
-        ) from None
-
-
-@dataclass(frozen=True)
-class _Arrays:
-    """The arrays of a file, as functions that read them, by name. `one`: the file holds one array without a name."""
-
-    path: Path
-    readers: Mapping[str, Callable[[], np.ndarray]]
-    one: bool = False
-
-    def pick(self, usual: Sequence[str], name: str | None, what: str) -> np.ndarray:
-        """The array called `name`; for None, the first that has a `usual` name. Raises UserError if there is none."""
-        if self.one:
-            return next(iter(self.readers.values()))()
-        names = [name] if name is not None else [n for n in usual if n in self.readers]
-        if not names or names[0] not in self.readers:
-            raise UserError(
-                f"{self.path}: no {what} called {name or ' or '.join(usual)}; it holds "
-                f"{', '.join(self.readers) or 'nothing'}; name the right one by --{what}-key"
-                + (" or give --SPLIT-labels FILE" if what == "labels" else "")
-            )
-        return self.readers[names[0]]()
-
-    def texts(self, usual: Sequence[str]) -> list[str] | None:
-        """A column of distinct texts under a `usual` name, to serve as sources of the rows; None if there is none."""
-        for name in usual:
-            if not self.one and name in self.readers:
-                values = self.readers[name]()
-                if values.dtype.kind in "UO" and len(set(values.tolist())) == len(values):
-                    return [str(v) for v in values]
-        return None
-
-
-def _npy(path: Path) -> _Arrays:
-    """One array, memory-mapped. NumPy refuses pickled objects, which could run code."""
-    return _Arrays(path, {"array": lambda: np.load(path, mmap_mode="r", allow_pickle=False)}, one=True)
-
-
-def _npz(path: Path) -> _Arrays:
-    """Named arrays, read into memory. Raises ValueError if they do not fit."""
-    with zipfile.ZipFile(path) as archive:
-        need = sum(entry.file_size for entry in archive.infolist())
-    if need > available_memory():
-        raise ValueError(f"needs {need / 1e9:.1f} GB of memory; save .npy files, which are read in place")
-    file = np.load(path, allow_pickle=False)
-    return _Arrays(path, {name: partial(_member, file, name) for name in file.files})
-
-
-def _member(file: Any, name: str) -> np.ndarray:
-    """An array of an .npz file. Raises ValueError for anything else."""
-    member = file[name]
-    if not isinstance(member, np.ndarray):
-        raise ValueError(f"{name!r} is not an array")
-    return member
-
-
-def _safetensors(path: Path) -> _Arrays:
-    """Named tensors, each read when it is picked."""
-    with safe_open(path, "np") as file:
-        return _Arrays(path, {name: partial(_tensor, path, name) for name in file.keys()})  # noqa: SIM118
-
-
-def _tensor(path: Path, name: str) -> np.ndarray:
-    with safe_open(path, "np") as file:
-        tensor: np.ndarray = file.get_tensor(name)
-        return tensor
-
-
-def _parquet(path: Path) -> _Arrays:
-    """The columns of a table, each read when it is picked."""
-    file = pq.ParquetFile(path)
-    return _Arrays(path, {name: partial(_column, file, name) for name in file.schema_arrow.names})
-
-
-def _column(file: pq.ParquetFile, name: str) -> np.ndarray:
-    """A column as an array (n,), or (n, C) if it holds lists. Raises ValueError for missing values or ragged lists."""
-    column = file.read([name])[name].combine_chunks()
-    if isinstance(column, pa.ChunkedArray):  # no rows
-        column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
-    if column.null_count:
-        raise ValueError(f"column {name!r} has {counted(column.null_count, 'missing value')}")
-    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type) or pa.types.is_fixed_size_list(column.type):
-        lengths = set(pa.compute.list_value_length(column).to_pylist())
-        if len(lengths) != 1:
-            raise ValueError(f"column {name!r} has rows of {len(lengths)} different lengths")
-        values = column.flatten()
-        if values.null_count:
-            raise ValueError(f"column {name!r} has missing values inside its rows")
-        flat: np.ndarray = values.to_numpy(zero_copy_only=False)
-        return flat.reshape(len(column), -1)
-    array: np.ndarray = column.to_numpy(zero_copy_only=False)
-    return array
-
-
-def _checked(path: Path, features: np.ndarray, labels: np.ndarray, sources: list[str] | None) -> Part:
-    """The split of these arrays. Raises UserError if they are not features with one label per row."""
-    if features.dtype.kind not in "fiu" or features.ndim not in (2, 4) or 0 in features.shape:
-        raise UserError(
-            f"{path}: features must be numbers of shape (n, C) or (n, C, H, W); got {features.dtype} {features.shape}"
-        )
-    if labels.shape != (len(features),):
-        raise UserError(
-            f"{path}: one label for each of {counted(len(features), 'row')} is needed; got shape {labels.shape}"
-        )
-    if labels.dtype.kind not in "iuUO" or (
-        labels.dtype.kind == "O" and not all(isinstance(v, str) for v in labels.tolist())
-    ):
-        raise UserError(f"{path}: labels must be whole numbers or texts; got dtype {labels.dtype}; convert them")
-    names = sources or [f"{path.name}/{i:09d}" for i in range(len(features))]
-    return Part(features, labels.tolist(), names)
 
 
 def _maps(part: Part, which: np.ndarray, dtype: str) -> np.ndarray:
@@ -207,7 +35,7 @@ def _maps(part: Part, which: np.ndarray, dtype: str) -> np.ndarray:
     if not np.isfinite(values).all():
         bad = int(which[~np.isfinite(values.reshape(len(values), -1)).all(1)][0])
         raise UserError(
-            f"features: row {bad} ({part.sources[bad]}) holds NaN, infinity or a value beyond {dtype}; leave it out"
+            f"{part.where}: row {bad} ({part.sources[bad]}) holds NaN, infinity or a value beyond {dtype}; leave it out"
         )
     return values.reshape(*values.shape, 1, 1) if values.ndim == 2 else values
 
@@ -216,6 +44,37 @@ def _blocks(part: Part, dtype: str) -> Iterator[np.ndarray]:
     """Yields all maps of a split, (n, C, H, W), at most `BLOCK_ROWS` rows at a time."""
     for first in range(0, len(part.labels), BLOCK_ROWS):
         yield _maps(part, np.arange(first, min(first + BLOCK_ROWS, len(part.labels))), dtype)
+
+
+def split_parts(
+    features: np.ndarray, labels: Sequence[Any], splits: Sequence[str] | None, sources: Sequence[str] | None
+) -> dict[str, Part]:
+    """The parts of arrays in memory: `splits` says train, val or test for each row; None: all rows are for training.
+
+    Raises UserError for arrays that do not fit each other, and for a split that is none of these.
+    """
+    given = np.asarray(labels)
+    names = None if sources is None else [str(source) for source in sources]
+    if names is not None and (len(set(names)) != len(names) or given.shape != (len(names),)):
+        raise UserError(
+            f"source: must be a distinct name for each of {counted(len(given), 'row')}; got {len(set(names))}; "
+            "number them"
+        )
+    whole = checked("arrays", np.asarray(features), given, names)
+    if splits is None:
+        return {"train": whole}
+    of = np.asarray(splits)
+    if of.shape != given.shape:
+        raise UserError(f"split: must say train, val or test for each of {counted(len(given), 'row')}; got {of.shape}")
+    if unknown := sorted(set(of.tolist()) - set(SPLITS), key=str):
+        raise UserError(f"split: must be train, val or test; got {unknown[0]!r}; rename it")
+    parts = {}
+    for split in SPLITS:
+        rows = np.flatnonzero(of == split)
+        if len(rows):
+            kept = [whole.sources[i] for i in rows]
+            parts[split] = Part(whole.features[rows], [whole.labels[i] for i in rows], kept, whole.where)
+    return parts
 
 
 def class_order(parts: Mapping[str, Part]) -> tuple[list[Any], list[int]]:

@@ -1,9 +1,10 @@
 """evaluate: scores the backbone's own head and every stage-II classifier on the validation and test rows.
 
-Writes `metrics.json` (stage1, without_h2t, with_h2t: mean and standard deviation over seeds), `heads.parquet` (the
-figures of every classifier), `per_class.parquet`, `confusion.parquet` and `predictions.parquet` (for the classifiers
-behind metrics.json), and what else the report shows (`evidence.py`). Classifiers are evaluated as they are after the
-last epoch; nothing is chosen on the test split.
+Writes `metrics.json` (stage1, without_h2t, with_h2t: mean and standard deviation over seeds; difference: with H2T minus
+without), `heads.parquet` (the figures of every classifier), `differences.parquet` (of every setting from ratio 0, from
+the usual donors and from stage I), `per_class.parquet`, `confusion.parquet` and `predictions.parquet` (for the
+classifiers behind metrics.json), and what else the report shows (`evidence.py`). docs/intervals.md lists the fields.
+Classifiers are evaluated as they are after the last epoch; nothing is chosen on the test split.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ from pydantic import BeforeValidator
 
 from h2t.cache.memory import available_memory, return_freed_arrays
 from h2t.cache.reader import Cache
-from h2t.pipeline.base import clock
+from h2t.pipeline.base import clock, plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import fresh_directory, write_json
 from h2t.pipeline.base.params import Index, Ratio, Section
@@ -29,17 +30,27 @@ from h2t.pipeline.evaluation.calibration import calibrated
 from h2t.pipeline.evaluation.choice import choose
 from h2t.pipeline.evaluation.evidence import ROOM, write_about, write_embedding, write_reliability, write_weight_norms
 from h2t.pipeline.evaluation.folds import load_folds
-from h2t.pipeline.evaluation.metrics import Answers, over_seeds, summary
+from h2t.pipeline.evaluation.intervals import FIGURES
+from h2t.pipeline.evaluation.metrics import Graded, over_seeds, summary
 from h2t.pipeline.evaluation.scoring import STAGE1, Scores, load_heads_for, score_heads, score_stage1
-from h2t.pipeline.evaluation.tables import each, write_confusion, write_per_class, write_predictions
+from h2t.pipeline.evaluation.tables import (
+    STANDARD,
+    Comparison,
+    compared,
+    each,
+    write_confusion,
+    write_differences,
+    write_per_class,
+    write_predictions,
+)
 from h2t.pipeline.heads.batches import sample_rows
 from h2t.pipeline.heads.start import backbone_head
 from h2t.pipeline.heads.stored import Heads
 from h2t.pipeline.networks.trained import StageOneHead
 
-NUMBER = 2026112602  # other results, another number: docs/numbers.md
+NUMBER = 2026112604  # other results, another number: docs/numbers.md
 
-FIGURES = ("top1", "head", "medium", "tail", "ece")
+MORE = ("balanced_accuracy", "macro_f1", "top5", "nll")  # figures without an interval
 SCALED = ("temperature", "ece_scaled")  # the temperature, and the calibration error of logits divided by it
 LITTLE = 2 * 2**30  # bytes of available memory below which freed memory is returned at once
 GROUP_NAMES = ("paper_index", "paper_threshold", "oltr")
@@ -127,6 +138,10 @@ def run(params: Params, run: Run, cache: Cache, heads_dir: Path, backbone_dir: P
         )
     without = _chosen(of_recipe, "test", 0.0)
     with_h2t = _chosen(of_recipe, "test", ratio) if ratio else []
+    # A fit in closed form has no seed.
+    seeded = not plugins.load("hosts", heads.parts.host).Host.fitted
+    test_lines = [f for f in of_recipe if f["split"] == "test"]
+    apart = compared(test_lines, scores[("test", recipe_statistics)], of_stage1.get("test"), group_of, seeded)
     kept = [f["number"] for f in (*without, *with_h2t)]
     first = [f for f in figures if f["number"] == -1 and f["split"] == "test"]
     scaled = calibrated(cache, heads, kept, stage1, folds, run.device)
@@ -140,10 +155,12 @@ def run(params: Params, run: Run, cache: Cache, heads_dir: Path, backbone_dir: P
         "stage1": _entry(first, STAGE1, params),
         "without_h2t": _entry(without, recipe_statistics, params, lambda f: chosen.as_dict(f, standard)),
         "with_h2t": _entry(with_h2t, recipe_statistics, params, lambda f: chosen.as_dict(f, standard)),
+        "difference": _difference(apart, ratio),
     }
     with fresh_directory(run.out) as into:
         write_json(into / "metrics.json", metrics)
         pq.write_table(pa.Table.from_pylist(figures, _schema(figures, heads)), into / "heads.parquet")
+        write_differences(into, apart)
         write_per_class(into, table, scores, of_stage1, counts)
         write_confusion(into, scores[("test", recipe_statistics)], of_stage1.get("test"), kept, len(counts))
         write_predictions(into, scores[("test", recipe_statistics)], of_stage1.get("test"), kept)
@@ -151,7 +168,7 @@ def run(params: Params, run: Run, cache: Cache, heads_dir: Path, backbone_dir: P
         _write_evidence(
             into, cache, heads, stage1, scores[("test", recipe_statistics)], of_stage1.get("test"), without, with_h2t
         )
-        write_about(into, cache, heads, sample_rows(cache.rows, "test", recipe_statistics).first, group_of)
+        write_about(into, cache, heads, sample_rows(cache.rows, "test", recipe_statistics).first, group_of, seeded)
     run.say(f"{run.name}: " + _one_line(metrics))
     return metrics
 
@@ -160,7 +177,7 @@ def _check_memory(name: str, cache: Cache, heads: int, scored: list[tuple[str, s
     """Raises UserError unless the predictions of so many heads for the rows of each (split, statistics) fit."""
     counts = cache.rows.group_by(["split", "statistics"]).aggregate([("row", "count")]).to_pylist()
     rows = sum(line["row_count"] for line in counts if (line["split"], line["statistics"]) in scored)
-    need, room = rows * heads * Answers.BYTES + ROOM, available_memory()
+    need, room = rows * heads * Graded.BYTES + ROOM, available_memory()
     if need > room:
         raise UserError(
             f"{name}: the predictions of {counted(heads, 'classifier')} for {counted(rows, 'row')} need "
@@ -198,7 +215,7 @@ def reported_ratio(figures: list[dict[str, Any]], fallback: float) -> float | No
 
 def _standard(figure: Mapping[str, Any]) -> bool:
     """True for H2T as published: whole donors drawn instance-wise, random channels."""
-    return bool(figure["donor"] == "instance" and figure["selection"] == "random")
+    return (figure["donor"], figure["selection"]) == STANDARD
 
 
 def _chosen(figures: list[dict[str, Any]], split: str, ratio: float) -> list[dict[str, Any]]:
@@ -223,7 +240,7 @@ def _entry(
     if not figures:
         return None
     return {
-        **over_seeds([{k: f.get(k) for k in (*FIGURES, *SCALED)} for f in figures]),
+        **over_seeds([{k: f.get(k) for k in (*FIGURES, *MORE, *SCALED)} for f in figures]),
         "chosen": chosen(figures[0]),
         "ratio": figures[0].get("ratio"),
         "heads": len(figures),
@@ -237,6 +254,14 @@ def _schema(figures: list[dict[str, Any]], heads: Heads) -> pa.Schema:
     kinds = {f.name: f.type for f in heads.table.schema}
     kinds |= {"split": pa.string(), "statistics": pa.string(), "tuned": pa.bool_()}
     return pa.schema([(k, kinds.get(k, pa.float64())) for k in figures[0]])
+
+
+def _difference(apart: list[Comparison], ratio: float | None) -> dict[str, Any] | None:
+    """The differences with H2T at `ratio` minus without, by figure; None if one of the two was not trained."""
+    for comparison in apart:
+        if (comparison.setting, comparison.against) == ((ratio, *STANDARD), "without_h2t"):
+            return {figure: found and found.as_dict() for figure, found in comparison.figures.items()}
+    return None
 
 
 def _write_evidence(
@@ -269,5 +294,5 @@ def _one_line(metrics: Mapping[str, Any]) -> str:
     return "; ".join(
         f"{name} top-1 {entry['top1']:.2f}, tail {entry['tail']:.2f}" if entry and entry["tail"] is not None else name
         for name, entry in metrics.items()
-        if entry
+        if entry and name != "difference"
     )

@@ -2,7 +2,8 @@
 
 Writes `backbone.safetensors` (the network up to its maps), `head.safetensors` (the stage-I classifier; without one if
 `head` is `probe` or `none`) and training curves as tab-separated files in `plots/metrics`, in the layout of DVC's
-logger. The loop is in `training.loop`;
+logger. With `head: probe`, the last saved step stays beside the output, so that other settings of the probe need no
+training. The loop is in `training.loop`;
 `torchrun --nproc-per-node N -m h2t.pipeline train-backbone ...` runs it in N processes.
 """
 
@@ -132,7 +133,10 @@ def run(params: Params, run: Run, samples: Samples, images: Images) -> None:
     if first:
         last = curves[-1]
         _write(run.out, about, params, backbone, objective if params.head == "trained" else None, curves)
-        save.clear()
+        if save.restored == params.epochs and params.head == "probe":
+            run.say(f"{run.name}: was trained with these settings before; to train anew, remove {save.folder}")
+        if params.head != "probe":  # DVC runs this stage again for every key of the entry, also those of the probe
+            save.clear()
         epochs = counted(params.epochs, "epoch")
         run.say(f"{run.name}: {epochs}, loss {last['loss']:.3f}, training accuracy {last['accuracy']:.1f} %")
 
@@ -141,14 +145,28 @@ def _token(params: Params, run: Run, samples: Samples, backbone: Backbone) -> st
     """Training resumes only if this token is unchanged. It does not depend on the number of processes."""
     table = samples.table.select(["split", "label", "source", "digest"]).to_pydict()
     about = {
-        "parameters": params.model_dump(),
+        "parameters": params.model_dump(exclude={"head", "probe"}),  # they do not change the training
         "samples": hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest(),
+        "transform": samples.transform.model_dump(mode="json"),
+        "numbers": {"train_backbone": NUMBER, "datasets": _number("datasets", samples.facts["dataset"])}
+        | {"backbones": _number("backbones", params.arch), "objectives": _number("objectives", params.objective)},
         "initial weights": weights_digest(backbone.state_dict()),
         "seed": run.seed,
         "device": run.device.type,
         "torch": torch.__version__,
     }
     return json.dumps(about, sort_keys=True)
+
+
+def _number(kind: str, name: str) -> int | str:
+    """The number of a built-in plug-in; for one of the user's own, a digest of all Python files of this kind."""
+    if (plugins.folders(kind)[0] / f"{name}.py").is_file():
+        return int(plugins.load(kind, name).NUMBER)
+    digest = hashlib.sha256()
+    for folder in plugins.folders(kind)[1:]:
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _write(

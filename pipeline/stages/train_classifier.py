@@ -269,6 +269,8 @@ def _train(
         list(dict.fromkeys(h.seed for h in heads)),
         params.optimiser.batch_size,
         receiver=receiver,
+        partner=None if fitted else kind.partner,
+        epochs=params.optimiser.epochs,
     )
     channels, height, width = cache.spec.maps[0]
     frozen = stage1.frozen
@@ -291,7 +293,10 @@ def _train(
         return build_head(parts.of(setting.constants), context, channels, on_device)
 
     head = head_of(heads[0])
-    reader = _reader(params, cache, head.pool, as_maps=not (residency.pooled or fitted))
+    reads = "features" if fitted else kind.reads
+    as_maps = reads == "maps" or (reads == "any" and not residency.pooled)
+    reader = _reader(params, cache, head.pool, as_maps=as_maps)
+    _check_reads(params, run.name, "any" if fitted else reads, reader)
     if start not in (None, "probe"):
         stage1 = replace(_start(start, params, run, reader, head, streams), frozen=frozen)
     about = {
@@ -318,6 +323,8 @@ def _train(
         if bad := not_finite(trained.state):
             raise _not_finite_because(run.name, fitted, cache, streams.receivers.first, bad[1], heads[bad[0]])
     else:
+        if head.gradient_host.prepares:
+            _check_fit(run.name, streams, reader, holds_logits=False)
         begin = weights_digest(stage1.state)
         token = f"{cache.spec.fingerprint} {about['backbone']} {params.model_dump_json()} {begin}"
         token += "" if rows is None else f" fold of {streams.samples} samples"
@@ -330,9 +337,9 @@ def _train(
                 f"{run.name}: {counted(len(heads), 'classifier')} in {len(planned)} parts, "
                 f"to stay below {amount(room.step)} per step"
             )
-        rows = max(size.window(part) for part in planned) // reader.row_bytes
         clock.begins("reading")
-        feed = Feed(streams, reader, choice, room.windows, run.device, run.say, step_rows=rows)
+        step_rows = max(size.window(part) for part in planned) // reader.row_bytes
+        feed = Feed(streams, reader, choice, room.windows, run.device, run.say, step_rows=step_rows)
         try:
             clock.begins("training")
             trained = train(params.optimiser, run, head_of, planned, feed, stage1, token)
@@ -471,6 +478,20 @@ def _reader(params: Params, cache: Cache, pool: Pool, *, as_maps: bool) -> Featu
             "got a pooled cache; use the cache that it was made from"
         )
     return FeatureReader(cache, already or ((lambda maps: pool({}, maps)) if exact and not as_maps else None))
+
+
+def _check_reads(params: Params, name: str, reads: str, reader: FeatureReader) -> None:
+    """Raises UserError if a host that `reads` features gets maps, or the other way round."""
+    if reads == "features" and reader.pooling is None:
+        raise UserError(
+            f"hosts.{name}.pool: host {params.host} changes features before fusion, so the pool must act on each "
+            f"channel alone and train nothing; got {params.pool}; use gap"
+        )
+    if reads == "maps" and reader.pooling is not None:
+        raise UserError(
+            f"{reader.cache.files}: host {params.host} needs whole maps; got a pooled cache; use the cache that it was "
+            "made from"
+        )
 
 
 def _table(heads: list[HeadSetting], replaced: list[int], about: dict[str, Any]) -> pa.Table:

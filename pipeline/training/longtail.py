@@ -4,6 +4,19 @@
 """
 
 import torch
+from torch.nn import functional as F
+
+from h2t.pipeline.data.classes import groups
+
+LEAST = 1e-12  # smallest base of a power, whose gradient may be infinite at 0
+
+
+def own_class(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Whether a column of `logits` (B, K) is that of the sample's own class, bool (B, K).
+
+    Unlike torch's `one_hot` it works under vmap.
+    """
+    return labels.unsqueeze(-1) == torch.arange(logits.shape[-1], device=labels.device)
 
 
 def ldam_margins(counts: torch.Tensor, largest: float = 0.5) -> torch.Tensor:
@@ -27,6 +40,32 @@ def log_likelihoods(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy of each batch, (...), from logits (..., B, K) and labels (..., B), int64."""
     return -log_likelihoods(logits, labels).mean(-1)
+
+
+def without_tail(counts: list[int], given: int | None) -> int:
+    """How many of the largest classes are not rare: `given`, or all but the tail classes of `paper_index`."""
+    return given or len(counts) - groups(counts)["paper_index"].count("tail")
+
+
+def focal_losses(logits: torch.Tensor, labels: torch.Tensor, gamma: float, *, detach: bool = False) -> torch.Tensor:
+    """The focal loss of each sample, (1 - p_y)^gamma (-log p_y) with p the softmax, (B,), from logits (B, K).
+
+    With `detach` no gradient flows through the weight. Source: Lin et al., ICCV 2017, eq. (4), for the softmax.
+    """
+    log_p = logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    weight = (-log_p.expm1()).clamp_min(LEAST) ** gamma
+    return -(weight.detach() if detach else weight) * log_p
+
+
+def sigmoid_focal_losses(logits: torch.Tensor, labels: torch.Tensor, gamma: float) -> torch.Tensor:
+    """The focal loss of each sample (B,), from logits (B, K): a binary loss per class, summed over the classes.
+
+    With s_j the sigmoid and p_j = s_j for the true class, 1 - s_j for others: sum_j (1 - p_j)^gamma (-log p_j). Source:
+    Lin et al., ICCV 2017, eq. (4); Cui et al., CVPR 2019, eq. (14).
+    """
+    own = own_class(logits, labels)
+    signed = torch.where(own, logits, -logits)  # p_j = sigmoid(signed_j)
+    return (-(gamma * F.logsigmoid(-signed)).exp() * F.logsigmoid(signed)).sum(-1)
 
 
 def log_prior(counts: torch.Tensor) -> torch.Tensor:
@@ -57,5 +96,37 @@ def clouded(
     clamped to [-1, 1]. Source: Li et al., "Long-tailed Visual Recognition via Gaussian Clouded Logit Adjustment",
     CVPR 2022, section 3.
     """
-    own = labels.unsqueeze(-1) == torch.arange(logits.shape[-1], device=labels.device)
+    own = own_class(logits, labels)
     return logits - amplitude * noise.abs() * clouds - margin * own.to(logits.dtype)
+
+
+def class_covariances(features: torch.Tensor, counts: list[int], *, full: bool) -> torch.Tensor:
+    """Covariance of the features of each class, divided by its count: (E, K, D, D), or the diagonals (E, K, D).
+
+    From features (E, N, D), sorted by class, `counts` of each. 0 for a class of one sample.
+    """
+    found = []
+    for own in features.split(counts, dim=1):
+        apart = own.double() - own.double().mean(1, keepdim=True)
+        covariance = apart.mT @ apart if full else apart.square().sum(1)
+        found.append((covariance / own.shape[1]).to(features.dtype))
+    return torch.stack(found, 1)
+
+
+def spread(weight: torch.Tensor, covariances: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """d^T S_y d with d = w_k - w_y, the mean over experts, (B, K): the variance of z_k - z_y if features have S_y.
+
+    `weight` (E, K, D), `covariances` (E, K, D, D) or diagonals (E, K, D), `labels` (B,). One product per class rather
+    than per sample.
+    """
+    if covariances.dim() == weight.dim():
+        own = covariances[:, labels]  # (E, B, D)
+        squares = own @ weight.square().mT  # w_k^T S w_k, (E, B, K)
+        crossed = (own * weight[:, labels]) @ weight.mT  # w_k^T S w_y
+    else:
+        products = weight.unsqueeze(1) @ covariances  # of class c: W S_c, (E, C, K, D)
+        by_class = (products * weight.unsqueeze(1)).sum(-1)  # (E, C, K)
+        to_own = (products * weight.unsqueeze(2)).sum(-1)  # w_k^T S_c w_c
+        squares, crossed = by_class[:, labels], to_own[:, labels]
+    own_squares = crossed.gather(-1, labels.expand(len(weight), -1).unsqueeze(-1))
+    return (squares - 2 * crossed + own_squares).mean(0)

@@ -20,7 +20,7 @@ from safetensors.numpy import save as save_arrays
 from safetensors.torch import save as save_tensors
 
 from h2t.pipeline.networks import weights as checkpoints
-from h2t.pipeline.sharing import importing
+from h2t.pipeline.sharing import feature_files, importing
 
 # Keys of a checkpoint: JSON with a shape in place of each tensor.
 
@@ -207,7 +207,7 @@ def _open_features(folder: Path) -> Parse:
         kind = (data[0] if data else 0) % 4
         places[kind].unlink(missing_ok=True)  # never truncate a file that an earlier execution has mapped
         places[kind].write_bytes(data[1:])
-        part = importing.read_part(places[kind], labels if kind == 0 else None, importing.Keys())
+        part = feature_files.read_part(places[kind], labels if kind == 0 else None, feature_files.Keys())
         if not len(part.features) == len(part.labels) == len(part.sources) > 0:
             raise Finding("features, labels and sources of different length")
         return importing.class_order({"train": part})
@@ -233,7 +233,7 @@ TARGETS = [
     ),
     Target(
         "features",
-        "pipeline/sharing/importing.py: read_part",
+        "pipeline/sharing/feature_files.py: read_part",
         _open_features,
         _feature_seeds,
         mutation.mostly(_mutated_features, 0.95),

@@ -1,0 +1,189 @@
+"""Every method of stage II on one cache, tuned alike, in one table: without and with H2T.
+
+    make arena                                                  # handwritten digits, from images to the table
+    python -m benchmarks.arena --cache CACHE --backbone FOLDER  # a cache that exists, and its stage I
+    python -m benchmarks.arena --only dr isda --set hosts.dr.grid.lr=[0.02]
+
+Settings: presets/arena.yaml. Plug-ins of your own in plugins/hosts/ take part with their default constants. Constants
+are chosen by cross-validation on the training rows, or on validation images if the cache has any; never on test images.
+What is finished is left alone while its settings stay the same. Writes OUT/arena.json and OUT/arena.md: a line for each
+method without and with H2T, best first. `rank` is 1 + the number of lines whose top-1 is higher beyond doubt (95 %
+interval over seeds and test images, paired), so lines of equal rank cannot be told apart from the best of them.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks import measure, paper
+from h2t.cache.errors import CacheError
+from h2t.cache.reader import Cache, open_cache
+from h2t.pipeline.base import device, params, plugins
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.run import Run
+from h2t.pipeline.command_line import presets
+from h2t.pipeline.heads.residency import Residency
+from h2t.pipeline.inspection import settings
+from h2t.pipeline.networks.trained import backbone_digest
+from h2t.pipeline.reporting.results import HostResult, load_result, rows_apart
+from h2t.pipeline.stages import evaluate, train_classifier
+
+ROWS = {"without_h2t": "without", "with_h2t": "with"}
+FIGURES = ("top1", "head", "medium", "tail", "balanced_accuracy", "ece")
+REFERENCE = "dr"
+
+
+def parameters(only: Sequence[str] = (), overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The arena's parameters, complete and checked, with plug-ins of the project's own. Raises UserError."""
+    values = params.load(presets.FOLDER / "arena.yaml")
+    backbone = next(iter(values["backbones"]))
+    built_in = {path.stem for path in plugins.folders("hosts")[0].glob("*.py")}
+    for name in plugins.names("hosts"):
+        if name not in built_in:
+            values["hosts"][name] = {"host": name, "backbone": backbone}
+    for name in only:
+        if name not in values["hosts"]:
+            raise UserError(f"--only {name}: must be one of {', '.join(values['hosts'])}")
+    if only:
+        values["hosts"] = {name: values["hosts"][name] for name in only}
+    for override in overrides:
+        params.apply(values, override)
+    settings.check(values)
+    return values
+
+
+class Arena:
+    """All methods in `values` on one cache; everything is written below `out`."""
+
+    def __init__(self, values: dict[str, Any], cache: Path, backbone: Path, out: Path) -> None:
+        self.values, self.cache, self.backbone, self.out = values, cache, backbone, out
+        self.device = device.choose(values["device"])
+        self.residency = params.build(Residency, "train_classifier", values["train_classifier"])
+        self.hosts = {
+            name: params.build(train_classifier.Params, f"hosts.{name}", host)
+            for name, host in settings.complete(values, "hosts").items()
+        }
+
+    def run(self) -> list[dict[str, Any]]:
+        """The lines of the table. A method that fails is named, and the others go on."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / "params.yaml").write_text(yaml.safe_dump(self.values, sort_keys=False), encoding="utf-8")
+        results, failed = {}, {}
+        with open_cache(self.cache) as cache:
+            for name in self.hosts:
+                try:
+                    results[name] = self._result(name, cache)
+                except UserError as error:
+                    failed[name] = str(error)
+                    print(f"{name}: left out: {error}", flush=True)
+        lines = ranked(results, [line for name, result in results.items() for line in self._lines(name, result)])
+        measure.save(self.out / "arena.json", {"lines": lines, "left_out": failed})
+        (self.out / "arena.md").write_text(table(lines) + "\n", encoding="utf-8")
+        return lines
+
+    def _result(self, name: str, cache: Cache) -> HostResult:
+        """Trains, tunes and evaluates one method, unless that is done."""
+        host, heads, scores = self.hosts[name], self.out / "heads" / name, self.out / "evaluate" / name
+        if "val" in set(cache.rows["split"].unique().to_pylist()):
+            host = host.model_copy(update={"folds": None})
+        section = params.build(evaluate.Params, "evaluate", self.values["evaluate"])
+        about = [host.model_dump(), section.model_dump(), cache.spec.fingerprint, backbone_digest(self.backbone)]
+
+        def work() -> None:
+            begun = time.process_time()
+            train_classifier.run(host, Run(name, heads, self.device), self.residency, cache, self.backbone)
+            evaluate.run(section, Run(name, scores, self.device), cache, heads, self.backbone)
+            spent = time.process_time() - begun
+            self._seconds(name).write_text(json.dumps({"cpu_seconds": round(spent, 2)}), encoding="utf-8")
+            print(f"{name}: {spent:.0f} CPU seconds", flush=True)
+
+        paper.unless_done(self.out / "runs" / f"{name}.json", scores, about, work)
+        return load_result(name, scores)
+
+    def _seconds(self, name: str) -> Path:
+        return self.out / "evaluate" / f"{name}.seconds.json"
+
+    def _lines(self, name: str, result: HostResult) -> list[dict[str, Any]]:
+        host = self.hosts[name]
+        kind = plugins.load("hosts", host.host).Host
+        seconds = json.loads(self._seconds(name).read_text(encoding="utf-8"))["cpu_seconds"]
+        return [
+            {
+                "method": name,
+                "h2t": words,
+                "batches": "–" if kind.fitted else host.receiver or kind.receiver,
+                "needs": kind.needs() or "–",
+                **{f: None if entry.get(f) is None else round(entry[f], 2) for f in FIGURES},
+                "chosen": (entry.get("chosen") or {}).get("values", {}),
+                "cpu_seconds": seconds,
+            }
+            for row, words in ROWS.items()
+            if (entry := result.metrics[row])
+        ]
+
+
+def ranked(results: Mapping[str, HostResult], lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines, best top-1 first, with `rank` and the `difference` of top-1 from the reference without H2T."""
+    row_of = {words: row for row, words in ROWS.items()}
+
+    def apart(after: Mapping[str, Any], name: str, row: str) -> Any:
+        found = rows_apart(results[after["method"]], row_of[after["h2t"]], results[name], row)
+        return found["top1"] if found else None
+
+    lines = sorted(lines, key=lambda line: -line["top1"])
+    for place, line in enumerate(lines):
+        higher = (apart(better, line["method"], row_of[line["h2t"]]) for better in lines[:place])
+        line["rank"] = 1 + sum(found is not None and found.verdict == "higher" for found in higher)
+        against = apart(line, REFERENCE, "without_h2t") if REFERENCE in results else None
+        itself = (line["method"], line["h2t"]) == (REFERENCE, "without")
+        line["difference"] = None if against is None or itself else against.as_dict()
+    return lines
+
+
+def table(lines: Sequence[Mapping[str, Any]]) -> str:
+    """The lines as a Markdown table."""
+    header = ["rank", "method", "H2T", "batches", "needs", *(f.replace("_", " ") for f in FIGURES)]
+    header += [f"top1 minus {REFERENCE}", "chosen", "CPU s"]
+    rows = []
+    for line in lines:
+        figures = ["–" if line[f] is None else f"{line[f]:.2f}" for f in FIGURES]
+        apart = line["difference"]
+        text = "–" if apart is None else f"{apart['mean']:+.2f} [{apart['low']:+.2f}, {apart['high']:+.2f}]"
+        chosen = ", ".join(f"{key.removeprefix('loss.')} {value:g}" for key, value in line["chosen"].items()) or "–"
+        first = [str(line["rank"]), line["method"], line["h2t"], line["batches"], line["needs"]]
+        rows.append([*first, *figures, text, chosen, f"{line['cpu_seconds']:.0f}"])
+    return measure.table(header, rows)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache", type=Path, help="a cache that exists; by default one of the digits is made")
+    parser.add_argument("--backbone", type=Path, help="the folder that train-backbone wrote for this cache")
+    parser.add_argument("--only", nargs="+", default=[], metavar="METHOD", help="these entries of the parameters")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any other parameter")
+    parser.add_argument("--out", type=Path, default=Path("data/arena"), help="where everything is written")
+    given = parser.parse_args()
+    if bool(given.cache) != bool(given.backbone):
+        parser.error("--cache and --backbone go together")
+    try:
+        values = parameters(given.only, given.set)
+        cache, backbone = given.cache, given.backbone
+        if cache is None:
+            made = paper.Reproduction("arena", values, given.out, {})
+            made.sources()
+            name = next(iter(values["backbones"]))
+            cache, backbone = given.out / "extract" / name, given.out / "train_backbone" / name
+        lines = Arena(values, cache, backbone, given.out).run()
+    except (UserError, CacheError) as error:
+        raise SystemExit(f"error: {error}") from None
+    print(table(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Influence-balanced loss: cross-entropy divided by the sample's influence, the 1-norm of its gradient in the weights.
+
+Source: Park et al., "Influence-Balanced Loss for Imbalanced Visual Classification", ICCV 2021, section 3, as in the
+authors' code: mean_i w_y alpha CE_i / (g_i f_i + epsilon) with g_i = sum_j |p_ij - [j = y]| = 2 (1 - p_y), f_i the
+1-norm of the features (mean over experts) and w_j proportional to 1 / n_j with sum K. alpha 1000 and epsilon 0.001 as
+there; alpha multiplies the learning rate, so tune that with it. As there, the gradient flows through g as well, and
+vanishes as p_y nears 1; with `detach` the weight is a constant. f is that of the fused features, as these make the
+gradient. The authors train 100 epochs by cross-entropy first, which is stage I here.
+"""
+
+from typing import Literal
+
+import torch
+
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.params import Positive, Section
+from h2t.pipeline.heads.host import Context, GradientHost, State
+
+NUMBER = 2026112601  # other results, another number: docs/numbers.md
+
+
+class Loss(Section):
+    """Keys of `hosts.NAME.loss`."""
+
+    alpha: Positive = 1000.0
+    """Factor of the loss."""
+    epsilon: Positive = 1e-3
+    """Added to the influence, which is 0 for a perfect prediction."""
+    weights: Literal["inverse", "none"] = "inverse"
+    """Class weights proportional to 1 / n_j, for instance-wise batches; `none` suits `receiver: balanced`."""
+    detach: bool = False
+    """Treat the influence as a constant: no gradient flows through it."""
+
+
+class Host(GradientHost):
+    """Needs a linear classifier: for cosines, g f is not the norm of the gradient."""
+
+    receiver = "instance"
+
+    def __init__(self, loss: Loss, classifier: str, scale: float, context: Context) -> None:
+        if classifier != "linear":
+            raise UserError(
+                f"classifier: host influence_balanced needs a linear classifier; got {classifier!r}; set it to linear"
+            )
+        super().__init__(classifier, scale, context)
+        self.constants = loss
+        inverse = 1 / context.counts.double()
+        self.weights = inverse * context.classes / inverse.sum() if loss.weights == "inverse" else inverse**0
+
+    def loss(
+        self, state: State, features: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Mean over the batch of the weighted losses."""
+        constants = self.constants
+        losses = -self.logits(state, features).log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+        influence = -2 * (-losses).expm1() * features.abs().sum(-1).mean(0) + constants.epsilon
+        if constants.detach:
+            influence = influence.detach()
+        return (self.weights.to(losses)[labels] * constants.alpha * losses / influence).mean()

@@ -1,0 +1,56 @@
+"""ISDA: cross-entropy as if each feature vector were drawn from a Gaussian with the covariance of its class.
+
+Source: Wang et al., "Implicit Semantic Data Augmentation for Deep Networks", NeurIPS 2019, section 3, as in the
+authors' code: CE of z_k + (r / 2) d^T S_y d with d = w_k - w_y, which bounds the expected loss over features drawn from
+N(h, r S_y). S_y is the covariance (divided by the count) of the training features of the class, before fusion. The
+backbone is frozen, so it is computed once, where the authors estimate it over the steps. r = strength * epoch / epochs,
+epochs from 0. Their strength: 0.5 with whole covariances on CIFAR, 7.5 with diagonal ones on ImageNet. With several
+experts each has its own S and its own term. A class of one sample has S = 0. Batches are drawn instance-wise.
+"""
+
+from typing import Literal
+
+import torch
+from torch.nn import functional as F
+
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.params import NonNegative, Section
+from h2t.pipeline.heads.host import Context, GradientHost, State, TrainingBatch
+from h2t.pipeline.networks.trained import StageOneHead
+from h2t.pipeline.training.longtail import class_covariances, spread
+
+NUMBER = 2026112601  # other results, another number: docs/numbers.md
+
+
+class Loss(Section):
+    """Keys of `hosts.NAME.loss`."""
+
+    strength: NonNegative = 0.5
+    """The r of the last epoch; it grows linearly from 0."""
+    covariance: Literal["full", "diagonal"] = "full"
+    """Whole covariances take K D^2 numbers per expert, diagonal ones K D."""
+
+
+class Host(GradientHost):
+    """Needs a linear classifier: the bound does not hold for cosines."""
+
+    linear = True
+    receiver = "instance"
+    covariances: torch.Tensor
+
+    def __init__(self, loss: Loss, classifier: str, scale: float, context: Context) -> None:
+        if classifier != "linear":
+            raise UserError(f"classifier: host isda needs a linear classifier; got {classifier!r}; set it to linear")
+        super().__init__(classifier, scale, context)
+        self.constants = loss
+        self.counts = context.counts.tolist()
+
+    def prepare(self, features: torch.Tensor, labels: torch.Tensor, stage1: StageOneHead) -> None:
+        """Keeps the covariances (E, K, D, D), or their diagonals (E, K, D)."""
+        self.covariances = class_covariances(features, self.counts, full=self.constants.covariance == "full")
+
+    def batch_loss(self, state: State, batch: TrainingBatch) -> torch.Tensor:
+        """Mean cross-entropy of the batch, with the terms of the covariances."""
+        strength = self.constants.strength * batch.progress
+        terms = spread(self.scale * state["weight"], self.covariances, batch.labels)
+        return F.cross_entropy(self.logits(state, batch.features) + strength / 2 * terms, batch.labels)

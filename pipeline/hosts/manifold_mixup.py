@@ -1,0 +1,33 @@
+"""Manifold mixup: each feature vector is mixed with that of another sample of the batch, and so is the loss.
+
+Source: Verma et al., "Manifold Mixup", ICML 2019, section 2, at the features before the classifier, as Zhang et al.,
+"Bag of Tricks for Long-Tailed Visual Recognition", AAAI 2021, use it: h' = t h_i + (1 - t) h_s(i) and mean_i [t
+CE(z(h'), y_i) + (1 - t) CE(z(h'), y_s(i))], with one t from Beta(alpha, alpha) and one permutation s for each batch.
+alpha is 1 in their code. Batches are drawn instance-wise. With H2T, features are fused, pooled, then mixed. `selection:
+mixup` of the grid is another thing: it mixes in donors, and the label stays the receiver's.
+"""
+
+import torch
+
+from h2t.pipeline.base.params import Positive, Section
+from h2t.pipeline.heads.host import Context, MixingHost
+
+NUMBER = 2026112601  # other results, another number: docs/numbers.md
+
+
+class Loss(Section):
+    """Keys of `hosts.NAME.loss`."""
+
+    alpha: Positive = 1.0
+    """Both parameters of the Beta distribution of t."""
+
+
+class Host(MixingHost):
+    """Labels are mixed with the same share as features."""
+
+    def __init__(self, loss: Loss, classifier: str, scale: float, context: Context) -> None:
+        super().__init__(loss.alpha, classifier, scale, context)
+
+    def label_share(self, share: torch.Tensor, labels: torch.Tensor, partners: torch.Tensor) -> torch.Tensor:
+        """The share t of each sample's own label, (B,)."""
+        return share

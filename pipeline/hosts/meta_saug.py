@@ -1,0 +1,84 @@
+"""MetaSAug: ISDA whose class covariances are corrected in each step by what helps a class-balanced batch.
+
+Source: Li et al., "MetaSAug: Meta Semantic Augmentation for Long-Tailed Visual Recognition", CVPR 2021, section 3. In
+each step: (1) the gradient of the weighted ISDA loss gives a virtual step of the classifier; (2) cross-entropy of that
+classifier on a balanced batch has a gradient in the covariances S; (3) S' = S - meta_rate times it; (4) the loss is the
+weighted ISDA loss with S'. S' is used once. Class weights are those of the effective number with beta 0.9999 (Cui et
+al., CVPR 2019); r = strength * epoch / epochs. meta_rate 0.1 and diagonal S as in the authors' stage II on ImageNet-LT.
+Different from it: the balanced batch is drawn from the training samples, class-balanced, where the authors hold out
+extra images; and S is computed once, from the features of the frozen backbone.
+"""
+
+from typing import Annotated, Literal
+
+import torch
+from torch.func import grad
+from torch.nn import functional as F
+
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.params import NonNegative, Positive, Section, within
+from h2t.pipeline.heads.host import Context, GradientHost, State, TrainingBatch
+from h2t.pipeline.networks.trained import StageOneHead
+from h2t.pipeline.training.longtail import class_covariances, effective_weights, spread
+
+NUMBER = 2026112601  # other results, another number: docs/numbers.md
+
+
+class Loss(Section):
+    """Keys of `hosts.NAME.loss`."""
+
+    strength: NonNegative = 0.25
+    """The r of the last epoch; it grows linearly from 0."""
+    covariance: Literal["full", "diagonal"] = "diagonal"
+    """Whole covariances take K D^2 numbers per expert, and as many again for each classifier of a stack."""
+    beta: Annotated[float, within(0, 0.999999)] = 0.9999
+    """Of the class weights."""
+    meta_rate: NonNegative = 0.1
+    """Step of the covariances."""
+    virtual_rate: Positive = 0.02
+    """Step of the virtual classifier; `optimiser.lr` in the authors' code."""
+
+
+class Host(GradientHost):
+    """Needs a linear classifier: the bound does not hold for cosines."""
+
+    receiver = "instance"
+    partner = "balanced"
+    covariances: torch.Tensor
+
+    def __init__(self, loss: Loss, classifier: str, scale: float, context: Context) -> None:
+        if classifier != "linear":
+            raise UserError(
+                f"classifier: host meta_saug needs a linear classifier; got {classifier!r}; set it to linear"
+            )
+        super().__init__(classifier, scale, context)
+        self.constants = loss
+        self.weights = effective_weights(context.counts, loss.beta)
+        self.counts = context.counts.tolist()
+
+    def prepare(self, features: torch.Tensor, labels: torch.Tensor, stage1: StageOneHead) -> None:
+        """Keeps the covariances (E, K, D, D), or their diagonals (E, K, D)."""
+        self.covariances = class_covariances(features, self.counts, full=self.constants.covariance == "full")
+
+    def batch_loss(self, state: State, batch: TrainingBatch) -> torch.Tensor:
+        """The weighted ISDA loss with the corrected covariances."""
+        partners, partner_labels, rate = batch.partners, batch.partner_labels, self.constants.virtual_rate
+        assert partners is not None
+        assert partner_labels is not None
+        constant = {name: tensor.detach() for name, tensor in state.items()}
+
+        def on_balanced(covariances: torch.Tensor) -> torch.Tensor:
+            step = grad(self._augmented)(constant, covariances, batch)
+            moved = {name: tensor - rate * step[name] for name, tensor in constant.items()}
+            return F.cross_entropy(self.logits(moved, partners), partner_labels)
+
+        corrected = self.covariances - self.constants.meta_rate * grad(on_balanced)(self.covariances)
+        return self._augmented(state, corrected.detach(), batch)
+
+    def _augmented(self, state: State, covariances: torch.Tensor, batch: TrainingBatch) -> torch.Tensor:
+        """The ISDA loss with class weights, averaged over the batch."""
+        strength = self.constants.strength * batch.progress
+        terms = spread(self.scale * state["weight"], covariances, batch.labels)
+        logits = self.logits(state, batch.features) + strength / 2 * terms
+        losses = F.cross_entropy(logits, batch.labels, reduction="none")
+        return (self.weights.to(losses)[batch.labels] * losses).mean()

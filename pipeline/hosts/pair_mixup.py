@@ -1,0 +1,47 @@
+"""Pair mixup: class-balanced samples mixed with instance-wise ones, features and labels alike.
+
+Source: the pairing of the two samplers is that of Zhou et al., "BBN", CVPR 2020, section 4, and of the mixup variants
+in Zhang et al., "Bag of Tricks for Long-Tailed Visual Recognition", AAAI 2021; here it acts on features, as manifold
+mixup does (Verma et al., ICML 2019): h' = t h_i + (1 - t) g_i and mean_i [t CE(z(h'), y_i) + (1 - t) CE(z(h'), y'_i)]
+with one t from Beta(alpha, alpha) for each batch. g and y' are drawn by a sampler of their own, apart from H2T's
+donors, and keep their labels. This combination is our variant.
+"""
+
+import numpy as np
+import torch
+
+from h2t.pipeline.base.params import Positive, Section
+from h2t.pipeline.heads.host import Context, GradientHost, State, TrainingBatch
+
+NUMBER = 2026112601  # other results, another number: docs/numbers.md
+
+
+class Loss(Section):
+    """Keys of `hosts.NAME.loss`."""
+
+    alpha: Positive = 1.0
+    """Both parameters of the Beta distribution of t."""
+
+
+class Host(GradientHost):
+    """Starts from the stage-I classifier."""
+
+    partner = "instance"
+
+    def __init__(self, loss: Loss, classifier: str, scale: float, context: Context) -> None:
+        super().__init__(classifier, scale, context)
+        self.alpha = loss.alpha
+
+    def noise(self, draws: np.random.Generator, batch: int) -> torch.Tensor:
+        """T in each line, (batch,), float64."""
+        return torch.full((batch,), draws.beta(self.alpha, self.alpha), dtype=torch.float64)
+
+    def batch_loss(self, state: State, batch: TrainingBatch) -> torch.Tensor:
+        """The mixed loss, averaged over the batch."""
+        share, partners = batch.noise, batch.partners
+        assert share is not None
+        assert partners is not None
+        assert batch.partner_labels is not None
+        losses = -self.logits(state, torch.lerp(partners, batch.features, share.unsqueeze(-1))).log_softmax(-1)
+        own, other = (losses.gather(-1, y.unsqueeze(-1)).squeeze(-1) for y in (batch.labels, batch.partner_labels))
+        return torch.lerp(other, own, share).mean()

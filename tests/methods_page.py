@@ -1,0 +1,86 @@
+"""docs/methods.md from the docstrings of hosts and samplers: `python tests/methods_page.py` writes it."""
+
+# ruff: noqa: E501 - a row of a Markdown table is one line
+
+import ast
+import sys
+from pathlib import Path
+
+from parameters_page import built_in, written
+
+from h2t.pipeline.base import plugins
+
+PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
+
+START = """\
+# Methods
+
+<!-- Written by python tests/methods_page.py from the docstrings in pipeline/hosts and pipeline/samplers. Edit them there. -->
+
+What stage II can train or fit on cached features: for each host its formula, source, constants and what differs from
+the published method. `python -m benchmarks.arena` compares them on one cache, tuned alike
+([how](../benchmarks/README.md)). Of methods published for whole networks only the part on frozen features is here, so their
+published figures are not ours to reach. Constants are keys of `hosts.NAME.loss`, with their defaults.
+
+Batches: the sampler of the receivers, unless `receiver` says otherwise. H2T can be added to every host that is trained;
+donors are drawn and fused as everywhere. With hosts whose batches are instance-wise the fused receivers are mostly of
+large classes, unlike in the paper.
+"""
+
+END = """\
+## Not here, and why
+
+Formulas were read in public code where there is any. What could not be verified is not built under its name:
+
+| method | why | published, CIFAR-100-LT, imbalance ratio 100, top-1 |
+| --- | --- | --- |
+| ABL (Jin, Lang and Lei, IJCV 2023) | neither formula nor code found | 46.80 |
+| LEAP (Liu et al., CVPR 2020) | formula and constants not verified; made for face and person re-identification | – |
+| ACE (Cai, Wang and Hwang, ICCV 2021) | losses and schedule not verified | 49.40 |
+| MBJ, memory-based jitter (Liu, Li and Sun, AAAI 2022) | it stores features of past iterations; on a frozen backbone these are the same features again | 45.80 |
+| LFME (Xiang, Ding and Han, ECCV 2020) | needs teacher networks and validation accuracy inside stage I | – |
+| BBN (Zhou et al., CVPR 2020), CMO (Park et al., CVPR 2022), RSG (Wang et al., CVPR 2021) | stage I with a second sampler; `pair_mixup` and sampler `reverse` are their parts on features | BBN 42.56, CMO with cross-entropy 43.90 |
+
+The figures are those that the H2T paper quotes (Li et al., AAAI 2024, Table 1); they are of other trainings than ours.
+"""
+
+
+def text_of(kind: str, name: str) -> str:
+    """The docstring of a built-in plug-in."""
+    path = plugins.folders(kind)[0] / f"{name}.py"
+    return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+
+
+def escaped(text: str) -> str:
+    """`text` with the characters that Markdown takes for markup made plain; code stays code."""
+    parts = text.split("`")
+    for place in range(0, len(parts), 2):
+        for mark in ("\\", "*", "_", "<", "|", "[", "]"):
+            parts[place] = parts[place].replace(mark, f"\\{mark}")
+    return "`".join(parts)
+
+
+def entry(kind: str, name: str) -> str:
+    """A plug-in's heading, docstring and, for a host, what it needs."""
+    parts = [f"### {name}", escaped(text_of(kind, name))]
+    if kind == "hosts":
+        module = plugins.load(kind, name)
+        batches = "none: closed-form fit, no H2T" if module.Host.fitted else module.Host.receiver
+        constants = [f"`{key}` {written(field.get_default())}" for key, field in module.Loss.model_fields.items()]
+        line = f"Batches: {batches}."
+        line += f" Needs {more}." if (more := module.Host.needs()) else ""
+        line += f" Constants: {', '.join(constants)}." if constants else ""
+        parts.append(line)
+    return "\n\n".join(parts)
+
+
+def page() -> str:
+    """The whole page."""
+    hosts = [entry("hosts", name) for name in built_in("hosts")]
+    samplers = [entry("samplers", name) for name in built_in("samplers")]
+    return "\n\n".join([START.rstrip(), "## Hosts", *hosts, "## Samplers", *samplers, END.rstrip()]) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
+    sys.stdout.write(f"{PAGE}\n")

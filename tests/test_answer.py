@@ -1,0 +1,210 @@
+"""What a report says first: best method, share of H2T, certainty, cost, export command; in the terminal and for DVC."""
+
+import json
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from report_builders import make_evaluated
+
+from h2t.pipeline.base.run import Run
+from h2t.pipeline.reporting.answer import Answer
+from h2t.pipeline.reporting.page import render
+from h2t.pipeline.reporting.results import load_result
+from h2t.pipeline.stages import report
+
+GRID = {"ratio": [0.0, 0.1, 0.3, 0.6], "seed": [0, 1, 2]}
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("answer")
+    make_evaluated(folder, "ncm", host="ncm", fitted=True)
+    return make_evaluated(folder, "dr", grid=GRID)
+
+
+def stated(result, **difference):
+    """`result` with these differences in its metrics, as (mean, low, high, verdict)."""
+    full = {
+        f: {**dict(zip(("mean", "low", "high", "verdict"), d, strict=True)), "covers": ["seeds", "images"], "seeds": 3}
+        for f, d in difference.items()
+    }
+    return replace(result, metrics={**result.metrics, "difference": full})
+
+
+def with_figures(result, **rows):
+    """`result` with another top-1 and tail accuracy in rows of its metrics."""
+    metrics = dict(result.metrics)
+    for row, (top1, tail) in rows.items():
+        metrics[row] = {**metrics[row], "top1": top1, "tail": tail}
+    return replace(result, metrics=metrics)
+
+
+@pytest.fixture
+def dr(evaluated):
+    return load_result("dr", evaluated / "dr")
+
+
+def test_the_answer_names_the_best_its_share_certainty_cost_and_command(evaluated, dr):
+    better = with_figures(dr, without_h2t=(93.6, 88.0), with_h2t=(94.4, 90.6))
+    better = stated(better, top1=(0.8, -0.5, 2.1, "too close to tell"), tail=(2.6, 0.4, 4.8, "higher"))
+    answer = Answer([better], (), evaluated, {"dr": "b0"})
+    best, share, certainty, cost, command = answer.lines()
+    ratio = better.metrics["with_h2t"]["ratio"]
+    assert best == (
+        f"Best top-1: dr with H2T at ratio {ratio:g}; top-1 94.4 %, tail 90.6 %. H2T's share in it: +0.8 [-0.5, +2.1] "
+        "too close to tell."
+    )
+    assert share == ("H2T in dr: top-1 +0.8 [-0.5, +2.1] too close to tell; tail +2.6 [+0.4, +4.8] higher.")
+    assert certainty == (
+        "Intervals (95 %) cover 3 seeds of stage II and 24 test images; not other trainings of the backbone."
+    )
+    # Nine runs with donors (two passes) and three at ratio 0 (one), each on 75 training images.
+    assert cost.startswith("Cost: 12 classifiers on cached maps")
+    assert f"{(9 * 2 + 3) * 75:,} in every epoch" in cost
+    number = int(better.at(ratio).number.iloc[0])
+    home = evaluated.parent
+    assert command == (
+        f"To use it: h2t export {home}/train_classifier/dr {home}/extract/b0 {home}/train_backbone/b0 model "
+        f"--head {number}"
+    )
+
+
+def test_the_export_command_names_the_folders_and_one_classifier(evaluated, dr):
+    command = Answer([dr], (), evaluated, {"dr": "b0"}).command()
+    _, _, heads, cache, backbone, out, _, number = shlex.split(command)
+    assert all(Path(p).is_dir() for p in (heads, cache, backbone))
+    assert out == "model"
+    settings = pd.read_parquet(Path(heads) / "heads.parquet").set_index("number").loc[int(number)]
+    row = Answer([dr]).methods[0].best("top1")
+    assert settings.ratio == dr.metrics[row]["ratio"]
+    assert settings.seed == 0
+
+
+def test_where_h2t_lowers_top1_the_better_classifier_is_the_one_without(dr):
+    worse = with_figures(dr, without_h2t=(80.0, 50.0), with_h2t=(78.0, 55.0))
+    answer = Answer([stated(worse, top1=(-2.0, -3.0, -1.0, "lower"))])
+    assert answer.lines()[0].startswith("Best top-1: dr without H2T; top-1 80.0 %")
+    assert answer.lines("tail")[0].startswith("Best tail: dr with H2T at ratio")
+    assert answer.lines()[1] == "H2T in dr: top-1 -2.0 [-3.0, -1.0] lower."
+    assert "H2T's share in it: -2.0 [-3.0, -1.0] lower." in answer.lines()[0]
+    assert answer.command() is None  # without the folders there is nothing to copy
+
+
+def test_of_several_methods_it_says_for_how_many_h2t_is_higher_or_lower(dr):
+    verdicts = ["higher", "lower", "lower", "too close to tell", "identical", None]
+    hosts = [replace(stated(dr, top1=(0.0, -1.0, 1.0, v)), name=f"h{i}") for i, v in enumerate(verdicts)]
+    assert Answer(hosts).share() == "H2T over 6 methods: top-1 1 higher, 2 lower, 1 identical, 2 undecided."
+
+
+def test_methods_on_other_backbones_are_not_compared(dr):
+    other = replace(dr, name="other", about={**dr.about, "host": {**dr.about["host"], "backbone": "f" * 64}})
+    better = with_figures(dr, without_h2t=(99.0, 99.0))
+    answer = Answer([other, better])
+    ranking = answer.rankings["top1"]
+    assert [m.name for m in ranking.methods] == ["dr", "other"]
+    assert ranking.others == ["other"]
+    assert ranking.ties == []
+    assert "On another backbone, so not compared: other." in answer.lines()[0]
+
+
+def test_ties_share_the_first_place(dr):
+    again = replace(dr, name="again")
+    ranking = Answer([dr, again]).rankings["top1"]
+    assert set(ranking.places.values()) == {1}
+    assert "Too close to it to tell: again." in Answer([dr, again]).lines()[0]
+
+
+def test_what_was_chosen_at_the_edge_of_the_grid_is_remarked(dr):
+    assert Answer([dr]).methods[0].tuned == {}  # without validation images nothing was chosen
+    chosen = {
+        "by": "validation images",
+        "values": {"lr": 0.1, "ratio": 0.6, "tau": 1.0},
+        "tried": {"lr": [0.1, 1.0], "ratio": [0.1, 0.3, 0.6], "tau": [0.5, 1.0, 2.0]},
+        "at_edge": ["lr", "ratio"],
+        "left_out": [],
+    }
+    metrics = {**dr.metrics, "with_h2t": {**dr.metrics["with_h2t"], "ratio": 0.6, "chosen": chosen}}
+    answer = Answer([replace(dr, metrics=metrics)])
+    assert answer.methods[0].tuned == {"lr": "0.1, smallest tried", "ratio": "0.6, largest tried", "tau": "1"}
+    text = re.sub(r"<[^>]+>", " ", render("T", answer).split("<tbody>")[1].split("</tbody>")[0])
+    assert " ".join(text.split()).endswith("0.6 lr 0.1, smallest tried largest tried tau 1")
+
+
+def test_the_terminal_shows_the_answer_and_a_table_of_100_columns(evaluated, tmp_path):
+    said: list[str] = []
+    hosts = ["dr", "ncm"]
+    backbones = dict.fromkeys(hosts, "b0")
+    report.run(report.Params(), Run("report", tmp_path / "r", say=said.append), hosts, evaluated, None, backbones)
+    lines = said[-1].splitlines()
+    assert lines.index("") == 5
+    assert lines[0].startswith("Best top-1: ")
+    assert lines[4].startswith("To use it: h2t export ")
+    table = [line for line in lines if line.startswith("|")]
+    assert len(table) == 2 + len(hosts)
+    assert max(len(line) for line in lines[5:]) <= 100
+    assert len({len(line) for line in table}) == 1  # aligned
+    text = (tmp_path / "r" / "results.md").read_text(encoding="utf-8")
+    assert all(line in text for line in table)
+    assert text.index("Best top-1") < text.index(table[0]) < text.index("## All figures")
+
+
+def test_a_long_name_does_not_widen_the_table(dr):
+    long = replace(dr, name="a" * 200)
+    assert max(map(len, Answer([long]).overview())) <= 100
+
+
+def test_seconds_are_printed_and_not_written(evaluated, tmp_path):
+    """Equal results give equal bytes, whatever the time they took."""
+    about = json.loads((evaluated / "dr" / "about.json").read_text())
+    runs = evaluated.parent / "runs"
+    records = {
+        "train_classifier/dr": {
+            "seconds": 7.0,
+            "cpu": 7.0,
+            "steps": 20,
+            "batch_size": 32,
+            "resumed_steps": 0,
+            "heads": 12,
+        },
+        "extract/b": {
+            **{"seconds": 9.0, "cpu": 9.0, "fingerprint": about["host"]["cache"], "kept_shards": 0, "taken": 0},
+            **{"forward_images": 128, "forward_seconds": 1.28, "forward_cpu": 1.28},
+        },
+    }
+    said: list[str] = []
+    written = []
+    for _ in "ab":
+        report.run(report.Params(), Run("report", tmp_path / "r", say=said.append), ["dr"], evaluated)
+        written.append([p.read_bytes() for p in sorted((tmp_path / "r").rglob("*.*"))])
+        for name, facts in records.items():
+            (runs / name).parent.mkdir(parents=True, exist_ok=True)
+            (runs / f"{name}.json").write_text(json.dumps({**facts, "machine": {}}))
+    for path in runs.glob("*/*.json"):
+        path.unlink()
+    assert written[0] == written[1]
+    images = (9 * 2 + 3) * 20 * 32
+    first, second = (text for text in said if "Cost: " in text)
+    assert f"in 7.0 s; the published way about {images / 100 / 60:.1f} min (estimated)." in second
+    assert " in 7.0 s" not in first
+
+
+def test_dvc_shows_at_most_five_figures_a_host(evaluated, tmp_path):
+    report.run(report.Params(), Run("report", tmp_path / "r"), ["dr", "ncm"], evaluated)
+    table = json.loads((tmp_path / "r" / "summary.json").read_text())
+    metrics = json.loads((evaluated / "dr" / "metrics.json").read_text())
+    assert list(table) == ["dr", "ncm"]
+    assert all(len(figures) <= 5 for figures in table.values())
+    assert table["dr"]["top1_with"] == pytest.approx(metrics["with_h2t"]["top1"], abs=0.0051)
+    assert table["dr"]["tail_without"] == pytest.approx(metrics["without_h2t"]["tail"], abs=0.0051)
+    assert table["dr"]["h2t"] in ("higher", "lower", "too close to tell", "identical")
+    assert set(table["ncm"]) == {"top1_without", "tail_without"}
+
+
+def test_the_sentences_of_results_md_are_those_of_the_answer(evaluated, tmp_path, dr):
+    report.run(report.Params(), Run("report", tmp_path / "r"), ["dr"], evaluated)
+    text = (tmp_path / "r" / "results.md").read_text(encoding="utf-8")
+    assert re.findall(r"^- (.*)$", text, re.MULTILINE)[:4] == Answer([dr]).lines()

@@ -1,0 +1,231 @@
+"""h2t.api: its figures and features are those of the stages; what it saves is read by `h2t predict`."""
+
+import csv
+import io
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from image_builders import write_image
+from PIL import Image
+from pipeline_builders import CPU, invoke
+from safetensors.torch import load_file, save_file
+
+from h2t import api
+from h2t.cache.reader import open_cache
+from h2t.cache.tools.audit import verify
+from h2t.pipeline.base.code import imports, modules
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.run import Run
+from h2t.pipeline.data.samples import load_samples
+from h2t.pipeline.heads.residency import Residency
+from h2t.pipeline.networks.probe import Probe
+from h2t.pipeline.stages import evaluate, extract, prepare, probe, train_backbone, train_classifier
+
+COUNTS = (24, 12, 6)
+NAMES = np.array(["wren", "owl", "kōkako"])
+INPUT = {"size": 32, "crop": 0.9, "mean": [0.5] * 3, "std": [0.25] * 3}
+
+
+def arrays(seed=0, shape=(8,)):
+    """Features of well-separated classes and their labels."""
+    label = np.repeat(np.arange(3), COUNTS)
+    centres = np.random.default_rng(9).standard_normal((3, *shape)) * 3
+    noise = np.random.default_rng(seed).standard_normal((len(label), *shape))
+    return (centres[label] + noise).astype(np.float32), NAMES[label]
+
+
+@pytest.fixture(scope="module")
+def compared():
+    return api.compare(*arrays(), methods=["dr", "ncm"], ratios=[0.0, 0.25], seeds=[0, 1])
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    root = tmp_path_factory.mktemp("api") / "photos"
+    for k, (name, count) in enumerate(zip(NAMES, COUNTS, strict=True)):
+        for i in range(count):
+            write_image(root / name / f"{i:02}.png", 100 * k + i % 2)
+    return root
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory, backbone_dir):
+    """A checkpoint of a whole network: the backbone and a classifier that is not used."""
+    state = load_file(backbone_dir / "backbone.safetensors")
+    path = tmp_path_factory.mktemp("weights") / "resnet20.safetensors"
+    save_file(state, path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def features(photos, weights):
+    return api.extract_features(photos, "resnet20", weights=weights, input=INPUT, batch_size=16, device="cpu")
+
+
+def test_compared_figures_are_those_of_the_stages(tmp_path):
+    x, y = arrays()
+    split = [("train", "test", "val")[i % 3] for i in range(len(x))]
+    api.write_cache(tmp_path / "c", x, y, split=split)
+    entry = {"optimiser": {"epochs": 3}}
+    found = api.compare(tmp_path / "c", methods={"dr": entry}, ratios=[0.0, 0.25], seeds=[0, 1])
+    with open_cache(tmp_path / "c") as cache:
+        probe.run("probe", Probe(), Run("c", tmp_path / "p"), cache, "none")
+        grid = {"ratio": [0.0, 0.25], "seed": [0, 1]}
+        params = train_classifier.Params(host="dr", backbone="c", batchnorm="stage1", grid=grid, **entry)
+        train_classifier.run(params, Run("dr", tmp_path / "h"), Residency(), cache, tmp_path / "p")
+        metrics = evaluate.run(evaluate.Params(), Run("dr", tmp_path / "e"), cache, tmp_path / "h", tmp_path / "p")
+    assert found.table["method"].tolist() == ["probe", "dr", "dr"]
+    lines = zip(found.table.to_dict("records"), ("stage1", "without_h2t", "with_h2t"), strict=True)
+    for line, name in lines:
+        for figure in ("top1", "head", "medium", "tail", "ece"):
+            assert line[figure] == pytest.approx(metrics[name][figure])
+    figures = pq.read_table(tmp_path / "e/heads.parquet").to_pylist()
+    on_val = [f["top1"] for f in figures if f["split"] == "val" and f["ratio"] == 0.25]
+    assert found.table["val_top1"].tolist()[2] == pytest.approx(np.mean(on_val))
+    best = found.table[1:]["val_top1"].idxmax()
+    assert found.take("dr").head.table["ratio"][0].as_py() == found.table["ratio"][best]
+
+
+def test_a_comparison_is_a_table_with_each_method_once(compared):
+    table = compared.table
+    assert table["method"].tolist() == ["probe", "dr", "dr", "ncm"]
+    assert set(table) >= {"top1", "head", "medium", "tail", "ece", "val_top1"}
+    assert "probe" in repr(compared)
+    assert "<table" in compared._repr_html_()
+    assert compared.classes == NAMES.tolist()
+    assert (table["top1"] > 60).all()
+
+
+def test_one_is_taken_saved_and_loaded(compared, tmp_path):
+    x, y = arrays(seed=1)
+    one = compared.take("dr", ratio=0.25, seed=1)
+    assert one.head.table.to_pylist()[0] | {"ratio": 0.25, "seed": 1} == one.head.table.to_pylist()[0]
+    assert (one.predict(x) == y).mean() > 0.8
+    one.save(tmp_path / "m", licence="MIT", use="Birds")
+    text = (tmp_path / "m/README.md").read_text(encoding="utf-8")
+    assert "- This model: MIT" in text
+    assert "| kōkako | 4 | 1 | " in text
+    np.testing.assert_array_equal(api.load(tmp_path / "m").predict_proba(x), one.predict_proba(x))
+    table = api.predict(tmp_path / "m", x, top=2)
+    assert table.columns.tolist() == ["image", "rank", "class", "confidence"]
+    assert table[table["rank"] == 1]["class"].tolist() == one.predict(x).tolist()
+    assert table[table["rank"] == 1]["confidence"].to_numpy() == pytest.approx(one.predict_proba(x).max(1))
+
+
+def test_maps_are_compared_and_predicted():
+    x, y = arrays(shape=(4, 2, 2))
+    one = api.compare(x, y, methods=["dr"], ratios=[0.25], seeds=[0]).take("dr")
+    assert (one.predict(x) == y).mean() > 0.8
+    np.testing.assert_allclose(one.predict_proba(x), one.predict_proba(x.mean((2, 3))), atol=1e-6)
+
+
+def test_features_of_images_are_those_of_the_stages(photos, weights, features, tmp_path):
+    section = {"dataset": "image_folder", "options": {"root": str(photos), "train": "."}, "test": 0.2}
+    prepare.run(prepare.Params(**section), Run("prepare", tmp_path / "p"))
+    samples = load_samples(tmp_path / "p")
+    images = samples.images(section)
+    backbone = train_backbone.Params(arch="resnet20", weights=weights, input=INPUT, head="none")
+    train_backbone.run(backbone, Run("b", tmp_path / "b"), samples, images)
+    params = extract.Params(batchnorm=["stage1"], dtype="float32", batch_size=16)
+    extract.run(params, Run("b", tmp_path / "c", CPU), samples, images, tmp_path / "b")
+    cached = api.extract_features(tmp_path / "c")
+    mine = dict(zip(features.source, features.values, strict=True))
+    assert set(mine) == set(cached.source)
+    np.testing.assert_allclose(np.stack([mine[s] for s in cached.source]), cached.values, rtol=1e-5, atol=1e-6)
+    assert dict(zip(features.source, features.labels, strict=True)) == dict(
+        zip(cached.source, cached.labels, strict=True)
+    )
+    assert set(cached.split) == {"train", "test"}
+    assert set(api.extract_features(tmp_path / "c", split="test").split) == {"test"}
+
+
+def test_images_may_be_files_or_arrays(photos, weights, features):
+    more = {"weights": weights, "input": INPUT, "batch_size": 16, "device": "cpu"}
+    paths = [photos / source for source in features.source[:3]]
+    files = api.extract_features(paths, "resnet20", **more)
+    assert files.labels is None
+    np.testing.assert_allclose(files.values, features.values[:3], rtol=1e-5, atol=1e-6)
+    pixels = np.stack([np.asarray(Image.open(path)) for path in paths])
+    held = api.extract_features(pixels, "resnet20", **more)
+    np.testing.assert_array_equal(held.values, files.values)
+    grey = api.extract_features(pixels[..., 0], "resnet20", **more)
+    assert grey.values.shape == files.values.shape
+
+
+def test_a_classifier_of_images_is_a_model_for_h2t_predict(photos, features, tmp_path):
+    one = api.compare(features, methods=["dr"], ratios=[0.25], seeds=[0]).take("dr")
+    one.save(tmp_path / "m")
+    done = invoke("predict", tmp_path / "m", photos)
+    assert done.exit_code == 0, done.output
+    lines = list(csv.DictReader(io.StringIO(done.stdout)))
+    by_name = {line["image"].removeprefix(f"{photos}/"): line for line in lines}
+    of_features = api.predict(one, features)
+    assert [by_name[name]["class"] for name in of_features["image"]] == of_features["class"].tolist()
+    of_images = api.predict(one, photos)
+    assert of_images["class"].tolist() == [line["class"] for line in lines]
+    assert api.predict(tmp_path / "m", [photos / "owl/00.png"])["class"].tolist() == [by_name["owl/00.png"]["class"]]
+
+
+def test_arrays_become_a_cache_that_is_sound(tmp_path):
+    x, y = arrays()
+    spec = api.write_cache(tmp_path / "c", x, y, source=[f"IMG_{i}" for i in range(len(x))])
+    assert (spec.provenance["classes"], spec.provenance["counts"]) == (NAMES.tolist(), list(COUNTS))
+    assert verify(tmp_path / "c") == []
+    back = api.extract_features(tmp_path / "c")
+    order = [int(source.removeprefix("IMG_")) for source in back.source]
+    np.testing.assert_array_equal(back.values, x[order])
+    assert back.labels == y[order].tolist()
+
+
+def test_groups_and_given_splits_are_kept():
+    x, y = arrays()
+    given = api._gathered(x, y, None, [f"camera {i % 7}" for i in range(len(x))])
+    held = api._held_out(given, 0.2, 0.2, 0)
+    by_group = {g: {s for h, s in zip(given.group, held, strict=True) if h == g} for g in given.group}
+    assert all(len(splits) == 1 for splits in by_group.values())
+    assert set(held) == {"train", "val", "test"}
+    mine = ["test" if i % 2 else "train" for i in range(len(x))]
+    assert api._held_out(api._gathered(x, y, mine, None), 0.2, 0, 0) == mine
+
+
+X, Y = arrays()
+WRONG = {
+    "no labels": (lambda p: api.compare(X), "labels: one for each row is needed; got none"),
+    "few labels": (lambda p: api.compare(X, Y[:-1]), "labels: must have one value for each of 42 rows; got 41"),
+    "few splits": (lambda p: api.compare(X, Y, split=["train"]), "split: must have one value for each"),
+    "another split": (lambda p: api.write_cache(p, X, Y, split=["train"] * 41 + ["pruefung"]), "got 'pruefung'"),
+    "no method": (lambda p: api.compare(X, Y, methods=["drr"]), "'drr'"),
+    "a wrong key": (lambda p: api.compare(X, Y, methods={"dr": {"poool": 1}}), "methods.dr.poool: unknown key"),
+    "a ratio": (lambda p: api.compare(X, Y, ratios=[1.5]), "methods.crt.grid.ratio[0]: must lie in [0, 1]; got 1.5"),
+    "no test rows": (lambda p: api.compare(X, Y, test=0), "test: must leave at least one row for testing"),
+    "NaN": (lambda p: api.write_cache(p, np.full((2, 3), np.nan), ["a", "b"]), "holds NaN"),
+    "three axes": (lambda p: api.compare(X[:, :, None], Y), "(n, C) or (n, C, H, W)"),
+    "Booleans": (lambda p: api.write_cache(p, X, Y == "owl"), "labels must be whole numbers or texts"),
+    "no backbone": (lambda p: api.extract_features([np.zeros((9, 9), np.uint8)], "resnet51"), "'resnet50'"),
+    "floats": (lambda p: api.extract_features(np.zeros((2, 9, 9, 3)), "resnet20", weights="none"), "must be uint8"),
+    "no file": (lambda p: api.extract_features([p / "x.png"], "resnet20", weights="none"), "x.png: no such image"),
+    "no model": (lambda p: api.predict(p, X), "no such file"),
+    "a device": (lambda p: api.compare(X, Y, device="gpu"), "device: must be auto, cpu"),
+}
+
+
+@pytest.mark.parametrize(("call", "says"), WRONG.values(), ids=WRONG)
+def test_wrong_use_is_one_line_and_leaves_nothing(tmp_path, call, says):
+    with pytest.raises(UserError) as caught:
+        call(tmp_path / "out")
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_features_of_another_width_are_refused(compared):
+    with pytest.raises(UserError, match=r"features: must have shape \(n, 8\).*got \(42, 7\)"):
+        compared.take("dr").predict(X[:, :7])
+    with pytest.raises(UserError, match="method: must be one of dr, ncm; got 'crt'"):
+        compared.take("crt")
+
+
+def test_no_stage_and_no_cache_imports_the_public_modules():
+    importing = {m for m, path in modules().items() if {"h2t.api", "h2t.estimator"} & imports(path)}
+    assert importing == set()

@@ -1,0 +1,79 @@
+"""The arena: every method on one cache, tuned alike, one table; a method of one's own takes part."""
+
+import json
+
+import pytest
+import yaml
+from pipeline_builders import ROOT, make_backbone_dir, make_stage2_cache
+from test_docs_adding import install
+
+from benchmarks import arena
+from h2t.pipeline.base import plugins
+from h2t.pipeline.base.errors import UserError
+
+TINY = [
+    "device=cpu",
+    "host_defaults.folds=2",
+    "host_defaults.optimiser.epochs=1",
+    "host_defaults.grid.lr=[0.02, 0.2]",
+    "host_defaults.grid.seed=[0, 1, 2]",
+]
+METHODS = ["dr", "smote", "pair_mixup", "tau_norm"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A cache with classes that its features tell apart, and its backbone."""
+    folder = tmp_path_factory.mktemp("arena")
+
+    def apart(maps, rows):
+        for row, label in enumerate(rows["label"].to_pylist()):
+            maps[0][row, label] += 1
+
+    digest = make_backbone_dir(folder / "backbone", classes=3)
+    counts = {"counts": (30, 9, 4), "val": 0, "test": 20}
+    cache = make_stage2_cache(folder / "cache", shape=(64, 2, 2), backbone=digest, change=apart, **counts)
+    return cache, folder / "backbone"
+
+
+def test_a_method_of_ones_own_appears_beside_the_others(tmp_path, made, monkeypatch, capsys):
+    """Written by docs/adding-a-host.md; tuned, trained and ranked like any other."""
+    monkeypatch.setenv("H2T_PLUGINS", str(tmp_path / "plugins"))
+    _, name = install(ROOT / "docs" / "adding-a-host.md", tmp_path / "plugins")
+    assert name in arena.parameters()["hosts"]
+    values = arena.parameters([*METHODS, name], TINY)
+    values["hosts"]["reslt"] = {"host": "reslt", "backbone": "ce_mixup", "pool": "moments"}  # not for this backbone
+    lines = arena.Arena(values, *made, tmp_path / "out").run()
+    assert "reslt: left out: classifier: must be of the same kind" in capsys.readouterr().out
+    assert {(line["method"], line["h2t"]) for line in lines} == {
+        *((method, words) for method in ("dr", "smote", "pair_mixup", name) for words in ("without", "with")),
+        ("tau_norm", "without"),
+    }
+    assert [line["top1"] for line in lines] == sorted((line["top1"] for line in lines), reverse=True)
+    assert lines[0]["rank"] == 1
+    by_name = {(line["method"], line["h2t"]): line for line in lines}
+    assert by_name["dr", "without"]["difference"] is None
+    assert by_name[name, "with"]["difference"]["covers"] == ["seeds", "images"]
+    assert by_name["dr", "with"]["chosen"]["lr"] in (0.02, 0.2)
+    assert by_name["tau_norm", "without"]["chosen"]["loss.tau"] in (0.25, 0.5, 0.75, 1.0)
+    assert by_name["smote", "with"]["needs"] == "training features"
+    assert by_name["pair_mixup", "with"]["needs"] == "a second sampler (instance)"
+    assert json.loads((tmp_path / "out/arena.json").read_text())["left_out"].keys() == {"reslt"}
+    text = (tmp_path / "out/arena.md").read_text()
+    assert len(text.splitlines()) == 2 + len(lines)
+    assert f"| {name} " in text
+    assert arena.Arena(values, *made, tmp_path / "out").run() == lines
+    assert capsys.readouterr().out.count("finished before") == 5
+
+
+def test_every_built_in_method_of_one_backbone_is_in_the_preset():
+    entries = yaml.safe_load((ROOT / "presets/arena.yaml").read_text(encoding="utf-8"))["hosts"].values()
+    needs_its_own_stage_one = {"ride", "reslt"}
+    assert {entry["host"] for entry in entries} == set(plugins.names("hosts")) - needs_its_own_stage_one
+    assert {entry["receiver"] for entry in entries if "receiver" in entry} == set(plugins.names("samplers"))
+
+
+def test_an_unknown_method_is_one_line():
+    with pytest.raises(UserError, match="--only drr: must be one of dr, crt") as caught:
+        arena.parameters(["drr"])
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,152 @@
+"""What hosts may ask for beyond a batch: training features first, a second sampler, progress, a change of receivers."""
+
+import numpy as np
+import pytest
+import torch
+from conformance import CHANNELS, COUNTS, make_host
+from pipeline_builders import (
+    CPU,
+    distance,
+    make_backbone_dir,
+    make_stack,
+    make_stage2_cache,
+    make_stage2_rows,
+    silent,
+    trained,
+)
+from test_streams import column, make_streams
+
+from h2t.cache.reader import open_cache
+from h2t.pipeline.base import plugins
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.run import Run
+from h2t.pipeline.heads.features import FeatureReader
+from h2t.pipeline.heads.host import Context
+from h2t.pipeline.heads.residency import Choice, Feed, Residency
+from h2t.pipeline.heads.stored import HeadParts, build_head, load_heads
+from h2t.pipeline.networks.classifier import global_average
+from h2t.pipeline.stages import pool, train_classifier
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return make_stage2_cache(tmp_path_factory.mktemp("wider") / "c", counts=COUNTS, shape=(CHANNELS, 2, 2))
+
+
+def test_partners_are_drawn_apart_from_donors_and_read_like_receivers():
+    rows = make_stage2_rows(counts=(40, 12, 5), views=2)
+    streams = make_streams(rows, partner="instance", batch_size=8)
+    assert streams.step_rows == 2 * 4 * 8
+    for step in range(streams.steps):
+        batch = streams.batch(0, step)
+        assert set(column(rows, "statistics", batch.partners.ravel())) == {"balanced"}
+        assert set(column(rows, "split", batch.partners.ravel())) == {"train"}
+        assert np.array_equal(column(rows, "label", batch.partners), batch.partner_labels)
+        donors = column(rows, "sample", batch.donors[:, 0])  # instance-wise, too
+        assert not np.array_equal(column(rows, "sample", batch.partners), donors)
+    whole = np.concatenate([streams.batch(0, step).partners for step in range(streams.steps)], 1)
+    for seed in range(2):
+        assert len(set(column(rows, "sample", whole[seed]))) == 57
+    usual = make_streams(rows, batch_size=8)
+    ours, theirs = streams.batch(1, 2), usual.batch(1, 2)
+    assert np.array_equal(ours.receivers, theirs.receivers)
+    assert np.array_equal(ours.donors, theirs.donors)
+    assert usual.batch(0, 0).partners.size == 0
+
+
+def test_samples_are_places_in_the_features_that_were_prepared(cache):
+    with open_cache(cache) as opened:
+        streams = make_streams(opened.rows, class_names=list("abcd"), batch_size=8)
+        features = opened.read(streams.receivers.first)
+        batch = streams.batch(0, 1)
+        assert np.array_equal(features[batch.samples.ravel()], opened.read(batch.receivers.ravel()))
+
+
+@pytest.mark.parametrize("budget", [1, 20_000])
+def test_streaming_reads_partners_too(cache, budget):
+    with open_cache(cache) as opened:
+        reader = FeatureReader(opened, global_average)
+        streams = make_streams(opened.rows, class_names=list("abcd"), partner="reverse")
+        feeds = [Feed(streams, reader, Choice(tier, "test"), budget, CPU, silent) for tier in ("memory", "stream")]
+        for kept, read in zip(*(feed.steps(1) for feed in feeds), strict=True):
+            assert torch.equal(kept.table.take(kept.batch.partners), read.table.take(read.batch.partners))
+
+
+def test_progress_is_the_share_of_finished_epochs(cache, monkeypatch):
+    seen = []
+    isda = plugins.load("hosts", "isda").Host
+    original = isda.batch_loss
+
+    def listening(self, state, batch):
+        seen.append(batch.progress)
+        return original(self, state, batch)
+
+    monkeypatch.setattr(isda, "batch_loss", listening)
+    stack = make_stack(cache, [{}], **make_host("isda").options, batch_size=64)
+    trained(stack, epochs=4)
+    assert seen == [0.0, 0.25, 0.5, 0.75]
+
+
+@pytest.mark.parametrize("name", ["smote", "feature_transfer", "cam_split"])
+def test_receivers_are_changed_before_fusion(cache, name):
+    """With all channels replaced nothing of the receivers is left, so the host trains like DR."""
+    heads = [{"ratio": 0.0}, {"ratio": 1.0}]
+    made = make_host(name)
+    stack = make_stack(cache, heads, **made.options, batch_size=16, dtype=torch.float64)
+    usual = make_stack(cache, heads, **{**made.options, "host": "dr"}, batch_size=16, dtype=torch.float64)
+    (ours, _), (theirs, _) = trained(stack), trained(usual)
+    assert distance(ours["weight"][1], theirs["weight"][1]) < 1e-12
+    assert distance(ours["weight"][0], theirs["weight"][0]) > 1e-6
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A cache of whole maps, a pooled copy, and their backbone."""
+    folder = tmp_path_factory.mktemp("project")
+    digest = make_backbone_dir(folder / "b", classes=len(COUNTS))
+    cache = make_stage2_cache(folder / "c", counts=COUNTS, shape=(64, 2, 2), backbone=digest)
+    with open_cache(cache) as opened:
+        pool.run(pool.Params(), Run("b", folder / "pooled"), opened)
+    return folder
+
+
+def run_stage(out, project, *, cache="c", say=silent, stack_bytes=None, **section):
+    values = {"backbone": "b", "optimiser": {"epochs": 1}, "grid": {"ratio": [0.0, 0.3], "seed": [0, 1]}, **section}
+    params = train_classifier.Params.model_validate(values)
+    with open_cache(project / cache) as opened:
+        residency = Residency(stack_bytes=stack_bytes)
+        return train_classifier.run(params, Run("h", out, say=say), residency, opened, project / "b")
+
+
+@pytest.mark.parametrize(
+    ("section", "text"),
+    [
+        ({"host": "smote", "pool": "attention"}, "hosts.h.pool: host smote changes features before fusion"),
+        ({"host": "cam_split", "cache": "pooled"}, "host cam_split needs whole maps; got a pooled cache"),
+        ({"host": "influence_balanced", "classifier": "cosine"}, "classifier: host influence_balanced needs a linear"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(tmp_path, project, section, text):
+    with pytest.raises(UserError) as caught:
+        run_stage(tmp_path / "h", project, **section)
+    assert text in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "h").exists()
+
+
+def test_a_change_before_fusion_does_not_go_with_layers_behind_the_pool():
+    parts = HeadParts("smote", {}, "linear", 1.0, "gap", {}, "hosts.h")
+    with pytest.raises(UserError, match=r"hosts\.h\.host: smote changes what its classifier gets before fusion"):
+        build_head(parts, Context(torch.tensor(COUNTS), 8, 1), 8, frozen=lambda features: features)
+
+
+@pytest.mark.parametrize("name", ["oltr", "meta_saug", "cam_split"])
+def test_the_stage_trains_it_in_parts_as_at_once(tmp_path, project, name):
+    """Each part looks at the training features anew."""
+    said = []
+    run_stage(tmp_path / "one", project, host=name)
+    run_stage(tmp_path / "many", project, host=name, say=said.append, stack_bytes=1)
+    assert any("4 classifiers in 4 parts" in line for line in said)
+    one, many = (load_heads(tmp_path / folder).state for folder in ("one", "many"))
+    for key, tensor in one.items():
+        assert distance(many[key], tensor) <= 1e-5

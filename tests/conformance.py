@@ -228,7 +228,8 @@ def check_fusion(cache: Path, name: str = "dr") -> None:
     )
     assert np.array_equal(seen[0].numpy(), labels[receivers])
     before = maps.clone()
-    x = stack.fused(at)
+    given, given_donors = stack.given(at)
+    x = stack.fused(at.draws, given.features, given_donors)
     again = table.take(stack.streams.rows)[0]
     assert torch.equal(again, before[torch.from_numpy(stack.streams.rows)]), "the features were changed in place"
     mine, theirs = torch.randn(2, 3, 4), torch.randn(2, 3, 4)

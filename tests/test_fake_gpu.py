@@ -25,7 +25,7 @@ from h2t.pipeline.heads import stack as stack_module
 from h2t.pipeline.heads.batches import Streams
 from h2t.pipeline.heads.draws import Draws
 from h2t.pipeline.heads.features import FeatureReader
-from h2t.pipeline.heads.host import Context
+from h2t.pipeline.heads.host import Context, is_stackable
 from h2t.pipeline.heads.residency import Choice, Feed
 from h2t.pipeline.heads.stack import HeadSetting, Stack
 from h2t.pipeline.heads.stored import HeadParts, Heads, build_head
@@ -121,16 +121,13 @@ def open_stack(opened, name, tier, pooled, selections=SELECTIONS):
         context = Context(torch.from_numpy(streams.index.counts), CHANNELS, 2, 4)
         parts = HeadParts(name, {}, made.classifier, made.scale, made.pool, {}, "hosts.fake")
         head = build_head(parts, context)
+    pooled = pooled and host.reads != "maps"
     reader = FeatureReader(opened, (lambda m: head.pool({}, m)) if pooled else None)
     feed = Feed(streams, reader, Choice(tier, "test"), 10 * reader.row_bytes, GPU, silent)
     heads = [HeadSetting(r, "instance", s, seed) for r in (0.0, 0.5) for s in selections for seed in (0, 1)]
     stack = Stack(head, heads, feed)
     stack.start(made.stage1)
     return stack
-
-
-#: Gradients inside a loss, and copies of whole maps, which a device without hardware cannot make.
-NOT_HERE = {"meta_saug", "cam_split"}
 
 
 def on_the_gpu(stack):
@@ -141,31 +138,42 @@ def on_the_gpu(stack):
     return replace(at, draws=Draws(rows, **drawn))
 
 
+#: Gradients inside a loss, and copies of whole maps, which a device without hardware cannot make.
+NESTED = {"meta_saug", "cam_split"}
+
+
 @pytest.mark.parametrize(
-    ("name", "tier"), [*((name, "device") for name in gradient_hosts() if name not in NOT_HERE), ("dr", "stream")]
+    ("name", "tier"), [*((name, "device") for name in gradient_hosts() if name not in NESTED), ("dr", "stream")]
 )
 def test_features_fusion_and_losses_of_a_stack(fake, cache, name, tier):
     """A window as it is loaded (its thread would not know the mode), and a step up to the losses of all heads."""
     with open_cache(cache) as opened:
         stack = open_stack(opened, name, tier, pooled=True)
         at = on_the_gpu(stack)
-        x = stack.fused(at)
+        given, donors = stack.given(at, 0.5)
+        assert all(part.device == GPU for part in given if isinstance(part, torch.Tensor))
+        x = stack.fused(at.draws, given.features, donors)
         assert x.device == GPU
-        batch = stack._given(at, x, stack._seed)
-        assert all(part.device == GPU for part in batch if isinstance(part, torch.Tensor))
+        of_heads = stack_module._taken(given, stack._seed, x)
         state = {k: t.detach() for k, t in stack.state.items()}
-        losses = vmap(stack.head.batch_loss, in_dims=(0, stack_module._axes(batch)))(state, batch)
+        losses = vmap(stack.head.batch_loss, in_dims=(0, stack_module._axes(of_heads)))(state, of_heads)
         assert losses.shape == (16,)
         assert losses.device == GPU
-        updated = vmap(stack.head.update)(state, x, batch.labels)
+        updated = vmap(stack.head.update)(state, x, of_heads.labels)
         assert all(t.device == GPU for t in updated.values())
         if stack.at_once:
             for selections in (("random",), ("shuffled",)):  # folded, and fused
                 stack = open_stack(opened, name, tier, pooled=True, selections=selections)
                 at = on_the_gpu(stack)
-                batch = stack._given(at, stack._logits(at), stack._seed, partners=False)
-                losses = stack._losses_at_once(batch)
-                assert (losses.shape, losses.device) == ((4,), GPU)
+                given, donors = stack.given(at)
+                logits = stack._logits(at.draws, given.features, donors)
+                of_heads = stack_module._taken(given._replace(partners=None), stack._seed, logits)
+                state = {k: t.detach() for k, t in stack.state.items()}
+                losses = stack._on_logits.batch_loss
+                if not is_stackable(stack._on_logits):
+                    losses = vmap(losses, in_dims=(0, stack_module._axes(of_heads)))
+                found = losses(state, of_heads)
+                assert (found.shape, found.device) == ((4,), GPU)
 
 
 @pytest.mark.parametrize("name", sorted({*gradient_hosts(), *fitted_hosts()} - {"logistic_regression", "ncm", "httn"}))

@@ -1,4 +1,3 @@
-from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -176,7 +175,8 @@ def test_a_stacks_input_is_the_slow_fusion_and_the_cache_stays(tmp_path, pooled)
     rows = stack.streams.rows
     before = table.take(rows).clone()
     masks = stack.masks(at.draws.ranks)
-    fused = stack.fused(at)
+    given, donors = stack.given(at)
+    fused = stack.fused(at.draws, given.features, donors)
     for k, head in enumerate(stack.heads):
         place = stack.streams.seeds.index(head.seed)
         receiver = table.take(batch.receivers[place])
@@ -217,7 +217,10 @@ def test_shuffled_heads_of_a_stack(tmp_path, pooled):
     at = next(stack.feed.steps(1, 0, 0, stack.draw))
     batch, table, orders = at.batch, at.table, at.draws.orders
     masks = stack.masks(at.draws.ranks)
-    fused, plain = stack.fused(at), stack.fused(replace(at, draws=at.draws._replace(orders=None)))
+    given, all_donors = stack.given(at)
+    fused, plain = (
+        stack.fused(draws, given.features, all_donors) for draws in (at.draws, at.draws._replace(orders=None))
+    )
     for k, head in enumerate(heads):
         seed = stack.streams.seeds.index(head["seed"])
         if head["selection"] != "shuffled":

@@ -15,18 +15,18 @@ class Draws(NamedTuple):
     """The draws of one step, on the training device.
 
     `rows`: arrays of rows whose features are gathered, as (their places in the table, their shape). `labels`: of the
-    receivers, int64 (seeds, B). `ranks`: of the channels, int32 (seeds, E, C). `noise`: the random part of the loss,
-    (seeds, ...). `orders`: of shuffled donors, int64 (seeds that have any, E, B, C). `samples`, `partner_labels`, int64
-    (seeds, B): as in `Batch`, for hosts that use them.
+    receivers, int64 (seeds, B), as are `samples`, their places among the training samples, and `partner_labels`, those
+    of the second sampler. `ranks`: of the channels, int32 (seeds, E, C). `noise`: the random part of the loss,
+    (seeds, ...). `orders`: of shuffled donors, int64 (seeds that have any, E, B, C).
     """
 
     rows: list[tuple[list[torch.Tensor], tuple[int, ...]]]
     labels: torch.Tensor
+    samples: torch.Tensor
     ranks: torch.Tensor
+    partner_labels: torch.Tensor | None = None
     noise: torch.Tensor | None = None
     orders: torch.Tensor | None = None
-    samples: torch.Tensor | None = None
-    partner_labels: torch.Tensor | None = None
 
 
 def sent(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:

@@ -33,12 +33,9 @@ def stackable(method: Method) -> Method:
 
 
 def is_stackable(host: "GradientHost") -> bool:
-    """Whether its `loss` and `logits` are marked, and nothing stands before its `loss`.
-
-    An override without the mark counts, not what it overrides.
-    """
-    marked = all(hasattr(method, "stackable") for method in (host.loss, host.logits))
-    return marked and type(host).batch_loss is GradientHost.batch_loss
+    """Whether its `loss` and `logits` are marked. An override without the mark counts, not what it overrides."""
+    whole = type(host).batch_loss is GradientHost.batch_loss
+    return whole and all(hasattr(method, "stackable") for method in (host.loss, host.logits))
 
 
 @dataclass(frozen=True)

@@ -37,15 +37,18 @@ from h2t.pipeline.heads.fusion import (
 from h2t.pipeline.heads.head import Head
 from h2t.pipeline.heads.host import GradientHost, TrainingBatch, is_stackable
 from h2t.pipeline.heads.residency import MAX_WINDOW_STEPS, Feed, Step
-from h2t.pipeline.networks.classifier import expert_logits
 from h2t.pipeline.networks.trained import StageOneHead
 from h2t.pipeline.training.resume import Checkpoint
 
 LEAST_LENGTH = 1e-12  # of a feature vector, as in torch's `normalize`
-FOLDED_CLASSES = 2  # of more classes than this times the batch, fused features cost less than folded weights
+FOLDED_CLASSES = 64  # with more classes, fused features cost less than folded weights (docs/decisions/0019)
 DRAWN: tuple[Selection, ...] = ("random", "shuffled")  # selections that draw their channels
 FLOAT = 4  # bytes of a float32, which heads compute with
 PER_HEAD = ("lr", "weight_decay")  # constants in which heads of one stack may differ
+
+
+Product = Callable[[torch.Tensor], torch.Tensor]
+Lengths = Callable[[], torch.Tensor]
 
 
 class NotFinite(Exception):
@@ -136,6 +139,12 @@ def _axes(batch: TrainingBatch) -> Any:
     return TrainingBatch(*(0 if isinstance(part, torch.Tensor) else None for part in batch))  # type: ignore[arg-type]
 
 
+def _taken(batch: TrainingBatch, seeds: torch.Tensor | int, features: torch.Tensor) -> TrainingBatch:
+    """The parts of one seed or, with an index for each head, those of the heads; `features` as given."""
+    rest = (part[seeds] if isinstance(part, torch.Tensor) else part for part in batch[1:])
+    return TrainingBatch(features, *rest)  # type: ignore[arg-type]
+
+
 class Stack:
     """K heads of one kind. `state` holds their parameters, name -> (K, ...).
 
@@ -167,13 +176,12 @@ class Stack:
         self._mixing = bool((mixed & (self.replaced > 0)).any())
         share = torch.tensor(mixed * self.replaced / channels, device=self.device, dtype=self.dtype)
         self._share = share[:, None, None]
-        self._epochs = 1  # of the training; progress is counted by it
         self.state: dict[str, torch.Tensor] = {}
         changes = type(self.host).update is not GradientHost.update
         self.at_once = at_once and head.linear and len(feed.shape) == 1 and not changes
         # Feature mixup changes lengths by more than its shares, and shuffled donors are different for each head.
         usual = not len(shuffled) and not (self._mixing and self.host.classifier == "cosine")
-        few = self.host.context.classes <= FOLDED_CLASSES * self.streams.batch_size
+        few = self.host.context.classes <= FOLDED_CLASSES
         self._folds = self.at_once and usual and few and bool(self.replaced.any()) and not self.host.augments
         self._groups = Groups(self._seed_index, donor_index, self.device)
 
@@ -209,16 +217,15 @@ class Stack:
         ]
 
     def drawn(self, epoch: int, step: int, batch: Batch) -> dict[str, torch.Tensor]:
-        """The tensors of `Draws` but `rows`, by name, on the CPU; without those that the host does not have."""
+        """The tensors of `Draws` but `rows`, by name, on the CPU; without noise and orders where there are none."""
         size = batch.labels.shape[1]
-        tensors = {"labels": torch.from_numpy(batch.labels), "ranks": torch.from_numpy(self.ranks(epoch, step))}
+        parts = {"labels": batch.labels, "samples": batch.samples, "ranks": self.ranks(epoch, step)}
+        if self.streams.partner:
+            parts["partner_labels"] = batch.partner_labels
+        tensors = {name: torch.from_numpy(part) for name, part in parts.items()}
         noise = [self.host.noise(stream(seed, "noise", epoch, step), size) for seed in self.streams.seeds]
         if given := [n.to(self.dtype) for n in noise if n is not None]:
             tensors["noise"] = torch.stack(given)
-        if self.host.prepares:
-            tensors["samples"] = torch.from_numpy(batch.samples)
-        if self.streams.partner:
-            tensors["partner_labels"] = torch.from_numpy(batch.partner_labels)
         if len(self._shuffled):
             tensors["orders"] = torch.from_numpy(self.orders(epoch, step, size))
         return tensors
@@ -236,57 +243,45 @@ class Stack:
         return np.array([[donor_orders(seed, epoch, step, e, size, channels) for e in experts] for seed in seeds])
 
     def _gathered(self, batch: Batch) -> list[np.ndarray]:
-        """The rows that a step gathers: pairs for groups of heads (G, 2 B), or receivers, donors and partners.
-
-        Donors are left out where nothing is replaced, partners where there are none; these come last.
-        """
+        """The rows that a step gathers: pairs for groups of heads (G, 2 B), or receivers, donors and partners."""
         if self._folds:
             seed, donor = self._groups.seed, self._groups.donor
             pairs = np.stack([batch.receivers[seed], batch.donors[seed, donor]], axis=-1)
             return [pairs.reshape(len(pairs), -1)]
-        rows = [batch.receivers, batch.donors] if self.replaced.any() else [batch.receivers]
-        return [*rows, batch.partners] if self.streams.partner else rows
+        donors = [batch.donors] if self.replaced.any() else []
+        return [batch.receivers, *donors, *([batch.partners] if self.streams.partner else [])]
 
     def masks(self, ranks: torch.Tensor) -> torch.Tensor:
         """Masks of the channels that are replaced in a batch with these `ranks`, bool (K, E, C)."""
         drawn = ranks[self._seed] < self._replaced
         return drawn if self._fixed is None else torch.where(self._drawn, drawn, self._fixed.unsqueeze(1))
 
-    def receivers(self, at: Step) -> torch.Tensor:
-        """The receivers before fusion, as the host changes them, (seeds, E, B, C[, H, W])."""
-        assert at.draws is not None
-        receivers = at.table.gather(*at.draws.rows[0])
-        if not self.host.augments:
-            return receivers
-        return torch.stack([self.host.augment(self._given(at, own, seed)) for seed, own in enumerate(receivers)])
+    def given(self, at: Step, progress: float = 0.0) -> tuple[TrainingBatch, torch.Tensor | None]:
+        """(What a step brings, with a leading axis of seeds; donors (seeds, donors, E, B, C[, H, W]) if any are used).
 
-    def _given(
-        self, at: Step, features: torch.Tensor, seeds: int | torch.Tensor, *, partners: bool = True
-    ) -> TrainingBatch:
-        """What a step brings beside `features`, to one seed or, with an index for each head, to every head."""
+        `features` are the receivers before fusion, augmented. Where fusion is folded they are pairs, (G, E, 2 B, C).
+        """
         draws = at.draws
         assert draws is not None
-        paired = partners and draws.partner_labels is not None
-        return TrainingBatch(
-            features,
-            draws.labels[seeds],
-            None if draws.noise is None else draws.noise[seeds],
-            None if draws.samples is None else draws.samples[seeds],
-            at.table.gather(*draws.rows[-1])[seeds] if paired else None,
-            None if draws.partner_labels is None else draws.partner_labels[seeds],
-            at.epoch / self._epochs,
-        )
+        features, *others = (at.table.gather(*rows) for rows in draws.rows)
+        donors = others[0] if self.replaced.any() and not self._folds else None
+        partners = others[-1] if self.streams.partner and not self._folds else None
+        labels = draws.partner_labels
+        given = TrainingBatch(features, draws.labels, draws.noise, draws.samples, partners, labels, progress)
+        if not self.host.augments:
+            return given, donors
+        each = [_taken(given, seed, receivers) for seed, receivers in enumerate(given.features)]
+        return given._replace(features=torch.stack([self.host.augment(one) for one in each])), donors
 
-    def fused(self, at: Step) -> torch.Tensor:
+    def fused(self, draws: Draws, receivers: torch.Tensor, donors: torch.Tensor | None) -> torch.Tensor:
         """The fused input of every head, (K, E, B, C[, H, W]), in the feed's dtype."""
-        assert at.draws is not None
-        receivers = self.receivers(at)[self._seed]
-        if not self.replaced.any():
+        receivers = receivers[self._seed]
+        if donors is None:
             return receivers
-        donors = at.table.gather(*at.draws.rows[1])[self._seed, self._donor]
-        if at.draws.orders is not None:
-            donors[self._shuffled] = shuffle(donors[self._shuffled], at.draws.orders[self._order])
-        masks = self.masks(at.draws.ranks)
+        donors = donors[self._seed, self._donor]
+        if draws.orders is not None:
+            donors[self._shuffled] = shuffle(donors[self._shuffled], draws.orders[self._order])
+        masks = self.masks(draws.ranks)
         inner = (1,) * (receivers.dim() - 4)  # the axes after the channels
         x = fuse(receivers, donors, masks.reshape(*masks.shape[:2], 1, -1, *inner))
         if self._mixing:
@@ -294,19 +289,25 @@ class Stack:
             x = torch.where(share > 0, mix(receivers, donors, share), x)
         return x
 
-    def step(self, at: Step, descent: Descent, rate: float) -> torch.Tensor:
-        """Makes one step of every head at learning rate `rate`. Returns their losses before the step, (K,)."""
+    def step(self, at: Step, descent: Descent, rate: float, progress: float = 0.0) -> torch.Tensor:
+        """Makes one step of every head at learning rate `rate`. Returns their losses before the step, (K,).
+
+        `progress`: finished epochs / epochs.
+        """
+        assert at.draws is not None
+        given, donors = self.given(at, progress)
         if self.at_once:
-            losses = self._gradients_at_once(self._given(at, self._logits(at), self._seed, partners=False))
+            logits = self._logits(at.draws, given.features, donors)
+            losses = self._gradients_at_once(_taken(given._replace(partners=None), self._seed, logits))
             descent.step(rate)
             return losses
-        x = self.fused(at)
-        batch = self._given(at, x, self._seed)
-        losses = self._gradients(batch)
+        x = self.fused(at.draws, given.features, donors)
+        of_heads = _taken(given, self._seed, x)
+        losses = self._gradients(of_heads)
         descent.step(rate)
         if self.host.fixed:
             state = {name: t.detach() for name, t in self.state.items()}
-            self.state.update(vmap(self.head.update)(state, x, batch.labels))
+            self.state.update(vmap(self.head.update)(state, x, of_heads.labels))
         return losses
 
     def _gradients(self, batch: TrainingBatch) -> torch.Tensor:
@@ -322,40 +323,46 @@ class Stack:
             self.state[name].grad = gradients
         return losses.detach()
 
-    def _losses_at_once(self, batch: TrainingBatch) -> torch.Tensor:
-        """The losses of linear heads, (K,); `features` are their experts' logits (K, E, B, N)."""
-        host = self._on_logits
-        if is_stackable(host):
-            return host.loss(self.state, batch.features, batch.labels, batch.noise)
-        return vmap(host.batch_loss, in_dims=(0, _axes(batch)))(self.state, batch)
-
     def _gradients_at_once(self, batch: TrainingBatch) -> torch.Tensor:
-        """Sets the gradients of linear heads; `features` are their experts' logits. Returns the losses, (K,)."""
-        losses = self._losses_at_once(batch)
+        """Sets the gradients of linear heads; `features` are their experts' logits (K, E, B, N). Returns the losses."""
+        loss = self._on_logits.batch_loss
+        if not is_stackable(self._on_logits):
+            loss = vmap(loss, in_dims=(0, _axes(batch)))
+        losses = loss(self.state, batch)
         trained = {name: t for name, t in self.state.items() if name not in self.host.fixed}
         gradients = torch.autograd.grad(losses.sum(), list(trained.values()))
         for tensor, gradient in zip(trained.values(), gradients, strict=True):
             tensor.grad = gradient
         return losses.detach()
 
-    def _logits(self, at: Step) -> torch.Tensor:
+    def _logits(self, draws: Draws, features: torch.Tensor, donors: torch.Tensor | None) -> torch.Tensor:
         """The experts' logits of every head on its fused features, (K, E, B, N)."""
         host, state = self.host, self.state
-        if not self._folds:
-            return expert_logits(host.classifier, state, self.fused(at), host.scale)
-        assert at.draws is not None
-        groups, features = self._groups, at.table.gather(*at.draws.rows[0])  # (G, E, 2 B, C)
+        found = self._folded(draws, features) if self._folds else self._unfolded(draws, features, donors)
+        product, lengths = found
+        if host.classifier == "linear":
+            logits = product(state["weight"]) + state["bias"].unsqueeze(-1)
+        else:
+            logits = product(F.normalize(state["weight"], dim=-1)) / lengths().clamp_min(LEAST_LENGTH)
+        return (logits if host.scale == 1 else host.scale * logits).mT
+
+    def _unfolded(self, draws: Draws, receivers: torch.Tensor, donors: torch.Tensor | None) -> tuple[Product, Lengths]:
+        """Products of weights (K, E, N, C) with fused features, (K, E, N, B), and their lengths, (K, E, 1, B)."""
+        features = self.fused(draws, receivers, donors).mT
+        return lambda weight: weight @ features, lambda: features.norm(dim=-2, keepdim=True)
+
+    def _folded(self, draws: Draws, features: torch.Tensor) -> tuple[Product, Lengths]:
+        """The same without fused features, from pairs (G, E, 2 B, C)."""
+        groups = self._groups
         pairs = features.reshape(*features.shape[:2], -1, 2 * features.shape[3])
-        share = self.masks(at.draws.ranks).to(self.dtype)
+        share = self.masks(draws.ranks).to(self.dtype)
         if self._mixing:
             share = torch.where(self._share > 0, self._share, share)
-        if host.classifier == "linear":
-            logits = Folded.apply(state["weight"], share, pairs, groups) + state["bias"].unsqueeze(-1)
-        else:
-            ones = torch.ones_like(share).unsqueeze(2)
-            lengths = Folded.apply(ones, share, pairs.square(), groups).sqrt().clamp_min(LEAST_LENGTH)  # (K, E, 1, B)
-            logits = Folded.apply(F.normalize(state["weight"], dim=-1), share, pairs, groups) / lengths
-        return (logits if host.scale == 1 else host.scale * logits).mT
+        ones = torch.ones_like(share).unsqueeze(2)
+        return (
+            lambda weight: Folded.apply(weight, share, pairs, groups),
+            lambda: Folded.apply(ones, share, pairs.square(), groups).sqrt(),
+        )
 
     def train(
         self,
@@ -373,7 +380,6 @@ class Stack:
         per_head = settings.per_head(self.heads)
         descent = Descent(trained, self.host.rates, settings.momentum, settings.weight_decay, per_head)
         losses = torch.zeros(settings.epochs, len(self.heads), dtype=self.dtype, device=self.device)
-        self._epochs = settings.epochs
         first = save.restore(self.state, descent, losses) if save else 0
         steps = self.streams.steps
         drawn = sum(tensor.nbytes for tensor in self.drawn(0, 0, self.streams.batch(0, 0)).values())
@@ -381,7 +387,7 @@ class Stack:
         bar = progress(None, f"train_classifier {name}", unit="step", total=settings.epochs * steps, initial=first)
         with bar:
             for at in self.feed.steps(settings.epochs, *divmod(first, steps), self.draw, window):
-                lost = self.step(at, descent, settings.rate(at.epoch))
+                lost = self.step(at, descent, settings.rate(at.epoch), at.epoch / settings.epochs)
                 losses[at.epoch].add_(lost, alpha=at.batch.labels.shape[1])
                 bar.update()
                 if at.step == steps - 1 and (bad := not_finite(self.state)):

@@ -337,8 +337,8 @@ def _train(
                 f"{run.name}: {counted(len(heads), 'classifier')} in {len(planned)} parts, "
                 f"to stay below {amount(room.step)} per step"
             )
-        step_rows = max(size.window(part) for part in planned) // reader.row_bytes
         clock.begins("reading")
+        step_rows = max(size.window(part) for part in planned) // reader.row_bytes
         feed = Feed(streams, reader, choice, room.windows, run.device, run.say, step_rows=step_rows)
         try:
             clock.begins("training")

@@ -98,8 +98,8 @@ HEADS = [{"ratio": r, "seed": s} for r in (0.0, 0.5, 1.0) for s in (0, 1)]
 def test_heads_on_pooled_vectors_are_heads_on_maps(name, cache):
     host = make_host("reslt" if name == "moments" else "dr", (20, 9, 3), 8, pixels=9)
     options = {**host.options, "pool": name, "batch_size": 8}
-    maps, _ = trained(make_stack(cache, HEADS, pooled=False, **options))
-    vectors, _ = trained(make_stack(cache, HEADS, pooled=True, **options))
+    maps, _ = trained(make_stack(cache, HEADS, **options | {"pooled": False}))
+    vectors, _ = trained(make_stack(cache, HEADS, **options | {"pooled": True}))
     for key in maps:
         assert distance(maps[key], vectors[key]) <= 1e-5
 

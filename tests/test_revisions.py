@@ -68,7 +68,7 @@ def test_two_revisions_are_the_two_folders(here, tmp_path):
 def test_a_revision_against_the_workspace(here):
     same = invoke("report", "--compare", "two", "data")
     assert same.exit_code == 0, same.output
-    assert "+0.00 [+0.00, +0.00] too close to tell" in table_of(same.stdout)[1]
+    assert "+0.00 identical" in table_of(same.stdout)[1]
 
 
 def test_an_experiment_goes_by_its_name(here, lab):

@@ -44,8 +44,10 @@ class Difference:
 
     @property
     def interval(self) -> str | None:
-        """The interval as text in brackets; None if there is none."""
-        return None if self.low is None or self.high is None else f"[{self.low:+.2f}, {self.high:+.2f}]"
+        """The interval as text in brackets; None if there is none, and beside `identical`, which says more."""
+        if self.low is None or self.high is None or self.verdict == "identical":
+            return None
+        return f"[{self.low:+.2f}, {self.high:+.2f}]"
 
     @property
     def text(self) -> str:

@@ -13,7 +13,13 @@ repro: $(VENV)/installed
 	dvc repro
 	@echo
 	@cat data/report/results.md
-	@echo "The page: data/report/index.html. The commands h2t and dvc: source $(VENV)/bin/activate"
+	@echo
+	@echo "CIFAR-10-LT, on features that lie in examples/cifar10_lt:"
+	cd examples/cifar10_lt && dvc repro
+	@echo
+	@cat examples/cifar10_lt/data/report/results.md
+	@echo "The paper's top-1 there, on original images: DR 79.15, with H2T 82.87; MiSLAS 82.12, with H2T 83.23."
+	@echo "The pages: data/report/index.html in both folders. The commands h2t and dvc: source $(VENV)/bin/activate"
 
 # All hosts of the paper on the digits (presets/digits.yaml), in data/table: a quarter of an hour. params.yaml and what
 # `make repro` made stay as they are; killed, it resumes.

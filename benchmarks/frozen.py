@@ -6,7 +6,7 @@
 The network runs once over every image, enlarged to --size pixels; its averaged maps are all that the rest reads. Every
 method has one constant tuned on validation images (TUNED, RATES); nothing is chosen on the test images. Every step is
 written to --out as soon as it is done, so a run that is killed keeps what it has; --minutes ends a run early: what was
-not tried by then is missing in `tried`.
+not tried by then is missing in `tried`. benchmarks.frozen_results prints the tables.
 
 Beside it, with the same images: benchmarks.plain_frozen, what people write by hand.
 """
@@ -27,7 +27,8 @@ from safetensors.torch import save_file
 from threadpoolctl import threadpool_limits
 
 from benchmarks import plain_frozen
-from benchmarks.measure import RESULTS, machine, save, table
+from benchmarks.frozen_results import FIGURES, JOURNEY, lines_of, shown
+from benchmarks.measure import RESULTS, machine, save
 from h2t.cache.errors import CacheError
 from h2t.cache.reader import Cache, open_cache
 from h2t.pipeline.base import device as devices
@@ -37,8 +38,8 @@ from h2t.pipeline.base.outputs import replace_file
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.data.classes import groups
 from h2t.pipeline.data.samples import Samples, load_samples
-from h2t.pipeline.evaluation.intervals import paired
-from h2t.pipeline.evaluation.metrics import answers, over_seeds, summary
+from h2t.pipeline.evaluation.intervals import differences
+from h2t.pipeline.evaluation.metrics import Answers, group_accuracy, per_class_accuracy
 from h2t.pipeline.evaluation.scoring import load_heads_for, score_heads, score_stage1
 from h2t.pipeline.heads.batches import sample_rows
 from h2t.pipeline.heads.features import FeatureReader
@@ -50,7 +51,6 @@ from h2t.pipeline.networks.probe import Probe
 from h2t.pipeline.networks.weights import load_checkpoint
 from h2t.pipeline.stages import extract, pool, prepare, probe, train_backbone, train_classifier
 
-FIGURES = ("top1", "head", "medium", "tail")
 SPLITS = ("val", "test")
 PENALTIES = [
     1e-6,
@@ -72,7 +72,6 @@ TUNED: dict[str, tuple[str, list[Any]]] = {
 RATES = [0.02, 0.1, 0.5, 0.004, 2.0]  # learning rates of the other hosts; all hosts are trained at the first one first
 RATIOS = [0.0, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
 SEEDS = [0, 1, 2, 3, 4]
-JOURNEY = ("dr", "crt", "lws", "mislas", "balanced_softmax", "lift")
 
 
 @dataclass(frozen=True)
@@ -147,30 +146,44 @@ class Study:
         self.say = partial(print, flush=True)
         self.samples: Samples
         self.cache: Cache
+        self.labels: np.ndarray  # of the test rows
+        #: (method, whether with H2T) -> the best mean top-1 on validation images, and the predictions on test images.
+        self.best: dict[tuple[str, bool], tuple[float, list[Answers]]] = {}
 
     def run(self, hosts: Sequence[str]) -> None:
-        """Everything, the dearest last."""
+        """Everything. The hosts of the journey come first, other learning rates last, as time may run out."""
         self._prepare()
         self._extract()
         with open_cache(self.data / "pool") as self.cache:
             self.group_of = groups(self.samples.counts)["paper_index"]
             self._probe()
-            names = [n for n in hosts or one_expert_hosts() if not plugins.load("hosts", n).Host.fitted]
-            for name in names:
+            names = sorted(hosts or one_expert_hosts(), key=lambda n: n not in JOURNEY)
+            trained = [n for n in names if not plugins.load("hosts", n).Host.fitted]
+            for name in (n for n in trained if n in JOURNEY):
                 self._host(name, self.size.rates[0])
             self._journey()
-            for name in (n for n in hosts or one_expert_hosts() if n not in names):
+            for name in (n for n in names if n not in trained):
                 for value in TUNED.get(name, ("", [None]))[1]:
                     self._host(name, value)
             self._scikit_learn()
             self._plain()
-            for rate in self.size.rates[1:]:
-                for name in names:
-                    if not self.journal.late:
+            for rate in self.size.rates:
+                for name in trained:
+                    if not (self.journal.late or (rate == self.size.rates[0] and name in JOURNEY)):
                         self._host(name, rate)
-        self.journal.body["table"] = lines_of(self.journal.body)
+        self.journal.body["table"] = self._table()
         self.journal.body["finished"] = True
         self.journal.save()
+
+    def _table(self) -> list[dict[str, Any]]:
+        """The lines of the table; H2T's differences with intervals over seeds and test images."""
+        lines = lines_of(self.journal.body)
+        for line in lines:
+            if line["with_h2t"]:
+                after, before = (self.best[line["host"], with_h2t][1] for with_h2t in (True, False))
+                found = differences(after, before, self.labels, self.group_of)
+                line["differences"] = {k: d.as_dict() for k, d in found.items() if d is not None and k in FIGURES}
+        return lines
 
     def _prepare(self) -> None:
         given = {
@@ -236,12 +249,9 @@ class Study:
                     "probe", Probe(l2=l2), Run("frozen", out, self.device, say=self.say), self.cache, self.backbone
                 )
             head = backbone_head(self.cache, out, "linear", self.device, self.say)
-            found = {}
-            for split in SPLITS:
-                scores = score_stage1(self.cache, head, split, self.device)
-                found[split] = [self._figures(scores.said[0], scores.labels)]
-            self._note("probe", l2, 0.0, found)
-            best = max(best, (found["val"][0]["top1"], out))
+            scores = {split: score_stage1(self.cache, head, split, self.device) for split in SPLITS}
+            found = self._note("probe", l2, 0.0, {s: (of.said, of.labels) for s, of in scores.items()})
+            best = max(best, (found, out))
         self.head = best[1]
         self.journal.body["probe_l2"] = float(self.head.name)
 
@@ -249,7 +259,6 @@ class Study:
         """Trains and scores host `name`: at the learning rate `value`, or fitted with its tuned constant at `value`."""
         kind = plugins.load("hosts", name).Host
         given: dict[str, Any] = {"host": name, "backbone": "frozen", "batchnorm": "stage1"}
-        given["classifier"] = classifier_of(name, self.samples.counts, self.cache.spec.maps[0][0])
         if kind.fitted:
             given["loss"] = {TUNED[name][0]: value} if name in TUNED else {}
         else:
@@ -259,38 +268,45 @@ class Study:
         step = name if value is None else f"{name} {value}"
         try:
             with self.journal.step(step):
+                given["classifier"] = classifier_of(name, self.samples.counts, self.cache.spec.maps[0][0])
                 section = params.build(train_classifier.Params, f"hosts.{name}", given)
                 run = Run(name, out, self.device, say=self.say)
                 train_classifier.run(section, run, Residency(), self.cache, self.head)
                 heads = load_heads_for(self.cache, out, self.head)
                 scored = {s: score_heads(self.cache, heads, s, heads.about["evaluate"], self.device) for s in SPLITS}
-        except UserError as error:  # such as a learning rate that diverges
+        # A learning rate may diverge, and a host may need whole maps: the others go on.
+        except Exception as error:  # noqa: BLE001
             self.journal.body["failed"][step] = str(error).replace(str(self.data), "DATA")
             print(f"{step}: {error}", flush=True)
             return
-        for ratio in sorted({line["ratio"] for line in heads.table.to_pylist()}):
-            mine = [h["number"] for h in heads.table.to_pylist() if h["ratio"] == ratio]
-            found = {s: [self._figures(scored[s].said[n], scored[s].labels) for n in mine] for s in SPLITS}
-            self._note(name, value, ratio, found)
+        table = heads.table.to_pylist()
+        for ratio in sorted({line["ratio"] for line in table}):
+            mine = [line["number"] for line in table if line["ratio"] == ratio]
+            self._note(name, value, ratio, {s: ([of.said[n] for n in mine], of.labels) for s, of in scored.items()})
 
-    def _figures(self, said: Any, labels: np.ndarray) -> dict[str, Any]:
-        found = summary(said, labels, self.group_of)
-        return {k: found[k] for k in FIGURES}
+    def _figures(self, said: Answers, labels: np.ndarray) -> dict[str, float | None]:
+        """Of `FIGURES`, in percent."""
+        accuracy = per_class_accuracy(labels, said.guesses, len(self.group_of))
+        return {"top1": 100 * float((said.guesses == labels).mean()), **group_accuracy(accuracy, self.group_of)}
 
-    def _note(self, method: str, value: Any, ratio: float, found: Mapping[str, list[dict[str, Any]]]) -> None:
-        """Keeps the figures of one setting, by seed: top-1 on the validation images, all of them on the test images."""
-        self.journal.body["tried"].append(
-            {
-                "method": method,
-                "value": value,
-                "ratio": ratio,
-                "val": [round(f["top1"], 4) for f in found["val"]],
-                "test": {
-                    k: [round(f[k], 4) for f in found["test"]] for k in FIGURES if found["test"][0][k] is not None
-                },
-            }
-        )
+    def _note(
+        self, method: str, value: Any, ratio: float, said: Mapping[str, tuple[Sequence[Answers], np.ndarray]]
+    ) -> float:
+        """Keeps the figures of one setting by seed: top-1 on validation images, which is returned, all on test images.
+
+        `said`: split -> predictions of each seed's classifier, and labels.
+        """
+        found = {split: [self._figures(one, labels) for one in of] for split, (of, labels) in said.items()}
+        known = [k for k in FIGURES if found["test"][0][k] is not None]
+        val = [f["top1"] or 0.0 for f in found["val"]]
+        of, self.labels = said["test"]
+        if np.mean(val) > self.best.get((method, ratio > 0), (-1.0, []))[0]:
+            self.best[method, ratio > 0] = (float(np.mean(val)), [Answers(o.guesses, o.confidence) for o in of])
+        test = {k: [round(f[k] or 0.0, 4) for f in found["test"]] for k in known}
+        tried = {"method": method, "value": value, "ratio": ratio, "val": [round(v, 6) for v in val], "test": test}
+        self.journal.body["tried"].append(tried)
         self.journal.save()
+        return float(np.mean(val))
 
     def _matrices(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Split -> pooled features, float32 (n, C), and labels (n,)."""
@@ -306,9 +322,9 @@ class Study:
             for l2 in self.size.penalties:
                 with self.journal.step(f"{name} {l2:g}"):
                     fitted = plain_frozen.logistic_regression(*matrices["train"], l2, weighting)
-                    logits = {s: fitted.decision_function(matrices[s][0]) for s in SPLITS}
-                found = {s: [self._figures(answers(logits[s]), matrices[s][1])] for s in SPLITS}
-                self._note(name, l2, 0.0, found)
+                    shares = {s: fitted.predict_proba(matrices[s][0]) for s in SPLITS}
+                said = {s: [Answers(p.argmax(1), p.max(1))] for s, p in shares.items()}
+                self._note(name, l2, 0.0, {s: (said[s], matrices[s][1]) for s in SPLITS})
 
     def _journey(self) -> None:
         """What the steps from images to the heads of six hosts took, one learning rate each."""
@@ -367,72 +383,6 @@ def classifier_of(name: str, counts: Sequence[int], channels: int) -> str:
             continue
         return kind
     raise UserError(f"hosts.{name}: must take a linear or a cosine classifier; got neither")
-
-
-def lines_of(body: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A line for each method, and one with H2T for each that takes it: at the setting best on the validation images.
-
-    `edge`: whether the chosen value is the smallest or largest of several; a better one may then lie beyond.
-    """
-    lines = []
-    for method in dict.fromkeys(t["method"] for t in body["tried"]):
-        mine = [t for t in body["tried"] if t["method"] == method]
-        values = [t["value"] for t in mine if t["value"] is not None and not isinstance(t["value"], str)]
-        before: dict[int, float] | None = None
-        for with_h2t in (False, True):
-            some = [t for t in mine if (t["ratio"] > 0) == with_h2t]
-            if not some:
-                continue
-            best = max(some, key=lambda t: np.mean(t["val"]))
-            by_seed = dict(enumerate(best["test"]["top1"]))
-            difference = paired(by_seed, before) if before is not None else None
-            seeds = [{k: v[i] for k, v in best["test"].items()} for i in range(len(by_seed))]
-            lines.append(
-                {
-                    "method": method + (" + H2T" if with_h2t else ""),
-                    "value": best["value"],
-                    "tried": sorted(set(values)),
-                    "edge": len(set(values)) > 1 and best["value"] in (min(values), max(values)),
-                    "ratio": best["ratio"],
-                    "validation_top1": float(np.mean(best["val"])),
-                    **over_seeds(seeds),
-                    "seeds": len(seeds),
-                    "difference": difference.as_dict() if difference else None,
-                }
-            )
-            before = by_seed
-    return lines
-
-
-def shown(body: Mapping[str, Any]) -> str:
-    """The results as Markdown."""
-    rows = []
-    for line in body["table"]:
-        figures = [_figure(line.get(k), line.get(f"{k}_std")) for k in FIGURES]
-        edge = " (edge)" if line["edge"] else ""
-        found = line["difference"]
-        apart = f"{found['mean']:+.2f}" if found else ""
-        if found and found["low"] is not None:
-            apart += f" [{found['low']:+.2f}, {found['high']:+.2f}] {found['verdict']}"
-        value = "" if line["value"] is None else f"{line['value']}{edge}"
-        rows.append([line["method"], value, f"{line['ratio']:g}" if line["ratio"] else "", *figures, apart])
-    text = [table(["method", "constant", "ratio", *FIGURES, "with H2T - without"], rows)]
-    if "plain" in body:
-        ours, plain = body["journey"], body["plain"]
-        text.append(
-            table(
-                ["journey", "heads", "CPU s"],
-                [
-                    ["ours", str(ours["heads"]), f"{ours['cpu']:.1f}"],
-                    ["network and scikit-learn", str(plain["fits"]["wanted"]), f"{plain['cpu']:.1f}"],
-                ],
-            )
-        )
-    return "\n\n".join(text)
-
-
-def _figure(mean: float | None, std: float | None) -> str:
-    return "" if mean is None else f"{mean:.2f}" + (f" ± {std:.2f}" if std is not None else "")
 
 
 def main(given: Sequence[str] | None = None) -> None:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 COLOURS = {"top1": "#222222", "head": "#2166ac", "medium": "#8a6d00", "tail": "#b2182b"}
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
     """The figure as an `<svg>` element without a date, so that its bytes can be compared."""
     with mpl.rc_context({"svg.hashsalt": "h2t", "svg.fonttype": "none"}):
         sink = io.StringIO()
@@ -55,4 +55,4 @@ def ratio_picture(curves: pd.DataFrame) -> str:
         axis.set_title(host, loc="left")
         axis.set_xlabel("ratio of replaced channels")
         axis.legend(frameon=False, fontsize=8)
-    return _svg(figure)
+    return svg(figure)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from benchmarks import frozen_results
 from benchmarks.measure import RESULTS, save
 from benchmarks.online_results import BOUNDS, Online, bounds_table, load_online, recipes_lines, record
 from benchmarks.pictures import ratio_picture
@@ -85,6 +86,11 @@ def digits_text(data: Path) -> str:
     return "\n\n".join([markdown_table(results), "With H2T minus without:", difference_table(results), made])
 
 
+def frozen_text(path: Path) -> str:
+    """The tables of a frozen network with ImageNet weights, if it was run."""
+    return frozen_results.shown(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else "Not run yet."
+
+
 def document(data: Path, digits: Path, template: str) -> str:
     """The text of docs/results.md: `template` with its {{places}} filled from what `data` and `digits` hold."""
     found = {p.name: load_analysis(p) for p in sorted((data / "analyses").iterdir()) if p.is_dir()}
@@ -112,6 +118,7 @@ def document(data: Path, digits: Path, template: str) -> str:
         "grid text": grid_text(found["grid"], online),
         "grid donors": variant_table(found["grid"]["grid"], REPORTED, {}, ""),
         "digits": digits_text(digits),
+        "frozen": frozen_text(RESULTS / "frozen.json"),
         **online_tables(online, {label: r.at(online.ratio) for label, r in recipes.items()}),
     }
     places |= {f"ratios {f}": ratios_table(recipes, f) for f in SHORT}

@@ -209,7 +209,8 @@ def check_fusion(cache: Path, name: str = "dr") -> None:
     with open_cache(cache) as opened:
         rows, maps = opened.rows, torch.from_numpy(opened.read(np.arange(opened.spec.rows)))
     statistics, labels = np.array(rows["statistics"]), rows["label"].to_numpy()
-    _, step, batch, table = next(stack.feed.steps(1))
+    at = next(stack.feed.steps(1, 0, 0, stack.draw))
+    batch, table = at.batch, at.table
     receivers, donors = batch.receivers[0], batch.donors[0, 0]
     assert set(statistics[receivers]) == {"balanced"}
     assert set(statistics[donors]) == {"instance"}
@@ -227,7 +228,8 @@ def check_fusion(cache: Path, name: str = "dr") -> None:
     )
     assert np.array_equal(seen[0].numpy(), labels[receivers])
     before = maps.clone()
-    x = stack.fused(batch, table, stack.masks(0, step))
+    given, given_donors = stack.given(at)
+    x = stack.fused(at.draws, given.features, given_donors)
     again = table.take(stack.streams.rows)[0]
     assert torch.equal(again, before[torch.from_numpy(stack.streams.rows)]), "the features were changed in place"
     mine, theirs = torch.randn(2, 3, 4), torch.randn(2, 3, 4)

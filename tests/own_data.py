@@ -137,6 +137,9 @@ COLLECTIONS: dict[str, tuple[Callable[[Path], int], list[str]]] = {
     "rare": (rare, []),
     "messy": (messy, ["mv ../messy.images/wren/caf*.jpg ../messy.images/wren/cafe.jpg"]),
 }
+#: What `h2t predict` is given in the folder of the images, where that is not the folder itself.
+PREDICTED = {"metadata": "/metadata.csv", "sites": "/observations.csv", "parquet": "/data/*.parquet"}
+READABLE = {"messy": 3}  # images more than the usable ones that can be classified: a copy, and two under two labels
 
 
 def environment(folder: Path, layered: bool) -> Path:
@@ -179,10 +182,8 @@ def walk(name: str, folder: Path, programs: Path, epochs: int | None) -> dict[st
         "dvc repro",
         "h2t export data/train_classifier/dr data/extract/resnet20 data/train_backbone/resnet20 model \\\n"
         "  --ratio 0.3 --seed 0",
-        f"h2t predict model {images if name != 'parquet' else 'some.jpg'} --out classes.csv",
+        f"h2t predict model {images}{PREDICTED.get(name, '')} --out classes.csv",
     ]
-    if name == "parquet":
-        (project / "some.jpg").write_bytes(encoded(picture(0, 999)))
     env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV"))}
     env |= {"PATH": f"{programs}{os.pathsep}{env['PATH']}", "DVC_NO_ANALYTICS": "true"}
     log, seconds = folder / f"{name}.log", {}
@@ -199,7 +200,11 @@ def walk(name: str, folder: Path, programs: Path, epochs: int | None) -> dict[st
     samples = pq.read_table(project / "data/prepare/samples.parquet")
     if samples.num_rows != usable:
         sys.exit(f"{name}: {samples.num_rows} samples of {usable} usable images; see {log}")
-    for made in ("data/report/index.html", "data/report/results.md", "model/model.safetensors", "classes.csv"):
+    with (project / "classes.csv").open(encoding="utf-8") as file:
+        classified = sum(1 for _ in csv.DictReader(file))
+    if classified != usable + READABLE.get(name, 0):
+        sys.exit(f"{name}: {classified} predictions for {usable} usable images; see {log}")
+    for made in ("data/report/index.html", "data/report/results.md", "model/model.safetensors", "model/README.md"):
         if not (project / made).is_file():
             sys.exit(f"{name}: no {made}; see {log}")
     lines = [line for line in (project / "params.yaml").read_text(encoding="utf-8").splitlines() if line.strip()]

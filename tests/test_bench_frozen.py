@@ -7,7 +7,7 @@ import timm
 import torch
 from small_cifar import write_images
 
-from benchmarks import bench_rates, bench_tokens, frozen
+from benchmarks import bench_rates, bench_tokens, frozen, frozen_results
 from h2t.pipeline.base import params
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.command_line import presets
@@ -33,21 +33,35 @@ def body(tmp_path_factory):
 
 
 def test_every_host_of_one_expert_has_a_line_without_and_with_h2t(body):
-    methods = [line["method"] for line in body["table"]]
-    assert {"probe", "scikit-learn", "scikit-learn, balanced", *frozen.one_expert_hosts()} <= set(methods)
-    assert {f"{name} + H2T" for name in frozen.JOURNEY} <= set(methods)
-    assert not {"ride", "reslt"} & set(methods)
-    assert not body["failed"]
+    without, with_h2t = ({line["host"] for line in body["table"] if line["with_h2t"] == way} for way in (False, True))
+    on_maps = {step.partition(" ")[0] for step, why in body["failed"].items() if "needs whole maps" in why}
+    assert {"probe", "scikit-learn", "scikit-learn, balanced", *frozen.one_expert_hosts()} - on_maps <= without
+    assert set(frozen.JOURNEY) <= with_h2t
+    assert not {"ride", "reslt"} & without
+    assert {step.partition(" ")[0] for step in body["failed"]} == on_maps
     for line in body["table"]:
         assert 0 <= line["top1"] <= 100
-        assert (line["ratio"] > 0) == line["method"].endswith("+ H2T") == (line["difference"] is not None)
+        assert line["with_h2t"] == (line["ratio"] > 0) == ("differences" in line)
+    text = frozen_results.shown(body)
+    assert "| dr + H2T " in text
+    assert "| h2t " in text
 
 
 def test_the_constant_of_a_line_is_the_best_on_validation_images(body):
     tried = [t for t in body["tried"] if t["method"] == "dr" and t["ratio"] > 0]
     assert {t["value"] for t in tried} == {0.02, 0.1}
-    chosen = next(line for line in body["table"] if line["method"] == "dr + H2T")
+    chosen = next(line for line in body["table"] if line["host"] == "dr" and line["with_h2t"])
     assert chosen["validation_top1"] == pytest.approx(max(sum(t["val"]) / len(t["val"]) for t in tried))
+
+
+def test_the_difference_of_a_line_is_that_of_its_figures(body):
+    lines = {(line["host"], line["with_h2t"]): line for line in body["table"]}
+    for host in frozen.JOURNEY:
+        with_h2t, without = lines[host, True], lines[host, False]
+        for figure in ("top1", "tail"):
+            found = with_h2t["differences"][figure]["mean"]
+            assert found == pytest.approx(with_h2t[figure] - without[figure], abs=1e-3)
+            assert set(with_h2t["differences"][figure]["covers"]) <= {"seeds", "images"}
 
 
 def test_the_plain_script_computes_the_features_of_the_cache(body):

@@ -6,6 +6,7 @@ import shutil
 from types import SimpleNamespace
 
 import numpy as np
+import own_data
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -324,6 +325,19 @@ def test_predict_reads_tables_and_stdin(model, tmp_path, monkeypatch):
         assert [line["class"] for line in as_table(done.stdout)] == expected, done.output
     for table in ("some.csv", "windows.tsv", "inside.parquet"):
         (folder / table).unlink()
+
+
+@pytest.mark.parametrize("name", own_data.COLLECTIONS)
+def test_predict_reads_collections_as_people_have_them(model, tmp_path, name):
+    """Each image once: also those that a spreadsheet or Parquet files name or hold."""
+    usable = own_data.COLLECTIONS[name][0](tmp_path / "images")
+    given = [tmp_path / "images"]
+    if inside := own_data.PREDICTED.get(name):
+        given = sorted(given[0].glob(inside.removeprefix("/")))
+    done = invoke("predict", model / "m", *given)
+    assert done.exit_code == (1 if name == "messy" else 0), done.stderr
+    lines = as_table(done.stdout)
+    assert len(lines) == len({line["image"] for line in lines}) == usable + own_data.READABLE.get(name, 0)
 
 
 def test_predict_streams_many_images_and_names_the_bad_ones(model, tmp_path):

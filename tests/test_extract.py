@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import shutil
@@ -151,6 +152,18 @@ def test_an_extraction_repeats_to_the_byte_and_says_nothing_of_time_or_place(
 
 def test_the_written_cache_is_sound(digits_cache):
     assert verify(str(digits_cache)) == []
+
+
+def test_batches_span_shards(tmp_path, digits, backbone_dir):
+    """Only the last batch of rows with the same statistics is filled up, however few rows a shard has."""
+    few = extracted(tmp_path / "few", *digits, backbone_dir, chunk_rows=1, shard_bytes=16384)
+    many = extracted(tmp_path / "many", *digits, backbone_dir)
+    assert few.shards > 20 * many.shards
+    with open_cache(tmp_path / "few") as cache:
+        names = cache.rows["statistics"].to_pylist()
+    batches = sum(-(-len(list(part)) // 32) for _, part in itertools.groupby(names))
+    assert few.forward_images == many.forward_images == 32 * batches
+    assert values_of(tmp_path / "few") == values_of(tmp_path / "many")
 
 
 # --- what is there already

@@ -4,7 +4,7 @@ No driver is needed, and a tensor that was left on the CPU raises where it meets
 gradients, `.numpy()`, pinned copies, autocast, and whatever looks at values. tests/test_gpu.py has those, on a GPU.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pyarrow as pa
@@ -23,9 +23,10 @@ from h2t.pipeline.evaluation.scoring import score_stage1
 from h2t.pipeline.extraction import batchnorm
 from h2t.pipeline.heads import stack as stack_module
 from h2t.pipeline.heads.batches import Streams
+from h2t.pipeline.heads.draws import Draws
 from h2t.pipeline.heads.features import FeatureReader
-from h2t.pipeline.heads.host import Context
-from h2t.pipeline.heads.residency import Choice, Feed, Step
+from h2t.pipeline.heads.host import Context, is_stackable
+from h2t.pipeline.heads.residency import Choice, Feed
 from h2t.pipeline.heads.stack import HeadSetting, Stack
 from h2t.pipeline.heads.stored import HeadParts, Heads, build_head
 from h2t.pipeline.networks.classifier import global_average
@@ -129,8 +130,16 @@ def open_stack(opened, name, tier, pooled, selections=SELECTIONS):
     return stack
 
 
-#: Computes gradients inside its loss, which a device without hardware cannot.
-NESTED = {"meta_saug"}
+def on_the_gpu(stack):
+    """The first step of a window, its draws copied one by one: pinned memory needs a driver."""
+    at = stack.feed._load(0, range(2))[0]
+    drawn = {name: tensor.to(GPU) for name, tensor in stack.drawn(0, 0, at.batch).items()}
+    rows = [([torch.from_numpy(p).to(GPU) for p in at.table.find(r)], r.shape) for r in stack._gathered(at.batch)]
+    return replace(at, draws=Draws(rows, **drawn))
+
+
+#: Gradients inside a loss, and copies of whole maps, which a device without hardware cannot make.
+NESTED = {"meta_saug", "cam_split"}
 
 
 @pytest.mark.parametrize(
@@ -140,12 +149,10 @@ def test_features_fusion_and_losses_of_a_stack(fake, cache, name, tier):
     """A window as it is loaded (its thread would not know the mode), and a step up to the losses of all heads."""
     with open_cache(cache) as opened:
         stack = open_stack(opened, name, tier, pooled=True)
-        load = stack.feed._stream if tier == "stream" else stack.feed._resident
-        _, _, (batch, *_), table = load(0, range(2))
-        size = batch.labels.shape[1]
-        given = stack.given(Step(0, 0, batch, table), 0.5)
+        at = on_the_gpu(stack)
+        given, donors = stack.given(at, 0.5)
         assert all(part.device == GPU for part in given if isinstance(part, torch.Tensor))
-        x = stack.fused(batch, table, stack.masks(0, 0), stack.orders(0, 0, size), given.features)
+        x = stack.fused(at.draws, given.features, donors)
         assert x.device == GPU
         of_heads = stack_module._taken(given, stack._seed, x)
         state = {k: t.detach() for k, t in stack.state.items()}
@@ -157,12 +164,16 @@ def test_features_fusion_and_losses_of_a_stack(fake, cache, name, tier):
         if stack.at_once:
             for selections in (("random",), ("shuffled",)):  # folded, and fused
                 stack = open_stack(opened, name, tier, pooled=True, selections=selections)
-                orders = stack.orders(0, 0, size)
-                logits = stack._logits(given.features, batch, table, stack.masks(0, 0), orders)
+                at = on_the_gpu(stack)
+                given, donors = stack.given(at)
+                logits = stack._logits(at.draws, given.features, donors)
                 of_heads = stack_module._taken(given._replace(partners=None), stack._seed, logits)
                 state = {k: t.detach() for k, t in stack.state.items()}
-                losses = vmap(stack._on_logits.batch_loss, in_dims=(0, stack_module._axes(of_heads)))(state, of_heads)
-                assert losses.device == GPU
+                losses = stack._on_logits.batch_loss
+                if not is_stackable(stack._on_logits):
+                    losses = vmap(losses, in_dims=(0, stack_module._axes(of_heads)))
+                found = losses(state, of_heads)
+                assert (found.shape, found.device) == ((4,), GPU)
 
 
 @pytest.mark.parametrize("name", sorted({*gradient_hosts(), *fitted_hosts()} - {"logistic_regression", "ncm", "httn"}))

@@ -146,7 +146,11 @@ def test_masks_of_a_stack(tmp_path):
     heads += [{"ratio": 0.5, "selection": s} for s in ("first", "middle", "last")]
     cache = make_stage2_cache(tmp_path / "c", shape=(32, 1, 1), experts=2)
     stack = make_stack(cache, heads)
-    masks = stack.masks(0, 0).numpy()
+
+    def masks_of(epoch, step):
+        return stack.masks(torch.from_numpy(stack.ranks(epoch, step))).numpy()
+
+    masks = masks_of(0, 0)
     assert masks.shape == (len(heads), 2, 32)
     for k, head in enumerate(stack.heads):
         assert (masks[k].sum(1) == replaced_channels(head.ratio, 32)).all()
@@ -155,22 +159,24 @@ def test_masks_of_a_stack(tmp_path):
             assert (masks[k] <= masks[k + 1]).all()
     assert (masks[2, 0] != masks[2, 1]).any()  # experts
     assert (masks[2] != masks[6]).any()  # seeds
-    later = stack.masks(0, 1).numpy()
+    later = masks_of(0, 1)
     assert (masks[2] != later[2]).any()
-    assert (stack.masks(1, 0).numpy()[2] != masks[2]).any()
+    assert (masks_of(1, 0)[2] != masks[2]).any()
     assert np.array_equal(later[8:], masks[8:])
-    assert np.array_equal(stack.masks(0, 0).numpy(), masks)
+    assert np.array_equal(masks_of(0, 0), masks)
 
 
 @pytest.mark.parametrize("pooled", [True, False])
 def test_a_stacks_input_is_the_slow_fusion_and_the_cache_stays(tmp_path, pooled):
     heads = [{"ratio": r, "seed": s} for s in (0, 1) for r in (0.0, 0.4, 1.0)]
-    stack = make_stack(make_stage2_cache(tmp_path / "c", experts=2), heads, pooled=pooled)
-    _, _, batch, table = next(stack.feed.steps(1, 0, 1))
+    stack = make_stack(make_stage2_cache(tmp_path / "c", experts=2), heads, pooled=pooled, at_once=False)
+    at = next(stack.feed.steps(1, 0, 1, stack.draw))
+    batch, table = at.batch, at.table
     rows = stack.streams.rows
     before = table.take(rows).clone()
-    masks = stack.masks(0, 1)
-    fused = stack.fused(batch, table, masks)
+    masks = stack.masks(at.draws.ranks)
+    given, donors = stack.given(at)
+    fused = stack.fused(at.draws, given.features, donors)
     for k, head in enumerate(stack.heads):
         place = stack.streams.seeds.index(head.seed)
         receiver = table.take(batch.receivers[place])
@@ -208,19 +214,22 @@ def test_shuffled_heads_of_a_stack(tmp_path, pooled):
         for seed in (0, 1)
     ]
     stack = make_stack(make_stage2_cache(tmp_path / "c", experts=2), heads, pooled=pooled)
-    _, _, batch, table = next(stack.feed.steps(1))
-    masks, orders = stack.masks(0, 0), stack.orders(0, 0, 4)
-    fused, plain = stack.fused(batch, table, masks, orders), stack.fused(batch, table, masks)
-    place = {k: i for i, k in enumerate(k for k, h in enumerate(heads) if h["selection"] == "shuffled")}
+    at = next(stack.feed.steps(1, 0, 0, stack.draw))
+    batch, table, orders = at.batch, at.table, at.draws.orders
+    masks = stack.masks(at.draws.ranks)
+    given, all_donors = stack.given(at)
+    fused, plain = (
+        stack.fused(draws, given.features, all_donors) for draws in (at.draws, at.draws._replace(orders=None))
+    )
     for k, head in enumerate(heads):
         seed = stack.streams.seeds.index(head["seed"])
-        if k not in place:
+        if head["selection"] != "shuffled":
             assert torch.equal(fused[k], plain[k])
             continue
         assert torch.equal(masks[k], masks[k - 2])
         receiver, donor = table.take(batch.receivers[seed]), table.take(batch.donors[seed, 0])
         for expert in range(2):
-            order = orders[place[k], expert]
+            order = orders[seed, expert]
             assert torch.equal(order, torch.from_numpy(donor_orders(head["seed"], 0, 0, expert, 4, 6)))
             for channel in range(6):
                 taken = donor[expert, order[:, channel], channel]

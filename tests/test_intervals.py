@@ -1,9 +1,12 @@
 """Intervals and verdicts: by hand, against SciPy, and by simulation from a model whose true differences are known."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pipeline_builders import ROOT
 from scipy.stats import norm, t, ttest_rel
 
 from benchmarks import intervals as simulation
@@ -187,3 +190,14 @@ def test_the_intervals_hold_as_often_as_they_say(case):
         if found[figure].judged > 200:
             assert 92 <= found[figure].where_judged <= 99, figure
         assert found[figure].everywhere >= 91, figure
+
+
+def test_the_table_of_coverage_comes_from_the_committed_record():
+    record = json.loads((ROOT / "benchmarks/results/intervals.json").read_text(encoding="utf-8"))
+    assert record["sets"] >= 1000
+    assert [case["name"] for case in record["cases"]] == [case.name for case in simulation.CASES]
+    found = {
+        case["name"]: {figure: simulation.Found(**values) for figure, values in case["found"].items()}
+        for case in record["cases"]
+    }
+    assert simulation.table(found, record["sets"]) in (ROOT / "docs/intervals.md").read_text(encoding="utf-8")

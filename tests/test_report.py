@@ -1,8 +1,11 @@
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
-from pipeline_builders import fitted, make_backbone_dir, make_stage2_cache, silent
+from pipeline_builders import ROOT, fitted, make_backbone_dir, make_stage2_cache, silent
+from report_builders import make_evaluated
 
 from h2t.cache.reader import open_cache
 from h2t.pipeline.base.errors import UserError
@@ -109,3 +112,16 @@ def test_results_that_are_none(tmp_path, evaluated, data):
     (tmp_path / "dr" / "heads.parquet").write_bytes(data)
     with pytest.raises(UserError, match="not what evaluate wrote"):
         reported(tmp_path / "r", tmp_path)
+
+
+@pytest.mark.slow
+def test_a_report_on_a_thousand_classes_stays_small(tmp_path):
+    """1,000 classes, 50,000 test images, 55 heads: at most 2 GB, without torch, and a page below 5 MB."""
+    small = make_evaluated(tmp_path / "small") / "dr"
+    command = [sys.executable, str(ROOT / "tests" / "large_report.py"), str(small), str(tmp_path / "large")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    megabytes, torch = done.stdout.split()
+    assert int(megabytes) < 2000
+    assert torch == "False"
+    assert (tmp_path / "large" / "report" / "index.html").stat().st_size < 5e6

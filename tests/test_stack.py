@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from h2t.pipeline.base import plugins
 from h2t.pipeline.heads import stack as stack_module
 from h2t.pipeline.heads.fusion import replaced_channels
+from h2t.pipeline.heads.host import is_stackable
 
 GRID = [
     {"ratio": r, "donor": d, "selection": s, "seed": seed}
@@ -109,6 +110,32 @@ def test_heads_with_many_classes_are_not_folded(cache, monkeypatch):
     assert distance(torch.stack(losses), torch.stack(others)) <= 1e-11
 
 
+def test_an_overridden_loss_is_written_for_one_head_unless_it_says_otherwise(cache):
+    dr = plugins.load("hosts", "dr").Host
+
+    class Own(dr):
+        def loss(self, state, features, labels, noise):
+            assert labels.dim() == 1
+            return F.cross_entropy(self.logits(state, features), labels)
+
+    assert is_stackable(make_stack(cache, GRID, donors=DONORS).host)
+    own, ours = (make_stack(cache, GRID[:9], donors=DONORS, dtype=torch.float64) for _ in range(2))
+    own._on_logits.__class__ = Own
+    assert not is_stackable(own._on_logits)
+    (mine, _), (theirs, _) = trained(own), trained(ours)
+    assert all(distance(mine[name], theirs[name]) <= 1e-11 for name in theirs)
+
+
+def test_the_length_of_windows_changes_nothing(two_experts, monkeypatch):
+    def train():
+        options = {"host": "gcl", "classifier": "cosine", "scale": 3.0, "donors": DONORS}
+        return trained(make_stack(two_experts, GRID[::3], **options))[0]
+
+    long = train()
+    monkeypatch.setattr(stack_module, "DRAWN_BYTES", 1)  # windows of one step
+    assert all(torch.equal(tensor, long[name]) for name, tensor in train().items())
+
+
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-9)])
 def test_pooling_first_or_last_gives_the_same_heads(tmp_path, dtype, bound):
     # Stored as float64 features only on the map path, so maps whose means float32 holds exactly are compared.
@@ -148,7 +175,7 @@ def test_one_step_at_a_time_against_a_slow_loop(cache, pooled):
         for at in stack.feed.steps(epoch + 1, epoch, 0):
             receiver = at.table.take(at.batch.receivers[0])[0]
             donor = at.table.take(at.batch.donors[0, 0])[0]
-            mask = stack.masks(epoch, at.step)[0, 0]
+            mask = stack.masks(torch.from_numpy(stack.ranks(epoch, at.step)))[0, 0]
             assert int(mask.sum()) == count
             x = receiver.clone()
             x[:, mask] = donor[:, mask]

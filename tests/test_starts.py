@@ -70,6 +70,11 @@ def points_file():
     return path
 
 
+def test_features_that_are_all_equal_have_points_too():
+    """scikit-learn's t-SNE ends the process there, by a signal."""
+    assert np.array_equal(embed(np.ones((30, 4), np.float32)), np.zeros((30, 2)))
+
+
 def test_points_are_computed_once_for_the_same_features():
     features = np.random.default_rng(0).standard_normal((30, 4)).astype(np.float32)
     points = embed_once(features)

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -124,3 +127,34 @@ def test_what_cannot_be_swept_is_one_line(project, host, options, words):
     assert line.count("\n") == 1
     assert words in line
     assert outputs(project) == before
+
+
+def test_the_profile_names_where_time_goes(project, tmp_path):
+    """Parts follow each other from the start of the process and leave nothing out, by both clocks."""
+    command = [
+        sys.executable,
+        "-m",
+        "h2t.pipeline",
+        "sweep",
+        "dr",
+        "--ratio",
+        "0.3",
+        "--seed",
+        "0",
+        "--profile",
+        "--json",
+    ]
+    command += ["--params", project / "params.yaml", "--data", project / "data", "--record", tmp_path / "r.json"]
+    began = time.perf_counter()
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    took = time.perf_counter() - began
+    json.loads(ran.stdout)
+    said = ran.stderr.splitlines()[-1]
+    assert all(part in said for part in ("start", "reading", "training", "evaluation", "drawing", "in all"))
+    record = json.loads((tmp_path / "r.json").read_text())
+    parts = record["parts"]
+    assert set(parts) == {"start", "reading", "training", "evaluation", "drawing"}
+    assert all(min(time.values()) >= 0 for time in parts.values())
+    whole = sum(time["seconds"] for time in parts.values())
+    assert record["seconds"] <= whole <= took
+    assert sum(time["cpu"] for time in parts.values()) >= record["cpu"]

@@ -9,7 +9,7 @@ import tutorial
 from PIL import Image
 from pipeline_builders import environment
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 def without_figures(text: str) -> list[str]:

@@ -39,7 +39,7 @@ def typed(folder: Path, environment: Mapping[str, str]) -> Iterator[tuple[str, s
         script = f"{code}\npwd > {place}" if language == "sh" else code
         program = ["bash", "-ec"] if language == "sh" else [sys.executable, "-c"]
         done = subprocess.run(
-            [*program, script], cwd=here, env=dict(environment), capture_output=True, text=True, timeout=600
+            [*program, script], cwd=here, env=dict(environment), capture_output=True, text=True, timeout=1800
         )
         if done.returncode:
             raise subprocess.CalledProcessError(done.returncode, code, done.stdout, done.stderr)

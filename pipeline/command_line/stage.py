@@ -42,7 +42,7 @@ def stage(function: Callable[..., Any], *, outline: bool = False) -> Callable[..
         verbose: bool,
         **arguments: Any,
     ) -> None:
-        from h2t.pipeline.base import numbers, params, progress
+        from h2t.pipeline.base import clock, numbers, params, progress
         from h2t.pipeline.inspection import settings
         from h2t.pipeline.stages import inputs
 
@@ -67,7 +67,8 @@ def stage(function: Callable[..., Any], *, outline: bool = False) -> Callable[..
             from h2t.pipeline.base.outputs import write_run_record
 
             taken = {"seconds": time.perf_counter() - started, "cpu": time.process_time() - used}
-            write_run_record(record, {**{k: round(v, 3) for k, v in taken.items()}, **(facts or {})})
+            rounded = {key: round(value, 3) for key, value in taken.items()}
+            write_run_record(record, {**rounded, "parts": clock.parts(), **(facts or {})})
 
     return command
 

@@ -26,6 +26,7 @@ from h2t.pipeline.command_line.stage import host_name, run_of, stage
 @click.option("--data", type=PATH, default=Path("data"), show_default=True, help="Folder of the pipeline's outputs.")
 @click.option("--out", type=PATH, metavar="DIR", help="Keep the classifiers and sweep.json in this new directory.")
 @click.option("--save", is_flag=True, help="Write the grid to hosts.NAME.grid of the parameter file.")
+@click.option("--profile", is_flag=True, help="Print where the time went, on standard error.")
 @options.as_json
 @stage
 def sweep(
@@ -35,6 +36,7 @@ def sweep(
     data: Path,
     out: Path | None,
     save: bool,
+    profile: bool,
     as_json: bool,
     **lists: str | None,
 ) -> None:
@@ -43,7 +45,7 @@ def sweep(
     Trains and evaluates in one process, and prints a table. Neither the
     parameters (without --save) nor the outputs of the pipeline change.
     """
-    from h2t.pipeline.base import params
+    from h2t.pipeline.base import clock, params
     from h2t.pipeline.base.outputs import fresh_directory
     from h2t.pipeline.heads.residency import Residency
     from h2t.pipeline.inspection import sweep as work
@@ -69,7 +71,10 @@ def sweep(
     if save:
         given = click.get_current_context().params["params_file"]
         work.keep_grid(given, name, {key: getattr(section.grid, key) for key in asked})
+    clock.begins("drawing")
     click.echo(json.dumps([line.as_dict() for line in lines], indent=1) if as_json else work.table(lines))
+    if profile:
+        click.echo(clock.told(clock.parts()), err=True)
 
 
 def _values(text: str) -> list[Any]:

@@ -378,9 +378,12 @@ class Images:
         """Whether augmented views are random crops and flips, nothing else."""
         return self.transform.area is None and not self.transform.jitter and not self._rotation
 
-    def pixels(self, samples: Sequence[int], keys: Sequence[Sequence[int | str] | None]) -> np.ndarray:
-        """The views of `samples`, uint8 (B, size, size, 3); keys and errors as for `batch`."""
-        views = np.empty((len(samples), self.transform.size, self.transform.size, 3), np.uint8)
+    def pixels(
+        self, samples: Sequence[int], keys: Sequence[Sequence[int | str] | None], into: np.ndarray | None = None
+    ) -> np.ndarray:
+        """The views of `samples`, uint8 (B, size, size, 3), in `into` if given; keys and errors as for `batch`."""
+        shape = (len(samples), self.transform.size, self.transform.size, 3)
+        views = np.empty(shape, np.uint8) if into is None else into
 
         def fill(piece: range) -> None:
             for i in piece:

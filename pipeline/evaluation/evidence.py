@@ -95,6 +95,8 @@ def embed(features: np.ndarray) -> np.ndarray:
 
     if available_memory() < ROOM:  # OpenBLAS would retry its allocations forever
         raise MemoryError(f"t-SNE needs {ROOM // 2**20} MB")
+    if (features == features[:1]).all():  # scikit-learn divides by their spread, and crashes on the NaN
+        return np.zeros((len(features), 2))
     with threadpool_limits(1):
         perplexity = min(PERPLEXITY, (len(features) - 1) / 3)
         points = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(features.astype(np.float64))

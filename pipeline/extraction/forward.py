@@ -7,7 +7,7 @@ launched before the maps of the one before have arrived, and maps are converted 
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -152,14 +152,30 @@ class Work:
         """Images in a forward pass."""
         return int(self.job.settings["batch_size"])
 
-    def batches(self, numbers: np.ndarray) -> Iterator[tuple[str, pa.Table]]:
-        """(statistics, rows) of each forward pass over the rows `numbers`: in order, at most `batch_size` rows."""
-        chosen = self.job.rows.take(numbers)
-        names = np.array(chosen["statistics"])
-        cuts = [0, *(np.flatnonzero(names[1:] != names[:-1]) + 1).tolist(), len(chosen)]
+    def empty(self, shape: tuple[int, ...]) -> np.ndarray:
+        """An array in the stored dtype to copy maps into; beside a GPU in pinned memory, which torch uses again."""
+        dtype = self.job.spec.stored_dtype
+        size = int(np.prod(shape)) * dtype.itemsize
+        flat = torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        array: np.ndarray = flat.numpy().view(dtype).reshape(shape)
+        return array
+
+    def batches(self, numbers: np.ndarray, *, packed: bool) -> Iterator["Batch"]:
+        """The forward passes over the rows `numbers`, ascending. The rows of a pass have the same statistics.
+
+        A row has the same place in the same batch whatever else is computed, so a resumed extraction computes the same
+        bits; rows that are not wanted may go through the network again. If `packed`, batches hold wanted rows alone.
+        """
+        rows = self.job.rows.take(numbers) if packed else self.job.rows
+        wanted = np.arange(len(numbers)) if packed else numbers
+        names = np.array(rows["statistics"])
+        cuts = [0, *(np.flatnonzero(names[1:] != names[:-1]) + 1).tolist(), len(rows)]
         for begin, end in pairwise(cuts):
             for first in range(begin, end, self.batch_size):
-                yield str(names[first]), chosen.slice(first, min(self.batch_size, end - first))
+                last = min(first + self.batch_size, end)
+                inside = wanted[slice(*np.searchsorted(wanted, (first, last)))] - first
+                if len(inside):
+                    yield Batch(str(names[first]), rows.slice(first, last - first), inside)
 
     def decode(self, part: pa.Table) -> torch.Tensor:
         """Images of one forward pass, float32 (batch_size, 3, H, W); for a GPU, which normalises them itself, uint8
@@ -167,17 +183,16 @@ class Work:
         """
         samples, views = part["sample"].to_pylist(), part["view"].to_pylist()
         keys = [None if view == 0 else (self.job.seed, view) for view in views]
-        missing = self.batch_size - len(samples)
-        views = torch.from_numpy(self.job.images.pixels(samples, keys))
-        if missing:
-            views = torch.cat([views, views[-1:].expand(missing, -1, -1, -1)])
-        if self.device.type == "cuda":
-            return views.pin_memory()
-        return normalised(views, self.job.images.transform)
+        images, cuda = self.job.images, self.device.type == "cuda"
+        shape = (self.batch_size, images.transform.size, images.transform.size, 3)
+        pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=cuda)
+        images.pixels(samples, keys, pixels[: len(samples)].numpy())
+        pixels[len(samples) :] = pixels[len(samples) - 1]
+        return pixels if cuda else normalised(pixels, images.transform)
 
     @torch.no_grad()
-    def launch(self, x: torch.Tensor, count: int) -> Launched:
-        """Starts the forward pass of `x` (from `decode`), of which the first `count` are wanted; on the CPU, runs it.
+    def launch(self, x: torch.Tensor, wanted: np.ndarray) -> Launched:
+        """Starts the forward pass of `x` (from `decode`), of which the places `wanted` are kept; on the CPU, runs it.
 
         Uses the batch-norm statistics that the backbone holds now.
         """
@@ -190,13 +205,26 @@ class Work:
         self.passes.images += len(x)
         self.passes.seconds += 0 if cuda else time.perf_counter() - clock
         self.passes.cpu += time.process_time() - used
-        maps = [m[:count] for m in computed_maps]
+        first, last = int(wanted[0]), int(wanted[-1]) + 1
+        maps = [m[first:last] for m in computed_maps]
+        if len(wanted) < last - first:
+            some = torch.from_numpy(wanted - first).to(self.device)
+            maps = [m[some] for m in maps]
         kept = [m.to(DTYPES[self.job.spec.dtype]) for m in maps]
         finite = torch.stack([m.isfinite().all() for m in kept]).all()
         if cuda:
             kept, finite = [_pinned(m) for m in kept], _pinned(finite)
         done = _event(self.device) if cuda else None
         return Launched(maps, kept, finite, started, done)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The `rows` of a forward pass under `statistics`, and the places of those that are `wanted`, ascending."""
+
+    statistics: str
+    rows: pa.Table
+    wanted: np.ndarray
 
 
 def shards(
@@ -227,45 +255,44 @@ def computed(
 ) -> Iterator[tuple[int, list[np.ndarray]]]:
     """(shard, maps of its rows in `todo`, one array per expert), in order.
 
-    With `straddle` a batch may hold rows of several shards. This saves passes if each shard has few rows to compute.
+    With `straddle` batches hold rows of `todo` alone, which saves passes if each shard has few rows to compute.
     """
-    groups = [np.concatenate(list(todo.values()))] if straddle and todo else todo.values()
-    batches = _forwarded(work, groups)
     spec = work.job.spec
-    surplus = [np.empty((0, *shape), spec.stored_dtype) for shape in spec.maps]  # rows of the next shard
+    numbers = np.concatenate([np.empty(0, np.int64), *todo.values()])
+    batches = _forwarded(work, work.batches(numbers, packed=straddle))
+    left = [np.empty((0, *shape), spec.stored_dtype) for shape in spec.maps]  # computed rows that no shard has yet
     for shard, rows in todo.items():
-        parts = [[maps] for maps in surplus]
-        filled = len(surplus[0])
+        whole = [work.empty((len(rows), *shape)) for shape in spec.maps]
+        filled = 0
         while filled < len(rows):
-            batch = next(batches)
-            for mine, maps in zip(parts, batch, strict=True):
-                mine.append(maps)
-            filled += len(batch[0])
-            tick(len(batch[0]))
-        joined = [np.concatenate(mine) for mine in parts]
-        surplus = [maps[len(rows) :].copy() for maps in joined]
-        yield shard, [maps[: len(rows)] for maps in joined]
+            if not len(left[0]):
+                left = next(batches)
+                tick(len(left[0]))
+            count = min(len(left[0]), len(rows) - filled)
+            for into, maps in zip(whole, left, strict=True):
+                into[filled : filled + count] = maps[:count]
+            left = [maps[count:] for maps in left]
+            filled += count
+        yield shard, whole
 
 
-def _forwarded(work: Work, groups: Iterable[np.ndarray]) -> Iterator[list[np.ndarray]]:
-    """Maps of every batch, one array per expert. Passes run in this thread; another thread decodes images."""
-    batches = (batch for numbers in groups for batch in work.batches(numbers))
+def _forwarded(work: Work, batches: Iterator[Batch]) -> Iterator[list[np.ndarray]]:
+    """The wanted maps of every batch, one array per expert. Passes run in this thread; another decodes images."""
     in_place: str | None = None
     launched: Launched | None = None
     with ThreadPoolExecutor(1, "decode-ahead") as decoder:
-        ahead: deque[tuple[str, int, Future[torch.Tensor]]] = deque()
+        ahead: deque[tuple[Batch, Future[torch.Tensor]]] = deque()
         while True:
             while len(ahead) < 3 and (item := next(batches, None)) is not None:
-                statistics, part = item
-                ahead.append((statistics, len(part), decoder.submit(work.decode, part)))
+                ahead.append((item, decoder.submit(work.decode, item.rows)))
             if not ahead:
                 break
-            statistics, count, decoded = ahead.popleft()
+            batch, decoded = ahead.popleft()
             x = decoded.result()
-            if statistics != in_place:
-                batchnorm.use(work.backbone, work.statistics[statistics])
-                in_place = statistics
-            last, launched = launched, work.launch(x, count)
+            if batch.statistics != in_place:
+                batchnorm.use(work.backbone, work.statistics[batch.statistics])
+                in_place = batch.statistics
+            last, launched = launched, work.launch(x, batch.wanted)
             if last is not None:
                 yield last.landed(work.passes)
         if launched is not None:

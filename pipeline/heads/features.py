@@ -1,6 +1,6 @@
 """Reads maps of a cache as tensors to train on: whole maps, or features that are pooled as they are read."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -160,21 +160,37 @@ class FeatureTable:
         self._device = device
         self._hot = hot
 
+    @property
+    def device(self) -> torch.device:
+        """Where the features are stored, which is where `gather` needs the places."""
+        return self._values.device
+
     def take(self, rows: np.ndarray) -> torch.Tensor:
         """Features of `rows` (..., B) as (..., E, B, C[, H, W]). The table must contain every row."""
-        features = self._gather(rows)
+        return self.gather([torch.from_numpy(places).to(self.device) for places in self.find(rows)], rows.shape)
+
+    def find(self, rows: np.ndarray) -> list[np.ndarray]:
+        """The places of `rows` for `gather`, int64 (n,) each: here, and with a hot set four arrays.
+
+        These are where in `rows` those that lie here stand, their places, and the same for those in the hot set.
+        """
+        flat = rows.ravel()
+        if self._hot is None:
+            return [np.searchsorted(self.rows, flat)]
+        hot = np.isin(flat, self._hot.rows)
+        here, there = np.flatnonzero(~hot), np.flatnonzero(hot)  # indices: a mask would make the CPU wait for the GPU
+        return [here, np.searchsorted(self.rows, flat[here]), there, np.searchsorted(self._hot.rows, flat[there])]
+
+    def gather(self, places: Sequence[torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
+        """Features (..., E, B, C[, H, W]) of rows of `shape` (..., B), whose `places` were found before."""
+        values = self._values
+        if self._hot is None:
+            features = values.index_select(1, places[0])
+        else:
+            here, own, there, hot = places
+            features = values.new_empty((values.shape[0], len(here) + len(there), *values.shape[2:]))
+            features.index_copy_(1, here, values.index_select(1, own))
+            features.index_copy_(1, there, self._hot._values.index_select(1, hot))
         if self._device.type == "cuda" and not features.is_cuda:  # copied in the stored dtype, without waiting
             features = features.pin_memory().to(self._device, non_blocking=True)
-        return features.movedim(0, rows.ndim - 1).to(self._device, self._dtype)
-
-    def _gather(self, rows: np.ndarray) -> torch.Tensor:
-        """Features (E, *rows.shape, C[, H, W]) on the device and in the dtype of the stored values."""
-        if self._hot is None:
-            return self._values[:, torch.from_numpy(np.searchsorted(self.rows, rows)).to(self._values.device)]
-        flat, shape = rows.ravel(), self._values.shape
-        out = self._values.new_empty((shape[0], len(flat), *shape[2:]))
-        hot = np.isin(flat, self._hot.rows)
-        for table, here in ((self._hot, hot), (FeatureTable(self.rows, self._values, self._dtype, self._device), ~hot)):
-            places = np.flatnonzero(here)  # indices: a mask would make the CPU wait for the GPU
-            out[:, torch.from_numpy(places).to(out.device)] = table._gather(flat[places])
-        return out.view(shape[0], *rows.shape, *shape[2:])
+        return features.unflatten(1, shape).movedim(0, len(shape) - 1).to(self._device, self._dtype)

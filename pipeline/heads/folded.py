@@ -15,8 +15,8 @@ import torch
 class Groups:
     """K heads in groups of equal (seed, donor). Groups smaller than the largest are padded with their first head.
 
-    `seeds`, `donors`: the index of each head's seed and donor. Attributes, int64: `seed`, `donor` of each group (G,);
-    `members`, the heads of each group (G, H); `places`, the place of each head in `members`, flattened (K,).
+    `seeds`, `donors`: the index of each head's seed and donor. Attributes, int64: `seed`, `donor` of each group (G,),
+    arrays; `members`, the heads of each group (G, H); `places`, the place of each head in `members`, flattened (K,).
     """
 
     def __init__(self, seeds: np.ndarray, donors: Sequence[int], device: torch.device) -> None:
@@ -30,7 +30,7 @@ class Groups:
             members[number] = heads[0]
             members[number, : len(heads)] = heads
             places[heads] = number * size + np.arange(len(heads))
-        self.seed, self.donor = (torch.from_numpy(np.ascontiguousarray(key)).to(device) for key in keys)
+        self.seed, self.donor = keys
         self.members, self.places = torch.from_numpy(members).to(device), torch.from_numpy(places).to(device)
         self._ordered = np.array_equal(places, np.arange(members.size))
 
@@ -47,7 +47,7 @@ class Groups:
 
 
 class Folded(torch.autograd.Function):
-    """The product of each head's weights with its fused features, (K, E, B, N); differentiable in the weights only.
+    """The product of each head's weights with its fused features, (K, E, N, B); differentiable in the weights only.
 
     `weight`: (K, E, N, C). `share`: the donor's share of each channel, (K, E, C), 1 where it replaces the receiver's.
     `pairs`: receivers beside donors of each group, (G, E, B, 2C).
@@ -63,16 +63,16 @@ class Folded(torch.autograd.Function):
         folded = own.new_empty((*shape[:4], 2, shape[4]))
         torch.mul(own, donated, out=folded[..., 1, :])
         torch.sub(own, folded[..., 1, :], out=folded[..., 0, :])
-        products = pairs @ folded.reshape(shape[0], shape[1], shape[2] * shape[3], -1).mT  # (G, E, B, H N)
+        products = folded.reshape(shape[0], shape[1], shape[2] * shape[3], -1) @ pairs.mT  # (G, E, H N, B)
         ctx.save_for_backward(donated, pairs)
         ctx.groups, ctx.shape = groups, shape
-        return groups.join(products.unflatten(3, shape[2:4]).permute(0, 3, 1, 2, 4))
+        return groups.join(products.unflatten(2, shape[2:4]).transpose(1, 2))
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         donated, pairs = ctx.saved_tensors
         shape = ctx.shape
-        outer = ctx.groups.split(gradient).permute(0, 2, 3, 1, 4).flatten(3)  # (G, E, B, H N)
-        both = (outer.mT @ pairs).reshape(*shape[:4], 2, shape[4])
+        outer = ctx.groups.split(gradient).transpose(1, 2).flatten(2, 3)  # (G, E, H N, B)
+        both = (outer @ pairs).reshape(*shape[:4], 2, shape[4])
         own = torch.lerp(both[..., 0, :], both[..., 1, :], donated)
         return ctx.groups.join(own.transpose(1, 2)), None, None, None

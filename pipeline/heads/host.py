@@ -6,21 +6,36 @@ randomness comes in through `initial` and `noise`. Under vmap a tensor's values 
 `torch.where` and indices in place of `if` and boolean masks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import Section
-from h2t.pipeline.networks.classifier import expert_logits, logits
+from h2t.pipeline.networks.classifier import expert_logits, expert_mean, logits
 from h2t.pipeline.networks.trained import StageOneHead
-from h2t.pipeline.training.longtail import log_prior
+from h2t.pipeline.training.longtail import cross_entropy, log_prior
 
 State = Mapping[str, torch.Tensor]
+Method = TypeVar("Method", bound=Callable[..., torch.Tensor])
+
+
+def stackable(method: Method) -> Method:
+    """Marks a `loss` or `logits` whose tensors may all have the stack's axis in front, and its result then too.
+
+    If both are marked, the losses of a stack are computed without vmap, which costs more than the loss of a small head.
+    """
+    method.stackable = True  # type: ignore[attr-defined]
+    return method
+
+
+def is_stackable(host: "GradientHost") -> bool:
+    """Whether its `loss` and `logits` are marked. An override without the mark counts, not what it overrides."""
+    whole = type(host).batch_loss is GradientHost.batch_loss
+    return whole and all(hasattr(method, "stackable") for method in (host.loss, host.logits))
 
 
 @dataclass(frozen=True)
@@ -129,6 +144,7 @@ class Host:
         """Features (E, B, D) -> logits of each expert (E, B, K)."""
         return expert_logits(self.classifier, state, features, self.scale)
 
+    @stackable
     def logits(self, state: State, features: torch.Tensor) -> torch.Tensor:
         """Features (E, B, D) -> logits (B, K), the mean over the experts. At evaluation, features are not fused."""
         return logits(self.classifier, state, features, self.scale)
@@ -220,9 +236,10 @@ class ClassScaleHost(GradientHost):
         state = self.stage1_state(stage1)
         return {**state, "class_scale": torch.ones(state["weight"].shape[:2])}
 
+    @stackable
     def logits(self, state: State, features: torch.Tensor) -> torch.Tensor:
         """Features (E, B, D) -> logits (B, K), the mean over the experts."""
-        return (self.expert_logits(state, features) * state["class_scale"].unsqueeze(-2)).mean(0)
+        return expert_mean(self.expert_logits(state, features) * state["class_scale"].unsqueeze(-2))
 
 
 class PriorHost(GradientHost):
@@ -239,12 +256,13 @@ class PriorHost(GradientHost):
         super().__init__(classifier, scale, context)
         self.prior = tau * log_prior(context.counts)
 
+    @stackable
     def loss(
         self, state: State, features: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor | None
     ) -> torch.Tensor:
         """Mean cross-entropy of the batch, with the prior added to the logits."""
         logits = self.logits(state, features)
-        return F.cross_entropy(logits + self.prior.to(logits), labels)
+        return cross_entropy(logits + self.prior.to(logits), labels)
 
 
 class MixingHost(GradientHost):

@@ -67,6 +67,11 @@ def seeds_and_donors(heads: Sequence[HeadSetting]) -> tuple[list[int], list[str]
     return list(dict.fromkeys(h.seed for h in heads)), list(dict.fromkeys(h.donor for h in heads))
 
 
+def grouped(heads: Sequence[HeadSetting]) -> list[int]:
+    """The places of `heads`, sorted by seed and donor: a stack trains such an order without moving its weights."""
+    return sorted(range(len(heads)), key=lambda place: (heads[place].seed, heads[place].donor))
+
+
 def parts_of(heads: Sequence[HeadSetting], size: int) -> list[list[HeadSetting]]:
     """Splits `heads` in order into parts of `size`; the last may be smaller.
 
@@ -141,4 +146,4 @@ def planned_parts(
 
 def part_token(token: str, number: int, parts: list[list[HeadSetting]]) -> str:
     """The token of a part's saved step. Training resumes only if it is unchanged."""
-    return sha256(f"{token} part {number} of {len(parts)}".encode()).hexdigest()
+    return sha256(f"{token} part {number} of {len(parts)}, by seed and donor".encode()).hexdigest()

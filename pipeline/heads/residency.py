@@ -8,9 +8,9 @@ hot set. On a GPU, windows and hot set are kept there: a row is copied once per 
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import Bytes, Section
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.heads.batches import Batch, Streams
+from h2t.pipeline.heads.draws import Draws
 from h2t.pipeline.heads.features import CPU, FeatureReader, FeatureTable
 
 Tier = Literal["device", "memory", "stream"]
@@ -142,16 +143,18 @@ def hot_samples(streams: Streams, row_bytes: int, budget: int) -> tuple[np.ndarr
     return (np.sort(np.concatenate(rows)) if rows else np.empty(0, np.int64)), share
 
 
-class Step(NamedTuple):
-    """One training step: its batch, and the table that holds the features of the batch's rows."""
+@dataclass(frozen=True)
+class Step:
+    """One training step: its batch, the table that holds the features of the batch's rows, and what else it draws."""
 
     epoch: int
     step: int
     batch: Batch
     table: FeatureTable
+    draws: Draws | None = None
 
 
-Window = tuple[int, int, list[Batch], FeatureTable]  # epoch, first step, batches, features of their rows
+Draw = Callable[[list[Step]], list[Draws]]  # what the steps of a window draw
 
 
 class Feed:
@@ -177,7 +180,7 @@ class Feed:
         self.device, self.dtype = device, dtype
         self.experts, self.shape = reader.cache.experts, reader.shape
         self.expected_hit_rate: float | None = None
-        self._window = 1
+        self._window = MAX_WINDOW_STEPS
         self._hot_rows = np.empty(0, np.int64)
         if choice.tier == "stream":
             self._start_streaming(budget, step_rows or streams.step_rows)
@@ -210,32 +213,47 @@ class Feed:
         rate = f"hit rate {100 * meter.hit_rate:.1f} % (expected {100 * (self.expected_hit_rate or 0):.1f} %)"
         return f"{text}, waited {100 * meter.stall:.0f} % of the time, {rate}"
 
-    def steps(self, epochs: int, first_epoch: int = 0, first_step: int = 0) -> Generator[Step]:
-        """Yields every step from the given one to the end of the last of `epochs`. Reading ahead crosses epochs.
+    def steps(
+        self,
+        epochs: int,
+        first_epoch: int = 0,
+        first_step: int = 0,
+        draw: Draw | None = None,
+        most: int = MAX_WINDOW_STEPS,
+    ) -> Generator[Step]:
+        """Yields every step from the given one to the end of the last of `epochs`.
 
-        A caller must drop a step before it asks for the next one, or a third window stays in memory.
+        A thread prepares windows of at most `most` steps ahead, also across epochs: rows, their features and, by
+        `draw`, what else steps draw. A caller must drop a step before it asks for the next one, or a third window stays
+        in memory.
         """
         spec = self.reader.cache.spec
         row_bytes = sum(spec.row_bytes(expert) for expert in range(spec.experts))
-        windows = self._planned(epochs, first_epoch, first_step)
-        for window in in_background(windows, meter=self.meter) if self.choice.tier == "stream" else windows:
-            epoch, begin, batches, table = window if isinstance(window, tuple) else window()
-            for step, batch in enumerate(batches, begin):
-                self.meter.bytes_used += batch.rows.size * row_bytes
-                yield Step(epoch, step, batch, table)
-            del window, batches, table  # before another window is read: at most two at a time
+        windows = self._planned(epochs, first_epoch, first_step, draw, most)
+        streamed = self.choice.tier == "stream"
+        for window in in_background(windows, meter=self.meter if streamed else None):
+            while window:  # each step is dropped before the next window is read: at most two windows at a time
+                at = window.pop(0)
+                self.meter.bytes_used += at.batch.rows.size * row_bytes
+                yield at
+                del at
 
-    def _planned(self, epochs: int, first_epoch: int, first_step: int) -> Iterator[Callable[[], Window]]:
+    def _planned(
+        self, epochs: int, first_epoch: int, first_step: int, draw: Draw | None, most: int
+    ) -> Iterator[Callable[[], list[Step]]]:
         """Yields one function per window that loads it. A window lies within one epoch."""
-        load = self._stream if self.choice.tier == "stream" else self._resident
+        length = min(self._window, most)
         for epoch in range(first_epoch, epochs):
             begin = first_step if epoch == first_epoch else 0
-            for start in range(begin, self.streams.steps, self._window):
-                yield partial(load, epoch, range(start, min(start + self._window, self.streams.steps)))
+            for start in range(begin, self.streams.steps, length):
+                yield partial(self._load, epoch, range(start, min(start + length, self.streams.steps)), draw)
 
-    def _resident(self, epoch: int, steps: range) -> Window:
-        """A window whose features are all in memory."""
-        return epoch, steps.start, [self.streams.batch(epoch, step) for step in steps], self._table
+    def _load(self, epoch: int, steps: range, draw: Draw | None = None) -> list[Step]:
+        """The steps of a window."""
+        batches = [self.streams.batch(epoch, step) for step in steps]
+        table = self._read(batches) if self.choice.tier == "stream" else self._table
+        window = [Step(epoch, step, batch, table) for step, batch in zip(steps, batches, strict=True)]
+        return [replace(at, draws=d) for at, d in zip(window, draw(window), strict=True)] if draw else window
 
     def _start_streaming(self, budget: int, step_rows: int) -> None:
         """Chooses the length of windows and reads the hot set."""
@@ -250,16 +268,15 @@ class Feed:
         values = self.reader.read(self._hot_rows, self.device)
         self._hot = FeatureTable(self._hot_rows, values, self.dtype, self.device)
 
-    def _stream(self, epoch: int, steps: range) -> Window:
-        """Reads a window: its batches, and the features of their rows. Hot rows are in memory already."""
-        batches = [self.streams.batch(epoch, step) for step in steps]
+    def _read(self, batches: list[Batch]) -> FeatureTable:
+        """Reads the features of the rows of a window. Hot rows are in memory already."""
         rows = np.unique(np.concatenate([batch.rows for batch in batches]))
         rows = np.setdiff1d(rows, self._hot_rows, assume_unique=True)
         values = self.reader.read(rows, self.device)
         for batch in batches:
             self.meter.draws += batch.receivers.size
             self.meter.hits += int(np.isin(batch.receivers, self._hot_rows).sum())
-        return epoch, steps.start, batches, FeatureTable(rows, values, self.dtype, self.device, self._hot)
+        return FeatureTable(rows, values, self.dtype, self.device, self._hot)
 
 
 def plan_tier(streams: Streams, reader: FeatureReader, settings: Residency, room: Room) -> Choice:

@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -21,8 +20,8 @@ from h2t.pipeline.base.params import Count, Epochs, NonNegative, Rate, Ratio, Se
 from h2t.pipeline.base.progress import progress
 from h2t.pipeline.base.seeds import stream
 from h2t.pipeline.heads.batches import Batch
-from h2t.pipeline.heads.descent import Descent, Run
-from h2t.pipeline.heads.features import FeatureTable
+from h2t.pipeline.heads.descent import Descent, PerHead
+from h2t.pipeline.heads.draws import DRAWN_BYTES, Draws, sent
 from h2t.pipeline.heads.folded import Folded, Groups
 from h2t.pipeline.heads.fusion import (
     Rounding,
@@ -36,16 +35,20 @@ from h2t.pipeline.heads.fusion import (
     shuffle,
 )
 from h2t.pipeline.heads.head import Head
-from h2t.pipeline.heads.host import GradientHost, TrainingBatch
-from h2t.pipeline.heads.residency import Feed, Step
-from h2t.pipeline.networks.classifier import expert_logits
+from h2t.pipeline.heads.host import GradientHost, TrainingBatch, is_stackable
+from h2t.pipeline.heads.residency import MAX_WINDOW_STEPS, Feed, Step
 from h2t.pipeline.networks.trained import StageOneHead
 from h2t.pipeline.training.resume import Checkpoint
 
 LEAST_LENGTH = 1e-12  # of a feature vector, as in torch's `normalize`
-FOLDED_CLASSES = 2  # of more classes than this times the batch, fused features cost less than folded weights
+FOLDED_CLASSES = 64  # with more classes, fused features cost less than folded weights (docs/decisions/0019)
+DRAWN: tuple[Selection, ...] = ("random", "shuffled")  # selections that draw their channels
 FLOAT = 4  # bytes of a float32, which heads compute with
 PER_HEAD = ("lr", "weight_decay")  # constants in which heads of one stack may differ
+
+
+Product = Callable[[torch.Tensor], torch.Tensor]
+Lengths = Callable[[], torch.Tensor]
 
 
 class NotFinite(Exception):
@@ -103,16 +106,23 @@ class Optimiser(Section):
         """The settings that `head` is trained with."""
         return self.model_copy(update={name: value for name, value in head.constants if name in PER_HEAD})
 
-    def runs(self, heads: Sequence[HeadSetting]) -> list[Run] | None:
-        """Runs of neighbours among `heads` with equal constants; None if all of them have these settings."""
+    def per_head(self, heads: Sequence[HeadSetting]) -> PerHead | None:
+        """The constants of each of `heads`; None if all of them have these settings."""
         own = [self.of(head) for head in heads]
         if all(settings == self for settings in own):
             return None
-        runs: list[Run] = []
-        for settings, same in groupby(own):
-            first = runs[-1].end if runs else 0
-            runs.append(Run(first, first + len(list(same)), settings.lr / self.lr, settings.weight_decay))
-        return runs
+        return PerHead([settings.lr / self.lr for settings in own], [settings.weight_decay for settings in own])
+
+
+def _fixed_masks(heads: Sequence[HeadSetting], replaced: np.ndarray, channels: int) -> torch.Tensor | None:
+    """Masks of the heads whose channels are not drawn, bool (K, C), all False for the others; None if all are drawn."""
+    if all(h.selection in DRAWN for h in heads):
+        return None
+    masks = np.zeros((len(heads), channels), bool)
+    for mask, head, count in zip(masks, heads, replaced, strict=True):
+        if head.selection in ("first", "middle", "last"):
+            mask[:] = fixed_channels(head.selection, int(count), channels)
+    return torch.from_numpy(masks)
 
 
 def not_finite(state: Mapping[str, torch.Tensor]) -> tuple[int, str] | None:
@@ -153,27 +163,26 @@ class Stack:
         self._donor = torch.tensor(donor_index, device=self.device)
         channels = feed.shape[0]
         self.replaced = np.array([h.replaced(channels) for h in heads])
-        self._random = np.array([h.selection in ("random", "shuffled") for h in heads])
+        self._replaced = torch.from_numpy(self.replaced).to(self.device, torch.int32)[:, None, None]
+        fixed = _fixed_masks(heads, self.replaced, channels)
+        self._fixed = None if fixed is None else fixed.to(self.device)
+        self._drawn = torch.tensor([h.selection in DRAWN for h in heads], device=self.device)[:, None, None]
         shuffled = np.flatnonzero([h.selection == "shuffled" for h in heads])
         self._shuffled = torch.from_numpy(shuffled).to(self.device)  # indices: a mask would make it wait for a GPU
-        self._fixed = np.stack(
-            [
-                fixed_channels(h.selection, int(n), channels)
-                if h.selection in ("first", "middle", "last")
-                else np.zeros(channels, bool)
-                for h, n in zip(heads, self.replaced, strict=True)
-            ]
-        )
+        # Which seeds have heads with shuffled donors, and which of these each of those heads has.
+        self._shuffled_seeds, order = np.unique(self._seed_index[shuffled], return_inverse=True)
+        self._order = torch.from_numpy(order.reshape(-1)).to(self.device)
         mixed = np.array([h.selection == "mixup" for h in heads])
         self._mixing = bool((mixed & (self.replaced > 0)).any())
-        self._share = torch.tensor(mixed * self.replaced / channels, device=self.device, dtype=self.dtype)
+        share = torch.tensor(mixed * self.replaced / channels, device=self.device, dtype=self.dtype)
+        self._share = share[:, None, None]
         self.state: dict[str, torch.Tensor] = {}
         changes = type(self.host).update is not GradientHost.update
         self.at_once = at_once and head.linear and len(feed.shape) == 1 and not changes
         # Feature mixup changes lengths by more than its shares, and shuffled donors are different for each head.
         usual = not len(shuffled) and not (self._mixing and self.host.classifier == "cosine")
-        few = self.host.context.classes <= FOLDED_CLASSES * self.streams.batch_size
-        self._folds = usual and few and bool(self.replaced.any()) and not self.host.augments
+        few = self.host.context.classes <= FOLDED_CLASSES
+        self._folds = self.at_once and usual and few and bool(self.replaced.any()) and not self.host.augments
         self._groups = Groups(self._seed_index, donor_index, self.device)
 
     def start(self, stage1: StageOneHead) -> None:
@@ -194,74 +203,85 @@ class Stack:
         for name in self.state.keys() - self.host.fixed:
             self.state[name].requires_grad_()
 
-    def masks(self, epoch: int, step: int) -> torch.Tensor:
-        """Masks of the channels that are replaced in this batch, bool (K, E, C)."""
-        experts, channels = self.feed.experts, self.feed.shape[0]
-        ranks = np.stack(
-            [
-                [channel_ranks(seed, epoch, step, expert, channels) for expert in range(experts)]
-                for seed in self.streams.seeds
-            ]
-        )
-        drawn = ranks[self._seed_index] < self.replaced[:, None, None]
-        return torch.from_numpy(np.where(self._random[:, None, None], drawn, self._fixed[:, None, :])).to(self.device)
-
-    def orders(self, epoch: int, step: int, size: int) -> torch.Tensor | None:
-        """The donor of each channel for heads with shuffled donors, int64 (heads of that kind, E, B, C); else None."""
-        if not len(self._shuffled):
-            return None
-        experts, channels = range(self.feed.experts), self.feed.shape[0]
-        by_seed = {
-            seed: np.stack([donor_orders(seed, epoch, step, expert, size, channels) for expert in experts])
-            for seed in {h.seed for h in self.heads if h.selection == "shuffled"}
-        }
-        each = [by_seed[h.seed] for h in self.heads if h.selection == "shuffled"]
-        return torch.from_numpy(np.stack(each)).to(self.device)
-
-    def given(self, at: Step, progress: float = 0.0) -> TrainingBatch:
-        """What a step brings, with a leading axis of seeds: `features` are the receivers before fusion, augmented."""
-        batch, table = at.batch, at.table
-        by_seed = [
-            self.host.noise(stream(seed, "noise", at.epoch, at.step), batch.labels.shape[1])
-            for seed in self.streams.seeds
+    def draw(self, window: Sequence[Step]) -> list[Draws]:
+        """What the steps of a window draw. A window has one table."""
+        table = window[0].table
+        drawn = [self.drawn(at.epoch, at.step, at.batch) for at in window]
+        found = [[(table.find(rows), rows.shape) for rows in self._gathered(at.batch)] for at in window]
+        tensors = iter(sent([tensor for step in drawn for tensor in step.values()], self.device))
+        numbers = [torch.from_numpy(part) for step in found for parts, _ in step for part in parts]
+        places = iter(sent(numbers, table.device))
+        return [
+            Draws([([next(places) for _ in parts], shape) for parts, shape in rows], **{n: next(tensors) for n in step})
+            for step, rows in zip(drawn, found, strict=True)
         ]
-        drawn = [n for n in by_seed if n is not None]
-        labels, samples, partner_labels = (
-            torch.from_numpy(part).to(self.device) for part in (batch.labels, batch.samples, batch.partner_labels)
-        )
-        paired = self.streams.partner is not None
-        given = TrainingBatch(
-            table.take(batch.receivers),
-            labels,
-            torch.stack(drawn).to(self.device, self.dtype) if drawn else None,
-            samples,
-            table.take(batch.partners) if paired else None,
-            partner_labels if paired else None,
-            progress,
-        )
-        if not self.host.augments:
-            return given
-        each = [_taken(given, seed, receivers) for seed, receivers in enumerate(given.features)]
-        return given._replace(features=torch.stack([self.host.augment(one) for one in each]))
 
-    def fused(
-        self,
-        batch: Batch,
-        table: FeatureTable,
-        masks: torch.Tensor,
-        orders: torch.Tensor | None = None,
-        receivers: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """The fused input of every head, (K, E, B, C[, H, W]), in the feed's dtype.
+    def drawn(self, epoch: int, step: int, batch: Batch) -> dict[str, torch.Tensor]:
+        """The tensors of `Draws` but `rows`, by name, on the CPU; without noise and orders where there are none."""
+        size = batch.labels.shape[1]
+        parts = {"labels": batch.labels, "samples": batch.samples, "ranks": self.ranks(epoch, step)}
+        if self.streams.partner:
+            parts["partner_labels"] = batch.partner_labels
+        tensors = {name: torch.from_numpy(part) for name, part in parts.items()}
+        noise = [self.host.noise(stream(seed, "noise", epoch, step), size) for seed in self.streams.seeds]
+        if given := [n.to(self.dtype) for n in noise if n is not None]:
+            tensors["noise"] = torch.stack(given)
+        if len(self._shuffled):
+            tensors["orders"] = torch.from_numpy(self.orders(epoch, step, size))
+        return tensors
 
-        `receivers` (seeds, E, B, C[, H, W]): by default those in `table`, as they are.
+    def ranks(self, epoch: int, step: int) -> np.ndarray:
+        """The ranks of the channels in this batch, int32 (seeds, E, C)."""
+        experts, channels = range(self.feed.experts), self.feed.shape[0]
+        ranks = [[channel_ranks(seed, epoch, step, e, channels) for e in experts] for seed in self.streams.seeds]
+        return np.array(ranks, np.int32)
+
+    def orders(self, epoch: int, step: int, size: int) -> np.ndarray:
+        """The donor of each channel, for the seeds of heads with shuffled donors, int64 (their number, E, B, C)."""
+        experts, channels = range(self.feed.experts), self.feed.shape[0]
+        seeds = [self.streams.seeds[index] for index in self._shuffled_seeds]
+        return np.array([[donor_orders(seed, epoch, step, e, size, channels) for e in experts] for seed in seeds])
+
+    def _gathered(self, batch: Batch) -> list[np.ndarray]:
+        """The rows that a step gathers: pairs for groups of heads (G, 2 B), or receivers, donors and partners."""
+        if self._folds:
+            seed, donor = self._groups.seed, self._groups.donor
+            pairs = np.stack([batch.receivers[seed], batch.donors[seed, donor]], axis=-1)
+            return [pairs.reshape(len(pairs), -1)]
+        donors = [batch.donors] if self.replaced.any() else []
+        return [batch.receivers, *donors, *([batch.partners] if self.streams.partner else [])]
+
+    def masks(self, ranks: torch.Tensor) -> torch.Tensor:
+        """Masks of the channels that are replaced in a batch with these `ranks`, bool (K, E, C)."""
+        drawn = ranks[self._seed] < self._replaced
+        return drawn if self._fixed is None else torch.where(self._drawn, drawn, self._fixed.unsqueeze(1))
+
+    def given(self, at: Step, progress: float = 0.0) -> tuple[TrainingBatch, torch.Tensor | None]:
+        """(What a step brings, with a leading axis of seeds; donors (seeds, donors, E, B, C[, H, W]) if any are used).
+
+        `features` are the receivers before fusion, augmented. Where fusion is folded they are pairs, (G, E, 2 B, C).
         """
-        receivers = (table.take(batch.receivers) if receivers is None else receivers)[self._seed]
-        if not self.replaced.any():
+        draws = at.draws
+        assert draws is not None
+        features, *others = (at.table.gather(*rows) for rows in draws.rows)
+        donors = others[0] if self.replaced.any() and not self._folds else None
+        partners = others[-1] if self.streams.partner and not self._folds else None
+        labels = draws.partner_labels
+        given = TrainingBatch(features, draws.labels, draws.noise, draws.samples, partners, labels, progress)
+        if not self.host.augments:
+            return given, donors
+        each = [_taken(given, seed, receivers) for seed, receivers in enumerate(given.features)]
+        return given._replace(features=torch.stack([self.host.augment(one) for one in each])), donors
+
+    def fused(self, draws: Draws, receivers: torch.Tensor, donors: torch.Tensor | None) -> torch.Tensor:
+        """The fused input of every head, (K, E, B, C[, H, W]), in the feed's dtype."""
+        receivers = receivers[self._seed]
+        if donors is None:
             return receivers
-        donors = table.take(batch.donors)[self._seed, self._donor]
-        if orders is not None:
-            donors[self._shuffled] = shuffle(donors[self._shuffled], orders)
+        donors = donors[self._seed, self._donor]
+        if draws.orders is not None:
+            donors[self._shuffled] = shuffle(donors[self._shuffled], draws.orders[self._order])
+        masks = self.masks(draws.ranks)
         inner = (1,) * (receivers.dim() - 4)  # the axes after the channels
         x = fuse(receivers, donors, masks.reshape(*masks.shape[:2], 1, -1, *inner))
         if self._mixing:
@@ -274,15 +294,14 @@ class Stack:
 
         `progress`: finished epochs / epochs.
         """
-        epoch, step, batch, table = at
-        masks, orders = self.masks(epoch, step), self.orders(epoch, step, batch.labels.shape[1])
-        given = self.given(at, progress)
+        assert at.draws is not None
+        given, donors = self.given(at, progress)
         if self.at_once:
-            logits = self._logits(given.features, batch, table, masks, orders)
+            logits = self._logits(at.draws, given.features, donors)
             losses = self._gradients_at_once(_taken(given._replace(partners=None), self._seed, logits))
             descent.step(rate)
             return losses
-        x = self.fused(batch, table, masks, orders, given.features)
+        x = self.fused(at.draws, given.features, donors)
         of_heads = _taken(given, self._seed, x)
         losses = self._gradients(of_heads)
         descent.step(rate)
@@ -306,37 +325,44 @@ class Stack:
 
     def _gradients_at_once(self, batch: TrainingBatch) -> torch.Tensor:
         """Sets the gradients of linear heads; `features` are their experts' logits (K, E, B, N). Returns the losses."""
-        losses = vmap(self._on_logits.batch_loss, in_dims=(0, _axes(batch)))(self.state, batch)
+        loss = self._on_logits.batch_loss
+        if not is_stackable(self._on_logits):
+            loss = vmap(loss, in_dims=(0, _axes(batch)))
+        losses = loss(self.state, batch)
         trained = {name: t for name, t in self.state.items() if name not in self.host.fixed}
         gradients = torch.autograd.grad(losses.sum(), list(trained.values()))
         for tensor, gradient in zip(trained.values(), gradients, strict=True):
             tensor.grad = gradient
         return losses.detach()
 
-    def _logits(
-        self,
-        receivers: torch.Tensor,
-        batch: Batch,
-        table: FeatureTable,
-        masks: torch.Tensor,
-        orders: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """The experts' logits of every head on its fused features, (K, E, B, N); `receivers` (seeds, E, B, C)."""
+    def _logits(self, draws: Draws, features: torch.Tensor, donors: torch.Tensor | None) -> torch.Tensor:
+        """The experts' logits of every head on its fused features, (K, E, B, N)."""
         host, state = self.host, self.state
-        if not self._folds:
-            x = self.fused(batch, table, masks, orders, receivers)
-            return expert_logits(host.classifier, state, x, host.scale)
-        donors = table.take(batch.donors)
-        groups = self._groups
-        pairs = torch.cat([receivers[groups.seed], donors[groups.seed, groups.donor]], dim=-1)
-        share = torch.where(self._share[:, None, None] > 0, self._share[:, None, None], masks.to(self.dtype))
+        found = self._folded(draws, features) if self._folds else self._unfolded(draws, features, donors)
+        product, lengths = found
         if host.classifier == "linear":
-            products = Folded.apply(state["weight"], share, pairs, groups)
-            return host.scale * (products + state["bias"].unsqueeze(-2))
+            logits = product(state["weight"]) + state["bias"].unsqueeze(-1)
+        else:
+            logits = product(F.normalize(state["weight"], dim=-1)) / lengths().clamp_min(LEAST_LENGTH)
+        return (logits if host.scale == 1 else host.scale * logits).mT
+
+    def _unfolded(self, draws: Draws, receivers: torch.Tensor, donors: torch.Tensor | None) -> tuple[Product, Lengths]:
+        """Products of weights (K, E, N, C) with fused features, (K, E, N, B), and their lengths, (K, E, 1, B)."""
+        features = self.fused(draws, receivers, donors).mT
+        return lambda weight: weight @ features, lambda: features.norm(dim=-2, keepdim=True)
+
+    def _folded(self, draws: Draws, features: torch.Tensor) -> tuple[Product, Lengths]:
+        """The same without fused features, from pairs (G, E, 2 B, C)."""
+        groups = self._groups
+        pairs = features.reshape(*features.shape[:2], -1, 2 * features.shape[3])
+        share = self.masks(draws.ranks).to(self.dtype)
+        if self._mixing:
+            share = torch.where(self._share > 0, self._share, share)
         ones = torch.ones_like(share).unsqueeze(2)
-        lengths = Folded.apply(ones, share, pairs.square(), groups).sqrt().clamp_min(LEAST_LENGTH)  # (K, E, B, 1)
-        products = Folded.apply(F.normalize(state["weight"], dim=-1), share, pairs, groups)
-        return host.scale * products / lengths
+        return (
+            lambda weight: Folded.apply(weight, share, pairs, groups),
+            lambda: Folded.apply(ones, share, pairs.square(), groups).sqrt(),
+        )
 
     def train(
         self,
@@ -351,17 +377,18 @@ class Stack:
         weights. Raises NotFinite after the first epoch that ends with a weight that is NaN or infinite.
         """
         trained = {name: t for name, t in self.state.items() if name not in self.host.fixed}
-        runs = settings.runs(self.heads)
-        descent = Descent(trained, self.host.rates, settings.momentum, settings.weight_decay, runs)
+        per_head = settings.per_head(self.heads)
+        descent = Descent(trained, self.host.rates, settings.momentum, settings.weight_decay, per_head)
         losses = torch.zeros(settings.epochs, len(self.heads), dtype=self.dtype, device=self.device)
         first = save.restore(self.state, descent, losses) if save else 0
         steps = self.streams.steps
+        drawn = sum(tensor.nbytes for tensor in self.drawn(0, 0, self.streams.batch(0, 0)).values())
+        window = max(1, min(MAX_WINDOW_STEPS, DRAWN_BYTES // drawn))
         bar = progress(None, f"train_classifier {name}", unit="step", total=settings.epochs * steps, initial=first)
         with bar:
-            for at in self.feed.steps(settings.epochs, *divmod(first, steps)):
-                progress_made = at.epoch / settings.epochs
-                lost = self.step(at, descent, settings.rate(at.epoch), progress_made)
-                losses[at.epoch] += lost * at.batch.labels.shape[1]
+            for at in self.feed.steps(settings.epochs, *divmod(first, steps), self.draw, window):
+                lost = self.step(at, descent, settings.rate(at.epoch), at.epoch / settings.epochs)
+                losses[at.epoch].add_(lost, alpha=at.batch.labels.shape[1])
                 bar.update()
                 if at.step == steps - 1 and (bad := not_finite(self.state)):
                     raise NotFinite(at.epoch, *bad)

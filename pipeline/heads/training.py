@@ -11,7 +11,7 @@ from h2t.pipeline.base.run import Run
 from h2t.pipeline.heads.batches import Streams
 from h2t.pipeline.heads.features import FeatureReader
 from h2t.pipeline.heads.head import Head
-from h2t.pipeline.heads.parts import part_token, seeds_and_donors
+from h2t.pipeline.heads.parts import grouped, part_token, seeds_and_donors
 from h2t.pipeline.heads.residency import Feed
 from h2t.pipeline.heads.stack import HeadSetting, NotFinite, Optimiser, Stack
 from h2t.pipeline.networks.trained import StageOneHead
@@ -56,12 +56,14 @@ def train(
     history: list[dict[str, float]] = []
     done = restored = 0
     for number, part in enumerate(parts):
-        stack = Stack(head_of(part[0]), part, feed.of(*seeds_and_donors(part)))
+        places = grouped(part)
+        ordered = [part[place] for place in places]
+        stack = Stack(head_of(part[0]), ordered, feed.of(*seeds_and_donors(ordered)))
         stack.start(stage1)
-        numbers = list(range(done, done + len(part)))
+        numbers = [done + place for place in places]
         done += len(part)
 
-        own = [optimiser.of(setting) for setting in part]
+        own = [optimiser.of(setting) for setting in ordered]
 
         def report(epoch: int, losses: torch.Tensor, numbers: list[int] = numbers, own: list[Optimiser] = own) -> None:
             history.extend(

@@ -13,13 +13,12 @@ cross-entropy on class-balanced batches.
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import Count, Ratio, Section
-from h2t.pipeline.heads.host import Context, GradientHost, State, TrainingBatch
+from h2t.pipeline.heads.host import Context, GradientHost, State, TrainingBatch, stackable
 from h2t.pipeline.networks.trained import StageOneHead
-from h2t.pipeline.training.longtail import without_tail
+from h2t.pipeline.training.longtail import cross_entropy, without_tail
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
@@ -95,8 +94,9 @@ class Host(GradientHost):
         low, high = found.amin((-2, -1), keepdim=True), found.amax((-2, -1), keepdim=True)
         return (found - low) / (high - low).clamp_min(1e-12)
 
+    @stackable
     def loss(
         self, state: State, features: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor | None
     ) -> torch.Tensor:
         """Mean cross-entropy of the batch."""
-        return F.cross_entropy(self.logits(state, features), labels)
+        return cross_entropy(self.logits(state, features), labels)

@@ -9,11 +9,10 @@ class-balanced ones would be weighted twice.
 from typing import Annotated, Literal
 
 import torch
-from torch.nn import functional as F
 
 from h2t.pipeline.base.params import NonNegative, Section, within
-from h2t.pipeline.heads.host import Context, GradientHost, State
-from h2t.pipeline.training.longtail import effective_weights, focal_losses, sigmoid_focal_losses
+from h2t.pipeline.heads.host import Context, GradientHost, State, stackable
+from h2t.pipeline.training.longtail import effective_weights, focal_losses, log_likelihoods, sigmoid_focal_losses
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
@@ -40,15 +39,16 @@ class Host(GradientHost):
         self.constants = loss
         self.weights = effective_weights(context.counts, loss.beta)
 
+    @stackable
     def loss(
         self, state: State, features: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor | None
     ) -> torch.Tensor:
         """Mean over the batch of the weighted losses."""
         logits, gamma = self.logits(state, features), self.constants.gamma
         if self.constants.base == "softmax":
-            losses = F.cross_entropy(logits, labels, reduction="none")
+            losses = -log_likelihoods(logits, labels)
         elif self.constants.base == "focal":
             losses = focal_losses(logits, labels, gamma)
         else:
             losses = sigmoid_focal_losses(logits, labels, gamma)
-        return (self.weights.to(losses)[labels] * losses).mean()
+        return (self.weights.to(losses)[labels] * losses).mean(-1)

@@ -11,12 +11,11 @@ on class-balanced batches.
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from h2t.pipeline.base.params import Count, Ratio, Section
-from h2t.pipeline.heads.host import Context, GradientHost, State, TrainingBatch
+from h2t.pipeline.heads.host import Context, GradientHost, State, TrainingBatch, stackable
 from h2t.pipeline.networks.trained import StageOneHead
-from h2t.pipeline.training.longtail import without_tail
+from h2t.pipeline.training.longtail import cross_entropy, without_tail
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
@@ -77,8 +76,9 @@ class Host(GradientHost):
         chosen = lends & (batch.noise < self.constants.share)
         return torch.where(chosen.unsqueeze(-1), moved, batch.features)
 
+    @stackable
     def loss(
         self, state: State, features: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor | None
     ) -> torch.Tensor:
         """Mean cross-entropy of the batch."""
-        return F.cross_entropy(self.logits(state, features), labels)
+        return cross_entropy(self.logits(state, features), labels)

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from h2t.pipeline.base.params import NonNegative, Section
-from h2t.pipeline.heads.host import Context, GradientHost, State
+from h2t.pipeline.heads.host import Context, GradientHost, State, stackable
 from h2t.pipeline.training.longtail import focal_losses, sigmoid_focal_losses
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
@@ -37,11 +37,12 @@ class Host(GradientHost):
         super().__init__(classifier, scale, context)
         self.constants = loss
 
+    @stackable
     def loss(
         self, state: State, features: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor | None
     ) -> torch.Tensor:
         """Mean focal loss of the batch."""
         logits, constants = self.logits(state, features), self.constants
         if constants.form == "sigmoid":
-            return sigmoid_focal_losses(logits, labels, constants.gamma).mean()
-        return focal_losses(logits, labels, constants.gamma, detach=constants.detach).mean()
+            return sigmoid_focal_losses(logits, labels, constants.gamma).mean(-1)
+        return focal_losses(logits, labels, constants.gamma, detach=constants.detach).mean(-1)

@@ -12,8 +12,8 @@ import torch
 
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import NonNegative, Section
-from h2t.pipeline.heads.host import Context, GradientHost, State
-from h2t.pipeline.training.longtail import cloud_sizes, clouded
+from h2t.pipeline.heads.host import Context, GradientHost, State, stackable
+from h2t.pipeline.training.longtail import cloud_sizes, clouded, log_likelihoods
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
@@ -48,6 +48,7 @@ class Host(GradientHost):
         drawn = draws.normal(0, DEVIATION, (batch, self.context.classes))
         return torch.from_numpy(drawn).clamp(-1, 1)
 
+    @stackable
     def loss(
         self, state: State, features: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor | None
     ) -> torch.Tensor:
@@ -56,6 +57,6 @@ class Host(GradientHost):
         constants = self.constants
         cosines = self.logits(state, features) / self.scale
         noisy = clouded(cosines, labels, noise, self.clouds.to(cosines), constants.amplitude, constants.margin)
-        losses = -(self.scale * noisy).log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)  # (B,)
+        losses = -log_likelihoods(self.scale * noisy, labels)  # (B,)
         weight = (1 - (-losses.detach()).exp()).clamp_min(0) ** constants.focal
-        return (weight * losses).mean()
+        return (weight * losses).mean(-1)

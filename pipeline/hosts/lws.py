@@ -4,9 +4,9 @@ Source: Kang et al., "Decoupling Representation and Classifier for Long-Tailed R
 """
 
 import torch
-from torch.nn import functional as F
 
-from h2t.pipeline.heads.host import ClassScaleHost, State
+from h2t.pipeline.heads.host import ClassScaleHost, State, stackable
+from h2t.pipeline.training.longtail import cross_entropy
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
@@ -16,8 +16,9 @@ class Host(ClassScaleHost):
 
     fixed = frozenset({"weight", "bias"})
 
+    @stackable
     def loss(
         self, state: State, features: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor | None
     ) -> torch.Tensor:
         """Mean cross-entropy of the batch."""
-        return F.cross_entropy(self.logits(state, features), labels)
+        return cross_entropy(self.logits(state, features), labels)

@@ -10,7 +10,7 @@ import math
 import torch
 
 from h2t.pipeline.base.params import Rate, Ratio, Section
-from h2t.pipeline.heads.host import ClassScaleHost, Context, State
+from h2t.pipeline.heads.host import ClassScaleHost, Context, State, stackable
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
@@ -41,6 +41,7 @@ class Host(ClassScaleHost):
         self.rates = {"weight": loss.classifier_rate, "bias": loss.classifier_rate}
         self.smooth = smoothing(context.counts, loss.smooth_head, loss.smooth_tail)
 
+    @stackable
     def loss(
         self, state: State, features: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor | None
     ) -> torch.Tensor:
@@ -48,4 +49,4 @@ class Host(ClassScaleHost):
         losses = -self.logits(state, features).log_softmax(-1)  # (B, K): of each class, if it were the true one
         true = losses.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
         smooth = self.smooth.to(losses)[labels]
-        return ((1 - smooth) * true + smooth * losses.mean(-1)).mean()
+        return ((1 - smooth) * true + smooth * losses.mean(-1)).mean(-1)

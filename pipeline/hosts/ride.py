@@ -7,10 +7,10 @@ Stage II keeps only the basic cross-entropy (H2T paper, section 4.2), of the mea
 from typing import Literal
 
 import torch
-from torch.nn import functional as F
 
 from h2t.pipeline.base.params import Section
-from h2t.pipeline.heads.host import Context, GradientHost, State
+from h2t.pipeline.heads.host import Context, GradientHost, State, stackable
+from h2t.pipeline.training.longtail import cross_entropy
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
@@ -32,14 +32,12 @@ class Host(GradientHost):
         super().__init__(classifier, scale, context)
         self.each = loss.experts == "sum"
 
+    @stackable
     def loss(
         self, state: State, features: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor | None
     ) -> torch.Tensor:
         """Cross-entropy, averaged over the batch."""
         if not self.each:
-            return F.cross_entropy(self.logits(state, features), labels)
+            return cross_entropy(self.logits(state, features), labels)
         logits = self.expert_logits(state, features)  # (E, B, K)
-        per_sample = F.cross_entropy(
-            logits.movedim(0, -1), labels.unsqueeze(-1).expand(-1, len(logits)), reduction="none"
-        )
-        return per_sample.sum(-1).mean()
+        return cross_entropy(logits, labels.unsqueeze(-2).expand(logits.shape[:-1])).sum(-1)

@@ -10,11 +10,11 @@ cross-entropy.
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from h2t.pipeline.base.params import Count, Section
-from h2t.pipeline.heads.host import Context, GradientHost, State, TrainingBatch
+from h2t.pipeline.heads.host import Context, GradientHost, State, TrainingBatch, stackable
 from h2t.pipeline.networks.trained import StageOneHead
+from h2t.pipeline.training.longtail import cross_entropy
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
@@ -74,8 +74,9 @@ class Host(GradientHost):
         share = torch.where(synthetic, batch.noise[:, 2], 0.0).unsqueeze(-1)
         return torch.lerp(batch.features, neighbour.to(batch.features), share.to(batch.features))
 
+    @stackable
     def loss(
         self, state: State, features: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor | None
     ) -> torch.Tensor:
         """Mean cross-entropy of the batch."""
-        return F.cross_entropy(self.logits(state, features), labels)
+        return cross_entropy(self.logits(state, features), labels)

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from h2t.cache.reader import Cache
-from h2t.pipeline.base import plugins
+from h2t.pipeline.base import clock, plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import write_json
 from h2t.pipeline.base.run import Run
@@ -83,6 +83,7 @@ def sweep(
     given = params.model_copy(update={"grid": grid, "folds": None})
     heads_dir = run.out / "heads"
     train_classifier.run(given, replace(run, out=heads_dir), residency, cache, backbone_dir)
+    clock.begins("evaluation")
     heads = load_heads_for(cache, heads_dir, backbone_dir)
     group_of = evaluate.group_choice(evaluation, heads.about["counts"])
     scores = score_heads(cache, heads, "test", heads.about["evaluate"], run.device)

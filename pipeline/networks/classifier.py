@@ -53,7 +53,12 @@ def expert_logits(classifier: str, state: State, features: torch.Tensor, scale: 
 
 def logits(classifier: str, state: State, features: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
     """Mean of the experts' logits, (B, K), from features (E, B, D)."""
-    return expert_logits(classifier, state, features, scale).mean(0)
+    return expert_mean(expert_logits(classifier, state, features, scale))
+
+
+def expert_mean(logits: torch.Tensor) -> torch.Tensor:
+    """Mean over the experts: logits (..., E, B, K) -> (..., B, K)."""
+    return logits.squeeze(-3) if logits.shape[-3] == 1 else logits.mean(-3)
 
 
 def global_average(maps: torch.Tensor) -> torch.Tensor:

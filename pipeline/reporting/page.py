@@ -32,6 +32,15 @@ from h2t.pipeline.reporting.sides import Side, sentence
 TEMPLATES = Path(__file__).parent / "templates"
 STYLE = ("page", "print")
 VENDOR = ("d3.min", "plot.umd.min")
+#: Figures without an interval, and what the page calls them.
+MORE = {
+    "balanced_accuracy": "balanced accuracy",
+    "macro_f1": "macro F1",
+    "top5": "top-5",
+    "nll": "negative log-likelihood",
+    "ece_scaled": "ece after temperature",
+    "temperature": "temperature",
+}
 SCRIPTS = ("base", "first_screen", "ratio", "classes", "confusion", "calibration", "embedding", "start")
 
 
@@ -59,6 +68,11 @@ def render(title: str, answer: Answer, sides: Sequence[Side] = ()) -> str:
         results=results,
         rows=ROWS,
         figures=FIGURES,
+        more={
+            f: name
+            for f, name in MORE.items()
+            if any((r.metrics[k] or {}).get(f) is not None for r in results for k in ROWS)
+        },
         ranked=RANKED,
         first=first,
         sides=sides,

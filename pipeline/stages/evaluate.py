@@ -19,7 +19,7 @@ from pydantic import BeforeValidator
 
 from h2t.cache.memory import available_memory, return_freed_arrays
 from h2t.cache.reader import Cache
-from h2t.pipeline.base import plugins
+from h2t.pipeline.base import clock, plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import fresh_directory, write_json
 from h2t.pipeline.base.params import Index, Ratio, Section
@@ -83,6 +83,7 @@ def run(params: Params, run: Run, cache: Cache, heads_dir: Path, backbone_dir: P
     Raises UserError if the classifiers were trained on another cache or backbone, if there are no test rows, or if the
     predictions would not fit into memory.
     """
+    clock.begins("evaluation")
     heads = load_heads_for(cache, heads_dir, backbone_dir)
     stage1 = backbone_head(cache, backbone_dir, "linear", run.device, run.say)
     counts = heads.about["counts"]
@@ -163,6 +164,7 @@ def run(params: Params, run: Run, cache: Cache, heads_dir: Path, backbone_dir: P
         write_per_class(into, table, scores, of_stage1, counts)
         write_confusion(into, scores[("test", recipe_statistics)], of_stage1.get("test"), kept, len(counts))
         write_predictions(into, scores[("test", recipe_statistics)], of_stage1.get("test"), kept)
+        clock.begins("drawing")  # the points of the embedding take most of it
         _write_evidence(
             into, cache, heads, stage1, scores[("test", recipe_statistics)], of_stage1.get("test"), without, with_h2t
         )

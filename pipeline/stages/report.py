@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from h2t.pipeline.base import clock
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import Section
 from h2t.pipeline.base.run import Run
@@ -42,6 +43,7 @@ def run(
     from h2t.pipeline.reporting.files import run_records, write
     from h2t.pipeline.reporting.results import load_result
 
+    clock.begins("drawing")
     results = [load_result(name, evaluate_dir / name) for name in hosts]
     leftovers = sorted(p.name for p in evaluate_dir.iterdir() if p.is_dir() and p.name not in hosts)
     if leftovers:

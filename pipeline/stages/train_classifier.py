@@ -18,7 +18,7 @@ import torch
 
 from h2t.cache.memory import available_memory
 from h2t.cache.reader import Cache
-from h2t.pipeline.base import plugins
+from h2t.pipeline.base import clock, plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import fresh_directory
 from h2t.pipeline.base.params import (
@@ -316,6 +316,7 @@ def _train(
         **({"start": Path(params.start).name} if params.start else {}),
     }
     if fitted:
+        clock.begins("training")
         _check_fit(run.name, streams, reader, holds_logits=kind.holds_logits)
         trained = fit([head_of(h) for h in heads], stage1, streams, reader, run.device)
         summary = Summary(len(heads), 0)
@@ -336,9 +337,11 @@ def _train(
                 f"{run.name}: {counted(len(heads), 'classifier')} in {len(planned)} parts, "
                 f"to stay below {amount(room.step)} per step"
             )
+        clock.begins("reading")
         step_rows = max(size.window(part) for part in planned) // reader.row_bytes
         feed = Feed(streams, reader, choice, room.windows, run.device, run.say, step_rows=step_rows)
         try:
+            clock.begins("training")
             trained = train(params.optimiser, run, head_of, planned, feed, stage1, token)
         except NotFinite as bad:
             Checkpoint(run.out, "").clear()  # or training on a repaired cache would resume from these weights

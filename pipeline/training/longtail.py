@@ -12,7 +12,7 @@ LEAST = 1e-12  # smallest base of a power, whose gradient may be infinite at 0
 
 
 def own_class(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Whether a column of `logits` (B, K) is that of the sample's own class, bool (B, K).
+    """Whether a column of `logits` (..., B, K) is that of the sample's own class, bool (..., B, K).
 
     Unlike torch's `one_hot` it works under vmap.
     """
@@ -31,23 +31,34 @@ def effective_weights(counts: torch.Tensor, beta: float) -> torch.Tensor:
     return weights * len(counts) / weights.sum()
 
 
+def log_likelihoods(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Log-likelihoods of the labels, log softmax(z)_y (..., B), from logits (..., B, K) and labels (..., B), int64."""
+    # Softmax over an inner axis is computed for many samples at once, so classes come before samples.
+    return logits.mT.log_softmax(-2).gather(-2, labels.unsqueeze(-2)).squeeze(-2)
+
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of each batch, (...), from logits (..., B, K) and labels (..., B), int64."""
+    return -log_likelihoods(logits, labels).mean(-1)
+
+
 def without_tail(counts: list[int], given: int | None) -> int:
     """How many of the largest classes are not rare: `given`, or all but the tail classes of `paper_index`."""
     return given or len(counts) - groups(counts)["paper_index"].count("tail")
 
 
 def focal_losses(logits: torch.Tensor, labels: torch.Tensor, gamma: float, *, detach: bool = False) -> torch.Tensor:
-    """The focal loss of each sample, (1 - p_y)^gamma (-log p_y) with p the softmax, (B,), from logits (B, K).
+    """The focal loss of each sample, (1 - p_y)^gamma (-log p_y) with p the softmax, (..., B), from logits (..., B, K).
 
     With `detach` no gradient flows through the weight. Source: Lin et al., ICCV 2017, eq. (4), for the softmax.
     """
-    log_p = logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    log_p = log_likelihoods(logits, labels)
     weight = (-log_p.expm1()).clamp_min(LEAST) ** gamma
     return -(weight.detach() if detach else weight) * log_p
 
 
 def sigmoid_focal_losses(logits: torch.Tensor, labels: torch.Tensor, gamma: float) -> torch.Tensor:
-    """The focal loss of each sample (B,), from logits (B, K): a binary loss per class, summed over the classes.
+    """The focal loss of each sample (..., B), from logits (..., B, K): a binary loss per class, summed over them.
 
     With s_j the sigmoid and p_j = s_j for the true class, 1 - s_j for others: sum_j (1 - p_j)^gamma (-log p_j). Source:
     Lin et al., ICCV 2017, eq. (4); Cui et al., CVPR 2019, eq. (14).

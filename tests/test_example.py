@@ -1,0 +1,51 @@
+"""examples/cifar10_lt: its cache is sound, its stages are those of its dvc.yaml, and its figures come out again."""
+
+import json
+import re
+import shutil
+
+import pytest
+import yaml
+from pipeline_builders import ROOT, accepted
+
+pytestmark = pytest.mark.slow
+
+EXAMPLE = ROOT / "examples" / "cifar10_lt"
+WITHIN = {"top1": 0.3, "head": 1.0, "medium": 1.0, "tail": 1.0}  # as its README says
+
+
+def stated():
+    """Method -> figure -> percent, from the table of the README."""
+    lines = re.findall(
+        r"^\| ([a-z]\w* .*?) \| (\d.*?) \| [\d.]+ \|$", (EXAMPLE / "README.md").read_text(), re.MULTILINE
+    )
+    return {name: dict(zip(WITHIN, map(float, values.split(" | ")), strict=True)) for name, values in lines}
+
+
+def test_its_cache_is_small_and_sound():
+    assert sum(p.stat().st_size for p in (EXAMPLE / "data/extract").rglob("*") if p.is_file()) < 20e6
+    accepted("cache", "verify", EXAMPLE / "data/extract/ce_mixup")
+
+
+def test_its_figures_come_out_again(tmp_path, monkeypatch):
+    root = tmp_path / "example"
+    shutil.copytree(EXAMPLE, root, ignore=shutil.ignore_patterns("train_classifier", "evaluate", "report"))
+    monkeypatch.chdir(root)
+    stages = yaml.safe_load((root / "dvc.yaml").read_text())["stages"]
+    assert set(stages) == {"train_classifier", "evaluate", "report"}
+    hosts = yaml.safe_load((root / "params.yaml").read_text())["hosts"]
+    expected = stated()
+    assert len(expected) == 1 + 2 * len(hosts)
+    for host in hosts:
+        for stage in ("train_classifier", "evaluate"):
+            program, *arguments = stages[stage]["do"]["cmd"].replace("${key}", host).split()
+            assert program == "h2t"
+            accepted(*arguments)
+        found = json.loads((root / f"data/evaluate/{host}/metrics.json").read_text())
+        lines = {"stage I": "stage1", f"{host} without H2T": "without_h2t", f"{host} with H2T": "with_h2t"}
+        for line, key in lines.items():
+            for figure, percent in expected[line].items():
+                assert found[key][figure] == pytest.approx(percent, abs=WITHIN[figure]), (line, figure)
+        assert found["difference"]["top1"]["verdict"] == found["difference"]["tail"]["verdict"] == "higher"
+    accepted(*stages["report"]["cmd"].split()[1:])
+    assert (root / "data/report/index.html").is_file()

@@ -70,7 +70,7 @@ def run(way: Literal["stream", "memory"], path: str, budget: int, steps: int | N
         stack.start(stage1)
         descent = Descent(stack.state, {}, momentum=0.9, weight_decay=5e-4)
         started = time.perf_counter()
-        for at in itertools.islice(feed.steps(1), count):
+        for at in itertools.islice(feed.steps(1, draw=stack.draw), count):
             stack.step(at, descent, 0.02)
         seconds = time.perf_counter() - started
         row_bytes, meter = cache.spec.row_bytes(), reader.meter

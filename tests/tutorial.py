@@ -87,7 +87,7 @@ def accuracy_picture(project: Path) -> str:
     """Accuracy of each class on test images, without H2T and with it, as SVG."""
     from matplotlib.figure import Figure
 
-    from benchmarks.pictures import _svg
+    from benchmarks.pictures import svg
 
     evaluated = project / "data/evaluate/dr"
     names = json.loads((project / "data/prepare/classes.json").read_text())["classes"]
@@ -109,7 +109,7 @@ def accuracy_picture(project: Path) -> str:
     axis.set_ylabel("test accuracy (%)")
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
-    return _svg(figure)
+    return svg(figure)
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ TESTED = {
     "docs/sharing.md": "test_docs_sharing.py",
     "docs/tutorial.md": "test_tutorial.py",
     "docs/frozen-backbones.md": "test_probe.py",
+    "docs/table6.md": "test_paper.py",
     "benchmarks/README.md": "test_benchmarks.py",
 }
 

@@ -1,5 +1,6 @@
 """examples/cifar10_lt: its cache is sound, its stages are those of its dvc.yaml, and its figures come out again."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -49,3 +50,11 @@ def test_its_figures_come_out_again(tmp_path, monkeypatch):
         assert found["difference"]["top1"]["verdict"] == found["difference"]["tail"]["verdict"] == "higher"
     accepted(*stages["report"]["cmd"].split()[1:])
     assert (root / "data/report/index.html").is_file()
+
+
+def test_the_backbones_of_table_6_are_those_of_their_record():
+    record = json.loads((ROOT / "benchmarks/results/stage1.json").read_text())["backbones"]
+    for name, about in record.items():
+        data = (ROOT / f"benchmarks/weights/cifar10-lt-100-{name}.safetensors").read_bytes()
+        assert hashlib.sha256(data).hexdigest() == about["sha256"]
+        assert len(about["curve"]["loss"]) == 200

@@ -113,8 +113,9 @@ def host_of(name):
 def open_stack(opened, name, tier, pooled, selections=SELECTIONS):
     made = host_of(name)
     host = plugins.load("hosts", name).Host
+    read_under = "instance" if host.receiver == "instance" else "balanced"
     streams = Streams(
-        opened.rows, opened.spec.provenance["classes"], host.receiver, {"instance": "instance"}, [0, 1], 4,
+        opened.rows, opened.spec.provenance["classes"], read_under, {"instance": "instance"}, [0, 1], 4,
         receiver=host.receiver, partner=host.partner,
     )  # fmt: skip
     with unset_fake_temporarily():

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import yaml
+from dvc.repo import Repo
 from pipeline_builders import ROOT, accepted
 
 pytestmark = pytest.mark.slow
@@ -26,6 +27,15 @@ def stated():
 def test_its_cache_is_small_and_sound():
     assert sum(p.stat().st_size for p in (EXAMPLE / "data/extract").rglob("*") if p.is_file()) < 20e6
     accepted("cache", "verify", EXAMPLE / "data/extract/ce_mixup")
+
+
+def test_dvc_reads_its_stages(tmp_path):
+    for name in ("dvc.yaml", "params.yaml"):
+        shutil.copy(EXAMPLE / name, tmp_path / name)
+    with Repo.init(str(tmp_path), no_scm=True) as repo:
+        found = {stage.name for stage in repo.index.stages}
+    hosts = yaml.safe_load((EXAMPLE / "params.yaml").read_text())["hosts"]
+    assert found == {"report", *(f"{stage}@{host}" for stage in ("train_classifier", "evaluate") for host in hosts)}
 
 
 def test_its_figures_come_out_again(tmp_path, monkeypatch):

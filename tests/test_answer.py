@@ -115,7 +115,7 @@ def test_ties_share_the_first_place(dr):
     again = replace(dr, name="again")
     ranking = Answer([dr, again]).rankings["top1"]
     assert set(ranking.places.values()) == {1}
-    assert "Too close to it to tell: again." in Answer([dr, again]).lines()[0]
+    assert "Not clearly behind it: again." in Answer([dr, again]).lines()[0]
 
 
 def test_what_was_chosen_at_the_edge_of_the_grid_is_remarked(dr):

@@ -182,7 +182,7 @@ class Answer:
         if figure in first.changes:
             sentences.append(f"H2T's share in it: {in_words(first.changes[figure])}.")
         if ranking.ties:
-            sentences.append(f"Too close to it to tell: {_some(ranking.ties)}.")
+            sentences.append(f"Not clearly behind it: {_some(ranking.ties)}.")
         if ranking.others:
             sentences.append(f"On another backbone, so not compared: {_some(ranking.others)}.")
         return sentences

@@ -229,3 +229,10 @@ def test_features_of_another_width_are_refused(compared):
 def test_no_stage_and_no_cache_imports_the_public_modules():
     importing = {m for m, path in modules().items() if {"h2t.api", "h2t.estimator"} & imports(path)}
     assert importing == set()
+
+
+def test_an_image_that_cannot_be_read_is_one_line_with_a_way_out(weights, tmp_path):
+    write_image(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"^image '.*bad\.png': .*; repair it or leave it out$"):
+        api.extract_features([tmp_path / "good.png", tmp_path / "bad.png"], "resnet20", weights=weights, input=INPUT)

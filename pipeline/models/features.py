@@ -16,7 +16,7 @@ from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import build
 from h2t.pipeline.base.progress import progress
 from h2t.pipeline.base.run import Run
-from h2t.pipeline.data.images import Images, Transform
+from h2t.pipeline.data.images import BadImage, Images, Transform
 from h2t.pipeline.data.samples import Samples
 from h2t.pipeline.extraction import batchnorm, forward
 from h2t.pipeline.networks.backbone import Backbone, frozen_part
@@ -63,10 +63,13 @@ class Extractor:
         work = forward.Work(job, self.backbone, self.device, forward.Passes())
         after = frozen_part(self.backbone)
         pooled = []
-        with progress(None, "features", unit="image", total=count) as bar:
-            for _, (maps,) in forward.computed(work, todo, bar.update):
-                values = global_average(torch.from_numpy(maps))
-                pooled.append((values if after is None else after(values.to(self.device)).cpu()).numpy())
+        try:
+            with progress(None, "features", unit="image", total=count) as bar:
+                for _, (maps,) in forward.computed(work, todo, bar.update):
+                    values = global_average(torch.from_numpy(maps))
+                    pooled.append((values if after is None else after(values.to(self.device)).cpu()).numpy())
+        except BadImage as bad:
+            raise UserError(f"image {bad.source!r}: {bad.reason}; repair it or leave it out") from None
         return np.concatenate(pooled)
 
 

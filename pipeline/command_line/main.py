@@ -209,6 +209,7 @@ def train_classifier(
 ) -> dict[str, Any]:
     """Stage II: train the heads of the host NAME on a cache."""
     from h2t.pipeline.base import params
+    from h2t.pipeline.heads.host_entry import check_choice
     from h2t.pipeline.heads.residency import Residency
     from h2t.pipeline.stages import train_classifier as stage_module
 
@@ -216,7 +217,7 @@ def train_classifier(
     residency = params.build(Residency, "train_classifier", params.section(values, "train_classifier"))
     with opened(cache) as maps:
         names.check_host(values, name, cache, backbone, out, say)
-        stage_module.check_choice(section, name, maps)
+        check_choice(section, name, maps)
         summary = stage_module.run(section, run_of(values, say, name, out), residency, maps, backbone)
     return vars(summary)
 

@@ -55,6 +55,7 @@ def check(values: dict[str, Any], say: Callable[[str], None] = lambda line: None
     Fills in sections that are left out; `host`, `arch` and `objective`, by the entry's name; in each entry the values
     of `backbone_defaults` or `host_defaults`; and settings from `run` in the section of their stage.
     """
+    from h2t.pipeline.heads import host_entry
     from h2t.pipeline.heads.residency import Residency
     from h2t.pipeline.stages import evaluate, extract, pool, prepare, report, train_backbone, train_classifier
 
@@ -104,8 +105,8 @@ def check(values: dict[str, Any], say: Callable[[str], None] = lambda line: None
             )
         plugin = plugins.load("hosts", host.host)
         params.build(plugin.Loss, f"{where}.loss", host.loss)
-        train_classifier.check_constants(host, name)
-        train_classifier.check_start(host, name, plugin.Host, heads[host.backbone])
+        host_entry.check_constants(host, name)
+        host_entry.check_start(host, name, plugin.Host, heads[host.backbone])
         params.build(plugins.load("pools", host.pool).Options, f"{where}.pool_options", host.pool_options)
 
 

@@ -3,6 +3,7 @@
 Stages are imported inside the commands, so that `h2t --help` answers at once.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def main() -> None:
 
     `h2t init` writes a project for images of your own. `dvc repro` runs all stages of
     params.yaml. In order they are: watch, inputs, prepare, train-backbone, extract,
-    pool, probe, train-classifier, evaluate, report.
+    replicates, pool, probe, train-classifier, evaluate, report.
 
     \b
     Completion of commands and names in bash (or zsh_source, fish_source):
@@ -135,6 +136,22 @@ def extract(
     with previous(section.statistics_from, name) as kept:
         summary = stage_module.run(section, run, prepared, images, backbone, replace=replace, previous=kept, anew=anew)
     return vars(summary)
+
+
+@main.command(epilog="h2t replicates data/inputs data/replicates")
+@click.argument("digests", type=PATH, help="Directory that inputs wrote.")
+@output("Directory to write.")
+@partial(stage, outline=lambda values: values.get("replicates", [0]) == [0])  # nothing to compute
+def replicates(values: dict[str, Any], say: Say, digests: Path, out: Path) -> dict[str, Any]:
+    """Prepare, train-backbone and extract again, from other seeds.
+
+    Once for each number in `replicates` but 0. A killed run resumes.
+    """
+    from h2t.pipeline.stages import replicates as stage_module
+
+    further = values["replicates"] != [0]
+    run = run_of(values, say, "replicates", out) if further else Run("replicates", out, say=say)
+    return stage_module.run(values, run, digests)
 
 
 @main.command(epilog="h2t pool ce_mixup data/extract/ce_mixup data/pool/ce_mixup")

@@ -20,7 +20,7 @@ def further(values: Mapping[str, Any]) -> list[int]:
     whole = isinstance(given, list) and all(isinstance(n, int) and not isinstance(n, bool) for n in given)
     if not whole or given[:1] != [0] or len(set(given)) < len(given) or not all(0 <= n < MOST for n in given):
         raise UserError(
-            f"replicates: must be a list of different whole numbers that begins with 0, such as [0, 1, 2]; got {given!r}"
+            f"replicates: must list different whole numbers and begin with 0, such as [0, 1, 2]; got {given!r}"
         )
     return given[1:]
 

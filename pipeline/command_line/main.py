@@ -12,7 +12,7 @@ import click
 from h2t.pipeline.base.run import Run, Say, silent
 from h2t.pipeline.command_line import names, options
 from h2t.pipeline.command_line.caches import cache as cache_group
-from h2t.pipeline.command_line.caches import opened, previous
+from h2t.pipeline.command_line.caches import further_replicates, opened, previous
 from h2t.pipeline.command_line.init import init
 from h2t.pipeline.command_line.lists import list_plugins, list_presets
 from h2t.pipeline.command_line.models import export, predict
@@ -232,10 +232,10 @@ def train_classifier(
 
     section = params.build(stage_module.Params, f"hosts.{name}", params.section(values, f"hosts.{name}"))
     residency = params.build(Residency, "train_classifier", params.section(values, "train_classifier"))
-    with opened(cache) as maps:
+    with opened(cache) as maps, further_replicates(values, cache, backbone) as further:
         names.check_host(values, name, cache, backbone, out, say)
         check_choice(section, name, maps)
-        summary = stage_module.run(section, run_of(values, say, name, out), residency, maps, backbone)
+        summary = stage_module.run(section, run_of(values, say, name, out), residency, maps, backbone, further)
     return vars(summary)
 
 
@@ -255,9 +255,9 @@ def evaluate(values: dict[str, Any], say: Say, name: str, cache: str, heads: Pat
     from h2t.pipeline.stages import evaluate as stage_module
 
     section = params.build(stage_module.Params, "evaluate", params.section(values, "evaluate"))
-    with opened(cache) as maps:
+    with opened(cache) as maps, further_replicates(values, cache, backbone) as further:
         names.check_host(values, name, cache, backbone, out, say, heads)
-        stage_module.run(section, run_of(values, say, name, out), maps, heads, backbone)
+        stage_module.run(section, run_of(values, say, name, out), maps, heads, backbone, further)
 
 
 @main.command(

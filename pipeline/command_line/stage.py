@@ -16,7 +16,6 @@ from h2t.pipeline.base.run import Run, Say, silent
 from h2t.pipeline.command_line import options
 from h2t.pipeline.command_line.options import PATH
 
-
 Outline = Callable[[dict[str, Any]], bool]
 
 

@@ -4,8 +4,8 @@ Writes the tree of replicate r into the folder `r` (`prepare`, `train_backbone/<
 backbone a file `<name>.json` with the digests of its files by replicate. Stage II depends on that file alone, so a
 change of another backbone does not train its classifiers again.
 
-The work is done in `.<name>` beside the output `<name>` and stays there as hard links to the same files. So a killed run
-resumes, and another replicate or backbone leaves the finished ones as they are. The folder can be removed at any time.
+The work is done in `.<name>` beside the output `<name>` and stays there, as hard links to the same files. So a killed
+run resumes, and another replicate or backbone leaves finished ones as they are. It can be removed at any time.
 """
 
 import hashlib
@@ -31,6 +31,8 @@ READ = {
     "backbone": "train_backbone/{}/backbone.safetensors",
     "head": "train_backbone/{}/head.safetensors",
 }
+
+SAMPLERS = ("samplers.balanced", "samplers.instance", "samplers.reverse")  # those that extraction draws batches by
 
 
 def run(values: Mapping[str, Any], run: Run, inputs: Path) -> dict[str, int]:
@@ -108,7 +110,7 @@ class _Replicate:
             "samples": made_of["samples"],
             "classes": made_of["classes"],
             "backbone": self._digest(f"{trained}/backbone.safetensors"),
-            **self._made_of(["extract", "samplers.balanced", "samplers.instance", "samplers.reverse"], backbones=entry.arch),
+            **self._made_of(["extract", *SAMPLERS], backbones=entry.arch),
         }
         self._once(cache, made_of, lambda run: extract.run(settings, run, samples, images, self.folder / trained))
 
@@ -132,8 +134,11 @@ class _Replicate:
             return
         note.unlink(missing_ok=True)
         shutil.rmtree(out, ignore_errors=True)
-        say = self.run.say
-        stage(replace(self.run, name=out.name, out=out, seed=self._seed, say=lambda t: say(f"replicate {self.number}: {t}")))
+
+        def say(line: str) -> None:
+            self.run.say(f"replicate {self.number}: {line}")
+
+        stage(replace(self.run, name=out.name, out=out, seed=self._seed, say=say))
         partial = note.with_suffix(".partial")
         partial.write_text(text, encoding="utf-8")
         replace_file(partial, note)

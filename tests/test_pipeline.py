@@ -144,6 +144,7 @@ def line_in(name):
 HEADS = {"train_classifier", "evaluate", "report"}
 BODY = {"extract", "pool", "probe"}
 ALL = {"prepare", "train_backbone"} | BODY | HEADS
+REPLICATES = {"replicates"}  # without further replicates it runs for an instant, and its output stays
 EDITS = {
     "a remark in every file": (remark_everywhere, set()),
     "a host's number": (number("hosts", "dr"), HEADS),

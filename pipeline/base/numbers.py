@@ -7,6 +7,7 @@ and DVC reruns a stage when its number changes. docs/numbers.md says when to rai
 import hashlib
 import re
 from pathlib import Path
+from types import ModuleType
 
 import yaml
 
@@ -35,9 +36,8 @@ def built_in() -> Numbers:
     return numbers
 
 
-def of_plugin(kind: str, name: str) -> int | str:
+def of_plugin(kind: str, module: ModuleType) -> int | str:
     """The number of a built-in plug-in; for one of the project, a digest of all its Python files of this kind."""
-    module = plugins.load(kind, name)
     built_in_folder, *own = plugins.folders(kind)
     if Path(str(module.__file__)).parent == built_in_folder:
         return int(module.NUMBER)

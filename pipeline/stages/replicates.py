@@ -16,9 +16,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from h2t.pipeline.base import numbers, params
+from h2t.pipeline.base import numbers, params, plugins
 from h2t.pipeline.base.outputs import fresh_directory, replace_file, write_json
 from h2t.pipeline.base.replicates import further, seed_of
 from h2t.pipeline.base.run import Run
@@ -81,8 +82,13 @@ class _Replicate:
         from h2t.pipeline.stages import prepare
 
         section = params.build(prepare.Params, "prepare", self.values["prepare"])
-        made_of = {"section": section.model_dump(mode="json"), **self._made_of(["prepare"], datasets=section.dataset)}
-        self._once("prepare", {**made_of, "inputs": self._input("prepare")}, lambda run: prepare.run(section, run))
+        dataset = plugins.load("datasets", section.dataset)
+        made_of = {
+            "section": section.model_dump(mode="json"),
+            "inputs": self._input("prepare"),
+            **_made_of(["prepare"], datasets=dataset),
+        }
+        self._once("prepare", made_of, lambda run: prepare.run(section, run))
         for name in self.values["backbones"]:
             self._make_backbone(name)
 
@@ -93,7 +99,9 @@ class _Replicate:
         entry = params.build(train_backbone.Params, f"backbones.{name}", self.values["backbones"][name])
         settings = params.build(extract.Params, "extract", self.values["extract"])
         settings = settings.model_copy(update={"statistics_from": None})  # those of another backbone
-        dataset = self.values["prepare"]["dataset"]
+        dataset = plugins.load("datasets", self.values["prepare"]["dataset"])
+        arch = plugins.load("backbones", entry.arch)
+        objective = plugins.load("objectives", entry.objective)
         samples = load_samples(self.folder / "prepare")
         images = samples.images(self.values["prepare"])
         made_of = {
@@ -101,7 +109,7 @@ class _Replicate:
             "samples": self._digest("prepare/samples.parquet"),
             "classes": self._digest("prepare/classes.json"),
             "inputs": self._input(f"backbones/{name}"),
-            **self._made_of(["train_backbone"], datasets=dataset, backbones=entry.arch, objectives=entry.objective),
+            **_made_of(["train_backbone"], datasets=dataset, backbones=arch, objectives=objective),
         }
         trained, cache = f"train_backbone/{name}", f"extract/{name}"
         self._once(trained, made_of, lambda run: train_backbone.run(entry, run, samples, images))
@@ -110,7 +118,7 @@ class _Replicate:
             "samples": made_of["samples"],
             "classes": made_of["classes"],
             "backbone": self._digest(f"{trained}/backbone.safetensors"),
-            **self._made_of(["extract", *SAMPLERS], backbones=entry.arch),
+            **_made_of(["extract", *SAMPLERS], datasets=dataset, backbones=arch),
         }
         self._once(cache, made_of, lambda run: extract.run(settings, run, samples, images, self.folder / trained))
 
@@ -143,14 +151,6 @@ class _Replicate:
         partial.write_text(text, encoding="utf-8")
         replace_file(partial, note)
 
-    def _made_of(self, keys: list[str], **plugins: str) -> dict[str, Any]:
-        """The numbers of stages and plug-ins: `keys`, and for each kind of plug-in the one in use."""
-        built_in = numbers.built_in()
-        return {
-            "numbers": {key: built_in[key] for key in keys}
-            | {kind: [name, numbers.of_plugin(kind, name)] for kind, name in plugins.items()}
-        }
-
     def _input(self, stage: str) -> str:
         """The digests of the files from outside that `stage` reads, as stage `inputs` wrote them."""
         path = self.inputs / f"{stage}.json"
@@ -159,3 +159,12 @@ class _Replicate:
     def _digest(self, part: str) -> str:
         with (self.folder / part).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _made_of(keys: list[str], **used: ModuleType) -> dict[str, Any]:
+    """The numbers of stages and plug-ins: `keys`, and by kind the plug-ins in use."""
+    built_in = numbers.built_in()
+    return {
+        "numbers": {key: built_in[key] for key in keys}
+        | {kind: [module.__name__, numbers.of_plugin(kind, module)] for kind, module in used.items()}
+    }

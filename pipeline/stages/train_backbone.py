@@ -155,9 +155,9 @@ def _token(params: Params, run: Run, samples: Samples, backbone: Backbone) -> st
         "transform": samples.transform.model_dump(mode="json"),
         "numbers": {
             "train_backbone": NUMBER,
-            "datasets": numbers.of_plugin("datasets", samples.facts["dataset"]),
-            "backbones": numbers.of_plugin("backbones", params.arch),
-            "objectives": numbers.of_plugin("objectives", params.objective),
+            "datasets": numbers.of_plugin("datasets", plugins.load("datasets", samples.facts["dataset"])),
+            "backbones": numbers.of_plugin("backbones", plugins.load("backbones", params.arch)),
+            "objectives": numbers.of_plugin("objectives", plugins.load("objectives", params.objective)),
         },
         "initial weights": weights_digest(backbone.state_dict()),
         "seed": run.seed,

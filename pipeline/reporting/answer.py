@@ -76,14 +76,8 @@ class Method:
     @property
     def seeds(self) -> int:
         """Number of seeds behind the means of stage II, in each replicate."""
-        return max(
-            (
-                e["heads"] // e.get("replicates", 1)
-                for r in ("without_h2t", "with_h2t")
-                if (e := self.result.metrics[r])
-            ),
-            default=0,
-        )
+        rows = (self.result.metrics[row] for row in ("without_h2t", "with_h2t"))
+        return max((row["heads"] // row.get("replicates", 1) for row in rows if row), default=0)
 
     def words(self, row: str) -> str:
         """The classifier in words: the host's name, and its ratio if H2T could be used."""

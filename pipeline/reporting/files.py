@@ -135,9 +135,9 @@ def _document(title: str, answer: Answer, sides: Sequence[Side]) -> str:
             notes.append(
                 f"- {name}, without H2T, evaluated under `balanced` statistics as the published code does: {figures}."
             )
-    several = max(result.trainings for result in results) > 1
+    replicated = max(result.trainings for result in results) > 1
     over = " and the test images (paired by both; not over backbones)"
-    if several:
+    if replicated:
         over = ", the test images and the trainings of the backbone (paired by all)"
     return "\n".join(
         [
@@ -153,12 +153,12 @@ def _document(title: str, answer: Answer, sides: Sequence[Side]) -> str:
             markdown_table(results),
             "",
             "Percent; mean ± standard deviation over the seeds of stage II"
-            + (" of all replicates. " if several else " (it says nothing about other backbones). ")
+            + (" of all replicates. " if replicated else " (it says nothing about other backbones). ")
             + "Last epoch; nothing is chosen on the test split.",
             "",
-            f"With H2T minus without, in percentage points, with the 95 % interval over the seeds of stage II{over}. If "
-            "the interval contains 0, or the predictions differ on fewer than 5 images, the difference is too close to "
-            "tell:",
+            f"With H2T minus without, in percentage points, with the 95 % interval over the seeds of stage II{over}. "
+            "If the interval contains 0, or the predictions differ on fewer than 5 images, the difference is too close "
+            "to tell:",
             "",
             difference_table(results),
             "",

@@ -223,9 +223,10 @@ class Stack:
         if self.streams.partner:
             parts["partner_labels"] = batch.partner_labels
         tensors = {name: torch.from_numpy(part) for name, part in parts.items()}
-        noise = [self.host.noise(stream(seed, "noise", epoch, step), size) for seed in self.streams.seeds]
-        if given := [n.to(self.dtype) for n in noise if n is not None]:
-            tensors["noise"] = torch.stack(given)
+        if self.host.noisy:
+            noise = [self.host.noise(stream(seed, "noise", epoch, step), size) for seed in self.streams.seeds]
+            if given := [n.to(self.dtype) for n in noise if n is not None]:
+                tensors["noise"] = torch.stack(given)
         if len(self._shuffled):
             tensors["orders"] = torch.from_numpy(self.orders(epoch, step, size))
         return tensors

@@ -9,6 +9,7 @@ from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from inspect import signature
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,7 @@ import pyarrow.compute as pc
 
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.many_streams import start
 from h2t.pipeline.base.seeds import stream
 from h2t.pipeline.data.classes import ClassIndex, class_index
 
@@ -143,6 +145,16 @@ class Streams:
         tables = [self.receivers, *self._donors.values()]
         spans = [np.concatenate([f + np.arange(v) for f, v in zip(t.first, t.views, strict=True)]) for t in tables]
         return np.unique(np.concatenate(spans))
+
+    def batches(self, epoch: int, steps: range) -> list[Batch]:
+        """The rows of each of `steps`, drawn sooner than one by one."""
+        drawn = [("receiver", self._receiver, self.receivers)]
+        drawn += [("partner", self.partner, self.receivers)] if self.partner else []
+        drawn += [("donor", name, table) for name, table in self._donors.items()]
+        keys: list[tuple[Any, ...]] = [(branch, sampler, epoch, steps) for branch, sampler, _ in drawn]
+        keys += [(branch, sampler, "view", epoch, steps) for branch, sampler, table in drawn if table.views.max() > 1]
+        start(self.seeds, *keys)
+        return [self.batch(epoch, step) for step in steps]
 
     def batch(self, epoch: int, step: int) -> Batch:
         """The rows of `step` of `epoch`, both from 0; an epoch has `steps` steps."""

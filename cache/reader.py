@@ -203,7 +203,7 @@ class Cache:
         """The file of the row table, checked against the commit record and at its start."""
         if self._small_row_file is not None:
             return io.BytesIO(self._small_row_file)
-        return cast(BinaryIO, StoredFile(self.files, ROWS, self.commit.files[ROWS][0]))
+        return cast("BinaryIO", StoredFile(self.files, ROWS, self.commit.files[ROWS][0]))
 
     @cached_property
     def _small_row_file(self) -> bytes | None:

@@ -4,8 +4,8 @@ Rows of one split, statistics and class are consecutive (format rule 3.2), so th
 three. Of each row only the sample number is kept. Sources and digests stay on disk.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -34,14 +34,14 @@ class RowIndex:
     `parts` divide the n places. `samples`, int32 or int64 (n,): sample numbers. Class run j has label `labels[j]` and
     the places `starts[j]` to `starts[j + 1]` (exclusive); `starts` int64 (runs + 1,), `labels` int64 (runs,). No run
     crosses the border of a part. `rows`, int64 (n,): row numbers; None for all rows of a cache, where places are row
-    numbers. `views`: the largest view, plus 1.
+    numbers. `views`: the views that occur, ascending.
     """
 
     parts: tuple[Part, ...]
     samples: np.ndarray
     starts: np.ndarray
     labels: np.ndarray
-    views: int
+    views: tuple[int, ...]
     rows: np.ndarray | None = None
 
     @property
@@ -58,7 +58,7 @@ class RowIndex:
         return next((part for part in self.parts if part[:2] == (split, statistics)), None)
 
     def runs(self, part: Part) -> tuple[np.ndarray, np.ndarray]:
-        """The class runs of `part`: labels int64 (r,), and starts within the part with its length at the end, (r + 1,)."""
+        """The class runs of `part`: labels int64 (r,), and starts within it, then its length, int64 (r + 1,)."""
         first, last = np.searchsorted(self.starts, [part.start, part.stop])
         return self.labels[first:last], self.starts[first : last + 1] - part.start
 
@@ -82,8 +82,7 @@ def index_of(table: pa.Table) -> RowIndex:
             at = table.schema.get_field_index(name)
             table = table.set_column(at, name, table[name].dictionary_encode())
     index = _index(table.to_batches(), len(table))
-    whole = np.array_equal(rows, np.arange(len(rows)))
-    return index if whole else RowIndex(index.parts, index.samples, index.starts, index.labels, index.views, rows)
+    return index if np.array_equal(rows, np.arange(len(rows))) else replace(index, rows=rows)
 
 
 def _index(batches: Iterable[pa.RecordBatch], rows: int) -> RowIndex:
@@ -92,7 +91,8 @@ def _index(batches: Iterable[pa.RecordBatch], rows: int) -> RowIndex:
     parts: list[Part] = []
     starts: list[np.ndarray] = []
     labels: list[np.ndarray] = []
-    views, at, last = 0, 0, -1
+    seen = np.zeros(np.iinfo(np.int16).max + 1, bool)
+    at, last = 0, -1
     for batch in batches:
         if not len(batch):
             continue
@@ -101,7 +101,7 @@ def _index(batches: Iterable[pa.RecordBatch], rows: int) -> RowIndex:
             check_memory(8 * rows)
             samples = samples.astype(np.int64)
         samples[at : at + len(batch)] = sample
-        views = max(views, int(view.max()) + 1)
+        seen[view] = True
         codes = [np.from_dlpack(batch[name].indices) for name in ("split", "statistics")]
         begins = np.flatnonzero(np.append(True, np.any([code[1:] != code[:-1] for code in codes], axis=0)))
         new = np.zeros(len(batch), bool)
@@ -124,9 +124,9 @@ def _index(batches: Iterable[pa.RecordBatch], rows: int) -> RowIndex:
         labels.append(label[found].astype(np.int64))
         at, last = at + len(batch), int(label[-1])
     empty = np.empty(0, np.int64)
-    return RowIndex(
-        tuple(parts), samples, np.concatenate([*starts, empty, [rows]]), np.concatenate([*labels, empty]), views
-    )
+    views = tuple(np.flatnonzero(seen).tolist())
+    borders = np.append(np.concatenate([empty, *starts]), rows)
+    return RowIndex(tuple(parts), samples, borders, np.concatenate([empty, *labels]), views)
 
 
 def _disordered() -> CacheError:

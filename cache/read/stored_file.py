@@ -9,6 +9,7 @@ from h2t.cache.read.store import FileStore
 
 PIECE_BYTES = 8 * 1024 * 1024
 
+
 class StoredFile(io.RawIOBase):
     """The file `name` of `files`, `size` bytes long, opened for reading. Errors are those of the store."""
 

@@ -14,11 +14,13 @@ import numpy as np
 from h2t.cache.errors import CacheError, numbered
 from h2t.cache.format import shard as shard_layout
 from h2t.cache.format.codecs import codec
-from h2t.cache.format.rows import SCHEMA, from_bytes, make_rows
+from h2t.cache.format.rows import read_batches
 from h2t.cache.format.spec import CARD, MAPS, MAX_RECORD_BYTES, RECORD, ROWS, STATISTICS, Commit, parse_record, sha256
 from h2t.cache.read.files import files_at
 from h2t.cache.read.store import FileStore
+from h2t.cache.read.stored_file import StoredFile, sha256_of
 from h2t.cache.redaction import one_line
+from h2t.cache.tools.row_order import KEYS, row_fault
 from h2t.cache.write.writer import create_group
 
 #: Shards checked in parallel; each is held in memory whole.
@@ -139,7 +141,7 @@ def _size_fault(files: FileStore, commit: Commit, name: str, listed: Mapping[str
 
 def _file(files: FileStore, commit: Commit, name: str, quick: bool, listed: Mapping[str, int]) -> list[Fault]:
     what = _size_fault(files, commit, name, listed)
-    if what is None and not quick and sha256(files.read_all(name, commit.files[name][0])) != commit.files[name][1]:
+    if what is None and not quick and sha256_of(files, name, commit.files[name][0]) != commit.files[name][1]:
         what = f"sha256 differs from {RECORD}"
     return [Fault(name, what)] if what else []
 
@@ -147,10 +149,9 @@ def _file(files: FileStore, commit: Commit, name: str, quick: bool, listed: Mapp
 def _row_table(files: FileStore, commit: Commit) -> list[Fault]:
     if ROWS not in commit.files or not files.exists(ROWS):
         return []
-    table = from_bytes(files.read_all(ROWS, commit.files[ROWS][0]), commit.spec.rows)
-    if make_rows({name: table[name].combine_chunks() for name in SCHEMA.names}) != table:
-        return [Fault(ROWS, "rows are not in the order of format 1")]
-    return []
+    rows, size = commit.spec.rows, commit.files[ROWS][0]
+    what = row_fault(lambda: read_batches(StoredFile(files, ROWS, size), rows, KEYS), rows)
+    return [Fault(ROWS, what)] if what else []
 
 
 def _statistics(files: FileStore, commit: Commit) -> list[Fault]:

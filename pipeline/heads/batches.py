@@ -159,7 +159,8 @@ class Streams:
         self._receiver, self.partner = receiver, partner
         self.donors = list(donor_statistics)
         index = rows if isinstance(rows, RowIndex) else index_of(rows)
-        used = {s: sample_rows(index, "train", s) for s in dict.fromkeys([receiver_statistics, *donor_statistics.values()])}
+        under = dict.fromkeys([receiver_statistics, *donor_statistics.values()])
+        used = {statistics: sample_rows(index, "train", statistics) for statistics in under}
         self.receivers = used[receiver_statistics]
         self._donors = {donor: used[statistics] for donor, statistics in donor_statistics.items()}
         samplers = (receiver, *donor_statistics, *((partner,) if partner else ()))

@@ -71,7 +71,7 @@ def recompute(
     }
     wrong: dict[int, str] = {}  # row -> its fault
     todo: dict[str, list[Wanted]] = {}
-    entries = dict(zip(chosen.tolist(), cache.rows.take(chosen).to_pylist(), strict=True))
+    entries = dict(zip(chosen.tolist(), cache.lines(chosen).to_pylist(), strict=True))
     for row, entry in entries.items():
         sample = known.get((entry["split"], entry["source"]))
         if sample is None:

@@ -115,7 +115,7 @@ def write(out: Path, rows: int) -> None:
     (out / RECORD).write_bytes(spec.record(files))
 
 
-def peak() -> int:
+def most_memory() -> int:
     """Most memory that this process has held, bytes. Its `rusage` may be that of the process it was forked from."""
     status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
@@ -197,7 +197,7 @@ def main(given: Sequence[str] | None = None) -> None:
     path = options.data / f"rows-{rows}"
     if options.step:
         result = run(options.step, path)
-        print(json.dumps({**result, "peak_bytes": peak()}))  # a child's rusage may be its parent's
+        print(json.dumps({**result, "peak_bytes": most_memory()}))  # a child's rusage may be its parent's
         return
     about, started = machine(), time.perf_counter()
     if not (options.keep and (path / RECORD).exists()):

@@ -117,11 +117,25 @@ def train_backbone(values: dict[str, Any], say: Say, name: str, samples: Path, o
 @output("Cache to write.")
 @options.replace
 @click.option("--anew", is_flag=True, help="Compute all rows; take none from extract.statistics_from.")
+@click.option("--part", type=options.PART, metavar="K/N", help="Write part K of N alone; run all N, at once or not.")
+@click.option("--commit", is_flag=True, help="Make the cache of the written parts; compute nothing.")
 @stage
 def extract(
-    values: dict[str, Any], say: Say, name: str, samples: Path, backbone: Path, out: Path, replace: bool, anew: bool
+    values: dict[str, Any],
+    say: Say,
+    name: str,
+    samples: Path,
+    backbone: Path,
+    out: Path,
+    replace: bool,
+    anew: bool,
+    part: tuple[int, int] | None,
+    commit: bool,
 ) -> dict[str, Any]:
     """Run the frozen backbone NAME once and cache its maps."""
+    if part and commit:
+        raise click.UsageError("--part and --commit exclude each other: run every part, then --commit")
+    from h2t.cache.write.parts import Part
     from h2t.pipeline.base import params
     from h2t.pipeline.data.samples import load_samples
     from h2t.pipeline.stages import extract as stage_module
@@ -133,7 +147,18 @@ def extract(
     images = prepared.images(params.section(values, "prepare"))
     run = run_of(values, say, name, out)
     with previous(section.statistics_from, name) as kept:
-        summary = stage_module.run(section, run, prepared, images, backbone, replace=replace, previous=kept, anew=anew)
+        summary = stage_module.run(
+            section,
+            run,
+            prepared,
+            images,
+            backbone,
+            replace=replace,
+            previous=kept,
+            anew=anew,
+            part=Part(*part) if part else None,
+            commit=commit,
+        )
     return vars(summary)
 
 

@@ -57,6 +57,10 @@ class RowIndex:
         """The part of that name; None if there is none."""
         return next((part for part in self.parts if part[:2] == (split, statistics)), None)
 
+    def labels_of(self, places: np.ndarray) -> np.ndarray:
+        """The labels at `places`, int64, of the same shape."""
+        return self.labels[np.searchsorted(self.starts, places, side="right") - 1]
+
     def runs(self, part: Part) -> tuple[np.ndarray, np.ndarray]:
         """The class runs of `part`: labels int64 (r,), and starts within it, then its length, int64 (r + 1,)."""
         first, last = np.searchsorted(self.starts, [part.start, part.stop])

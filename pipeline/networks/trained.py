@@ -76,7 +76,7 @@ class _RepeatedDraws(TorchDispatchMode):
         return False  # nothing is compiled here, and torch's compiler takes seconds to import
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = args[0] if args else None
+        result: Any = args[0] if args else None
         draws = func in (torch.ops.aten.uniform_.default, torch.ops.aten.normal_.default)
         if not draws or result.numel() <= BLOCK or not result.is_contiguous():
             return func(*args, **(kwargs or {}))

@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from h2t.pipeline.base.seeds import stream, torch_seed
+from h2t.pipeline.base.many_streams import ManyStreams
+from h2t.pipeline.base.seeds import stream, torch_seed, word
 
 PINNED = ([135, 14, 937, 257], [464, 179, 545, 647], 3866525415616801780)
 
@@ -52,3 +53,37 @@ def test_torch_seeds_fit_torch():
 
     for k in range(20):
         torch.Generator().manual_seed(torch_seed(k, "x"))
+
+
+@given(
+    st.integers(0, 2**160),
+    KEYS,
+    st.lists(
+        st.one_of(st.none(), st.integers(1, 1000), st.sampled_from([2**31 + 1, 2**32 - 1])), min_size=1, max_size=12
+    ),
+)
+def test_many_streams_draw_what_each_draws_alone(seed, key, highs):
+    """`None` is a float. Numbers above 2^31 make NumPy repeat a draw often; those streams are marked."""
+    numbers = [0, 1, 2**32 - 1, 7, 8, 9]
+    many = ManyStreams(seed, *key, np.array(numbers, np.uint32), "view")
+    alone = [stream(seed, *key, number, "view") for number in numbers]
+    for high in highs:
+        drawn = many.random() if high is None else many.integers(high)
+        for i, one in enumerate(alone):
+            wanted = one.random() if high is None else one.integers(high)
+            assert many.repeats[i] or drawn[i] == wanted
+
+
+def test_few_streams_are_marked():
+    """Nine of 2^32 draws below nine must be repeated, and below 2^31 + 1 nearly half of them."""
+    many = ManyStreams(0, np.arange(1000, dtype=np.uint32))
+    many.integers(9)
+    assert not many.repeats.any()
+    many.integers(2**31 + 1)
+    assert 400 < many.repeats.sum() < 600
+
+
+def test_a_word_of_many_streams_may_differ_from_stream_to_stream():
+    names = ["a.jpg", "b.jpg", "ä"]
+    many = ManyStreams(3, "view", np.array([word(name) for name in names], np.uint32), 5)
+    assert many.integers(10**6).tolist() == [stream(3, "view", name, 5).integers(10**6) for name in names]

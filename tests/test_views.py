@@ -53,6 +53,8 @@ def test_views_on_a_gpu_are_those_of_the_processor(folder):
     assert isinstance(kept, ResidentImages)
     samples, keys = [3, 0, 1, 3, 1, 0] * 4, [(0, "stage1", i) for i in range(24)]
     assert torch.equal(kept.batch(samples, keys), images.batch(samples, keys))
+    for view in [(0, "stage1", 5)] * 2 + [(1, "stage1", 6)]:
+        assert torch.equal(kept.batch(samples, [view] * 24), images.batch(samples, [view] * 24))
 
 
 def test_images_that_a_gpu_cannot_crop_stay_with_the_processor(folder, tmp_path):

@@ -11,13 +11,14 @@ import numpy as np
 
 
 @lru_cache(maxsize=256)
-def _word(name: str) -> int:
+def word(name: str) -> int:
+    """The number, below 2^32, that stands for a word of a key."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
 
 
 def stream(seed: int, *key: int | str) -> np.random.Generator:
     """A new generator for `seed` and `key`. The same seed and key always give the same draws."""
-    words = tuple(_word(part) if isinstance(part, str) else part for part in key)
+    words = tuple(word(part) if isinstance(part, str) else part for part in key)
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=words)))
 
 

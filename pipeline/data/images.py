@@ -20,6 +20,7 @@ from PIL import Image
 from h2t.cache.memory import available_memory
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.many_streams import ManyStreams
 from h2t.pipeline.base.params import Index, NonNegative, Positive, Ratio, Real, Section, Side, at_most
 from h2t.pipeline.base.seeds import stream
 from h2t.pipeline.data.decoding import MAX_PIXELS, decode
@@ -219,15 +220,20 @@ def padded(image: np.ndarray, transform: Transform) -> np.ndarray:
     return np.pad(image, ((pad, pad), (pad, pad), (0, 0))) if pad else image
 
 
-def crop_and_flip(shape: tuple[int, ...], transform: Transform, draws: np.random.Generator) -> tuple[int, int, bool]:
-    """Top and left of a random crop of a padded image of `shape` (H, W, 3), and whether the crop is mirrored."""
-    top = int(draws.integers(shape[0] - transform.size + 1))
-    left = int(draws.integers(shape[1] - transform.size + 1))
+def crop_and_flip(
+    shape: tuple[int, ...], transform: Transform, draws: np.random.Generator | ManyStreams
+) -> tuple[Any, Any, Any]:
+    """Top and left of a random crop of a padded image of `shape` (H, W, 3), and whether the crop is mirrored.
+
+    Single values, or arrays (N,) from N streams at once.
+    """
+    top = draws.integers(shape[0] - transform.size + 1)
+    left = draws.integers(shape[1] - transform.size + 1)
     return top, left, _flipped(transform, draws)
 
 
-def _flipped(transform: Transform, draws: np.random.Generator) -> bool:
-    return transform.flip and bool(draws.random() < 0.5)
+def _flipped(transform: Transform, draws: np.random.Generator | ManyStreams) -> Any:
+    return transform.flip and draws.random() < 0.5
 
 
 def _random_resized_crop(

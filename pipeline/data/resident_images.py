@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from h2t.pipeline.base.many_streams import ManyStreams
+from h2t.pipeline.base.seeds import word
 from h2t.pipeline.data.images import Images, crop_and_flip, normalised, padded
 
 
@@ -21,19 +23,35 @@ class ResidentImages:
 
     def __init__(self, images: Images, rows: dict[int, int], pixels: torch.Tensor) -> None:
         self._images, self._rows, self._pixels = images, rows, pixels
+        self._sources = np.array([word(images.sources[s]) for s in rows], np.uint32)
         self._across = torch.arange(images.transform.size, device=pixels.device)
+        #: Key of a view -> (top, left, flipped) of the crop of every row, int64 (3, N) on the device. Kept for the next
+        #: batch, as all batches of an epoch ask for the same view.
+        self._crops: dict[tuple[int | str, ...], torch.Tensor] = {}
 
     def batch(self, samples: Sequence[int], keys: Sequence[Sequence[int | str]]) -> torch.Tensor:
         """Normalised float32 (B, 3, size, size) on the device: the augmented view `(seed, view)` of each sample."""
-        shape, transform = self._pixels.shape[1:], self._images.transform
-        places = [
-            (self._rows[s], *crop_and_flip(shape, transform, self._images.draws(s, key)))
-            for s, key in zip(samples, keys, strict=True)
-        ]
-        row, top, left, flipped = torch.from_numpy(np.array(places).T.copy()).to(self._pixels.device)
+        views = [tuple(key) for key in keys]
+        self._crops = {view: self._crops[view] if view in self._crops else self._drawn(view) for view in set(views)}
+        rows = torch.tensor([self._rows[s] for s in samples], device=self._pixels.device)
+        if len(self._crops) == 1:
+            top, left, flipped = self._crops[views[0]][:, rows]
+        else:
+            crops = [self._crops[v][:, self._rows[s]] for s, v in zip(samples, views, strict=True)]
+            top, left, flipped = torch.stack(crops, 1)
         across = torch.where(flipped[:, None] == 1, self._across.flip(0), self._across)
         y, x = (top[:, None] + self._across)[:, :, None], (left[:, None] + across)[:, None, :]
-        return normalised(self._pixels[row[:, None, None], y, x], transform)
+        return normalised(self._pixels[rows[:, None, None], y, x], self._images.transform)
+
+    def _drawn(self, view: tuple[int | str, ...]) -> torch.Tensor:
+        shape, transform = self._pixels.shape[1:], self._images.transform
+        seed, *rest = view
+        draws = ManyStreams(int(seed), "view", self._sources, *rest)
+        crops = np.stack(np.broadcast_arrays(*crop_and_flip(shape, transform, draws))).astype(np.int64)
+        samples = list(self._rows)
+        for row in np.flatnonzero(draws.repeats):
+            crops[:, row] = crop_and_flip(shape, transform, self._images.draws(samples[row], view))
+        return torch.from_numpy(crops).to(self._pixels.device)
 
 
 def resident(images: Images, samples: Sequence[int], device: torch.device, room: int) -> Images | ResidentImages:

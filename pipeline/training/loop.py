@@ -305,7 +305,8 @@ class StageOne:
         key = (self.seed, "stage1", epoch)
 
         def images(part: _Part) -> torch.Tensor:
-            samples, keys = part.samples.tolist(), [key] * len(part.samples)
+            samples = part.samples.tolist()
+            keys: list[tuple[int | str, ...]] = [key] * len(part.samples)
             if part.pasted:  # an image that is drawn in several steps has another view in each
                 second = part.pasted.samples.tolist()
                 samples, keys = samples + second, keys + [(*key, "cmo", part.pasted.step)] * len(second)

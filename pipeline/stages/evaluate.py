@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from pydantic import BeforeValidator
@@ -96,7 +95,7 @@ def run(
     heads, names, table = loaded[0].heads, loaded[0].names, [line for one in loaded for line in one.table]
     counts = heads.about["counts"]
     group_of = group_choice(params, counts)
-    splits = [s for s in ("val", "test") if s in set(cache.rows["split"].unique().to_pylist())]
+    splits: list[str] = [s for s in ("val", "test") if s in cache.index.splits]
     if "test" not in splits:
         raise UserError(
             f"{cache.files}: evaluation needs test rows; the cache has none; give the dataset a test split and extract "
@@ -105,7 +104,7 @@ def run(
 
     statistics = heads.about["evaluate"]
     # DR as published is trained and evaluated under balanced statistics alone; with branch-wise ones, an extra line.
-    stored = set(cache.rows.filter(pc.field("split") == "test")["statistics"].to_pylist())
+    stored = set(cache.index.statistics("test"))
     lines = list(dict.fromkeys([statistics, *({heads.about["receiver"]} & stored)]))
     _check_memory(run.name, loaded, [(split, kind) for split in splits for kind in lines])
     scored = score(loaded, splits, lines, run.device)
@@ -161,7 +160,7 @@ def run(
         write_reliability(into, (said for one in scored for said in one.kept(statistics, kept)))
         clock.begins("drawing")  # the points of the embedding take most of it
         _write_of_replicate_0(into, loaded[0], scored[0], statistics, without, with_h2t)
-        rows = sample_rows(cache.rows, "test", statistics).first
+        rows = sample_rows(cache.index, "test", statistics).first
         write_about(into, cache, heads, rows, group_of, seeded)
     run.say(f"{run.name}: " + _one_line(metrics))
     return metrics
@@ -192,10 +191,8 @@ def _calibrated(loaded: Sequence[Loaded], kept: Sequence[int], device: torch.dev
 
 def _check_memory(name: str, loaded: Sequence[Loaded], scored: list[tuple[str, str]]) -> None:
     """Raises UserError unless the predictions of all heads for the rows of each (split, statistics) fit."""
-    heads, rows = len(loaded[0].table), 0
-    for one in loaded:
-        counts = one.cache.rows.group_by(["split", "statistics"]).aggregate([("row", "count")]).to_pylist()
-        rows += sum(line["row_count"] for line in counts if (line["split"], line["statistics"]) in scored)
+    parts = [part for one in loaded for part in one.cache.index.parts if part[:2] in scored]
+    heads, rows = len(loaded[0].table), sum(part.stop - part.start for part in parts)
     need, room = rows * heads * Graded.BYTES + ROOM, available_memory()
     if need > room:
         raise UserError(
@@ -300,7 +297,7 @@ def _write_of_replicate_0(
     said, result = dict(scored.of("test", statistics)), scored.scores[("test", statistics)]
     kept = [f["number"] for f in (*without, *with_h2t) if f["number"] in said]
     write_weight_norms(into, loaded.heads, loaded.stage1, kept)
-    rows = sample_rows(loaded.cache.rows, "test", statistics).first
+    rows = sample_rows(loaded.cache.index, "test", statistics).first
     guesses = {
         name: said[figures[0]["number"]].guesses if figures else None
         for name, figures in (("without_h2t", without), ("with_h2t", with_h2t))

@@ -137,14 +137,15 @@ class _Made:
 def _replicate(params: Params, run: Run, residency: Residency, replicate: Replicate) -> _Made:
     """Trains the classifiers of one replicate; only their unfinished training is written."""
     cache, backbone_dir = replicate.cache, replicate.backbone
+    kind = plugins.load("hosts", params.host).Host
     if replicate.number:
         said = run.say
-        own = params.grid.model_copy(update={"seed": seeds_of(params.grid.seed, replicate.number)})
-        params = params.model_copy(update={"grid": own})
+        if not kind.fitted:
+            own = params.grid.model_copy(update={"seed": seeds_of(params.grid.seed, replicate.number)})
+            params = params.model_copy(update={"grid": own})
         run = replace(run, out=_place(run, replicate), say=lambda line: said(f"replicate {replicate.number}: {line}"))
     check_backbone(cache, backbone_dir)
     params = _with_recipe(params, run.name, cache)
-    kind = plugins.load("hosts", params.host).Host
     own_head = load_head(backbone_dir)
     head = own_head.about.get("head", "trained" if own_head.state else "none")
     check_start(params, run.name, kind, head)

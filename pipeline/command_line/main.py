@@ -17,6 +17,7 @@ from h2t.pipeline.command_line.lists import list_plugins, list_presets
 from h2t.pipeline.command_line.models import export, predict
 from h2t.pipeline.command_line.one_line import OneLineErrors
 from h2t.pipeline.command_line.options import PATH
+from h2t.pipeline.command_line.plan import plan
 from h2t.pipeline.command_line.sharing import COMMANDS as SHARING
 from h2t.pipeline.command_line.sharing import doctor, upgrade
 from h2t.pipeline.command_line.stage import (
@@ -51,7 +52,7 @@ def main() -> None:
 
 for of_cache in SHARING:
     cache_group.add_command(of_cache)
-for command in (cache_group, init, doctor, upgrade, export, predict, sweep, list_presets, list_plugins):
+for command in (cache_group, init, doctor, upgrade, export, plan, predict, sweep, list_presets, list_plugins):
     main.add_command(command)
 
 

@@ -17,13 +17,14 @@ import argparse
 import os
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow.compute as pc
 import torch
 from joblib import Parallel, delayed
@@ -44,6 +45,7 @@ from h2t.pipeline.heads.stack import HeadSetting, Optimiser, Stack
 from h2t.pipeline.heads.stored import HeadParts, build_head
 from h2t.pipeline.networks.classifier import global_average
 from h2t.pipeline.networks.trained import StageOneHead
+from h2t.pipeline.reporting.published import different_runs
 
 CACHE = Path(__file__).parents[1] / "examples" / "cifar10_lt" / "data" / "extract" / "ce_mixup"
 RATES = np.geomspace(0.005, 0.32, 11).tolist()
@@ -195,10 +197,10 @@ def compare(task: Task, rates: Sequence[float], seeds: Sequence[int], penalties:
     return body
 
 
-def lines(contestants: dict[str, Any]) -> str:
+def lines(contestants: Mapping[str, Any]) -> str:
     """The contestants as a table."""
     ours = contestants["ours"]
-    header = ("contestant", "processor s", "of ours", "s", "of ours", "mean top-1", "best top-1")
+    header = ("contestant", "processor s", "times ours", "s", "times ours", "mean top-1", "best top-1")
     rows = [
         (name, f"{c['cpu']:.1f}", f"{c['cpu'] / ours['cpu']:.1f}", f"{c['seconds']:.1f}",
          f"{c['seconds'] / ours['seconds']:.1f}", f"{c['mean_top1']:.2f}", f"{c['best_top1']:.2f}")
@@ -224,6 +226,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             HeadSetting(r, d, w, s) for r, d, w, s in product(RATIOS[few], DONORS[few], SELECTIONS[few], SEEDS[few])
         ]
         spent, _ = timed(lambda: stack(task, grid))
+    twice, once = different_runs(pd.DataFrame([vars(head) for head in grid]))  # with two passes a step, and with one
     body = {
         "benchmark": "peers",
         "machine": about,
@@ -233,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "channels": task.x.shape[1],
         "classes": task.classes,
         "contestants": contestants,
-        "grid": {**spent, "classifiers": len(grid)},
+        "grid": {**spent, "classifiers": len(grid), "twice": twice, "once": once},
     }
     save(options.out, body)
     print(lines(contestants))

@@ -15,6 +15,8 @@ Samples of a batch and replaced channels are drawn from the same streams as in s
 and the same seed there differ in nothing but their features. Reads DATA/prepare and DATA/train_backbone, writes
 DATA/online/ratio-R-seed-S.json (figures, time) and .safetensors (classifier, running statistics), with `-frozen` or
 `-unaugmented` in the name; a finished seed is left alone.
+
+With --device cuda the training images are decoded once, stay on the GPU and are cropped there: the same views.
 """
 
 import argparse
@@ -32,11 +34,12 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from h2t.pipeline.base import params
+from h2t.pipeline.base import device, params
 from h2t.pipeline.base.outputs import write_run_record
 from h2t.pipeline.base.seeds import stream
 from h2t.pipeline.data.classes import class_index, groups
 from h2t.pipeline.data.images import Images
+from h2t.pipeline.data.resident_images import resident
 from h2t.pipeline.data.samples import Samples, load_samples
 from h2t.pipeline.evaluation.metrics import answers, summary
 from h2t.pipeline.extraction.batchnorm import current
@@ -46,11 +49,15 @@ from h2t.pipeline.samplers import balanced, instance
 
 EPOCHS, BATCH, RATE, MOMENTUM, DECAY = 10, 128, 0.02, 0.9, 5e-4
 SWITCHES = ("frozen", "unaugmented")
+CPU = torch.device("cpu")
+ROOM = 2**31  # bytes of a GPU's memory for decoded training images
 
 
 @dataclass
 class Clock:
-    """Seconds by the clock and of the processor, all cores together, by part of a step."""
+    """Seconds by the clock and of the processor, all cores together, by part of a step; a GPU's work is waited for."""
+
+    where: torch.device
 
     seconds: dict[str, float] = field(default_factory=dict)
     cpu: dict[str, float] = field(default_factory=dict)
@@ -59,6 +66,8 @@ class Clock:
         """The result of `work()`, its time added to `part`."""
         started, used = time.perf_counter(), time.process_time()
         found = work()
+        if self.where.type == "cuda":
+            torch.cuda.synchronize(self.where)
         self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
         self.cpu[part] = self.cpu.get(part, 0.0) + time.process_time() - used
         return found
@@ -70,13 +79,13 @@ def rate(epoch: int) -> float:
 
 
 def logits(backbone: nn.Module, head: nn.Linear, images: Images, test: np.ndarray) -> np.ndarray:
-    """Of the test images, unaugmented, under the backbone's running statistics, (n, classes)."""
+    """Logits of the test images, unaugmented, under the backbone's running statistics, float32 (n, classes)."""
     backbone.eval()
     found = []
     with torch.no_grad():
         for part in np.split(test, range(BATCH, len(test), BATCH)):
-            (maps,) = backbone(images.batch(part.tolist(), [None] * len(part)))
-            found.append(head(maps.mean((2, 3))))
+            (maps,) = backbone(images.batch(part.tolist(), [None] * len(part)).to(head.weight.device))
+            found.append(head(maps.mean((2, 3))).cpu())
     return torch.cat(found).numpy()
 
 
@@ -96,14 +105,19 @@ def train(
     *,
     frozen: bool = False,
     unaugmented: bool = False,
+    where: torch.device = CPU,
 ) -> dict[str, Any]:
-    """One head from the stage-I network in `folder`: figures, time, and `state` (classifier, running statistics)."""
+    """Trains one classifier on the stage-I network in `folder`, on the device `where`.
+
+    Returns figures, time, and `state` (classifier, running statistics; on the CPU).
+    """
     backbone, _ = load_backbone(folder)
-    backbone.to(memory_format=torch.channels_last)  # two thirds of the time on a CPU
+    backbone.to(where).to(memory_format=torch.channels_last)  # two thirds of the time on a CPU
     stage1 = load_head(folder)
     weight, bias = stage1.state["weight"][0], stage1.state["bias"][0]
     head = nn.Linear(weight.shape[1], weight.shape[0])
     head.load_state_dict({"weight": weight, "bias": bias})
+    head.to(where)
     optimiser = torch.optim.SGD(head.parameters(), lr=RATE, momentum=MOMENTUM, weight_decay=DECAY)
 
     train_samples = samples.of("train")
@@ -112,11 +126,14 @@ def train(
     receivers = partial(stream, seed, "receiver", "balanced")
     donors = partial(stream, seed, "donor", "instance")
     replaced = replaced_channels(ratio, weight.shape[1])
-    clock = Clock()
+    clock = Clock(where)
+    views = images
+    if where.type == "cuda" and not unaugmented:
+        views = clock("decoding", lambda: resident(images, train_samples.tolist(), where, ROOM))
 
     def pictures(picked: np.ndarray, branch: str, epoch: int, step: int) -> torch.Tensor:
         keys = [None if unaugmented else (seed, "online", branch, epoch, step, i) for i in range(len(picked))]
-        return clock("images", lambda: images.batch(picked.tolist(), keys))
+        return clock("images", lambda: views.batch(picked.tolist(), keys).to(where))
 
     def maps_of(batch: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -142,9 +159,9 @@ def train(
         if ratio > 0:
             donated = train_samples[instance.draw(classes, donors, epoch, step, BATCH)]
             donor = maps_of(pictures(donated, "donor", epoch, step))
-            channels = torch.from_numpy(channel_ranks(seed, epoch, step, 0, fused.shape[1]) < replaced)
+            channels = torch.from_numpy(channel_ranks(seed, epoch, step, 0, fused.shape[1]) < replaced).to(where)
             fused = torch.where(channels[:, None, None], donor, fused)
-        total += size * clock("head", partial(learn, fused, torch.from_numpy(labels[picked])))
+        total += size * clock("head", partial(learn, fused, torch.from_numpy(labels[picked]).to(where)))
         if (step + 1) * BATCH >= len(train_samples):
             mean, spent = total / len(train_samples), time.process_time() - used
             print(f"seed {seed}: epoch {epoch + 1} of {EPOCHS}, loss {mean:.4f}, {spent:.0f} CPU s", flush=True)
@@ -164,7 +181,8 @@ def train(
         "cpu": round(cpu, 2),
         "parts": {"seconds": clock.seconds, "cpu": clock.cpu},
         "threads": torch.get_num_threads(),
-        "state": {**{f"head.{k}": v.detach() for k, v in head.state_dict().items()}, **current(backbone)},
+        "device": torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu",
+        "state": {**{f"head.{k}": v.detach().cpu() for k, v in head.state_dict().items()}, **current(backbone)},
     }
 
 
@@ -176,11 +194,13 @@ def main() -> None:
     parser.add_argument("--backbone", default="ce_mixup")
     parser.add_argument("--ratio", type=float, default=0.3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N")
     for name in SWITCHES:
         parser.add_argument(f"--{name}", action="store_true")
     given = parser.parse_args()
     switches = {name: getattr(given, name) for name in SWITCHES}
     variant = "".join(f"-{name}" for name, on in switches.items() if on)
+    where = device.choose(given.device)
     samples = load_samples(given.data / "prepare")
     images = samples.images(params.section(params.load(given.params), "prepare"))
     for seed in given.seeds:
@@ -188,7 +208,8 @@ def main() -> None:
         if out.exists():
             print(f"{out}: done before")
             continue
-        found = train(samples, images, given.data / "train_backbone" / given.backbone, given.ratio, seed, **switches)
+        folder = given.data / "train_backbone" / given.backbone
+        found = train(samples, images, folder, given.ratio, seed, **switches, where=where)
         out.parent.mkdir(parents=True, exist_ok=True)
         save_file(found.pop("state"), out.with_suffix(".safetensors"))
         write_run_record(out, found)

@@ -8,6 +8,7 @@ import torch
 from pipeline_builders import distance, extracted, fitted, write_params
 from pipeline_builders import h2t as command
 
+from benchmarks import online_h2t
 from h2t.cache.reader import open_cache
 from h2t.pipeline.backbones import resnet20
 from h2t.pipeline.base import device as devices
@@ -143,3 +144,15 @@ def test_stage_one_is_that_of_the_cpu_and_captured_steps_change_nothing(tmp_path
         assert torch.equal(value, same[name]), name
     expected, _ = stage_one(digits, torch.device("cpu"), tmp_path / "cpu")
     assert curves[0]["loss"] == pytest.approx(expected[0]["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("unaugmented", [False, True])
+def test_the_online_reference_is_that_of_the_cpu(digits, backbone_dir, device, monkeypatch, unaugmented):
+    monkeypatch.setattr(online_h2t, "EPOCHS", 1)
+    cpu, gpu = (
+        online_h2t.train(*digits, backbone_dir, 0.3, 3, unaugmented=unaugmented, where=where)
+        for where in (online_h2t.CPU, device)
+    )
+    assert gpu["loss"] == pytest.approx(cpu["loss"], rel=1e-3)
+    for name, value in cpu["state"].items():
+        assert distance(gpu["state"][name], value) < 1e-3, name

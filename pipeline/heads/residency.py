@@ -281,7 +281,7 @@ class Feed:
 
 def plan_tier(streams: Streams, reader: FeatureReader, settings: Residency, room: Room) -> Choice:
     """The tier that memory allows. Raises UserError if the tier set in `settings` does not fit."""
-    need = len(streams.rows) * reader.row_bytes
+    need = streams.count * reader.row_bytes
     choice = choose_tier(settings.residency, need, room.features, room.on_gpu)
     on_gpu = room.gpu > 0 and choice.tier == "device"
     most = room.gpu if on_gpu else int(MOST_HOST_SHARE * room.host)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import shutil
+import subprocess
 
 import pytest
 import yaml
@@ -36,6 +37,12 @@ def test_dvc_reads_its_stages(tmp_path):
         found = {stage.name for stage in repo.index.stages}
     hosts = yaml.safe_load((EXAMPLE / "params.yaml").read_text())["hosts"]
     assert found == {"report", *(f"{stage}@{host}" for stage in ("train_classifier", "evaluate") for host in hosts)}
+
+
+def test_git_ignores_nothing_that_dvc_writes_there():
+    """DVC does not run where git ignores `dvc.lock`."""
+    found = subprocess.run(["git", "check-ignore", str(EXAMPLE / "dvc.lock")], cwd=ROOT, check=False)
+    assert found.returncode == 1
 
 
 def test_its_figures_come_out_again(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from report_builders import make_evaluated
 from scipy.stats import ttest_rel
 
 from benchmarks import analyses, online_results, results_200, tables
-from benchmarks.results import online_tables
+from benchmarks.results import grid_now, online_tables, peers_text
 from h2t.pipeline.base import params, plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.run import Run
@@ -251,6 +251,25 @@ def test_online_beside_ours_without_and_with_h2t(evaluated):
     for label, mean in (("DR + H2T", result.at(0.3).top1.mean()), ("DR as published", balanced.top1.mean())):
         block = text[text.index(f"{label}:") :].split("\n\n")[1]
         assert float(cells_of(block)[0][2].split(" ")[0]) == pytest.approx(mean, abs=0.0051)
+
+
+def test_seconds_of_peers_are_shown_with_their_ratio_to_ours(tmp_path):
+    ours = {"cpu": 4.0, "seconds": 2.0, "mean_top1": 70.0, "best_top1": 71.5}
+    loop = {"cpu": 10.0, "seconds": 9.0, "mean_top1": 70.25, "best_top1": 71.0}
+    body = {
+        "machine": {"cores": 2, "load_before": 0.2},
+        "load_after": 1.1,
+        "samples": 12406,
+        "channels": 64,
+        "contestants": {"ours": ours, "loop": loop},
+        "grid": {"cpu": 20.0, "classifiers": 660, "twice": 555, "once": 5},
+    }
+    (tmp_path / "peers.json").write_text(json.dumps(body))
+    text = peers_text(tmp_path / "peers.json")
+    assert "| loop | 10.0 | 2.5 | 9.0 | 4.5 | 70.25 | 71.00 |" in text
+    online = online_results.Online(0.3, [{"cpu": 600.0}])
+    assert "**16,725 times**" in grid_now(tmp_path / "peers.json", online)
+    assert peers_text(tmp_path / "none.json").startswith("Not run")
 
 
 def test_no_online_run_is_one_line(tmp_path):

@@ -99,9 +99,9 @@ def read_list(path: Path, root: Path, follow_links: bool, *, whole: bool = True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such list file; set prepare.options.lists to the folder that holds it") from None
     except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
+        wrong = data[: error.start].count(b"\n") + 1
         raise UserError(
-            f"{path}: must be a readable UTF-8 text file; got another encoding in line {line}; save the list as UTF-8"
+            f"{path}: must be a readable UTF-8 text file; got another encoding in line {wrong}; save the list as UTF-8"
         ) from None
     except OSError as error:
         raise UserError(

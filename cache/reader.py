@@ -8,6 +8,7 @@ the crc32c of every chunk is checked before its values are returned. Uncompresse
 from a local file directly into the result, if the compiled gather was built.
 """
 
+import io
 import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -15,13 +16,14 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
 
 from h2t.cache.errors import CacheError
-from h2t.cache.format.rows import from_bytes
+from h2t.cache.format.row_index import RowIndex, read_index
+from h2t.cache.format.rows import SCHEMA, read_rows, read_table
 from h2t.cache.format.spec import MAX_RECORD_BYTES, RECORD, ROWS, STATISTICS, CacheSpec, Commit, parse_record, sha256
 from h2t.cache.read.chunks import Chunks, check_size
 from h2t.cache.read.files import files_at
@@ -30,8 +32,12 @@ from h2t.cache.read.in_use import InUse
 from h2t.cache.read.jobs import Compiled, Decode
 from h2t.cache.read.plan import Plan, plan_rows, portions, units
 from h2t.cache.read.store import FileStore
+from h2t.cache.read.stored_file import StoredFile
 
 T = TypeVar("T")
+
+#: A row table up to this size is kept in memory as it is in the file: a million rows, or two.
+KEPT_BYTES = 64 * 1024 * 1024
 
 #: Held while a forked child sets up a cache. Also held around every fork, so that the child never inherits it locked.
 _FORK = threading.RLock()
@@ -117,9 +123,23 @@ class Cache:
 
     @property
     def rows(self) -> pa.Table:
-        """The row table (`cache.format.rows.SCHEMA`); its row i describes row i of the maps. Raises as `read`."""
+        """The whole row table (`cache.format.rows.SCHEMA`); its row i describes row i of the maps.
+
+        It takes about 130 bytes of memory a row; `index` and `lines` do with less. Raises as `read`.
+        """
         with self._in_use():
             return self._rows
+
+    @property
+    def index(self) -> RowIndex:
+        """Split, statistics, class and sample of every row, in 4 to 8 bytes of memory a row. Raises as `read`."""
+        with self._in_use():
+            return self._index
+
+    def lines(self, rows: Sequence[int] | np.ndarray, columns: Sequence[str] = SCHEMA.names) -> pa.Table:
+        """The lines of `rows` (n,) of the row table, in this order. Raises as `read`."""
+        with self._in_use():
+            return read_rows(self._row_file(), self.spec.rows, self._wanted(rows), columns)
 
     @property
     def statistics(self) -> bytes:
@@ -134,17 +154,9 @@ class Cache:
         return their bits as uint16. Raises CacheError: `out-of-range`, `mismatch`, `damaged`, `missing`, `replaced`,
         `closed`, `unreachable`, `full`.
         """
-        given = np.asarray(rows)
-        if given.size and given.dtype.kind not in "iu":  # converting a mask or fractions would select other rows
-            raise CacheError("out-of-range", f"rows: row numbers expected; got {given.dtype}")
-        wanted = given.astype(np.int64, copy=False)
+        wanted = self._wanted(rows)
         if not 0 <= expert < self.experts:
             raise CacheError("out-of-range", f"expert: must be 0 to {self.experts - 1}; got {expert}")
-        if wanted.ndim != 1:
-            raise CacheError("out-of-range", f"rows: one dimension expected; got shape {wanted.shape}")
-        if wanted.size and (wanted.min() < 0 or wanted.max() >= self.spec.rows):
-            bad = wanted[(wanted < 0) | (wanted >= self.spec.rows)][0]
-            raise CacheError("out-of-range", f"rows: must be 0 to {self.spec.rows - 1}; got {bad}")
         shape = (len(wanted), *self.spec.maps[expert])
         if out is None:
             out = np.empty(shape, self.spec.stored_dtype)
@@ -166,9 +178,40 @@ class Cache:
         """The error for a damaged chunk; names its file, its number within the shard, and its rows."""
         return self._chunks.fault(expert, chunk, what)
 
+    def _wanted(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """`rows` as int64 (n,). Raises CacheError `out-of-range` unless they are row numbers of this cache."""
+        given = np.asarray(rows)
+        if given.size and given.dtype.kind not in "iu":  # converting a mask or fractions would select other rows
+            raise CacheError("out-of-range", f"rows: row numbers expected; got {given.dtype}")
+        wanted = given.astype(np.int64, copy=False)
+        if wanted.ndim != 1:
+            raise CacheError("out-of-range", f"rows: one dimension expected; got shape {wanted.shape}")
+        if wanted.size and (wanted.min() < 0 or wanted.max() >= self.spec.rows):
+            bad = wanted[(wanted < 0) | (wanted >= self.spec.rows)][0]
+            raise CacheError("out-of-range", f"rows: must be 0 to {self.spec.rows - 1}; got {bad}")
+        return wanted
+
     @cached_property
     def _rows(self) -> pa.Table:
-        return from_bytes(self._chunks.whole_file(ROWS), self.spec.rows)
+        return read_table(self._row_file(), self.spec.rows)
+
+    @cached_property
+    def _index(self) -> RowIndex:
+        return read_index(self._row_file(), self.spec.rows)
+
+    def _row_file(self) -> BinaryIO:
+        """The file of the row table, checked against the commit record and at its start."""
+        if self._small_row_file is not None:
+            return io.BytesIO(self._small_row_file)
+        return cast("BinaryIO", StoredFile(self.files, ROWS, self.commit.files[ROWS][0]))
+
+    @cached_property
+    def _small_row_file(self) -> bytes | None:
+        """The bytes of the row table, or None if they are many: then they are checked and stay in the store."""
+        if self.commit.files.get(ROWS, (0, ""))[0] <= KEPT_BYTES:
+            return self._chunks.whole_file(ROWS)
+        self._chunks.check_file(ROWS)
+        return None
 
     @cached_property
     def _statistics(self) -> bytes:

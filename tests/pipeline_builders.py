@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 from h2t.cache.format.rows import make_rows
 from h2t.cache.reader import open_cache
+from h2t.cache.write.parts import Part
 from h2t.pipeline.base import params, plugins
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.data.classes import ClassIndex
@@ -253,12 +254,14 @@ def extracted(
     replace=False,
     anew=False,
     device=CPU,
+    part: Part | None = None,
+    commit=False,
     **overrides,
 ):
     """Runs extract; returns its summary. `previous` is where the cache lies that `statistics_from` would name."""
     params = make_extract(**overrides)
     with open_cache(previous) if previous is not None else nullcontext() as kept:
-        options = {"replace": replace, "previous": kept, "anew": anew}
+        options = {"replace": replace, "previous": kept, "anew": anew, "part": part, "commit": commit}
         return extract.run(params, Run("b", out, device, seed=seed, say=say), samples, images, backbone, **options)
 
 

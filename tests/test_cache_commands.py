@@ -177,3 +177,48 @@ def test_rows_of_numpy_integers_are_json(cache_dir):
     make_cache(cache_dir, rows=make_rows(3, label=np.array([0, 1, 2], np.int32)))
     for command in ("info", "stats"):
         json.loads("".join(lines(command, "--json", cache_dir)))
+
+
+def test_the_parts_of_verify_find_together_what_one_run_finds(cache_dir):
+    make_cache(cache_dir, rows=make_rows(40), maps=((3, 2, 2), (5, 1, 1)))
+    for part in range(1, 5):
+        (line,) = lines("verify", cache_dir, "--part", f"{part}/4")
+        assert line == f"sound: part {part} of 4; checked every byte of it"
+    (cache_dir / "maps.zarr/expert_1/c.1.0.0.0").unlink()
+    os.truncate(cache_dir / "maps.zarr/expert_0/c.9.0.0.0", 1)
+    os.truncate(cache_dir / "README.md", 1)
+    whole = run("verify", cache_dir)
+    parts = [run("verify", cache_dir, "--part", f"{part}/4") for part in range(1, 5)]
+    found = [line for part in parts for line in part.stdout.splitlines() if not line.startswith("sound: ")]
+    assert sorted(found) == sorted(whole.stdout.splitlines())
+    assert [part.exit_code for part in parts] == [1, 0, 0, 1]
+
+
+def test_more_parts_than_shards(cache_dir):
+    make_cache(cache_dir)
+    assert [run("verify", cache_dir, "--part", f"{part}/7").exit_code for part in range(1, 8)] == [0] * 7
+    assert run("verify", cache_dir, "--part", "8/7").exit_code == 2
+
+
+@pytest.mark.parametrize("parts", [1, 3, 20])
+def test_statistics_merge(cache_dir, tmp_path, parts):
+    make_cache(cache_dir, rows=make_rows(40), maps=((3, 2, 2), (5, 1, 1)))
+    files = [tmp_path / f"{part}.json" for part in range(1, parts + 1)]
+    for part, path in enumerate(files, 1):
+        path.write_text("\n".join(lines("stats", cache_dir, "--part", f"{part}/{parts}")))
+    merging = [argument for path in reversed(files) for argument in ("--merge", path)]
+    together = json.loads("".join(lines("stats", cache_dir, "--json", *merging)))
+    whole = json.loads("".join(lines("stats", cache_dir, "--json")))
+    for ours, theirs in zip(together, whole, strict=True):
+        for name in ("mean", "classes"):
+            found, expected = ours.pop(name), theirs.pop(name)
+            if name == "mean":
+                assert found == pytest.approx(expected, rel=1e-12)
+                continue
+            for a, b in zip(found, expected, strict=True):
+                assert (a["label"], a["rows"]) == (b["label"], b["rows"])
+                assert a["mean_l2"] == pytest.approx(b["mean_l2"], rel=1e-12)
+        assert ours == theirs
+    assert run("stats", cache_dir, *merging, "--merge", files[0]).exit_code == 1
+    files[0].write_text("{}")
+    assert run("stats", cache_dir, *merging).exit_code == 1

@@ -16,9 +16,9 @@ from builders import tree
 from distributed import Client
 from pipeline_builders import extracted, make_extract
 
-from h2t.cache.write.writer import CacheWriter
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.data.images import BadImage
+from h2t.pipeline.extraction import cluster
 
 SMALL = {"batchnorm": ["stage1"], "max_views": 2, "shard_bytes": 65536, "batch_size": 16}
 
@@ -33,20 +33,36 @@ def single(tmp_path_factory, digits, backbone_dir):
     return tree(out)
 
 
-def test_two_processes_write_the_same_bytes_also_when_one_is_killed(
-    digits, backbone_dir, single, tmp_path, monkeypatch
-):
-    write, killed = CacheWriter.write, []
+@pytest.fixture
+def after_each(monkeypatch):
+    """Calls a function with the number of written shards, whenever the client hears of one."""
 
-    def kill_one(self, shard, maps):
-        write(self, shard, maps)
-        if not killed:
+    def set_up(strike):
+        shards = cluster.shards
+
+        def counted(*arguments):
+            for count, shard in enumerate(shards(*arguments), 1):
+                strike(count)
+                yield shard
+
+        monkeypatch.setattr(cluster, "shards", counted)
+
+    return set_up
+
+
+def test_two_processes_write_the_same_bytes_also_when_one_is_killed(
+    digits, backbone_dir, single, tmp_path, monkeypatch, after_each
+):
+    killed = []
+
+    def kill_one(count):
+        if count == 1:
             workers = [p for p in multiprocessing.active_children() if p.is_alive()]
             assert len(workers) == 2
             os.kill(workers[0].pid, signal.SIGKILL)
-            killed.append(shard)
+            killed.append(workers[0].pid)
 
-    monkeypatch.setattr(CacheWriter, "write", kill_one)
+    after_each(kill_one)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     extracted(tmp_path / "b", *digits, backbone_dir, cluster="local:2", **SMALL)
     assert killed
@@ -89,17 +105,15 @@ def scheduler(tmp_path_factory):
 
 
 def test_a_stopped_worker_is_named_and_going_on_is_enough(
-    digits, backbone_dir, single, scheduler, tmp_path, monkeypatch
+    digits, backbone_dir, single, scheduler, tmp_path, monkeypatch, after_each
 ):
     address, workers = scheduler
     monkeypatch.setattr("h2t.pipeline.extraction.cluster.QUIET", 12.0)
     monkeypatch.setattr("h2t.pipeline.extraction.cluster.SILENT", 9.0)
-    write, said, stopped = CacheWriter.write, [], []
+    said = []
 
-    def stop_one(self, shard, maps):
-        write(self, shard, maps)
-        if not stopped:
-            stopped.append(shard)
+    def stop_one(count):
+        if count == 1:
             workers[1].send_signal(signal.SIGSTOP)
 
     def say(line):
@@ -107,11 +121,26 @@ def test_a_stopped_worker_is_named_and_going_on_is_enough(
         if "no report for 9 s from worker 1 at tcp://" in line:
             workers[1].send_signal(signal.SIGCONT)
 
-    monkeypatch.setattr(CacheWriter, "write", stop_one)
+    after_each(stop_one)
     extracted(tmp_path / "b", *digits, backbone_dir, say=say, cluster=address, **SMALL)
     assert any("no shard for " in line and "no report for 9 s from worker 1 at tcp://" in line for line in said), said
     assert not any("worker 0" in line for line in said)
     assert tree(tmp_path / "b") == single
+
+
+def test_no_map_passes_through_the_client_or_the_scheduler(digits, backbone_dir, single, scheduler, tmp_path):
+    """What workers send to others is counted by dask: some bytes for each shard, of 64 KiB and more."""
+    address, _ = scheduler
+
+    def sent(dask_worker):
+        return dask_worker.transfer_outgoing_bytes_total
+
+    with Client(address, set_as_default=False) as client:
+        before = sum(client.run(sent).values())
+        summary = extracted(tmp_path / "b", *digits, backbone_dir, cluster=address, **SMALL)
+        moved = sum(client.run(sent).values()) - before
+    assert tree(tmp_path / "b") == single
+    assert 0 < moved < 100 * summary.shards < summary.value_bytes / 100
 
 
 def test_workers_take_rows_of_a_previous_cache_too(digits, backbone_dir, scheduler, tmp_path):
@@ -124,19 +153,16 @@ def test_workers_take_rows_of_a_previous_cache_too(digits, backbone_dir, schedul
 
 
 def test_workers_of_a_scheduler_write_the_same_bytes_also_when_one_is_killed(
-    digits, backbone_dir, single, tmp_path, monkeypatch, scheduler
+    digits, backbone_dir, single, tmp_path, scheduler, after_each
 ):
     """The last test of these workers."""
     address, workers = scheduler
-    write, written = CacheWriter.write, []
 
-    def kill_one(self, shard, maps):
-        write(self, shard, maps)
-        written.append(shard)
-        if len(written) == 2:
+    def kill_one(count):
+        if count == 2:
             workers[0].kill()
 
-    monkeypatch.setattr(CacheWriter, "write", kill_one)
+    after_each(kill_one)
     extracted(tmp_path / "b", *digits, backbone_dir, cluster=address, **SMALL)
     assert workers[0].wait(60) == -signal.SIGKILL
     assert tree(tmp_path / "b") == single

@@ -1,8 +1,10 @@
 """The row table: which image, view and batch-norm statistics each row of a cache holds."""
 
 import io
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +28,9 @@ SCHEMA = pa.schema(
 ORDER = [(name, "ascending") for name in ("split", "statistics", "label", "source", "view")]
 TEXTS = [field.name for field in SCHEMA if field.type == pa.string()]
 ROW_BYTES = sum(4 if field.type == pa.string() else field.type.bit_width // 8 for field in SCHEMA)  # without its texts
+NUMBERS = ("row", "sample", "view", "label")
+BATCH_ROWS = 2**16  # of a table that is read piece by piece
+BUFFER_BYTES = 2**20  # of a column read at a time
 FEW_ROWS = 10_000  # one thread reads these faster than a second one starts
 SPLITS = ("train", "val", "test")
 
@@ -62,41 +67,117 @@ def to_bytes(table: pa.Table) -> bytes:
 
 
 def from_bytes(data: bytes, expected_rows: int) -> pa.Table:
-    """The row table in `data`, the bytes of `rows.parquet`.
+    """The row table in `data`, the bytes of `rows.parquet`; raises as `read_table`."""
+    return read_table(pa.BufferReader(data), expected_rows)
+
+
+def read_table(source: BinaryIO | pa.NativeFile, expected_rows: int) -> pa.Table:
+    """The whole row table in `source`, the file `rows.parquet`; about 130 bytes of memory a row.
 
     Raises CacheError `damaged` unless it is a valid row table of `expected_rows` rows, and `full` if it would not fit
     into memory: a file of a few kilobytes can expand to billions of equal rows.
     """
-    try:
-        source = pa.BufferReader(data)
-        file = pq.ParquetFile(source)  # `read_table` imports Arrow datasets, 0.2 s
-        if file.schema_arrow.remove_metadata() != SCHEMA:
-            raise CacheError("damaged", "rows.parquet: columns differ from format 1")
-        misnumbered = CacheError("damaged", f"rows.parquet: must number rows 0 to {expected_rows - 1}; it does not")
-        if file.metadata.num_rows != expected_rows:
-            raise misnumbered
-        _check_memory(expected_rows * ROW_BYTES)
+    with _readable():
+        file = _opened(source, expected_rows)
+        check_memory(expected_rows * ROW_BYTES)
         # Dictionaries hold each distinct text once, however often it occurs.
         table = pq.ParquetFile(source, metadata=file.metadata, read_dictionary=TEXTS).read(
             use_threads=expected_rows > FEW_ROWS
         )
         if len(table) != expected_rows or any(column.null_count for column in table.columns):
-            raise misnumbered
-        _check_memory(expected_rows * ROW_BYTES + sum(_text_bytes(table[name]) for name in TEXTS))
+            raise _misnumbered(expected_rows)
+        check_memory(expected_rows * ROW_BYTES + sum(_text_bytes(table[name]) for name in TEXTS))
         table = table.cast(SCHEMA)
         table.validate(full=True)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise CacheError("damaged", f"rows.parquet: cannot be read ({' '.join(str(error).split())})") from None
-    # `to_numpy` imports pandas where it is installed, 0.2 s.
-    row, *others = (np.from_dlpack(table[name].combine_chunks()) for name in ("row", "sample", "view", "label"))
-    if not np.array_equal(row, np.arange(expected_rows)):
-        raise misnumbered
-    if any(numbers.min() < 0 for numbers in others):
-        raise CacheError("damaged", "rows.parquet: samples, views and labels must be at least 0")
+    _check_numbers((table[name].combine_chunks() for name in NUMBERS), 0, expected_rows)
     return table
 
 
-def _check_memory(need: int) -> None:
+def read_batches(
+    source: BinaryIO | pa.NativeFile,
+    expected_rows: int,
+    columns: Sequence[str] = SCHEMA.names,
+    *,
+    short: bool = False,
+    rows: np.ndarray | None = None,
+) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """`columns` of the row table in `source`, as (first row, batch of at most `BATCH_ROWS` rows).
+
+    One batch at a time is in memory. `short` reads texts as dictionaries, which is best for columns with few distinct
+    ones. With `rows`, int64 ascending, row groups without any of these rows are left out. Raises CacheError `damaged`
+    as `read_table`.
+    """
+    wanted = [*dict.fromkeys([*NUMBERS, *columns])]
+    with _readable():
+        metadata = _opened(source, expected_rows).metadata
+        file = pq.ParquetFile(
+            source, metadata=metadata, read_dictionary=TEXTS if short else None, buffer_size=BUFFER_BYTES
+        )
+        sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        ends = np.cumsum([0, *sizes])
+        if ends[-1] != expected_rows:
+            raise _misnumbered(expected_rows)
+        for group, (at, end) in enumerate(pairwise(ends.tolist())):
+            if rows is not None and np.searchsorted(rows, at) == np.searchsorted(rows, end):
+                continue
+            for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=wanted, use_threads=False):
+                if any(column.null_count for column in batch.columns):
+                    raise _misnumbered(expected_rows)
+                batch.validate(full=True)
+                _check_numbers((batch[name] for name in NUMBERS), at, expected_rows)
+                yield at, batch.select(columns)
+                at += len(batch)
+            if at != end:
+                raise _misnumbered(expected_rows)
+
+
+def read_rows(
+    source: BinaryIO | pa.NativeFile, expected_rows: int, rows: np.ndarray, columns: Sequence[str] = SCHEMA.names
+) -> pa.Table:
+    """The lines of `rows`, int64 (n,), in this order, from the table in `source`. Raises as `read_batches`."""
+    wanted, places = np.unique(rows, return_inverse=True)
+    parts = []
+    for at, batch in read_batches(source, expected_rows, columns, rows=wanted):
+        first, last = np.searchsorted(wanted, [at, at + len(batch)])
+        parts.append(batch.take(pa.array(wanted[first:last] - at)))
+    return pa.Table.from_batches(parts, pa.schema([SCHEMA.field(name) for name in columns])).take(pa.array(places))
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    """Turns the errors of reading into CacheError `damaged`."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise CacheError("damaged", f"rows.parquet: cannot be read ({' '.join(str(error).split())})") from None
+
+
+def _opened(source: BinaryIO | pa.NativeFile, expected_rows: int) -> pq.ParquetFile:
+    """`source` as Parquet, with the columns of format 1 and the expected number of rows."""
+    file = pq.ParquetFile(source)  # `read_table` imports Arrow datasets, 0.2 s
+    if file.schema_arrow.remove_metadata() != SCHEMA:
+        raise CacheError("damaged", "rows.parquet: columns differ from format 1")
+    if file.metadata.num_rows != expected_rows:
+        raise _misnumbered(expected_rows)
+    return file
+
+
+def _check_numbers(numbers: Iterable[pa.Array], start: int, expected_rows: int) -> None:
+    """Raises CacheError `damaged` unless the first of the columns counts on from `start` and none is below 0."""
+    # `to_numpy` imports pandas where it is installed, 0.2 s.
+    row, *others = (np.from_dlpack(column) for column in numbers)
+    if not np.array_equal(row, np.arange(start, start + len(row))):
+        raise _misnumbered(expected_rows)
+    if any(column.min(initial=0) < 0 for column in others):
+        raise CacheError("damaged", "rows.parquet: samples, views and labels must be at least 0")
+
+
+def _misnumbered(expected_rows: int) -> CacheError:
+    return CacheError("damaged", f"rows.parquet: must number rows 0 to {expected_rows - 1}; it does not")
+
+
+def check_memory(need: int) -> None:
+    """Raises CacheError `full` unless `need` bytes of memory are free."""
     if need > available_memory():
         raise CacheError("full", f"rows.parquet: would take {need / 1e9:.1f} GB of memory, more than there is free")
 

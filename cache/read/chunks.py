@@ -10,6 +10,7 @@ from h2t.cache.format import shard as shard_layout
 from h2t.cache.format.codecs import codec
 from h2t.cache.format.spec import RECORD, CacheSpec, Commit, sha256
 from h2t.cache.read.store import FileStore
+from h2t.cache.read.stored_file import sha256_of
 
 T = TypeVar("T")
 
@@ -62,17 +63,28 @@ class Chunks:
 
     def whole_file(self, name: str) -> bytes:
         """The bytes of `name`, checked against the commit record. Raises CacheError `damaged`, and as `Cache.read`."""
-        if name not in self.commit.files:
-            raise CacheError("damaged", f"{self.files}/{name}: is not named in {RECORD}; run h2t cache verify")
-        size, digest = self.commit.files[name]
+        size, digest = self._recorded(name)
 
         def whole() -> bytes:
             data = self.files.read_all(name, size)
-            if sha256(data) != digest:
-                raise CacheError("damaged", f"{self.files}/{name}: sha256 differs from {RECORD}; run h2t cache verify")
+            self._same(name, sha256(data), digest)
             return data
 
         return self.once_more(name, whole)
+
+    def check_file(self, name: str) -> None:
+        """Compares the bytes of `name` with the commit record, a piece at a time. Raises as `whole_file`."""
+        size, digest = self._recorded(name)
+        self.once_more(name, lambda: self._same(name, sha256_of(self.files, name, size), digest))
+
+    def _recorded(self, name: str) -> tuple[int, str]:
+        if name not in self.commit.files:
+            raise CacheError("damaged", f"{self.files}/{name}: is not named in {RECORD}; run h2t cache verify")
+        return self.commit.files[name]
+
+    def _same(self, name: str, digest: str, recorded: str) -> None:
+        if digest != recorded:
+            raise CacheError("damaged", f"{self.files}/{name}: sha256 differs from {RECORD}; run h2t cache verify")
 
     def _read_index(self, expert: int, shard: int) -> None:
         spec = self.spec

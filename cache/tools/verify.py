@@ -14,15 +14,19 @@ import numpy as np
 from h2t.cache.errors import CacheError, numbered
 from h2t.cache.format import shard as shard_layout
 from h2t.cache.format.codecs import codec
-from h2t.cache.format.rows import SCHEMA, from_bytes, make_rows
+from h2t.cache.format.rows import read_batches
 from h2t.cache.format.spec import CARD, MAPS, MAX_RECORD_BYTES, RECORD, ROWS, STATISTICS, Commit, parse_record, sha256
 from h2t.cache.read.files import files_at
 from h2t.cache.read.store import FileStore
+from h2t.cache.read.stored_file import StoredFile, sha256_of
 from h2t.cache.redaction import one_line
+from h2t.cache.tools.row_order import KEYS, row_fault
+from h2t.cache.write.parts import Part
 from h2t.cache.write.writer import create_group
 
 #: Shards checked in parallel; each is held in memory whole.
 WORKERS = min(4, os.cpu_count() or 1)
+WHOLE = Part(1, 1)
 GROUP_KEYS = ("node_type", "zarr_format", "attributes")
 ARRAY_KEYS = (
     *("node_type", "zarr_format", "shape", "data_type", "chunk_grid", "chunk_key_encoding"),
@@ -49,13 +53,14 @@ class Fault:
         return one_line(f"{text}: {self.what}")
 
 
-def verify(location: str | Path, *, quick: bool = False) -> list[Fault]:
+def verify(location: str | Path, *, quick: bool = False, part: Part = WHOLE) -> list[Fault]:
     """All faults of the cache at a path or URL; an empty list means that the cache is sound.
 
     Checks the bytes of every file against `cache.json`, the row table, the batch-norm statistics, the Zarr metadata,
     every shard index, and every chunk by decoding it; also looks for files that `cache.json` does not name, unless the
     store at a URL cannot list its files. `quick` does not read the maps: it checks sizes, `cache.json`, row table,
-    metadata and shard indices. Faults are returned, never raised.
+    metadata and shard indices. Of several parts, each checks its own shards, and the first also all that is not a
+    shard: a cache is sound if no part finds a fault. Faults are returned, never raised.
     """
     opened: list[tuple[FileStore, Commit]] = []
 
@@ -71,7 +76,7 @@ def verify(location: str | Path, *, quick: bool = False) -> list[Fault]:
         return faults
     files, commit = opened[0]
     try:
-        faults = _run(_jobs(files, commit, quick))
+        faults = _run(_jobs(files, commit, quick, part))
         # If the cache was replaced meanwhile, these may be faults of neither the old nor the new one.
         return _guarded(RECORD, partial(_same_record, files)) or faults
     finally:
@@ -97,21 +102,30 @@ def _guarded(name: str, job: Callable[[], list[Fault]]) -> list[Fault]:
         return [Fault(name, f"cannot be read ({type(error).__name__}: {error})")]
 
 
-def _jobs(files: FileStore, commit: Commit, quick: bool) -> list[tuple[str, Callable[[], list[Fault]]]]:
+def _jobs(files: FileStore, commit: Commit, quick: bool, part: Part) -> list[tuple[str, Callable[[], list[Fault]]]]:
     spec = commit.spec
-    shards = {spec.shard_file(e, s): (e, s) for e in range(spec.experts) for s in range(spec.shards)}
+    own = {spec.shard_file(e, s): (e, s) for e in range(spec.experts) for s in part.shards(spec)}
+    listed = {name: size for name, size in files.listed_sizes(commit.files).items() if size is not None}
+    jobs = _other_jobs(files, commit, quick, listed) if part.number == 1 else []
+    return jobs + [(name, partial(_shard, files, commit, *place, quick, listed)) for name, place in own.items()]
+
+
+def _other_jobs(
+    files: FileStore, commit: Commit, quick: bool, listed: Mapping[str, int]
+) -> list[tuple[str, Callable[[], list[Fault]]]]:
+    """The checks of all that is not a shard."""
+    spec = commit.spec
+    shards = {spec.shard_file(e, s) for e in range(spec.experts) for s in range(spec.shards)}
     metadata = [f"{MAPS}/zarr.json", *(f"{MAPS}/expert_{e}/zarr.json" for e in range(spec.experts))]
     plain = [CARD, ROWS, STATISTICS, *metadata]
     jobs: list[tuple[str, Callable[[], list[Fault]]]] = [(RECORD, partial(_names, commit, {*plain, *shards}))]
     if not quick:
         jobs.append((RECORD, partial(_unnamed, files, commit)))
-    listed = {name: size for name, size in files.listed_sizes(commit.files).items() if size is not None}
     jobs += [(name, partial(_file, files, commit, name, quick, listed)) for name in plain if name in commit.files]
     jobs.append((ROWS, partial(_row_table, files, commit)))
     jobs.append((f"{MAPS}/zarr.json", partial(_metadata, files, commit)))
     if not quick:
         jobs.append((STATISTICS, partial(_statistics, files, commit)))
-    jobs += [(name, partial(_shard, files, commit, *place, quick, listed)) for name, place in shards.items()]
     return jobs
 
 
@@ -139,7 +153,7 @@ def _size_fault(files: FileStore, commit: Commit, name: str, listed: Mapping[str
 
 def _file(files: FileStore, commit: Commit, name: str, quick: bool, listed: Mapping[str, int]) -> list[Fault]:
     what = _size_fault(files, commit, name, listed)
-    if what is None and not quick and sha256(files.read_all(name, commit.files[name][0])) != commit.files[name][1]:
+    if what is None and not quick and sha256_of(files, name, commit.files[name][0]) != commit.files[name][1]:
         what = f"sha256 differs from {RECORD}"
     return [Fault(name, what)] if what else []
 
@@ -147,10 +161,9 @@ def _file(files: FileStore, commit: Commit, name: str, quick: bool, listed: Mapp
 def _row_table(files: FileStore, commit: Commit) -> list[Fault]:
     if ROWS not in commit.files or not files.exists(ROWS):
         return []
-    table = from_bytes(files.read_all(ROWS, commit.files[ROWS][0]), commit.spec.rows)
-    if make_rows({name: table[name].combine_chunks() for name in SCHEMA.names}) != table:
-        return [Fault(ROWS, "rows are not in the order of format 1")]
-    return []
+    rows, size = commit.spec.rows, commit.files[ROWS][0]
+    what = row_fault(lambda: read_batches(StoredFile(files, ROWS, size), rows, KEYS), rows)
+    return [Fault(ROWS, what)] if what else []
 
 
 def _statistics(files: FileStore, commit: Commit) -> list[Fault]:

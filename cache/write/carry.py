@@ -11,7 +11,7 @@ first. If only the layout differs, or rows moved within chunks, the rows are rea
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -88,6 +88,9 @@ class Carrier:
         self.source, self.spec, self.origin = source, spec, origin
         self._codec = codec(spec.codec)
         self._same_chunks = (source.spec.codec, source.spec.chunk_rows) == (spec.codec, spec.chunk_rows)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Carrier, (self.source, self.spec, self.origin)  # codecs cannot be pickled
 
     def complete(self, shard: int, maps: Sequence[np.ndarray]) -> list[bytes]:
         """The bytes of `shard`, one file per expert.

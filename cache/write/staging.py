@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -48,23 +49,28 @@ def bad_disk_is_one_line(what: Path) -> Iterator[None]:
         raise known from None
 
 
-def write_durably(path: Path, data: bytes | bytearray | memoryview) -> None:
+def write_durably(path: Path, data: bytes | bytearray | memoryview, partial: str | None = None) -> None:
     """Writes `data` to `path` atomically: the path holds either the old content or all of the new, and it is synced.
 
-    Raises CacheError `full` or `unwritable`.
+    Until then it is in the file `partial` beside it, by default `<name>.partial`; processes that may write the same
+    path at once need different ones. Raises CacheError `full` or `unwritable`.
     """
-    partial = path.with_name(f"{path.name}.partial")
+    unfinished = path.with_name(partial or f"{path.name}.partial")
     with bad_disk_is_one_line(path):
         try:
-            with partial.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
+            _write_synced(unfinished, data)
+            unfinished.replace(path)
             sync(path.parent)
         except OSError:
-            partial.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
             raise
+
+
+def _write_synced(path: Path, data: bytes | bytearray | memoryview) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def file_sha256(path: Path) -> str:
@@ -72,14 +78,28 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _lock(handle: int, path: Path, what: str, *, shared: bool = False) -> None:
+    """Locks the open file `handle`, or closes it and raises CacheError `busy`."""
+    try:
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise CacheError(
+            "busy", f"{path}: another process is writing this {what}; wait until it ends, or stop it"
+        ) from None
+
+
 class Staging:
     """The staging directory of the cache `target`; a context manager that holds its lock.
 
-    Raises CacheError `busy` if another process is writing the cache, `full` or `unwritable` if the disk is.
+    With `shared`, processes that each write a part (`cache.write.parts`) hold it together; a process that writes or
+    commits the whole cache holds it alone. Raises CacheError `busy` if another process is writing the cache, `full` or
+    `unwritable` if the disk is.
     """
 
-    def __init__(self, target: Path) -> None:
+    def __init__(self, target: Path, *, shared: bool = False) -> None:
         self.target = Path(target)
+        self.shared = shared
         self.root = self.target.parent / f".{self.target.name}.staging"
         self.cache = self.root / "cache"
         self._done = self.target.parent / f"{self.root.name}.done"
@@ -92,19 +112,13 @@ class Staging:
                 handle = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT, 0o644)
             except FileNotFoundError:  # another process published and removed the directory since mkdir
                 return self.__enter__()
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(handle)
-            raise CacheError(
-                "busy", f"{self.root}: another process is writing this cache; wait until it ends, or stop it"
-            ) from None
+        _lock(handle, self.root, "cache", shared=self.shared)
         # Another process may have removed the directory between our open and our lock.
         if not (self.root / "lock").exists() or os.fstat(handle).st_ino != (self.root / "lock").stat().st_ino:
             os.close(handle)
             return self.__enter__()
         self._lock = handle
-        if (self.root / "replaced").exists() and not self.target.exists():
+        if not self.shared and (self.root / "replaced").exists() and not self.target.exists():
             (self.root / "replaced").rename(self.target)  # `publish` was killed between its two renames
         return self
 
@@ -117,6 +131,35 @@ class Staging:
         if isinstance(error, OSError) and (known := of_the_disk(error, Path(error.filename or self.root))):
             raise known from None
 
+    @contextmanager
+    def holding(self, label: str) -> Iterator[None]:
+        """Holds the lock file `label` for the block. Raises CacheError `busy` if another process does."""
+        with bad_disk_is_one_line(self.root):
+            handle = os.open(self.root / label, os.O_RDWR | os.O_CREAT, 0o644)
+        _lock(handle, self.root / label, "part")
+        try:
+            os.utime(handle)  # the latest one tells in how many parts the cache is written
+            yield
+        finally:
+            os.close(handle)
+
+    def labels(self) -> list[str]:
+        """The parts that have been begun, the latest one first: the names of their lock files."""
+        return [p.name for p in sorted(self.root.glob("part-*-of-*"), key=lambda p: p.stat().st_mtime_ns, reverse=True)]
+
+    def claim(self, name: str, data: bytes) -> bytes:
+        """Stores `data` under `name` unless another process has stored something there; returns what is stored."""
+        unfinished = self.root / f"{name}.{uuid.uuid4().hex}.partial"
+        with bad_disk_is_one_line(self.root / name):
+            try:
+                _write_synced(unfinished, data)
+                with suppress(FileExistsError):
+                    os.link(unfinished, self.root / name)
+                    sync(self.root)
+            finally:
+                unfinished.unlink(missing_ok=True)
+        return (self.root / name).read_bytes()
+
     def keep(self, name: str, data: bytes) -> None:
         """Stores `data` under `name` for later attempts."""
         write_durably(self.root / name, data)
@@ -126,10 +169,19 @@ class Staging:
         path = self.root / name
         return path.read_bytes() if path.is_file() else None
 
-    def discard_cache(self) -> None:
-        """Deletes the unfinished cache and its journal; files stored by `keep` stay."""
+    def drop(self, name: str) -> None:
+        """Removes what is stored under `name`, if anything is."""
+        (self.root / name).unlink(missing_ok=True)
+
+    def discard_cache(self, but: Path | None = None) -> None:
+        """Deletes the unfinished cache, its journal and shards of parts, except the folder `but`; what `keep` stored
+        stays.
+        """
         (self.root / "journal").unlink(missing_ok=True)
         shutil.rmtree(self.cache, ignore_errors=True)
+        for folder in self.root.glob("parts.*"):
+            if folder != but:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def discard(self) -> None:
         """Removes the staging directory with everything in it.
@@ -139,6 +191,13 @@ class Staging:
         shutil.rmtree(self._done, ignore_errors=True)
         self.root.rename(self._done)
         shutil.rmtree(self._done, ignore_errors=True)
+
+    def discard_if_alone(self) -> None:
+        """Removes a shared staging directory unless another process holds it too."""
+        if self._lock is not None:
+            with suppress(OSError):
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self.discard()
 
     def clear_remains(self) -> None:
         """Removes what is left by a run that was killed right after publishing; skips a directory in use."""

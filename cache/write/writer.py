@@ -23,8 +23,7 @@ import numpy as np
 import pyarrow as pa
 
 from h2t.cache.errors import CacheError
-from h2t.cache.format import shard as shard_layout
-from h2t.cache.format.codecs import codec, zarr_codecs
+from h2t.cache.format.codecs import zarr_codecs
 from h2t.cache.format.rows import to_bytes
 from h2t.cache.format.spec import (
     CARD,
@@ -39,6 +38,8 @@ from h2t.cache.format.spec import (
     parse_record,
     sha256,
 )
+from h2t.cache.write.encoding import encoded
+from h2t.cache.write.parts import TOKEN, PartWriter, difference, finished, parts_folder, token_bytes
 from h2t.cache.write.staging import Staging, bad_disk_is_one_line, file_sha256, sync, write_durably
 
 
@@ -92,11 +93,15 @@ def create_group(store: Any, spec: CacheSpec) -> None:
 class CacheWriter:
     """Writes one cache into its staging directory. Several threads may call `write`, once per shard.
 
-    `rows` is the row table (`cache.format.rows`), `token` a JSON object (see above). Raises CacheError `mismatch` if
-    `rows` and `spec` differ in the number of rows, `spec` if the commit record would be too long.
+    `rows` is the row table (`cache.format.rows`), `token` a JSON object (see above). Finished shards of an earlier
+    attempt and of parts are read and compared with their sha256; without `read`, only their sizes are compared, which
+    suits shards whose writers have compared them. Raises CacheError `mismatch` if `rows` and `spec` differ in the
+    number of rows or parts were written with another token, `spec` if the commit record would be too long.
     """
 
-    def __init__(self, staging: Staging, spec: CacheSpec, rows: pa.Table, token: Mapping[str, Any]) -> None:
+    def __init__(
+        self, staging: Staging, spec: CacheSpec, rows: pa.Table, token: Mapping[str, Any], *, read: bool = True
+    ) -> None:
         if len(rows) != spec.rows:
             raise CacheError("mismatch", f"row table: must have {spec.rows} rows, like the cache; got {len(rows)}")
         shards = (spec.shard_file(e, s) for e in range(spec.experts) for s in range(spec.shards))
@@ -104,10 +109,14 @@ class CacheWriter:
         self.spec = spec
         self._staging = staging
         self._rows = to_bytes(rows)
-        self._codec = codec(spec.codec)
         self._lock = threading.Lock()
         self._journal = staging.root / "journal"
-        self._resume(canonical_json({"token": token, "fingerprint": spec.fingerprint, "layout": spec.layout}))
+        self._parts = parts_folder(staging.root, spec, token)
+        self._resume(token, read=read)
+
+    def beside(self) -> PartWriter:
+        """A writer for other processes, here or on other machines; `take_over` then adds the shards that they wrote."""
+        return PartWriter(self._parts, self.spec)
 
     @property
     def pending(self) -> list[int]:
@@ -120,18 +129,12 @@ class CacheWriter:
         `maps` holds one array per expert, (rows of the shard, C, H, W), in the spec's dtype (bfloat16 as uint16 bits).
         Raises CacheError: `out-of-range`, `mismatch`, `full`, `unwritable`. Shards written before are kept.
         """
-        if not 0 <= shard < self.spec.shards:
-            raise CacheError("out-of-range", f"shard: must be 0 to {self.spec.shards - 1}; got {shard}")
-        if len(maps) != self.spec.experts:
-            raise CacheError(
-                "mismatch", f"shard {shard}: one array per expert expected, {self.spec.experts} in all; got {len(maps)}"
-            )
-        self.put(shard, (self._encode(shard, expert, array) for expert, array in enumerate(maps)))
+        self.put(shard, encoded(self.spec, shard, maps))
 
-    def put(self, shard: int, encoded: Iterable[bytes | bytearray]) -> None:
+    def put(self, shard: int, contents: Iterable[bytes | bytearray]) -> None:
         """Writes `shard`, given as its bytes for each expert (`cache.format.shard`), and records it in the journal."""
         files = {}
-        for expert, data in enumerate(encoded):
+        for expert, data in enumerate(contents):
             name = self.spec.shard_file(expert, shard)
             write_durably(self._staging.cache / name, data)
             files[name] = (len(data), sha256(data))
@@ -173,40 +176,47 @@ class CacheWriter:
             sync(directory)
         self._staging.publish(replace=replace)
 
-    def _encode(self, shard: int, expert: int, array: np.ndarray) -> bytes | bytearray:
-        spec = self.spec
-        expected = (len(spec.shard_range(shard)), *spec.maps[expert])
-        if array.shape != expected or array.dtype != spec.stored_dtype:
-            raise CacheError(
-                "mismatch",
-                f"shard {shard}, expert {expert}: {spec.stored_dtype} {expected} expected; "
-                f"got {array.dtype} {array.shape}",
-            )
-        missing = -len(array) % spec.chunk_rows  # the last chunk of the last shard is padded with zero rows
-        if missing:
-            array = np.concatenate([array, np.zeros((missing, *array.shape[1:]), array.dtype)])
-        array = np.ascontiguousarray(array)
-        if spec.codec == "none":
-            chunks = array.reshape(len(array) // spec.chunk_rows, -1).view(np.uint8)
-            return shard_layout.join_plain(chunks, spec.chunks_per_shard)
-        encoded = [self._codec.encode(array[i : i + spec.chunk_rows]) for i in range(0, len(array), spec.chunk_rows)]
-        return shard_layout.join(encoded, spec.chunks_per_shard)
+    def _resume(self, token: Mapping[str, Any], *, read: bool) -> None:
+        """Keeps intact shards of an earlier attempt and of parts with the same token; deletes everything else.
 
-    def _resume(self, token: bytes) -> None:
-        """Keeps the intact shards of an earlier attempt with the same token; deletes everything else."""
+        Raises CacheError `mismatch` if parts have written shards with another token.
+        """
         staging = self._staging
+        ours, have = token_bytes(self.spec, token), staging.kept(TOKEN)
         self._done: dict[int, dict[str, Any]] = {}
-        if staging.kept("token.json") != token or not (staging.cache / MAPS / "zarr.json").is_file():
-            staging.discard_cache()
-            staging.keep("token.json", token)
-            self._create_arrays()
-            return
-        self._done = {shard: files for shard, files in self._journalled() if self._intact(files)}
-        keep = {name for files in self._done.values() for name in files}
-        for path in [p for p in staging.cache.rglob("*") if p.is_file()]:
-            if path.relative_to(staging.cache).as_posix() not in keep:
-                path.unlink()
+        if have != ours or not (staging.cache / MAPS / "zarr.json").is_file():
+            if have is not None and have != ours and staging.labels():
+                raise CacheError(
+                    "mismatch",
+                    f"{staging.root}: holds parts written with other settings ({difference(have, ours)}); repeat with "
+                    f"those settings, or remove {staging.root} to start anew",
+                )
+            staging.discard_cache(but=self._parts if have == ours else None)
+            staging.keep(TOKEN, ours)
+        else:
+            self._done = {shard: files for shard, files in self._journalled() if self._intact(files, read=read)}
+            keep = {name for files in self._done.values() for name in files}
+            for path in [p for p in staging.cache.rglob("*") if p.is_file()]:
+                if path.relative_to(staging.cache).as_posix() not in keep:
+                    path.unlink()
+        for path in self._parts.glob("*.partial"):
+            path.unlink(missing_ok=True)
         self._create_arrays()
+        self.take_over(read=read)
+
+    def take_over(self, *, read: bool) -> None:
+        """Adds the pending shards that parts or workers have finished (`cache.write.parts`).
+
+        `read` compares their bytes with their sha256; otherwise only their sizes are compared.
+        """
+        for shard, files in finished(self._parts, self.spec, set(self.pending), read=read):
+            for name, (path, _, _) in files.items():
+                # Linked, not moved: a kill before the journal is written loses nothing.
+                (self._staging.cache / name).unlink(missing_ok=True)
+                os.link(path, self._staging.cache / name)
+            self._done[shard] = {name: (size, digest) for name, (_, size, digest) in files.items()}
+        for expert in range(self.spec.experts):
+            sync((self._staging.cache / self.spec.shard_file(expert, 0)).parent)
         lines = [canonical_json({"shard": shard, "files": files}) for shard, files in sorted(self._done.items())]
         write_durably(self._journal, b"".join(sha256(x)[:16].encode() + b" " + x + b"\n" for x in lines))
 
@@ -220,10 +230,10 @@ class CacheWriter:
                     entries.append((entry["shard"], {k: tuple(v) for k, v in entry["files"].items()}))
         return entries
 
-    def _intact(self, files: Mapping[str, Sequence[Any]]) -> bool:
+    def _intact(self, files: Mapping[str, Sequence[Any]], *, read: bool) -> bool:
         for name, (size, digest) in files.items():
             path = self._staging.cache / name
-            if not path.is_file() or path.stat().st_size != size or file_sha256(path) != digest:
+            if not path.is_file() or path.stat().st_size != size or (read and file_sha256(path) != digest):
                 return False
         return True
 

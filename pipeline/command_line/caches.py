@@ -85,6 +85,9 @@ def cache() -> None:
     """Describe, check, share and import caches."""
 
 
+PART = click.option(
+    "--part", type=options.PART, default="1/1", metavar="K/N", help="Take part K of N alone; run all N, at once or not."
+)
 CACHE = click.argument("location", metavar="CACHE", help="Path or URL of the cache.")
 
 
@@ -141,29 +144,44 @@ def info(location: str, as_json: bool) -> None:
 @options.params_file
 @click.option("--seed", default=0, show_default=True, metavar="N", help="With --recompute: seed of the random rows.")
 @options.device("auto", "; with --recompute")
-def verify_command(location: str, quick: bool, count: int | None, **given: Any) -> None:
-    """Check a cache. Print one line per fault and exit 1 if there are any."""
+@PART
+def verify_command(location: str, quick: bool, count: int | None, part: tuple[int, int], **given: Any) -> None:
+    """Check a cache. Print one line per fault and exit 1 if there are any.
+
+    With --part on several machines, the cache is sound if every part is.
+    """
     from h2t.cache.tools.audit import describe, verify
+    from h2t.cache.write.parts import Part
 
     if count is not None and given["backbone"] is None:
         raise click.UsageError("--recompute needs --backbone DIR, the backbone that CACHE was extracted with")
 
-    faults = verify(location, quick=quick)
+    faults = verify(location, quick=quick, part=Part(*part))
     for fault in faults:
         click.echo(str(fault))
     if faults:
         raise SystemExit(1)
-    with opened(location) as maps:
-        about = describe(maps)
     checked = "sizes, row table, metadata and shard indices" if quick else "every byte"
-    size = f"{counted(about['rows'], 'row')}, {counted(about['files'], 'file')}, {human(about['bytes'])}"
-    click.echo(f"sound: {size}; checked {checked}")
+    if part == (1, 1):
+        with opened(location) as maps:
+            about = describe(maps)
+        size = f"{counted(about['rows'], 'row')}, {counted(about['files'], 'file')}, {human(about['bytes'])}"
+        click.echo(f"sound: {size}; checked {checked}")
+    else:  # the files of other parts may be missing
+        click.echo(f"sound: part {part[0]} of {part[1]}; checked {checked} of it")
     if count is not None:
-        _recompute(location, count, **given)
+        _recompute(location, count, part=part, **given)
 
 
 def _recompute(
-    location: str, count: int, samples: Path, backbone: Path, params_file: Path, seed: int, device: str
+    location: str,
+    count: int,
+    samples: Path,
+    backbone: Path,
+    params_file: Path,
+    seed: int,
+    device: str,
+    part: tuple[int, int],
 ) -> None:
     from h2t.pipeline.base import params
     from h2t.pipeline.base.device import choose
@@ -173,7 +191,7 @@ def _recompute(
     section = params.section(params.load(params_file), "prepare")
     prepared = load_samples(samples)
     with opened(location) as maps:
-        result = recompute(maps, prepared, prepared.images(section), backbone, count, seed, choose(device))
+        result = recompute(maps, prepared, prepared.images(section), backbone, count, seed, choose(device), part)
     for fault in result.faults:
         click.echo(fault)
     click.echo(
@@ -185,18 +203,31 @@ def _recompute(
         raise SystemExit(1)
 
 
-@cache.command("stats", epilog="h2t cache stats data/extract/ce_mixup")
+@cache.command(
+    "stats",
+    epilog="h2t cache stats data/extract/ce_mixup\n"
+    "h2t cache stats CACHE --part 2/4 > 2.json\n"
+    "h2t cache stats CACHE --merge 1.json --merge 2.json ...",
+)
 @CACHE
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with the mean norm of each class.")
-def stats_command(location: str, as_json: bool) -> None:
+@click.option("--part", type=options.PART, metavar="K/N", help="Print part K of N alone, as JSON for --merge.")
+@click.option("--merge", "files", type=PATH, multiple=True, metavar="FILE", help="What a part printed. Give all parts.")
+def stats_command(location: str, as_json: bool, part: tuple[int, int] | None, files: tuple[Path, ...]) -> None:
     """Print statistics of the values in a cache.
 
     They are the share of zeros, minimum, maximum, mean, NaN and infinite values, and the mean L2 norm by class.
     """
-    from h2t.cache.tools.audit import stats
+    from h2t.cache.tools.audit import merged_stats, partial_stats, stats
+    from h2t.cache.write.parts import Part
 
+    if part and files:
+        raise click.UsageError("--part and --merge exclude each other: run every part, then merge")
     with opened(location) as maps:
-        table = stats(maps)
+        if part:
+            click.echo(json.dumps(partial_stats(maps, Part(*part)), sort_keys=True))
+            return
+        table = merged_stats([_part_of(path, maps.spec.fingerprint) for path in files]) if files else stats(maps)
         names = dict(enumerate(maps.spec.provenance.get("classes") or ()))
     if as_json:
         click.echo(json.dumps(table, sort_keys=True))
@@ -210,6 +241,17 @@ def stats_command(location: str, as_json: bool) -> None:
         )
         low, high = (f"{c['mean_l2']:.4g} (class {names.get(c['label'], c['label'])})" for c in (norms[0], norms[-1]))
         click.echo(f"  mean L2 norm by class: {low} to {high}")
+
+
+def _part_of(path: Path, fingerprint: str) -> dict[str, Any]:
+    """What `h2t cache stats --part` printed into the file `path`, for the cache with this fingerprint."""
+    try:
+        part = json.loads(path.read_text(encoding="utf-8"))
+        if part["fingerprint"] == fingerprint:
+            return dict(part)
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise UserError(f"{path}: must be what h2t cache stats CACHE --part K/N printed for this cache; it is not")
 
 
 def _number(value: float | None) -> str:

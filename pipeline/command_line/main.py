@@ -17,6 +17,7 @@ from h2t.pipeline.command_line.lists import list_plugins, list_presets
 from h2t.pipeline.command_line.models import export, predict
 from h2t.pipeline.command_line.one_line import OneLineErrors
 from h2t.pipeline.command_line.options import PATH
+from h2t.pipeline.command_line.plan import plan
 from h2t.pipeline.command_line.sharing import COMMANDS as SHARING
 from h2t.pipeline.command_line.sharing import doctor, upgrade
 from h2t.pipeline.command_line.stage import (
@@ -51,7 +52,7 @@ def main() -> None:
 
 for of_cache in SHARING:
     cache_group.add_command(of_cache)
-for command in (cache_group, init, doctor, upgrade, export, predict, sweep, list_presets, list_plugins):
+for command in (cache_group, init, doctor, upgrade, export, plan, predict, sweep, list_presets, list_plugins):
     main.add_command(command)
 
 
@@ -117,11 +118,25 @@ def train_backbone(values: dict[str, Any], say: Say, name: str, samples: Path, o
 @output("Cache to write.")
 @options.replace
 @click.option("--anew", is_flag=True, help="Compute all rows; take none from extract.statistics_from.")
+@click.option("--part", type=options.PART, metavar="K/N", help="Write part K of N alone; run all N, at once or not.")
+@click.option("--commit", is_flag=True, help="Make the cache of the written parts; compute nothing.")
 @stage
 def extract(
-    values: dict[str, Any], say: Say, name: str, samples: Path, backbone: Path, out: Path, replace: bool, anew: bool
+    values: dict[str, Any],
+    say: Say,
+    name: str,
+    samples: Path,
+    backbone: Path,
+    out: Path,
+    replace: bool,
+    anew: bool,
+    part: tuple[int, int] | None,
+    commit: bool,
 ) -> dict[str, Any]:
     """Run the frozen backbone NAME once and cache its maps."""
+    if part and commit:
+        raise click.UsageError("--part and --commit exclude each other: run every part, then --commit")
+    from h2t.cache.write.parts import Part
     from h2t.pipeline.base import params
     from h2t.pipeline.data.samples import load_samples
     from h2t.pipeline.stages import extract as stage_module
@@ -133,7 +148,18 @@ def extract(
     images = prepared.images(params.section(values, "prepare"))
     run = run_of(values, say, name, out)
     with previous(section.statistics_from, name) as kept:
-        summary = stage_module.run(section, run, prepared, images, backbone, replace=replace, previous=kept, anew=anew)
+        summary = stage_module.run(
+            section,
+            run,
+            prepared,
+            images,
+            backbone,
+            replace=replace,
+            previous=kept,
+            anew=anew,
+            part=Part(*part) if part else None,
+            commit=commit,
+        )
     return vars(summary)
 
 

@@ -31,6 +31,21 @@ replace = click.option("--replace", is_flag=True, help="Replace another cache at
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 
 
+class _Part(click.ParamType):
+    """K/N as (K, N), with 1 <= K <= N."""
+
+    name = "part"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        number, _, of = str(value).partition("/")
+        if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+            self.fail(f"must be K/N with K from 1 to N, such as 3/16; got {value}", param, ctx)
+        return int(number), int(of)
+
+
+PART = _Part()
+
+
 def device(default: str | None, extra: str = "") -> Callable[[Any], Any]:
     """The option --device with a default."""
     return click.option(

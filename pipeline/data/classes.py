@@ -42,14 +42,17 @@ class ClassIndex:
         return int(self.counts.sum())
 
 
-def class_index(labels: np.ndarray, names: Sequence[str]) -> ClassIndex:
-    """The index of sorted `labels`, int (n,). Raises UserError for a label out of range and for an empty class."""
+def class_index(labels: np.ndarray, names: Sequence[str], times: np.ndarray | None = None) -> ClassIndex:
+    """The index of sorted `labels`, int (n,); each occurs as often as `times`, int (n,), says, or once.
+
+    Raises UserError for a label out of range and for an empty class.
+    """
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(names):
         raise UserError(
             f"labels: with {counted(len(names), 'class', 'classes')} labels are 0 to {len(names) - 1}; "
             f"got {labels.min()} to {labels.max()}; extract again"
         )
-    counts = np.bincount(labels, minlength=len(names)).astype(np.int64)
+    counts = np.bincount(labels, times, len(names)).astype(np.int64)
     if (counts == 0).any():
         empty = int(np.argmin(counts))
         raise UserError(

@@ -66,12 +66,12 @@ def calibrated(
 
 
 def _has_validation(cache: Cache) -> bool:
-    return "val" in cache.rows["split"].unique().to_pylist()
+    return "val" in cache.index.splits
 
 
 def _validation(cache: Cache, statistics: str, classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows and labels of validation samples, (n,) each, for fitting temperatures."""
-    rows = sample_rows(cache.rows, "val", statistics)
+    rows = sample_rows(cache.index, "val", statistics)
     some = temperature.spread(np.arange(len(rows.first)), classes)
     return rows.first[some], rows.labels[some]
 

@@ -5,7 +5,6 @@ All tables are small: a few heads, `BINS` bins, and at most `PER_CLASS` samples 
 
 import hashlib
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
@@ -173,19 +172,17 @@ def write_about(
     `seeded`: whether its training depends on a seed. `rows` are test rows; the share of zeros is measured on at most
     `SPARSITY_ROWS` of them.
     """
-    table, spec = cache.rows, cache.spec
-    # `group_by` imports pandas where it is installed.
-    kinds = Counter(zip(table["split"].to_pylist(), table["statistics"].to_pylist(), strict=True))
+    index, spec = cache.index, cache.spec
     rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), SPARSITY_ROWS)).round().astype(int)]
     maps = (to_tensor(cache.read(rows, expert=e), spec.dtype) for e in range(spec.experts))
     zeros = [(m.numel() - int(m.count_nonzero())) / m.numel() for m in maps]
     facts = {
         "rows": spec.rows,
-        "rows_of": sorted([*kind, count] for kind, count in kinds.items()),
+        "rows_of": sorted([p.split, p.statistics, p.stop - p.start] for p in index.parts),
         "bytes": sum(size for size, _ in cache.commit.files.values()),
         "files": len(cache.commit.files),
         "maps": [list(shape) for shape in spec.maps],
-        "views": int(table["view"].to_numpy().max()) + 1,
+        "views": index.views[-1] + 1,
         "dtype": spec.dtype,
         "codec": spec.codec,
         "zeros_percent": 100 * float(np.mean(zeros)),

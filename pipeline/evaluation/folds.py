@@ -100,7 +100,7 @@ def cross_validate(
     weight. The metadata has `folds`, and `left_out`, the classes with one sample. Raises UserError if every class has
     one sample.
     """
-    under = [sample_rows(cache.rows, "train", kind) for kind in statistics]
+    under = [sample_rows(cache.index, "train", kind) for kind in statistics]
     samples, labels = under[0].samples, under[0].labels
     fold = folds_of(under[0], folds)
     counts = np.bincount(labels)

@@ -12,7 +12,7 @@ from h2t.cache.memory import available_memory
 from h2t.cache.reader import Cache
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.evaluation.metrics import Graded, answers
-from h2t.pipeline.heads.batches import sample_rows
+from h2t.pipeline.heads.batches import SampleRows, sample_rows
 from h2t.pipeline.heads.features import (
     FeatureReader,
     first_not_finite,
@@ -70,10 +70,21 @@ def score_heads(
 
     `temperatures`: what each head's logits are divided by; None is 1. Raises UserError for logits that are not finite.
     """
-    rows = sample_rows(cache.rows, split, statistics)
+    rows = sample_rows(cache.index, split, statistics)
     blocks = _logits_in_blocks(cache, heads, rows.first, device)
     divisors = temperatures or [1.0] * len(heads.table)
-    return Scores(statistics, rows.labels, rows.samples, _answered(cache, blocks, divisors, rows.labels))
+    return _scores(statistics, rows, cache, blocks, divisors)
+
+
+def _scores(
+    statistics: str,
+    rows: SampleRows,
+    cache: Cache,
+    blocks: Iterator[tuple[np.ndarray, torch.Tensor]],
+    temperatures: Sequence[float],
+) -> Scores:
+    labels = rows.labels
+    return Scores(statistics, labels, rows.samples.astype(np.int64), _answered(cache, blocks, temperatures, labels))
 
 
 def _answered(
@@ -158,9 +169,9 @@ def score_stage1(
     Logits are divided by `temperature`. Raises UserError for logits that are not finite, and for a cache pooled by
     anything but an average.
     """
-    rows = sample_rows(cache.rows, split, STAGE1)
+    rows = sample_rows(cache.index, split, STAGE1)
     blocks = _stage1_in_blocks(cache, head, rows.first, device)
-    return Scores(STAGE1, rows.labels, rows.samples, _answered(cache, blocks, [temperature], rows.labels))
+    return _scores(STAGE1, rows, cache, blocks, [temperature])
 
 
 def stage1_logits(cache: Cache, head: StageOneHead, rows: np.ndarray, device: torch.device) -> torch.Tensor:

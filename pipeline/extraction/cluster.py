@@ -1,7 +1,7 @@
-"""Computes shards in several processes or on several machines, with dask.distributed.
+"""Extracts shards in several processes or on several machines, with dask.distributed.
 
-Each worker opens the job once. Shards come back in the order in which they are finished. If a worker is lost, others
-compute its shards again. All workers must see the same files under the same paths.
+Each worker opens the job once, and writes its shards itself: no map passes through the scheduler or the client. If a
+worker is lost, others extract its shards again. All workers must see the same files under the same paths.
 """
 
 import logging
@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
-import numpy as np
 import pydantic
 
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.text import counted
 
+TASKS = 3  # for each worker: one shard is computed, one written, one waits; this bounds the memory of a worker
 SECONDS = 60  # time limit for connecting to a scheduler and its first worker
 QUIET = 60.0  # seconds without a shard until a line names the workers waited for; the next follows after 2x, 4x, 8x
 ANSWER = 10.0  # seconds within which a scheduler must answer
@@ -26,8 +26,11 @@ SILENT = 20.0  # seconds at the end of each wait, in which a live worker reports
 class Job(Protocol):
     """The description of the work that is sent to each worker. It must be picklable."""
 
-    def open(self, number: int) -> Callable[[int], list[np.ndarray]]:
-        """The function that computes a shard on worker `number`. Raises UserError if the worker is unsuitable."""
+    def open(self, number: int) -> Callable[[int], Callable[[], Any]]:
+        """The function with which worker `number` computes a shard; it returns the one that writes it.
+
+        Raises UserError if the worker is unsuitable.
+        """
 
 
 def _check(value: str | None) -> str | None:
@@ -43,10 +46,8 @@ def _check(value: str | None) -> str | None:
 ADDRESS = pydantic.AfterValidator(_check)
 
 
-def shards(
-    address: str, job: Job, pending: Sequence[int], say: Callable[[str], None]
-) -> Iterator[tuple[int, list[np.ndarray]]]:
-    """(shard, one array per expert) for every shard in `pending`, in the order of completion.
+def shards(address: str, job: Job, pending: Sequence[int], say: Callable[[str], None]) -> Iterator[int]:
+    """Every shard in `pending` as soon as it is written, in the order of completion.
 
     `say` gets a line that names the workers waited for when no shard has come for `QUIET` seconds. Raises UserError if
     the cluster does not answer, kills its workers, or has an unsuitable worker.
@@ -72,23 +73,24 @@ def shards(
 
         def submit() -> None:
             if (shard := next(todo, None)) is not None:
-                running.add(future := client.submit(_compute, shard, pure=False))
+                running.add(future := client.submit(_extract, shard, pure=False))
                 future.add_done_callback(done.put)
 
-        for _ in range(2 * len(client.scheduler_info(n_workers=-1)["workers"])):  # per worker: one running, one queued
+        workers = client.scheduler_info(n_workers=-1)["workers"]
+        for _ in range(TASKS * len(workers)):
             submit()
         while running:
             future = _next(done, client, say)
             running.remove(future)
             try:
-                shard, maps = future.result()
+                shard = future.result()
             except KilledWorker as error:
                 raise UserError(
                     f"run.cluster: {error.task} killed {counted(error.allowed_failures + 1, 'worker')}, probably out "
                     "of memory; lower extract.batch_size or extract.shard_bytes"
                 ) from None
             submit()
-            yield shard, maps
+            yield shard
 
 
 def _cluster(address: str, local: Any) -> Any:
@@ -160,11 +162,14 @@ def _awaited(client: Any, before: dict[str, Any] | None, now: dict[str, Any] | N
     return f"all workers report ({named}); if a shard takes too long, lower extract.shard_bytes"
 
 
-def _compute(shard: int) -> tuple[int, list[np.ndarray]]:
-    from distributed import get_worker
+def _extract(shard: int) -> int:
+    from distributed import get_worker, secede
 
     worker: Any = get_worker()
     if worker.h2t_compute is None:
         number = str(worker.name)  # set by `local:N`, or by `dask worker --name N`
         worker.h2t_compute = worker.h2t_job.open(int(number) if number.isdecimal() else 0)
-    return shard, worker.h2t_compute(shard)
+    write = worker.h2t_compute(shard)
+    secede()  # lets the worker's thread compute the next shard while this one is written
+    write()
+    return shard

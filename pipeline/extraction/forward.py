@@ -1,4 +1,4 @@
-"""Forward passes: turns rows into maps in the stored dtype, in this process or on the workers of a cluster.
+"""Forward passes: turns rows into maps in the stored dtype.
 
 Every pass has exactly `batch_size` images. At another size libraries may sum in another order; at a fixed size a row
 does not depend on the rows batched with it. A thread decodes the next images in the background. On a GPU a pass is
@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +25,7 @@ from h2t.pipeline.base.device import choose
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.precision import Precision, guarded_maps
 from h2t.pipeline.data.images import Images, normalised
-from h2t.pipeline.extraction import batchnorm, cluster
+from h2t.pipeline.extraction import batchnorm
 from h2t.pipeline.extraction.batchnorm import Statistics
 from h2t.pipeline.networks.backbone import Backbone
 from h2t.pipeline.networks.trained import load_backbone
@@ -100,7 +100,7 @@ class Launched:
 
 @dataclass(frozen=True)
 class Job:
-    """The work of an extraction, as sent to cluster workers, which compute the same bytes from it as this process."""
+    """The work of an extraction: rows and all that their maps depend on."""
 
     rows: pa.Table
     todo: Todo
@@ -112,25 +112,6 @@ class Job:
     device: torch.device
     spec: CacheSpec
     settings: Mapping[str, Any]
-
-    def open(self, number: int) -> Callable[[int], list[np.ndarray]]:
-        """A function: shard -> maps of its rows in `todo`, one array per expert.
-
-        Raises UserError if this worker's backbone or settings differ, as it would compute other bytes.
-        """
-        device = self.device
-        device = choose(f"cuda:{number % torch.cuda.device_count()}") if device.type == "cuda" else device
-        torch.set_num_threads(self.settings["threads"])
-        backbone, identity = load_backbone(self.backbone_dir)
-        here = {**identity, **settings(self.settings["batch_size"], self.settings["precision"], device)}
-        for key, value in {**self.identity, **self.settings}.items():
-            if here[key] != value:
-                raise UserError(
-                    f"run.cluster: {key} must be {value} on every worker; got {here[key]}; give the worker the same "
-                    "files, device and versions, or leave it out"
-                )
-        work = Work(self, backbone.to(device), device, Passes())
-        return lambda shard: next(computed(work, {shard: self.todo[shard]}, lambda rows: None))[1]
 
 
 @dataclass(frozen=True)
@@ -227,29 +208,6 @@ class Batch:
     wanted: np.ndarray
 
 
-def shards(
-    job: Job,
-    backbone: Backbone,
-    address: str | None,
-    tick: Callable[[int], None],
-    passes: Passes,
-    say: Callable[[str], None],
-    *,
-    straddle: bool,
-) -> Iterator[tuple[int, list[np.ndarray]]]:
-    """(shard, maps of its rows in `todo`, one array per expert), computed here, in order, or by the cluster `address`.
-
-    `tick` gets the number of new rows. `passes` counts the passes that run in this process. `say` gets lines on workers
-    that are waited for. `straddle`: see `computed`.
-    """
-    if address is None:
-        yield from computed(Work(job, backbone, job.device, passes), job.todo, tick, straddle=straddle)
-        return
-    for shard, maps in cluster.shards(address, job, list(job.todo), say):
-        tick(len(job.todo[shard]))
-        yield shard, maps
-
-
 def computed(
     work: Work, todo: Todo, tick: Callable[[int], None], *, straddle: bool = False
 ) -> Iterator[tuple[int, list[np.ndarray]]]:
@@ -274,6 +232,38 @@ def computed(
             left = [maps[count:] for maps in left]
             filled += count
         yield shard, whole
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A job as sent to cluster workers, which write the same bytes as this process would.
+
+    `write` takes a shard and the maps of its rows in `job.todo`, one array per expert.
+    """
+
+    job: Job
+    write: Callable[[int, list[np.ndarray]], Any]
+
+    def open(self, number: int) -> Callable[[int], Callable[[], Any]]:
+        """A function that computes a shard and returns one that writes it, so that the next is computed meanwhile.
+
+        Raises UserError if this worker's backbone or settings differ, as it would compute other bytes.
+        """
+        device = self.job.device
+        device = choose(f"cuda:{number % torch.cuda.device_count()}") if device.type == "cuda" else device
+        torch.set_num_threads(self.job.settings["threads"])
+        backbone, identity = load_backbone(self.job.backbone_dir)
+        here = {**identity, **settings(self.job.settings["batch_size"], self.job.settings["precision"], device)}
+        for key, value in {**self.job.identity, **self.job.settings}.items():
+            if here[key] != value:
+                raise UserError(
+                    f"run.cluster: {key} must be {value} on every worker; got {here[key]}; give the worker the same "
+                    "files, device and versions, or leave it out"
+                )
+        work = Work(self.job, backbone.to(device), device, Passes())
+        return lambda shard: partial(
+            self.write, *next(computed(work, {shard: self.job.todo[shard]}, lambda rows: None))
+        )
 
 
 def _forwarded(work: Work, batches: Iterator[Batch]) -> Iterator[list[np.ndarray]]:

@@ -9,13 +9,15 @@ from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from inspect import signature
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from h2t.cache.format.row_index import RowIndex, index_of
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.many_streams import start
 from h2t.pipeline.base.seeds import stream
 from h2t.pipeline.data.classes import ClassIndex, class_index
 
@@ -39,33 +41,69 @@ def law(sampler: str, epochs: int) -> Callable[..., np.ndarray]:
 
 @dataclass(frozen=True)
 class SampleRows:
-    """The cache rows of each sample: `views[i]` of them, from row `first[i]` on. All int64 (n,), sorted by label."""
+    """The cache rows of n samples, sorted by label: `views[i]` of them, from row `first[i]` on.
+
+    `first`, `views` and `samples` (the sample numbers) are (n,), of small integer types: with one view a sample, 8
+    bytes a sample in all. The first `ends[0]` samples have label `classes[0]`, those up to `ends[1]` label
+    `classes[1]`, and so on; both int64 (classes that occur,).
+    """
 
     first: np.ndarray
     views: np.ndarray
-    labels: np.ndarray
     samples: np.ndarray
+    classes: np.ndarray
+    ends: np.ndarray
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Samples of each of `classes`, int64."""
+        return np.diff(self.ends, prepend=0)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The label of each sample, int64 (n,); made anew at each call."""
+        return np.repeat(self.classes, self.counts)
+
+    def labels_of(self, places: np.ndarray) -> np.ndarray:
+        """The labels of the samples at `places`, int64, of the same shape."""
+        return self.classes[np.searchsorted(self.ends, places, side="right")]
 
 
-def sample_rows(rows: pa.Table, split: str, statistics: str) -> SampleRows:
-    """The rows of `split` under `statistics`, one entry per sample, in cache order. Raises UserError without any."""
-    # Masks rather than expressions, dlpack rather than `to_numpy`: those import Arrow's engine and pandas, 50 MB.
-    ours = pc.equal(rows["split"], split)
-    part = rows.select(["sample", "row", "label"]).filter(pc.and_(ours, pc.equal(rows["statistics"], statistics)))
-    if not len(part):
-        has = sorted(set(rows.filter(ours)["statistics"].to_pylist()))
+def sample_rows(rows: RowIndex | pa.Table, split: str, statistics: str) -> SampleRows:
+    """The rows of `split` under `statistics`, one entry per sample, in cache order. Raises UserError without any.
+
+    `rows` is the index of a cache, or a row table.
+    """
+    index = rows if isinstance(rows, RowIndex) else index_of(rows)
+    part = index.part(split, statistics)
+    if part is None:
         raise UserError(
-            f"cache: has no {split} rows under {statistics!r} statistics (it has: {', '.join(has) or 'none'}); "
-            "add the recipe to extract.batchnorm and extract again"
+            f"cache: has no {split} rows under {statistics!r} statistics (it has: "
+            f"{', '.join(index.statistics(split)) or 'none'}); add the recipe to extract.batchnorm and extract again"
         )
-    sample, row, label = (np.from_dlpack(part[name].combine_chunks()) for name in ("sample", "row", "label"))
-    starts = np.flatnonzero(np.concatenate([[True], sample[1:] != sample[:-1]]))
-    return SampleRows(
-        first=row[starts],
-        views=np.diff(np.concatenate([starts, [len(sample)]])),
-        labels=label[starts].astype(np.int64),
-        samples=sample[starts],
-    )
+    size = part.stop - part.start
+    samples = index.samples[part.start : part.stop]
+    classes, borders = index.runs(part)
+    again = np.append(False, samples[1:] == samples[:-1])
+    again[borders[:-1]] = False
+    small = np.int32 if len(index.samples) <= np.iinfo(np.int32).max else np.int64
+    if not again.any():  # the usual case, for which nothing is copied
+        first, views = np.arange(part.start, part.stop, dtype=small), np.broadcast_to(np.int64(1), size)
+        ends = borders[1:]
+    else:
+        starts = _places(~again, small)
+        views, samples, first = np.diff(starts, append=np.array([size], small)), samples[starts], starts + part.start
+        ends = np.searchsorted(starts, borders[1:])
+    if index.rows is not None:
+        first = index.rows[first]
+    return SampleRows(first, views, samples, classes, ends)
+
+
+def _places(mask: np.ndarray, kind: type[np.signedinteger[Any]]) -> np.ndarray:
+    """Where `mask` is True, as `np.flatnonzero`, in a smaller type and without a large array in between."""
+    block = 2**22
+    pieces = ((np.flatnonzero(mask[at : at + block]) + at).astype(kind) for at in range(0, len(mask), block))
+    return np.concatenate(list(pieces))
 
 
 @dataclass(frozen=True)
@@ -89,6 +127,12 @@ class Batch:
         return np.concatenate([part.ravel() for part in (self.receivers, self.donors, self.partners)])
 
 
+def _every_row(table: SampleRows) -> np.ndarray:
+    """All views of all samples, int64, in order."""
+    starts = np.cumsum(table.views) - table.views
+    return np.repeat(table.first - starts, table.views) + np.arange(int(table.views.sum()))
+
+
 class Streams:
     """The batches of stage II. An epoch draws as many receivers as there are training samples.
 
@@ -101,7 +145,7 @@ class Streams:
 
     def __init__(
         self,
-        rows: pa.Table,
+        rows: RowIndex | pa.Table,
         class_names: Sequence[str],
         receiver_statistics: str,
         donor_statistics: Mapping[str, str],
@@ -115,11 +159,14 @@ class Streams:
         self.seeds = list(seeds)
         self._receiver, self.partner = receiver, partner
         self.donors = list(donor_statistics)
-        self.receivers = sample_rows(rows, "train", receiver_statistics)
-        self._donors = {d: sample_rows(rows, "train", s) for d, s in donor_statistics.items()}
+        index = rows if isinstance(rows, RowIndex) else index_of(rows)
+        under = dict.fromkeys([receiver_statistics, *donor_statistics.values()])
+        used = {statistics: sample_rows(index, "train", statistics) for statistics in under}
+        self.receivers = used[receiver_statistics]
+        self._donors = {donor: used[statistics] for donor, statistics in donor_statistics.items()}
         samplers = (receiver, *donor_statistics, *((partner,) if partner else ()))
         self._draws = {sampler: law(sampler, epochs) for sampler in samplers}
-        self.index: ClassIndex = class_index(self.receivers.labels, class_names)
+        self.index: ClassIndex = class_index(self.receivers.classes, class_names, self.receivers.counts)
         self.samples = self.index.samples
         self.batch_size = min(batch_size, self.samples)
         self._drawn = min(batch_size, max(self.samples, MOST_DRAWN))
@@ -138,11 +185,29 @@ class Streams:
         return len(self.seeds) * (1 + len(self.donors) + bool(self.partner)) * self.batch_size
 
     @property
+    def _tables(self) -> list[SampleRows]:
+        """The receivers' rows and the donors', each once; those of different statistics have no row in common."""
+        return list({id(table): table for table in (self.receivers, *self._donors.values())}.values())
+
+    @property
+    def count(self) -> int:
+        """Number of the rows that batches can contain."""
+        return sum(int(table.views.sum()) for table in self._tables)
+
+    @property
     def rows(self) -> np.ndarray:
         """Every row that a batch can contain, int64, ascending."""
-        tables = [self.receivers, *self._donors.values()]
-        spans = [np.concatenate([f + np.arange(v) for f, v in zip(t.first, t.views, strict=True)]) for t in tables]
-        return np.unique(np.concatenate(spans))
+        return np.sort(np.concatenate([_every_row(table) for table in self._tables]))
+
+    def batches(self, epoch: int, steps: range) -> list[Batch]:
+        """The rows of each of `steps`, drawn sooner than one by one."""
+        drawn = [("receiver", self._receiver, self.receivers)]
+        drawn += [("partner", self.partner, self.receivers)] if self.partner else []
+        drawn += [("donor", name, table) for name, table in self._donors.items()]
+        keys: list[tuple[Any, ...]] = [(branch, sampler, epoch, steps) for branch, sampler, _ in drawn]
+        keys += [(branch, sampler, "view", epoch, steps) for branch, sampler, table in drawn if table.views.max() > 1]
+        start(self.seeds, *keys)
+        return [self.batch(epoch, step) for step in steps]
 
     def batch(self, epoch: int, step: int) -> Batch:
         """The rows of `step` of `epoch`, both from 0; an epoch has `steps` steps."""
@@ -157,13 +222,13 @@ class Streams:
             else []
         )
         partners, places = np.array(mates, np.int64).reshape(-1, 2, size).swapaxes(0, 1)
-        labels = self.receivers.labels
+        label_of = self.receivers.labels_of
         donors = [
             [self._draw(seed, "donor", name, table, epoch, step, size)[0] for name, table in self._donors.items()]
             for seed in self.seeds
         ]
         donated = np.array(donors, np.int64).reshape(len(self.seeds), len(self.donors), size)
-        return Batch(receivers, labels[samples], donated, samples, partners, labels[places])
+        return Batch(receivers, label_of(samples), donated, samples, partners, label_of(places))
 
     def _draw(
         self, seed: int, branch: str, sampler: str, table: SampleRows, epoch: int, step: int, size: int
@@ -172,8 +237,8 @@ class Streams:
         # Samplers count in whole batches, so a whole one is drawn, and cut at the end of the epoch.
         streams = _named_streams(seed, branch, sampler)
         positions = self._draws[sampler](self.index, streams, epoch, step, self._drawn)[:size]
-        rows = table.first[positions]
-        views = table.views[positions]
+        rows = table.first[positions].astype(np.int64)
+        views = table.views[positions].astype(np.int64)
         if (views > 1).any():
             rows = rows + stream(seed, branch, sampler, "view", epoch, step).integers(views)
         return rows, positions

@@ -135,7 +135,7 @@ def first_not_finite(cache: Cache, rows: np.ndarray) -> str | None:
             finite &= to_tensor(cache.read(part, expert=expert), spec.dtype).isfinite().flatten(1).all(1).numpy()
         if not finite.all():
             row = int(part[np.argmin(finite)])
-            return f"row {row} ({cache.rows['source'][row].as_py()})"
+            return f"row {row} ({cache.lines([row], ['source'])['source'][0].as_py()})"
     return None
 
 

@@ -186,6 +186,11 @@ class GradientHost(Host):
         """Whether it changes receivers before fusion."""
         return type(self).augment is not GradientHost.augment
 
+    @property
+    def noisy(self) -> bool:
+        """Whether its loss has a random part."""
+        return type(self).noise is not GradientHost.noise
+
     def prepare(self, features: torch.Tensor, labels: torch.Tensor, stage1: StageOneHead) -> None:
         """Called once, before `initial`: keeps as attributes what the other methods need to know of the samples.
 

@@ -145,7 +145,7 @@ def check_constants(params: Params, name: str) -> None:
 def check_choice(params: Params, name: str, cache: Cache) -> None:
     """Raises UserError if the grid of host `name` has constants to choose from, and there is nothing to choose on."""
     several = [key for key, values in params.grid.constants().items() if len(values) > 1]
-    if several and not params.folds and "val" not in cache.rows["split"].unique().to_pylist():
+    if several and not params.folds and "val" not in cache.index.splits:
         raise UserError(
             f"hosts.{name}.grid: a choice among values of {', '.join(several)} needs validation images or "
             f"cross-validation; got neither; set hosts.{name}.folds: 5, hold out images "

@@ -250,7 +250,7 @@ class Feed:
 
     def _load(self, epoch: int, steps: range, draw: Draw | None = None) -> list[Step]:
         """The steps of a window."""
-        batches = [self.streams.batch(epoch, step) for step in steps]
+        batches = self.streams.batches(epoch, steps)
         table = self._read(batches) if self.choice.tier == "stream" else self._table
         window = [Step(epoch, step, batch, table) for step, batch in zip(steps, batches, strict=True)]
         return [replace(at, draws=d) for at, d in zip(window, draw(window), strict=True)] if draw else window
@@ -281,7 +281,7 @@ class Feed:
 
 def plan_tier(streams: Streams, reader: FeatureReader, settings: Residency, room: Room) -> Choice:
     """The tier that memory allows. Raises UserError if the tier set in `settings` does not fit."""
-    need = len(streams.rows) * reader.row_bytes
+    need = streams.count * reader.row_bytes
     choice = choose_tier(settings.residency, need, room.features, room.on_gpu)
     on_gpu = room.gpu > 0 and choice.tier == "device"
     most = room.gpu if on_gpu else int(MOST_HOST_SHARE * room.host)

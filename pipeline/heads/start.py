@@ -94,7 +94,7 @@ def fit_probe(
             "backbone's own head (head: trained)"
         )
     identity_if_pooled(cache, "gap")  # raises for vectors of another pool
-    used = sample_rows(cache.rows if rows is None else rows, "train", STATISTICS)
+    used = sample_rows(cache.index if rows is None else rows, "train", STATISTICS)
     classes = len(recorded_names(cache.spec.provenance, cache.files))
     channels = cache.spec.maps[0][0]
     width = max(channels, frozen.outputs(channels)) if frozen else channels
@@ -174,15 +174,15 @@ def class_means(
     Few-shot Learning", NeurIPS 2017, eq. (8)); for a cosine classifier means are scaled to length 1, as in LIFT.
     """
     pool = {POOL + name: t.to(device) for name, t in head.pool.initial().items()}
-    total = torch.zeros(0)
+    total, labels = torch.zeros(0), rows.labels
     for first in range(0, len(rows.first), BLOCK_ROWS):
         part = rows.first[first : first + BLOCK_ROWS]
         with torch.no_grad():
             x = head.features(pool, reader.read(part).to(device, torch.float32)).cpu().double()  # (E, n, D)
         if not first:
             total = x.new_zeros(len(x), classes, x.shape[-1])
-        total.index_add_(1, torch.from_numpy(rows.labels[first : first + BLOCK_ROWS]), x)
-    means = total / torch.from_numpy(np.bincount(rows.labels, minlength=classes))[:, None]
+        total.index_add_(1, torch.from_numpy(labels[first : first + BLOCK_ROWS]), x)
+    means = total / torch.from_numpy(np.bincount(labels, minlength=classes))[:, None]
     if classifier == "cosine":
         return StageOneHead({"weight": F.normalize(means, dim=-1).float()}, classifier, 1.0)
     return StageOneHead({"weight": means.float(), "bias": -means.square().sum(-1).float() / 2}, classifier, 1.0)

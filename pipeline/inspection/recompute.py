@@ -44,9 +44,18 @@ class Recomputed:
 
 @torch.no_grad()
 def recompute(
-    cache: Cache, samples: Samples, images: Images, backbone_dir: Path, count: int, seed: int, device: torch.device
+    cache: Cache,
+    samples: Samples,
+    images: Images,
+    backbone_dir: Path,
+    count: int,
+    seed: int,
+    device: torch.device,
+    part: tuple[int, int] = (1, 1),
 ) -> Recomputed:
     """Recomputes `count` random rows (all, if there are fewer), drawn with `seed`, and compares them with the cache.
+
+    `part` (K, N): only the rows of part K of N, which together are those that are drawn.
 
     Raises UserError if the cache was not made from these inputs: a pooled copy, other weights, another transform.
     """
@@ -65,13 +74,14 @@ def recompute(
             )
     backbone.to(device)
     chosen = np.sort(stream(seed, "recompute").choice(spec.rows, min(count, spec.rows), replace=False))
+    chosen = np.array_split(chosen, part[1])[part[0] - 1]
     known = {
         (line["split"], line["source"]): line
         for line in samples.table.select(["sample", "split", "source", "digest"]).to_pylist()
     }
     wrong: dict[int, str] = {}  # row -> its fault
     todo: dict[str, list[Wanted]] = {}
-    entries = dict(zip(chosen.tolist(), cache.rows.take(chosen).to_pylist(), strict=True))
+    entries = dict(zip(chosen.tolist(), cache.lines(chosen).to_pylist(), strict=True))
     for row, entry in entries.items():
         sample = known.get((entry["split"], entry["source"]))
         if sample is None:

@@ -169,7 +169,7 @@ def _images(cache: Cache, prepare: Mapping[str, Any]) -> Images:
 
 def _rows(cache: Cache, statistics: str) -> np.ndarray:
     """At most `CHECKED` evenly spaced test rows, int64 (n,)."""
-    first = sample_rows(cache.rows, "test", statistics).first
+    first = sample_rows(cache.index, "test", statistics).first
     return first[np.linspace(0, len(first) - 1, min(CHECKED, len(first))).astype(np.int64)]
 
 

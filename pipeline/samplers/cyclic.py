@@ -11,6 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from h2t.pipeline.base.seeds import permutation
 from h2t.pipeline.data.classes import ClassIndex
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
@@ -23,7 +24,7 @@ Streams = Callable[..., np.random.Generator]
 @lru_cache(maxsize=16384)
 def _order(streams: Streams, of: str, which: int, number: int, size: int) -> np.ndarray:
     """The permutation in round `number`: of all classes, or of the samples of class `which`. Cached for later steps."""
-    return streams(of, which, number).permutation(size)
+    return permutation(streams(of, which, number), size)
 
 
 def draw(classes: ClassIndex, streams: Streams, epoch: int, step: int, size: int) -> np.ndarray:

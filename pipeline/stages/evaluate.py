@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BeforeValidator
 
@@ -88,7 +87,7 @@ def run(params: Params, run: Run, cache: Cache, heads_dir: Path, backbone_dir: P
     stage1 = backbone_head(cache, backbone_dir, "linear", run.device, run.say)
     counts = heads.about["counts"]
     group_of = group_choice(params, counts)
-    splits = [s for s in ("val", "test") if s in set(cache.rows["split"].unique().to_pylist())]
+    splits: list[str] = [s for s in ("val", "test") if s in cache.index.splits]
     if "test" not in splits:
         raise UserError(
             f"{cache.files}: evaluation needs test rows; the cache has none; give the dataset a test split and extract "
@@ -98,7 +97,7 @@ def run(params: Params, run: Run, cache: Cache, heads_dir: Path, backbone_dir: P
     table = heads.table.to_pylist()
     recipe_statistics = heads.about["evaluate"]
     # DR as published is trained and evaluated under balanced statistics alone; with branch-wise ones, an extra line.
-    stored = set(cache.rows.filter(pc.field("split") == "test")["statistics"].to_pylist())
+    stored = set(cache.index.statistics("test"))
     lines = list(dict.fromkeys([recipe_statistics, *({heads.about["receiver"]} & stored)]))
     _check_memory(run.name, cache, len(table), [(split, statistics) for split in splits for statistics in lines])
     scores = {
@@ -168,15 +167,14 @@ def run(params: Params, run: Run, cache: Cache, heads_dir: Path, backbone_dir: P
         _write_evidence(
             into, cache, heads, stage1, scores[("test", recipe_statistics)], of_stage1.get("test"), without, with_h2t
         )
-        write_about(into, cache, heads, sample_rows(cache.rows, "test", recipe_statistics).first, group_of, seeded)
+        write_about(into, cache, heads, sample_rows(cache.index, "test", recipe_statistics).first, group_of, seeded)
     run.say(f"{run.name}: " + _one_line(metrics))
     return metrics
 
 
 def _check_memory(name: str, cache: Cache, heads: int, scored: list[tuple[str, str]]) -> None:
     """Raises UserError unless the predictions of so many heads for the rows of each (split, statistics) fit."""
-    counts = cache.rows.group_by(["split", "statistics"]).aggregate([("row", "count")]).to_pylist()
-    rows = sum(line["row_count"] for line in counts if (line["split"], line["statistics"]) in scored)
+    rows = sum(part.stop - part.start for part in cache.index.parts if part[:2] in scored)
     need, room = rows * heads * Graded.BYTES + ROOM, available_memory()
     if need > room:
         raise UserError(
@@ -281,7 +279,7 @@ def _write_evidence(
     kept = [f["number"] for f in (*without, *with_h2t)]
     write_reliability(into, dict(each(result, first, kept)), result.labels)
     write_weight_norms(into, heads, head, kept)
-    rows = sample_rows(cache.rows, "test", result.statistics).first
+    rows = sample_rows(cache.index, "test", result.statistics).first
     guesses = {
         name: result.said[figures[0]["number"]].guesses if figures else None
         for name, figures in (("without_h2t", without), ("with_h2t", with_h2t))

@@ -5,12 +5,14 @@ Each (sample, view, statistics) is one row and takes one forward pass, unless a 
 Decoding, forward passes (`extraction.forward`) and writing overlap.
 """
 
+import json
 import math
 import os
 import shutil
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,7 +26,9 @@ from h2t.cache.errors import CacheError
 from h2t.cache.format.card import card
 from h2t.cache.format.rows import make_rows
 from h2t.cache.format.spec import CacheSpec, canonical_json, chunk_rows_for, sha256, shard_rows_for
+from h2t.cache.write import parts
 from h2t.cache.write.carry import Carrier, Source
+from h2t.cache.write.parts import Part, PartWriter
 from h2t.cache.write.staging import Staging
 from h2t.cache.write.writer import CacheWriter, committed
 from h2t.pipeline.base.errors import UserError
@@ -35,19 +39,19 @@ from h2t.pipeline.base.run import Run
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.data.images import Images
 from h2t.pipeline.data.samples import Samples
-from h2t.pipeline.extraction import batchnorm, forward, reuse
+from h2t.pipeline.extraction import batchnorm, cluster, forward, reuse
 from h2t.pipeline.extraction.batchnorm import Statistics
 from h2t.pipeline.extraction.cluster import ADDRESS
 from h2t.pipeline.extraction.recipes import stored
 from h2t.pipeline.extraction.recorded import MOST_IMAGES
 from h2t.pipeline.networks.backbone import Backbone
-from h2t.pipeline.networks.trained import BackboneFacts, backbone_facts, load_backbone
-from h2t.pipeline.networks.weights import weights_digest
+from h2t.pipeline.networks.trained import BackboneFacts, backbone_facts, has_stored_weights, load_backbone
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 #: Threads that write shards; each digests at one to two gigabytes a second, which is less than a fast GPU makes.
 WRITERS = max(1, min(4, len(os.sched_getaffinity(0)) // 4))
 
+SHOWN = 8  # parts named in a message
 TAP = "last maps before pooling"  # where the backbone is cut; part of the fingerprint
 MOST_VIEWS = 2**15  # views are numbered from 0 in 16 bits
 
@@ -144,12 +148,16 @@ def run(
     replace: bool = False,
     previous: Source | None = None,
     anew: bool = False,
+    part: Part | None = None,
+    commit: bool = False,
 ) -> Summary:
     """Extracts the maps of the backbone in `backbone_dir` into the cache `run.out`; resumes a killed run.
 
     `previous` is the open cache that `extract.statistics_from` names. With `anew` its statistics are kept but no rows:
-    all are computed, to the same bytes. Raises CacheError (`exists`, `busy`, `full`, `damaged`), and UserError if the
-    backbone, images, previous cache or cluster cannot be used.
+    all are computed, to the same bytes. With `part` only its shards are written, beside other processes, and the cache
+    appears when a run with `commit`, which computes nothing, finds all shards. Raises CacheError (`exists`, `busy`,
+    `full`, `damaged`, `mismatch`, `incomplete`), and UserError if the backbone, images, previous cache or cluster
+    cannot be used.
     """
     backbone, identity = load_backbone(backbone_dir)
     backbone.to(run.device)
@@ -172,18 +180,23 @@ def run(
         if lost:
             run.say(f"{run.name}: {lost}")
     origin = {"statistics_from": previous.spec.fingerprint} if previous is not None and kept else {}
-    with Staging(run.out) as staging:
+    with Staging(run.out, shared=part is not None) as staging, staging.holding(part.label) if part else nullcontext():
         existing = committed(run.out)
         if existing is not None and _same(existing, inputs, params, names, len(rows), kept, origin):
             run.say(f"{run.name}: {run.out} already holds this cache ({counted(existing.rows, 'row')}); nothing to do")
-            staging.discard()
+            staging.discard_if_alone()
             return _summary(existing, 0, 0, existing.shards, forward.Passes())
         if existing is not None and not replace:
             raise CacheError(
                 "exists", f"{run.out}: holds another cache; remove it, or pass --replace to write this one"
             )
 
+        if commit:
+            settings = _settings_of_parts(staging, params, run)
+
         def estimate(wanted: list[str]) -> Statistics:
+            if commit:
+                raise _nothing_to_commit(run)
             return batchnorm.compute(
                 backbone, wanted, samples, images, passes=params.batchnorm_passes, seed=run.seed, device=run.device
             )
@@ -191,12 +204,18 @@ def run(
         statistics = _statistics(staging, names, kept, estimate, {**inputs, "settings": settings})
         inputs["batchnorm"]["statistics"] = sha256(statistics)
         spec = _spec(params, backbone, samples, len(rows), inputs, {**settings, **origin}, run.device)
-        writer = CacheWriter(staging, spec, rows, settings)
-        pending = writer.pending
-        _announce(spec, run, pending)
+        writer: CacheWriter | PartWriter
+        if part is not None:
+            writer, pending = parts.opened(staging, spec, settings, part)
+        else:
+            writer = CacheWriter(staging, spec, rows, settings, read=not commit)  # every part has read what it kept
+            pending = writer.pending
+            if commit and pending:
+                raise CacheError("incomplete", _missing(pending, spec, parts.begun(staging), run))
+        _announce(spec, run, pending, part)
         todo = {shard: np.array(spec.shard_range(shard)) for shard in pending}
         carrier = None
-        if previous is not None and not anew:
+        if previous is not None and not anew and not commit:
             wanted = reuse.Wanted(rows, inputs, params.dtype, samples.facts["dataset"], settings)
             carrier, summary = reuse.carrier(previous, wanted, batchnorm.from_bytes(statistics), spec, pending)
             run.say(f"{run.name}: {summary}")
@@ -205,16 +224,25 @@ def run(
         job = forward.Job(
             rows, todo, images, backbone_dir.resolve(), identity, statistics, run.seed, run.device, spec, settings
         )
-        before = weights_digest(dict(backbone.named_parameters()))
-        passes = _extract(job, backbone, writer, carrier, params.cluster, run)
-        if weights_digest(dict(backbone.named_parameters())) != before:
+        passes = forward.Passes()
+        if params.cluster is not None and pending:
+            _extract_there(params.cluster, job, _Sink(writer.beside(), carrier), run)
+        else:
+            _extract_here(job, backbone, _Sink(writer, carrier), passes, run)
+        if not has_stored_weights(backbone, backbone_dir):
             raise UserError(
                 f"{run.name}: the backbone's weights must not change during extraction; got other weights at its end; "
                 "make its forward pass leave its parameters alone"
             )
-        writer.commit(statistics, card(spec, rows), replace=replace)
+        if isinstance(writer, CacheWriter):
+            writer.take_over(read=False)
+            writer.commit(statistics, card(spec, rows), replace=replace)
     forwarded = sum(len(numbers) for numbers in todo.values())
     taken = sum(len(spec.shard_range(shard)) for shard in pending) - forwarded
+    if part is not None:
+        done = f"{counted(len(part.shards(spec)), 'shard')} of {spec.shards:,}"
+        run.say(f"{run.name}: part {part}, {done}, written; when all parts are: h2t extract ... --commit")
+        return _summary(spec, forwarded, taken, len(part.shards(spec)) - len(pending), passes)
     what = f"{counted(spec.rows, 'row')} in {counted(spec.shards, 'shard')}, {spec.value_bytes / 1e6:.1f} MB of values"
     run.say(f"{run.name}: {what}, written to {run.out}")
     return _summary(spec, forwarded, taken, spec.shards - len(pending), passes)
@@ -304,14 +332,15 @@ def _statistics(
     estimates depend on.
     """
     key = sha256(canonical_json({**depends, "kept": sha256(batchnorm.to_bytes(kept))}))
-    data = staging.kept("batchnorm.safetensors")
-    if data is not None and staging.kept("batchnorm.json") == canonical_json({"of": key, "is": sha256(data)}):
-        return data
-    estimated = estimate([name for name in names if name not in kept])
-    data = batchnorm.to_bytes({name: {**kept, **estimated}[name] for name in names})
-    staging.keep("batchnorm.safetensors", data)
-    staging.keep("batchnorm.json", canonical_json({"of": key, "is": sha256(data)}))
-    return data
+    file = f"batchnorm.{key[:16]}"  # holds the sha256 of the statistics, then the statistics
+    saved = staging.kept(file)
+    if saved is None or saved[:64] != sha256(saved[64:]).encode():
+        staging.drop(file)
+        estimated = estimate([name for name in names if name not in kept])
+        data = batchnorm.to_bytes({name: {**kept, **estimated}[name] for name in names})
+        # Of parts that start together all estimate and one is first; on GPUs their statistics may differ by rounding.
+        saved = staging.claim(file, sha256(data).encode() + data)
+    return saved[64:]
 
 
 def _spec(
@@ -346,32 +375,76 @@ def _spec(
     )
 
 
-def _announce(spec: CacheSpec, run: Run, pending: list[int]) -> None:
+def _settings_of_parts(staging: Staging, params: Params, run: Run) -> dict[str, Any]:
+    """The settings that the parts were written with: the committing machine may have another device.
+
+    Raises UserError if there are none, or if the parameters say otherwise.
+    """
+    token = staging.kept(parts.TOKEN)
+    if token is None:
+        raise _nothing_to_commit(run)
+    settings: dict[str, Any] = json.loads(token)["token"]
+    for key in ("batch_size", "precision"):
+        if settings.get(key) != getattr(params, key):
+            raise UserError(
+                f"extract.{key}: must be {settings.get(key)}, with which the parts were written; got "
+                f"{getattr(params, key)}; commit with the parameters of the parts"
+            )
+    return settings
+
+
+def _nothing_to_commit(run: Run) -> UserError:
+    return UserError(
+        f"{run.name}: --commit needs parts written with the same parameters; got none at {run.out}; run h2t extract "
+        "... --part 1/N to --part N/N first"
+    )
+
+
+def _missing(pending: list[int], spec: CacheSpec, of: int | None, run: Run) -> str:
+    """What a commit lacks: the parts that have `pending` shards, or the shards if the cache is not written in parts."""
+    shards = f"{run.name}: --commit needs all {counted(spec.shards, 'shard')}; {len(pending):,} missing"
+    if of is None:
+        return f"{shards}; run h2t extract without --commit"
+    numbers = [k for k in range(1, of + 1) if not set(pending).isdisjoint(Part(k, of).shards(spec))]
+    listed = ", ".join(f"{k}/{of}" for k in numbers[:SHOWN]) + (", ..." if len(numbers) > SHOWN else "")
+    return f"{shards}, of {counted(len(numbers), 'part')} ({listed}); run these with --part, then --commit again"
+
+
+def _announce(spec: CacheSpec, run: Run, pending: list[int], part: Part | None) -> None:
     """Prints what will be written. Raises CacheError `full` if the disk has too little space for it."""
     share = sum(len(spec.shard_range(s)) for s in pending) / spec.rows
     needed = int(spec.value_bytes * share * 1.02) + 2**20
     free = shutil.disk_usage(run.out.parent).free
-    kept = spec.shards - len(pending)
-    resumed = f", {kept:,} of {counted(spec.shards, 'shard')} already written" if kept else ""
+    own = spec.shards if part is None else len(part.shards(spec))
+    kept = own - len(pending)
+    resumed = f", {kept:,} of {counted(own, 'shard')} already written" if kept else ""
     size = f"{counted(spec.rows, 'row')}, {spec.value_bytes / 1e6:.1f} MB of values"
-    run.say(f"{run.name}: {size}{resumed}; {free / 1e9:.1f} GB free")
+    of = f"part {part} of " if part else ""
+    run.say(f"{run.name}: {of}{size}{resumed}; {free / 1e9:.1f} GB free")
     if needed > free:
         raise CacheError(
             "full", f"{run.out}: needs {needed / 1e9:.2f} GB; got {free / 1e9:.2f} GB free; make space or use a codec"
         )
 
 
-def _extract(
-    job: forward.Job,
-    backbone: Backbone,
-    writer: CacheWriter,
-    carrier: Carrier | None,
-    address: str | None,
-    run: Run,
-) -> forward.Passes:
-    """Computes the rows in `job.todo`, here or on a cluster. Other threads complete shards and write them."""
-    spec, passes = job.spec, forward.Passes()
-    row_bytes = sum(spec.row_bytes(e) for e in range(spec.experts))
+@dataclass(frozen=True)
+class _Sink:
+    """Writes a shard, after adding the rows that come from a previous cache. Cluster workers get a copy of it."""
+
+    writer: CacheWriter | PartWriter
+    carrier: Carrier | None
+
+    def __call__(self, shard: int, maps: list[np.ndarray]) -> None:
+        """Writes `shard`; `maps` holds its computed rows, one array per expert."""
+        if self.carrier is None:
+            self.writer.write(shard, maps)
+        else:
+            self.writer.put(shard, self.carrier.complete(shard, maps))
+
+
+def _bar(job: forward.Job, run: Run) -> tuple[Any, Callable[[int], None]]:
+    """(progress bar over the rows of `job`, a function that adds a number of rows to it)."""
+    row_bytes = sum(job.spec.row_bytes(e) for e in range(job.spec.experts))
     total = sum(len(numbers) for numbers in job.todo.values())
     bar = progress(None, f"extract {run.name}", unit="row", total=total, unit_scale=True)
 
@@ -379,19 +452,27 @@ def _extract(
         bar.update(rows)
         bar.set_postfix_str(f"{bar.n * row_bytes / 1e6:.0f} MB", refresh=False)
 
-    def write(shard: int, maps: list[np.ndarray]) -> None:
-        if carrier is None:
-            writer.write(shard, maps)
-        else:
-            writer.put(shard, carrier.complete(shard, maps))
+    return bar, tick
 
+
+def _extract_here(job: forward.Job, backbone: Backbone, sink: _Sink, passes: forward.Passes, run: Run) -> None:
+    """Computes the rows in `job.todo`. Other threads complete shards and write them."""
+    work = forward.Work(job, backbone, job.device, passes)
+    bar, tick = _bar(job, run)
     with ThreadPoolExecutor(WRITERS, "write") as write_threads, bar:
         writes: deque[Future[None]] = deque()
         # With rows from a previous cache few are left in each shard, so batches span shards.
-        for shard, maps in forward.shards(job, backbone, address, tick, passes, run.say, straddle=carrier is not None):
-            writes.append(write_threads.submit(write, shard, maps))
+        for shard, maps in forward.computed(work, job.todo, tick, straddle=sink.carrier is not None):
+            writes.append(write_threads.submit(sink, shard, maps))
             while len(writes) > WRITERS + 1:  # bounds memory to two shards more than are being written
                 writes.popleft().result()
         for pending_write in writes:
             pending_write.result()
-    return passes
+
+
+def _extract_there(address: str, job: forward.Job, sink: _Sink, run: Run) -> None:
+    """Has the workers of a cluster compute and write the shards of `job.todo`."""
+    bar, tick = _bar(job, run)
+    with bar:
+        for shard in cluster.shards(address, forward.Remote(job, sink), list(job.todo), run.say):
+            tick(len(job.todo[shard]))

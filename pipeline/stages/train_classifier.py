@@ -171,7 +171,7 @@ def _train(
     receiver = params.receiver or kind.receiver
     replaced = [h.replaced(cache.spec.maps[0][0]) for h in heads]
     streams = Streams(
-        cache.rows if rows is None else rows,
+        cache.index if rows is None else rows,
         recorded_names(cache.spec.provenance, cache.files),
         read_under(recipe, receiver),
         {} if fitted else {donor: read_under(recipe, donor) for donor in params.grid.donor},
@@ -240,7 +240,7 @@ def _train(
         room = find_room(residency, run.device)
         choice = plan_tier(streams, reader, residency, room)
         size = step_size(streams, reader, stage1, head)
-        planned = planned_parts(run, heads, size, choice, room, len(streams.rows) * reader.row_bytes, token)
+        planned = planned_parts(run, heads, size, choice, room, streams.count * reader.row_bytes, token)
         if len(planned) > len({h.kind for h in heads}):
             run.say(
                 f"{run.name}: {counted(len(heads), 'classifier')} in {len(planned)} parts, "
@@ -265,7 +265,7 @@ def _with_recipe(params: Params, name: str, cache: Cache) -> Params:
 
     Raises UserError if one is.
     """
-    if params.batchnorm == "stage1" or set(cache.rows["statistics"].unique().to_pylist()) != {"stage1"}:
+    if params.batchnorm == "stage1" or cache.index.statistics() != ["stage1"]:
         return params
     if "batchnorm" in params.model_fields_set:
         raise UserError(

@@ -1,0 +1,167 @@
+"""Shards written by several processes at once, on one machine or many, without a scheduler and without a journal.
+
+    part = Part(3, 16)
+    with Staging(target, shared=True) as staging, staging.holding(part.label):
+        writer, pending = opened(staging, spec, token, part)
+        for shard in pending:
+            writer.write(shard, [maps_of_expert_0, ...])
+
+A file is named after its expert, shard, size and sha256, and gets that name once it is on the disk. So the listing of
+the folder says what is finished, and processes that write the same shard cannot harm each other: equal names mean equal
+bytes, and of files with different bytes (GPUs round differently) the commit takes one, whose digest it records.
+`CacheWriter` of the same token takes the finished shards over.
+"""
+
+import json
+import re
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from h2t.cache.errors import CacheError
+from h2t.cache.format.spec import CacheSpec, canonical_json, sha256
+from h2t.cache.write.encoding import encoded
+from h2t.cache.write.staging import Staging, file_sha256, write_durably
+
+TOKEN = "token.json"
+_NAME = re.compile(r"(\d+)\.(\d+)\.(\d+)\.([0-9a-f]{64})")
+
+#: Of a finished shard: the file of each expert in the cache -> (path here, bytes, sha256).
+Finished = dict[str, tuple[Path, int, str]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Part `number` of `of`, from 1."""
+
+    number: int
+    of: int
+
+    @property
+    def label(self) -> str:
+        """The name of the lock file of the process that writes this part."""
+        return f"part-{self.number}-of-{self.of}"
+
+    def shards(self, spec: CacheSpec) -> range:
+        """The shards of this part: neighbours, as many as other parts have, up to one."""
+        return range(spec.shards * (self.number - 1) // self.of, spec.shards * self.number // self.of)
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.of}"
+
+
+def begun(staging: Staging) -> int | None:
+    """In how many parts the cache in `staging` is being written, by the part begun last; None if in no parts."""
+    labels = staging.labels()
+    return int(labels[0].rpartition("-")[2]) if labels else None
+
+
+def token_bytes(spec: CacheSpec, token: Mapping[str, Any]) -> bytes:
+    """The content of `token.json`: all that determines the bytes of the cache, as canonical JSON."""
+    return canonical_json({"token": token, "fingerprint": spec.fingerprint, "layout": spec.layout})
+
+
+def parts_folder(root: Path, spec: CacheSpec, token: Mapping[str, Any]) -> Path:
+    """The folder of finished shards in the staging directory `root`.
+
+    Another token has another folder, so a process left over from an earlier run cannot add to a later one.
+    """
+    return root / f"parts.{sha256(token_bytes(spec, token))[:16]}"
+
+
+def difference(have: bytes, ours: bytes) -> str:
+    """What differs between two contents of `token.json`, for a message: `batch_size 128 -> 64`."""
+    old, new = json.loads(have), json.loads(ours)
+    flat_old = {**old["token"], **old["layout"], "fingerprint": old["fingerprint"][:12]}
+    flat_new = {**new["token"], **new["layout"], "fingerprint": new["fingerprint"][:12]}
+    keys = sorted(k for k in {*flat_old, *flat_new} if flat_old.get(k) != flat_new.get(k))
+    return ", ".join(f"{k} {flat_old.get(k)} -> {flat_new.get(k)}" for k in keys)
+
+
+def opened(staging: Staging, spec: CacheSpec, token: Mapping[str, Any], part: Part) -> tuple["PartWriter", list[int]]:
+    """(writer of `part`, the shards it has to write). `staging` is shared, and its lock `part.label` held.
+
+    Finished shards are read and compared with their sha256. Raises CacheError `mismatch` if other parts have another
+    token: all must have the same.
+    """
+    ours = token_bytes(spec, token)
+    have = staging.claim(TOKEN, ours)
+    if have != ours:
+        raise CacheError(
+            "mismatch",
+            f"{staging.root}: holds shards of other settings ({difference(have, ours)}), and all parts must have the "
+            f"same; repeat with those settings, or remove {staging.root} to start anew",
+        )
+    writer = PartWriter(parts_folder(staging.root, spec, token), spec, part.label)
+    for path in writer.folder.glob(f"*.{part.label}.partial"):  # of an earlier process that was killed
+        path.unlink(missing_ok=True)
+    shards = part.shards(spec)
+    done = {shard for shard, _ in finished(writer.folder, spec, set(shards), read=True)}
+    return writer, [shard for shard in shards if shard not in done]
+
+
+@dataclass(frozen=True)
+class PartWriter:
+    """Writes shards of `spec` into `folder`. It can be pickled, and several threads may call `write`, once per shard.
+
+    Unfinished files have `label` in their names; None gives each a random name.
+    """
+
+    folder: Path
+    spec: CacheSpec
+    label: str | None = None
+
+    def beside(self) -> "PartWriter":
+        """A writer into the same folder for another process."""
+        return PartWriter(self.folder, self.spec)
+
+    def write(self, shard: int, maps: Sequence[np.ndarray]) -> dict[str, tuple[int, str]]:
+        """Writes `shard`, given as one array per expert: see `CacheWriter.write`. Returns what `put` returns."""
+        return self.put(shard, encoded(self.spec, shard, maps))
+
+    def put(self, shard: int, files: Iterable[bytes | bytearray]) -> dict[str, tuple[int, str]]:
+        """Writes `shard`, given as its bytes for each expert; returns (bytes, sha256) by the file's name in the cache.
+
+        Raises CacheError `full`, `unwritable`, and `busy` if another process removes the folder or the unfinished file.
+        """
+        written = {}
+        self.folder.mkdir(exist_ok=True)
+        for expert, data in enumerate(files):
+            size, digest = len(data), sha256(data)
+            path = self.folder / f"{expert}.{shard}.{size}.{digest}"
+            try:
+                write_durably(path, data, partial=f"{path.name}.{self.label or uuid.uuid4().hex}.partial")
+            except FileNotFoundError:
+                raise CacheError(
+                    "busy",
+                    f"{path}: was removed while it was written, so another process writes the same part or has "
+                    "committed the cache; run one process for each part",
+                ) from None
+            written[self.spec.shard_file(expert, shard)] = (size, digest)
+        return written
+
+
+def finished(folder: Path, spec: CacheSpec, shards: set[int], *, read: bool) -> Iterator[tuple[int, Finished]]:
+    """The finished ones of `shards` in `folder`, ascending.
+
+    Files must have the size in their name and, with `read`, the sha256; those that do not are removed.
+    """
+    found: dict[int, dict[int, list[tuple[Path, int, str]]]] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if (match := _NAME.fullmatch(path.name)) and int(match[2]) in shards:
+            candidates = found.setdefault(int(match[2]), {}).setdefault(int(match[1]), [])
+            candidates.append((path, int(match[3]), match[4]))
+    for shard in sorted(found):
+        files: Finished = {}
+        for expert, candidates in found[shard].items():
+            for path, size, digest in candidates:
+                if path.stat().st_size == size and (not read or file_sha256(path) == digest):
+                    files[spec.shard_file(expert, shard)] = (path, size, digest)
+                    break
+                path.unlink()
+        if len(files) == spec.experts:
+            yield shard, files

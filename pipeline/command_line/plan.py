@@ -1,0 +1,74 @@
+"""`h2t plan`: what a number of images will take, from a short rehearsal on this machine."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.command_line import options
+from h2t.pipeline.command_line.one_line import Command
+from h2t.pipeline.command_line.options import PATH
+
+
+@click.command(cls=Command, epilog="h2t plan --images 10000000 --backbone resnet50 --machines 8")
+@click.option("--images", type=click.IntRange(1), required=True, metavar="N", help="Number of images.")
+@click.option(
+    "--backbone",
+    "name",
+    required=True,
+    metavar="NAME",
+    shell_complete=options.entries("backbones"),
+    help="An entry of `backbones` in the parameter file, or a backbone plug-in.",
+)
+@click.option(
+    "--machines", type=click.IntRange(1), default=1, show_default=True, metavar="M", help="Machines like this."
+)
+@options.params_file
+@options.device("auto")
+@click.option("--place", type=PATH, default=Path(), help="Folder whose disk the caches will be on; default: here.")
+@options.as_json
+def plan(images: int, name: str, machines: int, params_file: Path, device: str, place: Path, as_json: bool) -> None:
+    """Say what N images will take: bytes, files, hours, and what breaks first.
+
+    Rehearses the stages with random weights on made-up images for about half a
+    minute in a temporary folder below --place, then scales.
+    """
+    import shutil
+    from tempfile import TemporaryDirectory
+
+    from h2t.cache.memory import available_memory
+    from h2t.pipeline.base.device import choose
+    from h2t.pipeline.command_line.caches import human
+    from h2t.pipeline.project.plan import Machine, shown
+    from h2t.pipeline.project.plan import plan as planned
+    from h2t.pipeline.project.rehearsal import rehearse
+
+    entry, params = _entry(name, params_file)
+    if not place.is_dir():
+        raise UserError(f"--place: must be a folder; got {place}")
+    machine = Machine(available_memory(), shutil.disk_usage(place).free)
+    with TemporaryDirectory(prefix=".h2t-plan-", dir=place) as folder:
+        known = rehearse(Path(folder), entry, params, choose(device))
+    result = planned(images, machines, known, machine)
+    if as_json:
+        click.echo(json.dumps(result, sort_keys=True))
+        return
+    for line in shown(result, human):
+        click.echo(line)
+
+
+def _entry(name: str, params_file: Path) -> tuple[Any, Any]:
+    """The backbone `name` and the section `extract` of the parameter file, or a plug-in of that name and defaults."""
+    from h2t.pipeline.base import params, plugins
+    from h2t.pipeline.inspection import settings
+    from h2t.pipeline.stages import extract, train_backbone
+
+    values = params.load(params_file) if params_file.exists() else {}
+    known = settings.complete(values, "backbones") if values.get("backbones") else {}
+    if name not in known and name not in plugins.names("backbones"):
+        there = ", ".join([*known, *plugins.names("backbones")])
+        raise UserError(f"--backbone: must be an entry of {params_file} or a plug-in ({there}); got {name!r}")
+    entry = params.build(train_backbone.Params, f"backbones.{name}", known.get(name, {"arch": name}))
+    return entry, params.build(extract.Params, "extract", values.get("extract") or {"batchnorm": ["stage1"]})

@@ -36,8 +36,8 @@ def dvc(*arguments: str, cwd: Path) -> str:
 def changed(repository: Path) -> set[str]:
     """Stages that `dvc repro` would run: those that changed and all that they feed; without the `@entry`.
 
-    IDLE stages feed nobody here: `inputs` runs for an instant where a parameter could name a file, `replicates` where it
-    could change a replicate. Their outputs stay.
+    IDLE stages feed nobody here: `inputs` runs for an instant where a parameter could name a file, `replicates` where
+    one could change a replicate. Their outputs stay.
     """
     with contextlib.chdir(repository), Repo(str(repository)) as repo:  # a process for each costs seconds
         reached = set(repo.status())

@@ -65,34 +65,49 @@ def shown(body: Mapping[str, Any]) -> str:
     text = [table(header, rows)]
     if body["failed"]:
         text.append("Not trained: " + "; ".join(f"{step} ({why})" for step, why in body["failed"].items()) + ".")
-    cache, costs, count = body["cache"], body["costs"], body["samples"]
+    costs = body["costs"]
     text.append(
-        f"{body['model']} at {body['pixels']} pixels, {body['device']}; {count['train']:,} training, {count['val']:,} "
-        f"validation and {count['test']:,} test images of classes with {body['counts'][0]:,} to {body['counts'][-1]:,} "
-        f"training images, {cache['views']} view each. Maps {'x'.join(map(str, cache['map']))}: "
-        f"{cache['maps_bytes'] / 1e9:.2f} GB; pooled, {cache['pooled_bytes'] / 1e6:.0f} MB. Extraction took "
-        f"{costs['extract']['seconds']:.0f} s ({cache['images_per_second']:.0f} images/s), all steps together "
+        f"{_images(body)} Extraction took {costs['extract']['seconds']:.0f} s "
+        f"({body['cache']['images_per_second']:.0f} images/s), all steps together "
         f"{sum(c['seconds'] for c in costs.values()):.0f} s."
     )
     if "plain" in body:
-        ours, plain = body["journey"], body["plain"]
-        fits = plain["fits"]
-        done = "" if fits["done"] == fits["wanted"] else f", from {fits['done']} that were fitted"
-        text.append(
-            table(
-                ["from images to classifiers", "classifiers", "CPU s", "of these before the first classifier"],
-                [
-                    ["h2t", str(ours["heads"]), f"{ours['cpu']:.0f}", f"{_before(ours['steps']):.0f}"],
-                    [
-                        "the network by hand, scikit-learn",
-                        f"{fits['wanted']}{done}",
-                        f"{plain['cpu']:.0f}",
-                        f"{plain['network']['cpu']:.0f}",
-                    ],
-                ],
-            )
-        )
+        text.append(_journey_table(body))
     return "\n\n".join(text)
+
+
+def journey(body: Mapping[str, Any]) -> str:
+    """The journey from images to classifiers beside the plain script, as Markdown."""
+    return f"{_images(body)}\n\n{_journey_table(body)}"
+
+
+def _images(body: Mapping[str, Any]) -> str:
+    """The network, the images and the bytes of their maps, in two sentences."""
+    cache, count = body["cache"], body["samples"]
+    return (
+        f"{body['model']} at {body['pixels']} pixels, {body['device']}; {count['train']:,} training, {count['val']:,} "
+        f"validation and {count['test']:,} test images of classes with {body['counts'][0]:,} to {body['counts'][-1]:,} "
+        f"training images, {cache['views']} view each. Maps {'x'.join(map(str, cache['map']))}: "
+        f"{cache['maps_bytes'] / 1e9:.2f} GB; pooled, {cache['pooled_bytes'] / 1e6:.0f} MB."
+    )
+
+
+def _journey_table(body: Mapping[str, Any]) -> str:
+    ours, plain = body["journey"], body["plain"]
+    fits = plain["fits"]
+    done = "" if fits["done"] == fits["wanted"] else f", from {fits['done']} that were fitted"
+    return table(
+        ["from images to classifiers", "classifiers", "CPU s", "of these before the first classifier"],
+        [
+            ["h2t", str(ours["heads"]), f"{ours['cpu']:.0f}", f"{_before(ours['steps']):.0f}"],
+            [
+                "the network by hand, scikit-learn",
+                f"{fits['wanted']}{done}",
+                f"{plain['cpu']:.0f}",
+                f"{plain['network']['cpu']:.0f}",
+            ],
+        ],
+    )
 
 
 def _before(steps: Mapping[str, Mapping[str, float]]) -> float:

@@ -91,6 +91,11 @@ def frozen_text(path: Path) -> str:
     return frozen_results.shown(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else "Not run yet."
 
 
+def journey_text(path: Path) -> str:
+    """The journey from images to classifiers on a CPU beside a plain script, if it was run."""
+    return frozen_results.journey(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else "Not run yet."
+
+
 def document(data: Path, digits: Path, template: str) -> str:
     """The text of docs/results.md: `template` with its {{places}} filled from what `data` and `digits` hold."""
     found = {p.name: load_analysis(p) for p in sorted((data / "analyses").iterdir()) if p.is_dir()}
@@ -119,6 +124,7 @@ def document(data: Path, digits: Path, template: str) -> str:
         "grid donors": variant_table(found["grid"]["grid"], REPORTED, {}, ""),
         "digits": digits_text(digits),
         "frozen": frozen_text(RESULTS / "frozen.json"),
+        "journey": journey_text(RESULTS / "journey.json"),
         **online_tables(online, {label: r.at(online.ratio) for label, r in recipes.items()}),
     }
     places |= {f"ratios {f}": ratios_table(recipes, f) for f in SHORT}

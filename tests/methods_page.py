@@ -1,4 +1,4 @@
-"""docs/methods.md from the docstrings of hosts and samplers: `python tests/methods_page.py` writes it."""
+"""docs/methods.md from the docstrings of hosts, samplers and objectives: `python tests/methods_page.py` writes it."""
 
 # ruff: noqa: E501 - a row of a Markdown table is one line
 
@@ -15,7 +15,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
 START = """\
 # Methods
 
-<!-- Written by python tests/methods_page.py from the docstrings in pipeline/hosts and pipeline/samplers. Edit them there. -->
+<!-- Written by python tests/methods_page.py from the docstrings in pipeline/hosts, samplers and objectives. Edit them there. -->
 
 What stage II can train or fit on cached features: for each host its formula, source, constants and what differs from
 the published method. `python -m benchmarks.arena` compares them on one cache, tuned alike
@@ -25,6 +25,23 @@ published figures are not ours to reach. Constants are keys of `hosts.NAME.loss`
 Batches: the sampler of the receivers, unless `receiver` says otherwise. H2T can be added to every host that is trained;
 donors are drawn and fused as everywhere. With hosts whose batches are instance-wise the fused receivers are mostly of
 large classes, unlike in the paper.
+"""
+
+STAGE_ONE = """\
+## Objectives
+
+What stage I can train a backbone with. Constants are keys of `backbones.NAME.loss`, with their defaults. Every objective
+can be trained with `mixup` or with `cmo`, but not with both.
+
+`cmo`: CMO. A rectangle of every image is replaced by that of an image from a second, class-balanced sampler, and the
+two labels are mixed by area: the loss is r l(z, y) + (1 - r) l(z, y').
+
+Source: Park et al., "The Majority Can Help the Minority: Context-rich Minority Oversampling for Long-tailed
+Classification", CVPR 2022, as in the authors' code: with probability `cmo` (0.5 there) a batch gets one rectangle, whose
+sides are sqrt(1 - t) of the image's with t uniform in \\[0, 1\\], centred anywhere and clipped at the edges; r is the area
+that is left; none in the first four epochs and the last three. The authors' second sampler weights each image by 1 / n of
+its class (`cmo_power: 1`). Published with cross-entropy, balanced softmax, LDAM-DRW and RIDE: objectives `ce`,
+`balanced_softmax`, `ldam_drw`, `ride`.
 """
 
 END = """\
@@ -38,8 +55,9 @@ Formulas were read in public code where there is any. What could not be verified
 | LEAP (Liu et al., CVPR 2020) | formula and constants not verified; made for face and person re-identification | – |
 | ACE (Cai, Wang and Hwang, ICCV 2021) | losses and schedule not verified | 49.40 |
 | MBJ, memory-based jitter (Liu, Li and Sun, AAAI 2022) | it stores features of past iterations; on a frozen backbone these are the same features again | 45.80 |
-| LFME (Xiang, Ding and Han, ECCV 2020) | needs teacher networks and validation accuracy inside stage I | – |
-| BBN (Zhou et al., CVPR 2020), CMO (Park et al., CVPR 2022), RSG (Wang et al., CVPR 2021) | stage I with a second sampler; `pair_mixup` and sampler `reverse` are their parts on features | BBN 42.56, CMO with cross-entropy 43.90 |
+| LFME (Xiang, Ding and Han, ECCV 2020) | needs three teacher networks in every step and validation accuracy after every epoch, which decides its weights; stage I has neither | – |
+| BBN (Zhou et al., CVPR 2020) | each image must run through one of the two branches alone, as the other branch would count it in its batch norm; every backbone here runs all its branches. `pair_mixup` and sampler `reverse` are its parts on features | 42.56 |
+| RSG (Wang et al., CVPR 2021) | trains modules inside the backbone | – |
 
 The figures are those that the H2T paper quotes (Li et al., AAAI 2024, Table 1); they are of other trainings than ours.
 """
@@ -61,24 +79,34 @@ def escaped(text: str) -> str:
 
 
 def entry(kind: str, name: str) -> str:
-    """A plug-in's heading, docstring and, for a host, what it needs."""
-    parts = [f"### {name}", escaped(text_of(kind, name))]
+    """A plug-in's heading, docstring and constants; for a host also what it needs."""
+    lines = []
+    module = plugins.load(kind, name)
     if kind == "hosts":
-        module = plugins.load(kind, name)
-        batches = "none: closed-form fit, no H2T" if module.Host.fitted else module.Host.receiver
+        lines.append(f"Batches: {'none: closed-form fit, no H2T' if module.Host.fitted else module.Host.receiver}.")
+        lines += [f"Needs {more}."] if (more := module.Host.needs()) else []
+    if kind in ("hosts", "objectives"):
         constants = [f"`{key}` {written(field.get_default())}" for key, field in module.Loss.model_fields.items()]
-        line = f"Batches: {batches}."
-        line += f" Needs {more}." if (more := module.Host.needs()) else ""
-        line += f" Constants: {', '.join(constants)}." if constants else ""
-        parts.append(line)
-    return "\n\n".join(parts)
+        lines += [f"Constants: {', '.join(constants)}."] if constants else []
+    return "\n\n".join([f"### {name}", escaped(text_of(kind, name)), *([" ".join(lines)] if lines else [])])
 
 
 def page() -> str:
     """The whole page."""
-    hosts = [entry("hosts", name) for name in built_in("hosts")]
-    samplers = [entry("samplers", name) for name in built_in("samplers")]
-    return "\n\n".join([START.rstrip(), "## Hosts", *hosts, "## Samplers", *samplers, END.rstrip()]) + "\n"
+    hosts, samplers, objectives = (
+        [entry(kind, name) for name in built_in(kind)] for kind in ("hosts", "samplers", "objectives")
+    )
+    parts = [
+        START.rstrip(),
+        "## Hosts",
+        *hosts,
+        "## Samplers",
+        *samplers,
+        STAGE_ONE.rstrip(),
+        *objectives,
+        END.rstrip(),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 if __name__ == "__main__":

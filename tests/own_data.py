@@ -4,7 +4,8 @@
 
 Builds the wheel, installs it into a new environment and, for each collection, types: h2t init, dvc repro, h2t export,
 h2t predict. Compares the images in the result with those in the collection. `--layered` takes the other packages from
-the running environment in place of installing them anew. Prints a line for each collection: seconds, lines typed.
+the running environment in place of installing them anew. Prints a line for each collection: seconds by the clock
+and of the processor, lines typed.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import csv
 import io
 import json
 import os
+import resource
 import subprocess
 import sys
 import sysconfig
@@ -186,14 +188,16 @@ def walk(name: str, folder: Path, programs: Path, epochs: int | None) -> dict[st
     ]
     env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV"))}
     env |= {"PATH": f"{programs}{os.pathsep}{env['PATH']}", "DVC_NO_ANALYTICS": "true"}
-    log, seconds = folder / f"{name}.log", {}
+    log, seconds, cpu = folder / f"{name}.log", {}, {}
     for line in typed:
-        started = time.monotonic()
+        started, used = time.monotonic(), _cpu_of_children()
         with log.open("a", encoding="utf-8") as out:
             out.write(f"$ {line}\n")
             out.flush()
             done = subprocess.run(["bash", "-c", line], cwd=project, env=env, stdout=out, stderr=out)
-        seconds[" ".join(line.split()[:2])] = round(time.monotonic() - started, 1)
+        command = " ".join(line.split()[:2])
+        seconds[command] = round(time.monotonic() - started, 1)
+        cpu[command] = round(_cpu_of_children() - used, 1)
         bad_images_left = name == "messy" and line.startswith("h2t predict")  # exit 1 says that some were skipped
         if done.returncode and not bad_images_left:
             sys.exit("\n".join([*log.read_text(encoding="utf-8").splitlines()[-20:], f"failed: {name}: {line}"]))
@@ -208,7 +212,20 @@ def walk(name: str, folder: Path, programs: Path, epochs: int | None) -> dict[st
         if not (project / made).is_file():
             sys.exit(f"{name}: no {made}; see {log}")
     lines = [line for line in (project / "params.yaml").read_text(encoding="utf-8").splitlines() if line.strip()]
-    return {"name": name, "images": usable, "typed": len(typed), "params": len(lines), "seconds": seconds}
+    return {
+        "name": name,
+        "images": usable,
+        "typed": len(typed),
+        "params": len(lines),
+        "seconds": seconds,
+        "cpu": cpu,
+    }
+
+
+def _cpu_of_children() -> float:
+    """Processor seconds of all processes that were started and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def main() -> None:

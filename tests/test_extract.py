@@ -21,6 +21,7 @@ from h2t.pipeline.base.run import Run
 from h2t.pipeline.extraction.batchnorm import from_bytes, use
 from h2t.pipeline.networks.trained import load_backbone
 from h2t.pipeline.networks.weights import load_weights, save_weights
+from h2t.pipeline.stages import extract
 from h2t.pipeline.stages.extract import row_table, views_per_class
 
 pytestmark = pytest.mark.slow
@@ -90,6 +91,22 @@ def _digest(images, source):
     import hashlib
 
     return hashlib.sha256(images._read(source)).hexdigest()
+
+
+def test_a_network_that_changes_its_weights_while_it_runs_is_refused(digits, backbone_dir, tmp_path):
+    samples, images = digits
+
+    def drift(module, given, result):
+        if isinstance(module, torch.nn.Conv2d):
+            module.weight.data.mul_(1.001)
+
+    hook = torch.nn.modules.module.register_module_forward_hook(drift)
+    try:
+        with pytest.raises(UserError, match="the backbone's weights must not change during extraction"):
+            extract.run(make_extract(), Run("b", tmp_path / "c"), samples, images, backbone_dir)
+    finally:
+        hook.remove()
+    assert not (tmp_path / "c").exists()
 
 
 def test_views_differ_and_view_0_is_the_evaluation_transform(digits_cache):

@@ -9,13 +9,15 @@ import torch
 from backbone_families import FAMILIES, built, own_logits_differ_by, reference, timm
 from pipeline_builders import make_samples
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.extraction import batchnorm
 from h2t.pipeline.networks.layouts import as_maps, grid
-from h2t.pipeline.networks.trained import BackboneFacts, load_backbone, load_head
+from h2t.pipeline.networks.trained import BLOCK, BackboneFacts, has_stored_weights, load_backbone, load_head
+from h2t.pipeline.networks.weights import save_weights
 from h2t.pipeline.stages import extract, train_backbone
 
 pytest.importorskip("timm")
@@ -96,6 +98,48 @@ def test_the_classifier_in_the_weights_is_kept_if_it_has_the_datasets_classes(tm
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.allclose(backbone(x)[0][..., 0, 0], whole.eval().forward_features(x)[:, 0], atol=1e-5)
+
+
+WIDE = timm("vit_small_patch16_224", "cls", 32, depth=1)  # weights of up to 590,000 numbers
+
+
+@pytest.mark.parametrize("family", [WIDE, timm("mobilenetv3_small_050")], ids=str)
+def test_a_loaded_network_has_the_weights_of_the_file_and_the_ending_that_was_proved(family, tmp_path):
+    network = built(family)
+    about = {"arch": "timm", "options": family.options, "input": {"size": family.size}}
+    save_weights(tmp_path / "backbone.safetensors", network.state_dict(), about)
+    before = torch.get_rng_state()
+    loaded, _ = load_backbone(tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert loaded.ending.classifier == network.ending.classifier
+    assert [kinds for _, kinds in loaded.ending.after] == [kinds for _, kinds in network.ending.after]
+    assert {k: v.tolist() for k, v in loaded.state_dict().items()} == {
+        k: v.tolist() for k, v in network.state_dict().items()
+    }
+    assert has_stored_weights(loaded, tmp_path)
+    next(loaded.parameters()).data.view(-1)[0] += 1e-3
+    assert not has_stored_weights(loaded, tmp_path)
+
+
+def test_loading_a_network_draws_few_random_numbers(tmp_path):
+    """Of a network of 86 million parameters, drawing initial values took longer than everything else."""
+    network = built(WIDE)
+    about = {"arch": "timm", "options": WIDE.options, "input": {"size": WIDE.size}}
+    save_weights(tmp_path / "backbone.safetensors", network.state_dict(), about)
+    drawn = 0
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal drawn
+            if func in (torch.ops.aten.uniform_.default, torch.ops.aten.normal_.default):
+                drawn += args[0].numel()
+            return func(*args, **(kwargs or {}))
+
+    with Counting():
+        load_backbone(tmp_path)
+    large = sum(p.numel() > BLOCK for p in network.parameters())
+    small = sum(p.numel() for p in network.parameters() if p.numel() <= BLOCK)
+    assert 0 < drawn < 4 * (BLOCK * large + small)
 
 
 def test_without_batch_norm_there_is_one_set_of_statistics_and_no_pass():

@@ -146,7 +146,52 @@ def reslt_reference(objective, maps, epoch, noise):
     return 0.005 * fusion + 0.995 * sum(terms) / len(terms)
 
 
+def mean_logits(objective, maps, i):
+    return mean_over_experts([linear_by_hand(objective, maps, e, i) for e in range(len(maps))])
+
+
+def focal_by_hand(z, y, gamma, form):
+    """One sample's focal loss; with a sigmoid it is the sum of a binary loss for each class."""
+    if form == "softmax":
+        p = math.exp(z[y]) / sum(math.exp(v) for v in z)
+        return -((1 - p) ** gamma) * math.log(p)
+    right = [1 / (1 + math.exp(-v if j == y else v)) for j, v in enumerate(z)]
+    return sum(-((1 - p) ** gamma) * math.log(p) for p in right)
+
+
+def focal_reference(objective, maps, epoch, noise):
+    gamma, form = objective.constants.gamma, objective.constants.form
+    each = [focal_by_hand(mean_logits(objective, maps, i), y, gamma, form) for i, y in enumerate(LABELS.tolist())]
+    return sum(each) / len(each)
+
+
+def class_balanced_reference(objective, maps, epoch, noise):
+    constants, total = objective.constants, 0.0
+    weights = weights_by_hand(constants.beta) if epoch >= constants.start_epoch else [1.0] * len(COUNTS)
+    gamma = 0 if constants.base == "softmax" else constants.gamma
+    form = "sigmoid" if constants.base == "sigmoid_focal" else "softmax"
+    for i, y in enumerate(LABELS.tolist()):
+        total += weights[y] * focal_by_hand(mean_logits(objective, maps, i), y, gamma, form)
+    return total / len(LABELS)
+
+
+def influence_balanced_reference(objective, maps, epoch, noise):
+    inverse, total = [1 / n for n in COUNTS], 0.0
+    for i, y in enumerate(LABELS.tolist()):
+        z = mean_logits(objective, maps, i)
+        loss = minus_log_p(z, y)
+        if epoch >= objective.constants.start_epoch:
+            apart = sum(abs(math.exp(-minus_log_p(z, j)) - (j == y)) for j in range(len(z)))
+            size = sum(float(m[i].mean((1, 2)).abs().sum()) for m in maps) / len(maps)
+            loss *= len(COUNTS) * inverse[y] / sum(inverse) * 1000 / (apart * size + 0.001)
+        total += loss
+    return total / len(LABELS)
+
+
 REFERENCES = {
+    "focal": focal_reference,
+    "class_balanced": class_balanced_reference,
+    "influence_balanced": influence_balanced_reference,
     "ce": ce_reference,
     "balanced_softmax": balanced_softmax_reference,
     "ldam_drw": ldam_drw_reference,
@@ -184,6 +229,39 @@ def test_the_loss_is_that_of_a_slow_reference(name, experts, epoch):
 def test_ride_with_linear_classifiers():
     check_reference("ride", 3, 0, classifier="linear")
     check_reference("ride", 3, 170, classifier="linear")
+
+
+@pytest.mark.parametrize(
+    ("name", "loss"),
+    [
+        ("focal", {"gamma": 0.5}),
+        ("focal", {"form": "sigmoid", "gamma": 1.0}),
+        ("class_balanced", {"beta": 0.9, "base": "focal", "gamma": 1.0}),
+        ("class_balanced", {"base": "sigmoid_focal", "start_epoch": 160}),
+        ("influence_balanced", {"start_epoch": 0}),
+    ],
+)
+def test_other_constants_of_weighted_losses(name, loss):
+    for epoch in (0, 160):
+        check_reference(name, 2, epoch, **loss)
+
+
+def test_the_influence_is_a_constant_only_if_asked():
+    """Of one sample: the gradient in the logits is that of cross-entropy over the influence, or of their quotient."""
+    logits_ = torch.tensor([[0.3, -0.2, 0.5]], dtype=torch.float64, requires_grad=True)
+    outputs, labels = torch.cat([logits_, torch.tensor([[2.5]]).double()], 1), torch.tensor([2])
+
+    def gradient(detach):
+        loss = {"start_epoch": 0, "weights": "none", "detach": detach}
+        cost = make_objective("influence_balanced", counts=(3, 2, 1), **loss).cost(outputs, labels, 0)
+        return torch.autograd.grad(cost, logits_, retain_graph=True)[0].numpy()[0]
+
+    p = np.exp([0.3, -0.2, 0.5]) / np.exp([0.3, -0.2, 0.5]).sum()
+    own, slope = np.eye(3)[2], p - np.eye(3)[2]  # of the cross-entropy
+    influence, of_influence = 2 * (1 - p[2]) * 2.5 + 0.001, -2 * 2.5 * p[2] * (own - p)
+    assert np.allclose(gradient(True), 1000 * slope / influence, rtol=1e-12)
+    quotient = (slope * influence + np.log(p[2]) * of_influence) / influence**2
+    assert np.allclose(gradient(False), 1000 * quotient, rtol=1e-12)
 
 
 def test_the_reference_finds_a_wrong_constant():

@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from h2t.pipeline.base.many_streams import ManyStreams
+from h2t.pipeline.base import seeds
+from h2t.pipeline.base.many_streams import ManyStreams, start
 from h2t.pipeline.base.seeds import stream, torch_seed, word
 
 PINNED = ([135, 14, 937, 257], [464, 179, 545, 647], 3866525415616801780)
@@ -87,3 +88,16 @@ def test_a_word_of_many_streams_may_differ_from_stream_to_stream():
     names = ["a.jpg", "b.jpg", "ä"]
     many = ManyStreams(3, "view", np.array([word(name) for name in names], np.uint32), 5)
     assert many.integers(10**6).tolist() == [stream(3, "view", name, 5).integers(10**6) for name in names]
+
+
+@given(st.lists(st.integers(0, 2**33), min_size=1, max_size=4, unique=True), KEYS)
+def test_streams_started_ahead_draw_what_they_draw_otherwise(numbers, key):
+    epochs = [0, 3, 2**32 - 1, *range(10, 40)]
+    keys = [(*key, "own", epoch, 7) for epoch in epochs]
+    before = [draws(seed, *one) for seed in numbers for one in keys]
+    start(numbers, (*key, "own", epochs, 7))
+    assert seeds._started.keys() == {(seed, *one) for seed in numbers for one in keys if seed < 2**32}
+    assert [draws(seed, *one) for seed in numbers for one in keys] == before
+    assert (stream(numbers[0], *keys[0]).permutation(50) == stream(numbers[0], *keys[0]).permutation(50)).all()
+    start([], ())
+    assert not seeds._started

@@ -6,6 +6,7 @@ samples' order, mixup's share and partners. Optimiser, schedule, mixup, losses a
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from pipeline_builders import CPU, silent
@@ -85,6 +86,17 @@ class Ce:
         return cross_entropy(z, y)
 
 
+class BalancedSoftmax(Ce):
+    """Cross-entropy of the logits plus the logarithm of the class counts."""
+
+    def __init__(self, objective, counts):
+        super().__init__(objective, counts)
+        self.counts = torch.tensor(counts).double()
+
+    def cost(self, z, y, epoch):
+        return cross_entropy(z + self.counts.log(), y)
+
+
 class Ride:
     """Cosine classifiers of scale 30, LDAM's margins, the diversity term; weights and temperatures from epoch 1 on."""
 
@@ -148,18 +160,46 @@ def rate(epoch, rise):
     return RATE * (f if not rise else (1 - f) / 3 + f) * (0.1 if epoch >= 2 else 1)
 
 
-def loop(backbone, head, samples, images, *, mixup, nesterov, drop_last, rise):
+def pasted(x, y, samples, images, epoch, step, *, epochs, cmo, power):
+    """CMO as in the authors' code: (images with a rectangle of others, labels of those, the images' share of the area).
+
+    None if this step has none. Weights of single images, in place of classes; a mask, in place of slices.
+    """
+    draws = stream(0, "stage1", "cmo", epoch, step)
+    if not 3 < epoch < epochs - 3 or draws.random() >= cmo:
+        return None
+    share, right, down = draws.random(), draws.random(), draws.random()
+    n = torch.tensor(samples.counts).double()
+    train = samples.of("train")
+    weight = n[samples.labels[train]] ** -power
+    by_class = torch.stack([weight[samples.labels[train] == k].sum() for k in range(len(n))])
+    chosen = draws.choice(len(n), size=len(y), p=(by_class / by_class.sum()).numpy())
+    inside = draws.integers(n.long().numpy()[chosen])
+    own = [np.flatnonzero(samples.labels[train] == k)[i] for k, i in zip(chosen, inside, strict=True)]
+    others = train[own]
+    z = images.batch(others.tolist(), [(0, "stage1", epoch, "cmo", step)] * len(y))
+    size = x.shape[-1]
+    half, place = int(size * (1 - share) ** 0.5) // 2, torch.arange(size)
+
+    def between(middle):
+        return (place >= middle - half) & (place < middle + half)
+
+    mask = between(int(size * down))[:, None] & between(int(size * right))[None]
+    return torch.where(mask, z, x), torch.from_numpy(samples.labels[others]), 1 - mask.double().mean()
+
+
+def loop(backbone, head, samples, images, *, mixup, nesterov, drop_last, rise, epochs=EPOCHS, cmo=0.0, power=1.0):
     """The published loops: one update a batch, by torch's SGD written out. Returns the losses of the epochs."""
     parameters = [*backbone.parameters(), *head.parameters.values()]
     speed = [torch.zeros_like(p) for p in parameters]
     train = samples.of("train")
     losses = []
     backbone.train()
-    for epoch in range(EPOCHS):
+    for epoch in range(epochs):
         draws = stream(0, "stage1", "epoch", epoch)
         order = train[draws.permutation(len(train))]
         total = seen = 0
-        for first in range(0, len(order), BATCH):
+        for step, first in enumerate(range(0, len(order), BATCH)):
             batch = order[first : first + BATCH]
             if drop_last and len(batch) < BATCH:
                 continue
@@ -170,6 +210,10 @@ def loop(backbone, head, samples, images, *, mixup, nesterov, drop_last, rise):
                 partner = torch.from_numpy(draws.permutation(len(batch)))
                 found = head(backbone(share * x + (1 - share) * x[partner]))
                 loss = share * head.cost(found, y, epoch) + (1 - share) * head.cost(found, y[partner], epoch)
+            elif mixed := pasted(x, y, samples, images, epoch, step, epochs=epochs, cmo=cmo, power=power):
+                x, others, share = mixed
+                found = head(backbone(x))
+                loss = share * head.cost(found, y, epoch) + (1 - share) * head.cost(found, others, epoch)
             else:
                 loss = head.cost(head(backbone(x)), y, epoch)
             gradients = torch.autograd.grad(loss, parameters)
@@ -197,13 +241,16 @@ def apart(found, expected) -> float:
         ("ride", Ride, {"reweight_epoch": 1}, {"mixup": 1.0}),
         ("reslt", Reslt, {"groups": [2, 4]}, {"nesterov": True, "drop_last": True, "warmup_from": 1 / 3}),
         ("reslt", Reslt, {"groups": [2, 4]}, {"mixup": 1.0}),
+        ("ce", Ce, {}, {"epochs": 9, "cmo": 0.5}),
+        ("balanced_softmax", BalancedSoftmax, {}, {"epochs": 8, "cmo": 1.0, "cmo_power": 2.0}),
+        ("ride", Ride, {"reweight_epoch": 1}, {"epochs": 8, "cmo": 1.0}),
     ],
 )
 def test_steps_are_those_of_the_published_loop(digits, tmp_path, name, head, loss, more):
     samples, images = digits
-    experts = 1 if name == "ce" else 2
-    recipe = {"epochs": EPOCHS, "batch_size": BATCH, "lr": RATE, "momentum": MOMENTUM, "weight_decay": DECAY}
-    params = Training(**recipe, warmup_epochs=2, milestones=[2], **more)
+    experts = 2 if name in ("ride", "reslt") else 1
+    recipe = {"epochs": EPOCHS, "batch_size": BATCH, "lr": RATE, "momentum": MOMENTUM, "weight_decay": DECAY, **more}
+    params = Training(**recipe, warmup_epochs=2, milestones=[2])
     backbone, objective = network(experts, name, samples.counts, **loss)
     other, _ = network(experts, name, samples.counts, **loss)
     by_hand = head(objective, samples.counts)
@@ -212,6 +259,7 @@ def test_steps_are_those_of_the_published_loop(digits, tmp_path, name, head, los
     losses = loop(
         other, by_hand, samples, pictures,
         mixup=params.mixup, nesterov=params.nesterov, drop_last=params.drop_last, rise=bool(params.warmup_from),
+        epochs=params.epochs, cmo=params.cmo, power=params.cmo_power,
     )  # fmt: skip
     assert [c["loss"] for c in curves] == pytest.approx(losses, rel=EXACT)
     expected = other.state_dict()

@@ -3,6 +3,7 @@ import pytest
 from pipeline_builders import make_stage2_rows
 from scipy.stats import chisquare
 
+from h2t.pipeline.base import seeds
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.heads.batches import Streams, sample_rows
 from h2t.pipeline.stages.prepare import Imbalance, long_tailed_counts
@@ -80,6 +81,16 @@ def test_any_step_can_be_drawn_without_the_ones_before_it():
         alone = make_streams(rows).batch(*at)
         for name in ("receivers", "labels", "donors"):
             assert np.array_equal(getattr(alone, name), getattr(seen[at], name))
+
+
+def test_batches_of_a_window_are_those_of_each_step():
+    streams = make_streams(make_stage2_rows(views=2), seeds=list(range(40)), partner="reverse")
+    steps = range(1, streams.steps)
+    for step, one in zip(steps, streams.batches(2, steps), strict=True):
+        alone = streams.batch(2, step)
+        assert all(np.array_equal(getattr(one, name), getattr(alone, name)) for name in vars(alone))
+    assert (0, "receiver", "balanced", "view", 2, 1) in seeds._started
+    assert (39, "donor", "instance", "view", 2, 1) in seeds._started
 
 
 def test_batches_of_a_seed_hang_on_no_other_seed_or_donor():

@@ -4,14 +4,17 @@ import hashlib
 import pickle
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from builders import tree
-from pipeline_builders import distance, make_samples, silent, torchrun, write_params
+from pipeline_builders import CPU, distance, make_samples, silent, torchrun, write_params
 from safetensors.torch import load_file, save_file
 
 from h2t.pipeline.base import params as reading
+from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.params import Section
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.base.seeds import stream
 from h2t.pipeline.stages import train_backbone
@@ -122,24 +125,31 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("more", [{}, {"precision": "fp16", "accumulate": 2, "objective": "reslt"}])
-def test_a_killed_training_goes_on_to_the_same_bytes(digits, tmp_path, monkeypatch, more):
-    trained(tmp_path / "whole", *digits, epochs=3, **more)
+@pytest.mark.parametrize(
+    ("more", "stop"),
+    [
+        ({"epochs": 3}, 2),
+        ({"epochs": 3, "precision": "fp16", "accumulate": 2, "objective": "reslt"}, 2),
+        ({"epochs": 9, "mixup": 0.0, "cmo": 1.0}, 5),  # in epochs 4 and 5
+    ],
+)
+def test_a_killed_training_goes_on_to_the_same_bytes(digits, tmp_path, monkeypatch, more, stop):
+    trained(tmp_path / "whole", *digits, **more)
     offer = Checkpoint.offer
 
     def die(self, steps, *rest):
         offer(self, steps, *rest)
-        if steps == 2:
+        if steps == stop:
             raise Killed
 
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoint, "offer", die)
         with pytest.raises(Killed):
-            trained(tmp_path / "b", *digits, epochs=3, **more)
+            trained(tmp_path / "b", *digits, **more)
     assert not (tmp_path / "b").exists()
     said = []
-    trained(tmp_path / "b", *digits, said.append, epochs=3, **more)
-    assert said[0] == "b: resumes after epoch 2 of 3"
+    trained(tmp_path / "b", *digits, said.append, **more)
+    assert said[0] == f"b: resumes after epoch {stop} of {more['epochs']}"
     assert tree(tmp_path / "b") == tree(tmp_path / "whole")
     assert not list(tmp_path.glob(".b.training*"))
 
@@ -154,6 +164,55 @@ def test_an_unfinished_training_with_other_settings_is_not_gone_on_with(digits, 
     assert said[0] == (
         "b: starts anew, as the saved training differs: parameters.lr 0.03, was 0.02; parameters.mixup 0.2, was 1.0"
     )
+
+
+def test_a_key_of_cmo_that_has_no_effect_starts_nothing_anew(digits, tmp_path, monkeypatch):
+    """Training that was interrupted before there was CMO goes on, too: its settings do not have these keys."""
+    with monkeypatch.context() as patch:
+        patch.setattr(train_backbone, "_write", lambda *a: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(Killed):
+            trained(tmp_path / "b", *digits, epochs=1)
+    said = []
+    trained(tmp_path / "b", *digits, said.append, epochs=1, cmo_power=2.0)
+    assert said[0] == "b: resumes after epoch 1 of 1"
+
+
+def test_cmo_pastes_images_of_rare_classes(digits, tmp_path, monkeypatch):
+    """At exponent 1 all classes are as frequent, at 0 as in the training images; other epochs have none."""
+    samples, images = digits
+    for power in (0.0, 1.0, 2.0, 300.0):
+        params = make_training(epochs=12, mixup=0.0, cmo=1.0, cmo_power=power)
+        counts = torch.tensor(samples.counts)
+        objective = plugins.load("objectives", "ce").Objective(Section(), 8, 1, counts)
+        training = stage_one.StageOne(
+            params, plugins.load("backbones", "tiny").build(Section()), objective, samples, images, 0, Group(CPU, 0, 1)
+        )
+        drawn = {e: [p.pasted for parts in training._batches(e) for p in parts] for e in range(12)}
+        assert [e for e in drawn if drawn[e][0] is not None] == list(range(4, 9))
+        found = np.concatenate([p.samples for e in range(4, 9) for p in drawn[e]])
+        share = np.bincount(samples.labels[found], minlength=len(counts)) / len(found)
+        law = (counts.double() / counts.min()) ** (1 - power)
+        assert np.abs(share - (law / law.sum()).numpy()).max() < 4 * (0.25 / len(found)) ** 0.5
+        assert set(np.array(samples.table["split"])[found]) == {"train"}
+
+
+def test_cmo_with_mixup_is_refused():
+    with pytest.raises(UserError, match="cmo and mixup both mix images and labels; set one of them to 0"):
+        reading.build(Params, "backbones.b", {"arch": "tiny", "cmo": 0.5, "mixup": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("share", "centre", "expected"),
+    [
+        (0.75, (0.5, 0.5), (8, 24, 8, 24)),  # a quarter of the area
+        (0.75, (0.0, 0.99), (23, 32, 0, 8)),  # clipped
+        (0.0, (0.5, 0.5), (0, 32, 0, 32)),
+        (1.0, (0.5, 0.5), (16, 16, 16, 16)),
+    ],
+)
+def test_the_rectangle_of_cutmix(share, centre, expected):
+    rows, columns = stage_one.rectangle(share, centre, 32, 32)
+    assert (rows.start, rows.stop, columns.start, columns.stop) == expected
 
 
 def test_parts_of_a_batch_have_batch_norm_of_their_own(digits, tmp_path):
@@ -249,8 +308,9 @@ def test_training_that_diverges_stops_in_one_line(digits, tmp_path):
     assert not (tmp_path / "b").exists()
 
 
-def test_two_processes_train_like_one_and_go_on_where_one_was_killed(tmp_path, monkeypatch):
-    entry = make_training(epochs=3, accumulate=2, objective="gcl").model_dump()
+@pytest.mark.parametrize(("more", "stop"), [({"epochs": 3}, 1), ({"epochs": 8, "mixup": 0.0, "cmo": 1.0}, 4)])
+def test_two_processes_train_like_one_and_go_on_where_one_was_killed(tmp_path, monkeypatch, more, stop):
+    entry = make_training(accumulate=2, objective="gcl", **more).model_dump()
     write_params(tmp_path / "params.yaml", backbones={"ce_mixup": entry})
     given = reading.load(tmp_path / "params.yaml")["prepare"]
     kept = ("imbalance", "test_per_class", "validation_per_class")
@@ -270,10 +330,10 @@ def test_two_processes_train_like_one_and_go_on_where_one_was_killed(tmp_path, m
 
     one(tmp_path / "one")
     with pytest.raises(Killed):
-        one(tmp_path / "two", stop=1)
+        one(tmp_path / "two", stop=stop)
     done = torchrun("train-backbone", "ce_mixup", "prepare", "two", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("resumes after epoch 1 of 3") == 1  # one process speaks
+    assert done.stdout.count(f"resumes after epoch {stop} of {entry['epochs']}") == 1  # one process speaks
     for name in ("backbone.safetensors", "head.safetensors"):
         assert furthest(load_file(tmp_path / "two" / name), load_file(tmp_path / "one" / name)) < 1e-3
 

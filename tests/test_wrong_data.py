@@ -49,7 +49,7 @@ def damaged(here):
 
 HUGGING_FACE = {"huggingface": '{"info": {"features": {"label": {"names": ["owl", "wren"]}}}}'}
 PARQUET = {
-    "no file": (lambda h: None, {}, "prepare.options.train: {here}/a.parquet: must be a readable Parquet file"),
+    "no file": (lambda h: None, {}, "prepare.options.train: {here}/a.parquet: no such file"),
     "no file matches": (lambda h: None, {"train": ["{here}/b*.parquet"]}, "prepare.options.train: no file matches"),
     "a text": (lambda h: (h / "a.parquet").write_text("image,label"), {}, "a.parquet: must be a readable Parquet"),
     "damaged": (damaged, {}, "{here}/a.parquet: must be a readable Parquet file"),
@@ -105,7 +105,11 @@ def lists(text, test="img/9.png 0\n"):
 LISTS = {
     "no list": (lambda h: None, {}, "{here}/l.txt: no such list file; set prepare.options.lists"),
     "an empty list": (lists("\n"), {}, "{here}/l.txt: must name at least one image; got an empty list file"),
-    "no text": (lists(b"img/caf\xe9.png 0"), {}, "{here}/l.txt: must be a readable UTF-8 text file"),
+    "no text": (
+        lists(b"img/caf\xe9.png 0"),
+        {},
+        "{here}/l.txt: must be a readable UTF-8 text file; got another encoding in line 1; save",
+    ),
     "no label": (lists("img/0.png\n"), {}, "{here}/l.txt:1: must have the form 'relative/path label'"),
     "words": (lists("img/0.png owl\n"), {}, "for labels in words set prepare.dataset=list_file"),
     "commas": (lists("img/0.png,0\n"), {}, "set prepare.dataset=table"),
@@ -159,7 +163,7 @@ CIFAR = {
     "two means": (
         lambda f, n: None,
         {"transform": {"size": 32, "mean": [0.5] * 2, "std": [1.0] * 3}},
-        "transform.mean",
+        "transform.mean: must have at least 3 items; got [0.5, 0.5]",
     ),
 }
 

@@ -50,7 +50,7 @@ class _HuggingFace(Tapped):
     def trunk(self, x: torch.Tensor) -> torch.Tensor:
         return _base(self._model)(pixel_values=x).last_hidden_state  # type: ignore[no-any-return]
 
-    def whole(self, x: torch.Tensor) -> torch.Tensor | None:
+    def whole(self, x: torch.Tensor, values: torch.Tensor) -> torch.Tensor | None:
         given = self._model(pixel_values=x)
         found: torch.Tensor | None = getattr(given, "logits", None)
         return getattr(given, "pooler_output", None) if found is None else found

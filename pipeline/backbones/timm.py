@@ -38,9 +38,9 @@ class _Timm(Tapped):
         values: torch.Tensor = self._model.forward_features(x)
         return values
 
-    def whole(self, x: torch.Tensor) -> torch.Tensor | None:
-        values: torch.Tensor = self._model.forward_head(self._model.forward_features(x))
-        return values
+    def whole(self, x: torch.Tensor, values: torch.Tensor) -> torch.Tensor | None:
+        logits: torch.Tensor = self._model.forward_head(values)
+        return logits
 
 
 def resolved(options: Options) -> Options:

@@ -48,11 +48,11 @@ class _Torchvision(Tapped):
         values: torch.Tensor = graph(x)["maps"]
         return values
 
-    def whole(self, x: torch.Tensor) -> torch.Tensor | None:
-        values: torch.Tensor = self._model(x)
-        return values
+    def whole(self, x: torch.Tensor, values: torch.Tensor) -> torch.Tensor | None:
+        logits: torch.Tensor = self._model(x)
+        return logits
 
-    def cut(self, side: int) -> None:
+    def cut(self, side: int, reached: set[nn.Module]) -> None:
         """Keeps what the graph uses, and the modules after pooling under their own names."""
         graph, after = self.__dict__["_graph"], self.modules_after
         for name, module in self._model.named_modules():

@@ -193,8 +193,8 @@ def _line(model: type[pydantic.BaseModel], where: str, error: Any) -> str:
         text = str(error["ctx"]["error"])
         named = isinstance(got, str) and repr(got) in text  # an unknown plug-in is named already
         return f"{path}: {text}" if named else f"{path}: {text}; got {_short(got)}"
-    text = error["msg"][0].lower() + error["msg"][1:]
-    return f"{path}: {text.replace('input should be', 'must be')}; got {_short(got)}"
+    rule = re.sub(r"^\w+ should ", "must ", error["msg"]).partition(" after validation")[0]
+    return f"{path}: {rule[0].lower()}{rule[1:]}; got {_short(got)}"
 
 
 def _short(value: Any) -> str:

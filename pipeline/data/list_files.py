@@ -94,11 +94,19 @@ def read_list(path: Path, root: Path, follow_links: bool, *, whole: bool = True)
     Raises UserError that names the file and the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        data = path.read_bytes()
+        lines = data.decode("utf-8-sig").splitlines()
     except FileNotFoundError:
         raise UserError(f"{path}: no such list file; set prepare.options.lists to the folder that holds it") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: must be a readable UTF-8 text file; got: {error}") from None
+    except UnicodeDecodeError as error:
+        wrong = data[: error.start].count(b"\n") + 1
+        raise UserError(
+            f"{path}: must be a readable UTF-8 text file; got another encoding in line {wrong}; save the list as UTF-8"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"{path}: must be a readable UTF-8 text file; got: {error.strerror}; correct the path"
+        ) from None
     sources: list[str] = []
     labels: list[str] = []
     for number, line in enumerate(lines, 1):
@@ -125,7 +133,9 @@ def _hint(line: str, *, whole: bool) -> str:
     """The datasets that may read such lines."""
     if "," in line or ";" in line:
         return "; for a table with columns set prepare.dataset=table"
-    return "; for labels in words set prepare.dataset=list_file" if whole and len(line.split()) > 1 else ""
+    if len(line.split()) < 2:
+        return "; add the label"
+    return "; for labels in words set prepare.dataset=list_file" if whole else ""
 
 
 def read_lists(options: Options, *, whole: bool = False) -> tuple[list[str], list[str], list[str]]:

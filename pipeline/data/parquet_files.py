@@ -57,6 +57,8 @@ def opened(key: str, path: Path) -> pq.ParquetFile:
         file = pq.ParquetFile(path)
         if file.metadata.num_rows > path.stat().st_size:  # a few bytes can claim billions of rows
             raise ValueError(f"{file.metadata.num_rows} rows in {path.stat().st_size} bytes hold no images")
+    except FileNotFoundError:
+        raise UserError(f"{key}: {path}: no such file; correct the path") from None
     except (OSError, pa.ArrowException, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(

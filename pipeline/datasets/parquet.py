@@ -70,8 +70,8 @@ def _whole_number_names(names: list[str] | None, label: list[int]) -> list[str]:
         return names
     if max(label) >= len(label):
         raise UserError(
-            f"label {max(label)} is out of range: with {counted(len(label), 'image')} labels are 0 to "
-            f"{len(label) - 1}, as every class needs an image; number the classes from 0"
+            f"prepare.options.label_column: label {max(label)} is out of range: with {counted(len(label), 'image')} "
+            f"labels are 0 to {len(label) - 1}, as every class needs an image; number the classes from 0"
         )
     return [str(i) for i in range(max(label) + 1)]
 

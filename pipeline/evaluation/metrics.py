@@ -120,12 +120,13 @@ def answers(logits: np.ndarray, labels: np.ndarray, temperature: float = 1.0) ->
 def precision_and_f1(labels: np.ndarray, guesses: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Precision and F1 of each class in percent, float64 (classes,) each.
 
-    NaN where undefined: precision of a class that is never predicted, F1 of one that has no samples either.
+    NaN where undefined: precision of a class that is never predicted, F1 of one that has no samples either. The figures
+    are those of scikit-learn's `precision_recall_fscore_support`, without its second of imports and 5 ms a classifier.
     """
-    from sklearn.metrics import precision_recall_fscore_support  # takes a second to import
-
-    found = precision_recall_fscore_support(labels, guesses, labels=range(classes), zero_division=np.nan)
-    return 100 * found[0], 100 * found[2]
+    right = np.bincount(labels[guesses == labels], minlength=classes)
+    true, predicted = (np.bincount(of, minlength=classes) for of in (labels, guesses))
+    with np.errstate(invalid="ignore"):  # 0 / 0 is NaN
+        return 100 * (right / predicted), 100 * (2 * right / (true + predicted))
 
 
 def summary(predicted: Graded, labels: np.ndarray, group_of: Sequence[str | None]) -> dict[str, float | None]:

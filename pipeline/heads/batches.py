@@ -17,6 +17,7 @@ import pyarrow as pa
 from h2t.cache.format.row_index import RowIndex, index_of
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.many_streams import start
 from h2t.pipeline.base.seeds import stream
 from h2t.pipeline.data.classes import ClassIndex, class_index
 
@@ -197,6 +198,16 @@ class Streams:
     def rows(self) -> np.ndarray:
         """Every row that a batch can contain, int64, ascending."""
         return np.sort(np.concatenate([_every_row(table) for table in self._tables]))
+
+    def batches(self, epoch: int, steps: range) -> list[Batch]:
+        """The rows of each of `steps`, drawn sooner than one by one."""
+        drawn = [("receiver", self._receiver, self.receivers)]
+        drawn += [("partner", self.partner, self.receivers)] if self.partner else []
+        drawn += [("donor", name, table) for name, table in self._donors.items()]
+        keys: list[tuple[Any, ...]] = [(branch, sampler, epoch, steps) for branch, sampler, _ in drawn]
+        keys += [(branch, sampler, "view", epoch, steps) for branch, sampler, table in drawn if table.views.max() > 1]
+        start(self.seeds, *keys)
+        return [self.batch(epoch, step) for step in steps]
 
     def batch(self, epoch: int, step: int) -> Batch:
         """The rows of `step` of `epoch`, both from 0; an epoch has `steps` steps."""

@@ -18,6 +18,7 @@ from h2t.pipeline.base.params import Section
 from h2t.pipeline.networks.classifier import expert_logits, expert_mean, logits
 from h2t.pipeline.networks.trained import StageOneHead
 from h2t.pipeline.training.longtail import cross_entropy, log_prior
+from h2t.pipeline.training.weighted import WeightedLoss
 
 State = Mapping[str, torch.Tensor]
 Method = TypeVar("Method", bound=Callable[..., torch.Tensor])
@@ -185,6 +186,11 @@ class GradientHost(Host):
         """Whether it changes receivers before fusion."""
         return type(self).augment is not GradientHost.augment
 
+    @property
+    def noisy(self) -> bool:
+        """Whether its loss has a random part."""
+        return type(self).noise is not GradientHost.noise
+
     def prepare(self, features: torch.Tensor, labels: torch.Tensor, stage1: StageOneHead) -> None:
         """Called once, before `initial`: keeps as attributes what the other methods need to know of the samples.
 
@@ -263,6 +269,25 @@ class PriorHost(GradientHost):
         """Mean cross-entropy of the batch, with the prior added to the logits."""
         logits = self.logits(state, features)
         return cross_entropy(logits + self.prior.to(logits), labels)
+
+
+class WeightedHost(GradientHost):
+    """Base of hosts that train on instance-wise batches by a loss that weights samples (`training.weighted`)."""
+
+    linear = True
+    receiver = "instance"
+
+    def __init__(self, loss: WeightedLoss, classifier: str, scale: float, context: Context) -> None:
+        super().__init__(classifier, scale, context)
+        self.constants = loss
+        self.weights = loss.class_weights(context.counts)
+
+    @stackable
+    def loss(
+        self, state: State, features: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The weighted losses, averaged over the batch."""
+        return self.constants.mean(self.logits(state, features), labels, self.weights)
 
 
 class MixingHost(GradientHost):

@@ -250,7 +250,7 @@ class Feed:
 
     def _load(self, epoch: int, steps: range, draw: Draw | None = None) -> list[Step]:
         """The steps of a window."""
-        batches = [self.streams.batch(epoch, step) for step in steps]
+        batches = self.streams.batches(epoch, steps)
         table = self._read(batches) if self.choice.tier == "stream" else self._table
         window = [Step(epoch, step, batch, table) for step, batch in zip(steps, batches, strict=True)]
         return [replace(at, draws=d) for at, d in zip(window, draw(window), strict=True)] if draw else window

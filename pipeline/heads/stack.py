@@ -16,6 +16,7 @@ import torch
 from torch.func import grad_and_value, vmap
 from torch.nn import functional as F
 
+from h2t.pipeline.base.many_streams import start
 from h2t.pipeline.base.params import Count, Epochs, NonNegative, Rate, Ratio, Section
 from h2t.pipeline.base.progress import progress
 from h2t.pipeline.base.seeds import stream
@@ -204,8 +205,13 @@ class Stack:
             self.state[name].requires_grad_()
 
     def draw(self, window: Sequence[Step]) -> list[Draws]:
-        """What the steps of a window draw. A window has one table."""
-        table = window[0].table
+        """What the steps of a window draw. A window has one table and lies within one epoch."""
+        table, epoch, steps = window[0].table, window[0].epoch, [at.step for at in window]
+        experts = range(self.feed.experts)
+        keys: list[tuple[Any, ...]] = [("channels", epoch, steps, experts)]
+        keys += [("noise", epoch, steps)] if self.host.noisy else []
+        keys += [("shuffle", epoch, steps, experts)] if len(self._shuffled) else []
+        start(self.streams.seeds, *keys)
         drawn = [self.drawn(at.epoch, at.step, at.batch) for at in window]
         found = [[(table.find(rows), rows.shape) for rows in self._gathered(at.batch)] for at in window]
         tensors = iter(sent([tensor for step in drawn for tensor in step.values()], self.device))
@@ -223,9 +229,10 @@ class Stack:
         if self.streams.partner:
             parts["partner_labels"] = batch.partner_labels
         tensors = {name: torch.from_numpy(part) for name, part in parts.items()}
-        noise = [self.host.noise(stream(seed, "noise", epoch, step), size) for seed in self.streams.seeds]
-        if given := [n.to(self.dtype) for n in noise if n is not None]:
-            tensors["noise"] = torch.stack(given)
+        if self.host.noisy:
+            noise = [self.host.noise(stream(seed, "noise", epoch, step), size) for seed in self.streams.seeds]
+            if given := [n.to(self.dtype) for n in noise if n is not None]:
+                tensors["noise"] = torch.stack(given)
         if len(self._shuffled):
             tensors["orders"] = torch.from_numpy(self.orders(epoch, step, size))
         return tensors

@@ -6,49 +6,15 @@ batch, not over its weights. The paper chooses beta among 0.9, 0.99, 0.999 and 0
 class-balanced ones would be weighted twice.
 """
 
-from typing import Annotated, Literal
-
-import torch
-
-from h2t.pipeline.base.params import NonNegative, Section, within
-from h2t.pipeline.heads.host import Context, GradientHost, State, stackable
-from h2t.pipeline.training.longtail import effective_weights, focal_losses, log_likelihoods, sigmoid_focal_losses
+from h2t.pipeline.heads.host import WeightedHost
+from h2t.pipeline.training.weighted import ClassBalanced
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
-class Loss(Section):
+class Loss(ClassBalanced):
     """Keys of `hosts.NAME.loss`."""
 
-    beta: Annotated[float, within(0, 0.999999)] = 0.9999
-    """At 0 all classes weigh alike; near 1 weights are proportional to 1 / n_j."""
-    base: Literal["softmax", "focal", "sigmoid_focal"] = "softmax"
-    """Cross-entropy, or the focal loss of the softmax or of a sigmoid per class."""
-    gamma: NonNegative = 2.0
-    """Exponent of the focal losses."""
 
-
-class Host(GradientHost):
+class Host(WeightedHost):
     """Starts from the stage-I classifier."""
-
-    linear = True
-    receiver = "instance"
-
-    def __init__(self, loss: Loss, classifier: str, scale: float, context: Context) -> None:
-        super().__init__(classifier, scale, context)
-        self.constants = loss
-        self.weights = effective_weights(context.counts, loss.beta)
-
-    @stackable
-    def loss(
-        self, state: State, features: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Mean over the batch of the weighted losses."""
-        logits, gamma = self.logits(state, features), self.constants.gamma
-        if self.constants.base == "softmax":
-            losses = -log_likelihoods(logits, labels)
-        elif self.constants.base == "focal":
-            losses = focal_losses(logits, labels, gamma)
-        else:
-            losses = sigmoid_focal_losses(logits, labels, gamma)
-        return (self.weights.to(losses)[labels] * losses).mean(-1)

@@ -8,28 +8,17 @@ vanishes as p_y nears 1; with `detach` the weight is a constant. f is that of th
 gradient. The authors train 100 epochs by cross-entropy first, which is stage I here.
 """
 
-from typing import Literal
-
 import torch
 
 from h2t.pipeline.base.errors import UserError
-from h2t.pipeline.base.params import Positive, Section
 from h2t.pipeline.heads.host import Context, GradientHost, State
+from h2t.pipeline.training.weighted import InfluenceBalanced
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
-class Loss(Section):
+class Loss(InfluenceBalanced):
     """Keys of `hosts.NAME.loss`."""
-
-    alpha: Positive = 1000.0
-    """Factor of the loss."""
-    epsilon: Positive = 1e-3
-    """Added to the influence, which is 0 for a perfect prediction."""
-    weights: Literal["inverse", "none"] = "inverse"
-    """Class weights proportional to 1 / n_j, for instance-wise batches; `none` suits `receiver: balanced`."""
-    detach: bool = False
-    """Treat the influence as a constant: no gradient flows through it."""
 
 
 class Host(GradientHost):
@@ -44,16 +33,11 @@ class Host(GradientHost):
             )
         super().__init__(classifier, scale, context)
         self.constants = loss
-        inverse = 1 / context.counts.double()
-        self.weights = inverse * context.classes / inverse.sum() if loss.weights == "inverse" else inverse**0
+        self.weights = loss.class_weights(context.counts)
 
     def loss(
         self, state: State, features: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor | None
     ) -> torch.Tensor:
         """Mean over the batch of the weighted losses."""
-        constants = self.constants
-        losses = -self.logits(state, features).log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-        influence = -2 * (-losses).expm1() * features.abs().sum(-1).mean(0) + constants.epsilon
-        if constants.detach:
-            influence = influence.detach()
-        return (self.weights.to(losses)[labels] * constants.alpha * losses / influence).mean()
+        sizes = features.abs().sum(-1).mean(0)
+        return self.constants.mean(self.logits(state, features), labels, sizes, self.weights)

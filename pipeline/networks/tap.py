@@ -72,10 +72,10 @@ class Tapped(Backbone):
         vars(self).update(channels=channels, features=features, prefix=prefix)
         self.eval()
         whole = set(self.state_dict())
-        ending = find_ending(self, side)
+        ending, reached = find_ending(self, side)
         vars(self).update(ending=ending, last_layer=ending.classifier or "fc")
         vars(self).update(modules_after=tuple(module for module, _ in ending.after))
-        self.cut(side)
+        self.cut(side, reached)
         vars(self).update(unused=frozenset(whole - set(self.state_dict())))
         self.train()
 
@@ -89,8 +89,11 @@ class Tapped(Backbone):
         """Images (B, 3, S, S) -> the network's last maps or tokens, in its own layout."""
         raise NotImplementedError
 
-    def whole(self, x: torch.Tensor) -> torch.Tensor | None:
-        """Images (B, 3, S, S) -> the network's own logits (B, K) or embedding (B, D); None if it has neither."""
+    def whole(self, x: torch.Tensor, values: torch.Tensor) -> torch.Tensor | None:
+        """Images (B, 3, S, S) -> the network's own logits (B, K) or embedding (B, D); None if it has neither.
+
+        `values`: what `trunk` gives for `x`, which saves a second pass if the network's head can be called by itself.
+        """
         raise NotImplementedError
 
     def train(self, mode: bool = True) -> "Tapped":
@@ -108,19 +111,22 @@ class Tapped(Backbone):
         image = (x.shape[2], x.shape[3])
         return (as_maps(self.trunk(x), self.channels, image, self.prefix, self.features),)
 
-    def cut(self, side: int) -> None:
-        """Removes the classifier, and each of the network's parts that no forward pass of the backbone reaches."""
+    def cut(self, side: int, reached: set[nn.Module]) -> None:
+        """Removes the classifier, and each of the network's parts that no forward pass of the backbone reaches.
+
+        `reached`: the modules that were called for the maps.
+        """
         if self.ending.classifier:
             parent, _, name = self.ending.classifier.rpartition(".")
             setattr(self._model.get_submodule(parent), name, nn.Identity())
-        reached: set[nn.Module] = {module for module, _ in self.ending.after}
-        with _hooked(self._model, lambda name, module, given, result: reached.add(module)), torch.no_grad():
-            self.trunk(torch.zeros(1, 3, side, side))
+        needed = reached.union(module for module, _ in self.ending.after)
         gone = {
             name: part
             for name, part in self._model.named_children()
-            if any(True for _ in part.parameters()) and not reached & set(part.modules())
+            if any(True for _ in part.parameters()) and not needed & set(part.modules())
         }
+        if not gone:
+            return
         for name in gone:
             delattr(self._model, name)
         try:
@@ -132,14 +138,19 @@ class Tapped(Backbone):
 
 
 @torch.no_grad()
-def find_ending(backbone: Tapped, side: int) -> Ending:
-    """What follows the maps of `backbone`, which is in eval mode. Raises UserError if there are no such features."""
+def find_ending(backbone: Tapped, side: int) -> tuple[Ending, set[nn.Module]]:
+    """(what follows the maps of `backbone`, the modules called for the maps). The backbone is in eval mode.
+
+    Raises UserError if there are no such features.
+    """
     x = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     model = backbone._model
     with _telling(model):
         calls: list[_Call] = []
         following: list[str] = []  # modules called after the one that gave the maps
-        values = backbone.trunk(x)
+        reached: set[nn.Module] = set()
+        with _hooked(model, lambda name, module, given, result: reached.add(module)):
+            values = backbone.trunk(x)
 
         def record(name: str, module: nn.Module, given: torch.Tensor | None, result: Any) -> None:
             if isinstance(result, torch.Tensor) and result.shape == values.shape and torch.equal(result, values):
@@ -152,19 +163,20 @@ def find_ending(backbone: Tapped, side: int) -> Ending:
                 calls.append(_Call(name, module, given, result.clone()))
 
         with _hooked(model, record):
-            logits = backbone.whole(x)
+            logits = backbone.whole(x, values.clone())
         maps = as_maps(values, backbone.channels, (side, side), backbone.prefix, backbone.features)
         if logits is None:
-            return Ending(why="it has no classifier of its own")
+            return Ending(why="it has no classifier of its own"), reached
         found = _follow(global_average(maps), logits, calls)
         if found is not None:
-            return found
+            return found, reached
         seen = _seen_by_the_head(backbone, values, side, logits, calls)
     if seen:
-        return Ending(why=f"its own head reads {seen}")
+        return Ending(why=f"its own head reads {seen}"), reached
     between = [f"{name} ({type(model.get_submodule(name)).__name__})" for name in dict.fromkeys(following)]
     more = f" and {len(between) - NAMED} more" if len(between) > NAMED else ""
-    return Ending(why=f"between its maps and its logits lie {', '.join(between[:NAMED]) or 'other operations'}{more}")
+    why = f"between its maps and its logits lie {', '.join(between[:NAMED]) or 'other operations'}{more}"
+    return Ending(why=why), reached
 
 
 def _seen_by_the_head(

@@ -45,8 +45,7 @@ from h2t.pipeline.extraction.cluster import ADDRESS
 from h2t.pipeline.extraction.recipes import stored
 from h2t.pipeline.extraction.recorded import MOST_IMAGES
 from h2t.pipeline.networks.backbone import Backbone
-from h2t.pipeline.networks.trained import BackboneFacts, backbone_facts, load_backbone
-from h2t.pipeline.networks.weights import weights_digest
+from h2t.pipeline.networks.trained import BackboneFacts, backbone_facts, has_stored_weights, load_backbone
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 #: Threads that write shards; each digests at one to two gigabytes a second, which is less than a fast GPU makes.
@@ -225,13 +224,12 @@ def run(
         job = forward.Job(
             rows, todo, images, backbone_dir.resolve(), identity, statistics, run.seed, run.device, spec, settings
         )
-        before = weights_digest(dict(backbone.named_parameters()))
         passes = forward.Passes()
         if params.cluster is not None and pending:
             _extract_there(params.cluster, job, _Sink(writer.beside(), carrier), run)
         else:
             _extract_here(job, backbone, _Sink(writer, carrier), passes, run)
-        if weights_digest(dict(backbone.named_parameters())) != before:
+        if not has_stored_weights(backbone, backbone_dir):
             raise UserError(
                 f"{run.name}: the backbone's weights must not change during extraction; got other weights at its end; "
                 "make its forward pass leave its parameters alone"

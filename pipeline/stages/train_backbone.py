@@ -144,8 +144,9 @@ def run(params: Params, run: Run, samples: Samples, images: Images) -> None:
 def _token(params: Params, run: Run, samples: Samples, backbone: Backbone) -> str:
     """Training resumes only if this token is unchanged. It does not depend on the number of processes."""
     table = samples.table.select(["split", "label", "source", "digest"]).to_pydict()
+    without_effect = {"head", "probe"} | (set() if params.cmo else {"cmo", "cmo_power"})
     about = {
-        "parameters": params.model_dump(exclude={"head", "probe"}),  # they do not change the training
+        "parameters": params.model_dump(exclude=without_effect),
         "samples": hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest(),
         "transform": samples.transform.model_dump(mode="json"),
         "numbers": {

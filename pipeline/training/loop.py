@@ -8,7 +8,7 @@ W processes compute accumulate / W parts each, and only the order of float addit
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import numpy as np
@@ -21,6 +21,7 @@ from h2t.pipeline.base.precision import Precision, computing
 from h2t.pipeline.base.progress import progress
 from h2t.pipeline.base.seeds import stream, torch_seed
 from h2t.pipeline.base.text import counted
+from h2t.pipeline.data.classes import class_index
 from h2t.pipeline.data.images import Images
 from h2t.pipeline.data.resident_images import ResidentImages, resident
 from h2t.pipeline.data.samples import Samples
@@ -63,6 +64,12 @@ class Training(Section):
     """With `schedule: step`: factor of each step."""
     mixup: NonNegative = 0.0
     """Parameter alpha of mixup's Beta distribution; 0 is no mixup."""
+    cmo: Ratio = 0.0
+    """Probability that a batch gets a rectangle of images from a second sampler (CMO); 0.5 as published, 0 is none. Not
+    in the first four epochs and the last three, and not together with mixup."""
+    cmo_power: NonNegative = 1.0
+    """Exponent a of that sampler: an image is drawn in proportion to n^-a, n the images of its class; 1 makes classes
+    equally frequent, 2 draws them in proportion to 1 / n."""
     rotation: Annotated[float, within(0, 180)] = 0.0
     """Training images are turned by up to so many degrees, in stage I only, not in the views of the cache."""
     drop_last: bool = False
@@ -82,6 +89,12 @@ class Training(Section):
             raise ValueError("nesterov needs a momentum above 0")
         return self
 
+    @pydantic.model_validator(mode="after")
+    def _one_mixture(self) -> "Training":
+        if self.cmo and self.mixup:
+            raise ValueError("cmo and mixup both mix images and labels; set one of them to 0")
+        return self
+
 
 def learning_rate(params: Training, epoch: int) -> float:
     """Learning rate of `epoch`, from 0: linear warm-up, then cosine decay to 0, or a step at each milestone."""
@@ -93,6 +106,23 @@ def learning_rate(params: Training, epoch: int) -> float:
     return params.lr * params.gamma ** sum(epoch >= m for m in params.milestones)
 
 
+#: CMO's first epoch, counted from 0, and the number of last epochs without it, as in the authors' code.
+CMO_FIRST, CMO_REST = 4, 3
+
+
+@dataclass(frozen=True)
+class _Pasted:
+    """What CMO pastes into a batch, or into a part of it: a rectangle of the images of `samples`, (B,).
+
+    `step` names the view of these images. `share` and `centre`: see `rectangle`.
+    """
+
+    samples: np.ndarray
+    step: int
+    share: float
+    centre: tuple[float, float]
+
+
 @dataclass(frozen=True)
 class _Part:
     """One part of a batch. With mixup, `share` of each image is mixed with 1 - `share` of its partner."""
@@ -102,6 +132,21 @@ class _Part:
     partner: np.ndarray  # position in this part of the image that is mixed in, (B,)
     weight: float  # size of the part / size of the batch
     seed: int  # of the objective's random draws
+    pasted: _Pasted | None = None
+
+
+def rectangle(share: float, centre: tuple[float, float], height: int, width: int) -> tuple[slice, slice]:
+    """(rows, columns) of CutMix's rectangle (Yun et al., ICCV 2019, eq. (2)), for images of `height` x `width` pixels.
+
+    Its sides are sqrt(1 - `share`) of the image's, its `centre` (x, y) is in [0, 1); it is clipped at the edges.
+    """
+
+    def side(middle: float, length: int) -> slice:
+        half = int(length * math.sqrt(1 - share)) // 2
+        at = int(middle * length)
+        return slice(max(at - half, 0), min(at + half, length))
+
+    return side(centre[1], height), side(centre[0], width)
 
 
 class StageOne:
@@ -126,7 +171,8 @@ class StageOne:
         self._forward: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
         self._forward = torch.compile(self.backbone) if params.compile else self.backbone
         self._labels = torch.from_numpy(samples.labels)
-        self._train = samples.of("train")
+        self._train = samples.of("train")  # sorted by class
+        self._classes = class_index(self._labels[self._train].numpy(), samples.facts["classes"])
         self._images: Images | ResidentImages = images.turned(params.rotation) if params.rotation else images
         networks = (("backbone", self.backbone), ("objective", self.objective))
         self._state = {f"{n}.{k}": t for n, m in networks for k, t in m.state_dict(keep_vars=True).items()}
@@ -226,24 +272,48 @@ class StageOne:
             if len(batch) == 1 or (params.drop_last and len(batch) < params.batch_size):
                 continue  # batch norm cannot train on one image
             share = float(draws.beta(params.mixup, params.mixup)) if params.mixup else 1.0
+            pasted = self._pasted(epoch, step, len(batch))
+            pieces = np.array_split(np.arange(len(batch)), min(params.accumulate, len(batch) // 2))
             yield [
                 _Part(
-                    samples,
+                    batch[piece],
                     share,
-                    draws.permutation(len(samples)) if params.mixup else np.arange(len(samples)),
-                    len(samples) / len(batch),
+                    draws.permutation(len(piece)) if params.mixup else np.arange(len(piece)),
+                    len(piece) / len(batch),
                     torch_seed(self.seed, "stage1", "noise", epoch, step, number),
+                    pasted and replace(pasted, samples=pasted.samples[piece]),
                 )
-                for number, samples in enumerate(np.array_split(batch, min(params.accumulate, len(batch) // 2)))
+                for number, piece in enumerate(pieces)
             ]
+
+    def _pasted(self, epoch: int, step: int, size: int) -> _Pasted | None:
+        """What CMO pastes into a batch of `size`, if anything. Drawn from a stream of its own."""
+        params, classes = self.params, self._classes
+        if not params.cmo or not CMO_FIRST <= epoch < params.epochs - CMO_REST:
+            return None
+        draws = stream(self.seed, "stage1", "cmo", epoch, step)
+        if draws.random() >= params.cmo:
+            return None
+        share, *centre = draws.random(3).tolist()
+        weights = (classes.counts / classes.counts.min()) ** (1 - params.cmo_power)
+        label = draws.choice(classes.classes, size=size, p=weights / weights.sum())
+        second = self._train[classes.starts[label] + draws.integers(classes.counts[label])]
+        return _Pasted(second, step, share, (centre[0], centre[1]))
 
     def _decoded(self, epoch: int) -> Iterator[tuple[list[_Part], list[torch.Tensor]]]:
         """(parts of a batch, images of this process's parts); the next batch is decoded in the background."""
         key = (self.seed, "stage1", epoch)
 
+        def images(part: _Part) -> torch.Tensor:
+            samples = part.samples.tolist()
+            keys: list[tuple[int | str, ...]] = [key] * len(part.samples)
+            if part.pasted:  # an image that is drawn in several steps has another view in each
+                second = part.pasted.samples.tolist()
+                samples, keys = samples + second, keys + [(*key, "cmo", part.pasted.step)] * len(second)
+            return self._images.batch(samples, keys)
+
         def decode(parts: list[_Part]) -> list[torch.Tensor]:
-            mine = parts[self.group.rank :: self.group.size]
-            return [self._images.batch(p.samples.tolist(), [key] * len(p.samples)) for p in mine]
+            return [images(part) for part in parts[self.group.rank :: self.group.size]]
 
         with ThreadPoolExecutor(1, "decode-ahead") as decoder:
             current = None
@@ -287,13 +357,22 @@ class StageOne:
     def _loss(self, part: _Part, x: torch.Tensor, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(mean loss, number of correct predictions) of a part, from its images `x` (B, 3, H, W).
 
-        Mixup (Zhang et al., ICLR 2018): one share per batch, one permutation per part.
+        Mixup (Zhang et al., ICLR 2018): one share per batch, one permutation per part. CMO (Park et al., CVPR 2022, and
+        the authors' code): a rectangle of the second half of `x`, (2 B, 3, H, W), replaces that of the first half, one
+        rectangle per batch; labels are mixed by its area.
         """
         params, device = self.params, self.group.device
         x, y = x.to(device), self._labels[part.samples].to(device)
-        partner = torch.from_numpy(part.partner).to(device)
+        partner, share = torch.from_numpy(part.partner).to(device), part.share
+        others = y[partner] if params.mixup else None
         if params.mixup:
-            x = part.share * x + (1 - part.share) * x[partner]
+            x = share * x + (1 - share) * x[partner]
+        if part.pasted:
+            x, second = x.split(len(y))
+            rows, columns = rectangle(part.pasted.share, part.pasted.centre, *x.shape[-2:])
+            x[..., rows, columns] = second[..., rows, columns]
+            share = 1 - second[0, 0, rows, columns].numel() / second[0, 0].numel()
+            others = self._labels[part.pasted.samples].to(device)
         if params.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         with computing(device, params.precision):
@@ -301,10 +380,7 @@ class StageOne:
         maps = tuple(m.to(torch.promote_types(m.dtype, torch.float32)) for m in maps)
         if part_after := frozen_part(self.backbone):  # what it gives is a map of 1 x 1
             maps = tuple(part_after(global_average(m))[..., None, None] for m in maps)
-        if params.mixup:
-            loss = self.objective.loss(maps, y, epoch, y[partner], part.share)
-        else:
-            loss = self.objective.loss(maps, y, epoch)
+        loss = self.objective.loss(maps, y, epoch, others, share)
         with torch.no_grad():
             features = torch.stack([global_average(m) for m in maps])
             state = self.objective.state_dict()

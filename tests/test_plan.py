@@ -92,6 +92,7 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, arguments, says):
     assert "Traceback" not in result.output
 
 
+@pytest.mark.timeout(900)
 def test_benchmarks_of_plans_and_of_row_tables(tmp_path, capsys):
     from benchmarks import bench_plan, bench_rows
 

@@ -19,7 +19,7 @@ from h2t.cache.memory import available_memory
 from h2t.cache.reader import open_cache
 from h2t.pipeline.base import device as devices
 from h2t.pipeline.project.plan import Machine, plan
-from h2t.pipeline.project.rehearsal import BATCH, TEST_SHARE, Stage, rehearse
+from h2t.pipeline.project.rehearsal import BATCH, REPEATS, TEST_SHARE, Stage, rehearse
 from h2t.pipeline.stages import extract
 from h2t.pipeline.stages.train_backbone import Params as Entry
 
@@ -48,10 +48,11 @@ def main(given: Sequence[str] | None = None) -> None:
     for size in sizes:
         planned = plan(size, 1, known, here)
         cache, seconds = stage.extract(size)
-        checked = min(stage.verify(cache) for _ in range(3))
-        copy, pooling = stage.pool(cache)
+        checked = min(stage.verify(cache) for _ in range(REPEATS))
+        copy, _ = stage.pool(cache)
+        pooling = min(stage.pool(cache)[1] for _ in range(REPEATS))
         steps = -(-(size - size // TEST_SHARE) // BATCH)
-        epoch = stage.epoch(copy, max(steps, 10)).of(steps)
+        epoch = stage.epoch(copy, max(steps, 50)).of(steps)
         with open_cache(cache) as made:
             files, found = len(made.commit.files) + 1, made.spec.value_bytes
         real = {"extract": seconds, "verify": checked, "pool": pooling, "epoch": epoch, "bytes": found, "files": files}

@@ -271,7 +271,8 @@ def test_a_row_table_with_impossible_values_is_refused(tmp_path, change, says):
     make_cache(tmp_path / "c")
     (tmp_path / "c" / ROWS).write_bytes(to_bytes(change(make_rows(11))))
     reseal_file(tmp_path / "c", ROWS)
-    assert says in refused("cache", "info", tmp_path / "c")
+    command = "verify" if says == "UTF8" else "info"  # info reads no sources
+    assert says in refused("cache", command, tmp_path / "c")
 
 
 def test_rows_of_the_same_identity_are_a_fault(tmp_path):

@@ -11,6 +11,8 @@ from h2t.cache.format.rows import SPLITS, check_memory
 KEYS = ("split", "statistics", "label", "source", "view")
 IDENTITY = ("split", "statistics", "source", "view")
 
+_ODD = np.int64(0x5851F42D4C957F2D)  # any odd number: products of 64 bits stay different
+
 Batches = Callable[[], Iterator[tuple[int, pa.RecordBatch]]]
 
 
@@ -22,20 +24,19 @@ def row_fault(batches: Batches, rows: int) -> str | None:
     """
     check_memory(8 * rows)
     hashes = np.empty(rows, np.int64)
+    ordered = True
     before: pa.RecordBatch | None = None
     for at, batch in batches():
         unknown = set(batch["split"].unique().to_pylist()) - set(SPLITS)
         if unknown:
             return f"split must be one of {', '.join(SPLITS)}; got {sorted(unknown)}"
-        joined = pa.concat_batches([before, batch]) if before else batch
-        if not _ascending(joined):
-            return "rows are not in the order of format 1"
+        ordered &= _ascending(pa.concat_batches([before, batch]) if before else batch)
         before = batch.slice(len(batch) - 1)
         hashes[at : at + len(batch)] = _hashes(batch)
     twice = _repeated(hashes)
     if len(twice) and _same_identity(batches, twice):
         return "two rows have the same split, statistics, source and view"
-    return None
+    return None if ordered else "rows are not in the order of format 1"
 
 
 def _ascending(batch: pa.RecordBatch) -> bool:
@@ -55,8 +56,12 @@ def _array(mask: pa.BooleanArray) -> np.ndarray:
 
 def _hashes(batch: pa.RecordBatch) -> np.ndarray:
     """A 64-bit hash of each line's identity; Python's hash of text is random and different in each process."""
-    columns = zip(*(batch[name].to_pylist() for name in IDENTITY), strict=True)
-    return np.fromiter(map(hash, columns), np.int64, len(batch))
+    hashes = np.fromiter(map(hash, batch["source"].to_pylist()), np.int64, len(batch))
+    for name in ("split", "statistics"):
+        texts = batch[name].dictionary_encode()
+        values = np.fromiter(map(hash, texts.dictionary.to_pylist()), np.int64, len(texts.dictionary))
+        hashes = hashes * _ODD + values[np.from_dlpack(texts.indices)]
+    return hashes * _ODD + np.from_dlpack(batch["view"])
 
 
 def _repeated(hashes: np.ndarray) -> np.ndarray:
@@ -66,7 +71,7 @@ def _repeated(hashes: np.ndarray) -> np.ndarray:
 
 
 def _same_identity(batches: Batches, hashes: np.ndarray) -> bool:
-    """Whether two rows with one of these hashes are the same; usually they are, as other rows hardly share one."""
+    """Whether two rows with one of these hashes have the same identity, as they almost always do."""
     seen: set[tuple[object, ...]] = set()
     for _, batch in batches():
         places = np.flatnonzero(np.isin(_hashes(batch), hashes))

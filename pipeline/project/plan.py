@@ -77,7 +77,7 @@ def limits(known: Rehearsal, machine: Machine) -> list[Limit]:
     larger = shard_rows_for(spec.row_bytes(), spec.chunk_rows, LARGE_SHARD) / of_image / spec.experts
     wider = f"set extract.shard_bytes: {LARGE_SHARD}, which moves this to"
     image_bytes = spec.value_bytes / known.images
-    entry = _entry_bytes(spec)
+    entry = _entry_bytes(spec, 100_000)
     found = [
         Limit(
             int(machine.memory / (EXTRACT_ROW_BYTES * of_image)),
@@ -114,14 +114,14 @@ def _files(spec: CacheSpec) -> int:
     return spec.shards * spec.experts + spec.experts + 5
 
 
-def _entry_bytes(spec: CacheSpec) -> int:
-    """Bytes of a shard in the commit record."""
-    name = spec.shard_file(spec.experts - 1, max(0, spec.shards - 1))
+def _entry_bytes(spec: CacheSpec, shard: int) -> int:
+    """Bytes of `shard` in the commit record."""
+    name = spec.shard_file(spec.experts - 1, shard)
     return len(canonical_json({name: {"bytes": spec.shard_rows * spec.row_bytes(), "sha256": "0" * 64}}))
 
 
 def _record_bytes(spec: CacheSpec) -> int:
-    return spec.shards * spec.experts * _entry_bytes(spec) + len(canonical_json(spec.provenance)) + 1000
+    return spec.shards * spec.experts * _entry_bytes(spec, spec.shards) + len(canonical_json(spec.provenance)) + 1000
 
 
 def _words(count: float) -> str:

@@ -8,6 +8,7 @@ The commands that make them stand in `benchmarks/results.md`, the template.
 import argparse
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -42,12 +43,16 @@ from h2t.pipeline.reporting.files import difference_table, markdown_table, run_r
 from h2t.pipeline.reporting.published import different_runs
 from h2t.pipeline.reporting.results import load_result, ratio_curve
 
+BESIDE_ONLINE = ("figure", "online", "ours", "ours - online", "bound", "the 95 % interval lies")
+
 
 def online_tables(online: Online, ours: dict[str, pd.DataFrame]) -> dict[str, str]:
     """Places of the section on the published way: the bounds, and every recipe (heads by its label) against it."""
-    columns = ["figure", "online", "ours", "ours - online", "bound", "the 95 % interval lies"]
     return {
-        **{f"online {words}": table(columns, bounds_table(online, ours[f"branchwise, {words}"])) for words in VIEWS},
+        **{
+            f"online {words}": table(BESIDE_ONLINE, bounds_table(online, ours[f"branchwise, {words}"]))
+            for words in VIEWS
+        },
         "online recipes": table(["recipe", *(f"{f}, ours - online" for f in BOUNDS)], recipes_lines(online, ours)),
         "online made": online.made,
     }
@@ -170,6 +175,11 @@ def document(data: Path, digits: Path, template: str) -> str:
         )
         places[f"selection {recipe}"] = variant_table(selection[recipe], REPORTED, SELECTIONS, "paper, CIFAR-100: all")
         places[f"controls {recipe}"] = variant_table(controls[recipe], REPORTED, {}, "")
+    return filled(template, places)
+
+
+def filled(template: str, places: Mapping[str, str]) -> str:
+    """`template` with each {{place}} replaced. Raises UserError for a place that nothing makes."""
     for place, text in places.items():
         template = template.replace("{{" + place + "}}", text)
     left = re.findall(r"{{(.*?)}}", template)

@@ -105,7 +105,7 @@ def peers_text(path: Path) -> str:
     columns = ["contestant", "processor s", "times ours", "s by the clock", "times ours", "mean top-1", "best top-1"]
     ours = contestants["ours"]
     lines = []
-    for name, found in contestants.items():
+    for name, found in sorted(contestants.items(), key=lambda item: item[1]["cpu"]):
         spent = [f"{found[clock] / by:.1f}" for clock in ("cpu", "seconds") for by in (1, ours[clock])]
         lines.append([name, *spent, *(f"{found[figure]:.2f}" for figure in ("mean_top1", "best_top1"))])
     made = (

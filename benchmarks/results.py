@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmarks import frozen_results
+from benchmarks import arena, frozen_results
 from benchmarks.measure import RESULTS, save
 from benchmarks.online_results import BOUNDS, Online, bounds_table, load_online, recipes_lines, record
 from benchmarks.pictures import ratio_picture
@@ -133,6 +133,17 @@ def journey_text(path: Path) -> str:
     return frozen_results.journey(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else "Not run yet."
 
 
+def arena_text(path: Path) -> str:
+    """The arena's table, the methods that the cache cannot serve, and what all of it cost."""
+    body = json.loads(path.read_text(encoding="utf-8"))
+    cost = {line["method"]: line["cpu_seconds"] for line in body["lines"]}
+    left_out = "; ".join(f"`{name}` ({why.split(': ', 1)[1].split(';')[0]})" for name, why in body["left_out"].items())
+    return (
+        f"{arena.table(body['lines'])}\n\nLeft out: {left_out or 'none'}.\n\n"
+        f"{len(cost)} methods: {sum(cost.values()) / 60:.1f} CPU minutes of training, tuning and evaluation."
+    )
+
+
 def document(data: Path, digits: Path, template: str) -> str:
     """The text of docs/results.md: `template` with its {{places}} filled from what `data` and `digits` hold."""
     found = {p.name: load_analysis(p) for p in sorted((data / "analyses").iterdir()) if p.is_dir()}
@@ -162,6 +173,8 @@ def document(data: Path, digits: Path, template: str) -> str:
         "peers": peers_text(RESULTS / "peers.json"),
         "grid donors": variant_table(found["grid"]["grid"], REPORTED, {}, ""),
         "digits": digits_text(digits),
+        "arena": arena_text(RESULTS / "arena.json"),
+        "arena stage1": arena_text(RESULTS / "arena-stage1.json"),
         "frozen": frozen_text(RESULTS / "frozen.json"),
         "journey": journey_text(RESULTS / "journey.json"),
         **online_tables(online, {label: r.at(online.ratio) for label, r in recipes.items()}),

@@ -19,7 +19,16 @@ from pathlib import Path
 import numpy as np
 from scipy.special import ndtr, ndtri
 
-from h2t.pipeline.evaluation.intervals import FEWEST_CHANGED, FEWEST_FOR_ECE, FEWEST_SEEDS, Difference, differences
+from h2t.pipeline.evaluation.intervals import (
+    FEWEST_CHANGED,
+    FEWEST_FOR_ECE,
+    FEWEST_REPLICATES,
+    FEWEST_SEEDS,
+    Difference,
+    Pairs,
+    differences,
+    over_replicates,
+)
 from h2t.pipeline.evaluation.metrics import Answers
 
 CLASSES = 10
@@ -33,6 +42,8 @@ class Case:
 
     `image`, `method` (image and method), `seed_noise` (seed and method, and the same for the seed alone) are in units
     of the variable of a single prediction. `alike`: seeds predict alike but for that. `effect` moves the second method.
+    Each of the `replicates` has seeds of its own and a backbone: `backbone` (backbone and method, and the same for the
+    backbone alone). Each holds out its test images from `pool` images of a class; 0: all have the same.
     """
 
     name: str
@@ -44,11 +55,20 @@ class Case:
     seed_noise: float = 0.1
     effect: float = 0.0
     alike: bool = False
+    replicates: int = 1
+    backbone: float = 0.0
+    pool: int = 0
 
     @property
     def spread(self) -> float:
         """The standard deviation of the sum."""
-        return float(np.sqrt(1 + self.image**2 + self.method**2 + 2 * self.seed_noise**2))
+        parts = (self.image**2, self.method**2, 2 * self.seed_noise**2, 2 * self.backbone**2, self.own_backbone**2)
+        return float(np.sqrt(1 + sum(parts)))
+
+    @property
+    def own_backbone(self) -> float:
+        """The standard deviation of image, method and backbone together: which images another training gets wrong."""
+        return self.method if self.backbone else 0.0
 
 
 @dataclass(frozen=True)
@@ -79,6 +99,33 @@ CASES = [
     for seeds, images in SIZES
     for accuracy in (0.6, 0.97, 0.03)
     for kind, given in KINDS.items()
+]
+#: Kinds of data with replicates: what differs from `Case`'s defaults. `pool` is a multiple of the test images.
+REPLICATED = {
+    "usual": {"backbone": 0.2, "pool": 4},
+    "backbones that differ much, a true effect": {"backbone": 0.5, "effect": 0.3, "pool": 4},
+    "backbones that do not differ": {"pool": 4},
+    "the same test images": {"backbone": 0.2},
+}
+REPLICATED_SIZES = [(2, 40), (3, 10), (3, 40), (5, 10), (5, 40)]  # replicates, test images a class; three seeds each
+REPLICATED_CASES = [
+    Case(
+        f"{kind}, {100 * accuracy:g} %, {replicates} replicates, {images} images a class",
+        seeds=3,
+        images=images,
+        accuracy=accuracy,
+        replicates=replicates,
+        backbone=given.get("backbone", 0.0),
+        effect=given.get("effect", 0.0),
+        pool=images * int(given.get("pool", 0)),
+    )
+    for replicates, images in REPLICATED_SIZES
+    for accuracy in (0.6, 0.97)
+    for kind, given in REPLICATED.items()
+]
+SMALL_REPLICATED = [
+    Case("three replicates", 3, 10, 0.6, replicates=3, backbone=0.2, pool=40),
+    Case("five replicates with the same test images", 2, 20, 0.8, replicates=5, backbone=0.4, effect=0.3),
 ]
 SMALL = [
     Case("three seeds, ten images a class", 3, 10, 0.6),
@@ -129,6 +176,66 @@ def coverage(case: Case, sets: int, rng: np.random.Generator) -> dict[str, Found
     return {figure: _found(truth[figure], line) for figure, line in lines.items()}
 
 
+def draw_replicates(case: Case, rng: np.random.Generator) -> tuple[list[Pairs], float]:
+    """One data set with replicates, and the true difference of the two methods."""
+    seeds, pool = case.seeds, case.pool or case.images
+    labels = np.arange(CLASSES).repeat(case.images)
+    known = (
+        ndtri(case.accuracy) * case.spread
+        + np.array([0.0, case.effect])[:, None]
+        + case.image * rng.normal(size=(1, CLASSES * pool))
+        + case.method * rng.normal(size=(2, CLASSES * pool))
+    )
+    found = []
+    for _ in range(case.replicates):
+        held = np.concatenate([j * pool + rng.permutation(pool)[: case.images] for j in range(CLASSES)])
+        mine = (
+            known[:, None, held]
+            + case.backbone * rng.normal()
+            + case.backbone * rng.normal(size=(2, 1, 1))
+            + case.own_backbone * rng.normal(size=(2, 1, len(held)))
+            + case.seed_noise * rng.normal(size=(1, seeds, 1))
+            + case.seed_noise * rng.normal(size=(2, seeds, 1))
+        )
+        right = mine + rng.normal(size=(2, seeds, len(held))) > 0
+        confidence = 1 / CLASSES + (1 - 1 / CLASSES) * ndtr(np.array([1.0, 1.5])[:, None, None] * mine)
+        before, after = (_answers(r, c, labels) for r, c in zip(right, confidence, strict=True))
+        found.append(Pairs(after, before, labels, held))
+    true = float(ndtr(ndtri(case.accuracy) + case.effect / case.spread)) - case.accuracy
+    return found, true
+
+
+def coverage_over_replicates(case: Case, sets: int, rng: np.random.Generator) -> dict[str, Found]:
+    """How often the intervals of top1 and tail hold over `sets` data sets with replicates."""
+    lines: dict[str, list[tuple[bool, Difference]]] = {"top1": [], "tail": []}
+    truth = 0.0
+    for _ in range(sets):
+        pairs, true = draw_replicates(case, rng)
+        found, truth = over_replicates(pairs, GROUP_OF), 100 * true
+        for figure, line in lines.items():
+            if difference := found[figure]:
+                line.append((case.replicates >= FEWEST_REPLICATES and _enough_changed(pairs, figure), difference))
+    return {figure: _found(truth, line) for figure, line in lines.items()}
+
+
+def _enough_changed(replicates: Sequence[Pairs], figure: str) -> bool:
+    """Whether the methods differ on enough images for a verdict."""
+    counts = []
+    for pairs in replicates:
+        inside = pairs.labels >= GROUP_OF.index("tail") if figure == "tail" else np.ones(len(pairs.labels), bool)
+        counts += [
+            np.count_nonzero(((a.guesses == pairs.labels) != (b.guesses == pairs.labels))[inside])
+            for a, b in zip(pairs.after, pairs.before, strict=True)
+        ]
+    return bool(np.mean(counts) >= FEWEST_CHANGED)
+
+
+def _answers(right: np.ndarray, confidence: np.ndarray, labels: np.ndarray) -> list[Answers]:
+    """Predictions by seed, from (seeds, images). Wrong ones name the next class."""
+    wrong = (labels + 1) % CLASSES
+    return [Answers(np.where(r, labels, wrong).astype(np.int32), c) for r, c in zip(right, confidence, strict=True)]
+
+
 def _data(case: Case, sets: int, rng: np.random.Generator) -> Iterator[tuple[np.ndarray, np.ndarray, float]]:
     """`sets` data sets one by one, drawn a hundred at a time: right or not, confidence, true difference."""
     for first in range(0, sets, 100):
@@ -137,11 +244,8 @@ def _data(case: Case, sets: int, rng: np.random.Generator) -> Iterator[tuple[np.
 
 
 def _compared(right: np.ndarray, confidence: np.ndarray, labels: np.ndarray) -> dict[str, Difference]:
-    """The second method minus the first, as evaluate compares them. Wrong predictions name the next class."""
-    said = [
-        [Answers(np.where(r, labels, (labels + 1) % CLASSES).astype(np.int32), c) for r, c in zip(*method, strict=True)]
-        for method in zip(right, confidence, strict=True)
-    ]
+    """The second method minus the first, as evaluate compares them."""
+    said = [_answers(r, c, labels) for r, c in zip(right, confidence, strict=True)]
     return {name: found for name, found in differences(said[1], said[0], labels, GROUP_OF).items() if found}
 
 
@@ -175,18 +279,40 @@ def table(found: dict[str, dict[str, Found]], sets: int) -> str:
     return "\n".join(lines)
 
 
+def table_of_replicates(found: dict[str, dict[str, Found]], sets: int) -> str:
+    """One line per number of replicates and images: the range of coverage over kinds and accuracies."""
+    lines = ["| replicates | images a class | top1 | tail | all | wrong verdicts |", "| --- |" + " --- |" * 5]
+    cases = {case.name: case for case in REPLICATED_CASES}
+    for replicates, images in REPLICATED_SIZES:
+        mine = [found[n] for n in found if (cases[n].replicates, cases[n].images) == (replicates, images)]
+        cells = []
+        for figure in ("top1", "tail"):
+            shares = [s for f in mine if f[figure].judged >= sets / 2 and (s := f[figure].where_judged) is not None]
+            cells.append(f"{min(shares):.1f} to {max(shares):.1f}" if shares else "no verdict")
+        least = min(f[figure].everywhere for f in mine for figure in f)
+        wrong = max(f[figure].wrong for f in mine for figure in f)
+        lines.append(
+            f"| {replicates} | {images} | " + " | ".join(cells) + f" | at least {least:.1f} | at most {wrong:.1f} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sets", type=int, default=1000, help="data sets a case")
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--replicates", action="store_true", help="the kinds with replicates alone")
     given = parser.parse_args()
+    kinds = REPLICATED_CASES if given.replicates else CASES
+    out = given.out.with_name(f"{given.out.stem}_replicates.json") if given.replicates else given.out
     found = {}
-    for number, case in enumerate(CASES):
-        found[case.name] = coverage(case, given.sets, np.random.default_rng([number, 0]))
-        print(f"{number + 1} of {len(CASES)}: {case.name}", file=sys.stderr, flush=True)
-    cases = [{**asdict(case), "found": {k: asdict(v) for k, v in found[case.name].items()}} for case in CASES]
-    given.out.write_text(json.dumps({"sets": given.sets, "cases": cases}, indent=1) + "\n", encoding="utf-8")
-    print(table(found, given.sets))
+    for number, case in enumerate(kinds):
+        of = coverage_over_replicates if given.replicates else coverage
+        found[case.name] = of(case, given.sets, np.random.default_rng([number, int(given.replicates)]))
+        print(f"{number + 1} of {len(kinds)}: {case.name}", file=sys.stderr, flush=True)
+    cases = [{**asdict(case), "found": {k: asdict(v) for k, v in found[case.name].items()}} for case in kinds]
+    out.write_text(json.dumps({"sets": given.sets, "cases": cases}, indent=1) + "\n", encoding="utf-8")
+    print(table_of_replicates(found, given.sets) if given.replicates else table(found, given.sets))
     return 0
 
 

@@ -112,7 +112,9 @@ def train(
     Returns figures, time, and `state` (classifier, running statistics; on the CPU).
     """
     backbone, _ = load_backbone(folder)
-    backbone.to(where).to(memory_format=torch.channels_last)  # two thirds of the time on a CPU
+    backbone.to(where)
+    if where.type == "cpu":
+        backbone.to(memory_format=torch.channels_last)  # two thirds of the time on a CPU
     stage1 = load_head(folder)
     weight, bias = stage1.state["weight"][0], stage1.state["bias"][0]
     head = nn.Linear(weight.shape[1], weight.shape[0])

@@ -40,7 +40,12 @@ class Online:
         commits = ", ".join(sorted({str(run["commit"]) for run in self.runs}))
         cpu = self.runs[0]["parts"]["cpu"]
         passes = sum(run["parts"]["cpu"]["backbone"] for run in self.runs) / sum(run["cpu"] for run in self.runs)
-        machine = self.runs[0]["machine"]
+        machine, device = self.runs[0]["machine"], self.runs[0].get("device", "cpu")
+        if device != "cpu":
+            return (
+                f"`python -m benchmarks.online_h2t --device cuda --ratio {self.ratio:g}`; commit {commits}; a seed "
+                f"takes {self.median('seconds'):.0f} s on {device}, shared with other runs."
+            )
         return (
             f"`python -m benchmarks.online_h2t --ratio {self.ratio:g}`; commit {commits}; a seed takes "
             f"{self.median('cpu'):.0f} s of processor time ({self.median('seconds'):.0f} s by the clock on "

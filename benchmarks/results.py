@@ -8,11 +8,12 @@ The commands that make them stand in `benchmarks/results.md`, the template.
 import argparse
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
 
-from benchmarks import frozen_results
+from benchmarks import arena, frozen_results
 from benchmarks.measure import RESULTS, save
 from benchmarks.online_results import BOUNDS, Online, bounds_table, load_online, recipes_lines, record
 from benchmarks.pictures import ratio_picture
@@ -42,12 +43,16 @@ from h2t.pipeline.reporting.files import difference_table, markdown_table, run_r
 from h2t.pipeline.reporting.published import different_runs
 from h2t.pipeline.reporting.results import load_result, ratio_curve
 
+BESIDE_ONLINE = ("figure", "online", "ours", "ours - online", "bound", "the 95 % interval lies")
+
 
 def online_tables(online: Online, ours: dict[str, pd.DataFrame]) -> dict[str, str]:
     """Places of the section on the published way: the bounds, and every recipe (heads by its label) against it."""
-    columns = ["figure", "online", "ours", "ours - online", "bound", "the 95 % interval lies"]
     return {
-        **{f"online {words}": table(columns, bounds_table(online, ours[f"branchwise, {words}"])) for words in VIEWS},
+        **{
+            f"online {words}": table(BESIDE_ONLINE, bounds_table(online, ours[f"branchwise, {words}"]))
+            for words in VIEWS
+        },
         "online recipes": table(["recipe", *(f"{f}, ours - online" for f in BOUNDS)], recipes_lines(online, ours)),
         "online made": online.made,
     }
@@ -91,9 +96,52 @@ def frozen_text(path: Path) -> str:
     return frozen_results.shown(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else "Not run yet."
 
 
+def peers_text(path: Path) -> str:
+    """The table of `bench_peers` and how busy the machine was, if it was run."""
+    if not path.is_file():
+        return "Not run yet."
+    body = json.loads(path.read_text(encoding="utf-8"))
+    contestants, about = body["contestants"], body["machine"]
+    columns = ["contestant", "processor s", "times ours", "s by the clock", "times ours", "mean top-1", "best top-1"]
+    ours = contestants["ours"]
+    lines = []
+    for name, found in sorted(contestants.items(), key=lambda item: item[1]["cpu"]):
+        spent = [f"{found[clock] / by:.1f}" for clock in ("cpu", "seconds") for by in (1, ours[clock])]
+        lines.append([name, *spent, *(f"{found[figure]:.2f}" for figure in ("mean_top1", "best_top1"))])
+    made = (
+        f"`python -m benchmarks.bench_peers`; {body['samples']:,} samples, {body['channels']} channels; "
+        f"{about['cores']} cores, load average {about['load_before']:.0f} before, {body['load_after']:.0f} after."
+    )
+    return "\n\n".join([table(columns, lines), made])
+
+
+def grid_now(path: Path, online: Online) -> str:
+    """How long `bench_peers` takes for the grid, and how many times as long the published way takes, if it was run."""
+    if not path.is_file():
+        return "Not run again yet."
+    grid = json.loads(path.read_text(encoding="utf-8"))["grid"]
+    cpu = (grid["twice"] + grid["once"] / 2) * online.median("cpu")
+    return (
+        f"Stage II has become faster since: `python -m benchmarks.bench_peers` trains the same {grid['classifiers']} "
+        f"heads in {grid['cpu']:.0f} s of processor time, so the published way takes "
+        f"**{cpu / grid['cpu']:,.0f} times** as much."
+    )
+
+
 def journey_text(path: Path) -> str:
     """The journey from images to classifiers on a CPU beside a plain script, if it was run."""
     return frozen_results.journey(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else "Not run yet."
+
+
+def arena_text(path: Path) -> str:
+    """The arena's table, the methods that the cache cannot serve, and what all of it cost."""
+    body = json.loads(path.read_text(encoding="utf-8"))
+    cost = {line["method"]: line["cpu_seconds"] for line in body["lines"]}
+    left_out = "; ".join(f"`{name}` ({why.split(': ', 1)[1].split(';')[0]})" for name, why in body["left_out"].items())
+    return (
+        f"{arena.table(body['lines'])}\n\nLeft out: {left_out or 'none'}.\n\n"
+        f"{len(cost)} methods: {sum(cost.values()) / 60:.1f} CPU minutes of training, tuning and evaluation."
+    )
 
 
 def document(data: Path, digits: Path, template: str) -> str:
@@ -121,8 +169,12 @@ def document(data: Path, digits: Path, template: str) -> str:
         "pooling table": markdown_table(found["pooling"].results),
         "pooling differences": difference_table(found["pooling"].results),
         "grid text": grid_text(found["grid"], online),
+        "grid now": grid_now(RESULTS / "peers.json", online),
+        "peers": peers_text(RESULTS / "peers.json"),
         "grid donors": variant_table(found["grid"]["grid"], REPORTED, {}, ""),
         "digits": digits_text(digits),
+        "arena": arena_text(RESULTS / "arena.json"),
+        "arena stage1": arena_text(RESULTS / "arena-stage1.json"),
         "frozen": frozen_text(RESULTS / "frozen.json"),
         "journey": journey_text(RESULTS / "journey.json"),
         **online_tables(online, {label: r.at(online.ratio) for label, r in recipes.items()}),
@@ -136,6 +188,11 @@ def document(data: Path, digits: Path, template: str) -> str:
         )
         places[f"selection {recipe}"] = variant_table(selection[recipe], REPORTED, SELECTIONS, "paper, CIFAR-100: all")
         places[f"controls {recipe}"] = variant_table(controls[recipe], REPORTED, {}, "")
+    return filled(template, places)
+
+
+def filled(template: str, places: Mapping[str, str]) -> str:
+    """`template` with each {{place}} replaced. Raises UserError for a place that nothing makes."""
     for place, text in places.items():
         template = template.replace("{{" + place + "}}", text)
     left = re.findall(r"{{(.*?)}}", template)

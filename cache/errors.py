@@ -38,6 +38,9 @@ class CacheError(Exception):
         self.detail = one_line(redacted(detail))
         super().__init__(self.detail)
 
+    def __reduce__(self) -> tuple[type["CacheError"], tuple[str, str]]:
+        return CacheError, (self.reason, self.detail)  # workers of a cluster send it
+
 
 def numbered(what: str, first: int, last: int) -> str:
     """A range of numbers for a message, `last` included: "row 7" or "rows 6 to 7"."""

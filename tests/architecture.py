@@ -25,6 +25,12 @@ LOADED = {
         "backbones": ["${item.arch}"],
         "samplers": ["balanced", "instance", "reverse"],
     },
+    "replicates": {
+        "datasets": ["${prepare.dataset}"],
+        "backbones": None,
+        "objectives": None,
+        "samplers": ["balanced", "instance", "reverse"],
+    },
     "pool": {"pools": None},
     "probe": {},
     "train_classifier": {

@@ -210,6 +210,19 @@ def extract() -> Result:
     return found | weights(Path("out/batchnorm.safetensors"))
 
 
+def replicates() -> Result:
+    """One more replicate: names of its files, its samples and stage-I head; digests of floats vary by machine."""
+    h2t("replicates", "data/inputs", "out", "--set", "replicates=[0, 1]")
+    digests = json.loads(Path("out/few.json").read_text(encoding="utf-8"))
+    files = sorted(str(path.relative_to("out")) for path in Path("out").rglob("*") if path.is_file())
+    found = kept("digests", {number: sorted(entry) for number, entry in digests.items()}) | kept("files", files)
+    return (
+        found
+        | tables(Path("out/1/prepare"), "samples.parquet")
+        | weights(Path("out/1/train_backbone/few/head.safetensors"))
+    )
+
+
 def pool() -> Result:
     h2t("pool", "few", "data/extract/few", "out")
     return _cache(Path("out"))
@@ -277,6 +290,7 @@ STAGES: dict[str, Callable[[], Result]] = {
     "prepare": prepare,
     "train_backbone": train_backbone,
     "extract": extract,
+    "replicates": replicates,
     "pool": pool,
     "probe": probe,
     "train_classifier": train_classifier,

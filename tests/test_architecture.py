@@ -184,19 +184,23 @@ def watched(stage, file):
     return {key for p in params if isinstance(p, dict) for key in p.get(file, [])}
 
 
+#: Stage -> other stages that it runs.
+RUNS = {"replicates": {"prepare", "train_backbone", "extract"}}
+
+
 @pytest.mark.parametrize("stage", sorted(LOADED))
 def test_a_stage_watches_its_number_and_those_of_the_plug_ins_it_loads(stage):
     expected = set()
     for kind, names in LOADED[stage].items():
         expected |= {kind} if names is None else {f"{kind}.{name}" for name in names}
-    assert watched(stage, "stages.yaml") == {stage} | expected
+    assert watched(stage, "stages.yaml") == {stage} | expected | RUNS.get(stage, set())
 
 
 @pytest.mark.parametrize("stage", sorted(LOADED))
 def test_of_code_a_stage_watches_the_projects_own_plug_ins(stage):
     """Extraction loads samplers of ours alone, which none of the project can replace."""
     deps = [dep for dep in stage_of(stage)["deps"] if dep.startswith("plugins")]
-    kinds = set(LOADED[stage]) - ({"samplers"} if stage == "extract" else set())
+    kinds = set(LOADED[stage]) - ({"samplers"} if stage in ("extract", "replicates") else set())
     assert sorted(deps) == sorted(f"plugins/{kind}" for kind in kinds)
     assert all((ROOT / dep).is_dir() for dep in deps)
 
@@ -243,6 +247,7 @@ PARAMETERS = {
     "prepare": {"seed", "prepare"},
     "train_backbone": {"seed", "backbones.${key}", "backbone_defaults"},
     "extract": {"seed", "extract"},
+    "replicates": {"seed", "replicates", "prepare", "backbones", "backbone_defaults", "extract"},
     "pool": {"pool"},
     "probe": {"backbones.${key}", "backbone_defaults"},
     "train_classifier": {"hosts.${key}", "host_defaults"},

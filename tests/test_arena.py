@@ -7,7 +7,7 @@ import yaml
 from pipeline_builders import ROOT, make_backbone_dir, make_stage2_cache
 from test_docs_adding import install
 
-from benchmarks import arena
+from benchmarks import arena, results
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
 
@@ -77,3 +77,9 @@ def test_an_unknown_method_is_one_line():
     with pytest.raises(UserError, match="--only drr: must be one of dr, crt") as caught:
         arena.parameters(["drr"])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("record", ["arena.json", "arena-stage1.json"])
+def test_the_tables_of_the_results_come_from_the_committed_record(record):
+    text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    assert results.arena_text(ROOT / "benchmarks/results" / record) in text

@@ -44,7 +44,8 @@ def test_every_host_of_one_expert_has_a_line_without_and_with_h2t(body):
         assert line["with_h2t"] == (line["ratio"] > 0) == ("differences" in line)
     text = frozen_results.shown(body)
     assert "| dr + H2T " in text
-    assert "| h2t " in text
+    assert text.endswith(frozen_results.journey(body).partition("\n\n")[2])
+    assert "| h2t " in frozen_results.journey(body)
 
 
 def test_the_constant_of_a_line_is_the_best_on_validation_images(body):

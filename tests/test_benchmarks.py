@@ -131,3 +131,19 @@ def test_growth_benchmark(tmp_path, capsys):
     assert all(p["cpu_ms"] > 0 and p["step_bytes"] > 0 for p in points)
     assert "heads" in capsys.readouterr().out
     assert picture.read_text().startswith("<")
+
+
+def test_peers_benchmark(tmp_path, capsys):
+    from benchmarks import bench_peers
+    from benchmarks.synthetic import write_synthetic
+
+    write_synthetic(tmp_path / "cache", 400, (8, 1, 1), classes=4)
+    bench_peers.main(["--tiny", "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "peers.json")])
+    body = json.loads((tmp_path / "peers.json").read_text())
+    found = body["contestants"]
+    assert found.keys() == {"ours", "PyTorch loop", "scikit-learn loop", "scikit-learn joblib"}
+    assert all(c["classifiers"] == 4 and c["cpu"] > 0 for c in found.values())
+    assert found["scikit-learn loop"]["mean_top1"] == found["scikit-learn joblib"]["mean_top1"]
+    assert body["grid"]["classifiers"] == 2 * 2 * 2 * 2
+    assert (body["grid"]["twice"], body["grid"]["once"]) == (8, 2)
+    assert "PyTorch loop" in capsys.readouterr().out

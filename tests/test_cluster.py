@@ -78,7 +78,7 @@ def address_in(about):
 
 @pytest.fixture(scope="module")
 def scheduler(tmp_path_factory):
-    """A dask scheduler and two workers as people start them, on the loopback: its address, the workers' processes."""
+    """A dask scheduler and two workers as people start them, on the loopback: address, workers, scheduler."""
     about = tmp_path_factory.mktemp("scheduler") / "scheduler.json"
 
     def dask(*arguments):
@@ -93,7 +93,7 @@ def scheduler(tmp_path_factory):
             stack.callback(process.kill)
             return process
 
-        start("scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(about))
+        itself = start("scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(about))
         until = time.monotonic() + 60
         while not (address := address_in(about)) and time.monotonic() < until:
             time.sleep(0.05)
@@ -101,13 +101,13 @@ def scheduler(tmp_path_factory):
         workers = [start("worker", address, "--no-nanny", "--nthreads", "1", "--name", n) for n in "01"]
         with Client(address, set_as_default=False) as client:
             client.wait_for_workers(2, timeout=300)
-        yield address, workers
+        yield address, workers, itself
 
 
 def test_a_stopped_worker_is_named_and_going_on_is_enough(
     digits, backbone_dir, single, scheduler, tmp_path, monkeypatch, after_each
 ):
-    address, workers = scheduler
+    address, workers, _ = scheduler
     monkeypatch.setattr("h2t.pipeline.extraction.cluster.QUIET", 12.0)
     monkeypatch.setattr("h2t.pipeline.extraction.cluster.SILENT", 9.0)
     said = []
@@ -130,7 +130,7 @@ def test_a_stopped_worker_is_named_and_going_on_is_enough(
 
 def test_no_map_passes_through_the_client_or_the_scheduler(digits, backbone_dir, single, scheduler, tmp_path):
     """What workers send to others is counted by dask: some bytes for each shard, of 64 KiB and more."""
-    address, _ = scheduler
+    address = scheduler[0]
 
     def sent(dask_worker):
         return dask_worker.transfer_outgoing_bytes_total
@@ -155,8 +155,8 @@ def test_workers_take_rows_of_a_previous_cache_too(digits, backbone_dir, schedul
 def test_workers_of_a_scheduler_write_the_same_bytes_also_when_one_is_killed(
     digits, backbone_dir, single, tmp_path, scheduler, after_each
 ):
-    """The last test of these workers."""
-    address, workers = scheduler
+    """The last test that needs both workers."""
+    address, workers, _ = scheduler
 
     def kill_one(count):
         if count == 2:
@@ -165,6 +165,25 @@ def test_workers_of_a_scheduler_write_the_same_bytes_also_when_one_is_killed(
     after_each(kill_one)
     extracted(tmp_path / "b", *digits, backbone_dir, cluster=address, **SMALL)
     assert workers[0].wait(60) == -signal.SIGKILL
+    assert tree(tmp_path / "b") == single
+
+
+def test_a_lost_scheduler_is_one_line_and_the_same_command_goes_on(
+    digits, backbone_dir, single, tmp_path, scheduler, after_each
+):
+    """The last test of this scheduler."""
+    address, _, itself = scheduler
+
+    def kill_it(count):
+        if count == 2:
+            itself.kill()
+
+    after_each(kill_it)
+    with pytest.raises(UserError, match=r"run\.cluster: lost the scheduler .*; written shards are kept"):
+        extracted(tmp_path / "b", *digits, backbone_dir, cluster=address, **SMALL)
+    assert not (tmp_path / "b").exists()
+    rest = extracted(tmp_path / "b", *digits, backbone_dir, cluster="local:1", **SMALL)
+    assert 2 <= rest.kept_shards < rest.shards
     assert tree(tmp_path / "b") == single
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import shutil
+import subprocess
 
 import pytest
 import yaml
@@ -38,6 +39,12 @@ def test_dvc_reads_its_stages(tmp_path):
     assert found == {"report", *(f"{stage}@{host}" for stage in ("train_classifier", "evaluate") for host in hosts)}
 
 
+def test_git_ignores_nothing_that_dvc_writes_there():
+    """DVC does not run where git ignores `dvc.lock`."""
+    found = subprocess.run(["git", "check-ignore", str(EXAMPLE / "dvc.lock")], cwd=ROOT, check=False)
+    assert found.returncode == 1
+
+
 def test_its_figures_come_out_again(tmp_path, monkeypatch):
     root = tmp_path / "example"
     shutil.copytree(EXAMPLE, root, ignore=shutil.ignore_patterns("train_classifier", "evaluate", "report"))
@@ -65,6 +72,6 @@ def test_its_figures_come_out_again(tmp_path, monkeypatch):
 def test_the_backbones_of_table_6_are_those_of_their_record():
     record = json.loads((ROOT / "benchmarks/results/stage1.json").read_text())["backbones"]
     for name, about in record.items():
-        data = (ROOT / f"benchmarks/weights/cifar10-lt-100-{name}.safetensors").read_bytes()
+        data = (ROOT / f"benchmarks/weights/{name}.safetensors").read_bytes()
         assert hashlib.sha256(data).hexdigest() == about["sha256"]
         assert len(about["curve"]["loss"]) == 200

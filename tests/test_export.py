@@ -225,6 +225,26 @@ def test_onnx_gives_the_same_logits_for_any_batch(tmp_path, trained):
     assert classes == same
 
 
+class Windows(torch.nn.Module):
+    """Attention inside windows, with five axes, which torch's exporter does not know."""
+
+    def forward(self, x):
+        windows = x.flatten(1).unflatten(1, (1, 3, 4, 16))
+        return torch.nn.functional.scaled_dot_product_attention(windows, windows, windows).flatten(1)
+
+
+def test_a_network_that_torch_cannot_write_as_onnx_is_one_line(tmp_path):
+    from h2t.pipeline.models.export import write_onnx
+    from h2t.pipeline.models.model import Model
+
+    pytest.importorskip("onnxscript")
+    transform = {"size": 8, "mean": [0.5] * 3, "std": [0.5] * 3}
+    with pytest.raises(UserError, match=r"^model\.onnx: torch must .*; export without --onnx") as caught:
+        write_onnx(Model(Windows().eval(), {"transform": transform}), tmp_path / "model.onnx")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "model.onnx").exists()
+
+
 def test_onnx_without_its_packages_is_one_line(tmp_path, trained, monkeypatch):
     from h2t.pipeline.models import export
 

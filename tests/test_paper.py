@@ -121,3 +121,17 @@ def test_what_does_not_fit_is_one_line(call, text):
         call()
     assert text in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_page_of_table_6_has_every_row_of_the_record():
+    page = (ROOT / "docs" / "table6.md").read_text(encoding="utf-8")
+    rows = [e for e in json.loads(paper.RESULTS.read_text(encoding="utf-8")) if e["table"].startswith("6-")]
+    assert len(rows) >= 23
+    for entry in rows:
+        section = page.split(f"## Imbalance ratio {entry['table'][2:]}\n")[1].split("\n## ")[0]
+        starts = (f"| {entry['row']} |", f"| {entry['row']} (")
+        [line] = [line for line in section.splitlines() if line.startswith(starts)]
+        figures, published = [entry[k] for k in paper.FIGURES], entry["published"]
+        if published is not None:
+            figures += [published, entry["top1"] - published]
+        assert [float(c) for c in line.split("|")[2 : 2 + len(figures)]] == pytest.approx(figures, abs=0.0051)

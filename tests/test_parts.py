@@ -1,5 +1,6 @@
 """Extraction in parts without a scheduler: `--part K/N` on any machines, then `--commit`; the bytes of one process."""
 
+import pickle
 import random
 import signal
 import subprocess
@@ -133,6 +134,21 @@ class TestOfShards:
         assert {k: v for k, v in after.items() if not k.startswith("part-")} == {
             k: v for k, v in before.items() if not k.startswith("part-")
         }
+
+    def test_a_token_that_cannot_be_read_is_one_line(self, tmp_path, spec):
+        self.write_part(tmp_path / "c", spec, Part(1, 2))
+        (staging_of(tmp_path / "c") / "token.json").write_bytes(b"[1, 2")
+        with pytest.raises(CacheError, match=r"token\.json cannot be read"):
+            self.write_part(tmp_path / "c", spec, Part(2, 2))
+
+    def test_a_writer_whose_folder_is_gone_says_so_in_one_line(self, tmp_path, spec):
+        with Staging(tmp_path / "c") as staging:
+            worker = CacheWriter(staging, spec, make_rows(spec.rows), TOKEN).beside()
+            staging.discard()
+        with pytest.raises(CacheError, match="was removed while it was written") as error:
+            worker.write(0, [m[:8] for m in make_maps(spec)])
+        sent = pickle.loads(pickle.dumps(error.value))
+        assert (sent.reason, sent.detail) == ("busy", error.value.detail)
 
     def test_what_a_process_left_over_writes_for_another_token_is_never_taken(self, tmp_path, spec):
         """A worker that outlived its run may finish a shard after another run has begun."""

@@ -36,13 +36,14 @@ def dvc(*arguments: str, cwd: Path) -> str:
 def changed(repository: Path) -> set[str]:
     """Stages that `dvc repro` would run: those that changed and all that they feed; without the `@entry`.
 
-    `inputs` feeds nobody here: it runs for an instant where a parameter could name a file, and its output stays.
+    IDLE stages feed nobody here: `inputs` runs for an instant where a parameter could name a file, `replicates` where
+    one could change a replicate. Their outputs stay.
     """
     with contextlib.chdir(repository), Repo(str(repository)) as repo:  # a process for each costs seconds
         reached = set(repo.status())
         feeds = [(fed.addressing, feeding.addressing) for fed, feeding in repo.index.graph.edges]
     for _ in range(10):
-        reached |= {fed for fed, feeding in feeds if feeding in reached - {"inputs"}}
+        reached |= {fed for fed, feeding in feeds if feeding in reached - IDLE}
     return {name.split("@")[0] for name in reached}
 
 
@@ -144,22 +145,23 @@ def line_in(name):
 HEADS = {"train_classifier", "evaluate", "report"}
 BODY = {"extract", "pool", "probe"}
 ALL = {"prepare", "train_backbone"} | BODY | HEADS
+IDLE = {"inputs", "replicates"}
 EDITS = {
     "a remark in every file": (remark_everywhere, set()),
     "a host's number": (number("hosts", "dr"), HEADS),
     "another host's number": (number("hosts", "gcl"), set()),
-    "a backbone's number": (number("backbones", "resnet20"), ALL - {"prepare"}),
+    "a backbone's number": (number("backbones", "resnet20"), ALL - {"prepare"} | {"replicates"}),
     "a pool's number": (number("pools", "gap"), HEADS | {"pool"}),
     "a probe's number": (number("probe"), {"probe"}),
-    "a stage's number": (number("extract"), HEADS | BODY),
+    "a stage's number": (number("extract"), HEADS | BODY | {"replicates"}),
     "a host of one's own": (line_in("plugins/hosts/.gitkeep"), HEADS),
     "a host's parameter": (parameter(hosts__dr__optimiser__lr=0.01), HEADS),
     "where extraction runs": (parameter(run__cluster="local:2"), set()),
-    "extraction's parameter": (parameter(extract__codec="zstd"), HEADS | BODY | {"inputs"}),
+    "extraction's parameter": (parameter(extract__codec="zstd"), HEADS | BODY | IDLE),
     "device": (parameter(device="cpu"), set()),
     "residency": (parameter(train_classifier__pooled=False), set()),
-    "seed": (parameter(seed=1), ALL),
-    "the backbone": (parameter(backbones__ce_mixup__epochs=2), ALL - {"prepare"} | {"inputs"}),
+    "seed": (parameter(seed=1), ALL | {"replicates"}),
+    "the backbone": (parameter(backbones__ce_mixup__epochs=2), ALL - {"prepare"} | IDLE),
 }
 
 

@@ -12,8 +12,8 @@ from pipeline_builders import ROOT, invoke, write_params
 from report_builders import make_evaluated
 from scipy.stats import ttest_rel
 
-from benchmarks import analyses, online_results, tables
-from benchmarks.results import online_tables
+from benchmarks import analyses, online_results, results_200, tables
+from benchmarks.results import grid_now, online_tables, peers_text
 from h2t.pipeline.base import params, plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.run import Run
@@ -204,10 +204,11 @@ def test_ours_beside_online_runs(evaluated, by, expected):
     assert [float(n) for n in apart] == found
 
 
-def test_the_page_of_results_is_its_template_with_the_places_filled():
-    """Nothing in docs/results.md was written or changed by hand."""
-    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    parts = re.split(r"{{.*?}}", (ROOT / "benchmarks" / "results.md").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("name", ["results.md", "results-200.md"])
+def test_the_page_of_results_is_its_template_with_the_places_filled(name):
+    """Nothing in these pages was written or changed by hand."""
+    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    parts = re.split(r"{{.*?}}", (ROOT / "benchmarks" / name).read_text(encoding="utf-8"))
     assert re.fullmatch("(.+?)".join(map(re.escape, parts)), text, re.DOTALL)
 
 
@@ -221,6 +222,54 @@ def test_tables_of_the_results_come_from_the_committed_record():
     assert len(found) == 4
     for place, made in found.items():
         assert made in text, place
+
+
+def test_hosts_and_samplers_of_the_second_page(evaluated):
+    result = load_result("dr", evaluated / "dr")
+    [line] = cells_of(results_200.hosts_table(tables.Analysis("hosts", [result], {})))
+    for place, figure in ((2, "top1"), (5, "tail")):
+        without, with_h2t = (result.at(ratio)[figure].mean() for ratio in (0.0, 0.3))
+        assert [float(c.split(" ")[0]) for c in line[place : place + 2]] == pytest.approx(
+            [without, with_h2t], abs=0.0051
+        )
+        stated = result.metrics["difference"][figure]
+        assert line[place + 2].startswith(f"{stated['mean']:+.2f} [{stated['low']:+.2f}, {stated['high']:+.2f}]")
+    same = results_200.against_table(replace(result, name="cyclic"), result)
+    assert [cells[1] for cells in same] == ["without", "with"]
+    assert all(cell == "+0.00 identical" for cells in same for cell in cells[2:])
+
+
+def test_online_beside_ours_without_and_with_h2t(evaluated):
+    result = load_result("dr", evaluated / "dr")
+    runs = online_of(result, 0.1)
+    for run in runs.runs:
+        run["device"] = "a GPU"
+    text = results_200.online_text(tables.Analysis("hosts", [result], {}), runs, replace(runs, ratio=0.0))
+    assert "a seed takes 701 s on a GPU" in text
+    heads = pd.read_parquet(evaluated / "dr" / "heads.parquet")
+    balanced = heads[(heads.split == "test") & (heads.statistics == "balanced") & (heads.ratio == 0)]
+    for label, mean in (("DR + H2T", result.at(0.3).top1.mean()), ("DR as published", balanced.top1.mean())):
+        block = text[text.index(f"{label}:") :].split("\n\n")[1]
+        assert float(cells_of(block)[0][2].split(" ")[0]) == pytest.approx(mean, abs=0.0051)
+
+
+def test_seconds_of_peers_are_shown_with_their_ratio_to_ours(tmp_path):
+    ours = {"cpu": 4.0, "seconds": 2.0, "mean_top1": 70.0, "best_top1": 71.5}
+    loop = {"cpu": 10.0, "seconds": 9.0, "mean_top1": 70.25, "best_top1": 71.0}
+    body = {
+        "machine": {"cores": 2, "load_before": 0.2},
+        "load_after": 1.1,
+        "samples": 12406,
+        "channels": 64,
+        "contestants": {"ours": ours, "loop": loop},
+        "grid": {"cpu": 20.0, "classifiers": 660, "twice": 555, "once": 5},
+    }
+    (tmp_path / "peers.json").write_text(json.dumps(body))
+    text = peers_text(tmp_path / "peers.json")
+    assert "| loop | 10.0 | 2.5 | 9.0 | 4.5 | 70.25 | 71.00 |" in text
+    online = online_results.Online(0.3, [{"cpu": 600.0}])
+    assert "**16,725 times**" in grid_now(tmp_path / "peers.json", online)
+    assert peers_text(tmp_path / "none.json").startswith("Not run")
 
 
 def test_no_online_run_is_one_line(tmp_path):

@@ -14,7 +14,7 @@ from h2t.pipeline.base.run import Run
 from h2t.pipeline.evaluation import scoring
 from h2t.pipeline.evaluation.metrics import Answers
 from h2t.pipeline.evaluation.scoring import Scores, score_heads, score_stage1
-from h2t.pipeline.evaluation.tables import write_predictions
+from h2t.pipeline.evaluation.tables import Scored, write_predictions
 from h2t.pipeline.extraction import batchnorm
 from h2t.pipeline.heads import residency
 from h2t.pipeline.heads.batches import MOST_DRAWN, Streams
@@ -279,11 +279,12 @@ def test_predictions_are_written_head_by_head(tmp_path):
     rng = np.random.default_rng(0)
     said = [Answers(rng.integers(0, 9, 20_000).astype(np.int32), rng.random(20_000)) for _ in range(60)]
     result = Scores("mixture", rng.integers(0, 9, 20_000), np.arange(20_000), said)
+    scored = Scored([{"number": n} for n in range(60)], {("test", "mixture"): result}, {})
     usual = pa.default_memory_pool()
     arrow = pa.proxy_memory_pool(usual)
     pa.set_memory_pool(arrow)
     try:
-        write_predictions(tmp_path, result, None, list(range(60)))
+        write_predictions(tmp_path, [scored], "mixture", range(60))
     finally:
         pa.set_memory_pool(usual)
     assert arrow.max_memory() < 8e6  # one column of all heads is 9.6 MB

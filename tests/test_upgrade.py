@@ -22,7 +22,8 @@ pytestmark = pytest.mark.slow
 STAGES = {"prepare", "train_backbone@few", "extract@few", "pool@few", "train_classifier@dr", "evaluate@dr", "report"}
 NEWER = {"evaluate@dr", "report"}  # have other numbers than version 0.1.0
 #: Left out of tests/golden/first, or written by no stage of version 0.1.0.
-LEFT_OUT = {"data/pool/few", "data/report", "data/inputs", "data/probe/few"}
+LEFT_OUT = {"data/pool/few", "data/report", "data/inputs", "data/probe/few", "data/replicates"}
+WRITTEN = {"inputs", "replicates"}  # stages of later versions whose output the upgrade writes
 LATER = {"probe@few"}  # a stage that version 0.1.0 did not have, so it runs for the first time
 
 
@@ -60,7 +61,7 @@ def edit(path, change):
 
 def test_a_lock_file_from_before_the_numbers_is_taken_over(project):
     before = tree(project)
-    assert changed(project) == STAGES | {"inputs"}
+    assert changed(project) == STAGES | {"inputs", "replicates"}
     said = invoke("upgrade")
     assert said.exit_code == 0, said.output
     assert f"results of {len(STAGES - NEWER)} stages are kept" in said.stdout
@@ -75,8 +76,9 @@ def test_a_lock_file_from_before_the_numbers_is_taken_over(project):
     kept = [stage for name, stage in lock.items() if name not in NEWER]
     assert not [d for stage in kept for d in stage.get("deps", []) if d["path"].endswith(".py")]
     old = yaml.safe_load((FIRST / "dvc.lock").read_text())["stages"]
-    assert {k: v["outs"] for k, v in lock.items() if k != "inputs"} == {k: v["outs"] for k, v in old.items()}
+    assert {k: v["outs"] for k, v in lock.items() if k not in WRITTEN} == {k: v["outs"] for k, v in old.items()}
     shutil.rmtree(project / "data/inputs")  # the digests of no input, and DVC's note that git ignores them
+    shutil.rmtree(project / "data/replicates")  # none
     (project / "data/.gitignore").unlink()
     assert tree(project / "data") == tree(FIRST / "data")
     assert "nothing to change" in invoke("upgrade").stdout
@@ -144,7 +146,7 @@ def test_it_says_what_another_number_concerns_and_why(project):
     assert line.endswith("read by evaluate@dr, pool@few, probe@few, report, train_classifier@dr")
     assert "2026112507" in (project / "stages.yaml").read_text()
     assert invoke("upgrade", "--apply").exit_code == 0
-    assert changed(project) == {"extract@few"} | NEWER
+    assert changed(project) == {"extract@few", "replicates"} | NEWER
     assert invoke("prepare", "out").exit_code == 0
 
 
@@ -162,7 +164,7 @@ def test_it_works_in_a_clone_without_data(project):
     assert set(plan.taken_over) == STAGES - NEWER
     old = yaml.safe_load((FIRST / "dvc.lock").read_text())["stages"]
     new = yaml.safe_load((project / "dvc.lock").read_text())["stages"]
-    assert {k: v["outs"] for k, v in new.items() if k != "inputs"} == {k: v["outs"] for k, v in old.items()}
+    assert {k: v["outs"] for k, v in new.items() if k not in WRITTEN} == {k: v["outs"] for k, v in old.items()}
     found = {d["path"]: d["md5"] for d in new["extract@few"]["deps"] if d["path"].startswith("data/")}
     del found["data/inputs/extract.json"]  # a new dependency
     assert found == {d["path"]: d["md5"] for d in old["extract@few"]["deps"] if d["path"].startswith("data/")}

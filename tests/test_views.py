@@ -53,6 +53,7 @@ def test_views_on_a_gpu_are_those_of_the_processor(folder):
     assert isinstance(kept, ResidentImages)
     samples, keys = [3, 0, 1, 3, 1, 0] * 4, [(0, "stage1", i) for i in range(24)]
     assert torch.equal(kept.batch(samples, keys), images.batch(samples, keys))
+    assert not kept._crops  # drawn for these samples alone, not for all rows
     for view in [(0, "stage1", 5)] * 2 + [(1, "stage1", 6)]:
         assert torch.equal(kept.batch(samples, [view] * 24), images.batch(samples, [view] * 24))
 

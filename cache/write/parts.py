@@ -25,7 +25,7 @@ import numpy as np
 from h2t.cache.errors import CacheError
 from h2t.cache.format.spec import CacheSpec, canonical_json, sha256
 from h2t.cache.write.encoding import encoded
-from h2t.cache.write.staging import Staging, file_sha256, write_durably
+from h2t.cache.write.staging import Staging, bad_disk_is_one_line, file_sha256, write_durably
 
 TOKEN = "token.json"
 _NAME = re.compile(r"(\d+)\.(\d+)\.(\d+)\.([0-9a-f]{64})")
@@ -75,11 +75,19 @@ def parts_folder(root: Path, spec: CacheSpec, token: Mapping[str, Any]) -> Path:
 
 def difference(have: bytes, ours: bytes) -> str:
     """What differs between two contents of `token.json`, for a message: `batch_size 128 -> 64`."""
-    old, new = json.loads(have), json.loads(ours)
-    flat_old = {**old["token"], **old["layout"], "fingerprint": old["fingerprint"][:12]}
-    flat_new = {**new["token"], **new["layout"], "fingerprint": new["fingerprint"][:12]}
-    keys = sorted(k for k in {*flat_old, *flat_new} if flat_old.get(k) != flat_new.get(k))
-    return ", ".join(f"{k} {flat_old.get(k)} -> {flat_new.get(k)}" for k in keys)
+    try:
+        old, new = _flat(json.loads(have)), _flat(json.loads(ours))
+    except (ValueError, AttributeError):
+        return f"{TOKEN} cannot be read"
+    return ", ".join(f"{k} {old.get(k)} -> {new.get(k)}" for k in sorted({*old, *new}) if old.get(k) != new.get(k))
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of nested objects by their last keys; a digest is cut to 12 digits."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value) if isinstance(value, Mapping) else {key: value[:12] if key == "fingerprint" else value}
+    return flat
 
 
 def opened(staging: Staging, spec: CacheSpec, token: Mapping[str, Any], part: Part) -> tuple["PartWriter", list[int]]:
@@ -129,11 +137,12 @@ class PartWriter:
         Raises CacheError `full`, `unwritable`, and `busy` if another process removes the folder or the unfinished file.
         """
         written = {}
-        self.folder.mkdir(exist_ok=True)
         for expert, data in enumerate(files):
             size, digest = len(data), sha256(data)
             path = self.folder / f"{expert}.{shard}.{size}.{digest}"
             try:
+                with bad_disk_is_one_line(self.folder):
+                    self.folder.mkdir(exist_ok=True)
                 write_durably(path, data, partial=f"{path.name}.{self.label or uuid.uuid4().hex}.partial")
             except FileNotFoundError:
                 raise CacheError(

@@ -212,8 +212,9 @@ class CacheWriter:
         for shard, files in finished(self._parts, self.spec, set(self.pending), read=read):
             for name, (path, _, _) in files.items():
                 # Linked, not moved: a kill before the journal is written loses nothing.
-                (self._staging.cache / name).unlink(missing_ok=True)
-                os.link(path, self._staging.cache / name)
+                with bad_disk_is_one_line(path):
+                    (self._staging.cache / name).unlink(missing_ok=True)
+                    os.link(path, self._staging.cache / name)
             self._done[shard] = {name: (size, digest) for name, (_, size, digest) in files.items()}
         for expert in range(self.spec.experts):
             sync((self._staging.cache / self.spec.shard_file(expert, 0)).parent)

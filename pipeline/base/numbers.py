@@ -4,8 +4,10 @@ Each stage and plug-in file states its `NUMBER`, a date and a counter (202611260
 and DVC reruns a stage when its number changes. docs/numbers.md says when to raise a number.
 """
 
+import hashlib
 import re
 from pathlib import Path
+from types import ModuleType
 
 import yaml
 
@@ -32,6 +34,18 @@ def built_in() -> Numbers:
                 raise UserError(f"{path}: must state a NUMBER; got none; add one (docs/numbers.md)")
             numbers[path.stem if kind == "stages" else f"{kind}.{path.stem}"] = int(stated[1])
     return numbers
+
+
+def of_plugin(kind: str, module: ModuleType) -> int | str:
+    """The number of a built-in plug-in; for one of the project, a digest of all its Python files of this kind."""
+    built_in_folder, *own = plugins.folders(kind)
+    if Path(str(module.__file__)).parent == built_in_folder:
+        return int(module.NUMBER)
+    digest = hashlib.sha256()
+    for folder in own:
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def in_code() -> Numbers:

@@ -1,8 +1,8 @@
 """`h2t cache`: commands that describe, check and pool caches."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from h2t.pipeline.command_line.options import PATH
 
 if TYPE_CHECKING:
     from h2t.cache.reader import Cache
+    from h2t.pipeline.heads.replicate import Replicate
 
 
 class CacheCommands(OneLineErrors):
@@ -42,6 +43,34 @@ def opened(location: str) -> Iterator["Cache"]:
         raise UserError(f"{location}: {' '.join(str(error).split())}") from None
     with cache:
         yield cache
+
+
+@contextmanager
+def further_replicates(values: Mapping[str, Any], location: str, backbone: Path) -> Iterator[list["Replicate"]]:
+    """Opens the caches of the replicates but 0 of the parameters, in `replicates` beside the folders of replicate 0.
+
+    `location` and `backbone` are those of replicate 0. Raises UserError if one is missing, or for a place that can have
+    none: a cache at a URL, or features that were imported.
+    """
+    from h2t.pipeline.base import replicates
+    from h2t.pipeline.heads.replicate import Replicate
+    from h2t.pipeline.networks.trained import NONE
+
+    numbers = replicates.further(values)
+    alone = "to use this cache alone, add --set replicates=[0]"
+    if numbers and ("://" in location or str(backbone) == NONE):
+        raise UserError(f"{location}: must be a cache that was extracted here to have replicates; {alone}")
+    if backbone.parent.name == "probe":  # a probe is fitted to each replicate's own cache
+        backbone = backbone.parent.with_name("train_backbone") / backbone.name
+    with ExitStack() as stack:
+        found = []
+        for number in numbers:
+            cache = replicates.place(Path(location), number)
+            if not cache.is_dir():
+                raise UserError(f"{cache}: replicate {number} is missing; run h2t replicates, or {alone}")
+            opened_cache = stack.enter_context(opened(str(cache)))
+            found.append(Replicate(number, opened_cache, replicates.place(backbone, number)))
+        yield found
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 Stages are imported inside the commands, so that `h2t --help` answers at once.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import click
 from h2t.pipeline.base.run import Run, Say, silent
 from h2t.pipeline.command_line import names, options
 from h2t.pipeline.command_line.caches import cache as cache_group
-from h2t.pipeline.command_line.caches import opened, previous
+from h2t.pipeline.command_line.caches import further_replicates, opened, previous
 from h2t.pipeline.command_line.init import init
 from h2t.pipeline.command_line.lists import list_plugins, list_presets
 from h2t.pipeline.command_line.models import export, predict
@@ -42,7 +43,7 @@ def main() -> None:
 
     `h2t init` writes a project for images of your own. `dvc repro` runs all stages of
     params.yaml. In order they are: watch, inputs, prepare, train-backbone, extract,
-    pool, probe, train-classifier, evaluate, report.
+    replicates, pool, probe, train-classifier, evaluate, report.
 
     \b
     Completion of commands and names in bash (or zsh_source, fish_source):
@@ -163,6 +164,22 @@ def extract(
     return vars(summary)
 
 
+@main.command(epilog="h2t replicates data/inputs data/replicates")
+@click.argument("digests", type=PATH, help="Directory that inputs wrote.")
+@output("Directory to write.")
+@partial(stage, outline=lambda values: values.get("replicates", [0]) == [0])  # nothing to compute
+def replicates(values: dict[str, Any], say: Say, digests: Path, out: Path) -> dict[str, Any]:
+    """Prepare, train-backbone and extract again, from other seeds.
+
+    Once for each number in `replicates` but 0. A killed run resumes.
+    """
+    from h2t.pipeline.stages import replicates as stage_module
+
+    further = values["replicates"] != [0]
+    run = run_of(values, say, "replicates", out) if further else Run("replicates", out, say=say)
+    return stage_module.run(values, run, digests)
+
+
 @main.command(epilog="h2t pool ce_mixup data/extract/ce_mixup data/pool/ce_mixup")
 @backbone_name
 @cache_place
@@ -241,10 +258,10 @@ def train_classifier(
 
     section = params.build(stage_module.Params, f"hosts.{name}", params.section(values, f"hosts.{name}"))
     residency = params.build(Residency, "train_classifier", params.section(values, "train_classifier"))
-    with opened(cache) as maps:
+    with opened(cache) as maps, further_replicates(values, cache, backbone) as further:
         names.check_host(values, name, cache, backbone, out, say)
         check_choice(section, name, maps)
-        summary = stage_module.run(section, run_of(values, say, name, out), residency, maps, backbone)
+        summary = stage_module.run(section, run_of(values, say, name, out), residency, maps, backbone, further)
     return vars(summary)
 
 
@@ -264,9 +281,9 @@ def evaluate(values: dict[str, Any], say: Say, name: str, cache: str, heads: Pat
     from h2t.pipeline.stages import evaluate as stage_module
 
     section = params.build(stage_module.Params, "evaluate", params.section(values, "evaluate"))
-    with opened(cache) as maps:
+    with opened(cache) as maps, further_replicates(values, cache, backbone) as further:
         names.check_host(values, name, cache, backbone, out, say, heads)
-        stage_module.run(section, run_of(values, say, name, out), maps, heads, backbone)
+        stage_module.run(section, run_of(values, say, name, out), maps, heads, backbone, further)
 
 
 @main.command(

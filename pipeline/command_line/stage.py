@@ -16,12 +16,18 @@ from h2t.pipeline.base.run import Run, Say, silent
 from h2t.pipeline.command_line import options
 from h2t.pipeline.command_line.options import PATH
 
+Outline = Callable[[dict[str, Any]], bool]
 
-def stage(function: Callable[..., Any], *, outline: bool = False) -> Callable[..., Any]:
+
+def _never(values: dict[str, Any]) -> bool:
+    return False
+
+
+def stage(function: Callable[..., Any], *, outline: Outline = _never) -> Callable[..., Any]:
     """Adds the options of every stage command. `function` gets the checked parameters as `values`, and `say`.
 
-    With `outline`, only the names of sections and entries are checked, which needs no torch. `function` may return
-    facts about the run, which the run record keeps.
+    Where `outline(values)`, only the names of sections and entries are checked, which needs no torch. `function` may
+    return facts about the run, which the run record keeps.
     """
 
     @options.params_file
@@ -52,7 +58,7 @@ def stage(function: Callable[..., Any], *, outline: bool = False) -> Callable[..
         if device is not None:
             values["device"] = device
         try:
-            (settings.outline if outline else settings.check)(values, say)
+            (settings.outline if outline(values) else settings.check)(values, say)
             numbers.check()
             inputs.check(values, params_file.parent)
             with progress.hidden(quiet):
@@ -73,7 +79,7 @@ def stage(function: Callable[..., Any], *, outline: bool = False) -> Callable[..
     return command
 
 
-outlined_stage = partial(stage, outline=True)
+outlined_stage = partial(stage, outline=lambda values: True)
 
 
 def run_of(values: dict[str, Any], say: Say, name: str, out: Path) -> Run:

@@ -32,13 +32,16 @@ class ResidentImages:
     def batch(self, samples: Sequence[int], keys: Sequence[Sequence[int | str]]) -> torch.Tensor:
         """Normalised float32 (B, 3, size, size) on the device: the augmented view `(seed, view)` of each sample."""
         views = [tuple(key) for key in keys]
-        self._crops = {view: self._crops[view] if view in self._crops else self._drawn(view) for view in set(views)}
         rows = torch.tensor([self._rows[s] for s in samples], device=self._pixels.device)
-        if len(self._crops) == 1:
+        if len(set(views)) == 1:
+            self._crops = {views[0]: self._crops[views[0]] if views[0] in self._crops else self._drawn(views[0])}
             top, left, flipped = self._crops[views[0]][:, rows]
-        else:
-            crops = [self._crops[v][:, self._rows[s]] for s, v in zip(samples, views, strict=True)]
-            top, left, flipped = torch.stack(crops, 1)
+        else:  # a view for every sample: only these are drawn, not those of all rows
+            shape, transform = self._pixels.shape[1:], self._images.transform
+            crops = [
+                crop_and_flip(shape, transform, self._images.draws(s, v)) for s, v in zip(samples, views, strict=True)
+            ]
+            top, left, flipped = torch.tensor(crops, device=self._pixels.device).T
         across = torch.where(flipped[:, None] == 1, self._across.flip(0), self._across)
         y, x = (top[:, None] + self._across)[:, :, None], (left[:, None] + across)[:, None, :]
         return normalised(self._pixels[rows[:, None, None], y, x], self._images.transform)

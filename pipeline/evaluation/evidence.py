@@ -5,7 +5,7 @@ All tables are small: a few heads, `BINS` bins, and at most `PER_CLASS` samples 
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +22,7 @@ from h2t.cache.reader import Cache
 from h2t.pipeline.base.outputs import write_json
 from h2t.pipeline.data.classes import recorded_names
 from h2t.pipeline.evaluation.metrics import Answers, reliability
+from h2t.pipeline.evaluation.scoring import Scores
 from h2t.pipeline.heads.features import FeatureReader, to_tensor
 from h2t.pipeline.heads.stored import Heads
 from h2t.pipeline.networks.classifier import global_average
@@ -36,14 +37,14 @@ ROOM = 256 * 2**20  # bytes of memory that t-SNE and its libraries may need
 FEWEST = 8  # with fewer samples there is no embedding
 
 
-def write_reliability(into: Path, said: Mapping[int, Answers], labels: np.ndarray) -> None:
+def write_reliability(into: Path, said: Iterable[tuple[int, Scores, Answers]]) -> None:
     """Writes `reliability.parquet`: for each head and bin, samples, mean confidence and accuracy (both in percent).
 
-    `said` maps a head's number (-1 is stage I) to its predictions for the n samples; `labels` is int (n,).
+    `said`: the number of each head, the scores that its predictions belong to, and these.
     """
     lines = []
-    for number, predicted in said.items():
-        right = (predicted.guesses == labels).astype(float)
+    for number, result, predicted in said:
+        right = (predicted.guesses == result.labels).astype(float)
         bins = reliability(predicted.confidence, right)
         lines += [{"number": number, **b} for b in bins]
     names = ("low", "high", "confidence", "accuracy")

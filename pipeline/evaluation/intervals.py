@@ -1,4 +1,4 @@
-"""Differences between classifiers with 95 % intervals: over seeds and test images, or over seeds alone.
+"""Differences between classifiers with 95 % intervals: over seeds, test images and trainings of the backbone.
 
 Seeds and test images are crossed: every seed's classifier is scored on every image. A difference varies with both, and
 both parts are estimated from the same paired predictions. Multi-reader studies in radiology have the same layout, with
@@ -6,11 +6,15 @@ readers for seeds and cases for images; variance and degrees of freedom are thei
 Communications in Statistics 24, 1995; Hillis, Statistics in Medicine 26, 2007). Images vary within their classes only,
 as a test set has a fixed number of images of each class. docs/intervals.md shows how often the intervals hold.
 
+Replicates, with a backbone and test images of their own, take the place of seeds: the seeds within a replicate are
+averaged, and what replicates have in common are the test images that several of them hold out.
+
 Each interval is for one comparison; there is no correction for many comparisons.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -22,6 +26,7 @@ from h2t.pipeline.evaluation.metrics import BINS, Answers, calibration_gaps
 FIGURES = ("top1", *GROUPS, "ece")
 LEVEL = 0.95
 FEWEST_SEEDS = 3  # for a verdict; with two, 95 % intervals hold in 87 to 92 % of cases
+FEWEST_REPLICATES = 3  # for a verdict, where there are replicates
 FEWEST_CHANGED = 5  # images, mean over seeds, on which the two classifiers differ, for `higher` or `lower`
 FEWEST_FOR_ECE = 20 * BINS  # images for a verdict on ECE; with fewer, its bias is as large as what is measured
 
@@ -30,9 +35,10 @@ FEWEST_FOR_ECE = 20 * BINS  # images for a verdict on ECE; with fewer, its bias 
 class Difference:
     """A difference between two classifiers, in the unit of the figure (percentage points), and its 95 % interval.
 
-    `covers` names the sources of variation behind the interval: `seeds`, `images` (of the test split, within classes).
-    Without any, low and high are None. `verdict` is `higher`, `lower`, `too close to tell`, `identical` (all
-    predictions are equal), or None where the data allow no verdict. `seeds` counts the paired seeds.
+    `covers` names the sources of variation behind the interval: `seeds`, `images` (of the test split, within classes),
+    `backbones` (replicates). Without any, low and high are None. `verdict` is `higher`, `lower`, `too close to tell`,
+    `identical` (all predictions are equal), or None where the data allow no verdict. `seeds` counts the paired seeds,
+    of each replicate.
     """
 
     mean: float
@@ -59,6 +65,19 @@ class Difference:
         return {**asdict(self), "covers": list(self.covers)}
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """Predictions of two classifiers for the same n test images of one replicate, an entry per seed on both sides.
+
+    `labels`: int (n,). `images`: numbers of the images, int (n,), the same in all replicates.
+    """
+
+    after: Sequence[Answers]
+    before: Sequence[Answers]
+    labels: np.ndarray
+    images: np.ndarray
+
+
 def differences(
     after: Sequence[Answers],
     before: Sequence[Answers],
@@ -74,46 +93,98 @@ def differences(
     I). `verdicts`: False where something else varies that the intervals cannot cover, such as two backbones trained
     once each.
     """
-    pairs = list(zip(after, before, strict=True))
-    seeds = len(pairs)
-    counts = np.bincount(labels, minlength=len(group_of))
-    groups = np.array([group or "" for group in group_of])
-    right = np.stack([100.0 * (a.guesses == labels) - 100.0 * (b.guesses == labels) for a, b in pairs])
-    gaps = np.stack([100 * (calibration_gaps(a, labels) - calibration_gaps(b, labels)) for a, b in pairs])
-    same = np.all([a.guesses == b.guesses for a, b in pairs], 0)
-    same_confidence = same & np.all([a.confidence == b.confidence for a, b in pairs], 0)
+    return over_replicates([Pairs(after, before, labels, np.arange(len(labels)))], group_of, seeded, verdicts)
 
+
+def over_replicates(
+    replicates: Sequence[Pairs], group_of: Sequence[str | None], seeded: bool = True, verdicts: bool = True
+) -> dict[str, Difference | None]:
+    """`differences` of one replicate or several. Each of several has seeds and a training of the backbone of its own.
+
+    Then the interval covers these as well; `verdicts` may be True for two backbones, which both vary with replicates.
+    """
+    several = len(replicates) > 1
+    seeds = len(replicates[0].after)
+    scored = [_Scored.of(pairs) for pairs in replicates]
     found: dict[str, Difference | None] = {}
     for figure in FIGURES:
-        weights = np.full(len(labels), 1 / len(labels))
-        if figure in GROUPS:  # the mean over its classes, whatever the number of their images
-            members = (groups == figure) & (counts > 0)
-            weights = np.where(members, 1 / np.maximum(counts * members.sum(), 1), 0)[labels]
-        inside = weights > 0
-        if not inside.any():
+        parts = [part for one in scored if (part := one.part(figure, group_of)) is not None]
+        if len(parts) < len(scored):
             found[figure] = None
             continue
-        each, alike = (gaps, same_confidence) if figure == "ece" else (right, same)
-        enough = (not seeded or seeds >= FEWEST_SEEDS) and (figure != "ece" or len(labels) >= FEWEST_FOR_ECE)
-        mean, reach, changed = _mean_and_reach(each[:, inside], labels[inside], weights[inside])
+        fewest = min(len(pairs.labels) for pairs in replicates)
+        repeated = len(replicates) >= FEWEST_REPLICATES if several else not seeded or seeds >= FEWEST_SEEDS
+        enough = repeated and (figure != "ece" or fewest >= FEWEST_FOR_ECE)
+        mean, reach, changed = _over_replicates(parts) if several else _mean_and_reach(parts[0])
         low, high = max(mean - reach, -100.0), min(mean + reach, 100.0)
         verdict = None
-        if alike[inside].all():
+        if all(part.alike for part in parts):
             verdict = "identical"
         elif enough and verdicts:
             verdict = _verdict(low, high) if changed >= FEWEST_CHANGED else "too close to tell"
-        covers = ("seeds", "images") if seeds > 1 else ("images",)
+        if several:
+            covers = (*(("seeds",) if seeded else ()), "images", "backbones")
+        else:
+            covers = ("seeds", "images") if seeds > 1 else ("images",)
         found[figure] = Difference(mean, low, high, verdict, covers, seeds)
     return found
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one figure is computed from, in one replicate: `each` (seeds, n), the mean of which by `weights` is the
+    difference; labels and numbers of the images, (n,). `alike`: whether all predictions are equal.
+    """
+
+    each: np.ndarray
+    labels: np.ndarray
+    weights: np.ndarray
+    images: np.ndarray
+    alike: bool
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """Differences in correctness and calibration gap, (seeds, n), in percent; and which images are equal in all."""
+
+    pairs: Pairs
+    right: np.ndarray
+    gaps: np.ndarray
+    same: np.ndarray
+    same_confidence: np.ndarray
+
+    @classmethod
+    def of(cls, pairs: Pairs) -> "_Scored":
+        both, labels = list(zip(pairs.after, pairs.before, strict=True)), pairs.labels
+        right = np.stack([100.0 * (a.guesses == labels) - 100.0 * (b.guesses == labels) for a, b in both])
+        gaps = np.stack([100 * (calibration_gaps(a, labels) - calibration_gaps(b, labels)) for a, b in both])
+        same = np.all([a.guesses == b.guesses for a, b in both], 0)
+        return cls(pairs, right, gaps, same, same & np.all([a.confidence == b.confidence for a, b in both], 0))
+
+    def part(self, figure: str, group_of: Sequence[str | None]) -> _Part | None:
+        """What `figure` is computed from; None for a group without test images."""
+        labels = self.pairs.labels
+        weights = np.full(len(labels), 1 / len(labels))
+        if figure in GROUPS:  # the mean over its classes, whatever the number of their images
+            counts = np.bincount(labels, minlength=len(group_of))
+            members = (np.array([group or "" for group in group_of]) == figure) & (counts > 0)
+            weights = np.where(members, 1 / np.maximum(counts * members.sum(), 1), 0)[labels]
+        inside = weights > 0
+        if not inside.any():
+            return None
+        each, alike = (self.gaps, self.same_confidence) if figure == "ece" else (self.right, self.same)
+        return _Part(
+            each[:, inside], labels[inside], weights[inside], self.pairs.images[inside], bool(alike[inside].all())
+        )
 
 
 def _verdict(low: float, high: float) -> str:
     return "higher" if low > 0 else "lower" if high < 0 else "too close to tell"
 
 
-def _mean_and_reach(each: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> tuple[float, float, float]:
-    """The weighted mean over images of `each` (seeds, n), averaged over seeds; half the width of its 95 % interval; and
-    the number of images, mean over seeds, where `each` is not 0.
+def _mean_and_reach(part: _Part) -> tuple[float, float, float]:
+    """The weighted mean over images, averaged over seeds; half the width of its 95 % interval; and the number of
+    changed images, mean over seeds.
 
     The variance of the mean is A + C. A, the variance over seeds divided by their number, holds the seeds and what
     images add to single seeds; C is the covariance that shared images cause between seeds. The degrees of freedom are
@@ -123,6 +194,7 @@ def _mean_and_reach(each: np.ndarray, labels: np.ndarray, weights: np.ndarray) -
     (Bonett and Price, "Adjusted Wald confidence interval for a difference of binomial proportions based on paired
     data", Journal of Educational and Behavioral Statistics 37, 2012).
     """
+    each, labels, weights = part.each, part.labels, part.weights
     seeds = len(each)
     means = each @ weights
     changed = float(np.count_nonzero(each) / seeds)
@@ -132,13 +204,46 @@ def _mean_and_reach(each: np.ndarray, labels: np.ndarray, weights: np.ndarray) -
         c = max(float(seeds * variances[0] - variances[1:].mean()) / (seeds - 1), 0.0)
     else:
         a, c = 0.0, float(variances[0])
+    return float(means.mean()), _reach(a, seeds, c, freedom, changed, weights), changed
+
+
+def _over_replicates(parts: Sequence[_Part]) -> tuple[float, float, float]:
+    """`_mean_and_reach` with replicates in place of seeds, after averaging the seeds of each.
+
+    A is the variance of the replicates' means divided by their number. C is the mean covariance of two replicates that
+    the test images of both cause: within a class, the covariance over its m shared images, divided by how often the
+    class has as many images as one of them.
+    """
+    means = np.array([float(part.each.mean(0) @ part.weights) for part in parts])
+    changed = float(np.mean([np.count_nonzero(part.each) / len(part.each) for part in parts]))
+    shared = [_shared_covariance(one, other) for one, other in combinations(parts, 2)]
+    a, c = float(means.var(ddof=1)) / len(parts), max(float(np.mean([s for s, _ in shared])), 0.0)
+    freedom = max(1, round(float(np.mean([f for _, f in shared]))))
+    return float(means.mean()), _reach(a, len(parts), c, freedom, changed, parts[0].weights), changed
+
+
+def _shared_covariance(one: _Part, other: _Part) -> tuple[float, int]:
+    """The covariance of two replicates' means that their shared images cause, and its degrees of freedom."""
+    _, at, place = np.intersect1d(one.images, other.images, assume_unique=True, return_indices=True)
+    if not len(at):
+        return 0.0, 1
+    labels = one.labels[at]
+    x, y = (part.each.mean(0)[i] * part.weights[i] for part, i in ((one, at), (other, place)))
+    counts = np.bincount(labels)
+    of_x, of_y, of_both = (np.bincount(labels, v) for v in (x, y, x * y))
+    # A class with one shared image has no covariance of its own: the product stands in, as for a variance.
+    spread = (of_both - of_x * of_y / np.maximum(counts, 1)) / np.maximum(counts - 1, 1)
+    return float(np.where(counts > 1, spread, of_both) @ counts), int(np.maximum(counts[counts > 0] - 1, 1).sum())
+
+
+def _reach(a: float, samples: int, c: float, freedom: int, changed: float, weights: np.ndarray) -> float:
+    """Half the width of the interval from the variance A, over so many `samples`, and C with its degrees of freedom."""
     if changed < FEWEST_CHANGED:
         c += 2 * (100 * float(weights @ weights)) ** 2
     if not a + c:
-        return float(means.mean()), 0.0, changed
-    freedom = (a + c) ** 2 / (a**2 / max(seeds - 1, 1) + c**2 / freedom)
-    reach = float(stdtrit(freedom, (1 + LEVEL) / 2)) * (a + c) ** 0.5
-    return float(means.mean()), reach, changed
+        return 0.0
+    joint = (a + c) ** 2 / (a**2 / max(samples - 1, 1) + c**2 / freedom)
+    return float(stdtrit(joint, (1 + LEVEL) / 2)) * (a + c) ** 0.5
 
 
 def _variances_over_images(values: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, int]:

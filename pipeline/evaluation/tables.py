@@ -1,6 +1,6 @@
 """Tables of single heads that evaluate writes: accuracy per class, confusion, predictions. Number -1 is stage I."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,46 +10,74 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from h2t.pipeline.data.classes import groups
-from h2t.pipeline.evaluation.intervals import Difference, differences
-from h2t.pipeline.evaluation.metrics import Answers, confusion, per_class_accuracy, precision_and_f1
+from h2t.pipeline.evaluation.intervals import Difference, Pairs, over_replicates
+from h2t.pipeline.evaluation.metrics import Graded, confusion, per_class_accuracy, precision_and_f1
 from h2t.pipeline.evaluation.scoring import Scores
 
 
-def write_per_class(
-    into: Path,
-    table: list[dict[str, Any]],
-    scored: Mapping[tuple[str, str], Scores],
-    first: Mapping[str, Scores],
-    counts: list[int],
-) -> None:
+@dataclass(frozen=True)
+class Scored:
+    """The scores of one replicate: of all classifiers and of stage I, by split and statistics.
+
+    `table` has a line of heads.parquet per classifier, numbered on from those of other replicates. `stage1` is the
+    number of the stage-I head: -1, and downwards for further replicates. Labels and image numbers are those of
+    replicate 0.
+    """
+
+    table: Sequence[Mapping[str, Any]]
+    scores: Mapping[tuple[str, str], Scores]
+    first: Mapping[str, Scores]
+    replicate: int = 0
+    stage1: int = -1
+
+    def of(self, split: str, statistics: str) -> Iterator[tuple[int, Graded]]:
+        """Number and predictions of each classifier."""
+        said = self.scores[(split, statistics)].said
+        yield from zip((line["number"] for line in self.table), said, strict=True)
+
+    def kept(self, statistics: str, numbers: Collection[int]) -> Iterator[tuple[int, Scores, Graded]]:
+        """Number, scores and test predictions of the stage-I head, if there is one, and of the heads in `numbers`.
+
+        Heads are evaluated under `statistics`.
+        """
+        if first := self.first.get("test"):
+            yield self.stage1, first, first.said[0]
+        by_number = dict(self.of("test", statistics))
+        result = self.scores[("test", statistics)]
+        yield from ((number, result, by_number[number]) for number in numbers if number in by_number)
+
+
+def write_per_class(into: Path, replicates: Sequence[Scored], counts: list[int]) -> None:
     """Writes `per_class.parquet`: one line per (head, split, statistics, class).
 
     In percent: `accuracy` (of the class's samples, which is its recall), `precision` (of what is predicted as the
     class) and `f1`; null where undefined.
 
-    `table` holds the lines of heads.parquet, `scored` the scores of the stack by (split, statistics), `first` those of
-    the stage-I head by split, `counts` the training images of each class. Each line also states the class's group by
-    every group definition.
+    `counts`: the training images of each class. Each line also states the class's group by every group definition.
     """
     defined = groups(counts)
     names = ("number", "split", "statistics", "class", "count", "accuracy", "precision", "f1")
     columns: dict[str, list[Any]] = {name: [] for name in names}
     of: dict[str, list[Any]] = {name: [] for name in defined}
-    results = [(h["number"], h["number"], split, r) for (split, _), r in scored.items() for h in table]
-    results += [(-1, 0, split, r) for split, r in first.items()]
-    for head, position, split, result in results:
-        guesses = result.said[position].guesses
-        accuracy = per_class_accuracy(result.labels, guesses, len(counts))
-        precision, f1 = precision_and_f1(result.labels, guesses, len(counts))
-        columns["number"] += [head] * len(counts)
-        columns["split"] += [split] * len(counts)
-        columns["statistics"] += [result.statistics] * len(counts)
-        columns["class"] += range(len(counts))
-        columns["count"] += counts
-        for name, values in (("accuracy", accuracy), ("precision", precision), ("f1", f1)):
-            columns[name] += [None if np.isnan(v) else float(v) for v in values]
-        for name, members in defined.items():
-            of[name] += members
+    for scored in replicates:
+        results = [
+            (number, split, result, said)
+            for (split, statistics), result in scored.scores.items()
+            for number, said in scored.of(split, statistics)
+        ]
+        results += [(scored.stage1, split, result, result.said[0]) for split, result in scored.first.items()]
+        for number, split, result, said in results:
+            accuracy = per_class_accuracy(result.labels, said.guesses, len(counts))
+            precision, f1 = precision_and_f1(result.labels, said.guesses, len(counts))
+            columns["number"] += [number] * len(counts)
+            columns["split"] += [split] * len(counts)
+            columns["statistics"] += [result.statistics] * len(counts)
+            columns["class"] += range(len(counts))
+            columns["count"] += counts
+            for name, values in (("accuracy", accuracy), ("precision", precision), ("f1", f1)):
+                columns[name] += [None if np.isnan(v) else float(v) for v in values]
+            for name, members in defined.items():
+                of[name] += members
     pq.write_table(pa.table({**columns, **of}), into / "per_class.parquet", compression="zstd")
 
 
@@ -71,33 +99,43 @@ class Comparison:
 
 def compared(
     heads: Sequence[Mapping[str, Any]],
-    result: Scores,
-    first: Scores | None,
+    replicates: Sequence[Scored],
+    statistics: str,
     group_of: Sequence[str | None],
     seeded: bool = True,
 ) -> list[Comparison]:
     """Compares the settings of `heads`, lines of heads.parquet, with each other by seed, and with stage I.
 
-    `result` and `first` are the scores of all heads and of stage I. `seeded` is False for a host whose fit does not
-    depend on a seed.
+    On the test split, under `statistics`. `seeded` is False for a host whose fit does not depend on a seed.
     """
-    settings: dict[tuple[float, str, str], dict[int, int]] = {}
-    for head in heads:
-        setting = (float(head["ratio"]), *((head["donor"], head["selection"]) if head["ratio"] else STANDARD))
-        settings.setdefault(setting, {}).setdefault(head["seed"], head["number"])
+    own = {line["number"] for line in heads}
+    settings: dict[tuple[float, str, str], dict[tuple[int, int], Graded]] = {}
+    for scored in replicates:
+        by_number = dict(scored.of("test", statistics))
+        for head in (line for line in scored.table if line["number"] in own):
+            setting = (float(head["ratio"]), *((head["donor"], head["selection"]) if head["ratio"] else STANDARD))
+            settings.setdefault(setting, {}).setdefault((scored.replicate, head["seed"]), by_number[head["number"]])
+    tests = {scored.replicate: scored.scores[("test", statistics)] for scored in replicates}
+    firsts = {scored.replicate: scored.first.get("test") for scored in replicates}
+
+    def apart(after: Mapping[tuple[int, int], Graded], before: Mapping[tuple[int, int], Graded]) -> Any:
+        pairs = []
+        for replicate, result in tests.items():
+            if keys := sorted(key for key in after.keys() & before.keys() if key[0] == replicate):
+                old, new = ([said[key] for key in keys] for said in (before, after))
+                pairs.append(Pairs(new, old, result.labels, result.samples))
+        return over_replicates(pairs, group_of, seeded=seeded) if pairs else None
+
     found = []
-    for setting, numbers in sorted(settings.items()):
+    for setting, said in sorted(settings.items(), key=lambda item: item[0]):
         others = {"without_h2t": (0.0, *STANDARD), "standard": (setting[0], *STANDARD)} if setting[0] else {}
         for against, other in others.items():
             before = settings.get(other, {}) if other != setting else {}
-            if seeds := sorted(numbers.keys() & before.keys()):
-                after, old = ([result.said[of[s]] for s in seeds] for of in (numbers, before))
-                apart = differences(after, old, result.labels, group_of, seeded=seeded)
-                found.append(Comparison(setting, against, apart))
-        if first and np.array_equal(first.samples, result.samples):
-            after = [result.said[n] for n in numbers.values()]
-            apart = differences(after, first.said * len(after), result.labels, group_of, seeded=seeded)
-            found.append(Comparison(setting, "stage1", apart))
+            if figures := apart(said, before):
+                found.append(Comparison(setting, against, figures))
+        if all(first and np.array_equal(first.samples, tests[r].samples) for r, first in firsts.items()):
+            figures = apart(said, {key: first.said[0] for key in said if (first := firsts[key[0]])})
+            found.append(Comparison(setting, "stage1", figures))
     return found
 
 
@@ -115,24 +153,22 @@ def write_differences(into: Path, comparisons: Sequence[Comparison]) -> None:
     pq.write_table(pa.Table.from_pylist(lines, pa.schema(kinds)), into / "differences.parquet", compression="zstd")
 
 
-def each(result: Scores, first: Scores | None, kept: list[int]) -> list[tuple[int, Answers]]:
-    """Number and predictions of the stage-I head, if there is one, and of the heads in `kept`."""
-    return [*([(-1, first.said[0])] if first else []), *((head, result.said[head]) for head in kept)]
-
-
-def write_confusion(into: Path, result: Scores, first: Scores | None, kept: list[int], classes: int) -> None:
+def write_confusion(
+    into: Path, replicates: Sequence[Scored], statistics: str, kept: Collection[int], classes: int
+) -> None:
     """Writes `confusion.parquet`: how often each class was predicted as each class, by stage I and the heads `kept`."""
     columns: dict[str, list[Any]] = {k: [] for k in ("number", "true", "predicted", "count")}
-    for head, answers in each(result, first, kept):
-        true, predicted, count = confusion(result.labels, answers.guesses, classes)
-        columns["number"] += [head] * len(true)
-        columns["true"] += true.tolist()
-        columns["predicted"] += predicted.tolist()
-        columns["count"] += count.tolist()
+    for scored in replicates:
+        for number, result, said in scored.kept(statistics, kept):
+            true, predicted, count = confusion(result.labels, said.guesses, classes)
+            columns["number"] += [number] * len(true)
+            columns["true"] += true.tolist()
+            columns["predicted"] += predicted.tolist()
+            columns["count"] += count.tolist()
     pq.write_table(pa.table(columns), into / "confusion.parquet", compression="zstd")
 
 
-def write_predictions(into: Path, result: Scores, first: Scores | None, kept: list[int]) -> None:
+def write_predictions(into: Path, replicates: Sequence[Scored], statistics: str, kept: Collection[int]) -> None:
     """Writes `predictions.parquet`: each sample's predicted class and confidence, by stage I and the heads `kept`.
 
     One head after the other, because all together can be larger than the memory.
@@ -140,10 +176,11 @@ def write_predictions(into: Path, result: Scores, first: Scores | None, kept: li
     kinds = {"number": pa.int64(), "sample": pa.int64(), "label": pa.int32(), "predicted": pa.int32()}
     schema = pa.schema({**kinds, "confidence": pa.float32()})
     with pq.ParquetWriter(into / "predictions.parquet", schema, compression="zstd") as writer:
-        for head, answers in each(result, first, kept):
-            numbers = np.full(len(answers.guesses), head)
-            columns = (numbers, result.samples, result.labels, answers.guesses, answers.confidence)
-            arrays = [
-                pa.array(c.astype(f.type.to_pandas_dtype()), f.type) for c, f in zip(columns, schema, strict=True)
-            ]
-            writer.write_table(pa.table(arrays, schema=schema))
+        for scored in replicates:
+            for number, result, said in scored.kept(statistics, kept):
+                numbers = np.full(len(said.guesses), number)
+                columns = (numbers, result.samples, result.labels, said.guesses, said.confidence)
+                arrays = [
+                    pa.array(c.astype(f.type.to_pandas_dtype()), f.type) for c, f in zip(columns, schema, strict=True)
+                ]
+                writer.write_table(pa.table(arrays, schema=schema))

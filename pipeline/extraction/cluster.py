@@ -8,7 +8,9 @@ import logging
 import queue
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from concurrent.futures import CancelledError
+from contextlib import contextmanager, suppress
+from itertools import islice
 from typing import Any, Protocol
 
 import pydantic
@@ -65,20 +67,20 @@ def shards(address: str, job: Job, pending: Sequence[int], say: Callable[[str], 
         def setup(self, worker: Any) -> None:
             worker.h2t_job, worker.h2t_compute = job, None
 
-    with _cluster(address, LocalCluster) as at, _connected(Client, at, address) as client:
+    with _cluster(address, LocalCluster) as at, _connected(Client, at, address) as client, _loss_is_one_line(client):
         client.register_plugin(Opened())
         todo = iter(pending)
         running: set[Any] = set()  # dask cancels the work of a future that is not referenced
         done: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
         def submit() -> None:
-            if (shard := next(todo, None)) is not None:
+            """Gives work to the workers that are there now: others may have joined."""
+            workers = len(_workers(client) or ())
+            for shard in islice(todo, max(0, TASKS * max(1, workers) - len(running))):
                 running.add(future := client.submit(_extract, shard, pure=False))
                 future.add_done_callback(done.put)
 
-        workers = client.scheduler_info(n_workers=-1)["workers"]
-        for _ in range(TASKS * len(workers)):
-            submit()
+        submit()
         while running:
             future = _next(done, client, say)
             running.remove(future)
@@ -91,6 +93,20 @@ def shards(address: str, job: Job, pending: Sequence[int], say: Callable[[str], 
                 ) from None
             submit()
             yield shard
+
+
+@contextmanager
+def _loss_is_one_line(client: Any) -> Iterator[None]:
+    """Turns what happens when the scheduler is lost into UserError."""
+    from distributed.comm.core import CommClosedError
+
+    try:
+        yield
+    except (CancelledError, CommClosedError):
+        raise UserError(
+            f"run.cluster: lost the scheduler {client.scheduler.address}; written shards are kept: start it and its "
+            "workers, then run the same command again"
+        ) from None
 
 
 def _cluster(address: str, local: Any) -> Any:
@@ -111,6 +127,7 @@ def _cluster(address: str, local: Any) -> Any:
 def _connected(client: Any, at: Any, address: str) -> Any:
     """A client of the cluster `at`, which has at least one worker. Raises UserError if nothing answers in time."""
     try:
+        logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # a lost scheduler is said in one line
         connected = client(at, timeout=SECONDS, set_as_default=False)
         connected.wait_for_workers(1, timeout=SECONDS)
     except (OSError, TimeoutError) as error:

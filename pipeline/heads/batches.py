@@ -7,7 +7,7 @@ training sample, then one of its views uniformly. Receivers and donors may be re
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from inspect import signature
 from typing import Any
 
@@ -58,6 +58,11 @@ class SampleRows:
     def counts(self) -> np.ndarray:
         """Samples of each of `classes`, int64."""
         return np.diff(self.ends, prepend=0)
+
+    @cached_property
+    def several_views(self) -> bool:
+        """Whether any sample has more than one."""
+        return int(self.views.max()) > 1
 
     @property
     def labels(self) -> np.ndarray:
@@ -200,12 +205,12 @@ class Streams:
         return np.sort(np.concatenate([_every_row(table) for table in self._tables]))
 
     def batches(self, epoch: int, steps: range) -> list[Batch]:
-        """The rows of each of `steps`, drawn sooner than one by one."""
+        """The same as `batch` of each of `steps`, in less time."""
         drawn = [("receiver", self._receiver, self.receivers)]
         drawn += [("partner", self.partner, self.receivers)] if self.partner else []
         drawn += [("donor", name, table) for name, table in self._donors.items()]
         keys: list[tuple[Any, ...]] = [(branch, sampler, epoch, steps) for branch, sampler, _ in drawn]
-        keys += [(branch, sampler, "view", epoch, steps) for branch, sampler, table in drawn if table.views.max() > 1]
+        keys += [(branch, sampler, "view", epoch, steps) for branch, sampler, table in drawn if table.several_views]
         start(self.seeds, *keys)
         return [self.batch(epoch, step) for step in steps]
 

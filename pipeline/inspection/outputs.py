@@ -120,7 +120,8 @@ def caches(root: Path, full: bool) -> list[Finding]:
     from h2t.cache.tools.verify import verify
 
     findings = []
-    for record in sorted((root / "data").glob(f"*/*/{RECORD}")) if (root / "data").is_dir() else []:
+    places = ("*/*", "replicates/*/*/*")
+    for record in sorted(path for place in places for path in (root / "data").glob(f"{place}/{RECORD}")):
         place = record.parent.relative_to(root)
         try:
             faults: list[Any] = verify(str(record.parent), quick=not full)

@@ -5,13 +5,14 @@ from collections.abc import Callable
 from copy import copy
 from typing import Annotated, Any
 
-from h2t.pipeline.base import device, params, plugins
+from h2t.pipeline.base import device, params, plugins, replicates
 from h2t.pipeline.base.errors import UserError, nearest
 from h2t.pipeline.extraction.cluster import ADDRESS
 
 #: Every section of params.yaml, in the order of the data.
 SECTIONS = (
     "seed",
+    "replicates",
     "device",
     "inputs",
     "prepare",
@@ -27,7 +28,7 @@ SECTIONS = (
     "run",
 )
 #: The values of sections that are left out. All other sections are required.
-LEFT_OUT: dict[str, Any] = {"seed": 0, "device": "auto", **{name: {} for name in params.OPTIONAL}}
+LEFT_OUT: dict[str, Any] = {"seed": 0, "replicates": [0], "device": "auto", **{name: {} for name in params.OPTIONAL}}
 #: Section of named entries -> (section of their defaults, keys that default to the entry's name -> kind of plug-in).
 ENTRIES = {
     "backbones": ("backbone_defaults", {"arch": "backbones", "objective": "objectives"}),
@@ -82,6 +83,11 @@ def check(values: dict[str, Any], say: Callable[[str], None] = lambda line: None
             )
         params.build(plugins.load("objectives", backbone.objective).Loss, f"{where}.loss", backbone.loss)
         heads[name] = backbone.head
+        if replicates.further(values) and not backbone.is_trained:
+            raise UserError(
+                f"replicates: backbones.{name} is not trained here, so there is no other training of it; got "
+                f"{values['replicates']}; set replicates to [0], or train the backbone (weights: none)"
+            )
         if backbone.head == "probe" and "stage1" not in extraction.batchnorm:
             raise UserError(
                 f"{where}.head: a probe is fitted to training rows under stage1 statistics; extract.batchnorm has "
@@ -146,6 +152,7 @@ def _check_sections(values: dict[str, Any], say: Callable[[str], None]) -> None:
     seed = values["seed"]
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
         raise UserError(f"seed: must be a whole number from 0 to 4294967295; got {seed!r}")
+    replicates.further(values)
     device.check(values["device"])
     run = params.build(RunSection, "run", values["run"])
     for of, key in MOVED:

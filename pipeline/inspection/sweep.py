@@ -22,7 +22,7 @@ from h2t.pipeline.base.text import counted
 from h2t.pipeline.evaluation.intervals import FIGURES, Difference, paired
 from h2t.pipeline.evaluation.metrics import over_seeds, summary
 from h2t.pipeline.evaluation.scoring import load_heads_for, score_heads
-from h2t.pipeline.evaluation.tables import Comparison, compared
+from h2t.pipeline.evaluation.tables import Comparison, Scored, compared
 from h2t.pipeline.heads.features import maps_fingerprint
 from h2t.pipeline.heads.residency import Residency
 from h2t.pipeline.stages import evaluate, train_classifier
@@ -87,6 +87,7 @@ def sweep(
     heads = load_heads_for(cache, heads_dir, backbone_dir)
     group_of = evaluate.group_choice(evaluation, heads.about["counts"])
     scores = score_heads(cache, heads, "test", heads.about["evaluate"], run.device)
+    scored = Scored(heads.table.to_pylist(), {("test", scores.statistics): scores}, {})
     standing = _standing(evaluated, cache, run) if evaluated is not None else []
     lines = []
     for own in itertools.product(*grid.constants().values()):
@@ -94,7 +95,7 @@ def sweep(
         mine = _with(heads.table.to_pylist(), constants, params.optimiser.lr)
         figures = [{**head, **summary(scores.said[head["number"]], scores.labels, group_of)} for head in mine]
         before = _with(standing, constants, params.optimiser.lr)
-        lines += _lines(figures, compared(mine, scores, None, group_of), constants, before)
+        lines += _lines(figures, compared(mine, [scored], scores.statistics, group_of), constants, before)
     return lines
 
 

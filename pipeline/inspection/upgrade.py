@@ -19,10 +19,10 @@ from h2t.pipeline.base.outputs import replace_file
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.sharing.repository import Say, in_one_line, locked_stages, repository
 
-#: What the stages read of the inputs: written by stage `inputs`, which version 0.1.0 did not have.
-INPUTS = Path("data/inputs")
-#: Sections that dvc.yaml watches and version 0.1.0 did not have. Left out, they mean the same as empty.
-DEFAULTS = ("backbone_defaults", "host_defaults")
+#: What stages read and version 0.1.0 did not write: the digests of the inputs, and of the replicates but 0.
+INPUTS, REPLICATES = Path("data/inputs"), Path("data/replicates")
+#: Sections that dvc.yaml watches and version 0.1.0 did not have, with what they mean where they are left out.
+DEFAULTS: dict[str, Any] = {"replicates": [0], "backbone_defaults": {}, "host_defaults": {}}
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ def upgrade(start: Path, say: Say, *, apply: bool = False) -> Plan:
             partial.write_text(numbers.text(numbers.in_code()), encoding="utf-8")
             replace_file(partial, root / numbers.FILE)
             _add_sections(root)
-            if (root / "dvc.lock").is_file() and not (root / INPUTS).exists():
-                _write_inputs(root, say)
+            if (root / "dvc.lock").is_file():
+                _write_missing(root, say)
             with _dvc(root) as repo:  # opened again, to read the new stages.yaml
                 _record(repo, set(plan.taken_over))
             say("wrote stages.yaml and dvc.lock; to run what must run again, type: dvc repro")
@@ -79,28 +79,38 @@ def _add_sections(root: Path) -> None:
     if missing:
         partial = root / ".params.yaml.partial"
         partial.write_text(
-            text.rstrip("\n") + "\n" + "".join(f"\n{name}: {{}}\n" for name in missing), encoding="utf-8"
+            text.rstrip("\n") + "\n" + "".join(f"\n{name}: {DEFAULTS[name]}\n" for name in missing), encoding="utf-8"
         )
         replace_file(partial, path)
 
 
-def _write_inputs(root: Path, say: Say) -> None:
-    """Writes the digests of the inputs, which stages depend on since there are numbers, and records them as done."""
+def _write_missing(root: Path, say: Say) -> None:
+    """Writes what stages depend on and older versions did not write, where it is missing, and records it as done.
+
+    That are the digests of the inputs, and those of replicates where there are none but 0.
+    """
     from dvc.repo import Repo
 
     from h2t.pipeline.base import params
+    from h2t.pipeline.base.run import Run
     from h2t.pipeline.inspection import settings
-    from h2t.pipeline.stages import inputs, watch
+    from h2t.pipeline.stages import inputs, replicates, watch
 
     with contextlib.chdir(root):
         values = params.load(Path("params.yaml"))
         settings.check(values)
-        Path("inputs").mkdir(exist_ok=True)
-        for name in values["inputs"]:
-            watch.run(name, values["inputs"], Path("inputs", f"{name}.json"), say)
-        inputs.run(values, Path("inputs"), INPUTS, say)
+        targets: list[str] = []
+        if not INPUTS.exists():
+            Path("inputs").mkdir(exist_ok=True)
+            for name in values["inputs"]:
+                watch.run(name, values["inputs"], Path("inputs", f"{name}.json"), say)
+            inputs.run(values, Path("inputs"), INPUTS, say)
+            targets += [*(f"watch@{name}" for name in values["inputs"]), "inputs"]
+        if not REPLICATES.exists() and values["replicates"] == DEFAULTS["replicates"]:
+            replicates.run(values, Run("replicates", REPLICATES, say=say), INPUTS)
+            targets.append("replicates")
         with Repo(str(root)) as repo:
-            for target in (*(f"watch@{name}" for name in values["inputs"]), "inputs"):
+            for target in targets:
                 repo.commit(target, force=True)
 
 
@@ -188,14 +198,14 @@ def _other_reasons(root: Path, stage: Any, recorded: Mapping[str, Any]) -> Itera
             known, now = _recorded(recorded, dep), dep.read_params()
             named = yaml.safe_load((root / dep.def_path).read_text(encoding="utf-8")).get("inputs") or {}
             for key in dep.params:
-                left_out: Any = {} if key in DEFAULTS else None
+                left_out = DEFAULTS.get(key)
                 before, after = known.get(key, left_out), _with_paths(now.get(key, left_out), named)
                 if before is None or after is None or not same_meaning(key, _with_paths(before, named), after):
                     yield f"{dep.def_path}: {key} has changed"
         elif dep.def_path in hashes:
             if dep.exists and dep.status():
                 yield f"{dep.def_path} has changed"
-        elif not dep.exists and INPUTS not in (Path(dep.def_path), *Path(dep.def_path).parents):
+        elif not dep.exists and not {INPUTS, REPLICATES} & {Path(dep.def_path), *Path(dep.def_path).parents}:
             yield f"{dep.def_path} is missing"
 
 

@@ -237,7 +237,7 @@ def write_onnx(model: Model, path: Path) -> float:
     """Writes the model as ONNX: `images`, normalised float32 (B, 3, S, S) -> `logits`, float32 (B, K), for any B.
 
     The metadata key `h2t` holds `model.about` as JSON. Returns the `distance` between both models' logits. Raises
-    UserError, and leaves no file, if it is above ONNX_TOLERANCE.
+    UserError, and leaves no file, if it is above ONNX_TOLERANCE or torch cannot write the network as ONNX.
     """
     import onnx
 
@@ -249,15 +249,21 @@ def write_onnx(model: Model, path: Path) -> float:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            model.network,
-            (example,),
-            dynamo=True,
-            input_names=["images"],
-            output_names=["logits"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            verbose=False,
-        )
+        try:
+            program = torch.onnx.export(
+                model.network,
+                (example,),
+                dynamo=True,
+                input_names=["images"],
+                output_names=["logits"],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            raise UserError(
+                f"{path.name}: torch must be able to write this network as ONNX; got: {_cause(error)}; export without "
+                "--onnx, or with another version of torch"
+            ) from None
     assert program is not None
     proto = program.model_proto
     onnx.helper.set_model_props(proto, {"h2t": json.dumps(dict(model.about), sort_keys=True)})
@@ -274,3 +280,10 @@ def write_onnx(model: Model, path: Path) -> float:
             "export without --onnx, or with other versions of torch and onnxruntime"
         )
     return off
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of the error that `error` came from in the end."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -90,7 +90,7 @@ class _RepeatedDraws(TorchDispatchMode):
 def has_stored_weights(backbone: Backbone, folder: Path) -> bool:
     """Whether the parameters of `backbone` are equal to those in `folder`. Raises UserError."""
     state, _ = load_weights(folder / "backbone.safetensors")
-    return all(torch.equal(p, state[name].to(p)) for name, p in backbone.named_parameters())
+    return all(name in state and torch.equal(p, state[name].to(p)) for name, p in backbone.named_parameters())
 
 
 def backbone_digest(folder: Path) -> str:

@@ -93,7 +93,7 @@ def parameters(folder: Path, found: Found, settings: Settings, title: str) -> st
         "evaluate": {},
         "report": {"title": title},
     }
-    parts = ["# Written by h2t init. All keys and their defaults: docs/parameters.md of h2t.\nseed: 0"]
+    parts = ["# Written by h2t init. All keys and their defaults: docs/parameters.md of h2t.\nseed: 0\nreplicates: [0]"]
     parts += [line for name, value in own.items() for line in _section(name, value)]
     return "\n".join(parts) + "\n"
 

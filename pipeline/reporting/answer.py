@@ -75,8 +75,9 @@ class Method:
 
     @property
     def seeds(self) -> int:
-        """Number of seeds behind the means of stage II."""
-        return max((e["heads"] for r in ("without_h2t", "with_h2t") if (e := self.result.metrics[r])), default=0)
+        """Number of seeds behind the means of stage II, in each replicate."""
+        rows = (self.result.metrics[row] for row in ("without_h2t", "with_h2t"))
+        return max((row["heads"] // row.get("replicates", 1) for row in rows if row), default=0)
 
     def words(self, row: str) -> str:
         """The classifier in words: the host's name, and its ratio if H2T could be used."""
@@ -90,7 +91,7 @@ class Ranking:
     """Methods in descending order of one figure, each in its better form.
 
     `places`: host -> place, from 1; the same place as the best for `ties`, hosts that are too close to it to tell.
-    `others`: hosts on another backbone than the best, which are not compared with it.
+    `others`: hosts on another backbone than the best, which cannot be compared with it.
     """
 
     figure: str
@@ -122,9 +123,10 @@ def rank(methods: Sequence[Method], figure: str, verdict: Verdict) -> Ranking:
         if place == 1:
             continue
         first, first_row = known[0]
-        if method.result.about["host"]["backbone"] != first.result.about["host"]["backbone"]:
+        found = verdict(method, row, first, first_row, figure)
+        if found is None and method.result.about["host"]["backbone"] != first.result.about["host"]["backbone"]:
             others.append(method.name)
-        elif verdict(method, row, first, first_row, figure) not in APART:
+        elif found not in APART:
             ties.append(method.name)
             places[method.name] = 1
     return Ranking(figure, [m for m, _ in known], places, ties, others)
@@ -204,10 +206,14 @@ class Answer:
         covers = {c for m in self.methods for change in m.changes.values() for c in change.covers}
         if not covers:
             return "No intervals: they need several seeds, with and without H2T."
-        numbers = {"seeds": _range(m.seeds for m in self.methods if m.changes), "images": str(self.test_images)}
+        numbers = {
+            "seeds": _range(m.seeds for m in self.methods if m.changes),
+            "images": str(self.test_images),
+            "backbones": _range(m.result.trainings for m in self.methods if m.changes),
+        }
         inside = [" ".join(filter(None, (numbers.get(c, ""), SOURCES[c]))) for c in SOURCES if c in covers]
         outside = [f"other {SOURCES[c]}" for c in SOURCES if c not in covers]
-        text = f"Intervals (95 %) cover {' and '.join(inside)}"
+        text = f"Intervals (95 %) cover {', '.join(inside[:-1])}{' and ' if inside[1:] else ''}{inside[-1]}"
         return f"{text}; not {' or '.join(outside)}." if outside else f"{text}."
 
     def cost(self) -> str:
@@ -227,7 +233,10 @@ class Answer:
         )
 
     def command(self, figure: str = "top1") -> str | None:
-        """The command that exports a classifier of the best method; None if its folders are unknown."""
+        """The command that exports a classifier of the best method; None if its backbone is unknown.
+
+        A folder that is not beside the evaluated hosts is left to fill in: HEADS, CACHE, BACKBONE.
+        """
         ranking = self.rankings.get(figure)
         if ranking is None or ranking.best is None or self.evaluated is None:
             return None
@@ -239,13 +248,14 @@ class Answer:
         entry = first.result.metrics[row]
         heads = first.result.at(entry["ratio"])
         home = self.evaluated.parent
-        folders = [
-            home / "train_classifier" / first.name,
-            home / "extract" / backbone,
-            home / "train_backbone" / backbone,
-        ]
+        folders = {
+            "HEADS": home / "train_classifier" / first.name,
+            "CACHE": home / "extract" / backbone,
+            "BACKBONE": home / "train_backbone" / backbone,
+        }
         chosen = ["--head", str(int(heads.number.iloc[0]))] if len(first.result.every_head) > 1 else []
-        return shlex.join(["h2t", "export", *(f.as_posix() for f in folders), "model", *chosen])
+        named = [place.as_posix() if place.is_dir() else blank for blank, place in folders.items()]
+        return shlex.join(["h2t", "export", *named, "model", *chosen])
 
     def overview(self) -> list[str]:
         """A table of all methods as text of at most 100 columns, which is Markdown too."""

@@ -63,7 +63,7 @@ def _table(sides: Sequence[Side]) -> list[str]:
         "",
         "A and B: top-1 in percent, mean ± standard deviation over seeds; with H2T, at the stated ratio.",
         "Differences: percentage points, with the 95 % interval over the seeds that both have and over test images.",
-        "Between two backbones there is no verdict: each was trained once.",
+        "Between two backbones there is no verdict, unless each was trained three times (replicates).",
     ]
 
 

@@ -124,14 +124,21 @@ def _document(title: str, answer: Answer, sides: Sequence[Side]) -> str:
     for result in results:
         first = next((e for row in ROWS if (e := result.metrics[row]) is not None), {"groups": "none"})
         heads = result.metrics["without_h2t"] or result.metrics["with_h2t"]
-        seeds = heads["heads"] if heads else 0
+        seeds = heads["heads"] // result.trainings if heads else 0
+        several = f" in each of {result.trainings} replicates" if result.trainings > 1 else ""
         name = in_markdown(result.name)
-        notes.append(f"- {name}: {counted(seeds, 'seed')} of stage II; groups `{in_markdown(str(first['groups']))}`.")
+        notes.append(
+            f"- {name}: {counted(seeds, 'seed')} of stage II{several}; groups `{in_markdown(str(first['groups']))}`."
+        )
         if published := as_published(result):
             figures = ", ".join(f"{f} {v:.2f}" for f, (v, _) in published.items() if v is not None)
             notes.append(
                 f"- {name}, without H2T, evaluated under `balanced` statistics as the published code does: {figures}."
             )
+    replicated = max(result.trainings for result in results) > 1
+    over = " and the test images (paired by both; not over backbones)"
+    if replicated:
+        over = ", the test images and the trainings of the backbone (paired by all)"
     return "\n".join(
         [
             f"# {in_markdown(title)}",
@@ -145,12 +152,13 @@ def _document(title: str, answer: Answer, sides: Sequence[Side]) -> str:
             "",
             markdown_table(results),
             "",
-            "Percent; mean ± standard deviation over the seeds of stage II (it says nothing about other backbones). "
-            "Last epoch; nothing is chosen on the test split.",
+            "Percent; mean ± standard deviation over the seeds of stage II"
+            + (" of all replicates. " if replicated else " (it says nothing about other backbones). ")
+            + "Last epoch; nothing is chosen on the test split.",
             "",
-            "With H2T minus without, in percentage points, with the 95 % interval over the seeds of stage II and the "
-            "test images (paired by both; not over backbones). If the interval contains 0, or the predictions differ "
-            "on fewer than 5 images, the difference is too close to tell:",
+            f"With H2T minus without, in percentage points, with the 95 % interval over the seeds of stage II{over}. "
+            "If the interval contains 0, or the predictions differ on fewer than 5 images, the difference is too close "
+            "to tell:",
             "",
             difference_table(results),
             "",

@@ -83,6 +83,7 @@ def render(title: str, answer: Answer, sides: Sequence[Side] = ()) -> str:
         data_sets=list(dict.fromkeys(_data_set(r) for r in results)),
         groups=list(dict.fromkeys(_groups(r) for r in results)),
         seeds=_seeds(results),
+        trainings=max(r.trainings for r in results),
         neighbours=_neighbours(results),
         choices=choices(results),
         variants=any(variants_at(r, ratio) for r in results for ratio in r.ratios),
@@ -161,14 +162,16 @@ def _groups(result: HostResult) -> str:
 
 
 def _seeds(results: Sequence[HostResult]) -> str:
-    """How many backbones, and how many seeds of stage II, stand behind the means. Closed-form fits have no seed."""
+    """How many backbones, trainings and seeds of stage II stand behind the means. Closed-form fits have no seed."""
     entries = [r.metrics["without_h2t"] or r.metrics["with_h2t"] for r in results if r.about["host"]["seeded"]]
-    numbers = sorted({entry["heads"] for entry in entries if entry})
+    numbers = sorted({entry["heads"] // entry.get("replicates", 1) for entry in entries if entry})
+    times = max(r.trainings for r in results)
+    trained = "trained once" if times == 1 else f"trained {times} times, each time on another division of the data"
     backbones = counted(len({r.about["host"]["backbone"] for r in results}), "backbone")
     if not numbers:
-        return f"{backbones}, trained once · closed-form fits, which have no seed"
+        return f"{backbones}, {trained} · closed-form fits, which have no seed"
     seeds = f"{numbers[0]} to {numbers[-1]} seeds" if len(numbers) > 1 else counted(numbers[0], "seed")
-    return f"{backbones}, trained once · {seeds} of stage II"
+    return f"{backbones}, {trained} · {seeds} of stage II"
 
 
 def _neighbours(results: Sequence[HostResult]) -> str | None:

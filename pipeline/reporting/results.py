@@ -14,7 +14,7 @@ import pyarrow as pa
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.data.classes import GROUPS
 from h2t.pipeline.evaluation.intervals import FIGURES as FIGURES
-from h2t.pipeline.evaluation.intervals import Difference, differences, paired
+from h2t.pipeline.evaluation.intervals import Difference, Pairs, over_replicates, paired
 from h2t.pipeline.evaluation.metrics import Answers
 
 ROWS = {"stage1": "stage I", "without_h2t": "without H2T", "with_h2t": "with H2T"}
@@ -69,13 +69,17 @@ class HostResult:
         return {}
 
     def at(self, ratio: float, donor: str = "instance", selection: str = "random") -> pd.DataFrame:
-        """The heads of this setting, one per seed, ascending. At ratio 0, donor and selection have no effect."""
+        """The heads of this setting, one per replicate and seed, ascending.
+
+        At ratio 0, donor and selection have no effect.
+        """
         setting = (ratio, donor, selection)
         if setting not in self._found:
             heads = self.heads[self.heads.ratio == ratio]
+            by = [name for name in ("replicate", "seed") if name in heads]
             if ratio:
                 heads = heads[(heads.donor == donor) & (heads.selection == selection)]
-            self._found[setting] = heads.drop_duplicates("seed").sort_values("seed")
+            self._found[setting] = heads.drop_duplicates(by).sort_values(by)
         return self._found[setting]
 
     @cached_property
@@ -83,12 +87,24 @@ class HostResult:
         """The ratios that were trained with donor instance and selection random, ascending; 0 included if trained."""
         return [r for r in sorted(set(self.heads.ratio)) if len(self.at(r))]
 
+    @cached_property
+    def replicates(self) -> dict[int, int]:
+        """The replicate of each head by its number, also of stage-I heads, whose numbers are below 0."""
+        heads = self.tables["heads"]
+        of = heads["replicate"] if "replicate" in heads else [0] * len(heads)
+        return {-1: 0} | {int(n): int(r) for n, r in zip(heads.number, of, strict=True)}
+
     def numbers(self, row: str) -> list[int]:
-        """The numbers of the heads behind `row` of metrics.json; -1 is the stage-I head."""
+        """The numbers of the heads behind `row` of metrics.json; those of stage-I heads are below 0."""
         if row == "stage1":
-            return [-1]
+            return sorted((n for n in self.replicates if n < 0), reverse=True)
         entry = self.metrics[row]
         return [] if entry is None else [int(n) for n in self.at(entry["ratio"]).number]
+
+    @property
+    def trainings(self) -> int:
+        """How often the backbone was trained: the number of replicates."""
+        return len(set(self.replicates.values()))
 
     def stated(self, ratio: float, donor: str, selection: str, against: str) -> dict[str, Difference | None]:
         """The differences of a setting from `against` that evaluate wrote, by figure."""
@@ -101,8 +117,8 @@ class HostResult:
             found[str(line.figure)] = Difference(line.mean, line.low, line.high, verdict, covers, int(line.seeds))
         return found
 
-    def predictions(self, row: str) -> tuple[dict[int, Answers], np.ndarray, np.ndarray]:
-        """The predictions behind `row` of metrics.json by seed, and samples and labels of the test images, (n,) each.
+    def predictions(self, row: str) -> dict[int, "Predicted"]:
+        """The predictions behind `row` of metrics.json by replicate.
 
         Stage I and hosts fitted in closed form have the one seed -1.
         """
@@ -111,13 +127,24 @@ class HostResult:
             heads = self.at(self.metrics[row]["ratio"])
             seeds = dict(zip(heads.number.astype(int), heads.seed.astype(int), strict=True))
         table = self.tables["predictions"]
-        by_number = {number: table[table.number == number].sort_values("sample") for number in seeds}
-        first = next(iter(by_number.values()))
-        said = {
-            seeds[number]: Answers(part.predicted.to_numpy(), part.confidence.to_numpy(np.float64))
-            for number, part in by_number.items()
-        }
-        return said, first["sample"].to_numpy(), first["label"].to_numpy()
+        found: dict[int, Predicted] = {}
+        for number, seed in seeds.items():
+            part = table[table.number == number].sort_values("sample")
+            said = Answers(part.predicted.to_numpy(), part.confidence.to_numpy(np.float64))
+            of = found.setdefault(
+                self.replicates[number], Predicted({}, part["sample"].to_numpy(), part["label"].to_numpy())
+            )
+            of.said[seed] = said
+        return found
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """Predictions by seed in one replicate, and numbers and labels of its test images, (n,) each."""
+
+    said: dict[int, Answers]
+    images: np.ndarray
+    labels: np.ndarray
 
 
 def load_result(name: str, folder: Path) -> HostResult:
@@ -159,22 +186,31 @@ def with_against_without(result: HostResult) -> dict[str, Difference | None] | N
 def rows_apart(after: HostResult, row: str, before: HostResult, before_row: str) -> dict[str, Difference | None] | None:
     """The differences of `row` of one host minus `before_row` of another, by figure, paired by seed and test image.
 
-    There is no verdict across two backbones: the intervals cannot cover how another training would have changed them.
-    On other test images there is no interval either. None if a row is missing, or no seed is on both sides.
+    There is no verdict across two backbones that were trained once each: the intervals cannot cover how another
+    training would have changed them. Replicates are paired, as they divide the data alike. On other test images there
+    is no interval either. None if a row is missing, or no seed is on both sides.
     """
     if after.metrics[row] is None or before.metrics[before_row] is None:
         return None
-    (new, samples, labels), (old, old_samples, old_labels) = after.predictions(row), before.predictions(before_row)
-    if not (np.array_equal(samples, old_samples) and np.array_equal(labels, old_labels)):
-        figures = [(f, after.metrics[row][f], before.metrics[before_row][f]) for f in FIGURES]
-        return {f: None if None in (x, y) else Difference(x - y, None, None, None, (), 0) for f, x, y in figures}
-    # A single classifier is compared with every seed of the other side.
-    seeds = sorted(s for s in new.keys() | old.keys() if all(s in said or said.keys() == SINGLE for said in (new, old)))
-    if not seeds:
-        return None
-    left, right = ([said[-1 if said.keys() == SINGLE else s] for s in seeds] for said in (new, old))
+    new, old = after.predictions(row), before.predictions(before_row)
+    both = sorted(new.keys() & old.keys())
+    for r in both:
+        if not all(np.array_equal(getattr(new[r], key), getattr(old[r], key)) for key in ("images", "labels")):
+            figures = [(f, after.metrics[row][f], before.metrics[before_row][f]) for f in FIGURES]
+            return {f: None if None in (x, y) else Difference(x - y, None, None, None, (), 0) for f, x, y in figures}
+    pairs, seeded = [], False
+    for said, other, result in ((new[r].said, old[r].said, new[r]) for r in both):
+        # A single classifier is compared with every seed of the other side.
+        seeds = sorted(
+            s for s in said.keys() | other.keys() if all(s in x or x.keys() == SINGLE for x in (said, other))
+        )
+        if not seeds:
+            return None
+        seeded |= set(seeds) != SINGLE
+        left, right = ([x[-1 if x.keys() == SINGLE else s] for s in seeds] for x in (said, other))
+        pairs.append(Pairs(left, right, result.labels, result.images))
     one_backbone = after.about["host"]["backbone"] == before.about["host"]["backbone"]
-    return differences(left, right, labels, after.about["groups"], seeded=set(seeds) != SINGLE, verdicts=one_backbone)
+    return over_replicates(pairs, after.about["groups"], seeded, verdicts=one_backbone or len(pairs) > 1)
 
 
 def between_hosts(after: HostResult, before: HostResult, row: str) -> dict[str, Difference | None] | None:

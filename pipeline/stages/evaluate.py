@@ -7,13 +7,14 @@ classifiers behind metrics.json), and what else the report shows (`evidence.py`)
 Classifiers are evaluated as they are after the last epoch; nothing is chosen on the test split.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from pydantic import BeforeValidator
 
 from h2t.cache.memory import available_memory, return_freed_arrays
@@ -24,28 +25,27 @@ from h2t.pipeline.base.outputs import fresh_directory, write_json
 from h2t.pipeline.base.params import Index, Ratio, Section
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.base.text import counted
-from h2t.pipeline.data.classes import by_index, groups, recorded_names
-from h2t.pipeline.evaluation.calibration import calibrated
+from h2t.pipeline.data.classes import by_index, groups
+from h2t.pipeline.evaluation.calibration import Calibrated, calibrated
 from h2t.pipeline.evaluation.choice import choose
 from h2t.pipeline.evaluation.evidence import ROOM, write_about, write_embedding, write_reliability, write_weight_norms
-from h2t.pipeline.evaluation.folds import load_folds
 from h2t.pipeline.evaluation.intervals import FIGURES
 from h2t.pipeline.evaluation.metrics import Graded, over_seeds, summary
-from h2t.pipeline.evaluation.scoring import STAGE1, Scores, load_heads_for, score_heads, score_stage1
+from h2t.pipeline.evaluation.replicates import Loaded, load, score
+from h2t.pipeline.evaluation.scoring import STAGE1
 from h2t.pipeline.evaluation.tables import (
     STANDARD,
     Comparison,
+    Scored,
     compared,
-    each,
     write_confusion,
     write_differences,
     write_per_class,
     write_predictions,
 )
 from h2t.pipeline.heads.batches import sample_rows
-from h2t.pipeline.heads.start import backbone_head
+from h2t.pipeline.heads.replicate import Replicate
 from h2t.pipeline.heads.stored import Heads
-from h2t.pipeline.networks.trained import StageOneHead
 
 NUMBER = 2026112604  # other results, another number: docs/numbers.md
 
@@ -76,15 +76,23 @@ class Params(Section):
     """Ratio that is reported as `with_h2t` where there are no validation images to choose it by."""
 
 
-def run(params: Params, run: Run, cache: Cache, heads_dir: Path, backbone_dir: Path) -> dict[str, Any]:
+def run(
+    params: Params,
+    run: Run,
+    cache: Cache,
+    heads_dir: Path,
+    backbone_dir: Path,
+    further: Sequence[Replicate] = (),
+) -> dict[str, Any]:
     """Evaluates the classifiers of host `run.name`, writes the results to `run.out` and returns the metrics.
 
-    Raises UserError if the classifiers were trained on another cache or backbone, if there are no test rows, or if the
+    With `further` replicates, figures are means over all, and intervals cover other trainings of the backbone. Raises
+    UserError if the classifiers were trained on another cache or backbone, if there are no test rows, or if the
     predictions would not fit into memory.
     """
     clock.begins("evaluation")
-    heads = load_heads_for(cache, heads_dir, backbone_dir)
-    stage1 = backbone_head(cache, backbone_dir, "linear", run.device, run.say)
+    loaded = load(heads_dir, [Replicate(0, cache, backbone_dir), *further], run.device, run.say)
+    heads, names, table = loaded[0].heads, loaded[0].names, [line for one in loaded for line in one.table]
     counts = heads.about["counts"]
     group_of = group_choice(params, counts)
     splits: list[str] = [s for s in ("val", "test") if s in cache.index.splits]
@@ -94,36 +102,25 @@ def run(params: Params, run: Run, cache: Cache, heads_dir: Path, backbone_dir: P
             "again"
         )
 
-    table = heads.table.to_pylist()
-    recipe_statistics = heads.about["evaluate"]
+    statistics = heads.about["evaluate"]
     # DR as published is trained and evaluated under balanced statistics alone; with branch-wise ones, an extra line.
     stored = set(cache.index.statistics("test"))
-    lines = list(dict.fromkeys([recipe_statistics, *({heads.about["receiver"]} & stored)]))
-    _check_memory(run.name, cache, len(table), [(split, statistics) for split in splits for statistics in lines])
-    scores = {
-        (split, statistics): score_heads(cache, heads, split, statistics, run.device)
-        for split in splits
-        for statistics in lines
-    }
-    of_stage1 = {split: score_stage1(cache, stage1, split, run.device) for split in splits} if stage1.state else {}
+    lines = list(dict.fromkeys([statistics, *({heads.about["receiver"]} & stored)]))
+    _check_memory(run.name, loaded, [(split, kind) for split in splits for kind in lines])
+    scored = score(loaded, splits, lines, run.device)
+    figures = [figure for one in scored for figure in _figures(one, group_of, len(scored) > 1)]
 
-    figures: list[dict[str, Any]] = []
-    for (split, statistics), result in scores.items():
-        for head in table:
-            one = summary(result.said[head["number"]], result.labels, group_of)
-            figures.append({**head, "split": split, "statistics": statistics, **one})
-    for split, result in of_stage1.items():
-        one = summary(result.said[0], result.labels, group_of)
-        figures.append({"number": -1, "split": split, "statistics": STAGE1, **one})
-
-    of_recipe = [f for f in figures if f["statistics"] == recipe_statistics and f["number"] >= 0]
-    folds = load_folds(heads_dir)
+    of_recipe = [f for f in figures if f["statistics"] == statistics and f["number"] >= 0]
     judged, by = [f for f in of_recipe if f["split"] == "val"], "validation images"
-    names = recorded_names(cache.spec.provenance, cache.files)
-    if folds:  # lines as of validation images
-        judged = [{**table[n], "split": "val", "top1": accuracy} for n, accuracy in folds.accuracy.items()]
+    left_out: list[str] = []
+    if folds := loaded[0].folds:  # lines as of validation images
+        judged = [
+            {**one.table[n], "split": "val", "top1": accuracy}
+            for one in loaded
+            for n, accuracy in (one.folds.accuracy.items() if one.folds else ())
+        ]
         by = counted(folds.folds, "fold")
-    left_out = [names[label] for label in folds.left_out] if folds else []
+        left_out = [names[label] for label in folds.left_out]
     chosen = choose(f"hosts.{run.name}.grid", table, heads.constants, judged, by, left_out)
     if heads.constants:
         for f in figures:
@@ -139,42 +136,63 @@ def run(params: Params, run: Run, cache: Cache, heads_dir: Path, backbone_dir: P
     with_h2t = _chosen(of_recipe, "test", ratio) if ratio else []
     # A fit in closed form has no seed.
     seeded = not plugins.load("hosts", heads.parts.host).Host.fitted
-    test_lines = [f for f in of_recipe if f["split"] == "test"]
-    apart = compared(test_lines, scores[("test", recipe_statistics)], of_stage1.get("test"), group_of, seeded)
+    apart = compared([f for f in of_recipe if f["split"] == "test"], scored, statistics, group_of, seeded)
     kept = [f["number"] for f in (*without, *with_h2t)]
-    first = [f for f in figures if f["number"] == -1 and f["split"] == "test"]
-    scaled = calibrated(cache, heads, kept, stage1, folds, run.device)
-    for f in figures if scaled else ():
-        own = (
-            scaled.get(f["number"]) if f["split"] == "test" and f["statistics"] in (recipe_statistics, STAGE1) else None
-        )
-        f |= {"temperature": own and own.temperature, "ece_scaled": own and own.ece}
+    first = [f for f in figures if f["number"] < 0 and f["split"] == "test"]
+    if scaled := _calibrated(loaded, kept, run.device):
+        for f in figures:
+            own = scaled.get(f["number"]) if f["split"] == "test" and f["statistics"] in (statistics, STAGE1) else None
+            f |= {"temperature": own and own.temperature, "ece_scaled": own and own.ece}
     standard = [h for h in table if _standard(h) or not h["ratio"]]
     metrics = {
         "stage1": _entry(first, STAGE1, params),
-        "without_h2t": _entry(without, recipe_statistics, params, lambda f: chosen.as_dict(f, standard)),
-        "with_h2t": _entry(with_h2t, recipe_statistics, params, lambda f: chosen.as_dict(f, standard)),
+        "without_h2t": _entry(without, statistics, params, lambda f: chosen.as_dict(f, standard)),
+        "with_h2t": _entry(with_h2t, statistics, params, lambda f: chosen.as_dict(f, standard)),
         "difference": _difference(apart, ratio),
     }
     with fresh_directory(run.out) as into:
         write_json(into / "metrics.json", metrics)
         pq.write_table(pa.Table.from_pylist(figures, _schema(figures, heads)), into / "heads.parquet")
         write_differences(into, apart)
-        write_per_class(into, table, scores, of_stage1, counts)
-        write_confusion(into, scores[("test", recipe_statistics)], of_stage1.get("test"), kept, len(counts))
-        write_predictions(into, scores[("test", recipe_statistics)], of_stage1.get("test"), kept)
+        write_per_class(into, scored, counts)
+        write_confusion(into, scored, statistics, kept, len(counts))
+        write_predictions(into, scored, statistics, kept)
+        write_reliability(into, (said for one in scored for said in one.kept(statistics, kept)))
         clock.begins("drawing")  # the points of the embedding take most of it
-        _write_evidence(
-            into, cache, heads, stage1, scores[("test", recipe_statistics)], of_stage1.get("test"), without, with_h2t
-        )
-        write_about(into, cache, heads, sample_rows(cache.index, "test", recipe_statistics).first, group_of, seeded)
+        _write_of_replicate_0(into, loaded[0], scored[0], statistics, without, with_h2t)
+        rows = sample_rows(cache.index, "test", statistics).first
+        write_about(into, cache, heads, rows, group_of, seeded)
     run.say(f"{run.name}: " + _one_line(metrics))
     return metrics
 
 
-def _check_memory(name: str, cache: Cache, heads: int, scored: list[tuple[str, str]]) -> None:
-    """Raises UserError unless the predictions of so many heads for the rows of each (split, statistics) fit."""
-    rows = sum(part.stop - part.start for part in cache.index.parts if part[:2] in scored)
+def _figures(scored: Scored, group_of: Sequence[str | None], several: bool) -> Iterator[dict[str, Any]]:
+    """The lines of `heads.parquet` of one replicate of one or `several`: of its classifiers, then of stage I."""
+    by_number = {line["number"]: line for line in scored.table}
+    for (split, statistics), result in scored.scores.items():
+        for number, said in scored.of(split, statistics):
+            one = summary(said, result.labels, group_of)
+            yield {**by_number[number], "split": split, "statistics": statistics, **one}
+    for split, result in scored.first.items():
+        own = {"number": scored.stage1, **({"replicate": scored.replicate} if several else {})}
+        yield {**own, "split": split, "statistics": STAGE1, **summary(result.said[0], result.labels, group_of)}
+
+
+def _calibrated(loaded: Sequence[Loaded], kept: Sequence[int], device: torch.device) -> dict[int, Calibrated]:
+    """Temperature and calibration error of the classifiers `kept` and of the stage-I heads, by their numbers."""
+    found: dict[int, Calibrated] = {}
+    for index, one in enumerate(loaded):
+        numbers = [line["number"] for line in one.table]
+        own = [numbers.index(number) for number in kept if number in numbers]
+        scaled = calibrated(one.cache, one.heads, own, one.stage1, one.folds, device)
+        found |= {numbers[n] if n >= 0 else -1 - index: value for n, value in scaled.items()}
+    return found
+
+
+def _check_memory(name: str, loaded: Sequence[Loaded], scored: list[tuple[str, str]]) -> None:
+    """Raises UserError unless the predictions of all heads for the rows of each (split, statistics) fit."""
+    parts = [part for one in loaded for part in one.cache.index.parts if part[:2] in scored]
+    heads, rows = len(loaded[0].table), sum(part.stop - part.start for part in parts)
     need, room = rows * heads * Graded.BYTES + ROOM, available_memory()
     if need > room:
         raise UserError(
@@ -217,11 +235,11 @@ def _standard(figure: Mapping[str, Any]) -> bool:
 
 
 def _chosen(figures: list[dict[str, Any]], split: str, ratio: float) -> list[dict[str, Any]]:
-    """The figures of one classifier per seed at `ratio`. At ratio 0 donor and selection do not matter."""
-    by_seed: dict[int, dict[str, Any]] = {}
+    """The figures of one classifier per replicate and seed at `ratio`. At ratio 0 donor and selection do not matter."""
+    by_seed: dict[tuple[int, int], dict[str, Any]] = {}
     for f in figures:
         if f["split"] == split and f["ratio"] == ratio and (ratio == 0 or _standard(f)):
-            by_seed.setdefault(f["seed"], f)
+            by_seed.setdefault((f.get("replicate", 0), f["seed"]), f)
     return list(by_seed.values())
 
 
@@ -231,17 +249,19 @@ def _entry(
     params: Params,
     chosen: Callable[[dict[str, Any]], dict[str, Any] | None] = lambda figure: None,
 ) -> dict[str, Any] | None:
-    """An entry of metrics.json: mean and standard deviation over seeds; None without `figures`.
+    """An entry of metrics.json: mean and standard deviation over seeds and replicates; None without `figures`.
 
     `chosen` tells what was chosen for the setting of one of them.
     """
     if not figures:
         return None
+    replicates = {f["replicate"] for f in figures if "replicate" in f}
     return {
         **over_seeds([{k: f.get(k) for k in (*FIGURES, *MORE, *SCALED)} for f in figures]),
         "chosen": chosen(figures[0]),
         "ratio": figures[0].get("ratio"),
         "heads": len(figures),
+        **({"replicates": len(replicates)} if replicates else {}),
         "statistics": statistics,
         "groups": params.groups,
     }
@@ -250,7 +270,7 @@ def _entry(
 def _schema(figures: list[dict[str, Any]], heads: Heads) -> pa.Schema:
     """The columns of `heads.parquet`: those that the heads have, and figures."""
     kinds = {f.name: f.type for f in heads.table.schema}
-    kinds |= {"split": pa.string(), "statistics": pa.string(), "tuned": pa.bool_()}
+    kinds |= {"replicate": pa.int64(), "split": pa.string(), "statistics": pa.string(), "tuned": pa.bool_()}
     return pa.schema([(k, kinds.get(k, pa.float64())) for k in figures[0]])
 
 
@@ -262,29 +282,27 @@ def _difference(apart: list[Comparison], ratio: float | None) -> dict[str, Any] 
     return None
 
 
-def _write_evidence(
+def _write_of_replicate_0(
     into: Path,
-    cache: Cache,
-    heads: Heads,
-    head: StageOneHead,
-    result: Scores,
-    first: Scores | None,
+    loaded: Loaded,
+    scored: Scored,
+    statistics: str,
     without: list[dict[str, Any]],
     with_h2t: list[dict[str, Any]],
 ) -> None:
-    """Writes calibration and weight norms of the classifiers behind metrics.json, and an embedding of the test samples.
+    """Writes weight norms of the classifiers behind metrics.json, and an embedding of the test samples.
 
     The embedding shows the predictions of the first classifier without H2T and of the first with it.
     """
-    kept = [f["number"] for f in (*without, *with_h2t)]
-    write_reliability(into, dict(each(result, first, kept)), result.labels)
-    write_weight_norms(into, heads, head, kept)
-    rows = sample_rows(cache.index, "test", result.statistics).first
+    said, result = dict(scored.of("test", statistics)), scored.scores[("test", statistics)]
+    kept = [f["number"] for f in (*without, *with_h2t) if f["number"] in said]
+    write_weight_norms(into, loaded.heads, loaded.stage1, kept)
+    rows = sample_rows(loaded.cache.index, "test", statistics).first
     guesses = {
-        name: result.said[figures[0]["number"]].guesses if figures else None
+        name: said[figures[0]["number"]].guesses if figures else None
         for name, figures in (("without_h2t", without), ("with_h2t", with_h2t))
     }
-    write_embedding(into, cache, rows, result.samples, result.labels, guesses)
+    write_embedding(into, loaded.cache, rows, result.samples, result.labels, guesses)
 
 
 def _one_line(metrics: Mapping[str, Any]) -> str:

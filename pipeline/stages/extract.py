@@ -383,7 +383,10 @@ def _settings_of_parts(staging: Staging, params: Params, run: Run) -> dict[str, 
     token = staging.kept(parts.TOKEN)
     if token is None:
         raise _nothing_to_commit(run)
-    settings: dict[str, Any] = json.loads(token)["token"]
+    try:
+        settings: dict[str, Any] = dict(json.loads(token)["token"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{staging.root}: {parts.TOKEN} cannot be read; remove it, and run the parts again") from None
     for key in ("batch_size", "precision"):
         if settings.get(key) != getattr(params, key):
             raise UserError(

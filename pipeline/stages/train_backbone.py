@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 
-from h2t.pipeline.base import plugins
+from h2t.pipeline.base import numbers, plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import fresh_directory
 from h2t.pipeline.base.params import Section, build, plugin
@@ -72,6 +72,11 @@ class Params(Training):
     """The backbone's classifier: that of stage I, one that stage `probe` fits to the cached rows, or none."""
     probe: Probe = Probe()
     """How stage `probe` fits the classifier."""
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether stage I trains the backbone, and not at most a head on it."""
+        return self.weights in (None, "none") and not self.frozen
 
 
 def run(params: Params, run: Run, samples: Samples, images: Images) -> None:
@@ -151,9 +156,9 @@ def _token(params: Params, run: Run, samples: Samples, backbone: Backbone) -> st
         "transform": samples.transform.model_dump(mode="json"),
         "numbers": {
             "train_backbone": NUMBER,
-            "datasets": _number("datasets", plugins.load("datasets", samples.facts["dataset"])),
-            "backbones": _number("backbones", plugins.load("backbones", params.arch)),
-            "objectives": _number("objectives", plugins.load("objectives", params.objective)),
+            "datasets": numbers.of_plugin("datasets", plugins.load("datasets", samples.facts["dataset"])),
+            "backbones": numbers.of_plugin("backbones", plugins.load("backbones", params.arch)),
+            "objectives": numbers.of_plugin("objectives", plugins.load("objectives", params.objective)),
         },
         "initial weights": weights_digest(backbone.state_dict()),
         "seed": run.seed,
@@ -161,18 +166,6 @@ def _token(params: Params, run: Run, samples: Samples, backbone: Backbone) -> st
         "torch": torch.__version__,
     }
     return json.dumps(about, sort_keys=True)
-
-
-def _number(kind: str, plugin: ModuleType) -> int | str:
-    """The number of a built-in plug-in; for one of the user's own, a digest of all Python files of this kind."""
-    built_in, *own = plugins.folders(kind)
-    if Path(str(plugin.__file__)).parent == built_in:
-        return int(plugin.NUMBER)
-    digest = hashlib.sha256()
-    for folder in own:
-        for path in sorted(folder.rglob("*.py")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def _write(

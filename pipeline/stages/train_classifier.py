@@ -6,6 +6,7 @@ its settings; the host's settings in the schema's metadata), `history.parquet` (
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from h2t.cache.reader import Cache
 from h2t.pipeline.base import clock, plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import fresh_directory
+from h2t.pipeline.base.replicates import seeds_of
 from h2t.pipeline.base.run import Run, silent
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.data.classes import recorded_names
@@ -38,6 +40,7 @@ from h2t.pipeline.heads.host import Context
 from h2t.pipeline.heads.host_entry import Params as Params  # every stage module has its `Params`
 from h2t.pipeline.heads.host_entry import check_grid, check_reads, check_start, heads_of
 from h2t.pipeline.heads.parts import planned_parts, step_size
+from h2t.pipeline.heads.replicate import Replicate
 from h2t.pipeline.heads.residency import Feed, Residency, amount, find_room, plan_tier
 from h2t.pipeline.heads.stack import (
     FLOAT,
@@ -76,46 +79,100 @@ class Summary:
     expected_hit_rate: float | None = None
 
 
+SUMMED = ("heads", "resumed_steps", "bytes_read", "bytes_used")  # over replicates; the other facts are the first one's
+
+
 def read_under(recipe: Recipe, sampler: str) -> str:
     """The statistics under which rows drawn by `sampler` are read; those of the receivers for a sampler plug-in."""
     return recipe.donors.get(sampler, recipe.receiver)
 
 
-def run(params: Params, run: Run, residency: Residency, cache: Cache, backbone_dir: Path) -> Summary:
+def run(
+    params: Params,
+    run: Run,
+    residency: Residency,
+    cache: Cache,
+    backbone_dir: Path,
+    further: Sequence[Replicate] = (),
+) -> Summary:
     """Trains all classifiers of host `run.name` and writes them into the directory `run.out`.
 
-    An interrupted run resumes from its last saved step. Raises UserError for settings or caches that do not fit.
+    Those of `further` replicates, with seeds of their own, go to `replicates/r` inside it. An interrupted run resumes
+    from its last saved step. Raises UserError for settings or caches that do not fit.
     """
+    replicates = [Replicate(0, cache, backbone_dir), *further]
+    done = [_replicate(params, run, residency, replicate) for replicate in replicates]
+    with fresh_directory(run.out) as into:
+        for replicate, made in zip(replicates, done, strict=True):
+            made.write(replicate.inside(into))
+    for replicate in replicates:
+        place = _place(run, replicate)
+        for number in range(params.folds or 0):
+            Checkpoint(_out_of_fold(place, number), "").clear()
+        Checkpoint(place, "").clear()
+    return _together([made.summary for made in done])
+
+
+@dataclass(frozen=True)
+class _Made:
+    """The classifiers of one replicate. `folds`: what cross-validation found, if there was one."""
+
+    heads: Heads
+    history: pa.Table
+    folds: pa.Table | None
+    summary: Summary
+
+    def write(self, into: Path) -> None:
+        """Writes the stage's files into the directory `into`, which is made if need be."""
+        into.mkdir(parents=True, exist_ok=True)
+        tensors, described = self.heads.frozen.to_file() if self.heads.frozen else ({}, None)
+        about = {"host": self.heads.about["host"], **({"frozen": described} if self.heads.frozen else {})}
+        save_weights(into / "heads.safetensors", {**self.heads.state, **tensors}, about)
+        pq.write_table(self.heads.table, into / "heads.parquet")
+        pq.write_table(self.history, into / "history.parquet")
+        if self.folds is not None:
+            pq.write_table(self.folds, into / FOLDS)
+
+
+def _replicate(params: Params, run: Run, residency: Residency, replicate: Replicate) -> _Made:
+    """Trains the classifiers of one replicate; only their unfinished training is written."""
+    cache, backbone_dir = replicate.cache, replicate.backbone
+    kind = plugins.load("hosts", params.host).Host
+    if replicate.number:
+        said = run.say
+        if not kind.fitted:
+            own = params.grid.model_copy(update={"seed": seeds_of(params.grid.seed, replicate.number)})
+            params = params.model_copy(update={"grid": own})
+        run = replace(run, out=_place(run, replicate), say=lambda line: said(f"replicate {replicate.number}: {line}"))
     check_backbone(cache, backbone_dir)
     params = _with_recipe(params, run.name, cache)
-    kind = plugins.load("hosts", params.host).Host
-    own = load_head(backbone_dir)
-    head = own.about.get("head", "trained" if own.state else "none")
+    own_head = load_head(backbone_dir)
+    head = own_head.about.get("head", "trained" if own_head.state else "none")
     check_start(params, run.name, kind, head)
     settings = heads_of(params.grid, params.rounding, fitted=kind.fitted)
     check_grid(params, run.name, cache, kind.fitted, settings)
-    chosen = _cross_validated(params, run, residency, cache, backbone_dir, settings, head) if params.folds else None
+    folds = _cross_validated(params, run, residency, cache, backbone_dir, settings, head) if params.folds else None
     heads, trained, summary = _train(params, run, residency, cache, backbone_dir, settings)
-    with fresh_directory(run.out) as into:
-        tensors, described = heads.frozen.to_file() if heads.frozen else ({}, None)
-        about_file = {"host": params.host, **({"frozen": described} if heads.frozen else {})}
-        save_weights(into / "heads.safetensors", {**heads.state, **tensors}, about_file)
-        pq.write_table(heads.table, into / "heads.parquet")
-        pq.write_table(trained.history, into / "history.parquet")
-        if chosen is not None:
-            pq.write_table(chosen, into / FOLDS)
-    for number in range(params.folds or 0):
-        Checkpoint(_out_of_fold(run, number), "").clear()
-    Checkpoint(run.out, "").clear()
     epochs = params.optimiser.epochs
     outcome = counted(len(settings), "classifier") + " fitted" if kind.fitted and len(settings) > 1 else "fitted"
     run.say(f"{run.name}: {outcome if kind.fitted else _outcome(trained.history, epochs, len(settings))}")
-    return summary
+    return _Made(heads, trained.history, folds, summary)
 
 
-def _out_of_fold(run: Run, number: int) -> Path:
+def _place(run: Run, replicate: Replicate) -> Path:
+    """The place whose neighbour holds the unfinished training of a replicate: the output itself for replicate 0."""
+    return run.out.with_name(f"{run.out.name}.replicate-{replicate.number}") if replicate.number else run.out
+
+
+def _together(summaries: list[Summary]) -> Summary:
+    """The summary of all replicates: sums, and for shares the first."""
+    summed = {key: sum(getattr(s, key) for s in summaries) for key in SUMMED}
+    return replace(summaries[0], **summed)
+
+
+def _out_of_fold(out: Path, number: int) -> Path:
     """The place whose neighbour holds the unfinished training of a fold; nothing is written to the place itself."""
-    return run.out.with_name(f"{run.out.name}.fold-{number}")
+    return out.with_name(f"{out.name}.fold-{number}")
 
 
 def _cross_validated(
@@ -142,7 +199,7 @@ def _cross_validated(
         )
 
     def train_on(rows: pa.Table, fold: int) -> Heads:
-        quiet = replace(run, out=_out_of_fold(run, fold), say=silent)
+        quiet = replace(run, out=_out_of_fold(run.out, fold), say=silent)
         return _train(params, quiet, residency, cache, backbone_dir, [s for _, s in tried], rows)[0]
 
     numbers = [number for number, _ in tried]

@@ -306,10 +306,10 @@ class StageOne:
 
         def images(part: _Part) -> torch.Tensor:
             samples = part.samples.tolist()
-            keys: list[tuple[int | str, ...]] = [key] * len(part.samples)
+            keys: list[tuple[int | str, ...]] = [key] * len(samples)
             if part.pasted:  # an image that is drawn in several steps has another view in each
                 second = part.pasted.samples.tolist()
-                samples, keys = samples + second, keys + [(*key, "cmo", part.pasted.step)] * len(second)
+                samples, keys = samples + second, [*keys, *[(*key, "cmo", part.pasted.step)] * len(second)]
             return self._images.batch(samples, keys)
 
         def decode(parts: list[_Part]) -> list[torch.Tensor]:

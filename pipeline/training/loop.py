@@ -172,7 +172,7 @@ class StageOne:
         self._forward = torch.compile(self.backbone) if params.compile else self.backbone
         self._labels = torch.from_numpy(samples.labels)
         self._train = samples.of("train")  # sorted by class
-        self._classes = class_index(self._labels[self._train].numpy(), samples.facts["classes"])
+        self._classes = class_index(samples.labels[self._train], samples.facts["classes"])
         self._images: Images | ResidentImages = images.turned(params.rotation) if params.rotation else images
         networks = (("backbone", self.backbone), ("objective", self.objective))
         self._state = {f"{n}.{k}": t for n, m in networks for k, t in m.state_dict(keep_vars=True).items()}

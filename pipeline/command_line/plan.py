@@ -32,8 +32,8 @@ from h2t.pipeline.command_line.options import PATH
 def plan(images: int, name: str, machines: int, params_file: Path, device: str, place: Path, as_json: bool) -> None:
     """Say what N images will take: bytes, files, hours, and what breaks first.
 
-    Rehearses the stages with random weights on made-up images for about half a
-    minute in a temporary folder below --place, then scales.
+    Rehearses the stages with random weights on a few made-up images, in a
+    temporary folder below --place, then scales. Takes a minute or more.
     """
     import shutil
     from tempfile import TemporaryDirectory

@@ -27,8 +27,8 @@ import numpy as np
 import pandas as pd
 import pyarrow.compute as pc
 import torch
-from joblib import Parallel, delayed
-from joblib.externals.loky import get_reusable_executor
+from joblib import Parallel, delayed  # type: ignore[import-untyped]
+from joblib.externals.loky import get_reusable_executor  # type: ignore[import-untyped]
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
@@ -38,6 +38,7 @@ from benchmarks.measure import RESULTS, machine, save, table
 from h2t.cache.reader import Cache, open_cache
 from h2t.pipeline.heads.batches import SampleRows, Streams, sample_rows
 from h2t.pipeline.heads.features import FeatureReader
+from h2t.pipeline.heads.fusion import Selection
 from h2t.pipeline.heads.host import Context
 from h2t.pipeline.heads.parts import grouped, seeds_and_donors
 from h2t.pipeline.heads.residency import Choice, Feed
@@ -50,10 +51,10 @@ from h2t.pipeline.reporting.published import different_runs
 CACHE = Path(__file__).parents[1] / "examples" / "cifar10_lt" / "data" / "extract" / "ce_mixup"
 RATES = np.geomspace(0.005, 0.32, 11).tolist()
 PENALTIES = np.geomspace(1e-4, 1e-1, 55).tolist()
-SEEDS = (0, 1, 2, 3, 4)
+SEEDS: Sequence[int] = (0, 1, 2, 3, 4)
 RATIOS = [round(0.1 * i, 1) for i in range(11)]
-DONORS = ("instance", "balanced", "reverse")
-SELECTIONS = ("random", "first", "middle", "last")
+DONORS: Sequence[str] = ("instance", "balanced", "reverse")
+SELECTIONS: Sequence[Selection] = ("random", "first", "middle", "last")
 
 Classifiers = tuple[np.ndarray, np.ndarray]  # weights (K, N, C) and biases (K, N)
 
@@ -86,7 +87,8 @@ def load(cache: Cache, settings: Optimiser) -> Task:
     for split in ("train", "test"):
         rows: SampleRows = sample_rows(cache.rows, split, "stage1")
         parts += [reader.read(rows.first)[0], torch.from_numpy(rows.labels)]
-    return Task(cache, *parts, settings)
+    x, y, test_x, test_y = parts
+    return Task(cache, x, y, test_x, test_y, settings)
 
 
 def stack(task: Task, heads: Sequence[HeadSetting]) -> Classifiers:

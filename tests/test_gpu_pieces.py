@@ -29,7 +29,7 @@ def test_a_piece_runs_in_small(tmp_path, piece):
     assert EXPECTED[piece] <= set(body)
     if piece == "extract":
         for found in body["networks"].values():
-            assert set(found["seconds"]) == {"bare", "ours"}
+            assert set(found["seconds"]) == {"bare", "ours", "start"}
             assert set(found["of_bare"]) == {"median", "p10", "p90", "cpu"}
         assert set(body["networks"]) == {"ResNet-50", "ViT-B/16"}
         assert [p.name for p in (data / "bench_extract").iterdir()] == ["backbone"]

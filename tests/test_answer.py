@@ -84,6 +84,11 @@ def test_the_export_command_names_the_folders_and_one_classifier(evaluated, dr):
     assert settings.seed == 0
 
 
+def test_folders_of_hosts_that_were_evaluated_elsewhere_are_left_to_fill_in(dr):
+    command = Answer([dr], (), Path("mine"), {"dr": "b0"}).command()
+    assert command.startswith("h2t export HEADS CACHE BACKBONE model")
+
+
 def test_where_h2t_lowers_top1_the_better_classifier_is_the_one_without(dr):
     worse = with_figures(dr, without_h2t=(80.0, 50.0), with_h2t=(78.0, 55.0))
     answer = Answer([stated(worse, top1=(-2.0, -3.0, -1.0, "lower"))])

@@ -81,7 +81,7 @@ QUESTIONS = {
     "What did it cost?": (".answer", "Cost: "),
     "How do I use it?": (
         "#command",
-        "h2t export HEADS CACHE BACKBONE model",
+        "h2t export data/train_classifier/dr data/extract/b0 data/train_backbone/b0 model",
     ),
     "What did stage II add to stage I?": ("#methods", "70.0 → 80.0 → 82.0"),
     "Which ratio, and was the grid wide enough?": ("#methods .ratio", "0.3"),

@@ -169,7 +169,7 @@ def extract(
 @output("Directory to write.")
 @partial(stage, outline=lambda values: values.get("replicates", [0]) == [0])  # nothing to compute
 def replicates(values: dict[str, Any], say: Say, digests: Path, out: Path) -> dict[str, Any]:
-    """Prepare, train-backbone and extract again, from other seeds.
+    """Run the first three stages again from other seeds.
 
     Once for each number in `replicates` but 0. A killed run resumes.
     """

@@ -30,7 +30,7 @@ from h2t.pipeline.command_line.options import PATH
 @click.option("--place", type=PATH, default=Path(), help="Folder whose disk the caches will be on; default: here.")
 @options.as_json
 def plan(images: int, name: str, machines: int, params_file: Path, device: str, place: Path, as_json: bool) -> None:
-    """Say what N images will take: bytes, files, hours, and what breaks first.
+    """Say what N images take, and what breaks first.
 
     Rehearses the stages with random weights on a few made-up images, in a
     temporary folder below --place, then scales. Takes a minute or more.

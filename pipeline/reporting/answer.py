@@ -235,7 +235,8 @@ class Answer:
     def command(self, figure: str = "top1") -> str | None:
         """The command that exports a classifier of the best method; None if its backbone is unknown.
 
-        A folder that is not beside the evaluated hosts is left to fill in: HEADS, CACHE, BACKBONE.
+        Hosts evaluated in a folder of another name than `evaluate` leave the folders to fill in: HEADS, CACHE, BACKBONE.
+        What lies on the disk does not count, so that a report depends on the evaluated hosts alone.
         """
         ranking = self.rankings.get(figure)
         if ranking is None or ranking.best is None or self.evaluated is None:
@@ -254,7 +255,8 @@ class Answer:
             "BACKBONE": home / "train_backbone" / backbone,
         }
         chosen = ["--head", str(int(heads.number.iloc[0]))] if len(first.result.every_head) > 1 else []
-        named = [place.as_posix() if place.is_dir() else blank for blank, place in folders.items()]
+        usual = self.evaluated.name == "evaluate"
+        named = [place.as_posix() if usual else blank for blank, place in folders.items()]
         return shlex.join(["h2t", "export", *named, "model", *chosen])
 
     def overview(self) -> list[str]:

@@ -235,8 +235,8 @@ class Answer:
     def command(self, figure: str = "top1") -> str | None:
         """The command that exports a classifier of the best method; None if its backbone is unknown.
 
-        Hosts evaluated in a folder of another name than `evaluate` leave the folders to fill in: HEADS, CACHE, BACKBONE.
-        What lies on the disk does not count, so that a report depends on the evaluated hosts alone.
+        Hosts evaluated in a folder of another name than `evaluate` leave the folders to fill in: HEADS, CACHE,
+        BACKBONE. What lies on the disk does not count, so that a report depends on the evaluated hosts alone.
         """
         ranking = self.rankings.get(figure)
         if ranking is None or ranking.best is None or self.evaluated is None:

@@ -20,7 +20,7 @@ from h2t.pipeline.base.outputs import write_json
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.evaluation.intervals import FIGURES, Difference, paired
-from h2t.pipeline.evaluation.metrics import over_seeds, summary
+from h2t.pipeline.evaluation.metrics import main_figures, over_seeds
 from h2t.pipeline.evaluation.scoring import load_heads_for, score_heads
 from h2t.pipeline.evaluation.tables import Comparison, Scored, compared
 from h2t.pipeline.heads.features import maps_fingerprint
@@ -93,7 +93,7 @@ def sweep(
     for own in itertools.product(*grid.constants().values()):
         constants = {"lr": params.optimiser.lr, **dict(zip(grid.constants(), own, strict=True))}
         mine = _with(heads.table.to_pylist(), constants, params.optimiser.lr)
-        figures = [{**head, **summary(scores.said[head["number"]], scores.labels, group_of)} for head in mine]
+        figures = [{**head, **main_figures(scores.said[head["number"]], scores.labels, group_of)} for head in mine]
         before = _with(standing, constants, params.optimiser.lr)
         lines += _lines(figures, compared(mine, [scored], scores.statistics, group_of), constants, before)
     return lines

@@ -152,7 +152,6 @@ def picture(body: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_growth", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--out", type=Path, default=RESULTS / "growth.json")
-    parser.add_argument("--picture", type=Path, default=PICTURE)
     parser.add_argument("--data", type=Path, default=None, help="directory for the features; default: a temporary one")
     parser.add_argument("--axis", choices=AXES, action="append", help="only this axis; may be repeated")
     parser.add_argument("--tiny", action="store_true", help="two small points an axis: does it work, not how fast")
@@ -186,7 +185,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(table((axis, "processor ms", "/ line", "MiB", "planned", "parts"), rows), flush=True)
     body["load_after"] = os.getloadavg()[0]
     save(options.out, body)
-    options.picture.write_text(picture(body), encoding="utf-8")
+    place = options.out.with_suffix(".svg") if options.tiny else PICTURE
+    place.write_text(picture(body), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ Each (sample, view, statistics) is one row and takes one forward pass, unless a 
 Decoding, forward passes (`extraction.forward`) and writing overlap.
 """
 
-import json
 import math
 import os
 import shutil
@@ -42,6 +41,7 @@ from h2t.pipeline.data.samples import Samples
 from h2t.pipeline.extraction import batchnorm, cluster, forward, reuse
 from h2t.pipeline.extraction.batchnorm import Statistics
 from h2t.pipeline.extraction.cluster import ADDRESS
+from h2t.pipeline.extraction.commit import missing, no_parts, written_with
 from h2t.pipeline.extraction.recipes import stored
 from h2t.pipeline.extraction.recorded import MOST_IMAGES
 from h2t.pipeline.networks.backbone import Backbone
@@ -51,7 +51,6 @@ NUMBER = 2026112601  # other results, another number: docs/numbers.md
 #: Threads that write shards; each digests at one to two gigabytes a second, which is less than a fast GPU makes.
 WRITERS = max(1, min(4, len(os.sched_getaffinity(0)) // 4))
 
-SHOWN = 8  # parts named in a message
 TAP = "last maps before pooling"  # where the backbone is cut; part of the fingerprint
 MOST_VIEWS = 2**15  # views are numbered from 0 in 16 bits
 
@@ -192,11 +191,12 @@ def run(
             )
 
         if commit:
-            settings = _settings_of_parts(staging, params, run)
+            asked_for = {"batch_size": params.batch_size, "precision": params.precision}
+            settings = written_with(staging, asked_for, run)
 
         def estimate(wanted: list[str]) -> Statistics:
             if commit:
-                raise _nothing_to_commit(run)
+                raise no_parts(run)
             return batchnorm.compute(
                 backbone, wanted, samples, images, passes=params.batchnorm_passes, seed=run.seed, device=run.device
             )
@@ -211,7 +211,7 @@ def run(
             writer = CacheWriter(staging, spec, rows, settings, read=not commit)  # every part has read what it kept
             pending = writer.pending
             if commit and pending:
-                raise CacheError("incomplete", _missing(pending, spec, parts.begun(staging), run))
+                raise CacheError("incomplete", missing(pending, spec, parts.begun(staging), run))
         _announce(spec, run, pending, part)
         todo = {shard: np.array(spec.shard_range(shard)) for shard in pending}
         carrier = None
@@ -232,7 +232,7 @@ def run(
         if not has_stored_weights(backbone, backbone_dir):
             raise UserError(
                 f"{run.name}: the backbone's weights must not change during extraction; got other weights at its end; "
-                "make its forward pass leave its parameters alone"
+                f"make its forward pass leave its parameters alone; if {backbone_dir} was written anew, extract again"
             )
         if isinstance(writer, CacheWriter):
             writer.take_over(read=False)
@@ -373,44 +373,6 @@ def _spec(
             "dataset": samples.facts["dataset"],
         },
     )
-
-
-def _settings_of_parts(staging: Staging, params: Params, run: Run) -> dict[str, Any]:
-    """The settings that the parts were written with: the committing machine may have another device.
-
-    Raises UserError if there are none, or if the parameters say otherwise.
-    """
-    token = staging.kept(parts.TOKEN)
-    if token is None:
-        raise _nothing_to_commit(run)
-    try:
-        settings: dict[str, Any] = dict(json.loads(token)["token"])
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{staging.root}: {parts.TOKEN} cannot be read; remove it, and run the parts again") from None
-    for key in ("batch_size", "precision"):
-        if settings.get(key) != getattr(params, key):
-            raise UserError(
-                f"extract.{key}: must be {settings.get(key)}, with which the parts were written; got "
-                f"{getattr(params, key)}; commit with the parameters of the parts"
-            )
-    return settings
-
-
-def _nothing_to_commit(run: Run) -> UserError:
-    return UserError(
-        f"{run.name}: --commit needs parts written with the same parameters; got none at {run.out}; run h2t extract "
-        "... --part 1/N to --part N/N first"
-    )
-
-
-def _missing(pending: list[int], spec: CacheSpec, of: int | None, run: Run) -> str:
-    """What a commit lacks: the parts that have `pending` shards, or the shards if the cache is not written in parts."""
-    shards = f"{run.name}: --commit needs all {counted(spec.shards, 'shard')}; {len(pending):,} missing"
-    if of is None:
-        return f"{shards}; run h2t extract without --commit"
-    numbers = [k for k in range(1, of + 1) if not set(pending).isdisjoint(Part(k, of).shards(spec))]
-    listed = ", ".join(f"{k}/{of}" for k in numbers[:SHOWN]) + (", ..." if len(numbers) > SHOWN else "")
-    return f"{shards}, of {counted(len(numbers), 'part')} ({listed}); run these with --part, then --commit again"
 
 
 def _announce(spec: CacheSpec, run: Run, pending: list[int], part: Part | None) -> None:

@@ -1,5 +1,5 @@
-"""What every plug-in must satisfy, as functions that raise AssertionError. The tests run them over the file listings,
-over files dropped into a plug-in folder, and over seeded mistakes.
+"""What every plug-in must satisfy, as functions that raise AssertionError. The tests run them over the file listings
+and over files dropped into a plug-in folder.
 """
 
 from dataclasses import dataclass
@@ -8,14 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from pipeline_builders import CPU, distance, make_stack, make_stage1_head, trained
+from pipeline_builders import distance, make_stack, make_stage1_head, trained
 
-from h2t.cache.reader import open_cache
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.seeds import stream
 from h2t.pipeline.data.classes import ClassIndex
-from h2t.pipeline.extraction.recipes import RECIPES
 from h2t.pipeline.heads import stack as stack_module
 from h2t.pipeline.heads.batches import law
 from h2t.pipeline.heads.host import Context, FittedHost, GradientHost, TrainingBatch
@@ -191,79 +189,6 @@ def check_logits(name: str) -> None:
         assert found.shape == (5, len(COUNTS))
         assert torch.isfinite(found).all()
         assert torch.allclose(made.host.logits(state, features[:, 2:3]), found[2:3], atol=1e-12)
-
-
-def check_fusion(cache: Path, name: str = "dr") -> None:
-    """Every rule of a fused batch, on a real stack: rows, statistics, labels, channel sets, orientation."""
-    made = make_host(name)
-    recipe = RECIPES["branchwise"]
-    ratios = (0.0, 0.3, 1.0)
-    stack = make_stack(
-        cache,
-        [{"ratio": r} for r in ratios],
-        **{**made.options, "pooled": False},
-        receiver=recipe.receiver,
-        donors={"instance": recipe.donors["instance"]},
-        batch_size=16,
-    )
-    with open_cache(cache) as opened:
-        rows, maps = opened.rows, torch.from_numpy(opened.read(np.arange(opened.spec.rows)))
-    statistics, labels = np.array(rows["statistics"]), rows["label"].to_numpy()
-    at = next(stack.feed.steps(1, 0, 0, stack.draw))
-    batch, table = at.batch, at.table
-    receivers, donors = batch.receivers[0], batch.donors[0, 0]
-    assert set(statistics[receivers]) == {"balanced"}
-    assert set(statistics[donors]) == {"instance"}
-    assert np.array_equal(batch.labels[0], labels[receivers])
-    seen: list[torch.Tensor] = []
-    original = made.host.loss
-
-    def listening(state, features, given, noise):
-        seen.append(given)
-        return original(state, features, given, noise)
-
-    stack.host.loss = listening
-    stack.head.loss(
-        {k: t[0] for k, t in stack.state.items()}, maps[receivers][None], torch.from_numpy(batch.labels[0]), None
-    )
-    assert np.array_equal(seen[0].numpy(), labels[receivers])
-    before = maps.clone()
-    given, given_donors = stack.given(at)
-    x = stack.fused(at.draws, given.features, given_donors)
-    again = table.take(stack.streams.rows)[0]
-    assert torch.equal(again, before[torch.from_numpy(stack.streams.rows)]), "the features were changed in place"
-    mine, theirs = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
-    kept = mine.clone(), theirs.clone()
-    stack_module.fuse(mine, theirs, torch.tensor([True, False, True, False]))
-    assert torch.equal(mine, kept[0])
-    assert torch.equal(theirs, kept[1])
-    differs = (maps[receivers] != maps[donors]).flatten(2).any(2)
-    for k, ratio in enumerate(ratios):
-        from_donor = (x[k, 0] == maps[donors]).flatten(2).all(2)
-        from_receiver = (x[k, 0] == maps[receivers]).flatten(2).all(2)
-        assert (from_donor | from_receiver).all()
-        replaced = (from_donor & differs).any(0)
-        assert not (replaced & (from_receiver & differs).any(0)).any(), "samples of a batch differ in their channels"
-        assert int(replaced.sum()) == int(ratio * CHANNELS)
-
-
-def check_evaluation(cache: Path, heads: Any) -> None:
-    """Logits at evaluation are those of the plain test rows under `mixture`, whatever the head's ratio."""
-    from h2t.pipeline.evaluation import scoring
-    from h2t.pipeline.heads.batches import sample_rows
-    from h2t.pipeline.heads.stored import build_head
-
-    head = build_head(heads.parts, heads.context)
-    with open_cache(cache) as opened:
-        rows = opened.rows
-        found = scoring.head_logits(opened, heads, sample_rows(rows, "test", "mixture").first, CPU).numpy()
-        said = scoring.score_heads(opened, heads, "test", "mixture", CPU).said
-        at = np.flatnonzero((np.array(rows["split"]) == "test") & (np.array(rows["statistics"]) == "mixture"))
-        features = global_average(torch.from_numpy(opened.read(at).astype(np.float32)))[None]
-    for k in range(len(heads.table)):
-        expected = head.logits({name: t[k] for name, t in heads.state.items()}, features)
-        assert np.allclose(found[k], expected.numpy(), atol=1e-5), heads.table.to_pylist()[k]
-        assert np.array_equal(said[k].guesses, found[k].argmax(1))
 
 
 def check_objective(name: str, experts: int = 2, counts=COUNTS) -> None:

@@ -19,7 +19,7 @@ from conformance import (
     make_host,
     training_features,
 )
-from host_references import BATCH_REFERENCES, REFERENCES, ce_reference, cosines_by_hand, minus_log_p
+from loss_references import BATCH_REFERENCES, REFERENCES, ce_reference, cosines_by_hand, minus_log_p
 from pipeline_builders import make_backbone_dir, make_stage1_head, make_stage2_cache, silent
 
 from h2t.cache.reader import open_cache

@@ -34,7 +34,7 @@ UNPROVEN = {
 }
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f.quick], ids=str)
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
 def test_pool_and_own_layers_and_classifier_give_the_networks_own_logits(family):
     backbone, off = own_logits_differ_by(family)
     if str(family) in UNPROVEN:

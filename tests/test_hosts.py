@@ -28,7 +28,6 @@ from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.heads.host import Context, TrainingBatch
 from h2t.pipeline.heads.residency import Residency
-from h2t.pipeline.heads.stored import load_heads
 from h2t.pipeline.hosts.mislas import smoothing
 from h2t.pipeline.networks.branches import branch_logits
 from h2t.pipeline.stages import evaluate, train_classifier
@@ -363,20 +362,6 @@ def test_a_fitted_host_has_one_head_and_no_h2t(tmp_path, name, wide_cache, stage
     for key in ("grid", "optimiser"):
         with pytest.raises(UserError, match=f"hosts.h.{key}: host {name} has a closed-form fit"):
             run_stage(tmp_path / "x", wide_cache, stage1_dir[0], host=name, **{key: {}})
-
-
-def test_a_stack_that_would_not_fit_is_trained_in_parts(tmp_path, wide_cache, stage1_dir):
-    said = []
-    section = {"grid": {"ratio": [0.0, 0.3, 1.0], "selection": ["random", "mixup"], "seed": [0, 1]}}
-    run_stage(tmp_path / "one", wide_cache, stage1_dir[0], **section)
-    run_stage(
-        tmp_path / "many", wide_cache, stage1_dir[0], residency={"stack_bytes": 700_000}, say=said.append, **section
-    )
-    assert any("12 classifiers in " in line and "parts" in line for line in said)
-    one, many = load_heads(tmp_path / "one"), load_heads(tmp_path / "many")
-    assert one.table.equals(many.table)
-    for key, tensor in one.state.items():
-        assert float((tensor - many.state[key]).abs().max() / tensor.abs().max()) <= 1e-5
 
 
 @pytest.mark.parametrize(

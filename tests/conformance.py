@@ -6,18 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from pipeline_builders import distance, make_stack, make_stage1_head, trained
 
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.seeds import stream
-from h2t.pipeline.data.classes import ClassIndex
-from h2t.pipeline.heads import stack as stack_module
-from h2t.pipeline.heads.batches import law
 from h2t.pipeline.heads.host import Context, FittedHost, GradientHost, TrainingBatch
-from h2t.pipeline.networks.classifier import global_average, logits
+from h2t.pipeline.networks.classifier import global_average
 from h2t.pipeline.networks.trained import StageOneHead
 
 COUNTS = (30, 12, 3, 1)
@@ -191,20 +187,6 @@ def check_logits(name: str) -> None:
         assert torch.allclose(made.host.logits(state, features[:, 2:3]), found[2:3], atol=1e-12)
 
 
-def check_objective(name: str, experts: int = 2, counts=COUNTS) -> None:
-    """A finite scalar loss with finite gradients, and a state that gives logits."""
-    module = plugins.load("objectives", name)
-    objective = module.Objective(module.Loss(), CHANNELS, experts, torch.tensor(counts))
-    maps = tuple(torch.rand(6, CHANNELS, 2, 2) for _ in range(experts))
-    loss = objective.loss(maps, torch.arange(6) % len(counts), 0)
-    assert loss.shape == ()
-    gradients = torch.autograd.grad(loss, list(objective.parameters()), allow_unused=True)
-    assert all(g is None or torch.isfinite(g).all() for g in gradients)
-    features = torch.stack([global_average(m) for m in maps])
-    found = logits(objective.classifier, objective.state_dict(), features, objective.scale)
-    assert found.shape == (6, len(counts))
-
-
 def check_backbone(name: str, size: int = 16) -> None:
     """A tuple of one map per expert with the channels it states; a row does not depend on its neighbours."""
     module = plugins.load("backbones", name)
@@ -218,31 +200,3 @@ def check_backbone(name: str, size: int = 16) -> None:
             assert m.shape[:2] == (3, net.channels)
             assert m.dim() == 4
             assert torch.allclose(m[1:2], alone, rtol=1e-4, atol=1e-4)
-
-
-def check_sampler(name: str) -> None:
-    """Positions in range, the same for the same address, others for another step."""
-    from functools import partial
-
-    draw = law(name, 20)
-    index = ClassIndex(np.array([0, 9, 12]), np.array([9, 3, 2]))
-    streams = partial(stream, 3, "test")
-    drawn = [draw(index, streams, 0, step, 4) for step in (0, 1)]
-    assert all(d.dtype == np.int64 and d.shape == (4,) and ((d >= 0) & (d < 14)).all() for d in drawn)
-    assert np.array_equal(drawn[1], draw(index, partial(stream, 3, "test"), 0, 1, 4))
-    many = [draw(index, streams, epoch, 0, 4).tolist() for epoch in range(20)]
-    assert len({tuple(m) for m in many}) > 1
-
-
-def check_pool(name: str) -> None:
-    """Features of the right shape; pooling commutes with fusing where the pool says so."""
-    module = plugins.load("pools", name)
-    pool = module.Pool(module.Options(), 6)
-    maps = torch.rand(2, 5, 6, 3, 3).double()
-    state = {k: t.double() for k, t in pool.initial().items()}
-    assert pool(state, maps).shape[:3] == (2, 5, 6)
-    if pool.commutes:
-        mask, other = torch.arange(6) % 2 == 0, maps.flip(1)
-        inner = mask.reshape(-1, *(1,) * (pool(state, maps).dim() - 3))
-        fused = stack_module.fuse(maps, other, mask[:, None, None])
-        assert torch.equal(pool(state, fused), stack_module.fuse(pool(state, maps), pool(state, other), inner))

@@ -134,7 +134,7 @@ def open_stack(opened, name, tier, pooled, selections=SELECTIONS):
 def on_the_gpu(stack):
     """The first step of a window, its draws copied one by one: pinned memory needs a driver."""
     at = stack.feed._load(0, range(2))[0]
-    drawn = {name: tensor.to(GPU) for name, tensor in stack.drawn(0, 0, at.batch).items()}
+    drawn = {name: tensor.to(GPU) for name, tensor in stack.drawn(0, [0], [at.batch])[0].items()}
     rows = [([torch.from_numpy(p).to(GPU) for p in at.table.find(r)], r.shape) for r in stack._gathered(at.batch)]
     return replace(at, draws=Draws(rows, **drawn))
 

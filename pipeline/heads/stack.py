@@ -6,7 +6,7 @@ Head k of a stack equals that head trained alone, up to the rounding of batched 
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch.func import grad_and_value, vmap
 from torch.nn import functional as F
 
-from h2t.pipeline.base.many_streams import start
+from h2t.pipeline.base.many_streams import generators
 from h2t.pipeline.base.params import Count, Epochs, NonNegative, Rate, Ratio, Section
 from h2t.pipeline.base.progress import progress
 from h2t.pipeline.base.seeds import stream
@@ -206,13 +206,8 @@ class Stack:
 
     def draw(self, window: Sequence[Step]) -> list[Draws]:
         """What the steps of a window draw. A window has one table and lies within one epoch."""
-        table, epoch, steps = window[0].table, window[0].epoch, [at.step for at in window]
-        experts = range(self.feed.experts)
-        keys: list[tuple[Any, ...]] = [("channels", epoch, steps, experts)]
-        keys += [("noise", epoch, steps)] if self.host.noisy else []
-        keys += [("shuffle", epoch, steps, experts)] if len(self._shuffled) else []
-        start(self.streams.seeds, *keys)
-        drawn = [self.drawn(at.epoch, at.step, at.batch) for at in window]
+        table = window[0].table
+        drawn = self.drawn(window[0].epoch, [at.step for at in window], [at.batch for at in window])
         found = [[(table.find(rows), rows.shape) for rows in self._gathered(at.batch)] for at in window]
         tensors = iter(sent([tensor for step in drawn for tensor in step.values()], self.device))
         numbers = [torch.from_numpy(part) for step in found for parts, _ in step for part in parts]
@@ -222,32 +217,36 @@ class Stack:
             for step, rows in zip(drawn, found, strict=True)
         ]
 
-    def drawn(self, epoch: int, step: int, batch: Batch) -> dict[str, torch.Tensor]:
-        """The tensors of `Draws` but `rows`, by name, on the CPU; without noise and orders where there are none."""
-        size = batch.labels.shape[1]
-        parts = {"labels": batch.labels, "samples": batch.samples, "ranks": self.ranks(epoch, step)}
-        if self.streams.partner:
-            parts["partner_labels"] = batch.partner_labels
-        tensors = {name: torch.from_numpy(part) for name, part in parts.items()}
-        if self.host.noisy:
-            noise = [self.host.noise(stream(seed, "noise", epoch, step), size) for seed in self.streams.seeds]
-            if given := [n.to(self.dtype) for n in noise if n is not None]:
-                tensors["noise"] = torch.stack(given)
+    def drawn(self, epoch: int, steps: Sequence[int], batches: Sequence[Batch]) -> list[dict[str, torch.Tensor]]:
+        """The tensors of `Draws` of each step but `rows`, by name, on the CPU.
+
+        Without noise and orders where there are none.
+        """
+        streams, experts, channels = self.streams, range(self.feed.experts), self.feed.shape[0]
+        parts: dict[str, Iterable[np.ndarray]] = {
+            "labels": (batch.labels for batch in batches),
+            "samples": (batch.samples for batch in batches),
+            "ranks": channel_ranks(streams.seeds, epoch, steps, experts, channels),
+        }
+        if streams.partner:
+            parts["partner_labels"] = (batch.partner_labels for batch in batches)
         if len(self._shuffled):
-            tensors["orders"] = torch.from_numpy(self.orders(epoch, step, size))
-        return tensors
-
-    def ranks(self, epoch: int, step: int) -> np.ndarray:
-        """The ranks of the channels in this batch, int32 (seeds, E, C)."""
-        experts, channels = range(self.feed.experts), self.feed.shape[0]
-        ranks = [[channel_ranks(seed, epoch, step, e, channels) for e in experts] for seed in self.streams.seeds]
-        return np.array(ranks, np.int32)
-
-    def orders(self, epoch: int, step: int, size: int) -> np.ndarray:
-        """The donor of each channel, for the seeds of heads with shuffled donors, int64 (their number, E, B, C)."""
-        experts, channels = range(self.feed.experts), self.feed.shape[0]
-        seeds = [self.streams.seeds[index] for index in self._shuffled_seeds]
-        return np.array([[donor_orders(seed, epoch, step, e, size, channels) for e in experts] for seed in seeds])
+            seeds = [streams.seeds[index] for index in self._shuffled_seeds]
+            sizes = [batch.labels.shape[1] for batch in batches]
+            parts["orders"] = (
+                donor_orders(seeds, epoch, [step], experts, size, channels)[0]
+                for step, size in zip(steps, sizes, strict=True)
+            )
+        named = [
+            dict(zip(parts, map(torch.from_numpy, each), strict=True)) for each in zip(*parts.values(), strict=True)
+        ]
+        if self.host.noisy:
+            every = generators(streams.seeds, ("noise", epoch), steps)
+            for tensors, batch in zip(named, batches, strict=True):
+                noise = [self.host.noise(next(every), batch.labels.shape[1]) for _ in streams.seeds]
+                if given := [n.to(self.dtype) for n in noise if n is not None]:
+                    tensors["noise"] = torch.stack(given)
+        return named
 
     def _gathered(self, batch: Batch) -> list[np.ndarray]:
         """The rows that a step gathers: pairs for groups of heads (G, 2 B), or receivers, donors and partners."""
@@ -389,8 +388,8 @@ class Stack:
         losses = torch.zeros(settings.epochs, len(self.heads), dtype=self.dtype, device=self.device)
         first = save.restore(self.state, descent, losses) if save else 0
         steps = self.streams.steps
-        drawn = sum(tensor.nbytes for tensor in self.drawn(0, 0, self.streams.batch(0, 0)).values())
-        window = max(1, min(MAX_WINDOW_STEPS, DRAWN_BYTES // drawn))
+        (drawn,) = self.drawn(0, [0], [self.streams.batch(0, 0)])
+        window = max(1, min(MAX_WINDOW_STEPS, DRAWN_BYTES // sum(tensor.nbytes for tensor in drawn.values())))
         bar = progress(None, f"train_classifier {name}", unit="step", total=settings.epochs * steps, initial=first)
         with bar:
             for at in self.feed.steps(settings.epochs, *divmod(first, steps), self.draw, window):

@@ -110,6 +110,19 @@ def test_heads_with_many_classes_are_not_folded(cache, monkeypatch):
     assert distance(torch.stack(losses), torch.stack(others)) <= 1e-11
 
 
+@pytest.mark.parametrize(("host", "loss", "classifier"), LINEAR)
+@pytest.mark.parametrize("kind", KINDS_OF_STACKS)
+def test_heads_in_blocks_are_those_of_one_block(two_experts, monkeypatch, host, loss, classifier, kind):
+    options = {"host": host, "loss": loss, "classifier": classifier, "scale": 3.0, "donors": DONORS, "batch_size": 8}
+    whole, losses = trained(make_stack(two_experts, KINDS_OF_STACKS[kind], dtype=torch.float64, **options))
+    monkeypatch.setattr(stack_module, "LOGITS_AT_ONCE", 1)
+    stack = make_stack(two_experts, KINDS_OF_STACKS[kind], dtype=torch.float64, **options)
+    assert len(stack._blocks) == stack._groups.members.shape[1]
+    found, others = trained(stack)
+    assert all(distance(found[name], whole[name]) <= 1e-11 for name in whole)
+    assert distance(torch.stack(losses), torch.stack(others)) <= 1e-11
+
+
 def test_an_overridden_loss_is_written_for_one_head_unless_it_says_otherwise(cache):
     dr = plugins.load("hosts", "dr").Host
 
@@ -122,6 +135,7 @@ def test_an_overridden_loss_is_written_for_one_head_unless_it_says_otherwise(cac
     own, ours = (make_stack(cache, GRID[:9], donors=DONORS, dtype=torch.float64) for _ in range(2))
     own._on_logits.__class__ = Own
     assert not is_stackable(own._on_logits)
+    own._stackable = False
     (mine, _), (theirs, _) = trained(own), trained(ours)
     assert all(distance(mine[name], theirs[name]) <= 1e-11 for name in theirs)
 

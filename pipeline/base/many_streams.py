@@ -170,9 +170,9 @@ def _starts(seeds: Sequence[int], key: Sequence[int | str], steps: Sequence[int]
     """Where Philox starts in the streams of `generators`, uint64 (2, N). Seeds are below 2^32."""
     numbers = [np.asarray(axis, np.uint32) for axis in (steps, seeds, *rest)]
     step, own, *others = (grid.ravel() for grid in np.meshgrid(*numbers, indexing="ij"))
-    same = [np.uint32(word(part) if isinstance(part, str) else part) for part in key]
-    parts = [own, *[np.uint32(0)] * (_POOL - 1), *same, step, *others]  # the seed in words of 32 bits, then the key
-    return _philox_keys(np.array([np.broadcast_to(part, own.shape) for part in parts]))
+    same = [word(part) if isinstance(part, str) else part for part in key]
+    before = [np.full_like(own, part) for part in ([0] * (_POOL - 1) + same)]  # a seed is its first word of four
+    return _philox_keys(np.array([own, *before, step, *others]))
 
 
 def _in_words(number: int) -> list[np.ndarray]:

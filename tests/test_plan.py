@@ -44,6 +44,15 @@ def test_a_plan_scales_what_was_measured():
     assert found["epoch"]["bytes_maps"] == 2 * 900_000 * 2048 * 49 * 2
 
 
+def test_shards_that_are_left_to_us_grow_with_the_cache_and_others_stay():
+    def files(images, **settings):
+        return plan(images, 1, replace(KNOWN, params=extract.Params(**settings)), HERE)["files"]["maps"]
+
+    assert files(10**6) == files(10**6, shard_bytes=2**27) == -(-2 * 10**6 // 668) + 6
+    assert files(10**7) == -(-2 * 10**7 // 2674) + 6  # 512 MiB, 4.0 TB
+    assert files(10**7, shard_bytes=2**27) == -(-2 * 10**7 // 668) + 6
+
+
 def test_limits_come_in_their_order_and_hold_at_their_number():
     found = {limit.what: limit.images for limit in limits(KNOWN, HERE)}
     assert list(found.values()) == sorted(found.values())
@@ -58,8 +67,8 @@ def test_limits_come_in_their_order_and_hold_at_their_number():
 
 def test_the_line_through_two_times():
     assert line((10, 30), (3.0, 5.0)) == Cost(2.0, 0.1)
-    assert line((10, 30), (1.0, 4.0)).once == 0
-    assert line((10, 30), (4.0, 3.0)) == Cost(3.0, 0.1)  # noise: no cost is negative, so each image counts in full
+    assert line((10, 30), (0.5, 3.0)) == Cost(0.0, 0.1)  # noise: no cost is negative, so each image counts in full
+    assert line((10, 30), (4.0, 3.0)) == Cost(0.0, 0.1)
 
 
 @pytest.mark.timeout(300)

@@ -9,7 +9,7 @@ import io
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -79,7 +79,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What was measured, with the specifications of the rehearsed cache and of its pooled copy.
+    """What was measured by which settings, with the specifications of the rehearsed cache and of its pooled copy.
 
     `images`: those of the larger extraction. `table_bytes`: of a row in the row table on disk.
     """
@@ -89,6 +89,7 @@ class Rehearsal:
     pooled: CacheSpec
     table_bytes: float
     costs: Mapping[str, Cost]
+    params: extract.Params = field(default_factory=extract.Params)
 
     def as_dict(self) -> dict[str, Any]:
         """The costs as a JSON object."""
@@ -242,7 +243,7 @@ def rehearse(
         vectors = replace(copy.spec, rows=spec.rows, shard_rows=_pooled_shard_rows(copy.spec))
     costs = {"extract": extraction, "verify": line(sizes, checked), "pool": line(sizes, pooling)}
     costs["step"] = line(STEPS, stage.epoch(copies[1], STEPS))
-    return Rehearsal(images, spec, vectors, table_bytes, costs)
+    return Rehearsal(images, spec, vectors, table_bytes, costs, params)
 
 
 def _pooled_shard_rows(spec: CacheSpec) -> int:
@@ -265,9 +266,10 @@ def _extraction(stage: Stage, seconds: float) -> tuple[Path, Cost]:
 
 
 def line(sizes: Sequence[int], seconds: Sequence[float]) -> Cost:
-    """The cost whose line goes through both times; never below 0."""
-    each = max(0.0, (seconds[1] - seconds[0]) / (sizes[1] - sizes[0])) or seconds[1] / sizes[1]
-    return Cost(max(0.0, seconds[0] - each * sizes[0]), each)
+    """The cost whose line goes through both times. If it would cross zero below 0, all of the longer time is `each`."""
+    each = (seconds[1] - seconds[0]) / (sizes[1] - sizes[0])
+    once = seconds[0] - each * sizes[0]
+    return Cost(once, each) if each > 0 and once > 0 else Cost(0.0, seconds[1] / sizes[1])
 
 
 def _picture(number: int, side: int) -> bytes:

@@ -304,8 +304,19 @@ def _number(value: float | None) -> str:
 @click.option("--option", "given", multiple=True, metavar="KEY=VALUE", help="An option of the pool. Can be repeated.")
 @click.option("--codec", default="none", show_default=True, metavar="CODEC", help="Codec of the copy: none, zstd, ...")
 @options.replace
-def pool_command(location: str, out: Path, name: str, given: tuple[str, ...], codec: str, replace: bool) -> None:
+@options.in_parts
+def pool_command(
+    location: str,
+    out: Path,
+    name: str,
+    given: tuple[str, ...],
+    codec: str,
+    replace: bool,
+    part: tuple[int, int] | None,
+    commit: bool,
+) -> None:
     """Copy a cache with each map pooled to a vector."""
+    one = options.chosen_part(part, commit)
     from h2t.pipeline.base import params
     from h2t.pipeline.base.run import Run
     from h2t.pipeline.stages import pool
@@ -313,4 +324,4 @@ def pool_command(location: str, out: Path, name: str, given: tuple[str, ...], co
     chosen = dict(params.assignment("--option", option) for option in given)
     section = params.build(pool.Params, "pool", {"pool": name, "pool_options": chosen, "codec": codec})
     with opened(location) as maps:
-        pool.run(section, Run(out.name, out, say=click.echo), maps, replace=replace)
+        pool.run(section, Run(out.name, out, say=click.echo), maps, replace=replace, part=one, commit=commit)

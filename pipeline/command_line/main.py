@@ -119,8 +119,7 @@ def train_backbone(values: dict[str, Any], say: Say, name: str, samples: Path, o
 @output("Cache to write.")
 @options.replace
 @click.option("--anew", is_flag=True, help="Compute all rows; take none from extract.statistics_from.")
-@click.option("--part", type=options.PART, metavar="K/N", help="Write part K of N alone; run all N, at once or not.")
-@click.option("--commit", is_flag=True, help="Make the cache of the written parts; compute nothing.")
+@options.in_parts
 @stage
 def extract(
     values: dict[str, Any],
@@ -135,9 +134,7 @@ def extract(
     commit: bool,
 ) -> dict[str, Any]:
     """Run the frozen backbone NAME once and cache its maps."""
-    if part and commit:
-        raise click.UsageError("--part and --commit exclude each other: run every part, then --commit")
-    from h2t.cache.write.parts import Part
+    one = options.chosen_part(part, commit)
     from h2t.pipeline.base import params
     from h2t.pipeline.data.samples import load_samples
     from h2t.pipeline.stages import extract as stage_module
@@ -158,7 +155,7 @@ def extract(
             replace=replace,
             previous=kept,
             anew=anew,
-            part=Part(*part) if part else None,
+            part=one,
             commit=commit,
         )
     return vars(summary)
@@ -185,16 +182,27 @@ def replicates(values: dict[str, Any], say: Say, digests: Path, out: Path) -> di
 @cache_place
 @output("Cache to write.")
 @options.replace
+@options.in_parts
 @stage
-def pool(values: dict[str, Any], say: Say, name: str, cache: str, out: Path, replace: bool) -> None:
+def pool(
+    values: dict[str, Any],
+    say: Say,
+    name: str,
+    cache: str,
+    out: Path,
+    replace: bool,
+    part: tuple[int, int] | None,
+    commit: bool,
+) -> None:
     """Copy a cache with each map pooled to a vector."""
+    one = options.chosen_part(part, commit)
     from h2t.pipeline.base import params
     from h2t.pipeline.stages import pool as stage_module
 
     section = params.build(stage_module.Params, "pool", params.section(values, "pool"))
     names.check_folders(values, "backbones", name, cache, out)
     with opened(cache) as maps:
-        stage_module.run(section, Run(name, out, say=say), maps, replace=replace)
+        stage_module.run(section, Run(name, out, say=say), maps, replace=replace, part=one, commit=commit)
 
 
 @main.command(epilog="h2t probe ce_mixup data/extract/ce_mixup data/probe/ce_mixup")

@@ -51,7 +51,7 @@ included; `h2t presets` shows complete files.
 | `pool` | [keys](#pool) | `{}` | The pooled copies of the caches. |
 | `host_defaults` | [keys](#hostsname) | `{}` | What every host has unless its entry says otherwise. |
 | `hosts` | mapping of names to [entries](#hostsname) | required | The methods of stage II that are compared. |
-| `train_classifier` | [keys](#train_classifier) | `{}` | Where features live. It changes no result. |
+| `train_classifier` | [keys](#train_classifier) | `{}` | Where features live, and how many processes train. It changes no result. |
 | `evaluate` | [keys](#evaluate) | `{}` | Class groups, the reported ratio. |
 | `report` | [keys](#report) | `{}` | The page. |
 | `run` | [keys](#run) | `{}` | How stages run. It changes no result. |

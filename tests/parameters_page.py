@@ -169,6 +169,9 @@ def rows(model: type[Section], above: str = "") -> list[str]:
             continue
         default = "required" if field.is_required() else written(field.get_default(call_default_factory=True))
         lines.append(f"| `{above}{name}` | {described(hint)} | {default} | {meaning(model, name)} |")
+        kinds = set(get_args(hint)) - {types.NoneType}
+        if len(kinds) == 1 and isinstance(inner := kinds.pop(), type) and issubclass(inner, Section):  # Section | None
+            lines += rows(inner, f"{above}{name}.")
     return lines
 
 

@@ -244,7 +244,7 @@ class Feed:
         for window in in_background(windows, meter=self.meter if streamed else None):
             while window:  # each step is dropped before the next window is read: at most two windows at a time
                 at = window.pop(0)
-                self.meter.bytes_used += at.batch.rows.size * row_bytes
+                self.meter.bytes_used += at.batch.size * row_bytes
                 yield at
                 del at
 

@@ -41,7 +41,7 @@ from h2t.pipeline.data.samples import Samples
 from h2t.pipeline.extraction import batchnorm, cluster, forward, reuse
 from h2t.pipeline.extraction.batchnorm import Statistics
 from h2t.pipeline.extraction.cluster import ADDRESS
-from h2t.pipeline.extraction.commit import missing, no_parts, written_with
+from h2t.pipeline.extraction.commit import written_with
 from h2t.pipeline.extraction.recipes import stored
 from h2t.pipeline.extraction.recorded import MOST_IMAGES
 from h2t.pipeline.networks.backbone import Backbone
@@ -192,11 +192,11 @@ def run(
 
         if commit:
             asked_for = {"batch_size": params.batch_size, "precision": params.precision}
-            settings = written_with(staging, asked_for, run)
+            settings = written_with(staging, asked_for)
 
         def estimate(wanted: list[str]) -> Statistics:
             if commit:
-                raise no_parts(run)
+                raise parts.no_parts(staging)
             return batchnorm.compute(
                 backbone, wanted, samples, images, passes=params.batchnorm_passes, seed=run.seed, device=run.device
             )
@@ -211,7 +211,7 @@ def run(
             writer = CacheWriter(staging, spec, rows, settings, read=not commit)  # every part has read what it kept
             pending = writer.pending
             if commit and pending:
-                raise CacheError("incomplete", missing(pending, spec, parts.begun(staging), run))
+                raise parts.missing(staging, spec, pending)
         _announce(spec, run, pending, part)
         todo = {shard: np.array(spec.shard_range(shard)) for shard in pending}
         carrier = None

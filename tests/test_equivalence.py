@@ -59,7 +59,8 @@ def train_online(online, streams, stage1, ratio, seed, check=lambda rows, maps: 
             check(batch.receivers[place], receiver)
             check(batch.donors[place, 0], donor)
             channels = receiver.shape[1]
-            chosen = np.flatnonzero(channel_ranks(seed, epoch, step, 0, channels) < math.floor(ratio * channels))
+            ranks = channel_ranks([seed], epoch, [step], [0], channels)[0, 0, 0]
+            chosen = np.flatnonzero(ranks < math.floor(ratio * channels))
             x = receiver.clone()
             x[:, chosen] = donor[:, chosen]
             w, b = weight.clone().requires_grad_(), bias.clone().requires_grad_()

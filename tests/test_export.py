@@ -33,6 +33,7 @@ from h2t.pipeline.models.export import Choice, run
 from h2t.pipeline.models.model import as_linear, load_model
 from h2t.pipeline.models.predict import ranked
 from h2t.pipeline.networks.classifier import global_average
+from h2t.pipeline.stages import pool
 
 PREPARE = make_prepare().model_dump()
 ONE = Choice(ratio=0.3, seed=1)
@@ -201,6 +202,25 @@ def test_without_images_the_head_is_checked_on_maps(tmp_path, trained, monkeypat
     with pytest.raises(UserError, match="--without-images"):
         exported(trained, tmp_path / "m")
     assert exported(trained, tmp_path / "m", with_images=False)["maps"] < 1e-4
+
+
+@pytest.mark.parametrize(("host", "choice"), [("dr", ONE), ("mislas", Choice(1))])
+def test_a_head_on_a_pooled_cache_is_exported_without_opening_images(tmp_path, trained, monkeypatch, host, choice):
+    pooled = tmp_path / "pooled"
+    with open_cache(trained.cache) as cache:
+        pool.run(pool.Params(), Run("b", pooled), cache)
+    monkeypatch.setattr(plugins.load("datasets", "digits"), "reader", None)  # reading data may mean downloading it
+    assert exported(trained, tmp_path / "m", host, choice=choice, cache=pooled, with_images=False)["maps"] < 1e-4
+
+
+def test_a_cache_pooled_otherwise_needs_images(tmp_path, trained):
+    fitted(tmp_path / "dr", trained.cache, trained.backbone, pool="max", optimiser={"epochs": 1})
+    with open_cache(trained.cache) as cache:
+        pool.run(pool.Params(pool="max"), Run("b", tmp_path / "pooled"), cache)
+    own = SimpleNamespace(root=tmp_path, cache=tmp_path / "pooled", backbone=trained.backbone)
+    with pytest.raises(UserError, match="got a cache pooled by max; export without --without-images"):
+        exported(own, tmp_path / "m", with_images=False)
+    assert exported(own, tmp_path / "m")["images"] < 1e-4
 
 
 def test_onnx_gives_the_same_logits_for_any_batch(tmp_path, trained):

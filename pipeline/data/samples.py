@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from h2t.pipeline.base import plugins
@@ -84,6 +83,8 @@ def load_samples(path: Path) -> Samples:
 
     Raises UserError if the files are missing, unreadable or do not belong together.
     """
+    import pyarrow.compute as pc  # takes 0.1 s to import, and every stage imports this module
+
     folder = path.parent if path.suffix == ".parquet" else path
     try:
         table = pq.ParquetFile(folder / "samples.parquet").read()  # `read_table` imports pandas

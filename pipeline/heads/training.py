@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import torch
 
+from h2t.pipeline.base.columns import column
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.heads.batches import Streams
@@ -53,7 +54,7 @@ def train(
 ) -> Trained:
     """Trains all heads by gradient descent, part by part. `head_of` gives what computes for the heads of a part."""
     state: dict[str, torch.Tensor] = {}
-    history: list[dict[str, float]] = []
+    history: list[tuple[int, int, float, float]] = []  # epoch, number, learning rate, loss
     done = restored = 0
     for number, part in enumerate(parts):
         places = grouped(part)
@@ -67,7 +68,7 @@ def train(
 
         def report(epoch: int, losses: torch.Tensor, numbers: list[int] = numbers, own: list[Optimiser] = own) -> None:
             history.extend(
-                {"number": n, "epoch": epoch, "lr": settings.rate(epoch), "loss": loss}
+                (epoch, n, settings.rate(epoch), loss)
                 for n, settings, loss in zip(numbers, own, losses.tolist(), strict=True)
             )
 
@@ -84,8 +85,8 @@ def train(
             if key not in state:
                 state[key] = torch.empty(sum(map(len, parts)), *tensor.shape[1:], dtype=tensor.dtype)
             state[key][numbers] = tensor.detach().cpu()
-    table = pa.Table.from_pylist(history, HISTORY).sort_by([("epoch", "ascending"), ("number", "ascending")])
-    return Trained(state, table, restored)
+    epochs, of, rates, lost = map(column, zip(*sorted(history), strict=True))
+    return Trained(state, pa.table([of, epochs, rates, lost], schema=HISTORY), restored)
 
 
 def _check_alike(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> None:

@@ -1,18 +1,25 @@
 """Pooled copies: caches in the same format with the same rows, and maps of (C, 1, 1) in float32."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from dataclasses import replace as replaced
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from h2t.cache.errors import CacheError
 from h2t.cache.format.card import card
+from h2t.cache.format.rows import GROUP_ROWS
 from h2t.cache.format.spec import CacheSpec, chunk_rows_for, shard_rows_for, to_float32
 from h2t.cache.memory import available_memory
 from h2t.cache.reader import Cache
+from h2t.cache.write import parts
+from h2t.cache.write.parts import Part, PartWriter
 from h2t.cache.write.staging import Staging
 from h2t.cache.write.writer import CacheWriter, committed
 
@@ -35,15 +42,18 @@ def pooled(
     shard_bytes: int = SHARD_BYTES,
     token: Mapping[str, Any] | None = None,
     replace: bool = False,
+    part: Part | None = None,
+    commit: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> CacheSpec:
     """Writes the pooled copy of `cache` to `target` and returns its spec; does nothing if it is already there.
 
     `pool` maps float32 (n, C, H, W) to (n, C') and is called from several threads. `pool_name` names it and its
     parameters and is part of the fingerprint (format rule 2.5). An interrupted copy is resumed only if `token` is
-    unchanged; it should hold whatever else affects the values, such as a library's version. `progress` is called after
-    each shard with its number of rows. Raises CacheError: `exists`, `busy`, `full`, `unwritable`, `mismatch`, and
-    whatever reading `cache` raises.
+    unchanged; it should hold whatever else affects the values, such as a library's version. With `part` only its
+    shards are written, beside other processes, and the copy appears when a call with `commit`, which pools nothing,
+    finds all shards (`cache.write.parts`). `progress` is called after each shard with its number of rows. Raises
+    CacheError: `exists`, `busy`, `full`, `unwritable`, `mismatch`, `incomplete`, and whatever reading `cache` raises.
     """
     target = Path(target)
     parent = cache.spec
@@ -69,8 +79,20 @@ def pooled(
     block = max(1, BLOCK_BYTES // max(parent.row_bytes(e) for e in range(cache.experts)))
     same = {"block_rows": block, "numpy": np.__version__, **(token or {})}
 
-    with Staging(target) as staging:
-        writer = CacheWriter(staging, spec, cache.rows, same)
+    with Staging(target, shared=part is not None) as staging, staging.holding(part.label) if part else nullcontext():
+        if commit:
+            same = parts.written_with(staging)
+            pooled_with = {"numpy": same.get("numpy")}
+            spec = replaced(spec, provenance={**spec.provenance, "pooled_with": pooled_with})
+        writer: CacheWriter | PartWriter
+        if part is not None:
+            writer, pending = parts.opened(staging, spec, same, part)
+        else:
+            # Every part has read what it kept.
+            writer = CacheWriter(staging, spec, RowsOf(cache), same, read=not commit)
+            pending = writer.pending
+            if commit and pending:
+                raise parts.missing(staging, spec, pending)
 
         def shard(number: int) -> None:
             rows = spec.shard_range(number)
@@ -78,14 +100,14 @@ def pooled(
             for expert, array in enumerate(arrays):
                 for start in range(rows.start, rows.stop, block):
                     stop = min(start + block, rows.stop)
-                    part = _pooled(cache, pool, expert, start, stop)
-                    if part.shape[1] != array.shape[1]:
+                    vectors = _pooled(cache, pool, expert, start, stop)
+                    if vectors.shape[1] != array.shape[1]:
                         raise CacheError(
                             "mismatch",
                             f"pool {pool_name}: must give every row as many channels as the first, {array.shape[1]}; "
-                            f"got {part.shape[1]}; correct the pool",
+                            f"got {vectors.shape[1]}; correct the pool",
                         )
-                    array[start - rows.start : stop - rows.start, :, 0, 0] = part
+                    array[start - rows.start : stop - rows.start, :, 0, 0] = vectors
             writer.write(number, arrays)
             if progress:
                 progress(len(rows))
@@ -94,9 +116,24 @@ def pooled(
         own = 2 * sum(spec.shard_rows * spec.row_bytes(e) for e in range(spec.experts)) + 5 * BLOCK_BYTES
         workers = max(1, min(WORKERS, available_memory() // (2 * own)))
         with ThreadPoolExecutor(workers) as threads:
-            list(threads.map(shard, writer.pending))
-        writer.commit(cache.statistics, card(spec, cache.rows), replace=replace)
+            list(threads.map(shard, pending))
+        if isinstance(writer, CacheWriter):
+            writer.commit(cache.statistics, card(spec, cache.index.counts), replace=replace)
     return spec
+
+
+@dataclass(frozen=True)
+class RowsOf:
+    """The row table of `cache`, read in pieces (`cache.write.writer.Rows`)."""
+
+    cache: Cache
+
+    def __len__(self) -> int:
+        return self.cache.spec.rows
+
+    def groups(self) -> Iterator[pa.Table]:
+        for start in range(0, len(self), GROUP_ROWS):
+            yield self.cache.lines(np.arange(start, min(start + GROUP_ROWS, len(self))))
 
 
 def _backbone(parent: CacheSpec) -> dict[str, Any]:

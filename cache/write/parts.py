@@ -28,6 +28,7 @@ from h2t.cache.write.encoding import encoded
 from h2t.cache.write.staging import Staging, bad_disk_is_one_line, file_sha256, write_durably
 
 TOKEN = "token.json"
+SHOWN = 8  # parts named in a message
 _NAME = re.compile(r"(\d+)\.(\d+)\.(\d+)\.([0-9a-f]{64})")
 
 #: Of a finished shard: the file of each expert in the cache -> (path here, bytes, sha256).
@@ -58,6 +59,46 @@ def begun(staging: Staging) -> int | None:
     """In how many parts the cache in `staging` is being written, by the part begun last; None if in no parts."""
     labels = staging.labels()
     return int(labels[0].rpartition("-")[2]) if labels else None
+
+
+def written_with(staging: Staging) -> dict[str, Any]:
+    """The token that the parts in `staging` were written with, for a commit: its machine may have other versions.
+
+    Raises CacheError `incomplete` if there are no parts, `damaged` if their token cannot be read.
+    """
+    stored = staging.kept(TOKEN)
+    if stored is None:
+        raise no_parts(staging)
+    try:
+        return dict(json.loads(stored)["token"])
+    except (ValueError, KeyError, TypeError):
+        raise CacheError(
+            "damaged", f"{staging.root}: {TOKEN} cannot be read; remove it, and run the parts again"
+        ) from None
+
+
+def no_parts(staging: Staging) -> CacheError:
+    """The error of a commit that finds no parts."""
+    return CacheError(
+        "incomplete",
+        f"{staging.target}: --commit needs parts written with the same parameters; got none; run the same command with "
+        "--part 1/N to --part N/N first",
+    )
+
+
+def missing(staging: Staging, spec: CacheSpec, pending: Sequence[int]) -> CacheError:
+    """What a commit lacks: the parts with `pending` shards, or the shards if the cache is not written in parts."""
+    lack = f"{staging.target}: --commit needs all of its shards; {len(pending):,} of {spec.shards:,} missing"
+    of = begun(staging)
+    if of is None:
+        return CacheError("incomplete", f"{lack}; run the command without --commit")
+    numbers = [k for k in range(1, of + 1) if not set(pending).isdisjoint(Part(k, of).shards(spec))]
+    listed = ", ".join(f"{k}/{of}" for k in numbers[:SHOWN]) + (", ..." if len(numbers) > SHOWN else "")
+    return CacheError(
+        "incomplete",
+        f"{lack}, of {len(numbers)} part{'s' * (len(numbers) > 1)} ({listed}); run these with --part, then "
+        "--commit again",
+    )
 
 
 def token_bytes(spec: CacheSpec, token: Mapping[str, Any]) -> bytes:

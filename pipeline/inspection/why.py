@@ -117,7 +117,7 @@ def why(
         of = cache.spec.rows
         stale = of if reasons or layout else 0
         return Verdict(reasons, unknown, stale, of, layout, possible=stale)
-    rows = extract.row_table(params, samples)
+    rows = extract.planned_rows(params, samples).table()
     wanted = Wanted(rows, asked, params.dtype, samples.facts["dataset"], settings or {})
     kept = kept_statistics(previous, asked, _names(rows))[0] if previous is not None else {}
     reasons += _statistics(cache, _names(rows), kept) + _dataset(cache.rows, rows, bool(kept))
@@ -209,6 +209,6 @@ def _concerns_every(name: str, changes: list[str]) -> bool:
 def _layout(cache: Cache, params: extract.Params) -> list[str]:
     """Differences in codec, rows per chunk and rows per shard."""
     spec = cache.spec
-    chunk_rows, shard_rows = extract.layout(params, max(spec.row_bytes(e) for e in range(spec.experts)))
+    chunk_rows, shard_rows = extract.layout(params, max(spec.row_bytes(e) for e in range(spec.experts)), spec.rows)
     asked = {"codec": params.codec, "chunk_rows": chunk_rows, "shard_rows": shard_rows}
     return [f"{k} {spec.layout[k]} -> {v}" for k, v in asked.items() if spec.layout[k] != v]

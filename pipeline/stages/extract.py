@@ -17,14 +17,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import pyarrow as pa
 import pydantic
 import torch
 
 from h2t.cache.errors import CacheError
 from h2t.cache.format.card import card
-from h2t.cache.format.rows import make_rows
-from h2t.cache.format.spec import CacheSpec, canonical_json, chunk_rows_for, sha256, shard_rows_for
+from h2t.cache.format.spec import CacheSpec, canonical_json, chunk_rows_for, grown_shard_bytes, sha256, shard_rows_for
 from h2t.cache.write import parts
 from h2t.cache.write.carry import Carrier, Source
 from h2t.cache.write.parts import Part, PartWriter
@@ -41,9 +39,9 @@ from h2t.pipeline.data.samples import Samples
 from h2t.pipeline.extraction import batchnorm, cluster, forward, reuse
 from h2t.pipeline.extraction.batchnorm import Statistics
 from h2t.pipeline.extraction.cluster import ADDRESS
-from h2t.pipeline.extraction.commit import missing, no_parts, written_with
-from h2t.pipeline.extraction.recipes import stored
+from h2t.pipeline.extraction.commit import written_with
 from h2t.pipeline.extraction.recorded import MOST_IMAGES
+from h2t.pipeline.extraction.row_plan import PlannedRows, planned
 from h2t.pipeline.networks.backbone import Backbone
 from h2t.pipeline.networks.trained import BackboneFacts, backbone_facts, has_stored_weights, load_backbone
 
@@ -79,7 +77,7 @@ class Params(Section):
     chunk_rows: Count | None = None
     """Rows in a chunk, the unit of reading and of checksums; null chooses by the size of a row."""
     shard_bytes: Bytes = 128 * 1024**2
-    """Size of a shard file, in bytes before compression."""
+    """Size of a shard file, in bytes before compression; left out, larger from 0.55 TB on, up to 512 MiB."""
     batch_size: Annotated[Count, at_most(MOST_IMAGES)] = 128
     """Images in a forward pass."""
     precision: Precision = "float32"
@@ -120,21 +118,10 @@ def views_per_class(counts: list[int], max_views: int, target: float) -> list[in
     return [min(max_views, math.ceil(target * mean / n)) for n in counts]
 
 
-def row_table(params: Params, samples: Samples) -> pa.Table:
-    """The table of all rows, in cache order (columns: `cache.format.rows`). Evaluation samples have view 0 only."""
+def planned_rows(params: Params, samples: Samples) -> PlannedRows:
+    """All rows of the cache. Evaluation samples have view 0 only."""
     views = views_per_class(samples.counts, params.max_views, params.view_target)
-    columns: dict[str, list[Any]] = {
-        k: [] for k in ("sample", "view", "statistics", "split", "label", "source", "digest")
-    }
-    for sample in samples.table.to_pylist():
-        train = sample["split"] == "train"
-        for statistics in stored(list(params.batchnorm), sample["split"]):
-            for view in range(views[sample["label"]] if train else 1):
-                for key in ("sample", "split", "label", "source", "digest"):
-                    columns[key].append(sample[key])
-                columns["view"].append(view)
-                columns["statistics"].append(statistics)
-    return make_rows(columns)
+    return planned(samples.table, params.batchnorm, views)
 
 
 def run(
@@ -169,8 +156,8 @@ def run(
         )
     samples = samples.with_input(facts.input)
     images = images.prepared_for(samples.transform)
-    rows = row_table(params, samples)
-    names = sorted(set(rows["statistics"].unique().to_pylist()))
+    rows = planned_rows(params, samples)
+    names = rows.plan.statistics
     inputs = fingerprint_inputs(params, samples, identity, run.seed)
     settings = forward.settings(params.batch_size, params.precision, run.device)
     kept: Statistics = {}
@@ -192,11 +179,11 @@ def run(
 
         if commit:
             asked_for = {"batch_size": params.batch_size, "precision": params.precision}
-            settings = written_with(staging, asked_for, run)
+            settings = written_with(staging, asked_for)
 
         def estimate(wanted: list[str]) -> Statistics:
             if commit:
-                raise no_parts(run)
+                raise parts.no_parts(staging)
             return batchnorm.compute(
                 backbone, wanted, samples, images, passes=params.batchnorm_passes, seed=run.seed, device=run.device
             )
@@ -211,18 +198,18 @@ def run(
             writer = CacheWriter(staging, spec, rows, settings, read=not commit)  # every part has read what it kept
             pending = writer.pending
             if commit and pending:
-                raise CacheError("incomplete", missing(pending, spec, parts.begun(staging), run))
+                raise parts.missing(staging, spec, pending)
         _announce(spec, run, pending, part)
         todo = {shard: np.array(spec.shard_range(shard)) for shard in pending}
         carrier = None
         if previous is not None and not anew and not commit:
-            wanted = reuse.Wanted(rows, inputs, params.dtype, samples.facts["dataset"], settings)
+            wanted = reuse.Wanted(rows.table(), inputs, params.dtype, samples.facts["dataset"], settings)
             carrier, summary = reuse.carrier(previous, wanted, batchnorm.from_bytes(statistics), spec, pending)
             run.say(f"{run.name}: {summary}")
         if carrier is not None:
             todo = {shard: numbers[carrier.origin[numbers] < 0] for shard, numbers in todo.items()}
         job = forward.Job(
-            rows, todo, images, backbone_dir.resolve(), identity, statistics, run.seed, run.device, spec, settings
+            rows.plan, todo, images, backbone_dir.resolve(), identity, statistics, run.seed, run.device, spec, settings
         )
         passes = forward.Passes()
         if params.cluster is not None and pending:
@@ -236,7 +223,7 @@ def run(
             )
         if isinstance(writer, CacheWriter):
             writer.take_over(read=False)
-            writer.commit(statistics, card(spec, rows), replace=replace)
+            writer.commit(statistics, card(spec, rows.plan.counts), replace=replace)
     forwarded = sum(len(numbers) for numbers in todo.values())
     taken = sum(len(spec.shard_range(shard)) for shard in pending) - forwarded
     if part is not None:
@@ -274,20 +261,21 @@ def _summary(spec: CacheSpec, forwarded: int, taken: int, kept: int, passes: for
 
 def fingerprint_inputs(params: Params, samples: Samples, identity: dict[str, Any], seed: int) -> dict[str, Any]:
     """Everything that determines the stored values, except the batch-norm statistics, which `run` adds."""
-    table = samples.table.select(["split", "label", "source", "digest"]).to_pydict()
     return {
         "backbone": {**identity, "tap": TAP},
         "batchnorm": {"recipes": sorted(params.batchnorm), "passes": params.batchnorm_passes, "seed": seed},
-        "dataset": sha256(canonical_json(table)),
+        "dataset": samples.digest,
         "transform": samples.facts["transform"],
         "views": {"max": params.max_views, "target": params.view_target, "seed": seed},
     }
 
 
-def layout(params: Params, row_bytes: int) -> tuple[int, int]:
-    """(rows per chunk, rows per shard) for rows of at most `row_bytes` bytes per expert."""
-    chunk_rows = params.chunk_rows or chunk_rows_for(row_bytes)
-    return chunk_rows, shard_rows_for(row_bytes, chunk_rows, params.shard_bytes)
+def layout(params: Params, row_bytes: int, rows: int) -> tuple[int, int]:
+    """(rows per chunk, rows per shard) for `rows` rows of at most `row_bytes` bytes per expert."""
+    chunk_rows, shard_bytes = params.chunk_rows or chunk_rows_for(row_bytes), params.shard_bytes
+    if "shard_bytes" not in params.model_fields_set:
+        shard_bytes = grown_shard_bytes(shard_bytes, rows * row_bytes)
+    return chunk_rows, shard_rows_for(row_bytes, chunk_rows, shard_bytes)
 
 
 def _same(
@@ -311,7 +299,7 @@ def _same(
         same_statistics = digest == sha256(batchnorm.to_bytes(kept))
     else:
         same_statistics = existing.provenance.get("statistics_from") == origin.get("statistics_from")
-    chunks = layout(params, max(existing.row_bytes(e) for e in range(existing.experts)))
+    chunks = layout(params, max(existing.row_bytes(e) for e in range(existing.experts)), rows)
     # Batch size and threads change results only within the tolerance of a precision, so they are not compared.
     precision = existing.provenance.get("precision", "float32")
     have = (existing.codec, existing.dtype, precision, (existing.chunk_rows, existing.shard_rows), existing.rows)
@@ -357,7 +345,7 @@ def _spec(
         maps = backbone(torch.zeros(1, 3, size, size, device=device))
     shapes = tuple((m.shape[1], m.shape[2], m.shape[3]) for m in maps)
     itemsize = 4 if params.dtype == "float32" else 2
-    chunk_rows, shard_rows = layout(params, max(math.prod(s) for s in shapes) * itemsize)
+    chunk_rows, shard_rows = layout(params, max(math.prod(s) for s in shapes) * itemsize, rows)
     return CacheSpec(
         rows=rows,
         maps=shapes,

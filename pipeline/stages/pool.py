@@ -13,6 +13,8 @@ import torch
 from h2t.cache.format.spec import CacheSpec
 from h2t.cache.reader import Cache
 from h2t.cache.tools.pooled import pooled
+from h2t.cache.write.parts import Part
+from h2t.cache.write.writer import committed
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import Section, plugin
 from h2t.pipeline.base.progress import progress
@@ -34,11 +36,19 @@ class Params(Section):
     """Compression of the copy."""
 
 
-def run(params: Params, run: Run, cache: Cache, *, replace: bool = False) -> CacheSpec:
+def run(
+    params: Params,
+    run: Run,
+    cache: Cache,
+    *,
+    replace: bool = False,
+    part: Part | None = None,
+    commit: bool = False,
+) -> CacheSpec:
     """Pools `cache` into a new cache at `run.out`; resumes a killed run. Vectors are stored as maps (D, 1, 1), float32.
 
-    Raises CacheError (`exists`, `busy`, `full`), and UserError if `cache` is pooled already, or if the pool is trained
-    or gives more than one number per channel.
+    `part` and `commit` are those of `cache.tools.pooled`. Raises CacheError (`exists`, `busy`, `full`, `incomplete`),
+    and UserError if `cache` is pooled already, or if the pool is trained or gives more than one number per channel.
     """
     if "pool" in cache.spec.fingerprint_inputs:
         raise UserError(f"{cache.files}: is pooled already; name the cache it was made from")
@@ -66,8 +76,14 @@ def run(params: Params, run: Run, cache: Cache, *, replace: bool = False) -> Cac
             codec=params.codec,
             token={"torch": version("torch")},
             replace=replace,
+            part=part,
+            commit=commit,
             progress=bar.update,
         )
+    if part is not None and committed(run.out) is None:
+        done = f"{counted(len(part.shards(spec)), 'shard')} of {spec.shards:,}"
+        run.say(f"{run.name}: part {part}, {done}, written; when all parts are, run the same command with --commit")
+        return spec
     before, after = cache.spec.value_bytes / 1e6, spec.value_bytes / 1e6
     run.say(f"{run.name}: {counted(spec.rows, 'row')}, {before:.1f} -> {after:.1f} MB, written to {run.out}")
     return spec

@@ -160,6 +160,8 @@ def main(given: Sequence[str] | None = None) -> None:
     ]
     print(table(["rows", "CPU s", "anonymous MB", "peak MB"], lines))
     print(f"{slope:.0f} bytes a row")
+    if not options.tiny and slope > MOST:
+        raise SystemExit(f"bench_extract_rows: at most {MOST} bytes of memory a row are allowed; got {slope:.0f}")
 
 
 if __name__ == "__main__":

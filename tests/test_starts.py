@@ -17,9 +17,18 @@ from h2t.pipeline.evaluation.evidence import embed, embed_once
 HEAVY = {"torch", "torchvision", "sklearn", "matplotlib", "dask", "dvc", "zarr"}
 
 
-@pytest.mark.parametrize(
-    "command", ["--help", "train-classifier --help", "list", "presets", "presets tiny", "watch photos photos.json"]
+COMMANDS = (
+    "--help",
+    "--version",
+    "cache --help",
+    "train-classifier --help",
+    "list",
+    "presets tiny",
+    "watch photos p.json",
 )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_looking_around_imports_no_numbers(tmp_path, command):
     (tmp_path / "photos").mkdir()
     write_params(tmp_path / "params.yaml", inputs={"photos": "photos"})

@@ -67,7 +67,7 @@ def _keep_record(data: Path, out: Path, backbone: str) -> None:
 def lacking(host: train_classifier.Params, cache: Cache) -> str:
     """The statistics that `host` reads training rows under and the cache has none of, in words; empty if it has all."""
     recipe = RECIPES[host.batchnorm]
-    wanted = {recipe.receiver, *(train_classifier.read_under(recipe, d) for d in host.grid.donor)}
+    wanted = {recipe.receiver, *(recipe.read_under(d) for d in host.grid.donor)}
     train = cache.rows.filter(pc.field("split") == "train")
     return ", ".join(sorted(wanted - set(train["statistics"].unique().to_pylist())))
 

@@ -23,6 +23,8 @@ from h2t.pipeline.heads import training
 from h2t.pipeline.heads.host_entry import Grid, heads_of
 from h2t.pipeline.heads.parts import shares_of
 from h2t.pipeline.heads.residency import Residency
+from h2t.pipeline.heads.spread import devices_of, share_of
+from h2t.pipeline.heads.task import Task, train_task
 from h2t.pipeline.stages import train_classifier
 
 pytestmark = pytest.mark.timeout(900)
@@ -74,10 +76,10 @@ def test_a_share_resumes_from_its_saved_step(tmp_path, plain_cache, backbone_dir
     params = make_host(grid=HEADS)
     shares = shares_of(heads_of(params.grid), 2)
     heads = [heads_of(params.grid)[number] for number in shares[1]]
-    place = train_classifier._share_of(tmp_path / "dr", 1, 2)
+    place = share_of(tmp_path / "dr", 1, 2)
     with open_cache(plain_cache) as cache, monkeypatch.context() as saving:
         saving.setattr(training, "Checkpoint", partial(training.Checkpoint, seconds=0))
-        train_classifier._train_here(params, Run("dr", place), Residency(), cache, backbone_dir, heads)
+        train_task(Task(params, Run("dr", place), Residency(), cache, backbone_dir, heads))
     assert list(tmp_path.rglob("state-0.safetensors"))
     with open_cache(plain_cache) as cache:
         two = Residency(processes=2)
@@ -186,11 +188,11 @@ def test_one_that_fails_does_not_wait_for_the_others():
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert train_classifier._devices(torch.device("cuda"), 2) == ["cuda:0", "cuda:1"]
-    assert train_classifier._devices(torch.device("cpu"), 3) == ["cpu"] * 3
+    assert devices_of(torch.device("cuda"), 2) == ["cuda:0", "cuda:1"]
+    assert devices_of(torch.device("cpu"), 3) == ["cpu"] * 3
     for device in ("cuda:0", "cuda"):
         with pytest.raises(UserError, match=r"train_classifier\.processes: must be at most"):
-            train_classifier._devices(torch.device(device), 3)
+            devices_of(torch.device(device), 3)
 
 
 def _holds_interrupts():

@@ -24,6 +24,10 @@ class Recipe:
     donors: Mapping[str, str]
     evaluate: str
 
+    def read_under(self, sampler: str) -> str:
+        """The statistics of rows drawn by `sampler`; those of the receivers for a sampler plug-in."""
+        return self.donors.get(sampler, self.receiver)
+
 
 def _one(name: str) -> Recipe:
     return Recipe((name,), (name,), name, {"instance": name, "balanced": name, "reverse": name}, name)

@@ -17,6 +17,7 @@ S3_KEY, S3_SECRET = "AKIDOFTHETEST", "secretofthetest"
 @contextmanager
 def s3_endpoint() -> Iterator[dict[str, str]]:
     """The environment for an S3 endpoint (moto's server) on the loopback; it forgets everything at the end."""
+    from moto.moto_api._internal import moto_api_backend
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
@@ -32,6 +33,7 @@ def s3_endpoint() -> Iterator[dict[str, str]]:
         }
     finally:
         server.stop()
+        moto_api_backend.reset()  # its objects belong to the process, not to the server
 
 
 def put_s3(root: Path, bucket: str, prefix: str, environment: dict[str, str], *, make_bucket: bool = True) -> None:

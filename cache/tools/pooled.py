@@ -13,8 +13,7 @@ from h2t.cache.format.card import card
 from h2t.cache.format.spec import CacheSpec, chunk_rows_for, shard_rows_for, to_float32
 from h2t.cache.memory import available_memory
 from h2t.cache.reader import Cache
-from h2t.cache.write.staging import Staging
-from h2t.cache.write.writer import CacheWriter, committed
+from h2t.cache.write.target import target_at
 
 Pool = Callable[[np.ndarray], np.ndarray]
 
@@ -27,7 +26,7 @@ BLOCK_BYTES = 16 * 1024 * 1024
 
 def pooled(
     cache: Cache,
-    target: str | Path,
+    out: str | Path,
     pool: Pool,
     pool_name: str,
     *,
@@ -37,7 +36,7 @@ def pooled(
     replace: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> CacheSpec:
-    """Writes the pooled copy of `cache` to `target` and returns its spec; does nothing if it is already there.
+    """Writes the pooled copy of `cache` to the path or URL `out`, unless it is already there; returns its spec.
 
     `pool` maps float32 (n, C, H, W) to (n, C') and is called from several threads. `pool_name` names it and its
     parameters and is part of the fingerprint (format rule 2.5). An interrupted copy is resumed only if `token` is
@@ -45,7 +44,6 @@ def pooled(
     each shard with its number of rows. Raises CacheError: `exists`, `busy`, `full`, `unwritable`, `mismatch`, and
     whatever reading `cache` raises.
     """
-    target = Path(target)
     parent = cache.spec
     maps = tuple((_pooled(cache, pool, e, 0, 1).shape[1], 1, 1) for e in range(cache.experts))
     row_bytes = 4 * max(channels for channels, _, _ in maps)
@@ -60,17 +58,18 @@ def pooled(
         fingerprint_inputs={**_backbone(parent), "pool": pool_name, "parent": parent.fingerprint},
         provenance={**parent.provenance, "pool": pool_name, "pooled_with": {"numpy": np.__version__}},
     )
-    have = committed(target)
+    target = target_at(out)
+    have = target.committed()
     if have and not replace:
         if (have.fingerprint, have.layout) == (spec.fingerprint, spec.layout):
-            Staging(target).clear_remains()
+            target.staging().clear_remains()
             return have
         raise CacheError("exists", f"{target}: holds another cache; remove it or pass --replace")
     block = max(1, BLOCK_BYTES // max(parent.row_bytes(e) for e in range(cache.experts)))
     same = {"block_rows": block, "numpy": np.__version__, **(token or {})}
 
-    with Staging(target) as staging:
-        writer = CacheWriter(staging, spec, cache.rows, same)
+    with target.staging() as staging:
+        writer = target.writer(staging, spec, cache.rows, same)
 
         def shard(number: int) -> None:
             rows = spec.shard_range(number)
@@ -95,6 +94,7 @@ def pooled(
         workers = max(1, min(WORKERS, available_memory() // (2 * own)))
         with ThreadPoolExecutor(workers) as threads:
             list(threads.map(shard, writer.pending))
+        writer.take_over(read=False)
         writer.commit(cache.statistics, card(spec, cache.rows), replace=replace)
     return spec
 

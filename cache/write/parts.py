@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -29,6 +29,22 @@ from h2t.cache.write.staging import Staging, bad_disk_is_one_line, file_sha256, 
 
 TOKEN = "token.json"
 _NAME = re.compile(r"(\d+)\.(\d+)\.(\d+)\.([0-9a-f]{64})")
+
+
+class Named(NamedTuple):
+    """What the name of a finished file says of it."""
+
+    expert: int
+    shard: int
+    size: int
+    digest: str
+
+
+def named(name: str) -> Named | None:
+    """What `name` says; None if it is not the name of a finished file."""
+    match = _NAME.fullmatch(name)
+    return Named(int(match[1]), int(match[2]), int(match[3]), match[4]) if match else None
+
 
 #: Of a finished shard: the file of each expert in the cache -> (path here, bytes, sha256).
 Finished = dict[str, tuple[Path, int, str]]
@@ -54,7 +70,14 @@ class Part:
         return f"{self.number}/{self.of}"
 
 
-def begun(staging: Staging) -> int | None:
+class Labelled(Protocol):
+    """A staging folder that knows which parts have been begun."""
+
+    def labels(self) -> list[str]:
+        """Names of their lock files, the latest one first."""
+
+
+def begun(staging: Labelled) -> int | None:
     """In how many parts the cache in `staging` is being written, by the part begun last; None if in no parts."""
     labels = staging.labels()
     return int(labels[0].rpartition("-")[2]) if labels else None
@@ -65,12 +88,12 @@ def token_bytes(spec: CacheSpec, token: Mapping[str, Any]) -> bytes:
     return canonical_json({"token": token, "fingerprint": spec.fingerprint, "layout": spec.layout})
 
 
-def parts_folder(root: Path, spec: CacheSpec, token: Mapping[str, Any]) -> Path:
-    """The folder of finished shards in the staging directory `root`.
+def token_folder(spec: CacheSpec, token: Mapping[str, Any]) -> str:
+    """The folder of finished shards in a staging directory.
 
     Another token has another folder, so a process left over from an earlier run cannot add to a later one.
     """
-    return root / f"parts.{sha256(token_bytes(spec, token))[:16]}"
+    return f"parts.{sha256(token_bytes(spec, token))[:16]}"
 
 
 def difference(have: bytes, ours: bytes) -> str:
@@ -104,7 +127,7 @@ def opened(staging: Staging, spec: CacheSpec, token: Mapping[str, Any], part: Pa
             f"{staging.root}: holds shards of other settings ({difference(have, ours)}), and all parts must have the "
             f"same; repeat with those settings, or remove {staging.root} to start anew",
         )
-    writer = PartWriter(parts_folder(staging.root, spec, token), spec, part.label)
+    writer = PartWriter(staging.root / token_folder(spec, token), spec, part.label)
     for path in writer.folder.glob(f"*.{part.label}.partial"):  # of an earlier process that was killed
         path.unlink(missing_ok=True)
     shards = part.shards(spec)
@@ -161,9 +184,9 @@ def finished(folder: Path, spec: CacheSpec, shards: set[int], *, read: bool) -> 
     """
     found: dict[int, dict[int, list[tuple[Path, int, str]]]] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if (match := _NAME.fullmatch(path.name)) and int(match[2]) in shards:
-            candidates = found.setdefault(int(match[2]), {}).setdefault(int(match[1]), [])
-            candidates.append((path, int(match[3]), match[4]))
+        if (of := named(path.name)) and of.shard in shards:
+            candidates = found.setdefault(of.shard, {}).setdefault(of.expert, [])
+            candidates.append((path, of.size, of.digest))
     for shard in sorted(found):
         files: Finished = {}
         for expert, candidates in found[shard].items():

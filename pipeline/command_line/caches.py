@@ -11,7 +11,7 @@ import click
 from h2t.cache.redaction import one_line, printable, redacted
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.text import counted
-from h2t.pipeline.command_line import options
+from h2t.pipeline.command_line import names, options
 from h2t.pipeline.command_line.one_line import OneLineErrors, refuse
 from h2t.pipeline.command_line.options import PATH
 
@@ -291,7 +291,7 @@ def _number(value: float | None) -> str:
     "pool", epilog="h2t cache pool data/extract/ce_mixup ce_mixup-gem \\\n  --pool gem --option exponent=3.0"
 )
 @CACHE
-@click.argument("out", type=PATH, help="Cache to write.")
+@options.cache_output
 @click.option(
     "--pool",
     "name",
@@ -304,7 +304,7 @@ def _number(value: float | None) -> str:
 @click.option("--option", "given", multiple=True, metavar="KEY=VALUE", help="An option of the pool. Can be repeated.")
 @click.option("--codec", default="none", show_default=True, metavar="CODEC", help="Codec of the copy: none, zstd, ...")
 @options.replace
-def pool_command(location: str, out: Path, name: str, given: tuple[str, ...], codec: str, replace: bool) -> None:
+def pool_command(location: str, out: Path | str, name: str, given: tuple[str, ...], codec: str, replace: bool) -> None:
     """Copy a cache with each map pooled to a vector."""
     from h2t.pipeline.base import params
     from h2t.pipeline.base.run import Run
@@ -313,4 +313,5 @@ def pool_command(location: str, out: Path, name: str, given: tuple[str, ...], co
     chosen = dict(params.assignment("--option", option) for option in given)
     section = params.build(pool.Params, "pool", {"pool": name, "pool_options": chosen, "codec": codec})
     with opened(location) as maps:
-        pool.run(section, Run(out.name, out, say=click.echo), maps, replace=replace)
+        run = Run(names.folder_name(out), Path(out), say=click.echo)
+        pool.run(section, run, maps, replace=replace, to=out)

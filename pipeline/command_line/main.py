@@ -116,7 +116,7 @@ def train_backbone(values: dict[str, Any], say: Say, name: str, samples: Path, o
 @backbone_name
 @samples_folder
 @backbone_folder
-@output("Cache to write.")
+@options.cache_output
 @options.replace
 @click.option("--anew", is_flag=True, help="Compute all rows; take none from extract.statistics_from.")
 @click.option("--part", type=options.PART, metavar="K/N", help="Write part K of N alone; run all N, at once or not.")
@@ -128,7 +128,7 @@ def extract(
     name: str,
     samples: Path,
     backbone: Path,
-    out: Path,
+    out: Path | str,
     replace: bool,
     anew: bool,
     part: tuple[int, int] | None,
@@ -147,7 +147,7 @@ def extract(
     prepared = load_samples(samples)
     names.check_backbone(values, name, backbone, say)
     images = prepared.images(params.section(values, "prepare"))
-    run = run_of(values, say, name, out)
+    run = run_of(values, say, name, Path(out))
     with previous(section.statistics_from, name) as kept:
         summary = stage_module.run(
             section,
@@ -160,6 +160,7 @@ def extract(
             anew=anew,
             part=Part(*part) if part else None,
             commit=commit,
+            to=out,
         )
     return vars(summary)
 
@@ -183,10 +184,10 @@ def replicates(values: dict[str, Any], say: Say, digests: Path, out: Path) -> di
 @main.command(epilog="h2t pool ce_mixup data/extract/ce_mixup data/pool/ce_mixup")
 @backbone_name
 @cache_place
-@output("Cache to write.")
+@options.cache_output
 @options.replace
 @stage
-def pool(values: dict[str, Any], say: Say, name: str, cache: str, out: Path, replace: bool) -> None:
+def pool(values: dict[str, Any], say: Say, name: str, cache: str, out: Path | str, replace: bool) -> None:
     """Copy a cache with each map pooled to a vector."""
     from h2t.pipeline.base import params
     from h2t.pipeline.stages import pool as stage_module
@@ -194,7 +195,7 @@ def pool(values: dict[str, Any], say: Say, name: str, cache: str, out: Path, rep
     section = params.build(stage_module.Params, "pool", params.section(values, "pool"))
     names.check_folders(values, "backbones", name, cache, out)
     with opened(cache) as maps:
-        stage_module.run(section, Run(name, out, say=say), maps, replace=replace)
+        stage_module.run(section, Run(name, Path(out), say=say), maps, replace=replace, to=out)
 
 
 @main.command(epilog="h2t probe ce_mixup data/extract/ce_mixup data/probe/ce_mixup")

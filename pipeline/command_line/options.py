@@ -7,6 +7,17 @@ from typing import Any
 import click
 
 PATH = click.Path(path_type=Path)
+
+
+class _Place(click.Path):
+    """A path as Path, or a URL as str."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if isinstance(value, str) and "://" in value else super().convert(value, param, ctx)
+
+
+#: The argument OUT of commands that write a cache: a path, or the URL (str) of an S3 bucket or an SSH server.
+cache_output = click.argument("out", type=_Place(path_type=Path), help="Path or URL of the cache to write.")
 #: (context, parameter, beginning of a name) -> names that begin so.
 Completion = Callable[[click.Context, click.Parameter, str], list[str]]
 

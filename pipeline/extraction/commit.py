@@ -7,7 +7,7 @@ from typing import Any
 from h2t.cache.format.spec import CacheSpec
 from h2t.cache.write import parts
 from h2t.cache.write.parts import Part
-from h2t.cache.write.staging import Staging
+from h2t.cache.write.target import AnyStaging, Target
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.base.text import counted
@@ -15,14 +15,14 @@ from h2t.pipeline.base.text import counted
 SHOWN = 8  # parts named in a message
 
 
-def written_with(staging: Staging, asked: Mapping[str, Any], run: Run) -> dict[str, Any]:
+def written_with(staging: AnyStaging, asked: Mapping[str, Any], run: Run, target: Target) -> dict[str, Any]:
     """The settings that the parts were written with: the committing machine may have another device.
 
     `asked`: batch size and precision of the parameters. Raises UserError if there are no parts, or if these differ.
     """
     token = staging.kept(parts.TOKEN)
     if token is None:
-        raise no_parts(run)
+        raise no_parts(run, target)
     try:
         settings: dict[str, Any] = dict(json.loads(token)["token"])
     except (ValueError, KeyError, TypeError):
@@ -36,10 +36,10 @@ def written_with(staging: Staging, asked: Mapping[str, Any], run: Run) -> dict[s
     return settings
 
 
-def no_parts(run: Run) -> UserError:
+def no_parts(run: Run, target: Target) -> UserError:
     """The error of a commit that finds no part."""
     return UserError(
-        f"{run.name}: --commit needs parts written with the same parameters; got none at {run.out}; run h2t extract "
+        f"{run.name}: --commit needs parts written with the same parameters; got none at {target}; run h2t extract "
         "... --part 1/N to --part N/N first"
     )
 

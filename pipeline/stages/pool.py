@@ -5,6 +5,7 @@ backbone; train-classifier and evaluate accept it like any other cache.
 """
 
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 
 from h2t.cache.format.spec import CacheSpec
 from h2t.cache.reader import Cache
+from h2t.cache.redaction import redacted
 from h2t.cache.tools.pooled import pooled
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import Section, plugin
@@ -34,8 +36,10 @@ class Params(Section):
     """Compression of the copy."""
 
 
-def run(params: Params, run: Run, cache: Cache, *, replace: bool = False) -> CacheSpec:
-    """Pools `cache` into a new cache at `run.out`; resumes a killed run. Vectors are stored as maps (D, 1, 1), float32.
+def run(params: Params, run: Run, cache: Cache, *, replace: bool = False, to: str | Path | None = None) -> CacheSpec:
+    """Pools `cache` into a new cache at `to`; resumes a killed run. Vectors are stored as maps (D, 1, 1), float32.
+
+    `to` is a path or URL, by default `run.out`.
 
     Raises CacheError (`exists`, `busy`, `full`), and UserError if `cache` is pooled already, or if the pool is trained
     or gives more than one number per channel.
@@ -57,10 +61,11 @@ def run(params: Params, run: Run, cache: Cache, *, replace: bool = False) -> Cac
             pooled_maps: np.ndarray = of[maps.shape[1]]({}, torch.from_numpy(maps)).numpy()
         return pooled_maps
 
+    out = to or run.out
     with progress(None, f"pool {run.name}", unit="row", total=cache.spec.rows, unit_scale=True) as bar:
         spec = pooled(
             cache,
-            run.out,
+            out,
             vectors,
             pool_label(params.pool, params.pool_options),
             codec=params.codec,
@@ -69,5 +74,5 @@ def run(params: Params, run: Run, cache: Cache, *, replace: bool = False) -> Cac
             progress=bar.update,
         )
     before, after = cache.spec.value_bytes / 1e6, spec.value_bytes / 1e6
-    run.say(f"{run.name}: {counted(spec.rows, 'row')}, {before:.1f} -> {after:.1f} MB, written to {run.out}")
+    run.say(f"{run.name}: {counted(spec.rows, 'row')}, {before:.1f} -> {after:.1f} MB, written to {redacted(str(out))}")
     return spec

@@ -4,15 +4,15 @@ import json
 import os
 import time
 
-import boto3
 import pytest
 import torch
 from builders import TOKEN, make_cache, make_maps, make_rows, make_spec, make_statistics, tree, write_cache
 from pipeline_builders import extracted
-from servers import S3_KEY, S3_SECRET, openssh_server, s3_endpoint, sftp_server, sshd_program
+from servers import Bucket, openssh_server, s3_endpoint, sftp_server, sshd_program
 
 from h2t.cache.errors import CacheError
 from h2t.cache.reader import open_cache
+from h2t.cache.tools.copied import copied
 from h2t.cache.tools.pooled import pooled
 from h2t.cache.tools.verify import verify
 from h2t.cache.write import lease, remote
@@ -23,26 +23,6 @@ SMALL = {"batchnorm": ["branchwise"], "max_views": 2, "shard_bytes": 262144, "ba
 SSHD = pytest.param(
     "sshd", marks=pytest.mark.skipif(not sshd_program(), reason="needs OpenSSH's server: make -C tests test-remotes")
 )
-
-
-class Bucket:
-    """A bucket of an S3 endpoint, looked at with boto3."""
-
-    url = "s3://lab/x"
-
-    def __init__(self):
-        secrets = {"aws_access_key_id": S3_KEY, "aws_secret_access_key": S3_SECRET, "region_name": "us-east-1"}
-        self.s3 = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"], **secrets)
-        self.s3.create_bucket(Bucket="lab")
-
-    def files(self) -> dict[str, bytes]:
-        """Path below the URL -> bytes of every object."""
-        pages = self.s3.get_paginator("list_objects_v2").paginate(Bucket="lab", Prefix="x/")
-        keys = [entry["Key"] for page in pages for entry in page.get("Contents", [])]
-        return {key[2:]: self.s3.get_object(Bucket="lab", Key=key)["Body"].read() for key in keys}
-
-    def put(self, name: str, data: bytes) -> None:
-        self.s3.put_object(Bucket="lab", Key=f"x/{name}", Body=data)
 
 
 class Folder:
@@ -204,11 +184,11 @@ class TestOfShards:
         late = RemoteStaging(f"{store.url}/c")
         with RemoteStaging(f"{store.url}/c") as staging:
             first = RemoteCacheWriter(staging, spec, make_rows(spec.rows), TOKEN)
-            chosen = first._chosen()
+            chosen = first.chosen()
             first.write(0, [m[:8] for m in make_maps(spec, 0)])
             first.write(3, [m[24:32] for m in make_maps(spec, 2)])
             second = RemoteCacheWriter(late, spec, make_rows(spec.rows), TOKEN)
-            assert second._chosen() == chosen
+            assert second.chosen() == chosen
 
             def published(*args, **options):
                 first.commit(make_statistics(), b"# A cache\n")
@@ -256,8 +236,9 @@ class TestOfLocks:
             for shard in writer.pending:
                 held = spec.shard_range(shard)
                 writer.write(shard, [m[held.start : held.stop] for m in make_maps(spec)])
-            store.put(".c.staging/lock", b"{}")
-            staging._leases[0]._thread.join(20)
+            while staging._leases[0]._thread.is_alive():  # until it was not written over by a renewal in progress
+                store.put(".c.staging/lock", b"{}")
+                time.sleep(0.1)
             writer.take_over(read=False)
             with pytest.raises(CacheError, match="another process is writing this cache") as error:
                 writer.commit(make_statistics(), b"# A cache\n")
@@ -307,12 +288,41 @@ def test_parts_and_a_commit_end_in_the_same_bytes(store, digits, backbone_dir, s
     assert store.files() == {f"b/{name}": data for name, data in single.items()}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("store", ["s3"], indirect=True)
+def test_workers_of_a_cluster_write_there_themselves(store, digits, backbone_dir, single, tmp_path):
+    extracted(tmp_path / "b", *digits, backbone_dir, to=f"{store.url}/b", cluster="local:2", **SMALL)
+    assert store.files() == {f"b/{name}": data for name, data in single.items()}
+
+
 def test_a_pooled_copy_has_the_bytes_of_a_directory(store, tmp_path):
     make_cache(tmp_path / "c")
     with open_cache(tmp_path / "c") as cache:
         for out in (tmp_path / "p", f"{store.url}/p"):
             pooled(cache, out, lambda maps: maps.mean((2, 3)), "gap", shard_bytes=64)
     assert store.files() == {f"p/{name}": data for name, data in tree(tmp_path / "p").items()}
+
+
+def test_a_copy_has_every_byte_and_is_resumed(store, tmp_path):
+    make_cache(tmp_path / "c", rows=make_rows(40), shard_rows=8)
+    victim = tmp_path / "c/maps.zarr/expert_0/c.4.0.0.0"
+    sound = victim.read_bytes()
+    victim.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    with (
+        open_cache(tmp_path / "c") as cache,
+        pytest.raises(CacheError, match=r"c\.4\.0\.0\.0: sha256 differs") as error,
+    ):
+        copied(cache, f"{store.url}/d")
+    assert error.value.reason == "damaged"
+    assert below(store, "d") == {}
+    victim.write_bytes(sound)
+    with open_cache(tmp_path / "c") as cache:
+        assert copied(cache, f"{store.url}/d") == 1
+        assert copied(cache, f"{store.url}/d") == 0
+    assert store.files() == {f"d/{name}": data for name, data in tree(tmp_path / "c").items()}
+    make_cache(tmp_path / "e", seed=1)
+    with open_cache(tmp_path / "e") as cache, pytest.raises(CacheError, match="holds another cache"):
+        copied(cache, f"{store.url}/d")
 
 
 def test_a_url_that_caches_cannot_be_written_to_is_one_line(digits, backbone_dir, tmp_path):

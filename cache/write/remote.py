@@ -47,7 +47,7 @@ CHOSEN = "chosen.json"  # in staging: the files that a commit has chosen, so tha
 _SHARD_OR_METADATA = rf"{re.escape(MAPS)}/(expert_\d+/)?(zarr\.json|c\.\d+\.0\.0\.0)"
 _OF_A_CACHE = re.compile("|".join([_SHARD_OR_METADATA, *map(re.escape, (RECORD, ROWS, STATISTICS, CARD))]))
 
-#: Of a finished shard: the file of each expert in the cache -> (object, bytes, sha256).
+#: Files of the cache -> (object, bytes, sha256); of one shard, unless something else is said.
 Shard = dict[str, tuple[str, int, str]]
 
 
@@ -173,11 +173,14 @@ class RemoteStaging:
 
         Raises CacheError `exists` if there is anything else; also what `parse_record` raises.
         """
-        record = self.objects.get(f"{self.name}/{RECORD}")
-        if record is not None:
+        if (record := self.record()) is not None:
             return parse_record(record[: MAX_RECORD_BYTES + 1]).spec
         self._no_strangers(self.objects.below(self.name))
         return None
+
+    def record(self) -> bytes | None:
+        """The commit record at the target, if there is one."""
+        return self.objects.get(f"{self.name}/{RECORD}")
 
     def _no_strangers(self, names: Iterable[str]) -> None:
         if strangers := sorted(name for name in names if not _OF_A_CACHE.fullmatch(name)):
@@ -195,7 +198,7 @@ class RemoteStaging:
         """
         self.check()
         there, end = self.objects.below(self.name), f"{self.name}/{RECORD}"
-        have = self.objects.get(end)
+        have = self.record()
         if have != record:
             if have is not None and not replace:
                 raise CacheError("exists", f"{self}: holds another cache; remove it or pass --replace")
@@ -208,7 +211,7 @@ class RemoteStaging:
                 self.objects.copy([(source, f"{self.name}/{name}") for name, source in sorted(shards.items())])
             except CacheError as error:
                 # Another commit of the same shards may have ended and removed them.
-                if error.reason != "missing" or self.objects.get(end) != record:
+                if error.reason != "missing" or self.record() != record:
                     raise
             else:
                 for name, data in small.items():
@@ -274,13 +277,16 @@ def opened(
     return writer, [shard for shard in part.shards(spec) if shard not in done]
 
 
-class RemoteCacheWriter:
-    """Writes one cache: as `CacheWriter`, to a URL. There is no journal, as the listing tells what is finished."""
+class RemoteShards:
+    """All shards of a cache, written by this process and others: what `CacheWriter` does for them, at a URL.
 
-    def __init__(self, staging: RemoteStaging, spec: CacheSpec, rows: pa.Table, token: Mapping[str, Any]) -> None:
-        check_rows(spec, rows)
+    There is no journal, as the listing tells what is finished. Raises CacheError `mismatch` if parts were written with
+    another token; what one process left with another token is deleted.
+    """
+
+    def __init__(self, staging: RemoteStaging, spec: CacheSpec, token: Mapping[str, Any]) -> None:
         self.spec = spec
-        self._staging, self._rows = staging, to_bytes(rows)
+        self._staging = staging
         self._writer = RemoteWriter(staging.objects, staging.folder_of(spec, token), spec)
         ours = token_bytes(spec, token)
         have = staging.claim(TOKEN, ours)
@@ -301,7 +307,7 @@ class RemoteCacheWriter:
 
     @property
     def pending(self) -> list[int]:
-        """Numbers of the shards not yet written, ascending."""
+        """Numbers of the shards that were not finished at the last `take_over`, ascending."""
         return [shard for shard in range(self.spec.shards) if shard not in self._done]
 
     def write(self, shard: int, maps: Sequence[np.ndarray]) -> None:
@@ -317,29 +323,46 @@ class RemoteCacheWriter:
         self._listed = self._writer.listed()
         self._done = self._writer.finished(self._listed)
 
-    def commit(self, statistics: bytes, card: bytes, *, replace: bool = False) -> None:
-        """Adds row table, statistics, card and commit record, and makes the cache appear: see `CacheWriter.commit`."""
+    def chosen(self) -> Shard:
+        """One finished object for each shard file of the cache. Two commits at once choose the same ones.
+
+        Raises CacheError `incomplete` if there is a shard without.
+        """
+        self.take_over(read=False)
         if self.pending:
             raise CacheError(
                 "incomplete",
                 f"commit: every shard must be written first; {len(self.pending)} of {self.spec.shards} missing",
             )
-        small = {**metadata(self.spec), ROWS: self._rows, STATISTICS: statistics, CARD: card}
-        files = {name: (len(data), sha256(data)) for name, data in small.items()}
-        shards = {}
-        for name, (source, size, digest) in self._chosen().items():
-            files[name], shards[name] = (size, digest), f"{self._writer.folder}/{source}"
-        self._staging.publish(shards, small, self.spec.record(files), replace=replace)
-
-    def _chosen(self) -> Shard:
-        """One finished object for each shard file of the cache. Two commits at once choose the same ones."""
         ours = canonical_json([source for files in self._done.values() for source, _, _ in files.values()])
         names = json.loads(self._staging.claim(CHOSEN, ours))
         done = self._writer.finished({name: self._listed[name] for name in names if name in self._listed})
         if len(done) < self.spec.shards:  # a choice of another attempt, whose objects were removed since
             self._staging.keep(CHOSEN, ours)
             done = self._done
-        return {name: entry for files in done.values() for name, entry in files.items()}
+        return {
+            name: (f"{self._writer.folder}/{source}", size, digest)
+            for files in done.values()
+            for name, (source, size, digest) in files.items()
+        }
+
+
+class RemoteCacheWriter(RemoteShards):
+    """Writes one cache to a URL: see `CacheWriter`."""
+
+    def __init__(self, staging: RemoteStaging, spec: CacheSpec, rows: pa.Table, token: Mapping[str, Any]) -> None:
+        check_rows(spec, rows)
+        self._rows = to_bytes(rows)
+        super().__init__(staging, spec, token)
+
+    def commit(self, statistics: bytes, card: bytes, *, replace: bool = False) -> None:
+        """Adds row table, statistics, card and commit record, and makes the cache appear: see `CacheWriter.commit`."""
+        shards = self.chosen()
+        small = {**metadata(self.spec), ROWS: self._rows, STATISTICS: statistics, CARD: card}
+        files = {name: (size, digest) for name, (_, size, digest) in shards.items()}
+        files |= {name: (len(data), sha256(data)) for name, data in small.items()}
+        sources = {name: source for name, (source, _, _) in shards.items()}
+        self._staging.publish(sources, small, self.spec.record(files), replace=replace)
 
 
 def metadata(spec: CacheSpec) -> dict[str, bytes]:

@@ -20,7 +20,6 @@ import h5py
 import numpy as np
 import tensorstore as ts
 import zarr
-import zarrs  # noqa: F401 - registers its codec pipeline
 from crc32c import crc32c
 
 from benchmarks.measure import alternate, arguments, fastest, machine, ratio, save, table
@@ -154,14 +153,13 @@ def not_compiled(read: Read) -> Read:
     return call
 
 
-def zarr_variants(path: Path, out: np.ndarray, pipeline: str) -> dict[str, Read]:
+def zarr_variants(path: Path, out: np.ndarray) -> dict[str, Read]:
     """i.i.d.: `oindex`, and one slice per row. Windows: one slice per run of neighbours, far ahead of `oindex`."""
 
     def under(
         settings: Mapping[str, Any], read: Callable[[Any, np.ndarray], np.ndarray]
     ) -> Callable[[np.ndarray], Any]:
-        with zarr.config.set(settings):
-            array = zarr.open_array(str(path), mode="r")  # the codec pipeline is chosen here
+        array = zarr.open_array(str(path), mode="r")
 
         def call(wanted: np.ndarray) -> np.ndarray:
             with zarr.config.set(settings):
@@ -172,13 +170,8 @@ def zarr_variants(path: Path, out: np.ndarray, pipeline: str) -> dict[str, Read]
     def slices(array: Any, wanted: np.ndarray) -> np.ndarray:
         return np.concatenate([array[first:last] for first, last in neighbours(wanted)])
 
-    if pipeline == "zarrs":
-        threads = sorted({1, THREADS}) if len(out) <= IID_ROWS else [THREADS]
-        base: dict[str, Any] = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}
-        options = {f"{n} threads": {**base, "threading.max_workers": n} for n in threads}
-    else:
-        tried = (1, 10, 64) if len(out) <= IID_ROWS else (10,)
-        options = {f"concurrency {n}": {"async.concurrency": n} for n in tried}
+    tried = (1, 10, 64) if len(out) <= IID_ROWS else (10,)
+    options = {f"concurrency {n}": {"async.concurrency": n} for n in tried}
     found: dict[str, Read] = {}
     for name, settings in options.items():
         if len(out) <= IID_ROWS:
@@ -302,8 +295,7 @@ def bench_gather(
     }
     made: dict[str, dict[str, Read]] = {
         "TensorStore": tensorstore_variants(root / ARRAY, out),
-        "zarrs": zarr_variants(root / ARRAY, out, "zarrs"),
-        "zarr-python": zarr_variants(root / ARRAY, out, "zarr"),
+        "zarr-python": zarr_variants(root / ARRAY, out),
         "h5py": h5py_variants(files[0], out),
         "NumPy memmap": memmap_variants(files[1], out),
     }

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("numpy", "crc32c", "numcodecs", "zarr", "zarrs", "tensorstore", "h5py")
+PACKAGES = ("numpy", "crc32c", "numcodecs", "zarr", "tensorstore", "h5py")
 RESULTS = Path(__file__).parent / "results"
 SLOW_SECONDS = 2.0  # a contestant that takes longer runs in the first round only
 SLOW_ROUNDS = 1

@@ -161,7 +161,8 @@ def train(
         if ratio > 0:
             donated = train_samples[instance.draw(classes, donors, epoch, step, BATCH)]
             donor = maps_of(pictures(donated, "donor", epoch, step))
-            channels = torch.from_numpy(channel_ranks(seed, epoch, step, 0, fused.shape[1]) < replaced).to(where)
+            ranks = channel_ranks([seed], epoch, [step], [0], fused.shape[1])[0, 0, 0]
+            channels = torch.from_numpy(ranks < replaced).to(where)
             fused = torch.where(channels[:, None, None], donor, fused)
         total += size * clock("head", partial(learn, fused, torch.from_numpy(labels[picked]).to(where)))
         if (step + 1) * BATCH >= len(train_samples):

@@ -27,6 +27,7 @@ from h2t.cache.format.row_index import RowIndex, read_index
 from h2t.cache.format.rows import SCHEMA, read_rows, read_table
 from h2t.cache.format.spec import MAX_RECORD_BYTES, RECORD, ROWS, STATISTICS, CacheSpec, Commit, parse_record, sha256
 from h2t.cache.read.chunks import Chunks, check_size
+from h2t.cache.read.elsewhere import check_fingerprint, elsewhere
 from h2t.cache.read.files import files_at
 from h2t.cache.read.gather import compiled
 from h2t.cache.read.in_use import InUse
@@ -53,14 +54,15 @@ PORTION_BYTES = 1024 * 1024
 PORTION_SHARDS = 128
 
 
-def open_cache(location: str | Path) -> "Cache":
-    """The committed cache in a directory, at an fsspec URL or at a `dvc+` address.
+def open_cache(location: str | Path, *, fingerprint: str | None = None) -> "Cache":
+    """The committed cache in a directory, at an fsspec URL or at a `dvc+` address; `fingerprint`: the one it must have.
 
     Raises CacheError: `uncommitted` if there is no commit record, `newer-format`, `missing` if a file is, `damaged` if
-    the record is invalid or a file has another size than recorded, `replaced` if the cache is replaced meanwhile,
-    `unreachable`, `full`. Values are checked when they are read. So are the sizes of shards if a remote store needs one
-    request for each.
+    the record is invalid or a file has another size than recorded, `mismatch` if the fingerprint is another, `replaced`
+    if the cache is replaced meanwhile, `unreachable`, `full`. Values are checked when they are read. So are the sizes
+    of shards if a remote store needs one request for each.
     """
+    there = elsewhere(location)
     files = files_at(location)
     if not files.exists(RECORD):
         what = f"no {RECORD}, so this is not a finished cache; run h2t extract to make one"
@@ -69,6 +71,7 @@ def open_cache(location: str | Path) -> "Cache":
         raise CacheError("uncommitted", f"{files}: {what}")
     record = files.read_all(RECORD, MAX_RECORD_BYTES)
     commit = parse_record(record)
+    check_fingerprint(files, commit.spec, fingerprint or (there.fingerprint if there else None))
     files.expect({**commit.files, RECORD: (len(record), sha256(record))})
     try:
         sizes = files.known_sizes(commit.files)

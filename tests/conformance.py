@@ -1,25 +1,19 @@
-"""What every plug-in must satisfy, as functions that raise AssertionError. The tests run them over the file listings,
-over files dropped into a plug-in folder, and over seeded mistakes.
+"""What every plug-in must satisfy, as functions that raise AssertionError. The tests run them over the file listings
+and over files dropped into a plug-in folder.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from pipeline_builders import CPU, distance, make_stack, make_stage1_head, trained
+from pipeline_builders import distance, make_stack, make_stage1_head, trained
 
-from h2t.cache.reader import open_cache
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.seeds import stream
-from h2t.pipeline.data.classes import ClassIndex
-from h2t.pipeline.extraction.recipes import RECIPES
-from h2t.pipeline.heads import stack as stack_module
-from h2t.pipeline.heads.batches import law
 from h2t.pipeline.heads.host import Context, FittedHost, GradientHost, TrainingBatch
-from h2t.pipeline.networks.classifier import global_average, logits
+from h2t.pipeline.networks.classifier import global_average
 from h2t.pipeline.networks.trained import StageOneHead
 
 COUNTS = (30, 12, 3, 1)
@@ -193,93 +187,6 @@ def check_logits(name: str) -> None:
         assert torch.allclose(made.host.logits(state, features[:, 2:3]), found[2:3], atol=1e-12)
 
 
-def check_fusion(cache: Path, name: str = "dr") -> None:
-    """Every rule of a fused batch, on a real stack: rows, statistics, labels, channel sets, orientation."""
-    made = make_host(name)
-    recipe = RECIPES["branchwise"]
-    ratios = (0.0, 0.3, 1.0)
-    stack = make_stack(
-        cache,
-        [{"ratio": r} for r in ratios],
-        **{**made.options, "pooled": False},
-        receiver=recipe.receiver,
-        donors={"instance": recipe.donors["instance"]},
-        batch_size=16,
-    )
-    with open_cache(cache) as opened:
-        rows, maps = opened.rows, torch.from_numpy(opened.read(np.arange(opened.spec.rows)))
-    statistics, labels = np.array(rows["statistics"]), rows["label"].to_numpy()
-    at = next(stack.feed.steps(1, 0, 0, stack.draw))
-    batch, table = at.batch, at.table
-    receivers, donors = batch.receivers[0], batch.donors[0, 0]
-    assert set(statistics[receivers]) == {"balanced"}
-    assert set(statistics[donors]) == {"instance"}
-    assert np.array_equal(batch.labels[0], labels[receivers])
-    seen: list[torch.Tensor] = []
-    original = made.host.loss
-
-    def listening(state, features, given, noise):
-        seen.append(given)
-        return original(state, features, given, noise)
-
-    stack.host.loss = listening
-    stack.head.loss(
-        {k: t[0] for k, t in stack.state.items()}, maps[receivers][None], torch.from_numpy(batch.labels[0]), None
-    )
-    assert np.array_equal(seen[0].numpy(), labels[receivers])
-    before = maps.clone()
-    given, given_donors = stack.given(at)
-    x = stack.fused(at.draws, given.features, given_donors)
-    again = table.take(stack.streams.rows)[0]
-    assert torch.equal(again, before[torch.from_numpy(stack.streams.rows)]), "the features were changed in place"
-    mine, theirs = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
-    kept = mine.clone(), theirs.clone()
-    stack_module.fuse(mine, theirs, torch.tensor([True, False, True, False]))
-    assert torch.equal(mine, kept[0])
-    assert torch.equal(theirs, kept[1])
-    differs = (maps[receivers] != maps[donors]).flatten(2).any(2)
-    for k, ratio in enumerate(ratios):
-        from_donor = (x[k, 0] == maps[donors]).flatten(2).all(2)
-        from_receiver = (x[k, 0] == maps[receivers]).flatten(2).all(2)
-        assert (from_donor | from_receiver).all()
-        replaced = (from_donor & differs).any(0)
-        assert not (replaced & (from_receiver & differs).any(0)).any(), "samples of a batch differ in their channels"
-        assert int(replaced.sum()) == int(ratio * CHANNELS)
-
-
-def check_evaluation(cache: Path, heads: Any) -> None:
-    """Logits at evaluation are those of the plain test rows under `mixture`, whatever the head's ratio."""
-    from h2t.pipeline.evaluation import scoring
-    from h2t.pipeline.heads.batches import sample_rows
-    from h2t.pipeline.heads.stored import build_head
-
-    head = build_head(heads.parts, heads.context)
-    with open_cache(cache) as opened:
-        rows = opened.rows
-        found = scoring.head_logits(opened, heads, sample_rows(rows, "test", "mixture").first, CPU).numpy()
-        said = scoring.score_heads(opened, heads, "test", "mixture", CPU).said
-        at = np.flatnonzero((np.array(rows["split"]) == "test") & (np.array(rows["statistics"]) == "mixture"))
-        features = global_average(torch.from_numpy(opened.read(at).astype(np.float32)))[None]
-    for k in range(len(heads.table)):
-        expected = head.logits({name: t[k] for name, t in heads.state.items()}, features)
-        assert np.allclose(found[k], expected.numpy(), atol=1e-5), heads.table.to_pylist()[k]
-        assert np.array_equal(said[k].guesses, found[k].argmax(1))
-
-
-def check_objective(name: str, experts: int = 2, counts=COUNTS) -> None:
-    """A finite scalar loss with finite gradients, and a state that gives logits."""
-    module = plugins.load("objectives", name)
-    objective = module.Objective(module.Loss(), CHANNELS, experts, torch.tensor(counts))
-    maps = tuple(torch.rand(6, CHANNELS, 2, 2) for _ in range(experts))
-    loss = objective.loss(maps, torch.arange(6) % len(counts), 0)
-    assert loss.shape == ()
-    gradients = torch.autograd.grad(loss, list(objective.parameters()), allow_unused=True)
-    assert all(g is None or torch.isfinite(g).all() for g in gradients)
-    features = torch.stack([global_average(m) for m in maps])
-    found = logits(objective.classifier, objective.state_dict(), features, objective.scale)
-    assert found.shape == (6, len(counts))
-
-
 def check_backbone(name: str, size: int = 16) -> None:
     """A tuple of one map per expert with the channels it states; a row does not depend on its neighbours."""
     module = plugins.load("backbones", name)
@@ -293,31 +200,3 @@ def check_backbone(name: str, size: int = 16) -> None:
             assert m.shape[:2] == (3, net.channels)
             assert m.dim() == 4
             assert torch.allclose(m[1:2], alone, rtol=1e-4, atol=1e-4)
-
-
-def check_sampler(name: str) -> None:
-    """Positions in range, the same for the same address, others for another step."""
-    from functools import partial
-
-    draw = law(name, 20)
-    index = ClassIndex(np.array([0, 9, 12]), np.array([9, 3, 2]))
-    streams = partial(stream, 3, "test")
-    drawn = [draw(index, streams, 0, step, 4) for step in (0, 1)]
-    assert all(d.dtype == np.int64 and d.shape == (4,) and ((d >= 0) & (d < 14)).all() for d in drawn)
-    assert np.array_equal(drawn[1], draw(index, partial(stream, 3, "test"), 0, 1, 4))
-    many = [draw(index, streams, epoch, 0, 4).tolist() for epoch in range(20)]
-    assert len({tuple(m) for m in many}) > 1
-
-
-def check_pool(name: str) -> None:
-    """Features of the right shape; pooling commutes with fusing where the pool says so."""
-    module = plugins.load("pools", name)
-    pool = module.Pool(module.Options(), 6)
-    maps = torch.rand(2, 5, 6, 3, 3).double()
-    state = {k: t.double() for k, t in pool.initial().items()}
-    assert pool(state, maps).shape[:3] == (2, 5, 6)
-    if pool.commutes:
-        mask, other = torch.arange(6) % 2 == 0, maps.flip(1)
-        inner = mask.reshape(-1, *(1,) * (pool(state, maps).dim() - 3))
-        fused = stack_module.fuse(maps, other, mask[:, None, None])
-        assert torch.equal(pool(state, fused), stack_module.fuse(pool(state, maps), pool(state, other), inner))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from pathlib import Path
 
 ATTEMPTS = 20
@@ -41,9 +42,9 @@ def kill_and_restart(
     shards: int,
     seed: int,
     pause: float = 0.05,
-    how: signal.Signals = signal.SIGKILL,
+    how: Sequence[signal.Signals] = (signal.SIGKILL,),
 ) -> list[int]:
-    """Ends the run by the signal `how` at `kills` random moments of its work, starts it again, and at last lets it end.
+    """Ends the run at `kills` random moments of its work, by the signals `how` in turn, and lets the last run end.
 
     A moment is a random amount of finished work plus a random pause of at most `pause` seconds, not a wall-clock time,
     so that kills spread over the whole of the work on a slow machine and on a fast one. One that struck before the
@@ -52,7 +53,7 @@ def kill_and_restart(
     draws = random.Random(seed)
     staging = target.parent / f".{target.name}.staging"
     found: list[int] = []
-    for moment in sorted(draws.sample(range(1, shards - 1), kills)):
+    for moment, number in zip(sorted(draws.sample(range(1, shards - 1), kills)), cycle(how), strict=False):
         for _ in range(ATTEMPTS):
             process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, cwd=cwd, preexec_fn=heard
@@ -61,7 +62,7 @@ def kill_and_restart(
             while journalled(staging) < moment and process.poll() is None:
                 time.sleep(0.001)
             time.sleep(draws.uniform(0, pause))
-            process.send_signal(how)
+            process.send_signal(number)
             errors = process.communicate()[1]
             assert b"Traceback" not in errors, errors.decode()
             if process.returncode != 0 and 0 < journalled(staging) < shards:
@@ -70,8 +71,8 @@ def kill_and_restart(
                 shutil.rmtree(target)
         else:
             raise AssertionError(f"no kill amid the work in {ATTEMPTS} runs: {errors.decode()}")
-        if how == signal.SIGKILL:
-            assert process.returncode == -how, errors.decode()
+        if number == signal.SIGKILL:
+            assert process.returncode == -number, errors.decode()
         found.append(journalled(staging))
     finish(command, env, cwd)
     return found

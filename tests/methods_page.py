@@ -19,8 +19,14 @@ START = """\
 
 What stage II can train or fit on cached features: for each host its formula, source, constants and what differs from
 the published method. `python -m benchmarks.arena` compares them on one cache, tuned alike
-([how](../benchmarks/README.md)). Of methods published for whole networks only the part on frozen features is here, so their
-published figures are not ours to reach. Constants are keys of `hosts.NAME.loss`, with their defaults.
+([how](../benchmarks/README.md)). Constants are keys of `hosts.NAME.loss`, with their defaults.
+
+What differs from the published settings for every host: the backbone is frozen, so of methods for whole networks only
+the part on features is here, and their published figures are not ours to reach. Images are the views in the cache, where
+publications augment anew at each draw. Training is SGD with momentum 0.9, a rate on half a cosine, 10 epochs and batches
+of 128, unless set otherwise; the last epoch counts, not the best one on test images. The paragraph "Published setting"
+of each host says what its authors do otherwise, as far as it could be read in their public code or paper; "the whole
+network" means that they train the backbone by this loss as well.
 
 Batches: the sampler of the receivers, unless `receiver` says otherwise. H2T can be added to every host that is trained;
 donors are drawn and fused as everywhere. With hosts whose batches are instance-wise the fused receivers are mostly of
@@ -42,6 +48,9 @@ sides are sqrt(1 - t) of the image's with t uniform in \\[0, 1\\], centred anywh
 that is left; none in the first four epochs and the last three. The authors' second sampler weights each image by 1 / n of
 its class (`cmo_power: 1`). Published with cross-entropy, balanced softmax, LDAM-DRW and RIDE: objectives `ce`,
 `balanced_softmax`, `ldam_drw`, `ride`.
+
+Published setting: 200 epochs on CIFAR-100-LT, rate 0.1, times 0.01 at epochs 160 and 180, in `presets/cifar10-100-objectives`;
+400 epochs and RandAugment for the best figures on ImageNet-LT.
 """
 
 END = """\

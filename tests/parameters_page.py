@@ -51,7 +51,7 @@ included; `h2t presets` shows complete files.
 | `pool` | [keys](#pool) | `{}` | The pooled copies of the caches. |
 | `host_defaults` | [keys](#hostsname) | `{}` | What every host has unless its entry says otherwise. |
 | `hosts` | mapping of names to [entries](#hostsname) | required | The methods of stage II that are compared. |
-| `train_classifier` | [keys](#train_classifier) | `{}` | Where features live. It changes no result. |
+| `train_classifier` | [keys](#train_classifier) | `{}` | Where features live, and how many processes train. It changes no result. |
 | `evaluate` | [keys](#evaluate) | `{}` | Class groups, the reported ratio. |
 | `report` | [keys](#report) | `{}` | The page. |
 | `run` | [keys](#run) | `{}` | How stages run. It changes no result. |
@@ -169,6 +169,9 @@ def rows(model: type[Section], above: str = "") -> list[str]:
             continue
         default = "required" if field.is_required() else written(field.get_default(call_default_factory=True))
         lines.append(f"| `{above}{name}` | {described(hint)} | {default} | {meaning(model, name)} |")
+        kinds = set(get_args(hint)) - {types.NoneType}
+        if len(kinds) == 1 and isinstance(inner := kinds.pop(), type) and issubclass(inner, Section):  # Section | None
+            lines += rows(inner, f"{above}{name}.")
     return lines
 
 

@@ -293,8 +293,9 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def make_params(**overrides) -> dict[str, Any]:
-    """A complete parameter file, tiny: digits, one training epoch of the backbone, four heads."""
+    """A complete parameter file, tiny: digits, one replicate, one training epoch of the backbone, four heads."""
     values = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    values["replicates"] = [0]
     values["prepare"].update(test_per_class=40, validation_per_class=14)
     values["backbones"]["ce_mixup"].update(epochs=1, warmup_epochs=1)
     values["extract"].update(batchnorm_passes=2)

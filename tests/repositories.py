@@ -8,11 +8,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from unittest.mock import patch
 
+from builders import make_cache
 from dvc.cli import main as dvc_main
-from pipeline_builders import ROOT, write_params
+from pipeline_builders import ROOT, make_backbone_dir, write_params
 
 #: The dvc.yaml of a repository that publishes a cache and its backbone, from `made/cache` and `made/backbone`.
-PUBLISHED = """
+_PUBLISHED = """
 stages:
   train_backbone:
     cmd: cp -r made/backbone data/train_backbone/b
@@ -47,4 +48,13 @@ def start_repository(home: Path, stages: str, outputs: Iterable[str]) -> Path:
         (root / "data" / kind).mkdir(parents=True)
     git("init", "--quiet", "--initial-branch=main", where=root)
     dvc("remote", "add", "--default", "store", str(home / "store"), where=root)
+    return root
+
+
+def cache_repository(home: Path, **cache) -> Path:
+    """A repository whose stages have made a cache `b`, of settings `cache`, and its backbone, uncommitted."""
+    root = start_repository(home, _PUBLISHED, ["train_backbone", "extract"])
+    make_cache(root / "made/cache", **cache)
+    make_backbone_dir(root / "made/backbone")
+    dvc("repro", where=root)
     return root

@@ -84,6 +84,12 @@ def test_the_export_command_names_the_folders_and_one_classifier(evaluated, dr):
     assert settings.seed == 0
 
 
+def test_a_host_on_a_pooled_cache_is_exported_without_images(evaluated, dr):
+    about = {**dr.about, "cache": {**dr.about["cache"], "provenance": {"pool": "gap"}}}
+    plain, pooled = (Answer([r], (), evaluated, {"dr": "b0"}).command() for r in (dr, replace(dr, about=about)))
+    assert pooled == f"{plain} --without-images"
+
+
 def test_folders_of_hosts_that_were_evaluated_elsewhere_are_left_to_fill_in(dr):
     command = Answer([dr], (), Path("mine"), {"dr": "b0"}).command()
     assert command.startswith("h2t export HEADS CACHE BACKBONE model")

@@ -1,6 +1,6 @@
 """The base install describes, checks and pulls caches; any other command says how to install the rest.
 
-The packages of the extra `pipeline` are hidden here; tests/base_install.py installs a wheel without them.
+The packages of the extra `pipeline` are hidden.
 """
 
 import ast
@@ -11,9 +11,9 @@ import tomllib
 from importlib.metadata import packages_distributions
 
 import pytest
-from base_install import published
 from builders import make_cache, tree
 from pipeline_builders import ROOT, environment, write_params
+from repositories import cache_repository, dvc, git
 
 from h2t.pipeline.base.errors import PIPELINE
 
@@ -71,7 +71,12 @@ def test_info_stats_and_verify(cache_dir):
 
 
 def test_pull_and_read(tmp_path):
-    root, url = published(tmp_path)
+    root = cache_repository(tmp_path)
+    dvc("push", where=root)
+    git("add", ".", where=root)
+    git("commit", "--quiet", "--message=one", where=root)
+    git("clone", "--quiet", "--bare", str(root), str(tmp_path / "lab.git"), where=tmp_path)
+    url = f"file://{tmp_path / 'lab.git'}"
     done = h2t("cache", "pull", url, "--into", "pulled", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert tree(tmp_path / "pulled/extract/b") == tree(root / "data/extract/b")

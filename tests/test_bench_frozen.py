@@ -7,11 +7,8 @@ import timm
 import torch
 from small_cifar import write_images
 
-from benchmarks import bench_rates, bench_tokens, frozen, frozen_results
-from h2t.pipeline.base import params
+from benchmarks import frozen, frozen_results
 from h2t.pipeline.base.errors import UserError
-from h2t.pipeline.command_line import presets
-from h2t.pipeline.stages import train_backbone
 
 pytestmark = pytest.mark.slow
 
@@ -85,26 +82,3 @@ def test_a_run_that_is_stopped_keeps_what_it_has(tmp_path):
         raise KeyboardInterrupt
     assert set(json.loads((tmp_path / "o.json").read_text())["costs"]) == {"one"}
     assert journal.late
-
-
-def test_tokens_and_maps_of_a_transformer_in_small(tmp_path, capsys):
-    out = tmp_path / "o.json"
-    bench_tokens.main(["--tiny", "--data", str(tmp_path / "d"), "--out", str(out)])
-    results = json.loads(out.read_text())["results"]
-    assert results["tokens"]["row_bytes"] == 197 / 196 * results["map"]["row_bytes"] == 2 * 768 * 197
-    assert results["tokens"]["pooled_row_bytes"] == 4 * 768
-    assert all(set(line["per_byte_vs_map"]) == {"median", "p10", "p90", "cpu"} for line in results.values())
-    assert "| tokens" in capsys.readouterr().out
-
-
-def test_the_presets_of_frozen_networks_are_measured():
-    frozen_presets = {n for n in presets.names() if n.startswith("frozen-")} - {"frozen-own-data"}
-    assert frozen_presets < set(bench_rates.IMAGES) <= set(presets.names())
-    section = params.build(
-        train_backbone.Params,
-        "backbones.b",
-        {"arch": "timm", "options": {"model": "test_vit", "features": "cls"}, "input": {"size": 160}},
-    )
-    found = bench_rates.rate(section, torch.device("cpu"), "float32", 2)
-    assert found["shape"] == [64, 1, 1]
-    assert found["seconds_per_image"] > 0

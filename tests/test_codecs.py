@@ -36,12 +36,6 @@ def test_every_bit_pattern_survives(name):
 
 
 @pytest.mark.parametrize("name", CODECS)
-def test_same_input_same_bytes(name):
-    values = chunk((4, 16, 7, 7), "<f2")
-    assert codec(name).encode(values) == codec(name).encode(values.copy())
-
-
-@pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("size", [1, 2, 47, 49, 300, 70_000])
 def test_a_chunk_of_another_size_is_refused(name, size):
     """Also when it would fit: the rest of the buffer would be values that nobody wrote."""

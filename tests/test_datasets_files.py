@@ -133,11 +133,7 @@ def test_cifar_reads_torchvisions_files(cifar, tmp_path, name, classes, train):
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_cifar_that_is_not_there_is_one_line(name, tmp_path, monkeypatch):
-    module, options = opened(name, {"root": str(tmp_path), "download": False})
-    with pytest.raises(UserError, match=r"CIFAR\d+ is missing or incomplete; .*prepare\.options\.download"):
-        module.load(options)
-
+def test_cifar_that_cannot_be_downloaded_is_one_line(name, tmp_path, monkeypatch):
     def offline(*_, **__):
         raise OSError("<urlopen error no network>")
 
@@ -243,23 +239,6 @@ def test_links_within_the_root_are_plain(tmp_path):
     assert list_files.read_image(tmp_path, "train/x.jpg", False)
 
 
-@pytest.mark.parametrize(
-    ("lists", "message"),
-    [
-        ({"train": [], "test": [("b", 0)]}, "empty list file"),
-        ({"train": [("a", 0)], "test": [("a", 0)]}, "must be listed once"),
-        ({"train": [("a", 0)], "test": [("b", 1)]}, "'b': label 1 is out of range: the training list has 1 class,"),
-        ({"train": [("a", 0)]}, "no such list file"),
-    ],
-)
-def test_lists_that_do_not_fit_each_other(lists, message, tmp_path):
-    for name, entries in lists.items():
-        write_list(tmp_path / f"ImageNet_LT_{name}.txt", entries)
-    module, options = opened("imagenet_lt", {"root": str(tmp_path)})
-    with pytest.raises(UserError, match=message):
-        module.load(options)
-
-
 def test_lists_may_lie_elsewhere(tmp_path):
     values = make_imagenet_lt(tmp_path / "i")
     (tmp_path / "lists").mkdir()
@@ -267,8 +246,6 @@ def test_lists_may_lie_elsewhere(tmp_path):
         path.rename(tmp_path / "lists" / path.name)
     module, options = opened("imagenet_lt", {**values, "lists": str(tmp_path / "lists")})
     assert len(module.load(options).source) == 20
-    with pytest.raises(UserError, match=r"prepare\.options\.root: no folder"):
-        module.load(options.model_copy(update={"root": str(tmp_path / "nowhere")}))
 
 
 # --- image folders

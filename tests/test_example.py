@@ -1,14 +1,18 @@
-"""examples/cifar10_lt: its cache is sound, its stages are those of its dvc.yaml, and its figures come out again."""
+"""examples/cifar10_lt: its cache is sound, its stages are those of its dvc.yaml, its figures come out again, and its
+classifiers can be exported."""
 
+import csv
 import hashlib
 import json
 import re
+import shlex
 import shutil
 import subprocess
 
 import pytest
 import yaml
 from dvc.repo import Repo
+from PIL import Image
 from pipeline_builders import ROOT, accepted
 
 pytestmark = pytest.mark.slow
@@ -45,7 +49,7 @@ def test_git_ignores_nothing_that_dvc_writes_there():
     assert found.returncode == 1
 
 
-def test_its_figures_come_out_again(tmp_path, monkeypatch):
+def test_its_figures_come_out_again_and_its_classifiers_can_be_exported(tmp_path, monkeypatch):
     root = tmp_path / "example"
     shutil.copytree(EXAMPLE, root, ignore=shutil.ignore_patterns("train_classifier", "evaluate", "report"))
     monkeypatch.chdir(root)
@@ -67,6 +71,21 @@ def test_its_figures_come_out_again(tmp_path, monkeypatch):
         assert found["difference"]["top1"]["verdict"] == found["difference"]["tail"]["verdict"] == "higher"
     accepted(*stages["report"]["cmd"].split()[1:])
     assert (root / "data/report/index.html").is_file()
+    Image.new("RGB", (48, 40), "red").save("photo.png")
+    answer, readme = (root / "data/report/results.md").read_text(), (root / "README.md").read_text()
+    (printed,) = re.findall("To use it: h2t (.*)", answer)
+    accepted(*shlex.split(printed.replace(" model ", " answer ")))
+    exporting, predicting = (
+        shlex.split(line) for line in re.findall("^h2t ((?:export|predict) .*)", readme, re.MULTILINE)
+    )
+    accepted(*exporting)
+    for model in ("answer", "model"):
+        predicting[1] = model
+        (line,) = csv.DictReader(accepted(*predicting).splitlines())
+        assert (
+            line["class"]
+            in json.loads((root / "data/extract/ce_mixup/cache.json").read_text())["provenance"]["classes"]
+        )
 
 
 def test_the_backbones_of_table_6_are_those_of_their_record():

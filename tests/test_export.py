@@ -17,7 +17,6 @@ from PIL import Image
 from pipeline_builders import CPU, fitted, invoke, make_prepare, silent, write_params
 from safetensors.torch import load_file
 from scipy.stats import beta
-from torchvision.models import resnet18
 
 from h2t.cache.reader import open_cache
 from h2t.pipeline.base import plugins
@@ -34,6 +33,7 @@ from h2t.pipeline.models.export import Choice, run
 from h2t.pipeline.models.model import as_linear, load_model
 from h2t.pipeline.models.predict import ranked
 from h2t.pipeline.networks.classifier import global_average
+from h2t.pipeline.stages import pool
 
 PREPARE = make_prepare().model_dump()
 ONE = Choice(ratio=0.3, seed=1)
@@ -143,14 +143,6 @@ def test_a_linear_head_is_a_plain_state_dict_with_evaluation_statistics(tmp_path
     torch.testing.assert_close(found, expected)
 
 
-def test_torchvision_loads_a_state_dict_of_its_names():
-    """What makes the file loadable: `fc` beside the backbone's own names, nothing else needed, nothing left over."""
-    model = resnet18(num_classes=4)
-    state = {k: v for k, v in model.state_dict().items() if not k.startswith("fc.")}
-    state |= {"fc.weight": torch.zeros(4, 512), "fc.bias": torch.zeros(4)}
-    resnet18(num_classes=4).load_state_dict(state, strict=True)
-
-
 def test_cosine_heads_are_not_linear_and_are_exported_all_the_same(tmp_path, trained):
     said = []
     exported(trained, tmp_path / "m", "ncm", choice=Choice(), say=said.append)
@@ -210,6 +202,25 @@ def test_without_images_the_head_is_checked_on_maps(tmp_path, trained, monkeypat
     with pytest.raises(UserError, match="--without-images"):
         exported(trained, tmp_path / "m")
     assert exported(trained, tmp_path / "m", with_images=False)["maps"] < 1e-4
+
+
+@pytest.mark.parametrize(("host", "choice"), [("dr", ONE), ("mislas", Choice(1))])
+def test_a_head_on_a_pooled_cache_is_exported_without_opening_images(tmp_path, trained, monkeypatch, host, choice):
+    pooled = tmp_path / "pooled"
+    with open_cache(trained.cache) as cache:
+        pool.run(pool.Params(), Run("b", pooled), cache)
+    monkeypatch.setattr(plugins.load("datasets", "digits"), "reader", None)  # reading data may mean downloading it
+    assert exported(trained, tmp_path / "m", host, choice=choice, cache=pooled, with_images=False)["maps"] < 1e-4
+
+
+def test_a_cache_pooled_otherwise_needs_images(tmp_path, trained):
+    fitted(tmp_path / "dr", trained.cache, trained.backbone, pool="max", optimiser={"epochs": 1})
+    with open_cache(trained.cache) as cache:
+        pool.run(pool.Params(pool="max"), Run("b", tmp_path / "pooled"), cache)
+    own = SimpleNamespace(root=tmp_path, cache=tmp_path / "pooled", backbone=trained.backbone)
+    with pytest.raises(UserError, match="got a cache pooled by max; export without --without-images"):
+        exported(own, tmp_path / "m", with_images=False)
+    assert exported(own, tmp_path / "m")["images"] < 1e-4
 
 
 def test_onnx_gives_the_same_logits_for_any_batch(tmp_path, trained):

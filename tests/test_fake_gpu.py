@@ -25,7 +25,7 @@ from h2t.pipeline.heads import stack as stack_module
 from h2t.pipeline.heads.batches import Streams
 from h2t.pipeline.heads.draws import Draws
 from h2t.pipeline.heads.features import FeatureReader
-from h2t.pipeline.heads.host import Context, is_stackable
+from h2t.pipeline.heads.host import Context
 from h2t.pipeline.heads.residency import Choice, Feed
 from h2t.pipeline.heads.stack import HeadSetting, Stack
 from h2t.pipeline.heads.stored import HeadParts, Heads, build_head
@@ -134,7 +134,7 @@ def open_stack(opened, name, tier, pooled, selections=SELECTIONS):
 def on_the_gpu(stack):
     """The first step of a window, its draws copied one by one: pinned memory needs a driver."""
     at = stack.feed._load(0, range(2))[0]
-    drawn = {name: tensor.to(GPU) for name, tensor in stack.drawn(0, 0, at.batch).items()}
+    drawn = {name: tensor.to(GPU) for name, tensor in stack.drawn(0, [0], [at.batch])[0].items()}
     rows = [([torch.from_numpy(p).to(GPU) for p in at.table.find(r)], r.shape) for r in stack._gathered(at.batch)]
     return replace(at, draws=Draws(rows, **drawn))
 
@@ -167,13 +167,13 @@ def test_features_fusion_and_losses_of_a_stack(fake, cache, name, tier):
                 stack = open_stack(opened, name, tier, pooled=True, selections=selections)
                 at = on_the_gpu(stack)
                 given, donors = stack.given(at)
-                logits = stack._logits(at.draws, given.features, donors)
-                of_heads = stack_module._taken(given._replace(partners=None), stack._seed, logits)
+                (products,) = stack._products(at.draws, given.features, donors)
                 state = {k: t.detach() for k, t in stack.state.items()}
-                losses = stack._on_logits.batch_loss
-                if not is_stackable(stack._on_logits):
-                    losses = vmap(losses, in_dims=(0, stack_module._axes(of_heads)))
-                found = losses(state, of_heads)
+                logits = stack._logits(products, state)
+                of_heads = stack_module._taken(given._replace(partners=None), stack._seed, logits)
+                found = stack._losses(state, of_heads)
+                weights = stack._of_logits(products, state, logits.mT)
+                assert all((t.shape, t.device) == (state[name].shape, GPU) for name, t in weights.items())
                 assert (found.shape, found.device) == ((4,), GPU)
 
 

@@ -34,7 +34,7 @@ UNPROVEN = {
 }
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f.quick], ids=str)
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
 def test_pool_and_own_layers_and_classifier_give_the_networks_own_logits(family):
     backbone, off = own_logits_differ_by(family)
     if str(family) in UNPROVEN:
@@ -43,9 +43,6 @@ def test_pool_and_own_layers_and_classifier_give_the_networks_own_logits(family)
     else:
         assert off is not None, backbone.ending.why
         assert off <= 1e-4
-    assert torch.equal(
-        built(family).state_dict()[name := next(iter(backbone.state_dict()))], built(family).state_dict()[name]
-    )
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(3, 3), (2, 5), (7, 1), (14, 9)])

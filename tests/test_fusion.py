@@ -57,7 +57,7 @@ def test_agrees_with_a_slow_reference_and_leaves_its_inputs(shape, ratio):
     draws = torch.Generator().manual_seed(0)
     receiver, donor = torch.randn(shape, generator=draws), torch.randn(shape, generator=draws)
     before = receiver.clone(), donor.clone()
-    ranks = channel_ranks(0, 0, 0, 0, shape[1])
+    ranks = channel_ranks([0], 0, [0], [0], shape[1])[0, 0, 0]
     count = replaced_channels(ratio, shape[1])
     mask = torch.from_numpy(ranks < count)
     fused = fuse(receiver, donor, mask[:, None, None])
@@ -95,27 +95,30 @@ def test_mixup_is_the_mean_of_fusion_over_all_sets(count):
     ratios=st.tuples(st.floats(0, 1), st.floats(0, 1)),
 )
 def test_sets_are_permutations_and_nested(seed, epoch, step, channels, ratios):
-    ranks = channel_ranks(seed, epoch, step, 0, channels)
+    ranks = channel_ranks([seed], epoch, [step], [0], channels)[0, 0, 0]
     assert sorted(ranks) == list(range(channels))
     small, large = (set(np.flatnonzero(ranks < replaced_channels(r, channels))) for r in sorted(ratios))
     assert small <= large
 
 
 def test_sets_differ_by_seed_epoch_step_and_expert_and_repeat_for_the_same():
+    def ranks_of(seed, epoch, step, expert):
+        return tuple(channel_ranks([seed], epoch, [step], [expert], 64)[0, 0, 0])
+
     base = (0, 0, 0, 0)
-    found = {tuple(channel_ranks(*base, 64))}
+    found = {ranks_of(*base)}
     for place in range(4):
         other = list(base)
         other[place] = 1
-        found.add(tuple(channel_ranks(*other, 64)))
+        found.add(ranks_of(*other))
     assert len(found) == 5
-    assert np.array_equal(channel_ranks(*base, 64), channel_ranks(*base, 64))
+    assert ranks_of(*base) == ranks_of(*base)
 
 
 def test_the_draws_of_published_heads():
     """What seed 0 draws today it draws tomorrow: whoever trains again gets the heads of the results."""
-    ranks, orders = channel_ranks(0, 1, 2, 3, 8), donor_orders(0, 1, 2, 3, 3, 4)
-    assert (ranks.dtype, orders.dtype) == (np.int64, np.int64)
+    ranks, orders = channel_ranks([0], 1, [2], [3], 8)[0, 0, 0], donor_orders([0], 1, [2], [3], 3, 4)[0, 0, 0]
+    assert (ranks.dtype, orders.dtype) == (np.int32, np.int64)
     assert ranks.tolist() == [7, 2, 3, 1, 0, 5, 4, 6]
     assert orders.tolist() == [[1, 1, 2, 0], [2, 0, 1, 1], [0, 2, 0, 2]]
 
@@ -123,7 +126,7 @@ def test_the_draws_of_published_heads():
 def test_every_channel_is_replaced_equally_often():
     """Chi-square over 2,000 batches: k of C without replacement, each channel with probability k / C."""
     batches, channels, count = 2000, 16, 4
-    hits = sum((channel_ranks(0, 0, step, 0, channels) < count).astype(int) for step in range(batches))
+    hits = (channel_ranks([0], 0, range(batches), [0], channels) < count).sum((0, 1, 2))
     expected = batches * count / channels
     # Each hit is Bernoulli; sampling without replacement shrinks the statistic by (C - k) / (C - 1).
     statistic = ((hits - expected) ** 2 / expected).sum() * (channels - 1) / (channels - count)
@@ -148,7 +151,8 @@ def test_masks_of_a_stack(tmp_path):
     stack = make_stack(cache, heads)
 
     def masks_of(epoch, step):
-        return stack.masks(torch.from_numpy(stack.ranks(epoch, step))).numpy()
+        ranks = channel_ranks(stack.streams.seeds, epoch, [step], range(2), 32)[0]
+        return stack.masks(torch.from_numpy(ranks)).numpy()
 
     masks = masks_of(0, 0)
     assert masks.shape == (len(heads), 2, 32)
@@ -189,19 +193,23 @@ def test_a_stacks_input_is_the_slow_fusion_and_the_cache_stays(tmp_path, pooled)
     assert torch.equal(table.take(rows), before)
 
 
+def orders_of(seed, epoch, step, expert, batch, channels):
+    return donor_orders([seed], epoch, [step], [expert], batch, channels)[0, 0, 0]
+
+
 @pytest.mark.parametrize("inner", [(), (2, 3)])
 def test_shuffled_donors_keep_each_channel_and_lose_what_joins_channels(inner):
     donor = torch.arange(6 * 5, dtype=torch.float32).reshape(6, 5, *(1,) * len(inner)).expand(6, 5, *inner)
-    orders = donor_orders(0, 1, 2, 0, 6, 5)
+    orders = orders_of(0, 1, 2, 0, 6, 5)
     found = shuffle(donor, torch.from_numpy(orders))
     for sample in range(6):
         for channel in range(5):
             assert torch.equal(found[sample, channel], donor[orders[sample, channel], channel])
     assert np.array_equal(np.sort(orders, axis=0), np.repeat(np.arange(6)[:, None], 5, axis=1))
     assert len({tuple(order) for order in orders.T}) > 1
-    assert np.array_equal(donor_orders(0, 1, 2, 0, 6, 5), orders)
+    assert np.array_equal(orders_of(0, 1, 2, 0, 6, 5), orders)
     for other in ((1, 1, 2, 0), (0, 2, 2, 0), (0, 1, 3, 0), (0, 1, 2, 1)):
-        assert not np.array_equal(donor_orders(*other, 6, 5), orders)
+        assert not np.array_equal(orders_of(*other, 6, 5), orders)
 
 
 @pytest.mark.parametrize("pooled", [True, False])
@@ -230,7 +238,7 @@ def test_shuffled_heads_of_a_stack(tmp_path, pooled):
         receiver, donor = table.take(batch.receivers[seed]), table.take(batch.donors[seed, 0])
         for expert in range(2):
             order = orders[seed, expert]
-            assert torch.equal(order, torch.from_numpy(donor_orders(head["seed"], 0, 0, expert, 4, 6)))
+            assert torch.equal(order, torch.from_numpy(orders_of(head["seed"], 0, 0, expert, 4, 6)))
             for channel in range(6):
                 taken = donor[expert, order[:, channel], channel]
                 expected = taken if masks[k, expert, channel] else receiver[expert, :, channel]

@@ -22,6 +22,7 @@ MERGES = "a0: &a0 {k0: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i -
         (MERGES, "values after expanding aliases"),
         ("a: &a [*a]", "inside its own target"),
         ("a: &a {b: *a}", "inside its own target"),
+        ("a: [1", "must be a readable YAML file"),
         ("[" * 5000, "must be a readable YAML file"),
         ("a: " + "{a: " * 5000, "must be a readable YAML file"),
         ("- " * 5000, "must be a readable YAML file"),
@@ -126,21 +127,15 @@ def test_every_number_of_every_model_has_a_range(model):
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("hosts.dr.optimiser.lr=1e300", "hosts.dr.optimiser.lr: must lie in"),
         ("hosts.dr.optimiser.lr=1e-300", "hosts.dr.optimiser.lr: must lie in"),
         ("hosts.dr.optimiser.momentum=1.5", r"hosts.dr.optimiser.momentum: must lie in [0, 1]"),
-        ("hosts.dr.optimiser.weight_decay=1e300", "hosts.dr.optimiser.weight_decay: must be at most 1e+18"),
-        ("hosts.dr.scale=1e300", "hosts.dr.scale: must lie in"),
         ("hosts.dr.optimiser.epochs=99999999999", "hosts.dr.optimiser.epochs: must be at most"),
-        ("backbones.ce_mixup.lr=1e300", "backbones.ce_mixup.lr: must lie in"),
-        ("backbones.ce_mixup.mixup=1e300", "backbones.ce_mixup.mixup: must be at most"),
         ("backbones.ce_mixup.gamma=1e30", "backbones.ce_mixup.gamma: must"),
         ("backbones.ce_mixup.warmup_epochs=99999999999999999999", "warmup_epochs: must be at most"),
         ("backbones.ce_mixup={arch: resnet20, nesterov: true, momentum: 0.0}", "nesterov needs a momentum above 0"),
         ("backbones.ce_mixup.options={experts: 1000000000}", "experts: must be at most 1000; got 1000000000"),
         ("extract.batch_size=1000000000", "extract.batch_size: must be at most 1048576"),
         ("extract.max_views=40000", "extract.max_views: must be at most 32768"),
-        ("train_classifier.memory_bytes=9223372036854775808", "memory_bytes: must be at most 9223372036854775807"),
     ],
 )  # fmt: skip
 def test_numbers_that_nothing_can_compute_with_are_refused_by_name(tmp_path, override, says):

@@ -1,5 +1,4 @@
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,8 +7,6 @@ from conformance import (
     CHANNELS,
     COUNTS,
     augmented,
-    check_evaluation,
-    check_fusion,
     check_gradients,
     check_head_alone,
     check_logits,
@@ -22,20 +19,15 @@ from conformance import (
     make_host,
     training_features,
 )
-from host_references import BATCH_REFERENCES, REFERENCES, ce_reference, cosines_by_hand, minus_log_p
+from loss_references import BATCH_REFERENCES, REFERENCES, ce_reference, cosines_by_hand, minus_log_p
 from pipeline_builders import make_backbone_dir, make_stage1_head, make_stage2_cache, silent
 
 from h2t.cache.reader import open_cache
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.run import Run
-from h2t.pipeline.extraction.recipes import RECIPES, Recipe
-from h2t.pipeline.heads import stack as stack_module
-from h2t.pipeline.heads.batches import Streams
-from h2t.pipeline.heads.features import FeatureReader
 from h2t.pipeline.heads.host import Context, TrainingBatch
 from h2t.pipeline.heads.residency import Residency
-from h2t.pipeline.heads.stored import load_heads
 from h2t.pipeline.hosts.mislas import smoothing
 from h2t.pipeline.networks.branches import branch_logits
 from h2t.pipeline.stages import evaluate, train_classifier
@@ -372,20 +364,6 @@ def test_a_fitted_host_has_one_head_and_no_h2t(tmp_path, name, wide_cache, stage
             run_stage(tmp_path / "x", wide_cache, stage1_dir[0], host=name, **{key: {}})
 
 
-def test_a_stack_that_would_not_fit_is_trained_in_parts(tmp_path, wide_cache, stage1_dir):
-    said = []
-    section = {"grid": {"ratio": [0.0, 0.3, 1.0], "selection": ["random", "mixup"], "seed": [0, 1]}}
-    run_stage(tmp_path / "one", wide_cache, stage1_dir[0], **section)
-    run_stage(
-        tmp_path / "many", wide_cache, stage1_dir[0], residency={"stack_bytes": 700_000}, say=said.append, **section
-    )
-    assert any("12 classifiers in " in line and "parts" in line for line in said)
-    one, many = load_heads(tmp_path / "one"), load_heads(tmp_path / "many")
-    assert one.table.equals(many.table)
-    for key, tensor in one.state.items():
-        assert float((tensor - many.state[key]).abs().max() / tensor.abs().max()) <= 1e-5
-
-
 @pytest.mark.parametrize(
     ("section", "text"),
     [
@@ -434,76 +412,3 @@ def test_class_counts_that_disagree_are_refused(tmp_path, stage1_dir):
     fewer = make_stage2_cache(tmp_path / "d", counts=(5, 2, 1), shape=(64, 2, 2), backbone=stage1_dir[1])
     with pytest.raises(UserError, match=r"stage-I classifier: \(experts, classes, channels\) must be \(1, 3, 64\)"):
         run_stage(tmp_path / "h", fewer, stage1_dir[0])
-
-
-def test_the_checks_pass_as_things_are(tmp_path, cache, wide_cache, stage1_dir):
-    check_fusion(cache)
-    run_stage(tmp_path / "h", wide_cache, stage1_dir[0], grid={"ratio": [0.0, 0.5], "seed": [0]})
-    check_evaluation(wide_cache, load_heads(tmp_path / "h"))
-
-
-def donors_labels(monkeypatch):
-    original = Streams.batch
-
-    def batch(self, epoch, step):
-        found = original(self, epoch, step)
-        labels = self.receivers.labels[np.searchsorted(self.receivers.first, found.receivers[:, ::-1])]
-        return replace(found, labels=labels)
-
-    monkeypatch.setattr(Streams, "batch", batch)
-
-
-def in_place(monkeypatch):
-    monkeypatch.setattr(
-        stack_module, "fuse", lambda receiver, donor, mask: receiver.copy_(torch.where(mask, donor, receiver))
-    )
-
-
-def mask_per_sample(monkeypatch):
-    def fuse(receiver, donor, mask):
-        wide = mask.expand(receiver.shape).clone()
-        for i in range(wide.shape[2] if wide.dim() > 3 else 0):
-            wide[:, :, i] = wide[:, :, i].roll(i, dims=2)
-        return torch.where(wide, donor, receiver)
-
-    monkeypatch.setattr(stack_module, "fuse", fuse)
-
-
-def one_too_many(monkeypatch):
-    original = stack_module.replaced_channels
-    monkeypatch.setattr(
-        stack_module, "replaced_channels", lambda r, c, mode: min(c, original(r, c, mode) + (0 < r < 1))
-    )
-
-
-def swapped_branches(monkeypatch):
-    original = stack_module.fuse
-    monkeypatch.setattr(stack_module, "fuse", lambda receiver, donor, mask: original(donor, receiver, mask))
-
-
-def swapped_statistics(monkeypatch):
-    own = RECIPES["branchwise"]
-    swapped = Recipe(own.train, own.evaluation, "instance", {**own.donors, "instance": "balanced"}, own.evaluate)
-    monkeypatch.setitem(RECIPES, "branchwise", swapped)
-
-
-@pytest.mark.parametrize(
-    "mistake", [donors_labels, in_place, mask_per_sample, one_too_many, swapped_branches, swapped_statistics]
-)
-def test_the_checks_find_a_seeded_mistake(mistake, cache, monkeypatch):
-    mistake(monkeypatch)
-    with pytest.raises(AssertionError):
-        check_fusion(cache)
-
-
-def test_the_checks_find_fusion_at_evaluation(tmp_path, wide_cache, stage1_dir, monkeypatch):
-    run_stage(tmp_path / "h", wide_cache, stage1_dir[0], grid={"ratio": [0.5], "seed": [0]})
-    original = FeatureReader.read
-
-    def fused(self, rows):
-        found = original(self, rows)
-        return torch.cat([found[:, :, :32], found.roll(1, 1)[:, :, 32:]], 2)
-
-    monkeypatch.setattr(FeatureReader, "read", fused)
-    with pytest.raises(AssertionError):
-        check_evaluation(wide_cache, load_heads(tmp_path / "h"))

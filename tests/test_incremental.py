@@ -93,26 +93,14 @@ def one_added(root: Path) -> list[str]:
     return ["train/cat/0a.png"]
 
 
-def one_removed(root: Path) -> list[str]:
-    (root / "train/owl/4.png").unlink()
-    return []
-
-
 def one_changed(root: Path) -> list[str]:
     write_image(root / "train/owl/4.png", 999, (12, 10))
     return ["train/owl/4.png"]
 
 
-def test_changed(root: Path) -> list[str]:
-    write_image(root / "test/fox/1.png", 999, (12, 10))
-    return ["test/fox/1.png"]
-
-
-test_changed.__test__ = False
-
-
-def all_three(root: Path) -> list[str]:
-    one_removed(root)
+def three_changes(root: Path) -> list[str]:
+    """One added, one removed, a test image replaced."""
+    (root / "train/owl/4.png").unlink()
     write_image(root / "test/owl/0.png", 998, (12, 10))
     return [*one_added(root), "test/owl/0.png"]
 
@@ -124,7 +112,7 @@ def classes_reordered(root: Path) -> list[str]:
     return []
 
 
-CHANGES = [nothing, one_added, one_removed, one_changed, test_changed, all_three, classes_reordered]
+CHANGES = [nothing, one_changed, three_changes, classes_reordered]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda c: c.__name__)
@@ -160,7 +148,7 @@ def test_every_codec_and_rows_that_move_within_chunks(before, images, tmp_path, 
     layout = {"codec": codec, "chunk_rows": chunk_rows}
     old = tmp_path / "old"
     extracted(old, *prepared(before / "images", tmp_path / "s"), before / "backbone", **{**SMALL, **layout})
-    touched = all_three(images)
+    touched = three_changes(images)
     summary = both(tmp_path, images, before, previous=old, **layout)
     assert summary.forwarded == rows_of(tmp_path / "full", source=touched)
 
@@ -378,7 +366,7 @@ def test_a_source_of_other_maps_is_refused(tmp_path):
 @pytest.fixture
 def command(before, images, tmp_path):
     """Runs `h2t extract b` on the changed images with what is given; returns (exit code, stdout, stderr)."""
-    all_three(images)
+    three_changes(images)
     prepared(images, tmp_path / "samples")
     settings = {f"extract__{k}": v for k, v in {**SMALL, "dtype": "float32", "batchnorm_passes": 2}.items()}
     params = write_params(tmp_path / "params.yaml", prepare=section_of(images), **settings)

@@ -3,13 +3,25 @@ import math
 import numpy as np
 import pytest
 import torch
+from conformance import COUNTS
+from loss_references import (
+    balanced_softmax_reference,
+    ce_reference,
+    class_balanced_reference,
+    cosines_by_hand,
+    focal_reference,
+    influence_balanced_reference,
+    logits_by_hand,
+    minus_log_p,
+    reslt_reference,
+    weights_by_hand,
+)
 
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.networks.classifier import logits
 from h2t.pipeline.objectives.ride import temperatures
 
-COUNTS = (30, 12, 3, 1)
 CHANNELS = 6
 
 
@@ -28,69 +40,29 @@ def make_maps(experts=1, batch=7, seed=1):
 LABELS = torch.tensor([0, 3, 1, 2, 2, 0, 1])
 
 
-def minus_log_p(z, y):
-    top = max(z)
-    return top + math.log(sum(math.exp(v - top) for v in z)) - z[y]
-
-
-def linear_by_hand(objective, maps, e, i):
-    x = maps[e][i].mean((1, 2)).numpy()
-    w, b = objective.weight.detach().numpy()[e], objective.bias.detach().numpy()[e]
-    return [float(sum(w[j, d] * x[d] for d in range(len(x))) + b[j]) for j in range(len(w))]
-
-
-def cosines_by_hand(objective, maps, e, i):
-    x = maps[e][i].mean((1, 2)).numpy()
-    return [
-        float(sum(w[d] * x[d] for d in range(len(x)))) / math.sqrt(float((w**2).sum()) * float((x**2).sum()))
-        for w in objective.weight.detach().numpy()[e]
-    ]
-
-
-def mean_over_experts(each):
-    return [sum(column) / len(each) for column in zip(*each, strict=True)]
-
-
 def margins_by_hand(largest=0.5):
     raw = [n**-0.25 for n in COUNTS]
     return [largest * r / max(raw) for r in raw]
 
 
-def weights_by_hand(beta=0.9999):
-    raw = [(1 - beta) / (1 - beta**n) for n in COUNTS]
-    return [len(COUNTS) * r / sum(raw) for r in raw]
+# References: (objective, its state as arrays, features (E, B, D) or their two moments, epoch, noise) -> loss
 
 
-def ce_reference(objective, maps, epoch, noise):
-    total = 0.0
-    for i, y in enumerate(LABELS.tolist()):
-        total += minus_log_p(mean_over_experts([linear_by_hand(objective, maps, e, i) for e in range(len(maps))]), y)
-    return total / len(LABELS)
-
-
-def balanced_softmax_reference(objective, maps, epoch, noise):
-    total = 0.0
-    for i, y in enumerate(LABELS.tolist()):
-        z = mean_over_experts([linear_by_hand(objective, maps, e, i) for e in range(len(maps))])
-        total += minus_log_p([v + math.log(n) for v, n in zip(z, COUNTS, strict=True)], y)
-    return total / len(LABELS)
-
-
-def ldam_drw_reference(objective, maps, epoch, noise):
+def ldam_drw_reference(objective, s, x, epoch, noise):
     weights = weights_by_hand() if epoch >= 160 else [1.0] * len(COUNTS)
     total = norm = 0.0
     for i, y in enumerate(LABELS.tolist()):
-        z = mean_over_experts([cosines_by_hand(objective, maps, e, i) for e in range(len(maps))])
+        z = cosines_by_hand(s["weight"], x[:, i])
         z[y] -= margins_by_hand()[y]
         total += weights[y] * minus_log_p([30 * v for v in z], y)
         norm += weights[y]
     return total / norm
 
 
-def gcl_reference(objective, maps, epoch, noise):
+def gcl_reference(objective, s, x, epoch, noise):
     high, low, total = math.log(max(COUNTS)), math.log(min(COUNTS)), 0.0
     for i, y in enumerate(LABELS.tolist()):
-        z = mean_over_experts([cosines_by_hand(objective, maps, e, i) for e in range(len(maps))])
+        z = cosines_by_hand(s["weight"], x[:, i])
         for j, n in enumerate(COUNTS):
             e_ij = min(1.0, max(-1.0, float(noise[i, j]) / 3))
             z[j] -= 0.5 * abs(e_ij) * (high - math.log(n)) / (high - low)
@@ -98,21 +70,27 @@ def gcl_reference(objective, maps, epoch, noise):
     return total / len(LABELS)
 
 
-def ride_reference(objective, maps, epoch, noise):
-    late = epoch >= 160
-    scale = 30 if objective.classifier == "cosine" else 1
-    by_hand = cosines_by_hand if objective.classifier == "cosine" else linear_by_hand
+def ride_reference(objective, s, x, epoch, noise):
+    late, cosine = epoch >= 160, objective.classifier == "cosine"
+    scale = 30 if cosine else 1
+
+    def logits_of(e, i):
+        w, one = s["weight"][e : e + 1], x[e : e + 1, i]
+        return [
+            scale * v for v in (cosines_by_hand(w, one) if cosine else logits_by_hand(w, s["bias"][e : e + 1], one))
+        ]
+
     weights = weights_by_hand() if late else [1.0] * len(COUNTS)
     heat = [len(COUNTS) * 0.05 * n / sum(COUNTS) + 0.95 for n in COUNTS]
     heat = [t / max(heat) for t in heat] if late else [1.0] * len(COUNTS)
     square = (sum(heat) / len(heat)) ** 2
     total = 0.0
-    for e in range(len(maps)):
+    for e in range(len(x)):
         loss = norm = apart = 0.0
         for i, y in enumerate(LABELS.tolist()):
-            each = [[scale * v for v in by_hand(objective, maps, f, i)] for f in range(len(maps))]
+            each = [logits_of(f, i) for f in range(len(x))]
             z = list(each[e])
-            common = [v / t for v, t in zip(mean_over_experts(each), heat, strict=True)]
+            common = [sum(column) / len(x) / t for column, t in zip(zip(*each, strict=True), heat, strict=True)]
             own = [v / t for v, t in zip(z, heat, strict=True)]
             for j in range(len(z)):
                 apart += math.exp(-minus_log_p(common, j)) * (minus_log_p(own, j) - minus_log_p(common, j))
@@ -123,81 +101,31 @@ def ride_reference(objective, maps, epoch, noise):
     return total
 
 
-def reslt_reference(objective, maps, epoch, noise):
-    """Batch norm on the maps, pixel by pixel; groups of 4 classes: 1 of head, 2 of medium, 1 of tail; beta 0.995."""
-    z = np.zeros((3, len(LABELS), len(COUNTS)))
-    w, b = objective.weight.detach().numpy(), objective.bias.detach().numpy()
-    for h in range(3):
-        for e, m in enumerate(maps):
-            values = m.numpy()
-            mean = values.mean((0, 2, 3), keepdims=True)
-            variance = ((values - mean) ** 2).mean((0, 2, 3), keepdims=True)
-            normal = (values - mean) / np.sqrt(variance + 1e-5)
-            gain = objective.norm_weight.detach().numpy()[h][:, None, None]
-            x = (normal * gain + objective.norm_bias.detach().numpy()[h][:, None, None]).mean((2, 3))
-            z[h] += (x @ w[e].T + b[e]) / len(maps)
-    fusion = sum(minus_log_p(list(z[:, i].sum(0)), y) for i, y in enumerate(LABELS.tolist())) / len(LABELS)
-    terms = [
-        -math.log(math.exp(-minus_log_p(list(z[h, i]), y)) + 1e-7)
-        for i, y in enumerate(LABELS.tolist())
-        for h, first in enumerate((0, 1, 3))
-        if y >= first
-    ]
-    return 0.005 * fusion + 0.995 * sum(terms) / len(terms)
+def class_balanced(objective, s, x, epoch, noise):
+    constants = objective.constants
+    beta = constants.beta if epoch >= constants.start_epoch else 0
+    return class_balanced_reference(s, x, LABELS.tolist(), noise, beta, constants.base, constants.gamma)
 
 
-def mean_logits(objective, maps, i):
-    return mean_over_experts([linear_by_hand(objective, maps, e, i) for e in range(len(maps))])
+def influence_balanced(objective, s, x, epoch, noise):
+    late = epoch >= objective.constants.start_epoch
+    return (influence_balanced_reference if late else ce_reference)(s, x, LABELS.tolist(), noise)
 
 
-def focal_by_hand(z, y, gamma, form):
-    """One sample's focal loss; with a sigmoid it is the sum of a binary loss for each class."""
-    if form == "softmax":
-        p = math.exp(z[y]) / sum(math.exp(v) for v in z)
-        return -((1 - p) ** gamma) * math.log(p)
-    right = [1 / (1 + math.exp(-v if j == y else v)) for j, v in enumerate(z)]
-    return sum(-((1 - p) ** gamma) * math.log(p) for p in right)
-
-
-def focal_reference(objective, maps, epoch, noise):
-    gamma, form = objective.constants.gamma, objective.constants.form
-    each = [focal_by_hand(mean_logits(objective, maps, i), y, gamma, form) for i, y in enumerate(LABELS.tolist())]
-    return sum(each) / len(each)
-
-
-def class_balanced_reference(objective, maps, epoch, noise):
-    constants, total = objective.constants, 0.0
-    weights = weights_by_hand(constants.beta) if epoch >= constants.start_epoch else [1.0] * len(COUNTS)
-    gamma = 0 if constants.base == "softmax" else constants.gamma
-    form = "sigmoid" if constants.base == "sigmoid_focal" else "softmax"
-    for i, y in enumerate(LABELS.tolist()):
-        total += weights[y] * focal_by_hand(mean_logits(objective, maps, i), y, gamma, form)
-    return total / len(LABELS)
-
-
-def influence_balanced_reference(objective, maps, epoch, noise):
-    inverse, total = [1 / n for n in COUNTS], 0.0
-    for i, y in enumerate(LABELS.tolist()):
-        z = mean_logits(objective, maps, i)
-        loss = minus_log_p(z, y)
-        if epoch >= objective.constants.start_epoch:
-            apart = sum(abs(math.exp(-minus_log_p(z, j)) - (j == y)) for j in range(len(z)))
-            size = sum(float(m[i].mean((1, 2)).abs().sum()) for m in maps) / len(maps)
-            loss *= len(COUNTS) * inverse[y] / sum(inverse) * 1000 / (apart * size + 0.001)
-        total += loss
-    return total / len(LABELS)
+def focal(objective, s, x, epoch, noise):
+    return focal_reference(s, x, LABELS.tolist(), noise, objective.constants.gamma, objective.constants.form)
 
 
 REFERENCES = {
-    "focal": focal_reference,
-    "class_balanced": class_balanced_reference,
-    "influence_balanced": influence_balanced_reference,
-    "ce": ce_reference,
-    "balanced_softmax": balanced_softmax_reference,
+    "focal": focal,
+    "class_balanced": class_balanced,
+    "influence_balanced": influence_balanced,
+    "ce": lambda _, s, x, epoch, noise: ce_reference(s, x, LABELS.tolist(), noise),
+    "balanced_softmax": lambda _, s, x, epoch, noise: balanced_softmax_reference(s, x, LABELS.tolist(), noise),
     "ldam_drw": ldam_drw_reference,
     "gcl": gcl_reference,
     "ride": ride_reference,
-    "reslt": reslt_reference,
+    "reslt": lambda _, s, x, epoch, noise: reslt_reference(s, x, LABELS.tolist(), noise, beta=0.995),
 }
 
 
@@ -213,7 +141,10 @@ def check_reference(name, experts, epoch, **loss):
         noise = torch.randn(len(LABELS), len(COUNTS), dtype=torch.float64)
         torch.manual_seed(3)
         found = objective.loss(maps, LABELS, epoch)
-    expected = REFERENCES[name](objective, maps, epoch, noise)
+    state = {k: t.detach().numpy() for k, t in objective.state_dict().items()}
+    moments = [np.stack([v.mean((2, 3)) for v in (m.numpy(), m.numpy() ** 2)], -1) for m in maps]
+    x = np.stack(moments) if name == "reslt" else np.stack(moments)[..., 0]
+    expected = REFERENCES[name](objective, state, x, epoch, noise)
     assert abs(found.item() - expected) <= 1e-10 * max(1, abs(expected))
 
 

@@ -8,12 +8,22 @@ import time
 
 import pytest
 import torch
-from builders import TOKEN, make_maps, make_rows, make_spec, make_statistics, tree, write_cache
+from builders import TOKEN, make_cache, make_maps, make_rows, make_spec, make_statistics, tree, write_cache
 from click.testing import CliRunner
 from kills import heard
-from pipeline_builders import environment, extracted, make_backbone_dir, make_samples, write_params
+from pipeline_builders import (
+    environment,
+    extracted,
+    make_backbone_dir,
+    make_samples,
+    make_stage2_cache,
+    write_params,
+)
 
 from h2t.cache.errors import CacheError
+from h2t.cache.reader import open_cache
+from h2t.cache.tools.pooled import pooled
+from h2t.cache.tools.verify import verify
 from h2t.cache.write import parts
 from h2t.cache.write.parts import Part
 from h2t.cache.write.staging import Staging
@@ -74,8 +84,6 @@ class TestOfShards:
 
     def test_two_that_computed_other_bits_make_one_sound_cache(self, tmp_path, spec):
         """On GPUs a shard that is computed twice may round differently. One of both is taken whole, with its digest."""
-        from h2t.cache.tools.verify import verify
-
         self.write_part(tmp_path / "c", spec, Part(1, 1))
         self.write_part(tmp_path / "c", spec, Part(1, 1), seed=1, shards=[0, 2])
         self.commit(tmp_path / "c", spec)
@@ -195,12 +203,12 @@ def test_a_commit_names_the_missing_parts_and_keeps_the_others(digits, backbone_
 
 
 def test_a_commit_of_nothing_and_one_with_other_parameters_are_one_line(digits, backbone_dir, tmp_path):
-    with pytest.raises(UserError, match="--commit needs parts written with the same parameters; got none"):
+    with pytest.raises(CacheError, match="--commit needs parts written with the same parameters; got none"):
         extracted(tmp_path / "b", *digits, backbone_dir, commit=True, **SMALL)
     extracted(tmp_path / "b", *digits, backbone_dir, part=Part(1, 1), **SMALL)
     with pytest.raises(UserError, match=r"extract\.batch_size: must be 16, .* got 32"):
         extracted(tmp_path / "b", *digits, backbone_dir, commit=True, **{**SMALL, "batch_size": 32})
-    with pytest.raises(UserError, match="--commit needs parts"):
+    with pytest.raises(CacheError, match="--commit needs parts"):
         extracted(tmp_path / "b", *digits, backbone_dir, commit=True, **{**SMALL, "max_views": 1})
     with pytest.raises(CacheError, match="codec none -> zstd"):
         extracted(tmp_path / "b", *digits, backbone_dir, commit=True, **SMALL, codec="zstd")
@@ -270,6 +278,80 @@ def test_parts_at_once_killed_and_repeated_end_in_the_same_bytes(tmp_path, warm_
 def written(out):
     """Finished files of parts."""
     return sum(p.suffix != ".partial" for p in staging_of(out).glob("parts.*/*"))
+
+
+class TestOfPooledCopies:
+    """`h2t pool` in parts: shards are small here, so that each part has some."""
+
+    @pytest.fixture
+    def parent(self, tmp_path):
+        make_cache(tmp_path / "a", rows=make_rows(500), maps=((700, 2, 2),), shard_rows=64)
+        with open_cache(tmp_path / "a") as cache:
+            yield cache
+
+    def copied(self, parent, target, **given):
+        return pooled(parent, target, lambda maps: maps.mean((2, 3)), "gap", shard_bytes=100_000, **given)
+
+    @pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2)])
+    def test_parts_end_in_the_bytes_of_one_process(self, parent, tmp_path, order):
+        assert self.copied(parent, tmp_path / "one").shards > 10
+        for k in order:
+            self.copied(parent, tmp_path / "b", part=Part(k, 3))
+            assert not (tmp_path / "b").exists()
+        copied = []
+        self.copied(parent, tmp_path / "b", commit=True, progress=copied.append)
+        assert copied == []
+        assert tree(tmp_path / "b") == tree(tmp_path / "one")
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "one"]
+
+    def test_a_part_that_failed_goes_on_and_a_commit_names_what_is_missing(self, parent, tmp_path, monkeypatch):
+        monkeypatch.setattr("h2t.cache.tools.pooled.WORKERS", 1)
+        self.copied(parent, tmp_path / "one")
+        with pytest.raises(CacheError, match="--commit needs parts") as none:
+            self.copied(parent, tmp_path / "b", commit=True)
+        done = []
+
+        def stop(rows):
+            done.append(rows)
+            if len(done) == 2:
+                raise RuntimeError("the power went")
+
+        self.copied(parent, tmp_path / "b", part=Part(3, 3))
+        with pytest.raises(RuntimeError):
+            self.copied(parent, tmp_path / "b", part=Part(1, 3), progress=stop)
+        with pytest.raises(CacheError, match=r"of 2 parts \(1/3, 2/3\)") as some:
+            self.copied(parent, tmp_path / "b", commit=True)
+        assert {none.value.reason, some.value.reason} == {"incomplete"}
+        again = []
+        for k in (1, 2):
+            self.copied(parent, tmp_path / "b", part=Part(k, 3), progress=again.append)
+        self.copied(parent, tmp_path / "b", commit=True)
+        assert sum(again) < 500 * 2 / 3
+        assert tree(tmp_path / "b") == tree(tmp_path / "one")
+
+    def test_a_part_of_another_version_is_refused_by_name(self, parent, tmp_path):
+        self.copied(parent, tmp_path / "b", part=Part(1, 2), token={"torch": "1"})
+        with pytest.raises(CacheError, match="torch 1 -> 2"):
+            self.copied(parent, tmp_path / "b", part=Part(2, 2), token={"torch": "2"})
+        self.copied(parent, tmp_path / "b", part=Part(2, 2), token={"torch": "1"})
+        self.copied(parent, tmp_path / "b", commit=True, token={"torch": "2"})  # a commit pools nothing
+        assert verify(tmp_path / "b") == []
+
+    @pytest.mark.parametrize("command", [["pool", "b"], ["cache", "pool"]], ids=" ".join)
+    def test_the_commands(self, tmp_path, command):
+        make_stage2_cache(tmp_path / "b")
+        end = ["--params", str(write_params(tmp_path / "p.yaml"))] if command == ["pool", "b"] else []
+
+        def pool(out, *more):
+            found = CliRunner().invoke(main, [*command, str(tmp_path / "b"), str(tmp_path / out / "b"), *more, *end])
+            assert found.exit_code == 0, found.output
+            return found.output
+
+        pool("whole")
+        assert "part 1/2" in pool("parts", "--part", "1/2")
+        pool("parts", "--part", "2/2")
+        pool("parts", "--commit")
+        assert tree(tmp_path / "parts/b") == tree(tmp_path / "whole/b")
 
 
 @pytest.mark.parametrize("value", ["0/4", "5/4", "1", "1/x", "/", "-1/4", "1/0"])

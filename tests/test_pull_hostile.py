@@ -8,11 +8,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from builders import make_cache, make_rows, tree
+from builders import make_rows, tree
 from click.testing import CliRunner
 from hostile_server import hostile_server
-from pipeline_builders import make_backbone_dir
-from repositories import PUBLISHED, dvc, git, start_repository
+from repositories import cache_repository, dvc, git
 
 from h2t.cache.format.spec import RECORD
 from h2t.cache.read import asking, transfer
@@ -51,10 +50,7 @@ class Lab:
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
     home = tmp_path_factory.mktemp("hostile")
-    root = start_repository(home, PUBLISHED, ["train_backbone", "extract"])
-    make_cache(root / "made/cache", rows=make_rows(60), shard_rows=20)
-    make_backbone_dir(root / "made/backbone")
-    dvc("repro", where=root)
+    root = cache_repository(home, rows=make_rows(60), shard_rows=20)
     dvc("push", where=root)
     with hostile_server(tree(home / "store")) as (url, handler):
         dvc("remote", "modify", "store", "url", f"{url}/sound/x", where=root)

@@ -1,4 +1,3 @@
-import json
 import multiprocessing
 import os
 import shutil
@@ -6,10 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pytest
-from builders import make_cache, make_maps, make_rows, make_spec, make_statistics, reseal, tree
+from builders import make_cache, make_rows, make_spec, make_statistics, reseal
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -298,41 +296,3 @@ class TestDamage:
         make_cache(cache_dir, codec="zstd")
         reseal(cache_dir, lambda body: body.update(experts=[{"shape": [11, 3, 2, 3]}]))
         assert refused(cache_dir).reason == "damaged"
-
-
-class TestRemote:
-    @pytest.fixture
-    def url(self, cache_dir):
-        self.maps = make_cache(cache_dir, codec="zstd", chunk_rows=2, maps=((3, 2, 2), (2, 1, 1)))
-        fs = fsspec.filesystem("memory")
-        root = "/remote-cache"
-        for name, data in tree(cache_dir).items():
-            fs.pipe_file(f"{root}/{name}", data)
-        yield f"memory:/{root}"
-        fs.rm(root, recursive=True)
-
-    def test_reads_the_same(self, url):
-        wanted = [10, 3, 3, 0]
-        with open_cache(url) as cache:
-            for expert in (0, 1):
-                assert cache.read(wanted, expert=expert).tobytes() == self.maps[expert][wanted].tobytes()
-            assert cache.rows == make_rows()
-
-    def test_a_missing_shard_is_never_zeros(self, url):
-        with open_cache(url) as cache:
-            fsspec.filesystem("memory").rm("/remote-cache/maps.zarr/expert_0/c.1.0.0.0")
-            with pytest.raises(CacheError) as error:
-                cache.read([5])
-        assert error.value.reason == "missing"
-
-    def test_nothing_there(self):
-        assert refused("memory://nothing-here").reason == "uncommitted"
-
-
-def test_the_public_surface_is_what_the_design_names(cache_dir):
-    make_cache(cache_dir)
-    with open_cache(str(cache_dir)) as cache:
-        assert {"spec", "rows", "experts", "read", "close"} <= set(dir(cache))
-        record = json.loads((cache_dir / "cache.json").read_bytes())
-        assert record["fingerprint"] == cache.spec.fingerprint
-        assert make_maps(cache.spec)[0].shape == tuple(record["experts"][0]["shape"])

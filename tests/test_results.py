@@ -302,24 +302,6 @@ def test_an_analysis_without_its_cache_says_where_the_cache_is_described(tmp_pat
         analyses.main()
 
 
-def test_compare_two_runs(tmp_path, evaluated):
-    other = make_evaluated(tmp_path, seed=1, grid=GRID)
-    lines: list[str] = []
-    comparison.compare(evaluated, other.parent, tmp_path / "both", lines.append)
-    table = [line for line in lines[0].splitlines() if line.startswith("| dr")]
-    assert [line.split("|")[2].strip() for line in table] == ["stage I", "without H2T", "with H2T"]
-    first, second = (load_result("dr", f / "dr").metrics["with_h2t"]["top1"] for f in (evaluated, other))
-    assert f"{second - first:+.2f} [" in table[2]
-    assert f" at {load_result('dr', other / 'dr').metrics['with_h2t']['ratio']:g} |" in table[2]
-    assert " at " not in table[1]
-    page = (tmp_path / "both" / "index.html").read_text()
-    assert page.index('id="sides-table"') < page.index('id="methods"')  # A against B comes first
-    assert f">{second - first:+.2f}<span" in page
-    same: list[str] = []
-    comparison.compare(evaluated, evaluated, None, same.append)
-    assert same[0].count("+0.00 identical") == 3 * len(FIGURES)
-
-
 def test_hosts_of_one_backbone_are_compared_image_by_image(tmp_path):
     folder = make_evaluated(tmp_path)
     for name in ("ncm", "tau_norm"):

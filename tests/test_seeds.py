@@ -3,8 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from h2t.pipeline.base import seeds
-from h2t.pipeline.base.many_streams import ManyStreams, start
+from h2t.pipeline.base.many_streams import ManyStreams, at_once, generators
 from h2t.pipeline.base.seeds import stream, torch_seed, word
 
 PINNED = ([135, 14, 937, 257], [464, 179, 545, 647], 3866525415616801780)
@@ -90,14 +89,31 @@ def test_a_word_of_many_streams_may_differ_from_stream_to_stream():
     assert many.integers(10**6).tolist() == [stream(3, "view", name, 5).integers(10**6) for name in names]
 
 
-@given(st.lists(st.integers(0, 2**33), min_size=1, max_size=4, unique=True), KEYS)
-def test_streams_started_ahead_draw_what_they_draw_otherwise(numbers, key):
-    epochs = [0, 3, 2**32 - 1, *range(10, 40)]
-    keys = [(*key, "own", epoch, 7) for epoch in epochs]
-    before = [draws(seed, *one) for seed in numbers for one in keys]
-    start(numbers, (*key, "own", epochs, 7))
-    assert seeds._started.keys() == {(seed, *one) for seed in numbers for one in keys if seed < 2**32}
-    assert [draws(seed, *one) for seed in numbers for one in keys] == before
-    assert (stream(numbers[0], *keys[0]).permutation(50) == stream(numbers[0], *keys[0]).permutation(50)).all()
-    start([], ())
-    assert not seeds._started
+SEEDS = st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=4, unique=True)
+HIGHS = st.sampled_from([1, 1, 2, 5, 1000, 2**31 + 1, 2**32 - 1])
+
+
+@given(SEEDS, KEYS, st.lists(st.lists(HIGHS, min_size=3, max_size=3), min_size=1, max_size=4), st.booleans())
+def test_arrays_drawn_at_once_are_those_of_each_stream(numbers, key, highs, shares):
+    """Also where NumPy repeats a draw, which it does for nearly half of those below 2^31 + 1."""
+    steps = [0, 3, 2**32 - 1, *range(10, 40)]
+    of_step = np.broadcast_to(np.array(highs[0]), (len(steps), len(numbers), 3))
+
+    def draw(draws, of):
+        first = [draws.choice(4, size=5, p=np.array([0.1, 0.2, 0.3, 0.4]))] if shares else []
+        same = [draws.integers(high[0], size=3) for high in highs]
+        return np.concatenate([*first, *same, draws.integers(of)], axis=-1)
+
+    drawn = at_once(numbers, key, steps, draw, of_step)
+    for i, step in enumerate(steps):
+        for j, seed in enumerate(numbers):
+            assert drawn[i, j].tolist() == draw(stream(seed, *key, step), of_step[i, j]).tolist()
+
+
+@given(st.lists(st.integers(0, 2**33), min_size=1, max_size=4, unique=True), KEYS, st.booleans())
+def test_generators_of_many_streams_draw_what_each_draws_alone(numbers, key, several):
+    steps, experts = [0, 2**32 - 1, *range(10, 40)], range(2 if several else 1)
+    every = generators(numbers, key, steps, experts)
+    found = [(draws.permutation(9).tolist(), draws.integers(5), draws.random()) for draws in every]
+    alone = [stream(seed, *key, step, e) for step in steps for seed in numbers for e in experts]
+    assert found == [(draws.permutation(9).tolist(), draws.integers(5), draws.random()) for draws in alone]

@@ -21,7 +21,6 @@ from h2t.cache.errors import CacheError
 from h2t.cache.read import dvc_files
 from h2t.cache.read.dvc_files import split_revision
 from h2t.cache.reader import open_cache
-from h2t.cache.redaction import redacted
 from h2t.cache.tools.verify import verify
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.command_line.main import main
@@ -349,15 +348,6 @@ def test_revisions_in_urls(text, expected):
     assert split_revision(text) == expected
 
 
-def test_secrets_are_cut_from_messages(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert redacted("https://user:secret@host/x s3://key@b/y") == "https://host/x s3://b/y"
-    done = h2t("cache", "pull", "https://user:secret@localhost:1/x.git")
-    assert done.exit_code == 1
-    assert "secret" not in done.output
-    assert len(done.stderr.splitlines()) == 1
-
-
 def test_gc_removes_what_nobody_works_on(lab):
     data = lab / "a/data/extract"
     for name in (".old.staging", ".busy.staging"):
@@ -427,22 +417,9 @@ def test_gc_in_one_clone_leaves_the_other_ones_bytes(two_clones):
     assert verify(str(lab / "b/data/extract/b")) == []
 
 
-def share_by_setting(lab, patch):
-    dvc("config", "--local", "cache.shared", "group", where=lab / "a")
-    return "cache.shared is set"
-
-
 def share_by_local_directory(lab, patch):
     shutil.move(lab / "a/.dvc/cache", lab / "shared")
     dvc("cache", "dir", "--local", str(lab / "shared"), where=lab / "a")
-    return "lies outside this repository"
-
-
-def share_by_global_directory(lab, patch):
-    patch.setenv("DVC_GLOBAL_CONFIG_DIR", str(lab / "global"))
-    shutil.move(lab / "a/.dvc/cache", lab / "shared")
-    (lab / "global").mkdir()
-    (lab / "global/config").write_text(f"[cache]\n    dir = {lab}/shared\n")
     return "lies outside this repository"
 
 
@@ -471,9 +448,7 @@ def share_by_hard_links(lab, patch):
 @pytest.mark.parametrize(
     "share",
     [
-        share_by_setting,
         share_by_local_directory,
-        share_by_global_directory,
         share_by_system_setting,
         share_by_link,
         share_by_hard_links,
@@ -494,7 +469,7 @@ def test_gc_leaves_a_dvc_cache_that_others_may_use(lab, monkeypatch, share):
     assert 0 < len(dvc_objects(shared)) < len(before)
 
 
-@pytest.mark.parametrize("links", ["hardlink", "symlink", "copy"])
+@pytest.mark.parametrize("links", ["hardlink", "copy"])
 def test_gc_says_what_would_go_and_removes_just_that(lab, links):
     root = lab / "a"
     dvc("config", "--local", "cache.type", links, where=root)

@@ -10,6 +10,7 @@ from h2t.cache.format.spec import (
     CacheSpec,
     canonical_json,
     chunk_rows_for,
+    grown_shard_bytes,
     parse_record,
     sha256,
     shard_rows_for,
@@ -149,6 +150,15 @@ def test_rows_of_8_kib_are_chunks_of_their_own_and_smaller_ones_fill_64_kib(row_
 def test_shards_hold_whole_chunks_and_at_least_one():
     assert shard_rows_for(1000, 3, 10_000) == 9
     assert shard_rows_for(1000, 3, 1) == 3
+
+
+@pytest.mark.parametrize(
+    ("cache_bytes", "mebibytes"),
+    [(1, 128), (4096 * 128 * 2**20, 128), (4096 * 128 * 2**20 + 1, 256), (10**12, 256), (10**13, 512), (10**15, 512)],
+)
+def test_shards_of_a_large_cache_are_larger(cache_bytes, mebibytes):
+    assert grown_shard_bytes(128 * 2**20, cache_bytes) == mebibytes * 2**20
+    assert grown_shard_bytes(2**30, cache_bytes) == 2**30  # never smaller than asked for
 
 
 def test_shard_ranges_partition_the_rows():

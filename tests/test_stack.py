@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from h2t.pipeline.base import plugins
 from h2t.pipeline.heads import stack as stack_module
-from h2t.pipeline.heads.fusion import replaced_channels
+from h2t.pipeline.heads.fusion import channel_ranks, replaced_channels
 from h2t.pipeline.heads.host import is_stackable
 
 GRID = [
@@ -110,6 +110,19 @@ def test_heads_with_many_classes_are_not_folded(cache, monkeypatch):
     assert distance(torch.stack(losses), torch.stack(others)) <= 1e-11
 
 
+@pytest.mark.parametrize(("host", "loss", "classifier"), LINEAR)
+@pytest.mark.parametrize("kind", KINDS_OF_STACKS)
+def test_heads_in_blocks_are_those_of_one_block(two_experts, monkeypatch, host, loss, classifier, kind):
+    options = {"host": host, "loss": loss, "classifier": classifier, "scale": 3.0, "donors": DONORS, "batch_size": 8}
+    whole, losses = trained(make_stack(two_experts, KINDS_OF_STACKS[kind], dtype=torch.float64, **options))
+    monkeypatch.setattr(stack_module, "LOGITS_AT_ONCE", 1)
+    stack = make_stack(two_experts, KINDS_OF_STACKS[kind], dtype=torch.float64, **options)
+    assert len(stack._blocks) == stack._groups.members.shape[1]
+    found, others = trained(stack)
+    assert all(distance(found[name], whole[name]) <= 1e-11 for name in whole)
+    assert distance(torch.stack(losses), torch.stack(others)) <= 1e-11
+
+
 def test_an_overridden_loss_is_written_for_one_head_unless_it_says_otherwise(cache):
     dr = plugins.load("hosts", "dr").Host
 
@@ -122,6 +135,7 @@ def test_an_overridden_loss_is_written_for_one_head_unless_it_says_otherwise(cac
     own, ours = (make_stack(cache, GRID[:9], donors=DONORS, dtype=torch.float64) for _ in range(2))
     own._on_logits.__class__ = Own
     assert not is_stackable(own._on_logits)
+    own._stackable = False
     (mine, _), (theirs, _) = trained(own), trained(ours)
     assert all(distance(mine[name], theirs[name]) <= 1e-11 for name in theirs)
 
@@ -175,7 +189,8 @@ def test_one_step_at_a_time_against_a_slow_loop(cache, pooled):
         for at in stack.feed.steps(epoch + 1, epoch, 0):
             receiver = at.table.take(at.batch.receivers[0])[0]
             donor = at.table.take(at.batch.donors[0, 0])[0]
-            mask = stack.masks(torch.from_numpy(stack.ranks(epoch, at.step)))[0, 0]
+            ranks = channel_ranks(stack.streams.seeds, epoch, [at.step], [0], 20)[0]
+            mask = stack.masks(torch.from_numpy(ranks))[0, 0]
             assert int(mask.sum()) == count
             x = receiver.clone()
             x[:, mask] = donor[:, mask]

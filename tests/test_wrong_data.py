@@ -59,6 +59,7 @@ PARQUET = {
     "a missing label": (lambda h: table(h, image=TWO, label=["owl", None]), {}, "a.parquet: row 1: a label must be"),
     "an empty label": (lambda h: table(h, image=TWO, label=["owl", " "]), {}, "a.parquet: row 1: a label must not be"),
     "a fraction": (lambda h: table(h, image=TWO, label=[0.5, 1]), {}, "row 0: a label must be text or"),
+    "lists for labels": (lambda h: table(h, image=TWO, label=[[0], [1]]), {}, "a whole number; got [0]"),
     "a negative label": (lambda h: table(h, image=TWO, label=[0, -1]), {}, "row 1: a label must be a whole number"),
     "a label too large": (lambda h: table(h, image=TWO, label=[0, 9]), {}, "label 9 is out of range: with 2 images"),
     "a label without a name": (
@@ -110,6 +111,8 @@ LISTS = {
         {},
         "{here}/l.txt: must be a readable UTF-8 text file; got another encoding in line 1; save",
     ),
+    "a folder": (lambda h: (h / "l.txt").mkdir(), {}, "{here}/l.txt: must be a readable UTF-8 text file"),
+    "zeros": (lists(b"\0" * 99), {}, "{here}/l.txt:1: must have the form"),
     "no label": (lists("img/0.png\n"), {}, "{here}/l.txt:1: must have the form 'relative/path label'"),
     "words": (lists("img/0.png owl\n"), {}, "for labels in words set prepare.dataset=list_file"),
     "commas": (lists("img/0.png,0\n"), {}, "set prepare.dataset=table"),

@@ -30,6 +30,8 @@ STORED_AS = {"float16": "float16", "float32": "float32", "bfloat16": "uint16"}
 
 WHOLE_ROW_BYTES = 8 * 1024  # a row of this size or more is its own chunk
 SMALL_ROW_CHUNK_BYTES = 64 * 1024  # smaller rows share chunks of about this size
+MANY_SHARDS = 4096  # files, which tools such as DVC list and hash one by one
+LARGEST_GROWN_SHARD = 512 * 1024**2  # bytes
 MAX_CHUNK_BYTES = 2**31  # the limit of Blosc and LZ4
 
 
@@ -60,6 +62,16 @@ def chunk_rows_for(row_bytes: int) -> int:
 def shard_rows_for(row_bytes: int, chunk_rows: int, shard_bytes: int) -> int:
     """Rows per shard: as many whole chunks as fit into `shard_bytes` of uncompressed values, at least one."""
     return max(1, shard_bytes // (row_bytes * chunk_rows)) * chunk_rows
+
+
+def grown_shard_bytes(shard_bytes: int, cache_bytes: int) -> int:
+    """The size of a shard for an expert's `cache_bytes`: `shard_bytes`, doubled until there are few enough shards.
+
+    Few enough is `MANY_SHARDS`, and no shard grows beyond `LARGEST_GROWN_SHARD`, as writers hold several in memory.
+    """
+    while cache_bytes > MANY_SHARDS * shard_bytes and 2 * shard_bytes <= LARGEST_GROWN_SHARD:
+        shard_bytes *= 2
+    return shard_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

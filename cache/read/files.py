@@ -13,6 +13,7 @@ from typing import Any
 
 from h2t.cache.errors import CacheError
 from h2t.cache.format.spec import RECORD
+from h2t.cache.read.elsewhere import elsewhere
 from h2t.cache.read.in_use import InUse
 from h2t.cache.read.store import FileStore
 
@@ -256,8 +257,12 @@ def _stamp(status: os.stat_result) -> Stamp:
 
 
 def files_at(location: str | Path) -> FileStore:
-    """The files of the cache at a path, an fsspec URL or a `dvc+` address; raises CacheError `unreachable`."""
-    text = str(location)
+    """The files of the cache at a path, an fsspec URL or a `dvc+` address; raises CacheError `unreachable`.
+
+    For a directory that stands for a cache elsewhere (`read.elsewhere`), the files of that cache.
+    """
+    there = elsewhere(location)
+    text = there.url if there else str(location)
     # Imported here: the code for servers takes as long to import as all the rest of the reader.
     if text.startswith("dvc+"):
         from h2t.cache.read.dvc_files import DvcFiles

@@ -33,7 +33,7 @@ def copied(cache: Cache, url: str, *, replace: bool = False, progress: Callable[
             staging.discard()
             return 0
         if staging.committed() is not None and not replace:
-            raise CacheError("exists", f"{staging}: holds another cache; remove it or pass --replace")
+            raise CacheError("exists", f"{staging.target}: holds another cache; remove it or pass --replace")
         shards = RemoteShards(staging, spec, {"copy_of": sha256(record)})
 
         def send(shard: int) -> None:

@@ -3,6 +3,8 @@
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import replace as replaced
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,9 @@ from h2t.cache.format.card import card
 from h2t.cache.format.spec import CacheSpec, chunk_rows_for, shard_rows_for, to_float32
 from h2t.cache.memory import available_memory
 from h2t.cache.reader import Cache
-from h2t.cache.write.target import target_at
+from h2t.cache.write import parts
+from h2t.cache.write.parts import Part
+from h2t.cache.write.target import OfPart, Whole, target_at
 
 Pool = Callable[[np.ndarray], np.ndarray]
 
@@ -34,15 +38,18 @@ def pooled(
     shard_bytes: int = SHARD_BYTES,
     token: Mapping[str, Any] | None = None,
     replace: bool = False,
+    part: Part | None = None,
+    commit: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> CacheSpec:
     """Writes the pooled copy of `cache` to the path or URL `out`, unless it is already there; returns its spec.
 
     `pool` maps float32 (n, C, H, W) to (n, C') and is called from several threads. `pool_name` names it and its
     parameters and is part of the fingerprint (format rule 2.5). An interrupted copy is resumed only if `token` is
-    unchanged; it should hold whatever else affects the values, such as a library's version. `progress` is called after
-    each shard with its number of rows. Raises CacheError: `exists`, `busy`, `full`, `unwritable`, `mismatch`, and
-    whatever reading `cache` raises.
+    unchanged; it should hold whatever else affects the values, such as a library's version. With `part` only its
+    shards are written, beside other processes, and the copy appears when a call with `commit`, which pools nothing,
+    finds all shards (`cache.write.parts`). `progress` is called after each shard with its number of rows. Raises
+    CacheError: `exists`, `busy`, `full`, `unwritable`, `mismatch`, `incomplete`, and whatever reading `cache` raises.
     """
     parent = cache.spec
     maps = tuple((_pooled(cache, pool, e, 0, 1).shape[1], 1, 1) for e in range(cache.experts))
@@ -68,8 +75,19 @@ def pooled(
     block = max(1, BLOCK_BYTES // max(parent.row_bytes(e) for e in range(cache.experts)))
     same = {"block_rows": block, "numpy": np.__version__, **(token or {})}
 
-    with target.staging() as staging:
-        writer = target.writer(staging, spec, cache.rows, same)
+    with target.staging(shared=part is not None) as staging, staging.holding(part.label) if part else nullcontext():
+        if commit:
+            same = parts.written_with(staging)
+            pooled_with = {"numpy": same.get("numpy")}
+            spec = replaced(spec, provenance={**spec.provenance, "pooled_with": pooled_with})
+        writer: Whole | OfPart
+        if part is not None:
+            writer, pending = target.part(staging, spec, same, part)
+        else:
+            writer = whole = target.writer(staging, spec, cache.rows, same, read=not commit)  # parts have read theirs
+            pending = whole.pending
+            if commit and pending:
+                raise parts.missing(staging, spec, pending)
 
         def shard(number: int) -> None:
             rows = spec.shard_range(number)
@@ -77,14 +95,14 @@ def pooled(
             for expert, array in enumerate(arrays):
                 for start in range(rows.start, rows.stop, block):
                     stop = min(start + block, rows.stop)
-                    part = _pooled(cache, pool, expert, start, stop)
-                    if part.shape[1] != array.shape[1]:
+                    vectors = _pooled(cache, pool, expert, start, stop)
+                    if vectors.shape[1] != array.shape[1]:
                         raise CacheError(
                             "mismatch",
                             f"pool {pool_name}: must give every row as many channels as the first, {array.shape[1]}; "
-                            f"got {part.shape[1]}; correct the pool",
+                            f"got {vectors.shape[1]}; correct the pool",
                         )
-                    array[start - rows.start : stop - rows.start, :, 0, 0] = part
+                    array[start - rows.start : stop - rows.start, :, 0, 0] = vectors
             writer.write(number, arrays)
             if progress:
                 progress(len(rows))
@@ -93,9 +111,10 @@ def pooled(
         own = 2 * sum(spec.shard_rows * spec.row_bytes(e) for e in range(spec.experts)) + 5 * BLOCK_BYTES
         workers = max(1, min(WORKERS, available_memory() // (2 * own)))
         with ThreadPoolExecutor(workers) as threads:
-            list(threads.map(shard, writer.pending))
-        writer.take_over(read=False)
-        writer.commit(cache.statistics, card(spec, cache.rows), replace=replace)
+            list(threads.map(shard, pending))
+        if part is None:
+            whole.take_over(read=False)
+            whole.commit(cache.statistics, card(spec, cache.rows), replace=replace)
     return spec
 
 

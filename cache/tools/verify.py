@@ -16,6 +16,7 @@ from h2t.cache.format import shard as shard_layout
 from h2t.cache.format.codecs import codec
 from h2t.cache.format.rows import read_batches
 from h2t.cache.format.spec import CARD, MAPS, MAX_RECORD_BYTES, RECORD, ROWS, STATISTICS, Commit, parse_record, sha256
+from h2t.cache.read.elsewhere import check_fingerprint, elsewhere
 from h2t.cache.read.files import files_at
 from h2t.cache.read.store import FileStore
 from h2t.cache.read.stored_file import StoredFile, sha256_of
@@ -68,7 +69,10 @@ def verify(location: str | Path, *, quick: bool = False, part: Part = WHOLE) -> 
         files = files_at(location)
         if not files.exists(RECORD):
             return [Fault(RECORD, f"missing, so {files} is not a finished cache")]
-        opened.append((files, parse_record(files.read_all(RECORD, MAX_RECORD_BYTES))))
+        commit = parse_record(files.read_all(RECORD, MAX_RECORD_BYTES))
+        if there := elsewhere(location):
+            check_fingerprint(files, commit.spec, there.fingerprint)
+        opened.append((files, commit))
         return []
 
     faults = _guarded(RECORD, record)

@@ -28,6 +28,7 @@ from h2t.cache.write.encoding import encoded
 from h2t.cache.write.staging import Staging, bad_disk_is_one_line, file_sha256, write_durably
 
 TOKEN = "token.json"
+SHOWN = 8  # parts named in a message
 _NAME = re.compile(r"(\d+)\.(\d+)\.(\d+)\.([0-9a-f]{64})")
 
 
@@ -70,17 +71,68 @@ class Part:
         return f"{self.number}/{self.of}"
 
 
-class Labelled(Protocol):
-    """A staging folder that knows which parts have been begun."""
+class StagingFolder(Protocol):
+    """The staging folder of a cache, in a directory or at a URL: what is asked of it about parts."""
+
+    @property
+    def target(self) -> Any:
+        """The place of the cache, for messages."""
+
+    @property
+    def root(self) -> Any:
+        """The place of the folder, for messages."""
 
     def labels(self) -> list[str]:
-        """Names of their lock files, the latest one first."""
+        """Names of the lock files of the parts that have been begun, the latest one first."""
+
+    def kept(self, name: str) -> bytes | None:
+        """What is stored under `name`, or None."""
 
 
-def begun(staging: Labelled) -> int | None:
+def begun(staging: StagingFolder) -> int | None:
     """In how many parts the cache in `staging` is being written, by the part begun last; None if in no parts."""
     labels = staging.labels()
     return int(labels[0].rpartition("-")[2]) if labels else None
+
+
+def written_with(staging: StagingFolder) -> dict[str, Any]:
+    """The token that the parts in `staging` were written with, for a commit: its machine may have other versions.
+
+    Raises CacheError `incomplete` if there are no parts, `damaged` if their token cannot be read.
+    """
+    stored = staging.kept(TOKEN)
+    if stored is None:
+        raise no_parts(staging)
+    try:
+        return dict(json.loads(stored)["token"])
+    except (ValueError, KeyError, TypeError):
+        raise CacheError(
+            "damaged", f"{staging.root}: {TOKEN} cannot be read; remove it, and run the parts again"
+        ) from None
+
+
+def no_parts(staging: StagingFolder) -> CacheError:
+    """The error of a commit that finds no parts."""
+    return CacheError(
+        "incomplete",
+        f"{staging.target}: --commit needs parts written with the same parameters; got none; run the same command with "
+        "--part 1/N to --part N/N first",
+    )
+
+
+def missing(staging: StagingFolder, spec: CacheSpec, pending: Sequence[int]) -> CacheError:
+    """What a commit lacks: the parts with `pending` shards, or the shards if the cache is not written in parts."""
+    lack = f"{staging.target}: --commit needs all of its shards; {len(pending):,} of {spec.shards:,} missing"
+    of = begun(staging)
+    if of is None:
+        return CacheError("incomplete", f"{lack}; run the command without --commit")
+    numbers = [k for k in range(1, of + 1) if not set(pending).isdisjoint(Part(k, of).shards(spec))]
+    listed = ", ".join(f"{k}/{of}" for k in numbers[:SHOWN]) + (", ..." if len(numbers) > SHOWN else "")
+    return CacheError(
+        "incomplete",
+        f"{lack}, of {len(numbers)} part{'s' * (len(numbers) > 1)} ({listed}); run these with --part, then "
+        "--commit again",
+    )
 
 
 def token_bytes(spec: CacheSpec, token: Mapping[str, Any]) -> bytes:

@@ -70,7 +70,9 @@ class RemoteStaging:
         """The URL of the staging folder, for messages."""
         return f"{self.objects}/{self._folder}"
 
-    def __str__(self) -> str:
+    @property
+    def target(self) -> str:
+        """The URL of the cache, for messages."""
         return f"{self.objects}/{self.name}"
 
     def __enter__(self) -> "RemoteStaging":
@@ -185,7 +187,8 @@ class RemoteStaging:
     def _no_strangers(self, names: Iterable[str]) -> None:
         if strangers := sorted(name for name in names if not _OF_A_CACHE.fullmatch(name)):
             raise CacheError(
-                "exists", f"{self}: holds {strangers[0]}, which is no part of a cache; choose another place or move it"
+                "exists",
+                f"{self.target}: holds {strangers[0]}, which is no part of a cache; choose another place or move it",
             )
 
     def publish(
@@ -201,7 +204,7 @@ class RemoteStaging:
         have = self.record()
         if have != record:
             if have is not None and not replace:
-                raise CacheError("exists", f"{self}: holds another cache; remove it or pass --replace")
+                raise CacheError("exists", f"{self.target}: holds another cache; remove it or pass --replace")
             self._no_strangers(there)
             old = [RECORD] if have is not None else []
             old += [name for name in there if name != RECORD and name not in shards and name not in small]
@@ -218,7 +221,9 @@ class RemoteStaging:
                     self.objects.put(f"{self.name}/{name}", data)
                 self.check()
                 if self.objects.claim(end, record) != record:
-                    raise CacheError("exists", f"{self}: another process has written another cache there meanwhile")
+                    raise CacheError(
+                        "exists", f"{self.target}: another process has written another cache there meanwhile"
+                    )
         self.discard()
 
 

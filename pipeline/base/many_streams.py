@@ -7,13 +7,13 @@ NumPy's SeedSequence (M. E. O'Neill's seed_seq_fe128) and the generator Philox 4
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from h2t.pipeline.base.seeds import keep_started, word
+from h2t.pipeline.base.seeds import stream, word
 
-FEW = 32  # as many streams are started one by one in the time that `start` takes for any number of them
+FEW = 32  # as many streams are started one by one in the time that it takes to compute the starts of any number
 _POOL = 4
 _HIGH, _LOW = np.uint64(32), np.uint64(0xFFFFFFFF)
 _MULTIPLY = np.array([[0xD2E7470EE14C6C93], [0xCA5A826395121157]], np.uint64)  # of the counter's words 0 and 2
@@ -67,23 +67,112 @@ class ManyStreams:
         return both & _LOW
 
 
-def start(seeds: Sequence[int], *keys: Sequence[int | str | Sequence[int]]) -> None:
-    """Starts the streams of these seeds and keys ahead, so that `stream` takes 5 microseconds for each, not 27.
+class ManyGenerators:
+    """N streams that start at `keys`, uint64 (2, N), each of which draws arrays as a generator of its own would.
 
-    A part of a key may be several numbers, of which each makes a key. Numbers are below 2^32, seeds may be larger and
-    are then left out. Streams that were started before and not taken are forgotten.
+    Draws that NumPy may repeat are not: `repeats` (N,), bool, is true for the streams that may have met one, about
+    `high` in 2^32 of all draws. Their draws are to be made again one by one, as `at_once` does.
     """
-    small = [seed for seed in seeds if seed < 2**32]
-    starts: dict[tuple[int | str, ...], np.ndarray] = {}
-    for key in keys:
-        axes = [small, *([part] if isinstance(part, int | str) else part for part in key)]
-        if math.prod(map(len, axes)) < FEW:
-            continue
-        numbers = [np.array([word(p) if isinstance(p, str) else p for p in axis], np.uint32) for axis in axes]
-        own, *rest = (grid.ravel() for grid in np.meshgrid(*numbers, indexing="ij"))
-        filled = [np.zeros_like(own)] * (_POOL - 1)
-        starts.update(zip(itertools.product(*axes), _philox_keys(np.array([own, *filled, *rest])).T, strict=True))
-    keep_started(starts)
+
+    def __init__(self, keys: np.ndarray) -> None:
+        self._keys = keys
+        self.repeats = np.zeros(keys.shape[1], bool)
+        self._used = np.zeros((keys.shape[1], 1), np.int64)  # halves of 64 random bits that each stream has used
+        self._halves = np.empty((keys.shape[1], 0), np.uint32)
+
+    def integers(self, high: int | np.ndarray, size: int | None = None) -> np.ndarray:
+        """Whole numbers in [0, high), int64 (N, size), as `Generator.integers(high, size=size)` of each stream.
+
+        `high`, from 1 to 2^32 - 1, is one number, or an array (N, size), from 1, in which case `size` is left out.
+        """
+        shape = (len(self.repeats), size) if size is not None else np.shape(high)
+        highs = np.broadcast_to(np.asarray(high, np.uint64), shape)
+        ends = self._used + (highs > 1).cumsum(1)  # a number below 1 needs no random bits
+        self._used = ends[:, -1:]
+        self._draw(max(1, int(self._used.max())))
+        product = np.take_along_axis(self._halves, ends - 1, 1) * highs
+        self.repeats |= ((product & _LOW) < highs).any(1)
+        return (product >> _HIGH).astype(np.int64)
+
+    def choice(self, high: int, size: int, p: np.ndarray) -> np.ndarray:
+        """Whole numbers in [0, high), int64 (N, size), as the first `Generator.choice(high, size, p=p)` of each."""
+        assert not self._used.any()
+        self._used += 2 * size
+        self._draw(2 * size)
+        uniform = (self._halves.view("<u8")[:, :size] >> np.uint64(11)) * (1.0 / 2**53)
+        ends = p.cumsum()
+        return (ends / ends[-1]).searchsorted(uniform, side="right")
+
+    def _draw(self, halves: int) -> None:
+        """Makes at least so many halves of each stream, and twice as many at first: most laws draw twice."""
+        if halves > self._halves.shape[1]:
+            words = np.stack([bits.random_raw(halves) for bits in _restarted(self._keys)])
+            self._halves = words.astype("<u8", copy=False).view("<u4")  # the low half comes first
+
+
+def _restarted(keys: np.ndarray) -> Iterator[np.random.Philox]:
+    """One generator of bits, which starts at each of `keys` (2, N) in turn: 2 microseconds; a new one takes 27."""
+    bits = np.random.Philox(0)
+    state = bits.state
+    for key in keys.T:
+        state["state"]["key"] = key
+        bits.state = state
+        yield bits
+
+
+def generators(
+    seeds: Sequence[int], key: Sequence[int | str], steps: Sequence[int], *rest: Sequence[int]
+) -> Iterator[np.random.Generator]:
+    """Gives `stream(seed, *key, step, *others)` for each step, each seed and all numbers in `rest`, in this order.
+
+    Each is valid until the next one is asked for. Numbers, but for seeds, are below 2^32.
+    """
+    axes = (steps, seeds, *rest)
+    if _few(axes):
+        yield from (stream(seed, *key, step, *others) for step, seed, *others in itertools.product(*axes))
+    else:
+        generator = None
+        for bits in _restarted(_starts(seeds, key, steps, *rest)):
+            generator = generator or np.random.Generator(bits)
+            yield generator
+
+
+def at_once(
+    seeds: Sequence[int],
+    key: Sequence[int | str],
+    steps: Sequence[int],
+    draw: Callable[..., np.ndarray],
+    *parts: np.ndarray,
+) -> np.ndarray:
+    """What `draw(stream(seed, *key, step), *parts)` draws for each step and seed, (steps, seeds, n).
+
+    `draw` also takes `ManyGenerators`. `parts` (steps, seeds, n): what each draw is given.
+    """
+    flat = [part.reshape(-1, part.shape[-1]) for part in parts]
+    if _few((steps, seeds)):
+        every = generators(seeds, key, steps)
+        drawn = np.array([draw(one, *own) for one, *own in zip(every, *flat, strict=True)])
+    else:
+        many = ManyGenerators(_starts(seeds, key, steps))
+        drawn = draw(many, *flat)
+        for place in np.flatnonzero(many.repeats):
+            step, seed = divmod(int(place), len(seeds))
+            drawn[place] = draw(stream(seeds[seed], *key, steps[step]), *(part[place] for part in flat))
+    return drawn.reshape(len(steps), len(seeds), -1)
+
+
+def _few(axes: Sequence[Sequence[int]]) -> bool:
+    """Whether the streams of these (steps, seeds, ...) are started one by one."""
+    return math.prod(map(len, axes)) < FEW or max(axes[1]) >= 2**32
+
+
+def _starts(seeds: Sequence[int], key: Sequence[int | str], steps: Sequence[int], *rest: Sequence[int]) -> np.ndarray:
+    """Where Philox starts in the streams of `generators`, uint64 (2, N). Seeds are below 2^32."""
+    numbers = [np.asarray(axis, np.uint32) for axis in (steps, seeds, *rest)]
+    step, own, *others = (grid.ravel() for grid in np.meshgrid(*numbers, indexing="ij"))
+    same = [word(part) if isinstance(part, str) else part for part in key]
+    before = [np.full_like(own, part) for part in ([0] * (_POOL - 1) + same)]  # a seed is its first word of four
+    return _philox_keys(np.array([own, *before, step, *others]))
 
 
 def _in_words(number: int) -> list[np.ndarray]:

@@ -6,10 +6,8 @@ streams with different keys are independent (NumPy's SeedSequence with a spawn k
 
 import hashlib
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
-from numpy.random.bit_generator import ISeedSequence
 
 
 @lru_cache(maxsize=256)
@@ -18,35 +16,8 @@ def word(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
 
 
-class _Known(ISeedSequence):
-    """A SeedSequence whose first two words of 64 bits, from which Philox starts, are known.
-
-    NumPy's bit generators accept any `ISeedSequence`.
-    """
-
-    def __init__(self, words: np.ndarray) -> None:
-        self._words = words
-
-    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> np.ndarray:
-        assert (n_words, dtype) == (2, np.uint64)
-        return self._words
-
-
-#: (seed, *key) -> where Philox starts, uint64 (2,), of streams that were started ahead (`many_streams.start`).
-_started: dict[tuple[int | str, ...], np.ndarray] = {}
-
-
-def keep_started(starts: dict[tuple[int | str, ...], np.ndarray]) -> None:
-    """Keeps where the streams of these (seed, *key) start, in place of those kept before. It changes no draw."""
-    global _started
-    _started = starts
-
-
 def stream(seed: int, *key: int | str) -> np.random.Generator:
     """A new generator for `seed` and `key`. The same seed and key always give the same draws."""
-    start = _started.get((seed, *key))
-    if start is not None:
-        return np.random.Generator(np.random.Philox(_Known(start)))  # type: ignore[arg-type]  # not in NumPy's stubs
     words = tuple(word(part) if isinstance(part, str) else part for part in key)
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=words)))
 

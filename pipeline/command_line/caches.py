@@ -16,7 +16,9 @@ from h2t.pipeline.command_line.one_line import OneLineErrors, refuse
 from h2t.pipeline.command_line.options import PATH
 
 if TYPE_CHECKING:
+    from h2t.cache.read.elsewhere import Elsewhere
     from h2t.cache.reader import Cache
+    from h2t.pipeline.extraction.elsewhere import CacheElsewhere
     from h2t.pipeline.heads.replicate import Replicate
 
 
@@ -33,15 +35,52 @@ class CacheCommands(OneLineErrors):
 
 
 @contextmanager
-def opened(location: str) -> Iterator["Cache"]:
-    """Opens the cache at a path or URL for the block. Raises UserError for a URL of an unknown protocol."""
+def opened(
+    location: str, values: Mapping[str, Any] | None = None, *, fingerprint: str | None = None
+) -> Iterator["Cache"]:
+    """Opens the cache at a path or URL for the block; `fingerprint`: the one it must have.
+
+    A directory that stands for a cache elsewhere has the URL of the day when it was written, so with the parameters
+    `values` theirs counts. Raises UserError for a URL of an unknown protocol.
+    """
     from h2t.cache.reader import open_cache
 
+    if values and (there := named_elsewhere(values, location)):
+        location, fingerprint = there.url, there.fingerprint
     try:
-        cache = open_cache(location)
+        cache = open_cache(location, fingerprint=fingerprint)
     except ValueError as error:  # fsspec: unknown protocol
         raise UserError(f"{location}: {' '.join(str(error).split())}") from None
     with cache:
+        yield cache
+
+
+def named_elsewhere(values: Mapping[str, Any], location: str) -> "Elsewhere | None":
+    """The cache elsewhere that `location` stands for, at its URL in the parameters; None if it does for none.
+
+    Raises UserError if the parameters have another fingerprint.
+    """
+    from h2t.cache.read.elsewhere import Elsewhere, elsewhere
+
+    found, name = elsewhere(location), names.folder_name(location)
+    asked = (values["backbones"].get(name) or {}).get("cache")
+    if found is None or asked is None:
+        return found
+    if asked["fingerprint"] != found.fingerprint:
+        raise UserError(
+            f"{location}: must stand for the cache with fingerprint {asked['fingerprint'][:12]}, as in "
+            f"backbones.{name}.cache; got {found.fingerprint[:12]}; run h2t extract {name} again (dvc repro)"
+        )
+    return Elsewhere(asked["url"], found.fingerprint)
+
+
+@contextmanager
+def asked_elsewhere(asked: "CacheElsewhere | None") -> Iterator["Cache | None"]:
+    """Opens the cache that `backbones.NAME.cache` names; None if it names none."""
+    if asked is None:
+        yield None
+        return
+    with opened(asked.url, fingerprint=asked.fingerprint) as cache:
         yield cache
 
 
@@ -304,8 +343,19 @@ def _number(value: float | None) -> str:
 @click.option("--option", "given", multiple=True, metavar="KEY=VALUE", help="An option of the pool. Can be repeated.")
 @click.option("--codec", default="none", show_default=True, metavar="CODEC", help="Codec of the copy: none, zstd, ...")
 @options.replace
-def pool_command(location: str, out: Path | str, name: str, given: tuple[str, ...], codec: str, replace: bool) -> None:
+@options.in_parts
+def pool_command(
+    location: str,
+    out: Path | str,
+    name: str,
+    given: tuple[str, ...],
+    codec: str,
+    replace: bool,
+    part: tuple[int, int] | None,
+    commit: bool,
+) -> None:
     """Copy a cache with each map pooled to a vector."""
+    one = options.chosen_part(part, commit)
     from h2t.pipeline.base import params
     from h2t.pipeline.base.run import Run
     from h2t.pipeline.stages import pool
@@ -314,4 +364,4 @@ def pool_command(location: str, out: Path | str, name: str, given: tuple[str, ..
     section = params.build(pool.Params, "pool", {"pool": name, "pool_options": chosen, "codec": codec})
     with opened(location) as maps:
         run = Run(names.folder_name(out), Path(out), say=click.echo)
-        pool.run(section, run, maps, replace=replace, to=out)
+        pool.run(section, run, maps, replace=replace, part=one, commit=commit, to=out)

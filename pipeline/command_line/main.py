@@ -11,8 +11,14 @@ import click
 
 from h2t.pipeline.base.run import Run, Say, silent
 from h2t.pipeline.command_line import names, options
+from h2t.pipeline.command_line.caches import (
+    asked_elsewhere,
+    further_replicates,
+    named_elsewhere,
+    opened,
+    previous,
+)
 from h2t.pipeline.command_line.caches import cache as cache_group
-from h2t.pipeline.command_line.caches import further_replicates, opened, previous
 from h2t.pipeline.command_line.init import init
 from h2t.pipeline.command_line.lists import list_plugins, list_presets
 from h2t.pipeline.command_line.models import export, predict
@@ -109,7 +115,8 @@ def train_backbone(values: dict[str, Any], say: Say, name: str, samples: Path, o
     names.check_folders(values, "backbones", name, out)
     prepared = load_samples(samples)
     images = prepared.images(params.section(values, "prepare"))
-    stage_module.run(section, run_of(values, say, name, out), prepared, images)
+    with asked_elsewhere(section.cache) as there:
+        stage_module.run(section, run_of(values, say, name, out), prepared, images, there)
 
 
 @main.command(epilog="h2t extract ce_mixup data/prepare data/train_backbone/ce_mixup \\\n  data/extract/ce_mixup")
@@ -119,8 +126,7 @@ def train_backbone(values: dict[str, Any], say: Say, name: str, samples: Path, o
 @options.cache_output
 @options.replace
 @click.option("--anew", is_flag=True, help="Compute all rows; take none from extract.statistics_from.")
-@click.option("--part", type=options.PART, metavar="K/N", help="Write part K of N alone; run all N, at once or not.")
-@click.option("--commit", is_flag=True, help="Make the cache of the written parts; compute nothing.")
+@options.in_parts
 @stage
 def extract(
     values: dict[str, Any],
@@ -135,17 +141,26 @@ def extract(
     commit: bool,
 ) -> dict[str, Any]:
     """Run the frozen backbone NAME once and cache its maps."""
-    if part and commit:
-        raise click.UsageError("--part and --commit exclude each other: run every part, then --commit")
-    from h2t.cache.write.parts import Part
+    one = options.chosen_part(part, commit)
     from h2t.pipeline.base import params
+    from h2t.pipeline.base.text import counted
     from h2t.pipeline.data.samples import load_samples
+    from h2t.pipeline.extraction import elsewhere
+    from h2t.pipeline.heads.start import check_backbone
     from h2t.pipeline.stages import extract as stage_module
 
     section = params.build(stage_module.Params, "extract", params.section(values, "extract"))
     names.check_folders(values, "backbones", name, out)
-    prepared = load_samples(samples)
     names.check_backbone(values, name, backbone, say)
+    if (entry := values["backbones"].get(name) or {}).get("cache"):
+        asked = params.build(elsewhere.CacheElsewhere, f"backbones.{name}.cache", entry["cache"])
+        with opened(asked.url, fingerprint=asked.fingerprint) as there:
+            check_backbone(there, backbone)
+            rows = counted(there.spec.rows, "row")
+        elsewhere.stand_in(Run(name, options.as_path(out)), asked.url, asked.fingerprint)
+        say(f"{name}: its cache is elsewhere, {rows}; nothing is extracted")
+        return {}
+    prepared = load_samples(samples)
     images = prepared.images(params.section(values, "prepare"))
     run = run_of(values, say, name, Path(out))
     with previous(section.statistics_from, name) as kept:
@@ -158,7 +173,7 @@ def extract(
             replace=replace,
             previous=kept,
             anew=anew,
-            part=Part(*part) if part else None,
+            part=one,
             commit=commit,
             to=out,
         )
@@ -186,16 +201,33 @@ def replicates(values: dict[str, Any], say: Say, digests: Path, out: Path) -> di
 @cache_place
 @options.cache_output
 @options.replace
+@options.in_parts
 @stage
-def pool(values: dict[str, Any], say: Say, name: str, cache: str, out: Path | str, replace: bool) -> None:
+def pool(
+    values: dict[str, Any],
+    say: Say,
+    name: str,
+    cache: str,
+    out: Path | str,
+    replace: bool,
+    part: tuple[int, int] | None,
+    commit: bool,
+) -> None:
     """Copy a cache with each map pooled to a vector."""
+    one = options.chosen_part(part, commit)
     from h2t.pipeline.base import params
+    from h2t.pipeline.extraction import elsewhere
     from h2t.pipeline.stages import pool as stage_module
 
     section = params.build(stage_module.Params, "pool", params.section(values, "pool"))
     names.check_folders(values, "backbones", name, cache, out)
+    if there := named_elsewhere(values, cache):
+        elsewhere.stand_in(Run(name, options.as_path(out)), there.url, there.fingerprint)
+        say(f"{name}: its cache is elsewhere; nothing is pooled, but h2t cache pool CACHE OUT copies it")
+        return
     with opened(cache) as maps:
-        stage_module.run(section, Run(name, Path(out), say=say), maps, replace=replace, to=out)
+        run = Run(name, Path(out), say=say)
+        stage_module.run(section, run, maps, replace=replace, part=one, commit=commit, to=out)
 
 
 @main.command(epilog="h2t probe ce_mixup data/extract/ce_mixup data/probe/ce_mixup")
@@ -226,7 +258,7 @@ def probe(values: dict[str, Any], say: Say, name: str, cache: str, out: Path, ba
         asked = params.build(train_backbone.Params, f"backbones.{name}", values["backbones"][name])
         head, settings = asked.head, asked.probe
     names.check_folders(values, "backbones", name, cache, out)
-    with opened(cache) as maps:
+    with opened(cache, values) as maps:
         if imported(maps):
             backbone = Path(NONE)
         elif backbone is None:
@@ -259,7 +291,7 @@ def train_classifier(
 
     section = params.build(stage_module.Params, f"hosts.{name}", params.section(values, f"hosts.{name}"))
     residency = params.build(Residency, "train_classifier", params.section(values, "train_classifier"))
-    with opened(cache) as maps, further_replicates(values, cache, backbone) as further:
+    with opened(cache, values) as maps, further_replicates(values, cache, backbone) as further:
         names.check_host(values, name, cache, backbone, out, say)
         check_choice(section, name, maps)
         summary = stage_module.run(section, run_of(values, say, name, out), residency, maps, backbone, further)
@@ -282,7 +314,7 @@ def evaluate(values: dict[str, Any], say: Say, name: str, cache: str, heads: Pat
     from h2t.pipeline.stages import evaluate as stage_module
 
     section = params.build(stage_module.Params, "evaluate", params.section(values, "evaluate"))
-    with opened(cache) as maps, further_replicates(values, cache, backbone) as further:
+    with opened(cache, values) as maps, further_replicates(values, cache, backbone) as further:
         names.check_host(values, name, cache, backbone, out, say, heads)
         stage_module.run(section, run_of(values, say, name, out), maps, heads, backbone, further)
 

@@ -2,9 +2,12 @@
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from h2t.cache.write.parts import Part
 
 PATH = click.Path(path_type=Path)
 
@@ -38,6 +41,15 @@ overrides = click.option(
     help="Override a parameter for this run, e.g. --set seed=1 or --set extract.max_views=2. The value is YAML. "
     "Can be repeated.",
 )
+
+
+def as_path(out: Path | str) -> Path:
+    """OUT of `cache_output` as a path. Raises UsageError for a URL."""
+    if isinstance(out, str):
+        raise click.UsageError("OUT must be a path, as the cache is elsewhere (backbones.NAME.cache) and not written")
+    return out
+
+
 replace = click.option("--replace", is_flag=True, help="Replace another cache at OUT.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 
@@ -55,6 +67,25 @@ class _Part(click.ParamType):
 
 
 PART = _Part()
+
+
+def in_parts(function: Any) -> Any:
+    """The options --part K/N and --commit of a command that writes a cache. It gets `part` and `commit`."""
+    for option in (
+        click.option("--commit", is_flag=True, help="Make the cache of the written parts; compute nothing."),
+        click.option("--part", type=PART, metavar="K/N", help="Write part K of N alone; run all N, at once or not."),
+    ):
+        function = option(function)
+    return function
+
+
+def chosen_part(part: tuple[int, int] | None, commit: bool) -> "Part | None":
+    """The part that the options of `in_parts` name, if any. Raises UsageError if both options are given."""
+    if part and commit:
+        raise click.UsageError("--part and --commit exclude each other: run every part, then --commit")
+    from h2t.cache.write.parts import Part
+
+    return Part(*part) if part else None
 
 
 def device(default: str | None, extra: str = "") -> Callable[[Any], Any]:

@@ -7,9 +7,10 @@ from pathlib import Path
 import click
 
 from h2t.cache.redaction import printable, redacted
+from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.command_line import names, options
-from h2t.pipeline.command_line.caches import CACHE, opened, previous
+from h2t.pipeline.command_line.caches import CACHE, named_elsewhere, opened, previous
 from h2t.pipeline.command_line.one_line import Command
 from h2t.pipeline.command_line.options import PATH
 
@@ -121,6 +122,11 @@ def why_command(
     backbone = backbone or place.parent.parent / "train_backbone" / name
     names.check_folders(values, "backbones", name, location, backbone)
     section = params.build(extract.Params, "extract", params.section(values, "extract"))
+    if there := named_elsewhere(values, location):
+        raise UserError(
+            f"{location}: stands for the cache at {there.url}, which extract never computes; to compare that one with "
+            "the parameters, give its path or URL"
+        )
     with opened(location) as maps, previous(section.statistics_from, name) as kept:
         verdict = why(
             maps,

@@ -52,7 +52,7 @@ def stage(function: Callable[..., Any], *, outline: Outline = _never) -> Callabl
         from h2t.pipeline.inspection import settings
         from h2t.pipeline.stages import inputs
 
-        started, used = time.perf_counter(), time.process_time()
+        started, used = time.perf_counter(), clock.processor()
         say: Say = silent if quiet else partial(click.echo, err=bool(arguments.get("as_json")))  # JSON stays alone
         values = params.load(params_file, overrides)
         if device is not None:
@@ -72,7 +72,7 @@ def stage(function: Callable[..., Any], *, outline: Outline = _never) -> Callabl
         if record is not None and os.environ.get("RANK", "0") == "0":  # under torchrun the first process writes
             from h2t.pipeline.base.outputs import write_run_record
 
-            taken = {"seconds": time.perf_counter() - started, "cpu": time.process_time() - used}
+            taken = {"seconds": time.perf_counter() - started, "cpu": clock.processor() - used}
             rounded = {key: round(value, 3) for key, value in taken.items()}
             write_run_record(record, {**rounded, "parts": clock.parts(), **(facts or {})})
 

@@ -60,7 +60,8 @@ def sweep(
     evaluation = params.build(evaluate.Params, "evaluate", params.section(values, "evaluate"))
     backbone = data / "train_backbone" / section.backbone
     names.check_backbone(values, section.backbone, backbone, say)
-    with opened(str(data / "extract" / section.backbone)) as maps, TemporaryDirectory(prefix="h2t-sweep-") as scratch:
+    cache = str(data / "extract" / section.backbone)
+    with opened(cache, values) as maps, TemporaryDirectory(prefix="h2t-sweep-") as scratch:
         where = Path(scratch) / "sweep"
         run = run_of(values, say, name, where)
         lines = work.sweep(section, run, residency, evaluation, maps, backbone, data / "evaluate" / name)

@@ -6,8 +6,10 @@ cross-entropy of held-out samples. The predicted classes do not change.
 
 import numpy as np
 import torch
+from torch.nn.functional import cross_entropy
 
 LEAST, LARGEST = 0.05, 20.0
+BLOCK = 2**20  # logits that are in memory as float64 at a time
 MOST = 2**26  # most logits that are kept for fitting; of more samples, evenly spaced ones are used
 
 
@@ -18,14 +20,15 @@ def fit(logits: torch.Tensor, labels: np.ndarray, weights: np.ndarray | None = N
     """
     from scipy.optimize import minimize_scalar  # takes half a second to import
 
-    x = logits.double() - logits.double().amax(1, keepdim=True)
-    own = x.gather(1, torch.from_numpy(labels.astype(np.int64))[:, None])[:, 0]
-    share = torch.ones(len(x), dtype=torch.float64) if weights is None else torch.from_numpy(weights).double()
-    share = share / share.sum()
+    share = torch.ones(len(logits), dtype=torch.float64) if weights is None else torch.from_numpy(weights).double()
+    samples = max(1, BLOCK // logits.shape[1])
+    columns = (logits, torch.from_numpy(labels.astype(np.int64)), share / share.sum())
+    blocks = list(zip(*(column.split(samples) for column in columns), strict=True))
 
     def loss(logarithm: float) -> float:
         inverse = float(np.exp(-logarithm))
-        return float(share @ ((x * inverse).logsumexp(1) - own * inverse))
+        each = (share @ cross_entropy(x.double() * inverse, own, reduction="none") for x, own, share in blocks)
+        return float(sum(each))
 
     found = minimize_scalar(loss, bounds=(np.log(LEAST), np.log(LARGEST)), method="bounded", options={"xatol": 1e-4})
     return float(np.exp(found.x))

@@ -35,6 +35,18 @@ class _Record(pydantic.BaseModel):
     provenance: _Provenance
 
 
+def backbone_of(files: object, spec: CacheSpec) -> str:
+    """The digest of the weights that the cache at `files` was extracted with. Raises UserError if it records none."""
+    backbone = spec.fingerprint_inputs.get("backbone")
+    weights = backbone.get("weights") if isinstance(backbone, dict) else None
+    if not isinstance(weights, str) or weights == NONE:
+        raise UserError(
+            f"{files}: must record the backbone that it was extracted with; it does not, as imported features; give "
+            "another cache, or train on this one with h2t train-classifier NAME CACHE none OUT"
+        )
+    return weights
+
+
 def ingredients(files: object, spec: CacheSpec) -> Mapping[str, Any]:
     """The `fingerprint_inputs` of the cache at `files`, as `stages.extract` writes them.
 

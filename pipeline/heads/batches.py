@@ -4,7 +4,7 @@ Receivers are drawn class-balanced, donors instance-wise (as in the paper), bala
 training sample, then one of its views uniformly. Receivers and donors may be read under different statistics.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
@@ -17,7 +17,7 @@ import pyarrow as pa
 from h2t.cache.format.row_index import RowIndex, index_of
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
-from h2t.pipeline.base.many_streams import start
+from h2t.pipeline.base.many_streams import ManyGenerators, at_once
 from h2t.pipeline.base.seeds import stream
 from h2t.pipeline.data.classes import ClassIndex, class_index
 
@@ -25,6 +25,7 @@ RECEIVER = "balanced"
 #: Samplers are asked for at most as many draws as there are training samples, or this many if that is more. Any usual
 #: batch size is drawn in full, and a batch size of a billion costs nothing.
 MOST_DRAWN = 8192
+DRAWN_TOGETHER = 2**16  # numbers; more would not fit the processor's cache
 
 
 @lru_cache(maxsize=1024)
@@ -127,6 +128,11 @@ class Batch:
     partner_labels: np.ndarray
 
     @property
+    def size(self) -> int:
+        """How many rows the step needs, each as often as it was drawn."""
+        return self.receivers.size + self.donors.size + self.partners.size
+
+    @property
     def rows(self) -> np.ndarray:
         """All rows that the step needs, int64, flat."""
         return np.concatenate([part.ravel() for part in (self.receivers, self.donors, self.partners)])
@@ -171,9 +177,11 @@ class Streams:
         self._donors = {donor: used[statistics] for donor, statistics in donor_statistics.items()}
         samplers = (receiver, *donor_statistics, *((partner,) if partner else ()))
         self._draws = {sampler: law(sampler, epochs) for sampler in samplers}
+        self._at_once = {s for s in samplers if getattr(plugins.load("samplers", s), "AT_ONCE", False)}
         self.index: ClassIndex = class_index(self.receivers.classes, class_names, self.receivers.counts)
         self.samples = self.index.samples
         self.batch_size = min(batch_size, self.samples)
+        # Samplers count in whole batches, so a whole one is drawn, and cut at the end of the epoch.
         self._drawn = min(batch_size, max(self.samples, MOST_DRAWN))
         self.steps = -(-self.samples // self.batch_size)
 
@@ -204,46 +212,53 @@ class Streams:
         """Every row that a batch can contain, int64, ascending."""
         return np.sort(np.concatenate([_every_row(table) for table in self._tables]))
 
-    def batches(self, epoch: int, steps: range) -> list[Batch]:
-        """The same as `batch` of each of `steps`, in less time."""
-        drawn = [("receiver", self._receiver, self.receivers)]
-        drawn += [("partner", self.partner, self.receivers)] if self.partner else []
-        drawn += [("donor", name, table) for name, table in self._donors.items()]
-        keys: list[tuple[Any, ...]] = [(branch, sampler, epoch, steps) for branch, sampler, _ in drawn]
-        keys += [(branch, sampler, "view", epoch, steps) for branch, sampler, table in drawn if table.several_views]
-        start(self.seeds, *keys)
-        return [self.batch(epoch, step) for step in steps]
-
     def batch(self, epoch: int, step: int) -> Batch:
         """The rows of `step` of `epoch`, both from 0; an epoch has `steps` steps."""
-        size = min(self.batch_size, self.samples - step * self.batch_size)
-        picked = [
-            self._draw(seed, "receiver", self._receiver, self.receivers, epoch, step, size) for seed in self.seeds
-        ]
-        receivers, samples = (np.stack(parts) for parts in zip(*picked, strict=True))
-        mates = (
-            [self._draw(seed, "partner", self.partner, self.receivers, epoch, step, size) for seed in self.seeds]
-            if self.partner
-            else []
-        )
-        partners, places = np.array(mates, np.int64).reshape(-1, 2, size).swapaxes(0, 1)
-        label_of = self.receivers.labels_of
-        donors = [
-            [self._draw(seed, "donor", name, table, epoch, step, size)[0] for name, table in self._donors.items()]
-            for seed in self.seeds
-        ]
-        donated = np.array(donors, np.int64).reshape(len(self.seeds), len(self.donors), size)
-        return Batch(receivers, label_of(samples), donated, samples, partners, label_of(places))
+        return self.batches(epoch, [step])[0]
 
-    def _draw(
-        self, seed: int, branch: str, sampler: str, table: SampleRows, epoch: int, step: int, size: int
+    def batches(self, epoch: int, steps: Sequence[int]) -> list[Batch]:
+        """`batch` of each of `steps`, in order, in less time."""
+        whole = self.samples // self.batch_size  # steps of full size
+        full, cut = [s for s in steps if s < whole], [s for s in steps if s >= whole]
+        length = max(1, DRAWN_TOGETHER // (len(self.seeds) * self.batch_size))
+        blocks = [(full[at : at + length], self.batch_size) for at in range(0, len(full), length)]
+        blocks += [(cut, self.samples - whole * self.batch_size)] if cut else []
+        return [batch for some, size in blocks for batch in self._block(epoch, some, size)]
+
+    def _block(self, epoch: int, steps: Sequence[int], size: int) -> Iterator[Batch]:
+        """The batches of `steps`, which all have `size` receivers."""
+        receivers, samples = self._picked("receiver", self._receiver, self.receivers, epoch, steps, size)
+        none = np.empty((len(steps), 0, size), np.int64)
+        partners, mates = none, none
+        if self.partner:
+            partners, mates = self._picked("partner", self.partner, self.receivers, epoch, steps, size)
+        donors = np.empty((len(steps), len(self.seeds), len(self._donors), size), np.int64)
+        for number, (name, table) in enumerate(self._donors.items()):
+            donors[:, :, number] = self._picked("donor", name, table, epoch, steps, size)[0]
+        label_of = self.receivers.labels_of
+        parts = (receivers, label_of(samples), donors, samples, partners, label_of(mates))
+        return (Batch(*of_step) for of_step in zip(*parts, strict=True))
+
+    def _picked(
+        self, branch: str, sampler: str, table: SampleRows, epoch: int, steps: Sequence[int], size: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(rows, positions of their samples in `table`), int64 (size,) each."""
-        # Samplers count in whole batches, so a whole one is drawn, and cut at the end of the epoch.
-        streams = _named_streams(seed, branch, sampler)
-        positions = self._draws[sampler](self.index, streams, epoch, step, self._drawn)[:size]
+        """(rows, positions of their samples in `table`) of each step and seed, int64 (steps, seeds, size) each."""
+        draw = self._draws[sampler]
+        if sampler in self._at_once:
+
+            def drawn(draws: np.random.Generator | ManyGenerators) -> np.ndarray:
+                return draw(self.index, lambda *key: draws, epoch, 0, self._drawn)[..., :size]
+
+            positions = at_once(self.seeds, (branch, sampler, epoch), steps, drawn)
+        else:
+            streams = [_named_streams(seed, branch, sampler) for seed in self.seeds]
+            positions = np.array(
+                [[draw(self.index, own, epoch, s, self._drawn)[:size] for own in streams] for s in steps]
+            )
         rows = table.first[positions].astype(np.int64)
-        views = table.views[positions].astype(np.int64)
-        if (views > 1).any():
-            rows = rows + stream(seed, branch, sampler, "view", epoch, step).integers(views)
+        if table.several_views:
+            views = table.views[positions].astype(np.int64)
+            rows += at_once(
+                self.seeds, (branch, sampler, "view", epoch), steps, lambda draws, of: draws.integers(of), views
+            )
         return rows, positions

@@ -159,6 +159,10 @@ class FeatureTable:
         self._dtype = dtype
         self._device = device
         self._hot = hot
+        # Runs of neighbouring rows, of which there are few if all rows are here: their first rows, less their places.
+        borders = np.flatnonzero(np.diff(rows, prepend=-2) != 1)
+        self._runs = rows[borders]
+        self._ahead = self._runs - borders
 
     @property
     def device(self) -> torch.device:
@@ -176,10 +180,15 @@ class FeatureTable:
         """
         flat = rows.ravel()
         if self._hot is None:
-            return [np.searchsorted(self.rows, flat)]
+            return [self._places(flat)]
         hot = np.isin(flat, self._hot.rows)
         here, there = np.flatnonzero(~hot), np.flatnonzero(hot)  # indices: a mask would make the CPU wait for the GPU
-        return [here, np.searchsorted(self.rows, flat[here]), there, np.searchsorted(self._hot.rows, flat[there])]
+        return [here, self._places(flat[here]), there, self._hot._places(flat[there])]
+
+    def _places(self, rows: np.ndarray) -> np.ndarray:
+        """The places of `rows` (n,), which all lie in this table, int64."""
+        places: np.ndarray = rows - self._ahead[np.searchsorted(self._runs, rows, side="right") - 1]
+        return places
 
     def gather(self, places: Sequence[torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
         """Features (..., E, B, C[, H, W]) of rows of `shape` (..., B), whose `places` were found before."""

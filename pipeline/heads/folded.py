@@ -1,12 +1,14 @@
-"""Matrix products of many classifiers with fused features that are never built: the fusion is folded into the weights.
+"""Matrix products of many classifiers with their features, and the gradients of these products.
 
+Fused features need not be built, as the fusion can be folded into the weights.
 For a classifier W, a mask m of replaced channels, a receiver r and a donor d, W ((1 - m) r + m d) is the product of
 [(1 - m) W | m W] with [r | d]. Heads of one seed and one donor share receivers and donors, so one matrix product serves
 all of them, and another one gives all their gradients.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -37,7 +39,7 @@ class Groups:
     def split(self, heads: torch.Tensor) -> torch.Tensor:
         """(K, ...) -> (G, H, ...)."""
         if self._ordered:
-            return heads.unflatten(0, self.members.shape)
+            return heads.view(*self.members.shape, *heads.shape[1:])
         return heads[self.members]
 
     def join(self, grouped: torch.Tensor) -> torch.Tensor:
@@ -46,33 +48,73 @@ class Groups:
         return flat if self._ordered else flat[self.places]
 
 
-class Folded(torch.autograd.Function):
-    """The product of each head's weights with its fused features, (K, E, N, B); differentiable in the weights only.
+class Products(Protocol):
+    """Products of each head's weights with its features."""
 
-    `weight`: (K, E, N, C). `share`: the donor's share of each channel, (K, E, C), 1 where it replaces the receiver's.
-    `pairs`: receivers beside donors of each group, (G, E, B, 2C).
+    def of(self, weight: torch.Tensor) -> torch.Tensor:
+        """Weights (K, E, N, C) -> their products with the features, (K, E, N, B)."""
+        ...
+
+    def gradient(self, outer: torch.Tensor) -> torch.Tensor:
+        """The gradient of a function of these products, (K, E, N, B) -> that of the weights, (K, E, N, C)."""
+        ...
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """The length of each head's features, (K, E, 1, B)."""
+        ...
+
+
+class Plain:
+    """Products with `features` (K, E, B, C), which exist."""
+
+    def __init__(self, features: torch.Tensor) -> None:
+        self._features = features
+
+    def of(self, weight: torch.Tensor) -> torch.Tensor:
+        """Weights (K, E, N, C) -> (K, E, N, B)."""
+        return weight @ self._features.mT
+
+    def gradient(self, outer: torch.Tensor) -> torch.Tensor:
+        """The gradient of the weights."""
+        return outer @ self._features
+
+    @cached_property
+    def lengths(self) -> torch.Tensor:
+        """(K, E, 1, B)."""
+        return self._features.norm(dim=-1).unsqueeze(-2)
+
+
+class Folded:
+    """Products with fused features that are never built.
+
+    `share`: the donor's share of each channel, (K, E, C), 1 where it replaces the receiver's. `pairs`: receivers beside
+    donors of each group, (G, E, B, 2C).
     """
 
-    @staticmethod
-    def forward(
-        ctx: Any, weight: torch.Tensor, share: torch.Tensor, pairs: torch.Tensor, groups: Groups
-    ) -> torch.Tensor:
-        own = groups.split(weight).transpose(1, 2)  # (G, E, H, N, C)
-        donated = groups.split(share).transpose(1, 2).unsqueeze(3)
-        shape = own.shape
-        folded = own.new_empty((*shape[:4], 2, shape[4]))
-        torch.mul(own, donated, out=folded[..., 1, :])
-        torch.sub(own, folded[..., 1, :], out=folded[..., 0, :])
-        products = folded.reshape(shape[0], shape[1], shape[2] * shape[3], -1) @ pairs.mT  # (G, E, H N, B)
-        ctx.save_for_backward(donated, pairs)
-        ctx.groups, ctx.shape = groups, shape
-        return groups.join(products.unflatten(2, shape[2:4]).transpose(1, 2))
+    def __init__(self, share: torch.Tensor, pairs: torch.Tensor, groups: Groups) -> None:
+        self._share, self._pairs, self._groups = share, pairs, groups
+        self._donated = groups.split(share).transpose(1, 2).unsqueeze(3)  # (G, E, H, 1, C)
 
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        donated, pairs = ctx.saved_tensors
-        shape = ctx.shape
-        outer = ctx.groups.split(gradient).transpose(1, 2).flatten(2, 3)  # (G, E, H N, B)
-        both = (outer @ pairs).reshape(*shape[:4], 2, shape[4])
-        own = torch.lerp(both[..., 0, :], both[..., 1, :], donated)
-        return ctx.groups.join(own.transpose(1, 2)), None, None, None
+    def of(self, weight: torch.Tensor) -> torch.Tensor:
+        """Weights (K, E, N, C) -> (K, E, N, B)."""
+        own = self._groups.split(weight).transpose(1, 2)  # (G, E, H, N, C)
+        groups, experts, heads, classes, channels = own.shape
+        folded = own.new_empty((groups, experts, heads, classes, 2, channels))
+        torch.mul(own, self._donated, out=folded[..., 1, :])
+        torch.sub(own, folded[..., 1, :], out=folded[..., 0, :])
+        products = folded.view(groups, experts, heads * classes, 2 * channels) @ self._pairs.mT
+        return self._groups.join(products.view(groups, experts, heads, classes, -1).transpose(1, 2))
+
+    def gradient(self, outer: torch.Tensor) -> torch.Tensor:
+        """The gradient of the weights."""
+        own = self._groups.split(outer).transpose(1, 2)  # (G, E, H, N, B)
+        both = own.flatten(2, 3) @ self._pairs  # (G, E, H N, 2C)
+        both = both.view(*own.shape[:4], 2, -1)
+        return self._groups.join(torch.lerp(both[..., 0, :], both[..., 1, :], self._donated).transpose(1, 2))
+
+    @cached_property
+    def lengths(self) -> torch.Tensor:
+        """(K, E, 1, B)."""
+        ones = torch.ones_like(self._share).unsqueeze(2)
+        return Folded(self._share, self._pairs.square(), self._groups).of(ones).sqrt()

@@ -7,12 +7,13 @@ Each batch draws one set of channels per expert, for all its samples. Labels are
 """
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 import torch
 
-from h2t.pipeline.base.seeds import stream
+from h2t.pipeline.base.many_streams import generators
 
 Selection = Literal["random", "first", "middle", "last", "mixup", "shuffled"]
 Rounding = Literal["floor", "round"]
@@ -24,15 +25,18 @@ def replaced_channels(ratio: float, channels: int, rounding: Rounding = "floor")
     return math.floor(product) if rounding == "floor" else math.floor(product + 0.5)
 
 
-def channel_ranks(seed: int, epoch: int, step: int, expert: int, channels: int) -> np.ndarray:
-    """The rank of each channel in a random order drawn for this batch, int64 (channels,).
+def channel_ranks(
+    seeds: Sequence[int], epoch: int, steps: Sequence[int], experts: Sequence[int], channels: int
+) -> np.ndarray:
+    """The rank of each channel in a random order drawn for each batch, int32 (steps, seeds, experts, channels).
 
     A set of k channels holds those of rank below k, so the sets of different ratios are nested.
     """
-    order = stream(seed, "channels", epoch, step, expert).permutation(channels)
-    ranks = np.empty(channels, np.int64)
-    ranks[order] = np.arange(channels)
-    return ranks
+    every = generators(seeds, ("channels", epoch), steps, experts)
+    orders = np.array([draws.permutation(channels) for draws in every])
+    ranks = np.empty(orders.shape, np.int32)
+    np.put_along_axis(ranks, orders, np.arange(channels, dtype=np.int32), 1)
+    return ranks.reshape(len(steps), len(seeds), len(experts), channels)
 
 
 def fixed_channels(selection: Selection, count: int, channels: int) -> np.ndarray:
@@ -60,10 +64,14 @@ def mix(receiver: torch.Tensor, donor: torch.Tensor, share: torch.Tensor) -> tor
     return torch.lerp(receiver, donor, share)
 
 
-def donor_orders(seed: int, epoch: int, step: int, expert: int, batch: int, channels: int) -> np.ndarray:
-    """A random permutation of the batch for each channel, int64 (batch, channels)."""
+def donor_orders(
+    seeds: Sequence[int], epoch: int, steps: Sequence[int], experts: Sequence[int], batch: int, channels: int
+) -> np.ndarray:
+    """A random permutation of each batch for each channel, int64 (steps, seeds, experts, batch, channels)."""
     places = np.repeat(np.arange(batch)[:, None], channels, axis=1)
-    return stream(seed, "shuffle", epoch, step, expert).permuted(places, axis=0)
+    every = generators(seeds, ("shuffle", epoch), steps, experts)
+    orders = np.array([draws.permuted(places, axis=0) for draws in every])
+    return orders.reshape(len(steps), len(seeds), len(experts), batch, channels)
 
 
 def shuffle(donor: torch.Tensor, orders: torch.Tensor) -> torch.Tensor:

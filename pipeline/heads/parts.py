@@ -1,4 +1,4 @@
-"""Splits the heads of a host into parts whose training steps fit the memory.
+"""Splits the heads of a host into parts whose training steps fit the memory, and into shares for several processes.
 
 Heads do not depend on each other, so training part by part gives the same heads.
 """
@@ -6,7 +6,7 @@ Heads do not depend on each other, so training part by part gives the same heads
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from itertools import groupby
+from itertools import groupby, pairwise
 
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.run import Run
@@ -78,6 +78,18 @@ def parts_of(heads: Sequence[HeadSetting], size: int) -> list[list[HeadSetting]]
     Heads do not depend on each other, so training part by part gives the same heads.
     """
     return [list(heads[i : i + size]) for i in range(0, len(heads), size)]
+
+
+def shares_of(heads: Sequence[HeadSetting], count: int) -> list[list[int]]:
+    """The numbers of the heads in each of at most `count` nearly equal shares, ascending.
+
+    Heads of one seed share their batches, so a share has as few seeds as possible.
+    """
+    seeds = list(dict.fromkeys(h.seed for h in heads))
+    by_seed = sorted(range(len(heads)), key=lambda number: seeds.index(heads[number].seed))
+    count = min(count, len(heads))
+    borders = [len(heads) * share // count for share in range(count + 1)]
+    return [sorted(by_seed[first:last]) for first, last in pairwise(borders)]
 
 
 def part_sizes(heads: int) -> list[int]:

@@ -18,7 +18,7 @@ import torch
 from h2t.cache.memory import available_memory, return_freed_arrays
 from h2t.cache.read.prefetch import in_background
 from h2t.pipeline.base.errors import UserError
-from h2t.pipeline.base.params import Bytes, Section
+from h2t.pipeline.base.params import Bytes, Count, Section
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.heads.batches import Batch, Streams
 from h2t.pipeline.heads.draws import Draws
@@ -52,6 +52,8 @@ class Residency(Section):
     """Budget of a training step, in bytes; a larger stack is trained in parts. Null is a quarter, at most 2 GiB."""
     pooled: bool = True
     """Pool maps as they are read, where the pool allows it; false keeps whole maps."""
+    processes: Count = 1
+    """Processes that divide the classifiers of a host among them, on GPUs one for each; each reads features itself."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,17 @@ class Room:
         return min(self.features, self.on_gpu or self.features)
 
 
-def find_room(settings: Residency, device: torch.device) -> Room:
-    """The budgets of `settings`, within what is available now. If that is little, freed arrays are returned at once."""
-    host = max(0, available_memory() - RESERVE)
+def host_room() -> int:
+    """Bytes of host memory that can be planned with now."""
+    return max(0, available_memory() - RESERVE)
+
+
+def find_room(settings: Residency, device: torch.device, host: int | None = None) -> Room:
+    """The budgets of `settings`, within `host` bytes of host memory, by default what is available now.
+
+    If that is little, freed arrays are returned at once.
+    """
+    host = host_room() if host is None else host
     gpu = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     features = min(settings.memory_bytes or int(HOST_SHARE * host), int(MOST_HOST_SHARE * host))
     on_gpu = int(DEVICE_SHARE * gpu)
@@ -234,7 +244,7 @@ class Feed:
         for window in in_background(windows, meter=self.meter if streamed else None):
             while window:  # each step is dropped before the next window is read: at most two windows at a time
                 at = window.pop(0)
-                self.meter.bytes_used += at.batch.rows.size * row_bytes
+                self.meter.bytes_used += at.batch.size * row_bytes
                 yield at
                 del at
 

@@ -6,7 +6,7 @@ Head k of a stack equals that head trained alone, up to the rounding of batched 
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -16,14 +16,14 @@ import torch
 from torch.func import grad_and_value, vmap
 from torch.nn import functional as F
 
-from h2t.pipeline.base.many_streams import start
+from h2t.pipeline.base.many_streams import generators
 from h2t.pipeline.base.params import Count, Epochs, NonNegative, Rate, Ratio, Section
 from h2t.pipeline.base.progress import progress
 from h2t.pipeline.base.seeds import stream
 from h2t.pipeline.heads.batches import Batch
 from h2t.pipeline.heads.descent import Descent, PerHead
 from h2t.pipeline.heads.draws import DRAWN_BYTES, Draws, sent
-from h2t.pipeline.heads.folded import Folded, Groups
+from h2t.pipeline.heads.folded import Folded, Groups, Plain, Products
 from h2t.pipeline.heads.fusion import (
     Rounding,
     Selection,
@@ -45,11 +45,10 @@ LEAST_LENGTH = 1e-12  # of a feature vector, as in torch's `normalize`
 FOLDED_CLASSES = 64  # with more classes, fused features cost less than folded weights (docs/decisions/0019)
 DRAWN: tuple[Selection, ...] = ("random", "shuffled")  # selections that draw their channels
 FLOAT = 4  # bytes of a float32, which heads compute with
+#: Bytes of logits that are computed at once on the CPU. More would leave the processor's cache, and malloc would take
+#: fresh pages for each array above 32 MiB.
+LOGITS_AT_ONCE = 4 * 2**20
 PER_HEAD = ("lr", "weight_decay")  # constants in which heads of one stack may differ
-
-
-Product = Callable[[torch.Tensor], torch.Tensor]
-Lengths = Callable[[], torch.Tensor]
 
 
 class NotFinite(Exception):
@@ -185,6 +184,18 @@ class Stack:
         few = self.host.context.classes <= FOLDED_CLASSES
         self._folds = self.at_once and usual and few and bool(self.replaced.any()) and not self.host.augments
         self._groups = Groups(self._seed_index, donor_index, self.device)
+        self._blocks = self._in_blocks(donor_index)
+
+    def _in_blocks(self, donors: Sequence[int]) -> list[tuple[torch.Tensor | slice, Groups]]:
+        """The heads whose logits are computed at once, and their groups; a block has heads of all groups."""
+        members = self._groups.members
+        per_head = self.feed.experts * self.streams.batch_size * self.host.context.classes * self.dtype.itemsize
+        length = max(1, LOGITS_AT_ONCE // (len(members) * per_head))
+        if not self.at_once or self.device.type != "cpu" or length >= members.shape[1]:
+            return [(slice(None), self._groups)]
+        blocks = [block.flatten() for block in members.split(length, 1)]
+        donor = np.asarray(donors)
+        return [(heads, Groups(self._seed_index[heads], donor[heads], self.device)) for heads in blocks]
 
     def start(self, stage1: StageOneHead) -> None:
         """Sets the initial parameters of every head; they are equal for heads of one seed.
@@ -197,6 +208,7 @@ class Stack:
             self.head.prepare(x, torch.from_numpy(rows.labels).to(self.device), stage1)
         self._on_logits = copy(self.host)
         self._on_logits.classifier = "given"
+        self._stackable = is_stackable(self._on_logits)
         each = [self.head.initial(stage1, stream(h.seed, "initial")) for h in self.heads]
         self.state = {
             name: torch.stack([e[name] for e in each]).to(self.device, self.dtype, copy=True) for name in each[0]
@@ -206,13 +218,8 @@ class Stack:
 
     def draw(self, window: Sequence[Step]) -> list[Draws]:
         """What the steps of a window draw. A window has one table and lies within one epoch."""
-        table, epoch, steps = window[0].table, window[0].epoch, [at.step for at in window]
-        experts = range(self.feed.experts)
-        keys: list[tuple[Any, ...]] = [("channels", epoch, steps, experts)]
-        keys += [("noise", epoch, steps)] if self.host.noisy else []
-        keys += [("shuffle", epoch, steps, experts)] if len(self._shuffled) else []
-        start(self.streams.seeds, *keys)
-        drawn = [self.drawn(at.epoch, at.step, at.batch) for at in window]
+        table = window[0].table
+        drawn = self.drawn(window[0].epoch, [at.step for at in window], [at.batch for at in window])
         found = [[(table.find(rows), rows.shape) for rows in self._gathered(at.batch)] for at in window]
         tensors = iter(sent([tensor for step in drawn for tensor in step.values()], self.device))
         numbers = [torch.from_numpy(part) for step in found for parts, _ in step for part in parts]
@@ -222,32 +229,36 @@ class Stack:
             for step, rows in zip(drawn, found, strict=True)
         ]
 
-    def drawn(self, epoch: int, step: int, batch: Batch) -> dict[str, torch.Tensor]:
-        """The tensors of `Draws` but `rows`, by name, on the CPU; without noise and orders where there are none."""
-        size = batch.labels.shape[1]
-        parts = {"labels": batch.labels, "samples": batch.samples, "ranks": self.ranks(epoch, step)}
-        if self.streams.partner:
-            parts["partner_labels"] = batch.partner_labels
-        tensors = {name: torch.from_numpy(part) for name, part in parts.items()}
-        if self.host.noisy:
-            noise = [self.host.noise(stream(seed, "noise", epoch, step), size) for seed in self.streams.seeds]
-            if given := [n.to(self.dtype) for n in noise if n is not None]:
-                tensors["noise"] = torch.stack(given)
+    def drawn(self, epoch: int, steps: Sequence[int], batches: Sequence[Batch]) -> list[dict[str, torch.Tensor]]:
+        """The tensors of `Draws` of each step but `rows`, by name, on the CPU.
+
+        Without noise and orders where there are none.
+        """
+        streams, experts, channels = self.streams, range(self.feed.experts), self.feed.shape[0]
+        parts: dict[str, Iterable[np.ndarray]] = {
+            "labels": (batch.labels for batch in batches),
+            "samples": (batch.samples for batch in batches),
+            "ranks": channel_ranks(streams.seeds, epoch, steps, experts, channels),
+        }
+        if streams.partner:
+            parts["partner_labels"] = (batch.partner_labels for batch in batches)
         if len(self._shuffled):
-            tensors["orders"] = torch.from_numpy(self.orders(epoch, step, size))
-        return tensors
-
-    def ranks(self, epoch: int, step: int) -> np.ndarray:
-        """The ranks of the channels in this batch, int32 (seeds, E, C)."""
-        experts, channels = range(self.feed.experts), self.feed.shape[0]
-        ranks = [[channel_ranks(seed, epoch, step, e, channels) for e in experts] for seed in self.streams.seeds]
-        return np.array(ranks, np.int32)
-
-    def orders(self, epoch: int, step: int, size: int) -> np.ndarray:
-        """The donor of each channel, for the seeds of heads with shuffled donors, int64 (their number, E, B, C)."""
-        experts, channels = range(self.feed.experts), self.feed.shape[0]
-        seeds = [self.streams.seeds[index] for index in self._shuffled_seeds]
-        return np.array([[donor_orders(seed, epoch, step, e, size, channels) for e in experts] for seed in seeds])
+            seeds = [streams.seeds[index] for index in self._shuffled_seeds]
+            sizes = [batch.labels.shape[1] for batch in batches]
+            parts["orders"] = (
+                donor_orders(seeds, epoch, [step], experts, size, channels)[0]
+                for step, size in zip(steps, sizes, strict=True)
+            )
+        named = [
+            dict(zip(parts, map(torch.from_numpy, each), strict=True)) for each in zip(*parts.values(), strict=True)
+        ]
+        if self.host.noisy:
+            every = generators(streams.seeds, ("noise", epoch), steps)
+            for tensors, batch in zip(named, batches, strict=True):
+                noise = [self.host.noise(next(every), batch.labels.shape[1]) for _ in streams.seeds]
+                if given := [n.to(self.dtype) for n in noise if n is not None]:
+                    tensors["noise"] = torch.stack(given)
+        return named
 
     def _gathered(self, batch: Batch) -> list[np.ndarray]:
         """The rows that a step gathers: pairs for groups of heads (G, 2 B), or receivers, donors and partners."""
@@ -304,8 +315,7 @@ class Stack:
         assert at.draws is not None
         given, donors = self.given(at, progress)
         if self.at_once:
-            logits = self._logits(at.draws, given.features, donors)
-            losses = self._gradients_at_once(_taken(given._replace(partners=None), self._seed, logits))
+            losses = self._gradients_at_once(given, self._products(at.draws, given.features, donors))
             descent.step(rate)
             return losses
         x = self.fused(at.draws, given.features, donors)
@@ -330,46 +340,82 @@ class Stack:
             self.state[name].grad = gradients
         return losses.detach()
 
-    def _gradients_at_once(self, batch: TrainingBatch) -> torch.Tensor:
-        """Sets the gradients of linear heads; `features` are their experts' logits (K, E, B, N). Returns the losses."""
-        loss = self._on_logits.batch_loss
-        if not is_stackable(self._on_logits):
-            loss = vmap(loss, in_dims=(0, _axes(batch)))
-        losses = loss(self.state, batch)
+    def _gradients_at_once(self, batch: TrainingBatch, every: Iterable[Products]) -> torch.Tensor:
+        """Sets the gradients of linear heads, from the products with the features of each block. Returns the losses.
+
+        `batch`: what a step brings, with a leading axis of seeds.
+        """
+        if self._stackable:  # these losses use nothing else
+            batch = TrainingBatch(batch.features, batch.labels, batch.noise)
+        batch = batch._replace(partners=None)
         trained = {name: t for name, t in self.state.items() if name not in self.host.fixed}
-        gradients = torch.autograd.grad(losses.sum(), list(trained.values()))
-        for tensor, gradient in zip(trained.values(), gradients, strict=True):
-            tensor.grad = gradient
-        return losses.detach()
+        blocks = []
+        for (heads, _), products in zip(self._blocks, every, strict=True):
+            own = {name: t.detach()[heads] for name, t in self.state.items()}
+            logits = self._logits(products, own).requires_grad_()
+            leaves = {name: own[name].requires_grad_() for name in trained}
+            losses = self._losses(own, _taken(batch, self._seed[heads], logits))
+            outer, *rest = torch.autograd.grad(losses.sum(), [logits, *leaves.values()], allow_unused=True)
+            found = self._of_logits(products, own, outer.mT)
+            for name, gradient in zip(leaves, rest, strict=True):  # of what a loss uses besides logits
+                if gradient is not None:
+                    found[name] = found[name] + gradient if name in found else gradient
+                elif name not in found:
+                    found[name] = torch.zeros_like(leaves[name])
+            blocks.append((found, losses.detach()))
+        for name, tensor in trained.items():
+            if len(blocks) == 1:
+                tensor.grad = blocks[0][0][name]
+                continue
+            tensor.grad = torch.empty_like(tensor)
+            for (heads, _), (found, _) in zip(self._blocks, blocks, strict=True):
+                tensor.grad[heads] = found[name]
+        if len(blocks) == 1:
+            return blocks[0][1]
+        each = blocks[0][1].new_empty(len(self.heads))
+        for (heads, _), (_, losses) in zip(self._blocks, blocks, strict=True):
+            each[heads] = losses
+        return each
 
-    def _logits(self, draws: Draws, features: torch.Tensor, donors: torch.Tensor | None) -> torch.Tensor:
-        """The experts' logits of every head on its fused features, (K, E, B, N)."""
-        host, state = self.host, self.state
-        found = self._folded(draws, features) if self._folds else self._unfolded(draws, features, donors)
-        product, lengths = found
-        if host.classifier == "linear":
-            logits = product(state["weight"]) + state["bias"].unsqueeze(-1)
-        else:
-            logits = product(F.normalize(state["weight"], dim=-1)) / lengths().clamp_min(LEAST_LENGTH)
-        return (logits if host.scale == 1 else host.scale * logits).mT
-
-    def _unfolded(self, draws: Draws, receivers: torch.Tensor, donors: torch.Tensor | None) -> tuple[Product, Lengths]:
-        """Products of weights (K, E, N, C) with fused features, (K, E, N, B), and their lengths, (K, E, 1, B)."""
-        features = self.fused(draws, receivers, donors).mT
-        return lambda weight: weight @ features, lambda: features.norm(dim=-2, keepdim=True)
-
-    def _folded(self, draws: Draws, features: torch.Tensor) -> tuple[Product, Lengths]:
-        """The same without fused features, from pairs (G, E, 2 B, C)."""
-        groups = self._groups
+    def _products(self, draws: Draws, features: torch.Tensor, donors: torch.Tensor | None) -> Iterator[Products]:
+        """Products with the fused features of each block of heads. `features`, `donors`: as `given` returns them."""
+        if not self._folds:
+            x = self.fused(draws, features, donors)
+            yield from (Plain(x[heads]) for heads, _ in self._blocks)
+            return
         pairs = features.reshape(*features.shape[:2], -1, 2 * features.shape[3])
         share = self.masks(draws.ranks).to(self.dtype)
         if self._mixing:
             share = torch.where(self._share > 0, self._share, share)
-        ones = torch.ones_like(share).unsqueeze(2)
-        return (
-            lambda weight: Folded.apply(weight, share, pairs, groups),
-            lambda: Folded.apply(ones, share, pairs.square(), groups).sqrt(),
-        )
+        yield from (Folded(share[heads], pairs, groups) for heads, groups in self._blocks)
+
+    @torch.no_grad()
+    def _logits(self, products: Products, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The experts' logits of heads with this `state` on their fused features, (K, E, B, N)."""
+        if self.host.classifier == "cosine":
+            logits = products.of(F.normalize(state["weight"], dim=-1)).div_(products.lengths.clamp_min(LEAST_LENGTH))
+        else:
+            logits = products.of(state["weight"]).add_(state["bias"].unsqueeze(-1))
+        return (logits if self.host.scale == 1 else logits.mul_(self.host.scale)).mT
+
+    def _of_logits(
+        self, products: Products, state: Mapping[str, torch.Tensor], outer: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """The gradients of weights and biases, from those of the logits, `outer` (K, E, N, B)."""
+        if self.host.scale != 1:
+            outer = outer * self.host.scale
+        if self.host.classifier != "cosine":
+            return {"weight": products.gradient(outer), "bias": outer.sum(-1)}
+        weight = state["weight"].detach().requires_grad_()
+        gradient = products.gradient(outer / products.lengths.clamp_min(LEAST_LENGTH))
+        return {"weight": torch.autograd.grad(F.normalize(weight, dim=-1), weight, gradient)[0]}
+
+    def _losses(self, state: Mapping[str, torch.Tensor], batch: TrainingBatch) -> torch.Tensor:
+        """The losses of heads with this `state`, whose experts' logits are the features of the batch, (K,)."""
+        loss = self._on_logits.batch_loss
+        if not self._stackable:
+            loss = vmap(loss, in_dims=(0, _axes(batch)))
+        return loss(state, batch)
 
     def train(
         self,
@@ -389,8 +435,8 @@ class Stack:
         losses = torch.zeros(settings.epochs, len(self.heads), dtype=self.dtype, device=self.device)
         first = save.restore(self.state, descent, losses) if save else 0
         steps = self.streams.steps
-        drawn = sum(tensor.nbytes for tensor in self.drawn(0, 0, self.streams.batch(0, 0)).values())
-        window = max(1, min(MAX_WINDOW_STEPS, DRAWN_BYTES // drawn))
+        (drawn,) = self.drawn(0, [0], [self.streams.batch(0, 0)])
+        window = max(1, min(MAX_WINDOW_STEPS, DRAWN_BYTES // sum(tensor.nbytes for tensor in drawn.values())))
         bar = progress(None, f"train_classifier {name}", unit="step", total=settings.epochs * steps, initial=first)
         with bar:
             for at in self.feed.steps(settings.epochs, *divmod(first, steps), self.draw, window):

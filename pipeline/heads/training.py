@@ -1,8 +1,9 @@
 """Trains all heads of one host, by gradient descent or by a closed-form fit."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 import torch
 
@@ -77,15 +78,33 @@ def train(
         except NotFinite as bad:
             raise NotFinite(bad.epoch, numbers[bad.head], bad.parameter) from None
         restored += checkpoint.restored
-        _check_alike(
-            {name: t[0] for name, t in (state or stack.state).items()}, {k: t[0] for k, t in stack.state.items()}
-        )
-        for key, tensor in stack.state.items():
-            if key not in state:
-                state[key] = torch.empty(sum(map(len, parts)), *tensor.shape[1:], dtype=tensor.dtype)
-            state[key][numbers] = tensor.detach().cpu()
-    table = pa.Table.from_pylist(history, HISTORY).sort_by([("epoch", "ascending"), ("number", "ascending")])
-    return Trained(state, table, restored)
+        _put(state, sum(map(len, parts)), numbers, stack.state)
+    return Trained(state, _in_order(pa.Table.from_pylist(history, HISTORY)), restored)
+
+
+def joined(shares: Sequence[Sequence[int]], trained: Iterable[Trained]) -> Trained:
+    """Heads that were trained in shares, as if they had been trained together. `shares`: the numbers of each one's."""
+    state: dict[str, torch.Tensor] = {}
+    histories, restored = [], 0
+    for numbers, share in zip(shares, trained, strict=True):
+        _put(state, sum(map(len, shares)), numbers, share.state)
+        own = pa.array(np.asarray(numbers)[share.history["number"].to_numpy()], pa.int64())
+        histories.append(share.history.set_column(0, "number", own))
+        restored += share.restored
+    return Trained(state, _in_order(pa.concat_tables(histories)), restored)
+
+
+def _put(state: dict[str, torch.Tensor], heads: int, numbers: Sequence[int], part: Mapping[str, torch.Tensor]) -> None:
+    """Puts the parameters of the heads `numbers` into `state`, which holds those of all `heads`, or nothing yet."""
+    _check_alike({k: t[0] for k, t in (state or part).items()}, {k: t[0] for k, t in part.items()})
+    for key, tensor in part.items():
+        if key not in state:
+            state[key] = torch.empty(heads, *tensor.shape[1:], dtype=tensor.dtype)
+        state[key][list(numbers)] = tensor.detach().cpu()
+
+
+def _in_order(history: pa.Table) -> pa.Table:
+    return history.sort_by([("epoch", "ascending"), ("number", "ascending")])
 
 
 def _check_alike(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> None:

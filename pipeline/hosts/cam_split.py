@@ -9,6 +9,11 @@ one of the `confusing` classes: those whose training samples have the highest me
 receiver's class. It is chosen among an instance-wise batch; without one, and for classes that are not rare, the
 receiver stays as it is. With H2T, channels are fused afterwards: positions here, channels there. The loss is
 cross-entropy on class-balanced batches.
+
+Published setting: not verified. The reimplementation takes 16 rare samples, three new ones of each, and as many samples
+of large classes into a batch, at a constant rate of 0.0005 for 40 epochs on CIFAR-10. Here batches are class-balanced,
+a receiver is changed with probability `share`, and each new sample keeps its own label, where that code gives a batch's
+first.
 """
 
 import numpy as np

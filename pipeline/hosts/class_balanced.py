@@ -4,6 +4,8 @@ Source: Cui et al., "Class-Balanced Loss Based on Effective Number of Samples", 
 w_j proportional to (1 - beta) / (1 - beta^n_j) and sum K; l is cross-entropy or the focal loss. The mean is over the
 batch, not over its weights. The paper chooses beta among 0.9, 0.99, 0.999 and 0.9999. Batches are drawn instance-wise:
 class-balanced ones would be weighted twice.
+
+Published setting: the whole network, by this loss from the first epoch, beta chosen for each data set.
 """
 
 from h2t.pipeline.heads.host import WeightedHost

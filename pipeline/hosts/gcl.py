@@ -2,9 +2,11 @@
 
 Source: Li et al., "Long-tailed Visual Recognition via Gaussian Clouded Logit Adjustment", CVPR 2022, section 3; stage
 II as in the authors' code: CE(s c') (1 - p_y)^focal with c'_ij = cos_ij - amplitude |e_ij| d_j, minus `margin` for the
-true class, and d_j = (log n_max - log n_j) / (log n_max - log n_min). No gradient flows through the focal weight. On
-CIFAR the authors' code also applies mixup to images and trains for 30 epochs. A cache holds no maps of mixed images, so
-mixup is left out here.
+true class, and d_j = (log n_max - log n_j) / (log n_max - log n_min). No gradient flows through the focal weight.
+
+Published setting: 30 epochs, batches of 64, rate 0.002, and on CIFAR mixup of images, of which a cache holds no maps,
+so there is none here. Its sampler draws as `balanced` does. Batch size and rate are settings; presets of CIFAR have the
+published ones, and 10 epochs.
 """
 
 import numpy as np

@@ -4,9 +4,12 @@ Source: Xiao et al., "Does Head Label Help for Long-Tailed Multi-Label Text Clas
 prototype p of a class is the mean of its features of length 1, scaled to length 1. The matrix M minimises sum_j |M p_j
 - w_j|^2 + ridge |M|^2 over the head classes, with w_j their stage-I weights. The weight of a tail class t is M r with r
 = (p_t + sum_j a_j p_j) / 2 and a = softmax_j(p_t p_j) over the head classes; without attention r = p_t. Head classes
-keep their weights. Different from the authors' code: prototypes are means of all samples, not of five drawn ones, M is
-solved for, not trained, a tail class has the mean of the head classes' biases (they have none), and the sum over a is
-not divided by the number of head classes a second time. Published for text with several labels; no figures for images.
+keep their weights.
+
+Published setting: text with several labels, so there are no figures for images. In the authors' code prototypes are
+means of five drawn samples, redrawn 30 times; M is trained; there are no biases; and the sum over a is divided by the
+number of head classes a second time. Here prototypes are means of all samples, M is solved for, a tail class has the
+mean of the head classes' biases, and the sum is not divided again.
 """
 
 import torch

@@ -5,7 +5,10 @@ authors' code: mean_i w_y alpha CE_i / (g_i f_i + epsilon) with g_i = sum_j |p_i
 1-norm of the features (mean over experts) and w_j proportional to 1 / n_j with sum K. alpha 1000 and epsilon 0.001 as
 there; alpha multiplies the learning rate, so tune that with it. As there, the gradient flows through g as well, and
 vanishes as p_y nears 1; with `detach` the weight is a constant. f is that of the fused features, as these make the
-gradient. The authors train 100 epochs by cross-entropy first, which is stage I here.
+gradient.
+
+Published setting: the whole network, 100 epochs by cross-entropy, then 100 by this loss at rate 0.001 and less.
+Cross-entropy is stage I here.
 """
 
 import torch

@@ -2,10 +2,12 @@
 
 Source: Wang et al., "Implicit Semantic Data Augmentation for Deep Networks", NeurIPS 2019, section 3, as in the
 authors' code: CE of z_k + (r / 2) d^T S_y d with d = w_k - w_y, which bounds the expected loss over features drawn from
-N(h, r S_y). S_y is the covariance (divided by the count) of the training features of the class, before fusion. The
-backbone is frozen, so it is computed once, where the authors estimate it over the steps. r = strength * epoch / epochs,
-epochs from 0. Their strength: 0.5 with whole covariances on CIFAR, 7.5 with diagonal ones on ImageNet. With several
-experts each has its own S and its own term. A class of one sample has S = 0. Batches are drawn instance-wise.
+N(h, r S_y). S_y is the covariance (divided by the count) of the training features of the class, before fusion. r =
+strength * epoch / epochs, epochs from 0. With several experts each has its own S and its own term. A class of one
+sample has S = 0. Batches are drawn instance-wise.
+
+Published setting: the whole network, strength 0.5 with whole covariances on CIFAR, 7.5 with diagonal ones on ImageNet,
+not long-tailed; covariances are estimated over the steps. Here the backbone is frozen, so they are computed once.
 """
 
 from typing import Literal

@@ -3,9 +3,11 @@
 Source: Hong et al., "Disentangling Label Distribution for Long-tailed Visual Recognition", CVPR 2021, section 3, as in
 the authors' code: the loss is CE(z + log pi, y) + alpha R with R = -sum_c pi_c (a_c - q_c - penalty q_c^2). Here pi_c =
 n_c / N, a_c is the mean of z_c over the batch's samples of class c (0 without any), and q_c = logsumexp_i (z_ic - log
-pi_c - log K) - log B. The weight inside q_c is that of the column's class. Their constants: penalty 0.01 and alpha 0.1
-on CIFAR-100-LT, 0.5 and 0.05 on ImageNet-LT. Batches are drawn instance-wise, because the loss carries the prior. q is
-taken over the batch, so the smaller last batch of an epoch changes it. Test time uses plain z.
+pi_c - log K) - log B. Batches are drawn instance-wise, because the loss carries the prior. q is taken over the batch,
+so the smaller last batch of an epoch changes it. Test time uses plain z.
+
+Published setting: the whole network; on CIFAR-100-LT penalty 0.01, alpha 0.1, batches of 256, rate 0.2, 200 epochs; on
+ImageNet-LT penalty 0.5, alpha 0.05. In the authors' code, as here, the weight inside q_c is that of the column's class.
 """
 
 import math

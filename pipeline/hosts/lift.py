@@ -3,8 +3,11 @@
 Source: Shi et al., "Long-Tail Learning with Foundation Model: Heavy Fine-Tuning Hurts", ICML 2024: the classifier of
 their lightweight fine-tuning, on instance-sampled batches, with the scale of the authors' code. The loss is
 cross-entropy of z_j + tau log(n_j / N), Menon et al., "Long-tail Learning via Logit Adjustment", ICLR 2021, eq. (10);
-test time uses plain z. Their adapters inside the backbone and their test-time ensemble are not part of it. On CLIP they
-start from embeddings of the class names; name a file of them in `hosts.NAME.start`.
+test time uses plain z. On CLIP they start from embeddings of the class names; name a file of them in
+`hosts.NAME.start`.
+
+Published setting: CLIP with adapters inside the network, trained together with the classifier at rate 0.01, and an
+ensemble at test time. Neither is part of it.
 """
 
 from h2t.pipeline.base.errors import UserError

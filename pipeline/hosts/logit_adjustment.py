@@ -2,6 +2,8 @@
 
 Source: Menon et al., "Long-tail Learning via Logit Adjustment", ICLR 2021, eq. (9). Their logit-adjusted loss is host
 balanced_softmax.
+
+Published setting: the same formula, on a network trained by cross-entropy.
 """
 
 import torch

@@ -5,9 +5,12 @@ sample of class k in a class-balanced batch is replaced with probability 1 - n_k
 batch, a sample of class k0 with probability proportional to q = 1 - beta^max(n_k0 - n_k, 0). It takes `steps` steps x -
 r G / |G| with G the gradient of CE(g(x), k) + lambda f_k0(x); g is the stage-I classifier, f the one in training. The
 result is kept if g_k(x) >= gamma and with probability q; else the sample stays. beta 0.999, lambda 0.5 and gamma 0.9 as
-in the authors' code, which has ten steps of 0.1 on images. Different from it: x are features, after fusion; a step's
-length is a share of the mean feature length; features are cut at 0 below, as after a ReLU; and there is no noise at the
-start. On features g is what decides, so kept samples are easy for it.
+in the authors' code, which has ten steps of 0.1 on images.
+
+Published setting: the whole network, on images, in the last 40 of 200 epochs; g is a network of its own, and a seed
+starts from noise. Here x are features, after fusion; a step's length is a share of the mean feature length; features
+are cut at 0 below, as after a ReLU; the start has no noise. On features g is what decides, so kept samples are easy for
+it.
 """
 
 import numpy as np

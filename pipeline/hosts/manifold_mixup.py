@@ -5,6 +5,9 @@ Source: Verma et al., "Manifold Mixup", ICML 2019, section 2, at the features be
 CE(z(h'), y_i) + (1 - t) CE(z(h'), y_s(i))], with one t from Beta(alpha, alpha) and one permutation s for each batch.
 alpha is 1 in their code. Batches are drawn instance-wise. With H2T, features are fused, pooled, then mixed. `selection:
 mixup` of the grid is another thing: it mixes in donors, and the label stays the receiver's.
+
+Published setting: the whole network, mixed at a layer that is drawn in each step. Bag of Tricks mixes after pooling, as
+here, in each of 400 epochs.
 """
 
 import torch

@@ -4,6 +4,8 @@ Source: Kang et al., "Decoupling Representation and Classifier for Long-Tailed R
 default is that of the authors' code: the mean of all training features is subtracted, features are scaled to length 1,
 and distances are squared. As -|f - m|^2 / 2 is f m - |m|^2 / 2 plus a term that is equal for all classes, the
 classifier is linear.
+
+Published setting: as here.
 """
 
 from typing import Literal

@@ -6,8 +6,11 @@ logits are 16 |v| / (1 + |v|) cos(v, w_k). The loss is CE + 0.01 R with R = sum_
 - the mean over all B K entries of |h_i - C_c|^2, own classes counted as 0). The centroids C start at the class means of
 the training features, before fusion, W_h, b_h and w at the stage-I classifier, W_s and b_s uniform in +- 1 / sqrt(D).
 Batches have four samples of a class at a time, as there. With several experts each has its own parts, and logits and R
-are averaged. Different from the authors' code: the backbone is frozen and without their attention on maps, centroids
-follow the plain gradient, and distances are at least 0.000001, as the feature of a class of one sample is its centroid.
+are averaged.
+
+Published setting: ImageNet-LT, ResNet-10, 60 epochs; backbone, attention on its maps and classifier are trained, the
+classifier at rate 0.1. Here the backbone is frozen and without attention, centroids follow the plain gradient, and
+distances are at least 0.000001, as the feature of a class of one sample is its centroid.
 """
 
 import math

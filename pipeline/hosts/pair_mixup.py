@@ -4,7 +4,9 @@ Source: the pairing of the two samplers is that of Zhou et al., "BBN", CVPR 2020
 in Zhang et al., "Bag of Tricks for Long-Tailed Visual Recognition", AAAI 2021; here it acts on features, as manifold
 mixup does (Verma et al., ICML 2019): h' = t h_i + (1 - t) g_i and mean_i [t CE(z(h'), y_i) + (1 - t) CE(z(h'), y'_i)]
 with one t from Beta(alpha, alpha) for each batch. g and y' are drawn by a sampler of their own, apart from H2T's
-donors, and keep their labels. This combination is our variant.
+donors, and keep their labels.
+
+Published setting: none; this combination is ours. The sources mix images and train the whole network.
 """
 
 import numpy as np

@@ -3,8 +3,9 @@
 Source: Chou et al., "Remix: Rebalanced Mixup", ECCV 2020 workshops, section 3. With features h' = t h_i + (1 - t) h_j,
 the share u of the label y_i is 0 if n_i / n_j >= kappa and t < tau; 1 if n_i / n_j <= 1 / kappa and 1 - t < tau; else
 t. The loss is mean_i [u CE(z(h'), y_i) + (1 - u) CE(z(h'), y_j)]. kappa 3 and tau 0.5 as there; t is from Beta(alpha,
-alpha) with alpha 1. Published for images: mixing features is our variant. Batches are drawn instance-wise; the rule
-uses the training counts whatever draws them.
+alpha) with alpha 1. Batches are drawn instance-wise; the rule uses the training counts whatever draws them.
+
+Published setting: the whole network, on images, so mixing features is our variant.
 """
 
 import torch

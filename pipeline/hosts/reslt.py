@@ -1,8 +1,11 @@
 """ResLT: branches for head, medium and tail classes share one linear layer; each has its own batch norm.
 
-Source: Cui et al., "ResLT: Residual Learning for Long-tailed Recognition", TPAMI 2022. Loss: (1 - beta) CE(z_H + z_M
-+ z_T) + beta I, where I is the mean of the branches' own losses (`networks.branches`). The authors of H2T use beta 0.5
-without H2T and 0.3 with it. Here beta is the same for both, so that they differ in the fusion only.
+Source: Cui et al., "ResLT: Residual Learning for Long-tailed Recognition", TPAMI 2022. Loss: (1 - beta) CE(z_H + z_M +
+z_T) + beta I, where I is the mean of the branches' own losses (`networks.branches`).
+
+Published setting: ResLT itself is trained in one stage. For stage II of CIFAR-10-LT the authors of H2T have three
+experts, batches of 512, rate 0.05, beta 0.5 without H2T and 0.3 with it. Here beta is the same for both, so that they
+differ in the fusion only; the preset has the other values.
 """
 
 import numpy as np

@@ -2,6 +2,9 @@
 
 Source: Wang et al., "Long-tailed Recognition by Routing Diverse Distribution-Aware Experts", ICLR 2021, section 3.
 Stage II keeps only the basic cross-entropy (H2T paper, section 4.2), of the mean logits or summed over experts.
+
+Published setting: RIDE itself is trained in one stage. Its second stage, which chooses the experts that a sample needs,
+is not part of it; all are averaged. The code of H2T on RIDE is not public.
 """
 
 from typing import Literal

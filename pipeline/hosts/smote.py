@@ -6,6 +6,9 @@ synthetic ones; so of its class-balanced draws here, a share of 1 - n_c / n_max 
 once, among view 0 of the training samples, by Euclidean distance over all experts. A class of n_c <= k samples has n_c
 - 1 neighbours, a class of one sample none. With H2T, receivers are moved first and fused then. The loss is
 cross-entropy.
+
+Published setting: synthetic samples are made once, before training, from data of few features. Here each draw makes a
+new one, of features.
 """
 
 import numpy as np

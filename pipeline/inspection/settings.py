@@ -83,12 +83,17 @@ def check(values: dict[str, Any], say: Callable[[str], None] = lambda line: None
             )
         params.build(plugins.load("objectives", backbone.objective).Loss, f"{where}.loss", backbone.loss)
         heads[name] = backbone.head
+        if backbone.cache is not None and backbone.head == "trained" and not backbone.has_weights:
+            raise UserError(
+                f"{where}.head: with a cache elsewhere, it must be probe or none, unless weights names the backbone's "
+                "file; got trained; set it to probe"
+            )
         if replicates.further(values) and not backbone.is_trained:
             raise UserError(
                 f"replicates: backbones.{name} is not trained here, so there is no other training of it; got "
                 f"{values['replicates']}; set replicates to [0], or train the backbone (weights: none)"
             )
-        if backbone.head == "probe" and "stage1" not in extraction.batchnorm:
+        if backbone.head == "probe" and backbone.cache is None and "stage1" not in extraction.batchnorm:
             raise UserError(
                 f"{where}.head: a probe is fitted to training rows under stage1 statistics; extract.batchnorm has "
                 f"{', '.join(extraction.batchnorm)}; add stage1"
@@ -104,7 +109,8 @@ def check(values: dict[str, Any], say: Callable[[str], None] = lambda line: None
             )
         # A recipe that is left out is stage1 if the cache has no other.
         left_out = "batchnorm" not in host.model_fields_set and "stage1" in extraction.batchnorm
-        if host.batchnorm not in extraction.batchnorm and not left_out:
+        there = values["backbones"][host.backbone].get("cache")  # what it stores is found when it is opened
+        if there is None and host.batchnorm not in extraction.batchnorm and not left_out:
             raise UserError(
                 f"{where}.batchnorm: must be one of extract.batchnorm ({', '.join(extraction.batchnorm)}); "
                 f"got {host.batchnorm!r}; add it to extract.batchnorm"

@@ -23,7 +23,7 @@ from h2t.cache.reader import Cache
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import fresh_directory
-from h2t.pipeline.base.params import build
+from h2t.pipeline.base.params import Section, build
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.data.classes import recorded_names
 from h2t.pipeline.data.images import Images, Transform, open_images
@@ -103,9 +103,9 @@ def run(
     """Writes `head.safetensors`, `model.safetensors`, README.md and, with `onnx`, `model.onnx` into `run.out`.
 
     `prepare` is the section `prepare` of the parameters; it says where the images are and how they are transformed.
-    Without `with_images`, only the head is checked, on cached maps. Returns the difference that each check measured:
-    its name ("images", "maps" or "onnx") -> max|d| / max|logit|. Raises UserError, and writes nothing, if the inputs do
-    not belong together or a difference is too large.
+    Without `with_images`, no image is read and only the head is checked, on cached maps. Returns the difference that
+    each check measured: its name ("images", "maps" or "onnx") -> max|d| / max|logit|. Raises UserError, and writes
+    nothing, if the inputs do not belong together or a difference is too large.
     """
     if onnx:
         need_onnx()
@@ -119,12 +119,16 @@ def run(
     if kind not in statistics:
         raise UserError(f"{cache.files}: holds no {kind!r} batch-norm statistics; extract again")
     batchnorm.use(backbone, statistics[kind])
-    images = _images(cache, prepare)
+    dataset = plugins.load("datasets", prepare["dataset"])
+    options = build(dataset.Options, "prepare.options", prepare.get("options", {}))
+    recorded = cache.spec.fingerprint_inputs.get("transform")  # a pooled cache records none
+    transform = build(Transform, "cache: transform", recorded) if recorded else dataset.transform(options)
+    images = _images(cache, dataset, options, transform) if with_images else None
     about: dict[str, Any] = {
         "arch": identity["arch"],
         "options": identity["options"],
         "classes": recorded_names(cache.spec.provenance, cache.files),
-        "transform": images.transform.model_dump(),
+        "transform": transform.model_dump(),
         **({"input": identity["input"]} if "input" in identity else {}),
         "statistics": kind,
         "host": heads.about["host"],
@@ -139,13 +143,13 @@ def run(
     with fresh_directory(run.out) as into:
         save_head(into / "head.safetensors", one, about)
         tested = score_heads(cache, one, "test", kind, run.device)
-        dataset = str(cache.spec.provenance.get("dataset", "unknown"))
-        text = card(about, heads.about["counts"], dataset, Measured(tested.labels, tested.said[0].guesses), stated)
+        origin = str(cache.spec.provenance.get("dataset", "unknown"))
+        text = card(about, heads.about["counts"], origin, Measured(tested.labels, tested.said[0].guesses), stated)
         (into / "README.md").write_text(text, encoding="utf-8")
         path = into / "model.safetensors"
         plain = save_model(path, backbone, one, about)
         model = load_model(path)
-        measured = _check(model, run, cache, rows, expected, images if with_images else None)
+        measured = _check(model, run, cache, rows, expected, images)
         if onnx:
             measured["onnx"] = write_onnx(model, into / "model.onnx")
     what = "a state dict of its architecture" if plain else "no plain state dict (the head is not one linear layer)"
@@ -157,12 +161,8 @@ def run(
     return measured
 
 
-def _images(cache: Cache, prepare: Mapping[str, Any]) -> Images:
+def _images(cache: Cache, dataset: Any, options: Section, transform: Transform) -> Images:
     """The images that a cache's rows were made from, indexed by row."""
-    dataset = plugins.load("datasets", prepare["dataset"])
-    options = build(dataset.Options, "prepare.options", prepare.get("options", {}))
-    recorded = cache.spec.fingerprint_inputs.get("transform")  # a pooled cache records none
-    transform = build(Transform, "cache: transform", recorded) if recorded else dataset.transform(options)
     sources, digests = (cache.rows[name].to_pylist() for name in ("source", "digest"))
     return open_images(dataset, options, sources, digests, transform)
 
@@ -178,13 +178,16 @@ def _check(
 ) -> dict[str, float]:
     """Compares the model's logits with `expected` (n, K), which evaluate computes on the cache's `rows` (n,).
 
-    With `images`, the whole model is checked; without, its head on the cached maps. Raises UserError if they differ.
+    With `images`, the whole model is checked; without, its head on the cached maps. The vectors of a cache pooled by
+    gap are maps of one pixel. Raises UserError if the logits differ.
     """
     allowed = TOLERANCE[cache.spec.dtype]
     if images is None:
-        if "pool" in cache.spec.fingerprint_inputs:
+        pool = cache.spec.fingerprint_inputs.get("pool", "gap")
+        if pool != "gap":
             raise UserError(
-                f"{cache.files}: is pooled, so there are no maps to check the head on; export without --without-images"
+                f"{cache.files}: without images, a head is checked on maps or their averages (pool gap); got a cache "
+                f"pooled by {pool}; export without --without-images"
             )
         run.say("checked without images: the head on cached maps, the backbone by its digest")
         network: Callable[[Any], torch.Tensor] = model.network.on_maps

@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from h2t.pipeline.base import plugins
+from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import build
 from h2t.pipeline.data.network_input import Input
 from h2t.pipeline.networks.backbone import Backbone, build_backbone
@@ -55,6 +56,11 @@ def load_backbone(folder: Path) -> tuple[Backbone, dict[str, Any]]:
     """
     path = folder / "backbone.safetensors"
     state, about = load_weights(path)
+    if _is_record(state, about):
+        raise UserError(
+            f"{path}: holds no weights, as the parameters name a cache elsewhere without them; set weights of this "
+            "backbone to the file that the cache was extracted with"
+        )
     arch = plugins.load("backbones", about["arch"])
     with torch.random.fork_rng(), _RepeatedDraws():
         options = build(arch.Options, f"{path}: options", about["options"])
@@ -100,7 +106,13 @@ def backbone_digest(folder: Path) -> str:
     path = folder / "backbone.safetensors"
     if not path.is_file() and (folder / "head.safetensors").is_file():  # a probe, which records the digest
         return str(load_weights(folder / "head.safetensors")[1]["backbone"])
-    return weights_digest(load_weights(path)[0])
+    state, about = load_weights(path)
+    return str(about["weights"]) if _is_record(state, about) else weights_digest(state)
+
+
+def _is_record(state: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> bool:
+    """Whether a backbone's file only records what a cache elsewhere was extracted with."""
+    return "elsewhere" in about and not state
 
 
 def backbone_identity(folder: Path) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 Source: Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss", NeurIPS 2019. The loss is
 CE_w(s (cos_j - 1[j = y] m_y)) with m_j = margin n_j^(-1/4) / max_l n_l^(-1/4). The class weights w_j are 1 before
 `reweight_epoch`, then proportional to (1 - beta) / (1 - beta^n_j) with sum K (section 3.3).
+
+Published setting: 200 epochs on CIFAR-LT, rate 0.1, times 0.01 at epochs 160 and 180 (`gamma: 0.01`), in the presets.
 """
 
 from typing import Annotated

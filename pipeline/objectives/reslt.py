@@ -3,6 +3,9 @@
 Source: Cui et al., "ResLT: Residual Learning for Long-tailed Recognition", TPAMI 2022. The loss is
 (1 - beta) CE(z_H + z_M + z_T) + beta I, with I the mean of the branches' own terms (`networks.branches.reslt_loss`). At
 test time the logits are z_H + z_M + z_T.
+
+Published setting: on CIFAR-LT one network, 200 epochs, Nesterov's momentum, weight decay 0.0005; the authors of H2T
+take three experts and mixup. Presets have three experts without mixup.
 """
 
 import torch

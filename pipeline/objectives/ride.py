@@ -6,6 +6,10 @@ CE_w(z_e - s m_y 1_y, y) + diversity T^2 KL(softmax(z / T_j) || softmax(z_e / T_
 with m the margins of LDAM and z the mean of the experts' logits, without gradient in the second term. Before
 `reweight_epoch` w = 1 and T_j = T = 1. From then on w are the weights of LDAM-DRW, T_j = temperature t_j / max t with
 t_j = K eta n_j / N + 1 - eta, and T is the mean of the T_j.
+
+Published setting: on CIFAR-100-LT 200 epochs, Nesterov's momentum, weight decay 0.0005, times 0.01 at epochs 160 and
+180, images rotated by up to 15 degrees, experts of three quarters of the channels. Presets have experts of full width,
+as the code of H2T does.
 """
 
 from typing import Annotated, Literal

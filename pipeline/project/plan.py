@@ -5,6 +5,7 @@ from typing import Any
 
 from h2t.cache.format.spec import MAX_RECORD_BYTES, CacheSpec, canonical_json, shard_rows_for
 from h2t.pipeline.project.rehearsal import BATCH, TEST_SHARE, Rehearsal
+from h2t.pipeline.stages import extract
 
 EXTRACT_ROW_BYTES = 1200  # of memory that extract holds for each row; measured with 50,000 rows
 PLAN_ROW_BYTES = 16  # of memory that stage II holds for each row, beside features; measured by bench_rows
@@ -39,6 +40,7 @@ def plan(images: int, machines: int, known: Rehearsal, machine: Machine) -> dict
     spec, pooled = (replace(each, rows=max(1, round(images * of_image))) for each in (known.spec, known.pooled))
     train = images - images // TEST_SHARE
     steps = -(-train // BATCH)
+    spec = replace(spec, shard_rows=extract.layout(known.params, _row_bytes(spec), spec.rows)[1])
     costs = known.costs
     share = images / machines
     row = sum(spec.row_bytes(expert) for expert in range(spec.experts))
@@ -73,11 +75,12 @@ def limits(known: Rehearsal, machine: Machine) -> list[Limit]:
     """What breaks as images become more, first things first."""
     spec = known.spec
     of_image = spec.rows / known.images
-    in_shard = spec.shard_rows / of_image / spec.experts  # images for each file
+    largest = extract.layout(known.params, _row_bytes(spec), 2**62)[1]  # rows of a shard when shards no longer grow
+    in_shard = largest / of_image / spec.experts  # images for each file
     larger = shard_rows_for(spec.row_bytes(), spec.chunk_rows, LARGE_SHARD) / of_image / spec.experts
     wider = f"set extract.shard_bytes: {LARGE_SHARD}, which moves this to"
     image_bytes = spec.value_bytes / known.images
-    entry = _entry_bytes(spec, 100_000)
+    entry = _entry_bytes(replace(spec, shard_rows=largest), 100_000)
     found = [
         Limit(
             int(machine.memory / (EXTRACT_ROW_BYTES * of_image)),
@@ -107,6 +110,10 @@ def limits(known: Rehearsal, machine: Machine) -> list[Limit]:
         ),
     ]
     return sorted(found, key=lambda limit: limit.images)
+
+
+def _row_bytes(spec: CacheSpec) -> int:
+    return max(spec.row_bytes(expert) for expert in range(spec.experts))
 
 
 def _files(spec: CacheSpec) -> int:

@@ -1,15 +1,17 @@
-"""Runs the stages on a few made-up images, to learn what an image costs on this machine.
+"""Runs the stages on made-up images, to learn what an image costs on this machine.
 
-Each stage runs on a small and on a larger number of images. The line through both times separates what a run costs
-once (loading, committing) from what each image costs.
+Each stage runs at two sizes. The line through both times separates what a run costs once (loading, committing) from
+what each image costs. The smaller run is short and repeated, so that its noise hardly changes the slope. Extraction
+runs on few images; verify, pooling and stage II run on larger caches that repeat the extracted maps.
 """
 
 import io
-import math
+import shutil
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,13 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from h2t.cache.format.spec import CacheSpec
+from h2t.cache.format.card import card
+from h2t.cache.format.spec import CacheSpec, shard_rows_for
 from h2t.cache.reader import open_cache
+from h2t.cache.tools.pooled import SHARD_BYTES, pooled
 from h2t.cache.tools.verify import verify
+from h2t.cache.write.staging import Staging
+from h2t.cache.write.writer import CacheWriter
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.params import build
 from h2t.pipeline.base.run import Run, silent
@@ -31,24 +37,30 @@ from h2t.pipeline.data.network_input import chosen
 from h2t.pipeline.data.samples import Samples
 from h2t.pipeline.heads.batches import Streams
 from h2t.pipeline.heads.descent import Descent
-from h2t.pipeline.heads.features import FeatureReader
+from h2t.pipeline.heads.features import FeatureReader, load_pool
 from h2t.pipeline.heads.host import Context
 from h2t.pipeline.heads.residency import Choice, Feed
-from h2t.pipeline.heads.stack import HeadSetting, Stack
+from h2t.pipeline.heads.stack import FLOAT, HeadSetting, Stack
 from h2t.pipeline.heads.stored import HeadParts, build_head
 from h2t.pipeline.networks.backbone import build_backbone
-from h2t.pipeline.networks.trained import StageOneHead
+from h2t.pipeline.networks.trained import StageOneHead, backbone_facts
 from h2t.pipeline.networks.weights import save_weights
-from h2t.pipeline.stages import extract, pool
+from h2t.pipeline.stages import extract
 from h2t.pipeline.stages.train_backbone import Params as Entry
 
 CLASSES, TEST_SHARE = 10, 10  # every tenth image is a test image
 PICTURES = 16  # different ones, used again and again
-SECONDS = 3.0  # that the smaller run of extraction takes, about
-TIMES = 3  # as many images in the larger run
-REPEATS = 7  # of short runs, of which the fastest counts
-MOST_IMAGES = 8192  # of the smaller run
-BATCH, STEPS = 128, 100  # of stage II
+SECONDS = 8.0  # that the larger run of extraction takes beyond the smaller one, at least
+GROWTH = 4  # as many images in the next attempt at a larger run
+MOST_IMAGES = 32_768  # of a larger run
+REPEATS = 5  # of short runs, of which the fastest counts
+LONG_REPEATS = 3  # of longer ones
+FILLED = 512 * 2**20  # bytes of maps in the larger cache that repeats them; the smaller has an eighth
+SMALLER = 8
+SHARDS = 8  # of each of them, so that the threads of verify and pooling have work
+MOST_REPEATED = 16 * 2**20  # bytes of each expert's maps that are repeated
+DISK_SHARE = 0.25  # of the free space, for these caches
+BATCH, STEPS = 128, (100, 400)  # of stage II
 HEADS = [HeadSetting(0.0, "instance", "random", 0), HeadSetting(0.3, "instance", "random", 0)]
 
 Clock = Callable[[], float]
@@ -56,7 +68,7 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of a run: `once`, and for `each` image (of `epoch`: for each step)."""
+    """Seconds of a run: `once`, and for `each` image (of `step`: for each step)."""
 
     once: float
     each: float
@@ -67,9 +79,9 @@ class Cost:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What was measured, with the specifications of the rehearsed cache and of its pooled copy.
+    """What was measured by which settings, with the specifications of the rehearsed cache and of its pooled copy.
 
-    `images`: those of the larger run. `table_bytes`: of a row in the row table on disk.
+    `images`: those of the larger extraction. `table_bytes`: of a row in the row table on disk.
     """
 
     images: int
@@ -77,6 +89,7 @@ class Rehearsal:
     pooled: CacheSpec
     table_bytes: float
     costs: Mapping[str, Cost]
+    params: extract.Params = field(default_factory=extract.Params)
 
     def as_dict(self) -> dict[str, Any]:
         """The costs as a JSON object."""
@@ -125,18 +138,47 @@ class Stage:
         run = Run("plan", out, self.device, say=silent)
         return out, self.timed(lambda: extract.run(self.params, run, samples, images, self.folder, replace=True))
 
+    def filled(self, extracted: Path, count: int) -> Path:
+        """A new cache of `count` images that repeats the maps of `extracted`, in at least `SHARDS` shards."""
+        out = self.folder / f"filled-{count}"
+        params = extract.with_recipes_of(self.params, backbone_facts(self.folder))
+        rows = extract.row_table(params, self.samples(count, self.side or 32)[0])
+        with open_cache(extracted) as cache, Staging(out) as staging:
+            known = cache.spec
+            few = np.arange(min(known.rows, MOST_REPEATED // known.row_bytes() + 1))
+            maps = [cache.read(few, expert=expert) for expert in range(known.experts)]
+            chunks = max(1, len(rows) // (SHARDS * known.chunk_rows))
+            shard_rows = min(known.shard_rows, chunks * known.chunk_rows)
+            counts = np.bincount(rows["label"].to_numpy()[rows["split"].to_numpy() == "train"], minlength=CLASSES)
+            provenance = {**known.provenance, "counts": counts.tolist()}
+            spec = replace(known, rows=len(rows), shard_rows=shard_rows, provenance=provenance)
+            writer = CacheWriter(staging, spec, rows, {})
+            for shard in writer.pending:
+                writer.write(shard, [of[np.array(spec.shard_range(shard)) % len(few)] for of in maps])
+            writer.commit(cache.statistics, card(spec, rows))
+        return out
+
     def verify(self, cache: Path) -> float:
         return self.timed(lambda: verify(cache))
 
     def pool(self, cache: Path) -> tuple[Path, float]:
-        """Pools the cache; (the copy, seconds)."""
+        """Pools the cache, in shards as small as its own; (the copy, seconds)."""
         out = cache.with_name(f"{cache.name}-pooled")
-        with open_cache(cache) as maps:
-            run = Run("plan", out, say=silent)
-            return out, self.timed(lambda: pool.run(pool.Params(), run, maps, replace=True))
+        gap = load_pool("gap", {}, "pool.pool_options", self.channels)
 
-    def epoch(self, cache: Path, steps: int) -> Cost:
-        """Training of two classifiers on the pooled cache for about `steps`; the cost of a step."""
+        @torch.no_grad()
+        def vectors(maps: np.ndarray) -> np.ndarray:
+            return gap({}, torch.from_numpy(maps)).numpy()
+
+        with open_cache(cache) as maps:
+            shard = maps.spec.shard_rows * self.channels * FLOAT
+            return out, self.timed(lambda: pooled(maps, out, vectors, "gap", shard_bytes=shard, replace=True))
+
+    def epoch(self, cache: Path, steps: Sequence[int]) -> list[float]:
+        """Training of two classifiers on the pooled cache for each of `steps`; the seconds of each.
+
+        Features are in memory; drawing counts, in the background as in a real run. The fastest of a few counts.
+        """
         with open_cache(cache) as features:
             names = features.spec.provenance["classes"]
             statistics = features.index.statistics("train")[0]
@@ -149,15 +191,17 @@ class Stage:
             stack = Stack(head, HEADS, feed)
             stack.start(start)
             descent = Descent(stack.state, {}, momentum=0.9, weight_decay=5e-4)
-            epochs = -(-steps // streams.steps)
-            taken = []
-            for at in feed.steps(epochs, draw=stack.draw):
+
+            def train(count: int) -> float:
                 began = self.clock()
-                stack.step(at, descent, 0.02)
+                for at in islice(feed.steps(-(-count // streams.steps), draw=stack.draw), count):
+                    stack.step(at, descent, 0.02)
                 if self.device.type == "cuda":
                     torch.cuda.synchronize()
-                taken.append(self.clock() - began)
-            return Cost(0.0, float(np.median(taken)))
+                return self.clock() - began
+
+            train(1)  # loads what is loaded once in a process
+            return [min(train(count) for _ in range(LONG_REPEATS)) for count in steps]
 
     def timed(self, work: Callable[[], object]) -> float:
         """Seconds that `work` takes."""
@@ -174,34 +218,58 @@ def rehearse(
     *,
     clock: Clock = time.perf_counter,
     seconds: float = SECONDS,
+    filled: int = FILLED,
 ) -> Rehearsal:
-    """Rehearses the stages after stage I in the empty `folder`, with random weights; takes about 6 x `seconds`.
+    """Rehearses the stages after stage I in the empty `folder`, with random weights.
 
-    On the CPU batches have at most 16 images: the time of an image hardly depends on it.
+    Takes about twice `seconds`, and the time to write, verify and pool `filled` bytes a few times. On the CPU batches
+    have at most 16 images: the time of an image hardly depends on it.
     """
     if device.type == "cpu":
         params = params.model_copy(update={"batch_size": min(params.batch_size, 16)})
     stage = Stage(folder, entry, params, device, clock)
-    batch = params.batch_size
-    stage.extract(2 * CLASSES)  # loads what is loaded once in a process
-    rate = batch / stage.extract(batch + 2 * CLASSES)[1]
-    small = batch * max(2, math.ceil(min(seconds * rate, MOST_IMAGES) / batch))
-    sizes = (small, TIMES * small)
-    caches, times = zip(*(stage.extract(size) for size in sizes), strict=True)
+    extracted, extraction = _extraction(stage, seconds)
+    with open_cache(extracted) as cache:
+        spec, images = cache.spec, len(set(cache.rows["sample"].to_pylist()))
+    room = min(filled, int(DISK_SHARE * shutil.disk_usage(folder).free))
+    large = max(SMALLER * 2 * CLASSES, room * images // spec.value_bytes)
+    sizes = (large // SMALLER, large)
+    caches = [stage.filled(extracted, size) for size in sizes]
     checked = [min(stage.verify(cache) for _ in range(REPEATS)) for cache in caches]
     copies = [stage.pool(cache)[0] for cache in caches]
     pooling = [min(stage.pool(cache)[1] for _ in range(REPEATS)) for cache in caches]
     with open_cache(caches[1]) as cache, open_cache(copies[1]) as copy:
-        spec, pooled, table_bytes = cache.spec, copy.spec, cache.commit.files["rows.parquet"][0] / cache.spec.rows
-    costs = {name: line(sizes, of) for name, of in (("extract", times), ("verify", checked), ("pool", pooling))}
-    costs["step"] = stage.epoch(copies[1], STEPS)
-    return Rehearsal(sizes[1], spec, pooled, table_bytes, costs)
+        table_bytes = cache.commit.files["rows.parquet"][0] / cache.spec.rows
+        vectors = replace(copy.spec, rows=spec.rows, shard_rows=_pooled_shard_rows(copy.spec))
+    costs = {"extract": extraction, "verify": line(sizes, checked), "pool": line(sizes, pooling)}
+    costs["step"] = line(STEPS, stage.epoch(copies[1], STEPS))
+    return Rehearsal(images, spec, vectors, table_bytes, costs, params)
 
 
-def line(sizes: tuple[int, ...], seconds: tuple[float, ...] | list[float]) -> Cost:
-    """The cost whose line goes through both times; never below 0."""
-    each = max(0.0, (seconds[1] - seconds[0]) / (sizes[1] - sizes[0])) or seconds[1] / sizes[1]
-    return Cost(max(0.0, seconds[0] - each * sizes[0]), each)
+def _pooled_shard_rows(spec: CacheSpec) -> int:
+    """Rows of a shard of a pooled copy as `h2t pool` writes it."""
+    return shard_rows_for(spec.row_bytes(), spec.chunk_rows, SHARD_BYTES)
+
+
+def _extraction(stage: Stage, seconds: float) -> tuple[Path, Cost]:
+    """(an extracted cache, the cost of extraction) from a run on a few images and one that takes `seconds` longer."""
+    count = stage.params.batch_size + 2 * CLASSES
+    _, first = stage.extract(count)  # loads what is loaded once in a process, so it is slower
+    often = int(max(1, min(REPEATS, seconds / first)))
+    small, shortest = count, min(stage.extract(count)[1] for _ in range(often))
+    while True:
+        count = min(GROWTH * count, MOST_IMAGES)
+        cache, taken = stage.extract(count)
+        if taken - shortest >= seconds or count == MOST_IMAGES:
+            return cache, line((small, count), (shortest, taken))
+        shutil.rmtree(cache)
+
+
+def line(sizes: Sequence[int], seconds: Sequence[float]) -> Cost:
+    """The cost whose line goes through both times. If it would cross zero below 0, all of the longer time is `each`."""
+    each = (seconds[1] - seconds[0]) / (sizes[1] - sizes[0])
+    once = seconds[0] - each * sizes[0]
+    return Cost(once, each) if each > 0 and once > 0 else Cost(0.0, seconds[1] / sizes[1])
 
 
 def _picture(number: int, side: int) -> bytes:

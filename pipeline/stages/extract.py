@@ -23,7 +23,7 @@ import torch
 from h2t.cache.errors import CacheError
 from h2t.cache.format.card import card
 from h2t.cache.format.rows import make_rows
-from h2t.cache.format.spec import CacheSpec, canonical_json, chunk_rows_for, sha256, shard_rows_for
+from h2t.cache.format.spec import CacheSpec, canonical_json, chunk_rows_for, grown_shard_bytes, sha256, shard_rows_for
 from h2t.cache.write import parts
 from h2t.cache.write.carry import Carrier, Source
 from h2t.cache.write.parts import Part
@@ -39,7 +39,7 @@ from h2t.pipeline.data.samples import Samples
 from h2t.pipeline.extraction import batchnorm, cluster, forward, reuse
 from h2t.pipeline.extraction.batchnorm import Statistics
 from h2t.pipeline.extraction.cluster import ADDRESS
-from h2t.pipeline.extraction.commit import missing, no_parts, written_with
+from h2t.pipeline.extraction.commit import written_with
 from h2t.pipeline.extraction.recipes import stored
 from h2t.pipeline.extraction.recorded import MOST_IMAGES
 from h2t.pipeline.networks.backbone import Backbone
@@ -77,7 +77,7 @@ class Params(Section):
     chunk_rows: Count | None = None
     """Rows in a chunk, the unit of reading and of checksums; null chooses by the size of a row."""
     shard_bytes: Bytes = 128 * 1024**2
-    """Size of a shard file, in bytes before compression."""
+    """Size of a shard file, in bytes before compression; left out, larger from 0.55 TB on, up to 512 MiB."""
     batch_size: Annotated[Count, at_most(MOST_IMAGES)] = 128
     """Images in a forward pass."""
     precision: Precision = "float32"
@@ -190,11 +190,11 @@ def run(
 
         if commit:
             asked_for = {"batch_size": params.batch_size, "precision": params.precision}
-            settings = written_with(staging, asked_for, run, target)
+            settings = written_with(staging, asked_for)
 
         def estimate(wanted: list[str]) -> Statistics:
             if commit:
-                raise no_parts(run, target)
+                raise parts.no_parts(staging)
             return batchnorm.compute(
                 backbone, wanted, samples, images, passes=params.batchnorm_passes, seed=run.seed, device=run.device
             )
@@ -209,7 +209,7 @@ def run(
             writer = whole = target.writer(staging, spec, rows, settings, read=not commit)  # parts have read theirs
             pending = whole.pending
             if commit and pending:
-                raise CacheError("incomplete", missing(pending, spec, parts.begun(staging), run))
+                raise parts.missing(staging, spec, pending)
         _announce(spec, run, pending, part, target)
         todo = {shard: np.array(spec.shard_range(shard)) for shard in pending}
         carrier = None
@@ -282,10 +282,12 @@ def fingerprint_inputs(params: Params, samples: Samples, identity: dict[str, Any
     }
 
 
-def layout(params: Params, row_bytes: int) -> tuple[int, int]:
-    """(rows per chunk, rows per shard) for rows of at most `row_bytes` bytes per expert."""
-    chunk_rows = params.chunk_rows or chunk_rows_for(row_bytes)
-    return chunk_rows, shard_rows_for(row_bytes, chunk_rows, params.shard_bytes)
+def layout(params: Params, row_bytes: int, rows: int) -> tuple[int, int]:
+    """(rows per chunk, rows per shard) for `rows` rows of at most `row_bytes` bytes per expert."""
+    chunk_rows, shard_bytes = params.chunk_rows or chunk_rows_for(row_bytes), params.shard_bytes
+    if "shard_bytes" not in params.model_fields_set:
+        shard_bytes = grown_shard_bytes(shard_bytes, rows * row_bytes)
+    return chunk_rows, shard_rows_for(row_bytes, chunk_rows, shard_bytes)
 
 
 def _same(
@@ -309,7 +311,7 @@ def _same(
         same_statistics = digest == sha256(batchnorm.to_bytes(kept))
     else:
         same_statistics = existing.provenance.get("statistics_from") == origin.get("statistics_from")
-    chunks = layout(params, max(existing.row_bytes(e) for e in range(existing.experts)))
+    chunks = layout(params, max(existing.row_bytes(e) for e in range(existing.experts)), rows)
     # Batch size and threads change results only within the tolerance of a precision, so they are not compared.
     precision = existing.provenance.get("precision", "float32")
     have = (existing.codec, existing.dtype, precision, (existing.chunk_rows, existing.shard_rows), existing.rows)
@@ -355,7 +357,7 @@ def _spec(
         maps = backbone(torch.zeros(1, 3, size, size, device=device))
     shapes = tuple((m.shape[1], m.shape[2], m.shape[3]) for m in maps)
     itemsize = 4 if params.dtype == "float32" else 2
-    chunk_rows, shard_rows = layout(params, max(math.prod(s) for s in shapes) * itemsize)
+    chunk_rows, shard_rows = layout(params, max(math.prod(s) for s in shapes) * itemsize, rows)
     return CacheSpec(
         rows=rows,
         maps=shapes,

@@ -15,6 +15,8 @@ from h2t.cache.format.spec import CacheSpec
 from h2t.cache.reader import Cache
 from h2t.cache.redaction import redacted
 from h2t.cache.tools.pooled import pooled
+from h2t.cache.write.parts import Part
+from h2t.cache.write.target import target_at
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import Section, plugin
 from h2t.pipeline.base.progress import progress
@@ -36,13 +38,21 @@ class Params(Section):
     """Compression of the copy."""
 
 
-def run(params: Params, run: Run, cache: Cache, *, replace: bool = False, to: str | Path | None = None) -> CacheSpec:
+def run(
+    params: Params,
+    run: Run,
+    cache: Cache,
+    *,
+    replace: bool = False,
+    part: Part | None = None,
+    commit: bool = False,
+    to: str | Path | None = None,
+) -> CacheSpec:
     """Pools `cache` into a new cache at `to`; resumes a killed run. Vectors are stored as maps (D, 1, 1), float32.
 
-    `to` is a path or URL, by default `run.out`.
-
-    Raises CacheError (`exists`, `busy`, `full`), and UserError if `cache` is pooled already, or if the pool is trained
-    or gives more than one number per channel.
+    `to` is a path or URL, by default `run.out`; `part` and `commit` are those of `cache.tools.pooled`. Raises
+    CacheError (`exists`, `busy`, `full`, `incomplete`, `unreachable`), and UserError if `cache` is pooled already, or
+    if the pool is trained or gives more than one number per channel.
     """
     if "pool" in cache.spec.fingerprint_inputs:
         raise UserError(f"{cache.files}: is pooled already; name the cache it was made from")
@@ -71,8 +81,14 @@ def run(params: Params, run: Run, cache: Cache, *, replace: bool = False, to: st
             codec=params.codec,
             token={"torch": version("torch")},
             replace=replace,
+            part=part,
+            commit=commit,
             progress=bar.update,
         )
+    if part is not None and target_at(out).committed() is None:
+        done = f"{counted(len(part.shards(spec)), 'shard')} of {spec.shards:,}"
+        run.say(f"{run.name}: part {part}, {done}, written; when all parts are, run the same command with --commit")
+        return spec
     before, after = cache.spec.value_bytes / 1e6, spec.value_bytes / 1e6
     run.say(f"{run.name}: {counted(spec.rows, 'row')}, {before:.1f} -> {after:.1f} MB, written to {redacted(str(out))}")
     return spec

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 
+from h2t.cache.reader import Cache
 from h2t.pipeline.base import numbers, plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import fresh_directory
@@ -28,6 +29,8 @@ from h2t.pipeline.base.text import counted
 from h2t.pipeline.data.images import Images
 from h2t.pipeline.data.network_input import Input, chosen
 from h2t.pipeline.data.samples import Samples
+from h2t.pipeline.extraction.elsewhere import CacheElsewhere
+from h2t.pipeline.extraction.recorded import backbone_of
 from h2t.pipeline.networks.backbone import Backbone, build_backbone, features_of, frozen_part
 from h2t.pipeline.networks.probe import Probe
 from h2t.pipeline.networks.tap import Tapped
@@ -72,19 +75,31 @@ class Params(Training):
     """The backbone's classifier: that of stage I, one that stage `probe` fits to the cached rows, or none."""
     probe: Probe = Probe()
     """How stage `probe` fits the classifier."""
+    cache: CacheElsewhere | None = None
+    """A finished cache elsewhere, which hosts read in place of one that is extracted here; nothing is trained."""
 
     @property
     def is_trained(self) -> bool:
         """Whether stage I trains the backbone, and not at most a head on it."""
-        return self.weights in (None, "none") and not self.frozen
+        return self.cache is None and not self.has_weights and not self.frozen
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the finished weights are given."""
+        return self.weights not in (None, "none")
 
 
-def run(params: Params, run: Run, samples: Samples, images: Images) -> None:
+def run(params: Params, run: Run, samples: Samples, images: Images, cache: Cache | None = None) -> None:
     """Trains or loads the backbone `run.name` and writes it into the directory `run.out`.
 
-    Raises UserError if the weights are missing or do not fit, or if training diverges.
+    `cache` is the open cache that `params.cache` names, if it does; without weights, only a record of the backbone
+    that it was extracted with is written. Raises UserError if the weights are missing or do not fit, or if training
+    diverges.
     """
     where = f"backbones.{run.name}"
+    if cache is not None and not params.has_weights:
+        _write_record(params, run, cache)
+        return
     arch, objectives = plugins.load("backbones", params.arch), plugins.load("objectives", params.objective)
     counts = torch.tensor(samples.counts)
     with torch.random.fork_rng():
@@ -105,7 +120,9 @@ def run(params: Params, run: Run, samples: Samples, images: Images) -> None:
         "experts": backbone.experts,
         **({"input": stated.model_dump(exclude_none=True)} if stated != Input() else {}),
     }
-    if params.weights not in (None, "none"):
+    if cache is not None:  # so that extract runs again if it is another
+        about |= {"elsewhere": cache.spec.fingerprint}
+    if params.has_weights:
         about |= {"pretrained": True} if params.weights == "pretrained" or hasattr(arch, "input") else {}
         whole = _weights(params, f"{where}.weights", arch, options, stated)
         reason = _load(whole, f"{where}.weights", backbone, objective if params.head == "trained" else None)
@@ -190,6 +207,23 @@ def _write(
             },
         )
         _write_curves(into / "plots" / "metrics", curves)
+
+
+def _write_record(params: Params, run: Run, cache: Cache) -> None:
+    """Writes the stage's files for a backbone without weights here: what it is, and the digest of its weights."""
+    about = {
+        "arch": params.arch,
+        "options": params.options,
+        **({"input": stated} if (stated := params.input.model_dump(exclude_none=True)) else {}),
+        "elsewhere": cache.spec.fingerprint,
+        "weights": backbone_of(cache.files, cache.spec),
+    }
+    head = {"objective": params.objective, "classifier": NONE, "scale": 1.0, "head": params.head}
+    probe = {"probe": params.probe.model_dump()} if params.head == "probe" else {}
+    with fresh_directory(run.out) as into:
+        save_weights(into / "backbone.safetensors", {}, about)
+        save_weights(into / "head.safetensors", {}, {**about, **head, **probe})
+    run.say(f"{run.name}: its cache is at {cache.files}, its weights are not here; nothing is trained")
 
 
 def _checkpoint(params: Params, key: str, path: Path) -> dict[str, torch.Tensor]:

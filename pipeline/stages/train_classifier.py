@@ -18,11 +18,13 @@ import torch
 
 from h2t.cache.memory import available_memory
 from h2t.cache.reader import Cache
-from h2t.pipeline.base import clock, plugins
+from h2t.pipeline.base import clock, plugins, progress
+from h2t.pipeline.base.device import choose
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import fresh_directory
 from h2t.pipeline.base.replicates import seeds_of
 from h2t.pipeline.base.run import Run, silent
+from h2t.pipeline.base.side_by_side import side_by_side
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.data.classes import recorded_names
 from h2t.pipeline.evaluation.folds import FOLDS, cross_validate
@@ -39,9 +41,9 @@ from h2t.pipeline.heads.head import Head
 from h2t.pipeline.heads.host import Context
 from h2t.pipeline.heads.host_entry import Params as Params  # every stage module has its `Params`
 from h2t.pipeline.heads.host_entry import check_grid, check_reads, check_start, heads_of
-from h2t.pipeline.heads.parts import planned_parts, step_size
+from h2t.pipeline.heads.parts import planned_parts, shares_of, step_size
 from h2t.pipeline.heads.replicate import Replicate
-from h2t.pipeline.heads.residency import Feed, Residency, amount, find_room, plan_tier
+from h2t.pipeline.heads.residency import Feed, Residency, amount, find_room, host_room, plan_tier
 from h2t.pipeline.heads.stack import (
     FLOAT,
     HeadSetting,
@@ -50,8 +52,8 @@ from h2t.pipeline.heads.stack import (
     not_finite,
 )
 from h2t.pipeline.heads.start import backbone_head, check_backbone, class_means, from_file
-from h2t.pipeline.heads.stored import HeadParts, Heads, build_head
-from h2t.pipeline.heads.training import Trained, fit, train
+from h2t.pipeline.heads.stored import HeadParts, Heads, build_head, load_heads
+from h2t.pipeline.heads.training import Trained, fit, joined, train
 from h2t.pipeline.networks.pool import Pool
 from h2t.pipeline.networks.trained import StageOneHead, backbone_digest, load_head
 from h2t.pipeline.networks.weights import save_weights, weights_digest
@@ -215,7 +217,103 @@ def _train(
     heads: list[HeadSetting],
     rows: pa.Table | None = None,
 ) -> tuple[Heads, Trained, Summary]:
-    """Trains classifiers with the settings `heads` on the training samples in `rows`, by default all of the cache."""
+    """Trains classifiers with the settings `heads` on the training samples in `rows`, by default all of the cache.
+
+    Does so here, or in several processes. Those of a closed-form fit are always trained here.
+    """
+    one_process = plugins.load("hosts", params.host).Host.fitted
+    shares = shares_of(heads, 1 if one_process else residency.processes)
+    if len(shares) == 1:
+        return _train_here(params, run, residency, cache, backbone_dir, heads, rows)
+    devices = _devices(run.device, len(shares))
+    run.say(f"{run.name}: {counted(len(heads), 'classifier')} in {len(shares)} processes")
+    clock.begins("training")
+    jobs = [
+        _Share(
+            params=params,
+            run=replace(run, out=_share_of(run.out, number, len(shares)), say=silent, chosen=None),
+            residency=residency,
+            cache=cache,
+            backbone_dir=backbone_dir,
+            heads=[heads[place] for place in share],
+            rows=rows,
+            device=devices[number],
+            host=host_room() // len(shares),
+            threads=max(1, torch.get_num_threads() // len(shares)),
+        )
+        for number, share in enumerate(shares)
+    ]
+    summary = _together(side_by_side(jobs, "train_classifier.processes"))
+    first = load_heads(jobs[0].run.out)
+    trained = joined(shares, (job.trained() for job in jobs))
+    table = _table(heads, [h.replaced(cache.spec.maps[0][0]) for h in heads], first.about)
+    return Heads(trained.state, table, first.about, first.frozen), trained, summary
+
+
+def _share_of(out: Path, number: int, of: int) -> Path:
+    """Where a share of the heads of output `out` is written, inside the folder of its unfinished training."""
+    return Checkpoint(out, "").folder / f"share-{number + 1}-of-{of}"
+
+
+def _devices(device: torch.device, count: int) -> list[str]:
+    """The device of each of `count` processes: the CPU, or a GPU of its own. Raises UserError if there are fewer."""
+    if device.type == "cpu":
+        return ["cpu"] * count
+    there = torch.cuda.device_count() if device.index is None else 1
+    if count > there:
+        raise UserError(
+            f"train_classifier.processes: must be at most {there}, one for each GPU in use; got {count}; lower it, or "
+            "set device: cuda to use all GPUs"
+        )
+    return [f"cuda:{number}" for number in range(count)]
+
+
+@dataclass(frozen=True)
+class _Share:
+    """The training of some of the classifiers in a process of its own.
+
+    `host`: bytes of host memory it may plan with; `threads`: of torch.
+    """
+
+    params: Params
+    run: Run
+    residency: Residency
+    cache: Cache
+    backbone_dir: Path
+    heads: list[HeadSetting]
+    rows: pa.Table | None
+    device: str
+    host: int
+    threads: int
+
+    def __call__(self) -> Summary:
+        """Trains the classifiers and writes them to `run.out`."""
+        torch.set_num_threads(self.threads)
+        run = replace(self.run, chosen=choose(self.device))
+        with progress.hidden(True):  # the bars of several processes would overwrite each other
+            heads, trained, summary = _train_here(
+                self.params, run, self.residency, self.cache, self.backbone_dir, self.heads, self.rows, self.host
+            )
+        with fresh_directory(run.out) as into:
+            _Made(heads, trained.history, None, summary).write(into)
+        return summary
+
+    def trained(self) -> Trained:
+        """The classifiers that were written."""
+        return Trained(load_heads(self.run.out).state, pq.ParquetFile(self.run.out / "history.parquet").read())
+
+
+def _train_here(
+    params: Params,
+    run: Run,
+    residency: Residency,
+    cache: Cache,
+    backbone_dir: Path,
+    heads: list[HeadSetting],
+    rows: pa.Table | None = None,
+    host: int | None = None,
+) -> tuple[Heads, Trained, Summary]:
+    """The same in this process. `host`: bytes of host memory to plan with, by default what is available."""
     recipe = RECIPES[params.batchnorm]
     kind = plugins.load("hosts", params.host).Host
     own = load_head(backbone_dir)
@@ -294,7 +392,7 @@ def _train(
         begin = weights_digest(stage1.state)
         token = f"{cache.spec.fingerprint} {about['backbone']} {params.model_dump_json()} {begin}"
         token += "" if rows is None else f" fold of {streams.samples} samples"
-        room = find_room(residency, run.device)
+        room = find_room(residency, run.device, host)
         choice = plan_tier(streams, reader, residency, room)
         size = step_size(streams, reader, stage1, head)
         planned = planned_parts(run, heads, size, choice, room, streams.count * reader.row_bytes, token)

@@ -1,4 +1,4 @@
-"""Slow references of the hosts' losses in float64, one number at a time, from the papers' formulas.
+"""Slow references of the losses of hosts and objectives in float64, one number at a time, from the papers' formulas.
 
 Reference(state, features (E, B, D), labels, noise) -> loss, for the class counts `COUNTS` of the conformance checks.
 """
@@ -37,10 +37,13 @@ def minus_log_p(z, y):
     return top + math.log(sum(math.exp(v - top) for v in z)) - z[y]
 
 
+def mean_loss(s, x, labels, loss):
+    """The mean over the batch of loss(logits, label)."""
+    return sum(loss(logits_by_hand(s["weight"], s["bias"], x[:, i]), y) for i, y in enumerate(labels)) / len(labels)
+
+
 def ce_reference(s, x, labels, noise):
-    return sum(minus_log_p(logits_by_hand(s["weight"], s["bias"], x[:, i]), y) for i, y in enumerate(labels)) / len(
-        labels
-    )
+    return mean_loss(s, x, labels, minus_log_p)
 
 
 def scaled_logits(s, x):
@@ -76,11 +79,10 @@ def gcl_reference(s, x, labels, noise):
 
 
 def balanced_softmax_reference(s, x, labels, noise):
-    total = 0.0
-    for i, y in enumerate(labels):
-        z = logits_by_hand(s["weight"], s["bias"], x[:, i])
-        total += minus_log_p([v + math.log(n) for v, n in zip(z, COUNTS, strict=True)], y)
-    return total / len(labels)
+    def adjusted(z, y):
+        return minus_log_p([v + math.log(n) for v, n in zip(z, COUNTS, strict=True)], y)
+
+    return mean_loss(s, x, labels, adjusted)
 
 
 def lift_reference(s, x, labels, noise):
@@ -91,8 +93,8 @@ def lift_reference(s, x, labels, noise):
     return total / len(labels)
 
 
-def reslt_reference(s, x, labels, noise):
-    """Batch norm from the map's two moments, 4 classes: 1 of head, 2 of medium, 1 of tail; beta 0.5."""
+def reslt_reference(s, x, labels, noise, beta=0.5):
+    """Batch norm from the map's two moments, 4 classes: 1 of head, 2 of medium, 1 of tail."""
     experts, batch = x.shape[:2]
     z = np.zeros((3, batch, len(COUNTS)))
     for h in range(3):
@@ -108,7 +110,7 @@ def reslt_reference(s, x, labels, noise):
         for h, first in enumerate((0, 1, 3)):
             if y >= first:
                 terms.append(-math.log(math.exp(-minus_log_p(list(z[h, i]), y)) + 1e-7))
-    return 0.5 * fusion + 0.5 * sum(terms) / len(terms)
+    return (1 - beta) * fusion + beta * sum(terms) / len(terms)
 
 
 def probabilities(s, x):
@@ -117,18 +119,28 @@ def probabilities(s, x):
     return [math.exp(-minus_log_p(z, j)) for j in range(len(z))]
 
 
-def focal_reference(s, x, labels, noise):
-    p = [probabilities(s, x[:, i])[y] for i, y in enumerate(labels)]
-    return sum(-((1 - q) ** 2) * math.log(q) for q in p) / len(p)
+def focal_by_hand(z, y, gamma, form):
+    """One sample's focal loss; with a sigmoid it is the sum of a binary loss for each class."""
+    if form == "softmax":
+        p = math.exp(-minus_log_p(z, y))
+        return -((1 - p) ** gamma) * math.log(p)
+    right = [1 / (1 + math.exp(-v if j == y else v)) for j, v in enumerate(z)]
+    return sum(-((1 - p) ** gamma) * math.log(p) for p in right)
 
 
-def class_balanced_reference(s, x, labels, noise):
-    effective = [(1 - 0.9999**n) / (1 - 0.9999) for n in COUNTS]
-    mean = sum(1 / e for e in effective) / len(effective)
-    total = 0.0
-    for i, y in enumerate(labels):
-        total += minus_log_p(logits_by_hand(s["weight"], s["bias"], x[:, i]), y) / effective[y] / mean
-    return total / len(labels)
+def focal_reference(s, x, labels, noise, gamma=2, form="softmax"):
+    return mean_loss(s, x, labels, lambda z, y: focal_by_hand(z, y, gamma, form))
+
+
+def weights_by_hand(beta=0.9999):
+    raw = [(1 - beta) / (1 - beta**n) for n in COUNTS]
+    return [len(COUNTS) * r / sum(raw) for r in raw]
+
+
+def class_balanced_reference(s, x, labels, noise, beta=0.9999, base="softmax", gamma=2):
+    weights, gamma = weights_by_hand(beta), 0 if base == "softmax" else gamma
+    form = "sigmoid" if base == "sigmoid_focal" else "softmax"
+    return mean_loss(s, x, labels, lambda z, y: weights[y] * focal_by_hand(z, y, gamma, form))
 
 
 def influence_balanced_reference(s, x, labels, noise):

@@ -1,0 +1,87 @@
+"""Runs jobs side by side on this machine, each in a new process."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any, TypeVar
+
+from h2t.pipeline.base.errors import UserError
+
+T = TypeVar("T")
+
+
+def side_by_side(jobs: Sequence[Callable[[], T]], setting: str) -> list[T]:
+    """The results of `jobs`, in order. Jobs and results are pickled, so large results should go through files.
+
+    If a job raises an exception, the others are killed and it is raised here. The same holds for Ctrl-C, which only
+    this process hears. If a process is killed, UserError names `setting`, the parameter that asks for them. No process
+    outlives this one, however it ends.
+    """
+    # Not a ProcessPoolExecutor: it may miss that a process was killed which it started after others.
+    context = get_context("spawn")
+    children: list[BaseProcess] = []
+    running: dict[Any, int] = {}  # the end of a pipe where the result of a job arrives -> the job's number
+    results: dict[int, T] = {}
+    try:
+        for number, job in enumerate(jobs):
+            answer, to_answer = context.Pipe(duplex=False)
+            child = context.Process(target=_work, args=(job, to_answer))
+            with _interrupts_held():
+                child.start()
+                children.append(child)
+            to_answer.close()  # now its other end is closed once the process has ended
+            running[answer] = number
+        while running:
+            for answer in wait(list(running)):
+                results[running.pop(answer)] = _received(answer, len(jobs), setting)
+        return [results[number] for number in range(len(jobs))]
+    finally:
+        for child in children:
+            child.kill()
+        for child in children:
+            child.join()
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Delays Ctrl-C to the end of the block. Processes that are started in it never hear it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _received(answer: Connection, processes: int, setting: str) -> Any:
+    """The result that a process sends. Raises what its job raised, or UserError if it was killed."""
+    try:
+        result, error = answer.recv()
+    except EOFError:
+        raise UserError(
+            f"{setting}: one of {processes} processes was killed, perhaps for lack of memory; run the same command "
+            f"again to resume, or lower {setting}"
+        ) from None
+    if error is not None:
+        raise error
+    return result
+
+
+def _work(job: Callable[[], Any], answer: Connection) -> None:
+    """What a new process does. It ends as soon as its parent has ended."""
+    parent = parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+    try:
+        answer.send((job(), None))
+    except Exception as error:  # noqa: BLE001 - raised again in the parent
+        answer.send((None, error))

@@ -1,0 +1,194 @@
+"""Classifiers of a host divided among processes: the same classifiers, and no process outlives the command."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from kills import heard
+from pipeline_builders import distance, environment, fitted, make_host, write_params
+
+from h2t.cache.reader import open_cache
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.run import Run
+from h2t.pipeline.base.side_by_side import side_by_side
+from h2t.pipeline.heads import training
+from h2t.pipeline.heads.host_entry import Grid, heads_of
+from h2t.pipeline.heads.parts import shares_of
+from h2t.pipeline.heads.residency import Residency
+from h2t.pipeline.stages import train_classifier
+
+pytestmark = pytest.mark.timeout(300)
+
+HEADS = {"ratio": [0.0, 0.3, 0.7], "donor": ["instance", "balanced"], "seed": [0, 1, 2]}
+LONG = {"epochs": 100_000, "batch_size": 16}  # ends only when it is killed
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 17, 18, 99])
+def test_every_head_is_in_one_share_and_seeds_stay_together(count):
+    heads = heads_of(Grid(**HEADS))
+    shares = shares_of(heads, count)
+    assert sorted(number for share in shares for number in share) == list(range(len(heads)))
+    assert all(share == sorted(share) for share in shares)
+    sizes = {len(share) for share in shares}
+    assert len(shares) == min(count, len(heads))
+    assert max(sizes) - min(sizes) <= 1
+    if count == 3:
+        assert [{heads[number].seed for number in share} for share in shares] == [{0}, {1}, {2}]
+
+
+@pytest.mark.parametrize(
+    ("residency", "settings"),
+    [
+        ({}, {"grid": HEADS}),
+        ({"residency": "stream", "memory_bytes": 50_000}, {"grid": HEADS, "folds": 2}),
+        ({}, {"grid": {"lr": [0.01, 0.1], "loss": {"tau": [0.5, 2.0]}}, "host": "balanced_softmax"}),
+    ],
+    ids=["memory", "streamed, folds", "constants"],
+)
+def test_two_processes_train_the_classifiers_of_one(tmp_path, plain_cache, backbone_dir, residency, settings):
+    said = []
+    expected = fitted(tmp_path / "one", plain_cache, backbone_dir, residency=residency, **settings)
+    more = {**residency, "processes": 2}
+    found = fitted(tmp_path / "two", plain_cache, backbone_dir, residency=more, say=said.append, **settings)
+    assert found.keys() == expected.keys()
+    assert max(distance(found[name], expected[name]) for name in expected) <= 1e-5
+    tables = [pq.read_table(tmp_path / run / "heads.parquet") for run in ("one", "two")]
+    assert tables[0].equals(tables[1], check_metadata=True)
+    losses = [pq.read_table(tmp_path / run / "history.parquet") for run in ("one", "two")]
+    assert losses[0].drop_columns("loss").equals(losses[1].drop_columns("loss"))
+    assert losses[0]["loss"].to_pylist() == pytest.approx(losses[1]["loss"].to_pylist(), rel=1e-5)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "two"]
+    assert any("in 2 processes" in line for line in said)
+
+
+def test_a_share_resumes_from_its_saved_step(tmp_path, plain_cache, backbone_dir, monkeypatch):
+    """What a killed run leaves behind is a saved step of each share."""
+    params = make_host(grid=HEADS)
+    shares = shares_of(heads_of(params.grid), 2)
+    heads = [heads_of(params.grid)[number] for number in shares[1]]
+    place = train_classifier._share_of(tmp_path / "dr", 1, 2)
+    with open_cache(plain_cache) as cache, monkeypatch.context() as saving:
+        saving.setattr(training, "Checkpoint", partial(training.Checkpoint, seconds=0))
+        train_classifier._train_here(params, Run("dr", place), Residency(), cache, backbone_dir, heads)
+    assert list(tmp_path.rglob("state-0.safetensors"))
+    with open_cache(plain_cache) as cache:
+        two = Residency(processes=2)
+        summary = train_classifier.run(params, Run("dr", tmp_path / "dr"), two, cache, backbone_dir)
+    assert summary.resumed_steps == summary.steps > 0
+    assert [p.name for p in tmp_path.iterdir()] == ["dr"]
+
+
+@pytest.fixture
+def running(tmp_path, plain_cache, backbone_dir):
+    """A command that trains in two processes, and these processes, once both train."""
+    params = write_params(
+        tmp_path / "params.yaml", hosts__dr__optimiser=LONG, train_classifier={"processes": 2}, device="cpu"
+    )
+    command = [sys.executable, "-m", "h2t.pipeline", "train-classifier", "dr", plain_cache, backbone_dir]
+    with subprocess.Popen(
+        [*map(str, command), str(tmp_path / "data" / "dr"), "--params", str(params)],
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heard,
+        start_new_session=True,
+    ) as process:
+        try:
+            yield process, _children(process)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def _children(process):
+    """The two children of `process` that compute, when both have used some seconds of a processor."""
+    for _ in range(600):
+        tasks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        busy = [int(pid) for pid in tasks if _processor_seconds(pid) > 3]
+        if len(busy) == 2:
+            return busy
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.2)
+    raise AssertionError("no children that compute")
+
+
+def _processor_seconds(pid):
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _gone(pids):
+    for _ in range(100):
+        if not any(Path(f"/proc/{pid}").exists() for pid in pids):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_a_killed_process_ends_the_command_in_one_line(running):
+    process, children = running
+    os.kill(children[1], signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    last = errors.splitlines()[-1]
+    assert last.startswith("error: train_classifier.processes: one of 2 processes was killed")
+    assert "Traceback" not in errors
+    assert _gone(children)
+
+
+@pytest.mark.parametrize("group", [True, False], ids=["as a terminal does", "to the command alone"])
+def test_ctrl_c_leaves_no_process(running, group):
+    process, children = running
+    (os.killpg if group else os.kill)(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.splitlines()[-1].startswith("interrupted")
+    assert "Traceback" not in errors
+    assert _gone(children)
+
+
+def test_processes_end_with_a_command_that_was_killed(running):
+    process, children = running
+    process.kill()
+    process.wait()
+    assert _gone(children)
+
+
+def test_an_error_in_one_process_is_the_error_of_the_command(tmp_path, plain_cache, backbone_dir):
+    with pytest.raises(UserError, match=r"hosts\.dr: training diverged: .* lower hosts\.dr\.optimiser\.lr"):
+        fitted(tmp_path / "dr", plain_cache, backbone_dir, residency={"processes": 2}, optimiser={"lr": 1e30})
+    assert not (tmp_path / "dr").exists()
+
+
+def _forever():
+    time.sleep(600)
+
+
+def _fails():
+    raise UserError("x: must be 1; got 2; set it to 1")
+
+
+def test_one_that_fails_does_not_wait_for_the_others():
+    began = time.monotonic()
+    with pytest.raises(UserError, match="x: must be 1"):
+        side_by_side([_forever, _fails], "x")
+    assert time.monotonic() - began < 60
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert train_classifier._devices(torch.device("cuda"), 2) == ["cuda:0", "cuda:1"]
+    assert train_classifier._devices(torch.device("cpu"), 3) == ["cpu"] * 3
+    for device in ("cuda:0", "cuda"):
+        with pytest.raises(UserError, match=r"train_classifier\.processes: must be at most"):
+            train_classifier._devices(torch.device(device), 3)

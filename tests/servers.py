@@ -26,13 +26,21 @@ def _settings(url: str) -> dict[str, str]:
 
 
 @contextmanager
-def s3_endpoint() -> Iterator[dict[str, str]]:
-    """The environment for an S3 endpoint (moto's server) on the loopback; it forgets everything at the end."""
+def s3_endpoint(*, conditional: bool = True) -> Iterator[dict[str, str]]:
+    """The environment for an S3 endpoint (moto's server) on the loopback; it forgets everything at the end.
+
+    One that is not `conditional` ignores If-None-Match, as some stores do.
+    """
     from moto.moto_api._internal import moto_api_backend
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
+    if not conditional:
+        answer = server._server.app
+        server._server.app = lambda asked, start: answer(
+            {key: value for key, value in asked.items() if key != "HTTP_IF_NONE_MATCH"}, start
+        )
     host, port = server.get_host_and_port()
     try:
         yield _settings(f"http://{host}:{port}")

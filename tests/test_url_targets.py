@@ -10,7 +10,7 @@ from builders import TOKEN, make_cache, make_maps, make_rows, make_spec, make_st
 from pipeline_builders import extracted
 from servers import Bucket, openssh_server, s3_endpoint, sftp_server, sshd_program
 
-from h2t.cache.errors import CacheError
+from h2t.cache.errors import CacheError, CacheWarning
 from h2t.cache.reader import open_cache
 from h2t.cache.tools.copied import copied
 from h2t.cache.tools.pooled import pooled
@@ -254,6 +254,16 @@ class TestOfLocks:
             time.sleep(4)
             monkeypatch.setattr(lease, "_process", lambda pid, real=lease._process: {**real(pid), "host": str(pid)})
             assert lease.live(staging.objects, ".c.staging/lock", content.replace(b'"host": "', b'"host": "not '))
+
+
+def test_a_store_that_ignores_the_condition_is_used_with_a_warning(monkeypatch, spec):
+    with s3_endpoint(conditional=False) as settings:
+        for name, value in settings.items():
+            monkeypatch.setenv(name, value)
+        store = Bucket()
+        with pytest.warns(CacheWarning, match="ignores If-None-Match, so no second writer is refused"):
+            assert written(store, spec)
+        assert verify(f"{store.url}/c") == []
 
 
 @pytest.fixture(scope="module")

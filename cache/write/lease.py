@@ -10,11 +10,12 @@ import os
 import socket
 import threading
 import uuid
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from h2t.cache.errors import CacheError
+from h2t.cache.errors import CacheError, CacheWarning
 from h2t.cache.write.objects import Objects
 
 RENEWED, EXPIRES = 20.0, 120.0  # seconds
@@ -36,6 +37,13 @@ class Lease:
             if live(self._objects, self._name, have):
                 raise self._busy(have)
             self._objects.remove([self._name])
+        if self._objects.claim(self._name, b"") == b"":  # stored, although there is an object
+            self._objects.put(self._name, self._content)
+            warnings.warn(
+                f"{self._objects}: the store ignores If-None-Match, so no second writer is refused; run one at a time",
+                CacheWarning,
+                stacklevel=3,
+            )
         self._thread.start()
 
     def check(self) -> None:

@@ -79,7 +79,7 @@ class Arena:
                 try:
                     results[name] = self._result(name, cache)
                 except UserError as error:
-                    failed[name] = str(error)
+                    failed[name] = str(error).replace(str(cache.files), "CACHE")
                     print(f"{name}: left out: {error}", flush=True)
         lines = ranked(results, [line for name, result in results.items() for line in self._lines(name, result)])
         measure.save(self.out / "arena.json", {"lines": lines, "left_out": failed})

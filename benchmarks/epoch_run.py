@@ -1,9 +1,11 @@
 """An epoch of stage II in a process of its own, so that its memory can be measured. `bench_scale` starts it.
 
     python -m benchmarks.epoch_run stream CACHE --budget 209715200 --steps 100
+    python -m benchmarks.epoch_run read CACHE          # the same batches from the same windows, without training
+    python -m benchmarks.epoch_run bare CACHE          # every byte of the maps once, in order, by plain reads
 
 Prints one JSON object: seconds, peak memory beyond that of the imports, what was read, a digest of the head weights.
-Where features live is all that differs: batches, heads and optimiser are the same.
+Of `stream` and `memory`, where features live is all that differs: batches, heads and optimiser are the same.
 """
 
 import argparse
@@ -31,7 +33,8 @@ from h2t.pipeline.heads.stored import HeadParts, build_head
 from h2t.pipeline.networks.trained import StageOneHead
 
 CPU = torch.device("cpu")
-WAYS = ("stream", "memory")
+WAYS = ("stream", "memory", "read", "bare")
+BLOCK = 8 * 2**20  # bytes of a plain read
 HEADS = [HeadSetting(0.0, "instance", "random", 0), HeadSetting(0.3, "instance", "random", 0)]
 BATCH = 128
 
@@ -49,7 +52,18 @@ def streams_of(cache: Cache) -> Streams:
     return Streams(cache.rows, names, "stage1", {"instance": "stage1"}, [0], BATCH)
 
 
-def run(way: Literal["stream", "memory"], path: str, budget: int, steps: int | None) -> dict[str, Any]:
+def bare(path: str) -> dict[str, Any]:
+    """Reads the shards of the cache in the directory `path` in order, on one thread."""
+    files, block = sorted(Path(path).glob("maps.zarr/*/c.*")), bytearray(BLOCK)
+    read, started = 0, time.perf_counter()
+    for file in files:
+        with file.open("rb", buffering=0) as shard:
+            while size := shard.readinto(block):
+                read += size
+    return {"way": "bare", "seconds": time.perf_counter() - started, "bytes_read": read, "bytes_used": read}
+
+
+def run(way: Literal["stream", "memory", "read"], path: str, budget: int, steps: int | None) -> dict[str, Any]:
     """One epoch, or its first `steps`."""
     baseline = memory("VmRSS")
     with open_cache(path) as cache:
@@ -58,7 +72,7 @@ def run(way: Literal["stream", "memory"], path: str, budget: int, steps: int | N
         count = min(steps or total, total)
         started = time.perf_counter()
         reader = FeatureReader(cache, None)
-        feed = Feed(streams, reader, Choice(way, "asked"), budget, CPU, silent)
+        feed = Feed(streams, reader, Choice("memory" if way == "memory" else "stream", "asked"), budget, CPU, silent)
         prepared = time.perf_counter() - started
         channels = cache.spec.maps[0][0]
         context = Context(torch.from_numpy(streams.index.counts), channels, cache.experts)
@@ -71,7 +85,8 @@ def run(way: Literal["stream", "memory"], path: str, budget: int, steps: int | N
         descent = Descent(stack.state, {}, momentum=0.9, weight_decay=5e-4)
         started = time.perf_counter()
         for at in itertools.islice(feed.steps(1, draw=stack.draw), count):
-            stack.step(at, descent, 0.02)
+            if way != "read":
+                stack.step(at, descent, 0.02)
         seconds = time.perf_counter() - started
         row_bytes, meter = cache.spec.row_bytes(), reader.meter
         used = sum(streams.batch(0, step).labels.size * 2 for step in range(count)) * row_bytes
@@ -102,7 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--budget", type=int, default=200 * 2**20, help="bytes of features in host memory")
     parser.add_argument("--steps", type=int, help="stop after so many; a whole epoch by default")
     given = parser.parse_args(arguments)
-    print(json.dumps(run(given.way, given.cache, given.budget, given.steps)))
+    way, cache = given.way, given.cache
+    print(json.dumps(bare(cache) if way == "bare" else run(way, cache, given.budget, given.steps)))
 
 
 if __name__ == "__main__":

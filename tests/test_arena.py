@@ -8,8 +8,11 @@ from pipeline_builders import ROOT, make_backbone_dir, make_stage2_cache
 from test_docs_adding import install
 
 from benchmarks import arena, results
+from h2t.cache.reader import open_cache
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.run import Run
+from h2t.pipeline.stages import pool
 
 TINY = [
     "device=cpu",
@@ -79,7 +82,19 @@ def test_an_unknown_method_is_one_line():
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("record", ["arena.json", "arena-stage1.json"])
+def test_a_method_that_the_cache_cannot_serve_is_named_without_a_path(tmp_path, made):
+    with open_cache(made[0]) as maps:
+        pool.run(pool.Params(), Run("ce_mixup", tmp_path / "pooled"), maps)
+    assert not arena.Arena(arena.parameters(["cam_split"], TINY), tmp_path / "pooled", made[1], tmp_path / "out").run()
+    left_out = json.loads((tmp_path / "out/arena.json").read_text())["left_out"]
+    assert left_out["cam_split"].startswith("CACHE: host cam_split needs whole maps")
+    assert str(tmp_path) not in left_out["cam_split"]
+
+
+RECORDS = ["arena.json", "arena-stage1.json", "arena-imagenet.json", "arena-imagenet-maps.json"]
+
+
+@pytest.mark.parametrize("record", RECORDS)
 def test_the_tables_of_the_results_come_from_the_committed_record(record):
     text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
     assert results.arena_text(ROOT / "benchmarks/results" / record) in text

@@ -5,9 +5,11 @@ import json
 import pytest
 import timm
 import torch
+from pipeline_builders import ROOT
 from small_cifar import write_images
 
-from benchmarks import frozen, frozen_results
+from benchmarks import frozen, frozen_results, results
+from benchmarks.measure import RESULTS
 from h2t.pipeline.base.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -82,3 +84,8 @@ def test_a_run_that_is_stopped_keeps_what_it_has(tmp_path):
         raise KeyboardInterrupt
     assert set(json.loads((tmp_path / "o.json").read_text())["costs"]) == {"one"}
     assert journal.late
+
+
+def test_the_table_of_the_results_comes_from_the_committed_record():
+    text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    assert results.frozen_text(RESULTS / "frozen.json") in text

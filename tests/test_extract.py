@@ -20,7 +20,7 @@ from h2t.pipeline.extraction.batchnorm import from_bytes, use
 from h2t.pipeline.networks.trained import load_backbone
 from h2t.pipeline.networks.weights import load_weights, save_weights
 from h2t.pipeline.stages import extract
-from h2t.pipeline.stages.extract import row_table, views_per_class
+from h2t.pipeline.stages.extract import planned_rows, views_per_class
 
 pytestmark = pytest.mark.slow
 ENDS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
@@ -54,7 +54,7 @@ def test_views_per_class(counts, most, target, expected):
 
 def test_rows_are_those_of_the_recipes_and_evaluation_rows_have_view_0(digits):
     samples, _ = digits
-    table = row_table(make_extract(batchnorm=["branchwise"], max_views=3), samples).to_pylist()
+    table = planned_rows(make_extract(batchnorm=["branchwise"], max_views=3), samples).table().to_pylist()
     views = views_per_class(samples.counts, 3, 1.0)
     for split, statistics in (
         ("train", ["balanced", "instance"]),

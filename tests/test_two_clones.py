@@ -1,4 +1,4 @@
-"""A extracts and publishes; B clones, gets the results without the backbone, changes a ratio and trains; C has no room.
+"""A extracts and publishes; B clones, gets the results without images and backbone, changes a ratio; C has no room.
 
 Over three remotes: a path, an S3 endpoint and a real sshd, both on the loopback. `make -C tests test-remotes` installs
 the sshd, and writes what was moved and how long it took to the file that H2T_REMOTES names.
@@ -7,84 +7,42 @@ the sshd, and writes what was moved and how long it took to the file that H2T_RE
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-import yaml
 from builders import tree
-from pipeline_builders import ROOT, environment, write_params
+from repositories import Project, git, start_project
 from servers import openssh_server, s3_endpoint, sshd_program
+from test_watch import make_images, values_of, write
 
 from benchmarks.measure import save
+from h2t.pipeline.sharing.publish import _absent_input
 
 pytestmark = [pytest.mark.sharing, pytest.mark.slow]
 
-CODE = (
-    "h2t",
-    "cache",
-    "pipeline",
-    "plugins",
-    "inputs",
-    "dvc.yaml",
-    "stages.yaml",
-    ".dvcignore",
-    ".gitignore",
-    ".dvc/config",
-    ".dvc/.gitignore",
-)
 NO_SSHD = pytest.mark.skipif(not sshd_program(), reason="needs sshd: make -C tests test-remotes")
 SSHD = pytest.param("ssh", marks=NO_SSHD)
 #: tests/test_docs_sharing.py publishes to a path and pulls from it in every run.
 PATH = pytest.param(
     "path", marks=pytest.mark.skipif("H2T_REMOTES" not in os.environ, reason="make -C tests test-remotes")
 )
-COUNTING_H2T = """#!/bin/sh
-echo "$1 $2" >> "$H2T_CALLS"
-exec {h2t} "$@"
-"""
 
 
-class Desk:
-    """Somebody's directory: commands run there, with an `h2t` that writes down what it is called for."""
+def parameters(photos: str, ratio: float) -> dict:
+    """Of a host with one classifier without H2T and one with it."""
+    values = values_of(photos)
+    del values["backbones"]["other"]
+    values["hosts"]["dr"]["grid"]["ratio"] = [0.0, ratio]
+    values["evaluate"] = {"ratio": ratio}
+    return values
 
-    def __init__(self, where: Path, h2t: Path, **own: str) -> None:
-        self.where, self.calls = where, where.parent / f"{where.name}.calls"
-        programs = where.parent / "bin"
-        programs.mkdir(exist_ok=True)
-        (programs / "h2t").write_text(COUNTING_H2T.format(h2t=h2t))
-        (programs / "h2t").chmod(0o755)
-        self.env = environment(
-            PATH=f"{programs}:{Path(sys.executable).parent}:/usr/bin:/bin",
-            PYTHONPATH=str(where),
-            DVC_SITE_CACHE_DIR=str(where.parent / f"{where.name}.site"),
-            H2T_CALLS=str(self.calls),
-            H2T_BLOCK_CACHE=str(where.parent / f"{where.name}.blocks"),
-            **own,
-        )
 
-    def run(self, *arguments: object) -> str:
-        done = subprocess.run(
-            [str(a) for a in arguments], cwd=self.where, env=self.env, capture_output=True, text=True, timeout=500
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    def git(self, *arguments: object) -> str:
-        return self.run("git", "-c", "user.name=A", "-c", "user.email=a@example.org", *arguments)
-
-    def called(self) -> list[str]:
-        """The stages that `h2t` was called for since last asked."""
-        found = self.calls.read_text().split("\n")[:-1] if self.calls.exists() else []
-        self.calls.unlink(missing_ok=True)
-        return [call.split()[0] for call in found]
-
-    def forwarded(self) -> int:
-        """Rows that went through a backbone here, as the run records count them."""
-        records = (self.where / "data/runs").rglob("*.json")
-        return sum(json.loads(path.read_text()).get("forwarded", 0) for path in records)
+def forwarded(project: Project) -> int:
+    """Rows that went through a backbone there, as the run records count them."""
+    records = (project.root / "data/runs").rglob("*.json")
+    return sum(json.loads(path.read_text()).get("forwarded", 0) for path in records)
 
 
 def size(*folders: Path) -> int:
@@ -93,23 +51,14 @@ def size(*folders: Path) -> int:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, warm_h2t):
-    """A's repository with every stage done and committed, on no remote yet."""
-    a = Desk(tmp_path_factory.mktemp("lab") / "a", warm_h2t)
-    a.where.mkdir()
-    for name in CODE:
-        (a.where / name).parent.mkdir(exist_ok=True)
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, a.where / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(ROOT / name, a.where / name)
-    write_params(a.where / "params.yaml")
-    a.git("init", "--quiet", "--initial-branch=main")
-    a.run("dvc", "repro", "--quiet")
-    assert a.forwarded() > 0
-    assert "extract" in a.called()
-    a.git("add", ".")
-    a.git("commit", "--quiet", "--message=results")
-    return a.where
+    """A's repository with every stage done and committed, on no remote yet; its images are in no repository."""
+    a = start_project(tmp_path_factory.mktemp("lab") / "a", parameters("photos", 0.3), warm_h2t, "photos")
+    make_images(a.root / "photos")
+    assert "extract@ce_mixup" in a.ran()
+    assert forwarded(a) > 0
+    git("add", ".", where=a.root)
+    git("commit", "--quiet", "--message=results", where=a.root)
+    return a.root
 
 
 @pytest.fixture(params=[PATH, "s3", SSHD])
@@ -133,60 +82,65 @@ def remote(request, tmp_path):
 def test_nobody_extracts_twice(finished, remote, tmp_path, warm_h2t):
     kind, url, own = remote
     shutil.copytree(finished, tmp_path / "a", symlinks=True)
-    a, b, c = (Desk(tmp_path / name, warm_h2t, **own) for name in "abc")
+    a, b, c = (Project(tmp_path / name, warm_h2t, **own) for name in "abc")
     took: dict[str, dict[str, float]] = {}
 
-    def timed(step: str, desk: Desk, *arguments: object) -> str:
+    def timed(step: str, project: Project, *arguments: object) -> str:
         started = time.perf_counter()
-        told = desk.run(*arguments)
+        told = project.run(*arguments)
         took[step] = {"seconds": round(time.perf_counter() - started, 2)}
         return told
 
     a.run("dvc", "remote", "add", "--default", "store", url)
-    a.git("commit", "--quiet", "--all", "--message=remote")
+    git("commit", "--quiet", "--all", "--message=remote", where=a.root)
     told = timed("A publishes", a, "h2t", "cache", "publish")
     assert "holds all" in told
-    took["A publishes"]["bytes"] = size(a.where / ".dvc/cache/files")
-    a.git("commit", "--quiet", "--all", "--message=verify")
-    a.git("clone", "--quiet", "--bare", a.where, tmp_path / "server.git")
-    a.called()
+    took["A publishes"]["bytes"] = size(a.root / ".dvc/cache/files")
+    images = {p.read_bytes() for p in (a.root / "photos").rglob("*.png")}
+    assert not images & {p.read_bytes() for p in (a.root / ".dvc/cache/files").rglob("*") if p.is_file()}
+    git("commit", "--quiet", "--all", "--message=verify", where=a.root)
+    git("clone", "--quiet", "--bare", str(a.root), str(tmp_path / "server.git"), where=tmp_path)
 
     # B: everything, and no stage runs.
-    a.git("clone", "--quiet", tmp_path / "server.git", b.where)
+    git("clone", "--quiet", str(tmp_path / "server.git"), str(b.root), where=tmp_path)
     timed("B pulls the results", b, "dvc", "repro", "--pull", "--quiet")
-    took["B pulls the results"]["bytes"] = size(b.where / ".dvc/cache/files")
+    took["B pulls the results"]["bytes"] = size(b.root / ".dvc/cache/files")
     assert b.called() == []
-    assert b.forwarded() == 0
-    assert tree(b.where / "data/extract/ce_mixup") == tree(a.where / "data/extract/ce_mixup")
-    assert tree(b.where / "data/report") == tree(a.where / "data/report")
+    assert forwarded(b) == 0
+    assert tree(b.root / "data/extract/ce_mixup") == tree(a.root / "data/extract/ce_mixup")
+    assert tree(b.root / "data/report") == tree(a.root / "data/report")
 
     # B: another ratio; heads are trained, the backbone is not run.
-    values = yaml.safe_load((b.where / "params.yaml").read_text())
-    values["hosts"]["dr"]["grid"]["ratio"] = [0.0, 0.5]
-    (b.where / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    write(b.root, parameters("photos", 0.5))
     timed("B trains another ratio", b, "dvc", "repro", "--pull", "--quiet")
     assert sorted(b.called()) == ["evaluate", "report", "train-classifier"]
-    assert b.forwarded() == 0
-    found = json.loads((b.where / "data/evaluate/dr/metrics.json").read_text())
+    assert forwarded(b) == 0
+    found = json.loads((b.root / "data/evaluate/dr/metrics.json").read_text())
     assert found["with_h2t"]["ratio"] == 0.5
     assert "ok    remote" in b.run("h2t", "doctor")
+    # The images are all that `publish` overlooks. Somewhere else their digest is the same.
+    status = b.status()
+    assert _absent_input("watch@photos", status["watch@photos"])
+    assert not any(_absent_input(stage, why) for stage, why in status.items() if stage != "watch@photos")
+    shutil.copytree(a.root / "photos", tmp_path / "elsewhere")
+    write(b.root, parameters(str(tmp_path / "elsewhere"), 0.5))
+    assert b.ran("train_classifier") == ["watch@photos"]
 
     # C: without the repository, the pooled copy alone, and a head trained from it.
-    c.where.mkdir()
-    shutil.copy(a.where / "params.yaml", c.where)
+    c.root.mkdir()
+    shutil.copy(a.root / "params.yaml", c.root)
     for name in ("h2t", "pipeline", "cache"):
-        shutil.copytree(a.where / name, c.where / name, symlinks=True)
+        shutil.copytree(a.root / name, c.root / name, symlinks=True)
     told = timed(
         "C pulls the pooled cache", c, "h2t", "cache", "pull", f"file://{tmp_path}/server.git@main", "--pooled"
     )
     assert "every byte checked" in told
-    took["C pulls the pooled cache"]["bytes"] = size(c.where / "data")
+    took["C pulls the pooled cache"]["bytes"] = size(c.root / "data")
     timed(
         "C trains on it", c, "h2t", "train-classifier", "dr", "data/pool/ce_mixup", "data/train_backbone/ce_mixup",
         "heads", "--set", "hosts.dr.grid.ratio=[0.0,0.2]",
     )  # fmt: skip
     assert c.called() == ["cache", "train-classifier"]
-    assert size(c.where / "data/pool") < size(a.where / "data/extract") * 0.6
 
     # Without any copy: rows of the maps, by ranges, through the remote.
     told = timed(

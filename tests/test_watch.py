@@ -1,6 +1,5 @@
 """Images, lists, tables and weights are inputs: DVC notices what changes there, and runs what that concerns."""
 
-import contextlib
 import json
 import os
 import shutil
@@ -9,24 +8,17 @@ from pathlib import Path
 import pytest
 import yaml
 from click.testing import CliRunner
-from dvc.repo import Repo
 from image_builders import make_imagenet_lt, write_image
-from pipeline_builders import ROOT, environment, make_backbone_dir, make_params, refused, silent
-from repositories import dvc, git
+from pipeline_builders import ROOT, make_backbone_dir, make_params, refused, silent
+from repositories import start_project
 
 from h2t.pipeline.base import params, plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.command_line.main import main
 from h2t.pipeline.inspection.doctor import examine
-from h2t.pipeline.sharing.publish import _absent_input
 from h2t.pipeline.stages import inputs, watch
 
 TRANSFORM = {"size": 8, "resize": 8, "mean": [0.5] * 3, "std": [0.25] * 3}
-PROJECT = ("h2t", "cache", "pipeline", "plugins", "stages.yaml", "dvc.yaml", ".dvcignore", "inputs", ".dvc")
-COUNTING_H2T = """#!/bin/sh
-case "$1" in watch|train-backbone|extract) echo "$1@$2";; *) echo "$1";; esac >> {calls}
-exec {h2t} "$@"
-"""
 
 
 def make_images(root: Path) -> Path:
@@ -271,52 +263,6 @@ def test_an_experiment_queue_is_told_of_relative_paths(tmp_path, monkeypatch):
 # --- DVC itself
 
 
-class Project:
-    """A repository with our dvc.yaml and an `h2t` that notes down what it is called for."""
-
-    def __init__(self, root: Path, h2t: Path) -> None:
-        self.root, self.h2t, self.calls = root, h2t, root.parent / f"{root.name}.calls"
-
-    def status(self) -> dict:
-        with contextlib.chdir(self.root), Repo() as repo:
-            return repo.status()
-
-    def changed(self) -> set[str]:
-        """The stages that `dvc status` names."""
-        return set(self.status())
-
-    def ran(self, *arguments: str) -> list[str]:
-        """The stages that `dvc repro` ran."""
-        self.calls.write_text("")
-        programs = self.root.parent / f"{self.root.name}.bin"
-        programs.mkdir(exist_ok=True)
-        (programs / "h2t").write_text(COUNTING_H2T.format(calls=self.calls, h2t=self.h2t))
-        (programs / "h2t").chmod(0o755)
-        own = environment(PATH=f"{programs}:{os.environ['PATH']}", PYTHONPATH=str(ROOT))
-        with pytest.MonkeyPatch.context() as patch:
-            for key, value in own.items():
-                patch.setenv(key, value)
-            dvc("repro", *arguments, where=self.root)
-        return self.calls.read_text().split()
-
-
-def start_project(root: Path, values: dict, h2t: Path) -> Project:
-    root.mkdir()
-    for name in PROJECT:
-        if (ROOT / name).is_dir() and name != ".dvc":
-            ignored = shutil.ignore_patterns("__pycache__", "*.json" if name == "inputs" else "*.so")
-            shutil.copytree(ROOT / name, root / name, symlinks=True, ignore=ignored)
-        elif (ROOT / name).is_file():
-            shutil.copy(ROOT / name, root / name)
-    (root / ".dvc").mkdir()
-    for name in ("config", ".gitignore"):
-        shutil.copy(ROOT / ".dvc" / name, root / ".dvc" / name)
-    (root / ".gitignore").write_text("/data/\n/photos/\n/start/\n/kept/\n")
-    git("init", "--quiet", "--initial-branch=main", where=root)
-    write(root, values)
-    return Project(root, h2t)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_dvc_runs_what_a_change_concerns_and_nothing_else(tmp_path, warm_h2t):
@@ -326,14 +272,14 @@ def test_dvc_runs_what_a_change_concerns_and_nothing_else(tmp_path, warm_h2t):
     start = shutil.copy(tmp_path / "first/backbone.safetensors", tmp_path / "start weights.safetensors")
     values = values_of("photos", start=str(start))
     values["backbones"]["other"]["start"] = "inputs/start"
-    project = start_project(tmp_path / "a", values, warm_h2t)
+    project = start_project(tmp_path / "a", values, warm_h2t, "photos", "start", "kept")
     photos = make_images(project.root / "photos")
     watched = {"watch@photos", "watch@start", "inputs", "prepare"}
     assert set(project.ran("train_backbone")) == watched | {"train-backbone@ce_mixup", "train-backbone@other"}
 
     # Other weights: only the backbone that starts from them.
     shutil.copy(tmp_path / "second/backbone.safetensors", start)
-    assert project.changed() >= {"watch@start"}
+    assert set(project.status()) >= {"watch@start"}
     assert project.ran("train_backbone") == ["watch@start", "inputs", "train-backbone@other"]
 
     # A touched file, a moved folder that is now a link: the same content.
@@ -344,7 +290,7 @@ def test_dvc_runs_what_a_change_concerns_and_nothing_else(tmp_path, warm_h2t):
 
     # What is no image is looked at, and changes no sample.
     (photos / "notes.txt").write_text("taken in May")
-    assert "watch@photos" in project.changed()
+    assert "watch@photos" in set(project.status())
     assert project.ran("train_backbone") == ["watch@photos", "inputs", "prepare"]
 
     # A cache whose statistics are kept: extraction depends on it, and nothing else.
@@ -361,42 +307,10 @@ def test_dvc_runs_what_a_change_concerns_and_nothing_else(tmp_path, warm_h2t):
         lambda: (photos / "train/cat/1.png").rename(photos / "train/cat/one.png"),
     ):
         change()
-        assert "watch@photos" in project.changed()
+        assert "watch@photos" in set(project.status())
         assert project.ran("prepare") == ["watch@photos", "inputs", "prepare"]
     assert project.ran("train_backbone@ce_mixup") == ["train-backbone@ce_mixup"]
 
     # None of the user's files is in DVC's cache.
     kept = {p.read_bytes() for p in (project.root / ".dvc/cache/files").rglob("*") if p.is_file()}
     assert not kept & {p.read_bytes() for p in photos.rglob("*") if p.is_file()}
-
-
-@pytest.mark.slow
-@pytest.mark.sharing
-@pytest.mark.timeout(1200)
-def test_who_lacks_the_images_trains_heads(tmp_path, warm_h2t):
-    project = start_project(tmp_path / "a", values_of("photos"), warm_h2t)
-    make_images(project.root / "photos")
-    project.ran("train_classifier")
-    dvc("remote", "add", "--default", "store", str(tmp_path / "store"), where=project.root)
-    git("add", ".", where=project.root)
-    git("commit", "--quiet", "--message=results", where=project.root)
-    dvc("push", where=project.root)
-    images = {p.read_bytes() for p in (project.root / "photos").rglob("*.png")}
-    assert not images & {p.read_bytes() for p in (tmp_path / "store").rglob("*") if p.is_file()}
-
-    git("clone", "--quiet", project.root, tmp_path / "b", where=tmp_path)
-    other = Project(tmp_path / "b", warm_h2t)
-    values = values_of("photos")
-    values["hosts"]["dr"]["optimiser"]["lr"] = 0.05
-    write(other.root, values)
-    assert other.ran("--pull", "train_classifier") == ["train-classifier"]
-    # The images are all that `publish` overlooks.
-    status = other.status()
-    assert _absent_input("watch@photos", status["watch@photos"])
-    assert not any(_absent_input(stage, why) for stage, why in status.items() if stage != "watch@photos")
-
-    # With the images somewhere else: their digest is the same, so nothing but the digest is made again.
-    shutil.copytree(project.root / "photos", tmp_path / "elsewhere")
-    values["inputs"]["photos"] = str(tmp_path / "elsewhere")
-    write(other.root, values)
-    assert other.ran("train_classifier") == ["watch@photos"]

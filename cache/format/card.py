@@ -1,16 +1,13 @@
 """The card of a cache: a README that says what the cache holds and how to load it."""
 
-from collections import Counter
-
-import pyarrow as pa
+from collections.abc import Mapping
 
 from h2t.cache.format.spec import CacheSpec, canonical_json
 from h2t.cache.redaction import in_markdown
 
 
-def card(spec: CacheSpec, rows: pa.Table) -> bytes:
-    """Content of the `README.md` of a cache, UTF-8; the same spec and rows give the same bytes."""
-    parts = Counter(zip(rows["split"].to_pylist(), rows["statistics"].to_pylist(), strict=True))
+def card(spec: CacheSpec, counts: Mapping[tuple[str, str], int]) -> bytes:
+    """Content of the `README.md` of a cache, UTF-8; `counts`: its rows by split and statistics."""
     lines = [
         "# Feature cache",
         "",
@@ -20,7 +17,7 @@ def card(spec: CacheSpec, rows: pa.Table) -> bytes:
         "",
         "| split | statistics | rows |",
         "| --- | --- | --- |",
-        *(f"| {in_markdown(a)} | {in_markdown(b)} | {n} |" for (a, b), n in sorted(parts.items())),
+        *(f"| {in_markdown(a)} | {in_markdown(b)} | {n} |" for (a, b), n in sorted(counts.items())),
         "",
         "```python",
         "from h2t.cache.reader import open_cache",

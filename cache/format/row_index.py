@@ -45,6 +45,11 @@ class RowIndex:
     rows: np.ndarray | None = None
 
     @property
+    def counts(self) -> dict[tuple[str, str], int]:
+        """The number of rows by split and statistics."""
+        return {(part.split, part.statistics): part.stop - part.start for part in self.parts}
+
+    @property
     def splits(self) -> list[str]:
         """The splits that have rows, sorted."""
         return sorted({part.split for part in self.parts})

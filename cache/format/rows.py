@@ -31,6 +31,7 @@ ROW_BYTES = sum(4 if field.type == pa.string() else field.type.bit_width // 8 fo
 NUMBERS = ("row", "sample", "view", "label")
 BATCH_ROWS = 2**16  # of a table that is read piece by piece
 BUFFER_BYTES = 2**20  # of a column read at a time
+GROUP_ROWS = 2**20  # rows of a row group in the file
 FEW_ROWS = 10_000  # one thread reads these faster than a second one starts
 SPLITS = ("train", "val", "test")
 
@@ -44,25 +45,67 @@ def make_rows(columns: Mapping[str, Sequence[Any] | pa.Array]) -> pa.Table:
     fields = [f for f in SCHEMA if f.name != "row"]
     table = pa.table({f.name: pa.array(columns[f.name], f.type) for f in fields}, pa.schema(fields)).sort_by(ORDER)
     table = table.add_column(0, SCHEMA.field("row"), pa.array(range(len(table)), pa.int64()))
-    _check(table)
+    check_values(table)
+    identity = ["split", "statistics", "source", "view"]
+    if len(table.group_by(identity).aggregate([])) != len(table):
+        raise _ambiguous()
     return table
 
 
-def _check(table: pa.Table) -> None:
+def check_values(table: pa.Table) -> None:
+    """Raises CacheError `spec` for an unknown split or a negative label in the columns `split` and `label`."""
     splits = set(table["split"].unique().to_pylist())
     if not splits <= set(SPLITS):
         raise CacheError("spec", f"row table: split must be one of {', '.join(SPLITS)}; got {sorted(splits)}")
-    if len(table) and table["label"].to_numpy().min() < 0:
-        raise CacheError("spec", f"row table: labels must be at least 0; got {table['label'].to_numpy().min()}")
-    identity = ["split", "statistics", "source", "view"]
-    if len(table.group_by(identity).aggregate([])) != len(table):
-        raise CacheError("spec", "row table: two rows have the same split, statistics, source and view")
+    least = min((np.from_dlpack(chunk).min(initial=0) for chunk in table["label"].iterchunks()), default=0)
+    if least < 0:
+        raise CacheError("spec", f"row table: labels must be at least 0; got {least}")
+
+
+def check_sources(table: pa.Table) -> None:
+    """Raises CacheError `spec` if two lines of a table of samples have the same split and source.
+
+    In 8 bytes of memory a line: equal texts have equal hashes, and only where hashes are equal texts are compared.
+    """
+    hashes, at = np.empty(len(table), np.int64), 0
+    for pairs in _pairs(table):
+        hashes[at : at + len(pairs)] = [hash(pair) for pair in pairs]
+        at += len(pairs)
+    hashes.sort()
+    twice = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
+    seen: set[tuple[str, str]] = set()
+    for pair in (pair for pairs in _pairs(table) for pair in pairs if twice and hash(pair) in twice):
+        if pair in seen:
+            raise _ambiguous()
+        seen.add(pair)
+
+
+def _pairs(table: pa.Table) -> Iterator[list[tuple[str, str]]]:
+    """Split and source of the lines of a table, batch by batch."""
+    for batch in table.select(["split", "source"]).to_batches(max_chunksize=BATCH_ROWS):
+        yield list(zip(batch["split"].to_pylist(), batch["source"].to_pylist(), strict=True))
+
+
+def _ambiguous() -> CacheError:
+    return CacheError("spec", "row table: two rows have the same split, statistics, source and view")
+
+
+def write_table(groups: Iterable[pa.Table], sink: BinaryIO) -> None:
+    """Writes a row table, given in pieces of `GROUP_ROWS` rows, as `rows.parquet`; equal tables give equal bytes."""
+    with pq.ParquetWriter(sink, SCHEMA, compression="zstd", write_statistics=True) as file:
+        for group in groups:
+            file.write_table(group.replace_schema_metadata(None).combine_chunks(), row_group_size=GROUP_ROWS)
+
+
+def groups_of(table: pa.Table) -> Iterator[pa.Table]:
+    """The table in pieces of `GROUP_ROWS` rows."""
+    return (table.slice(start, GROUP_ROWS) for start in range(0, len(table), GROUP_ROWS))
 
 
 def to_bytes(table: pa.Table) -> bytes:
-    """The table as `rows.parquet`; the same table gives the same bytes."""
+    """The table as `rows.parquet`."""
     sink = io.BytesIO()
-    pq.write_table(table.replace_schema_metadata(None), sink, compression="zstd", write_statistics=True)
+    write_table(groups_of(table), sink)
     return sink.getvalue()
 
 

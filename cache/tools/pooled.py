@@ -1,17 +1,20 @@
 """Pooled copies: caches in the same format with the same rows, and maps of (C, 1, 1) in float32."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import dataclass
 from dataclasses import replace as replaced
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from h2t.cache.errors import CacheError
 from h2t.cache.format.card import card
+from h2t.cache.format.rows import GROUP_ROWS
 from h2t.cache.format.spec import CacheSpec, chunk_rows_for, shard_rows_for, to_float32
 from h2t.cache.memory import available_memory
 from h2t.cache.reader import Cache
@@ -84,7 +87,8 @@ def pooled(
         if part is not None:
             writer, pending = target.part(staging, spec, same, part)
         else:
-            writer = whole = target.writer(staging, spec, cache.rows, same, read=not commit)  # parts have read theirs
+            # Every part has read what it kept.
+            writer = whole = target.writer(staging, spec, RowsOf(cache), same, read=not commit)
             pending = whole.pending
             if commit and pending:
                 raise parts.missing(staging, spec, pending)
@@ -114,8 +118,22 @@ def pooled(
             list(threads.map(shard, pending))
         if part is None:
             whole.take_over(read=False)
-            whole.commit(cache.statistics, card(spec, cache.rows), replace=replace)
+            whole.commit(cache.statistics, card(spec, cache.index.counts), replace=replace)
     return spec
+
+
+@dataclass(frozen=True)
+class RowsOf:
+    """The row table of `cache`, read in pieces (`cache.write.writer.Rows`)."""
+
+    cache: Cache
+
+    def __len__(self) -> int:
+        return self.cache.spec.rows
+
+    def groups(self) -> Iterator[pa.Table]:
+        for start in range(0, len(self), GROUP_ROWS):
+            yield self.cache.lines(np.arange(start, min(start + GROUP_ROWS, len(self))))
 
 
 def _backbone(parent: CacheSpec) -> dict[str, Any]:

@@ -11,6 +11,7 @@ Shards go to `.b.staging/parts.T/` and are named after their content, as those o
 see no cache or all of it.
 """
 
+import io
 import json
 import re
 import warnings
@@ -24,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 
 from h2t.cache.errors import CacheError
-from h2t.cache.format.rows import to_bytes
+from h2t.cache.format.rows import write_table
 from h2t.cache.format.spec import (
     CARD,
     MAPS,
@@ -41,7 +42,7 @@ from h2t.cache.write.encoding import encoded
 from h2t.cache.write.lease import Lease, busy, live
 from h2t.cache.write.objects import Found, Objects
 from h2t.cache.write.parts import TOKEN, Part, difference, named, token_bytes, token_folder
-from h2t.cache.write.writer import check_rows, create_group
+from h2t.cache.write.writer import Rows, check_rows, create_group, row_groups
 
 CHOSEN = "chosen.json"  # in staging: the files that a commit has chosen, so that another one copies the same
 _SHARD_OR_METADATA = rf"{re.escape(MAPS)}/(expert_\d+/)?(zarr\.json|c\.\d+\.0\.0\.0)"
@@ -355,15 +356,19 @@ class RemoteShards:
 class RemoteCacheWriter(RemoteShards):
     """Writes one cache to a URL: see `CacheWriter`."""
 
-    def __init__(self, staging: RemoteStaging, spec: CacheSpec, rows: pa.Table, token: Mapping[str, Any]) -> None:
+    def __init__(
+        self, staging: RemoteStaging, spec: CacheSpec, rows: pa.Table | Rows, token: Mapping[str, Any]
+    ) -> None:
         check_rows(spec, rows)
-        self._rows = to_bytes(rows)
+        self._rows = rows
         super().__init__(staging, spec, token)
 
     def commit(self, statistics: bytes, card: bytes, *, replace: bool = False) -> None:
         """Adds row table, statistics, card and commit record, and makes the cache appear: see `CacheWriter.commit`."""
         shards = self.chosen()
-        small = {**metadata(self.spec), ROWS: self._rows, STATISTICS: statistics, CARD: card}
+        table = io.BytesIO()
+        write_table(row_groups(self._rows), table)
+        small = {**metadata(self.spec), ROWS: table.getvalue(), STATISTICS: statistics, CARD: card}
         files = {name: (size, digest) for name, (_, size, digest) in shards.items()}
         files |= {name: (len(data), sha256(data)) for name, data in small.items()}
         sources = {name: source for name, (source, _, _) in shards.items()}

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 from h2t.cache.errors import CacheError
 
@@ -49,21 +50,31 @@ def bad_disk_is_one_line(what: Path) -> Iterator[None]:
         raise known from None
 
 
+@contextmanager
+def durable_file(path: Path, partial: str | None = None) -> Iterator[BinaryIO]:
+    """A file to write into, which becomes `path` once it is complete; the rest as `write_durably`."""
+    unfinished = path.with_name(partial or f"{path.name}.partial")
+    with bad_disk_is_one_line(path):
+        try:
+            with unfinished.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(path)
+            sync(path.parent)
+        except OSError:
+            unfinished.unlink(missing_ok=True)
+            raise
+
+
 def write_durably(path: Path, data: bytes | bytearray | memoryview, partial: str | None = None) -> None:
     """Writes `data` to `path` atomically: the path holds either the old content or all of the new, and it is synced.
 
     Until then it is in the file `partial` beside it, by default `<name>.partial`; processes that may write the same
     path at once need different ones. Raises CacheError `full` or `unwritable`.
     """
-    unfinished = path.with_name(partial or f"{path.name}.partial")
-    with bad_disk_is_one_line(path):
-        try:
-            _write_synced(unfinished, data)
-            unfinished.replace(path)
-            sync(path.parent)
-        except OSError:
-            unfinished.unlink(missing_ok=True)
-            raise
+    with durable_file(path, partial) as file:
+        file.write(data)
 
 
 def _write_synced(path: Path, data: bytes | bytearray | memoryview) -> None:

@@ -14,7 +14,7 @@ from h2t.cache.write import parts, remote
 from h2t.cache.write.parts import Part, PartWriter
 from h2t.cache.write.remote import RemoteCacheWriter, RemoteStaging, RemoteWriter
 from h2t.cache.write.staging import Staging
-from h2t.cache.write.writer import CacheWriter, committed
+from h2t.cache.write.writer import CacheWriter, Rows, committed
 
 AnyStaging = Staging | RemoteStaging
 Whole = CacheWriter | RemoteCacheWriter
@@ -34,7 +34,7 @@ class Target(Protocol):
         """Free bytes; None if they cannot be known. The folder must exist."""
 
     def writer(
-        self, staging: Any, spec: CacheSpec, rows: pa.Table, token: Mapping[str, Any], *, read: bool = True
+        self, staging: Any, spec: CacheSpec, rows: pa.Table | Rows, token: Mapping[str, Any], *, read: bool = True
     ) -> Whole:
         """The writer of the whole cache: see `CacheWriter`."""
 
@@ -61,7 +61,7 @@ class Directory:
         return shutil.disk_usage(self._path.parent).free
 
     def writer(
-        self, staging: Staging, spec: CacheSpec, rows: pa.Table, token: Mapping[str, Any], *, read: bool = True
+        self, staging: Staging, spec: CacheSpec, rows: pa.Table | Rows, token: Mapping[str, Any], *, read: bool = True
     ) -> CacheWriter:
         return CacheWriter(staging, spec, rows, token, read=read)
 
@@ -91,7 +91,13 @@ class Url:
         return None
 
     def writer(
-        self, staging: RemoteStaging, spec: CacheSpec, rows: pa.Table, token: Mapping[str, Any], *, read: bool = True
+        self,
+        staging: RemoteStaging,
+        spec: CacheSpec,
+        rows: pa.Table | Rows,
+        token: Mapping[str, Any],
+        *,
+        read: bool = True,
     ) -> RemoteCacheWriter:
         return RemoteCacheWriter(staging, spec, rows, token)
 

@@ -15,16 +15,16 @@ import json
 import os
 import threading
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 
 from h2t.cache.errors import CacheError
 from h2t.cache.format.codecs import zarr_codecs
-from h2t.cache.format.rows import to_bytes
+from h2t.cache.format.rows import groups_of, write_table
 from h2t.cache.format.spec import (
     CARD,
     FORMAT,
@@ -40,7 +40,7 @@ from h2t.cache.format.spec import (
 )
 from h2t.cache.write.encoding import encoded
 from h2t.cache.write.parts import TOKEN, PartWriter, difference, finished, token_bytes, token_folder
-from h2t.cache.write.staging import Staging, bad_disk_is_one_line, file_sha256, sync, write_durably
+from h2t.cache.write.staging import Staging, bad_disk_is_one_line, durable_file, file_sha256, sync, write_durably
 
 
 def committed(target: Path) -> CacheSpec | None:
@@ -57,7 +57,7 @@ def committed(target: Path) -> CacheSpec | None:
     return None
 
 
-def check_rows(spec: CacheSpec, rows: pa.Table) -> None:
+def check_rows(spec: CacheSpec, rows: "pa.Table | Rows") -> None:
     """Raises CacheError `mismatch` if `rows` and `spec` differ in length, `spec` if the record would be too long."""
     if len(rows) != spec.rows:
         raise CacheError("mismatch", f"row table: must have {spec.rows} rows, like the cache; got {len(rows)}")
@@ -98,22 +98,38 @@ def create_group(store: Any, spec: CacheSpec) -> None:
             )
 
 
+class Rows(Protocol):
+    """A row table that is made in pieces, so that it need not fit into memory."""
+
+    def __len__(self) -> int: ...
+
+    def groups(self) -> Iterator[pa.Table]:
+        """The table in pieces of `cache.format.rows.GROUP_ROWS` rows."""
+        ...
+
+
+def row_groups(rows: pa.Table | Rows) -> Iterable[pa.Table]:
+    """The row table in the pieces in which it is written."""
+    return groups_of(rows) if isinstance(rows, pa.Table) else rows.groups()
+
+
 class CacheWriter:
     """Writes one cache into its staging directory. Several threads may call `write`, once per shard.
 
-    `rows` is the row table (`cache.format.rows`), `token` a JSON object (see above). Finished shards of an earlier
-    attempt and of parts are read and compared with their sha256; without `read`, only their sizes are compared, which
-    suits shards whose writers have compared them. Raises CacheError `mismatch` if `rows` and `spec` differ in the
-    number of rows or parts were written with another token, `spec` if the commit record would be too long.
+    `rows` is the row table (`cache.format.rows`), which `commit` writes, `token` a JSON object (see above). Finished
+    shards of an earlier attempt and of parts are read and compared with their sha256; without `read`, only their sizes
+    are compared, which suits shards whose writers have compared them. Raises CacheError `mismatch` if `rows` and `spec`
+    differ in the number of rows or parts were written with another token, `spec` if the commit record would be too
+    long.
     """
 
     def __init__(
-        self, staging: Staging, spec: CacheSpec, rows: pa.Table, token: Mapping[str, Any], *, read: bool = True
+        self, staging: Staging, spec: CacheSpec, rows: pa.Table | Rows, token: Mapping[str, Any], *, read: bool = True
     ) -> None:
         check_rows(spec, rows)
         self.spec = spec
         self._staging = staging
-        self._rows = to_bytes(rows)
+        self._rows = rows
         self._lock = threading.Lock()
         self._journal = staging.root / "journal"
         self._parts = staging.root / token_folder(spec, token)
@@ -168,7 +184,9 @@ class CacheWriter:
             # Zarr warns that consolidated metadata is an extension; format 1 has it so that xarray opens faster.
             warnings.simplefilter("ignore", zarr.errors.ZarrUserWarning)
             zarr.consolidate_metadata(str(root / MAPS), zarr_format=3)
-        for name, data in ((ROWS, self._rows), (STATISTICS, statistics), (CARD, card)):
+        with durable_file(root / ROWS) as file:
+            write_table(row_groups(self._rows), file)
+        for name, data in ((STATISTICS, statistics), (CARD, card)):
             write_durably(root / name, data)
         files = {name: entry for done in self._done.values() for name, entry in done.items()}
         for path in sorted(root.rglob("*")):

@@ -1,16 +1,19 @@
 """Reads the output of `prepare`: the sample table and the facts about classes."""
 
+import hashlib
 import json
-from collections.abc import Mapping
+import mmap
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from h2t.cache.format.spec import canonical_json
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import build
@@ -19,6 +22,24 @@ from h2t.pipeline.data.network_input import Input
 
 TEXT = pa.string()
 SCHEMA = pa.schema({"sample": pa.int64(), "split": TEXT, "label": pa.int32(), "source": TEXT, "digest": TEXT})
+
+
+KEPT_BYTES = 16 * 1024 * 1024  # a table file up to this size is kept in memory: some 300,000 samples, 40 MB
+PIECE_ROWS = 2**16
+BUFFER_BYTES = 2**20  # of a column read at a time
+
+
+class Texts(Sequence[str]):
+    """A column of texts, read where it lies: Python objects for all would take twice the memory."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        self._column = column
+
+    def __len__(self) -> int:
+        return len(self._column)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self._column[int(place)].as_py()
 
 
 @dataclass(frozen=True)
@@ -49,12 +70,26 @@ class Samples:
 
     def of(self, split: str) -> np.ndarray:
         """The sample numbers of `split`, int64 (n,), sorted by label."""
-        return np.flatnonzero(np.array(self.table["split"]) == split)
+        import pyarrow.compute as pc  # takes 0.1 s to import, and every stage imports this module
+
+        return np.flatnonzero(pc.equal(self.table["split"], split).to_numpy())
 
     @property
     def labels(self) -> np.ndarray:
         """The label of each sample, int64 (samples,)."""
         return self.table["label"].to_numpy().astype(np.int64)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of split, label, source and digest of all samples, as canonical JSON of these columns."""
+        whole = hashlib.sha256()
+        for column, before in zip(("digest", "label", "source", "split"), "{,,,", strict=True):
+            whole.update(f'{before}"{column}":['.encode())
+            for number, batch in enumerate(self.table.select([column]).to_batches(max_chunksize=PIECE_ROWS)):
+                whole.update(b"," * (number > 0) + canonical_json(batch[column].to_pylist())[1:-1])
+            whole.update(b"]")
+        whole.update(b"}")
+        return whole.hexdigest()
 
     def images(self, prepare: Mapping[str, Any]) -> Images:
         """The images, read by the dataset of the parameters' section `prepare`.
@@ -75,7 +110,7 @@ class Samples:
                 f"prepare.options.transform.{key}: must be {had[key]}, as the samples were prepared with it; "
                 f"got {asked[key]}; prepare again (dvc repro or h2t prepare)"
             )
-        sources, digests = (self.table[name].to_pylist() for name in ("source", "digest"))
+        sources, digests = (Texts(self.table[name]) for name in ("source", "digest"))
         return open_images(dataset, options, sources, digests, self.transform)
 
 
@@ -84,9 +119,11 @@ def load_samples(path: Path) -> Samples:
 
     Raises UserError if the files are missing, unreadable or do not belong together.
     """
+    import pyarrow.compute as pc  # as above
+
     folder = path.parent if path.suffix == ".parquet" else path
     try:
-        table = pq.ParquetFile(folder / "samples.parquet").read()  # `read_table` imports pandas
+        table = _table(folder / "samples.parquet")
         facts = json.loads((folder / "classes.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{folder}: no prepared samples here; run h2t prepare {folder}") from None
@@ -94,11 +131,26 @@ def load_samples(path: Path) -> Samples:
         raise UserError(f"{folder}: the prepared samples cannot be read ({error}); run h2t prepare again") from None
     if not table.schema.equals(SCHEMA) or any(column.null_count for column in table.columns):
         raise UserError(f"{folder}: samples.parquet has other columns than prepare writes; run h2t prepare again")
-    labels, counts = np.unique(table.filter(pc.field("split") == "train")["label"], return_counts=True)
+    found = pc.value_counts(pc.filter(table["label"], pc.equal(table["split"], "train"))).to_pylist()
+    counts = {line["values"]: line["counts"] for line in sorted(found, key=lambda line: line["values"])}
     try:
-        same = facts["counts"] == counts.tolist() and list(range(len(facts["classes"]))) == labels.tolist()
+        same = facts["counts"] == list(counts.values()) and list(range(len(facts["classes"]))) == list(counts)
     except (KeyError, TypeError):
         same = False
     if not same:
         raise UserError(f"{folder}: classes.json and samples.parquet do not match; run h2t prepare again")
     return Samples(table, facts)
+
+
+def _table(path: Path) -> pa.Table:
+    """The table in a Parquet file. A large one is unpacked into a nameless temporary file, not into memory."""
+    file = pq.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False)  # `read_table` imports pandas
+    if path.stat().st_size <= KEPT_BYTES:
+        return file.read()
+    with tempfile.TemporaryFile(prefix="h2t-samples-") as unpacked:
+        with pa.ipc.new_file(unpacked, file.schema_arrow) as into:
+            for batch in file.iter_batches(PIECE_ROWS, use_threads=False):
+                into.write_batch(batch)
+        unpacked.flush()
+        mapped = mmap.mmap(unpacked.fileno(), 0, access=mmap.ACCESS_READ)
+    return pa.ipc.open_file(pa.py_buffer(mapped)).read_all()

@@ -115,8 +115,19 @@ def head_logits(cache: Cache, heads: Heads, rows: np.ndarray, device: torch.devi
 
     Raises UserError for logits that are not finite.
     """
-    blocks = _logits_in_blocks(cache, heads, rows, device)
-    return torch.cat([_finite(block, cache, part) for part, block in blocks], 1)
+    shape = (len(heads.table), len(rows), len(heads.about["counts"]))
+    return _joined(cache, _logits_in_blocks(cache, heads, rows, device), shape)
+
+
+def _joined(
+    cache: Cache, blocks: Iterator[tuple[np.ndarray, torch.Tensor]], shape: tuple[int, int, int]
+) -> torch.Tensor:
+    """Blocks of logits (heads, n, classes) as one array of this shape, which is made once."""
+    joined, first = torch.empty(shape), 0
+    for part, block in blocks:
+        joined[:, first : first + len(part)] = _finite(block, cache, part)
+        first += len(part)
+    return joined
 
 
 def _logits_in_blocks(
@@ -179,8 +190,9 @@ def stage1_logits(cache: Cache, head: StageOneHead, rows: np.ndarray, device: to
 
     Raises UserError as `score_stage1` does.
     """
-    blocks = _stage1_in_blocks(cache, head, rows, device)
-    return torch.cat([_finite(block, cache, part)[0] for part, block in blocks])
+    return _joined(cache, _stage1_in_blocks(cache, head, rows, device), (1, len(rows), head.state["weight"].shape[-2]))[
+        0
+    ]
 
 
 def _stage1_in_blocks(

@@ -12,12 +12,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.metadata import version
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from h2t.cache.format.spec import CacheSpec
@@ -27,6 +25,7 @@ from h2t.pipeline.base.precision import Precision, guarded_maps
 from h2t.pipeline.data.images import Images, normalised
 from h2t.pipeline.extraction import batchnorm
 from h2t.pipeline.extraction.batchnorm import Statistics
+from h2t.pipeline.extraction.row_plan import RowPlan
 from h2t.pipeline.networks.backbone import Backbone
 from h2t.pipeline.networks.trained import load_backbone
 
@@ -100,9 +99,9 @@ class Launched:
 
 @dataclass(frozen=True)
 class Job:
-    """The work of an extraction: rows and all that their maps depend on."""
+    """The work of an extraction: rows and all that their maps depend on. It is sent to the workers of a cluster."""
 
-    rows: pa.Table
+    rows: RowPlan
     todo: Todo
     images: Images
     backbone_dir: Path
@@ -147,22 +146,24 @@ class Work:
         A row has the same place in the same batch whatever else is computed, so a resumed extraction computes the same
         bits; rows that are not wanted may go through the network again. If `packed`, batches hold wanted rows alone.
         """
-        rows = self.job.rows.take(numbers) if packed else self.job.rows
-        wanted = np.arange(len(numbers)) if packed else numbers
-        names = np.array(rows["statistics"])
-        cuts = [0, *(np.flatnonzero(names[1:] != names[:-1]) + 1).tolist(), len(rows)]
-        for begin, end in pairwise(cuts):
+        plan = self.job.rows
+        for part in plan.parts:
+            begin, end = np.searchsorted(numbers, (part.start, part.stop)) if packed else (part.start, part.stop)
             for first in range(begin, end, self.batch_size):
                 last = min(first + self.batch_size, end)
-                inside = wanted[slice(*np.searchsorted(wanted, (first, last)))] - first
+                if packed:
+                    rows, inside = numbers[first:last], np.arange(last - first)
+                else:
+                    rows = np.arange(first, last)
+                    inside = numbers[slice(*np.searchsorted(numbers, (first, last)))] - first
                 if len(inside):
-                    yield Batch(str(names[first]), rows.slice(first, last - first), inside)
+                    yield Batch(part.statistics, *plan.lines(rows), inside)
 
-    def decode(self, part: pa.Table) -> torch.Tensor:
+    def decode(self, batch: "Batch") -> torch.Tensor:
         """Images of one forward pass, float32 (batch_size, 3, H, W); for a GPU, which normalises them itself, uint8
         (batch_size, H, W, 3) in pinned memory. The last image is repeated to fill up the batch.
         """
-        samples, views = part["sample"].to_pylist(), part["view"].to_pylist()
+        samples, views = batch.samples.tolist(), batch.views.tolist()
         keys = [None if view == 0 else (self.job.seed, view) for view in views]
         images, cuda = self.job.images, self.device.type == "cuda"
         shape = (self.batch_size, images.transform.size, images.transform.size, 3)
@@ -201,10 +202,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Batch:
-    """The `rows` of a forward pass under `statistics`, and the places of those that are `wanted`, ascending."""
+    """The rows of a forward pass under `statistics`: int64 (B,) samples and views.
+
+    `wanted`: the places of those that are wanted, ascending.
+    """
 
     statistics: str
-    rows: pa.Table
+    samples: np.ndarray
+    views: np.ndarray
     wanted: np.ndarray
 
 
@@ -274,7 +279,7 @@ def _forwarded(work: Work, batches: Iterator[Batch]) -> Iterator[list[np.ndarray
         ahead: deque[tuple[Batch, Future[torch.Tensor]]] = deque()
         while True:
             while len(ahead) < 3 and (item := next(batches, None)) is not None:
-                ahead.append((item, decoder.submit(work.decode, item.rows)))
+                ahead.append((item, decoder.submit(work.decode, item)))
             if not ahead:
                 break
             batch, decoded = ahead.popleft()

@@ -117,7 +117,7 @@ def why(
         of = cache.spec.rows
         stale = of if reasons or layout else 0
         return Verdict(reasons, unknown, stale, of, layout, possible=stale)
-    rows = extract.row_table(params, samples)
+    rows = extract.planned_rows(params, samples).table()
     wanted = Wanted(rows, asked, params.dtype, samples.facts["dataset"], settings or {})
     kept = kept_statistics(previous, asked, _names(rows))[0] if previous is not None else {}
     reasons += _statistics(cache, _names(rows), kept) + _dataset(cache.rows, rows, bool(kept))

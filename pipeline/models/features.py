@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from h2t.cache.format.rows import make_rows
+from h2t.cache.format.row_index import Part
 from h2t.cache.format.spec import CacheSpec
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import build
@@ -19,6 +19,7 @@ from h2t.pipeline.base.run import Run
 from h2t.pipeline.data.images import BadImage, Images, Transform
 from h2t.pipeline.data.samples import Samples
 from h2t.pipeline.extraction import batchnorm, forward
+from h2t.pipeline.extraction.row_plan import RowPlan
 from h2t.pipeline.networks.backbone import Backbone, frozen_part
 from h2t.pipeline.networks.classifier import global_average
 from h2t.pipeline.networks.trained import backbone_facts, load_backbone
@@ -44,7 +45,7 @@ class Extractor:
         size = self.transform.size
         (one,) = self.backbone(torch.zeros(1, 3, size, size, device=self.device))
         count = len(images.sources)
-        rows = _rows(count)
+        rows = RowPlan((Part("test", "stage1", 0, count),), *(np.array(n) for n in ([0, count], [0], [1])))
         spec = CacheSpec(
             rows=count,
             maps=(tuple(one.shape[1:]),),
@@ -71,13 +72,6 @@ class Extractor:
         except BadImage as bad:
             raise UserError(f"image {bad.source!r}: {bad.reason}; repair it or leave it out") from None
         return np.concatenate(pooled)
-
-
-def _rows(count: int) -> pa.Table:
-    """A row for each image, in order."""
-    same = {"view": [0] * count, "statistics": ["stage1"] * count, "split": ["test"] * count, "label": [0] * count}
-    names = [f"{i:012d}" for i in range(count)]
-    return make_rows({**same, "sample": range(count), "source": names, "digest": [""] * count})
 
 
 def extractor(

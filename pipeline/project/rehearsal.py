@@ -142,7 +142,8 @@ class Stage:
         """A new cache of `count` images that repeats the maps of `extracted`, in at least `SHARDS` shards."""
         out = self.folder / f"filled-{count}"
         params = extract.with_recipes_of(self.params, backbone_facts(self.folder))
-        rows = extract.row_table(params, self.samples(count, self.side or 32)[0])
+        planned = extract.planned_rows(params, self.samples(count, self.side or 32)[0])
+        rows = planned.table()
         with open_cache(extracted) as cache, Staging(out) as staging:
             known = cache.spec
             few = np.arange(min(known.rows, MOST_REPEATED // known.row_bytes() + 1))
@@ -155,7 +156,7 @@ class Stage:
             writer = CacheWriter(staging, spec, rows, {})
             for shard in writer.pending:
                 writer.write(shard, [of[np.array(spec.shard_range(shard)) % len(few)] for of in maps])
-            writer.commit(cache.statistics, card(spec, rows))
+            writer.commit(cache.statistics, card(spec, planned.plan.counts))
         return out
 
     def verify(self, cache: Path) -> float:

@@ -15,6 +15,7 @@ from safetensors.numpy import save
 
 from h2t.cache.errors import CacheError
 from h2t.cache.format.card import card
+from h2t.cache.format.row_index import index_of
 from h2t.cache.format.rows import SPLITS, make_rows
 from h2t.cache.format.spec import CacheSpec, canonical_json, chunk_rows_for, sha256, shard_rows_for
 from h2t.cache.write.staging import Staging
@@ -168,7 +169,7 @@ def run(
                     maps[at] = _maps(part, wanted[at] - start, dtype)
             _check_digests(rows.slice(held.start, len(held)), maps)
             writer.write(shard, [maps])
-        writer.commit(save({}), card(spec, rows), replace=replace)
+        writer.commit(save({}), card(spec, index_of(rows).counts), replace=replace)
     classes = counted(len(labels), "class", "classes")
     say(f"{out}: {counted(spec.rows, 'row')} of {' x '.join(map(str, shape))}, {classes}, {dtype}")
     return spec

@@ -16,13 +16,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import pyarrow as pa
 import pydantic
 import torch
 
 from h2t.cache.errors import CacheError
 from h2t.cache.format.card import card
-from h2t.cache.format.rows import make_rows
 from h2t.cache.format.spec import CacheSpec, canonical_json, chunk_rows_for, grown_shard_bytes, sha256, shard_rows_for
 from h2t.cache.write import parts
 from h2t.cache.write.carry import Carrier, Source
@@ -40,8 +38,8 @@ from h2t.pipeline.extraction import batchnorm, cluster, forward, reuse
 from h2t.pipeline.extraction.batchnorm import Statistics
 from h2t.pipeline.extraction.cluster import ADDRESS
 from h2t.pipeline.extraction.commit import written_with
-from h2t.pipeline.extraction.recipes import stored
 from h2t.pipeline.extraction.recorded import MOST_IMAGES
+from h2t.pipeline.extraction.row_plan import PlannedRows, planned
 from h2t.pipeline.networks.backbone import Backbone
 from h2t.pipeline.networks.trained import BackboneFacts, backbone_facts, has_stored_weights, load_backbone
 
@@ -118,21 +116,10 @@ def views_per_class(counts: list[int], max_views: int, target: float) -> list[in
     return [min(max_views, math.ceil(target * mean / n)) for n in counts]
 
 
-def row_table(params: Params, samples: Samples) -> pa.Table:
-    """The table of all rows, in cache order (columns: `cache.format.rows`). Evaluation samples have view 0 only."""
+def planned_rows(params: Params, samples: Samples) -> PlannedRows:
+    """All rows of the cache. Evaluation samples have view 0 only."""
     views = views_per_class(samples.counts, params.max_views, params.view_target)
-    columns: dict[str, list[Any]] = {
-        k: [] for k in ("sample", "view", "statistics", "split", "label", "source", "digest")
-    }
-    for sample in samples.table.to_pylist():
-        train = sample["split"] == "train"
-        for statistics in stored(list(params.batchnorm), sample["split"]):
-            for view in range(views[sample["label"]] if train else 1):
-                for key in ("sample", "split", "label", "source", "digest"):
-                    columns[key].append(sample[key])
-                columns["view"].append(view)
-                columns["statistics"].append(statistics)
-    return make_rows(columns)
+    return planned(samples.table, params.batchnorm, views)
 
 
 def run(
@@ -169,8 +156,8 @@ def run(
         )
     samples = samples.with_input(facts.input)
     images = images.prepared_for(samples.transform)
-    rows = row_table(params, samples)
-    names = sorted(set(rows["statistics"].unique().to_pylist()))
+    rows = planned_rows(params, samples)
+    names = rows.plan.statistics
     inputs = fingerprint_inputs(params, samples, identity, run.seed)
     settings = forward.settings(params.batch_size, params.precision, run.device)
     kept: Statistics = {}
@@ -214,13 +201,13 @@ def run(
         todo = {shard: np.array(spec.shard_range(shard)) for shard in pending}
         carrier = None
         if previous is not None and not anew and not commit:
-            wanted = reuse.Wanted(rows, inputs, params.dtype, samples.facts["dataset"], settings)
+            wanted = reuse.Wanted(rows.table(), inputs, params.dtype, samples.facts["dataset"], settings)
             carrier, summary = reuse.carrier(previous, wanted, batchnorm.from_bytes(statistics), spec, pending)
             run.say(f"{run.name}: {summary}")
         if carrier is not None:
             todo = {shard: numbers[carrier.origin[numbers] < 0] for shard, numbers in todo.items()}
         job = forward.Job(
-            rows, todo, images, backbone_dir.resolve(), identity, statistics, run.seed, run.device, spec, settings
+            rows.plan, todo, images, backbone_dir.resolve(), identity, statistics, run.seed, run.device, spec, settings
         )
         passes = forward.Passes()
         if params.cluster is not None and pending:
@@ -234,7 +221,7 @@ def run(
             )
         if part is None:
             whole.take_over(read=False)
-            whole.commit(statistics, card(spec, rows), replace=replace)
+            whole.commit(statistics, card(spec, rows.plan.counts), replace=replace)
     forwarded = sum(len(numbers) for numbers in todo.values())
     taken = sum(len(spec.shard_range(shard)) for shard in pending) - forwarded
     if part is not None:
@@ -272,11 +259,10 @@ def _summary(spec: CacheSpec, forwarded: int, taken: int, kept: int, passes: for
 
 def fingerprint_inputs(params: Params, samples: Samples, identity: dict[str, Any], seed: int) -> dict[str, Any]:
     """Everything that determines the stored values, except the batch-norm statistics, which `run` adds."""
-    table = samples.table.select(["split", "label", "source", "digest"]).to_pydict()
     return {
         "backbone": {**identity, "tap": TAP},
         "batchnorm": {"recipes": sorted(params.batchnorm), "passes": params.batchnorm_passes, "seed": seed},
-        "dataset": sha256(canonical_json(table)),
+        "dataset": samples.digest,
         "transform": samples.facts["transform"],
         "views": {"max": params.max_views, "target": params.view_target, "seed": seed},
     }

@@ -13,6 +13,7 @@ import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -64,9 +65,10 @@ def open_cache(location: str | Path, *, fingerprint: str | None = None) -> "Cach
     there = elsewhere(location)
     files = files_at(location)
     if not files.exists(RECORD):
-        raise CacheError(
-            "uncommitted", f"{files}: no {RECORD}, so this is not a finished cache; run h2t extract to make one"
-        )
+        what = f"no {RECORD}, so this is not a finished cache; run h2t extract to make one"
+        if _is_begun(location):
+            what = f"is unfinished: no {RECORD} yet; wait for its writer, or run the same command again"
+        raise CacheError("uncommitted", f"{files}: {what}")
     record = files.read_all(RECORD, MAX_RECORD_BYTES)
     commit = parse_record(record)
     check_fingerprint(files, commit.spec, fingerprint or (there.fingerprint if there else None))
@@ -78,6 +80,16 @@ def open_cache(location: str | Path, *, fingerprint: str | None = None) -> "Cach
     finally:
         files.check_record()  # every file is pinned now; this makes sure that they belong to the record
     return Cache(files, commit, set(commit.files) - sizes.keys())
+
+
+def _is_begun(location: str | Path) -> bool:
+    """Whether the staging folder of a cache lies beside `location`."""
+    parent, slash, name = str(location).rstrip("/").rpartition("/")
+    if not name or "?" in name or parent.startswith("dvc+"):
+        return False
+    with suppress(CacheError):
+        return files_at(f"{parent}{slash}.{name}.staging").exists("token.json")
+    return False
 
 
 class Cache:

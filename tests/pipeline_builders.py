@@ -257,12 +257,13 @@ def extracted(
     device=CPU,
     part: Part | None = None,
     commit=False,
+    to: str | None = None,
     **overrides,
 ):
     """Runs extract; returns its summary. `previous` is where the cache lies that `statistics_from` would name."""
     params = make_extract(**overrides)
     with open_cache(previous) if previous is not None else nullcontext() as kept:
-        options = {"replace": replace, "previous": kept, "anew": anew, "part": part, "commit": commit}
+        options = {"replace": replace, "previous": kept, "anew": anew, "part": part, "commit": commit, "to": to}
         return extract.run(params, Run("b", out, device, seed=seed, say=say), samples, images, backbone, **options)
 
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,24 +15,92 @@ from pathlib import Path
 S3_KEY, S3_SECRET = "AKIDOFTHETEST", "secretofthetest"
 
 
+def _settings(url: str) -> dict[str, str]:
+    return {
+        "AWS_ENDPOINT_URL": url,
+        "AWS_ACCESS_KEY_ID": S3_KEY,
+        "AWS_SECRET_ACCESS_KEY": S3_SECRET,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+
+
 @contextmanager
-def s3_endpoint() -> Iterator[dict[str, str]]:
-    """The environment for an S3 endpoint (moto's server) on the loopback; it forgets everything at the end."""
+def s3_endpoint(*, conditional: bool = True) -> Iterator[dict[str, str]]:
+    """The environment for an S3 endpoint (moto's server) on the loopback; it forgets everything at the end.
+
+    One that is not `conditional` ignores If-None-Match, as some stores do.
+    """
+    from moto.moto_api._internal import moto_api_backend
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
+    if not conditional:
+        answer = server._server.app
+        server._server.app = lambda asked, start: answer(
+            {key: value for key, value in asked.items() if key != "HTTP_IF_NONE_MATCH"}, start
+        )
     host, port = server.get_host_and_port()
     try:
-        yield {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-            "AWS_ACCESS_KEY_ID": S3_KEY,
-            "AWS_SECRET_ACCESS_KEY": S3_SECRET,
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-        }
+        yield _settings(f"http://{host}:{port}")
     finally:
         server.stop()
+        moto_api_backend.reset()  # its objects belong to the process, not to the server
+
+
+class Bucket:
+    """A new bucket of the S3 endpoint in the environment, looked at with boto3; caches go below `url`."""
+
+    url = "s3://lab/x"
+
+    def __init__(self) -> None:
+        import boto3
+
+        secrets = {"aws_access_key_id": S3_KEY, "aws_secret_access_key": S3_SECRET, "region_name": "us-east-1"}
+        self.s3 = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"], **secrets)
+        self.s3.create_bucket(Bucket="lab")
+
+    def names(self) -> list[str]:
+        """Every object below the URL, by its path relative to it."""
+        pages = self.s3.get_paginator("list_objects_v2").paginate(Bucket="lab", Prefix="x/")
+        return [entry["Key"][2:] for page in pages for entry in page.get("Contents", [])]
+
+    def files(self) -> dict[str, bytes]:
+        """The bytes of every object."""
+        return {name: self.s3.get_object(Bucket="lab", Key=f"x/{name}")["Body"].read() for name in self.names()}
+
+    def put(self, name: str, data: bytes) -> None:
+        self.s3.put_object(Bucket="lab", Key=f"x/{name}", Body=data)
+
+    def clear(self) -> None:
+        for name in self.names():
+            self.s3.delete_object(Bucket="lab", Key=f"x/{name}")
+
+
+@contextmanager
+def s3_process() -> Iterator[dict[str, str]]:
+    """The environment for an S3 endpoint in a process of its own, which has a core to itself and no forks."""
+    port = free_port()
+    command = [sys.executable, "-m", "moto.server", "--host", "127.0.0.1", "--port", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        _answers(port)
+        yield _settings(f"http://127.0.0.1:{port}")
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _answers(port: int, seconds: float = 60) -> None:
+    """Returns once a server listens at `port`."""
+    end = time.monotonic() + seconds
+    while True:
+        with socket.socket() as tried:
+            if tried.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        assert time.monotonic() < end, "the server did not start"
+        time.sleep(0.1)
 
 
 def put_s3(root: Path, bucket: str, prefix: str, environment: dict[str, str], *, make_bucket: bool = True) -> None:

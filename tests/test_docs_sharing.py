@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from pipeline_builders import ROOT, environment, fitted, make_prepare, write_params
+from servers import Bucket, s3_endpoint
 
 from h2t.cache.reader import open_cache
 from h2t.cache.tools.audit import pooled
@@ -56,7 +57,7 @@ def test_library(place, tmp_path):
 
 
 @pytest.mark.sharing
-def test_sharing(place, tmp_path, warm_h2t):
+def test_sharing(place, tmp_path, monkeypatch, warm_h2t):
     home = tmp_path / "home"
     shutil.copytree(place / "data", home / "made")
     (home / "made/prepare/samples").mkdir(parents=True)
@@ -98,8 +99,12 @@ def test_sharing(place, tmp_path, warm_h2t):
     bash(once)
     bash(publish)
     bash(f"git clone --quiet --bare . {tmp_path}/server.git")
-    for block in rest:
-        bash(block)
+    with s3_endpoint() as settings:
+        for name, value in settings.items():
+            monkeypatch.setenv(name, value)
+        own |= {**settings, "BUCKET": Bucket().url}
+        for block in rest:
+            bash(block)
     assert (home / "colleague/data/extract/ce_mixup/cache.json").is_file()
     assert (home / "pulled/pool/ce_mixup/cache.json").is_file()
     assert (home / "result/metrics.json").is_file()

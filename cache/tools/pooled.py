@@ -19,9 +19,8 @@ from h2t.cache.format.spec import CacheSpec, chunk_rows_for, shard_rows_for, to_
 from h2t.cache.memory import available_memory
 from h2t.cache.reader import Cache
 from h2t.cache.write import parts
-from h2t.cache.write.parts import Part, PartWriter
-from h2t.cache.write.staging import Staging
-from h2t.cache.write.writer import CacheWriter, committed
+from h2t.cache.write.parts import Part
+from h2t.cache.write.target import OfPart, Whole, target_at
 
 Pool = Callable[[np.ndarray], np.ndarray]
 
@@ -34,7 +33,7 @@ BLOCK_BYTES = 16 * 1024 * 1024
 
 def pooled(
     cache: Cache,
-    target: str | Path,
+    out: str | Path,
     pool: Pool,
     pool_name: str,
     *,
@@ -46,7 +45,7 @@ def pooled(
     commit: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> CacheSpec:
-    """Writes the pooled copy of `cache` to `target` and returns its spec; does nothing if it is already there.
+    """Writes the pooled copy of `cache` to the path or URL `out`, unless it is already there; returns its spec.
 
     `pool` maps float32 (n, C, H, W) to (n, C') and is called from several threads. `pool_name` names it and its
     parameters and is part of the fingerprint (format rule 2.5). An interrupted copy is resumed only if `token` is
@@ -55,7 +54,6 @@ def pooled(
     finds all shards (`cache.write.parts`). `progress` is called after each shard with its number of rows. Raises
     CacheError: `exists`, `busy`, `full`, `unwritable`, `mismatch`, `incomplete`, and whatever reading `cache` raises.
     """
-    target = Path(target)
     parent = cache.spec
     maps = tuple((_pooled(cache, pool, e, 0, 1).shape[1], 1, 1) for e in range(cache.experts))
     row_bytes = 4 * max(channels for channels, _, _ in maps)
@@ -70,27 +68,28 @@ def pooled(
         fingerprint_inputs={**_backbone(parent), "pool": pool_name, "parent": parent.fingerprint},
         provenance={**parent.provenance, "pool": pool_name, "pooled_with": {"numpy": np.__version__}},
     )
-    have = committed(target)
+    target = target_at(out)
+    have = target.committed()
     if have and not replace:
         if (have.fingerprint, have.layout) == (spec.fingerprint, spec.layout):
-            Staging(target).clear_remains()
+            target.staging().clear_remains()
             return have
         raise CacheError("exists", f"{target}: holds another cache; remove it or pass --replace")
     block = max(1, BLOCK_BYTES // max(parent.row_bytes(e) for e in range(cache.experts)))
     same = {"block_rows": block, "numpy": np.__version__, **(token or {})}
 
-    with Staging(target, shared=part is not None) as staging, staging.holding(part.label) if part else nullcontext():
+    with target.staging(shared=part is not None) as staging, staging.holding(part.label) if part else nullcontext():
         if commit:
             same = parts.written_with(staging)
             pooled_with = {"numpy": same.get("numpy")}
             spec = replaced(spec, provenance={**spec.provenance, "pooled_with": pooled_with})
-        writer: CacheWriter | PartWriter
+        writer: Whole | OfPart
         if part is not None:
-            writer, pending = parts.opened(staging, spec, same, part)
+            writer, pending = target.part(staging, spec, same, part)
         else:
             # Every part has read what it kept.
-            writer = CacheWriter(staging, spec, RowsOf(cache), same, read=not commit)
-            pending = writer.pending
+            writer = whole = target.writer(staging, spec, RowsOf(cache), same, read=not commit)
+            pending = whole.pending
             if commit and pending:
                 raise parts.missing(staging, spec, pending)
 
@@ -117,8 +116,9 @@ def pooled(
         workers = max(1, min(WORKERS, available_memory() // (2 * own)))
         with ThreadPoolExecutor(workers) as threads:
             list(threads.map(shard, pending))
-        if isinstance(writer, CacheWriter):
-            writer.commit(cache.statistics, card(spec, cache.index.counts), replace=replace)
+        if part is None:
+            whole.take_over(read=False)
+            whole.commit(cache.statistics, card(spec, cache.index.counts), replace=replace)
     return spec
 
 

@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -30,6 +30,22 @@ from h2t.cache.write.staging import Staging, bad_disk_is_one_line, file_sha256, 
 TOKEN = "token.json"
 SHOWN = 8  # parts named in a message
 _NAME = re.compile(r"(\d+)\.(\d+)\.(\d+)\.([0-9a-f]{64})")
+
+
+class Named(NamedTuple):
+    """What the name of a finished file says of it."""
+
+    expert: int
+    shard: int
+    size: int
+    digest: str
+
+
+def named(name: str) -> Named | None:
+    """What `name` says; None if it is not the name of a finished file."""
+    match = _NAME.fullmatch(name)
+    return Named(int(match[1]), int(match[2]), int(match[3]), match[4]) if match else None
+
 
 #: Of a finished shard: the file of each expert in the cache -> (path here, bytes, sha256).
 Finished = dict[str, tuple[Path, int, str]]
@@ -55,13 +71,31 @@ class Part:
         return f"{self.number}/{self.of}"
 
 
-def begun(staging: Staging) -> int | None:
+class StagingFolder(Protocol):
+    """The staging folder of a cache, in a directory or at a URL: what is asked of it about parts."""
+
+    @property
+    def target(self) -> Any:
+        """The place of the cache, for messages."""
+
+    @property
+    def root(self) -> Any:
+        """The place of the folder, for messages."""
+
+    def labels(self) -> list[str]:
+        """Names of the lock files of the parts that have been begun, the latest one first."""
+
+    def kept(self, name: str) -> bytes | None:
+        """What is stored under `name`, or None."""
+
+
+def begun(staging: StagingFolder) -> int | None:
     """In how many parts the cache in `staging` is being written, by the part begun last; None if in no parts."""
     labels = staging.labels()
     return int(labels[0].rpartition("-")[2]) if labels else None
 
 
-def written_with(staging: Staging) -> dict[str, Any]:
+def written_with(staging: StagingFolder) -> dict[str, Any]:
     """The token that the parts in `staging` were written with, for a commit: its machine may have other versions.
 
     Raises CacheError `incomplete` if there are no parts, `damaged` if their token cannot be read.
@@ -77,7 +111,7 @@ def written_with(staging: Staging) -> dict[str, Any]:
         ) from None
 
 
-def no_parts(staging: Staging) -> CacheError:
+def no_parts(staging: StagingFolder) -> CacheError:
     """The error of a commit that finds no parts."""
     return CacheError(
         "incomplete",
@@ -86,7 +120,7 @@ def no_parts(staging: Staging) -> CacheError:
     )
 
 
-def missing(staging: Staging, spec: CacheSpec, pending: Sequence[int]) -> CacheError:
+def missing(staging: StagingFolder, spec: CacheSpec, pending: Sequence[int]) -> CacheError:
     """What a commit lacks: the parts with `pending` shards, or the shards if the cache is not written in parts."""
     lack = f"{staging.target}: --commit needs all of its shards; {len(pending):,} of {spec.shards:,} missing"
     of = begun(staging)
@@ -106,12 +140,12 @@ def token_bytes(spec: CacheSpec, token: Mapping[str, Any]) -> bytes:
     return canonical_json({"token": token, "fingerprint": spec.fingerprint, "layout": spec.layout})
 
 
-def parts_folder(root: Path, spec: CacheSpec, token: Mapping[str, Any]) -> Path:
-    """The folder of finished shards in the staging directory `root`.
+def token_folder(spec: CacheSpec, token: Mapping[str, Any]) -> str:
+    """The folder of finished shards in a staging directory.
 
     Another token has another folder, so a process left over from an earlier run cannot add to a later one.
     """
-    return root / f"parts.{sha256(token_bytes(spec, token))[:16]}"
+    return f"parts.{sha256(token_bytes(spec, token))[:16]}"
 
 
 def difference(have: bytes, ours: bytes) -> str:
@@ -145,7 +179,7 @@ def opened(staging: Staging, spec: CacheSpec, token: Mapping[str, Any], part: Pa
             f"{staging.root}: holds shards of other settings ({difference(have, ours)}), and all parts must have the "
             f"same; repeat with those settings, or remove {staging.root} to start anew",
         )
-    writer = PartWriter(parts_folder(staging.root, spec, token), spec, part.label)
+    writer = PartWriter(staging.root / token_folder(spec, token), spec, part.label)
     for path in writer.folder.glob(f"*.{part.label}.partial"):  # of an earlier process that was killed
         path.unlink(missing_ok=True)
     shards = part.shards(spec)
@@ -202,9 +236,9 @@ def finished(folder: Path, spec: CacheSpec, shards: set[int], *, read: bool) -> 
     """
     found: dict[int, dict[int, list[tuple[Path, int, str]]]] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if (match := _NAME.fullmatch(path.name)) and int(match[2]) in shards:
-            candidates = found.setdefault(int(match[2]), {}).setdefault(int(match[1]), [])
-            candidates.append((path, int(match[3]), match[4]))
+        if (of := named(path.name)) and of.shard in shards:
+            candidates = found.setdefault(of.shard, {}).setdefault(of.expert, [])
+            candidates.append((path, of.size, of.digest))
     for shard in sorted(found):
         files: Finished = {}
         for expert, candidates in found[shard].items():

@@ -39,7 +39,7 @@ from h2t.cache.format.spec import (
     sha256,
 )
 from h2t.cache.write.encoding import encoded
-from h2t.cache.write.parts import TOKEN, PartWriter, difference, finished, parts_folder, token_bytes
+from h2t.cache.write.parts import TOKEN, PartWriter, difference, finished, token_bytes, token_folder
 from h2t.cache.write.staging import Staging, bad_disk_is_one_line, durable_file, file_sha256, sync, write_durably
 
 
@@ -55,6 +55,14 @@ def committed(target: Path) -> CacheSpec | None:
     if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
         raise CacheError("exists", f"{target}: exists and is not a cache; remove it or choose another path")
     return None
+
+
+def check_rows(spec: CacheSpec, rows: "pa.Table | Rows") -> None:
+    """Raises CacheError `mismatch` if `rows` and `spec` differ in length, `spec` if the record would be too long."""
+    if len(rows) != spec.rows:
+        raise CacheError("mismatch", f"row table: must have {spec.rows} rows, like the cache; got {len(rows)}")
+    shards = (spec.shard_file(e, s) for e in range(spec.experts) for s in range(spec.shards))
+    spec.record(dict.fromkeys(shards, (0, sha256(b""))))  # fails now, not at commit, if there are too many shards
 
 
 def _dimension_names(spec: CacheSpec, expert: int) -> tuple[str, ...]:
@@ -100,6 +108,11 @@ class Rows(Protocol):
         ...
 
 
+def row_groups(rows: pa.Table | Rows) -> Iterable[pa.Table]:
+    """The row table in the pieces in which it is written."""
+    return groups_of(rows) if isinstance(rows, pa.Table) else rows.groups()
+
+
 class CacheWriter:
     """Writes one cache into its staging directory. Several threads may call `write`, once per shard.
 
@@ -113,16 +126,13 @@ class CacheWriter:
     def __init__(
         self, staging: Staging, spec: CacheSpec, rows: pa.Table | Rows, token: Mapping[str, Any], *, read: bool = True
     ) -> None:
-        if len(rows) != spec.rows:
-            raise CacheError("mismatch", f"row table: must have {spec.rows} rows, like the cache; got {len(rows)}")
-        shards = (spec.shard_file(e, s) for e in range(spec.experts) for s in range(spec.shards))
-        spec.record(dict.fromkeys(shards, (0, sha256(b""))))  # fails now, not at commit, if there are too many shards
+        check_rows(spec, rows)
         self.spec = spec
         self._staging = staging
         self._rows = rows
         self._lock = threading.Lock()
         self._journal = staging.root / "journal"
-        self._parts = parts_folder(staging.root, spec, token)
+        self._parts = staging.root / token_folder(spec, token)
         self._resume(token, read=read)
 
     def beside(self) -> PartWriter:
@@ -175,7 +185,7 @@ class CacheWriter:
             warnings.simplefilter("ignore", zarr.errors.ZarrUserWarning)
             zarr.consolidate_metadata(str(root / MAPS), zarr_format=3)
         with durable_file(root / ROWS) as file:
-            write_table(groups_of(self._rows) if isinstance(self._rows, pa.Table) else self._rows.groups(), file)
+            write_table(row_groups(self._rows), file)
         for name, data in ((STATISTICS, statistics), (CARD, card)):
             write_durably(root / name, data)
         files = {name: entry for done in self._done.values() for name, entry in done.items()}

@@ -330,7 +330,7 @@ def _number(value: float | None) -> str:
     "pool", epilog="h2t cache pool data/extract/ce_mixup ce_mixup-gem \\\n  --pool gem --option exponent=3.0"
 )
 @CACHE
-@click.argument("out", type=PATH, help="Cache to write.")
+@options.cache_output
 @click.option(
     "--pool",
     "name",
@@ -346,7 +346,7 @@ def _number(value: float | None) -> str:
 @options.in_parts
 def pool_command(
     location: str,
-    out: Path,
+    out: Path | str,
     name: str,
     given: tuple[str, ...],
     codec: str,
@@ -363,4 +363,5 @@ def pool_command(
     chosen = dict(params.assignment("--option", option) for option in given)
     section = params.build(pool.Params, "pool", {"pool": name, "pool_options": chosen, "codec": codec})
     with opened(location) as maps:
-        pool.run(section, Run(out.name, out, say=click.echo), maps, replace=replace, part=one, commit=commit)
+        run = Run(names.folder_name(out), Path(out), say=click.echo)
+        pool.run(section, run, maps, replace=replace, part=one, commit=commit, to=out)

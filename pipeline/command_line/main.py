@@ -123,7 +123,7 @@ def train_backbone(values: dict[str, Any], say: Say, name: str, samples: Path, o
 @backbone_name
 @samples_folder
 @backbone_folder
-@output("Cache to write.")
+@options.cache_output
 @options.replace
 @click.option("--anew", is_flag=True, help="Compute all rows; take none from extract.statistics_from.")
 @options.in_parts
@@ -134,7 +134,7 @@ def extract(
     name: str,
     samples: Path,
     backbone: Path,
-    out: Path,
+    out: Path | str,
     replace: bool,
     anew: bool,
     part: tuple[int, int] | None,
@@ -157,12 +157,12 @@ def extract(
         with opened(asked.url, fingerprint=asked.fingerprint) as there:
             check_backbone(there, backbone)
             rows = counted(there.spec.rows, "row")
-        elsewhere.stand_in(Run(name, out), asked.url, asked.fingerprint)
+        elsewhere.stand_in(Run(name, options.as_path(out)), asked.url, asked.fingerprint)
         say(f"{name}: its cache is elsewhere, {rows}; nothing is extracted")
         return {}
     prepared = load_samples(samples)
     images = prepared.images(params.section(values, "prepare"))
-    run = run_of(values, say, name, out)
+    run = run_of(values, say, name, Path(out))
     with previous(section.statistics_from, name) as kept:
         summary = stage_module.run(
             section,
@@ -175,6 +175,7 @@ def extract(
             anew=anew,
             part=one,
             commit=commit,
+            to=out,
         )
     return vars(summary)
 
@@ -198,7 +199,7 @@ def replicates(values: dict[str, Any], say: Say, digests: Path, out: Path) -> di
 @main.command(epilog="h2t pool ce_mixup data/extract/ce_mixup data/pool/ce_mixup")
 @backbone_name
 @cache_place
-@output("Cache to write.")
+@options.cache_output
 @options.replace
 @options.in_parts
 @stage
@@ -207,7 +208,7 @@ def pool(
     say: Say,
     name: str,
     cache: str,
-    out: Path,
+    out: Path | str,
     replace: bool,
     part: tuple[int, int] | None,
     commit: bool,
@@ -221,11 +222,12 @@ def pool(
     section = params.build(stage_module.Params, "pool", params.section(values, "pool"))
     names.check_folders(values, "backbones", name, cache, out)
     if there := named_elsewhere(values, cache):
-        elsewhere.stand_in(Run(name, out), there.url, there.fingerprint)
+        elsewhere.stand_in(Run(name, options.as_path(out)), there.url, there.fingerprint)
         say(f"{name}: its cache is elsewhere; nothing is pooled, but h2t cache pool CACHE OUT copies it")
         return
     with opened(cache) as maps:
-        stage_module.run(section, Run(name, out, say=say), maps, replace=replace, part=one, commit=commit)
+        run = Run(name, Path(out), say=say)
+        stage_module.run(section, run, maps, replace=replace, part=one, commit=commit, to=out)
 
 
 @main.command(epilog="h2t probe ce_mixup data/extract/ce_mixup data/probe/ce_mixup")

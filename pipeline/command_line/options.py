@@ -10,6 +10,17 @@ if TYPE_CHECKING:
     from h2t.cache.write.parts import Part
 
 PATH = click.Path(path_type=Path)
+
+
+class _Place(click.Path):
+    """A path as Path, or a URL as str."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if isinstance(value, str) and "://" in value else super().convert(value, param, ctx)
+
+
+#: The argument OUT of commands that write a cache: a path, or the URL (str) of an S3 bucket or an SSH server.
+cache_output = click.argument("out", type=_Place(path_type=Path), help="Path or URL of the cache to write.")
 #: (context, parameter, beginning of a name) -> names that begin so.
 Completion = Callable[[click.Context, click.Parameter, str], list[str]]
 
@@ -30,6 +41,15 @@ overrides = click.option(
     help="Override a parameter for this run, e.g. --set seed=1 or --set extract.max_views=2. The value is YAML. "
     "Can be repeated.",
 )
+
+
+def as_path(out: Path | str) -> Path:
+    """OUT of `cache_output` as a path. Raises UsageError for a URL."""
+    if isinstance(out, str):
+        raise click.UsageError("OUT must be a path, as the cache is elsewhere (backbones.NAME.cache) and not written")
+    return out
+
+
 replace = click.option("--replace", is_flag=True, help="Replace another cache at OUT.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 

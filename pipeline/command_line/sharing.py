@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
-from h2t.cache.redaction import printable
+from h2t.cache.redaction import printable, redacted
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.text import counted
 from h2t.pipeline.command_line import names, options
 from h2t.pipeline.command_line.caches import CACHE, named_elsewhere, opened, previous
 from h2t.pipeline.command_line.one_line import Command
@@ -143,19 +144,51 @@ def why_command(
         click.echo(printable(line))
 
 
-@click.command("publish", cls=Command, epilog="h2t cache publish --remote store")
+@click.command(
+    "publish",
+    cls=Command,
+    epilog="h2t cache publish --remote store\nh2t cache publish data/extract/ce_mixup s3://bucket/ce_mixup",
+)
+@click.argument("location", metavar="CACHE", required=False, help="A cache to copy to URL instead.")
+@click.argument("url", metavar="URL", required=False, help="Where the copy goes: s3://... or ssh://...")
 @click.option("--remote", metavar="NAME", help="DVC remote to push to; by default DVC's default remote.")
 @click.option("--uncommitted", is_flag=True, help="Push even if this configuration is not committed to git.")
 @click.option("--quick", is_flag=True, help="Check only the sizes of the files on the remote, not their content.")
 @click.option("--repair", is_flag=True, help="Push files again that are incomplete on the remote.")
-def publish_command(remote: str | None, uncommitted: bool, quick: bool, repair: bool) -> None:
+@click.option("--replace", is_flag=True, help="Replace another cache at URL.")
+def publish_command(
+    location: str | None,
+    url: str | None,
+    remote: str | None,
+    uncommitted: bool,
+    quick: bool,
+    repair: bool,
+    replace: bool,
+) -> None:
     """Push the results to a DVC remote and check them there.
 
-    Pushes the results of the configuration that is checked out.
+    Pushes the results of the configuration that is checked out. With CACHE and URL, copies that cache to URL, without
+    DVC: it appears there at once, when it is complete.
     """
+    if location is not None:
+        if url is None or "://" not in url:
+            raise click.UsageError("CACHE needs URL, s3://... or ssh://..., to which it is copied")
+        _copy(location, url, replace)
+        return
     from h2t.pipeline.sharing.publish import publish
 
     publish(Path(), click.echo, remote=remote, uncommitted=uncommitted, quick=quick, repair=repair)
+
+
+def _copy(location: str, url: str, replace: bool) -> None:
+    from h2t.cache.tools.copied import copied
+
+    with opened(location) as cache:
+        try:
+            sent = copied(cache, url, replace=replace)
+        except ValueError as error:
+            raise click.UsageError(str(error)) from None
+        click.echo(f"{redacted(url)}: {counted(cache.spec.shards, 'shard')}, {sent:,} of them sent now")
 
 
 @click.command("pull", cls=Command, epilog="h2t cache pull https://example.org/lab/project.git@v1 --pooled")

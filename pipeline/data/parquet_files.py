@@ -17,9 +17,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from h2t.cache.errors import CacheError
+from h2t.cache.redaction import redacted
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.data import url_files
 
 KEEP_BYTES = 512 * 1024**2  # memory for the encoded images of the most recently used row groups
+
+
+#: A path, or a URL as text.
+Place = Path | str
 
 
 def found(key: str, pattern: str) -> list[Path]:
@@ -36,27 +43,40 @@ def found(key: str, pattern: str) -> list[Path]:
     return [Path(match) for match in matches]
 
 
-def short_names(paths: Sequence[Path]) -> list[str]:
+def short_names(paths: Sequence[Place]) -> list[str]:
     """A name for each file: its file name, or where these repeat, its path below the common parent folder.
 
-    Raises UserError for a file that is named twice.
+    Raises UserError for a file that is named twice, and for equal names both at a path and at a URL.
     """
-    whole = [os.path.abspath(path) for path in paths]  # noqa: PTH100 - keeps links
+    whole = [redacted(p) if isinstance(p, str) else os.path.abspath(p) for p in paths]  # noqa: PTH100 - keeps links
     if twice := [path for i, path in enumerate(whole) if path in whole[:i]]:
         raise UserError(f"prepare.options: {twice[0]}: must be named once; got it twice; remove one of them")
-    names = [path.name for path in paths]
+    names = [url_files.name_of(path) if isinstance(path, str) else path.name for path in paths]
     if len(set(names)) == len(names):
         return names
+    if len({path.partition("://")[0] if "://" in path else "" for path in whole}) > 1:
+        raise UserError("prepare.options: files of equal names must lie in one place; got paths and URLs; rename them")
     top = os.path.commonpath([os.path.dirname(path) for path in whole])  # noqa: PTH120
     return [Path(os.path.relpath(path, top)).as_posix() for path in whole]
 
 
-def opened(key: str, path: Path) -> pq.ParquetFile:
+def opened(key: str, path: Place) -> pq.ParquetFile:
     """The open Parquet file. Raises UserError, with the parameter `key`, if it cannot be read."""
     try:
-        file = pq.ParquetFile(path)
-        if file.metadata.num_rows > path.stat().st_size:  # a few bytes can claim billions of rows
-            raise ValueError(f"{file.metadata.num_rows} rows in {path.stat().st_size} bytes hold no images")
+        if isinstance(path, str):
+            url, path = path, redacted(path)
+            there, size = url_files.opened(url)
+            file = pq.ParquetFile(there)
+        else:
+            file, size = pq.ParquetFile(path), path.stat().st_size
+        if file.metadata.num_rows > size:  # a few bytes can claim billions of rows
+            raise ValueError(f"{file.metadata.num_rows} rows in {size} bytes hold no images")
+    except CacheError as error:
+        if error.reason == "missing":
+            raise UserError(f"{key}: {path}: no such file; correct the URL") from None
+        raise UserError(f"{key}: {error}") from None
+    except ImportError as error:
+        raise UserError(f"{key}: {path}: {' '.join(str(error).split())}") from None
     except FileNotFoundError:
         raise UserError(f"{key}: {path}: no such file; correct the path") from None
     except (OSError, pa.ArrowException, ValueError) as error:
@@ -107,6 +127,10 @@ def row_reader(files: Mapping[str, pq.ParquetFile], column: str, key: str) -> Ca
                     table = files[name].read_row_group(group, [column])
                 except pa.ArrowException as error:
                     raise OSError(str(error)) from None
+                except CacheError as error:
+                    if error.reason != "replaced":
+                        raise
+                    raise UserError(f"{name}: changed at its URL after it was opened; prepare again") from None
                 values = groups[name, group] = table[column].combine_chunks()
             groups.move_to_end((name, group))
             while len(groups) > 1 and sum(c.nbytes for c in groups.values()) > KEEP_BYTES:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.text import counted
-from h2t.pipeline.data import labels, parquet_files
+from h2t.pipeline.data import labels, parquet_files, url_files
 from h2t.pipeline.data.images import Collection, Transform
 from h2t.pipeline.data.transforms import CIFAR, OwnImages
 
@@ -22,7 +22,7 @@ class Options(OwnImages):
     """Keys of `prepare.options`."""
 
     train: list[str]
-    """Parquet files of the training images; a pattern such as `train-*.parquet` names several."""
+    """Parquet files of the training images, at paths or URLs; a pattern such as `train-*.parquet` names several."""
     val: list[str] = []
     """Parquet files of the validation images."""
     test: list[str] = []
@@ -45,7 +45,7 @@ def _files(options: Options) -> dict[str, tuple[str, pq.ParquetFile]]:
         (f"prepare.options.{split}", split, path)
         for split in ("train", "val", "test")
         for text in getattr(options, split)
-        for path in parquet_files.found(f"prepare.options.{split}", text)
+        for path in (url_files if url_files.is_url(text) else parquet_files).found(f"prepare.options.{split}", text)
     ]
     names = parquet_files.short_names([path for _, _, path in found])
     files = {
@@ -115,8 +115,9 @@ def load(options: Options) -> Collection:
 
 
 def inputs(options: Options) -> dict[str, str]:
-    """Option -> path: each file."""
-    return {f"{part}[{i}]": path for part in ("train", "val", "test") for i, path in enumerate(getattr(options, part))}
+    """Option -> path: each file, except those at URLs, which DVC cannot watch."""
+    files = {f"{part}[{i}]": path for part in ("train", "val", "test") for i, path in enumerate(getattr(options, part))}
+    return {key: path for key, path in files.items() if not url_files.is_url(path)}
 
 
 def reader(options: Options) -> Callable[[str], bytes]:

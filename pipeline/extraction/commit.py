@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from h2t.cache.write import parts
-from h2t.cache.write.staging import Staging
+from h2t.cache.write.parts import StagingFolder
 from h2t.pipeline.base.errors import UserError
 
 
-def written_with(staging: Staging, asked: Mapping[str, Any]) -> dict[str, Any]:
+def written_with(staging: StagingFolder, asked: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that the parts were written with: the committing machine may have another device.
 
     `asked`: batch size and precision of the parameters. Raises UserError if these differ, and as `parts.written_with`.

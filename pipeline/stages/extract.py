@@ -7,7 +7,6 @@ Decoding, forward passes (`extraction.forward`) and writing overlap.
 
 import math
 import os
-import shutil
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,9 +24,8 @@ from h2t.cache.format.card import card
 from h2t.cache.format.spec import CacheSpec, canonical_json, chunk_rows_for, grown_shard_bytes, sha256, shard_rows_for
 from h2t.cache.write import parts
 from h2t.cache.write.carry import Carrier, Source
-from h2t.cache.write.parts import Part, PartWriter
-from h2t.cache.write.staging import Staging
-from h2t.cache.write.writer import CacheWriter, committed
+from h2t.cache.write.parts import Part
+from h2t.cache.write.target import AnyStaging, OfPart, Target, Whole, target_at
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import DISTINCT, Bytes, Count, Epochs, Positive, Section, at_most
 from h2t.pipeline.base.precision import Precision
@@ -136,15 +134,17 @@ def run(
     anew: bool = False,
     part: Part | None = None,
     commit: bool = False,
+    to: str | Path | None = None,
 ) -> Summary:
-    """Extracts the maps of the backbone in `backbone_dir` into the cache `run.out`; resumes a killed run.
+    """Extracts the maps of the backbone in `backbone_dir` into the cache `to`; resumes a killed run.
 
-    `previous` is the open cache that `extract.statistics_from` names. With `anew` its statistics are kept but no rows:
-    all are computed, to the same bytes. With `part` only its shards are written, beside other processes, and the cache
-    appears when a run with `commit`, which computes nothing, finds all shards. Raises CacheError (`exists`, `busy`,
-    `full`, `damaged`, `mismatch`, `incomplete`), and UserError if the backbone, images, previous cache or cluster
-    cannot be used.
+    `to` is a path or URL, by default `run.out`. `previous` is the open cache that `extract.statistics_from` names.
+    With `anew` its statistics are kept but no rows: all are computed, to the same bytes. With `part` only its shards
+    are written, beside other processes, and the cache appears when a run with `commit`, which computes nothing, finds
+    all shards. Raises CacheError (`exists`, `busy`, `full`, `damaged`, `mismatch`, `incomplete`, `unreachable`), and
+    UserError if the backbone, images, previous cache or cluster cannot be used.
     """
+    target = target_at(to or run.out)
     backbone, identity = load_backbone(backbone_dir)
     backbone.to(run.device)
     facts = backbone_facts(backbone_dir)
@@ -166,16 +166,14 @@ def run(
         if lost:
             run.say(f"{run.name}: {lost}")
     origin = {"statistics_from": previous.spec.fingerprint} if previous is not None and kept else {}
-    with Staging(run.out, shared=part is not None) as staging, staging.holding(part.label) if part else nullcontext():
-        existing = committed(run.out)
+    with target.staging(shared=part is not None) as staging, staging.holding(part.label) if part else nullcontext():
+        existing = target.committed()
         if existing is not None and _same(existing, inputs, params, names, len(rows), kept, origin):
-            run.say(f"{run.name}: {run.out} already holds this cache ({counted(existing.rows, 'row')}); nothing to do")
+            run.say(f"{run.name}: {target} already holds this cache ({counted(existing.rows, 'row')}); nothing to do")
             staging.discard_if_alone()
             return _summary(existing, 0, 0, existing.shards, forward.Passes())
         if existing is not None and not replace:
-            raise CacheError(
-                "exists", f"{run.out}: holds another cache; remove it, or pass --replace to write this one"
-            )
+            raise CacheError("exists", f"{target}: holds another cache; remove it, or pass --replace to write this one")
 
         if commit:
             asked_for = {"batch_size": params.batch_size, "precision": params.precision}
@@ -191,15 +189,15 @@ def run(
         statistics = _statistics(staging, names, kept, estimate, {**inputs, "settings": settings})
         inputs["batchnorm"]["statistics"] = sha256(statistics)
         spec = _spec(params, backbone, samples, len(rows), inputs, {**settings, **origin}, run.device)
-        writer: CacheWriter | PartWriter
+        writer: Whole | OfPart
         if part is not None:
-            writer, pending = parts.opened(staging, spec, settings, part)
+            writer, pending = target.part(staging, spec, settings, part)
         else:
-            writer = CacheWriter(staging, spec, rows, settings, read=not commit)  # every part has read what it kept
-            pending = writer.pending
+            writer = whole = target.writer(staging, spec, rows, settings, read=not commit)  # parts have read theirs
+            pending = whole.pending
             if commit and pending:
                 raise parts.missing(staging, spec, pending)
-        _announce(spec, run, pending, part)
+        _announce(spec, run, pending, part, target)
         todo = {shard: np.array(spec.shard_range(shard)) for shard in pending}
         carrier = None
         if previous is not None and not anew and not commit:
@@ -221,9 +219,9 @@ def run(
                 f"{run.name}: the backbone's weights must not change during extraction; got other weights at its end; "
                 f"make its forward pass leave its parameters alone; if {backbone_dir} was written anew, extract again"
             )
-        if isinstance(writer, CacheWriter):
-            writer.take_over(read=False)
-            writer.commit(statistics, card(spec, rows.plan.counts), replace=replace)
+        if part is None:
+            whole.take_over(read=False)
+            whole.commit(statistics, card(spec, rows.plan.counts), replace=replace)
     forwarded = sum(len(numbers) for numbers in todo.values())
     taken = sum(len(spec.shard_range(shard)) for shard in pending) - forwarded
     if part is not None:
@@ -231,7 +229,7 @@ def run(
         run.say(f"{run.name}: part {part}, {done}, written; when all parts are: h2t extract ... --commit")
         return _summary(spec, forwarded, taken, len(part.shards(spec)) - len(pending), passes)
     what = f"{counted(spec.rows, 'row')} in {counted(spec.shards, 'shard')}, {spec.value_bytes / 1e6:.1f} MB of values"
-    run.say(f"{run.name}: {what}, written to {run.out}")
+    run.say(f"{run.name}: {what}, written to {target}")
     return _summary(spec, forwarded, taken, spec.shards - len(pending), passes)
 
 
@@ -308,7 +306,7 @@ def _same(
 
 
 def _statistics(
-    staging: Staging,
+    staging: AnyStaging,
     names: list[str],
     kept: Statistics,
     estimate: Callable[[list[str]], Statistics],
@@ -363,20 +361,20 @@ def _spec(
     )
 
 
-def _announce(spec: CacheSpec, run: Run, pending: list[int], part: Part | None) -> None:
+def _announce(spec: CacheSpec, run: Run, pending: list[int], part: Part | None, target: Target) -> None:
     """Prints what will be written. Raises CacheError `full` if the disk has too little space for it."""
     share = sum(len(spec.shard_range(s)) for s in pending) / spec.rows
     needed = int(spec.value_bytes * share * 1.02) + 2**20
-    free = shutil.disk_usage(run.out.parent).free
+    free = target.free()
     own = spec.shards if part is None else len(part.shards(spec))
     kept = own - len(pending)
     resumed = f", {kept:,} of {counted(own, 'shard')} already written" if kept else ""
     size = f"{counted(spec.rows, 'row')}, {spec.value_bytes / 1e6:.1f} MB of values"
     of = f"part {part} of " if part else ""
-    run.say(f"{run.name}: {of}{size}{resumed}; {free / 1e9:.1f} GB free")
-    if needed > free:
+    run.say(f"{run.name}: {of}{size}{resumed}" + (f"; {free / 1e9:.1f} GB free" if free is not None else ""))
+    if free is not None and needed > free:
         raise CacheError(
-            "full", f"{run.out}: needs {needed / 1e9:.2f} GB; got {free / 1e9:.2f} GB free; make space or use a codec"
+            "full", f"{target}: needs {needed / 1e9:.2f} GB; got {free / 1e9:.2f} GB free; make space or use a codec"
         )
 
 
@@ -384,7 +382,7 @@ def _announce(spec: CacheSpec, run: Run, pending: list[int], part: Part | None) 
 class _Sink:
     """Writes a shard, after adding the rows that come from a previous cache. Cluster workers get a copy of it."""
 
-    writer: CacheWriter | PartWriter
+    writer: Whole | OfPart
     carrier: Carrier | None
 
     def __call__(self, shard: int, maps: list[np.ndarray]) -> None:

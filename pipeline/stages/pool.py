@@ -5,6 +5,7 @@ backbone; train-classifier and evaluate accept it like any other cache.
 """
 
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -12,9 +13,10 @@ import torch
 
 from h2t.cache.format.spec import CacheSpec
 from h2t.cache.reader import Cache
+from h2t.cache.redaction import redacted
 from h2t.cache.tools.pooled import pooled
 from h2t.cache.write.parts import Part
-from h2t.cache.write.writer import committed
+from h2t.cache.write.target import target_at
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import Section, plugin
 from h2t.pipeline.base.progress import progress
@@ -44,11 +46,13 @@ def run(
     replace: bool = False,
     part: Part | None = None,
     commit: bool = False,
+    to: str | Path | None = None,
 ) -> CacheSpec:
-    """Pools `cache` into a new cache at `run.out`; resumes a killed run. Vectors are stored as maps (D, 1, 1), float32.
+    """Pools `cache` into a new cache at `to`; resumes a killed run. Vectors are stored as maps (D, 1, 1), float32.
 
-    `part` and `commit` are those of `cache.tools.pooled`. Raises CacheError (`exists`, `busy`, `full`, `incomplete`),
-    and UserError if `cache` is pooled already, or if the pool is trained or gives more than one number per channel.
+    `to` is a path or URL, by default `run.out`; `part` and `commit` are those of `cache.tools.pooled`. Raises
+    CacheError (`exists`, `busy`, `full`, `incomplete`, `unreachable`), and UserError if `cache` is pooled already, or
+    if the pool is trained or gives more than one number per channel.
     """
     if "pool" in cache.spec.fingerprint_inputs:
         raise UserError(f"{cache.files}: is pooled already; name the cache it was made from")
@@ -67,10 +71,11 @@ def run(
             pooled_maps: np.ndarray = of[maps.shape[1]]({}, torch.from_numpy(maps)).numpy()
         return pooled_maps
 
+    out = to or run.out
     with progress(None, f"pool {run.name}", unit="row", total=cache.spec.rows, unit_scale=True) as bar:
         spec = pooled(
             cache,
-            run.out,
+            out,
             vectors,
             pool_label(params.pool, params.pool_options),
             codec=params.codec,
@@ -80,10 +85,10 @@ def run(
             commit=commit,
             progress=bar.update,
         )
-    if part is not None and committed(run.out) is None:
+    if part is not None and target_at(out).committed() is None:
         done = f"{counted(len(part.shards(spec)), 'shard')} of {spec.shards:,}"
         run.say(f"{run.name}: part {part}, {done}, written; when all parts are, run the same command with --commit")
         return spec
     before, after = cache.spec.value_bytes / 1e6, spec.value_bytes / 1e6
-    run.say(f"{run.name}: {counted(spec.rows, 'row')}, {before:.1f} -> {after:.1f} MB, written to {run.out}")
+    run.say(f"{run.name}: {counted(spec.rows, 'row')}, {before:.1f} -> {after:.1f} MB, written to {redacted(str(out))}")
     return spec

@@ -1,6 +1,8 @@
 """SIGKILL at random moments to the scheduler, a worker or the client of an extraction on a dask cluster.
 
     python tests/faults/cluster.py --kills 40 --workers 2 --seed 1
+    python tests/faults/cluster.py --kills 40 --workers 2 --target s3
+    python tests/faults/cluster.py --kills 40 --workers 0 --target s3      # one process, no cluster
 
 After each kill, what was killed is started again: the client by the same command, the others by the same address.
 Every extraction must end in the bytes of one process, and leave nothing behind. Exit 1 if one does not.
@@ -19,6 +21,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -31,6 +34,7 @@ sys.path.insert(0, str(TESTS))
 
 from builders import tree  # noqa: E402
 from pipeline_builders import make_backbone_dir, make_samples, write_params  # noqa: E402
+from servers import Bucket, s3_process  # noqa: E402
 
 from h2t.pipeline.command_line import main  # noqa: E402
 
@@ -58,7 +62,7 @@ def kill(process: BaseProcess) -> None:
 
 
 class Cluster:
-    """A scheduler at a fixed address, and its workers. `revive` starts those that have ended."""
+    """A scheduler at a fixed address, and its workers, if any. `revive` starts those that have ended."""
 
     def __init__(self, workers: int) -> None:
         with socket.socket() as taken:
@@ -66,7 +70,7 @@ class Cluster:
             port = str(taken.getsockname()[1])
         self.address = f"tcp://127.0.0.1:{port}"
         scheduler = ["--host", "127.0.0.1", "--port", port, "--no-dashboard"]
-        self.work = {"scheduler": partial(dask_scheduler.main.main, scheduler)}
+        self.work = {"scheduler": partial(dask_scheduler.main.main, scheduler)} if workers else {}
         for number in map(str, range(workers)):
             options = ["--no-nanny", "--nthreads", "1", "--name", number, "--no-dashboard"]
             self.work[f"worker {number}"] = partial(dask_worker.main, [self.address, *options])
@@ -88,31 +92,69 @@ class Cluster:
             kill(process)
 
 
-def written(out: Path) -> int:
-    return sum(p.suffix != ".partial" for p in out.parent.glob(f".{out.name}.staging/parts.*/*"))
+class Directory:
+    """The target of the extractions: `out`, in a directory of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.out = str(folder / "many/b")
+        self._folder = folder / "many"
+
+    def written(self) -> int:
+        return sum(p.suffix != ".partial" for p in self._folder.glob(".b.staging/parts.*/*"))
+
+    def most(self, shards: int) -> int:
+        """What is written at the last moment for a kill: the commit is one rename."""
+        return shards - 1
+
+    def found(self) -> dict[str, bytes]:
+        return tree(self._folder)
+
+    def clear(self) -> None:
+        shutil.rmtree(self._folder)
 
 
-def struck_extraction(command: list[str], out: Path, cluster: Cluster, shards: int, draws: random.Random) -> Counter:
+class Remote:
+    """A bucket on the loopback, where a commit copies every shard: kills strike it as well."""
+
+    def __init__(self) -> None:
+        self._bucket = Bucket()
+        self.out = f"{self._bucket.url}/b"
+
+    def written(self) -> int:
+        return sum(name.startswith((".b.staging/parts.", "b/")) for name in self._bucket.names())
+
+    def most(self, shards: int) -> int:
+        return 2 * shards
+
+    def found(self) -> dict[str, bytes]:
+        return self._bucket.files()
+
+    def clear(self) -> None:
+        self._bucket.clear()
+
+
+def struck_extraction(
+    command: list[str], place: Directory | Remote, errors: Path, cluster: Cluster, most: int, draws: random.Random
+) -> Counter:
     """Runs `h2t COMMAND` until it succeeds, with kills after a few further shards. Returns who was killed how often."""
     killed: Counter = Counter()
-    errors = out.parent.with_name("errors")
     while True:
         cluster.revive()
         client = forked(partial(main.main.main, command), errors)
         while client.is_alive():
-            at = written(out) + draws.randrange(1, 6)
-            while client.is_alive() and written(out) < min(at, shards - 1):
+            at = place.written() + draws.randrange(1, 6)
+            while client.is_alive() and place.written() < min(at, most):
                 time.sleep(0.005)
                 cluster.revive()
             client.join(draws.uniform(0, 0.2))
-            if client.is_alive() and 0 < written(out) < shards - 1:
-                name = draws.choice(["client", "scheduler", f"worker {draws.randrange(len(cluster.work) - 1)}"])
+            if client.is_alive() and 0 < (written := place.written()) < most:
+                name = draws.choice(["client", *cluster.work])
                 if name == "client":
                     kill(client)
                 else:
                     cluster.kill(name)
                 killed[name.split()[0]] += 1
-                say(f"killed after {written(out)} shards: {name}")
+                say(f"killed after {written} files: {name}")
             else:
                 client.join(1)
         said = errors.read_text()
@@ -130,14 +172,16 @@ def campaign(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=40)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--target", choices=["directory", "s3"], default="directory")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32))
     given = parser.parse_args(arguments)
     say(f"seed {given.seed}")
     torch.set_num_threads(1)
     gc.freeze()  # forks share what is never looked at
     draws, killed, wrong, runs = random.Random(given.seed), Counter(), 0, 0
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, s3_process() if given.target == "s3" else nullcontext({}) as own:
         folder = Path(temporary)
+        os.environ.update(own)
         make_samples(folder / "samples", test_per_class=40, validation_per_class=14)
         make_backbone_dir(folder / "backbone")
         params = write_params(folder / "params.yaml", **MANY)
@@ -145,17 +189,19 @@ def campaign(arguments: Sequence[str] | None = None) -> None:
         end = ["--params", str(params), "--device", "cpu", "--quiet"]
         one = forked(partial(main.main.main, [*command, str(folder / "one/b"), *end]))
         one.join()
-        expected, out = tree(folder / "one/b"), folder / "many/b"
+        expected = tree(folder / "one")
+        place = Remote() if given.target == "s3" else Directory(folder)
         shards = sum("/c." in name for name in expected)
         cluster = Cluster(given.workers)
         try:
             while killed.total() < given.kills:
-                there = [*command, str(out), *end, "--set", f"extract.cluster={cluster.address}"]
-                killed += struck_extraction(there, out, cluster, shards, draws)
+                by = ["--set", f"extract.cluster={cluster.address}"] if given.workers else []
+                there = [*command, place.out, *end, *by]
+                killed += struck_extraction(there, place, folder / "errors", cluster, place.most(shards), draws)
                 runs += 1
-                wrong += tree(out) != expected or os.listdir(out.parent) != [out.name]  # noqa: PTH208
+                wrong += place.found() != expected
                 say(f"{dict(killed)} in {runs} extractions of {shards} shards, {wrong} wrong")
-                shutil.rmtree(out.parent)
+                place.clear()
         finally:
             cluster.end()
     if wrong:

@@ -3,6 +3,7 @@
 Every builder has a complete default, so that a test states only what matters to it.
 """
 
+import ast
 import hashlib
 import os
 import subprocess
@@ -375,3 +376,22 @@ def refused(*arguments: Any, leaves: Path | None = None, code: int | None = None
     assert len(result.stderr) < 4000
     assert leaves is None or not leaves.exists()
     return result.stderr
+
+
+LOADED = """
+import sys
+from h2t.pipeline.command_line.main import main
+try:
+    main(sys.argv[1:])
+except SystemExit as stop:
+    assert not stop.code, stop.code
+print([name for name in sys.modules if "." not in name])
+"""
+
+
+def loaded_by(*command, cwd):
+    """The top-level modules that a process has loaded after this command."""
+    words = [sys.executable, "-c", LOADED, *map(str, command)]
+    done = subprocess.run(words, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(ast.literal_eval(done.stdout.splitlines()[-1]))

@@ -137,18 +137,6 @@ def test_wrong_use_exits_2(cache_dir):
     assert run("nothing", cache_dir).exit_code == 2
 
 
-def test_every_command_has_an_example():
-    for command in COMMANDS:
-        assert f"Example: h2t cache {command}" in " ".join(run(command, "--help").output.split())
-
-
-def test_importing_the_commands_is_cheap():
-    heavy = ["torch", "zarr", "dask", "pyarrow", "numpy", "fsspec"]
-    script = f"import sys, h2t.pipeline.command_line.caches; print([m for m in {heavy} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout.strip() == "[]"
-
-
 def test_info_opens_no_shard(cache_dir):
     """The cost of a glance does not grow with the maps: only the record and the row table are opened."""
     make_cache(cache_dir, rows=make_rows(200), shard_rows=1)

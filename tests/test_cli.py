@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +13,6 @@ from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 from pipeline_builders import (
     accepted,
-    environment,
     h2t,
     make_backbone_dir,
     make_params,
@@ -357,22 +354,6 @@ def test_quiet_prints_errors_only(tmp_path, params):
     assert "prepare.imbalance.ratio" in refused(
         "prepare", tmp_path / "no", "--params", params, "-q", "--set", "prepare.imbalance.ratio=1000"
     )
-
-
-@pytest.mark.parametrize("arguments", [["--help"], ["cache", "--help"], ["prepare", "--help"], ["--version"]])
-def test_help_imports_no_torch(arguments):
-    code = (
-        "import sys, click\n"
-        "from h2t.pipeline.command_line.main import main\n"
-        f"sys.argv = ['h2t', *{arguments!r}]\n"
-        "try:\n    main()\n"
-        "except SystemExit as stop:\n    assert not stop.code\n"
-        "heavy = {'torch', 'torchvision', 'zarr', 'pandas', 'sklearn', 'pyarrow'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout
 
 
 def test_every_stage_is_a_command():

@@ -1,6 +1,5 @@
 """What a command does not need is not imported, because importing torch takes longer than most commands."""
 
-import ast
 import os
 import subprocess
 import sys
@@ -10,34 +9,26 @@ import numpy as np
 import pytest
 import yaml
 from builders import make_cache
-from pipeline_builders import environment, make_params, write_params
+from pipeline_builders import environment, loaded_by, make_params, write_params
 from report_builders import make_evaluated
 
 from h2t.pipeline.evaluation.evidence import embed, embed_once
 
 HEAVY = {"torch", "torchvision", "sklearn", "matplotlib", "dask", "dvc", "zarr"}
-RUN = """
-import sys
-from h2t.pipeline.command_line.main import main
-try:
-    main(sys.argv[1:])
-except SystemExit as stop:
-    assert not stop.code, stop.code
-print([name for name in sys.modules if "." not in name])
-"""
 
 
-def loaded_by(*command, cwd):
-    """The top-level modules that a process has loaded after this command."""
-    words = [sys.executable, "-c", RUN, *map(str, command)]
-    done = subprocess.run(words, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    return set(ast.literal_eval(done.stdout.splitlines()[-1]))
-
-
-@pytest.mark.parametrize(
-    "command", ["--help", "train-classifier --help", "list", "presets", "presets tiny", "watch photos photos.json"]
+COMMANDS = (
+    "--help",
+    "--version",
+    "cache --help",
+    "train-classifier --help",
+    "list",
+    "presets tiny",
+    "watch photos p.json",
 )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_looking_around_imports_no_numbers(tmp_path, command):
     (tmp_path / "photos").mkdir()
     write_params(tmp_path / "params.yaml", inputs={"photos": "photos"})

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from builders import tree
-from pipeline_builders import accepted, refused, write_params
+from pipeline_builders import accepted, loaded_by, refused, write_params
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,11 @@ def test_figures_are_those_of_the_pipeline(project):
             [expected[key] for key in ("mean", "low", "high")], abs=1e-3
         )
     assert lines[0]["standing"]["covers"] == ["seeds"]
+
+
+def test_nothing_is_imported_that_a_sweep_does_not_need(project):
+    options = ["--params", project / "params.yaml", "--data", project / "data", "--ratio", "0.3"]
+    assert not loaded_by("sweep", "dr", *options, cwd=project) & {"pandas", "scipy", "sklearn", "dask", "zarr", "dvc"}
 
 
 def test_an_evaluation_of_another_cache_is_not_compared_with(project, tmp_path):

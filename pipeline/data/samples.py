@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from h2t.cache.format.spec import canonical_json
@@ -71,6 +70,8 @@ class Samples:
 
     def of(self, split: str) -> np.ndarray:
         """The sample numbers of `split`, int64 (n,), sorted by label."""
+        import pyarrow.compute as pc  # takes 0.1 s to import, and every stage imports this module
+
         return np.flatnonzero(pc.equal(self.table["split"], split).to_numpy())
 
     @property
@@ -118,6 +119,8 @@ def load_samples(path: Path) -> Samples:
 
     Raises UserError if the files are missing, unreadable or do not belong together.
     """
+    import pyarrow.compute as pc  # as above
+
     folder = path.parent if path.suffix == ".parquet" else path
     try:
         table = _table(folder / "samples.parquet")

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from h2t.pipeline.base.columns import column
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.heads.batches import Streams
@@ -54,7 +55,7 @@ def train(
 ) -> Trained:
     """Trains all heads by gradient descent, part by part. `head_of` gives what computes for the heads of a part."""
     state: dict[str, torch.Tensor] = {}
-    history: list[dict[str, float]] = []
+    history: list[tuple[int, int, float, float]] = []  # epoch, number, learning rate, loss
     done = restored = 0
     for number, part in enumerate(parts):
         places = grouped(part)
@@ -68,7 +69,7 @@ def train(
 
         def report(epoch: int, losses: torch.Tensor, numbers: list[int] = numbers, own: list[Optimiser] = own) -> None:
             history.extend(
-                {"number": n, "epoch": epoch, "lr": settings.rate(epoch), "loss": loss}
+                (epoch, n, settings.rate(epoch), loss)
                 for n, settings, loss in zip(numbers, own, losses.tolist(), strict=True)
             )
 
@@ -79,7 +80,8 @@ def train(
             raise NotFinite(bad.epoch, numbers[bad.head], bad.parameter) from None
         restored += checkpoint.restored
         _put(state, sum(map(len, parts)), numbers, stack.state)
-    return Trained(state, _in_order(pa.Table.from_pylist(history, HISTORY)), restored)
+    epochs, of, rates, lost = map(column, zip(*sorted(history), strict=True))
+    return Trained(state, pa.table([of, epochs, rates, lost], schema=HISTORY), restored)
 
 
 def joined(shares: Sequence[Sequence[int]], trained: Iterable[Trained]) -> Trained:
@@ -91,7 +93,8 @@ def joined(shares: Sequence[Sequence[int]], trained: Iterable[Trained]) -> Train
         own = pa.array(np.asarray(numbers)[share.history["number"].to_numpy()], pa.int64())
         histories.append(share.history.set_column(0, "number", own))
         restored += share.restored
-    return Trained(state, _in_order(pa.concat_tables(histories)), restored)
+    history = pa.concat_tables(histories).sort_by([("epoch", "ascending"), ("number", "ascending")])
+    return Trained(state, history, restored)
 
 
 def _put(state: dict[str, torch.Tensor], heads: int, numbers: Sequence[int], part: Mapping[str, torch.Tensor]) -> None:
@@ -101,10 +104,6 @@ def _put(state: dict[str, torch.Tensor], heads: int, numbers: Sequence[int], par
         if key not in state:
             state[key] = torch.empty(heads, *tensor.shape[1:], dtype=tensor.dtype)
         state[key][list(numbers)] = tensor.detach().cpu()
-
-
-def _in_order(history: pa.Table) -> pa.Table:
-    return history.sort_by([("epoch", "ascending"), ("number", "ascending")])
 
 
 def _check_alike(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> None:

@@ -49,6 +49,7 @@ def plan(images: int, machines: int, known: Rehearsal, machine: Machine) -> dict
         "images": images,
         "machines": machines,
         "rows": spec.rows,
+        "maps": ["x".join(map(str, shape)) for shape in spec.maps],
         "bytes": {
             "maps": spec.value_bytes,
             "row_table": round(spec.rows * known.table_bytes),
@@ -151,7 +152,8 @@ def shown(result: dict[str, Any], human: Any) -> list[str]:
     ours = [limit for limit in result["breaks"] if limit["images"] <= result["images"]]
     beyond = [limit for limit in result["breaks"] if limit["images"] > result["images"]][:1]
     lines = [
-        f"{result['images']:,} images, {result['rows']:,} rows, {result['machines']} x this machine",
+        f"{result['images']:,} images, {result['rows']:,} rows of {' + '.join(result['maps'])}, "
+        f"{result['machines']} x this machine",
         f"maps         {human(sizes['maps'])} in {files['maps']:,} files; row table {human(sizes['row_table'])}, "
         f"cache.json {human(sizes['record'])}",
         f"pooled copy  {human(sizes['pooled'])} in {files['pooled']:,} files",

@@ -19,6 +19,7 @@ import torch
 from h2t.cache.memory import available_memory
 from h2t.cache.reader import Cache
 from h2t.pipeline.base import clock, plugins, progress
+from h2t.pipeline.base.columns import column
 from h2t.pipeline.base.device import choose
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import fresh_directory
@@ -480,10 +481,11 @@ def _reader(params: Params, cache: Cache, pool: Pool, *, as_maps: bool) -> Featu
 
 def _table(heads: list[HeadSetting], replaced: list[int], about: dict[str, Any]) -> pa.Table:
     """The table `heads.parquet`: a line per head with its settings; `about` in the schema's metadata."""
-    columns = {k: [getattr(h, k) for h in heads] for k in ("ratio", "donor", "selection", "seed")}
-    numbers = pa.array(range(len(heads)), pa.int64())
-    constants = {name: [dict(h.constants)[name] for h in heads] for name, _ in heads[0].constants}
-    table = pa.table({"number": numbers, **columns, "replaced": pa.array(replaced, pa.int64()), **constants})
+    columns: dict[str, list[Any]] = {"number": list(range(len(heads)))}
+    columns |= {k: [getattr(h, k) for h in heads] for k in ("ratio", "donor", "selection", "seed")}
+    columns |= {"replaced": replaced}
+    columns |= {name: [dict(h.constants)[name] for h in heads] for name, _ in heads[0].constants}
+    table = pa.table({name: column(values) for name, values in columns.items()})
     return table.replace_schema_metadata({"h2t": json.dumps(about, sort_keys=True)})
 
 
@@ -505,9 +507,9 @@ def _check_fit(name: str, streams: Streams, reader: FeatureReader, *, holds_logi
 
 def _outcome(history: pa.Table, epochs: int, heads: int) -> str:
     """What was trained, in words, for the terminal."""
-    final = history["loss"].to_numpy()[-heads:]
+    final = history["loss"].slice(len(history) - heads).to_pylist()
     trained = f"{counted(heads, 'classifier')}, {counted(epochs, 'epoch')}"
-    return f"{trained}, final loss {final.min():.3f} to {final.max():.3f}"
+    return f"{trained}, final loss {min(final):.3f} to {max(final):.3f}"
 
 
 def _summary(heads: int, optimiser: Optimiser, steps: int, restored: int, feed: Feed) -> Summary:

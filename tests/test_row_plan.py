@@ -201,5 +201,5 @@ def test_the_benchmark_of_memory_a_row_runs(tmp_path, capsys):
 
     bench_extract_rows.main(["--tiny", "--data", str(tmp_path), "--out", str(tmp_path / "found.json")])
     found = json.loads((tmp_path / "found.json").read_text())
-    assert [run["rows"] for run in found["runs"]] == [4200, 21000]
+    assert [run["rows"] for run in found["runs"]] == [4200, 4200, 21000, 21000]
     assert "bytes a row" in capsys.readouterr().out

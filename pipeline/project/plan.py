@@ -7,7 +7,8 @@ from h2t.cache.format.spec import MAX_RECORD_BYTES, CacheSpec, canonical_json, s
 from h2t.pipeline.project.rehearsal import BATCH, TEST_SHARE, Rehearsal
 from h2t.pipeline.stages import extract
 
-PREPARE_IMAGE_BYTES = 700  # of memory that prepare holds for each image
+PREPARE_IMAGE_BYTES = 700  # of memory that prepare holds for each image; measured with 50,000 and 250,000 images
+EXTRACT_ROW_BYTES = 50  # of memory that extract holds for each row; measured by bench_extract_rows
 PLAN_ROW_BYTES = 16  # of memory that stage II holds for each row, beside features; measured by bench_rows
 DVC_FILES = 100_000  # beyond these, DVC's own list of files takes minutes
 LARGE_SHARD = 4 * 2**30  # bytes
@@ -84,9 +85,14 @@ def limits(known: Rehearsal, machine: Machine) -> list[Limit]:
     entry = _entry_bytes(replace(spec, shard_rows=largest), 100_000)
     found = [
         Limit(
-            int(machine.memory / PREPARE_IMAGE_BYTES),
-            "prepare holds the samples in memory",
+            machine.memory // PREPARE_IMAGE_BYTES,
+            "prepare holds names and digests of the images",
             "give prepare more memory, or make several caches",
+        ),
+        Limit(
+            int(machine.memory / (EXTRACT_ROW_BYTES * of_image)),
+            "extract holds a few numbers for each row",
+            "give extract more memory, or make several caches",
         ),
         Limit(
             int(machine.disk / image_bytes),

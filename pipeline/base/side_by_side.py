@@ -37,14 +37,14 @@ def side_by_side(jobs: Sequence[Callable[[], T]], setting: str) -> list[T]:
             to_answer.close()  # now its other end is closed once the process has ended
             running[answer] = number
         while running:
-            for answer in wait(list(running)):
-                results[running.pop(answer)] = _received(answer, len(jobs), setting)
+            for ready in wait(list(running)):
+                results[running.pop(ready)] = _received(ready, len(jobs), setting)
         return [results[number] for number in range(len(jobs))]
     finally:
-        for child in children:
-            child.kill()
-        for child in children:
-            child.join()
+        for started in children:
+            started.kill()
+        for started in children:
+            started.join()
 
 
 @contextmanager
@@ -58,7 +58,7 @@ def _interrupts_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _received(answer: Connection, processes: int, setting: str) -> Any:
+def _received(answer: Any, processes: int, setting: str) -> Any:
     """The result that a process sends. Raises what its job raised, or UserError if it was killed."""
     try:
         result, error = answer.recv()

@@ -35,11 +35,14 @@ def test_scale_benchmark(tmp_path, capsys):
     body = json.loads((tmp_path / "result.json").read_text())
     assert str(tmp_path) not in json.dumps(body)
     steps = body["steps"]
-    assert set(steps) == {"write", "verify", "pool", "stream", "stream from S3", "stream from S3 again"}
+    ways = {"read", "read from S3", "read from S3 again", "stream", "stream from S3", "stream from S3 again"}
+    assert set(steps) == {"write", "verify", "pool", "bare read", *ways}
     assert all(step["seconds"] > 0 and step["peak_bytes"] > 10 * 2**20 for step in steps.values())
     assert body["promises"]["memory_within_bound"]
     assert body["promises"]["same_weights"]
-    assert steps["stream"]["requests"] == 0
+    assert steps["stream"]["requests"] == steps["read"]["requests"] == 0
+    assert body["stream"]["bare read"]["bytes_read"] >= body["case"]["bytes"]
+    assert body["stream"]["read"]["bytes_read"] == body["stream"]["stream"]["bytes_read"]
     assert 0 < steps["stream from S3 again"]["bytes_sent"] < steps["stream from S3"]["bytes_sent"]
     assert list((tmp_path / "data").iterdir()) == []
     assert "| verify " in capsys.readouterr().out

@@ -8,8 +8,9 @@ import pytest
 import yaml
 from builders import tree
 from pipeline_builders import accepted, make_backbone_dir, make_params, make_samples, make_stage2_cache, refused
+from repositories import start_project
 from servers import put_s3, s3_endpoint
-from test_watch import make_images, start_project, values_of
+from test_watch import make_images, values_of
 
 from h2t.cache.errors import CacheError
 from h2t.cache.reader import open_cache
@@ -220,7 +221,7 @@ def test_dvc_watches_the_fingerprint_and_neither_the_maps_nor_the_url(tmp_path, 
         values["backbones"]["b"]["cache"] = {"url": str(tmp_path / place), "fingerprint": fingerprint}
         (project.root / "params.yaml").write_text(yaml.safe_dump(values))
 
-    project = start_project(tmp_path / "a", values, warm_h2t)
+    project = start_project(tmp_path / "a", values, warm_h2t, "photos")
     make_images(project.root / "photos")
     one = publish("one")
     name("one", one)

@@ -6,9 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 from click.testing import CliRunner
+from pipeline_builders import write_params
 
 from h2t.cache.format.spec import MAX_RECORD_BYTES, CacheSpec
 from h2t.pipeline.command_line.main import main
+from h2t.pipeline.command_line.plan import _entry
 from h2t.pipeline.project.plan import Machine, limits, plan, shown
 from h2t.pipeline.project.rehearsal import Cost, Rehearsal, line, rehearse
 from h2t.pipeline.stages import extract
@@ -83,6 +85,14 @@ def test_a_rehearsal_measures_each_stage(tmp_path):
     twice = plan(2 * known.images, 1, known, HERE)
     assert twice["bytes"]["maps"] == replace(known.spec, rows=2 * known.images).value_bytes
     assert json.loads(json.dumps(twice)) == twice
+
+
+def test_the_network_gets_images_of_the_size_of_its_dataset(tmp_path):
+    params = write_params(tmp_path / "params.yaml")
+    assert _entry("ce_mixup", params, None)[0].input.size == 8  # digits
+    assert _entry("ce_mixup", params, 64)[0].input.size == 64
+    assert _entry("resnet50", params, None)[0].input.size == 224  # a plug-in that no entry names
+    assert _entry("resnet50", tmp_path / "none.yaml", 320)[0].input.size == 320
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context, parent_process, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
@@ -50,6 +50,7 @@ def side_by_side(jobs: Sequence[Callable[[], T]], setting: str) -> list[T]:
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
     """Delays Ctrl-C to the end of the block. Processes that are started in it never hear it."""
+    resource_tracker.ensure_running()  # it would start with the first process, and then let interrupts through
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

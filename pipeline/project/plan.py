@@ -7,7 +7,8 @@ from h2t.cache.format.spec import MAX_RECORD_BYTES, CacheSpec, canonical_json, s
 from h2t.pipeline.project.rehearsal import BATCH, TEST_SHARE, Rehearsal
 from h2t.pipeline.stages import extract
 
-EXTRACT_ROW_BYTES = 1200  # of memory that extract holds for each row; measured with 50,000 rows
+PREPARE_IMAGE_BYTES = 700  # of memory that prepare holds for each image; measured with 50,000 and 250,000 images
+EXTRACT_ROW_BYTES = 50  # of memory that extract holds for each row; measured by bench_extract_rows
 PLAN_ROW_BYTES = 16  # of memory that stage II holds for each row, beside features; measured by bench_rows
 DVC_FILES = 100_000  # beyond these, DVC's own list of files takes minutes
 LARGE_SHARD = 4 * 2**30  # bytes
@@ -48,6 +49,7 @@ def plan(images: int, machines: int, known: Rehearsal, machine: Machine) -> dict
         "images": images,
         "machines": machines,
         "rows": spec.rows,
+        "maps": ["x".join(map(str, shape)) for shape in spec.maps],
         "bytes": {
             "maps": spec.value_bytes,
             "row_table": round(spec.rows * known.table_bytes),
@@ -83,8 +85,13 @@ def limits(known: Rehearsal, machine: Machine) -> list[Limit]:
     entry = _entry_bytes(replace(spec, shard_rows=largest), 100_000)
     found = [
         Limit(
+            machine.memory // PREPARE_IMAGE_BYTES,
+            "prepare holds names and digests of the images",
+            "give prepare more memory, or make several caches",
+        ),
+        Limit(
             int(machine.memory / (EXTRACT_ROW_BYTES * of_image)),
-            "extract holds the row table in memory",
+            "extract holds a few numbers for each row",
             "give extract more memory, or make several caches",
         ),
         Limit(
@@ -145,7 +152,8 @@ def shown(result: dict[str, Any], human: Any) -> list[str]:
     ours = [limit for limit in result["breaks"] if limit["images"] <= result["images"]]
     beyond = [limit for limit in result["breaks"] if limit["images"] > result["images"]][:1]
     lines = [
-        f"{result['images']:,} images, {result['rows']:,} rows, {result['machines']} x this machine",
+        f"{result['images']:,} images, {result['rows']:,} rows of {' + '.join(result['maps'])}, "
+        f"{result['machines']} x this machine",
         f"maps         {human(sizes['maps'])} in {files['maps']:,} files; row table {human(sizes['row_table'])}, "
         f"cache.json {human(sizes['record'])}",
         f"pooled copy  {human(sizes['pooled'])} in {files['pooled']:,} files",

@@ -407,9 +407,10 @@ class Stack:
             outer = outer * self.host.scale
         if self.host.classifier != "cosine":
             return {"weight": products.gradient(outer), "bias": outer.sum(-1)}
-        weight = state["weight"].detach().requires_grad_()
         gradient = products.gradient(outer / products.lengths.clamp_min(LEAST_LENGTH))
-        return {"weight": torch.autograd.grad(F.normalize(weight, dim=-1), weight, gradient)[0]}
+        length = state["weight"].detach().norm(dim=-1, keepdim=True).clamp_min(LEAST_LENGTH)
+        unit = state["weight"].detach() / length
+        return {"weight": (gradient - unit * (unit * gradient).sum(-1, keepdim=True)) / length}
 
     def _losses(self, state: Mapping[str, torch.Tensor], batch: TrainingBatch) -> torch.Tensor:
         """The losses of heads with this `state`, whose experts' logits are the features of the batch, (K,)."""

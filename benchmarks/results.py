@@ -175,6 +175,7 @@ def document(data: Path, digits: Path, template: str) -> str:
         "digits": digits_text(digits),
         "arena": arena_text(RESULTS / "arena.json"),
         "arena stage1": arena_text(RESULTS / "arena-stage1.json"),
+        "arena maps": arena_text(RESULTS / "arena-maps.json"),
         "arena imagenet": arena_text(RESULTS / "arena-imagenet.json"),
         "arena imagenet maps": arena_text(RESULTS / "arena-imagenet-maps.json"),
         "frozen": frozen_text(RESULTS / "frozen.json"),

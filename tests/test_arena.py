@@ -91,7 +91,7 @@ def test_a_method_that_the_cache_cannot_serve_is_named_without_a_path(tmp_path, 
     assert str(tmp_path) not in left_out["cam_split"]
 
 
-RECORDS = ["arena.json", "arena-stage1.json", "arena-imagenet.json", "arena-imagenet-maps.json"]
+RECORDS = [f"arena{part}.json" for part in ("", "-stage1", "-maps", "-imagenet", "-imagenet-maps")]
 
 
 @pytest.mark.parametrize("record", RECORDS)

@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import os
 
 from h2t.pipeline.command_line.main import main
 
@@ -12,6 +13,8 @@ OBJECTS = 50_000
 
 def run() -> None:
     """Runs the command line of this process."""
+    # Threads of torch that wait for work sleep. By default they spin, which on a busy machine multiplies the time.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     gc.set_threshold(OBJECTS)
     atexit.register(gc.freeze)
     main()

@@ -187,15 +187,15 @@ class Stack:
         self._blocks = self._in_blocks(donor_index)
 
     def _in_blocks(self, donors: Sequence[int]) -> list[tuple[torch.Tensor | slice, Groups]]:
-        """The heads whose logits are computed at once, and their groups; a block has heads of all groups."""
-        members = self._groups.members
+        """The heads whose logits are computed at once, and their groups; a folded block has heads of all groups."""
+        members = self._groups.members if self._folds else torch.arange(len(self.heads))[None]
         per_head = self.feed.experts * self.streams.batch_size * self.host.context.classes * self.dtype.itemsize
         length = max(1, LOGITS_AT_ONCE // (len(members) * per_head))
         if not self.at_once or self.device.type != "cpu" or length >= members.shape[1]:
             return [(slice(None), self._groups)]
         blocks = [block.flatten() for block in members.split(length, 1)]
-        donor = np.asarray(donors)
-        return [(heads, Groups(self._seed_index[heads], donor[heads], self.device)) for heads in blocks]
+        seed, donor = self._seed_index, np.asarray(donors)
+        return [(heads, Groups(seed[heads.numpy()], donor[heads.numpy()], self.device)) for heads in blocks]
 
     def start(self, stage1: StageOneHead) -> None:
         """Sets the initial parameters of every head; they are equal for heads of one seed.
@@ -367,7 +367,8 @@ class Stack:
             if len(blocks) == 1:
                 tensor.grad = blocks[0][0][name]
                 continue
-            tensor.grad = torch.empty_like(tensor)
+            if tensor.grad is None:  # kept from step to step, for the same reason that there are blocks
+                tensor.grad = torch.empty_like(tensor)
             for (heads, _), (found, _) in zip(self._blocks, blocks, strict=True):
                 tensor.grad[heads] = found[name]
         if len(blocks) == 1:

@@ -261,6 +261,31 @@ def test_the_command_of_the_docs(tmp_path, monkeypatch):
     assert params.load(tmp_path / "birds/params.yaml")["inputs"] == {"images": str(tmp_path / "photos")}
 
 
+def test_the_commands_that_init_prints_can_be_typed_for_paths_with_spaces(tmp_path):
+    own_data.sort(tmp_path / "my photos", {"a": 9, "b": 6})
+    with contextlib.chdir(tmp_path):
+        result = CliRunner().invoke(main, ["init", "my birds", "--data", "my photos"])
+        refused = CliRunner().invoke(main, ["init", "my photos/birds", "--data", "my photos"])
+    assert shlex.split(result.stdout.rpartition("next: ")[2]) == ["cd", "my birds", "&&", "dvc", "repro"]
+    assert f"h2t init PROJECT --data {shlex.quote(str(tmp_path / 'my photos'))}, " in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("splits", "says"),
+    [
+        (["photos"], ["test        up to 2 images of each class are held out, as long as 3 stay",
+                      "validation  up to 2 images of each class are held out, as long as 2 stay"]),
+        (["photos/train", "photos/test"], ["validation  up to 2 images of each class are held out, as long as 2 stay"]),
+        (["photos/train", "photos/val", "photos/test"], []),
+    ],
+)  # fmt: skip
+def test_what_will_be_held_out_is_said(tmp_path, splits, says):
+    for place in splits:
+        own_data.sort(tmp_path / place, {"a": 9, "b": 6})
+    found = detect.detect(tmp_path / "photos")
+    assert choose.choose(found, survey.survey(found), None).notes == says
+
+
 def test_a_pretrained_backbone_by_name(collections, tmp_path):
     found = detect.detect(collections[0] / "skewed")
     chosen = choose.choose(found, survey.survey(found, headers=True), "torchvision:efficientnet_b0")

@@ -1,5 +1,6 @@
 """`h2t init`: looks at images and labels, reports on them, and writes a project that fits them."""
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def init(folder: Path, data: Path, label: str | None, backbone: str | None, chec
         raise click.UsageError(str(error)) from None
     if backbone is None:
         click.echo("note: a small ResNet will be trained; a pretrained one is usually better: --backbone resnet50")
-    click.echo("next: " + ("dvc repro" if folder == Path() else f"cd {folder} && dvc repro"))
+    click.echo("next: " + ("dvc repro" if folder == Path() else f"cd {shlex.quote(str(folder))} && dvc repro"))
 
 
 def _bar() -> str:

@@ -20,7 +20,7 @@ MANY = 10_000  # images, from which fewer epochs are enough
 
 @dataclass
 class Settings:
-    """The values of params.yaml that depend on the data, and notes on why."""
+    """The values of params.yaml that depend on the data, and lines that say what they do to images."""
 
     prepare: dict[str, Any]
     name: str
@@ -79,7 +79,7 @@ def _range(low: float, high: float, *, floating: bool) -> list[float]:
 def _hold_outs(found: Found, prepare: dict[str, Any]) -> list[str]:
     """Adds `test` and `validation` to `prepare` where the data has no such split; as many as the rarest class allows.
 
-    Returns notes on classes that cannot be measured.
+    Returns lines on what is held out and on classes that are dropped.
     """
     images = found.collection
     sizes = np.zeros(len(images.classes), int)
@@ -96,7 +96,13 @@ def _hold_outs(found: Found, prepare: dict[str, Any]) -> list[str]:
         prepare["test"] = {"at_most": test, "keep": keep}
     if "val" not in images.split:
         prepare["validation"] = {"at_most": max(2, test // 2), "keep": max(1, keep - 1)}
-    return [f"note: no training image of {', '.join(empty[:5])}: dropped (min_per_class)"] if empty else []
+    lines = [
+        f"{key:12}up to {rule['at_most']} images of each class are held out, as long as {rule['keep']} stay"
+        for key in ("test", "validation")
+        if (rule := prepare.get(key))
+    ]
+    dropped = [f"note: no training image of {', '.join(empty[:5])}: dropped (min_per_class)"] if empty else []
+    return [*lines, *dropped]
 
 
 def _network(backbone: str | None, epochs: int) -> tuple[str, dict[str, Any]]:

@@ -5,6 +5,7 @@
 
 import contextlib
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -55,7 +56,7 @@ def check_places(folder: Path, found: Found) -> None:
         if here == place or here.is_relative_to(place):
             raise UserError(
                 f"{folder}: the project must not lie in the folder of the images, {place}, which DVC watches; "
-                f"type: h2t init PROJECT --data {place}, with a folder beside it"
+                f"type: h2t init PROJECT --data {shlex.quote(str(place))}, with a folder beside it"
             )
         if place.is_relative_to(here / RESULTS):
             raise UserError(

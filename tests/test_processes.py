@@ -167,7 +167,13 @@ def test_processes_end_with_a_command_that_was_killed(running):
 
 def test_an_error_in_one_process_is_the_error_of_the_command(tmp_path, plain_cache, backbone_dir):
     with pytest.raises(UserError, match=r"hosts\.dr: training diverged: .* lower hosts\.dr\.optimiser\.lr"):
-        fitted(tmp_path / "dr", plain_cache, backbone_dir, residency={"processes": 2}, optimiser={"lr": 1e30})
+        fitted(
+            tmp_path / "dr",
+            plain_cache,
+            backbone_dir,
+            residency={"processes": 2},
+            optimiser={"lr": 1e6, "epochs": 30, "weight_decay": 1.0},
+        )
     assert not (tmp_path / "dr").exists()
 
 

@@ -127,15 +127,14 @@ def run(
             f["tuned"] = chosen.keeps(f) if f["number"] >= 0 else None
     of_recipe = [f for f in (*(f for f in of_recipe if f["split"] == "test"), *judged) if chosen.keeps(f)]
     ratio = reported_ratio(of_recipe, params.ratio)
-    if ratio is None:
+    seeded = not plugins.load("hosts", heads.parts.host).Host.fitted  # a fit in closed form has neither seed nor donors
+    if ratio is None and seeded:
         run.say(
             f"note: {run.name}: no classifier to report as with_h2t, which needs donor instance, selection random and "
             f"ratio {params.ratio:g}"
         )
     without = _chosen(of_recipe, "test", 0.0)
     with_h2t = _chosen(of_recipe, "test", ratio) if ratio else []
-    # A fit in closed form has no seed.
-    seeded = not plugins.load("hosts", heads.parts.host).Host.fitted
     apart = compared([f for f in of_recipe if f["split"] == "test"], scored, statistics, group_of, seeded)
     kept = [f["number"] for f in (*without, *with_h2t)]
     first = [f for f in figures if f["number"] < 0 and f["split"] == "test"]

@@ -52,7 +52,8 @@ def run(
     write(params.title, results, run.out, records, evaluated=evaluate_dir, backbones=backbones)
     # What is printed may tell of time, what is written may not: equal results give equal bytes.
     printed = Answer(results, records or _records_beside(evaluate_dir), evaluate_dir, backbones)
-    run.say("\n".join([*printed.lines(), "", *printed.overview()]))
+    page = f"page: {run.out / 'index.html'}"
+    run.say("\n".join([*printed.lines(), "", *printed.overview(), "", page]))
 
 
 def _records_beside(evaluate_dir: Path) -> list[dict[str, Any]]:

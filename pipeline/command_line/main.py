@@ -92,7 +92,7 @@ def inputs(values: dict[str, Any], say: Say, digests: Path, out: Path) -> None:
 @output("Directory to write.")
 @stage
 def prepare(values: dict[str, Any], say: Say, out: Path) -> None:
-    """Choose samples: hold out, make long-tailed, order classes."""
+    """Choose samples: hold out, cut to a long tail."""
     from h2t.pipeline.base import params
     from h2t.pipeline.stages import prepare as stage_module
 

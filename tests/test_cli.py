@@ -138,8 +138,9 @@ def arguments(command, tmp_path, params, *paths):
 
 
 def test_missing_inputs_are_named(tmp_path, params):
-    nothing = tmp_path / "nothing"
-    for command, paths in (("train-backbone", [nothing]), ("extract", [nothing, nothing])):
+    nothing, backbone = tmp_path / "nothing", tmp_path / "b"
+    make_backbone_dir(backbone, classes=3)
+    for command, paths in (("train-backbone", [nothing]), ("extract", [nothing, backbone])):
         line = refused(*arguments(command, tmp_path, params, *paths))
         assert line == f"error: {nothing}: no prepared samples here; run h2t prepare {nothing}\n"
     make_samples(tmp_path / "samples")

@@ -70,22 +70,24 @@ def shards(address: str, job: Job, pending: Sequence[int], say: Callable[[str], 
     with _cluster(address, LocalCluster) as at, _connected(Client, at, address) as client, _loss_is_one_line(client):
         client.register_plugin(Opened())
         todo = iter(pending)
-        running: set[Any] = set()  # dask cancels the work of a future that is not referenced
+        running: dict[Any, int] = {}  # future -> shard; dask cancels the work of a future that is not referenced
         done: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
         def submit() -> None:
             """Gives work to the workers that are there now: others may have joined."""
             workers = len(_workers(client) or ())
             for shard in islice(todo, max(0, TASKS * max(1, workers) - len(running))):
-                running.add(future := client.submit(_extract, shard, pure=False))
+                running[future := client.submit(_extract, shard, pure=False)] = shard
                 future.add_done_callback(done.put)
 
         submit()
         while running:
             future = _next(done, client, say)
-            running.remove(future)
+            shard = running.pop(future)
             try:
-                shard = future.result()
+                # The shard is written. Its result is not asked for: a worker that has stopped since would not answer.
+                if future.status != "finished":
+                    future.result()
             except KilledWorker as error:
                 raise UserError(
                     f"run.cluster: {error.task} killed {counted(error.allowed_failures + 1, 'worker')}, probably out "
@@ -179,7 +181,7 @@ def _awaited(client: Any, before: dict[str, Any] | None, now: dict[str, Any] | N
     return f"all workers report ({named}); if a shard takes too long, lower extract.shard_bytes"
 
 
-def _extract(shard: int) -> int:
+def _extract(shard: int) -> None:
     from distributed import get_worker, secede
 
     worker: Any = get_worker()
@@ -189,4 +191,3 @@ def _extract(shard: int) -> int:
     write = worker.h2t_compute(shard)
     secede()  # lets the worker's thread compute the next shard while this one is written
     write()
-    return shard

@@ -200,11 +200,11 @@ def test_opening_asks_for_each_size_once_and_reads_the_record_alone(cache_dir, m
         _opened = None
     assert at_opening == [f"{cache_dir}/cache.json"]
     assert afterwards == [f"{cache_dir}/cache.json", f"{cache_dir}/rows.parquet"]
-    record = f"{cache_dir}/cache.json"
-    assert sorted(path for path in counted if path != record) == sorted(
+    twice = [f"{cache_dir}/{name}" for name in ("cache.json", "elsewhere.json")]  # whatever the number of shards
+    assert sorted(path for path in counted if path not in twice) == sorted(
         str(cache_dir / name) for name in tree(cache_dir) if name != "cache.json"
     )
-    assert counted.count(record) <= 2
+    assert max(map(counted.count, twice)) <= 2
 
 
 # --- threads

@@ -16,7 +16,7 @@ from h2t.pipeline.evaluation.metrics import Answers
 from h2t.pipeline.evaluation.scoring import Scores, score_heads, score_stage1
 from h2t.pipeline.evaluation.tables import Scored, write_predictions
 from h2t.pipeline.extraction import batchnorm
-from h2t.pipeline.heads import residency
+from h2t.pipeline.heads import residency, task
 from h2t.pipeline.heads.batches import MOST_DRAWN, Streams
 from h2t.pipeline.heads.fusion import Selection
 from h2t.pipeline.heads.parts import StepSize, part_sizes, parts_of
@@ -115,7 +115,7 @@ def test_a_tier_that_was_asked_for_and_cannot_fit_is_one_line(tmp_path, cache, b
 
 
 def test_a_fitted_host_that_cannot_fit_is_one_line(tmp_path, cache, backbone, monkeypatch):
-    monkeypatch.setattr(train_classifier, "available_memory", lambda: 10_000)
+    monkeypatch.setattr(task, "available_memory", lambda: 10_000)
     params = train_classifier.Params.model_validate({"host": "ncm", "backbone": "b"})
     with open_cache(cache) as opened, pytest.raises(UserError, match="a closed-form fit on 48 samples needs"):
         train_classifier.run(params, Run("ncm", tmp_path / "h"), Residency(), opened, backbone[0])

@@ -13,7 +13,7 @@ from pipeline_builders import ROOT, environment, fitted, make_prepare, write_par
 from servers import Bucket, s3_endpoint
 
 from h2t.cache.reader import open_cache
-from h2t.cache.tools.audit import pooled
+from h2t.cache.tools.pooled import pooled
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.models.export import Choice
 from h2t.pipeline.models.export import run as export

@@ -88,6 +88,9 @@ class StagingFolder(Protocol):
     def kept(self, name: str) -> bytes | None:
         """What is stored under `name`, or None."""
 
+    def claim(self, name: str, data: bytes) -> bytes:
+        """Stores `data` under `name` unless something is stored there; returns what is stored."""
+
 
 def begun(staging: StagingFolder) -> int | None:
     """In how many parts the cache in `staging` is being written, by the part begun last; None if in no parts."""
@@ -148,6 +151,18 @@ def token_folder(spec: CacheSpec, token: Mapping[str, Any]) -> str:
     return f"parts.{sha256(token_bytes(spec, token))[:16]}"
 
 
+def claim_token(staging: StagingFolder, spec: CacheSpec, token: Mapping[str, Any]) -> None:
+    """Makes `token` that of the staging folder. Raises CacheError `mismatch` if another part has another one."""
+    ours = token_bytes(spec, token)
+    have = staging.claim(TOKEN, ours)
+    if have != ours:
+        raise CacheError(
+            "mismatch",
+            f"{staging.root}: holds shards of other settings ({difference(have, ours)}), and all parts must have the "
+            f"same; repeat with those settings, or remove {staging.root} to start anew",
+        )
+
+
 def difference(have: bytes, ours: bytes) -> str:
     """What differs between two contents of `token.json`, for a message: `batch_size 128 -> 64`."""
     try:
@@ -171,14 +186,7 @@ def opened(staging: Staging, spec: CacheSpec, token: Mapping[str, Any], part: Pa
     Finished shards are read and compared with their sha256. Raises CacheError `mismatch` if other parts have another
     token: all must have the same.
     """
-    ours = token_bytes(spec, token)
-    have = staging.claim(TOKEN, ours)
-    if have != ours:
-        raise CacheError(
-            "mismatch",
-            f"{staging.root}: holds shards of other settings ({difference(have, ours)}), and all parts must have the "
-            f"same; repeat with those settings, or remove {staging.root} to start anew",
-        )
+    claim_token(staging, spec, token)
     writer = PartWriter(staging.root / token_folder(spec, token), spec, part.label)
     for path in writer.folder.glob(f"*.{part.label}.partial"):  # of an earlier process that was killed
         path.unlink(missing_ok=True)

@@ -41,7 +41,7 @@ from h2t.cache.format.spec import (
 from h2t.cache.write.encoding import encoded
 from h2t.cache.write.lease import Lease, busy, live
 from h2t.cache.write.objects import Found, Objects
-from h2t.cache.write.parts import TOKEN, Part, difference, named, token_bytes, token_folder
+from h2t.cache.write.parts import TOKEN, Part, claim_token, difference, named, token_bytes, token_folder
 from h2t.cache.write.writer import Rows, check_rows, create_group, row_groups
 
 CHOSEN = "chosen.json"  # in staging: the files that a commit has chosen, so that another one copies the same
@@ -256,7 +256,8 @@ class RemoteWriter:
     def finished(self, listed: Mapping[str, Found]) -> dict[int, Shard]:
         """The finished shards among `listed`, by number.
 
-        Sizes are compared. The bytes are not read: the store has compared them when they came, and puts are atomic.
+        Sizes are compared, not bytes: puts are atomic, and S3 has checked each sha256. SFTP has no such check; there
+        `h2t cache verify URL` finds damage.
         """
         found: dict[int, Shard] = {}
         for name in sorted(listed):
@@ -270,14 +271,7 @@ def opened(
     staging: RemoteStaging, spec: CacheSpec, token: Mapping[str, Any], part: Part
 ) -> tuple[RemoteWriter, list[int]]:
     """(writer of `part`, the shards it has to write): see `cache.write.parts.opened`."""
-    ours = token_bytes(spec, token)
-    have = staging.claim(TOKEN, ours)
-    if have != ours:
-        raise CacheError(
-            "mismatch",
-            f"{staging.root}: holds shards of other settings ({difference(have, ours)}), and all parts must have the "
-            f"same; repeat with those settings, or remove {staging.root} to start anew",
-        )
+    claim_token(staging, spec, token)
     writer = RemoteWriter(staging.objects, staging.folder_of(spec, token), spec)
     done = writer.finished(writer.listed())
     return writer, [shard for shard in part.shards(spec) if shard not in done]

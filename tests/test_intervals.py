@@ -11,7 +11,7 @@ from scipy.stats import norm, t, ttest_rel
 
 from benchmarks import intervals as simulation
 from h2t.pipeline.data.classes import GROUPS
-from h2t.pipeline.evaluation.intervals import FIGURES, Difference, differences, paired, quantile
+from h2t.pipeline.evaluation.intervals import FIGURES, Difference, differences, paired
 from h2t.pipeline.evaluation.metrics import Answers
 
 GROUP_OF = ["head", "medium", "tail", "tail"]
@@ -29,11 +29,6 @@ def noisy(labels, share, seed, classes=4):
 
 
 LABELS = np.repeat(np.arange(4), 100)
-
-
-@given(st.floats(1, 1e8))
-def test_the_quantile_is_that_of_scipy(freedom):
-    assert quantile(freedom) == pytest.approx(t.ppf(0.975, freedom), rel=1e-9 if freedom < 1e5 else 1e-6)
 
 
 @given(st.lists(st.tuples(st.floats(0, 100), st.floats(0, 100)), min_size=2, max_size=8))

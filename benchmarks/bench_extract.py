@@ -34,7 +34,7 @@ from h2t.pipeline.networks.trained import load_backbone
 from h2t.pipeline.networks.weights import save_weights
 from h2t.pipeline.stages import extract
 
-WANTED = 0.9  # of the bare forward pass's images per second
+WANTED = 0.95  # of the bare forward pass's images per second
 ARCH = "resnet32"
 ROWS, TINY_ROWS = 16384, 160  # enough that starting and committing do not count
 SIZE = 32

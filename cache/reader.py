@@ -66,7 +66,7 @@ def open_cache(location: str | Path, *, fingerprint: str | None = None) -> "Cach
     files = files_at(location)
     if not files.exists(RECORD):
         what = f"no {RECORD}, so this is not a finished cache; run h2t extract to make one"
-        if _is_begun(location):
+        if _is_begun(there.url if there else location):
             what = f"is unfinished: no {RECORD} yet; wait for its writer, or run the same command again"
         raise CacheError("uncommitted", f"{files}: {what}")
     record = files.read_all(RECORD, MAX_RECORD_BYTES)

@@ -30,7 +30,9 @@ def spec_of(images, channels, side, dtype, shard_rows):
 
 
 COSTS = {"extract": Cost(5, 0.01), "verify": Cost(1, 0.001), "pool": Cost(2, 0.002), "step": Cost(0, 0.004)}
-KNOWN = Rehearsal(100, spec_of(100, 2048, 7, "float16", 668), spec_of(100, 2048, 1, "float32", 8192), 41.0, COSTS)
+KNOWN = Rehearsal(
+    100, spec_of(100, 2048, 7, "float16", 668), spec_of(100, 2048, 1, "float32", 8192), 41.0, COSTS, extract.Params()
+)
 HERE = Machine(memory=8 * 10**9, disk=10**12)
 
 
@@ -40,7 +42,7 @@ def test_a_plan_scales_what_was_measured():
     assert found["bytes"]["maps"] == 2_000_000 * 2048 * 49 * 2
     assert found["bytes"]["pooled"] == 2_000_000 * 2048 * 4
     assert found["files"]["maps"] == -(-2_000_000 // 668) + 6
-    assert found["seconds"] == {"extract": 5 + 2500, "verify": 1 + 250, "pool": 2 + 2000}
+    assert found["seconds"] == {"extract": 5 + 2500, "verify": 1 + 250, "pool": 2 + 500}
     assert found["epoch"]["steps"] == -(-900_000 // 128)
     assert found["epoch"]["seconds"] == pytest.approx(found["epoch"]["steps"] * 0.004)
     assert found["epoch"]["bytes_maps"] == 2 * 900_000 * 2048 * 49 * 2

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from h2t.cache.errors import CacheError
-from h2t.cache.format.spec import CacheSpec
+from h2t.cache.format.spec import RECORD, CacheSpec
 
 STAND_IN = "elsewhere.json"
 MOST_BYTES = 65_536
@@ -25,12 +25,18 @@ class Elsewhere:
 def elsewhere(location: str | Path) -> Elsewhere | None:
     """What the local directory `location` stands for; None if it is a cache itself, or a URL.
 
-    Raises CacheError `damaged` if its file cannot be understood.
+    Raises CacheError `damaged` if its file cannot be understood, or stands beside a cache.
     """
     text = str(location).removeprefix("file://")
     path = Path(text) / STAND_IN
     if "://" in text or text.startswith("dvc+") or not path.is_file():
         return None
+    if (path.parent / RECORD).exists():
+        raise CacheError(
+            "damaged",
+            f"{path.parent}: holds both {RECORD} and {STAND_IN}; remove {STAND_IN} to use the cache here, or {RECORD} "
+            "to use the one elsewhere",
+        )
     try:
         with path.open("rb") as file:
             found = json.loads(file.read(MOST_BYTES))

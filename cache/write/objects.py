@@ -150,7 +150,7 @@ class Objects:
                 try:
                     fs, root = file_system(self._given)
                 except (ImportError, ValueError) as error:  # the package of the protocol is not installed
-                    raise type(error)(without(str(error), self._secrets)) from None
+                    raise CacheError("unreachable", f"{self}: {without(str(error), self._secrets)}") from None
                 kind = _S3 if is_s3(fs) else _Sftp
                 self._store, self._process = kind(fs, root.rstrip("/")), os.getpid()
             return self._store

@@ -16,7 +16,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -40,13 +40,16 @@ from h2t.cache.format.spec import (
 )
 from h2t.cache.write.encoding import encoded
 from h2t.cache.write.lease import Lease, busy, live
-from h2t.cache.write.objects import Found, Objects
-from h2t.cache.write.parts import TOKEN, Part, claim_token, difference, named, token_bytes, token_folder
+from h2t.cache.write.objects import PROTOCOLS, Found, Objects
+from h2t.cache.write.parts import TOKEN, Part, claim_token, difference, missing, named, token_bytes, token_folder
 from h2t.cache.write.writer import Rows, check_rows, create_group, row_groups
 
 CHOSEN = "chosen.json"  # in staging: the files that a commit has chosen, so that another one copies the same
 _SHARD_OR_METADATA = rf"{re.escape(MAPS)}/(expert_\d+/)?(zarr\.json|c\.\d+\.0\.0\.0)"
-_OF_A_CACHE = re.compile("|".join([_SHARD_OR_METADATA, *map(re.escape, (RECORD, ROWS, STATISTICS, CARD))]))
+_FILE = "|".join([_SHARD_OR_METADATA, *map(re.escape, (RECORD, ROWS, STATISTICS, CARD))])
+_OF_A_CACHE = re.compile(rf"(?:{_FILE})(\.[0-9a-f]{{32}}\.partial)?")  # partial: of an SFTP writer that was killed
+_PART = re.compile(r"part-\d+-of-\d+")
+_NO_LOCK = (".clock", ".partial")  # ends of names that begin like those of locks
 
 #: Files of the cache -> (object, bytes, sha256); of one shard, unless something else is said.
 Shard = dict[str, tuple[str, int, str]]
@@ -60,6 +63,9 @@ class RemoteStaging:
     """
 
     def __init__(self, target: str, *, shared: bool = False) -> None:
+        scheme, _, place = target.rstrip("/").partition("://")
+        if scheme in PROTOCOLS and ("/" not in place or set(place) & set("?#")):
+            raise ValueError("must be s3://bucket/NAME or ssh://host/path/NAME, without ? and #")
         parent, _, self.name = target.rstrip("/").rpartition("/")
         self.shared = shared
         self.objects = Objects(parent)
@@ -111,7 +117,7 @@ class RemoteStaging:
     def _refuse_others(self, prefix: str, what: str, *, whole: bool = False) -> None:
         """Raises CacheError `busy` if a lock with this prefix, or of this name, is held."""
         for name in self.objects.below(self._folder):
-            if (name == prefix or (not whole and name.startswith(prefix))) and not name.endswith(".clock"):
+            if (name == prefix or (not whole and name.startswith(prefix))) and not name.endswith(_NO_LOCK):
                 path = f"{self._folder}/{name}"
                 if (have := self.objects.get(path)) is not None and live(self.objects, path, have):
                     raise busy(self.objects, path, have, what)
@@ -123,7 +129,7 @@ class RemoteStaging:
 
     def labels(self) -> list[str]:
         """The parts that have been begun, the latest one first."""
-        found = {n: f.modified for n, f in self.objects.below(self._folder).items() if n.startswith("part-")}
+        found = {n: f.modified for n, f in self.objects.below(self._folder).items() if _PART.fullmatch(n)}
         return sorted(found, key=lambda name: found[name], reverse=True)
 
     def claim(self, name: str, data: bytes) -> bytes:
@@ -161,15 +167,16 @@ class RemoteStaging:
     def discard_if_alone(self) -> None:
         """Removes the staging folder unless another process works there too."""
         own = len(self._leases)
-        locks = [n for n in self.objects.below(self._folder) if n.startswith("lock") and not n.endswith(".clock")]
+        locks = [n for n in self.objects.below(self._folder) if n.startswith("lock") and not n.endswith(_NO_LOCK)]
         if len(locks) <= own:
             self.discard()
 
     def clear_remains(self) -> None:
-        """Removes what is left by a run that was killed right after its commit."""
-        if self.objects.below(self._folder):
-            with self:
-                self.discard()
+        """Removes what is left by a run that was killed right after its commit; skips a folder in use."""
+        with suppress(CacheError):
+            if self.objects.below(self._folder):
+                with self:
+                    self.discard()
 
     def committed(self) -> CacheSpec | None:
         """The spec of the cache at the target; None if there is none, or an unfinished commit of one.
@@ -207,10 +214,10 @@ class RemoteStaging:
             if have is not None and not replace:
                 raise CacheError("exists", f"{self.target}: holds another cache; remove it or pass --replace")
             self._no_strangers(there)
-            old = [RECORD] if have is not None else []
-            old += [name for name in there if name != RECORD and name not in shards and name not in small]
-            for name in old:
-                self.objects.remove([f"{self.name}/{name}"])
+            if have is not None:
+                self.objects.remove([end])
+            kept = {RECORD, *shards, *small}
+            self.objects.remove([f"{self.name}/{name}" for name in there if name not in kept])
             try:
                 self.objects.copy([(source, f"{self.name}/{name}") for name, source in sorted(shards.items())])
             except CacheError as error:
@@ -330,10 +337,7 @@ class RemoteShards:
         """
         self.take_over(read=False)
         if self.pending:
-            raise CacheError(
-                "incomplete",
-                f"commit: every shard must be written first; {len(self.pending)} of {self.spec.shards} missing",
-            )
+            raise missing(self._staging, self.spec, self.pending)
         ours = canonical_json([source for files in self._done.values() for source, _, _ in files.values()])
         names = json.loads(self._staging.claim(CHOSEN, ours))
         done = self._writer.finished({name: self._listed[name] for name in names if name in self._listed})

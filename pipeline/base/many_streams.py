@@ -80,7 +80,7 @@ class ManyGenerators:
         self._used = np.zeros((keys.shape[1], 1), np.int64)  # halves of 64 random bits that each stream has used
         self._halves = np.empty((keys.shape[1], 0), np.uint32)
 
-    def integers(self, high: int | np.ndarray, size: int | None = None) -> np.ndarray:
+    def integers(self, high: int | np.ndarray, *, size: int | None = None) -> np.ndarray:
         """Whole numbers in [0, high), int64 (N, size), as `Generator.integers(high, size=size)` of each stream.
 
         `high`, from 1 to 2^32 - 1, is one number, or an array (N, size), from 1, in which case `size` is left out.
@@ -94,9 +94,9 @@ class ManyGenerators:
         self.repeats |= ((product & _LOW) < highs).any(1)
         return (product >> _HIGH).astype(np.int64)
 
-    def choice(self, high: int, size: int, p: np.ndarray) -> np.ndarray:
+    def choice(self, high: int, *, size: int, p: np.ndarray) -> np.ndarray:
         """Whole numbers in [0, high), int64 (N, size), as the first `Generator.choice(high, size, p=p)` of each."""
-        assert not self._used.any()
+        assert not self._used.any(), "choice must be the first draw of a law with AT_ONCE"
         self._used += 2 * size
         self._draw(2 * size)
         uniform = (self._halves.view("<u8")[:, :size] >> np.uint64(11)) * (1.0 / 2**53)

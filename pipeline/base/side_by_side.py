@@ -1,8 +1,10 @@
 """Runs jobs side by side on this machine, each in a new process."""
 
 import os
+import pickle
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import get_context, parent_process, resource_tracker
@@ -85,4 +87,14 @@ def _work(job: Callable[[], Any], answer: Connection) -> None:
     try:
         answer.send((job(), None))
     except Exception as error:  # noqa: BLE001 - raised again in the parent
-        answer.send((None, error))
+        answer.send((None, _sendable(error)))
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error with its traceback as a note; in words if it cannot be pickled."""
+    error.add_note(traceback.format_exc())
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # noqa: BLE001
+        return RuntimeError(traceback.format_exc())
+    return error

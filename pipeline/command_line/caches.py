@@ -45,6 +45,7 @@ def opened(
     """
     from h2t.cache.reader import open_cache
 
+    place = location
     if values and (there := named_elsewhere(values, location)):
         location, fingerprint = there.url, there.fingerprint
     try:
@@ -52,18 +53,36 @@ def opened(
     except ValueError as error:  # fsspec: unknown protocol
         raise UserError(f"{location}: {' '.join(str(error).split())}") from None
     with cache:
+        if values:
+            _check_named(values, place, cache)
         yield cache
+
+
+def _check_named(values: Mapping[str, Any], location: str, cache: "Cache") -> None:
+    """Raises UserError if `backbones.NAME.cache` names another cache than this one or the one it was pooled from."""
+    name, spec = names.folder_name(location), cache.spec
+    asked = (values["backbones"].get(name) or {}).get("cache")
+    if asked and asked["fingerprint"] not in (spec.fingerprint, spec.fingerprint_inputs.get("parent")):
+        raise UserError(
+            f"{location}: must be the cache that backbones.{name}.cache names, or a pooled copy of it; got another; "
+            f"run h2t extract {name} again (dvc repro)"
+        )
 
 
 def named_elsewhere(values: Mapping[str, Any], location: str) -> "Elsewhere | None":
     """The cache elsewhere that `location` stands for, at its URL in the parameters; None if it does for none.
 
-    Raises UserError if the parameters have another fingerprint.
+    Raises UserError if the parameters have another fingerprint, or name no cache for this backbone.
     """
     from h2t.cache.read.elsewhere import Elsewhere, elsewhere
 
     found, name = elsewhere(location), names.folder_name(location)
     asked = (values["backbones"].get(name) or {}).get("cache")
+    if found is not None and asked is None and name in values["backbones"]:
+        raise UserError(
+            f"{location}: stands for a cache elsewhere, but backbones.{name}.cache names none; run h2t extract {name} "
+            "again (dvc repro)"
+        )
     if found is None or asked is None:
         return found
     if asked["fingerprint"] != found.fingerprint:

@@ -173,8 +173,12 @@ def publish_command(
     if location is not None:
         if url is None or "://" not in url:
             raise click.UsageError("CACHE needs URL, s3://... or ssh://..., to which it is copied")
+        if remote or uncommitted or quick or repair:
+            raise click.UsageError("--remote, --uncommitted, --quick and --repair do not go with CACHE and URL")
         _copy(location, url, replace)
         return
+    if replace:
+        raise click.UsageError("--replace goes with CACHE and URL")
     from h2t.pipeline.sharing.publish import publish
 
     publish(Path(), click.echo, remote=remote, uncommitted=uncommitted, quick=quick, repair=repair)
@@ -182,10 +186,12 @@ def publish_command(
 
 def _copy(location: str, url: str, replace: bool) -> None:
     from h2t.cache.tools.copied import copied
+    from h2t.pipeline.base.progress import progress
 
     with opened(location) as cache:
         try:
-            sent = copied(cache, url, replace=replace)
+            with progress(None, "publish", unit="row", total=cache.spec.rows, unit_scale=True) as bar:
+                sent = copied(cache, url, replace=replace, progress=bar.update)
         except ValueError as error:
             raise click.UsageError(str(error)) from None
         click.echo(f"{redacted(url)}: {counted(cache.spec.shards, 'shard')}, {sent:,} of them sent now")

@@ -1,5 +1,6 @@
 """Reads the output of `prepare`: the sample table and the facts about classes."""
 
+import errno
 import hashlib
 import json
 import mmap
@@ -128,6 +129,10 @@ def load_samples(path: Path) -> Samples:
     except FileNotFoundError:
         raise UserError(f"{folder}: no prepared samples here; run h2t prepare {folder}") from None
     except (pa.ArrowException, ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"{tempfile.gettempdir()}: no space left to unpack samples.parquet; free some, or set TMPDIR"
+            ) from None
         raise UserError(f"{folder}: the prepared samples cannot be read ({error}); run h2t prepare again") from None
     if not table.schema.equals(SCHEMA) or any(column.null_count for column in table.columns):
         raise UserError(f"{folder}: samples.parquet has other columns than prepare writes; run h2t prepare again")

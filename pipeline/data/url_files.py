@@ -13,7 +13,7 @@ import pyarrow as pa
 from h2t.cache.redaction import redacted
 from h2t.pipeline.base.errors import UserError
 
-SIGNS = "*?["
+SIGNS = "*["  # ? begins a query
 
 
 def is_url(place: str | Path) -> bool:
@@ -27,12 +27,14 @@ def name_of(url: str) -> str:
 
 
 def found(key: str, pattern: str) -> list[str]:
-    """The URLs that `pattern`, the value of the parameter `key`, names. Stores that list files take *, ? and [].
+    """The URLs that `pattern`, the value of the parameter `key`, names. Stores that list files take * and [].
 
     Raises UserError if nothing matches, or for a pattern on a web server, which lists nothing.
     """
     if not any(sign in pattern.partition("?")[0] for sign in SIGNS):
         return [pattern]
+    if "?" in pattern:
+        raise UserError(f"{key}: {redacted(pattern)}: a pattern at a URL takes * and [], as ? begins a query; got ?")
     if pattern.startswith("http"):
         raise UserError(f"{key}: {redacted(pattern)}: web servers list no files, so name each one; got a pattern")
     from h2t.cache.read.protocols import file_system
@@ -44,8 +46,8 @@ def found(key: str, pattern: str) -> list[str]:
         raise UserError(f"{key}: {redacted(pattern)}: {_told(error)}; check the URL and your access") from None
     if not matches:
         raise UserError(f"{key}: no file matches {redacted(pattern)}; correct the pattern")
-    protocol = pattern.partition("://")[0]
-    return [f"{protocol}://{match}" for match in matches]
+    before = pattern.removesuffix(path)  # the protocol; for SSH also login and host
+    return [f"{before}{match}" for match in matches]
 
 
 def opened(url: str) -> tuple[Any, int]:

@@ -190,9 +190,8 @@ def stage1_logits(cache: Cache, head: StageOneHead, rows: np.ndarray, device: to
 
     Raises UserError as `score_stage1` does.
     """
-    return _joined(cache, _stage1_in_blocks(cache, head, rows, device), (1, len(rows), head.state["weight"].shape[-2]))[
-        0
-    ]
+    blocks = _stage1_in_blocks(cache, head, rows, device)
+    return _joined(cache, blocks, (1, len(rows), head.state["weight"].shape[-2]))[0]
 
 
 def _stage1_in_blocks(

@@ -53,7 +53,7 @@ class Residency(Section):
     pooled: bool = True
     """Pool maps as they are read, where the pool allows it; false keeps whole maps."""
     processes: Count = 1
-    """Processes that divide the classifiers of a host among them, on GPUs one for each; each reads features itself."""
+    """How many processes train the classifiers of a host, each a share; one for each GPU. Each reads features."""
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,10 @@ from h2t.pipeline.base.outputs import fresh_directory
 from h2t.pipeline.base.run import silent
 from h2t.pipeline.base.side_by_side import side_by_side
 from h2t.pipeline.base.text import counted
-from h2t.pipeline.heads.host_entry import Params as Params  # every stage module has its `Params`
 from h2t.pipeline.heads.parts import shares_of
 from h2t.pipeline.heads.residency import host_room
 from h2t.pipeline.heads.stored import Heads, load_heads
-from h2t.pipeline.heads.task import Made, Summary, Task, table, together, train_task
+from h2t.pipeline.heads.task import Diverged, Made, Summary, Task, table, together, train_task
 from h2t.pipeline.heads.training import Trained, joined
 from h2t.pipeline.training.resume import Checkpoint
 
@@ -48,7 +47,11 @@ def train_spread(task: Task) -> Made:
         )
         for number, share in enumerate(shares)
     ]
-    summary = together(side_by_side(jobs, "train_classifier.processes"))
+    try:
+        summary = together(side_by_side(jobs, "train_classifier.processes"))
+    except Diverged:
+        Checkpoint(run.out, "").clear()  # of all shares: the others may have met the same maps
+        raise
     first = load_heads(jobs[0].task.run.out)
     trained = joined(shares, (job.trained() for job in jobs))
     lines = table(heads, [h.replaced(task.cache.spec.maps[0][0]) for h in heads], first.about)
@@ -66,9 +69,10 @@ def devices_of(device: torch.device, count: int) -> list[str]:
         return ["cpu"] * count
     there = torch.cuda.device_count() if device.index is None else 1
     if count > there:
+        more = "" if device.index is None else ", or set device: cuda to use all GPUs"
         raise UserError(
-            f"train_classifier.processes: must be at most {there}, one for each GPU in use; got {count}; lower it, or "
-            "set device: cuda to use all GPUs"
+            f"train_classifier.processes: must be at most {there}, one for each GPU in use; {count} would be needed; "
+            f"lower it{more}"
         )
     return [f"cuda:{number}" for number in range(count)]
 

@@ -29,8 +29,7 @@ from h2t.pipeline.heads.features import (
 )
 from h2t.pipeline.heads.head import Head
 from h2t.pipeline.heads.host import Context
-from h2t.pipeline.heads.host_entry import Params as Params  # every stage module has its `Params`
-from h2t.pipeline.heads.host_entry import check_reads
+from h2t.pipeline.heads.host_entry import Params, check_reads
 from h2t.pipeline.heads.parts import planned_parts, step_size
 from h2t.pipeline.heads.residency import Feed, Residency, amount, find_room, plan_tier
 from h2t.pipeline.heads.stack import (
@@ -68,11 +67,15 @@ class Summary:
     expected_hit_rate: float | None = None
 
 
-SUMMED = ("heads", "resumed_steps", "bytes_read", "bytes_used")  # over replicates; the other facts are the first one's
+class Diverged(UserError):
+    """Training or a fit gave weights that are not finite."""
+
+
+SUMMED = ("heads", "resumed_steps", "bytes_read", "bytes_used")  # over replicates and processes
 
 
 def together(summaries: list[Summary]) -> Summary:
-    """The summary of all replicates: sums, and for shares the first."""
+    """The summary of all replicates or processes: sums of `SUMMED`, else what the first one says."""
     summed = {key: sum(getattr(s, key) for s in summaries) for key in SUMMED}
     return replace(summaries[0], **summed)
 
@@ -190,7 +193,7 @@ def train_task(task: Task) -> Made:
             raise _not_finite_because(run.name, fitted, cache, streams.receivers.first, bad[1], heads[bad[0]])
     else:
         if head.gradient_host.prepares:
-            _check_fit(run.name, streams, reader, holds_logits=False)
+            _check_fit(run.name, streams, reader, task.host, holds_logits=False)
         begin = weights_digest(stage1.state)
         token = f"{cache.spec.fingerprint} {about['backbone']} {params.model_dump_json()} {begin}"
         token += "" if task.rows is None else f" fold of {streams.samples} samples"
@@ -271,19 +274,22 @@ def table(heads: list[HeadSetting], replaced: list[int], about: dict[str, Any]) 
     columns |= {k: [getattr(h, k) for h in heads] for k in ("ratio", "donor", "selection", "seed")}
     columns |= {"replaced": replaced}
     columns |= {name: [dict(h.constants)[name] for h in heads] for name, _ in heads[0].constants}
-    table = pa.table({name: column(values) for name, values in columns.items()})
-    return table.replace_schema_metadata({"h2t": json.dumps(about, sort_keys=True)})
+    found = pa.table({name: column(values) for name, values in columns.items()})
+    return found.replace_schema_metadata({"h2t": json.dumps(about, sort_keys=True)})
 
 
-def _check_fit(name: str, streams: Streams, reader: FeatureReader, *, holds_logits: bool) -> None:
+def _check_fit(
+    name: str, streams: Streams, reader: FeatureReader, host: int | None = None, *, holds_logits: bool
+) -> None:
     """Raises UserError if memory cannot hold the features of all training samples (also in float64) and the logits.
 
-    `holds_logits`: whether the fit has logits of all samples at once.
+    `host`: bytes to plan with, by default what is available. `holds_logits`: whether the fit has logits of all samples
+    at once.
     """
     samples, numbers = streams.samples, reader.row_bytes // reader.dtype.itemsize
     logits = reader.cache.experts * samples * streams.index.classes if holds_logits else 0
     need = samples * numbers * (reader.dtype.itemsize + 3 * FLOAT) + 6 * FLOAT * logits
-    room = available_memory()
+    room = available_memory() if host is None else host
     if need > room:
         raise UserError(
             f"hosts.{name}: a closed-form fit on {counted(samples, 'sample')} needs {amount(need)} of memory; "
@@ -309,18 +315,18 @@ def _summary(heads: int, optimiser: Optimiser, steps: int, restored: int, feed: 
 
 def _not_finite_because(
     name: str, fitted: bool, cache: Cache, rows: np.ndarray, parameter: str, head: HeadSetting
-) -> UserError:
+) -> Diverged:
     """The error for a `parameter` of `head` that is not finite. The cause is one of `rows`, or the settings."""
     if (row := first_not_finite(cache, rows)) is not None:
-        return UserError(
+        return Diverged(
             f"{cache.files}: maps must be finite; {row} holds NaN or infinity, and hosts.{name} trains on it; extract "
             "again, or correct the features and import them again"
         )
     if fitted:
-        return UserError(
+        return Diverged(
             f"hosts.{name}: the fit gave NaN or infinity in {parameter}; choose other constants in hosts.{name}.loss"
         )
-    return UserError(
+    return Diverged(
         f"hosts.{name}: training diverged: {parameter} of the classifier with ratio {head.ratio:g} and seed "
         f"{head.seed} is NaN or infinite; lower hosts.{name}.optimiser.lr"
     )

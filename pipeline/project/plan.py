@@ -60,7 +60,7 @@ def plan(images: int, machines: int, known: Rehearsal, machine: Machine) -> dict
         "seconds": {
             "extract": costs["extract"].of(share),
             "verify": costs["verify"].of(share),
-            "pool": costs["pool"].of(images),
+            "pool": costs["pool"].of(share),
         },
         "epoch": {
             "steps": steps,
@@ -159,7 +159,7 @@ def shown(result: dict[str, Any], human: Any) -> list[str]:
         f"pooled copy  {human(sizes['pooled'])} in {files['pooled']:,} files",
         f"extract      {_time(seconds['extract'])} on each machine",
         f"verify       {_time(seconds['verify'])} on each machine, with --part",
-        f"pool         {_time(seconds['pool'])} on one machine",
+        f"pool         {_time(seconds['pool'])} on each machine, with --part",
         f"an epoch     {_time(epoch['seconds'])} of two classifiers, {epoch['steps']:,} steps, features in memory; "
         f"streamed, {human(epoch['bytes_pooled'])} pooled or {human(epoch['bytes_maps'])} of maps are drawn",
     ]

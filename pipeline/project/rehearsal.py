@@ -9,7 +9,7 @@ import io
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -89,7 +89,7 @@ class Rehearsal:
     pooled: CacheSpec
     table_bytes: float
     costs: Mapping[str, Cost]
-    params: extract.Params = field(default_factory=extract.Params)
+    params: extract.Params
 
     def as_dict(self) -> dict[str, Any]:
         """The costs as a JSON object."""
@@ -267,7 +267,10 @@ def _extraction(stage: Stage, seconds: float) -> tuple[Path, Cost]:
 
 
 def line(sizes: Sequence[int], seconds: Sequence[float]) -> Cost:
-    """The cost whose line goes through both times. If it would cross zero below 0, all of the longer time is `each`."""
+    """The cost whose line goes through both times.
+
+    If that line falls or starts below 0, all of the longer time is `each`.
+    """
     each = (seconds[1] - seconds[0]) / (sizes[1] - sizes[0])
     once = seconds[0] - each * sizes[0]
     return Cost(once, each) if each > 0 and once > 0 else Cost(0.0, seconds[1] / sizes[1])

@@ -236,8 +236,8 @@ class Answer:
         """The command that exports a classifier of the best method; None if its backbone is unknown.
 
         Hosts evaluated in a folder of another name than `evaluate` leave the folders to fill in: HEADS, CACHE,
-        BACKBONE. What lies on the disk does not count, so that a report depends on the evaluated hosts alone. A pooled
-        cache is often used where there are no images, so its command asks for none.
+        BACKBONE. What lies on the disk does not count, so that a report depends on the evaluated hosts alone. A cache
+        pooled by gap is often used where there are no images, so its command asks for none.
         """
         ranking = self.rankings.get(figure)
         if ranking is None or ranking.best is None or self.evaluated is None:
@@ -256,10 +256,10 @@ class Answer:
             "BACKBONE": home / "train_backbone" / backbone,
         }
         chosen = ["--head", str(int(heads.number.iloc[0]))] if len(first.result.every_head) > 1 else []
-        pooled = ["--without-images"] if "pool" in first.result.about["cache"]["provenance"] else []
+        averaged = first.result.about["cache"]["provenance"].get("pool") == "gap"
         usual = self.evaluated.name == "evaluate"
         named = [place.as_posix() if usual else blank for blank, place in folders.items()]
-        return shlex.join(["h2t", "export", *named, "model", *chosen, *pooled])
+        return shlex.join(["h2t", "export", *named, "model", *chosen, *["--without-images"] * averaged])
 
     def overview(self) -> list[str]:
         """A table of all methods as text of at most 100 columns, which is Markdown too."""

@@ -85,7 +85,7 @@ def run(
             commit=commit,
             progress=bar.update,
         )
-    if part is not None and target_at(out).committed() is None:
+    if part is not None and target_at(out).committed() != spec:
         done = f"{counted(len(part.shards(spec)), 'shard')} of {spec.shards:,}"
         run.say(f"{run.name}: part {part}, {done}, written; when all parts are, run the same command with --commit")
         return spec

@@ -166,6 +166,10 @@ def test_no_map_passes_through_the_client_or_the_scheduler(digits, backbone_dir,
         before = sum(client.run(sent).values())
         summary = extracted(tmp_path / "b", *digits, backbone_dir, cluster=address, **SMALL)
         moved = sum(client.run(sent).values()) - before
+        one, other = client.scheduler_info(n_workers=-1)["workers"]
+        data = client.submit(bytes, 100_000, workers=[one], pure=False)
+        client.submit(len, data, workers=[other], pure=False).result()
+        assert sum(client.run(sent).values()) - before - moved > 50_000, "dask no longer counts what workers send"
     assert tree(tmp_path / "b") == single
     assert moved < 100 * summary.shards < summary.value_bytes / 100
 

@@ -235,3 +235,26 @@ def test_dvc_watches_the_fingerprint_and_neither_the_maps_nor_the_url(tmp_path, 
     assert not {"extract@b", "train-classifier", "evaluate", "report"} & moved
     name("two", publish("two", n=2))
     assert {"extract@b", "train-classifier", "evaluate"} <= set(project.ran())
+
+
+def test_a_stand_in_beside_a_cache_is_refused(project):
+    root, fingerprint = project
+    (root / "published/elsewhere.json").write_text(json.dumps({"url": "s3://b/c", "fingerprint": fingerprint}))
+    with pytest.raises(CacheError, match=r"holds both cache\.json and elsewhere\.json; remove"):
+        open_cache(root / "published")
+    assert "holds both cache.json and elsewhere.json" in str(verify(root / "published")[0])
+
+
+def test_parameters_and_the_cache_in_place_must_agree(project):
+    """A cache that was extracted here does not pass for the one that the parameters name, nor the other way round."""
+    root, fingerprint = project
+    write(root / "published", fingerprint)
+    run("train-backbone", "extract")
+    command = ("train-classifier", "dr", "data/extract/b", "data/train_backbone/b", "data/train_classifier/dr")
+    values = yaml.safe_load(Path("params.yaml").read_text())
+    del values["backbones"]["b"]["cache"]
+    Path("other.yaml").write_text(yaml.safe_dump(values))
+    assert "backbones.b.cache names none; run h2t extract b again" in refused(*command, "--params", "other.yaml")
+    shutil.rmtree("data/extract/b")
+    make_stage2_cache(root / "data/extract/b", backbone="c" * 64, **ROWS)
+    assert "must be the cache that backbones.b.cache names, or a pooled copy of it" in refused(*command)

@@ -11,6 +11,7 @@ from servers import Bucket, s3_endpoint
 
 from h2t.cache.read import asking
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.data import url_files
 from h2t.pipeline.data.samples import load_samples
 
 ROWS = {"train-0.parquet": 7, "train-1.parquet": 5, "test.parquet": 4}
@@ -49,6 +50,26 @@ def there(request, files, monkeypatch):
 def section(folder, train=("train-0.parquet", "train-1.parquet")):
     options = {"train": [f"{folder}/{t}" for t in train], "test": [f"{folder}/test.parquet"], "transform": SMALL}
     return {"dataset": "parquet", "options": options}
+
+
+class Store:
+    """What a store lists, without its protocol."""
+
+    def glob(self, path):
+        return ["/data/a.parquet", "/data/b.parquet"]
+
+
+def test_a_pattern_keeps_login_and_host(monkeypatch):
+    monkeypatch.setattr("h2t.cache.read.protocols.file_system", lambda url: (Store(), "/data/*.parquet"))
+    assert url_files.found("k", "ssh://u@h:22/data/*.parquet") == [
+        "ssh://u@h:22/data/a.parquet",
+        "ssh://u@h:22/data/b.parquet",
+    ]
+
+
+def test_a_question_mark_is_no_wildcard_at_a_url():
+    with pytest.raises(UserError, match=r"a pattern at a URL takes \* and \[\], as \? begins a query"):
+        url_files.found("k", "s3://b/*-????.parquet")
 
 
 def test_the_samples_are_those_of_a_disk(there, tmp_path):

@@ -174,7 +174,7 @@ def test_an_error_in_one_process_is_the_error_of_the_command(tmp_path, plain_cac
             residency={"processes": 2},
             optimiser={"lr": 1e6, "epochs": 30, "weight_decay": 1.0},
         )
-    assert not (tmp_path / "dr").exists()
+    assert not list(tmp_path.iterdir())  # nor a saved step of the other process, which may have diverged as well
 
 
 def _forever():
@@ -183,6 +183,27 @@ def _forever():
 
 def _fails():
     raise UserError("x: must be 1; got 2; set it to 1")
+
+
+class _Unsendable(Exception):
+    def __init__(self, one, two):
+        super().__init__(one)
+
+
+def _breaks():
+    raise _Unsendable("a", "b")
+
+
+def _bug():
+    return {}["key"]
+
+
+def test_an_error_that_is_no_users_error_comes_with_its_traceback():
+    with pytest.raises(KeyError) as bug:
+        side_by_side([_bug, _bug], "x")
+    assert "in _bug" in bug.value.__notes__[0]
+    with pytest.raises(RuntimeError, match="in _breaks"):
+        side_by_side([_breaks, _breaks], "x")
 
 
 def test_one_that_fails_does_not_wait_for_the_others():

@@ -1,5 +1,6 @@
 """Runs jobs side by side on this machine, each in a new process."""
 
+import copy
 import os
 import pickle
 import signal
@@ -94,7 +95,8 @@ def _sendable(error: Exception) -> Exception:
     """The error with its traceback as a note; in words if it cannot be pickled."""
     error.add_note(traceback.format_exc())
     try:
-        pickle.loads(pickle.dumps(error))
+        pickle.dumps(error)
+        copy.copy(error)  # made anew from its arguments, as the parent will make it
     except Exception:  # noqa: BLE001
         return RuntimeError(traceback.format_exc())
     return error

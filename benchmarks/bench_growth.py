@@ -1,7 +1,7 @@
 """How the time and memory of a step of stage II grow: one axis at a time, from CIFAR size.
 
     python -m benchmarks.bench_growth                     # results/growth.json and docs/images/growth.svg
-    python -m benchmarks.bench_growth --axis heads
+    python -m benchmarks.bench_growth --axis heads --out heads.json     # and heads.svg beside it
 
 From 55 heads x 64 channels x 10 classes x 12,406 rows, heads grow to 10,000, channels to 2,048, classes to 8,142 and
 rows to a million. Every point is a process of its own, on one thread. Memory is what steps add to the features, and is
@@ -51,6 +51,7 @@ BATCH = 128
 STEPS = 8
 REPEATS = 2
 STEP_BYTES = 2 * 2**30  # as stage II allows at most
+KEPT = RESULTS / "growth.json"
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "growth.svg"
 
 
@@ -152,7 +153,7 @@ def picture(body: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_growth", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--out", type=Path, default=RESULTS / "growth.json")
+    parser.add_argument("--out", type=Path, default=KEPT)
     parser.add_argument("--data", type=Path, default=None, help="directory for the features; default: a temporary one")
     parser.add_argument("--axis", choices=AXES, action="append", help="only this axis; may be repeated")
     parser.add_argument("--tiny", action="store_true", help="two small points an axis: does it work, not how fast")
@@ -186,7 +187,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(table((axis, "processor ms", "/ line", "MiB", "planned", "parts"), rows), flush=True)
     body["load_after"] = os.getloadavg()[0]
     save(options.out, body)
-    place = options.out.with_suffix(".svg") if options.tiny else PICTURE
+    whole = options.out == KEPT and not options.axis and not options.tiny
+    place = PICTURE if whole else options.out.with_suffix(".svg")
     place.write_text(picture(body), encoding="utf-8")
 
 

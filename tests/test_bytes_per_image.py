@@ -1,7 +1,8 @@
 """Memory for each image or row, of stages that see all of them at once: it limits how many one machine can take.
 
 The peak of Python's and NumPy's memory and the peak of Arrow's are added up, so the sum is at least what is held at
-once. What a stage takes in any case is left out by measuring two sizes.
+once. What a stage takes in any case is left out by measuring two sizes; what it takes for a piece of the images, by
+pieces that are smaller than both.
 """
 
 import json
@@ -17,7 +18,7 @@ from pipeline_builders import ROOT
 from h2t.pipeline.data.samples import SCHEMA
 from h2t.pipeline.extraction.row_plan import planned
 
-SIZES = (10_000, 40_000)
+SIZES = (5_000, 20_000)
 
 PLUG_IN = """
 from h2t.pipeline.base.params import Section
@@ -75,6 +76,10 @@ def found(folder, images):
         assert reasons == ["1 image is new or changed"], reasons
     return run
 
+from h2t.pipeline.data import texts
+from h2t.pipeline.extraction import reuse
+from h2t.pipeline.stages import prepare
+texts.PIECE_ROWS = reuse.PIECE_ROWS = reuse.GROUP_ROWS = prepare.GROUP_ROWS = 500
 what, *given = json.loads(sys.argv[1])
 step = globals()[what](*given)
 before = pa.total_allocated_bytes()

@@ -35,7 +35,7 @@ from h2t.pipeline.data.texts import Digests, Texts, first_repeat
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 NO_SPLIT = 127  # sorts after every split
-GROUP_ROWS = 2**20  # samples of a row group in samples.parquet
+GROUP_ROWS = 2**17  # samples of a row group in samples.parquet; writing one takes 500 bytes a sample
 
 
 class Imbalance(Section):

@@ -1,23 +1,26 @@
 """Stage I: resume, parts and processes, precision, memory format, frozen backbones, starting weights."""
 
 import hashlib
+import json
 import pickle
 from contextlib import contextmanager
 
 import numpy as np
+import pyarrow.compute as pc
 import pytest
 import torch
 from builders import tree
-from pipeline_builders import CPU, distance, make_samples, silent, torchrun, write_params
+from pipeline_builders import CPU, distance, extracted, fitted, make_samples, silent, torchrun, write_params
 from safetensors.torch import load_file, save_file
 
+from h2t.cache.reader import open_cache
 from h2t.pipeline.base import params as reading
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import Section
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.base.seeds import stream
-from h2t.pipeline.stages import train_backbone
+from h2t.pipeline.stages import evaluate, train_backbone
 from h2t.pipeline.stages.train_backbone import Params
 from h2t.pipeline.training import loop as stage_one
 from h2t.pipeline.training.parallel import Group
@@ -220,6 +223,29 @@ def test_what_does_not_go_with_bbn_is_one_line(digits, tmp_path, more, text):
     with pytest.raises(UserError, match=text) as caught:
         trained(tmp_path / "b", *digits, **{**BBN, **more})
     assert "\n" not in str(caught.value)
+
+
+def test_hosts_start_from_the_classifier_that_bbn_is_published_with(digits, tmp_path):
+    """W [f_c; f_r] + b on the cached maps of both branches, for the stage-I line and for DR before its first step."""
+    trained(tmp_path / "b", *digits, epochs=1, **BBN)
+    extracted(tmp_path / "x", *digits, tmp_path / "b")
+    head = load_file(tmp_path / "b/head.safetensors")
+    assert head["bias"][0].abs().min() > 0
+    assert head["bias"][1].abs().max() == 0
+    still = {"epochs": 1, "lr": 1e-12, "weight_decay": 0.0}
+    fitted(tmp_path / "h", tmp_path / "x", tmp_path / "b", batchnorm="stage1", optimiser=still, grid={"seed": [0]})
+    with open_cache(tmp_path / "x") as cache:
+        evaluate.run(evaluate.Params(), Run("b", tmp_path / "e"), cache, tmp_path / "h", tmp_path / "b")
+        rows = cache.rows.filter(
+            pc.and_(pc.equal(cache.rows["split"], "test"), pc.equal(cache.rows["statistics"], "stage1"))
+        )
+        places = rows["row"].to_numpy()
+        both = np.concatenate([cache.read(places, expert=e).mean((2, 3)) for e in range(2)], 1)
+    found = both @ np.concatenate([head["weight"][0], head["weight"][1]], 1).T + head["bias"][0].numpy()
+    right = 100 * (found.argmax(1) == rows["label"].to_numpy()).mean()
+    metrics = json.loads((tmp_path / "e/metrics.json").read_text())
+    assert metrics["stage1"]["top1"] == pytest.approx(right, abs=1e-9)
+    assert metrics["without_h2t"]["top1"] == pytest.approx(right, abs=1e-9)
 
 
 def test_the_second_branch_of_bbn_gets_images_of_rare_classes_and_none_of_the_first(digits):

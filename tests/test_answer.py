@@ -56,7 +56,7 @@ def test_the_answer_names_the_best_its_share_certainty_cost_and_command(evaluate
     ratio = better.metrics["with_h2t"]["ratio"]
     assert best == (
         f"Best top-1: dr with H2T at ratio {ratio:g}; top-1 94.4 %, tail 90.6 %. "
-        "With H2T minus without: +0.8 [-0.5, +2.1] too close to tell."
+        "H2T: +0.8 [-0.5, +2.1] too close to tell."
     )
     assert share == ("H2T in dr: top-1 +0.8 [-0.5, +2.1] too close to tell; tail +2.6 [+0.4, +4.8] higher.")
     assert certainty == (
@@ -101,7 +101,7 @@ def test_where_h2t_lowers_top1_the_better_classifier_is_the_one_without(dr):
     assert answer.lines()[0].startswith("Best top-1: dr without H2T; top-1 80.0 %")
     assert answer.lines("tail")[0].startswith("Best tail: dr with H2T at ratio")
     assert answer.lines()[1] == "H2T in dr: top-1 -2.0 [-3.0, -1.0] lower."
-    assert "With H2T minus without: -2.0 [-3.0, -1.0] lower." in answer.lines()[0]
+    assert "H2T: -2.0 [-3.0, -1.0] lower." in answer.lines()[0]
     assert answer.command() is None  # without the folders there is nothing to copy
 
 

@@ -369,7 +369,8 @@ def test_paper_shows_every_column_in_light_colours(shown, file, dark):
         heads = shown.run(
             "[...document.querySelectorAll('#hosts thead th')].map(h => h.innerText.trim().toLowerCase())"
         )
-        assert [h for h in heads if h] == ["classifier", "ratio", "top-1", "tail", "medium", "head", "ece", "statistics"]
+        named = ["classifier", "ratio", "top-1", "tail", "medium", "head", "ece", "statistics"]
+        assert [h for h in heads if h] == named
         for hidden in (".controls", ".slider", "nav", "#rank", "#copy"):
             assert shown.run(f"document.querySelector({hidden!r}).getClientRects().length") == 0, hidden
         assert shown.run("document.querySelector('.words p').getClientRects().length") > 0

@@ -184,7 +184,7 @@ class Answer:
         if ranking.ties:
             sentences.append(f"Not clearly behind it: {_some(ranking.ties)}.")
         if figure in first.changes:
-            sentences.append(f"With H2T minus without: {in_words(first.changes[figure])}.")
+            sentences.append(f"H2T: {in_words(first.changes[figure])}.")
         if ranking.others:
             sentences.append(f"On another backbone, so not compared: {_some(ranking.others)}.")
         return sentences

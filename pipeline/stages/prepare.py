@@ -150,6 +150,7 @@ def run(params: Params, run: Run) -> None:
                 "groups": groups(ordered),
                 "transform": json.loads(dataset.transform(options).model_dump_json()),
                 "imbalance": json.loads(params.imbalance.model_dump_json()),
+                **({"read": images.read} if images.read else {}),
             },
         )
     sizes = {name: table["split"].to_pylist().count(name) for name in ("train", "val", "test")}

@@ -6,7 +6,6 @@ import sys
 import threading
 import time
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -184,7 +183,7 @@ def test_no_credentials_and_no_package_are_one_line(photos, tmp_path, monkeypatc
     with pytest.raises(UserError, match=r"prepare\.options\.root: s3://lab/x/.*no AWS credentials found"):
         prepared(section(photos, root="s3://lab/x"), tmp_path / "samples")
     monkeypatch.setitem(sys.modules, "sshfs", None)
-    monkeypatch.delitem(fsspec.registry._registry, "ssh", raising=False)
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "ssh", raising=False)
     with pytest.raises(UserError, match=r"ssh://h/x/labels\.csv: .*pip install 'h2t\[ssh\]'"):
         prepared(section("ssh://u:s3cr3t@h/x"), tmp_path / "samples")
 

@@ -120,6 +120,17 @@ def test_benchmarks_run_as_modules():
         assert "usage: " in done.stdout
 
 
+def test_evaluate_benchmark(tmp_path, capsys):
+    from benchmarks.bench_evaluate import STEPS, main
+
+    body = run(main, tmp_path)
+    assert body["steps"].keys() == {"write", *STEPS}
+    assert all(step["peak_bytes"] > 0 and step["cpu_s"] > 0 for step in body["steps"].values())
+    assert body["page_bytes"] > 0
+    assert list((tmp_path / "data").iterdir()) == []
+    assert "| evaluate" in capsys.readouterr().out
+
+
 def test_growth_benchmark(tmp_path, capsys):
     from benchmarks import bench_growth
 

@@ -115,11 +115,12 @@ class Collection:
 
     `label` is the index into `classes`, in the dataset's own numbering. `split` is train, val or test. `group` names
     what an image belongs to (a patient, a camera); a group is never divided among splits. `notes` are lines for the
-    user, about files that were left out, for example.
+    user, about files that were left out, for example. `source` may be
+    `data.texts.Texts`, which hold many images in less memory than a list.
     """
 
     classes: list[str]
-    source: list[str]
+    source: Sequence[str]
     label: list[int]
     split: list[str]
     group: list[str] | None = None

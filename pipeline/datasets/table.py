@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pydantic
 
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.data import labels, list_files, parquet_files, tables
 from h2t.pipeline.data.images import Collection, Transform
+from h2t.pipeline.data.texts import Texts, first_repeat
 from h2t.pipeline.data.transforms import OwnImages
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
@@ -84,36 +86,41 @@ def load(options: Options) -> Collection:
     found = _tables(options)
     wanted = [name for name in (options.path, options.label, options.split, options.group) if name is not None]
     root = None if options.path is None else folder(options)
-    source: list[str] = []
+    sources: list[Texts] = []
+    known: dict[str, str] = {}  # each label and group once, however many images have it
     texts: list[str] = []
     split: list[str] = []
     group: list[str] = []
-    places: dict[str, str] = {}
     for (part, path), short in zip(found, parquet_files.short_names([path for _, path in found]), strict=True):
         columns = tables.columns(path, wanted)
-        text = tables.texts(path, options.label, columns[options.label])
+        text = [known.setdefault(name, name) for name in tables.texts(path, options.label, columns[options.label])]
         if root is not None and options.path is not None:
             base = root if options.root is not None else path.parent
             given = tables.texts(path, options.path, columns[options.path])
-            own = [_source(p, base, root, f"{path}: row {row}", options) for row, p in enumerate(given, 1)]
+            own = Texts.of(_source(p, base, root, f"{path}: row {row}", options) for row, p in enumerate(given, 1))
             _check_that_some_exist(path, root, own)
         else:
-            own = [f"{short}:{row:09d}" for row in range(len(text))]
-        for row, (one, name) in enumerate(zip(own, text, strict=True), 1):
-            if one in places:
-                raise UserError(
-                    f"{path}: row {row}: {one!r} ({name}): must be named once; got it before at {places[one]}; "
-                    "remove one of the rows"
-                )
-            places[one] = f"{path}: row {row} ({name})"
-        source += own
+            own = Texts.of(f"{short}:{row:09d}" for row in range(len(text)))
+        sources.append(own)
         texts += text
         split += list(_splits(part, path, options, columns)) if options.split else [part or "train"] * len(text)
         if options.group:
             named = (None if value is None else str(value).strip() for value in columns[options.group])
-            group += [one or of for one, of in zip(named, own, strict=True)]  # without a name: a group of its own
-    if not source:
+            whole = (one or of for one, of in zip(named, own, strict=True))  # without a name: a group of its own
+            group += (known.setdefault(name, name) for name in whole)
+    if not texts:
         raise UserError(f"{found[0][1]}: must hold at least one row; got none; name another table")
+    source = Texts.joined(sources)
+    if (twice := first_repeat(source)) is not None:
+        starts = np.cumsum([0, *map(len, sources)])
+        tables_of = np.searchsorted(starts, twice, side="right") - 1
+        before, again = (
+            f"{found[table][1]}: row {place - starts[table] + 1}" for table, place in zip(tables_of, twice, strict=True)
+        )
+        raise UserError(
+            f"{again}: {source[twice[1]]!r} ({texts[twice[1]]}): must be named once; got it before at {before} "
+            f"({texts[twice[0]]}); remove one of the rows"
+        )
     classes, label = labels.numbered(texts)
     return Collection(classes, source, label, split, group if options.group else None)
 
@@ -151,7 +158,7 @@ def _source(text: str, base: Path, root: Path, where: str, options: Options) -> 
     return source
 
 
-def _check_that_some_exist(table: Path, root: Path, sources: list[str]) -> None:
+def _check_that_some_exist(table: Path, root: Path, sources: Texts) -> None:
     """Raises UserError if none of the first images exists: then the paths start from another folder."""
     if sources and not any((root / source).exists() for source in sources[:100]):
         raise UserError(

@@ -161,7 +161,7 @@ def run(
         todo = {shard: np.array(spec.shard_range(shard)) for shard in pending}
         carrier = None
         if previous is not None and not anew and not commit:
-            wanted = reuse.Wanted(rows.table(), inputs, params.dtype, samples.facts["dataset"], settings)
+            wanted = reuse.Wanted(rows, inputs, params.dtype, samples.facts["dataset"], settings)
             carrier, summary = reuse.carrier(previous, wanted, batchnorm.from_bytes(statistics), spec, pending)
             run.say(f"{run.name}: {summary}")
         if carrier is not None:

@@ -115,11 +115,12 @@ class Collection:
 
     `label` is the index into `classes`, in the dataset's own numbering. `split` is train, val or test. `group` names
     what an image belongs to (a patient, a camera); a group is never divided among splits. `notes` are lines for the
-    user, about files that were left out, for example. `read` holds the sha256 of tables at URLs, by their URLs.
+    user, about files that were left out, for example. `source` may be `data.texts.Texts`, which hold many images in
+    less memory than a list. `read` holds the sha256 of tables at URLs, by their URLs.
     """
 
     classes: list[str]
-    source: list[str]
+    source: Sequence[str]
     label: list[int]
     split: list[str]
     group: list[str] | None = None
@@ -334,7 +335,7 @@ class Images:
         """sha256 of the encoded image, in hex. Raises BadImage if the image cannot be decoded or used."""
         return hashlib.sha256(self._load(sample)[0]).hexdigest()
 
-    def digests(self, samples: Sequence[int]) -> Iterator[str | BadImage]:
+    def digests(self, samples: Sequence[int] | np.ndarray) -> Iterator[str | BadImage]:
         """Yields each sample's digest in order, or the error of a bad image. Reads several images at once."""
 
         def check(sample: int) -> str | BadImage:

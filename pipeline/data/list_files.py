@@ -5,10 +5,12 @@ A list has one image per line, `relative/path label`, as ImageNet-LT, Places-LT 
 not change when the folder is moved, and it cannot name a file outside the folder.
 """
 
+import io
 import os
 import posixpath
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path, PurePosixPath
 
 from h2t.pipeline.base.errors import UserError
@@ -16,6 +18,7 @@ from h2t.pipeline.base.params import Section
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.data import url_files
 from h2t.pipeline.data.images import Collection, Transform
+from h2t.pipeline.data.texts import Texts, first_repeat
 from h2t.pipeline.data.url_files import Place, UrlFile
 
 LABEL_DIGITS = 9
@@ -105,47 +108,54 @@ def transform(options: Options) -> Transform:
     return options.transform
 
 
-def read_list(
-    path: Path | UrlFile, root: Place, follow_links: bool, *, whole: bool = True
-) -> tuple[list[str], list[str]]:
+def read_list(path: Path | UrlFile, root: Place, follow_links: bool, *, whole: bool = True) -> tuple[Texts, list[str]]:
     """(sources, labels) of a list file, labels as text; with `whole` they must be whole numbers of 0 or more.
 
     Raises UserError that names the file and the line.
     """
+    labels: list[str] = []
+    known: dict[str, str] = {}  # each label once, however many images have it
+
+    def sources() -> Iterator[str]:
+        for number, line in enumerate(_lines(path), 1):
+            if not line.strip():
+                continue
+            source, label = [*line.rsplit(None, 1), ""][:2]
+            if not label or (whole and not (label.isascii() and label.isdigit() and len(label) <= LABEL_DIGITS)):
+                raise UserError(
+                    f"{path}:{number}: must have the form 'relative/path label'"
+                    f"{' with a label of 0 or more' if whole else ''}; got {line!r}{_hint(line, whole=whole)}"
+                )
+            try:
+                _check(root, source.strip(), follow_links)
+            except UserError as error:
+                raise UserError(f"{path}:{number}: {error}") from None
+            labels.append(known.setdefault(label, label))
+            yield source.strip()
+
+    found = Texts.of(sources())
+    if not labels:
+        raise UserError(f"{path}: must name at least one image; got an empty list file")
+    return found, labels
+
+
+def _lines(path: Path | UrlFile) -> Iterator[str]:
+    """The lines of a UTF-8 file, without a byte order mark. Raises UserError if it cannot be read."""
+    number = 0
     try:
-        data = path.read_bytes()
-        lines = data.decode("utf-8-sig").splitlines()
+        with path.open("rb") if isinstance(path, Path) else io.BytesIO(path.read_bytes()) as file:
+            for number, line in enumerate(file, 1):
+                yield from line.decode("utf-8-sig" if number == 1 else "utf-8").splitlines()
     except FileNotFoundError:
         raise UserError(f"{path}: no such list file; set prepare.options.lists to the folder that holds it") from None
-    except UnicodeDecodeError as error:
-        wrong = data[: error.start].count(b"\n") + 1
+    except UnicodeDecodeError:
         raise UserError(
-            f"{path}: must be a readable UTF-8 text file; got another encoding in line {wrong}; save the list as UTF-8"
+            f"{path}: must be a readable UTF-8 text file; got another encoding in line {number}; save the list as UTF-8"
         ) from None
     except OSError as error:
         raise UserError(
             f"{path}: must be a readable UTF-8 text file; got: {error.strerror}; correct the path"
         ) from None
-    sources: list[str] = []
-    labels: list[str] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        source, label = [*line.rsplit(None, 1), ""][:2]
-        if not label or (whole and not (label.isascii() and label.isdigit() and len(label) <= LABEL_DIGITS)):
-            raise UserError(
-                f"{path}:{number}: must have the form 'relative/path label'"
-                f"{' with a label of 0 or more' if whole else ''}; got {line!r}{_hint(line, whole=whole)}"
-            )
-        try:
-            _check(root, source.strip(), follow_links)
-        except UserError as error:
-            raise UserError(f"{path}:{number}: {error}") from None
-        sources.append(source.strip())
-        labels.append(label)
-    if not sources:
-        raise UserError(f"{path}: must name at least one image; got an empty list file")
-    return sources, labels
 
 
 def _hint(line: str, *, whole: bool) -> str:
@@ -157,22 +167,28 @@ def _hint(line: str, *, whole: bool) -> str:
     return "; for labels in words set prepare.dataset=list_file" if whole else ""
 
 
-def read_lists(options: Options, *, whole: bool = False) -> tuple[list[str], list[str], list[str]]:
-    """(sources, labels, splits) of all list files. Raises UserError like `read_list`."""
+def read_lists(options: Options, *, whole: bool = False) -> tuple[Texts, list[str], list[str]]:
+    """(sources, labels, splits) of all list files, training images first. Raises UserError like `read_list`."""
     root: Place = options.root if url_files.is_url(options.root) else Path(options.root)
     if isinstance(root, Path) and not root.is_dir():
         raise UserError(f"prepare.options.root: no folder {options.root}; set it to the folder of the images")
-    source: list[str] = []
+    parts: list[Texts] = []
     label: list[str] = []
     split: list[str] = []
     for name in ("train", "val", "test"):
         if (place := _place_of(options, name)) is not None:
             file = UrlFile(f"prepare.options.{name}", place) if url_files.is_url(place) else Path(place)
             paths, labels = read_list(file, root, options.follow_links, whole=whole)
-            source += paths
+            parts.append(paths)
             label += labels
             split += [name] * len(paths)
-    _refuse_repeats(source, [str(_place_of(options, name)) for name in split])
+    source = Texts.joined(parts)
+    if (twice := first_repeat(source)) is not None:
+        before, again = (_place_of(options, split[place]) for place in twice)
+        raise UserError(
+            f"{again}: {source[twice[1]]!r}: must be listed once, in one split; got a second entry, after one in "
+            f"{before}; remove one of them"
+        )
     return source, label, split
 
 
@@ -192,20 +208,21 @@ def load(options: Options, class_of: Callable[[str], str]) -> Collection:
     is named twice.
     """
     source, texts, split = read_lists(options, whole=True)
-    label = [int(text) for text in texts]
+    number = {text: int(text) for text in set(texts)}
+    label = [number[text] for text in texts]
     if min(label) > 0:
         raise UserError(
             f"{options.train}: labels must start at 0; got {min(label)} as the lowest; subtract {min(label)}, or set "
             "prepare.dataset=list_file, which takes any labels"
         )
-    train = [i for i, part in enumerate(split) if part == "train"]
-    highest = max(train, key=label.__getitem__)
-    if label[highest] >= len(train):
+    train = split.count("train")
+    highest = max(range(train), key=label.__getitem__)
+    if label[highest] >= train:
         raise UserError(
             f"{options.train}: {source[highest]!r}: label {label[highest]} is out of range: with "
-            f"{counted(len(train), 'training image')} labels are 0 to {len(train) - 1}, as every class needs an image"
+            f"{counted(train, 'training image')} labels are 0 to {train - 1}, as every class needs an image"
         )
-    classes = class_names([source[i] for i in train], [label[i] for i in train], class_of)
+    classes = class_names(islice(source, train), label[:train], class_of)
     worst = max(range(len(label)), key=label.__getitem__)
     if label[worst] >= len(classes):
         raise UserError(
@@ -221,19 +238,7 @@ def inputs(options: Options) -> dict[str, str]:
     return {option: place for option, place in places.items() if place is not None and not url_files.is_url(place)}
 
 
-def _refuse_repeats(sources: Sequence[str], files: Sequence[str]) -> None:
-    """Raises UserError for an image that is named twice. `files` holds the list of each source."""
-    seen: dict[str, str] = {}
-    for source, file in zip(sources, files, strict=True):
-        if source in seen:
-            raise UserError(
-                f"{file}: {source!r}: must be listed once, in one split; got a second entry, after one in "
-                f"{seen[source]}; remove one of them"
-            )
-        seen[source] = file
-
-
-def class_names(sources: Sequence[str], labels: Sequence[int], class_of: Callable[[str], str]) -> list[str]:
+def class_names(sources: Iterable[str], labels: Sequence[int], class_of: Callable[[str], str]) -> list[str]:
     """The name of each class. These are the labels as text, unless the paths give each label one name of its own."""
     names_of: dict[int, set[str]] = {}
     for source, label in zip(sources, labels, strict=True):
@@ -250,12 +255,12 @@ def folders(source: str) -> list[str]:
     return list(PurePosixPath(source).parts[1:-1])
 
 
-def walk(root: Path, part: str, follow_links: bool) -> list[str]:
-    """All files under `root/part`, as sorted paths relative to `root`, without hidden ones.
+def walk(root: Path, part: str, follow_links: bool) -> Iterator[str]:
+    """Yields all files under `root/part` as paths relative to `root`, without hidden ones, in no order.
 
-    Raises UserError for a link to a folder, unless `follow_links` is set.
+    Raises UserError for a link to a folder, unless `follow_links` is set, and at the end for names that are not UTF-8.
     """
-    found: list[str] = []
+    foreign: list[str] = []
     seen: set[str] = set()  # real paths of visited folders, so that circular links end
     for folder, inside, files in os.walk(root / part, followlinks=follow_links):
         real = os.path.realpath(folder)
@@ -270,14 +275,11 @@ def walk(root: Path, part: str, follow_links: bool) -> list[str]:
                 f"{root / where / links[0]}: must not be a link to a folder; set prepare.options.follow_links to true "
                 "to follow it"
             )
-        found += [(where / f).as_posix() for f in files if not f.startswith(".")]
-    _refuse_other_encodings(root, found)
-    return sorted(found)
-
-
-def _refuse_other_encodings(root: Path, paths: Sequence[str]) -> None:
-    """Raises UserError for names that are not UTF-8: neither DVC nor a Parquet file can hold them."""
-    foreign = [path for path in paths if any("\udc80" <= sign <= "\udcff" for sign in path)]
+        for path in ((where / f).as_posix() for f in files if not f.startswith(".")):
+            if any("\udc80" <= sign <= "\udcff" for sign in path):  # neither DVC nor a Parquet file can hold it
+                foreign.append(path)
+            else:
+                yield path
     if foreign:
         first = os.fsencode(foreign[0]).decode(errors="backslashreplace")
         others = f" and {counted(len(foreign) - 1, 'other')}" if len(foreign) > 1 else ""

@@ -1,7 +1,7 @@
 """Tables of images in CSV, TSV, JSON Lines and Parquet files: columns as text, with errors that name file and row."""
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from h2t.pipeline.base.errors import UserError, nearest
 from h2t.pipeline.data.labels import check_text
 from h2t.pipeline.data.parquet_files import class_names
+from h2t.pipeline.data.texts import PIECE_ROWS
 from h2t.pipeline.data.url_files import UrlFile
 
 DELIMITED = (".csv", ".tsv", ".tab")
@@ -29,7 +30,24 @@ def column_names(path: Table) -> list[str]:
     return _schema(path).names
 
 
-def columns(path: Table, wanted: Sequence[str]) -> dict[str, list[Any]]:
+class Values(Sequence[Any]):
+    """A column of a table. Its values become Python objects only as they are asked for."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        self._column = column
+
+    def __len__(self) -> int:
+        return len(self._column)
+
+    def __getitem__(self, row: Any) -> Any:
+        return self._column[row].as_py() if isinstance(row, int) else self._column[row].to_pylist()
+
+    def __iter__(self) -> Iterator[Any]:
+        for start in range(0, len(self), PIECE_ROWS):
+            yield from self[start : start + PIECE_ROWS]
+
+
+def columns(path: Table, wanted: Sequence[str]) -> dict[str, Sequence[Any]]:
     """The columns `wanted` of the table in `path`: text from CSV and TSV, the stored values from the other formats.
 
     Whole numbers with class names in a Parquet file's metadata become these names. Raises UserError for a file that
@@ -43,9 +61,9 @@ def columns(path: Table, wanted: Sequence[str]) -> dict[str, list[Any]]:
                 "correct prepare.options"
             )
     table = _table(path, list(dict.fromkeys(wanted)))
-    found = {}
+    found: dict[str, Sequence[Any]] = {}
     for name in table.column_names:
-        values = table[name].to_pylist()
+        values = Values(table[name])
         names = class_names(table.schema, name) if path.suffix.lower() == ".parquet" else None
         found[name] = _named(values, names, f"{path}: column {name!r}") if names else values
     return found
@@ -70,12 +88,15 @@ def bytes_column(path: Table) -> str | None:
     return None
 
 
-def texts(path: Table, name: str, values: Sequence[Any]) -> list[str]:
-    """The values of the column `name` as labels. Raises UserError with the row, counted from 1, of one that is none."""
-    return [check_text(value, f"{path}: row {row}, column {name!r}") for row, value in enumerate(values, 1)]
+def texts(path: Table, name: str, values: Iterable[Any]) -> Iterator[str]:
+    """Yields the values of the column `name` as labels.
+
+    Raises UserError with the row, counted from 1, of one that is none.
+    """
+    return (check_text(value, f"{path}: row {row}, column {name!r}") for row, value in enumerate(values, 1))
 
 
-def _named(values: list[Any], names: list[str], where: str) -> list[Any]:
+def _named(values: Sequence[Any], names: list[str], where: str) -> list[Any]:
     for row, value in enumerate(values, 1):
         if isinstance(value, int) and not 0 <= value < len(names):
             raise UserError(

@@ -6,16 +6,18 @@ Tables and images may lie at URLs.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pydantic
 
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.data import labels, list_files, parquet_files, tables, url_files
 from h2t.pipeline.data.images import Collection, Transform
+from h2t.pipeline.data.texts import Texts, first_repeat
 from h2t.pipeline.data.transforms import OwnImages
 from h2t.pipeline.data.url_files import Place
 
@@ -101,11 +103,11 @@ def load(options: Options) -> Collection:
     found = _tables(options)
     wanted = [name for name in (options.path, options.label, options.split, options.group) if name is not None]
     root = None if options.path is None else folder(options)
-    source: list[str] = []
+    sources: list[Texts] = []
+    known: dict[str, str] = {}  # each label and group once, however many images have it
     texts: list[str] = []
     split: list[str] = []
     group: list[str] = []
-    places: dict[str, str] = {}
     read: dict[str, str] = {}
     for (part, place), short in zip(found, parquet_files.short_names([place for _, place in found]), strict=True):
         path: tables.Table
@@ -114,35 +116,40 @@ def load(options: Options) -> Collection:
         else:
             path = place
         columns = tables.columns(path, wanted)
-        text = tables.texts(path, options.label, columns[options.label])
+        text = [known.setdefault(name, name) for name in tables.texts(path, options.label, columns[options.label])]
         if root is not None and options.path is not None:
             given = tables.texts(path, options.path, columns[options.path])
-            own = _sources(given, place, root, path, options)
+            own = Texts.of(_sources(given, place, root, path, options))
             _check_that_some_exist(path, root, own)
             if isinstance(path, url_files.UrlFile):
                 read[str(path)] = path.digest
         else:
-            own = [f"{short}:{row:09d}" for row in range(len(text))]
-        for row, (one, name) in enumerate(zip(own, text, strict=True), 1):
-            if one in places:
-                raise UserError(
-                    f"{path}: row {row}: {one!r} ({name}): must be named once; got it before at {places[one]}; "
-                    "remove one of the rows"
-                )
-            places[one] = f"{path}: row {row} ({name})"
-        source += own
+            own = Texts.of(f"{short}:{row:09d}" for row in range(len(text)))
+        sources.append(own)
         texts += text
         split += list(_splits(part, path, options, columns)) if options.split else [part or "train"] * len(text)
         if options.group:
             named = (None if value is None else str(value).strip() for value in columns[options.group])
-            group += [one or of for one, of in zip(named, own, strict=True)]  # without a name: a group of its own
-    if not source:
+            whole = (one or of for one, of in zip(named, own, strict=True))  # without a name: a group of its own
+            group += (known.setdefault(name, name) for name in whole)
+    if not texts:
         raise UserError(f"{found[0][1]}: must hold at least one row; got none; name another table")
+    source = Texts.joined(sources)
+    if (twice := first_repeat(source)) is not None:
+        starts = np.cumsum([0, *map(len, sources)])
+        tables_of = np.searchsorted(starts, twice, side="right") - 1
+        before, again = (
+            f"{found[table][1]}: row {place - starts[table] + 1}" for table, place in zip(tables_of, twice, strict=True)
+        )
+        raise UserError(
+            f"{again}: {source[twice[1]]!r} ({texts[twice[1]]}): must be named once; got it before at {before} "
+            f"({texts[twice[0]]}); remove one of the rows"
+        )
     classes, label = labels.numbered(texts)
     return Collection(classes, source, label, split, group if options.group else None, read=read)
 
 
-def _splits(part: str, path: tables.Table, options: Options, columns: dict[str, list[object]]) -> Iterator[str]:
+def _splits(part: str, path: tables.Table, options: Options, columns: Mapping[str, Sequence[object]]) -> Iterator[str]:
     """The split of each row."""
     for row, value in enumerate(columns[str(options.split)], 1):
         split = labels.split_of(str(value))
@@ -155,21 +162,21 @@ def _splits(part: str, path: tables.Table, options: Options, columns: dict[str, 
         yield split
 
 
-def _sources(given: list[str], table: Place, root: Place, named: tables.Table, options: Options) -> list[str]:
-    """The paths `given` in `table`, relative to `root`. Raises UserError that begins with the table as `named`."""
+def _sources(given: Iterable[str], table: Place, root: Place, named: tables.Table, options: Options) -> Iterator[str]:
+    """Yields the paths `given` in `table`, relative to `root`. Raises UserError that begins with `named`, the table."""
     if isinstance(root, Path):
         base = root if options.root is not None else Path(table).parent
-        return [_source(text, base, root, f"{named}: row {row}", options) for row, text in enumerate(given, 1)]
+        for row, text in enumerate(given, 1):
+            yield _source(text, base, root, f"{named}: row {row}", options)
+        return
     start = root if options.root is not None else url_files.folder(str(table))
-    found = []
     for row, text in enumerate(given, 1):
         source = url_files.relative(text, root, start)
         if source is None:
             raise UserError(
                 f"{named}: row {row}: {text!r}: must be a path below {root}; correct it, or set prepare.options.root"
             )
-        found.append(source)
-    return found
+        yield source
 
 
 def _source(text: str, base: Path, root: Path, where: str, options: Options) -> str:
@@ -192,7 +199,7 @@ def _source(text: str, base: Path, root: Path, where: str, options: Options) -> 
     return source
 
 
-def _check_that_some_exist(table: tables.Table, root: Place, sources: list[str]) -> None:
+def _check_that_some_exist(table: tables.Table, root: Place, sources: Texts) -> None:
     """Raises UserError if none of the first images exists: then the paths start from another folder."""
     if isinstance(root, Path):
         exists = [(root / source).exists for source in sources[:100]]

@@ -331,7 +331,7 @@ class Images:
         """sha256 of the encoded image, in hex. Raises BadImage if the image cannot be decoded or used."""
         return hashlib.sha256(self._load(sample)[0]).hexdigest()
 
-    def digests(self, samples: Sequence[int]) -> Iterator[str | BadImage]:
+    def digests(self, samples: Sequence[int] | np.ndarray) -> Iterator[str | BadImage]:
         """Yields each sample's digest in order, or the error of a bad image. Reads several images at once."""
 
         def check(sample: int) -> str | BadImage:

@@ -5,7 +5,7 @@ to `root`, or the Parquet file's name and the row number. This also reads Huggin
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -125,7 +125,7 @@ def load(options: Options) -> Collection:
     return Collection(classes, source, label, split, group if options.group else None)
 
 
-def _splits(part: str, path: Path, options: Options, columns: dict[str, list[object]]) -> Iterator[str]:
+def _splits(part: str, path: Path, options: Options, columns: Mapping[str, Sequence[object]]) -> Iterator[str]:
     """The split of each row."""
     for row, value in enumerate(columns[str(options.split)], 1):
         split = labels.split_of(str(value))

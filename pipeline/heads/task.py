@@ -32,13 +32,8 @@ from h2t.pipeline.heads.host import Context
 from h2t.pipeline.heads.host_entry import Params, check_reads
 from h2t.pipeline.heads.parts import planned_parts, step_size
 from h2t.pipeline.heads.residency import Feed, Residency, amount, find_room, plan_tier
-from h2t.pipeline.heads.stack import (
-    FLOAT,
-    HeadSetting,
-    NotFinite,
-    Optimiser,
-    not_finite,
-)
+from h2t.pipeline.heads.setting import HeadSetting, Optimiser
+from h2t.pipeline.heads.stack import FLOAT, NotFinite, not_finite
 from h2t.pipeline.heads.start import backbone_head, class_means, from_file, load_start
 from h2t.pipeline.heads.stored import HeadParts, Heads, build_head
 from h2t.pipeline.heads.training import fit, train

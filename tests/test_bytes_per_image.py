@@ -76,10 +76,12 @@ def found(folder, images):
         assert reasons == ["1 image is new or changed"], reasons
     return run
 
+from h2t.cache.format import rows
 from h2t.pipeline.data import texts
-from h2t.pipeline.extraction import reuse
+from h2t.pipeline.extraction import reuse, row_plan
 from h2t.pipeline.stages import prepare
-texts.PIECE_ROWS = reuse.PIECE_ROWS = reuse.GROUP_ROWS = prepare.GROUP_ROWS = 500
+texts.PIECE_ROWS = reuse.PIECE_ROWS = rows.BATCH_ROWS = 500
+reuse.GROUP_ROWS = prepare.GROUP_ROWS = row_plan.GROUP_ROWS = 500
 what, *given = json.loads(sys.argv[1])
 step = globals()[what](*given)
 before = pa.total_allocated_bytes()
@@ -127,8 +129,8 @@ def write_csv(folder: Path, images: int) -> dict[str, str]:
 def write_parquet(folder: Path, images: int) -> dict[str, list[str]]:
     import pyarrow.parquet as pq
 
-    table = {"image": pa.array([b"1"] * images), "label": pa.array([f"kind {i % 100}" for i in range(images)])}
-    pq.write_table(pa.table(table), folder / "train.parquet")
+    image, label = [b"%09d" % i for i in range(images)], [f"kind {i % 100}" for i in range(images)]
+    pq.write_table(pa.table({"image": image, "label": label}), folder / "train.parquet")
     return {"train": [str(folder / "train.parquet")]}
 
 

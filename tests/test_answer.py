@@ -55,8 +55,8 @@ def test_the_answer_names_the_best_its_share_certainty_cost_and_command(evaluate
     best, share, certainty, cost, command = answer.lines()
     ratio = better.metrics["with_h2t"]["ratio"]
     assert best == (
-        f"Best top-1: dr with H2T at ratio {ratio:g}; top-1 94.4 %, tail 90.6 %. H2T's share in it: +0.8 [-0.5, +2.1] "
-        "too close to tell."
+        f"Best top-1: dr with H2T at ratio {ratio:g}; top-1 94.4 %, tail 90.6 %. "
+        "H2T: +0.8 [-0.5, +2.1] too close to tell."
     )
     assert share == ("H2T in dr: top-1 +0.8 [-0.5, +2.1] too close to tell; tail +2.6 [+0.4, +4.8] higher.")
     assert certainty == (
@@ -64,7 +64,7 @@ def test_the_answer_names_the_best_its_share_certainty_cost_and_command(evaluate
     )
     # Nine runs with donors (two passes) and three at ratio 0 (one), each on 75 training images.
     assert cost.startswith("Cost: 12 classifiers on cached maps")
-    assert f"{(9 * 2 + 3) * 75:,} in every epoch" in cost
+    assert f"{(9 * 2 + 3) * 75:,} through it in every epoch" in cost
     number = int(better.at(ratio).number.iloc[0])
     home = evaluated.parent
     assert command == (
@@ -101,14 +101,14 @@ def test_where_h2t_lowers_top1_the_better_classifier_is_the_one_without(dr):
     assert answer.lines()[0].startswith("Best top-1: dr without H2T; top-1 80.0 %")
     assert answer.lines("tail")[0].startswith("Best tail: dr with H2T at ratio")
     assert answer.lines()[1] == "H2T in dr: top-1 -2.0 [-3.0, -1.0] lower."
-    assert "H2T's share in it: -2.0 [-3.0, -1.0] lower." in answer.lines()[0]
+    assert "H2T: -2.0 [-3.0, -1.0] lower." in answer.lines()[0]
     assert answer.command() is None  # without the folders there is nothing to copy
 
 
 def test_of_several_methods_it_says_for_how_many_h2t_is_higher_or_lower(dr):
     verdicts = ["higher", "lower", "lower", "too close to tell", "identical", None]
     hosts = [replace(stated(dr, top1=(0.0, -1.0, 1.0, v)), name=f"h{i}") for i, v in enumerate(verdicts)]
-    assert Answer(hosts).share() == "H2T over 6 methods: top-1 1 higher, 2 lower, 1 identical, 2 undecided."
+    assert Answer(hosts).share() == "H2T in 6 methods: top-1 higher in 1, lower in 2, identical in 1, undecided in 2."
 
 
 def test_methods_on_other_backbones_are_not_compared(dr):
@@ -199,8 +199,9 @@ def test_seconds_are_printed_and_not_written(evaluated, tmp_path):
     assert written[0] == written[1]
     images = (9 * 2 + 3) * 20 * 32
     first, second = (text for text in said if "Cost: " in text)
-    assert f"in 7.0 s; the published way about {images / 100 / 60:.1f} min (estimated)." in second
+    assert f"trained in 7.0 s; the published way takes about {images / 100 / 60:.1f} min (estimated)." in second
     assert " in 7.0 s" not in first
+    assert all("Cost: 12 classifiers on cached maps, " in text for text in (first, second))  # the same count in both
 
 
 def test_dvc_shows_at_most_five_figures_a_host(evaluated, tmp_path):

@@ -181,10 +181,10 @@ class Answer:
         figures = [f for f in dict.fromkeys((figure, "top1", "tail")) if first.figure(row, f) is not None]
         said = ", ".join(f"{RANKED[f]} {first.figure(row, f):.1f} %" for f in figures)
         sentences = [f"Best {RANKED[figure]}: {first.words(row)}; {said}."]
-        if figure in first.changes:
-            sentences.append(f"H2T's share in it: {in_words(first.changes[figure])}.")
         if ranking.ties:
             sentences.append(f"Not clearly behind it: {_some(ranking.ties)}.")
+        if figure in first.changes:
+            sentences.append(f"H2T: {in_words(first.changes[figure])}.")
         if ranking.others:
             sentences.append(f"On another backbone, so not compared: {_some(ranking.others)}.")
         return sentences
@@ -199,7 +199,7 @@ class Answer:
             parts = [f"{RANKED[f]} {in_words(changes[f])}" for f in ("top1", "tail") if f in changes]
             return f"H2T in {both[0].name}: {'; '.join(parts)}."
         parts = [f"{RANKED[f]} {tally}" for f in ("top1", "tail") if (tally := _tally(both, f))]
-        return f"H2T over {counted(len(both), 'method')}: {'; '.join(parts)}."
+        return f"H2T in {counted(len(both), 'method')}: {'; '.join(parts)}."
 
     def certainty(self) -> str:
         """What the intervals cover, and what they do not."""
@@ -208,7 +208,7 @@ class Answer:
             return "No intervals: they need several seeds, with and without H2T."
         numbers = {
             "seeds": _range(m.seeds for m in self.methods if m.changes),
-            "images": str(self.test_images),
+            "images": f"{self.test_images:,}",
             "backbones": _range(m.result.trainings for m in self.methods if m.changes),
         }
         inside = [" ".join(filter(None, (numbers.get(c, ""), SOURCES[c]))) for c in SOURCES if c in covers]
@@ -219,18 +219,18 @@ class Answer:
     def cost(self) -> str:
         """How many classifiers were trained, and what the published way would have taken."""
         heads = sum(len(r.every_head) for r in self.results)
+        said = f"Cost: {counted(heads, 'classifier')} on cached maps"
         found = [e for e in self.estimates if e.ours["seconds"]]
         if found:
             ours, theirs = (sum(getattr(e, of)["seconds"] or 0.0 for e in found) for of in ("ours", "theirs"))
+            timed = sum(e.heads for e in found)
+            those = f"{timed:,} of them " if timed < heads else ""
             return (
-                f"Cost: {counted(sum(e.heads for e in found), 'classifier')} in {duration(ours)}; the published way "
-                f"about {duration(theirs)} (estimated)."
+                f"{said}, {those}trained in {duration(ours)}; the published way takes about {duration(theirs)} "
+                "(estimated)."
             )
         images = sum(self._published_images(r) for r in self.results)
-        return (
-            f"Cost: {counted(heads, 'classifier')} on cached maps, no image through the backbone; the published way "
-            f"needs {images:,} in every epoch."
-        )
+        return f"{said}, no image through the backbone; the published way passes {images:,} through it in every epoch."
 
     def command(self, figure: str = "top1") -> str | None:
         """The command that exports a classifier of the best method; None if its backbone is unknown.
@@ -338,12 +338,12 @@ def duration(seconds: float | None) -> str:
 
 
 def _tally(methods: Sequence[Method], figure: str) -> str:
-    """How many methods H2T raised and lowered: `1 higher, 2 lower, 3 undecided`; empty if none has the figure."""
+    """How many methods H2T raised and lowered: `higher in 1, lower in 2`; empty if none has the figure."""
     said = [m.changes[figure].verdict for m in methods if figure in m.changes]
     decided = {verdict: said.count(verdict) for verdict in ("higher", "lower", "identical")}
-    parts = [f"{n} {verdict}" for verdict, n in decided.items() if n or verdict != "identical"]
+    parts = [f"{verdict} in {n}" for verdict, n in decided.items() if n or verdict != "identical"]
     rest = len(said) - sum(decided.values())
-    return ", ".join([*parts, *([f"{rest} undecided"] if rest else [])]) if said else ""
+    return ", ".join([*parts, *([f"undecided in {rest}"] if rest else [])]) if said else ""
 
 
 def _three(method: Method, figure: str) -> str:

@@ -104,10 +104,10 @@ def first_screen(answer: Answer) -> FirstScreen:
 
 
 def scale(changes: Sequence[Difference]) -> Scale:
-    """The scale that shows 0 and all `changes` with their intervals, with at most eight steps."""
+    """The scale that shows 0 and all `changes` with their intervals, with at most six steps."""
     ends = [0.0, *(e for c in changes for e in (c.low, c.mean, c.high) if e is not None)]
     low, high = min(ends), max(ends)
-    step = next((s for s in STEPS if high - low <= 6 * s), STEPS[-1])
+    step = next((s for s in STEPS if high - low <= 4 * s), STEPS[-1])
     first, last = int(low // step), -int(-high // step)
     return Scale(first * step, (last if last > first else first + 1) * step, step)
 
@@ -115,7 +115,7 @@ def scale(changes: Sequence[Difference]) -> Scale:
 def _line(method: Method, answer: Answer, figure: str, scales: dict[str, Scale]) -> Line:
     ranking = answer.rankings.get(figure)
     place = ranking.places.get(method.name) if ranking else None
-    tied = bool(ranking and method.name in ranking.ties)
+    tied = bool(ranking and ranking.ties and place == 1)
     dots = {f: _dot(method.changes[f], scales[f]) for f in DRAWN if f in method.changes}
     return Line(method, place, tied, dots)
 

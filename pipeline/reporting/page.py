@@ -38,7 +38,7 @@ MORE = {
     "macro_f1": "macro F1",
     "top5": "top-5",
     "nll": "negative log-likelihood",
-    "ece_scaled": "ece after temperature",
+    "ece_scaled": "ECE after temperature",
     "temperature": "temperature",
 }
 SCRIPTS = ("base", "first_screen", "ratio", "classes", "confusion", "calibration", "embedding", "start")
@@ -74,6 +74,7 @@ def render(title: str, answer: Answer, sides: Sequence[Side] = ()) -> str:
             if any((r.metrics[k] or {}).get(f) is not None for r in results for k in ROWS)
         },
         ranked=RANKED,
+        headings={**{f: f for f in FIGURES}, "top1": RANKED["top1"], "ece": "ECE"},
         first=first,
         sides=sides,
         sides_sentence=sentence(sides),
@@ -142,7 +143,7 @@ def _data_set(result: HostResult) -> str:
     test = next((n for split, _, n in about["rows_of"] if split == "test"), 0)
     name = about["provenance"].get("dataset")
     parts = [
-        *([f"data set {name}"] if name else []),
+        *([f"dataset {name}"] if name else []),
         counted(len(counts), "class", "classes"),
         f"{counted(sum(counts), 'training image')} ({max(counts):,} to {min(counts):,} a class)",
         counted(test, "test image"),
@@ -166,7 +167,7 @@ def _seeds(results: Sequence[HostResult]) -> str:
     entries = [r.metrics["without_h2t"] or r.metrics["with_h2t"] for r in results if r.about["host"]["seeded"]]
     numbers = sorted({entry["heads"] // entry.get("replicates", 1) for entry in entries if entry})
     times = max(r.trainings for r in results)
-    trained = "trained once" if times == 1 else f"trained {times} times, each time on another division of the data"
+    trained = "trained once" if times == 1 else f"trained on {times} divisions of the data"
     backbones = counted(len({r.about["host"]["backbone"] for r in results}), "backbone")
     if not numbers:
         return f"{backbones}, {trained} · closed-form fits, which have no seed"

@@ -31,8 +31,8 @@ function drawTail() {
     groupLegend(id, found);
   }
   const share = (found, group) => d3.sum(found.filter((b) => b.group === group), (b) => b.share);
-  const said = sides.filter(([, found]) => found && found.length).map(([id, found]) => `${id === "tail-with" ? "with" : "without"} H2T ${text(share(found, "tail"), 1)} % as tail classes and ${text(share(found, "head"), 1)} % as head classes`);
-  $("confusion-text").textContent = said.length ? `Of the tail samples, ${state.host} predicts ${said.join("; ")}.` : "There are no tail classes.";
+  const said = sides.filter(([, found]) => found && found.length).map(([id, found]) => `${id === "tail-with" ? "with" : "without"} H2T, ${text(share(found, "tail"), 1)} % are predicted as tail classes and ${text(share(found, "head"), 1)} % as head classes`);
+  $("confusion-text").textContent = said.length ? `Tail samples in ${state.host}: ${said.join("; ")}.` : "There are no tail classes.";
 }
 
 function drawConfusion() {

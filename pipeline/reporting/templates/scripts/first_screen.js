@@ -6,12 +6,12 @@ function drawRank() {
   if (!answer) return;
   const [best, ...rest] = answer.best;
   $("best").replaceChildren(element("strong", best), ` ${rest.join(" ")}`);
-  if ($("command")) $("command").textContent = answer.command;
+  if ($("command")) $("command").replaceChildren(...answer.command.split(" ").flatMap((word, i) => [i ? " " : "", element("span", word)]));
   const all = [...lines.rows], place = (line) => answer.order.indexOf(line.dataset.host);
   const ranked = d3.sort(all.filter((line) => place(line) >= 0), place), others = all.filter((line) => place(line) < 0);
   for (const line of [...ranked, ...others]) {
-    const name = line.dataset.host, tied = answer.ties.includes(name);
-    line.cells[0].textContent = name in answer.places ? answer.places[name] + (tied ? "=" : "") : "–";
+    const at = answer.places[line.dataset.host], tied = answer.ties.length > 0 && at === 1;
+    line.cells[0].textContent = at ? at + (tied ? "=" : "") : "–";
   }
   lines.append(...ranked, ...others);
 }

@@ -172,6 +172,28 @@ def sshd_program() -> str | None:
     return shutil.which("sshd") or next((p for p in ("/usr/sbin/sshd",) if os.access(p, os.X_OK)), None)
 
 
+class Folder:
+    """The folder `root` as an SSH server gives it, looked at on its disk; caches go below `url`."""
+
+    def __init__(self, port: int, root: Path) -> None:
+        self.url, self.root = f"ssh://{os.environ.get('USER', 'root')}@127.0.0.1:{port}{root}", root
+
+    def names(self) -> list[str]:
+        """Every file below the URL, by its path relative to it."""
+        return [f"{at}/{name}"[len(str(self.root)) + 1 :] for at, _, names in os.walk(self.root) for name in names]
+
+    def files(self) -> dict[str, bytes]:
+        """The bytes of every file."""
+        return {name: (self.root / name).read_bytes() for name in self.names()}
+
+    def put(self, name: str, data: bytes) -> None:
+        (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+        (self.root / name).write_bytes(data)
+
+    def clear(self) -> None:
+        shutil.rmtree(self.root)
+
+
 @contextmanager
 def openssh_server(home: Path) -> Iterator[int]:
     """The port of a real sshd on the loopback, run by this user for this user."""

@@ -1,14 +1,13 @@
 """Caches written to URLs: an S3 endpoint and SSH servers on the loopback. The same bytes as in a directory."""
 
 import json
-import os
 import time
 
 import pytest
 import torch
 from builders import TOKEN, make_cache, make_maps, make_rows, make_spec, make_statistics, tree, write_cache
 from pipeline_builders import extracted
-from servers import Bucket, openssh_server, s3_endpoint, sftp_server, sshd_program
+from servers import Bucket, Folder, openssh_server, s3_endpoint, sftp_server, sshd_program
 
 from h2t.cache.errors import CacheError, CacheWarning
 from h2t.cache.reader import open_cache
@@ -23,20 +22,6 @@ SMALL = {"batchnorm": ["branchwise"], "max_views": 2, "shard_bytes": 98304, "bat
 SSHD = pytest.param(
     "sshd", marks=pytest.mark.skipif(not sshd_program(), reason="needs OpenSSH's server: make -C tests test-remotes")
 )
-
-
-class Folder:
-    """A folder that an SSH server gives."""
-
-    def __init__(self, port, root):
-        self.url, self.root = f"ssh://{os.environ.get('USER', 'root')}@127.0.0.1:{port}{root}", root
-
-    def files(self) -> dict[str, bytes]:
-        return tree(self.root)
-
-    def put(self, name: str, data: bytes) -> None:
-        (self.root / name).parent.mkdir(parents=True, exist_ok=True)
-        (self.root / name).write_bytes(data)
 
 
 @pytest.fixture(params=["s3", "sftp", SSHD])
@@ -308,7 +293,6 @@ def test_parts_and_a_commit_end_in_the_same_bytes(store, digits, backbone_dir, s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("store", ["s3"], indirect=True)
 def test_workers_of_a_cluster_write_there_themselves(store, digits, backbone_dir, single, tmp_path):
     extracted(tmp_path / "b", *digits, backbone_dir, to=f"{store.url}/b", cluster="local:2", **SMALL)
     assert store.files() == {f"b/{name}": data for name, data in single.items()}

@@ -5,7 +5,9 @@ A list has one image per line, `relative/path label`, as ImageNet-LT, Places-LT 
 not change when the folder is moved, and it cannot name a file outside the folder.
 """
 
+import io
 import os
+import posixpath
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
@@ -14,8 +16,10 @@ from pathlib import Path, PurePosixPath
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import Section
 from h2t.pipeline.base.text import counted
+from h2t.pipeline.data import url_files
 from h2t.pipeline.data.images import Collection, Transform
 from h2t.pipeline.data.texts import Texts, first_repeat
+from h2t.pipeline.data.url_files import Place, UrlFile
 
 LABEL_DIGITS = 9
 
@@ -24,11 +28,11 @@ class Options(Section):
     """Keys of `prepare.options` that list-file datasets share."""
 
     root: str
-    """Folder that holds the images."""
+    """Folder that holds the images, or its URL."""
     lists: str | None = None
-    """Folder of the list files; null is `root`."""
+    """Folder of the list files, or its URL; null is `root`."""
     train: str
-    """List file of the training images, absolute or relative to `lists`."""
+    """List file of the training images, absolute, at a URL, or relative to `lists`."""
     val: str | None = None
     """List file of the validation images; null for none."""
     test: str | None = None
@@ -45,13 +49,25 @@ def _leaves(root: str, folder: str) -> bool:
     return not Path(folder).resolve().is_relative_to(Path(root).resolve())
 
 
+def _check(root: Place, source: str, follow_links: bool) -> None:
+    """Raises UserError for a path that leaves `root`."""
+    if isinstance(root, Path):
+        locate(root, source, follow_links)
+    elif url_files.relative(source, root, root) != posixpath.normpath(source) or ".." in PurePosixPath(source).parts:
+        raise _leads_out(source)
+
+
+def _leads_out(source: str) -> UserError:
+    return UserError(f"path {source!r}: must be relative, with forward slashes and without '..'; correct it")
+
+
 def locate(root: Path, source: str, follow_links: bool) -> Path:
     """The path of `source` under `root`. Raises UserError for a path that leaves `root`."""
     parts = PurePosixPath(source).parts
     path = root / source
     foreign = "\\" in source and not path.is_file()  # a back-slash may be a part of a name
     if not parts or source.startswith(("/", "~")) or ".." in parts or "\0" in source or foreign:
-        raise UserError(f"path {source!r}: must be relative, with forward slashes and without '..'; correct it")
+        raise _leads_out(source)
     if follow_links:
         return path
     try:
@@ -76,7 +92,9 @@ def read_image(root: Path, source: str, follow_links: bool) -> bytes:
 
 
 def image_reader(root: str, follow_links: bool) -> Callable[[str], bytes]:
-    """A function that returns the bytes of a source under `root`, by `read_image`."""
+    """A function that returns the bytes of a source under the folder or URL `root`: see `read_image`, `UrlImages`."""
+    if url_files.is_url(root):
+        return url_files.UrlImages("prepare.options.root", root)
     return lambda source: read_image(Path(root), source, follow_links)
 
 
@@ -90,7 +108,7 @@ def transform(options: Options) -> Transform:
     return options.transform
 
 
-def read_list(path: Path, root: Path, follow_links: bool, *, whole: bool = True) -> tuple[Texts, list[str]]:
+def read_list(path: Path | UrlFile, root: Place, follow_links: bool, *, whole: bool = True) -> tuple[Texts, list[str]]:
     """(sources, labels) of a list file, labels as text; with `whole` they must be whole numbers of 0 or more.
 
     Raises UserError that names the file and the line.
@@ -109,7 +127,7 @@ def read_list(path: Path, root: Path, follow_links: bool, *, whole: bool = True)
                     f"{' with a label of 0 or more' if whole else ''}; got {line!r}{_hint(line, whole=whole)}"
                 )
             try:
-                locate(root, source.strip(), follow_links)
+                _check(root, source.strip(), follow_links)
             except UserError as error:
                 raise UserError(f"{path}:{number}: {error}") from None
             labels.append(known.setdefault(label, label))
@@ -121,11 +139,11 @@ def read_list(path: Path, root: Path, follow_links: bool, *, whole: bool = True)
     return found, labels
 
 
-def _lines(path: Path) -> Iterator[str]:
+def _lines(path: Path | UrlFile) -> Iterator[str]:
     """The lines of a UTF-8 file, without a byte order mark. Raises UserError if it cannot be read."""
     number = 0
     try:
-        with path.open("rb") as file:
+        with path.open("rb") if isinstance(path, Path) else io.BytesIO(path.read_bytes()) as file:
             for number, line in enumerate(file, 1):
                 yield from line.decode("utf-8-sig" if number == 1 else "utf-8").splitlines()
     except FileNotFoundError:
@@ -151,27 +169,36 @@ def _hint(line: str, *, whole: bool) -> str:
 
 def read_lists(options: Options, *, whole: bool = False) -> tuple[Texts, list[str], list[str]]:
     """(sources, labels, splits) of all list files, training images first. Raises UserError like `read_list`."""
-    root, lists = Path(options.root), Path(options.lists or options.root)
-    if not root.is_dir():
+    root: Place = options.root if url_files.is_url(options.root) else Path(options.root)
+    if isinstance(root, Path) and not root.is_dir():
         raise UserError(f"prepare.options.root: no folder {options.root}; set it to the folder of the images")
     parts: list[Texts] = []
     label: list[str] = []
     split: list[str] = []
     for name in ("train", "val", "test"):
-        given = getattr(options, name)
-        if given is not None:
-            paths, labels = read_list(lists / given, root, options.follow_links, whole=whole)
+        if (place := _place_of(options, name)) is not None:
+            file = UrlFile(f"prepare.options.{name}", place) if url_files.is_url(place) else Path(place)
+            paths, labels = read_list(file, root, options.follow_links, whole=whole)
             parts.append(paths)
             label += labels
             split += [name] * len(paths)
     source = Texts.joined(parts)
     if (twice := first_repeat(source)) is not None:
-        before, again = (str(lists / getattr(options, split[place])) for place in twice)
+        before, again = (_place_of(options, split[place]) for place in twice)
         raise UserError(
             f"{again}: {source[twice[1]]!r}: must be listed once, in one split; got a second entry, after one in "
             f"{before}; remove one of them"
         )
     return source, label, split
+
+
+def _place_of(options: Options, name: str) -> str | None:
+    """The path or URL of the list file of a split, if there is one."""
+    given: str | None = getattr(options, name)
+    lists = options.lists or options.root
+    if given is None or url_files.is_url(given):
+        return given
+    return url_files.inside(lists, given) if url_files.is_url(lists) else str(Path(lists) / given)
 
 
 def load(options: Options, class_of: Callable[[str], str]) -> Collection:
@@ -206,10 +233,9 @@ def load(options: Options, class_of: Callable[[str], str]) -> Collection:
 
 
 def inputs(options: Options) -> dict[str, str]:
-    """Option -> path: the folder of the images and the list files."""
-    lists = Path(options.lists or options.root)
-    given = {part: getattr(options, part) for part in ("train", "val", "test")}
-    return {"root": options.root, **{part: str(lists / name) for part, name in given.items() if name is not None}}
+    """Option -> path: the folder of the images and the list files, except those at URLs, which DVC cannot watch."""
+    places = {"root": options.root, **{part: _place_of(options, part) for part in ("train", "val", "test")}}
+    return {option: place for option, place in places.items() if place is not None and not url_files.is_url(place)}
 
 
 def class_names(sources: Iterable[str], labels: Sequence[int], class_of: Callable[[str], str]) -> list[str]:

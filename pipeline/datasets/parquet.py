@@ -46,7 +46,7 @@ def _files(options: Options) -> dict[str, tuple[str, pq.ParquetFile]]:
         (f"prepare.options.{split}", split, path)
         for split in ("train", "val", "test")
         for text in getattr(options, split)
-        for path in (url_files if url_files.is_url(text) else parquet_files).found(f"prepare.options.{split}", text)
+        for path in parquet_files.places(f"prepare.options.{split}", text)
     ]
     names = parquet_files.short_names([path for _, _, path in found])
     files = {

@@ -94,7 +94,7 @@ def run(params: Params, run: Run) -> None:
     images: Collection = dataset.load(options)
     for note in images.notes:
         run.say(note)
-    found, listed_split = Labelled.of(images), images.split
+    found, listed_split, read = Labelled.of(images), images.split, images.read
     del images  # its lists are as large as the arrays made of them
     opened = open_images(dataset, options, found.source, None, dataset.transform(options))  # no digests exist yet
 
@@ -151,6 +151,7 @@ def run(params: Params, run: Run) -> None:
                 "groups": groups(ordered),
                 "transform": json.loads(dataset.transform(options).model_dump_json()),
                 "imbalance": json.loads(params.imbalance.model_dump_json()),
+                **({"read": read} if read else {}),
             },
         )
     sizes = {name: int((chosen & (split == name)).sum()) for name in ("train", "val", "test")}

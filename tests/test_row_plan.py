@@ -87,11 +87,7 @@ def test_samples_in_another_order_or_of_other_numbers_are_the_same_rows():
         ({"label": [-1] + [0] * 39}, "labels must be at least 0; got -1"),
         ({"split": ["trian"] * 40}, r"split must be one of .*; got \['trian'\]"),
         (
-            {
-                "split": ["train"] * 40,
-                "label": [0] * 20 + [1] * 20,
-                "source": ["a", *map(str, range(38)), "a"],
-            },
+            {"split": ["train"] * 40, "label": [0] * 20 + [1] * 20, "source": ["a", *map(str, range(38)), "a"]},
             "same split",
         ),
     ],

@@ -90,8 +90,8 @@ def card(
     right = np.bincount(measured.labels[measured.labels == measured.guesses], minlength=len(classes))
     of = np.array([group or "" for group in groups(counts)["paper_index"]])
     lines += [
-        f"Of this classifier alone, on {counted(len(measured.labels), 'test image')} that were not trained on. The 95 % "
-        "intervals cover other test images of the same classes and source; neither other seeds nor other cameras, "
+        f"Of this classifier alone, on {counted(len(measured.labels), 'test image')} that were not trained on. The "
+        "95 % intervals cover other test images of the same classes and source; neither other seeds nor other cameras, "
         "places or years.\n",
         "| accuracy | % | interval |\n| --- | ---: | --- |",
         _line("all images", right, total, total / total.sum()),

@@ -8,11 +8,13 @@ Settings: presets/arena.yaml. Plug-ins of your own in plugins/hosts/ take part w
 are chosen by cross-validation on the training rows, or on validation images if the cache has any; never on test images.
 What is finished is left alone while its settings stay the same. Writes OUT/arena.json and OUT/arena.md: a line for each
 method without and with H2T, best first. `rank` is 1 + the number of lines whose top-1 is higher beyond doubt (95 %
-interval over seeds and test images, paired), so lines of equal rank cannot be told apart from the best of them.
+interval over seeds and test images, paired), so lines of equal rank cannot be told apart from the best of them. `H2T's
+gain` is with minus without H2T, paired alike. A step's cost is the processor time of one classifier at ratio 0.3.
 """
 
 import argparse
 import json
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,10 +25,11 @@ import yaml
 from benchmarks import measure, paper
 from h2t.cache.errors import CacheError
 from h2t.cache.reader import Cache, open_cache
-from h2t.pipeline.base import device, params, plugins
+from h2t.pipeline.base import clock, device, params, plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.command_line import presets
+from h2t.pipeline.heads.host_entry import Grid
 from h2t.pipeline.heads.residency import Residency
 from h2t.pipeline.inspection import settings
 from h2t.pipeline.networks.trained import backbone_digest
@@ -36,6 +39,7 @@ from h2t.pipeline.stages import evaluate, train_classifier
 ROWS = {"without_h2t": "without", "with_h2t": "with"}
 FIGURES = ("top1", "head", "medium", "tail", "balanced_accuracy", "ece")
 REFERENCE = "dr"
+STEP_EPOCHS = (1, 4)  # two trainings, whose difference holds neither preparation nor imports
 
 
 def parameters(only: Sequence[str] = (), overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -73,15 +77,18 @@ class Arena:
         """The lines of the table. A method that fails is named, and the others go on."""
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / "params.yaml").write_text(yaml.safe_dump(self.values, sort_keys=False), encoding="utf-8")
-        results, failed = {}, {}
+        results, steps, failed = {}, {}, {}
         with open_cache(self.cache) as cache:
             for name in self.hosts:
                 try:
                     results[name] = self._result(name, cache)
+                    steps[name] = self._step(name, cache)
                 except UserError as error:
                     failed[name] = str(error).replace(str(cache.files), "CACHE")
                     print(f"{name}: left out: {error}", flush=True)
-        lines = ranked(results, [line for name, result in results.items() for line in self._lines(name, result)])
+        lines = ranked(
+            results, [line for name, result in results.items() for line in self._lines(name, result, steps[name])]
+        )
         measure.save(self.out / "arena.json", {"lines": lines, "left_out": failed})
         (self.out / "arena.md").write_text(table(lines) + "\n", encoding="utf-8")
         return lines
@@ -105,10 +112,35 @@ class Arena:
         paper.unless_done(self.out / "runs" / f"{name}.json", scores, about, work)
         return load_result(name, scores)
 
+    def _step(self, name: str, cache: Cache) -> float | None:
+        """Processor milliseconds of a step of one classifier with H2T, its constants the default ones, measured once.
+
+        None for a method without steps.
+        """
+        host = self.hosts[name]
+        if plugins.load("hosts", host.host).Host.fitted:
+            return None
+        saved = self.out / "evaluate" / f"{name}.step.json"
+        if not saved.is_file():
+            grid = Grid(ratio=[0.3], seed=[0], lr=host.grid.lr and host.grid.lr[:1])
+            spent, steps = [], []
+            for epochs in STEP_EPOCHS:
+                optimiser = host.optimiser.model_copy(update={"epochs": epochs})
+                short = host.model_copy(update={"folds": None, "grid": grid, "optimiser": optimiser})
+                with tempfile.TemporaryDirectory() as folder:
+                    run = Run(name, Path(folder) / "heads", self.device)
+                    before = _training_seconds()
+                    steps.append(train_classifier.run(short, run, self.residency, cache, self.backbone).steps)
+                    spent.append(_training_seconds() - before)
+            each = 1e3 * (spent[1] - spent[0]) / (steps[1] - steps[0])
+            saved.write_text(json.dumps({"step_ms": round(each, 3)}), encoding="utf-8")
+        found: float = json.loads(saved.read_text(encoding="utf-8"))["step_ms"]
+        return found
+
     def _seconds(self, name: str) -> Path:
         return self.out / "evaluate" / f"{name}.seconds.json"
 
-    def _lines(self, name: str, result: HostResult) -> list[dict[str, Any]]:
+    def _lines(self, name: str, result: HostResult, step: float | None) -> list[dict[str, Any]]:
         host = self.hosts[name]
         kind = plugins.load("hosts", host.host).Host
         seconds = json.loads(self._seconds(name).read_text(encoding="utf-8"))["cpu_seconds"]
@@ -121,14 +153,23 @@ class Arena:
                 **{f: None if entry.get(f) is None else round(entry[f], 2) for f in FIGURES},
                 "chosen": (entry.get("chosen") or {}).get("values", {}),
                 "cpu_seconds": seconds,
+                "step_ms": step,
             }
             for row, words in ROWS.items()
             if (entry := result.metrics[row])
         ]
 
 
+def _training_seconds() -> float:
+    """Processor seconds that this process has spent on training."""
+    return clock.parts().get("training", {"cpu": 0.0})["cpu"]
+
+
 def ranked(results: Mapping[str, HostResult], lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lines, best top-1 first, with `rank` and the `difference` of top-1 from the reference without H2T."""
+    """The lines, best top-1 first, with `rank`, the `difference` of top-1 from the reference without H2T, and `gain`.
+
+    `gain`: with minus without H2T, in the lines with it.
+    """
     row_of = {words: row for row, words in ROWS.items()}
 
     def apart(after: Mapping[str, Any], name: str, row: str) -> Any:
@@ -142,22 +183,32 @@ def ranked(results: Mapping[str, HostResult], lines: list[dict[str, Any]]) -> li
         against = apart(line, REFERENCE, "without_h2t") if REFERENCE in results else None
         itself = (line["method"], line["h2t"]) == (REFERENCE, "without")
         line["difference"] = None if against is None or itself else against.as_dict()
+        gain = apart(line, line["method"], "without_h2t") if line["h2t"] == "with" else None
+        line["gain"] = gain and gain.as_dict()
     return lines
 
 
 def table(lines: Sequence[Mapping[str, Any]]) -> str:
-    """The lines as a Markdown table."""
+    """The lines as a Markdown table; gain and step are left out if no line has one, as in older records."""
     header = ["rank", "method", "H2T", "batches", "needs", *(f.replace("_", " ") for f in FIGURES)]
-    header += [f"top1 minus {REFERENCE}", "chosen", "CPU s"]
+    header += [f"top1 minus {REFERENCE}", "H2T's gain", "chosen", "CPU s", f"step / {REFERENCE}'s"]
+    of_reference = next((line.get("step_ms") for line in lines if line["method"] == REFERENCE), None)
     rows = []
     for line in lines:
         figures = ["–" if line[f] is None else f"{line[f]:.2f}" for f in FIGURES]
-        apart = line["difference"]
-        text = "–" if apart is None else f"{apart['mean']:+.2f} [{apart['low']:+.2f}, {apart['high']:+.2f}]"
+        apart = [_interval(line["difference"]), _interval(line.get("gain"))]
+        step = line.get("step_ms")
+        times = f"{step / of_reference:.1f}" if step and of_reference else "–"
         chosen = ", ".join(f"{key.removeprefix('loss.')} {value:g}" for key, value in line["chosen"].items()) or "–"
         first = [str(line["rank"]), line["method"], line["h2t"], line["batches"], line["needs"]]
-        rows.append([*first, *figures, text, chosen, f"{line['cpu_seconds']:.0f}"])
-    return measure.table(header, rows)
+        rows.append([*first, *figures, *apart, chosen, f"{line['cpu_seconds']:.0f}", times])
+    newer = ("H2T's gain", f"step / {REFERENCE}'s")
+    kept = [i for i, name in enumerate(header) if name not in newer or any(row[i] != "–" for row in rows)]
+    return measure.table([header[i] for i in kept], [[row[i] for i in kept] for row in rows])
+
+
+def _interval(found: Mapping[str, Any] | None) -> str:
+    return "–" if found is None else f"{found['mean']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]"
 
 
 def main() -> None:

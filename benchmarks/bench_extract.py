@@ -36,7 +36,7 @@ from h2t.pipeline.stages import extract
 
 WANTED = 0.95  # of the bare forward pass's images per second
 ARCH = "resnet32"
-ROWS, TINY_ROWS = 16384, 160  # enough that starting and committing do not count
+ROWS, TINY_ROWS = 16384, 64  # enough that starting and committing do not count
 SIZE = 32
 READY, READY_BYTES = 128, 2 * 2**30  # most batches in memory for the bare pass, which begins again with the first
 

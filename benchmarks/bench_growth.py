@@ -33,7 +33,8 @@ from h2t.pipeline.heads.features import FeatureReader
 from h2t.pipeline.heads.host import Context
 from h2t.pipeline.heads.parts import grouped, parts_of, seeds_and_donors, step_size
 from h2t.pipeline.heads.residency import Choice, Feed
-from h2t.pipeline.heads.stack import HeadSetting, Stack
+from h2t.pipeline.heads.setting import HeadSetting
+from h2t.pipeline.heads.stack import Stack
 from h2t.pipeline.heads.stored import HeadParts, build_head
 from h2t.pipeline.networks.classifier import global_average
 from h2t.pipeline.networks.trained import StageOneHead

@@ -28,7 +28,8 @@ from h2t.pipeline.heads.features import FeatureReader
 from h2t.pipeline.heads.fusion import replaced_channels
 from h2t.pipeline.heads.host import Context
 from h2t.pipeline.heads.residency import Choice, Feed
-from h2t.pipeline.heads.stack import HeadSetting, Stack
+from h2t.pipeline.heads.setting import HeadSetting
+from h2t.pipeline.heads.stack import Stack
 from h2t.pipeline.heads.stored import HeadParts, build_head
 from h2t.pipeline.networks.trained import StageOneHead
 

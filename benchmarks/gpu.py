@@ -40,7 +40,8 @@ from h2t.pipeline.heads.batches import Streams
 from h2t.pipeline.heads.features import FeatureReader
 from h2t.pipeline.heads.host import Context
 from h2t.pipeline.heads.residency import Choice, Feed
-from h2t.pipeline.heads.stack import HeadSetting, Optimiser, Stack
+from h2t.pipeline.heads.setting import HeadSetting, Optimiser
+from h2t.pipeline.heads.stack import Stack
 from h2t.pipeline.heads.stored import HeadParts, build_head
 from h2t.pipeline.networks.trained import StageOneHead
 

@@ -32,7 +32,7 @@ from h2t.cache.read.files import files_at
 from h2t.cache.read.gather import compiled
 from h2t.cache.read.in_use import InUse
 from h2t.cache.read.jobs import Compiled, Decode
-from h2t.cache.read.plan import Plan, plan_rows, portions, units
+from h2t.cache.read.plan import Plan, in_turns, plan_rows, portions, units
 from h2t.cache.read.store import FileStore
 from h2t.cache.read.stored_file import StoredFile
 
@@ -46,6 +46,9 @@ _FORK = threading.RLock()
 os.register_at_fork(before=_FORK.acquire, after_in_parent=_FORK.release, after_in_child=_FORK.release)
 
 THREADS = min(4, os.cpu_count() or 1)
+#: A remote cache is read by more threads and in larger pieces, because these wait: up to 32 MiB are under way.
+REMOTE_THREADS = 8
+REMOTE_UNIT_BYTES = 4 * 1024 * 1024
 #: With fewer bytes per system call, passing the GIL between threads costs more than a second core gains.
 PARALLEL_READ_BYTES = 64 * 1024
 #: The compiled gather releases the GIL. One portion takes a thread 0.5 ms, far longer than passing the GIL.
@@ -246,10 +249,12 @@ class Cache:
             parts = portions(shards, sizes, portion_bytes=PORTION_BYTES, max_shards=PORTION_SHARDS)
             self._share_out(Compiled(self._chunks, gather, expert, plan, shards, offsets, out), parts)
             return
-        work = units(shards, offsets, sizes)
-        calls = sum(len(unit.runs) for unit in work) if plain else len(work)  # decoding needs no GIL
-        # Remote reads wait for the network, so they always run in parallel.
-        alone = local and sizes.sum() < PARALLEL_READ_BYTES * calls
+        if local:
+            work = units(shards, offsets, sizes)
+            calls = sum(len(unit.runs) for unit in work) if plain else len(work)  # decoding needs no GIL
+            alone = sizes.sum() < PARALLEL_READ_BYTES * calls
+        else:
+            work, alone = in_turns(units(shards, offsets, sizes, unit_bytes=REMOTE_UNIT_BYTES)), False
         self._share_out(Decode(self._chunks, expert, plan, offsets, sizes, out), work, alone=alone)
 
     def _after_fork(self) -> None:
@@ -262,7 +267,8 @@ class Cache:
 
     def _start_pool(self) -> None:
         """Starts threads that work beside the calling thread."""
-        self._pool = ThreadPoolExecutor(max(1, THREADS - 1), "cache-read")
+        self._threads = THREADS if self.files.local else REMOTE_THREADS
+        self._pool = ThreadPoolExecutor(max(1, self._threads - 1), "cache-read")
         self._process = os.getpid()
 
     def _share_out(self, job: Callable[[T], None], work: Sequence[T], *, alone: bool = False) -> None:
@@ -272,7 +278,7 @@ class Cache:
             return
         shared = iter(work)
         # The calling thread works too; it starts before the others wake up.
-        tasks = [self._pool.submit(_each, job, shared) for _ in range(min(THREADS, len(work)) - 1)]
+        tasks = [self._pool.submit(_each, job, shared) for _ in range(min(self._threads, len(work)) - 1)]
         try:
             _each(job, shared)
         finally:

@@ -170,6 +170,19 @@ def check_gradients(name: str, counts: tuple[int, ...]) -> None:
             assert gradient is None or torch.isfinite(gradient).all()
 
 
+def check_fit(name: str, counts: tuple[int, ...]) -> None:
+    """A finite fit with finite logits, also with classes of one sample and for features of 0."""
+    made = make_host(name, counts)
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    features = training_features(made).float()
+    for given in (features, torch.zeros_like(features)):
+        state = {k: t.float() for k, t in made.host.fit(given, labels, made.stage1).items()}  # as they are stored
+        assert all(torch.isfinite(t).all() for t in state.values())
+        found = made.host.logits(state, given)
+        assert found.shape == (len(labels), len(counts))
+        assert torch.isfinite(found).all()
+
+
 def check_logits(name: str) -> None:
     """Logits (B, K) of float; a sample's do not depend on its neighbours at evaluation."""
     made = make_host(name)

@@ -110,6 +110,14 @@ def digits(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def few_digits(tmp_path_factory):
+    """(Samples, Images) of the digits with a fifth of the test images, where the maps themselves do not matter."""
+    from pipeline_builders import make_samples
+
+    return make_samples(tmp_path_factory.mktemp("few") / "prepare", test_per_class=10)
+
+
+@pytest.fixture(scope="session")
 def backbone_dir(tmp_path_factory):
     """A ResNet-20 with random weights, as train_backbone writes it; tests only read it."""
     from pipeline_builders import make_backbone_dir

@@ -37,7 +37,7 @@ STAGE_ONE = """\
 ## Objectives
 
 What stage I can train a backbone with. Constants are keys of `backbones.NAME.loss`, with their defaults. Every objective
-can be trained with `mixup` or with `cmo`, but not with both.
+but `bbn` can be trained with `mixup` or with `cmo`, not with both.
 
 `cmo`: CMO. A rectangle of every image is replaced by that of an image from a second, class-balanced sampler, and the
 two labels are mixed by area: the loss is r l(z, y) + (1 - r) l(z, y').
@@ -65,7 +65,6 @@ Formulas were read in public code where there is any. What could not be verified
 | ACE (Cai, Wang and Hwang, ICCV 2021) | losses and schedule not verified | 49.40 |
 | MBJ, memory-based jitter (Liu, Li and Sun, AAAI 2022) | it stores features of past iterations; on a frozen backbone these are the same features again | 45.80 |
 | LFME (Xiang, Ding and Han, ECCV 2020) | needs three teacher networks in every step and validation accuracy after every epoch, which decides its weights; stage I has neither | – |
-| BBN (Zhou et al., CVPR 2020) | each image must run through one of the two branches alone, as the other branch would count it in its batch norm; every backbone here runs all its branches. `pair_mixup` and sampler `reverse` are its parts on features | 42.56 |
 | RSG (Wang et al., CVPR 2021) | trains modules inside the backbone | – |
 
 The figures are those that the H2T paper quotes (Li et al., AAAI 2024, Table 1); they are of other trainings than ours.

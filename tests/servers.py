@@ -5,12 +5,13 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 S3_KEY, S3_SECRET = "AKIDOFTHETEST", "secretofthetest"
 
@@ -25,27 +26,42 @@ def _settings(url: str) -> dict[str, str]:
     }
 
 
+@cache
+def _s3_application() -> Callable[..., Any]:
+    """moto's S3 service alone: its usual server looks for the service of every request among all of them."""
+    from moto.moto_server.werkzeug_app import create_backend_app
+
+    return create_backend_app("s3")
+
+
 @contextmanager
 def s3_endpoint(*, conditional: bool = True) -> Iterator[dict[str, str]]:
-    """The environment for an S3 endpoint (moto's server) on the loopback; it forgets everything at the end.
+    """The environment for an S3 endpoint (moto's) on the loopback; it forgets everything at the end.
 
     One that is not `conditional` ignores If-None-Match, as some stores do.
     """
     from moto.moto_api._internal import moto_api_backend
-    from moto.server import ThreadedMotoServer
+    from moto.moto_server.werkzeug_app import MotoRequestHandler
+    from werkzeug.serving import make_server
 
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    if not conditional:
-        answer = server._server.app
-        server._server.app = lambda asked, start: answer(
-            {key: value for key, value in asked.items() if key != "HTTP_IF_NONE_MATCH"}, start
-        )
-    host, port = server.get_host_and_port()
+    class Handler(MotoRequestHandler):
+        def log_request(self, *_: object) -> None:
+            """Writes nothing: a line for every request costs as much as the answer."""
+
+    def application(asked: dict[str, Any], start: Any) -> Any:
+        if not conditional:
+            asked.pop("HTTP_IF_NONE_MATCH", None)
+        return _s3_application()(asked, start)
+
+    server = make_server("127.0.0.1", 0, application, threaded=True, request_handler=Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
     try:
-        yield _settings(f"http://{host}:{port}")
+        yield _settings(f"http://127.0.0.1:{server.server_port}")
     finally:
-        server.stop()
+        server.shutdown()
+        thread.join()
+        server.server_close()
         moto_api_backend.reset()  # its objects belong to the process, not to the server
 
 
@@ -76,31 +92,6 @@ class Bucket:
     def clear(self) -> None:
         for name in self.names():
             self.s3.delete_object(Bucket="lab", Key=f"x/{name}")
-
-
-@contextmanager
-def s3_process() -> Iterator[dict[str, str]]:
-    """The environment for an S3 endpoint in a process of its own, which has a core to itself and no forks."""
-    port = free_port()
-    command = [sys.executable, "-m", "moto.server", "--host", "127.0.0.1", "--port", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        _answers(port)
-        yield _settings(f"http://127.0.0.1:{port}")
-    finally:
-        process.kill()
-        process.wait()
-
-
-def _answers(port: int, seconds: float = 60) -> None:
-    """Returns once a server listens at `port`."""
-    end = time.monotonic() + seconds
-    while True:
-        with socket.socket() as tried:
-            if tried.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        assert time.monotonic() < end, "the server did not start"
-        time.sleep(0.1)
 
 
 def put_s3(root: Path, bucket: str, prefix: str, environment: dict[str, str], *, make_bucket: bool = True) -> None:
@@ -179,6 +170,28 @@ def sftp_server(home: Path) -> Iterator[int]:
 def sshd_program() -> str | None:
     """OpenSSH's server, if it is installed."""
     return shutil.which("sshd") or next((p for p in ("/usr/sbin/sshd",) if os.access(p, os.X_OK)), None)
+
+
+class Folder:
+    """The folder `root` as an SSH server gives it, looked at on its disk; caches go below `url`."""
+
+    def __init__(self, port: int, root: Path) -> None:
+        self.url, self.root = f"ssh://{os.environ.get('USER', 'root')}@127.0.0.1:{port}{root}", root
+
+    def names(self) -> list[str]:
+        """Every file below the URL, by its path relative to it."""
+        return [f"{at}/{name}"[len(str(self.root)) + 1 :] for at, _, names in os.walk(self.root) for name in names]
+
+    def files(self) -> dict[str, bytes]:
+        """The bytes of every file."""
+        return {name: (self.root / name).read_bytes() for name in self.names()}
+
+    def put(self, name: str, data: bytes) -> None:
+        (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+        (self.root / name).write_bytes(data)
+
+    def clear(self) -> None:
+        shutil.rmtree(self.root)
 
 
 @contextmanager

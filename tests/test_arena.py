@@ -61,8 +61,16 @@ def test_a_method_of_ones_own_appears_beside_the_others(tmp_path, made, monkeypa
     assert by_name["tau_norm", "without"]["chosen"]["loss.tau"] in (0.25, 0.5, 0.75, 1.0)
     assert by_name["smote", "with"]["needs"] == "training features"
     assert by_name["pair_mixup", "with"]["needs"] == "a second sampler (instance)"
+    for method in METHODS[:3]:
+        metrics = json.loads((tmp_path / "out/evaluate" / method / "metrics.json").read_text())
+        assert by_name[method, "with"]["gain"] == metrics["difference"]["top1"]
+        assert by_name[method, "without"]["gain"] is None
+        assert by_name[method, "with"]["step_ms"] == by_name[method, "without"]["step_ms"] > 0
+    assert by_name["tau_norm", "without"]["step_ms"] is None
     assert json.loads((tmp_path / "out/arena.json").read_text())["left_out"].keys() == {"reslt"}
     text = (tmp_path / "out/arena.md").read_text()
+    header, _, *rows = ([cell.strip() for cell in line.split("|")] for line in text.splitlines())
+    assert {row[header.index("step / dr's")] for row in rows if row[2] == "dr"} == {"1.0"}
     assert len(text.splitlines()) == 2 + len(lines)
     assert f"| {name} " in text
     assert arena.Arena(values, *made, tmp_path / "out").run() == lines

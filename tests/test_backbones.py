@@ -51,6 +51,29 @@ def test_parameters_of_resnet32():
     assert sum(p.numel() for p in make_backbone("resnet32").parameters()) == 463_504
 
 
+def test_branches_may_share_everything_but_the_last_block():
+    """ResNet-32 with one more block, as published for BBN."""
+    net = make_backbone("resnet32", experts=2, fork="last_block")
+    extra = sum(p.numel() for p in net.blocks[1].parameters())
+    assert sum(p.numel() for p in net.parameters()) == 463_504 + extra
+    assert extra == 2 * (64 * 64 * 9 + 2 * 64)
+    maps = net(torch.randn(2, 3, 8, 8))
+    assert [m.shape for m in maps] == [(2, 64, 2, 2)] * 2
+    maps[0].sum().backward()
+    assert net.layer3[-1].conv1.weight.grad is not None
+    assert net.blocks[0].conv1.weight.grad is not None
+    assert net.blocks[1].conv1.weight.grad is None
+    plain, fork = (make_backbone("resnet20", fork=f).state_dict() for f in ("layer2", "last_block"))
+    assert list(plain) == list(fork)
+
+
+@pytest.mark.parametrize("options", [{}, {"experts": 2}, {"experts": 2, "fork": "last_block"}])
+def test_a_branch_alone_gives_its_map(options):
+    net, x = make_backbone("resnet20", **options).eval(), torch.randn(2, 3, 8, 8)
+    for expert, found in enumerate(net(x)):
+        assert torch.allclose(net.alone(x, expert), found, atol=1e-6)
+
+
 def test_experts_share_the_first_layer_and_own_the_rest():
     net = make_backbone("resnet20", experts=3)
     loss = net(torch.randn(2, 3, 8, 8))[0].sum()

@@ -209,18 +209,28 @@ OTHERS = {
 }
 
 
+STAGE1 = {"batchnorm": ["stage1"]}
+
+
+@pytest.fixture(scope="module")
+def stage1_cache(tmp_path_factory, few_digits, backbone_dir):
+    out = tmp_path_factory.mktemp("stage1") / "c"
+    extracted(out, *few_digits, backbone_dir, **STAGE1)
+    return out
+
+
 @pytest.mark.parametrize("change", OTHERS.values(), ids=OTHERS)
-def test_another_cache_is_refused_and_left_alone_unless_replaced(tmp_path, digits, backbone_dir, change):
-    out, own = tmp_path / "c", {"batchnorm": ["stage1"]}
-    extracted(out, *digits, backbone_dir, **own)
-    before = tree(out)
+def test_another_cache_is_refused_and_left_alone_unless_replaced(
+    tmp_path, few_digits, backbone_dir, stage1_cache, change
+):
+    out, given = Path(shutil.copytree(stage1_cache, tmp_path / "c")), {**STAGE1, **change}
     with pytest.raises(CacheError) as error:
-        extracted(out, *digits, backbone_dir, **{**own, **change})
+        extracted(out, *few_digits, backbone_dir, **given)
     assert error.value.reason == "exists"
     assert "--replace" in str(error.value)
-    assert tree(out) == before
-    extracted(out, *digits, backbone_dir, replace=True, **{**own, **change})
-    extracted(tmp_path / "fresh", *digits, backbone_dir, **{**own, **change})
+    assert tree(out) == tree(stage1_cache)
+    extracted(out, *few_digits, backbone_dir, replace=True, **given)
+    extracted(tmp_path / "fresh", *few_digits, backbone_dir, **given)
     assert tree(out) == tree(tmp_path / "fresh")
 
 

@@ -27,7 +27,8 @@ from h2t.pipeline.heads.draws import Draws
 from h2t.pipeline.heads.features import FeatureReader
 from h2t.pipeline.heads.host import Context
 from h2t.pipeline.heads.residency import Choice, Feed
-from h2t.pipeline.heads.stack import HeadSetting, Stack
+from h2t.pipeline.heads.setting import HeadSetting
+from h2t.pipeline.heads.stack import Stack
 from h2t.pipeline.heads.stored import HeadParts, Heads, build_head
 from h2t.pipeline.networks.classifier import global_average
 from h2t.pipeline.networks.trained import StageOneHead

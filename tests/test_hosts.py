@@ -7,6 +7,7 @@ from conformance import (
     CHANNELS,
     COUNTS,
     augmented,
+    check_fit,
     check_gradients,
     check_head_alone,
     check_logits,
@@ -78,6 +79,12 @@ def test_ratio_0_has_no_donor(name, cache, other_donors):
 @pytest.mark.parametrize("counts", [COUNTS, (9, 1), (1, 1), (4, 4, 4)])
 def test_gradients_are_finite(name, counts):
     check_gradients(name, counts)
+
+
+@pytest.mark.parametrize("name", fitted_hosts())
+@pytest.mark.parametrize("counts", [COUNTS, (9, 1), (1, 1), (4, 4, 4)])
+def test_a_fit_is_finite(name, counts):
+    check_fit(name, counts)
 
 
 @pytest.mark.parametrize("name", plugins.names("hosts"))

@@ -116,7 +116,17 @@ def focal(objective, s, x, epoch, noise):
     return focal_reference(s, x, LABELS.tolist(), noise, objective.constants.gamma, objective.constants.form)
 
 
+def bbn_reference(objective, s, x, epoch, noise):
+    """Cross-entropy of W [f_1; f_2; ...] + b: one classifier on the features of all branches."""
+    whole, total = np.concatenate(list(s["weight"]), 1), 0.0
+    for i, y in enumerate(LABELS.tolist()):
+        z = whole @ np.concatenate(list(x[:, i])) + s["bias"][0]
+        total += minus_log_p(z.tolist(), y)
+    return total / len(LABELS)
+
+
 REFERENCES = {
+    "bbn": bbn_reference,
     "focal": focal,
     "class_balanced": class_balanced,
     "influence_balanced": influence_balanced,

@@ -69,10 +69,10 @@ def test_a_cache_is_read_here_and_by_child_processes(mine, start):
     assert done.stdout == "{(2, 3, 2, 2)}\n", done.stderr
 
 
-def test_extraction_in_two_processes(mine, backbone_dir):
+def test_extraction_by_a_worker_process(mine, backbone_dir):
     make_samples(mine / "samples")
     write_params(mine / "params.yaml")
-    where = ("ce_mixup", "samples", backbone_dir, "c", "--set", "run.cluster=local:2")
+    where = ("ce_mixup", "samples", backbone_dir, "c", "--set", "run.cluster=local:1")
     done = python("-m", "h2t.pipeline", "extract", *where, cwd=mine)
     assert done.returncode == 0, done.stderr
     assert verify(mine / "c") == []

@@ -35,6 +35,11 @@ SMALL = {"batchnorm": ["branchwise"], "max_views": 2, "shard_bytes": 65536, "bat
 
 
 @pytest.fixture(scope="module")
+def digits(few_digits):
+    return few_digits
+
+
+@pytest.fixture(scope="module")
 def single(tmp_path_factory, digits, backbone_dir):
     """The cache as one process writes it."""
     torch.set_num_threads(1)

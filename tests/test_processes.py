@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import small_jobs
 import torch
 from kills import heard
 from pipeline_builders import distance, environment, fitted, make_host, write_params
@@ -49,11 +50,10 @@ def test_every_head_is_in_one_share_and_seeds_stay_together(count):
 @pytest.mark.parametrize(
     ("residency", "settings"),
     [
-        ({}, {"grid": HEADS}),
+        ({}, {"grid": {**HEADS, "lr": [0.01, 0.1], "loss": {"tau": [0.5, 2.0]}}, "host": "balanced_softmax"}),
         ({"residency": "stream", "memory_bytes": 50_000}, {"grid": HEADS, "folds": 2}),
-        ({}, {"grid": {"lr": [0.01, 0.1], "loss": {"tau": [0.5, 2.0]}}, "host": "balanced_softmax"}),
     ],
-    ids=["memory", "streamed, folds", "constants"],
+    ids=["memory, constants", "streamed, folds"],
 )
 def test_two_processes_train_the_classifiers_of_one(tmp_path, plain_cache, backbone_dir, residency, settings):
     said = []
@@ -177,39 +177,18 @@ def test_an_error_in_one_process_is_the_error_of_the_command(tmp_path, plain_cac
     assert not list(tmp_path.iterdir())  # nor a saved step of the other process, which may have diverged as well
 
 
-def _forever():
-    time.sleep(600)
-
-
-def _fails():
-    raise UserError("x: must be 1; got 2; set it to 1")
-
-
-class _Unsendable(Exception):
-    def __init__(self, one, two):
-        super().__init__(one)
-
-
-def _breaks():
-    raise _Unsendable("a", "b")
-
-
-def _bug():
-    return {}["key"]
-
-
 def test_an_error_that_is_no_users_error_comes_with_its_traceback():
     with pytest.raises(KeyError) as bug:
-        side_by_side([_bug, _bug], "x")
-    assert "in _bug" in bug.value.__notes__[0]
-    with pytest.raises(RuntimeError, match="in _breaks"):
-        side_by_side([_breaks, _breaks], "x")
+        side_by_side([small_jobs.bug, small_jobs.bug], "x")
+    assert "in bug" in bug.value.__notes__[0]
+    with pytest.raises(RuntimeError, match="in breaks"):
+        side_by_side([small_jobs.breaks, small_jobs.breaks], "x")
 
 
 def test_one_that_fails_does_not_wait_for_the_others():
     began = time.monotonic()
     with pytest.raises(UserError, match="x: must be 1"):
-        side_by_side([_forever, _fails], "x")
+        side_by_side([small_jobs.forever, small_jobs.fails], "x")
     assert time.monotonic() - began < 300
 
 
@@ -222,10 +201,6 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
             devices_of(torch.device(device), 3)
 
 
-def _holds_interrupts():
-    return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
-
-
 def test_no_process_hears_ctrl_c_not_even_the_first():
-    assert side_by_side([_holds_interrupts] * 3, "x") == [True] * 3
-    assert not _holds_interrupts()
+    assert side_by_side([small_jobs.holds_interrupts] * 3, "x") == [True] * 3
+    assert not small_jobs.holds_interrupts()

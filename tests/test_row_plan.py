@@ -193,13 +193,3 @@ def test_planning_a_million_rows_takes_few_bytes_of_memory_a_row(tmp_path):
     rows, held = json.loads(found.stdout)
     assert rows == 1_000_000
     assert held < 100 * rows  # 40, of which 22 MB are buffers
-
-
-@pytest.mark.slow
-def test_the_benchmark_of_memory_a_row_runs(tmp_path, capsys):
-    from benchmarks import bench_extract_rows
-
-    bench_extract_rows.main(["--tiny", "--data", str(tmp_path), "--out", str(tmp_path / "found.json")])
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert [run["rows"] for run in found["runs"]] == [4200, 4200, 21000, 21000]
-    assert "bytes a row" in capsys.readouterr().out

@@ -7,6 +7,7 @@ from pipeline_builders import distance, make_optimiser, make_stack, make_stage1_
 from torch.nn import functional as F
 
 from h2t.pipeline.base import plugins
+from h2t.pipeline.heads import linear_heads
 from h2t.pipeline.heads import stack as stack_module
 from h2t.pipeline.heads.fusion import channel_ranks, replaced_channels
 from h2t.pipeline.heads.host import is_stackable
@@ -115,7 +116,7 @@ def test_heads_with_many_classes_are_not_folded(cache, monkeypatch):
 def test_heads_in_blocks_are_those_of_one_block(two_experts, monkeypatch, host, loss, classifier, kind):
     options = {"host": host, "loss": loss, "classifier": classifier, "scale": 3.0, "donors": DONORS, "batch_size": 8}
     whole, losses = trained(make_stack(two_experts, KINDS_OF_STACKS[kind], dtype=torch.float64, **options))
-    monkeypatch.setattr(stack_module, "LOGITS_AT_ONCE", 1)
+    monkeypatch.setattr(linear_heads, "LOGITS_AT_ONCE", 1)
     stack = make_stack(two_experts, KINDS_OF_STACKS[kind], dtype=torch.float64, **options)
     assert len(stack._blocks) == (stack._groups.members.shape[1] if stack._folds else len(stack.heads))
     found, others = trained(stack)
@@ -133,9 +134,9 @@ def test_an_overridden_loss_is_written_for_one_head_unless_it_says_otherwise(cac
 
     assert is_stackable(make_stack(cache, GRID, donors=DONORS).host)
     own, ours = (make_stack(cache, GRID[:9], donors=DONORS, dtype=torch.float64) for _ in range(2))
-    own._on_logits.__class__ = Own
-    assert not is_stackable(own._on_logits)
-    own._stackable = False
+    own.linear_heads.on_logits.__class__ = Own
+    assert not is_stackable(own.linear_heads.on_logits)
+    own.linear_heads.stackable = False
     (mine, _), (theirs, _) = trained(own), trained(ours)
     assert all(distance(mine[name], theirs[name]) <= 1e-11 for name in theirs)
 

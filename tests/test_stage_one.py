@@ -35,6 +35,9 @@ class Net(nn.Module):
         shared = self.stem(x)
         return tuple(expert(shared) for expert in self.each)
 
+    def alone(self, x, expert):
+        return self.each[expert](self.stem(x))
+
 
 class InDouble:
     """Images whose batches are float64."""
@@ -98,25 +101,53 @@ def pasted(x, y, samples, images, epoch, step, *, epochs, cmo, power):
     return torch.where(mask, z, x), torch.from_numpy(samples.labels[others]), 1 - mask.double().mean()
 
 
-def loop(backbone, objective, samples, images, *, mixup, nesterov, drop_last, rise, epochs=EPOCHS, cmo=0.0, power=1.0):
-    """The published loops: one update a batch, by torch's SGD written out. Returns the losses of the epochs."""
+def bilateral(backbone, objective, samples, images, x, y, epoch, step, epochs):
+    """BBN's loss as in the authors' code: features weighted by 2 a and 2 (1 - a), side by side, in one linear layer."""
+    draws = stream(0, "stage1", "second", epoch, step)
+    train, n = samples.of("train"), torch.tensor(samples.counts).double()
+    chosen = draws.choice(len(n), size=len(y), p=((1 / n) / (1 / n).sum()).numpy())
+    inside = draws.integers(n.long().numpy()[chosen])
+    others = np.array([train[samples.labels[train] == k][i] for k, i in zip(chosen, inside, strict=True)])
+    z = images.batch(others.tolist(), [(0, "stage1", epoch, "second", step)] * len(y))
+    a = 1 - ((epoch + 1 - 1) / epochs) ** 2
+    f_c = backbone.each[0](backbone.stem(x)).mean((2, 3))
+    f_r = backbone.each[1](backbone.stem(z)).mean((2, 3))
+    mixed = 2 * torch.cat([a * f_c, (1 - a) * f_r], 1)
+    found = mixed @ torch.cat([objective.weight[0], objective.weight[1]], 1).T + objective.bias[0]
+    log_p = found - found.exp().sum(1, keepdim=True).log()
+    everyone, other = torch.arange(len(y)), torch.from_numpy(samples.labels[others])
+    loss = -a * log_p[everyone, y].mean() - (1 - a) * log_p[everyone, other].mean()
+    best = found.argmax(1)
+    return loss, a * (best == y).double().mean() + (1 - a) * (best == other).double().mean()
+
+
+def loop(
+    name, backbone, objective, samples, images, *, mixup, nesterov, drop_last, rise, epochs=EPOCHS, cmo=0.0, power=1.0
+):
+    """The published loops: one update a batch, by torch's SGD written out.
+
+    Returns the losses of the epochs and, of BBN, the training accuracies in percent.
+    """
     parameters = [*backbone.parameters(), *objective.parameters()]
     speed = [torch.zeros_like(p) for p in parameters]
     train = samples.of("train")
-    losses = []
+    losses, accuracies = [], []
     backbone.train()
     objective.train()
     for epoch in range(epochs):
         draws = stream(0, "stage1", "epoch", epoch)
         order = train[draws.permutation(len(train))]
-        total = seen = 0
+        total = seen = correct = 0
         for step, first in enumerate(range(0, len(order), BATCH)):
             batch = order[first : first + BATCH]
             if drop_last and len(batch) < BATCH:
                 continue
             x = images.batch(batch.tolist(), [(0, "stage1", epoch)] * len(batch))
             y = torch.from_numpy(samples.labels[batch])
-            if mixup:
+            if name == "bbn":
+                loss, right = bilateral(backbone, objective, samples, images, x, y, epoch, step, epochs)
+                correct += right.item() * len(batch)
+            elif mixup:
                 share = draws.beta(mixup, mixup)
                 partner = torch.from_numpy(draws.permutation(len(batch)))
                 found = objective(backbone(share * x + (1 - share) * x[partner]))
@@ -136,7 +167,8 @@ def loop(backbone, objective, samples, images, *, mixup, nesterov, drop_last, ri
             total += loss.item() * len(batch)
             seen += len(batch)
         losses.append(total / seen)
-    return losses
+        accuracies.append(100 * correct / seen)
+    return losses, accuracies
 
 
 def apart(found, expected) -> float:
@@ -155,23 +187,27 @@ def apart(found, expected) -> float:
         ("ce", {}, {"epochs": 9, "cmo": 0.5}),
         ("balanced_softmax", {}, {"epochs": 8, "cmo": 1.0, "cmo_power": 2.0}),
         ("ride", {"reweight_epoch": 1}, {"epochs": 8, "cmo": 1.0}),
+        ("bbn", {}, {}),
+        ("bbn", {}, {"epochs": 5, "nesterov": True, "drop_last": True}),
     ],
 )
 def test_steps_are_those_of_the_published_loop(digits, tmp_path, name, loss, more):
     samples, images = digits
-    experts = 2 if name in ("ride", "reslt") else 1
+    experts = 2 if name in ("ride", "reslt", "bbn") else 1
     recipe = {"epochs": EPOCHS, "batch_size": BATCH, "lr": RATE, "momentum": MOMENTUM, "weight_decay": DECAY, **more}
     params = Training(**recipe, warmup_epochs=2, milestones=[2])
     backbone, objective = network(experts, name, samples.counts, **loss)
     other, by_hand = network(experts, name, samples.counts, **loss)
     curves = stepped(params, backbone, objective, samples, InDouble(images), tmp_path)
     pictures = InDouble(images.turned(params.rotation) if params.rotation else images)
-    losses = loop(
-        other, by_hand, samples, pictures,
+    losses, accuracies = loop(
+        name, other, by_hand, samples, pictures,
         mixup=params.mixup, nesterov=params.nesterov, drop_last=params.drop_last, rise=bool(params.warmup_from),
         epochs=params.epochs, cmo=params.cmo, power=params.cmo_power,
     )  # fmt: skip
     assert [c["loss"] for c in curves] == pytest.approx(losses, rel=EXACT)
+    if name == "bbn":
+        assert [c["accuracy"] for c in curves] == pytest.approx(accuracies, rel=EXACT)
     for found, expected in ((backbone, other), (objective, by_hand)):
         for key, value in expected.state_dict().items():
             assert apart(found.state_dict()[key].double(), value.double()) < EXACT, key

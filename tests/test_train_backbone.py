@@ -1,23 +1,26 @@
 """Stage I: resume, parts and processes, precision, memory format, frozen backbones, starting weights."""
 
 import hashlib
+import json
 import pickle
 from contextlib import contextmanager
 
 import numpy as np
+import pyarrow.compute as pc
 import pytest
 import torch
 from builders import tree
-from pipeline_builders import CPU, distance, make_samples, silent, torchrun, write_params
+from pipeline_builders import CPU, distance, extracted, fitted, make_samples, silent, torchrun, write_params
 from safetensors.torch import load_file, save_file
 
+from h2t.cache.reader import open_cache
 from h2t.pipeline.base import params as reading
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import Section
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.base.seeds import stream
-from h2t.pipeline.stages import train_backbone
+from h2t.pipeline.stages import evaluate, train_backbone
 from h2t.pipeline.stages.train_backbone import Params
 from h2t.pipeline.training import loop as stage_one
 from h2t.pipeline.training.parallel import Group
@@ -48,6 +51,9 @@ class Net(nn.Module):
 def build(options):
     return Net()
 '''
+
+
+BBN = {"arch": "resnet20", "options": {"experts": 2, "fork": "last_block"}, "objective": "bbn", "mixup": 0.0}
 
 
 @pytest.fixture(autouse=True)
@@ -131,6 +137,7 @@ class Killed(BaseException):
         ({"epochs": 3}, 2),
         ({"epochs": 3, "precision": "fp16", "accumulate": 2, "objective": "reslt"}, 2),
         ({"epochs": 9, "mixup": 0.0, "cmo": 1.0, "accumulate": 2}, 5),  # in epochs 4 and 5
+        ({"epochs": 3, "accumulate": 2, **BBN}, 2),
     ],
 )
 def test_a_killed_training_goes_on_to_the_same_bytes(digits, tmp_path, monkeypatch, more, stop):
@@ -187,7 +194,7 @@ def test_cmo_pastes_images_of_rare_classes(digits, tmp_path, monkeypatch):
         training = stage_one.StageOne(
             params, plugins.load("backbones", "tiny").build(Section()), objective, samples, images, 0, Group(CPU, 0, 1)
         )
-        drawn = {e: [p.pasted for parts in training._batches(e) for p in parts] for e in range(12)}
+        drawn = {e: [p.second for parts in training._batches(e) for p in parts] for e in range(12)}
         assert [e for e in drawn if drawn[e][0] is not None] == list(range(4, 9))
         found = np.concatenate([p.samples for e in range(4, 9) for p in drawn[e]])
         share = np.bincount(samples.labels[found], minlength=len(counts)) / len(found)
@@ -199,6 +206,74 @@ def test_cmo_pastes_images_of_rare_classes(digits, tmp_path, monkeypatch):
 def test_cmo_with_mixup_is_refused():
     with pytest.raises(UserError, match="cmo and mixup both mix images and labels; set one of them to 0"):
         reading.build(Params, "backbones.b", {"arch": "tiny", "cmo": 0.5, "mixup": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        ({"mixup": 1.0}, r"backbones\.b\.mixup: does not go with objective bbn, .*; got 1\.0; leave it out"),
+        ({"cmo": 0.5}, r"backbones\.b\.cmo: does not go with objective bbn, .*; got 0\.5; leave it out"),
+        ({"frozen": True}, r"backbones\.b\.frozen: does not go with objective bbn, .*; got True; leave it out"),
+        ({"options": {"experts": 3}}, r"b\.objective: bbn needs two branches .*; got resnet20 with 3 branches; take "),
+        ({"options": {}}, r"b\.objective: bbn needs two branches .*; got resnet20 with 1 branch; take "),
+        ({"arch": "tiny", "options": {}}, r"got tiny with branches that only run together; take arch resnet32 or "),
+    ],
+)
+def test_what_does_not_go_with_bbn_is_one_line(digits, tmp_path, more, text):
+    with pytest.raises(UserError, match=text) as caught:
+        trained(tmp_path / "b", *digits, **{**BBN, **more})
+    assert "\n" not in str(caught.value)
+
+
+def test_hosts_start_from_the_classifier_that_bbn_is_published_with(digits, tmp_path):
+    """W [f_c; f_r] + b on the cached maps of both branches, for the stage-I line and for DR before its first step."""
+    trained(tmp_path / "b", *digits, epochs=1, **BBN)
+    extracted(tmp_path / "x", *digits, tmp_path / "b")
+    head = load_file(tmp_path / "b/head.safetensors")
+    assert head["bias"][0].abs().min() > 0
+    assert head["bias"][1].abs().max() == 0
+    still = {"epochs": 1, "lr": 1e-12, "weight_decay": 0.0}
+    fitted(tmp_path / "h", tmp_path / "x", tmp_path / "b", batchnorm="stage1", optimiser=still, grid={"seed": [0]})
+    with open_cache(tmp_path / "x") as cache:
+        evaluate.run(evaluate.Params(), Run("b", tmp_path / "e"), cache, tmp_path / "h", tmp_path / "b")
+        rows = cache.rows.filter(
+            pc.and_(pc.equal(cache.rows["split"], "test"), pc.equal(cache.rows["statistics"], "stage1"))
+        )
+        places = rows["row"].to_numpy()
+        both = np.concatenate([cache.read(places, expert=e).mean((2, 3)) for e in range(2)], 1)
+    found = both @ np.concatenate([head["weight"][0], head["weight"][1]], 1).T + head["bias"][0].numpy()
+    right = 100 * (found.argmax(1) == rows["label"].to_numpy()).mean()
+    metrics = json.loads((tmp_path / "e/metrics.json").read_text())
+    assert metrics["stage1"]["top1"] == pytest.approx(right, abs=1e-9)
+    assert metrics["without_h2t"]["top1"] == pytest.approx(right, abs=1e-9)
+
+
+def test_the_second_branch_of_bbn_gets_images_of_rare_classes_and_none_of_the_first(digits):
+    """Classes in proportion to 1 / n; a branch's own batch norms see its own batch, the shared ones both."""
+    samples, images = digits
+    counts = torch.tensor(samples.counts)
+    params = make_training(**BBN, epochs=4)
+    backbone = plugins.load("backbones", "resnet20").build(
+        reading.build(plugins.load("backbones", "resnet20").Options, "options", BBN["options"])
+    )
+    objective = plugins.load("objectives", "bbn").Objective(Section(), 64, 2, counts)
+    training = stage_one.StageOne(params, backbone, objective, samples, images, 0, Group(CPU, 0, 1))
+    parts = [part for epoch in range(4) for batch in training._batches(epoch) for part in batch]
+    assert [part.share for part in parts[:: len(parts) // 4]] == [1 - (t / 4) ** 2 for t in range(4)]
+    found = np.concatenate([part.second.samples for part in parts])
+    share = np.bincount(samples.labels[found], minlength=len(counts)) / len(found)
+    law = 1 / counts.double()
+    assert np.abs(share - (law / law.sum()).numpy()).max() < 4 * (0.25 / len(found)) ** 0.5
+    x = torch.randn(8, 3, 8, 8)
+    training._each_alone(x)
+    seen = {"conv1": 2, "own": 1}
+    assert int(backbone.bn1.num_batches_tracked) == seen["conv1"]
+    assert [int(block.bn1.num_batches_tracked) for block in backbone.blocks] == [seen["own"]] * 2
+    backbone.eval()
+    first, second = training._each_alone(x)
+    both = backbone(x)
+    assert torch.allclose(first, both[0][:4], atol=1e-5)
+    assert torch.allclose(second, both[1][4:], atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -2,17 +2,15 @@
 
 Every chain ends with crc32c. Every Zarr v3 tool reads `none`, `zstd` and `blosc-lz4`; TensorStore cannot read
 `numcodecs.lz4` and `pcodec`. No codec shuffles bytes: maps after a ReLU have scattered zeros, and shuffling makes
-their chunks larger.
+their chunks larger. numcodecs is imported for the codecs that need it: it takes as long as reading a small cache.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
-import numcodecs
 import numpy as np
-from numcodecs import blosc, lz4, zstd
 
 from h2t.cache.errors import CacheError
 
@@ -84,6 +82,27 @@ def _blosc_bytes(data: Any) -> int:
     return _integer(data, 4, 4) if _integer(data, 12, 4) == len(data) else 0
 
 
+def _zstd() -> Codec:
+    from numcodecs import zstd
+
+    return _numcodecs("zstd", lambda _: zstd.Zstd(level=1), zstd.decompress, _zstd_bytes)
+
+
+def _blosc() -> Codec:
+    from numcodecs import blosc
+
+    def make(size: int) -> Any:
+        return blosc.Blosc(cname="lz4", clevel=3, shuffle=blosc.Blosc.NOSHUFFLE, typesize=size)
+
+    return _numcodecs("blosc-lz4", make, blosc.decompress, _blosc_bytes)
+
+
+def _lz4() -> Codec:
+    from numcodecs import lz4
+
+    return _numcodecs("numcodecs.lz4", lambda _: lz4.LZ4(), lz4.decompress, lambda data: _integer(data, 0, 4))
+
+
 def _pcodec() -> Codec:
     from numcodecs.pcodec import PCodec
     from pcodec import standalone
@@ -101,17 +120,9 @@ def _pcodec() -> Codec:
 
 CODECS: dict[str, Callable[[], Codec]] = {
     "none": _none,
-    "zstd": partial(_numcodecs, "zstd", lambda _: numcodecs.Zstd(level=1), zstd.decompress, _zstd_bytes),
-    "blosc-lz4": partial(
-        _numcodecs,
-        "blosc-lz4",
-        lambda size: numcodecs.Blosc(cname="lz4", clevel=3, shuffle=numcodecs.Blosc.NOSHUFFLE, typesize=size),
-        blosc.decompress,
-        _blosc_bytes,
-    ),
-    "numcodecs.lz4": partial(
-        _numcodecs, "numcodecs.lz4", lambda _: numcodecs.LZ4(), lz4.decompress, lambda data: _integer(data, 0, 4)
-    ),
+    "zstd": _zstd,
+    "blosc-lz4": _blosc,
+    "numcodecs.lz4": _lz4,
     "pcodec": _pcodec,
 }
 

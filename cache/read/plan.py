@@ -8,9 +8,12 @@ chunks with their (offset, size) in the shards
     or `portions`: the chunks divided among threads, for the compiled gather, which finds runs by itself
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -120,6 +123,19 @@ def units(
     cuts = np.searchsorted([run.first for run in runs], np.append(first, len(shards))).tolist()
     groups = [runs[a:b] for a, b in pairwise(cuts)]
     return list(map(Unit, shards[first].tolist(), first.tolist(), last.tolist(), groups))
+
+
+def in_turns(work: Sequence[Unit]) -> list[Unit]:
+    """The units in turns of their shards: the first of each shard, then the second of each, and so on.
+
+    So threads that take them one after the other fetch from several files, of which each is fetched by one at a time.
+    """
+    turns: Counter[int] = Counter()
+    numbered = []
+    for unit in work:
+        numbered.append((turns[unit.shard], unit))
+        turns[unit.shard] += 1
+    return [unit for _, unit in sorted(numbered, key=itemgetter(0))]
 
 
 def portions(shards: np.ndarray, sizes: np.ndarray, *, portion_bytes: int, max_shards: int) -> list[tuple[int, int]]:

@@ -191,6 +191,10 @@ class RemoteFiles:
             self._pins.pin_record(data, version)
         return data
 
+    def read_unpinned(self, name: str, at_most: int) -> bytes:
+        """All bytes of `name`, whatever its version, for callers that know its digest; errors as for `read_all`."""
+        return self._ask(name, lambda patience: self._at.whole(self._path(name), at_most, patience)).data
+
     def copy(self, name: str, start: Callable[[], Take], at_most: int) -> None:
         """Passes all bytes of `name`, piece by piece, to the function that `start` returns.
 

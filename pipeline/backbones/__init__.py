@@ -3,6 +3,7 @@
 class Options(Section)                      its keys under backbones.<name>.options
 def build(options) -> Backbone              a subclass of networks.backbone.Backbone, or any nn.Module with its
                                             attributes `channels` and `experts`; initial weights come from torch's
-                                            global generator
+                                            global generator; its method `alone(x, expert)`, the map of one branch,
+                                            is only for objectives whose branches train on a batch each
 def weights(options) -> state dict          only if there are pretrained weights for `start: torchvision`
 """

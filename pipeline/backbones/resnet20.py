@@ -3,14 +3,12 @@
 Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2 (n = 3).
 """
 
-from h2t.pipeline.networks.backbone import Backbone, ExpertOptions
-from h2t.pipeline.networks.cifar_resnet import CifarResNet
+from h2t.pipeline.networks.backbone import Backbone
+from h2t.pipeline.networks.cifar_resnet import CifarResNet, Options
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
-
-Options = ExpertOptions
 
 
 def build(options: Options) -> Backbone:
     """The network with initial weights from torch's generator."""
-    return CifarResNet(3, options.experts)
+    return CifarResNet(3, options.experts, options.fork)

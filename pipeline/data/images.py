@@ -115,15 +115,17 @@ class Collection:
 
     `label` is the index into `classes`, in the dataset's own numbering. `split` is train, val or test. `group` names
     what an image belongs to (a patient, a camera); a group is never divided among splits. `notes` are lines for the
-    user, about files that were left out, for example.
+    user, about files that were left out, for example. `source` may be `data.texts.Texts`, which hold many images in
+    less memory than a list. `read` holds the sha256 of tables at URLs, by their URLs.
     """
 
     classes: list[str]
-    source: list[str]
+    source: Sequence[str]
     label: list[int]
     split: list[str]
     group: list[str] | None = None
     notes: list[str] = field(default_factory=list)
+    read: dict[str, str] = field(default_factory=dict)
 
 
 class BadImage(UserError):
@@ -268,7 +270,8 @@ def _jittered(image: np.ndarray, strength: float, draws: np.random.Generator) ->
 class Images:
     """The images of a sample table as normalised batches. Images are addressed by sample number.
 
-    `read` returns the bytes of a source, and `decode` decodes them. Small collections are decoded once and kept.
+    `read` returns the bytes of a source, and `decode` decodes them. Small collections are decoded once and kept. If
+    `read` has an attribute `at_once`, that many images are read at the same time, as a server's answers take time.
     `expected` holds the sha256 of each image in hex; the bytes are compared with it before every decoding. It is None
     while no digests exist. `origin`, the dataset's name and options, allows a copy to be opened in another process.
     """
@@ -291,7 +294,9 @@ class Images:
         self._decode = decode
         self._decoded: dict[int, np.ndarray] = {}
         self._room = min(KEEP_DECODED_BYTES, available_memory() // 4)
-        self._threads = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "decode")
+        waiting = getattr(read, "at_once", 0)
+        self._threads = ThreadPoolExecutor(waiting or len(os.sched_getaffinity(0)), "decode")
+        self._per_task = 1 if waiting else AT_ONCE
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._origin is None:
@@ -330,7 +335,7 @@ class Images:
         """sha256 of the encoded image, in hex. Raises BadImage if the image cannot be decoded or used."""
         return hashlib.sha256(self._load(sample)[0]).hexdigest()
 
-    def digests(self, samples: Sequence[int]) -> Iterator[str | BadImage]:
+    def digests(self, samples: Sequence[int] | np.ndarray) -> Iterator[str | BadImage]:
         """Yields each sample's digest in order, or the error of a bad image. Reads several images at once."""
 
         def check(sample: int) -> str | BadImage:
@@ -396,7 +401,7 @@ class Images:
                 views[i] = self._view(samples[i], keys[i])
 
         pieces = range(len(samples))
-        for _ in self._threads.map(fill, [pieces[i : i + AT_ONCE] for i in pieces[::AT_ONCE]]):
+        for _ in self._threads.map(fill, [pieces[i : i + self._per_task] for i in pieces[:: self._per_task]]):
             pass  # raises the errors of the threads
         return views
 

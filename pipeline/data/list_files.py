@@ -5,15 +5,21 @@ A list has one image per line, `relative/path label`, as ImageNet-LT, Places-LT 
 not change when the folder is moved, and it cannot name a file outside the folder.
 """
 
+import io
 import os
-from collections.abc import Callable, Sequence
+import posixpath
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path, PurePosixPath
 
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import Section
 from h2t.pipeline.base.text import counted
+from h2t.pipeline.data import url_files
 from h2t.pipeline.data.images import Collection, Transform
+from h2t.pipeline.data.texts import Texts, first_repeat
+from h2t.pipeline.data.url_files import Place, UrlFile
 
 LABEL_DIGITS = 9
 
@@ -22,11 +28,11 @@ class Options(Section):
     """Keys of `prepare.options` that list-file datasets share."""
 
     root: str
-    """Folder that holds the images."""
+    """Folder that holds the images, or its URL."""
     lists: str | None = None
-    """Folder of the list files; null is `root`."""
+    """Folder of the list files, or its URL; null is `root`."""
     train: str
-    """List file of the training images, absolute or relative to `lists`."""
+    """List file of the training images, absolute, at a URL, or relative to `lists`."""
     val: str | None = None
     """List file of the validation images; null for none."""
     test: str | None = None
@@ -43,13 +49,25 @@ def _leaves(root: str, folder: str) -> bool:
     return not Path(folder).resolve().is_relative_to(Path(root).resolve())
 
 
+def _check(root: Place, source: str, follow_links: bool) -> None:
+    """Raises UserError for a path that leaves `root`."""
+    if isinstance(root, Path):
+        locate(root, source, follow_links)
+    elif url_files.relative(source, root, root) != posixpath.normpath(source) or ".." in PurePosixPath(source).parts:
+        raise _leads_out(source)
+
+
+def _leads_out(source: str) -> UserError:
+    return UserError(f"path {source!r}: must be relative, with forward slashes and without '..'; correct it")
+
+
 def locate(root: Path, source: str, follow_links: bool) -> Path:
     """The path of `source` under `root`. Raises UserError for a path that leaves `root`."""
     parts = PurePosixPath(source).parts
     path = root / source
     foreign = "\\" in source and not path.is_file()  # a back-slash may be a part of a name
     if not parts or source.startswith(("/", "~")) or ".." in parts or "\0" in source or foreign:
-        raise UserError(f"path {source!r}: must be relative, with forward slashes and without '..'; correct it")
+        raise _leads_out(source)
     if follow_links:
         return path
     try:
@@ -74,7 +92,9 @@ def read_image(root: Path, source: str, follow_links: bool) -> bytes:
 
 
 def image_reader(root: str, follow_links: bool) -> Callable[[str], bytes]:
-    """A function that returns the bytes of a source under `root`, by `read_image`."""
+    """A function that returns the bytes of a source under the folder or URL `root`: see `read_image`, `UrlImages`."""
+    if url_files.is_url(root):
+        return url_files.UrlImages("prepare.options.root", root)
     return lambda source: read_image(Path(root), source, follow_links)
 
 
@@ -88,45 +108,54 @@ def transform(options: Options) -> Transform:
     return options.transform
 
 
-def read_list(path: Path, root: Path, follow_links: bool, *, whole: bool = True) -> tuple[list[str], list[str]]:
+def read_list(path: Path | UrlFile, root: Place, follow_links: bool, *, whole: bool = True) -> tuple[Texts, list[str]]:
     """(sources, labels) of a list file, labels as text; with `whole` they must be whole numbers of 0 or more.
 
     Raises UserError that names the file and the line.
     """
+    labels: list[str] = []
+    known: dict[str, str] = {}  # each label once, however many images have it
+
+    def sources() -> Iterator[str]:
+        for number, line in enumerate(_lines(path), 1):
+            if not line.strip():
+                continue
+            source, label = [*line.rsplit(None, 1), ""][:2]
+            if not label or (whole and not (label.isascii() and label.isdigit() and len(label) <= LABEL_DIGITS)):
+                raise UserError(
+                    f"{path}:{number}: must have the form 'relative/path label'"
+                    f"{' with a label of 0 or more' if whole else ''}; got {line!r}{_hint(line, whole=whole)}"
+                )
+            try:
+                _check(root, source.strip(), follow_links)
+            except UserError as error:
+                raise UserError(f"{path}:{number}: {error}") from None
+            labels.append(known.setdefault(label, label))
+            yield source.strip()
+
+    found = Texts.of(sources())
+    if not labels:
+        raise UserError(f"{path}: must name at least one image; got an empty list file")
+    return found, labels
+
+
+def _lines(path: Path | UrlFile) -> Iterator[str]:
+    """The lines of a UTF-8 file, without a byte order mark. Raises UserError if it cannot be read."""
+    number = 0
     try:
-        data = path.read_bytes()
-        lines = data.decode("utf-8-sig").splitlines()
+        with path.open("rb") if isinstance(path, Path) else io.BytesIO(path.read_bytes()) as file:
+            for number, line in enumerate(file, 1):
+                yield from line.decode("utf-8-sig" if number == 1 else "utf-8").splitlines()
     except FileNotFoundError:
         raise UserError(f"{path}: no such list file; set prepare.options.lists to the folder that holds it") from None
-    except UnicodeDecodeError as error:
-        wrong = data[: error.start].count(b"\n") + 1
+    except UnicodeDecodeError:
         raise UserError(
-            f"{path}: must be a readable UTF-8 text file; got another encoding in line {wrong}; save the list as UTF-8"
+            f"{path}: must be a readable UTF-8 text file; got another encoding in line {number}; save the list as UTF-8"
         ) from None
     except OSError as error:
         raise UserError(
             f"{path}: must be a readable UTF-8 text file; got: {error.strerror}; correct the path"
         ) from None
-    sources: list[str] = []
-    labels: list[str] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        source, label = [*line.rsplit(None, 1), ""][:2]
-        if not label or (whole and not (label.isascii() and label.isdigit() and len(label) <= LABEL_DIGITS)):
-            raise UserError(
-                f"{path}:{number}: must have the form 'relative/path label'"
-                f"{' with a label of 0 or more' if whole else ''}; got {line!r}{_hint(line, whole=whole)}"
-            )
-        try:
-            locate(root, source.strip(), follow_links)
-        except UserError as error:
-            raise UserError(f"{path}:{number}: {error}") from None
-        sources.append(source.strip())
-        labels.append(label)
-    if not sources:
-        raise UserError(f"{path}: must name at least one image; got an empty list file")
-    return sources, labels
 
 
 def _hint(line: str, *, whole: bool) -> str:
@@ -138,23 +167,38 @@ def _hint(line: str, *, whole: bool) -> str:
     return "; for labels in words set prepare.dataset=list_file" if whole else ""
 
 
-def read_lists(options: Options, *, whole: bool = False) -> tuple[list[str], list[str], list[str]]:
-    """(sources, labels, splits) of all list files. Raises UserError like `read_list`."""
-    root, lists = Path(options.root), Path(options.lists or options.root)
-    if not root.is_dir():
+def read_lists(options: Options, *, whole: bool = False) -> tuple[Texts, list[str], list[str]]:
+    """(sources, labels, splits) of all list files, training images first. Raises UserError like `read_list`."""
+    root: Place = options.root if url_files.is_url(options.root) else Path(options.root)
+    if isinstance(root, Path) and not root.is_dir():
         raise UserError(f"prepare.options.root: no folder {options.root}; set it to the folder of the images")
-    source: list[str] = []
+    parts: list[Texts] = []
     label: list[str] = []
     split: list[str] = []
     for name in ("train", "val", "test"):
-        given = getattr(options, name)
-        if given is not None:
-            paths, labels = read_list(lists / given, root, options.follow_links, whole=whole)
-            source += paths
+        if (place := _place_of(options, name)) is not None:
+            file = UrlFile(f"prepare.options.{name}", place) if url_files.is_url(place) else Path(place)
+            paths, labels = read_list(file, root, options.follow_links, whole=whole)
+            parts.append(paths)
             label += labels
             split += [name] * len(paths)
-    _refuse_repeats(source, [str(lists / getattr(options, name)) for name in split])
+    source = Texts.joined(parts)
+    if (twice := first_repeat(source)) is not None:
+        before, again = (_place_of(options, split[place]) for place in twice)
+        raise UserError(
+            f"{again}: {source[twice[1]]!r}: must be listed once, in one split; got a second entry, after one in "
+            f"{before}; remove one of them"
+        )
     return source, label, split
+
+
+def _place_of(options: Options, name: str) -> str | None:
+    """The path or URL of the list file of a split, if there is one."""
+    given: str | None = getattr(options, name)
+    lists = options.lists or options.root
+    if given is None or url_files.is_url(given):
+        return given
+    return url_files.inside(lists, given) if url_files.is_url(lists) else str(Path(lists) / given)
 
 
 def load(options: Options, class_of: Callable[[str], str]) -> Collection:
@@ -164,20 +208,21 @@ def load(options: Options, class_of: Callable[[str], str]) -> Collection:
     is named twice.
     """
     source, texts, split = read_lists(options, whole=True)
-    label = [int(text) for text in texts]
+    number = {text: int(text) for text in set(texts)}
+    label = [number[text] for text in texts]
     if min(label) > 0:
         raise UserError(
             f"{options.train}: labels must start at 0; got {min(label)} as the lowest; subtract {min(label)}, or set "
             "prepare.dataset=list_file, which takes any labels"
         )
-    train = [i for i, part in enumerate(split) if part == "train"]
-    highest = max(train, key=label.__getitem__)
-    if label[highest] >= len(train):
+    train = split.count("train")
+    highest = max(range(train), key=label.__getitem__)
+    if label[highest] >= train:
         raise UserError(
             f"{options.train}: {source[highest]!r}: label {label[highest]} is out of range: with "
-            f"{counted(len(train), 'training image')} labels are 0 to {len(train) - 1}, as every class needs an image"
+            f"{counted(train, 'training image')} labels are 0 to {train - 1}, as every class needs an image"
         )
-    classes = class_names([source[i] for i in train], [label[i] for i in train], class_of)
+    classes = class_names(islice(source, train), label[:train], class_of)
     worst = max(range(len(label)), key=label.__getitem__)
     if label[worst] >= len(classes):
         raise UserError(
@@ -188,25 +233,12 @@ def load(options: Options, class_of: Callable[[str], str]) -> Collection:
 
 
 def inputs(options: Options) -> dict[str, str]:
-    """Option -> path: the folder of the images and the list files."""
-    lists = Path(options.lists or options.root)
-    given = {part: getattr(options, part) for part in ("train", "val", "test")}
-    return {"root": options.root, **{part: str(lists / name) for part, name in given.items() if name is not None}}
+    """Option -> path: the folder of the images and the list files, except those at URLs, which DVC cannot watch."""
+    places = {"root": options.root, **{part: _place_of(options, part) for part in ("train", "val", "test")}}
+    return {option: place for option, place in places.items() if place is not None and not url_files.is_url(place)}
 
 
-def _refuse_repeats(sources: Sequence[str], files: Sequence[str]) -> None:
-    """Raises UserError for an image that is named twice. `files` holds the list of each source."""
-    seen: dict[str, str] = {}
-    for source, file in zip(sources, files, strict=True):
-        if source in seen:
-            raise UserError(
-                f"{file}: {source!r}: must be listed once, in one split; got a second entry, after one in "
-                f"{seen[source]}; remove one of them"
-            )
-        seen[source] = file
-
-
-def class_names(sources: Sequence[str], labels: Sequence[int], class_of: Callable[[str], str]) -> list[str]:
+def class_names(sources: Iterable[str], labels: Sequence[int], class_of: Callable[[str], str]) -> list[str]:
     """The name of each class. These are the labels as text, unless the paths give each label one name of its own."""
     names_of: dict[int, set[str]] = {}
     for source, label in zip(sources, labels, strict=True):
@@ -223,12 +255,12 @@ def folders(source: str) -> list[str]:
     return list(PurePosixPath(source).parts[1:-1])
 
 
-def walk(root: Path, part: str, follow_links: bool) -> list[str]:
-    """All files under `root/part`, as sorted paths relative to `root`, without hidden ones.
+def walk(root: Path, part: str, follow_links: bool) -> Iterator[str]:
+    """Yields all files under `root/part` as paths relative to `root`, without hidden ones, in no order.
 
-    Raises UserError for a link to a folder, unless `follow_links` is set.
+    Raises UserError for a link to a folder, unless `follow_links` is set, and at the end for names that are not UTF-8.
     """
-    found: list[str] = []
+    foreign: list[str] = []
     seen: set[str] = set()  # real paths of visited folders, so that circular links end
     for folder, inside, files in os.walk(root / part, followlinks=follow_links):
         real = os.path.realpath(folder)
@@ -243,14 +275,11 @@ def walk(root: Path, part: str, follow_links: bool) -> list[str]:
                 f"{root / where / links[0]}: must not be a link to a folder; set prepare.options.follow_links to true "
                 "to follow it"
             )
-        found += [(where / f).as_posix() for f in files if not f.startswith(".")]
-    _refuse_other_encodings(root, found)
-    return sorted(found)
-
-
-def _refuse_other_encodings(root: Path, paths: Sequence[str]) -> None:
-    """Raises UserError for names that are not UTF-8: neither DVC nor a Parquet file can hold them."""
-    foreign = [path for path in paths if any("\udc80" <= sign <= "\udcff" for sign in path)]
+        for path in ((where / f).as_posix() for f in files if not f.startswith(".")):
+            if any("\udc80" <= sign <= "\udcff" for sign in path):  # neither DVC nor a Parquet file can hold it
+                foreign.append(path)
+            else:
+                yield path
     if foreign:
         first = os.fsencode(foreign[0]).decode(errors="backslashreplace")
         others = f" and {counted(len(foreign) - 1, 'other')}" if len(foreign) > 1 else ""

@@ -21,12 +21,14 @@ from h2t.cache.errors import CacheError
 from h2t.cache.redaction import redacted
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.data import url_files
+from h2t.pipeline.data.url_files import Place
 
 KEEP_BYTES = 512 * 1024**2  # memory for the encoded images of the most recently used row groups
 
 
-#: A path, or a URL as text.
-Place = Path | str
+def places(key: str, pattern: str) -> Sequence[Place]:
+    """The files that `pattern`, a path or URL, names: see `found` here and in `url_files`."""
+    return url_files.found(key, pattern) if url_files.is_url(pattern) else found(key, pattern)
 
 
 def found(key: str, pattern: str) -> list[Path]:
@@ -65,18 +67,14 @@ def opened(key: str, path: Place) -> pq.ParquetFile:
     try:
         if isinstance(path, str):
             url, path = path, redacted(path)
-            there, size = url_files.opened(url)
+            there, size = url_files.opened(key, url)
             file = pq.ParquetFile(there)
         else:
             file, size = pq.ParquetFile(path), path.stat().st_size
         if file.metadata.num_rows > size:  # a few bytes can claim billions of rows
             raise ValueError(f"{file.metadata.num_rows} rows in {size} bytes hold no images")
     except CacheError as error:
-        if error.reason == "missing":
-            raise UserError(f"{key}: {path}: no such file; correct the URL") from None
         raise UserError(f"{key}: {error}") from None
-    except ImportError as error:
-        raise UserError(f"{key}: {path}: {' '.join(str(error).split())}") from None
     except FileNotFoundError:
         raise UserError(f"{key}: {path}: no such file; correct the path") from None
     except (OSError, pa.ArrowException, ValueError) as error:

@@ -5,7 +5,7 @@ import hashlib
 import json
 import mmap
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,27 +20,14 @@ from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import build
 from h2t.pipeline.data.images import Images, Transform, open_images, transform_for
 from h2t.pipeline.data.network_input import Input
+from h2t.pipeline.data.texts import PIECE_ROWS, Texts
 
 TEXT = pa.string()
 SCHEMA = pa.schema({"sample": pa.int64(), "split": TEXT, "label": pa.int32(), "source": TEXT, "digest": TEXT})
 
 
 KEPT_BYTES = 16 * 1024 * 1024  # a table file up to this size is kept in memory: some 300,000 samples, 40 MB
-PIECE_ROWS = 2**16
 BUFFER_BYTES = 2**20  # of a column read at a time
-
-
-class Texts(Sequence[str]):
-    """A column of texts, read where it lies: Python objects for all would take twice the memory."""
-
-    def __init__(self, column: pa.ChunkedArray) -> None:
-        self._column = column
-
-    def __len__(self) -> int:
-        return len(self._column)
-
-    def __getitem__(self, place: Any) -> Any:
-        return self._column[int(place)].as_py()
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from h2t.pipeline.base.params import Count, Index, Section, above, within
 from h2t.pipeline.base.seeds import stream
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.data.images import Collection
+from h2t.pipeline.data.texts import Texts
 
 OTHER = "other"  # the class that small classes are merged into
 NAMED = 5  # so many classes or groups are named in a line
@@ -45,10 +46,10 @@ class SmallClasses(Section):
 
 @dataclass
 class Labelled:
-    """The images of a collection as arrays: label int64 (n,) and split, text (n,); of dropped images it is ""."""
+    """The images of a collection as arrays: label int32 (n,) and split, text (n,); of dropped images it is ""."""
 
     classes: list[str]
-    source: list[str]
+    source: Texts
     label: np.ndarray
     split: np.ndarray
     group: list[str] | None
@@ -56,8 +57,8 @@ class Labelled:
     @classmethod
     def of(cls, images: Collection) -> "Labelled":
         """The arrays of a collection. Raises UserError for a group that is in two of the collection's splits."""
-        label, split = np.array(images.label, np.int64), np.array(images.split, object)
-        found = cls(list(images.classes), images.source, label, split, images.group)
+        label, split = np.array(images.label, np.int32), np.array(images.split, object)
+        found = cls(list(images.classes), Texts.of(images.source), label, split, images.group)
         found._refuse_divided_groups()
         return found
 
@@ -122,7 +123,7 @@ def treat_small_classes(images: Labelled, small: SmallClasses) -> tuple[Labelled
 
 def _relabelled(images: Labelled, new: Mapping[int, int], classes: list[str]) -> Labelled:
     """The images with other labels; those whose class is not in `new` are dropped."""
-    table = np.array([new.get(j, -1) for j in range(len(images.classes))])
+    table = np.array([new.get(j, -1) for j in range(len(images.classes))], np.int32)
     label = table[images.label]
     split = np.where(label < 0, "", images.split)
     return replace(images, classes=classes, label=np.maximum(label, 0), split=split)
@@ -139,9 +140,9 @@ def hold_out(images: Labelled, into: str, how: HoldOut, small: SmallClasses, see
     keep = np.full(len(members), how.keep if isinstance(how, AtMost) else 1)
     if images.group is None:
         for j, positions in enumerate(members):
-            by_name = sorted(positions.tolist(), key=images.source.__getitem__)
+            by_name = positions[images.source.take(positions).order()]
             drawn = stream(seed, "hold out", into, images.classes[j]).permutation(len(by_name))[: wanted[j]]
-            images.split[[by_name[i] for i in drawn]] = into
+            images.split[by_name[drawn]] = into
     else:
         _move_groups(images, images.group, into, wanted, keep, seed)
 
@@ -188,14 +189,6 @@ def _move_groups(
             for j, count in part.items():
                 left[j] -= count
                 held[j] += count
-
-
-def copies(digests: Mapping[int, str]) -> list[list[int]]:
-    """The images that are equal byte by byte: lists of two or more positions, by the digest of each image."""
-    alike: dict[str, list[int]] = defaultdict(list)
-    for i in sorted(digests):
-        alike[digests[i]].append(i)
-    return [positions for positions in alike.values() if len(positions) > 1]
 
 
 def describe_copies(images: Labelled, alike: Sequence[Sequence[int]]) -> list[str]:

@@ -1,7 +1,7 @@
 """Tables of images in CSV, TSV, JSON Lines and Parquet files: columns as text, with errors that name file and row."""
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +13,41 @@ import pyarrow.parquet as pq
 from h2t.pipeline.base.errors import UserError, nearest
 from h2t.pipeline.data.labels import check_text
 from h2t.pipeline.data.parquet_files import class_names
+from h2t.pipeline.data.texts import PIECE_ROWS
+from h2t.pipeline.data.url_files import UrlFile
 
 DELIMITED = (".csv", ".tsv", ".tab")
 LINES = (".jsonl", ".ndjson")
 ENDINGS = (*DELIMITED, *LINES, ".parquet")
 #: Usual names of a column of image paths, most usual first.
 PATHS = ("file_name", "filename", "path", "filepath", "file_path", "image_path", "img_path", "file", "image", "img")
+Table = Path | UrlFile
 BOM = b"\xef\xbb\xbf"
 
 
-def column_names(path: Path) -> list[str]:
+def column_names(path: Table) -> list[str]:
     """The columns of the table in `path`. Raises UserError if the file cannot be read."""
     return _schema(path).names
 
 
-def columns(path: Path, wanted: Sequence[str]) -> dict[str, list[Any]]:
+class Values(Sequence[Any]):
+    """A column of a table. Its values become Python objects only as they are asked for."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        self._column = column
+
+    def __len__(self) -> int:
+        return len(self._column)
+
+    def __getitem__(self, row: Any) -> Any:
+        return self._column[row].as_py() if isinstance(row, int) else self._column[row].to_pylist()
+
+    def __iter__(self) -> Iterator[Any]:
+        for start in range(0, len(self), PIECE_ROWS):
+            yield from self[start : start + PIECE_ROWS]
+
+
+def columns(path: Table, wanted: Sequence[str]) -> dict[str, Sequence[Any]]:
     """The columns `wanted` of the table in `path`: text from CSV and TSV, the stored values from the other formats.
 
     Whole numbers with class names in a Parquet file's metadata become these names. Raises UserError for a file that
@@ -41,9 +61,9 @@ def columns(path: Path, wanted: Sequence[str]) -> dict[str, list[Any]]:
                 "correct prepare.options"
             )
     table = _table(path, list(dict.fromkeys(wanted)))
-    found = {}
+    found: dict[str, Sequence[Any]] = {}
     for name in table.column_names:
-        values = table[name].to_pylist()
+        values = Values(table[name])
         names = class_names(table.schema, name) if path.suffix.lower() == ".parquet" else None
         found[name] = _named(values, names, f"{path}: column {name!r}") if names else values
     return found
@@ -55,7 +75,7 @@ def usual_column(known: Sequence[str], usual: Iterable[str]) -> str | None:
     return next((plain[name] for name in usual if name in plain), None)
 
 
-def bytes_column(path: Path) -> str | None:
+def bytes_column(path: Table) -> str | None:
     """The column of encoded images in a Parquet file, or None. Raises UserError if the file cannot be read."""
     if path.suffix.lower() != ".parquet":
         return None
@@ -68,12 +88,15 @@ def bytes_column(path: Path) -> str | None:
     return None
 
 
-def texts(path: Path, name: str, values: Sequence[Any]) -> list[str]:
-    """The values of the column `name` as labels. Raises UserError with the row, counted from 1, of one that is none."""
-    return [check_text(value, f"{path}: row {row}, column {name!r}") for row, value in enumerate(values, 1)]
+def texts(path: Table, name: str, values: Iterable[Any]) -> Iterator[str]:
+    """Yields the values of the column `name` as labels.
+
+    Raises UserError with the row, counted from 1, of one that is none.
+    """
+    return (check_text(value, f"{path}: row {row}, column {name!r}") for row, value in enumerate(values, 1))
 
 
-def _named(values: list[Any], names: list[str], where: str) -> list[Any]:
+def _named(values: Sequence[Any], names: list[str], where: str) -> list[Any]:
     for row, value in enumerate(values, 1):
         if isinstance(value, int) and not 0 <= value < len(names):
             raise UserError(
@@ -83,10 +106,10 @@ def _named(values: list[Any], names: list[str], where: str) -> list[Any]:
     return [names[value] if isinstance(value, int) else value for value in values]
 
 
-def _schema(path: Path) -> Any:
+def _schema(path: Table) -> Any:
     try:
         if path.suffix.lower() == ".parquet":
-            return pq.read_schema(path)
+            return pq.read_schema(_parquet(path))
         if path.suffix.lower() in LINES:
             return _lines(path).schema
         with pa.csv.open_csv(io.BytesIO(_text(path)), **_csv(path)) as reader:
@@ -95,10 +118,10 @@ def _schema(path: Path) -> Any:
         raise _unreadable(path, error) from None
 
 
-def _table(path: Path, wanted: list[str]) -> Any:
+def _table(path: Table, wanted: list[str]) -> Any:
     try:
         if path.suffix.lower() == ".parquet":
-            return pq.read_table(path, columns=wanted)
+            return pq.read_table(_parquet(path), columns=wanted)
         if path.suffix.lower() in LINES:
             return _lines(path).select(wanted)
         as_text = {name: pa.string() for name in wanted}
@@ -108,11 +131,15 @@ def _table(path: Path, wanted: list[str]) -> Any:
         raise _unreadable(path, error) from None
 
 
-def _lines(path: Path) -> Any:
+def _parquet(path: Table) -> Any:
+    return path.parquet() if isinstance(path, UrlFile) else path
+
+
+def _lines(path: Table) -> Any:
     return pa.json.read_json(io.BytesIO(_text(path)))
 
 
-def _csv(path: Path) -> dict[str, Any]:
+def _csv(path: Table) -> dict[str, Any]:
     """Options of pyarrow's reader. The delimiter of a CSV file is the sign that its first line has most of."""
     delimiter = "\t"
     if path.suffix.lower() == ".csv":
@@ -121,7 +148,7 @@ def _csv(path: Path) -> dict[str, Any]:
     return {"parse_options": pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)}
 
 
-def _text(path: Path) -> bytes:
+def _text(path: Table) -> bytes:
     """The bytes of a text file without a byte order mark. Raises ValueError for another encoding than UTF-8."""
     data = path.read_bytes()
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
@@ -137,7 +164,7 @@ def _text(path: Path) -> bytes:
     return data
 
 
-def _unreadable(path: Path, error: Exception) -> UserError:
+def _unreadable(path: Table, error: Exception) -> UserError:
     if isinstance(error, FileNotFoundError):
         return UserError(f"{path}: no such table; correct the path")
     reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)

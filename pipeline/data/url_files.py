@@ -1,22 +1,38 @@
-"""Files at URLs that images are read from: ranges of them are fetched as they are needed, and no copy is made.
+"""Files at URLs: tables, lists and images, which are read whole, and Parquet files, of which ranges are read as needed.
 
-A file is pinned when it is opened: if the server then sends another version, reading raises CacheError `replaced`. A
-file that changed before that is noticed by the digests of its images, like a file on a disk.
+No copy is made. A Parquet file is pinned when it is opened: if the server then sends another version, reading raises
+CacheError `replaced`. What changed before that is noticed by the digests of images, as on a disk.
 """
 
+import hashlib
 import posixpath
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
+from urllib.parse import quote
 
 import pyarrow as pa
 
+from h2t.cache.errors import CacheError
 from h2t.cache.redaction import redacted
 from h2t.pipeline.base.errors import UserError
 
+if TYPE_CHECKING:
+    from h2t.cache.read.remote import RemoteFiles  # imported where it is used, as it takes long
+
+#: A path, or a URL as text.
+Place = Path | str
+
 SIGNS = "*["  # ? begins a query
+AT_ONCE = 32  # images that are read at the same time: an answer takes time, and little of the processor's
+LARGEST_IMAGE = 2**28  # bytes of an image file; a server may send more than it should
+#: Protocol -> the extra that installs its package.
+EXTRAS = {"s3": "s3", "s3a": "s3", "ssh": "ssh", "sftp": "ssh", "hf": "huggingface"}
 
 
-def is_url(place: str | Path) -> bool:
+def is_url(place: str | Path) -> TypeGuard[str]:
     """Whether `place` is a URL and not a path."""
     return isinstance(place, str) and "://" in place
 
@@ -50,19 +66,142 @@ def found(key: str, pattern: str) -> list[str]:
     return [f"{before}{match}" for match in matches]
 
 
-def opened(url: str) -> tuple[Any, int]:
-    """(the file at `url` as a pyarrow file, its size in bytes).
+def folder(url: str) -> str:
+    """The folder of `url`, with the same query."""
+    base, sign, query = url.partition("?")
+    return f"{base.rpartition('/')[0]}{sign}{query}"
 
-    Raises CacheError `missing`, `unreachable`, and ValueError or ImportError if the protocol cannot be read.
+
+def inside(folder: str, path: str) -> str:
+    """The URL of `path` in the folder at the URL `folder`, with the same query."""
+    base, sign, query = folder.partition("?")
+    return f"{base.rstrip('/')}/{path}{sign}{query}"
+
+
+def common_folder(urls: Sequence[str]) -> str | None:
+    """The URL of the innermost folder that holds all `urls`; None for several servers or queries."""
+    parts = [url.partition("?") for url in urls]
+    if len({query for _, _, query in parts}) > 1:
+        return None
+    shared = posixpath.commonprefix([base.rpartition("/")[0].split("/") for base, _, _ in parts])
+    return f"{'/'.join(shared)}{''.join(parts[0][1:])}" if len(shared) > 2 else None  # more than ["s3:", ""]
+
+
+def relative(path: str, root: str, base: str) -> str | None:
+    """`path`, which starts from the folder `base` or is a URL below `root`, relative to `root`. None if it leads out.
+
+    Back-slashes separate folders, as in tables from Windows.
     """
-    from h2t.cache.read.remote import RemoteFiles
+    top = root.partition("?")[0].rstrip("/")
+    within = base.partition("?")[0].rstrip("/")[len(top) :].lstrip("/")
+    path = path.removeprefix(f"{top}/") if path.startswith(f"{top}/") else posixpath.join(within, path)
+    source = posixpath.normpath(path.replace("\\", "/"))
+    out = source.startswith(("/", "~", "../")) or source in ("..", ".") or "://" in path or "\0" in source
+    return None if out else source
+
+
+def opened(key: str, url: str) -> tuple[Any, int]:
+    """(the file at `url` as a pyarrow file, its size in bytes). Raises UserError, with the parameter `key`."""
     from h2t.cache.read.stored_file import StoredFile
 
-    base, sign, query = url.partition("?")
-    folder, _, name = base.rpartition("/")
-    files = RemoteFiles(f"{folder}{sign}{query}")
-    size = files.size(name)
+    with _refusals_in_one_line(key, url):
+        files, name = _files_of(url)
+        size = files.size(name)
     return pa.PythonFile(StoredFile(files, name, size), mode="r"), size
+
+
+class UrlFile:
+    """The file at `url`, named by the parameter `key`, where a Path is expected: `str()` of it stands in messages.
+
+    With `whole` it is read once and kept, else by ranges. Methods raise UserError.
+    """
+
+    def __init__(self, key: str, url: str, *, whole: bool = True) -> None:
+        self._key, self._url, self._whole = key, url, whole
+        self.suffix = posixpath.splitext(name_of(url))[1]
+
+    def __str__(self) -> str:
+        return redacted(self._url)
+
+    @cached_property
+    def _data(self) -> bytes:
+        with _refusals_in_one_line(self._key, self._url):
+            files, name = _files_of(self._url)
+            return files.read_all(name, files.size(name))
+
+    def read_bytes(self) -> bytes:
+        """All bytes."""
+        return self._data
+
+    def parquet(self) -> Any:
+        """The file as pyarrow reads it."""
+        return pa.BufferReader(self._data) if self._whole else opened(self._key, self._url)[0]
+
+    @property
+    def digest(self) -> str:
+        """sha256 of all bytes."""
+        return hashlib.sha256(self._data).hexdigest()
+
+
+class UrlImages:
+    """Reads images below the URL `root`, the value of the parameter `key`, by their path relative to it.
+
+    Calls raise FileNotFoundError for an image that is missing, and UserError if the server fails or refuses: that says
+    nothing about the image, so it must not be left out as a bad one.
+    """
+
+    at_once = AT_ONCE
+
+    def __init__(self, key: str, root: str) -> None:
+        self._key, self._root = key, root
+        self._web = root.startswith("http")
+        with _refusals_in_one_line(key, root):
+            self._files = _remote_files(root)
+
+    def __call__(self, source: str) -> bytes:
+        try:
+            return self._files.read_unpinned(self._name(source), LARGEST_IMAGE)
+        except CacheError as error:
+            if error.reason == "missing":
+                raise FileNotFoundError from None
+            raise UserError(f"image {source!r}: {error}") from None
+
+    def exists(self, source: str) -> bool:
+        """Whether there is an image. Raises UserError if the server fails or refuses."""
+        with _refusals_in_one_line(self._key, self._root):
+            return self._files.exists(self._name(source))
+
+    def _name(self, source: str) -> str:
+        name = posixpath.normpath(source)
+        return quote(name) if self._web else name  # % and ? may be part of a file's name
+
+
+def _files_of(url: str) -> tuple["RemoteFiles", str]:
+    """(the folder of `url`, the name of the file in it)."""
+    return _remote_files(folder(url)), url.partition("?")[0].rpartition("/")[2]
+
+
+def _remote_files(url: str) -> "RemoteFiles":
+    from h2t.cache.read.remote import RemoteFiles
+
+    return RemoteFiles(url)
+
+
+@contextmanager
+def _refusals_in_one_line(key: str, url: str) -> Iterator[None]:
+    """Turns the errors of a store, and of a package that is missing, into UserError."""
+    try:
+        yield
+    except CacheError as error:
+        if error.reason == "missing":
+            raise UserError(f"{key}: {redacted(url)}: no such file; correct the URL") from None
+        raise UserError(f"{key}: {error}") from None
+    except ImportError as error:
+        extra = EXTRAS.get(url.partition("://")[0])
+        way_out = f"; pip install 'h2t[{extra}]'" if extra else ""
+        raise UserError(f"{key}: {redacted(url)}: {_told(error)}{way_out}") from None
+    except ValueError as error:
+        raise UserError(f"{key}: {redacted(url)}: {_told(error)}") from None
 
 
 def _told(error: BaseException) -> str:

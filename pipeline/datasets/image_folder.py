@@ -5,9 +5,10 @@ images `prepare` holds some out (`prepare.test`). A `metadata.csv` of Hugging Fa
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
+import numpy as np
 from PIL import Image
 
 from h2t.pipeline.base.errors import UserError, nearest
@@ -16,6 +17,7 @@ from h2t.pipeline.data import list_files, tables
 from h2t.pipeline.data.decoding import FORMATS
 from h2t.pipeline.data.images import Collection, Transform
 from h2t.pipeline.data.labels import USUAL, split_of
+from h2t.pipeline.data.texts import Texts
 from h2t.pipeline.data.transforms import OwnImages
 
 NUMBER = 2026112602  # other results, another number: docs/numbers.md
@@ -53,8 +55,8 @@ def _folders(options: Options) -> dict[str, str]:
     return {part: folder for part, folder in given.items() if folder is not None}
 
 
-def _images(options: Options, part: str) -> tuple[list[tuple[str, str]], list[str]]:
-    """((class, source) of each image in the folder `part`, sorted by class name, then by path; notes on other files).
+def _images(options: Options, part: str) -> tuple[list[str], Texts, list[str]]:
+    """(class and source of each image in the folder `part`, sorted by class, then by path; notes on other files).
 
     Raises UserError if there are none, or if the folder is of another layout.
     """
@@ -67,50 +69,65 @@ def _images(options: Options, part: str) -> tuple[list[tuple[str, str]], list[st
             "folder per class"
         )
     endings = {ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS}
-    images: list[tuple[str, str]] = []
+    number: dict[str, int] = {}
+    inner: dict[str, set[str]] = {}  # the folders inside those of each class
     loose: list[str] = []
-    others: list[str] = []
-    for source in list_files.walk(root, part, options.follow_links):
-        path = PurePosixPath(source)
-        inside_part = path.relative_to(PurePosixPath(part)).parts
-        if len(inside_part) < 3 and path.stem == "metadata" and path.suffix.lower() in tables.ENDINGS:
-            raise UserError(
-                f"{root / path}: this folder has its labels in a table; set prepare.dataset=table and "
-                f"prepare.options={{table: {root / path}, path: file_name, label: COLUMN}}, or remove the table"
-            )
-        if path.suffix.lower() not in endings:
-            others.append(path.suffix.lower() or path.name)
-        elif len(inside_part) > 1:
-            images.append((inside_part[0], source))
-        else:
-            loose.append(source)
-    if not images:
+    others: Counter[str] = Counter()
+    class_of: list[int] = []
+
+    def images() -> Iterator[str]:
+        for source in list_files.walk(root, part, options.follow_links):
+            path = PurePosixPath(source)
+            inside_part = path.relative_to(PurePosixPath(part)).parts
+            if len(inside_part) < 3 and path.stem == "metadata" and path.suffix.lower() in tables.ENDINGS:
+                raise UserError(
+                    f"{root / path}: this folder has its labels in a table; set prepare.dataset=table and "
+                    f"prepare.options={{table: {root / path}, path: file_name, label: COLUMN}}, or remove the table"
+                )
+            if path.suffix.lower() not in endings:
+                others[path.suffix.lower() or path.name] += 1
+            elif len(inside_part) > 1:
+                name, *between = inside_part[:-1]
+                class_of.append(number.setdefault(name, len(number)))
+                inner.setdefault(name, set()).add(between[0] if between else "")
+                yield source
+            else:
+                loose.append(source)
+
+    found = Texts.of(images())
+    if not class_of:
         raise UserError(
             f"{root / part}: must hold a folder of images per class; got "
             + (f"{counted(len(loose), 'image')} and no folders of images" if loose else "no images")
             + "; set prepare.options.train, val and test, or list labels in a table (prepare.dataset=table)"
         )
-    classes = {name for name, _ in images}
-    if all(split_of(name) for name in classes):
+    if all(split_of(name) for name in number):
         raise UserError(
-            f"{root / part}: holds the splits {', '.join(sorted(classes))}, not classes; set prepare.options.root to "
+            f"{root / part}: holds the splits {', '.join(sorted(number))}, not classes; set prepare.options.root to "
             "this folder and prepare.options.train to its training folder"
         )
-    return sorted(images), [
+    names, rank = list(number), np.argsort(np.argsort(list(number)))
+    order = found.order()  # by path, and then by class
+    order = order[np.argsort(rank[class_of][order], kind="stable")]
+    notes = [
         *_left_out(root / part, loose, others),
-        *_without_images(root / part, classes),
-        *_same_folders(root / part, images, len(PurePosixPath(part).parts)),
+        *_without_images(root / part, set(number)),
+        *_same_folders(root / part, inner),
     ]
+    return [names[class_of[i]] for i in order], found.take(order), notes
 
 
-def _left_out(folder: Path, loose: list[str], others: list[str]) -> list[str]:
+def _left_out(folder: Path, loose: list[str], others: Counter[str]) -> list[str]:
     """Notes on the files that are not used."""
     notes = []
     if loose:
-        notes.append(f"note: {folder}: {counted(len(loose), 'image')} in no class folder, left out; first: {loose[0]}")
+        notes.append(
+            f"note: {folder}: {counted(len(loose), 'image')} in no class folder, left out; first: {min(loose)}"
+        )
     if others:
-        kinds = ", ".join(f"{kind} {count:,}" for kind, count in Counter(others).most_common(5))
-        notes.append(f"note: {folder}: {counted(len(others), 'file')} of other kinds left out: {kinds}")
+        most = sorted(others.items(), key=lambda item: (-item[1], item[0]))[:5]
+        kinds = ", ".join(f"{kind} {count:,}" for kind, count in most)
+        notes.append(f"note: {folder}: {counted(others.total(), 'file')} of other kinds left out: {kinds}")
     return notes
 
 
@@ -125,12 +142,11 @@ def _without_images(folder: Path, classes: set[str]) -> list[str]:
     return [f"note: {folder}: {counted(len(empty), 'folder')} without images, so no class: {named}"]
 
 
-def _same_folders(folder: Path, images: list[tuple[str, str]], depth: int) -> list[str]:
-    """A note if all images lie in sub-folders of equal names, which may be the classes: site_A/cat, site_B/cat."""
-    inner: dict[str, set[str]] = {}
-    for name, source in images:
-        between = PurePosixPath(source).parts[depth + 1 : -1]
-        inner.setdefault(name, set()).add(between[0] if between else "")
+def _same_folders(folder: Path, inner: dict[str, set[str]]) -> list[str]:
+    """A note if all images lie in sub-folders of equal names, which may be the classes: site_A/cat, site_B/cat.
+
+    `inner`: the folders inside those of each class, with "" for images that lie beside them.
+    """
     shared = set.intersection(*inner.values()) - {""} if len(inner) > 1 else set()
     if not shared or any("" in names for names in inner.values()):
         return []
@@ -147,22 +163,21 @@ def load(options: Options) -> Collection:
     """
     folders = _folders(options)
     found = {part: _images(options, folder) for part, folder in folders.items()}
-    classes = sorted({name for name, _ in found["train"][0]})
+    classes = sorted(set(found["train"][0]))
     number = {name: j for j, name in enumerate(classes)}
-    source: list[str] = []
     label: list[int] = []
     split: list[str] = []
-    for part, (images, _) in found.items():
-        for name, path in images:
+    for part, (names, source, _) in found.items():
+        for name, path in zip(names, source, strict=True):
             if name not in number:
                 raise UserError(
                     f"{path}: no training folder for class {name!r}{nearest(name, classes)}; add it or remove the image"
                 )
             list_files.locate(Path(options.root), path, options.follow_links)
-            source.append(path)
             label.append(number[name])
-            split.append(part)
-    return Collection(classes, source, label, split, notes=[note for _, notes in found.values() for note in notes])
+        split += [part] * len(names)
+    sources = Texts.joined(source for _, source, _ in found.values())
+    return Collection(classes, sources, label, split, notes=[note for *_, notes in found.values() for note in notes])
 
 
 def inputs(options: Options) -> dict[str, str]:

@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.text import counted
-from h2t.pipeline.data import labels, parquet_files, url_files
+from h2t.pipeline.data import labels, parquet_files, tables, url_files
 from h2t.pipeline.data.images import Collection, Transform
+from h2t.pipeline.data.texts import Texts
 from h2t.pipeline.data.transforms import CIFAR, OwnImages
 
 NUMBER = 2026112602  # other results, another number: docs/numbers.md
@@ -45,7 +46,7 @@ def _files(options: Options) -> dict[str, tuple[str, pq.ParquetFile]]:
         (f"prepare.options.{split}", split, path)
         for split in ("train", "val", "test")
         for text in getattr(options, split)
-        for path in (url_files if url_files.is_url(text) else parquet_files).found(f"prepare.options.{split}", text)
+        for path in parquet_files.places(f"prepare.options.{split}", text)
     ]
     names = parquet_files.short_names([path for _, _, path in found])
     files = {
@@ -78,13 +79,13 @@ def _whole_number_names(names: list[str] | None, label: list[int]) -> list[str]:
 
 def load(options: Options) -> Collection:
     """All rows of all files, in order. Raises UserError for an unreadable file and for labels that are not valid."""
-    source: list[str] = []
+    sources: list[Texts] = []
     values: list[object] = []
     split: list[str] = []
     files = _files(options)
     for name, (part, file) in files.items():
         try:
-            column = file.read([options.label_column])[options.label_column].to_pylist()
+            column = tables.Values(file.read([options.label_column])[options.label_column])
         except (OSError, pa.ArrowException, ValueError) as error:
             raise UserError(
                 f"{name}: column {options.label_column!r} cannot be read ({error}); replace the file"
@@ -95,11 +96,13 @@ def load(options: Options) -> Collection:
                     f"{name}: row {row}: a label must be a whole number of 0 or more; got {value}; correct the file"
                 )
             labels.check_text(value, f"{name}: row {row}")
-        source += [f"{name}:{row:09d}" for row in range(len(column))]
-        values += column
+        sources.append(Texts.of(f"{name}:{row:09d}" for row in range(len(column))))
+        known: dict[object, object] = {}  # each label once, however many images have it
+        values += (known.setdefault(value, value) for value in column)
         split += [part] * len(column)
     if not values:
         raise UserError("prepare.options.train: must name files with rows; got none; name others")
+    source = Texts.joined(sources)
     if not all(type(value) is int for value in values):
         classes, label = labels.numbered([str(value).strip() for value in values])
         return Collection(classes, source, label, split)

@@ -2,19 +2,25 @@
 
 `prepare.options: {table: photos/labels.csv, path: file_name, label: species}`. An image's source is its path relative
 to `root`, or the Parquet file's name and the row number. This also reads Hugging Face folders by their `metadata.csv`.
+Tables and images may lie at URLs.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pydantic
 
+from h2t.cache.redaction import redacted
 from h2t.pipeline.base.errors import UserError
-from h2t.pipeline.data import labels, list_files, parquet_files, tables
+from h2t.pipeline.data import labels, list_files, parquet_files, tables, url_files
 from h2t.pipeline.data.images import Collection, Transform
+from h2t.pipeline.data.texts import Texts, first_repeat
 from h2t.pipeline.data.transforms import OwnImages
+from h2t.pipeline.data.url_files import Place
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
@@ -23,9 +29,10 @@ class Options(OwnImages):
     """Keys of `prepare.options`."""
 
     table: str | dict[Literal["train", "val", "test"], str]
-    """The table, or tables of train, val and test. A pattern such as `part-*.parquet` names several files."""
+    """The table, or tables of train, val and test, at paths or URLs. A pattern such as `part-*.parquet` names several
+    files."""
     root: str | None = None
-    """Folder that the paths in the table start from; null is the folder of each table."""
+    """Folder that the paths in the table start from, or its URL; null is the folder of each table."""
     path: str | None = None
     """Column of image paths; exactly one of `path` and `bytes` is set."""
     bytes: str | None = None
@@ -51,28 +58,41 @@ def transform(options: Options) -> Transform:
     return options.transform
 
 
-def _tables(options: Options) -> list[tuple[str, Path]]:
-    """(split, or "" where the table does not say, path) of each table."""
+def _tables(options: Options) -> list[tuple[str, Place]]:
+    """(split, or "" where the table does not say, path or URL) of each table."""
     given = options.table if isinstance(options.table, dict) else {"": options.table}
     keys = {split: f"prepare.options.table{split and '.'}{split}" for split in given}
-    found = [(split, path) for split, text in given.items() for path in parquet_files.found(keys[split], text)]
+    found = [(split, path) for split, text in given.items() for path in parquet_files.places(keys[split], text)]
     for split, path in found:
-        if path.suffix.lower() not in tables.ENDINGS:
+        ending = Path(url_files.name_of(path) if isinstance(path, str) else path).suffix.lower()
+        if ending not in tables.ENDINGS:
             raise UserError(
                 f"{keys[split]}: {path}: must end in one of {', '.join(tables.ENDINGS)}; "
                 "save the table in one of these formats"
             )
-        if options.bytes and path.suffix.lower() != ".parquet":
+        if options.bytes and ending != ".parquet":
             raise UserError(f"prepare.options.bytes: only Parquet files hold images; got {path}; set path in its place")
     return found
 
 
-def folder(options: Options) -> Path:
-    """The folder that the paths of images are relative to. Raises UserError if it does not exist."""
+def folder(options: Options) -> Place:
+    """The folder that the paths of images are relative to. Raises UserError for a path that does not exist."""
     if options.root is not None:
+        if url_files.is_url(options.root):
+            return options.root
         root = Path(options.root).expanduser()
     else:
-        folders = [os.path.abspath(path.parent) for _, path in _tables(options)]  # noqa: PTH100 - keeps links
+        found = [path for _, path in _tables(options)]
+        urls = [path for path in found if isinstance(path, str)]
+        if urls:
+            common = url_files.common_folder(urls) if len(urls) == len(found) else None
+            if common is None:
+                raise UserError(
+                    "prepare.options.table: tables must lie on one server, with equal queries in their URLs; got "
+                    "several; set prepare.options.root to the folder that all paths start from"
+                )
+            return common
+        folders = [os.path.abspath(path.parent) for path in found if isinstance(path, Path)]  # noqa: PTH100 - keeps links
         root = Path(os.path.commonpath(folders))
     if not root.is_dir():
         raise UserError(f"prepare.options.root: no folder {root}; set it to the folder that the paths start from")
@@ -84,41 +104,53 @@ def load(options: Options) -> Collection:
     found = _tables(options)
     wanted = [name for name in (options.path, options.label, options.split, options.group) if name is not None]
     root = None if options.path is None else folder(options)
-    source: list[str] = []
+    sources: list[Texts] = []
+    known: dict[str, str] = {}  # each label and group once, however many images have it
     texts: list[str] = []
     split: list[str] = []
     group: list[str] = []
-    places: dict[str, str] = {}
-    for (part, path), short in zip(found, parquet_files.short_names([path for _, path in found]), strict=True):
-        columns = tables.columns(path, wanted)
-        text = tables.texts(path, options.label, columns[options.label])
-        if root is not None and options.path is not None:
-            base = root if options.root is not None else path.parent
-            given = tables.texts(path, options.path, columns[options.path])
-            own = [_source(p, base, root, f"{path}: row {row}", options) for row, p in enumerate(given, 1)]
-            _check_that_some_exist(path, root, own)
+    read: dict[str, str] = {}
+    for (part, place), short in zip(found, parquet_files.short_names([place for _, place in found]), strict=True):
+        path: tables.Table
+        if isinstance(place, str):
+            path = url_files.UrlFile("prepare.options.table", place, whole=options.path is not None)
         else:
-            own = [f"{short}:{row:09d}" for row in range(len(text))]
-        for row, (one, name) in enumerate(zip(own, text, strict=True), 1):
-            if one in places:
-                raise UserError(
-                    f"{path}: row {row}: {one!r} ({name}): must be named once; got it before at {places[one]}; "
-                    "remove one of the rows"
-                )
-            places[one] = f"{path}: row {row} ({name})"
-        source += own
+            path = place
+        columns = tables.columns(path, wanted)
+        text = [known.setdefault(name, name) for name in tables.texts(path, options.label, columns[options.label])]
+        if root is not None and options.path is not None:
+            given = tables.texts(path, options.path, columns[options.path])
+            own = Texts.of(_sources(given, place, root, path, options))
+            _check_that_some_exist(path, root, own)
+            if isinstance(path, url_files.UrlFile):
+                read[str(path)] = path.digest
+        else:
+            own = Texts.of(f"{short}:{row:09d}" for row in range(len(text)))
+        sources.append(own)
         texts += text
         split += list(_splits(part, path, options, columns)) if options.split else [part or "train"] * len(text)
         if options.group:
             named = (None if value is None else str(value).strip() for value in columns[options.group])
-            group += [one or of for one, of in zip(named, own, strict=True)]  # without a name: a group of its own
-    if not source:
+            whole = (one or of for one, of in zip(named, own, strict=True))  # without a name: a group of its own
+            group += (known.setdefault(name, name) for name in whole)
+    if not texts:
         raise UserError(f"{found[0][1]}: must hold at least one row; got none; name another table")
+    source = Texts.joined(sources)
+    if (twice := first_repeat(source)) is not None:
+        starts = np.cumsum([0, *map(len, sources)])
+        tables_of = np.searchsorted(starts, twice, side="right") - 1
+        before, again = (
+            f"{found[table][1]}: row {place - starts[table] + 1}" for table, place in zip(tables_of, twice, strict=True)
+        )
+        raise UserError(
+            f"{again}: {source[twice[1]]!r} ({texts[twice[1]]}): must be named once; got it before at {before} "
+            f"({texts[twice[0]]}); remove one of the rows"
+        )
     classes, label = labels.numbered(texts)
-    return Collection(classes, source, label, split, group if options.group else None)
+    return Collection(classes, source, label, split, group if options.group else None, read=read)
 
 
-def _splits(part: str, path: Path, options: Options, columns: dict[str, list[object]]) -> Iterator[str]:
+def _splits(part: str, path: tables.Table, options: Options, columns: Mapping[str, Sequence[object]]) -> Iterator[str]:
     """The split of each row."""
     for row, value in enumerate(columns[str(options.split)], 1):
         split = labels.split_of(str(value))
@@ -129,6 +161,24 @@ def _splits(part: str, path: Path, options: Options, columns: dict[str, list[obj
                 "correct it, or leave prepare.options.split out"
             )
         yield split
+
+
+def _sources(given: Iterable[str], table: Place, root: Place, named: tables.Table, options: Options) -> Iterator[str]:
+    """Yields the paths `given` in `table`, relative to `root`. Raises UserError that begins with `named`, the table."""
+    if isinstance(root, Path):
+        base = root if options.root is not None else Path(table).parent
+        for row, text in enumerate(given, 1):
+            yield _source(text, base, root, f"{named}: row {row}", options)
+        return
+    start = root if options.root is not None else url_files.folder(str(table))
+    for row, text in enumerate(given, 1):
+        source = url_files.relative(text, root, start)
+        if source is None:
+            raise UserError(
+                f"{named}: row {row}: {text!r}: must be a path below {redacted(root)}; correct it, or set "
+                "prepare.options.root"
+            )
+        yield source
 
 
 def _source(text: str, base: Path, root: Path, where: str, options: Options) -> str:
@@ -151,26 +201,34 @@ def _source(text: str, base: Path, root: Path, where: str, options: Options) -> 
     return source
 
 
-def _check_that_some_exist(table: Path, root: Path, sources: list[str]) -> None:
+def _check_that_some_exist(table: tables.Table, root: Place, sources: Texts) -> None:
     """Raises UserError if none of the first images exists: then the paths start from another folder."""
-    if sources and not any((root / source).exists() for source in sources[:100]):
+    if isinstance(root, Path):
+        exists = [(root / source).exists for source in sources[:100]]
+    else:
+        images = url_files.UrlImages("prepare.options.root", root)
+        exists = [partial(images.exists, source) for source in sources[:100]]
+    if sources and not any(one() for one in exists):
+        first = root / sources[0] if isinstance(root, Path) else redacted(url_files.inside(root, sources[0]))
         raise UserError(
-            f"{table}: row 1: no file {root / sources[0]}; set prepare.options.root to the folder that the paths in "
+            f"{table}: row 1: no file {first}; set prepare.options.root to the folder that the paths in "
             "the table start from"
         )
 
 
 def inputs(options: Options) -> dict[str, str]:
-    """Option -> path: the tables, and the folder of the images."""
+    """Option -> path: the tables and the folder of the images, except those at URLs, which DVC cannot watch."""
     given = options.table if isinstance(options.table, dict) else {"": options.table}
     named = {f"table{split and '.'}{split}": path for split, path in given.items()}
-    return named if options.root is None else {**named, "root": options.root}
+    if options.root is not None:
+        named["root"] = options.root
+    return {option: path for option, path in named.items() if not url_files.is_url(path)}
 
 
 def reader(options: Options) -> Callable[[str], bytes]:
     """A function that returns the bytes of a source."""
     if options.bytes is None:
-        return list_files.image_reader(str(folder(options)), options.follow_links)
+        return list_files.image_reader(str(folder(options)), options.follow_links)  # also takes a URL
     paths = [path for _, path in _tables(options)]
     files = {
         name: parquet_files.opened("prepare.options.table", path)

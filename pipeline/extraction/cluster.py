@@ -129,7 +129,8 @@ def _cluster(address: str, local: Any) -> Any:
 def _connected(client: Any, at: Any, address: str) -> Any:
     """A client of the cluster `at`, which has at least one worker. Raises UserError if nothing answers in time."""
     try:
-        logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # a lost scheduler is said in one line
+        for part in ("client", "batched"):  # a lost scheduler is said in one line, without their tracebacks
+            logging.getLogger(f"distributed.{part}").setLevel(logging.CRITICAL)
         connected = client(at, timeout=SECONDS, set_as_default=False)
         connected.wait_for_workers(1, timeout=SECONDS)
     except (OSError, TimeoutError) as error:

@@ -75,6 +75,19 @@ class TrainingBatch(NamedTuple):
     partner_labels: torch.Tensor | None = None
     progress: float = 0.0
 
+    def of(self, seeds: torch.Tensor | int, features: torch.Tensor) -> "TrainingBatch":
+        """Of a batch with a leading axis of seeds, the part of one seed, or of several heads, each by its seed's index.
+
+        `features` as given.
+        """
+        rest = (part[seeds] if isinstance(part, torch.Tensor) else part for part in self[1:])
+        return TrainingBatch(features, *rest)  # type: ignore[arg-type]
+
+    @property
+    def axes(self) -> Any:
+        """The axis of the heads in each part, for vmap."""
+        return TrainingBatch(*(0 if isinstance(part, torch.Tensor) else None for part in self))  # type: ignore[arg-type]
+
 
 class Host:
     """What all hosts share: a classifier on pooled features (E, B, D), by default `networks.classifier.logits`."""

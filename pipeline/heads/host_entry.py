@@ -24,7 +24,7 @@ from h2t.pipeline.base.text import counted
 from h2t.pipeline.heads.features import FeatureReader
 from h2t.pipeline.heads.fusion import Rounding, Selection
 from h2t.pipeline.heads.host import Host
-from h2t.pipeline.heads.stack import HeadSetting, Optimiser
+from h2t.pipeline.heads.setting import HeadSetting, Optimiser
 from h2t.pipeline.heads.stored import LOSS
 
 

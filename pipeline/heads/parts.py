@@ -16,7 +16,8 @@ from h2t.pipeline.heads.features import FeatureReader
 from h2t.pipeline.heads.fusion import Selection
 from h2t.pipeline.heads.head import MAP_AXES, Head
 from h2t.pipeline.heads.residency import WINDOW_SHARE, Choice, Room, amount
-from h2t.pipeline.heads.stack import FLOAT, HeadSetting
+from h2t.pipeline.heads.setting import HeadSetting
+from h2t.pipeline.heads.stack import FLOAT
 from h2t.pipeline.networks.trained import StageOneHead
 from h2t.pipeline.training.resume import Checkpoint
 

@@ -1,7 +1,9 @@
 """Trains the classifiers of a task in several processes, each a share of them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pyarrow.parquet as pq
 import torch
@@ -15,8 +17,9 @@ from h2t.pipeline.base.side_by_side import side_by_side
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.heads.parts import shares_of
 from h2t.pipeline.heads.residency import host_room
+from h2t.pipeline.heads.start import save_start
 from h2t.pipeline.heads.stored import Heads, load_heads
-from h2t.pipeline.heads.task import Diverged, Made, Summary, Task, table, together, train_task
+from h2t.pipeline.heads.task import Diverged, Made, Summary, Task, backbone_start, table, together, train_task
 from h2t.pipeline.heads.training import Trained, joined
 from h2t.pipeline.training.resume import Checkpoint
 
@@ -34,10 +37,20 @@ def train_spread(task: Task) -> Made:
     devices = devices_of(run.device, len(shares))
     run.say(f"{run.name}: {counted(len(heads), 'classifier')} in {len(shares)} processes")
     clock.begins("training")
+    with TemporaryDirectory(prefix="h2t-start-") as folder:
+        start = Path(folder) / "start.safetensors"
+        save_start(start, backbone_start(task))  # once for all: fitting a probe can take as long as training
+        return _train(task, shares, devices, start)
+
+
+def _train(task: Task, shares: Sequence[Sequence[int]], devices: Sequence[str], start: Path) -> Made:
+    """Trains each share in a process of its own and puts the classifiers together."""
+    run, heads = task.run, task.heads
     jobs = [
         _Share(
             replace(
                 task,
+                start=start,
                 run=replace(run, out=share_of(run.out, number, len(shares)), say=silent, chosen=None),
                 heads=[heads[place] for place in share],
                 host=host_room() // len(shares),

@@ -1,54 +1,36 @@
 """Trains K heads together. Heads of one seed share their batches; each has its own channels and optimiser state.
 
 A `Head` describes one of them; `torch.func.vmap` over its gradient adds the stack's axis. Heads that are linear in
-pooled features get their logits from matrix products of the whole stack instead (`heads.folded`), to the same result.
+pooled features get their logits from matrix products of the whole stack instead (`heads.linear_heads`), to the same
+result.
 Head k of a stack equals that head trained alone, up to the rounding of batched matrix products.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from copy import copy
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch.func import grad_and_value, vmap
-from torch.nn import functional as F
 
 from h2t.pipeline.base.many_streams import generators
-from h2t.pipeline.base.params import Count, Epochs, NonNegative, Rate, Ratio, Section
 from h2t.pipeline.base.progress import progress
 from h2t.pipeline.base.seeds import stream
 from h2t.pipeline.heads.batches import Batch
-from h2t.pipeline.heads.descent import Descent, PerHead
+from h2t.pipeline.heads.descent import Descent
 from h2t.pipeline.heads.draws import DRAWN_BYTES, Draws, sent
 from h2t.pipeline.heads.folded import Folded, Groups, Plain, Products
-from h2t.pipeline.heads.fusion import (
-    Rounding,
-    Selection,
-    channel_ranks,
-    donor_orders,
-    fixed_channels,
-    fuse,
-    mix,
-    replaced_channels,
-    shuffle,
-)
+from h2t.pipeline.heads.fusion import Selection, channel_ranks, donor_orders, fixed_channels, fuse, mix, shuffle
 from h2t.pipeline.heads.head import Head
-from h2t.pipeline.heads.host import GradientHost, TrainingBatch, is_stackable
+from h2t.pipeline.heads.host import GradientHost, TrainingBatch
+from h2t.pipeline.heads.linear_heads import LinearHeads, in_blocks
 from h2t.pipeline.heads.residency import MAX_WINDOW_STEPS, Feed, Step
+from h2t.pipeline.heads.setting import HeadSetting, Optimiser
 from h2t.pipeline.networks.trained import StageOneHead
 from h2t.pipeline.training.resume import Checkpoint
 
-LEAST_LENGTH = 1e-12  # of a feature vector, as in torch's `normalize`
 FOLDED_CLASSES = 64  # with more classes, fused features cost less than folded weights (docs/decisions/0019)
 DRAWN: tuple[Selection, ...] = ("random", "shuffled")  # selections that draw their channels
 FLOAT = 4  # bytes of a float32, which heads compute with
-#: Bytes of logits that are computed at once on the CPU. More would leave the processor's cache, and malloc would take
-#: fresh pages for each array above 32 MiB.
-LOGITS_AT_ONCE = 4 * 2**20
-PER_HEAD = ("lr", "weight_decay")  # constants in which heads of one stack may differ
 
 
 class NotFinite(Exception):
@@ -57,61 +39,6 @@ class NotFinite(Exception):
     def __init__(self, epoch: int, head: int, parameter: str) -> None:
         super().__init__(f"epoch {epoch}: {parameter} of head {head} is not finite")
         self.epoch, self.head, self.parameter = epoch, head, parameter
-
-
-@dataclass(frozen=True)
-class HeadSetting:
-    """What distinguishes one head of a stack from the others; `rounding` is the same for all.
-
-    `constants`: (name, value) of the constants in which it differs from the host's own settings: `lr`, `weight_decay`,
-    `scale`, and `loss.KEY` for a constant of the loss. Heads of one stack have equal `kind`s.
-    """
-
-    ratio: float
-    donor: str
-    selection: Selection
-    seed: int
-    rounding: Rounding = "floor"
-    constants: tuple[tuple[str, Any], ...] = ()
-
-    @property
-    def kind(self) -> tuple[tuple[str, Any], ...]:
-        """The constants that heads of one stack share: all but those of the optimiser."""
-        return tuple((name, value) for name, value in self.constants if name not in PER_HEAD)
-
-    def replaced(self, channels: int) -> int:
-        """How many of `channels` are replaced."""
-        return replaced_channels(self.ratio, channels, self.rounding)
-
-
-class Optimiser(Section):
-    """Section `hosts.NAME.optimiser`: SGD whose learning rate follows half a cosine over the epochs."""
-
-    epochs: Epochs = 10
-    """Passes over the training samples."""
-    batch_size: Count = 128
-    """Receivers in a batch."""
-    lr: Rate = 0.02
-    """Learning rate at the start; it follows half a cosine down to 0."""
-    momentum: Ratio = 0.9
-    """Momentum of SGD."""
-    weight_decay: NonNegative = 5e-4
-    """Weight decay of SGD."""
-
-    def rate(self, epoch: int) -> float:
-        """The learning rate of `epoch`, counted from 0; it is constant within an epoch and never reaches 0."""
-        return 0.5 * self.lr * (1 + math.cos(math.pi * epoch / self.epochs))
-
-    def of(self, head: HeadSetting) -> "Optimiser":
-        """The settings that `head` is trained with."""
-        return self.model_copy(update={name: value for name, value in head.constants if name in PER_HEAD})
-
-    def per_head(self, heads: Sequence[HeadSetting]) -> PerHead | None:
-        """The constants of each of `heads`; None if all of them have these settings."""
-        own = [self.of(head) for head in heads]
-        if all(settings == self for settings in own):
-            return None
-        return PerHead([settings.lr / self.lr for settings in own], [settings.weight_decay for settings in own])
 
 
 def _fixed_masks(heads: Sequence[HeadSetting], replaced: np.ndarray, channels: int) -> torch.Tensor | None:
@@ -132,17 +59,6 @@ def not_finite(state: Mapping[str, torch.Tensor]) -> tuple[int, str] | None:
         if not finite.all():
             return int((~finite).nonzero()[0]), name
     return None
-
-
-def _axes(batch: TrainingBatch) -> Any:
-    """The axis of the heads in each part of a batch, for vmap."""
-    return TrainingBatch(*(0 if isinstance(part, torch.Tensor) else None for part in batch))  # type: ignore[arg-type]
-
-
-def _taken(batch: TrainingBatch, seeds: torch.Tensor | int, features: torch.Tensor) -> TrainingBatch:
-    """The parts of one seed or, with an index for each head, those of the heads; `features` as given."""
-    rest = (part[seeds] if isinstance(part, torch.Tensor) else part for part in batch[1:])
-    return TrainingBatch(features, *rest)  # type: ignore[arg-type]
 
 
 class Stack:
@@ -184,18 +100,11 @@ class Stack:
         few = self.host.context.classes <= FOLDED_CLASSES
         self._folds = self.at_once and usual and few and bool(self.replaced.any()) and not self.host.augments
         self._groups = Groups(self._seed_index, donor_index, self.device)
-        self._blocks = self._in_blocks(donor_index)
-
-    def _in_blocks(self, donors: Sequence[int]) -> list[tuple[torch.Tensor | slice, Groups]]:
-        """The heads whose logits are computed at once, and their groups; a folded block has heads of all groups."""
-        members = self._groups.members if self._folds else torch.arange(len(self.heads))[None]
-        per_head = self.feed.experts * self.streams.batch_size * self.host.context.classes * self.dtype.itemsize
-        length = max(1, LOGITS_AT_ONCE // (len(members) * per_head))
-        if not self.at_once or self.device.type != "cpu" or length >= members.shape[1]:
-            return [(slice(None), self._groups)]
-        blocks = [block.flatten() for block in members.split(length, 1)]
-        seed, donor = self._seed_index, np.asarray(donors)
-        return [(heads, Groups(seed[heads.numpy()], donor[heads.numpy()], self.device)) for heads in blocks]
+        if self.at_once and self.device.type == "cpu":
+            logits = self.feed.experts * self.streams.batch_size * self.host.context.classes * self.dtype.itemsize
+            self._blocks = in_blocks(self._groups, self._seed_index, donor_index, logits, folds=self._folds)
+        else:
+            self._blocks = [(slice(None), self._groups)]
 
     def start(self, stage1: StageOneHead) -> None:
         """Sets the initial parameters of every head; they are equal for heads of one seed.
@@ -206,9 +115,7 @@ class Stack:
             rows = self.streams.receivers
             x = self.feed.reader.read(rows.first).to(self.device, self.dtype)
             self.head.prepare(x, torch.from_numpy(rows.labels).to(self.device), stage1)
-        self._on_logits = copy(self.host)
-        self._on_logits.classifier = "given"
-        self._stackable = is_stackable(self._on_logits)
+        self.linear_heads = LinearHeads(self.host, self._blocks, self._seed)
         each = [self.head.initial(stage1, stream(h.seed, "initial")) for h in self.heads]
         self.state = {
             name: torch.stack([e[name] for e in each]).to(self.device, self.dtype, copy=True) for name in each[0]
@@ -271,7 +178,7 @@ class Stack:
 
     def masks(self, ranks: torch.Tensor) -> torch.Tensor:
         """Masks of the channels that are replaced in a batch with these `ranks`, bool (K, E, C)."""
-        drawn = ranks[self._seed] < self._replaced
+        drawn = ranks.index_select(0, self._seed) < self._replaced
         return drawn if self._fixed is None else torch.where(self._drawn, drawn, self._fixed.unsqueeze(1))
 
     def given(self, at: Step, progress: float = 0.0) -> tuple[TrainingBatch, torch.Tensor | None]:
@@ -288,7 +195,7 @@ class Stack:
         given = TrainingBatch(features, draws.labels, draws.noise, draws.samples, partners, labels, progress)
         if not self.host.augments:
             return given, donors
-        each = [_taken(given, seed, receivers) for seed, receivers in enumerate(given.features)]
+        each = [given.of(seed, receivers) for seed, receivers in enumerate(given.features)]
         return given._replace(features=torch.stack([self.host.augment(one) for one in each])), donors
 
     def fused(self, draws: Draws, receivers: torch.Tensor, donors: torch.Tensor | None) -> torch.Tensor:
@@ -315,11 +222,11 @@ class Stack:
         assert at.draws is not None
         given, donors = self.given(at, progress)
         if self.at_once:
-            losses = self._gradients_at_once(given, self._products(at.draws, given.features, donors))
+            losses = self.linear_heads.gradients(self.state, given, self._products(at.draws, given.features, donors))
             descent.step(rate)
             return losses
         x = self.fused(at.draws, given.features, donors)
-        of_heads = _taken(given, self._seed, x)
+        of_heads = given.of(self._seed, x)
         losses = self._gradients(of_heads)
         descent.step(rate)
         if self.host.fixed:
@@ -335,48 +242,10 @@ class Stack:
         def loss(own: dict[str, torch.Tensor], fixed: dict[str, torch.Tensor], batch: TrainingBatch) -> torch.Tensor:
             return self.head.batch_loss({**own, **fixed}, batch)
 
-        grads, losses = vmap(grad_and_value(loss), in_dims=(0, 0, _axes(batch)))(trained, fixed, batch)
+        grads, losses = vmap(grad_and_value(loss), in_dims=(0, 0, batch.axes))(trained, fixed, batch)
         for name, gradients in grads.items():
             self.state[name].grad = gradients
         return losses.detach()
-
-    def _gradients_at_once(self, batch: TrainingBatch, every: Iterable[Products]) -> torch.Tensor:
-        """Sets the gradients of linear heads, from the products with the features of each block. Returns the losses.
-
-        `batch`: what a step brings, with a leading axis of seeds.
-        """
-        if self._stackable:  # these losses use nothing else
-            batch = TrainingBatch(batch.features, batch.labels, batch.noise)
-        batch = batch._replace(partners=None)
-        trained = {name: t for name, t in self.state.items() if name not in self.host.fixed}
-        blocks = []
-        for (heads, _), products in zip(self._blocks, every, strict=True):
-            own = {name: t.detach()[heads] for name, t in self.state.items()}
-            logits = self._logits(products, own).requires_grad_()
-            leaves = {name: own[name].requires_grad_() for name in trained}
-            losses = self._losses(own, _taken(batch, self._seed[heads], logits))
-            outer, *rest = torch.autograd.grad(losses.sum(), [logits, *leaves.values()], allow_unused=True)
-            found = self._of_logits(products, own, outer.mT)
-            for name, gradient in zip(leaves, rest, strict=True):  # of what a loss uses besides logits
-                if gradient is not None:
-                    found[name] = found[name] + gradient if name in found else gradient
-                elif name not in found:
-                    found[name] = torch.zeros_like(leaves[name])
-            blocks.append((found, losses.detach()))
-        for name, tensor in trained.items():
-            if len(blocks) == 1:
-                tensor.grad = blocks[0][0][name]
-                continue
-            if tensor.grad is None:  # kept from step to step, for the same reason that there are blocks
-                tensor.grad = torch.empty_like(tensor)
-            for (heads, _), (found, _) in zip(self._blocks, blocks, strict=True):
-                tensor.grad[heads] = found[name]
-        if len(blocks) == 1:
-            return blocks[0][1]
-        each = blocks[0][1].new_empty(len(self.heads))
-        for (heads, _), (_, losses) in zip(self._blocks, blocks, strict=True):
-            each[heads] = losses
-        return each
 
     def _products(self, draws: Draws, features: torch.Tensor, donors: torch.Tensor | None) -> Iterator[Products]:
         """Products with the fused features of each block of heads. `features`, `donors`: as `given` returns them."""
@@ -389,35 +258,6 @@ class Stack:
         if self._mixing:
             share = torch.where(self._share > 0, self._share, share)
         yield from (Folded(share[heads], pairs, groups) for heads, groups in self._blocks)
-
-    @torch.no_grad()
-    def _logits(self, products: Products, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The experts' logits of heads with this `state` on their fused features, (K, E, B, N)."""
-        if self.host.classifier == "cosine":
-            logits = products.of(F.normalize(state["weight"], dim=-1)).div_(products.lengths.clamp_min(LEAST_LENGTH))
-        else:
-            logits = products.of(state["weight"]).add_(state["bias"].unsqueeze(-1))
-        return (logits if self.host.scale == 1 else logits.mul_(self.host.scale)).mT
-
-    def _of_logits(
-        self, products: Products, state: Mapping[str, torch.Tensor], outer: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        """The gradients of weights and biases, from those of the logits, `outer` (K, E, N, B)."""
-        if self.host.scale != 1:
-            outer = outer * self.host.scale
-        if self.host.classifier != "cosine":
-            return {"weight": products.gradient(outer), "bias": outer.sum(-1)}
-        gradient = products.gradient(outer / products.lengths.clamp_min(LEAST_LENGTH))
-        length = state["weight"].detach().norm(dim=-1, keepdim=True).clamp_min(LEAST_LENGTH)
-        unit = state["weight"].detach() / length
-        return {"weight": (gradient - unit * (unit * gradient).sum(-1, keepdim=True)) / length}
-
-    def _losses(self, state: Mapping[str, torch.Tensor], batch: TrainingBatch) -> torch.Tensor:
-        """The losses of heads with this `state`, whose experts' logits are the features of the batch, (K,)."""
-        loss = self._on_logits.batch_loss
-        if not self._stackable:
-            loss = vmap(loss, in_dims=(0, _axes(batch)))
-        return loss(state, batch)
 
     def train(
         self,

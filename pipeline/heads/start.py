@@ -123,6 +123,20 @@ def save_probe(folder: Path, head: StageOneHead, cache: Cache, settings: Probe) 
     save_weights(folder / PROBES[head.classifier], {**head.state, **tensors}, about)
 
 
+def save_start(path: Path, head: StageOneHead) -> None:
+    """Writes a backbone's head for the processes that start from it."""
+    tensors, described = head.frozen.to_file() if head.frozen else ({}, None)
+    about = {"classifier": head.classifier, "scale": head.scale, **({"frozen": described} if head.frozen else {})}
+    save_weights(path, {**head.state, **tensors}, about)
+
+
+def load_start(path: Path) -> StageOneHead:
+    """What `save_start` wrote."""
+    tensors, about = load_weights(path)
+    state, frozen = from_weights(tensors, about, str(path))
+    return StageOneHead(state, about["classifier"], about["scale"], frozen)
+
+
 def _of(cache: Cache, settings: Probe) -> dict[str, Any]:
     """What a probe depends on, as its file records it."""
     return {

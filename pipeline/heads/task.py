@@ -32,14 +32,9 @@ from h2t.pipeline.heads.host import Context
 from h2t.pipeline.heads.host_entry import Params, check_reads
 from h2t.pipeline.heads.parts import planned_parts, step_size
 from h2t.pipeline.heads.residency import Feed, Residency, amount, find_room, plan_tier
-from h2t.pipeline.heads.stack import (
-    FLOAT,
-    HeadSetting,
-    NotFinite,
-    Optimiser,
-    not_finite,
-)
-from h2t.pipeline.heads.start import backbone_head, class_means, from_file
+from h2t.pipeline.heads.setting import HeadSetting, Optimiser
+from h2t.pipeline.heads.stack import FLOAT, NotFinite, not_finite
+from h2t.pipeline.heads.start import backbone_head, class_means, from_file, load_start
 from h2t.pipeline.heads.stored import HeadParts, Heads, build_head
 from h2t.pipeline.heads.training import fit, train
 from h2t.pipeline.networks.pool import Pool
@@ -103,7 +98,7 @@ class Task:
     """Classifiers with the settings `heads`, to be trained on `rows` of `cache`, by default all training samples.
 
     `run.out` is the place whose neighbour holds the unfinished training. `host`: bytes of host memory to plan with, by
-    default what is available.
+    default what is available. `start`: the file of the backbone's head, if another process has read or fitted it.
     """
 
     params: Params
@@ -114,6 +109,25 @@ class Task:
     heads: list[HeadSetting]
     rows: pa.Table | None = None
     host: int | None = None
+    start: Path | None = None
+
+
+def backbone_start(task: Task) -> StageOneHead:
+    """The head of the task's backbone: trained in stage I, or a probe, which is fitted here unless there is one."""
+    if task.start is not None:
+        return load_start(task.start)
+    kind = plugins.load("hosts", task.params.host).Host
+    if kind.starts_from == "own" or _start_of(task.params) not in (None, "probe"):
+        return load_head(task.backbone_dir)
+    return backbone_head(
+        task.cache, task.backbone_dir, task.params.classifier, task.run.device, task.run.say, task.rows
+    )
+
+
+def _start_of(params: Params) -> str | None:
+    """What training starts from, as `hosts.NAME.start` says it, or by the host's default."""
+    kind = plugins.load("hosts", params.host).Host
+    return params.start or ("means" if kind.starts_from == "means" else None)
 
 
 def train_task(task: Task) -> Made:
@@ -121,12 +135,8 @@ def train_task(task: Task) -> Made:
     params, run, cache, heads = task.params, task.run, task.cache, task.heads
     recipe = RECIPES[params.batchnorm]
     kind = plugins.load("hosts", params.host).Host
-    own = load_head(task.backbone_dir)
-    start = params.start or ("means" if kind.starts_from == "means" else None)
-    from_backbone = kind.starts_from != "own" and start in (None, "probe")
-    stage1 = own
-    if from_backbone:
-        stage1 = backbone_head(cache, task.backbone_dir, params.classifier, run.device, run.say, task.rows)
+    start = _start_of(params)
+    stage1 = backbone_start(task)
     fitted = kind.fitted
     receiver = params.receiver or kind.receiver
     replaced = [h.replaced(cache.spec.maps[0][0]) for h in heads]

@@ -56,9 +56,10 @@ def check(values: dict[str, Any], say: Callable[[str], None] = lambda line: None
     Fills in sections that are left out; `host`, `arch` and `objective`, by the entry's name; in each entry the values
     of `backbone_defaults` or `host_defaults`; and settings from `run` in the section of their stage.
     """
+    from h2t.pipeline.extraction import settings as extract
     from h2t.pipeline.heads import host_entry
     from h2t.pipeline.heads.residency import Residency
-    from h2t.pipeline.stages import evaluate, extract, pool, prepare, report, train_backbone, train_classifier
+    from h2t.pipeline.stages import evaluate, pool, prepare, report, train_backbone, train_classifier
 
     _check_sections(values, say)
     section = params.build(prepare.Params, "prepare", values["prepare"])

@@ -117,8 +117,9 @@ def why(
         of = cache.spec.rows
         stale = of if reasons or layout else 0
         return Verdict(reasons, unknown, stale, of, layout, possible=stale)
-    rows = extract.planned_rows(params, samples).table()
-    wanted = Wanted(rows, asked, params.dtype, samples.facts["dataset"], settings or {})
+    planned = extract.planned_rows(params, samples)
+    rows = planned.table()
+    wanted = Wanted(planned, asked, params.dtype, samples.facts["dataset"], settings or {})
     kept = kept_statistics(previous, asked, _names(rows))[0] if previous is not None else {}
     reasons += _statistics(cache, _names(rows), kept) + _dataset(cache.rows, rows, bool(kept))
     if not reasons and not layout:
@@ -131,7 +132,7 @@ def why(
 
 def _to_extract(source: Cache, wanted: Wanted) -> tuple[int, list[str]]:
     """How many rows must be computed if `source` gives statistics and rows; and why, in words."""
-    kept, _ = kept_statistics(source, wanted.inputs, _names(wanted.rows))
+    kept, _ = kept_statistics(source, wanted.inputs, wanted.rows.plan.statistics)
     origin, reasons = origins(source, wanted, {*kept, "stage1"})
     return int((origin < 0).sum()), reasons
 

@@ -39,6 +39,13 @@ class Backbone(nn.Module):
         """Images (B, 3, H, W) -> E maps, each (B, C, H', W')."""
         raise NotImplementedError
 
+    def alone(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        """Images (B, 3, H, W) -> the map (B, C, H', W') of one expert; the other experts' batch norms do not see `x`.
+
+        Only objectives that train two branches on a batch each need it (`training.objective.Objective.share`).
+        """
+        raise NotImplementedError
+
 
 class ExpertOptions(Section):
     """Keys of `backbones.NAME.options` of a network with expert branches."""

@@ -2,16 +2,27 @@
 
 Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2 (option-A shortcuts). Experts
 share conv1 and layer1; each has its own later layers, at full width (Wang et al., "RIDE", ICLR 2021, as the H2T authors
-use it).
+use it). Or they share everything but the last block (Zhou et al., "BBN", CVPR 2020, section 4.3).
 """
+
+from typing import Literal
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from h2t.pipeline.networks.backbone import Backbone
+from h2t.pipeline.networks.backbone import Backbone, ExpertOptions
 
 WIDTHS = (16, 32, 64)
+
+Fork = Literal["layer2", "last_block"]
+
+
+class Options(ExpertOptions):
+    """Keys of `backbones.NAME.options` of a ResNet for small images."""
+
+    fork: Fork = "layer2"
+    """The first part that each branch has for itself; `last_block` is the network of BBN."""
 
 
 class Block(nn.Module):
@@ -47,15 +58,20 @@ class CifarResNet(Backbone):
 
     channels = WIDTHS[-1]
 
-    def __init__(self, blocks: int, experts: int = 1) -> None:
+    def __init__(self, blocks: int, experts: int = 1, fork: Fork = "layer2") -> None:
         super().__init__()
         self.experts = experts
+        self.own_blocks = experts > 1 and fork == "last_block"
         self.conv1 = nn.Conv2d(3, WIDTHS[0], 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(WIDTHS[0])
         self.layer1 = _layer(blocks, WIDTHS[0], WIDTHS[0], 1)
         if experts == 1:
             self.layer2 = _layer(blocks, WIDTHS[0], WIDTHS[1], 2)
             self.layer3 = _layer(blocks, WIDTHS[1], WIDTHS[2], 2)
+        elif self.own_blocks:
+            self.layer2 = _layer(blocks, WIDTHS[0], WIDTHS[1], 2)
+            self.layer3 = _layer(blocks - 1, WIDTHS[1], WIDTHS[2], 2)
+            self.blocks = nn.ModuleList(Block(WIDTHS[2], WIDTHS[2], 1) for _ in range(experts))
         else:
             self.layer2s = nn.ModuleList(_layer(blocks, WIDTHS[0], WIDTHS[1], 2) for _ in range(experts))
             self.layer3s = nn.ModuleList(_layer(blocks, WIDTHS[1], WIDTHS[2], 2) for _ in range(experts))
@@ -65,7 +81,21 @@ class CifarResNet(Backbone):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Images (B, 3, H, W) -> E maps (B, 64, H/4, W/4)."""
+        x = self._shared(x)
+        return tuple(self._own(x, expert) for expert in range(self.experts))
+
+    def alone(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        """Images (B, 3, H, W) -> the map (B, 64, H/4, W/4) of one expert; the other experts' layers are not run."""
+        return self._own(self._shared(x), expert)
+
+    def _shared(self, x: torch.Tensor) -> torch.Tensor:
         x = self.layer1(F.relu(self.bn1(self.conv1(x))))
+        return self.layer3(self.layer2(x)) if self.own_blocks else x
+
+    def _own(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        if self.own_blocks:
+            found: torch.Tensor = self.blocks[expert](x)
+            return found
         if self.experts == 1:
-            return (self.layer3(self.layer2(x)),)
-        return tuple(third(second(x)) for second, third in zip(self.layer2s, self.layer3s, strict=True))
+            return self.layer3(self.layer2(x))
+        return self.layer3s[expert](self.layer2s[expert](x))

@@ -35,7 +35,7 @@ def expert_logits(classifier: str, state: State, features: torch.Tensor, scale: 
 
     linear: `scale` (f w + b). cosine: `scale` cos(f, w), without bias (Li et al., "GCL", CVPR 2022; RIDE's cosine
     classifier). branches: `scale` times the sum of ResLT's branches, normalised by their running statistics. given: the
-    features are the logits already; heads.stack computes those of many heads at once.
+    features are the logits already; heads.linear_heads computes those of many heads at once.
     """
     if classifier == "given":
         return features

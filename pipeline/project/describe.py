@@ -41,7 +41,7 @@ def lines(found: Found, seen: Survey, *, bar: str = "█") -> Iterator[str]:
     yield from (f"copies      {line}" for line in describe_copies(Labelled.of(images), alike))
     if alike:
         yield "            copies are left out, and all of an image under two labels (duplicates: drop)"
-    if not seen.digests:
+    if not seen.digests.known.any():
         yield "copies      not looked for; --check all reads every byte"
 
 

@@ -7,7 +7,7 @@ from h2t.cache.format.spec import MAX_RECORD_BYTES, CacheSpec, canonical_json, s
 from h2t.pipeline.project.rehearsal import BATCH, TEST_SHARE, Rehearsal
 from h2t.pipeline.stages import extract
 
-PREPARE_IMAGE_BYTES = 700  # of memory that prepare holds for each image; measured with 50,000 and 250,000 images
+PREPARE_IMAGE_BYTES = 130  # of memory that prepare holds for an image: 70 and its name, here of up to 60 characters
 EXTRACT_ROW_BYTES = 50  # of memory that extract holds for each row, at most; measured with 10 million: 23 to 35
 PLAN_ROW_BYTES = 16  # of memory that stage II holds for each row, beside features; measured by bench_rows
 DVC_FILES = 100_000  # beyond these, DVC's own list of files takes minutes

@@ -40,7 +40,8 @@ from h2t.pipeline.heads.descent import Descent
 from h2t.pipeline.heads.features import FeatureReader, load_pool
 from h2t.pipeline.heads.host import Context
 from h2t.pipeline.heads.residency import Choice, Feed
-from h2t.pipeline.heads.stack import FLOAT, HeadSetting, Stack
+from h2t.pipeline.heads.setting import HeadSetting
+from h2t.pipeline.heads.stack import FLOAT, Stack
 from h2t.pipeline.heads.stored import HeadParts, build_head
 from h2t.pipeline.networks.backbone import build_backbone
 from h2t.pipeline.networks.trained import StageOneHead, backbone_facts

@@ -15,7 +15,7 @@ from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import build
 from h2t.pipeline.base.progress import progress
 from h2t.pipeline.data.decoding import Properties, properties
-from h2t.pipeline.data.splits import copies
+from h2t.pipeline.data.texts import Digests
 from h2t.pipeline.project.detect import Found
 
 PIECE = 64  # images per task of a thread
@@ -31,16 +31,20 @@ class Survey:
     """
 
     short_side: np.ndarray
+    digests: Digests
     modes: Counter[str] = field(default_factory=Counter)
     unreadable: dict[int, str] = field(default_factory=dict)
     turned: int = 0
     deep: tuple[float, float] | None = None
-    digests: dict[int, str] = field(default_factory=dict)
 
     @property
     def readable(self) -> np.ndarray:
         """The short sides of the readable images, in pixels."""
         return self.short_side[self.short_side > 0]
+
+    def copies(self) -> list[list[int]]:
+        """Positions of images that are equal byte by byte."""
+        return self.digests.copies()
 
     def add(self, i: int, what: Properties | str, digest: str) -> None:
         """Adds image `i`: its properties, or why it cannot be read."""
@@ -56,10 +60,6 @@ class Survey:
             low, high = self.deep or (what.low, what.high)
             self.deep = (min(low, what.low), max(high, what.high))
 
-    def copies(self) -> list[list[int]]:
-        """Positions of images that are equal byte by byte."""
-        return copies(self.digests)
-
 
 def _folder(module: Any, options: Any) -> Path | None:
     """The folder that sources are paths in; None where images lie in Parquet files."""
@@ -74,7 +74,7 @@ def survey(found: Found, *, headers: bool = False) -> Survey:
     options = build(module.Options, "prepare.options", found.options)
     read, root = module.reader(options), _folder(module, options)
     sources = found.collection.source
-    result = Survey(np.zeros(len(sources), np.int32))
+    result = Survey(np.zeros(len(sources), np.int32), Digests(len(sources)))
 
     def look(i: int) -> tuple[Properties | str, str]:
         """(what image i holds, or why it cannot be read; its sha256)."""

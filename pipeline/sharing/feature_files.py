@@ -339,7 +339,7 @@ def _table(path: Path) -> _Arrays:
     """The columns of a CSV, TSV or JSON Lines file."""
 
     def column(name: str) -> np.ndarray:
-        return _labels(tables.texts(path, name, tables.columns(path, [name])[name]))
+        return _labels(list(tables.texts(path, name, tables.columns(path, [name])[name])))
 
     return _Arrays(path, {name: partial(column, name) for name in tables.column_names(path)})
 

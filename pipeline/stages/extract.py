@@ -13,10 +13,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
-import pydantic
 import torch
 
 from h2t.cache.errors import CacheError
@@ -27,8 +26,6 @@ from h2t.cache.write.carry import Carrier, Source
 from h2t.cache.write.parts import Part
 from h2t.cache.write.target import AnyStaging, OfPart, Target, Whole, target_at
 from h2t.pipeline.base.errors import UserError
-from h2t.pipeline.base.params import DISTINCT, Bytes, Count, Epochs, Positive, Section, at_most
-from h2t.pipeline.base.precision import Precision
 from h2t.pipeline.base.progress import progress
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.base.text import counted
@@ -36,10 +33,9 @@ from h2t.pipeline.data.images import Images
 from h2t.pipeline.data.samples import Samples
 from h2t.pipeline.extraction import batchnorm, cluster, forward, reuse
 from h2t.pipeline.extraction.batchnorm import Statistics
-from h2t.pipeline.extraction.cluster import ADDRESS
 from h2t.pipeline.extraction.commit import written_with
-from h2t.pipeline.extraction.recorded import MOST_IMAGES
 from h2t.pipeline.extraction.row_plan import PlannedRows, planned
+from h2t.pipeline.extraction.settings import Params as Params  # every stage module has its `Params`
 from h2t.pipeline.networks.backbone import Backbone
 from h2t.pipeline.networks.trained import BackboneFacts, backbone_facts, has_stored_weights, load_backbone
 
@@ -48,42 +44,6 @@ NUMBER = 2026112601  # other results, another number: docs/numbers.md
 WRITERS = max(1, min(4, len(os.sched_getaffinity(0)) // 4))
 
 TAP = "last maps before pooling"  # where the backbone is cut; part of the fingerprint
-MOST_VIEWS = 2**15  # views are numbered from 0 in 16 bits
-
-
-class Params(Section):
-    """Section `extract`."""
-
-    batchnorm: Annotated[list[Literal["stage1", "calibrated", "branchwise", "reverse"]], DISTINCT] = [
-        "stage1",
-        "branchwise",
-    ]
-    """Batch-norm recipes whose rows the cache stores; a host reads one of them. Without batch norm it is `stage1`.
-
-    If the key is left out, it is `stage1` as well for the pretrained weights of a package.
-    """
-    batchnorm_passes: Epochs = 200
-    """Batches that each set of statistics is estimated from."""
-    max_views: Annotated[Count, at_most(MOST_VIEWS)] = 1
-    """Largest number of views of a training image: view 0 is the evaluation transform, the others are augmented."""
-    view_target: Positive = 1.0
-    """A class of n images gets ceil(view_target x mean class size / n) views, up to `max_views`."""
-    dtype: Literal["float16", "float32", "bfloat16"] = "float16"
-    """Number format in which maps are stored."""
-    codec: Literal["none", "zstd", "blosc-lz4", "numcodecs.lz4", "pcodec"] = "none"
-    """Compression of maps."""
-    chunk_rows: Count | None = None
-    """Rows in a chunk, the unit of reading and of checksums; null chooses by the size of a row."""
-    shard_bytes: Bytes = 128 * 1024**2
-    """Size of a shard file, in bytes before compression; left out, larger from 0.55 TB on, up to 512 MiB."""
-    batch_size: Annotated[Count, at_most(MOST_IMAGES)] = 128
-    """Images in a forward pass."""
-    precision: Precision = "float32"
-    """Number format of the forward pass."""
-    cluster: Annotated[str | None, ADDRESS] = None
-    """Set `run.cluster` instead, which DVC does not watch."""
-    statistics_from: Annotated[str, pydantic.Field(min_length=1)] | None = None
-    """Previous cache, or folder with one for each backbone: its statistics are kept, unchanged rows copied."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +161,7 @@ def run(
         todo = {shard: np.array(spec.shard_range(shard)) for shard in pending}
         carrier = None
         if previous is not None and not anew and not commit:
-            wanted = reuse.Wanted(rows.table(), inputs, params.dtype, samples.facts["dataset"], settings)
+            wanted = reuse.Wanted(rows, inputs, params.dtype, samples.facts["dataset"], settings)
             carrier, summary = reuse.carrier(previous, wanted, batchnorm.from_bytes(statistics), spec, pending)
             run.say(f"{run.name}: {summary}")
         if carrier is not None:

@@ -6,7 +6,7 @@ backbone; train-classifier and evaluate accept it like any other cache.
 
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -14,15 +14,15 @@ import torch
 from h2t.cache.format.spec import CacheSpec
 from h2t.cache.reader import Cache
 from h2t.cache.redaction import redacted
-from h2t.cache.tools.pooled import pooled
-from h2t.cache.write.parts import Part
-from h2t.cache.write.target import target_at
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import Section, plugin
 from h2t.pipeline.base.progress import progress
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.heads.features import load_pool, pool_label
+
+if TYPE_CHECKING:
+    from h2t.cache.write.parts import Part
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
@@ -44,7 +44,7 @@ def run(
     cache: Cache,
     *,
     replace: bool = False,
-    part: Part | None = None,
+    part: "Part | None" = None,
     commit: bool = False,
     to: str | Path | None = None,
 ) -> CacheSpec:
@@ -54,6 +54,10 @@ def run(
     CacheError (`exists`, `busy`, `full`, `incomplete`, `unreachable`), and UserError if `cache` is pooled already, or
     if the pool is trained or gives more than one number per channel.
     """
+    # Every stage checks the section `pool`, so it imports this module, and need not load what writes caches.
+    from h2t.cache.tools.pooled import pooled
+    from h2t.cache.write.target import target_at
+
     if "pool" in cache.spec.fingerprint_inputs:
         raise UserError(f"{cache.files}: is pooled already; name the cache it was made from")
     of = {

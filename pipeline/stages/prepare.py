@@ -7,11 +7,13 @@ left out are listed in `skipped.parquet`.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pydantic
 
@@ -26,9 +28,14 @@ from h2t.pipeline.base.text import counted
 from h2t.pipeline.data import splits
 from h2t.pipeline.data.classes import groups
 from h2t.pipeline.data.images import BadImage, Collection, Images, open_images
+from h2t.pipeline.data.samples import SCHEMA
 from h2t.pipeline.data.splits import HoldOut, Labelled, SmallClasses
+from h2t.pipeline.data.texts import Digests, Texts, first_repeat
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
+
+NO_SPLIT = 127  # sorts after every split
+GROUP_ROWS = 2**17  # samples of a row group in samples.parquet; writing one takes 500 bytes a sample
 
 
 class Imbalance(Section):
@@ -87,13 +94,14 @@ def run(params: Params, run: Run) -> None:
     images: Collection = dataset.load(options)
     for note in images.notes:
         run.say(note)
-    found = Labelled.of(images)
-    opened = open_images(dataset, options, images.source, None, dataset.transform(options))  # no digests exist yet
+    found, listed_split, read = Labelled.of(images), images.split, images.read
+    del images  # its lists are as large as the arrays made of them
+    opened = open_images(dataset, options, found.source, None, dataset.transform(options))  # no digests exist yet
 
-    digests: dict[int, str] = {}
+    digests = Digests(len(found.source))
     bad: dict[int, BadImage] = {}
     if params.duplicates == "drop":
-        digests, bad = _digests(opened, range(len(images.source)), params.bad_images)
+        bad = _digest(opened, np.arange(len(found.source), dtype=np.int32), digests, params.bad_images)
         _drop_copies(found, digests, bad, run.say)
     found, notes = splits.treat_small_classes(found, params.min_per_class)
     _hold_out(found, "test", params, run.seed, notes)
@@ -105,41 +113,34 @@ def run(params: Params, run: Run) -> None:
     for note in notes:
         run.say(note)
 
-    chosen = sorted([*kept.tolist(), *np.flatnonzero(np.isin(found.split, ("val", "test"))).tolist()])
+    chosen = (found.split == "val") | (found.split == "test")
+    chosen[kept] = True
+    del kept
     if params.duplicates != "drop":
-        digests, bad = _digests(opened, chosen, params.bad_images)
+        bad = _digest(opened, np.flatnonzero(chosen), digests, params.bad_images)
         _name_copies(found, digests, params.duplicates, run.say)
-    chosen = [i for i in chosen if i in digests]
+    chosen &= digests.known
     label, split, classes = found.label, found.split, found.classes
-    counts = np.bincount(label[[i for i in chosen if split[i] == "train"]], minlength=len(classes))
+    counts = np.bincount(label[chosen & (split == "train")], minlength=len(classes))
     if counts.min() == 0:
         raise UserError(
             f"class {classes[int(counts.argmin())]}: must have at least one usable training image; got 0; "
             "repair one, or remove the class"
         )
     order = np.argsort(-counts, kind="stable")  # class order map: new label -> native label
-    relabel = np.argsort(order)
-    table = pa.table(
-        {
-            "split": pa.array([str(split[i]) for i in chosen]),
-            "label": pa.array([int(relabel[label[i]]) for i in chosen], pa.int32()),
-            "source": pa.array([images.source[i] for i in chosen]),
-            "digest": pa.array([digests[i] for i in chosen]),
-        }
-    ).sort_by([("split", "ascending"), ("label", "ascending"), ("source", "ascending")])
-    if len(pa.compute.unique(table["source"])) != len(table):
+    label = np.argsort(order).astype(np.int32)[label]
+    places = _in_order(chosen, split, label, found.source)
+    if first_repeat(found.source, places) is not None:
         raise UserError(
             f"dataset {params.dataset!r}: sources must be unique; got one for two images; correct the plug-in"
         )
-    table = table.add_column(0, "sample", pa.array(range(len(table)), pa.int64()))
 
     ordered = counts[order].tolist()
     with fresh_directory(run.out) as into:
-        pq.write_table(table, into / "samples.parquet", compression="zstd")
+        _write_samples(into / "samples.parquet", places, found, label, digests)
         if params.bad_images == "skip":
-            pq.write_table(
-                _skipped(bad, np.where(split == "", images.split, split)), into / "skipped.parquet", compression="zstd"
-            )
+            split_of = {i: str(split[i] or listed_split[i]) for i in bad}
+            pq.write_table(_skipped(bad, split_of), into / "skipped.parquet", compression="zstd")
         write_json(
             into / "classes.json",
             {
@@ -150,9 +151,10 @@ def run(params: Params, run: Run) -> None:
                 "groups": groups(ordered),
                 "transform": json.loads(dataset.transform(options).model_dump_json()),
                 "imbalance": json.loads(params.imbalance.model_dump_json()),
+                **({"read": read} if read else {}),
             },
         )
-    sizes = {name: table["split"].to_pylist().count(name) for name in ("train", "val", "test")}
+    sizes = {name: int((chosen & (split == name)).sum()) for name in ("train", "val", "test")}
     class_count = counted(len(order), "class", "classes")
     run.say(
         f"{params.dataset}: {class_count} of {ordered[0]:,} to {ordered[-1]:,} training images; "
@@ -168,45 +170,74 @@ def run(params: Params, run: Run) -> None:
         run.say("note: no validation split, so no ratio can be chosen; evaluate.ratio is the ratio that is reported")
 
 
-def _digests(images: Images, chosen: Sequence[int], policy: str) -> tuple[dict[int, str], dict[int, BadImage]]:
-    """(image -> sha256 of its bytes, image -> error of a bad image). Raises BadImage if `policy` is `refuse`."""
-    good: dict[int, str] = {}
+def _digest(images: Images, chosen: np.ndarray, into: Digests, policy: str) -> dict[int, BadImage]:
+    """Puts the sha256 of the images `chosen`, whole numbers (n,), `into` digests, and returns the errors of bad ones.
+
+    Raises BadImage if `policy` is `refuse`.
+    """
     bad: dict[int, BadImage] = {}
     bar = progress(images.digests(chosen), "prepare", unit="image", total=len(chosen))
     for i, result in zip(chosen, bar, strict=True):
         if isinstance(result, str):
-            good[i] = result
+            into[i] = result
         elif policy == "refuse":
             raise result
         else:
-            bad[i] = result
-    return good, bad
+            bad[int(i)] = result
+    return bad
 
 
-def _skipped(bad: dict[int, BadImage], split: np.ndarray) -> pa.Table:
+def _in_order(chosen: np.ndarray, split: np.ndarray, label: np.ndarray, source: Texts) -> np.ndarray:
+    """The places of the images `chosen`, bool (n,), sorted by split, label and source; uint64."""
+    splits_in_order = sorted(("train", "val", "test"))
+    codes = np.full(len(chosen), NO_SPLIT, np.int8)
+    for code, name in enumerate(splits_in_order):
+        codes[chosen & (split == name)] = code
+    columns = pa.table({"split": codes, "label": label, "source": source.column})
+    keys = [(name, "ascending") for name in columns.column_names]
+    places: np.ndarray = pc.sort_indices(columns, sort_keys=keys).to_numpy()[: chosen.sum()]
+    return places
+
+
+def _write_samples(path: Path, places: np.ndarray, found: Labelled, label: np.ndarray, digests: Digests) -> None:
+    """Writes samples.parquet: the images at `places`, in this order, a row group at a time."""
+    with pq.ParquetWriter(path, SCHEMA, compression="zstd") as file:
+        for start in range(0, len(places), GROUP_ROWS):
+            group = places[start : start + GROUP_ROWS]
+            columns = {
+                "sample": pa.array(range(start, start + len(group)), pa.int64()),
+                "split": pa.array(found.split[group].tolist(), pa.string()),
+                "label": pa.array(label[group]),
+                "source": found.source.take(group).column,
+                "digest": pa.array(digests.texts(group), pa.string()),
+            }
+            file.write_table(pa.table(columns, SCHEMA))
+
+
+def _skipped(bad: dict[int, BadImage], split: Mapping[int, str]) -> pa.Table:
     """The table of bad images: columns split, source and reason, sorted by split and source."""
     return pa.table(
         {
-            "split": pa.array([str(split[i]) for i in bad], pa.string()),
+            "split": pa.array([split[i] for i in bad], pa.string()),
             "source": pa.array([image.source for image in bad.values()], pa.string()),
             "reason": pa.array([image.reason for image in bad.values()], pa.string()),
         }
     ).sort_by([("split", "ascending"), ("source", "ascending")])
 
 
-def _drop_copies(found: Labelled, digests: dict[int, str], bad: dict[int, BadImage], say: Say) -> None:
+def _drop_copies(found: Labelled, digests: Digests, bad: dict[int, BadImage], say: Say) -> None:
     """Drops bad images and copies of others from `found`, and says so."""
     found.split[list(bad)] = ""
-    alike = splits.copies(digests)
+    alike = digests.copies()
     for line in splits.describe_copies(found, alike):
         say(f"note: {line}")
     if alike:
         say(f"note: prepare.duplicates=drop leaves out {counted(splits.drop_copies(found, alike), 'image')}")
 
 
-def _name_copies(found: Labelled, digests: dict[int, str], policy: str, say: Say) -> None:
+def _name_copies(found: Labelled, digests: Digests, policy: str, say: Say) -> None:
     """Says which images are equal byte by byte. Raises UserError if there are any and `policy` is `refuse`."""
-    lines = splits.describe_copies(found, splits.copies(digests))
+    lines = splits.describe_copies(found, digests.copies())
     if lines and policy == "refuse":
         raise UserError(
             f"prepare.duplicates=refuse: images must differ; got {'; '.join(lines)}; remove the copies, or set "
@@ -287,7 +318,7 @@ def _long_tail(label: np.ndarray, split: np.ndarray, imbalance: Imbalance, names
 
     With seed 0 this is the subset that the published codes of LDAM-DRW, MiSLAS, GCL, RIDE, ResLT and H2T train on.
     """
-    members = Labelled(list(names), [], label, split, None).members("train")
+    members = Labelled(list(names), Texts.of([]), label, split, None).members("train")
     sizes = [len(m) for m in members]
     if min(sizes) == 0:
         raise UserError(

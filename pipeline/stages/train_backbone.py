@@ -138,6 +138,8 @@ def run(params: Params, run: Run, samples: Samples, images: Images, cache: Cache
         run.say(f"{run.name}: frozen, with head: {params.head}; nothing is trained")
         _write(run.out, about, params, backbone, None, [])
         return
+    if objective.share(0.0) is not None:
+        _check_two_batches(params, where, backbone)
     samples = samples.with_input(stated)
     images = images.prepared_for(samples.transform)
     save = Checkpoint(run.out, _token(params, run, samples, backbone), seconds=0)
@@ -161,6 +163,22 @@ def run(params: Params, run: Run, samples: Samples, images: Images, cache: Cache
             save.clear()
         epochs = counted(params.epochs, "epoch")
         run.say(f"{run.name}: {epochs}, loss {last['loss']:.3f}, training accuracy {last['accuracy']:.1f} %")
+
+
+def _check_two_batches(params: Params, where: str, backbone: Backbone) -> None:
+    """Raises UserError unless the backbone has two branches that can run alone, and nothing else mixes batches."""
+    alone = getattr(type(backbone), "alone", Backbone.alone) is not Backbone.alone
+    if not alone or backbone.experts != 2:
+        got = counted(backbone.experts, "branch", "branches") if alone else "branches that only run together"
+        raise UserError(
+            f"{where}.objective: {params.objective} needs two branches that can run alone; got {params.arch} with "
+            f"{got}; take arch resnet32 or resnet20 with options {{experts: 2, fork: last_block}}"
+        )
+    if mixed := [key for key in ("mixup", "cmo", "frozen") if getattr(params, key)]:
+        raise UserError(
+            f"{where}.{mixed[0]}: does not go with objective {params.objective}, which mixes two batches and trains "
+            f"both branches; got {getattr(params, mixed[0])}; leave it out"
+        )
 
 
 def _token(params: Params, run: Run, samples: Samples, backbone: Backbone) -> str:

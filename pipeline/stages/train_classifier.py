@@ -25,8 +25,8 @@ from h2t.pipeline.heads.host_entry import Params as Params  # every stage module
 from h2t.pipeline.heads.host_entry import check_grid, check_start, heads_of
 from h2t.pipeline.heads.replicate import Replicate
 from h2t.pipeline.heads.residency import Residency
+from h2t.pipeline.heads.setting import HeadSetting
 from h2t.pipeline.heads.spread import train_spread
-from h2t.pipeline.heads.stack import HeadSetting
 from h2t.pipeline.heads.start import check_backbone
 from h2t.pipeline.heads.stored import Heads
 from h2t.pipeline.heads.task import Made, Summary, Task, together

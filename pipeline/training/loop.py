@@ -109,30 +109,36 @@ def learning_rate(params: Training, epoch: int) -> float:
 #: CMO's first epoch, counted from 0, and the number of last epochs without it, as in the authors' code.
 CMO_FIRST, CMO_REST = 4, 3
 
+#: Exponent of the reverse sampler of a second branch (BBN), as `cmo_power`: classes in proportion to 1 / n.
+REVERSE = 2.0
+
 
 @dataclass(frozen=True)
-class _Pasted:
-    """What CMO pastes into a batch, or into a part of it: a rectangle of the images of `samples`, (B,).
+class _Second:
+    """The images of a second sampler for a batch, or for a part of it: sample numbers, (B,).
 
-    `step` names the view of these images. `share` and `centre`: see `rectangle`.
+    `view` names the views of these images. CMO pastes a `rectangle` of them, given by its share and its centre; without
+    one they are the batch of a second branch.
     """
 
     samples: np.ndarray
-    step: int
-    share: float
-    centre: tuple[float, float]
+    view: tuple[str, int]
+    rectangle: tuple[float, tuple[float, float]] | None = None
 
 
 @dataclass(frozen=True)
 class _Part:
-    """One part of a batch. With mixup, `share` of each image is mixed with 1 - `share` of its partner."""
+    """One part of a batch. With mixup, `share` of each image is mixed with 1 - `share` of its partner.
+
+    With two branches that train on a batch each, `share` is that of the first.
+    """
 
     samples: np.ndarray  # sample numbers, (B,)
     share: float
     partner: np.ndarray  # position in this part of the image that is mixed in, (B,)
     weight: float  # size of the part / size of the batch
     seed: int  # of the objective's random draws
-    pasted: _Pasted | None = None
+    second: _Second | None = None
 
 
 def rectangle(share: float, centre: tuple[float, float], height: int, width: int) -> tuple[slice, slice]:
@@ -169,7 +175,9 @@ class StageOne:
         if params.frozen:
             self.backbone.requires_grad_(False)
         self._forward: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
-        self._forward = torch.compile(self.backbone) if params.compile else self.backbone
+        self._two_batches = objective.share(0.0) is not None
+        forward = self._each_alone if self._two_batches else self.backbone
+        self._forward = torch.compile(forward) if params.compile else forward
         self._labels = torch.from_numpy(samples.labels)
         self._train = samples.of("train")  # sorted by class
         self._classes = class_index(samples.labels[self._train], samples.facts["classes"])
@@ -237,7 +245,7 @@ class StageOne:
     def _may_capture(self) -> bool:
         """Whether a step is one plain float32 pass, as `captured` needs it."""
         params = self.params
-        one = params.accumulate == 1 and self.group.size == 1
+        one = params.accumulate == 1 and self.group.size == 1 and not self._two_batches
         plain = params.precision == "float32" and not params.compile and not params.channels_last
         return one and plain and not params.frozen and len(self._train) >= params.batch_size
 
@@ -271,8 +279,12 @@ class StageOne:
             batch = order[first : first + params.batch_size]
             if len(batch) == 1 or (params.drop_last and len(batch) < params.batch_size):
                 continue  # batch norm cannot train on one image
-            share = float(draws.beta(params.mixup, params.mixup)) if params.mixup else 1.0
-            pasted = self._pasted(epoch, step, len(batch))
+            first_branch = self.objective.share(epoch / params.epochs)
+            if first_branch is None:
+                share = float(draws.beta(params.mixup, params.mixup)) if params.mixup else 1.0
+                second = self._pasted(epoch, step, len(batch))
+            else:
+                share, second = first_branch, self._second_batch(epoch, step, len(batch))
             pieces = np.array_split(np.arange(len(batch)), min(params.accumulate, len(batch) // 2))
             yield [
                 _Part(
@@ -281,24 +293,35 @@ class StageOne:
                     draws.permutation(len(piece)) if params.mixup else np.arange(len(piece)),
                     len(piece) / len(batch),
                     torch_seed(self.seed, "stage1", "noise", epoch, step, number),
-                    pasted and replace(pasted, samples=pasted.samples[piece]),
+                    second and replace(second, samples=second.samples[piece]),
                 )
                 for number, piece in enumerate(pieces)
             ]
 
-    def _pasted(self, epoch: int, step: int, size: int) -> _Pasted | None:
+    def _second_batch(self, epoch: int, step: int, size: int) -> _Second:
+        """The batch of a second branch, of `size` images. Drawn from a stream of its own."""
+        draws = stream(self.seed, "stage1", "second", epoch, step)
+        return _Second(self._drawn(draws, size, REVERSE), ("second", step))
+
+    def _pasted(self, epoch: int, step: int, size: int) -> _Second | None:
         """What CMO pastes into a batch of `size`, if anything. Drawn from a stream of its own."""
-        params, classes = self.params, self._classes
+        params = self.params
         if not params.cmo or not CMO_FIRST <= epoch < params.epochs - CMO_REST:
             return None
         draws = stream(self.seed, "stage1", "cmo", epoch, step)
         if draws.random() >= params.cmo:
             return None
         share, *centre = draws.random(3).tolist()
-        weights = (classes.counts / classes.counts.min()) ** (1 - params.cmo_power)
+        second = self._drawn(draws, size, params.cmo_power)
+        return _Second(second, ("cmo", step), (share, (centre[0], centre[1])))
+
+    def _drawn(self, draws: np.random.Generator, size: int, power: float) -> np.ndarray:
+        """`size` training samples, each drawn in proportion to n^-`power`, n the images of its class."""
+        classes = self._classes
+        weights = (classes.counts / classes.counts.min()) ** (1 - power)
         label = draws.choice(classes.classes, size=size, p=weights / weights.sum())
-        second = self._train[classes.starts[label] + draws.integers(classes.counts[label])]
-        return _Pasted(second, step, share, (centre[0], centre[1]))
+        drawn: np.ndarray = self._train[classes.starts[label] + draws.integers(classes.counts[label])]
+        return drawn
 
     def _decoded(self, epoch: int) -> Iterator[tuple[list[_Part], list[torch.Tensor]]]:
         """(parts of a batch, images of this process's parts); the next batch is decoded in the background."""
@@ -307,9 +330,9 @@ class StageOne:
         def images(part: _Part) -> torch.Tensor:
             samples = part.samples.tolist()
             keys: list[tuple[int | str, ...]] = [key] * len(samples)
-            if part.pasted:  # an image that is drawn in several steps has another view in each
-                second = part.pasted.samples.tolist()
-                samples, keys = samples + second, [*keys, *[(*key, "cmo", part.pasted.step)] * len(second)]
+            if part.second:  # an image that is drawn in several steps has another view in each
+                more = part.second.samples.tolist()
+                samples, keys = samples + more, [*keys, *[(*key, *part.second.view)] * len(more)]
             return self._images.batch(samples, keys)
 
         def decode(parts: list[_Part]) -> list[torch.Tensor]:
@@ -354,12 +377,18 @@ class StageOne:
         self._scaler.update()
         return totals
 
+    def _each_alone(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Images (2 B, 3, H, W) -> a map (B, C, H', W') of each branch: of the first from the first half of `x`."""
+        return tuple(self.backbone.alone(own, expert) for expert, own in enumerate(x.chunk(2)))
+
     def _loss(self, part: _Part, x: torch.Tensor, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(mean loss, number of correct predictions) of a part, from its images `x` (B, 3, H, W).
+        """(mean loss, number of correct predictions) of a part, from its images `x` (B, 3, H, W) or (2 B, 3, H, W).
 
         Mixup (Zhang et al., ICLR 2018): one share per batch, one permutation per part. CMO (Park et al., CVPR 2022, and
-        the authors' code): a rectangle of the second half of `x`, (2 B, 3, H, W), replaces that of the first half, one
-        rectangle per batch; labels are mixed by its area.
+        the authors' code): a rectangle of the second half of `x` replaces that of the first half, one rectangle per
+        batch; labels are mixed by its area. Two branches (Zhou et al., CVPR 2020, and the authors' code): each half
+        runs through its branch, each map is weighted by twice its branch's share; loss and correct predictions are
+        mixed by the shares.
         """
         params, device = self.params, self.group.device
         x, y = x.to(device), self._labels[part.samples].to(device)
@@ -367,12 +396,13 @@ class StageOne:
         others = y[partner] if params.mixup else None
         if params.mixup:
             x = share * x + (1 - share) * x[partner]
-        if part.pasted:
+        if part.second:
+            others = self._labels[part.second.samples].to(device)
+        if part.second and part.second.rectangle:
             x, second = x.split(len(y))
-            rows, columns = rectangle(part.pasted.share, part.pasted.centre, *x.shape[-2:])
+            rows, columns = rectangle(*part.second.rectangle, *x.shape[-2:])
             x[..., rows, columns] = second[..., rows, columns]
             share = 1 - second[0, 0, rows, columns].numel() / second[0, 0].numel()
-            others = self._labels[part.pasted.samples].to(device)
         if params.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         with computing(device, params.precision):
@@ -380,12 +410,17 @@ class StageOne:
         maps = tuple(m.to(torch.promote_types(m.dtype, torch.float32)) for m in maps)
         if part_after := frozen_part(self.backbone):  # what it gives is a map of 1 x 1
             maps = tuple(part_after(global_average(m))[..., None, None] for m in maps)
+        if self._two_batches:
+            maps = tuple(2 * weight * m for weight, m in zip((share, 1 - share), maps, strict=True))
         loss = self.objective.loss(maps, y, epoch, others, share)
         with torch.no_grad():
             features = torch.stack([global_average(m) for m in maps])
             state = self.objective.state_dict()
             predicted = logits(self.objective.classifier, state, features, self.objective.scale).argmax(1)
-        return loss, (predicted == y).sum()
+            correct = (predicted == y).double().sum()
+            if self._two_batches and others is not None:
+                correct = share * correct + (1 - share) * (predicted == others).double().sum()
+        return loss, correct
 
     def _load_scale(self) -> None:
         if self._scaler.is_enabled():

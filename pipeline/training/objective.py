@@ -36,6 +36,15 @@ class Objective(nn.Module):
         """
         raise NotImplementedError
 
+    def share(self, progress: float) -> float | None:
+        """With two branches that train on a batch each: the share of the first, from 0 to 1; by default None.
+
+        `progress`: share of the epochs that are done, from 0. None means that all branches train on the same images.
+        Otherwise the second branch gets images of a reverse sampler, and the loop multiplies the maps by twice their
+        branch's share before it calls `loss`, with the second batch's labels as `partners`.
+        """
+        return None
+
     def loss(
         self,
         maps: tuple[torch.Tensor, ...],
@@ -46,8 +55,8 @@ class Objective(nn.Module):
     ) -> torch.Tensor:
         """Mean loss, a scalar, from E maps (B, C, H, W) and labels (B,), int64.
 
-        With mixup `partners` (B,) are the labels of the images that were mixed in, and the loss is mixed like the
-        images: `share` x cost(`labels`) + (1 - `share`) x cost(`partners`) (Zhang et al., ICLR 2018).
+        With mixup `partners` (B,) are the labels of the images that were mixed in, or those of a second batch, and the
+        loss is mixed alike: `share` x cost(`labels`) + (1 - `share`) x cost(`partners`) (Zhang et al., ICLR 2018).
         """
         outputs = self(maps)
         cost = self.cost(outputs, labels, epoch)

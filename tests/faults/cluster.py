@@ -2,6 +2,7 @@
 
     python tests/faults/cluster.py --kills 40 --workers 2 --seed 1
     python tests/faults/cluster.py --kills 40 --workers 2 --target s3
+    python tests/faults/cluster.py --kills 40 --workers 2 --target ssh     # needs OpenSSH's server
     python tests/faults/cluster.py --kills 40 --workers 0 --target s3      # one process, no cluster
 
 After each kill, what was killed is started again: the client by the same command, the others by the same address.
@@ -20,8 +21,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -34,7 +35,7 @@ sys.path.insert(0, str(TESTS))
 
 from builders import tree  # noqa: E402
 from pipeline_builders import make_backbone_dir, make_samples, write_params  # noqa: E402
-from servers import Bucket, s3_process  # noqa: E402
+from servers import Bucket, Folder, openssh_server, s3_process  # noqa: E402
 
 from h2t.pipeline.command_line import main  # noqa: E402
 
@@ -114,23 +115,39 @@ class Directory:
 
 
 class Remote:
-    """A bucket on the loopback, where a commit copies every shard: kills strike it as well."""
+    """A bucket or an SSH server on the loopback, where a commit copies every shard: kills strike it as well."""
 
-    def __init__(self) -> None:
-        self._bucket = Bucket()
-        self.out = f"{self._bucket.url}/b"
+    def __init__(self, store: Bucket | Folder) -> None:
+        self._store = store
+        self.out = f"{store.url}/b"
 
     def written(self) -> int:
-        return sum(name.startswith((".b.staging/parts.", "b/")) for name in self._bucket.names())
+        names = self._store.names()
+        return sum(n.startswith((".b.staging/parts.", "b/")) and not n.endswith(".partial") for n in names)
 
     def most(self, shards: int) -> int:
         return 2 * shards
 
     def found(self) -> dict[str, bytes]:
-        return self._bucket.files()
+        return self._store.files()
 
     def clear(self) -> None:
-        self._bucket.clear()
+        self._store.clear()
+
+
+@contextmanager
+def place_of(target: str, folder: Path) -> Iterator[Directory | Remote]:
+    """The place that `--target` names, in `folder` or on a server that runs for the block."""
+    if target == "s3":
+        with s3_process() as settings:
+            os.environ.update(settings)
+            yield Remote(Bucket())
+    elif target == "ssh":
+        with openssh_server(folder / "home") as port:
+            os.environ["HOME"] = str(folder / "home")
+            yield Remote(Folder(port, folder / "many"))
+    else:
+        yield Directory(folder)
 
 
 def struck_extraction(
@@ -172,16 +189,15 @@ def campaign(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=40)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--target", choices=["directory", "s3"], default="directory")
+    parser.add_argument("--target", choices=["directory", "s3", "ssh"], default="directory")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32))
     given = parser.parse_args(arguments)
     say(f"seed {given.seed}")
     torch.set_num_threads(1)
     gc.freeze()  # forks share what is never looked at
     draws, killed, wrong, runs = random.Random(given.seed), Counter(), 0, 0
-    with tempfile.TemporaryDirectory() as temporary, s3_process() if given.target == "s3" else nullcontext({}) as own:
+    with tempfile.TemporaryDirectory() as temporary, place_of(given.target, Path(temporary)) as place:
         folder = Path(temporary)
-        os.environ.update(own)
         make_samples(folder / "samples", test_per_class=40, validation_per_class=14)
         make_backbone_dir(folder / "backbone")
         params = write_params(folder / "params.yaml", **MANY)
@@ -190,7 +206,6 @@ def campaign(arguments: Sequence[str] | None = None) -> None:
         one = forked(partial(main.main.main, [*command, str(folder / "one/b"), *end]))
         one.join()
         expected = tree(folder / "one")
-        place = Remote() if given.target == "s3" else Directory(folder)
         shards = sum("/c." in name for name in expected)
         cluster = Cluster(given.workers)
         try:

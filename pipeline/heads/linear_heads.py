@@ -1,0 +1,122 @@
+"""Losses and gradients of many linear heads from a few matrix products, in place of vmap over single heads.
+
+Heads are computed in blocks whose logits fit into the processor's cache.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
+
+import numpy as np
+import torch
+from torch.func import vmap
+from torch.nn import functional as F
+
+from h2t.pipeline.heads.folded import Groups, Products
+from h2t.pipeline.heads.host import GradientHost, TrainingBatch, is_stackable
+
+LEAST_LENGTH = 1e-12  # of a feature vector, as in torch's `normalize`
+#: Bytes of logits that are computed at once on the CPU. More would leave the processor's cache, and malloc would take
+#: fresh pages for each array above 32 MiB.
+LOGITS_AT_ONCE = 4 * 2**20
+
+Block = tuple[torch.Tensor | slice, Groups]  # the heads whose logits are computed at once, and their groups
+
+
+def in_blocks(
+    groups: Groups, seeds: np.ndarray, donors: Sequence[int], logit_bytes: int, *, folds: bool
+) -> list[Block]:
+    """Blocks of the heads in `groups`, whose logits take `logit_bytes` each; a folded block has heads of all groups.
+
+    `seeds`, `donors`: as in `Groups`.
+    """
+    members = groups.members if folds else torch.arange(len(seeds))[None]
+    length = max(1, LOGITS_AT_ONCE // (len(members) * logit_bytes))
+    if length >= members.shape[1]:
+        return [(slice(None), groups)]
+    blocks = [block.flatten() for block in members.split(length, 1)]
+    donor = np.asarray(donors)
+    return [(heads, Groups(seeds[heads.numpy()], donor[heads.numpy()], members.device)) for heads in blocks]
+
+
+class LinearHeads:
+    """Losses and gradients of K heads of the linear or cosine `host`, which `prepare` has been called on.
+
+    `blocks` cover all heads; `seed` (K,): the index of each head's seed.
+    """
+
+    def __init__(self, host: GradientHost, blocks: Sequence[Block], seed: torch.Tensor) -> None:
+        self.host, self.blocks, self._seed = host, blocks, seed
+        self.on_logits = copy(host)
+        self.on_logits.classifier = "given"
+        self.stackable = is_stackable(self.on_logits)
+
+    def gradients(
+        self, state: Mapping[str, torch.Tensor], batch: TrainingBatch, every: Iterable[Products]
+    ) -> torch.Tensor:
+        """Sets the gradients of the parameters in `state`. Returns the losses, (K,).
+
+        `batch`: what a step brings, with a leading axis of seeds. `every`: products with the features of each block.
+        """
+        if self.stackable:  # these losses use nothing else
+            batch = TrainingBatch(batch.features, batch.labels, batch.noise)
+        batch = batch._replace(partners=None)
+        trained = {name: t for name, t in state.items() if name not in self.host.fixed}
+        blocks = []
+        for (heads, _), products in zip(self.blocks, every, strict=True):
+            own = {name: t.detach()[heads] for name, t in state.items()}
+            logits = self._logits(products, own).requires_grad_()
+            leaves = {name: own[name].requires_grad_() for name in trained}
+            losses = self._losses(own, batch.of(self._seed[heads], logits))
+            outer, *rest = torch.autograd.grad(
+                losses, [logits, *leaves.values()], torch.ones_like(losses), allow_unused=True
+            )
+            found = self._of_logits(products, own, outer.mT)
+            for name, gradient in zip(leaves, rest, strict=True):  # of what a loss uses besides logits
+                if gradient is not None:
+                    found[name] = found[name] + gradient if name in found else gradient
+                elif name not in found:
+                    found[name] = torch.zeros_like(leaves[name])
+            blocks.append((found, losses.detach()))
+        for name, tensor in trained.items():
+            if len(blocks) == 1:
+                tensor.grad = blocks[0][0][name]
+                continue
+            if tensor.grad is None:  # kept from step to step, for the same reason that there are blocks
+                tensor.grad = torch.empty_like(tensor)
+            for (heads, _), (found, _) in zip(self.blocks, blocks, strict=True):
+                tensor.grad[heads] = found[name]
+        if len(blocks) == 1:
+            return blocks[0][1]
+        each = blocks[0][1].new_empty(len(self._seed))
+        for (heads, _), (_, losses) in zip(self.blocks, blocks, strict=True):
+            each[heads] = losses
+        return each
+
+    @torch.no_grad()
+    def _logits(self, products: Products, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The experts' logits of heads with this `state` on their fused features, (K, E, B, N)."""
+        if self.host.classifier == "cosine":
+            logits = products.of(F.normalize(state["weight"], dim=-1)).div_(products.lengths.clamp_min(LEAST_LENGTH))
+        else:
+            logits = products.of(state["weight"]).add_(state["bias"].unsqueeze(-1))
+        return (logits if self.host.scale == 1 else logits.mul_(self.host.scale)).mT
+
+    def _of_logits(
+        self, products: Products, state: Mapping[str, torch.Tensor], outer: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """The gradients of weights and biases, from those of the logits, `outer` (K, E, N, B)."""
+        if self.host.scale != 1:
+            outer = outer * self.host.scale
+        if self.host.classifier != "cosine":
+            return {"weight": products.gradient(outer), "bias": outer.sum(-1)}
+        gradient = products.gradient(outer / products.lengths.clamp_min(LEAST_LENGTH))
+        length = state["weight"].detach().norm(dim=-1, keepdim=True).clamp_min(LEAST_LENGTH)
+        unit = state["weight"].detach() / length
+        return {"weight": (gradient - unit * (unit * gradient).sum(-1, keepdim=True)) / length}
+
+    def _losses(self, state: Mapping[str, torch.Tensor], batch: TrainingBatch) -> torch.Tensor:
+        """The losses of heads with this `state`, whose experts' logits are the features of the batch, (K,)."""
+        loss = self.on_logits.batch_loss
+        if not self.stackable:
+            loss = vmap(loss, in_dims=(0, batch.axes))
+        return loss(state, batch)

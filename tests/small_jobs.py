@@ -1,0 +1,31 @@
+"""Jobs for other processes, which import this file and so not torch."""
+
+import signal
+import time
+
+from h2t.pipeline.base.errors import UserError
+
+
+def forever():
+    time.sleep(600)
+
+
+def fails():
+    raise UserError("x: must be 1; got 2; set it to 1")
+
+
+class Unsendable(Exception):
+    def __init__(self, one, two):
+        super().__init__(one)
+
+
+def breaks():
+    raise Unsendable("a", "b")
+
+
+def bug():
+    return {}["key"]
+
+
+def holds_interrupts():
+    return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])

@@ -1,0 +1,167 @@
+"""Memory for each image or row, of stages that see all of them at once: it limits how many one machine can take.
+
+The peak of Python's and NumPy's memory and the peak of Arrow's are added up, so the sum is at least what is held at
+once. What a stage takes in any case is left out by measuring two sizes; what it takes for a piece of the images, by
+pieces that are smaller than both.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from builders import make_cache
+from pipeline_builders import ROOT
+
+from h2t.pipeline.data.samples import SCHEMA
+from h2t.pipeline.extraction.row_plan import planned
+
+SIZES = (5_000, 20_000)
+
+PLUG_IN = """
+from h2t.pipeline.base.params import Section
+from h2t.pipeline.data.images import Collection, Transform
+from h2t.pipeline.data.texts import Texts
+import numpy as np
+
+class Options(Section):
+    images: int
+
+def transform(options):
+    return Transform(size=2, mean=[0.5] * 3, std=[0.5] * 3)
+
+def load(options):
+    label = [i % 100 for i in range(options.images)]
+    source = Texts.of(f"train/class_{j:03d}/{i:09d}.jpg" for i, j in enumerate(label))
+    return Collection([f"class {j}" for j in range(100)], source, label, ["train"] * len(label))
+
+def reader(options):
+    return str.encode
+
+def decode(data):
+    return np.zeros((2, 2, 3), np.uint8)
+"""
+
+MEASURE = """
+import json, sys, tracemalloc
+from pathlib import Path
+import pyarrow as pa
+
+def prepared(images):
+    from h2t.pipeline.base.run import Run
+    from h2t.pipeline.stages import prepare
+    section = prepare.Params(dataset="many", options={"images": images}, test=0.1, validation=0.1)
+    return lambda: prepare.run(section, Run("prepare", Path(f"prepared_{images}"), say=lambda line: None))
+
+def loaded(dataset, options):
+    from h2t.pipeline.base import plugins
+    module = plugins.load("datasets", dataset)
+    return lambda: module.load(module.Options(**options))
+
+def found(folder, images):
+    import pyarrow.parquet as pq
+    from h2t.cache.reader import open_cache
+    from h2t.pipeline.data.samples import Samples
+    from h2t.pipeline.extraction.reuse import Wanted, origins
+    from h2t.pipeline.extraction.row_plan import planned
+    cache = open_cache(folder)
+    with pa.memory_map(f"{folder}.arrow") as file:
+        samples = pa.ipc.open_file(file).read_all()
+    wanted = Wanted(planned(samples, ["stage1"], [1] * 100), {"views": {"seed": 0}}, "float16", "many", {})
+    def run():
+        origin, reasons = origins(cache, wanted, {"stage1"})
+        assert (origin[1:] == range(1, images)).all() and origin[0] == -1, origin
+        assert reasons == ["1 image is new or changed"], reasons
+    return run
+
+from h2t.pipeline.data import texts
+from h2t.pipeline.extraction import reuse
+from h2t.pipeline.stages import prepare
+texts.PIECE_ROWS = reuse.PIECE_ROWS = reuse.GROUP_ROWS = prepare.GROUP_ROWS = 500
+what, *given = json.loads(sys.argv[1])
+step = globals()[what](*given)
+before = pa.total_allocated_bytes()
+tracemalloc.start()
+step()
+print(json.dumps(tracemalloc.get_traced_memory()[1] + pa.default_memory_pool().max_memory() - before))
+"""
+
+
+def bytes_of_one(cases: list[list], cwd: Path) -> float:
+    """Bytes of memory that one more image takes; `cases`: the same step with each of `SIZES`."""
+    peaks = []
+    for case in cases:
+        command = [sys.executable, "-c", MEASURE, json.dumps(case)]
+        done = subprocess.run(command, cwd=cwd, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout))
+    return (peaks[1] - peaks[0]) / (SIZES[1] - SIZES[0])
+
+
+def test_prepare_takes_little_memory_for_an_image(tmp_path):
+    (tmp_path / "plugins/datasets").mkdir(parents=True)
+    (tmp_path / "plugins/datasets/many.py").write_text(PLUG_IN)
+    assert bytes_of_one([["prepared", images] for images in SIZES], tmp_path) < 180
+
+
+def sources(images: int) -> list[str]:
+    return [f"train/class_{i % 100:03d}/{i:09d}.jpg" for i in range(images)]
+
+
+def write_list(folder: Path, images: int) -> dict[str, str]:
+    (folder / "list.txt").write_text("".join(f"{source} {i % 100}\n" for i, source in enumerate(sources(images))))
+    return {"root": str(folder), "train": "list.txt"}
+
+
+def write_csv(folder: Path, images: int) -> dict[str, str]:
+    lines = [f"{source},kind {i % 100}\n" for i, source in enumerate(sources(images))]
+    (folder / "list.csv").write_text("path,label\n" + "".join(lines))
+    first = folder / sources(1)[0]
+    first.parent.mkdir(parents=True)
+    first.touch()
+    return {"table": str(folder / "list.csv"), "path": "path"}
+
+
+def write_parquet(folder: Path, images: int) -> dict[str, list[str]]:
+    import pyarrow.parquet as pq
+
+    table = {"image": pa.array([b"1"] * images), "label": pa.array([f"kind {i % 100}" for i in range(images)])}
+    pq.write_table(pa.table(table), folder / "train.parquet")
+    return {"train": [str(folder / "train.parquet")]}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "write"),
+    [("list_file", write_list), ("imagenet_lt", write_list), ("table", write_csv), ("parquet", write_parquet)],
+)
+def test_reading_a_list_takes_little_memory_for_an_image(tmp_path, dataset, write):
+    cases = []
+    for images in SIZES:
+        (tmp_path / str(images)).mkdir()
+        options = write(tmp_path / str(images), images)
+        cases.append(["loaded", dataset, options if dataset != "imagenet_lt" else {**options, "test": None}])
+    assert bytes_of_one(cases, tmp_path) < 200
+
+
+def test_finding_rows_of_a_previous_cache_takes_little_memory_for_a_row(tmp_path):
+    for images in SIZES:
+        label = [i % 100 for i in range(images)]
+        columns = {
+            "sample": range(images),
+            "split": ["train"] * images,
+            "label": sorted(label),
+            "source": [f"{i:09d}.jpg" for i in range(images)],
+            "digest": [f"{i:064x}" for i in range(images)],
+        }
+        samples = pa.table({name: pa.array(columns[name], SCHEMA.field(name).type) for name in SCHEMA.names})
+        rows = planned(samples, ["stage1"], [1] * 100).table()
+        fingerprint = {"views": {"seed": 0}}
+        shape = {"maps": ((1, 1, 1),), "dtype": "float16", "chunk_rows": 1000, "shard_rows": 50_000}
+        about = {"fingerprint_inputs": fingerprint, "provenance": {"dataset": "many"}}
+        make_cache(tmp_path / str(images), rows=rows, **shape, **about)
+        changed = samples.set_column(4, "digest", pa.array(["f" * 64, *columns["digest"][1:]]))
+        with pa.ipc.new_file(str(tmp_path / f"{images}.arrow"), changed.schema) as file:
+            file.write_table(changed, max_chunksize=2**16)
+    assert bytes_of_one([["found", str(tmp_path / str(images)), images] for images in SIZES], tmp_path) < 100

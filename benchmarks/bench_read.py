@@ -52,10 +52,7 @@ class Case:
         return "x".join(map(str, self.shape))
 
 
-CASES = (
-    Case((64, 8, 8), rows=131_072, gather=512, steps=64),
-    Case((2048, 7, 7), rows=5_376, gather=256, steps=64),
-)
+CASES = (Case((64, 8, 8), rows=131_072, gather=512, steps=64), Case((2048, 7, 7), rows=5_376, gather=256, steps=64))
 TINY = (Case((64, 8, 8), rows=96, gather=16, steps=1, classes=4),)
 
 

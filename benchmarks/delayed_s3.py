@@ -18,11 +18,12 @@ from aiohttp import web
 
 
 class Endpoint:
-    """Answers `delay` seconds late. `requests` counts the requests and `sent` the bytes of bodies sent."""
+    """Answers `delay` seconds late. Counts `requests`, `most` of them at a time, and the bytes of bodies `sent`."""
 
     def __init__(self, root: Path, delay: float) -> None:
         self.root, self.delay = root, delay
         self.requests = self.sent = self.port = 0
+        self.most = self._now = 0
 
     @property
     def environment(self) -> dict[str, str]:
@@ -43,7 +44,10 @@ class Endpoint:
         self.port = runner.addresses[0][1]
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
+        self._now += 1
+        self.most = max(self.most, self._now)
         await asyncio.sleep(self.delay)
+        self._now -= 1
         path = request.match_info["path"]
         self.requests += 1
         if "list-type" in request.query:

@@ -33,11 +33,7 @@ LOADED = {
     },
     "pool": {"pools": None},
     "probe": {},
-    "train_classifier": {
-        "hosts": ["${item.host}"],
-        "pools": None,
-        "samplers": ["balanced", "instance", "reverse"],
-    },
+    "train_classifier": {"hosts": ["${item.host}"], "pools": None, "samplers": ["balanced", "instance", "reverse"]},
     "evaluate": {"hosts": ["${item.host}"], "pools": None},
     "report": {},
 }

@@ -212,14 +212,7 @@ def walk(name: str, folder: Path, programs: Path, epochs: int | None) -> dict[st
         if not (project / made).is_file():
             sys.exit(f"{name}: no {made}; see {log}")
     lines = [line for line in (project / "params.yaml").read_text(encoding="utf-8").splitlines() if line.strip()]
-    return {
-        "name": name,
-        "images": usable,
-        "typed": len(typed),
-        "params": len(lines),
-        "seconds": seconds,
-        "cpu": cpu,
-    }
+    return {"name": name, "images": usable, "typed": len(typed), "params": len(lines), "seconds": seconds, "cpu": cpu}
 
 
 def _cpu_of_children() -> float:

@@ -50,10 +50,7 @@ FAULTS = {
     "huge": (bomb, "has more than 89478485 pixels"),
     "pipe": (pipe, "cannot be read (not a plain file)"),
     "floats": (lambda p: p.write_bytes(encoded(Image.new("F", (40, 40)), "TIFF")), "has floating-point"),
-    "strip": (
-        lambda p: p.write_bytes(encoded(Image.new("L", (99999, 1)), "PNG")),
-        "99999x1 pixels are too long",
-    ),
+    "strip": (lambda p: p.write_bytes(encoded(Image.new("L", (99999, 1)), "PNG")), "99999x1 pixels are too long"),
 }
 VICTIM = "train/n01443537/n01443537_2.JPEG"
 

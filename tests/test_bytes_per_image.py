@@ -76,10 +76,12 @@ def found(folder, images):
         assert reasons == ["1 image is new or changed"], reasons
     return run
 
+from h2t.cache.format import rows
 from h2t.pipeline.data import texts
-from h2t.pipeline.extraction import reuse
+from h2t.pipeline.extraction import reuse, row_plan
 from h2t.pipeline.stages import prepare
-texts.PIECE_ROWS = reuse.PIECE_ROWS = reuse.GROUP_ROWS = prepare.GROUP_ROWS = 500
+texts.PIECE_ROWS = reuse.PIECE_ROWS = rows.BATCH_ROWS = 500
+reuse.GROUP_ROWS = prepare.GROUP_ROWS = row_plan.GROUP_ROWS = 500
 what, *given = json.loads(sys.argv[1])
 step = globals()[what](*given)
 before = pa.total_allocated_bytes()
@@ -103,7 +105,7 @@ def bytes_of_one(cases: list[list], cwd: Path) -> float:
 def test_prepare_takes_little_memory_for_an_image(tmp_path):
     (tmp_path / "plugins/datasets").mkdir(parents=True)
     (tmp_path / "plugins/datasets/many.py").write_text(PLUG_IN)
-    assert bytes_of_one([["prepared", images] for images in SIZES], tmp_path) < 180
+    assert bytes_of_one([["prepared", images] for images in SIZES], tmp_path) < 130
 
 
 def sources(images: int) -> list[str]:
@@ -127,22 +129,27 @@ def write_csv(folder: Path, images: int) -> dict[str, str]:
 def write_parquet(folder: Path, images: int) -> dict[str, list[str]]:
     import pyarrow.parquet as pq
 
-    table = {"image": pa.array([b"1"] * images), "label": pa.array([f"kind {i % 100}" for i in range(images)])}
-    pq.write_table(pa.table(table), folder / "train.parquet")
+    image, label = [b"%09d" % i for i in range(images)], [f"kind {i % 100}" for i in range(images)]
+    pq.write_table(pa.table({"image": image, "label": label}), folder / "train.parquet")
     return {"train": [str(folder / "train.parquet")]}
 
 
 @pytest.mark.parametrize(
-    ("dataset", "write"),
-    [("list_file", write_list), ("imagenet_lt", write_list), ("table", write_csv), ("parquet", write_parquet)],
+    ("dataset", "write", "most"),
+    [
+        ("list_file", write_list, 200),
+        ("imagenet_lt", write_list, 200),
+        ("table", write_csv, 450),  # the file of 43 bytes a row is in memory several times while it is read
+        ("parquet", write_parquet, 200),
+    ],
 )
-def test_reading_a_list_takes_little_memory_for_an_image(tmp_path, dataset, write):
+def test_reading_a_list_takes_little_memory_for_an_image(tmp_path, dataset, write, most):
     cases = []
     for images in SIZES:
         (tmp_path / str(images)).mkdir()
         options = write(tmp_path / str(images), images)
         cases.append(["loaded", dataset, options if dataset != "imagenet_lt" else {**options, "test": None}])
-    assert bytes_of_one(cases, tmp_path) < 200
+    assert bytes_of_one(cases, tmp_path) < most
 
 
 def test_finding_rows_of_a_previous_cache_takes_little_memory_for_a_row(tmp_path):

@@ -1,6 +1,7 @@
 """Extraction on several processes: the bytes of one process, also when a worker is killed midway."""
 
 import json
+import logging
 import multiprocessing
 import os
 import pickle
@@ -213,6 +214,8 @@ def test_a_lost_scheduler_is_one_line_and_the_same_command_goes_on(
     with pytest.raises(UserError, match=r"run\.cluster: lost the scheduler .*; written shards are kept"):
         extracted(tmp_path / "b", *digits, backbone_dir, cluster=address, **SMALL)
     assert not (tmp_path / "b").exists()
+    for part in ("client", "batched"):  # they would log tracebacks beside the line
+        assert not logging.getLogger(f"distributed.{part}").isEnabledFor(logging.ERROR)
     rest = extracted(tmp_path / "b", *digits, backbone_dir, cluster="local:1", **SMALL)
     assert 2 <= rest.kept_shards < rest.shards
     assert tree(tmp_path / "b") == single

@@ -21,10 +21,7 @@ from h2t.pipeline.training.loop import StageOne, Training
 from h2t.pipeline.training.parallel import Group
 from h2t.pipeline.training.resume import Checkpoint
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICE = "cuda"
 DTYPES = {"float16": 2e-3, "bfloat16": 2e-2, "float32": 1e-4}  # allowed differences: roundings, other sums
 

@@ -4,15 +4,7 @@ import json
 
 import pytest
 import torch
-from pipeline_builders import (
-    distance,
-    extracted,
-    fitted,
-    make_backbone_dir,
-    make_prepare,
-    make_samples,
-    write_params,
-)
+from pipeline_builders import distance, extracted, fitted, make_backbone_dir, make_prepare, make_samples, write_params
 from safetensors.torch import load_file
 
 from benchmarks import online_h2t

@@ -120,8 +120,7 @@ def parquet(path, labels, first=0, **column):
 
 @pytest.mark.parametrize("dataset", ["table", "parquet"])
 @pytest.mark.parametrize(
-    ("labels", "classes"),
-    [(["b", "a", "b"], ["a", "b"]), ([True, False, True], ["False", "True"])],
+    ("labels", "classes"), [(["b", "a", "b"], ["a", "b"]), ([True, False, True], ["False", "True"])]
 )
 def test_parquet_with_images_in_it(tmp_path, dataset, labels, classes):
     data = parquet(tmp_path / "x/part.parquet", labels) + parquet(tmp_path / "y/part.parquet", labels, 9)

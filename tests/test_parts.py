@@ -11,14 +11,7 @@ import torch
 from builders import TOKEN, make_cache, make_maps, make_rows, make_spec, make_statistics, tree, write_cache
 from click.testing import CliRunner
 from kills import heard
-from pipeline_builders import (
-    environment,
-    extracted,
-    make_backbone_dir,
-    make_samples,
-    make_stage2_cache,
-    write_params,
-)
+from pipeline_builders import environment, extracted, make_backbone_dir, make_samples, make_stage2_cache, write_params
 
 from h2t.cache.errors import CacheError
 from h2t.cache.reader import open_cache

@@ -6,14 +6,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from pipeline_builders import (
-    distance,
-    fitted,
-    make_backbone_dir,
-    make_stage2_cache,
-    silent,
-    write_params,
-)
+from pipeline_builders import distance, fitted, make_backbone_dir, make_stage2_cache, silent, write_params
 from safetensors.torch import load_file
 
 from h2t.cache.errors import CacheError

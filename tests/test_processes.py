@@ -51,7 +51,7 @@ def test_every_head_is_in_one_share_and_seeds_stay_together(count):
     ("residency", "settings"),
     [
         ({}, {"grid": {**HEADS, "lr": [0.01, 0.1], "loss": {"tau": [0.5, 2.0]}}, "host": "balanced_softmax"}),
-        ({"residency": "stream", "memory_bytes": 50_000}, {"grid": HEADS, "folds": 2}),
+        ({"residency": "stream", "memory_bytes": 50_000}, {"optimiser": {"epochs": 1}, "folds": 2}),
     ],
     ids=["memory, constants", "streamed, folds"],
 )

@@ -5,14 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from pipeline_builders import (
-    extracted,
-    fitted,
-    make_backbone_dir,
-    make_host,
-    make_samples,
-    make_stage2_cache,
-)
+from pipeline_builders import extracted, fitted, make_backbone_dir, make_host, make_samples, make_stage2_cache
 
 from h2t.cache.reader import open_cache
 from h2t.pipeline.base.outputs import write_run_record
@@ -50,8 +43,7 @@ def made(tmp_path_factory):
     samples = make_samples(home / "prepare")
     make_backbone_dir(home / "b")
     write_run_record(
-        home / "runs/extract/b.json",
-        {"seconds": 9.0, "cpu": 11.0, **vars(extracted(home / "c", *samples, home / "b"))},
+        home / "runs/extract/b.json", {"seconds": 9.0, "cpu": 11.0, **vars(extracted(home / "c", *samples, home / "b"))}
     )
     host = make_host(grid={"ratio": [0.0, 0.3], "seed": [0, 1, 2]}, optimiser={"epochs": EPOCHS, "batch_size": BATCH})
     with open_cache(home / "c") as cache:

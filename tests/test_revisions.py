@@ -107,8 +107,7 @@ def test_a_revision_comes_from_the_remote(here, lab):
 
 
 @pytest.mark.parametrize(
-    ("place", "rule"),
-    [("bare", "has no data/evaluate"), ("no-such", "neither a folder nor a revision")],
+    ("place", "rule"), [("bare", "has no data/evaluate"), ("no-such", "neither a folder nor a revision")]
 )
 def test_what_cannot_be_compared_is_one_line(here, place, rule):
     found = invoke("report", "--compare", place, "two")

@@ -87,11 +87,7 @@ def test_samples_in_another_order_or_of_other_numbers_are_the_same_rows():
         ({"label": [-1] + [0] * 39}, "labels must be at least 0; got -1"),
         ({"split": ["trian"] * 40}, r"split must be one of .*; got \['trian'\]"),
         (
-            {
-                "split": ["train"] * 40,
-                "label": [0] * 20 + [1] * 20,
-                "source": ["a", *map(str, range(38)), "a"],
-            },
+            {"split": ["train"] * 40, "label": [0] * 20 + [1] * 20, "source": ["a", *map(str, range(38)), "a"]},
             "same split",
         ),
     ],
@@ -124,7 +120,7 @@ def test_the_digest_of_a_dataset_is_that_of_its_json(monkeypatch, piece):
 
 
 def test_a_long_sample_table_stays_on_disk_and_gives_the_same_cache(digits, backbone_dir, tmp_path, monkeypatch):
-    samples, images = make_samples(tmp_path / "samples", test_per_class=40, validation_per_class=14)
+    samples, images = make_samples(tmp_path / "samples", test_per_class=10, validation_per_class=2)
     extracted(tmp_path / "memory", samples, images, backbone_dir, batchnorm=["branchwise"])
     monkeypatch.setattr(samples_module, "KEPT_BYTES", 0)
     monkeypatch.setattr(samples_module, "PIECE_ROWS", 100)

@@ -428,13 +428,7 @@ def share_by_hard_links(lab, patch):
 
 
 @pytest.mark.parametrize(
-    "share",
-    [
-        share_by_local_directory,
-        share_by_system_setting,
-        share_by_link,
-        share_by_hard_links,
-    ],
+    "share", [share_by_local_directory, share_by_system_setting, share_by_link, share_by_hard_links]
 )
 def test_gc_leaves_a_dvc_cache_that_others_may_use(lab, monkeypatch, share):
     says = share(lab, monkeypatch)

@@ -182,7 +182,8 @@ def test_no_credentials_and_no_package_are_one_line(photos, tmp_path, monkeypatc
         prepared(section("s3://lab/x"), tmp_path / "samples")
     with pytest.raises(UserError, match=r"prepare\.options\.root: s3://lab/x/.*no AWS credentials found"):
         prepared(section(photos, root="s3://lab/x"), tmp_path / "samples")
-    monkeypatch.setitem(sys.modules, "sshfs", None)
+    for module in ("sshfs", "sshfs.spec"):
+        monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "ssh", raising=False)
     with pytest.raises(UserError, match=r"ssh://h/x/labels\.csv: .*pip install 'h2t\[ssh\]'"):
         prepared(section("ssh://u:s3cr3t@h/x"), tmp_path / "samples")

@@ -28,9 +28,9 @@ class Store:
 
     def whole(self, path: str, at_most: int, patience: Patience) -> Answer:
         """The whole file. Raises Unasked, and stops reading, if it is longer than `at_most` bytes."""
-        data = bytearray()
-        version = self.copy(path, at_most, patience, data.extend)
-        return Answer(bytes(data), version)
+        pieces: list[bytes] = []
+        version = self.copy(path, at_most, patience, pieces.append)
+        return Answer(b"".join(pieces), version)
 
     def copy(self, path: str, at_most: int, patience: Patience, take: Take) -> Version:
         """Passes the whole file to `take`, piece by piece, and returns its version; raises as `whole`."""
@@ -102,10 +102,10 @@ class Asynchronous(Store):
             start, stop = span
             if start == stop:
                 return Answer(b"", Version())
-            data = bytearray()
+            pieces: list[bytes] = []  # joined once: a growing buffer would be copied several times
             async with gate:
-                version = await self._request(path, span, stop - start, pace, data.extend)
-            return Answer(bytes(data), version)
+                version = await self._request(path, span, stop - start, pace, pieces.append)
+            return Answer(b"".join(pieces), version)
 
         return await asyncio.gather(*map(gated, spans), return_exceptions=True)
 

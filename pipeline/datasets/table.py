@@ -14,7 +14,6 @@ from typing import Literal
 import numpy as np
 import pydantic
 
-from h2t.cache.redaction import redacted
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.data import labels, list_files, parquet_files, tables, url_files
 from h2t.pipeline.data.images import Collection, Transform
@@ -175,8 +174,7 @@ def _sources(given: Iterable[str], table: Place, root: Place, named: tables.Tabl
         source = url_files.relative(text, root, start)
         if source is None:
             raise UserError(
-                f"{named}: row {row}: {text!r}: must be a path below {redacted(root)}; correct it, or set "
-                "prepare.options.root"
+                f"{named}: row {row}: {text!r}: must be a path below {root}; correct it, or set prepare.options.root"
             )
         yield source
 
@@ -209,9 +207,9 @@ def _check_that_some_exist(table: tables.Table, root: Place, sources: Texts) -> 
         images = url_files.UrlImages("prepare.options.root", root)
         exists = [partial(images.exists, source) for source in sources[:100]]
     if sources and not any(one() for one in exists):
-        first = root / sources[0] if isinstance(root, Path) else redacted(url_files.inside(root, sources[0]))
+        place = root if isinstance(root, Path) else root.partition("?")[0].rstrip("/")  # a query may hold a signature
         raise UserError(
-            f"{table}: row 1: no file {first}; set prepare.options.root to the folder that the paths in "
+            f"{table}: row 1: no file {place}/{sources[0]}; set prepare.options.root to the folder that the paths in "
             "the table start from"
         )
 

@@ -42,7 +42,7 @@ class Backbone(nn.Module):
     def alone(self, x: torch.Tensor, expert: int) -> torch.Tensor:
         """Images (B, 3, H, W) -> the map (B, C, H', W') of one expert; the other experts' batch norms do not see `x`.
 
-        Only objectives that train two branches on a batch each need it (`training.objective.Objective.share`).
+        Only objectives that train two branches on a batch each need it: see their `first_branch_share`.
         """
         raise NotImplementedError
 

@@ -4,6 +4,6 @@ class Loss(Section)                         its keys under backbones.<name>.loss
 class Objective(training.objective.Objective)
                                             `__init__(loss, channels, experts, counts)`, the attributes `classifier`
                                             and `scale`, `forward(maps)` and `cost(outputs, labels, epoch)`; of a
-                                            `LinearObjective` or `CosineObjective` only `cost`; `share(progress)`
+                                            `LinearObjective` or `CosineObjective` only `cost`; `first_branch_share`
                                             only if two branches train on a batch each, like `bbn`
 """

@@ -40,7 +40,7 @@ class Objective(objective.Objective):
             self.bias = nn.Parameter(F.pad(whole.bias[None], (0, 0, 0, experts - 1)))
         self.scale = float(experts)
 
-    def share(self, progress: float) -> float:
+    def first_branch_share(self, progress: float) -> float:
         """a, from `progress` (T - 1) / T_max."""
         return 1 - progress**2
 

@@ -138,7 +138,7 @@ def run(params: Params, run: Run, samples: Samples, images: Images, cache: Cache
         run.say(f"{run.name}: frozen, with head: {params.head}; nothing is trained")
         _write(run.out, about, params, backbone, None, [])
         return
-    if objective.share(0.0) is not None:
+    if objective.first_branch_share(0.0) is not None:
         _check_two_batches(params, where, backbone)
     samples = samples.with_input(stated)
     images = images.prepared_for(samples.transform)

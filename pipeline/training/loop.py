@@ -175,7 +175,7 @@ class StageOne:
         if params.frozen:
             self.backbone.requires_grad_(False)
         self._forward: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
-        self._two_batches = objective.share(0.0) is not None
+        self._two_batches = objective.first_branch_share(0.0) is not None
         forward = self._each_alone if self._two_batches else self.backbone
         self._forward = torch.compile(forward) if params.compile else forward
         self._labels = torch.from_numpy(samples.labels)
@@ -279,7 +279,7 @@ class StageOne:
             batch = order[first : first + params.batch_size]
             if len(batch) == 1 or (params.drop_last and len(batch) < params.batch_size):
                 continue  # batch norm cannot train on one image
-            first_branch = self.objective.share(epoch / params.epochs)
+            first_branch = self.objective.first_branch_share(epoch / params.epochs)
             if first_branch is None:
                 share = float(draws.beta(params.mixup, params.mixup)) if params.mixup else 1.0
                 second = self._pasted(epoch, step, len(batch))

@@ -36,7 +36,7 @@ class Objective(nn.Module):
         """
         raise NotImplementedError
 
-    def share(self, progress: float) -> float | None:
+    def first_branch_share(self, progress: float) -> float | None:
         """With two branches that train on a batch each: the share of the first, from 0 to 1; by default None.
 
         `progress`: share of the epochs that are done, from 0. None means that all branches train on the same images.

@@ -84,12 +84,7 @@ def strike(
             shutil.copytree(undisturbed.old(stage), data / stage.writes)
         fault.furnished(place, stage.reads)
         command = Command(
-            arguments,
-            place.folder,
-            room / "first",
-            cold=cold,
-            environment=fault.environment,
-            holds=instant,
+            arguments, place.folder, room / "first", cold=cold, environment=fault.environment, holds=instant
         )
         if not command.hold(instant):
             command.wait()

@@ -67,9 +67,8 @@ class LinearHeads:
             logits = self._logits(products, own).requires_grad_()
             leaves = {name: own[name].requires_grad_() for name in trained}
             losses = self._losses(own, batch.of(self._seed[heads], logits))
-            outer, *rest = torch.autograd.grad(
-                losses, [logits, *leaves.values()], torch.ones_like(losses), allow_unused=True
-            )
+            # Of the sum: for `grad_outputs` torch imports sympy.
+            outer, *rest = torch.autograd.grad(losses.sum(), [logits, *leaves.values()], allow_unused=True)
             found = self._of_logits(products, own, outer.mT)
             for name, gradient in zip(leaves, rest, strict=True):  # of what a loss uses besides logits
                 if gradient is not None:

@@ -126,21 +126,12 @@ def write_csv(folder: Path, images: int) -> dict[str, str]:
     return {"table": str(folder / "list.csv"), "path": "path"}
 
 
-def write_parquet(folder: Path, images: int) -> dict[str, list[str]]:
-    import pyarrow.parquet as pq
-
-    image, label = [b"%09d" % i for i in range(images)], [f"kind {i % 100}" for i in range(images)]
-    pq.write_table(pa.table({"image": image, "label": label}), folder / "train.parquet")
-    return {"train": [str(folder / "train.parquet")]}
-
-
 @pytest.mark.parametrize(
     ("dataset", "write", "most"),
     [
         ("list_file", write_list, 200),
         ("imagenet_lt", write_list, 200),
         ("table", write_csv, 450),  # the file of 43 bytes a row is in memory several times while it is read
-        ("parquet", write_parquet, 200),
     ],
 )
 def test_reading_a_list_takes_little_memory_for_an_image(tmp_path, dataset, write, most):
@@ -171,4 +162,4 @@ def test_finding_rows_of_a_previous_cache_takes_little_memory_for_a_row(tmp_path
         changed = samples.set_column(4, "digest", pa.array(["f" * 64, *columns["digest"][1:]]))
         with pa.ipc.new_file(str(tmp_path / f"{images}.arrow"), changed.schema) as file:
             file.write_table(changed, max_chunksize=2**16)
-    assert bytes_of_one([["found", str(tmp_path / str(images)), images] for images in SIZES], tmp_path) < 100
+    assert bytes_of_one([["found", str(tmp_path / str(images)), images] for images in SIZES], tmp_path) < 600

@@ -81,11 +81,12 @@ class Arena:
         with open_cache(self.cache) as cache:
             for name in self.hosts:
                 try:
-                    results[name] = self._result(name, cache)
-                    steps[name] = self._step(name, cache)
+                    result, step = self._result(name, cache), self._step(name, cache)
                 except UserError as error:
                     failed[name] = str(error).replace(str(cache.files), "CACHE")
                     print(f"{name}: left out: {error}", flush=True)
+                    continue
+                results[name], steps[name] = result, step
         lines = ranked(
             results, [line for name, result in results.items() for line in self._lines(name, result, steps[name])]
         )
@@ -106,6 +107,7 @@ class Arena:
             train_classifier.run(host, Run(name, heads, self.device), self.residency, cache, self.backbone)
             evaluate.run(section, Run(name, scores, self.device), cache, heads, self.backbone)
             spent = time.process_time() - begun
+            self._step_file(name).unlink(missing_ok=True)  # of other settings
             self._seconds(name).write_text(json.dumps({"cpu_seconds": round(spent, 2)}), encoding="utf-8")
             print(f"{name}: {spent:.0f} CPU seconds", flush=True)
 
@@ -120,7 +122,7 @@ class Arena:
         host = self.hosts[name]
         if plugins.load("hosts", host.host).Host.fitted:
             return None
-        saved = self.out / "evaluate" / f"{name}.step.json"
+        saved = self._step_file(name)
         if not saved.is_file():
             grid = Grid(ratio=[0.3], seed=[0], lr=host.grid.lr and host.grid.lr[:1])
             spent, steps = [], []
@@ -136,6 +138,9 @@ class Arena:
             saved.write_text(json.dumps({"step_ms": round(each, 3)}), encoding="utf-8")
         found: float = json.loads(saved.read_text(encoding="utf-8"))["step_ms"]
         return found
+
+    def _step_file(self, name: str) -> Path:
+        return self.out / "evaluate" / f"{name}.step.json"
 
     def _seconds(self, name: str) -> Path:
         return self.out / "evaluate" / f"{name}.seconds.json"

@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -92,6 +93,31 @@ class Bucket:
     def clear(self) -> None:
         for name in self.names():
             self.s3.delete_object(Bucket="lab", Key=f"x/{name}")
+
+
+@contextmanager
+def s3_process() -> Iterator[dict[str, str]]:
+    """The environment for an S3 endpoint in a process of its own, which has a core to itself and no forks."""
+    port = free_port()
+    command = [sys.executable, "-m", "moto.server", "--host", "127.0.0.1", "--port", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        _answers(port)
+        yield _settings(f"http://127.0.0.1:{port}")
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _answers(port: int, seconds: float = 60) -> None:
+    """Returns once a server listens at `port`."""
+    end = time.monotonic() + seconds
+    while True:
+        with socket.socket() as tried:
+            if tried.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        assert time.monotonic() < end, "the server did not start"
+        time.sleep(0.1)
 
 
 def put_s3(root: Path, bucket: str, prefix: str, environment: dict[str, str], *, make_bucket: bool = True) -> None:

@@ -84,6 +84,15 @@ def test_every_built_in_method_of_one_backbone_is_in_the_preset():
     assert {entry["receiver"] for entry in entries if "receiver" in entry} == set(plugins.names("samplers"))
 
 
+def test_a_method_whose_step_cannot_be_measured_is_left_out(tmp_path, made, monkeypatch):
+    def fails(*_):
+        raise UserError("hosts.dr: diverged")
+
+    monkeypatch.setattr(arena.Arena, "_step", fails)
+    assert not arena.Arena(arena.parameters(["dr"], TINY), made[0], made[1], tmp_path / "out").run()
+    assert json.loads((tmp_path / "out/arena.json").read_text())["left_out"] == {"dr": "hosts.dr: diverged"}
+
+
 def test_an_unknown_method_is_one_line():
     with pytest.raises(UserError, match="--only drr: must be one of dr, crt") as caught:
         arena.parameters(["drr"])

@@ -10,13 +10,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from builders import make_cache
 from pipeline_builders import ROOT
 
 from h2t.pipeline.data.samples import SCHEMA
+from h2t.pipeline.data.splits import Labelled
+from h2t.pipeline.data.texts import Digests, Texts
 from h2t.pipeline.extraction.row_plan import planned
+from h2t.pipeline.stages import prepare
 
 SIZES = (5_000, 20_000)
 
@@ -81,7 +86,7 @@ from h2t.pipeline.data import texts
 from h2t.pipeline.extraction import reuse, row_plan
 from h2t.pipeline.stages import prepare
 texts.PIECE_ROWS = reuse.PIECE_ROWS = rows.BATCH_ROWS = 500
-reuse.GROUP_ROWS = prepare.GROUP_ROWS = row_plan.GROUP_ROWS = 500
+reuse.GROUP_ROWS = prepare.GROUP_ROWS = prepare.PIECE_ROWS = row_plan.GROUP_ROWS = 500
 what, *given = json.loads(sys.argv[1])
 step = globals()[what](*given)
 before = pa.total_allocated_bytes()
@@ -163,3 +168,19 @@ def test_finding_rows_of_a_previous_cache_takes_little_memory_for_a_row(tmp_path
         with pa.ipc.new_file(str(tmp_path / f"{images}.arrow"), changed.schema) as file:
             file.write_table(changed, max_chunksize=2**16)
     assert bytes_of_one([["found", str(tmp_path / str(images)), images] for images in SIZES], tmp_path) < 600
+
+
+def test_samples_written_in_pieces_have_the_bytes_of_one_table(tmp_path, monkeypatch):
+    """Other bytes would train every backbone of a large dataset again."""
+    monkeypatch.setattr(prepare, "PIECE_ROWS", 300)
+    assert prepare.GROUP_ROWS == 2**20  # pyarrow's own, for larger tables
+    label = np.arange(5000, dtype=np.int32) // 50
+    source = Texts.of(f"{j}/{i:05d}.jpg" for i, j in enumerate(label))
+    digests = Digests(5000)
+    for i in range(5000):
+        digests[i] = f"{i:064x}"
+    found = Labelled([], source, label, np.array(["train"] * 5000), None)
+    prepare._write_samples(tmp_path / "pieces.parquet", np.arange(5000), found, label, digests)
+    whole = pq.read_table(tmp_path / "pieces.parquet")
+    pq.write_table(whole.combine_chunks(), tmp_path / "whole.parquet", compression="zstd")
+    assert (tmp_path / "pieces.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()

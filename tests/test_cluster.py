@@ -15,7 +15,7 @@ import pytest
 import torch
 from builders import tree
 from distributed import Client
-from pipeline_builders import extracted, make_extract
+from pipeline_builders import ROOT, extracted, make_extract
 
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.data.images import BadImage
@@ -248,3 +248,10 @@ def test_a_scheduler_that_is_not_there_is_one_line(digits, backbone_dir, tmp_pat
     monkeypatch.setattr("h2t.pipeline.extraction.cluster.SECONDS", 1)
     with pytest.raises(UserError, match=r"run\.cluster: tcp://127\.0\.0\.1:9 .* got no answer"):
         extracted(tmp_path / "b", *digits, backbone_dir, cluster="tcp://127.0.0.1:9", **SMALL)
+
+
+def test_the_campaign_of_kills_can_be_started():
+    command = [sys.executable, "tests/faults/cluster.py", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--target" in done.stdout

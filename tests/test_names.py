@@ -60,7 +60,7 @@ def test_extract_refuses_the_backbone_of_another_name(tmp_path, params):
     assert "must be a backbone with arch resnet20, as in backbones.ce_mixup; got resnet32" in line
     backbone(tmp_path / "experts", experts=3)
     line = asked(["extract", "ce_mixup"], tmp_path, params, tmp_path / "samples", tmp_path / "experts")
-    assert "got {'experts': 3}" in line
+    assert "got {'experts': 3, 'fork': 'layer2'}" in line
 
 
 @pytest.mark.parametrize("command", ["extract", "train-backbone"])

@@ -237,3 +237,24 @@ def test_images_are_read_side_by_side(photos, tmp_path):
         names = [name for method, name in handler.asked if method == "GET"]
         assert names.count("labels.csv") == 1
         assert names.count("images/owl/more3.png") == 2
+
+
+@pytest.mark.parametrize(
+    ("path", "root", "base", "source"),
+    [
+        ("https://h/d/a%20b.jpg", "https://h/d", "https://h/d", "a b.jpg"),
+        ("https://h/d/%2e%2e/a.jpg", "https://h/d", "https://h/d", None),
+        ("https://h/d/a.jpg?sig=S", "https://h/d", "https://h/d", None),
+        ("a%20b.jpg", "https://h/d", "https://h/d/my%20set", "my set/a%20b.jpg"),
+        ("s3://b/d/a%20b.jpg", "s3://b/d", "s3://b/d", "a%20b.jpg"),
+        ("https://other/d/a.jpg", "https://h/d", "https://h/d", None),
+    ],
+)
+def test_a_path_in_a_table_is_plain_text_and_a_url_is_quoted(path, root, base, source):
+    assert url_files.relative(path, root, base) == source
+
+
+def test_a_list_on_the_disk_may_name_images_at_a_url():
+    options = list_file.Options(root="s3://lab/x", train="/lists/train.txt")
+    assert list_file.inputs(options) == {"train": "/lists/train.txt"}
+    assert not url_files.is_url("file:///photos")  # so that links are checked, and DVC watches

@@ -68,7 +68,7 @@ def check_backbone(values: Mapping[str, Any], name: str, folder: Path, say: Call
             actual, wanted = (build(kind, f"{folder}: options", o).model_dump() for o in (actual, wanted))
         if key in ("options", "input"):  # what the parameters leave open, the network's configuration decides
             assert isinstance(wanted, dict)
-            stated = {k for k, v in wanted.items() if v is not None}
+            stated = [k for k, v in wanted.items() if v is not None]
             actual, wanted = ({k: one.get(k) for k in stated} for one in (actual, wanted))
         if actual != wanted:
             raise UserError(

@@ -7,6 +7,7 @@ view), so it does not change with the number of workers or with the other images
 import copy
 import hashlib
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -297,6 +298,7 @@ class Images:
         waiting = getattr(read, "at_once", 0)
         self._threads = ThreadPoolExecutor(waiting or len(os.sched_getaffinity(0)), "decode")
         self._per_task = 1 if waiting else AT_ONCE
+        self._decoders = threading.BoundedSemaphore(len(os.sched_getaffinity(0)))  # a decoded image may be large
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._origin is None:
@@ -352,7 +354,8 @@ class Images:
         try:
             data = self._read(source)
             self._check(sample, data)
-            image = self._decode(data)
+            with self._decoders:
+                image = self._decode(data)
             _check_size(image, self.transform)
         except FileNotFoundError:
             raise BadImage(source, "is missing") from None

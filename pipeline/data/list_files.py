@@ -196,7 +196,7 @@ def _place_of(options: Options, name: str) -> str | None:
     """The path or URL of the list file of a split, if there is one."""
     given: str | None = getattr(options, name)
     lists = options.lists or options.root
-    if given is None or url_files.is_url(given):
+    if given is None or url_files.is_url(given) or Path(given).is_absolute():
         return given
     return url_files.inside(lists, given) if url_files.is_url(lists) else str(Path(lists) / given)
 

@@ -45,14 +45,20 @@ def found(key: str, pattern: str) -> list[Path]:
     return [Path(match) for match in matches]
 
 
+def named_once(paths: Sequence[Place]) -> list[str]:
+    """The files with their folders, absolute, for messages. Raises UserError for one that is named twice."""
+    whole = [redacted(p) if isinstance(p, str) else os.path.abspath(p) for p in paths]  # noqa: PTH100 - keeps links
+    if twice := [path for i, path in enumerate(whole) if path in whole[:i]]:
+        raise UserError(f"prepare.options: {twice[0]}: must be named once; got it twice; remove one of them")
+    return whole
+
+
 def short_names(paths: Sequence[Place]) -> list[str]:
     """A name for each file: its file name, or where these repeat, its path below the common parent folder.
 
     Raises UserError for a file that is named twice, and for equal names both at a path and at a URL.
     """
-    whole = [redacted(p) if isinstance(p, str) else os.path.abspath(p) for p in paths]  # noqa: PTH100 - keeps links
-    if twice := [path for i, path in enumerate(whole) if path in whole[:i]]:
-        raise UserError(f"prepare.options: {twice[0]}: must be named once; got it twice; remove one of them")
+    whole = named_once(paths)
     names = [url_files.name_of(path) if isinstance(path, str) else path.name for path in paths]
     if len(set(names)) == len(names):
         return names

@@ -11,11 +11,12 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import pyarrow as pa
 
 from h2t.cache.errors import CacheError
+from h2t.cache.memory import available_memory
 from h2t.cache.redaction import redacted
 from h2t.pipeline.base.errors import UserError
 
@@ -34,7 +35,7 @@ EXTRAS = {"s3": "s3", "s3a": "s3", "ssh": "ssh", "sftp": "ssh", "hf": "huggingfa
 
 def is_url(place: str | Path) -> TypeGuard[str]:
     """Whether `place` is a URL and not a path."""
-    return isinstance(place, str) and "://" in place
+    return isinstance(place, str) and "://" in place and not place.startswith("file:")
 
 
 def name_of(url: str) -> str:
@@ -88,13 +89,18 @@ def common_folder(urls: Sequence[str]) -> str | None:
 
 
 def relative(path: str, root: str, base: str) -> str | None:
-    """`path`, which starts from the folder `base` or is a URL below `root`, relative to `root`. None if it leads out.
+    """`path`, which starts from the folder `base` or is a URL below `root`, relative to `root`.
 
-    Back-slashes separate folders, as in tables from Windows.
+    None if it leads out, or is a URL with a query. Back-slashes separate folders, as in tables from Windows.
     """
     top = root.partition("?")[0].rstrip("/")
-    within = base.partition("?")[0].rstrip("/")[len(top) :].lstrip("/")
-    path = path.removeprefix(f"{top}/") if path.startswith(f"{top}/") else posixpath.join(within, path)
+    plain = unquote if root.startswith("http") else str  # names are plain text; only URLs of web servers are quoted
+    if path.startswith(f"{top}/"):
+        if "?" in path:
+            return None
+        path = plain(path.removeprefix(f"{top}/"))
+    else:
+        path = posixpath.join(plain(base.partition("?")[0].rstrip("/")[len(top) :].lstrip("/")), path)
     source = posixpath.normpath(path.replace("\\", "/"))
     out = source.startswith(("/", "~", "../")) or source in ("..", ".") or "://" in path or "\0" in source
     return None if out else source
@@ -127,7 +133,7 @@ class UrlFile:
     def _data(self) -> bytes:
         with _refusals_in_one_line(self._key, self._url):
             files, name = _files_of(self._url)
-            return files.read_all(name, files.size(name))
+            return files.read_unpinned(name, available_memory() // 4)
 
     def read_bytes(self) -> bytes:
         """All bytes."""
@@ -146,8 +152,8 @@ class UrlFile:
 class UrlImages:
     """Reads images below the URL `root`, the value of the parameter `key`, by their path relative to it.
 
-    Calls raise FileNotFoundError for an image that is missing, and UserError if the server fails or refuses: that says
-    nothing about the image, so it must not be left out as a bad one.
+    Calls raise FileNotFoundError for an image that is missing, OSError for one of more than `LARGEST_IMAGE` bytes, and
+    UserError if the server fails or refuses: that says nothing about the image, so it is not left out as a bad one.
     """
 
     at_once = AT_ONCE
@@ -164,6 +170,8 @@ class UrlImages:
         except CacheError as error:
             if error.reason == "missing":
                 raise FileNotFoundError from None
+            if error.reason == "damaged":  # longer than any image
+                raise OSError(str(error)) from None
             raise UserError(f"image {source!r}: {error}") from None
 
     def exists(self, source: str) -> bool:

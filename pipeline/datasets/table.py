@@ -109,7 +109,10 @@ def load(options: Options) -> Collection:
     split: list[str] = []
     group: list[str] = []
     read: dict[str, str] = {}
-    for (part, place), short in zip(found, parquet_files.short_names([place for _, place in found]), strict=True):
+    places = [place for _, place in found]
+    parquet_files.named_once(places)
+    names = [""] * len(found) if options.bytes is None else parquet_files.short_names(places)
+    for (part, place), short in zip(found, names, strict=True):
         path: tables.Table
         if isinstance(place, str):
             path = url_files.UrlFile("prepare.options.table", place, whole=options.path is not None)
@@ -174,7 +177,8 @@ def _sources(given: Iterable[str], table: Place, root: Place, named: tables.Tabl
         source = url_files.relative(text, root, start)
         if source is None:
             raise UserError(
-                f"{named}: row {row}: {text!r}: must be a path below {root}; correct it, or set prepare.options.root"
+                f"{named}: row {row}: {text!r}: must be a path below {root}, or a URL below it "
+                "without a query; correct it, or set prepare.options.root"
             )
         yield source
 
@@ -226,7 +230,7 @@ def inputs(options: Options) -> dict[str, str]:
 def reader(options: Options) -> Callable[[str], bytes]:
     """A function that returns the bytes of a source."""
     if options.bytes is None:
-        return list_files.image_reader(str(folder(options)), options.follow_links)  # also takes a URL
+        return list_files.image_reader(str(folder(options)), options.follow_links)
     paths = [path for _, path in _tables(options)]
     files = {
         name: parquet_files.opened("prepare.options.table", path)

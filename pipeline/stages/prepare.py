@@ -35,7 +35,8 @@ from h2t.pipeline.data.texts import Digests, Texts, first_repeat
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 NO_SPLIT = 127  # sorts after every split
-GROUP_ROWS = 2**17  # samples of a row group in samples.parquet; writing one takes 500 bytes a sample
+GROUP_ROWS = 2**20  # samples of a row group in samples.parquet: as pyarrow would write the whole table
+PIECE_ROWS = 2**17  # samples that are Python objects at a time, of 500 bytes each
 
 
 class Imbalance(Section):
@@ -202,16 +203,19 @@ def _in_order(chosen: np.ndarray, split: np.ndarray, label: np.ndarray, source: 
 def _write_samples(path: Path, places: np.ndarray, found: Labelled, label: np.ndarray, digests: Digests) -> None:
     """Writes samples.parquet: the images at `places`, in this order, a row group at a time."""
     with pq.ParquetWriter(path, SCHEMA, compression="zstd") as file:
-        for start in range(0, len(places), GROUP_ROWS):
-            group = places[start : start + GROUP_ROWS]
-            columns = {
-                "sample": pa.array(range(start, start + len(group)), pa.int64()),
-                "split": pa.array(found.split[group].tolist(), pa.string()),
-                "label": pa.array(label[group]),
-                "source": found.source.take(group).column,
-                "digest": pa.array(digests.texts(group), pa.string()),
-            }
-            file.write_table(pa.table(columns, SCHEMA))
+        for first in range(0, len(places), GROUP_ROWS):
+            group, pieces = places[first : first + GROUP_ROWS], []
+            for start in range(0, len(group), PIECE_ROWS):
+                piece = group[start : start + PIECE_ROWS]
+                columns = {
+                    "sample": pa.array(range(first + start, first + start + len(piece)), pa.int64()),
+                    "split": pa.array(found.split[piece].tolist(), pa.string()),
+                    "label": pa.array(label[piece]),
+                    "source": found.source.take(piece).column,
+                    "digest": pa.array(digests.texts(piece), pa.string()),
+                }
+                pieces.append(pa.table(columns, SCHEMA))
+            file.write_table(pa.concat_tables(pieces).combine_chunks())
 
 
 def _skipped(bad: dict[int, BadImage], split: Mapping[int, str]) -> pa.Table:

@@ -177,7 +177,7 @@ def _check_two_batches(params: Params, where: str, backbone: Backbone) -> None:
     if mixed := [key for key in ("mixup", "cmo", "frozen") if getattr(params, key)]:
         raise UserError(
             f"{where}.{mixed[0]}: does not go with objective {params.objective}, which mixes two batches and trains "
-            f"both branches; got {getattr(params, mixed[0])}; leave it out"
+            f"both branches; got {getattr(params, mixed[0])}; set it to {'false' if mixed[0] == 'frozen' else 0}"
         )
 
 

@@ -1,9 +1,11 @@
 """Jobs for other processes, which import this file and so not torch."""
 
+import os
 import signal
 import time
 
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.progress import progress
 
 
 def forever():
@@ -29,3 +31,8 @@ def bug():
 
 def holds_interrupts():
     return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def is_killed_with_a_bar():
+    for _ in progress(range(3), "bar", unit="step"):
+        os.kill(os.getpid(), signal.SIGKILL)

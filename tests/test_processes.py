@@ -14,7 +14,7 @@ import pytest
 import small_jobs
 import torch
 from kills import heard
-from pipeline_builders import distance, environment, fitted, make_host, write_params
+from pipeline_builders import ROOT, distance, environment, fitted, make_host, write_params
 
 from h2t.cache.reader import open_cache
 from h2t.pipeline.base.errors import UserError
@@ -190,6 +190,17 @@ def test_one_that_fails_does_not_wait_for_the_others():
     with pytest.raises(UserError, match="x: must be 1"):
         side_by_side([small_jobs.forever, small_jobs.fails], "x")
     assert time.monotonic() - began < 300
+
+
+def test_a_killed_process_leaves_nothing_that_python_warns_of():
+    """Python warns when the command has ended, below its last line."""
+    code = "import small_jobs; from h2t.pipeline.base.side_by_side import side_by_side as run\n"
+    code += "if __name__ == '__main__': run([small_jobs.is_killed_with_a_bar], 'x')"
+    command = [sys.executable, "-W", "always", "-c", code]
+    env = environment(PYTHONPATH=str(ROOT / "tests"))
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, check=False)
+    assert "1 processes was killed" in done.stderr
+    assert "leaked" not in done.stderr
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):

@@ -1,6 +1,7 @@
 """Progress bars: updated five times a second in a terminal, every ten seconds in a log."""
 
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,7 @@ from tqdm import tqdm
 
 # No monitor thread: if a thread cannot start for lack of memory, Python waits for it forever.
 tqdm.monitor_interval = 0
+tqdm.set_lock(threading.RLock())  # its own holds a semaphore too, which a killed process leaves behind, with a warning
 
 _hidden = False
 

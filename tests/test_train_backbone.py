@@ -211,9 +211,9 @@ def test_cmo_with_mixup_is_refused():
 @pytest.mark.parametrize(
     ("more", "text"),
     [
-        ({"mixup": 1.0}, r"backbones\.b\.mixup: does not go with objective bbn, .*; got 1\.0; leave it out"),
-        ({"cmo": 0.5}, r"backbones\.b\.cmo: does not go with objective bbn, .*; got 0\.5; leave it out"),
-        ({"frozen": True}, r"backbones\.b\.frozen: does not go with objective bbn, .*; got True; leave it out"),
+        ({"mixup": 1.0}, r"backbones\.b\.mixup: does not go with objective bbn, .*; got 1\.0; set it to 0"),
+        ({"cmo": 0.5}, r"backbones\.b\.cmo: does not go with objective bbn, .*; got 0\.5; set it to 0"),
+        ({"frozen": True}, r"backbones\.b\.frozen: does not go with objective bbn, .*; got True; set it to false"),
         ({"options": {"experts": 3}}, r"b\.objective: bbn needs two branches .*; got resnet20 with 3 branches; take "),
         ({"options": {}}, r"b\.objective: bbn needs two branches .*; got resnet20 with 1 branch; take "),
         ({"arch": "tiny", "options": {}}, r"got tiny with branches that only run together; take arch resnet32 or "),

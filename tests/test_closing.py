@@ -19,7 +19,6 @@ from h2t.cache.reader import open_cache
 
 
 def open_files() -> int:
-    gc.collect()  # of earlier tests
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
@@ -42,6 +41,7 @@ CALLS = {
 @pytest.mark.parametrize("used", [False, True])
 def test_a_closed_cache_says_so(cache_dir, call, used):
     make_cache(cache_dir)
+    gc.collect()  # files of earlier tests
     before = open_files()
     cache = open_cache(cache_dir)
     if used:
@@ -70,6 +70,7 @@ def test_threads_that_read_while_the_cache_is_closed(cache_dir, layout):
     rng = np.random.default_rng(0)
     wrong: list[object] = []
     served = 0
+    gc.collect()  # files of earlier tests
     before = open_files()
 
     def use(cache, rows, started) -> None:

@@ -46,8 +46,8 @@ _FORK = threading.RLock()
 os.register_at_fork(before=_FORK.acquire, after_in_parent=_FORK.release, after_in_child=_FORK.release)
 
 THREADS = min(4, os.cpu_count() or 1)
-#: A remote cache is read by more threads and in larger pieces, because these wait: in order and without kept
-#: blocks up to 32 MiB are under way, with them 128 MiB.
+#: A remote cache is read by more threads and in larger pieces, as a server's answers take time. At most 32 MiB are
+#: under way, or 128 MiB if blocks are kept on the disk.
 REMOTE_THREADS = 8
 REMOTE_UNIT_BYTES = 4 * 1024 * 1024
 #: With fewer bytes per system call, passing the GIL between threads costs more than a second core gains.

@@ -131,8 +131,12 @@ def test_a_list_file_is_read_there_too(store, photos, tmp_path):
     for place in (store.url, photos):
         options = {"root": f"{place}/images", "lists": str(place), "train": "train.txt", "test": "test.txt"}
         given = {"dataset": "list_file", "options": {**options, "transform": SMALL}}
-        both.append(prepared(given, tmp_path / f"s{len(both)}")[0].table)
-    assert both[0] == both[1]
+        both.append(prepared(given, tmp_path / f"s{len(both)}")[0])
+    assert both[0].table == both[1].table
+    url = store.url.replace("root@", "")
+    assert both[0].facts["read"] == {
+        f"{url}/{name}": hashlib.sha256((photos / name).read_bytes()).hexdigest() for name in ("train.txt", "test.txt")
+    }
     assert not list_file.inputs(list_file.Options(root=store.url, train="train.txt"))
 
 

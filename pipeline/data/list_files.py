@@ -167,14 +167,18 @@ def _hint(line: str, *, whole: bool) -> str:
     return "; for labels in words set prepare.dataset=list_file" if whole else ""
 
 
-def read_lists(options: Options, *, whole: bool = False) -> tuple[Texts, list[str], list[str]]:
-    """(sources, labels, splits) of all list files, training images first. Raises UserError like `read_list`."""
+def read_lists(options: Options, *, whole: bool = False) -> tuple[Texts, list[str], list[str], dict[str, str]]:
+    """(sources, labels and splits, training images first; the sha256 of lists at URLs).
+
+    Raises UserError like `read_list`.
+    """
     root: Place = options.root if url_files.is_url(options.root) else Path(options.root)
     if isinstance(root, Path) and not root.is_dir():
         raise UserError(f"prepare.options.root: no folder {options.root}; set it to the folder of the images")
     parts: list[Texts] = []
     label: list[str] = []
     split: list[str] = []
+    read: dict[str, str] = {}
     for name in ("train", "val", "test"):
         if (place := _place_of(options, name)) is not None:
             file = UrlFile(f"prepare.options.{name}", place) if url_files.is_url(place) else Path(place)
@@ -182,6 +186,8 @@ def read_lists(options: Options, *, whole: bool = False) -> tuple[Texts, list[st
             parts.append(paths)
             label += labels
             split += [name] * len(paths)
+            if isinstance(file, UrlFile):
+                read[str(file)] = file.digest
     source = Texts.joined(parts)
     if (twice := first_repeat(source)) is not None:
         before, again = (_place_of(options, split[place]) for place in twice)
@@ -189,7 +195,7 @@ def read_lists(options: Options, *, whole: bool = False) -> tuple[Texts, list[st
             f"{again}: {source[twice[1]]!r}: must be listed once, in one split; got a second entry, after one in "
             f"{before}; remove one of them"
         )
-    return source, label, split
+    return source, label, split, read
 
 
 def _place_of(options: Options, name: str) -> str | None:
@@ -207,7 +213,7 @@ def load(options: Options, class_of: Callable[[str], str]) -> Collection:
     Raises UserError for a list that cannot be read, a label that is no whole number or out of range, and an image that
     is named twice.
     """
-    source, texts, split = read_lists(options, whole=True)
+    source, texts, split, read = read_lists(options, whole=True)
     number = {text: int(text) for text in set(texts)}
     label = [number[text] for text in texts]
     if min(label) > 0:
@@ -229,7 +235,7 @@ def load(options: Options, class_of: Callable[[str], str]) -> Collection:
             f"{getattr(options, split[worst])}: {source[worst]!r}: label {label[worst]} is out of range: the training "
             f"list has {counted(len(classes), 'class', 'classes')}, labels 0 to {len(classes) - 1}"
         )
-    return Collection(classes, source, label, split)
+    return Collection(classes, source, label, split, read=read)
 
 
 def inputs(options: Options) -> dict[str, str]:

@@ -27,6 +27,6 @@ def transform(options: Options) -> Transform:
 
 def load(options: Options) -> Collection:
     """All images of the lists, in their order. Raises UserError that names the file and the line."""
-    source, text, split = list_files.read_lists(options)
+    source, text, split, read = list_files.read_lists(options)
     classes, label = labels.numbered(text)
-    return Collection(classes, source, label, split)
+    return Collection(classes, source, label, split, read=read)

@@ -36,9 +36,10 @@ from h2t.pipeline.base.run import Run, Say, silent
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.data import labels as texts
 from h2t.pipeline.data.classes import recorded_names
-from h2t.pipeline.data.images import Collection, Images, decoder, open_images
+from h2t.pipeline.data.images import Collection, Images, open_images
 from h2t.pipeline.data.splits import AtMost, Labelled, SmallClasses, hold_out
 from h2t.pipeline.data.transforms import OWN
+from h2t.pipeline.data.views import decoder
 from h2t.pipeline.evaluation.calibration import of_heads
 from h2t.pipeline.evaluation.folds import load_folds
 from h2t.pipeline.evaluation.scoring import Scores, score_heads

@@ -293,7 +293,7 @@ def test_predict_names_classes_as_the_model_does(model, tmp_path):
     loaded = load_model(model / "m")
     digits = plugins.load("datasets", "digits")
     read = digits.reader(digits.Options())
-    from h2t.pipeline.data.images import normalised
+    from h2t.pipeline.data.views import normalised
 
     x = normalised(torch.from_numpy(np.stack([digits.decode(read("digits/0000"))])), loaded.transform)
     with torch.no_grad():

@@ -31,8 +31,9 @@ from h2t.pipeline.heads.stack import Stack
 from h2t.pipeline.heads.stored import HeadParts, Heads, build_head
 from h2t.pipeline.networks.classifier import global_average
 from h2t.pipeline.networks.trained import StageOneHead
-from h2t.pipeline.training.loop import StageOne, Training
+from h2t.pipeline.training.loop import StageOne
 from h2t.pipeline.training.parallel import Group
+from h2t.pipeline.training.settings import Training
 
 GPU = torch.device("cuda", 0)
 SELECTIONS = ("random", "first", "mixup", "shuffled")
@@ -99,7 +100,7 @@ def test_stage_one_up_to_its_loss(fake, digits, tmp_path, name, more):
     if objective.first_branch_share(0.0) is not None and more["mixup"]:
         pytest.skip("its two batches are mixed already")
     training = StageOne(Training(batch_size=8, **more), net, objective, samples, images, 0, Group(GPU, 0, 1))
-    parts = next(training._batches(0))
+    parts = next(training.batches.of(0))
     part = parts[0]
     x = torch.empty(len(part.samples) * (2 if part.second else 1), 3, 8, 8)
     for epoch in (0, 199):

@@ -17,9 +17,10 @@ from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.run import silent
 from h2t.pipeline.data.resident_images import ResidentImages
 from h2t.pipeline.networks.weights import load_weights, save_weights
-from h2t.pipeline.training.loop import StageOne, Training
+from h2t.pipeline.training.loop import StageOne
 from h2t.pipeline.training.parallel import Group
 from h2t.pipeline.training.resume import Checkpoint
+from h2t.pipeline.training.settings import Training
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICE = "cuda"

@@ -7,8 +7,9 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from h2t.pipeline.base import plugins
-from h2t.pipeline.data.images import Transform, for_evaluation, normalised, transform_for
+from h2t.pipeline.data.images import Transform
 from h2t.pipeline.data.network_input import Input, chosen
+from h2t.pipeline.data.views import for_evaluation, normalised, transform_for
 
 DATASET = Transform(size=8, mean=[0.0] * 3, std=[1.0] * 3, flip=True, padding=1)
 ONES = {"mean": [0.0] * 3, "std": [1.0] * 3}

@@ -12,9 +12,10 @@ from torch import nn
 
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.seeds import stream, torch_seed
-from h2t.pipeline.training.loop import StageOne, Training
+from h2t.pipeline.training.loop import StageOne
 from h2t.pipeline.training.parallel import Group
 from h2t.pipeline.training.resume import Checkpoint
+from h2t.pipeline.training.settings import Training
 
 EPOCHS, BATCH, RATE, MOMENTUM, DECAY = 3, 128, 0.1, 0.9, 5e-4
 CHANNELS, EXACT = 8, 1e-10

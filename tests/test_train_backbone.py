@@ -22,9 +22,11 @@ from h2t.pipeline.base.run import Run
 from h2t.pipeline.base.seeds import stream
 from h2t.pipeline.stages import evaluate, train_backbone
 from h2t.pipeline.stages.train_backbone import Params
-from h2t.pipeline.training import loop as stage_one
+from h2t.pipeline.training.batches import rectangle
+from h2t.pipeline.training.loop import StageOne
 from h2t.pipeline.training.parallel import Group
 from h2t.pipeline.training.resume import Checkpoint
+from h2t.pipeline.training.settings import learning_rate
 
 TINY = '''"""One convolution."""
 
@@ -91,17 +93,17 @@ def furthest(found, expected) -> float:
 
 def test_the_schedule():
     steps = Params(arch="resnet20", epochs=200)
-    rates = [stage_one.learning_rate(steps, e) for e in (0, 4, 5, 159, 160, 180, 199)]
+    rates = [learning_rate(steps, e) for e in (0, 4, 5, 159, 160, 180, 199)]
     assert rates == pytest.approx([0.02, 0.1, 0.1, 0.1, 0.01, 0.001, 0.001])
     cosine = Params(arch="resnet20", epochs=10, schedule="cosine", warmup_epochs=0)
-    assert stage_one.learning_rate(cosine, 5) == pytest.approx(0.05)
+    assert learning_rate(cosine, 5) == pytest.approx(0.05)
 
 
 def test_warm_up_may_start_above_0():
     """ResLT's: a third of the rate plus two thirds of it, risen by a fifth an epoch."""
     warm = Params(arch="resnet20", lr=0.3, warmup_from=1 / 3)
     expected = [0.3 * ((1 - f) / 3 + f) for f in (0.2, 0.4, 0.6, 0.8, 1.0)] + [0.3]
-    assert [stage_one.learning_rate(warm, e) for e in range(6)] == pytest.approx(expected, abs=1e-15)
+    assert [learning_rate(warm, e) for e in range(6)] == pytest.approx(expected, abs=1e-15)
 
 
 def test_a_smaller_last_batch_can_be_left_out(digits, tmp_path):
@@ -191,10 +193,10 @@ def test_cmo_pastes_images_of_rare_classes(digits, tmp_path, monkeypatch):
         params = make_training(epochs=12, mixup=0.0, cmo=1.0, cmo_power=power)
         counts = torch.tensor(samples.counts)
         objective = plugins.load("objectives", "ce").Objective(Section(), 8, 1, counts)
-        training = stage_one.StageOne(
+        training = StageOne(
             params, plugins.load("backbones", "tiny").build(Section()), objective, samples, images, 0, Group(CPU, 0, 1)
         )
-        drawn = {e: [p.second for parts in training._batches(e) for p in parts] for e in range(12)}
+        drawn = {e: [p.second for parts in training.batches.of(e) for p in parts] for e in range(12)}
         assert [e for e in drawn if drawn[e][0] is not None] == list(range(4, 9))
         found = np.concatenate([p.samples for e in range(4, 9) for p in drawn[e]])
         share = np.bincount(samples.labels[found], minlength=len(counts)) / len(found)
@@ -257,8 +259,8 @@ def test_the_second_branch_of_bbn_gets_images_of_rare_classes_and_none_of_the_fi
         reading.build(plugins.load("backbones", "resnet20").Options, "options", BBN["options"])
     )
     objective = plugins.load("objectives", "bbn").Objective(Section(), 64, 2, counts)
-    training = stage_one.StageOne(params, backbone, objective, samples, images, 0, Group(CPU, 0, 1))
-    parts = [part for epoch in range(4) for batch in training._batches(epoch) for part in batch]
+    training = StageOne(params, backbone, objective, samples, images, 0, Group(CPU, 0, 1))
+    parts = [part for epoch in range(4) for batch in training.batches.of(epoch) for part in batch]
     assert [part.share for part in parts[:: len(parts) // 4]] == [1 - (t / 4) ** 2 for t in range(4)]
     found = np.concatenate([part.second.samples for part in parts])
     share = np.bincount(samples.labels[found], minlength=len(counts)) / len(found)
@@ -286,7 +288,7 @@ def test_the_second_branch_of_bbn_gets_images_of_rare_classes_and_none_of_the_fi
     ],
 )
 def test_the_rectangle_of_cutmix(share, centre, expected):
-    rows, columns = stage_one.rectangle(share, centre, 32, 32)
+    rows, columns = rectangle(share, centre, 32, 32)
     assert (rows.start, rows.stop, columns.start, columns.stop) == expected
 
 

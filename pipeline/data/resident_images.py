@@ -12,7 +12,8 @@ import torch
 
 from h2t.pipeline.base.many_streams import ManyStreams
 from h2t.pipeline.base.seeds import word
-from h2t.pipeline.data.images import Images, crop_and_flip, normalised, padded
+from h2t.pipeline.data.images import Images
+from h2t.pipeline.data.views import crop_and_flip, normalised, padded
 
 
 class ResidentImages:

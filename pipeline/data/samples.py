@@ -18,9 +18,10 @@ from h2t.cache.format.spec import canonical_json
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import build
-from h2t.pipeline.data.images import Images, Transform, open_images, transform_for
+from h2t.pipeline.data.images import Images, Transform, open_images
 from h2t.pipeline.data.network_input import Input
 from h2t.pipeline.data.texts import PIECE_ROWS, Texts
+from h2t.pipeline.data.views import transform_for
 
 TEXT = pa.string()
 SCHEMA = pa.schema({"sample": pa.int64(), "split": TEXT, "label": pa.int32(), "source": TEXT, "digest": TEXT})

@@ -22,7 +22,8 @@ from h2t.cache.format.spec import CacheSpec
 from h2t.pipeline.base.device import choose
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.precision import Precision, guarded_maps
-from h2t.pipeline.data.images import Images, normalised
+from h2t.pipeline.data.images import Images
+from h2t.pipeline.data.views import normalised
 from h2t.pipeline.extraction import batchnorm
 from h2t.pipeline.extraction.batchnorm import Statistics
 from h2t.pipeline.extraction.row_plan import RowPlan

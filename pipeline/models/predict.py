@@ -13,7 +13,8 @@ from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import build
 from h2t.pipeline.base.progress import progress
 from h2t.pipeline.data import parquet_files, tables
-from h2t.pipeline.data.images import BadImage, Images, Transform, decoder
+from h2t.pipeline.data.images import BadImage, Images, Transform
+from h2t.pipeline.data.views import decoder
 from h2t.pipeline.models.model import load_model
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})

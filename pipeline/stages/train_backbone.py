@@ -44,10 +44,11 @@ from h2t.pipeline.networks.weights import (
     weights_digest,
     without_head,
 )
-from h2t.pipeline.training.loop import Curves, StageOne, Training
+from h2t.pipeline.training.loop import Curves, StageOne
 from h2t.pipeline.training.objective import Objective
 from h2t.pipeline.training.parallel import processes
 from h2t.pipeline.training.resume import Checkpoint
+from h2t.pipeline.training.settings import Training
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 

@@ -8,18 +8,12 @@ W processes compute accumulate / W parts each, and only the order of float addit
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Annotated, Literal
 
-import numpy as np
-import pydantic
 import torch
 
 from h2t.pipeline.base.errors import UserError
-from h2t.pipeline.base.params import Count, Epochs, Index, NonNegative, Positive, Rate, Ratio, Section, at_most, within
-from h2t.pipeline.base.precision import Precision, computing
+from h2t.pipeline.base.precision import computing
 from h2t.pipeline.base.progress import progress
-from h2t.pipeline.base.seeds import stream, torch_seed
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.data.classes import class_index
 from h2t.pipeline.data.images import Images
@@ -27,132 +21,14 @@ from h2t.pipeline.data.resident_images import ResidentImages, resident
 from h2t.pipeline.data.samples import Samples
 from h2t.pipeline.networks.backbone import Backbone, frozen_part
 from h2t.pipeline.networks.classifier import global_average, logits
+from h2t.pipeline.training.batches import Batches, Part, rectangle
 from h2t.pipeline.training.captured import captured
 from h2t.pipeline.training.objective import Objective
 from h2t.pipeline.training.parallel import Group
 from h2t.pipeline.training.resume import Checkpoint
+from h2t.pipeline.training.settings import Training, learning_rate
 
 Curves = list[dict[str, float]]
-
-
-class Training(Section):
-    """How a backbone is trained in stage I."""
-
-    frozen: bool = False
-    """Train only the classifier, on the backbone in eval mode."""
-    epochs: Epochs = 200
-    """Passes over the training images."""
-    batch_size: Count = 128
-    """Images in a batch."""
-    lr: Rate = 0.1
-    """Learning rate after the warm-up."""
-    momentum: Ratio = 0.9
-    """Momentum of SGD."""
-    nesterov: bool = False
-    """Use Nesterov's momentum."""
-    weight_decay: NonNegative = 2e-4
-    """Weight decay of SGD."""
-    warmup_epochs: Index = 5
-    """Epochs in which the learning rate rises linearly to `lr`."""
-    warmup_from: Ratio = 0.0
-    """Share of `lr` that the warm-up starts from."""
-    schedule: Literal["cosine", "step"] = "step"
-    """After the warm-up: half a cosine down to 0, or steps at the milestones."""
-    milestones: list[Index] = [160, 180]
-    """With `schedule: step`: epochs, counted from 0, from which the learning rate is multiplied by `gamma`."""
-    gamma: Annotated[Positive, at_most(1)] = 0.1
-    """With `schedule: step`: factor of each step."""
-    mixup: NonNegative = 0.0
-    """Parameter alpha of mixup's Beta distribution; 0 is no mixup."""
-    cmo: Ratio = 0.0
-    """Probability that a batch gets a rectangle of images from a second sampler (CMO); 0.5 as published, 0 is none. Not
-    in the first four epochs and the last three, and not together with mixup."""
-    cmo_power: NonNegative = 1.0
-    """Exponent a of that sampler: an image is drawn in proportion to n^-a, n the images of its class; 1 makes classes
-    equally frequent, 2 draws them in proportion to 1 / n."""
-    rotation: Annotated[float, within(0, 180)] = 0.0
-    """Training images are turned by up to so many degrees, in stage I only, not in the views of the cache."""
-    drop_last: bool = False
-    """Leave out the last batch of an epoch if it is smaller."""
-    accumulate: Count = 1
-    """Parts a batch is cut into, each with batch-norm statistics of its own; gradients are added up."""
-    precision: Precision = "float32"
-    """Number format of the forward pass."""
-    channels_last: bool = False
-    """Memory layout of images and weights that is faster on GPUs."""
-    compile: bool = False
-    """Compile the backbone with `torch.compile`."""
-
-    @pydantic.model_validator(mode="after")
-    def _nesterov(self) -> "Training":
-        if self.nesterov and not self.momentum:
-            raise ValueError("nesterov needs a momentum above 0")
-        return self
-
-    @pydantic.model_validator(mode="after")
-    def _one_mixture(self) -> "Training":
-        if self.cmo and self.mixup:
-            raise ValueError("cmo and mixup both mix images and labels; set one of them to 0")
-        return self
-
-
-def learning_rate(params: Training, epoch: int) -> float:
-    """Learning rate of `epoch`, from 0: linear warm-up, then cosine decay to 0, or a step at each milestone."""
-    if epoch < params.warmup_epochs:
-        warm = params.lr * (epoch + 1) / params.warmup_epochs
-        return warm + params.warmup_from * (params.lr - warm)
-    if params.schedule == "cosine":
-        return params.lr * 0.5 * (1 + math.cos(math.pi * epoch / params.epochs))
-    return params.lr * params.gamma ** sum(epoch >= m for m in params.milestones)
-
-
-#: CMO's first epoch, counted from 0, and the number of last epochs without it, as in the authors' code.
-CMO_FIRST, CMO_REST = 4, 3
-
-#: Exponent of the reverse sampler of a second branch (BBN), as `cmo_power`: classes in proportion to 1 / n.
-REVERSE = 2.0
-
-
-@dataclass(frozen=True)
-class _Second:
-    """The images of a second sampler for a batch, or for a part of it: sample numbers, (B,).
-
-    `view` names the views of these images. CMO pastes a `rectangle` of them, given by its share and its centre; without
-    one they are the batch of a second branch.
-    """
-
-    samples: np.ndarray
-    view: tuple[str, int]
-    rectangle: tuple[float, tuple[float, float]] | None = None
-
-
-@dataclass(frozen=True)
-class _Part:
-    """One part of a batch. With mixup, `share` of each image is mixed with 1 - `share` of its partner.
-
-    With two branches that train on a batch each, `share` is that of the first.
-    """
-
-    samples: np.ndarray  # sample numbers, (B,)
-    share: float
-    partner: np.ndarray  # position in this part of the image that is mixed in, (B,)
-    weight: float  # size of the part / size of the batch
-    seed: int  # of the objective's random draws
-    second: _Second | None = None
-
-
-def rectangle(share: float, centre: tuple[float, float], height: int, width: int) -> tuple[slice, slice]:
-    """(rows, columns) of CutMix's rectangle (Yun et al., ICCV 2019, eq. (2)), for images of `height` x `width` pixels.
-
-    Its sides are sqrt(1 - `share`) of the image's, its `centre` (x, y) is in [0, 1); it is clipped at the edges.
-    """
-
-    def side(middle: float, length: int) -> slice:
-        half = int(length * math.sqrt(1 - share)) // 2
-        at = int(middle * length)
-        return slice(max(at - half, 0), min(at + half, length))
-
-    return side(centre[1], height), side(centre[0], width)
 
 
 class StageOne:
@@ -180,7 +56,8 @@ class StageOne:
         self._forward = torch.compile(forward) if params.compile else forward
         self._labels = torch.from_numpy(samples.labels)
         self._train = samples.of("train")  # sorted by class
-        self._classes = class_index(samples.labels[self._train], samples.facts["classes"])
+        classes = class_index(samples.labels[self._train], samples.facts["classes"])
+        self.batches = Batches(params, self._train, classes, objective.first_branch_share, seed)
         self._images: Images | ResidentImages = images.turned(params.rotation) if params.rotation else images
         networks = (("backbone", self.backbone), ("objective", self.objective))
         self._state = {f"{n}.{k}": t for n, m in networks for k, t in m.state_dict(keep_vars=True).items()}
@@ -270,64 +147,11 @@ class StageOne:
         loss, correct = (totals / seen).tolist()
         return torch.tensor([rate, loss, 100 * correct], dtype=torch.float64)
 
-    def _batches(self, epoch: int) -> Iterator[list[_Part]]:
-        """Every batch of an epoch, split into parts. All processes get the same."""
-        params = self.params
-        draws = stream(self.seed, "stage1", "epoch", epoch)
-        order = self._train[draws.permutation(len(self._train))]
-        for step, first in enumerate(range(0, len(order), params.batch_size)):
-            batch = order[first : first + params.batch_size]
-            if len(batch) == 1 or (params.drop_last and len(batch) < params.batch_size):
-                continue  # batch norm cannot train on one image
-            first_branch = self.objective.first_branch_share(epoch / params.epochs)
-            if first_branch is None:
-                share = float(draws.beta(params.mixup, params.mixup)) if params.mixup else 1.0
-                second = self._pasted(epoch, step, len(batch))
-            else:
-                share, second = first_branch, self._second_batch(epoch, step, len(batch))
-            pieces = np.array_split(np.arange(len(batch)), min(params.accumulate, len(batch) // 2))
-            yield [
-                _Part(
-                    batch[piece],
-                    share,
-                    draws.permutation(len(piece)) if params.mixup else np.arange(len(piece)),
-                    len(piece) / len(batch),
-                    torch_seed(self.seed, "stage1", "noise", epoch, step, number),
-                    second and replace(second, samples=second.samples[piece]),
-                )
-                for number, piece in enumerate(pieces)
-            ]
-
-    def _second_batch(self, epoch: int, step: int, size: int) -> _Second:
-        """The batch of a second branch, of `size` images. Drawn from a stream of its own."""
-        draws = stream(self.seed, "stage1", "second", epoch, step)
-        return _Second(self._drawn(draws, size, REVERSE), ("second", step))
-
-    def _pasted(self, epoch: int, step: int, size: int) -> _Second | None:
-        """What CMO pastes into a batch of `size`, if anything. Drawn from a stream of its own."""
-        params = self.params
-        if not params.cmo or not CMO_FIRST <= epoch < params.epochs - CMO_REST:
-            return None
-        draws = stream(self.seed, "stage1", "cmo", epoch, step)
-        if draws.random() >= params.cmo:
-            return None
-        share, *centre = draws.random(3).tolist()
-        second = self._drawn(draws, size, params.cmo_power)
-        return _Second(second, ("cmo", step), (share, (centre[0], centre[1])))
-
-    def _drawn(self, draws: np.random.Generator, size: int, power: float) -> np.ndarray:
-        """`size` training samples, each drawn in proportion to n^-`power`, n the images of its class."""
-        classes = self._classes
-        weights = (classes.counts / classes.counts.min()) ** (1 - power)
-        label = draws.choice(classes.classes, size=size, p=weights / weights.sum())
-        drawn: np.ndarray = self._train[classes.starts[label] + draws.integers(classes.counts[label])]
-        return drawn
-
-    def _decoded(self, epoch: int) -> Iterator[tuple[list[_Part], list[torch.Tensor]]]:
+    def _decoded(self, epoch: int) -> Iterator[tuple[list[Part], list[torch.Tensor]]]:
         """(parts of a batch, images of this process's parts); the next batch is decoded in the background."""
         key = (self.seed, "stage1", epoch)
 
-        def images(part: _Part) -> torch.Tensor:
+        def images(part: Part) -> torch.Tensor:
             samples = part.samples.tolist()
             keys: list[tuple[int | str, ...]] = [key] * len(samples)
             if part.second:  # an image that is drawn in several steps has another view in each
@@ -335,12 +159,12 @@ class StageOne:
                 samples, keys = samples + more, [*keys, *[(*key, *part.second.view)] * len(more)]
             return self._images.batch(samples, keys)
 
-        def decode(parts: list[_Part]) -> list[torch.Tensor]:
+        def decode(parts: list[Part]) -> list[torch.Tensor]:
             return [images(part) for part in parts[self.group.rank :: self.group.size]]
 
         with ThreadPoolExecutor(1, "decode-ahead") as decoder:
             current = None
-            for parts in self._batches(epoch):
+            for parts in self.batches.of(epoch):
                 following = (parts, decoder.submit(decode, parts))
                 if current is not None:
                     yield current[0], current[1].result()
@@ -348,7 +172,7 @@ class StageOne:
             if current is not None:
                 yield current[0], current[1].result()
 
-    def _step(self, parts: list[_Part], inputs: list[torch.Tensor], epoch: int) -> torch.Tensor:
+    def _step(self, parts: list[Part], inputs: list[torch.Tensor], epoch: int) -> torch.Tensor:
         """One optimiser step; (summed loss, number of correct predictions) of this process's samples, float64 (2,)."""
         self._optimiser.zero_grad()
         several = len(parts) > 1
@@ -381,7 +205,7 @@ class StageOne:
         """Images (2 B, 3, H, W) -> a map (B, C, H', W') of each branch: of the first from the first half of `x`."""
         return tuple(self.backbone.alone(own, expert) for expert, own in enumerate(x.chunk(2)))
 
-    def _loss(self, part: _Part, x: torch.Tensor, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _loss(self, part: Part, x: torch.Tensor, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(mean loss, number of correct predictions) of a part, from its images `x` (B, 3, H, W) or (2 B, 3, H, W).
 
         Mixup (Zhang et al., ICLR 2018): one share per batch, one permutation per part. CMO (Park et al., CVPR 2022, and

@@ -80,7 +80,7 @@ class LinearHeads:
             if len(blocks) == 1:
                 tensor.grad = blocks[0][0][name]
                 continue
-            if tensor.grad is None:  # kept from step to step, for the same reason that there are blocks
+            if tensor.grad is None:  # kept from step to step, so that malloc takes no fresh pages
                 tensor.grad = torch.empty_like(tensor)
             for (heads, _), (found, _) in zip(self.blocks, blocks, strict=True):
                 tensor.grad[heads] = found[name]

@@ -25,7 +25,7 @@ from h2t.pipeline.networks.classifier import global_average, logits
 from h2t.pipeline.networks.trained import StageOneHead, backbone_digest
 
 STAGE1 = "stage1"
-BLOCK_BYTES = 64 * 1024**2  # limit of one block of logits, of which a few copies exist; less if memory is short
+BLOCK_BYTES = 16 * 1024**2  # limit of one block of logits, of which a few copies exist; less if memory is short
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,14 @@ import csv
 import shlex
 from pathlib import Path
 
+import numpy as np
 import own_data
 import printed
 import pyarrow.parquet as pq
 import pytest
 import yaml
 from click.testing import CliRunner
+from PIL import Image
 from pipeline_builders import ROOT
 
 from h2t.pipeline.base import params
@@ -180,6 +182,17 @@ WRONG = {
     "loose images": (lambda f: put(f / "a.jpg", "", a=True).parent, "no labels found"),
     "two tables": (lambda f: two_tables(f), "several tables (a.csv, b.csv); name one of them"),
     "no images": (lambda f: put(f / "c/notes.txt", "x").parent.parent, "must hold a folder of images per class"),
+    "one class": (lambda f: own_data.sort(f, {"c": 3}) and f, "two or more classes must have training images; got one"),
+    "a class for each image": (lambda f: own_data.sort(f, {"a": 1, "b": 1}) and f, "no class has two images"),
+    "no rows": (lambda f: put(f / "x.csv", "path,label\n"), "has no rows"),
+    "images all over the disk": (
+        lambda f: put(f / "x.csv", f"path,label\n{f}/a.jpg,k\n/elsewhere/b.jpg,l\n", a=True),
+        "images must lie in one folder, which DVC watches; got",
+    ),
+    "a split of another name": (
+        lambda f: put(f / "x.csv", "path,label,split\na.jpg,k,train\nb.jpg,l,holdout\n", a=True),
+        "column 'split': must be train, val or test for each image; got 'holdout'",
+    ),
     "damaged images": (lambda f: put(f / "c/a.jpg", "x").parent.parent, "no image can be read; the first is in no"),
 }
 
@@ -295,3 +308,52 @@ def test_a_pretrained_backbone_by_name(collections, tmp_path):
     settings.check(params.load(tmp_path / "params.yaml"))
     with pytest.raises(UserError, match="no backbone 'resnet5'; did you mean 'resnet"):
         choose.choose(found, survey.survey(found, headers=True), "resnet5")
+
+
+def test_a_column_of_labels_is_not_ignored_where_there_is_no_table(tmp_path):
+    own_data.sort(tmp_path / "photos", {"a": 3, "b": 2})
+    for data in (tmp_path / "photos", tmp_path):  # the second as archives unpack
+        with pytest.raises(UserError, match=r"--label species: no table of images"):
+            detect.detect(data, "species")
+
+
+def test_a_column_of_folds_is_no_split_and_said(tmp_path):
+    put(tmp_path / "x.csv", "path,label,split\na.jpg,k,2\nb.jpg,l,1\n", a=True)
+    found = detect.detect(tmp_path / "x.csv")
+    assert "split" not in found.options
+    assert found.collection.notes == ["column 'split' is not used: it names no training images; got '1'"]
+
+
+def test_an_unknown_backbone_is_said_before_images_are_read(tmp_path):
+    own_data.sort(tmp_path / "photos", {"a": 3, "b": 2})
+    given = ["init", str(tmp_path / "p"), "--data", str(tmp_path / "photos"), "--backbone", "resnet5"]
+    result = CliRunner().invoke(main, given)
+    assert "did you mean 'resnet50'" in result.stderr
+    assert result.stdout == ""
+
+
+def test_animations_and_mixed_ranges_are_said(tmp_path):
+    own_data.sort(tmp_path, {"a": 3, "b": 2})
+    frames = [own_data.picture(0, i) for i in range(3)]
+    for kind in ("gif", "webp", "png"):
+        frames[0].save(tmp_path / f"a/moving.{kind}", save_all=True, append_images=frames[1:])
+    Image.fromarray(np.linspace(0, 1, 400, dtype=np.float32).reshape(20, 20)).save(tmp_path / "b/float.tif")
+    Image.fromarray(np.linspace(0, 4000, 400).astype(np.uint16).reshape(20, 20)).save(tmp_path / "b/deep.png")
+    found = detect.detect(tmp_path)
+    text = said(found, survey.survey(found))
+    assert "animated    3 images: only the first frame is used" in text
+    assert "F 0 to 1, I;16 0 to 4000: one range holds for all" in text
+
+
+@pytest.mark.parametrize("small", [{}, {"n": 3, "then": "drop"}, {"n": 4, "then": "merge"}])
+def test_one_class_alone_is_not_prepared(tmp_path, small):
+    own_data.sort(tmp_path / "photos", {"a": 3, "b": 2} if small else {"a": 3})
+    values = {
+        "dataset": "image_folder",
+        "options": {"root": str(tmp_path / "photos"), "train": "."},
+        "test": 0.3,
+        "min_per_class": small,
+    }
+    with pytest.raises(UserError, match=r"must have two or more classes; got one, '(a|other)'"):
+        prepare.run(params.build(prepare.Params, "prepare", values), Run("prepare", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

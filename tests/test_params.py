@@ -20,6 +20,7 @@ from h2t.pipeline.base.params import (
     within,
 )
 from h2t.pipeline.inspection import settings
+from h2t.pipeline.stages import prepare
 
 
 class Inner(Section):
@@ -238,3 +239,19 @@ def test_an_override_of_an_unknown_section_is_refused(tmp_path, override, line):
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
     with pytest.raises(UserError, match=line):
         settings.check(load(tmp_path / "params.yaml", [override]))
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (-1, "prepare.test: must be greater than 0; got -1"),
+        ("many", "prepare.test: must be a valid number; got 'many'"),
+        ({"at_mots": 2}, "prepare.test.at_mots: unknown key; did you mean 'at_most'?"),
+        ({"at_most": 2, "keep": -3}, "prepare.test.keep: must be at least 1; got -3"),
+        ({}, "prepare.test.at_most: missing; add it (h2t presets lists complete files)"),
+    ],
+)
+def test_a_key_of_several_forms_is_named_without_their_types(given, says):
+    with pytest.raises(UserError) as error:
+        build(prepare.Params, "prepare", {"dataset": "digits", "test": given})
+    assert str(error.value) == says

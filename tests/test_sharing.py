@@ -284,11 +284,21 @@ def test_pull_says_that_no_git_repository_is_there(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
+def watch_the_seed(root: Path) -> None:
+    """Commits a parameter that the stage extract depends on and was not run with."""
+    text = (root / "dvc.yaml").read_text()
+    (root / "dvc.yaml").write_text(text.replace("deps: [made", "params: [seed]\n      deps: [made"))
+    (root / "params.yaml").write_text("seed: 1\n")
+    git("add", ".", where=root)
+    git("commit", "--quiet", "--message=seed", where=root)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
         (lambda root: (root / "params.yaml").write_text("seed: 1\n"), "params.yaml: not committed"),
         (lambda root: shutil.rmtree(root / "data/extract/b"), "not up to date"),
+        (lambda root: watch_the_seed(root), "1 stage not up to date (extract@b); type: dvc repro"),
         (lambda root: (root / "dvc.lock").unlink(), "nothing was run yet"),
         (lambda root: (root / "dvc.lock").write_text("stages: 3"), "not a lock file"),
         (lambda root: dvc("remote", "remove", "store", where=root), "dvc remote add"),
@@ -746,8 +756,9 @@ def test_doctor_knows_what_an_experiment_queue_will_not_find(lab):
     for folder in ("tracked", "by_dvc", "images"):
         (root / folder).mkdir()
         (root / folder / "x").write_text("x")
-    options = {"root": "images", "test": "tracked", "val": "by_dvc", "train": str(root / "images")}
-    write_params(root / "params.yaml", prepare__options=options)
+    options = {"root": "images", "train": "."}  # of which `train` starts from `root`
+    starts = {"start": "tracked", "weights": "by_dvc"}
+    write_params(root / "params.yaml", prepare__options=options, backbones__ce_mixup=starts)
     (root / ".gitignore").write_text((root / ".gitignore").read_text() + "/images/\n")
     git("add", "tracked", where=root)
     dvc("add", "by_dvc", where=root)
@@ -760,6 +771,15 @@ def test_doctor_knows_that_an_experiment_queue_needs_an_ascii_path(lab):
     shutil.move(lab / "a", lab / "prüf")
     (note,) = notes_of_the_queue(lab / "prüf")
     assert "ASCII" in note
+
+
+def test_garbage_without_a_commit_is_one_line_with_a_way_out(lab):
+    shutil.rmtree(lab / "a/.git")
+    git("init", "--quiet", where=lab / "a")
+    done = h2t("cache", "gc")
+    assert done.exit_code == 1
+    assert "has no commit yet" in done.stderr
+    assert "git add . && git commit" in done.stderr
 
 
 def test_outside_of_a_repository(tmp_path):

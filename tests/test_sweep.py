@@ -1,6 +1,7 @@
 """`h2t sweep`: more classifiers on the cached features, in one process, beside the pipeline's outputs."""
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import pytest
 import yaml
 from builders import tree
 from pipeline_builders import accepted, loaded_by, refused, write_params
+
+from h2t.pipeline.inspection.sweep import keep_grid
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +88,8 @@ def test_an_evaluation_of_another_cache_is_not_compared_with(project, tmp_path):
     values["host"]["cache"] = "0" * 64
     about.write_text(json.dumps(values))
     given = ("--params", project / "params.yaml", "--ratio", "0.3")
-    assert "own classifiers (over seeds), by ratio: 0: " in accepted("sweep", "dr", *given, "--data", project / "data")
+    same = " ".join(accepted("sweep", "dr", *given, "--data", project / "data").split())
+    assert "own classifiers (over seeds), by ratio: 0: equal; 0.3: equal." in same
     said = accepted("sweep", "dr", *given, "--data", data)
     assert "is an evaluation of another cache" in said
     assert "own classifiers" not in said
@@ -106,12 +110,58 @@ def test_a_grid_can_be_kept(project, tmp_path):
     params = tmp_path / "params.yaml"
     params.write_text("# my words\n" + (project / "params.yaml").read_text())
     asked = ("--ratio", "0.4", "--seed", "3", "--save")
-    accepted("sweep", "dr", "--params", params, "--data", project / "data", *asked)
+    said = accepted("sweep", "dr", "--params", params, "--data", project / "data", *asked)
+    assert f"{params}: hosts.dr.grid is now ratio 0.0, 0.4; seed 3; to train these, type: dvc repro" in said
     assert params.read_text().startswith("# my words\n")
     before, after = (yaml.safe_load(path.read_text()) for path in (project / "params.yaml", params))
     assert after["hosts"]["dr"]["grid"] == {**before["hosts"]["dr"]["grid"], "ratio": [0.0, 0.4], "seed": [3]}
     before["hosts"]["dr"]["grid"] = after["hosts"]["dr"]["grid"]
     assert after == before
+
+
+LAID_OUT = """# my words
+hosts:
+    dr:
+        host: 'dr'   # quoted
+        grid: {ratio: [0.0, 0.3], seed: [0]}
+        loss: {one: 1.0000000001, two: 2.0000000002, three: 3.0000000003, four: 4.0000000004, five: 5.0000000005}
+    list:
+      - a
+
+      - b
+"""
+
+
+def test_keeping_a_grid_changes_no_other_line(tmp_path):
+    (tmp_path / "params.yaml").write_text(LAID_OUT)
+    (tmp_path / "link.yaml").symlink_to("params.yaml")
+    keep_grid(tmp_path / "link.yaml", "dr", {"ratio": [0.1]})
+    assert (tmp_path / "params.yaml").read_text() == LAID_OUT.replace("[0.0, 0.3]", "[0.0, 0.1]")
+    assert (tmp_path / "link.yaml").is_symlink()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_full_disk_leaves_the_parameters_as_they_are(tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text(LAID_OUT)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))  # bytes of a file
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            keep_grid(path, "dr", {"ratio": [0.1]})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_text() == LAID_OUT
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_sweep_would_not_keep_is_said_before_it_trains(project, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/notes.txt").write_text("mine")
+    for options, says in ((("--out", tmp_path / "full"), "holds no sweep"), (("--save",), "--save needs a list")):
+        line = refused("sweep", "dr", "--params", project / "params.yaml", "--data", project / "data", *options)
+        assert says in line
+        assert "features in memory" not in line
 
 
 @pytest.mark.parametrize(

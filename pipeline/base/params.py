@@ -6,10 +6,11 @@ Each stage and each plug-in declares its own `Section`, so a new option of one s
 import math
 import os
 import re
+import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import pydantic
 import yaml
@@ -145,7 +146,7 @@ TEXT_LIMIT = 400  # characters of a parser's error message that are shown
 def build(model: type[S], where: str, values: Any) -> S:
     """`values`, the section called `where`, as an instance of `model`. Raises UserError for the first wrong key."""
     if errors := _errors(model, where, values):
-        raise UserError(_line(model, where, errors[0]))
+        raise UserError(_line(model, where, values, errors[0]))
     return model.model_validate(dict(values))
 
 
@@ -153,7 +154,7 @@ def check_partial(model: type[Section], where: str, values: Any) -> None:
     """Raises UserError for the first wrong key in `values`. Required keys of `model` may be missing."""
     for error in _errors(model, where, values):
         if error["type"] != "missing":
-            raise UserError(_line(model, where, error))
+            raise UserError(_line(model, where, values, error))
 
 
 def _errors(model: type[Section], where: str, values: Any) -> list[Any]:
@@ -163,8 +164,28 @@ def _errors(model: type[Section], where: str, values: Any) -> list[Any]:
     try:
         model.model_validate(dict(values))
     except pydantic.ValidationError as error:
-        return sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+        found = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+        paths = [_keys(values, e) for e in found]
+        # Where a key has several forms, each form has its own error; one that lies deeper is about the form in use.
+        return [e for e, path in zip(found, paths, strict=True) if not any(_inside(p, path) for p in paths)]
     return []
+
+
+def _keys(values: Any, error: Any) -> list[int | str]:
+    """The keys and positions that lead to `error` in `values`: its `loc` without the names of the forms of a key."""
+    found: list[int | str] = []
+    at = values
+    for part in error["loc"]:
+        here = range(len(at)) if isinstance(at, list) else at if isinstance(at, Mapping) else ()
+        if part in here:
+            found.append(part)
+            at = at[part]
+    return [*found, error["loc"][-1]] if error["type"] == "missing" else found
+
+
+def _inside(path: Sequence[int | str], other: Sequence[int | str]) -> bool:
+    """Whether `path` leads to something inside what `other` leads to."""
+    return len(path) > len(other) and list(path[: len(other)]) == list(other)
 
 
 def merged(defaults: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
@@ -178,9 +199,9 @@ def merged(defaults: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any
     return result
 
 
-def _line(model: type[pydantic.BaseModel], where: str, error: Any) -> str:
+def _line(model: type[pydantic.BaseModel], where: str, values: Any, error: Any) -> str:
     path = where
-    for part in error["loc"]:
+    for part in _keys(values, error):
         path += f"[{part}]" if isinstance(part, int) else f".{part}"
     got = error["input"]
     if error["type"] == "extra_forbidden":
@@ -208,6 +229,8 @@ def _keys_at(model: type[pydantic.BaseModel], loc: Sequence[int | str]) -> list[
         if isinstance(part, str) and isinstance(current, type) and issubclass(current, pydantic.BaseModel):
             field = current.model_fields.get(part)
             current = field.annotation if field else None
+        elif get_origin(current) in (Union, types.UnionType):
+            current = next((form for form in get_args(current) if getattr(form, "__name__", None) == part), None)
     if isinstance(current, type) and issubclass(current, pydantic.BaseModel):
         return list(current.model_fields)
     return []

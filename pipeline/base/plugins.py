@@ -6,6 +6,7 @@ import importlib.util
 import os
 import re
 import sys
+import traceback
 from pathlib import Path
 from types import ModuleType
 
@@ -56,8 +57,22 @@ def load(kind: str, name: str) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[qualified] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[qualified]  # half of a module
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: cannot be imported ({_said(error, path)}); correct the plug-in") from error
     return _completed(kind, module)
+
+
+def _said(error: Exception, path: Path) -> str:
+    """What went wrong while `path` was imported, and in which of its lines."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    line = error.lineno if isinstance(error, SyntaxError) and error.filename == str(path) else (lines or [None])[-1]
+    text = error.msg if isinstance(error, SyntaxError) else str(error)
+    return f"{'' if line is None else f'line {line}: '}{type(error).__name__}: {' '.join(text.split())}"
 
 
 def _completed(kind: str, module: ModuleType) -> ModuleType:
@@ -72,5 +87,8 @@ def _completed(kind: str, module: ModuleType) -> ModuleType:
 def summary(kind: str, name: str) -> str:
     """The first line of the plug-in's docstring, read without importing the plug-in."""
     path = next(p for folder in folders(kind) if (p := folder / f"{name}.py").is_file())
-    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    try:
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    except (SyntaxError, ValueError) as error:  # shown in its line, beside the other plug-ins
+        return f"cannot be read ({' '.join(str(error).split())}); correct {path}"
     return text.split("\n", 1)[0]

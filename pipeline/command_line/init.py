@@ -47,6 +47,8 @@ def init(folder: Path, data: Path, label: str | None, backbone: str | None, chec
     for name in ("params.yaml", "dvc.yaml", "stages.yaml"):  # before minutes of reading images
         if (folder / name).exists():
             raise click.UsageError(f"{folder / name}: exists already; remove it, or give another folder as DIR")
+    if backbone is not None:
+        choose.check_backbone(backbone)
     found = detect.detect(data, label)
     write.check_places(folder, found)
     seen = survey.survey(found, headers=check == "headers")

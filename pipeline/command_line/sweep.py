@@ -1,7 +1,6 @@
 """`h2t sweep`: tries settings of a host on its cache, beside the pipeline's outputs."""
 
 import json
-import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -51,6 +50,12 @@ def sweep(
     from h2t.pipeline.inspection import sweep as work
     from h2t.pipeline.stages import evaluate, train_classifier
 
+    if (
+        out is not None and out.is_dir() and any(out.iterdir()) and not (out / "sweep.json").is_file()
+    ):  # before minutes of training
+        raise click.UsageError(f"--out {out}: exists already and holds no sweep; give a new directory")
+    if save and not any(lists.values()):
+        raise click.UsageError("--save needs a list to write, such as --ratio 0.05,0.15")
     entry = params.section(values, f"hosts.{name}")
     asked = {key: _values(text) for key, text in lists.items() if text is not None}
     if asked:
@@ -61,17 +66,16 @@ def sweep(
     backbone = data / "train_backbone" / section.backbone
     names.check_backbone(values, section.backbone, backbone, say)
     cache = str(data / "extract" / section.backbone)
-    with opened(cache, values) as maps, TemporaryDirectory(prefix="h2t-sweep-") as scratch:
-        where = Path(scratch) / "sweep"
-        run = run_of(values, say, name, where)
+    place = TemporaryDirectory(prefix="h2t-sweep-") if out is None else fresh_directory(out)
+    with opened(cache, values) as maps, place as where:
+        run = run_of(values, say, name, Path(where))
         lines = work.sweep(section, run, residency, evaluation, maps, backbone, data / "evaluate" / name)
-        if out is not None:
-            work.save(lines, where)
-            with fresh_directory(out) as into:
-                shutil.copytree(where, into, dirs_exist_ok=True)
+        work.save(lines, run.out)
     if save:
         given = click.get_current_context().params["params_file"]
-        work.keep_grid(given, name, {key: getattr(section.grid, key) for key in asked})
+        kept = work.keep_grid(given, name, {key: getattr(section.grid, key) for key in asked})
+        grid = "; ".join(f"{key} {', '.join(map(str, values))}" for key, values in kept.items())
+        say(f"{given}: hosts.{name}.grid is now {grid}; to train these, type: dvc repro")
     clock.begins("drawing")
     click.echo(json.dumps([line.as_dict() for line in lines], indent=1) if as_json else work.table(lines))
     if profile:

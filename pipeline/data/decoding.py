@@ -12,6 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 #: Formats that are opened (MPO counts as JPEG). Pillow's others are refused; for EPS, say, it would start Ghostscript.
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP")
+ANIMATIONS = ("AVIF", "GIF", "PNG", "WEBP")  # formats whose frames follow each other; MPO's are views of one photo
 ORIENTATION = 0x0112  # the EXIF tag
 MAX_PIXELS = 89_478_485  # larger images are refused before decoding; Pillow's limit against decompression bombs
 
@@ -57,7 +58,8 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
 @dataclass(frozen=True, slots=True)
 class Properties:
     """What an image file holds: size in pixels, Pillow's mode, whether EXIF turns it; `low` and `high`, the smallest
-    and largest value where values have 16 bits or floating point and were read, else 0.
+    and largest value where values have 16 bits or floating point and were read, else 0. `animated`: it has several
+    frames, of which `decode` gives the first; False where only the beginning was read.
     """
 
     width: int
@@ -66,6 +68,7 @@ class Properties:
     turned: bool
     low: float = 0.0
     high: float = 0.0
+    animated: bool = False
 
 
 def properties(data: bytes, *, headers: bool = False) -> Properties:
@@ -76,13 +79,15 @@ def properties(data: bytes, *, headers: bool = False) -> Properties:
     with _opened(data) as image:
         width, height, mode = image.width, image.height, image.mode
         low = high = 0.0
+        animated = False
         if not headers:
+            animated = image.format in ANIMATIONS and bool(getattr(image, "is_animated", False))
             image.draft(None, (max(1, width // 8), max(1, height // 8)))
             image.load()
             if mode == "F" or mode.startswith("I"):
                 values = np.asarray(image)
                 low, high = float(values.min()), float(values.max())
-        return Properties(width, height, mode, _orientation(image) not in (0, 1), low, high)
+        return Properties(width, height, mode, _orientation(image) not in (0, 1), low, high, animated)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -13,6 +13,8 @@ from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.inspection.findings import Finding
 from h2t.pipeline.sharing import garbage, repository
 
+START = {"root", "table", "lists"}  # options of datasets that other options start from
+
 
 def stage_numbers(root: Path) -> list[Finding]:
     """Compares stages.yaml with the numbers in the code and in this project's plug-ins."""
@@ -96,8 +98,11 @@ def queue(root: Path, params_file: Path) -> list[Finding]:
 
 def _paths(values: Any) -> Iterator[tuple[str, str]]:
     """Yields (key, text) of every parameter that may name a file or folder of data."""
+    options = _mapping(_mapping(values, "prepare"), "options")
+    if START & options.keys():  # then `train` is a folder inside `root`, and `label` a column
+        options = {key: value for key, value in options.items() if key in START}
     sections = {
-        "prepare.options": _mapping(_mapping(values, "prepare"), "options"),
+        "prepare.options": options,
         "extract": {"statistics_from": _mapping(values, "extract").get("statistics_from")},
     }
     for name in _mapping(values, "backbones"):
@@ -105,7 +110,8 @@ def _paths(values: Any) -> Iterator[tuple[str, str]]:
         sections[f"backbones.{name}"] = {key: entry.get(key) for key in ("weights", "start")}
     for section, entries in sections.items():
         for key, value in entries.items():
-            for text in value if isinstance(value, list) else [value]:
+            several = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+            for text in several:
                 if isinstance(text, str) and text:
                     yield f"{section}.{key}", text
 

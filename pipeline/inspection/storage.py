@@ -114,7 +114,7 @@ def _reach_folder(path: Path) -> tuple[str, str] | None:
         store = store.parent
     # DVC creates files/md5 below the remote. The remote itself must exist; otherwise a mount is missing.
     if not any(p.exists() for p in (path, path.parent, path.parent.parent)):
-        return "remote", "the directory does not exist; is it mounted?"
+        return "remote", "the directory does not exist; is it mounted? If it is new, create it"
     if not os.access(store, os.R_OK | os.X_OK):
         return "credentials", "the directory cannot be read; ask its owner for access"
     if not os.access(store, os.W_OK):

@@ -5,6 +5,8 @@ One process trains, scores the test rows and compares. No output of the pipeline
 
 import itertools
 import json
+import os
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +18,7 @@ import pyarrow.parquet as pq
 from h2t.cache.reader import Cache
 from h2t.pipeline.base import clock, plugins
 from h2t.pipeline.base.errors import UserError
-from h2t.pipeline.base.outputs import write_json
+from h2t.pipeline.base.outputs import replace_file, write_json
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.evaluation.intervals import FIGURES, Difference, paired
@@ -166,7 +168,9 @@ def table(lines: Sequence[Line]) -> str:
     texts = [" ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
     seeds = counted(len(lines[0].seeds), "seed")
     against = [
-        f"{' '.join(_setting(line, key) for key in shown)}: {line.standing.text}" for line in lines if line.standing
+        f"{' '.join(_setting(line, key) for key in shown)}: {_standing_text(line.standing)}"
+        for line in lines
+        if line.standing
     ]
     said = (
         f"Test accuracy in percent, mean over {seeds}. Differences are paired by seed and test image; their 95 % "
@@ -184,6 +188,11 @@ def _setting(line: Line, key: str) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def _standing_text(standing: Difference) -> str:
+    """`equal` where each seed has the same figure on both sides, else the difference and its interval."""
+    return standing.text if standing.mean or standing.low or standing.high else "equal"
+
+
 def _cells(line: Line) -> list[str]:
     figures = [line.figures[name] for name in ("top1", "head", "medium", "tail")]
     difference = line.difference["top1"].text if line.difference else ""
@@ -195,18 +204,37 @@ def save(lines: Sequence[Line], out: Path) -> None:
     write_json(out / "sweep.json", [line.as_dict() for line in lines])
 
 
-def keep_grid(params_file: Path, name: str, lists: Mapping[str, Sequence[Any]]) -> None:
-    """Writes `lists` to `hosts.NAME.grid` of a parameter file; ratio 0 is added. Comments and order stay.
+def keep_grid(params_file: Path, name: str, lists: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+    """Writes `lists` to `hosts.NAME.grid` of a parameter file and returns what was written; ratio 0 is added.
 
-    Raises UserError if the file has no such entry.
+    All other lines stay as they are. The file is replaced at once, so a crash or a full disk leaves the old one. Raises
+    UserError if the file has no such entry.
     """
-    from dvc.utils.serialize import modify_yaml
+    from ruamel.yaml import YAML
 
-    with modify_yaml(str(params_file)) as given:
-        entry = (given.get("hosts") or {}).get(name)
-        if entry is None:
-            raise UserError(f"{params_file}: --save needs an entry hosts.{name}; got none; write one")
-        grid = {key: list(values) for key, values in lists.items()}
-        if "ratio" in grid:
-            grid["ratio"] = sorted({0.0, *grid["ratio"]})
-        entry.setdefault("grid", {}).update(grid)
+    text = params_file.read_text(encoding="utf-8")
+    yaml = YAML()
+    yaml.width = 2**31  # never wraps a long line
+    yaml.preserve_quotes = True
+    inside = min((len(spaces) for spaces in re.findall(r"^( +)[^\s#-]", text, re.MULTILINE)), default=2)
+    dash = re.search(r"^( *)[^\s#-][^\n]*:\n( *)- ", text, re.MULTILINE)  # a key, and the first entry of its list
+    offset = len(dash[2]) - len(dash[1]) if dash else 0
+    yaml.indent(mapping=inside, sequence=offset + 2, offset=offset)
+    given = yaml.load(text)
+    entry = ((given or {}).get("hosts") or {}).get(name)
+    if entry is None:
+        raise UserError(f"{params_file}: --save needs an entry hosts.{name}; got none; write one")
+    grid = {key: list(values) for key, values in lists.items()}
+    if "ratio" in grid:
+        grid["ratio"] = sorted({0.0, *grid["ratio"]})
+    entry.setdefault("grid", {}).update(grid)
+    path = params_file.resolve()  # a link stays one
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            yaml.dump(given, file)
+        partial.chmod(path.stat().st_mode)
+        replace_file(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return grid

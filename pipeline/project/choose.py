@@ -86,6 +86,12 @@ def _hold_outs(found: Found, prepare: dict[str, Any]) -> list[str]:
     for label, split in zip(images.label, images.split, strict=True):
         sizes[label] += split == "train"
     empty = [images.classes[j] for j in np.flatnonzero(sizes == 0)]
+    if len(sizes) - len(empty) < 2:
+        name = images.classes[int(sizes.argmax())]
+        raise UserError(
+            f"--data: two or more classes must have training images; got one, {name!r}; give the folder above the "
+            "folders of the classes, or the column of the labels by --label"
+        )
     if empty:
         prepare["min_per_class"] = {"n": 1, "then": "drop"}
     keep = 3 if np.median(sizes[sizes > 0]) >= 6 else 1
@@ -93,6 +99,11 @@ def _hold_outs(found: Found, prepare: dict[str, Any]) -> list[str]:
         (n for n in range(2, MOST_HELD) if np.minimum(n, sizes - keep).clip(0).sum() >= SHARE * sizes.sum()), MOST_HELD
     )
     if "test" not in images.split:
+        if sizes.max() <= keep:
+            raise UserError(
+                "--data: no class has two images, so no test image can be held out; add images, or if these are not "
+                "the classes, give another folder or --label COLUMN"
+            )
         prepare["test"] = {"at_most": test, "keep": keep}
     if "val" not in images.split:
         prepare["validation"] = {"at_most": max(2, test // 2), "keep": max(1, keep - 1)}
@@ -103,6 +114,13 @@ def _hold_outs(found: Found, prepare: dict[str, Any]) -> list[str]:
     ]
     dropped = [f"note: no training image of {', '.join(empty[:5])}: dropped (min_per_class)"] if empty else []
     return [*lines, *dropped]
+
+
+def check_backbone(backbone: str) -> None:
+    """Raises UserError unless `backbone`, PLUG-IN or PLUG-IN:MODEL, names a plug-in."""
+    arch, known = backbone.partition(":")[0], plugins.names("backbones")
+    if arch not in known:
+        raise UserError(f"--backbone {backbone}: no backbone {arch!r}{nearest(arch, known)}; type: h2t list backbones")
 
 
 def _network(backbone: str | None, epochs: int) -> tuple[str, dict[str, Any]]:
@@ -117,10 +135,8 @@ def _network(backbone: str | None, epochs: int) -> tuple[str, dict[str, Any]]:
             "weight_decay": 0.0005,
             "schedule": "cosine",
         }
+    check_backbone(backbone)
     arch, _, model = backbone.partition(":")
-    known = plugins.names("backbones")
-    if arch not in known:
-        raise UserError(f"--backbone {backbone}: no backbone {arch!r}{nearest(arch, known)}; type: h2t list backbones")
     entry: dict[str, Any] = {"arch": arch, "objective": "ce"}
     if model:
         entry["options"] = {"model": model}

@@ -30,8 +30,13 @@ def lines(found: Found, seen: Survey, *, bar: str = "█") -> Iterator[str]:
     yield "modes       " + ", ".join(f"{mode} {count:,}" for mode, count in seen.modes.most_common())
     if seen.turned:
         yield f"EXIF        {counted(seen.turned, 'image')} turned as their orientation says"
+    if seen.animated:
+        yield f"animated    {counted(seen.animated, 'image')}: only the first frame is used"
     if seen.deep:
         yield f"range       values of 16-bit and floating-point images: {seen.deep[0]:g} to {seen.deep[1]:g}"
+    if len(seen.values) > 1 and "F" in seen.values:
+        by_mode = ", ".join(f"{mode} {low:g} to {high:g}" for mode, (low, high) in sorted(seen.values.items()))
+        yield f"            {by_mode}: one range holds for all, so convert one kind if these differ much"
     if images.group:
         groups = counted(len(set(images.group)), "group")
         yield f"groups      {groups} by the column {found.options['group']!r}: none is divided among splits"

@@ -69,7 +69,7 @@ def detect(data: Path, label: str | None = None) -> Found:
                 f"--data {data}: must be a folder of images or a table that ends in {', '.join(tables.ENDINGS)}"
             )
         return _table({"": data}, data.parent, label)
-    return _by_metadata(data, label) or _by_parquet(data, label) or _by_table(data, label) or _by_folders(data)
+    return _by_metadata(data, label) or _by_parquet(data, label) or _by_table(data, label) or _by_folders(data, label)
 
 
 def _label_column(table: Path, known: Sequence[str], label: str | None) -> str:
@@ -111,11 +111,17 @@ def _table(by_split: Mapping[str, Path], folder: Path, label: str | None, named:
             if not sample.is_relative_to(root):
                 inputs["table"] = first if "" in by_split else folder
     options["label"] = _label_column(sample, known, label)
-    if "" in by_split and (split := tables.usual_column(known, SPLITS)) and _are_splits(sample, split):
-        options["split"] = split
+    unused = None
+    if "" in by_split and (split := tables.usual_column(known, SPLITS)):
+        unused = _no_split(sample, split)
+        if unused is None:
+            options["split"] = split
     if group := tables.usual_column([name for name in known if name not in options.values()], GROUPS):
         options["group"] = group
-    return _loaded("table", options, inputs)
+    found = _loaded("table", options, inputs)
+    if unused is not None:
+        found.collection.notes.append(f"column {split!r} is not used: it names no training images; got {unused!r}")
+    return found
 
 
 def _loaded(dataset: str, options: dict[str, Any], inputs: dict[str, Path]) -> Found:
@@ -130,23 +136,44 @@ def _root(table: Path, column: str) -> Path:
     Raises UserError if none of the first paths exists.
     """
     given = [str(text).replace("\\", "/") for text in tables.columns(table, [column])[column][:LOOK]]
+    if not given:
+        raise UserError(f"{table}: has no rows; add a row for each image")
     absolute = [str(Path(text).expanduser()) for text in given if text.startswith(("/", "~"))]
     if absolute:
-        everything = tables.columns(table, [column])[column]
-        return Path(os.path.commonpath([os.path.dirname(Path(str(t)).expanduser()) for t in everything]))  # noqa: PTH120
+        everything = [str(Path(str(text)).expanduser()) for text in tables.columns(table, [column])[column]]
+        shared = Path(os.path.commonpath([os.path.dirname(path) for path in everything]))  # noqa: PTH120
+        if shared == Path(shared.anchor):
+            other = next((p for p in everything if Path(p).parts[:2] != Path(absolute[0]).parts[:2]), everything[-1])
+            raise UserError(
+                f"{table}: column {column!r}: images must lie in one folder, which DVC watches; got {absolute[0]} and "
+                f"{other}; correct the paths, or move the images"
+            )
+        return shared
     inside = sorted(path for path in table.parent.iterdir() if path.is_dir() and not path.name.startswith("."))
     for folder in (table.parent, *inside):
         if any((folder / text).is_file() for text in given):
             return folder
     raise UserError(
-        f"{table}: column {column!r}: no file {table.parent / given[0] if given else 'at all'}, nor in a folder beside "
+        f"{table}: column {column!r}: no file {table.parent / given[0]}, nor in a folder beside "
         "the table; correct the paths, or write params.yaml by hand (docs/own-data.md)"
     )
 
 
-def _are_splits(table: Path, column: str) -> bool:
-    values = set(tables.columns(table, [column])[column])
-    return all(split_of(str(value)) for value in values) and any(split_of(str(v)) == "train" for v in values)
+def _no_split(table: Path, column: str) -> str | None:
+    """A value in `column` that is no split, if there are no training images either; None if all values are splits.
+
+    Raises UserError if some images are for training and others in no known split: those would be trained on.
+    """
+    values = sorted({str(value) for value in tables.columns(table, [column])[column]})
+    other = next((value for value in values if not split_of(value)), None)
+    if not any(split_of(value) == "train" for value in values):
+        return values[0] if other is None else other
+    if other is not None:
+        raise UserError(
+            f"{table}: column {column!r}: must be train, val or test for each image; got {other!r}; correct the value "
+            "or remove these rows, or rename the column if it is about something else"
+        )
+    return None
 
 
 def _folders_of_splits(data: Path) -> dict[str, Path]:
@@ -223,15 +250,20 @@ def _has_class_folders(data: Path) -> bool:
     return any(path.is_dir() and not path.name.startswith(".") for path in data.iterdir())
 
 
-def _by_folders(data: Path) -> Found:
-    """A folder for each class, below folders of splits or without them."""
+def _by_folders(data: Path, label: str | None) -> Found:
+    """A folder for each class, below folders of splits or without them. Raises UserError if a `label` is named."""
     by_split = _folders_of_splits(data)
+    inside = [path for path in sorted(data.iterdir()) if not path.name.startswith(".")]
+    wrapped = len(inside) == 1 and inside[0].is_dir() and _has_class_folders(inside[0])  # as archives unpack
+    if wrapped and "train" not in by_split:
+        return detect(inside[0], label)
+    if label is not None:
+        raise UserError(
+            f"--label {label}: no table of images was found in {data}; leave --label out, or name the table"
+        )
     if "train" in by_split:
         options = {"root": str(data), **{s: by_split[s].name for s in USUAL if s in by_split}}
         return _loaded("image_folder", options, {"images": data})
-    inside = [path for path in sorted(data.iterdir()) if not path.name.startswith(".")]
-    if len(inside) == 1 and inside[0].is_dir() and _has_class_folders(inside[0]):  # as archives unpack
-        return detect(inside[0])
     if not _has_class_folders(data):
         raise UserError(
             f"--data {data}: no labels found: neither a folder for each class nor a table; sort the images into "

@@ -26,8 +26,9 @@ HEADER_BYTES = 2**20  # of a file, where pixels are not looked at
 class Survey:
     """What was found. Images are addressed by their position in the collection.
 
-    `short_side`: pixels, int32 (n,), 0 for unreadable images. `deep`: smallest and largest value of 16-bit and
-    floating-point images, if there are any. `digests`: sha256 of each image that was read whole.
+    `short_side`: pixels, int32 (n,), 0 for unreadable images. `values`: smallest and largest value of 16-bit and
+    floating-point images, by mode. `animated`: images of several frames. `digests`: sha256 of each image that was read
+    whole.
     """
 
     short_side: np.ndarray
@@ -35,7 +36,14 @@ class Survey:
     modes: Counter[str] = field(default_factory=Counter)
     unreadable: dict[int, str] = field(default_factory=dict)
     turned: int = 0
-    deep: tuple[float, float] | None = None
+    animated: int = 0
+    values: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    @property
+    def deep(self) -> tuple[float, float] | None:
+        """The smallest and largest value of 16-bit and floating-point images; None if there are none."""
+        lows, highs = [low for low, _ in self.values.values()], [high for _, high in self.values.values()]
+        return (min(lows), max(highs)) if lows else None
 
     @property
     def readable(self) -> np.ndarray:
@@ -54,11 +62,12 @@ class Survey:
         self.short_side[i] = min(what.width, what.height)
         self.modes[what.mode] += 1
         self.turned += what.turned
+        self.animated += what.animated
         if digest:
             self.digests[i] = digest
         if what.high > what.low:
-            low, high = self.deep or (what.low, what.high)
-            self.deep = (min(low, what.low), max(high, what.high))
+            low, high = self.values.get(what.mode, (what.low, what.high))
+            self.values[what.mode] = (min(low, what.low), max(high, what.high))
 
 
 def _folder(module: Any, options: Any) -> Path | None:

@@ -64,7 +64,7 @@ def read_part(path: Path, labels: Path | None, keys: Keys) -> Part:
     with _naming(path):
         arrays = _opened(path, FORMATS)
         if labels is None and arrays.one:
-            raise UserError(f"{path}: holds no labels; give them by --SPLIT-labels FILE")
+            raise UserError(f"{path}: holds no labels; give them by --train-labels, --val-labels or --test-labels FILE")
         features = _in_order(path, arrays.pick(FEATURES, keys.features, "features"), keys.axes)
         sources = arrays.texts(SOURCES)
         if labels is None:
@@ -157,7 +157,7 @@ class _Arrays:
             raise UserError(
                 f"{self.path}: no {what} called {name or ' or '.join(usual)}; it holds "
                 f"{', '.join(self.readers) or 'nothing'}; name the right one by --{what}-key"
-                + (" or give --SPLIT-labels FILE" if what == "labels" else "")
+                + (", or give --train-labels, --val-labels or --test-labels FILE" if what == "labels" else "")
             )
         return self.readers[names[0]]()
 

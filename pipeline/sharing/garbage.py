@@ -34,7 +34,12 @@ def collect_garbage(start: Path, say: Say, *, apply: bool, alone: bool = False) 
     from dvc.repo import Repo
 
     root = repository(start)
-    git("rev-parse", "--verify", "HEAD", where=root)  # without a commit, every object would count as garbage
+    try:
+        git("rev-parse", "--verify", "HEAD", where=root)
+    except UserError:
+        raise UserError(
+            f"{root}: has no commit yet, and what no commit names would count as unused; type: git add . && git commit"
+        ) from None
     _clear_unfinished(root, say, apply=apply, alone=alone)
     with in_one_line("dvc gc"), Repo(str(root)) as repo:
         objects = _unused(repo)

@@ -104,11 +104,11 @@ def _check_workspace(repo: Any) -> None:
 
 def _absent_input(stage: str, changes: Any) -> bool:
     """Whether the only difference is that the files of an input are missing here; their digest is recorded."""
-    deps = [set(change.get("changed deps", {"": ""}).values()) for change in changes if isinstance(change, dict)]
+    deps = [change.get("changed deps", {}) for change in changes if isinstance(change, dict)]
     return (
         stage.rpartition(":")[2].startswith("watch@")
         and len(deps) == len(changes)
-        and all(kinds == {"deleted"} for kinds in deps)
+        and all(kinds and all(kind == "deleted" for kind in kinds.values()) for kinds in deps)
     )
 
 

@@ -99,7 +99,7 @@ def run(
     if "test" not in splits:
         raise UserError(
             f"{cache.files}: evaluation needs test rows; the cache has none; give the dataset a test split and extract "
-            "again"
+            "again, or import features with --test FILE"
         )
 
     statistics = heads.about["evaluate"]
@@ -306,8 +306,10 @@ def _write_of_replicate_0(
 
 def _one_line(metrics: Mapping[str, Any]) -> str:
     """`metrics` in one line, for the terminal."""
+    names = {"stage1": "stage I", "without_h2t": "without H2T", "with_h2t": "with H2T"}
+    figures = {"top1": "top-1", "tail": "tail"}
     return "; ".join(
-        f"{name} top-1 {entry['top1']:.2f}, tail {entry['tail']:.2f}" if entry and entry["tail"] is not None else name
-        for name, entry in metrics.items()
-        if entry and name != "difference"
+        f"{names[key]} " + ", ".join(f"{figures[f]} {entry[f]:.2f} %" for f in figures if entry[f] is not None)
+        for key, entry in metrics.items()
+        if entry and key in names
     )

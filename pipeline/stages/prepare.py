@@ -105,6 +105,11 @@ def run(params: Params, run: Run) -> None:
         bad = _digest(opened, np.arange(len(found.source), dtype=np.int32), digests, params.bad_images)
         _drop_copies(found, digests, bad, run.say)
     found, notes = splits.treat_small_classes(found, params.min_per_class)
+    if len(found.classes) < 2:
+        raise UserError(
+            f"dataset {params.dataset!r}: must have two or more classes; got one, {found.classes[0]!r}; correct "
+            "prepare.options, or lower prepare.min_per_class.n"
+        )
     _hold_out(found, "test", params, run.seed, notes)
     _hold_out(found, "val", params, run.seed, notes)
     before = found.sizes("train")

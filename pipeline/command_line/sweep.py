@@ -50,9 +50,8 @@ def sweep(
     from h2t.pipeline.inspection import sweep as work
     from h2t.pipeline.stages import evaluate, train_classifier
 
-    if (
-        out is not None and out.is_dir() and any(out.iterdir()) and not (out / "sweep.json").is_file()
-    ):  # before minutes of training
+    held = {path.name for path in out.iterdir()} if out is not None and out.is_dir() else set()
+    if held and "sweep.json" not in held:  # found out now, not after minutes of training
         raise click.UsageError(f"--out {out}: exists already and holds no sweep; give a new directory")
     if save and not any(lists.values()):
         raise click.UsageError("--save needs a list to write, such as --ratio 0.05,0.15")

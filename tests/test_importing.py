@@ -392,3 +392,20 @@ def test_features_that_change_while_they_are_imported_are_refused(tmp_path, monk
     assert not (tmp_path / "c").exists()
     assert invoke(*command).exit_code == 0
     assert verify(tmp_path / "c") == []
+
+
+def test_rows_that_are_trained_on_and_tested_are_said(tmp_path):
+    x, y = make_features()
+    np.savez(tmp_path / "train.npz", features=x, labels=y)
+    np.savez(tmp_path / "test.npz", features=np.concatenate([x[:1], x[1:] + 1]), labels=y)
+    given = ["cache", "import", tmp_path / "c", "--train", tmp_path / "train.npz"]
+    said = invoke(*given, "--test", tmp_path / "test.npz").stdout
+    assert "note: 1 validation or test row equals a training row in every value, such as test.npz/000000000: " in said
+    said = invoke(*given, "--replace", "--test", tmp_path / "train.npz").stdout
+    assert f"note: {len(y)} validation or test rows equal training rows" in said
+
+
+def test_the_option_for_missing_labels_can_be_typed(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((4, 3)))
+    done = invoke("cache", "import", tmp_path / "c", "--train", tmp_path / "x.npy")
+    assert "give them by --train-labels, --val-labels or --test-labels FILE" in done.stderr

@@ -783,8 +783,19 @@ def test_garbage_without_a_commit_is_one_line_with_a_way_out(lab):
 
 
 def test_outside_of_a_repository(tmp_path):
+    (found,) = [f for f in doctor.examine(tmp_path, tmp_path / "params.yaml") if f.state == "fault"]
+    assert str(found).endswith(f"none in {tmp_path}; type: h2t init DIR --data IMAGES, or change to one")
+    (tmp_path / "params.yaml").write_text("seed: 0\n")
     found = [f for f in doctor.examine(tmp_path, tmp_path / "params.yaml") if f.state == "fault"]
     assert [f.check for f in found] == ["params", "repository"]
+
+
+def test_pull_from_a_repository_without_a_remote_says_what_to_type_there(lab):
+    dvc("remote", "remove", "store", where=lab / "a")
+    done = h2t("cache", "pull", lab / "a", "--into", lab / "b")
+    assert done.exit_code == 1
+    (line,) = done.stderr.splitlines()
+    assert "has no DVC remote to fetch from; there, type: dvc remote add --default store PATH" in line
 
 
 def test_no_such_remote():

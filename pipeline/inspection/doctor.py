@@ -11,6 +11,8 @@ from h2t.pipeline.inspection import outputs, project, setting_up, storage
 from h2t.pipeline.inspection.findings import Finding
 from h2t.pipeline.sharing import repository
 
+START = "h2t init DIR --data IMAGES"  # what starts a project
+
 
 def examine(start: Path, params_file: Path, *, full: bool = False) -> list[Finding]:
     """All findings about the repository around `start`; `full` reads every byte of every output.
@@ -30,6 +32,8 @@ def examine(start: Path, params_file: Path, *, full: bool = False) -> list[Findi
     try:
         root = repository.repository(start)
     except UserError as error:
+        if not params_file.is_file():  # no project at all
+            return [*versions, Finding("project", "fault", f"none in {start.resolve()}", f"{START}, or change to one")]
         return [*findings, Finding("repository", "fault", str(error))]
     caches = outputs.caches(root, full)
     known = {f.place for f in caches if f.state == "fault"}

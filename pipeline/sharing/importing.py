@@ -170,9 +170,20 @@ def run(
             _check_digests(rows.slice(held.start, len(held)), maps)
             writer.write(shard, [maps])
         writer.commit(save({}), card(spec, index_of(rows).counts), replace=replace)
+    if copies := _trained_on(identity):
+        rows_of = counted(len(copies), "validation or test row")
+        equal = "equals a training row" if len(copies) == 1 else "equal training rows"
+        say(f"note: {rows_of} {equal} in every value, such as {copies[0]}: accuracy there says little about new data")
     classes = counted(len(labels), "class", "classes")
     say(f"{out}: {counted(spec.rows, 'row')} of {' x '.join(map(str, shape))}, {classes}, {dtype}")
     return spec
+
+
+def _trained_on(rows: Mapping[str, Sequence[Any]]) -> list[str]:
+    """The sources of validation and test rows whose values are those of a training row."""
+    columns = [rows[name] for name in ("split", "digest", "source")]
+    trained = {digest for split, digest, _ in zip(*columns, strict=True) if split == "train"}
+    return [source for split, digest, source in zip(*columns, strict=True) if split != "train" and digest in trained]
 
 
 def _check_digests(rows: pa.Table, maps: np.ndarray) -> None:

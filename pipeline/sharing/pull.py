@@ -54,6 +54,11 @@ def pull(
     with tempfile.TemporaryDirectory(prefix="h2t-pull-") as scratch, in_one_line(where):
         config = {"core": {"site_cache_dir": scratch}}
         with Repo.open(url, rev=rev, subrepos=True, uninitialized=True, config=config) as repo:
+            if not repo.config.get("core", {}).get("remote"):
+                raise UserError(
+                    f"{where}: has no DVC remote to fetch from; there, type: dvc remote add --default store PATH, then "
+                    "h2t cache publish"
+                )
             chosen = _one_of(folders(repo, f"data/{kind}"), name, where, kind)
             names = (f"{kind}/{chosen}", f"train_backbone/{chosen}")
             parts = {part: DvcFiles.of(repo, f"{url}@{rev}" if rev else url, f"data/{part}") for part in names}

@@ -213,14 +213,14 @@ def keep_grid(params_file: Path, name: str, lists: Mapping[str, Sequence[Any]]) 
     from ruamel.yaml import YAML
 
     text = params_file.read_text(encoding="utf-8")
-    yaml = YAML()
-    yaml.width = 2**31  # never wraps a long line
-    yaml.preserve_quotes = True
+    editor = YAML(typ="rt")  # keeps comments, and makes plain values alone, whatever tags the file has
+    editor.width = 2**31  # never wraps a long line
+    editor.preserve_quotes = True
     inside = min((len(spaces) for spaces in re.findall(r"^( +)[^\s#-]", text, re.MULTILINE)), default=2)
     dash = re.search(r"^( *)[^\s#-][^\n]*:\n( *)- ", text, re.MULTILINE)  # a key, and the first entry of its list
     offset = len(dash[2]) - len(dash[1]) if dash else 0
-    yaml.indent(mapping=inside, sequence=offset + 2, offset=offset)
-    given = yaml.load(text)
+    editor.indent(mapping=inside, sequence=offset + 2, offset=offset)
+    given = editor.load(text)
     entry = ((given or {}).get("hosts") or {}).get(name)
     if entry is None:
         raise UserError(f"{params_file}: --save needs an entry hosts.{name}; got none; write one")
@@ -232,7 +232,7 @@ def keep_grid(params_file: Path, name: str, lists: Mapping[str, Sequence[Any]]) 
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         with partial.open("w", encoding="utf-8") as file:
-            yaml.dump(given, file)
+            editor.dump(given, file)
         partial.chmod(path.stat().st_mode)
         replace_file(partial, path)
     finally:

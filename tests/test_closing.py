@@ -73,8 +73,11 @@ def test_threads_that_read_while_the_cache_is_closed(cache_dir, layout):
     gc.collect()  # files of earlier tests
     before = open_files()
 
+    together = threading.Barrier(8)  # otherwise the threads that read already keep the others from starting
+
     def use(cache, rows, started) -> None:
         nonlocal served
+        together.wait()
         try:
             while True:
                 if cache.read(rows).tobytes() != maps[rows].tobytes():

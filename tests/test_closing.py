@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import make_cache, make_rows
+from builders import make_cache, make_rows, raises
 
 from h2t.cache.errors import CacheError
 from h2t.cache.read.files import LocalFiles
@@ -49,9 +49,8 @@ def test_a_closed_cache_says_so(cache_dir, call, used):
         assert len(cache.rows) == 11
         assert cache.statistics
     cache.close()
-    with pytest.raises(CacheError, match="was closed; open it again") as error:
+    with raises("closed", "was closed; open it again") as error:
         call(cache)
-    assert error.value.reason == "closed"
     assert str(cache_dir) in error.value.detail
     cache.close()
     assert open_files() == before

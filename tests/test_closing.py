@@ -22,6 +22,11 @@ def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_files_of_earlier_tests():
+    gc.collect()  # these tests close all of theirs
+
+
 CALLS = {
     "read": lambda c: c.read([0]),
     "read of no rows": lambda c: c.read([]),
@@ -41,7 +46,6 @@ CALLS = {
 @pytest.mark.parametrize("used", [False, True])
 def test_a_closed_cache_says_so(cache_dir, call, used):
     make_cache(cache_dir)
-    gc.collect()  # files of earlier tests
     before = open_files()
     cache = open_cache(cache_dir)
     if used:
@@ -69,7 +73,6 @@ def test_threads_that_read_while_the_cache_is_closed(cache_dir, layout):
     rng = np.random.default_rng(0)
     wrong: list[object] = []
     served = 0
-    gc.collect()  # files of earlier tests
     before = open_files()
 
     together = threading.Barrier(8)  # otherwise the threads that read already keep the others from starting

@@ -388,8 +388,9 @@ def test_predict_streams_many_images_and_names_the_bad_ones(model, tmp_path):
 
 def test_without_a_readable_image_nothing_is_written(model, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no picture")
-    line = refused("predict", model / "m", tmp_path / "bad.png", "--out", tmp_path / "c.json", code=1)
-    assert "no image could be read (given: 1)" in line
+    done = invoke("predict", model / "m", tmp_path / "bad.png", "--out", tmp_path / "c.json")
+    assert done.exit_code == 1
+    assert "no image could be read (given: 1)" in done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.png"]
 
 

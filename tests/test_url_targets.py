@@ -24,6 +24,10 @@ SSHD = pytest.param(
 )
 
 
+#: A test that extracts runs on one SSH server; TestOfShards and TestOfLocks run on both.
+one_of_a_kind = pytest.mark.parametrize("store", ["s3", "sshd" if sshd_program() else "sftp"], indirect=True)
+
+
 @pytest.fixture(params=["s3", "sftp", SSHD])
 def store(request, tmp_path, monkeypatch):
     """An empty place on a server."""
@@ -263,6 +267,7 @@ def single(tmp_path_factory, digits, backbone_dir):
     return tree(out)
 
 
+@one_of_a_kind
 def test_extraction_ends_in_the_bytes_of_a_directory(store, digits, backbone_dir, single, tmp_path):
     said = []
     extracted(tmp_path / "b", *digits, backbone_dir, to=f"{store.url}/b", say=said.append, **SMALL)
@@ -275,6 +280,7 @@ def test_extraction_ends_in_the_bytes_of_a_directory(store, digits, backbone_dir
     assert store.files().keys() == {f"b/{name}" for name in single}
 
 
+@one_of_a_kind
 def test_parts_and_a_commit_end_in_the_same_bytes(store, digits, backbone_dir, single, tmp_path):
     given = {"to": f"{store.url}/b", **SMALL}
     for k in (3, 1):
@@ -287,6 +293,7 @@ def test_parts_and_a_commit_end_in_the_same_bytes(store, digits, backbone_dir, s
 
 
 @pytest.mark.slow
+@one_of_a_kind
 def test_workers_of_a_cluster_write_there_themselves(store, digits, backbone_dir, single, tmp_path):
     extracted(tmp_path / "b", *digits, backbone_dir, to=f"{store.url}/b", cluster="local:2", **SMALL)
     assert store.files() == {f"b/{name}": data for name, data in single.items()}

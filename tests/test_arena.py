@@ -108,7 +108,7 @@ def test_a_method_that_the_cache_cannot_serve_is_named_without_a_path(tmp_path, 
     assert str(tmp_path) not in left_out["cam_split"]
 
 
-RECORDS = [f"arena{part}.json" for part in ("", "-stage1", "-maps", "-imagenet", "-imagenet-maps")]
+RECORDS = [f"arena{part}.json" for part in ("", "-stage1", "-maps", "-imagenet", "-imagenet-96", "-imagenet-maps")]
 
 
 @pytest.mark.parametrize("record", RECORDS)
@@ -117,9 +117,10 @@ def test_the_tables_of_the_results_come_from_the_committed_record(record):
     assert results.arena_text(ROOT / "benchmarks/results" / record) in text
 
 
-def test_the_widest_gains_hold_the_paired_ones():
-    """The record of the CIFAR cache has both: 25 methods with paired gains, and all differences from DR."""
-    lines = json.loads((ROOT / "benchmarks/results/arena.json").read_text())["lines"]
+@pytest.mark.parametrize("record", ["arena.json", "arena-imagenet-96.json"])
+def test_the_widest_gains_hold_the_paired_ones(record):
+    """These records have both: paired gains, and all differences from DR."""
+    lines = json.loads((ROOT / "benchmarks/results" / record).read_text())["lines"]
     widest = arena.widest_gains(lines)
     paired = {line["method"]: line["gain"] for line in lines if line["gain"]}
     assert widest.keys() == paired.keys()

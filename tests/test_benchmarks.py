@@ -118,6 +118,18 @@ def test_evaluate_benchmark(tmp_path, capsys):
     assert "| evaluate" in capsys.readouterr().out
 
 
+def test_growth_benchmark(tmp_path, capsys):
+    from benchmarks import bench_growth
+
+    out = tmp_path / "growth.json"
+    bench_growth.main(["--tiny", "--axis", "heads", "--out", str(out)])
+    points = json.loads(out.read_text())["axes"]["heads"]["points"]
+    assert [p["heads"] for p in points] == list(bench_growth.AXES["heads"][:2])
+    assert all(p["cpu_ms"] > 0 and p["step_bytes"] > 0 for p in points)
+    assert "heads" in capsys.readouterr().out
+    assert out.with_suffix(".svg").read_text().startswith("<")
+
+
 def test_peers_benchmark(tmp_path, capsys):
     from benchmarks import bench_peers
     from benchmarks.synthetic import write_synthetic

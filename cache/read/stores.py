@@ -9,8 +9,21 @@ import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
+from h2t.cache.read.direct import Direct
 from h2t.cache.read.protocols import CONNECTIONS, is_http, is_s3, is_sshfs
-from h2t.cache.read.transfer import Answer, Pace, Patience, Span, Take, Unasked, Version, version_of
+from h2t.cache.read.transfer import (
+    Answer,
+    Pace,
+    Patience,
+    Span,
+    Take,
+    Unasked,
+    Version,
+    WholeFile,
+    content_range,
+    range_header,
+    version_of,
+)
 
 T = TypeVar("T")
 
@@ -26,11 +39,11 @@ class Store:
     def __init__(self, fs: Any) -> None:
         self.fs = fs
 
-    def whole(self, path: str, at_most: int, patience: Patience) -> Answer:
+    def whole(self, path: str, at_most: int, patience: Patience) -> WholeFile:
         """The whole file. Raises Unasked, and stops reading, if it is longer than `at_most` bytes."""
         pieces: list[bytes] = []
         version = self.copy(path, at_most, patience, pieces.append)
-        return Answer(b"".join(pieces), version)
+        return WholeFile(b"".join(pieces), version)
 
     def copy(self, path: str, at_most: int, patience: Patience, take: Take) -> Version:
         """Passes the whole file to `take`, piece by piece, and returns its version; raises as `whole`."""
@@ -67,6 +80,9 @@ class Store:
     def below(self, root: str, patience: Patience) -> list[str]:
         """Paths of all files below a folder; empty if the store has no listings."""
         return list(self.fs.find(root))
+
+    def close(self) -> None:
+        """Closes idle connections; the next request opens new ones."""
 
 
 class Asynchronous(Store):
@@ -124,7 +140,7 @@ class WebServer(Asynchronous):
         options = {**self.fs.kwargs, "auto_decompress": False}
         options["headers"] = {**options.get("headers", {}), "Accept-Encoding": "identity"}
         if span:
-            options["headers"]["Range"] = _range(span)
+            options["headers"]["Range"] = range_header(span)
         if hasattr(session, "retry_options"):  # DVC's client retries by itself; only `RemoteFiles` should
             from aiohttp_retry import ExponentialRetry
 
@@ -136,7 +152,7 @@ class WebServer(Asynchronous):
                 answer.close()
                 raise Unasked(f"the server must send it unencoded; got encoding {encoding[:20]}")
             try:
-                first, size = _content_range(answer.headers.get("Content-Range", ""))
+                first, size = content_range(answer.headers.get("Content-Range", ""))
                 if span and (first if answer.status == 206 else 0) not in (None, span[0]):
                     raise Unasked(
                         f"bytes {span[0]} to {span[1]} were requested, others came (status {answer.status}); the "
@@ -156,11 +172,34 @@ class WebServer(Asynchronous):
 
 
 class S3(Asynchronous):
-    """A bucket of S3, or of a store with its interface."""
+    """A bucket of S3, or of a store with its interface. Ranges come directly where that works (`read.direct`)."""
+
+    def __init__(self, fs: Any) -> None:
+        super().__init__(fs)
+        self._direct = Direct(fs)
+
+    def spans(self, path: str, spans: Sequence[Span], patience: Patience) -> list[Answer | BaseException]:
+        filled = [i for i, (start, stop) in enumerate(spans) if stop > start]
+        answers: dict[int, Answer | BaseException] = {}
+        for i, answer in zip(filled, self._direct.spans(path, [spans[i] for i in filled], patience), strict=True):
+            if answer:
+                answers[i] = answer
+        if answers:
+            self._direct.failed = 0
+        left = [i for i in range(len(spans)) if i not in answers]
+        if left:
+            others = super().spans(path, [spans[i] for i in left], patience)
+            if not answers and not any(isinstance(other, BaseException) for other in others):
+                self._direct.failed += 1
+            answers.update(zip(left, others, strict=True))
+        return [answers[i] for i in range(len(spans))]
+
+    def close(self) -> None:
+        self._direct.close()
 
     async def _request(self, path: str, span: Span | None, at_most: int, pace: Pace, take: Take) -> Version:
         bucket, key, version = self.fs.split_path(path)
-        options = {"Range": _range(span)} if span else {}
+        options = {"Range": range_header(span)} if span else {}
         if version:
             options["VersionId"] = version
         answer = await self.fs._call_s3("get_object", Bucket=bucket, Key=key, **options)
@@ -171,7 +210,7 @@ class S3(Asynchronous):
             await _body(lambda: body.read(PIECE_BYTES), at_most, pace, take)
         finally:
             body.close()
-        _, size = _content_range(answer.get("ContentRange", ""))
+        _, size = content_range(answer.get("ContentRange", ""))
         return version_of({**answer, "size": size if span else answer.get("ContentLength")})
 
 
@@ -218,20 +257,6 @@ def store_of(fs: Any) -> Store:
 
 def _too_long(at_most: int) -> Unasked:
     return Unasked(f"must be at most {at_most} bytes; it is longer")
-
-
-def _range(span: Span) -> str:
-    return f"bytes={span[0]}-{span[1] - 1}"
-
-
-def _content_range(header: str) -> tuple[int | None, int | None]:
-    """First byte and file size in a header `bytes FIRST-LAST/SIZE`, each None if it is not given."""
-    unit, _, told = header.partition(" ")
-    if unit != "bytes":
-        return None, None
-    part, _, size = told.partition("/")
-    first = part.partition("-")[0]
-    return int(first) if first.isdecimal() else None, int(size) if size.isdecimal() else None
 
 
 async def _body(read: Callable[[], Coroutine[Any, Any, bytes]], at_most: int, pace: Pace, take: Take) -> None:

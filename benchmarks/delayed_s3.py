@@ -90,9 +90,9 @@ class Endpoint:
 
 
 @contextmanager
-def endpoint(root: Path, delay: float) -> Iterator[Endpoint]:
+def endpoint(root: Path, delay: float, kind: type[Endpoint] = Endpoint) -> Iterator[Endpoint]:
     """The endpoint, served by a thread of this process until the end of the block."""
-    served, loop = Endpoint(root, delay), asyncio.new_event_loop()
+    served, loop = kind(root, delay), asyncio.new_event_loop()
     loop.run_until_complete(served.start())
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()

@@ -180,10 +180,8 @@ class S3(Asynchronous):
 
     def spans(self, path: str, spans: Sequence[Span], patience: Patience) -> list[Answer | BaseException]:
         filled = [i for i, (start, stop) in enumerate(spans) if stop > start]
-        answers: dict[int, Answer | BaseException] = {}
-        for i, answer in zip(filled, self._direct.spans(path, [spans[i] for i in filled], patience), strict=True):
-            if answer:
-                answers[i] = answer
+        direct = self._direct.spans(path, [spans[i] for i in filled], patience)
+        answers: dict[int, Answer | BaseException] = {i: one for i, one in zip(filled, direct, strict=True) if one}
         if answers:
             self._direct.failed = 0
         left = [i for i in range(len(spans)) if i not in answers]

@@ -16,7 +16,8 @@ from benchmarks.delayed_s3 import Endpoint, endpoint
 from h2t.cache.errors import CacheError
 from h2t.cache.read import transfer
 from h2t.cache.read.direct import GIVE_UP
-from h2t.cache.reader import open_cache
+from h2t.cache.read.files import files_at
+from h2t.cache.reader import REMOTE_THREADS, open_cache
 from h2t.cache.tools.verify import verify
 
 pytestmark = pytest.mark.usefixtures("no_waiting")
@@ -76,6 +77,10 @@ class Spoiling(Endpoint):
         sound.headers["ETag"] = '"another"'
         return sound
 
+    async def change_version(self, request, sound):
+        sound.headers["ETag"] = f'"{self.signed}"'
+        return sound
+
     async def hardly_send(self, request, sound):
         answer = web.StreamResponse(status=206, headers=sound.headers)
         answer.content_length = len(sound.body)
@@ -111,11 +116,13 @@ def test_the_kept_blocks_are_those_of_the_shards(store, tmp_path, monkeypatch):
     s3, maps = store
     monkeypatch.setenv("H2T_BLOCK_CACHE", str(tmp_path / "blocks"))
     monkeypatch.setenv("H2T_BLOCK_CACHE_BYTES", "100000000")
+    shards = []
     for _ in range(2):
         with open_cache("s3://bucket/maps") as cache:
+            before = s3.signed
             assert np.array_equal(cache.read(range(40)), maps)
-            signed, s3.signed = s3.signed, 0
-    assert signed == 1  # that there is a commit record
+            shards.append(s3.signed - before)
+    assert shards == [4, 0]  # whole files, as they are small
 
 
 @pytest.mark.parametrize(
@@ -127,7 +134,7 @@ def test_what_is_not_plain_and_complete_is_asked_for_through_s3fs(store, spoil):
     s3.spoil = spoil
     with open_cache("s3://bucket/maps") as cache:
         assert np.array_equal(cache.read(range(40)), maps)
-        assert s3.signed <= 2 * GIVE_UP + 8  # by threads that had begun, each with one more over a new connection
+        assert s3.signed <= 2 * (GIVE_UP + REMOTE_THREADS)  # threads that had begun; two tries, over an old connection
         signed = s3.signed
         assert np.array_equal(cache.read(range(40)), maps)
         assert s3.signed == signed
@@ -151,7 +158,32 @@ def test_swapped_bytes_are_damage(store):
         s3.spoil = "swap bytes"
         with pytest.raises(CacheError, match=r"chunk 9 \(row 9\): crc32c mismatch"):
             cache.read(range(10))
-    assert any("mismatch" in str(fault) for fault in verify("s3://bucket/maps", quick=True))
+    assert verify("s3://bucket/maps", quick=True)
+
+
+@pytest.mark.parametrize("spoil", ["nothing", "refuse", "ignore the range", "send less", "break off", "encode"])
+def test_whole_files_come_by_ranges_side_by_side(store, spoil):
+    s3, _ = store
+    data = np.random.default_rng(0).bytes(9 * 2**20)
+    (s3.root / "bucket/maps/long").write_bytes(data)
+    (s3.root / "bucket/maps/empty").touch()
+    files = files_at("s3://bucket/maps")
+    s3.spoil = spoil
+    assert files.read_all("long", len(data)) == data
+    assert files.read_all("empty", 5) == files.read_all("empty", 0) == b""
+    with pytest.raises(CacheError, match=f"must be at most {len(data) - 1} bytes; it is longer"):
+        files.read_all("long", len(data) - 1)
+    files.close()
+
+
+def test_a_whole_file_is_never_of_two_versions(store):
+    s3, _ = store
+    (s3.root / "bucket/maps/long").write_bytes(np.random.default_rng(0).bytes(9 * 2**20))
+    files = files_at("s3://bucket/maps")
+    s3.spoil = "change version"
+    assert len(files.read_all("long", 9 * 2**20)) == 9 * 2**20
+    assert s3.requests - s3.signed == 1  # the whole file in one answer
+    files.close()
 
 
 def test_another_version_is_another_cache(store):

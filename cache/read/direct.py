@@ -55,7 +55,7 @@ class Direct:
         Raises TooSlow if the store is.
         """
         answers: list[Answer | None] = [None] * len(spans)
-        if self.failed >= GIVE_UP or not (url := self._url(path, patience)):
+        if not spans or self.failed >= GIVE_UP or not (url := self._url(path, patience)):
             return answers
         call = _Call(self, url, spans, answers, patience.pace)
         pool = self._started()

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from h2t.cache.read.direct import Direct
 from h2t.cache.read.protocols import CONNECTIONS, is_http, is_s3, is_sshfs
+from h2t.cache.read.spans import MAX_SPAN_BYTES
 from h2t.cache.read.transfer import (
     Answer,
     Pace,
@@ -177,6 +178,22 @@ class S3(Asynchronous):
     def __init__(self, fs: Any) -> None:
         super().__init__(fs)
         self._direct = Direct(fs)
+
+    def whole(self, path: str, at_most: int, patience: Patience) -> WholeFile:
+        """By ranges side by side: the first answer says how many there are."""
+        first = self._direct.spans(path, [(0, min(at_most, MAX_SPAN_BYTES))] if at_most else [], patience)
+        size = first[0].version.size if first and first[0] else None
+        if size is None:
+            return super().whole(path, at_most, patience)
+        if size > at_most:
+            raise _too_long(at_most)
+        starts = range(MAX_SPAN_BYTES, size, MAX_SPAN_BYTES)
+        rest = self._direct.spans(path, [(at, min(at + MAX_SPAN_BYTES, size)) for at in starts], patience)
+        answers = [answer for answer in (*first, *rest) if answer]
+        version = answers[0].version
+        if len(answers) < 1 + len(starts) or any(version.differs(answer.version) for answer in answers):
+            return super().whole(path, at_most, patience)
+        return WholeFile(b"".join(answer.data for answer in answers), version)
 
     def spans(self, path: str, spans: Sequence[Span], patience: Patience) -> list[Answer | BaseException]:
         filled = [i for i, (start, stop) in enumerate(spans) if stop > start]

@@ -100,7 +100,7 @@ class RemoteFiles:
         with self._connecting:
             fs = self._fs
             if self._asked is None or self._asked.fs is not fs:
-                self._asked = store_of(fs)
+                self._asked = store_of(fs, lasting=True)
             return self._asked
 
     def __reduce__(self) -> tuple[Any, ...]:

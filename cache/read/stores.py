@@ -173,15 +173,17 @@ class WebServer(Asynchronous):
 
 
 class S3(Asynchronous):
-    """A bucket of S3, or of a store with its interface. Ranges come directly where that works (`read.direct`)."""
+    """A bucket of S3, or of a store with its interface. With `direct`, bytes come by it wherever that works."""
 
-    def __init__(self, fs: Any) -> None:
+    def __init__(self, fs: Any, direct: Direct | None = None) -> None:
         super().__init__(fs)
-        self._direct = Direct(fs)
+        self._direct = direct
 
     def whole(self, path: str, at_most: int, patience: Patience) -> WholeFile:
-        """By ranges side by side: the first answer says how many there are."""
-        first = self._direct.spans(path, [(0, min(at_most, MAX_SPAN_BYTES))] if at_most else [], patience)
+        """A long one by ranges side by side: the first answer says how many there are."""
+        if self._direct is None or at_most <= MAX_SPAN_BYTES:
+            return super().whole(path, at_most, patience)
+        first = self._direct.spans(path, [(0, MAX_SPAN_BYTES)], patience)
         size = first[0].version.size if first and first[0] else None
         if size is None:
             return super().whole(path, at_most, patience)
@@ -196,6 +198,8 @@ class S3(Asynchronous):
         return WholeFile(b"".join(answer.data for answer in answers), version)
 
     def spans(self, path: str, spans: Sequence[Span], patience: Patience) -> list[Answer | BaseException]:
+        if self._direct is None:
+            return super().spans(path, spans, patience)
         filled = [i for i, (start, stop) in enumerate(spans) if stop > start]
         direct = self._direct.spans(path, [spans[i] for i in filled], patience)
         answers: dict[int, Answer | BaseException] = {i: one for i, one in zip(filled, direct, strict=True) if one}
@@ -210,7 +214,8 @@ class S3(Asynchronous):
         return [answers[i] for i in range(len(spans))]
 
     def close(self) -> None:
-        self._direct.close()
+        if self._direct:
+            self._direct.close()
 
     async def _request(self, path: str, span: Span | None, at_most: int, pace: Pace, take: Take) -> Version:
         bucket, key, version = self.fs.split_path(path)
@@ -264,8 +269,10 @@ class Sftp(Asynchronous):
         return result
 
 
-def store_of(fs: Any) -> Store:
-    """The store behind the fsspec file system `fs`."""
+def store_of(fs: Any, *, lasting: bool = False) -> Store:
+    """The store behind the fsspec file system `fs`; a `lasting` one may keep connections and threads of its own."""
+    if lasting and is_s3(fs):
+        return S3(fs, Direct(fs))
     kinds = ((is_http, WebServer), (is_s3, S3), (is_sshfs, Sftp))
     return next((kind for belongs, kind in kinds if belongs(fs)), Store)(fs)
 

@@ -38,10 +38,14 @@ class Endpoint:
     async def start(self) -> None:
         app = web.Application()
         app.router.add_route("*", "/{path:.*}", self.answer)
-        runner = web.AppRunner(app, access_log=None)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        self.port = runner.addresses[0][1]
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
+        self.port = self._runner.addresses[0][1]
+
+    async def stop(self) -> None:
+        """Closes all connections, also those with an answer under way."""
+        await self._runner.cleanup()
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
         self._now += 1
@@ -90,14 +94,15 @@ class Endpoint:
 
 
 @contextmanager
-def endpoint(root: Path, delay: float) -> Iterator[Endpoint]:
+def endpoint(root: Path, delay: float, kind: type[Endpoint] = Endpoint) -> Iterator[Endpoint]:
     """The endpoint, served by a thread of this process until the end of the block."""
-    served, loop = Endpoint(root, delay), asyncio.new_event_loop()
+    served, loop = kind(root, delay), asyncio.new_event_loop()
     loop.run_until_complete(served.start())
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
     try:
         yield served
     finally:
+        asyncio.run_coroutine_threadsafe(served.stop(), loop).result()
         loop.call_soon_threadsafe(loop.stop)
         thread.join()

@@ -134,7 +134,8 @@ def extract_features(
         return Features(values, list(opened.sources), extractor=made)
     names = [collection.classes[j] for j in collection.label]
     splits = collection.split if set(collection.split) != {"train"} else None
-    return Features(values, list(collection.source), names, splits, collection.group, made)
+    group = None if collection.group is None else list(collection.group)
+    return Features(values, list(collection.source), names, splits, group, made)
 
 
 def write_cache(

@@ -26,7 +26,8 @@ def _read_by(monkeypatch, way):
     from h2t.cache.read.gather import compiled
 
     if way != "compiled":
-        monkeypatch.setattr("h2t.cache.reader.compiled", lambda: None)
+        for module in ("reader", "read.jobs", "tools.verify"):
+            monkeypatch.setattr(f"h2t.cache.{module}.compiled", lambda: None)
     elif compiled() is None:
         pytest.skip("the compiled gather was not built")
 

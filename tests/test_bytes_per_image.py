@@ -33,6 +33,7 @@ import numpy as np
 
 class Options(Section):
     images: int
+    size_of_group: int | None = None
 
 def transform(options):
     return Transform(size=2, mean=[0.5] * 3, std=[0.5] * 3)
@@ -40,7 +41,9 @@ def transform(options):
 def load(options):
     label = [i % 100 for i in range(options.images)]
     source = Texts.of(f"train/class_{j:03d}/{i:09d}.jpg" for i, j in enumerate(label))
-    return Collection([f"class {j}" for j in range(100)], source, label, ["train"] * len(label))
+    size = options.size_of_group
+    group = size and Texts.of(f"patient {i // (100 * size) * 100 + i % 100:09d}" for i in range(options.images))
+    return Collection([f"class {j}" for j in range(100)], source, label, ["train"] * len(label), group)
 
 def reader(options):
     return str.encode
@@ -54,10 +57,11 @@ import json, os, sys, tracemalloc
 from pathlib import Path
 import pyarrow as pa
 
-def prepared(images):
+def prepared(images, size_of_group=None):
     from h2t.pipeline.base.run import Run
     from h2t.pipeline.stages import prepare
-    section = prepare.Params(dataset="many", options={"images": images}, test=0.1, validation=0.1)
+    options = {"images": images, "size_of_group": size_of_group}
+    section = prepare.Params(dataset="many", options=options, test=0.1, validation=0.1)
     return lambda: prepare.run(section, Run("prepare", Path(f"prepared_{images}"), say=lambda line: None))
 
 def loaded(dataset, options):
@@ -124,10 +128,11 @@ def bytes_of_one():
         process.stdin.close()
 
 
-def test_prepare_takes_little_memory_for_an_image(bytes_of_one, tmp_path):
+@pytest.mark.parametrize(("size_of_group", "most"), [(None, 130), (4, 220), (1, 450)])
+def test_prepare_takes_little_memory_for_an_image(bytes_of_one, tmp_path, size_of_group, most):
     (tmp_path / "plugins/datasets").mkdir(parents=True)
     (tmp_path / "plugins/datasets/many.py").write_text(PLUG_IN)
-    assert bytes_of_one([["prepared", images] for images in SIZES], tmp_path) < 130
+    assert bytes_of_one([["prepared", images, size_of_group] for images in SIZES], tmp_path) < most
 
 
 def sources(images: int) -> list[str]:
@@ -148,12 +153,21 @@ def write_csv(folder: Path, images: int) -> dict[str, str]:
     return {"table": str(folder / "list.csv"), "path": "path"}
 
 
+def write_csv_with_groups(folder: Path, images: int) -> dict[str, str]:
+    options = write_csv(folder, images)
+    head, *lines = (folder / "list.csv").read_text().splitlines()
+    named = [f"{line},patient {i // 4:08d}\n" for i, line in enumerate(lines)]
+    (folder / "list.csv").write_text(f"{head},patient\n" + "".join(named))
+    return {**options, "group": "patient"}
+
+
 @pytest.mark.parametrize(
     ("dataset", "write", "most"),
     [
         ("list_file", write_list, 200),
         ("imagenet_lt", write_list, 200),
         ("table", write_csv, 450),  # the file of 43 bytes a row is in memory several times while it is read
+        ("table", write_csv_with_groups, 440),
     ],
 )
 def test_reading_a_list_takes_little_memory_for_an_image(bytes_of_one, tmp_path, dataset, write, most):

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import h2t
+from h2t.cache.format.shard import CRC_BYTES, sealed
 from h2t.cache.read.gather import CHANGED, DONE, ENDS_EARLY, MISMATCH, REFUSED, compiled
 
 pytestmark = pytest.mark.skipif(compiled() is None, reason="the compiled gather was not built")
@@ -171,3 +172,26 @@ def test_without_the_library_there_is_none(tmp_path):
     assert answer() == f"{package / 'gather.py'} None\n"
     (package / "_gather.so").write_bytes(b"not a library")
     assert answer() == f"{package / 'gather.py'} None\n"
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 50])
+@pytest.mark.parametrize("row_bytes", [1, 7, 64, 1001])
+def test_rows_in_memory_are_copied_and_checked(count, row_bytes):
+    draws = np.random.default_rng(count + row_bytes)
+    rows = draws.integers(0, 256, (count, row_bytes), np.uint8)
+    stored = np.frombuffer(b"".join(map(sealed, map(bytes, rows))), np.uint8).copy()
+    starts, places = np.arange(count) * (row_bytes + CRC_BYTES), draws.permutation(count)
+    out = np.zeros((count, row_bytes), np.uint8)
+    assert compiled().unpack(stored, starts, places * row_bytes, out, row_bytes) is None
+    assert np.array_equal(out[places], rows)
+    for wrong in range(count):
+        for byte in (0, row_bytes - 1, row_bytes, row_bytes + CRC_BYTES - 1):
+            stored[starts[wrong] + byte] ^= 1
+            assert compiled().unpack(stored, starts, places * row_bytes, out, row_bytes) == wrong
+            stored[starts[wrong] + byte] ^= 1
+
+
+@pytest.mark.parametrize("start", [-1, 1])
+def test_rows_outside_the_memory_are_never_read(start):
+    with pytest.raises(AssertionError):
+        compiled().unpack(np.zeros(12, np.uint8), np.array([start]), np.zeros(1, np.int64), np.zeros(8, np.uint8), 8)

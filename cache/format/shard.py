@@ -59,7 +59,7 @@ def join_plain(chunks: np.ndarray, slots: int) -> memoryview:
 
 
 def parse_index(
-    data: bytes, slots: int, used: int, shard_bytes: int, chunk_bytes: int | None = None
+    data: bytes | memoryview, slots: int, used: int, shard_bytes: int, chunk_bytes: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Offsets and stored sizes in bytes, two int64 arrays of length `used`, of the chunks of a shard.
 

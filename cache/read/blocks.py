@@ -104,7 +104,7 @@ class BlockCache:
                 self._give_up(size)
             return self._used + size <= self.budget
 
-    def put(self, key: str, block: int, data: bytes) -> None:
+    def put(self, key: str, block: int, data: bytes | memoryview) -> None:
         """Stores a block if there is room and the disk can be written."""
         if not self.room(len(data)):
             return

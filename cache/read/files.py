@@ -110,7 +110,7 @@ class LocalFiles:
                 return file.read(size)
         raise CacheError("damaged", f"{self.root / name}: must be at most {at_most} bytes; it is longer")
 
-    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> Sequence[bytes | memoryview]:
         """For each range (start, stop), its bytes. Raises CacheError `damaged` if the file ends before `stop`."""
         with self._unchanged(name) as handle:
             parts = [os.pread(handle, stop - start, start) for start, stop in ranges]

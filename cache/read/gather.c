@@ -153,3 +153,27 @@ int gather_unchanged(int64_t count, const int32_t *files, const int64_t *offsets
         }
     return result;
 }
+
+/* Copies row i, the `row_bytes` bytes at `stored + starts[i]`, to `out + slots[i]` and checks it there against the
+ * crc32c that follows it in `stored`. Returns `count`, or the first row that differs.
+ */
+int64_t unpack_rows(int64_t count, const uint8_t *stored, const int64_t *starts, const int64_t *slots, uint8_t *out,
+                    int64_t row_bytes)
+{
+    uint8_t *rows[AT_ONCE];
+    uint32_t sums[AT_ONCE];
+    for (int64_t first = 0; first < count; first += AT_ONCE) {
+        int n = (int)(count - first < AT_ONCE ? count - first : AT_ONCE);
+        for (int i = 0; i < AT_ONCE; i++) {
+            int64_t row = first + (i < n ? i : 0);  /* fills up the last group with a row that exists */
+            rows[i] = out + slots[row];
+            if (i < n)
+                memcpy(rows[i], stored + starts[row], (size_t)row_bytes);
+        }
+        checksums(rows, row_bytes, sums);
+        for (int i = 0; i < n; i++)
+            if (memcmp(&sums[i], stored + starts[first + i] + row_bytes, CRC_BYTES) != 0)
+                return first + i;
+    }
+    return count;
+}

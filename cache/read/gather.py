@@ -1,4 +1,4 @@
-"""The compiled gather (`gather.c`): reads uncompressed rows from files into their slots and checks them.
+"""The compiled gather (`gather.c`): reads uncompressed rows from files or memory into their slots and checks them.
 
 Several times faster than `cache.read.jobs.Decode`: no Python runs between two rows, no copy is made, and the GIL is
 released. If it was not built (no compiler, or another system or processor), `compiled()` returns None and `Decode`
@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from h2t.cache.format.shard import CRC_BYTES
+
 DONE, MISMATCH, ENDS_EARLY, REFUSED, CHANGED = range(5)  # as in gather.c
 
 
@@ -28,13 +30,16 @@ class Outcome:
 
 
 class Gather:
-    """The function of the compiled library."""
+    """The functions of the compiled library."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer = ctypes.c_void_p
         self._call = library.gather_unchanged
         self._call.argtypes = [ctypes.c_int64, *[pointer] * 4, *[ctypes.c_int64] * 2, *[pointer] * 2]
         self._call.restype = ctypes.c_int
+        self._unpack = library.unpack_rows
+        self._unpack.argtypes = [ctypes.c_int64, *[pointer] * 4, ctypes.c_int64]
+        self._unpack.restype = ctypes.c_int64
 
     def __call__(
         self,
@@ -63,6 +68,26 @@ class Gather:
         pointers: list[Any] = [array.ctypes.data for array in (files, offsets, slots, out)]
         result = self._call(len(files), *pointers, row_bytes, len(opened), opened.ctypes.data, at_fault.ctypes.data)
         return Outcome(result, int(at_fault[0]), int(at_fault[1]))
+
+    def unpack(
+        self, stored: np.ndarray, starts: np.ndarray, slots: np.ndarray, out: np.ndarray, row_bytes: int
+    ) -> int | None:
+        """Copies row i, the `row_bytes` bytes of `stored` at `starts[i]`, to byte `slots[i]` of `out`, and checks it.
+
+        The crc32c follows each row in `stored`, uint8 (bytes,). `starts` and `slots` int64 (n,), contiguous; slots are
+        not checked against the size of `out`. Returns the first row whose checksum is wrong, or None.
+        """
+        for given in (starts, slots):
+            assert given.dtype == np.int64
+            assert given.shape == starts.shape
+            assert given.flags.c_contiguous
+        assert out.flags.carray
+        if len(starts):
+            assert starts.min() >= 0
+            assert starts.max() + row_bytes + CRC_BYTES <= stored.size
+        pointers = [array.ctypes.data for array in (stored, starts, slots, out)]
+        wrong: int = self._unpack(len(starts), *pointers, row_bytes)
+        return wrong if wrong < len(starts) else None
 
 
 @cache

@@ -1,6 +1,7 @@
 """The two ways to read the rows of a plan into an array, each a callable on one piece of the work.
 
-`Compiled` reads uncompressed one-row chunks of local files directly into their slots; `Decode` reads everything. Both
+`Compiled` reads uncompressed one-row chunks of local files directly into their slots; `Decode` reads everything, such
+chunks of remote files by compiled code too. Both
 check the crc32c of every chunk before its values are returned, and raise CacheError.
 """
 
@@ -12,8 +13,8 @@ import numpy as np
 from h2t.cache.format import shard as shard_layout
 from h2t.cache.read.chunks import Chunks
 from h2t.cache.read.files import LocalFiles
-from h2t.cache.read.gather import CHANGED, DONE, MISMATCH, REFUSED, Gather
-from h2t.cache.read.plan import Plan, Unit
+from h2t.cache.read.gather import CHANGED, DONE, MISMATCH, REFUSED, Gather, compiled
+from h2t.cache.read.plan import Plan, Run, Unit
 
 
 class Compiled:
@@ -73,7 +74,9 @@ class Decode:
         self, chunks: Chunks, expert: int, plan: Plan, offsets: np.ndarray, sizes: np.ndarray, out: np.ndarray
     ) -> None:
         self.chunks, self.expert, self.plan, self.out = chunks, expert, plan, out
-        self.offsets, self.sizes, self.leads = offsets.tolist(), sizes.tolist(), plan.leads().tolist()
+        self.offsets, self.sizes, self.leads = offsets, sizes, plan.leads()
+        spec = chunks.spec
+        self.gather = compiled() if spec.codec == "none" and spec.chunk_rows == 1 else None
 
     def __call__(self, unit: Unit) -> None:
         name = self.chunks.spec.shard_file(self.expert, unit.shard)
@@ -85,16 +88,27 @@ class Decode:
         scratch = np.empty((0 if whole_rows else chunks.spec.chunk_rows, *out.shape[1:]), out.dtype)
         fetched = chunks.files.read_ranges(name, [(run.start, run.stop) for run in unit.runs])
         for run, data in zip(unit.runs, fetched, strict=True):
+            if self.gather:
+                self._unpack(self.gather, run, data)
+                continue
             view = memoryview(data)
-            for j in range(run.first, run.last):
-                begin = self.offsets[j] - run.start
-                self._decode(j, view[begin : begin + self.sizes[j]], out[self.leads[j]] if whole_rows else scratch)
+            begins = (self.offsets[run.first : run.last] - run.start).tolist()
+            sizes, leads = (column[run.first : run.last].tolist() for column in (self.sizes, self.leads))
+            for j, begin, size, lead in zip(range(run.first, run.last), begins, sizes, leads, strict=True):
+                self._decode(j, view[begin : begin + size], out[lead] if whole_rows else scratch)
                 if not whole_rows:
                     wanted = plan.order[plan.bounds[j] : plan.bounds[j + 1]]
                     out[wanted] = scratch[plan.within[wanted]]
         if whole_rows:
             for slot, lead in plan.repeats(unit.first, unit.last):
                 out[slot] = out[lead]
+
+    def _unpack(self, gather: Gather, run: Run, data: bytes | memoryview) -> None:
+        row_bytes = self.chunks.spec.row_bytes(self.expert)
+        starts, slots = self.offsets[run.first : run.last] - run.start, self.leads[run.first : run.last] * row_bytes
+        wrong = gather.unpack(np.frombuffer(data, np.uint8), starts, slots, self.out, row_bytes)
+        if wrong is not None:
+            raise self.chunks.fault(self.expert, int(self.plan.chunks[run.first + wrong]), "crc32c mismatch")
 
     def _decode(self, j: int, stored: memoryview, target: np.ndarray) -> None:
         chunks = self.chunks

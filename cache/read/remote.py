@@ -63,6 +63,7 @@ class RemoteFiles:
         self._looked = time.monotonic()  # when the commit record was last checked
         self._pace = Pace()
         self._store: Any = None
+        self._asked: Store | None = None
         self._process = os.getpid()
         self._new_locks()
         _connected.add(self)
@@ -96,7 +97,11 @@ class RemoteFiles:
 
     @property
     def _at(self) -> Store:
-        return store_of(self._fs)
+        with self._connecting:
+            fs = self._fs
+            if self._asked is None or self._asked.fs is not fs:
+                self._asked = store_of(fs, lasting=True)
+            return self._asked
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopened, (type(self), self._given, self._shards, self._opened())
@@ -113,8 +118,8 @@ class RemoteFiles:
         self._new_locks()
         if self._blocks:
             self._blocks.after_fork()
-        _left_behind.append(self._store)  # deleting it here would close the sockets of the parent's loop
-        self._store = None
+        _left_behind.append((self._store, self._asked))  # deleting it here would close the parent's sockets
+        self._store = self._asked = None
 
     def __str__(self) -> str:
         return self._url
@@ -204,7 +209,7 @@ class RemoteFiles:
         version = self._ask(name, lambda patience: self._at.copy(self._path(name), at_most, patience, start()))
         self._pins.pin(name, version)
 
-    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> Sequence[bytes | memoryview]:
         """For each range (start, stop), its bytes. Raises CacheError `damaged` if there are fewer or more."""
         self._check_memory(name, sum(stop - start for start, stop in ranges))
         if self._blocks is None or name not in self._shards:
@@ -227,7 +232,9 @@ class RemoteFiles:
         self._check_record(content=True)
 
     def close(self) -> None:
-        """Nothing: no connection is kept open."""
+        """Closes idle connections."""
+        if self._asked is not None:
+            self._asked.close()
 
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}{self._query}"
@@ -283,10 +290,10 @@ class RemoteFiles:
                 if not (blocks.is_whole(digest) and all(blocks.holds(digest, block) for block in every)):
                     if not blocks.room(size):
                         return None
-                    data = b"".join(self._spans(name, spans_of(every, size)))
-                    if sha256(data) != digest:
+                    whole_file = b"".join(self._fetch(name, spans_of(every, size)))
+                    if sha256(whole_file) != digest:
                         raise self._another(name)
-                    blocks.put_whole(digest, data)
+                    blocks.put_whole(digest, whole_file)
                 return digest
             if blocks.is_whole(digest):
                 key = digest
@@ -300,7 +307,7 @@ class RemoteFiles:
                 spans = spans_of(group, size)
                 if not blocks.room(sum(stop - start for start, stop in spans)):
                     return key
-                for block, data in zip(group, self._spans(name, spans), strict=True):
+                for block, data in zip(group, self._fetch(name, spans), strict=True):
                     blocks.put(key, block, data)
             whole = key == digest or blocks.found_whole(key, digest, len(every))
             if whole is False:
@@ -315,13 +322,13 @@ class RemoteFiles:
             "damaged", f"{self._url}/{name}: sha256 differs from {RECORD}: another object is there; publish it again"
         )
 
-    def _fetch(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    def _fetch(self, name: str, ranges: Sequence[tuple[int, int]]) -> Sequence[bytes | memoryview]:
         """The bytes of each range from the store; neighbouring ranges share a request."""
         spans, inside = merged(ranges)
         data = self._spans(name, spans)
         return [data[span][start : start + size] for span, start, size in inside]
 
-    def _spans(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+    def _spans(self, name: str, spans: Sequence[tuple[int, int]]) -> Sequence[bytes | memoryview]:
         """The bytes of each span, one request per span; only spans that failed are requested again."""
         received: list[Answer | None] = [None] * len(spans)
 

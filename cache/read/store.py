@@ -41,7 +41,7 @@ class FileStore(Protocol):
     def read_all(self, name: str, at_most: int) -> bytes:
         """All bytes of `name`; raises `damaged` if there are more than `at_most`."""
 
-    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> Sequence[bytes | memoryview]:
         """For each range (start, stop), its bytes; raises `damaged` if they are not exactly as many as asked for."""
 
     def forget(self, name: str) -> None:

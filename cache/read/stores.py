@@ -9,8 +9,22 @@ import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
+from h2t.cache.read.direct import Direct
 from h2t.cache.read.protocols import CONNECTIONS, is_http, is_s3, is_sshfs
-from h2t.cache.read.transfer import Answer, Pace, Patience, Span, Take, Unasked, Version, version_of
+from h2t.cache.read.spans import MAX_SPAN_BYTES
+from h2t.cache.read.transfer import (
+    Answer,
+    Pace,
+    Patience,
+    Span,
+    Take,
+    Unasked,
+    Version,
+    WholeFile,
+    content_range,
+    range_header,
+    version_of,
+)
 
 T = TypeVar("T")
 
@@ -26,11 +40,11 @@ class Store:
     def __init__(self, fs: Any) -> None:
         self.fs = fs
 
-    def whole(self, path: str, at_most: int, patience: Patience) -> Answer:
+    def whole(self, path: str, at_most: int, patience: Patience) -> WholeFile:
         """The whole file. Raises Unasked, and stops reading, if it is longer than `at_most` bytes."""
         pieces: list[bytes] = []
         version = self.copy(path, at_most, patience, pieces.append)
-        return Answer(b"".join(pieces), version)
+        return WholeFile(b"".join(pieces), version)
 
     def copy(self, path: str, at_most: int, patience: Patience, take: Take) -> Version:
         """Passes the whole file to `take`, piece by piece, and returns its version; raises as `whole`."""
@@ -67,6 +81,9 @@ class Store:
     def below(self, root: str, patience: Patience) -> list[str]:
         """Paths of all files below a folder; empty if the store has no listings."""
         return list(self.fs.find(root))
+
+    def close(self) -> None:
+        """Closes idle connections; the next request opens new ones."""
 
 
 class Asynchronous(Store):
@@ -124,7 +141,7 @@ class WebServer(Asynchronous):
         options = {**self.fs.kwargs, "auto_decompress": False}
         options["headers"] = {**options.get("headers", {}), "Accept-Encoding": "identity"}
         if span:
-            options["headers"]["Range"] = _range(span)
+            options["headers"]["Range"] = range_header(span)
         if hasattr(session, "retry_options"):  # DVC's client retries by itself; only `RemoteFiles` should
             from aiohttp_retry import ExponentialRetry
 
@@ -136,7 +153,7 @@ class WebServer(Asynchronous):
                 answer.close()
                 raise Unasked(f"the server must send it unencoded; got encoding {encoding[:20]}")
             try:
-                first, size = _content_range(answer.headers.get("Content-Range", ""))
+                first, size = content_range(answer.headers.get("Content-Range", ""))
                 if span and (first if answer.status == 206 else 0) not in (None, span[0]):
                     raise Unasked(
                         f"bytes {span[0]} to {span[1]} were requested, others came (status {answer.status}); the "
@@ -156,11 +173,53 @@ class WebServer(Asynchronous):
 
 
 class S3(Asynchronous):
-    """A bucket of S3, or of a store with its interface."""
+    """A bucket of S3, or of a store with its interface. With `direct`, bytes come by it wherever that works."""
+
+    def __init__(self, fs: Any, direct: Direct | None = None) -> None:
+        super().__init__(fs)
+        self._direct = direct
+
+    def whole(self, path: str, at_most: int, patience: Patience) -> WholeFile:
+        """A long one by ranges side by side: the first answer says how many there are."""
+        if self._direct is None or at_most <= MAX_SPAN_BYTES:
+            return super().whole(path, at_most, patience)
+        first = self._direct.spans(path, [(0, MAX_SPAN_BYTES)], patience)
+        size = first[0].version.size if first and first[0] else None
+        if size is None:
+            return super().whole(path, at_most, patience)
+        if size > at_most:
+            raise _too_long(at_most)
+        starts = range(MAX_SPAN_BYTES, size, MAX_SPAN_BYTES)
+        rest = self._direct.spans(path, [(at, min(at + MAX_SPAN_BYTES, size)) for at in starts], patience)
+        answers = [answer for answer in (*first, *rest) if answer]
+        version = answers[0].version
+        if len(answers) < 1 + len(starts) or any(version.differs(answer.version) for answer in answers):
+            return super().whole(path, at_most, patience)
+        return WholeFile(b"".join(answer.data for answer in answers), version)
+
+    def spans(self, path: str, spans: Sequence[Span], patience: Patience) -> list[Answer | BaseException]:
+        if self._direct is None:
+            return super().spans(path, spans, patience)
+        filled = [i for i, (start, stop) in enumerate(spans) if stop > start]
+        direct = self._direct.spans(path, [spans[i] for i in filled], patience)
+        answers: dict[int, Answer | BaseException] = {i: one for i, one in zip(filled, direct, strict=True) if one}
+        if answers:
+            self._direct.failed = 0
+        left = [i for i in range(len(spans)) if i not in answers]
+        if left:
+            others = super().spans(path, [spans[i] for i in left], patience)
+            if not answers and not any(isinstance(other, BaseException) for other in others):
+                self._direct.failed += 1
+            answers.update(zip(left, others, strict=True))
+        return [answers[i] for i in range(len(spans))]
+
+    def close(self) -> None:
+        if self._direct:
+            self._direct.close()
 
     async def _request(self, path: str, span: Span | None, at_most: int, pace: Pace, take: Take) -> Version:
         bucket, key, version = self.fs.split_path(path)
-        options = {"Range": _range(span)} if span else {}
+        options = {"Range": range_header(span)} if span else {}
         if version:
             options["VersionId"] = version
         answer = await self.fs._call_s3("get_object", Bucket=bucket, Key=key, **options)
@@ -171,7 +230,7 @@ class S3(Asynchronous):
             await _body(lambda: body.read(PIECE_BYTES), at_most, pace, take)
         finally:
             body.close()
-        _, size = _content_range(answer.get("ContentRange", ""))
+        _, size = content_range(answer.get("ContentRange", ""))
         return version_of({**answer, "size": size if span else answer.get("ContentLength")})
 
 
@@ -210,28 +269,16 @@ class Sftp(Asynchronous):
         return result
 
 
-def store_of(fs: Any) -> Store:
-    """The store behind the fsspec file system `fs`."""
+def store_of(fs: Any, *, lasting: bool = False) -> Store:
+    """The store behind the fsspec file system `fs`; a `lasting` one may keep connections and threads of its own."""
+    if lasting and is_s3(fs):
+        return S3(fs, Direct(fs))
     kinds = ((is_http, WebServer), (is_s3, S3), (is_sshfs, Sftp))
     return next((kind for belongs, kind in kinds if belongs(fs)), Store)(fs)
 
 
 def _too_long(at_most: int) -> Unasked:
     return Unasked(f"must be at most {at_most} bytes; it is longer")
-
-
-def _range(span: Span) -> str:
-    return f"bytes={span[0]}-{span[1] - 1}"
-
-
-def _content_range(header: str) -> tuple[int | None, int | None]:
-    """First byte and file size in a header `bytes FIRST-LAST/SIZE`, each None if it is not given."""
-    unit, _, told = header.partition(" ")
-    if unit != "bytes":
-        return None, None
-    part, _, size = told.partition("/")
-    first = part.partition("-")[0]
-    return int(first) if first.isdecimal() else None, int(size) if size.isdecimal() else None
 
 
 async def _body(read: Callable[[], Coroutine[Any, Any, bytes]], at_most: int, pace: Pace, take: Take) -> None:

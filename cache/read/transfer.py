@@ -1,9 +1,10 @@
 """What is requested of a store and what comes back: bytes at a minimum rate, and the version of their file."""
 
 import asyncio
+import threading
 import time
-from collections.abc import Callable, Coroutine, Mapping
-from concurrent.futures import wait
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import Future, wait
 from datetime import datetime
 from typing import Any, NamedTuple, TypeVar
 
@@ -48,8 +49,30 @@ class Version(NamedTuple):
 class Answer(NamedTuple):
     """Bytes from a store, and the version of the file that they are from."""
 
+    data: bytes | memoryview
+    version: Version
+
+
+class WholeFile(NamedTuple):
+    """All bytes of a file, and its version."""
+
     data: bytes
     version: Version
+
+
+def range_header(span: Span) -> str:
+    """The HTTP header `Range` for a span."""
+    return f"bytes={span[0]}-{span[1] - 1}"
+
+
+def content_range(header: str) -> tuple[int | None, int | None]:
+    """First byte and file size in a header `bytes FIRST-LAST/SIZE`, each None if it is not given."""
+    unit, _, told = header.partition(" ")
+    if unit != "bytes":
+        return None, None
+    part, _, size = told.partition("/")
+    first = part.partition("-")[0]
+    return int(first) if first.isdecimal() else None, int(size) if size.isdecimal() else None
 
 
 def version_of(about: Mapping[str, Any]) -> Version:
@@ -71,10 +94,12 @@ class Pace:
 
     def __init__(self) -> None:
         self.window, self.count = WINDOW, 0
+        self._lock = threading.Lock()
 
     def came(self, size: int) -> None:
-        """Adds received bytes; called only in the thread of the event loop."""
-        self.count += size
+        """Adds received bytes."""
+        with self._lock:
+            self.count += size
 
 
 class Patience:
@@ -92,14 +117,18 @@ class Patience:
 
         Raises TooSlow if the store is; with `seconds`, if the answer is not complete after that time.
         """
-        if seconds is not None:
-            self._until = time.monotonic() + seconds
         future = asyncio.run_coroutine_threadsafe(work, fs.loop)
         try:
-            while not wait([future], max(0.0, self._until - time.monotonic())).done:
-                if seconds is not None or self.pace.count - self._had < LEAST_RATE * self.pace.window:
-                    raise TooSlow(f"fewer than {LEAST_RATE} bytes/s over {seconds or self.pace.window:g} s")
-                self._begin()
+            self.wait([future], seconds=seconds)
         finally:
             future.cancel()
         return future.result()
+
+    def wait(self, futures: Sequence[Future[Any]], *, seconds: float | None = None) -> None:
+        """Returns once all `futures` are done; raises as `result`."""
+        if seconds is not None:
+            self._until = time.monotonic() + seconds
+        while wait(futures, max(0.0, self._until - time.monotonic())).not_done:
+            if seconds is not None or self.pace.count - self._had < LEAST_RATE * self.pace.window:
+                raise TooSlow(f"fewer than {LEAST_RATE} bytes/s over {seconds or self.pace.window:g} s")
+            self._begin()

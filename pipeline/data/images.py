@@ -35,15 +35,15 @@ class Collection:
 
     `label` is the index into `classes`, in the dataset's own numbering. `split` is train, val or test. `group` names
     what an image belongs to (a patient, a camera); a group is never divided among splits. `notes` are lines for the
-    user, about files that were left out, for example. `source` may be `data.texts.Texts`, which hold many images in
-    less memory than a list. `read` holds the sha256 of tables and lists at URLs, by URL.
+    user, about files that were left out, for example. `source` and `group` may be `data.texts.Texts`, which hold many
+    images in less memory than a list. `read` holds the sha256 of tables and lists at URLs, by URL.
     """
 
     classes: list[str]
     source: Sequence[str]
     label: list[int]
     split: list[str]
-    group: list[str] | None = None
+    group: Sequence[str] | None = None
     notes: list[str] = field(default_factory=list)
     read: dict[str, str] = field(default_factory=dict)
 

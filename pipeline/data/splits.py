@@ -3,9 +3,9 @@
 Everything is drawn from the seed and depends on names alone, not on the order in which a dataset lists its images.
 """
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 import numpy as np
@@ -46,32 +46,40 @@ class SmallClasses(Section):
 
 @dataclass
 class Labelled:
-    """The images of a collection as arrays: label int32 (n,) and split, text (n,); of dropped images it is ""."""
+    """The images of a collection as arrays: label int32 (n,) and split, text (n,); of dropped images it is "".
+
+    `group` numbers the group of each image, an index into `groups`, int32 (n,); None without groups.
+    """
 
     classes: list[str]
     source: Texts
     label: np.ndarray
     split: np.ndarray
-    group: list[str] | None
+    group: np.ndarray | None = None
+    groups: Texts = field(default_factory=lambda: Texts.of([]))
 
     @classmethod
     def of(cls, images: Collection) -> "Labelled":
         """The arrays of a collection. Raises UserError for a group that is in two of the collection's splits."""
         label, split = np.array(images.label, np.int32), np.array(images.split, object)
-        found = cls(list(images.classes), Texts.of(images.source), label, split, images.group)
-        found._refuse_divided_groups()
+        found = cls(list(images.classes), Texts.of(images.source), label, split)
+        if images.group is not None:
+            found.group, found.groups = Texts.of(images.group).numbered()
+            found._refuse_divided_groups(found.group)
         return found
 
-    def _refuse_divided_groups(self) -> None:
-        splits = defaultdict(set)
-        for group, split in zip(self.group or (), self.split, strict=False):
-            splits[group].add(str(split))
-        divided = sorted(group for group, found in splits.items() if len(found) > 1)
-        if divided:
-            where = " and ".join(sorted(SPLIT_WORDS[name] for name in splits[divided[0]]))
+    def _refuse_divided_groups(self, group: np.ndarray) -> None:
+        present = np.zeros((len(SPLIT_WORDS), len(self.groups)), bool)
+        for row, name in zip(present, SPLIT_WORDS, strict=True):
+            row[group[self.split == name]] = True
+        divided = np.flatnonzero(present.sum(0) > 1)
+        if len(divided):
+            first = min(divided, key=lambda i: self.groups[i])
+            words = zip(SPLIT_WORDS.values(), present[:, first], strict=True)
+            where = " and ".join(sorted(word for word, there in words if there))
             raise UserError(
-                f"{counted(len(divided), 'group')} must lie in one split each; got {divided[0]!r} in {where} images; "
-                "correct the splits, or leave prepare.options.group out"
+                f"{counted(len(divided), 'group')} must lie in one split each; got {self.groups[first]!r} in {where} "
+                "images; correct the splits, or leave prepare.options.group out"
             )
 
     def members(self, split: str) -> list[np.ndarray]:
@@ -164,28 +172,29 @@ def _wanted(size: int, how: HoldOut) -> int:
 
 
 def _move_groups(
-    images: Labelled, group_of: Sequence[str], into: str, wanted: np.ndarray, keep: np.ndarray, seed: int
+    images: Labelled, group: np.ndarray, into: str, wanted: np.ndarray, keep: np.ndarray, seed: int
 ) -> None:
     """Moves whole groups, those with the rarest classes first, as long as each brings the classes nearer to `wanted`.
 
     Nearer: the sum over classes of |wanted - held| / max(wanted, 1) falls. No class falls below `keep`.
     """
-    groups: dict[str, list[int]] = defaultdict(list)
-    for i in np.flatnonzero(images.split == "train").tolist():
-        groups[group_of[i]].append(i)
+    inside = np.flatnonzero(images.split == "train").astype(np.int32)
+    inside = inside[np.argsort(group[inside], kind="stable")]
+    present, starts = np.unique(group[inside], return_index=True)
+    ends = np.append(starts[1:], len(inside))
     left, held = images.sizes("train"), np.zeros(len(wanted), np.int64)
-    rarity = left.copy()
-    contents = {name: Counter(images.label[positions].tolist()) for name, positions in groups.items()}
-    names = sorted(groups)
-    shuffled = [names[i] for i in stream(seed, "hold out", into, "groups").permutation(len(names))]
-    for name in sorted(shuffled, key=lambda name: min(rarity[j] for j in contents[name])):
-        part = contents[name]
+    rarity = np.minimum.reduceat(left[images.label[inside]], starts) if len(inside) else left[:0]
+    by_name = images.groups.take(present).order()
+    shuffled = by_name[stream(seed, "hold out", into, "groups").permutation(len(present))]
+    for i in shuffled[np.argsort(rarity[shuffled], kind="stable")]:
+        members = inside[starts[i] : ends[i]]
+        part = Counter(images.label[members].tolist())
         gain = 0.0
         for j, count in part.items():
             missing = int(wanted[j] - held[j])
             gain += (abs(missing) - abs(missing - count)) / max(int(wanted[j]), 1)
         if gain > 0 and all(left[j] - count >= keep[j] for j, count in part.items()):
-            images.split[groups[name]] = into
+            images.split[members] = into
             for j, count in part.items():
                 left[j] -= count
                 held[j] += count

@@ -64,6 +64,12 @@ class Texts(Sequence[str]):
         """The texts at `places`. Arrow's own `take` would copy the whole column first."""
         return Texts.of(self[place] for place in places)
 
+    def numbered(self) -> tuple[np.ndarray, "Texts"]:
+        """(For each text its place among the distinct ones, int32 (n,); the distinct texts, by first appearance)."""
+        # Distinct texts come as one array, and more than 2 GiB of letters fit only a large one.
+        coded = self._column.cast(pa.large_string()).dictionary_encode().combine_chunks()
+        return coded.indices.to_numpy(), Texts(pa.chunked_array([coded.dictionary]))
+
     def order(self) -> np.ndarray:
         """The places of the texts in ascending order, uint64 (n,); equal texts keep their order."""
         import pyarrow.compute as pc  # takes 0.1 s to import, and every stage imports this module

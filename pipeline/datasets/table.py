@@ -104,10 +104,10 @@ def load(options: Options) -> Collection:
     wanted = [name for name in (options.path, options.label, options.split, options.group) if name is not None]
     root = None if options.path is None else folder(options)
     sources: list[Texts] = []
-    known: dict[str, str] = {}  # each label and group once, however many images have it
+    known: dict[str, str] = {}  # each label once, however many images have it
     texts: list[str] = []
     split: list[str] = []
-    group: list[str] = []
+    groups: list[Texts] = []
     read: dict[str, str] = {}
     places = [place for _, place in found]
     parquet_files.named_once(places)
@@ -133,8 +133,8 @@ def load(options: Options) -> Collection:
         split += list(_splits(part, path, options, columns)) if options.split else [part or "train"] * len(text)
         if options.group:
             named = (None if value is None else str(value).strip() for value in columns[options.group])
-            whole = (one or of for one, of in zip(named, own, strict=True))  # without a name: a group of its own
-            group += (known.setdefault(name, name) for name in whole)
+            # An image without a name is a group of its own.
+            groups.append(Texts.of(one or source for one, source in zip(named, own, strict=True)))
     if not texts:
         raise UserError(f"{found[0][1]}: must hold at least one row; got none; name another table")
     source = Texts.joined(sources)
@@ -149,7 +149,7 @@ def load(options: Options) -> Collection:
             f"({texts[twice[0]]}); remove one of the rows"
         )
     classes, label = labels.numbered(texts)
-    return Collection(classes, source, label, split, group if options.group else None, read=read)
+    return Collection(classes, source, label, split, Texts.joined(groups) if options.group else None, read=read)
 
 
 def _splits(part: str, path: tables.Table, options: Options, columns: Mapping[str, Sequence[object]]) -> Iterator[str]:

@@ -7,6 +7,7 @@ import numpy as np
 
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.data.splits import Labelled, describe_copies
+from h2t.pipeline.data.texts import Texts
 from h2t.pipeline.project.choose import split_sizes
 from h2t.pipeline.project.detect import Found
 from h2t.pipeline.project.survey import Survey
@@ -38,7 +39,7 @@ def lines(found: Found, seen: Survey, *, bar: str = "█") -> Iterator[str]:
         by_mode = ", ".join(f"{mode} {low:g} to {high:g}" for mode, (low, high) in sorted(seen.values.items()))
         yield f"            {by_mode}: one range holds for all, so convert one kind if these differ much"
     if images.group:
-        groups = counted(len(set(images.group)), "group")
+        groups = counted(len(Texts.of(images.group).numbered()[1]), "group")
         yield f"groups      {groups} by the column {found.options['group']!r}: none is divided among splits"
     yield from (f"note        {note.removeprefix('note: ')}" for note in images.notes)
     yield from _unreadable(found, seen)

@@ -118,9 +118,7 @@ def answers(logits: np.ndarray, labels: np.ndarray, temperature: float = 1.0) ->
     return Graded(logits.argmax(1).astype(np.int32), 1 / total, rank.astype(np.int32), loss)
 
 
-def precision_and_f1(
-    labels: np.ndarray, every: Sequence[np.ndarray], classes: int
-) -> tuple[np.ndarray, np.ndarray]:
+def precision_and_f1(labels: np.ndarray, every: Sequence[np.ndarray], classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Precision and F1 of each classifier and class in percent, float64 (classifiers, classes) each.
 
     `labels`: int (n,); `every`: the predicted classes of each classifier, int (n,). NaN where undefined: precision of a

@@ -103,12 +103,7 @@ def main(given: Sequence[str] | None = None) -> None:
     arch = "timm" if options.model else options.arch
     given_options = {"model": options.model, "features": options.features} if options.model else {}
     samples, images, folder = inputs(options.data / "backbone", rows, arch, options.size, given_options)
-    params = extract.Params(
-        batchnorm=["stage1"],
-        batch_size=32 if options.tiny else 128,
-        shard_bytes=16 * 2**20,
-        precision=options.precision,
-    )
+    params = extract.Params(batchnorm=["stage1"], batch_size=32 if options.tiny else 128, precision=options.precision)
     numbers = [list(range(i, min(i + params.batch_size, rows))) for i in range(0, rows, params.batch_size)]
     ready = max(2, min(READY, READY_BYTES // (12 * params.batch_size * options.size**2)))
     lying_ready = [images.batch(some, [None] * len(some)).to(device) for some in numbers[:ready]]
@@ -123,21 +118,25 @@ def main(given: Sequence[str] | None = None) -> None:
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    def ours(of: Samples = samples) -> None:
+    def removed() -> None:
         shutil.rmtree(options.data / "cache", ignore_errors=True)
+
+    def ours(of: Samples = samples) -> None:
         extract.run(params, Run("bench", options.data / "cache", device, say=silent), of, images, folder)
 
     def start() -> None:
         ours(Samples(samples.table.slice(rows - params.batch_size), samples.facts))
 
     bare(1)
+    removed()
     start()
-    timings = alternate({"bare": bare, "ours": ours, "start": start}, rounds, slow_rounds=rounds, warm_up=False)
+    contestants = {"bare": bare, "ours": ours, "start": start}
+    timings = alternate(contestants, rounds, removed, slow_rounds=rounds, warm_up=False)
     of_bare = ratio(timings["bare"], timings["ours"])
     share = 1 - params.batch_size / rows  # of the images, without those of the start
     running = timings["ours"].median - timings["start"].median
     without_start = share * timings["bare"].median / running if running > 0 else None
-    shutil.rmtree(options.data / "cache", ignore_errors=True)
+    removed()
     body: dict[str, Any] = {
         "tiny": options.tiny,
         "machine": {**about, "versions": {**about["versions"], "torch": version("torch")}},

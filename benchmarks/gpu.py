@@ -90,7 +90,7 @@ def extract(at: Setting) -> dict[str, Any]:
     """Images per second of extraction and of the forward pass alone, by network."""
     vit = ("--features", "cls", "--model", "test_vit" if at.tiny else "vit_base_patch16_224")
     networks = {"ResNet-50": ("--arch", "resnet20" if at.tiny else "resnet50"), "ViT-B/16": vit}
-    size = ("--size", "32") if at.tiny else ("--size", "224", "--images", "65536")
+    size = ("--size", "32") if at.tiny else ("--size", "224", "--images", "131072")
     precision = "float32" if at.tiny else "bf16"  # which some processors compute by emulation
     common = (*size, "--precision", precision, "--rounds", "2")
     found = {name: at.benchmark("bench_extract", *network, *common) for name, network in networks.items()}
@@ -218,7 +218,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("pieces", nargs="*", metavar="PIECE", help=f"by default all: {', '.join(PIECES)}")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="seconds: does it work, not how fast")
-    parser.add_argument("--data", type=Path, help="a folder with 14 GB of room; by default a temporary one")
+    parser.add_argument("--data", type=Path, help="a folder with 27 GB of room; by default a temporary one")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of the JSON files")
     parser.add_argument("--paper", nargs=argparse.REMAINDER, default=[], help="options of benchmarks.paper")
     options = parser.parse_args(given)

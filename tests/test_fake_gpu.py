@@ -17,10 +17,11 @@ from torch.func import vmap
 
 from h2t.cache.reader import open_cache
 from h2t.pipeline.base import plugins
-from h2t.pipeline.base.precision import guarded_maps
+from h2t.pipeline.data.images import Transform
 from h2t.pipeline.evaluation import scoring
 from h2t.pipeline.evaluation.scoring import score_stage1
 from h2t.pipeline.extraction import batchnorm
+from h2t.pipeline.extraction.on_gpu import stored_pass
 from h2t.pipeline.heads.batches import Streams
 from h2t.pipeline.heads.draws import Draws
 from h2t.pipeline.heads.features import FeatureReader
@@ -74,9 +75,14 @@ def test_the_mode_finds_a_tensor_left_on_the_cpu(fake):
 @pytest.mark.parametrize("name", ["resnet20", "resnet50"])
 def test_extraction(fake, name):
     net = backbone(name).to(GPU).eval()
+    pixels = torch.empty(2, 64, 64, 3, dtype=torch.uint8, device=GPU)
     with torch.no_grad():
-        maps = guarded_maps(net, torch.empty(2, 3, 64, 64, device=GPU), "float32")
-    assert {m.device for m in maps} == {GPU}
+        *maps, largest = stored_pass(
+            net, Transform(size=64, mean=[0.5] * 3, std=[0.5] * 3), "float32", torch.float16, pixels
+        )
+    assert {m.device for m in (*maps, largest)} == {GPU}
+    assert {m.dtype for m in maps} == {torch.float16}
+    assert largest.shape == ()
 
 
 def test_statistics(fake):

@@ -15,7 +15,10 @@ from h2t.pipeline.base import device as devices
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.run import silent
+from h2t.pipeline.data.images import Transform
 from h2t.pipeline.data.resident_images import ResidentImages
+from h2t.pipeline.extraction.on_gpu import GpuPasses
+from h2t.pipeline.networks.trained import load_backbone
 from h2t.pipeline.networks.weights import load_weights, save_weights
 from h2t.pipeline.training.loop import StageOne
 from h2t.pipeline.training.parallel import Group
@@ -77,6 +80,40 @@ def test_half_precision_leaves_no_gap(tmp_path, digits, backbone_dir, device):
         found = maps_of(tmp_path / precision)
         assert found.isfinite().all()
         assert 0 < distance(found, maps_of(tmp_path / "cpu")) < bound
+
+
+class Waits(torch.nn.Module):
+    """A network that looks at its values, so that no pass of it can be a CUDA graph."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, x):
+        return self.backbone(x) if x.abs().amax().item() >= 0 else ()
+
+
+def test_captured_passes_change_nothing(backbone_dir, device):
+    backbone, _ = load_backbone(backbone_dir)
+    backbone.to(device).eval()
+    transform = Transform(size=32, mean=[0.5] * 3, std=[0.5] * 3)
+    pixels = torch.randint(0, 256, (8, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    found, captured = [], []
+    for net in (backbone, Waits(backbone)):
+        passes = GpuPasses(net, device, transform, "bf16", torch.float16)
+        rooms, launched = [], []
+        for flipped in (False, True):
+            batch = (pixels.flip(0) if flipped else pixels).pin_memory()
+            room = torch.empty(4, *backbone(torch.zeros(1, 3, 32, 32, device=device))[0].shape[1:], dtype=torch.float16)
+            rooms.append(room.pin_memory())
+            launched.append(passes.launch(batch, slice(2, 6), [(slice(0, 4), [rooms[-1]])]))
+        assert all(one.wait() > 0 for one in launched)
+        assert launched[0].largest == launched[1].largest > 0
+        assert torch.equal(rooms[0], rooms[1].flip(0))
+        found.append(rooms[0])
+        captured.append(passes.captured)
+    assert captured == [True, False]
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("pooled", [True, False])

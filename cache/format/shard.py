@@ -43,19 +43,19 @@ def lay_out(stored: Sequence[bytes | memoryview], slots: int) -> bytes:
     return b"".join([_index(np.array([len(c) for c in stored], np.uint64), slots), *stored])
 
 
-def join_plain(chunks: np.ndarray, slots: int) -> bytearray:
+def join_plain(chunks: np.ndarray, slots: int) -> memoryview:
     """The same shard as `join`, for uncompressed chunks of equal size; `chunks` is (chunks, bytes) uint8.
 
-    Several times faster than `join`, because one array operation copies all chunks.
+    Several times faster than `join`: one array operation copies all chunks, into memory that nobody clears first.
     """
     count, size = chunks.shape
-    shard = bytearray(index_bytes(slots) + count * (size + CRC_BYTES))
-    shard[: index_bytes(slots)] = _index(np.full(count, size + CRC_BYTES, np.uint64), slots)
-    body = np.frombuffer(shard, np.uint8, offset=index_bytes(slots)).reshape(count, size + CRC_BYTES)
+    shard = np.empty(index_bytes(slots) + count * (size + CRC_BYTES), np.uint8)
+    shard[: index_bytes(slots)] = np.frombuffer(_index(np.full(count, size + CRC_BYTES, np.uint64), slots), np.uint8)
+    body = shard[index_bytes(slots) :].reshape(count, size + CRC_BYTES)
     body[:, :size] = chunks
     sums = np.fromiter((crc32c(row.data) for row in chunks), "<u4", count)
     body[:, size:] = sums.view(np.uint8).reshape(count, CRC_BYTES)
-    return shard
+    return shard.data
 
 
 def parse_index(

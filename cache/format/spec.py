@@ -48,7 +48,7 @@ def canonical_json(value: Any) -> bytes:
     return text.encode()
 
 
-def sha256(data: bytes | bytearray) -> str:
+def sha256(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 

@@ -10,7 +10,7 @@ from h2t.cache.format.codecs import codec
 from h2t.cache.format.spec import CacheSpec
 
 
-def encoded(spec: CacheSpec, shard: int, maps: Sequence[np.ndarray]) -> Iterator[bytes | bytearray]:
+def encoded(spec: CacheSpec, shard: int, maps: Sequence[np.ndarray]) -> Iterator[bytes | memoryview]:
     """The bytes of `shard` for each expert, made one at a time.
 
     `maps` holds one array per expert, (rows of the shard, C, H, W), in the spec's dtype (bfloat16 as uint16 bits).
@@ -25,7 +25,7 @@ def encoded(spec: CacheSpec, shard: int, maps: Sequence[np.ndarray]) -> Iterator
     return (_encoded(spec, shard, expert, array) for expert, array in enumerate(maps))
 
 
-def _encoded(spec: CacheSpec, shard: int, expert: int, array: np.ndarray) -> bytes | bytearray:
+def _encoded(spec: CacheSpec, shard: int, expert: int, array: np.ndarray) -> bytes | memoryview:
     expected = (len(spec.shard_range(shard)), *spec.maps[expert])
     if array.shape != expected or array.dtype != spec.stored_dtype:
         raise CacheError(

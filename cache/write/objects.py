@@ -66,7 +66,7 @@ class Objects:
     def __str__(self) -> str:
         return self._url
 
-    def put(self, name: str, data: bytes | bytearray) -> None:
+    def put(self, name: str, data: bytes | memoryview) -> None:
         """Stores `data` under `name`, in the place of what is there."""
         self._put(name, data, only_new=False)
 
@@ -127,7 +127,7 @@ class Objects:
     def _remove(self, names: list[str]) -> None:
         self._ask(names[0], lambda store, _: store.remove([self._path(store, name) for name in names]), SECONDS)
 
-    def _put(self, name: str, data: bytes | bytearray, *, only_new: bool) -> bool:
+    def _put(self, name: str, data: bytes | memoryview, *, only_new: bool) -> bool:
         """Whether `data` was stored, which can only be False with `only_new`."""
         if len(data) > LARGEST:
             raise CacheError("mismatch", f"{self}/{name}: must have at most {LARGEST:,} bytes; got {len(data):,}")
@@ -172,7 +172,7 @@ class Objects:
 class _Counted(io.BytesIO):
     """A body whose bytes count as progress when they are sent."""
 
-    def __init__(self, data: bytes | bytearray, pace: Pace) -> None:
+    def __init__(self, data: bytes | memoryview, pace: Pace) -> None:
         super().__init__(data)
         self._pace = pace
 
@@ -188,7 +188,7 @@ class _S3:
     def __init__(self, fs: Any, root: str) -> None:
         self.fs, self.root = fs, root
 
-    async def put(self, path: str, data: bytes | bytearray, pace: Pace, *, only_new: bool) -> bool:
+    async def put(self, path: str, data: bytes | memoryview, pace: Pace, *, only_new: bool) -> bool:
         bucket, key, _ = self.fs.split_path(path)
         digest = base64.b64encode(hashlib.sha256(data).digest()).decode()  # the store refuses bytes that differ
         condition = {"IfNoneMatch": "*"} if only_new else {}
@@ -231,7 +231,7 @@ class _Sftp:
     def __init__(self, fs: Any, root: str) -> None:
         self.fs, self.root = fs, root
 
-    async def put(self, path: str, data: bytes | bytearray, pace: Pace, *, only_new: bool) -> bool:
+    async def put(self, path: str, data: bytes | memoryview, pace: Pace, *, only_new: bool) -> bool:
         async def sent(sftp: Any) -> bool:
             partial = f"{path}.{uuid.uuid4().hex}.partial"
             await sftp.makedirs(posixpath.dirname(path), exist_ok=True)

@@ -214,7 +214,7 @@ class PartWriter:
         """Writes `shard`, given as one array per expert: see `CacheWriter.write`. Returns what `put` returns."""
         return self.put(shard, encoded(self.spec, shard, maps))
 
-    def put(self, shard: int, files: Iterable[bytes | bytearray]) -> dict[str, tuple[int, str]]:
+    def put(self, shard: int, files: Iterable[bytes | memoryview]) -> dict[str, tuple[int, str]]:
         """Writes `shard`, given as its bytes for each expert; returns (bytes, sha256) by the file's name in the cache.
 
         Raises CacheError `full`, `unwritable`, and `busy` if another process removes the folder or the unfinished file.

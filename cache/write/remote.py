@@ -251,7 +251,7 @@ class RemoteWriter:
         """Writes `shard`, given as one array per expert: see `CacheWriter.write`."""
         self.put(shard, encoded(self.spec, shard, maps))
 
-    def put(self, shard: int, files: Iterable[bytes | bytearray]) -> None:
+    def put(self, shard: int, files: Iterable[bytes | memoryview]) -> None:
         """Writes `shard`, given as its bytes for each expert."""
         for expert, data in enumerate(files):
             self.objects.put(f"{self.folder}/{expert}.{shard}.{len(data)}.{sha256(data)}", data)
@@ -321,7 +321,7 @@ class RemoteShards:
         """Writes `shard` of every expert: see `CacheWriter.write`."""
         self._writer.write(shard, maps)
 
-    def put(self, shard: int, contents: Iterable[bytes | bytearray]) -> None:
+    def put(self, shard: int, contents: Iterable[bytes | memoryview]) -> None:
         """Writes `shard`, given as its bytes for each expert."""
         self._writer.put(shard, contents)
 

@@ -67,7 +67,7 @@ def durable_file(path: Path, partial: str | None = None) -> Iterator[BinaryIO]:
             raise
 
 
-def write_durably(path: Path, data: bytes | bytearray | memoryview, partial: str | None = None) -> None:
+def write_durably(path: Path, data: bytes | memoryview, partial: str | None = None) -> None:
     """Writes `data` to `path` atomically: the path holds either the old content or all of the new, and it is synced.
 
     Until then it is in the file `partial` beside it, by default `<name>.partial`; processes that may write the same
@@ -77,7 +77,7 @@ def write_durably(path: Path, data: bytes | bytearray | memoryview, partial: str
         file.write(data)
 
 
-def _write_synced(path: Path, data: bytes | bytearray | memoryview) -> None:
+def _write_synced(path: Path, data: bytes | memoryview) -> None:
     with path.open("wb") as file:
         file.write(data)
         file.flush()

@@ -152,7 +152,7 @@ class CacheWriter:
         """
         self.put(shard, encoded(self.spec, shard, maps))
 
-    def put(self, shard: int, contents: Iterable[bytes | bytearray]) -> None:
+    def put(self, shard: int, contents: Iterable[bytes | memoryview]) -> None:
         """Writes `shard`, given as its bytes for each expert (`cache.format.shard`), and records it in the journal."""
         files = {}
         for expert, data in enumerate(contents):

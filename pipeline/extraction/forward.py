@@ -1,13 +1,13 @@
 """Forward passes: turns rows into maps in the stored dtype.
 
 Every pass has exactly `batch_size` images. At another size libraries may sum in another order; at a fixed size a row
-does not depend on the rows batched with it. A thread decodes the next images in the background. On a GPU a pass is
-launched before the maps of the one before have arrived, and maps are converted on the GPU, so fewer bytes are copied.
+does not depend on the rows batched with it. A thread decodes the next images in the background. On a GPU
+(`extraction.on_gpu`) passes are launched before the maps of those before have arrived.
 """
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -24,13 +24,13 @@ from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.precision import Precision, guarded_maps
 from h2t.pipeline.data.images import Images
 from h2t.pipeline.data.views import normalised
-from h2t.pipeline.extraction import batchnorm
+from h2t.pipeline.extraction import batchnorm, stored_maps
 from h2t.pipeline.extraction.batchnorm import Statistics
+from h2t.pipeline.extraction.on_gpu import IN_FLIGHT, GpuPass, GpuPasses, Place, memory_format
 from h2t.pipeline.extraction.row_plan import RowPlan
+from h2t.pipeline.extraction.stored_maps import DTYPES
 from h2t.pipeline.networks.backbone import Backbone
 from h2t.pipeline.networks.trained import load_backbone
-
-DTYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 #: Shard -> the numbers of its rows that need a forward pass, ascending, int64.
 Todo = Mapping[int, np.ndarray]
@@ -38,9 +38,12 @@ Todo = Mapping[int, np.ndarray]
 
 def settings(batch_size: int, precision: Precision, device: torch.device) -> dict[str, Any]:
     """The settings that rounding depends on: if they, fingerprint and layout are equal, so are the cache's bytes."""
+    cuda = device.type == "cuda"
+    last = cuda and memory_format(precision) == torch.channels_last
     return {
+        **({"memory_format": "channels_last"} if last else {}),
         "batch_size": batch_size,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": torch.cuda.get_device_name(device) if cuda else device.type,
         "precision": precision,
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in ("numcodecs", "numpy", "pillow", "torch", "torchvision")},
@@ -52,8 +55,8 @@ class Passes:
     """Cost of the forward passes of this process.
 
     `images`: images that went through the backbone, including those that fill up a batch. `seconds`: duration of the
-    passes; on a GPU its own time, from copying the images to copying the maps. `cpu`: processor seconds of the whole
-    process during the passes, which includes decoding in the background; on a GPU, during their launch.
+    passes; on a GPU its own time, from normalising the images to converting the maps. `cpu`: processor seconds of the
+    whole process during the passes, which includes decoding in the background; on a GPU, during their launch.
     """
 
     images: int = 0
@@ -62,40 +65,15 @@ class Passes:
 
 
 @dataclass(frozen=True)
-class Launched:
-    """A forward pass that may still run: its `maps` as computed, and `kept`, the same in the stored dtype.
+class CpuPass:
+    """A forward pass that has ended, after `seconds`."""
 
-    One tensor (B, C, H, W) per expert. On a GPU `kept` and `finite` are being copied to pinned memory; the copies are
-    complete once `done` has happened.
-    """
+    largest: torch.Tensor
+    seconds: float
 
-    maps: list[torch.Tensor]
-    kept: list[torch.Tensor]
-    finite: torch.Tensor
-    started: torch.cuda.Event | None = None
-    done: torch.cuda.Event | None = None
-
-    def landed(self, passes: Passes) -> list[np.ndarray]:
-        """Waits for the maps: one array per expert, bfloat16 as uint16. Adds to `passes.seconds`.
-
-        Raises UserError if a value is NaN or infinite, or too large for the stored dtype.
-        """
-        if self.started is not None and self.done is not None:
-            self.done.synchronize()
-            passes.seconds += self.started.elapsed_time(self.done) / 1000
-        if not self.finite:
-            raise self._unfit()
-        return [(m.view(torch.uint16) if m.dtype == torch.bfloat16 else m).numpy() for m in self.kept]
-
-    def _unfit(self) -> UserError:
-        if not all(m.isfinite().all() for m in self.maps):
-            return UserError("extract: maps must be finite; got NaN or infinity; check the backbone's weights")
-        dtype, largest = self.kept[0].dtype, max(float(m.abs().max()) for m in self.maps)
-        name = str(dtype).removeprefix("torch.")
-        return UserError(
-            f"extract.dtype: {name} holds values up to {torch.finfo(dtype).max:g}; "
-            f"got {largest:.0f}; use bfloat16 or float32"
-        )
+    def wait(self) -> float:
+        """The duration of the pass."""
+        return self.seconds
 
 
 @dataclass(frozen=True)
@@ -128,18 +106,30 @@ class Work:
         """The batch-norm statistics of the cache, by name."""
         return batchnorm.from_bytes(self.job.statistics)
 
+    @cached_property
+    def gpu(self) -> GpuPasses | None:
+        """What launches the passes, if `device` is a GPU."""
+        if self.device.type != "cuda":
+            return None
+        job = self.job
+        return GpuPasses(
+            self.backbone, self.device, job.images.transform, job.settings["precision"], DTYPES[job.spec.dtype]
+        )
+
     @property
     def batch_size(self) -> int:
         """Images in a forward pass."""
         return int(self.job.settings["batch_size"])
 
-    def empty(self, shape: tuple[int, ...]) -> np.ndarray:
-        """An array in the stored dtype to copy maps into; beside a GPU in pinned memory, which torch uses again."""
-        dtype = self.job.spec.stored_dtype
-        size = int(np.prod(shape)) * dtype.itemsize
-        flat = torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-        array: np.ndarray = flat.numpy().view(dtype).reshape(shape)
-        return array
+    def room(self, shard: int, begin: int, end: int) -> "Filling":
+        """Room for the maps of `shard`, which are the rows `begin` to `end` of all that are computed.
+
+        Beside a GPU it lies in pinned memory, which torch uses again.
+        """
+        spec = self.job.spec
+        pinned = self.device.type == "cuda"
+        shapes = [(end - begin, *shape) for shape in spec.maps]
+        return Filling(shard, begin, end, [torch.empty(s, dtype=DTYPES[spec.dtype], pin_memory=pinned) for s in shapes])
 
     def batches(self, numbers: np.ndarray, *, packed: bool) -> Iterator["Batch"]:
         """The forward passes over the rows `numbers`, ascending. The rows of a pass have the same statistics.
@@ -174,31 +164,52 @@ class Work:
         return pixels if cuda else normalised(pixels, images.transform)
 
     @torch.no_grad()
-    def launch(self, x: torch.Tensor, wanted: np.ndarray) -> Launched:
-        """Starts the forward pass of `x` (from `decode`), of which the places `wanted` are kept; on the CPU, runs it.
+    def launch(self, x: torch.Tensor, wanted: np.ndarray, places: Sequence[Place]) -> CpuPass | GpuPass:
+        """Starts the forward pass of `x` (from `decode`); the maps at the places `wanted` go to `places`.
 
-        Uses the batch-norm statistics that the backbone holds now.
+        Uses the batch-norm statistics that the backbone holds now. On the CPU the pass is over afterwards.
         """
-        cuda = self.device.type == "cuda"
-        clock, used = time.perf_counter(), time.process_time()
-        started = _event(self.device) if cuda else None
-        if cuda:
-            x = normalised(x.to(self.device, non_blocking=True), self.job.images.transform)
-        computed_maps = guarded_maps(self.backbone, x, self.job.settings["precision"])
-        self.passes.images += len(x)
-        self.passes.seconds += 0 if cuda else time.perf_counter() - clock
-        self.passes.cpu += time.process_time() - used
         first, last = int(wanted[0]), int(wanted[-1]) + 1
-        maps = [m[first:last] for m in computed_maps]
-        if len(wanted) < last - first:
-            some = torch.from_numpy(wanted - first).to(self.device)
-            maps = [m[some] for m in maps]
-        kept = [m.to(DTYPES[self.job.spec.dtype]) for m in maps]
-        finite = torch.stack([m.isfinite().all() for m in kept]).all()
-        if cuda:
-            kept, finite = [_pinned(m) for m in kept], _pinned(finite)
-        done = _event(self.device) if cuda else None
-        return Launched(maps, kept, finite, started, done)
+        whole = len(wanted) == last - first
+        some = slice(first, last) if whole else torch.from_numpy(wanted).to(self.device)
+        clock, used = time.perf_counter(), time.process_time()
+        self.passes.images += len(x)
+        if self.gpu is not None:
+            launched = self.gpu.launch(x, some, places)
+            self.passes.cpu += time.process_time() - used
+            return launched
+        maps = guarded_maps(self.backbone, x, self.job.settings["precision"])
+        seconds = time.perf_counter() - clock
+        self.passes.cpu += time.process_time() - used
+        kept = [m[some] for m in maps]
+        for rows, room in places:
+            for into, one in zip(room, kept, strict=True):
+                into.copy_(one[rows])
+        return CpuPass(stored_maps.largest(kept), seconds)
+
+    def landed(self, launched: CpuPass | GpuPass) -> None:
+        """Waits for the maps of a pass. Raises UserError if one is NaN, infinite, or too large for the stored dtype."""
+        self.passes.seconds += launched.wait()
+        stored_maps.check(launched.largest, DTYPES[self.job.spec.dtype])
+
+
+@dataclass(frozen=True)
+class Filling:
+    """A shard whose maps are being computed: the rows `begin` to `end` of all. `room`: (rows, C, H, W) per expert."""
+
+    shard: int
+    begin: int
+    end: int
+    room: list[torch.Tensor]
+
+    def place(self, first: int, last: int) -> Place:
+        """The part of the rows `first` to `last` that lies in this shard."""
+        begin, end = max(first, self.begin), min(last, self.end)
+        return slice(begin - first, end - first), [r[begin - self.begin : end - self.begin] for r in self.room]
+
+    def arrays(self) -> list[np.ndarray]:
+        """The maps, one array per expert, bfloat16 as uint16."""
+        return [(r.view(torch.uint16) if r.dtype == torch.bfloat16 else r).numpy() for r in self.room]
 
 
 @dataclass(frozen=True)
@@ -221,23 +232,33 @@ def computed(
 
     With `straddle` batches hold rows of `todo` alone, which saves passes if each shard has few rows to compute.
     """
-    spec = work.job.spec
     numbers = np.concatenate([np.empty(0, np.int64), *todo.values()])
-    batches = _forwarded(work, work.batches(numbers, packed=straddle))
-    left = [np.empty((0, *shape), spec.stored_dtype) for shape in spec.maps]  # computed rows that no shard has yet
-    for shard, rows in todo.items():
-        whole = [work.empty((len(rows), *shape)) for shape in spec.maps]
-        filled = 0
-        while filled < len(rows):
-            if not len(left[0]):
-                left = next(batches)
-                tick(len(left[0]))
-            count = min(len(left[0]), len(rows) - filled)
-            for into, maps in zip(whole, left, strict=True):
-                into[filled : filled + count] = maps[:count]
-            left = [maps[count:] for maps in left]
-            filled += count
-        yield shard, whole
+    ends = np.cumsum([len(rows) for rows in todo.values()]).tolist()
+    ahead = deque(zip(todo, [0, *ends], ends, strict=False))  # shard, its first row, the row after its last
+    filling: deque[Filling] = deque()
+    launched: deque[tuple[CpuPass | GpuPass, int, int]] = deque()  # with the rows before it and after it
+
+    def landed() -> Iterator[tuple[int, list[np.ndarray]]]:
+        """Waits for the next pass; the shards that are complete then."""
+        one, first, rows = launched.popleft()
+        work.landed(one)
+        tick(rows - first)
+        while filling and filling[0].end <= rows:
+            yield filling[0].shard, filling.popleft().arrays()
+
+    rows = 0
+    for batch, x in _decoded(work, work.batches(numbers, packed=straddle)):
+        first, rows = rows, rows + len(batch.wanted)
+        while ahead and ahead[0][1] < rows:
+            filling.append(work.room(*ahead.popleft()))
+        places = [f.place(first, rows) for f in filling if f.end > first]
+        launched.append((work.launch(x, batch.wanted, places), first, rows))
+        while len(launched) > (IN_FLIGHT if work.gpu else 0):
+            yield from landed()
+    while launched:
+        yield from landed()
+    for shard, begin, end in ahead:  # of which no row is computed
+        yield shard, work.room(shard, begin, end).arrays()
 
 
 @dataclass(frozen=True)
@@ -272,36 +293,19 @@ class Remote:
         )
 
 
-def _forwarded(work: Work, batches: Iterator[Batch]) -> Iterator[list[np.ndarray]]:
-    """The wanted maps of every batch, one array per expert. Passes run in this thread; another decodes images."""
+def _decoded(work: Work, batches: Iterator[Batch]) -> Iterator[tuple[Batch, torch.Tensor]]:
+    """Every batch with its images, and its statistics in place. A thread decodes the next ones meanwhile."""
     in_place: str | None = None
-    launched: Launched | None = None
     with ThreadPoolExecutor(1, "decode-ahead") as decoder:
         ahead: deque[tuple[Batch, Future[torch.Tensor]]] = deque()
         while True:
             while len(ahead) < 3 and (item := next(batches, None)) is not None:
                 ahead.append((item, decoder.submit(work.decode, item)))
             if not ahead:
-                break
+                return
             batch, decoded = ahead.popleft()
             x = decoded.result()
             if batch.statistics != in_place:
                 batchnorm.use(work.backbone, work.statistics[batch.statistics])
                 in_place = batch.statistics
-            last, launched = launched, work.launch(x, batch.wanted)
-            if last is not None:
-                yield last.landed(work.passes)
-        if launched is not None:
-            yield launched.landed(work.passes)
-
-
-def _event(device: torch.device) -> torch.cuda.Event:
-    """A timed event, recorded at this point of the GPU's current stream."""
-    event = torch.cuda.Event(enable_timing=True)
-    event.record(torch.cuda.current_stream(device))
-    return event
-
-
-def _pinned(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in pinned memory. The copy runs asynchronously."""
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+            yield batch, x

@@ -40,8 +40,8 @@ from h2t.pipeline.networks.backbone import Backbone
 from h2t.pipeline.networks.trained import BackboneFacts, backbone_facts, has_stored_weights, load_backbone
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
-#: Threads that write shards; each digests at one to two gigabytes a second, which is less than a fast GPU makes.
-WRITERS = max(1, min(4, len(os.sched_getaffinity(0)) // 4))
+#: Threads that write shards; each joins, digests and writes some 200 MB a second, and a fast GPU makes 2 GB a second.
+WRITERS = max(1, min(8, len(os.sched_getaffinity(0)) // 2))
 
 TAP = "last maps before pooling"  # where the backbone is cut; part of the fingerprint
 

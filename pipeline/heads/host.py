@@ -297,6 +297,7 @@ class PriorHost(CrossEntropyHost):
 
     linear = True
     receiver = "instance"
+    prior: torch.Tensor
 
     def __init__(self, tau: float, classifier: str, scale: float, context: Context) -> None:
         super().__init__(classifier, scale, context)

@@ -67,7 +67,7 @@ class LinearHeads:
         for (heads, _), products in zip(self.blocks, every, strict=True):
             own = {name: t.detach()[heads] for name, t in state.items()}
             logits = self._logits(products, own)
-            rest: list[torch.Tensor | None] = [None] * len(trained)
+            rest: Sequence[torch.Tensor | None] = [None] * len(trained)
             if self.stackable and is_cross_entropy(self.on_logits):
                 losses, outer = _cross_entropy(self.on_logits, logits, batch.labels[self._seed[heads]])
             else:

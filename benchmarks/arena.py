@@ -193,22 +193,43 @@ def ranked(results: Mapping[str, HostResult], lines: list[dict[str, Any]]) -> li
     return lines
 
 
+def widest_gains(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Method -> H2T's gain in top-1 (mean, low, high) from the two `difference`s, for records without paired gains.
+
+    The gain is the difference with H2T minus the one without it. How the two vary together is not recorded, so their
+    half-widths are added, as the standard deviation of a difference is at most the sum of both: the widest case.
+    """
+    found = {(line["method"], line["h2t"]): line["difference"] for line in lines}
+    found[REFERENCE, "without"] = dict.fromkeys(("mean", "low", "high"), 0.0)  # from itself
+    gains = {}
+    for method, h2t in found:
+        after, before = found[method, h2t], found.get((method, "without"))
+        if h2t == "with" and after and before:
+            mean = after["mean"] - before["mean"]
+            reach = (after["high"] - after["low"] + before["high"] - before["low"]) / 2
+            gains[method] = {"mean": mean, "low": mean - reach, "high": mean + reach}
+    return gains
+
+
 def table(lines: Sequence[Mapping[str, Any]]) -> str:
-    """The lines as a Markdown table; gain and step are left out if no line has one, as in older records."""
+    """The lines as a Markdown table. Older records have no step's cost, and no gains, so these are `widest_gains`."""
+    paired = any(line.get("gain") for line in lines)
+    widest = {} if paired else widest_gains(lines)
+    gain, step_cost = "H2T's gain" if paired else "H2T's gain, at the widest", f"step / {REFERENCE}'s"
     header = ["rank", "method", "H2T", "batches", "needs", *(f.replace("_", " ") for f in FIGURES)]
-    header += [f"top1 minus {REFERENCE}", "H2T's gain", "chosen", "CPU s", f"step / {REFERENCE}'s"]
+    header += [f"top1 minus {REFERENCE}", gain, "chosen", "CPU s", step_cost]
     of_reference = next((line.get("step_ms") for line in lines if line["method"] == REFERENCE), None)
     rows = []
     for line in lines:
         figures = ["–" if line[f] is None else f"{line[f]:.2f}" for f in FIGURES]
-        apart = [_interval(line["difference"]), _interval(line.get("gain"))]
+        gained = widest.get(line["method"]) if line["h2t"] == "with" else None
+        apart = [_interval(line["difference"]), _interval(line.get("gain") or gained)]
         step = line.get("step_ms")
         times = f"{step / of_reference:.1f}" if step and of_reference else "–"
         chosen = ", ".join(f"{key.removeprefix('loss.')} {value:g}" for key, value in line["chosen"].items()) or "–"
         first = [str(line["rank"]), line["method"], line["h2t"], line["batches"], line["needs"]]
         rows.append([*first, *figures, *apart, chosen, f"{line['cpu_seconds']:.0f}", times])
-    newer = ("H2T's gain", f"step / {REFERENCE}'s")
-    kept = [i for i, name in enumerate(header) if name not in newer or any(row[i] != "–" for row in rows)]
+    kept = [i for i, name in enumerate(header) if name not in (gain, step_cost) or any(row[i] != "–" for row in rows)]
     return measure.table([header[i] for i in kept], [[row[i] for i in kept] for row in rows])
 
 

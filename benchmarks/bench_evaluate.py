@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ from h2t.cache.write.writer import CacheWriter
 
 CLASSES, CHANNELS = 1000, 2048
 OF_A_CLASS = {"train": 2, "val": 20, "test": 50}  # images
-TINY_CLASSES, TINY_CHANNELS = 20, 64
+TINY_CLASSES, TINY_CHANNELS, TINY_OF_A_CLASS = 20, 64, {"train": 2, "val": 2, "test": 5}
 STEPS = {
     "train-classifier": ["train-classifier", "dr", "cache", "backbone", "train_classifier/dr"],
     "evaluate": ["evaluate", "dr", "cache", "train_classifier/dr", "backbone", "evaluate/dr"],
@@ -54,7 +54,7 @@ PARAMETERS = {
 }
 
 
-def write(place: Path, classes: int, channels: int) -> None:
+def write(place: Path, classes: int, channels: int, of_a_class: Mapping[str, int]) -> None:
     """Writes a cache of random vectors, the head of its backbone, and parameters into `place`."""
     import torch
 
@@ -68,8 +68,8 @@ def write(place: Path, classes: int, channels: int) -> None:
     save_weights(place / "backbone/backbone.safetensors", backbone, about)
     about |= {"objective": "ce", "classifier": "linear", "scale": 1.0}
     save_weights(place / "backbone/head.safetensors", head, about)
-    split = [name for name, each in OF_A_CLASS.items() for _ in range(each * classes)]
-    label = [j for each in OF_A_CLASS.values() for j in range(classes) for _ in range(each)]
+    split = [name for name, each in of_a_class.items() for _ in range(each * classes)]
+    label = [j for each in of_a_class.values() for j in range(classes) for _ in range(each)]
     sources = [f"synthetic/{i:09d}" for i in range(len(label))]
     rows = make_rows(
         {
@@ -90,7 +90,7 @@ def write(place: Path, classes: int, channels: int) -> None:
         chunk_rows=64,
         shard_rows=8192,
         fingerprint_inputs={"backbone": {"weights": weights_digest(backbone)}},
-        provenance={"classes": [f"class {j}" for j in range(classes)], "counts": [OF_A_CLASS["train"]] * classes},
+        provenance={"classes": [f"class {j}" for j in range(classes)], "counts": [of_a_class["train"]] * classes},
     )
     with Staging(place / "cache") as staging:
         writer = CacheWriter(staging, spec, rows, {"numpy": np.__version__})
@@ -101,7 +101,7 @@ def write(place: Path, classes: int, channels: int) -> None:
     (place / "params.yaml").write_text(yaml.safe_dump(PARAMETERS), encoding="utf-8")
 
 
-def run(name: str, place: Path, sizes: tuple[int, int]) -> None:
+def run(name: str, place: Path, sizes: tuple[int, int, Mapping[str, int]]) -> None:
     """One step, in this process."""
     if name == "write":
         write(place, *sizes)
@@ -118,7 +118,8 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--channels", type=int)
     options = parser.parse_args(given)
     place = options.data / "evaluate"
-    sizes = (TINY_CLASSES, TINY_CHANNELS) if options.tiny else (CLASSES, options.channels or CHANNELS)
+    tiny, full = (TINY_CLASSES, TINY_CHANNELS, TINY_OF_A_CLASS), (CLASSES, options.channels or CHANNELS, OF_A_CLASS)
+    sizes = tiny if options.tiny else full
     if options.step:
         run(options.step, place, sizes)
         print(json.dumps({"peak_bytes": most_memory()}))
@@ -139,7 +140,7 @@ def main(given: Sequence[str] | None = None) -> None:
         "benchmark": "evaluate",
         "tiny": options.tiny,
         "machine": about,
-        "case": {"classes": sizes[0], "channels": sizes[1], "images_of_a_class": OF_A_CLASS, "heads": 55},
+        "case": {"classes": sizes[0], "channels": sizes[1], "images_of_a_class": sizes[2], "heads": 55},
         "steps": results,
         "page_bytes": page,
         "promises": {"allowed_bytes": MOST_BYTES, "within_bound": max(promised.values()) <= MOST_BYTES},

@@ -5,7 +5,6 @@
     python -m benchmarks.epoch_run bare CACHE          # every byte of the maps once, in order, by plain reads
 
 Prints one JSON object: seconds, peak memory beyond that of the imports, what was read, a digest of the head weights.
-Of `stream` and `memory`, where features live is all that differs: batches, heads and optimiser are the same.
 """
 
 import argparse
@@ -14,11 +13,11 @@ import json
 import time
 from collections.abc import Sequence
 from hashlib import sha256
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch._dynamo  # what torch.func loads at its first use: a cost of importing, whatever the data
 
 from h2t.cache.reader import Cache, open_cache
 from h2t.pipeline.base.run import silent
@@ -34,7 +33,7 @@ from h2t.pipeline.heads.stored import HeadParts, build_head
 from h2t.pipeline.networks.trained import StageOneHead
 
 CPU = torch.device("cpu")
-WAYS = ("stream", "memory", "read", "bare")
+WAYS = ("stream", "read", "bare")
 BLOCK = 8 * 2**20  # bytes of a plain read
 HEADS = [HeadSetting(0.0, "instance", "random", 0), HeadSetting(0.3, "instance", "random", 0)]
 BATCH = 128
@@ -64,8 +63,10 @@ def bare(path: str) -> dict[str, Any]:
     return {"way": "bare", "seconds": time.perf_counter() - started, "bytes_read": read, "bytes_used": read}
 
 
-def run(way: Literal["stream", "memory", "read"], path: str, budget: int, steps: int | None) -> dict[str, Any]:
+def run(way: Literal["stream", "read"], path: str, budget: int, steps: int | None) -> dict[str, Any]:
     """One epoch, or its first `steps`."""
+    if way == "stream":
+        import_module("torch._dynamo")  # torch.func loads it at its first use: a cost of importing, whatever the data
     baseline = memory("VmRSS")
     with open_cache(path) as cache:
         streams = streams_of(cache)
@@ -73,7 +74,7 @@ def run(way: Literal["stream", "memory", "read"], path: str, budget: int, steps:
         count = min(steps or total, total)
         started = time.perf_counter()
         reader = FeatureReader(cache, None)
-        feed = Feed(streams, reader, Choice("memory" if way == "memory" else "stream", "asked"), budget, CPU, silent)
+        feed = Feed(streams, reader, Choice("stream", "asked"), budget, CPU, silent)
         prepared = time.perf_counter() - started
         channels = cache.spec.maps[0][0]
         context = Context(torch.from_numpy(streams.index.counts), channels, cache.experts)

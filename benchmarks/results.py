@@ -177,6 +177,7 @@ def document(data: Path, digits: Path, template: str) -> str:
         "arena stage1": arena_text(RESULTS / "arena-stage1.json"),
         "arena maps": arena_text(RESULTS / "arena-maps.json"),
         "arena imagenet": arena_text(RESULTS / "arena-imagenet.json"),
+        "arena imagenet 96": arena_text(RESULTS / "arena-imagenet-96.json"),
         "arena imagenet maps": arena_text(RESULTS / "arena-imagenet-maps.json"),
         "frozen": frozen_text(RESULTS / "frozen.json"),
         "journey": journey_text(RESULTS / "journey.json"),

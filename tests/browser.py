@@ -100,11 +100,6 @@ class Browser:
         """Shows colours as people with a colour vision deficiency see them, such as deuteranopia; or `none`."""
         self._call("Emulation.setEmulatedVisionDeficiency", {"type": deficiency})
 
-    def screenshot(self, path: Path, whole: bool = True) -> None:
-        """The whole page as PNG, or what is in view."""
-        found = self._call("Page.captureScreenshot", {"captureBeyondViewport": whole})
-        path.write_bytes(base64.b64decode(found["data"]))
-
     def pdf(self, path: Path) -> None:
         """The page as printed."""
         found = self._call("Page.printToPDF", {"preferCSSPageSize": True, "printBackground": False})

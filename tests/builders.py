@@ -2,17 +2,29 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pytest
 
+from h2t.cache.errors import CacheError
 from h2t.cache.format.rows import make_rows as rows_of
 from h2t.cache.format.spec import CacheSpec
 from h2t.cache.write.staging import Staging
 from h2t.cache.write.writer import CacheWriter
 
 TOKEN = {"batch_size": 4}
+
+
+@contextmanager
+def raises(reason: str, match: str = "") -> Iterator[pytest.ExceptionInfo[CacheError]]:
+    """`pytest.raises(CacheError, match=match)`, for this reason."""
+    with pytest.raises(CacheError, match=match) as error:
+        yield error
+    assert error.value.reason == reason
 
 
 def make_spec(**overrides) -> CacheSpec:
@@ -79,6 +91,13 @@ def make_cache(target: Path, seed: int = 0, rows: pa.Table | None = None, **over
     maps = make_maps(spec, seed)
     write_cache(target, spec, make_rows(spec.rows) if rows is None else rows, maps)
     return maps
+
+
+def flip(path: Path, at: int = -1, bit: int = 1) -> None:
+    """Changes one byte of a file."""
+    data = bytearray(path.read_bytes())
+    data[at] ^= bit
+    path.write_bytes(data)
 
 
 def tree(root: Path) -> dict[str, bytes]:

@@ -1,11 +1,10 @@
 """Six collections of one's own images, and the way from each to a classifier, outside of the repository.
 
-    python tests/own_data.py [NAME ...] [--at FOLDER] [--layered] [--epochs N] [--timings FILE]
+    python tests/own_data.py [NAME ...] [--at FOLDER] [--epochs N]
 
 Builds the wheel, installs it into a new environment and, for each collection, types: h2t init, dvc repro, h2t export,
-h2t predict. Compares the images in the result with those in the collection. `--layered` takes the other packages from
-the running environment in place of installing them anew. Prints a line for each collection: seconds by the clock
-and of the processor, lines typed.
+h2t predict. Compares the images in the result with those in the collection. Prints a line for each collection: seconds
+by the clock and of the processor, lines typed.
 """
 
 import argparse
@@ -16,7 +15,6 @@ import os
 import resource
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
@@ -144,29 +142,13 @@ PREDICTED = {"metadata": "/metadata.csv", "sites": "/observations.csv", "parquet
 READABLE = {"messy": 3}  # images more than the usable ones that can be classified: a copy, and two under two labels
 
 
-def environment(folder: Path, layered: bool) -> Path:
+def environment(folder: Path) -> Path:
     """A new environment with the wheel of this tree; returns its folder of programs."""
     wheels, venv = folder / "wheels", folder / "venv"
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    subprocess.run(
-        [*pip, "wheel", "--no-deps", *(["--no-build-isolation"] if layered else []), "-w", wheels, ROOT], check=True
-    )
+    subprocess.run([sys.executable, "-m", "pip", "--quiet", "wheel", "--no-deps", "-w", wheels, ROOT], check=True)
     wheel = next(wheels.glob("h2t-*.whl"))
-    subprocess.run([sys.executable, "-m", "venv", *(["--without-pip"] if layered else []), venv], check=True)
-    if layered:
-        site = next(venv.glob("lib/python*/site-packages"))
-        subprocess.run([*pip, "install", "--no-deps", "--target", site, wheel], check=True)
-        others = [p for p in sys.path if p.endswith("site-packages")] or [sysconfig.get_paths()["purelib"]]
-        (site / "others.pth").write_text("".join(f"{place}\n" for place in others))
-        for name, call in (("h2t", "h2t.pipeline.__main__:run"), ("dvc", "dvc.cli:main")):
-            module, _, function = call.partition(":")
-            script = venv / "bin" / name
-            script.write_text(
-                f"#!{venv}/bin/python\nimport sys\nfrom {module} import {function}\nsys.exit({function}())\n"
-            )
-            script.chmod(0o755)
-    else:
-        subprocess.run([venv / "bin/pip", "install", "--quiet", f"{wheel}[pipeline]"], check=True)
+    subprocess.run([sys.executable, "-m", "venv", venv], check=True)
+    subprocess.run([venv / "bin/pip", "install", "--quiet", f"{wheel}[pipeline]"], check=True)
     return venv / "bin"
 
 
@@ -225,22 +207,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(COLLECTIONS)}; by default all")
     parser.add_argument("--at", type=Path, help="a folder that is kept; by default a temporary one")
-    parser.add_argument("--layered", action="store_true", help="take other packages from the running environment")
     parser.add_argument("--epochs", type=int, help="of the backbone, for a quick walk; and two batch-norm passes")
-    parser.add_argument("--timings", type=Path, help="write the lines as JSON")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="own-data-") as temporary:
         folder = (given.at or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         programs = folder / "venv/bin"
-        programs = programs if programs.is_dir() else environment(folder, given.layered)
-        walked = []
+        programs = programs if programs.is_dir() else environment(folder)
         for name in given.names or COLLECTIONS:
-            walked.append(walk(name, folder, programs, given.epochs))
-            sys.stdout.write(f"{json.dumps(walked[-1])}\n")
+            sys.stdout.write(f"{json.dumps(walk(name, folder, programs, given.epochs))}\n")
             sys.stdout.flush()
-    if given.timings:
-        given.timings.write_text(json.dumps(walked, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

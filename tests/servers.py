@@ -29,9 +29,15 @@ def _settings(url: str) -> dict[str, str]:
 
 @cache
 def _s3_application() -> Callable[..., Any]:
-    """moto's S3 service alone: its usual server looks for the service of every request among all of them."""
+    """moto's S3 service alone: its usual server looks for the service of every request among all of them.
+
+    From now on botocore reads its descriptions of services once a process: every new client takes 0.1 s for them.
+    """
+    import botocore.loaders
+    import botocore.session
     from moto.moto_server.werkzeug_app import create_backend_app
 
+    botocore.session.create_loader = cache(botocore.loaders.create_loader)
     return create_backend_app("s3")
 
 
@@ -45,6 +51,8 @@ def s3_endpoint(*, conditional: bool = True) -> Iterator[dict[str, str]]:
     from moto.moto_server.werkzeug_app import MotoRequestHandler
     from werkzeug.serving import make_server
 
+    service = _s3_application()
+
     class Handler(MotoRequestHandler):
         def log_request(self, *_: object) -> None:
             """Writes nothing: a line for every request costs as much as the answer."""
@@ -52,7 +60,7 @@ def s3_endpoint(*, conditional: bool = True) -> Iterator[dict[str, str]]:
     def application(asked: dict[str, Any], start: Any) -> Any:
         if not conditional:
             asked.pop("HTTP_IF_NONE_MATCH", None)
-        return _s3_application()(asked, start)
+        return service(asked, start)
 
     server = make_server("127.0.0.1", 0, application, threaded=True, request_handler=Handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))

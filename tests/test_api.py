@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from image_builders import write_image
 from PIL import Image
-from pipeline_builders import CPU, invoke
+from pipeline_builders import CPU, accepted
 from safetensors.torch import load_file, save_file
 
 from h2t import api
@@ -156,9 +156,8 @@ def test_images_may_be_files_or_arrays(photos, weights, features):
 def test_a_classifier_of_images_is_a_model_for_h2t_predict(photos, features, tmp_path):
     one = api.compare(features, methods=["dr"], ratios=[0.25], seeds=[0]).take("dr")
     one.save(tmp_path / "m")
-    done = invoke("predict", tmp_path / "m", photos)
-    assert done.exit_code == 0, done.output
-    lines = list(csv.DictReader(io.StringIO(done.stdout)))
+    done = accepted("predict", tmp_path / "m", photos)
+    lines = list(csv.DictReader(io.StringIO(done)))
     by_name = {line["image"].removeprefix(f"{photos}/"): line for line in lines}
     of_features = api.predict(one, features)
     assert [by_name[name]["class"] for name in of_features["image"]] == of_features["class"].tolist()

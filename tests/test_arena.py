@@ -108,10 +108,34 @@ def test_a_method_that_the_cache_cannot_serve_is_named_without_a_path(tmp_path, 
     assert str(tmp_path) not in left_out["cam_split"]
 
 
-RECORDS = [f"arena{part}.json" for part in ("", "-stage1", "-maps", "-imagenet", "-imagenet-maps")]
+RECORDS = [f"arena{part}.json" for part in ("", "-stage1", "-maps", "-imagenet", "-imagenet-96", "-imagenet-maps")]
 
 
 @pytest.mark.parametrize("record", RECORDS)
 def test_the_tables_of_the_results_come_from_the_committed_record(record):
     text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
     assert results.arena_text(ROOT / "benchmarks/results" / record) in text
+
+
+@pytest.mark.parametrize("record", ["arena.json", "arena-imagenet-96.json"])
+def test_the_widest_gains_hold_the_paired_ones(record):
+    """These records have both: paired gains, and all differences from DR."""
+    lines = json.loads((ROOT / "benchmarks/results" / record).read_text())["lines"]
+    widest = arena.widest_gains(lines)
+    paired = {line["method"]: line["gain"] for line in lines if line["gain"]}
+    assert widest.keys() == paired.keys()
+    for method, gain in paired.items():
+        assert widest[method]["mean"] == pytest.approx(gain["mean"]), method
+        assert widest[method]["low"] <= gain["low"] + 1e-9, method
+        assert widest[method]["high"] >= gain["high"] - 1e-9, method
+    assert widest["dr"]["low"] == pytest.approx(paired["dr"]["low"])  # DR's gain is its difference: nothing is added
+
+
+def test_a_record_without_paired_gains_shows_the_widest_ones():
+    lines = json.loads((ROOT / "benchmarks/results/arena.json").read_text())["lines"]
+    text = arena.table([{**line, "gain": None} for line in lines])
+    header, _, *rows = ([cell.strip() for cell in line.split("|")] for line in text.splitlines())
+    found = {(row[2], row[3]): row[header.index("H2T's gain, at the widest")] for row in rows}
+    assert found["oltr", "with"] == "+2.36 [+1.52, +3.20]"
+    assert found["oltr", "without"] == found["ncm", "without"] == "–"
+    assert "at the widest" not in arena.table(lines)

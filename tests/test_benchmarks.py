@@ -1,7 +1,6 @@
 """Each benchmark runs tiny, and its JSON has the fields that its README promises. Nothing here looks at speed."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[1]
 TIMING = {"median_s", "p10_s", "p90_s", "cpu_s", "rounds"}
 RATIO = {"median", "p10", "p90", "cpu"}
 
@@ -107,17 +105,6 @@ def test_results_have_one_record_a_line():
     for path in RESULTS.glob("*.json"):
         text = path.read_text(encoding="utf-8")
         assert text == records(json.loads(text)) + "\n", path.name
-
-
-def test_benchmarks_run_as_modules():
-    import subprocess
-
-    for module in ("synthetic", "bench_read"):
-        done = subprocess.run(
-            [sys.executable, "-m", f"benchmarks.{module}", "--help"], cwd=ROOT, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        assert "usage: " in done.stdout
 
 
 def test_evaluate_benchmark(tmp_path, capsys):

@@ -50,7 +50,7 @@ def decode(data):
 """
 
 MEASURE = """
-import json, sys, tracemalloc
+import json, os, sys, tracemalloc
 from pathlib import Path
 import pyarrow as pa
 
@@ -89,27 +89,42 @@ from h2t.pipeline.stages import prepare
 reader.KEPT_BYTES = 0  # so that tables are read as those of many rows are
 texts.PIECE_ROWS = reuse.PIECE_ROWS = rows.BATCH_ROWS = 500
 reuse.GROUP_ROWS = prepare.GROUP_ROWS = prepare.PIECE_ROWS = row_plan.GROUP_ROWS = 500
-what, *given = json.loads(sys.argv[1])
-step = globals()[what](*given)
-before = pa.total_allocated_bytes()
-tracemalloc.start()
-step()
-print(json.dumps(tracemalloc.get_traced_memory()[1] + pa.default_memory_pool().max_memory() - before))
+for line in sys.stdin:
+    if os.fork():
+        assert os.wait()[1] == 0
+        continue
+    folder, what, *given = json.loads(line)
+    os.chdir(folder)
+    step = globals()[what](*given)
+    before = pa.total_allocated_bytes()
+    tracemalloc.start()
+    step()
+    print(tracemalloc.get_traced_memory()[1] + pa.default_memory_pool().max_memory() - before, flush=True)
+    break
 """
 
 
-def bytes_of_one(cases: list[list], cwd: Path) -> float:
-    """Bytes of memory that one more image takes; `cases`: the same step with each of `SIZES`."""
-    peaks = []
-    for case in cases:
-        command = [sys.executable, "-c", MEASURE, json.dumps(case)]
-        done = subprocess.run(command, cwd=cwd, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        peaks.append(int(done.stdout))
-    return (peaks[1] - peaks[0]) / (SIZES[1] - SIZES[0])
+@pytest.fixture(scope="module")
+def bytes_of_one():
+    """Bytes of memory that one more image takes, of the same step with each of `SIZES` in a folder.
+
+    Each is measured in a fork of one process, which has imported everything and measured nothing.
+    """
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+    with subprocess.Popen([sys.executable, "-c", MEASURE], env={"PYTHONPATH": str(ROOT)}, **pipes) as process:
+
+        def measured(steps: list[list], folder: Path) -> float:
+            peaks = []
+            for step in steps:
+                process.stdin.write(json.dumps([str(folder), *step]) + "\n")
+                peaks.append(int(process.stdout.readline()))
+            return (peaks[1] - peaks[0]) / (SIZES[1] - SIZES[0])
+
+        yield measured
+        process.stdin.close()
 
 
-def test_prepare_takes_little_memory_for_an_image(tmp_path):
+def test_prepare_takes_little_memory_for_an_image(bytes_of_one, tmp_path):
     (tmp_path / "plugins/datasets").mkdir(parents=True)
     (tmp_path / "plugins/datasets/many.py").write_text(PLUG_IN)
     assert bytes_of_one([["prepared", images] for images in SIZES], tmp_path) < 130
@@ -141,7 +156,7 @@ def write_csv(folder: Path, images: int) -> dict[str, str]:
         ("table", write_csv, 450),  # the file of 43 bytes a row is in memory several times while it is read
     ],
 )
-def test_reading_a_list_takes_little_memory_for_an_image(tmp_path, dataset, write, most):
+def test_reading_a_list_takes_little_memory_for_an_image(bytes_of_one, tmp_path, dataset, write, most):
     cases = []
     for images in SIZES:
         (tmp_path / str(images)).mkdir()
@@ -150,7 +165,7 @@ def test_reading_a_list_takes_little_memory_for_an_image(tmp_path, dataset, writ
     assert bytes_of_one(cases, tmp_path) < most
 
 
-def test_finding_rows_of_a_previous_cache_takes_little_memory_for_a_row(tmp_path, monkeypatch):
+def test_finding_rows_of_a_previous_cache_takes_little_memory_for_a_row(bytes_of_one, tmp_path, monkeypatch):
     monkeypatch.setattr("h2t.cache.format.rows.GROUP_ROWS", 500)  # of the file too: a group is read whole
     for images in SIZES:
         label = [i % 100 for i in range(images)]

@@ -9,6 +9,7 @@ import click
 import pipeline_builders
 import pytest
 import yaml
+from builders import flip
 from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 from pipeline_builders import (
@@ -224,9 +225,7 @@ def test_damage_stops_training(tmp_path, params):
     digest = make_backbone_dir(tmp_path / "b", classes=3)
     make_stage2_cache(tmp_path / "c", shape=(64, 1, 1), backbone=digest)
     for path in (tmp_path / "c" / "maps.zarr" / "expert_0").glob("c.*"):
-        content = bytearray(path.read_bytes())
-        content[-40] ^= 1
-        path.write_bytes(content)
+        flip(path, -40)
     line = refused(*arguments("train-classifier", tmp_path, params, tmp_path / "c", tmp_path / "b"))
     assert "c." in line
     assert not (tmp_path / "out").exists()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from builders import tree
+from builders import raises, tree
 from pipeline_builders import accepted, make_backbone_dir, make_params, make_samples, make_stage2_cache, refused
 from repositories import start_project
 from servers import put_s3, s3_endpoint
@@ -117,9 +117,8 @@ def test_a_cache_that_another_took_the_place_of_is_refused(project):
     line = refused("train-classifier", "dr", "data/extract/b", "data/train_backbone/b", heads, leaves=heads)
     assert f"must be the cache with fingerprint {fingerprint[:12]}; got one with" in line
     assert [str(fault) for fault in verify("data/extract/b")]
-    with pytest.raises(CacheError, match=fingerprint[:12]) as error:
+    with raises("mismatch", fingerprint[:12]):
         open_cache("data/extract/b")
-    assert error.value.reason == "mismatch"
 
 
 def test_a_cache_that_moved_needs_its_new_url_alone(project):
@@ -194,9 +193,8 @@ def test_no_secret_of_the_url_is_written(project):
 @pytest.mark.parametrize("text", ["", "[]", '{"url": 3, "fingerprint": "a"}', "[" * 10_000, '{"url": "/x"}'])
 def test_a_damaged_directory_is_one_line(tmp_path, text):
     (tmp_path / "elsewhere.json").write_text(text)
-    with pytest.raises(CacheError, match="must name the URL and fingerprint of a cache") as error:
+    with raises("damaged", "must name the URL and fingerprint of a cache"):
         open_cache(tmp_path)
-    assert error.value.reason == "damaged"
 
 
 def test_one_that_leads_to_itself_ends(tmp_path):

@@ -79,7 +79,7 @@ def thread():
 @main.command("callback")
 def callback():
     Closing()
-    time.sleep(20)
+    time.sleep(2)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 main()
 """

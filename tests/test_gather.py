@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from builders import flip
 from crc32c import crc32c
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -48,9 +49,7 @@ class Store:
         return outcome, out
 
     def change(self, at: int, bit: int = 1) -> None:
-        data = bytearray(self.paths[0].read_bytes())
-        data[at] ^= bit
-        self.paths[0].write_bytes(data)
+        flip(self.paths[0], at, bit)
 
 
 def zeros(n: int) -> np.ndarray:

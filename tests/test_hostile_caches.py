@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from builders import make_cache, make_rows, make_spec, reseal, reseal_file, tree
+from builders import make_cache, make_rows, make_spec, raises, reseal, reseal_file, tree
 from click.testing import CliRunner
-from pipeline_builders import ROOT, environment, make_samples, make_stage2_cache, write_params
+from pipeline_builders import ROOT, accepted, environment, make_samples, make_stage2_cache, write_params
 
 from h2t.cache.errors import CacheError
 from h2t.cache.format import codecs, shard
@@ -73,9 +73,8 @@ def test_a_digest_names_a_folder_of_the_block_cache_and_nothing_else(tmp_path, m
     reseal(tmp_path / "c", lambda body: body["files"][name].__setitem__("sha256", said))
     store = fsspec.filesystem("memory")
     store.put(str(tmp_path / "c"), f"/{tmp_path.name}", recursive=True)
-    with pytest.raises(CacheError, match="a sha256 expected") as error:
+    with raises("damaged", "a sha256 expected"):
         read_all(f"memory://{tmp_path.name}")
-    assert error.value.reason == "damaged"
     assert tree(victim) == {"precious": b"precious"}
 
 
@@ -224,9 +223,8 @@ def test_a_row_table_that_grows_beyond_memory_is_refused(tmp_path, monkeypatch):
     assert len(data) < 100_000
     assert len(from_bytes(data, 500)) == 500  # 33 MB are no bomb
     monkeypatch.setattr(rows, "available_memory", lambda: 20 * 2**20)
-    with pytest.raises(CacheError, match=r"would take 0\.0 GB of memory") as error:
+    with raises("full", r"would take 0\.0 GB of memory"):
         from_bytes(data, 500)
-    assert error.value.reason == "full"
     monkeypatch.setattr(rows, "available_memory", lambda: 1000)
     with pytest.raises(CacheError, match="more than there is free"):
         from_bytes(to_bytes(make_rows(100)), 100)
@@ -235,9 +233,8 @@ def test_a_row_table_that_grows_beyond_memory_is_refused(tmp_path, monkeypatch):
 def test_a_number_of_rows_is_not_believed(tmp_path):
     """2**40 rows where 11 are: nothing is allocated for them."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(CacheError, match="must number rows 0 to") as error:
+    with raises("damaged", "must number rows 0 to"):
         from_bytes(to_bytes(make_rows(11)), 2**40)
-    assert error.value.reason == "damaged"
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 * 1024
 
 
@@ -317,9 +314,8 @@ def test_a_record_that_is_none(tmp_path, text):
     ],
 )
 def test_an_md5_in_a_list_of_dvc_is_an_md5(listing):
-    with pytest.raises(CacheError, match="DVC's list of files") as error:
+    with raises("damaged", "DVC's list of files"):
         members(listing)
-    assert error.value.reason == "damaged"
 
 
 # Lies in what decides nothing for the reader, but something for stage II.
@@ -407,8 +403,7 @@ def test_maps_that_are_no_numbers_train_nothing(tmp_path, value):
 def test_what_a_cache_says_of_itself_cannot_steer_a_terminal(tmp_path):
     spec = {"provenance": {"note\n": "a\nsound: 1 rows\x1b[2J", "list": ["\u202e\x07"]}}
     make_cache(tmp_path / "c", **spec)
-    result = CliRunner().invoke(main, ["cache", "info", str(tmp_path / "c")])
-    assert result.exit_code == 0
-    assert all(line.isprintable() for line in result.stdout.split("\n"))
-    assert "\nsound" not in result.stdout
+    result = accepted("cache", "info", str(tmp_path / "c"))
+    assert all(line.isprintable() for line in result.split("\n"))
+    assert "\nsound" not in result
     assert json.loads(CliRunner().invoke(main, ["cache", "info", "--json", str(tmp_path / "c")]).stdout)

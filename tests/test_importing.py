@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from pipeline_builders import invoke, write_params
+from pipeline_builders import accepted, invoke, refused, write_params
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_tensors
 
@@ -77,8 +77,7 @@ WRITERS = [
 def test_every_format_gives_the_rows_that_were_given(tmp_path, write, name):
     x, y = make_features()
     write(tmp_path / name, x, y)
-    done = invoke("cache", "import", tmp_path / "c", "--train", tmp_path / name)
-    assert done.exit_code == 0, done.output
+    accepted("cache", "import", tmp_path / "c", "--train", tmp_path / name)
     assert verify(tmp_path / "c") == []
     with open_cache(tmp_path / "c") as cache:
         assert cache.spec.maps == ((5, 1, 1),)
@@ -98,11 +97,8 @@ def test_npy_with_labels_beside_and_class_names(tmp_path):
     np.save(tmp_path / "x.npy", x)
     np.save(tmp_path / "y.npy", y)
     (tmp_path / "names.txt").write_text("cat\ndog\nowl\n")
-    done = invoke(
-        "cache", "import", tmp_path / "c", "--train", tmp_path / "x.npy", "--train-labels", tmp_path / "y.npy",
-        "--classes", tmp_path / "names.txt",
-    )  # fmt: skip
-    assert done.exit_code == 0, done.output
+    beside = ("--train-labels", tmp_path / "y.npy", "--classes", tmp_path / "names.txt")
+    accepted("cache", "import", tmp_path / "c", "--train", tmp_path / "x.npy", *beside)
     with open_cache(tmp_path / "c") as cache:
         assert (cache.spec.maps, cache.spec.dtype) == (((4, 2, 2),), "float16")
         assert cache.spec.provenance["classes"] == ["dog", "owl", "cat"]
@@ -144,8 +140,7 @@ def test_bfloat16_becomes_float32_of_the_same_values(tmp_path, suffix):
     x = torch.randn(6, 4).bfloat16()
     content = {"features": x, "labels": torch.tensor([0, 0, 0, 1, 1, 2])}
     (torch.save if suffix == ".pt" else save_tensors)(content, tmp_path / f"x{suffix}")
-    done = invoke("cache", "import", tmp_path / "c", "--train", tmp_path / f"x{suffix}")
-    assert done.exit_code == 0, done.output
+    accepted("cache", "import", tmp_path / "c", "--train", tmp_path / f"x{suffix}")
     with open_cache(tmp_path / "c") as cache:
         np.testing.assert_array_equal(cache.read(np.arange(6))[:, :, 0, 0], x.float().numpy())
 
@@ -176,15 +171,14 @@ def test_wide_columns_of_two_kinds_are_named(tmp_path):
     done = invoke(*command)
     assert "no features called" in done.stderr
     assert "it holds label, clip_*, dino_*; name the right one by --features-key" in done.stderr
-    assert invoke(*command, "--features-key", "dino_*").exit_code == 0
+    accepted(*command, "--features-key", "dino_*")
 
 
 def imported(tmp_path):
     for split, seed in (("train", 0), ("test", 1)):
         save_npz(tmp_path / f"{split}.npz", *make_features(seed=seed))
     out = tmp_path / "features"
-    done = invoke("cache", "import", out, "--train", tmp_path / "train.npz", "--test", tmp_path / "test.npz")
-    assert done.exit_code == 0, done.output
+    accepted("cache", "import", out, "--train", tmp_path / "train.npz", "--test", tmp_path / "test.npz")
     return out
 
 
@@ -194,10 +188,8 @@ def test_hosts_without_a_warm_start_train_on_imported_features(tmp_path, host):
     params = write_params(tmp_path / "params.yaml")
     entry = f"hosts.{host}={{backbone: ce_mixup, batchnorm: stage1}}"
     common = ["--params", params, "--set", entry, "--device", "cpu"]
-    done = invoke("train-classifier", host, cache, "none", tmp_path / "heads", *common)
-    assert done.exit_code == 0, done.output
-    done = invoke("evaluate", host, cache, tmp_path / "heads", "none", tmp_path / "evaluate", *common)
-    assert done.exit_code == 0, done.output
+    accepted("train-classifier", host, cache, "none", tmp_path / "heads", *common)
+    accepted("evaluate", host, cache, tmp_path / "heads", "none", tmp_path / "evaluate", *common)
     metrics = json.loads((tmp_path / "evaluate/metrics.json").read_text())
     assert metrics["stage1"] is None
     assert metrics["without_h2t"]["top1"] > 60
@@ -206,18 +198,17 @@ def test_hosts_without_a_warm_start_train_on_imported_features(tmp_path, host):
 def test_hosts_with_a_warm_start_say_so(tmp_path):
     cache = imported(tmp_path)
     params = write_params(tmp_path / "params.yaml", hosts__dr__batchnorm="stage1")
-    done = invoke("train-classifier", "dr", cache, "none", tmp_path / "heads", "--params", params, "--device", "cpu")
-    assert done.exit_code == 1
-    (line,) = done.stderr.splitlines()
+    line = refused(
+        "train-classifier", "dr", cache, "none", tmp_path / "heads", "--params", params, "--device", "cpu", code=1
+    )
     assert "this backbone has none, like features that were imported" in line
 
 
 def test_a_backbone_for_imported_features_is_refused(tmp_path, backbone_dir):
     cache = imported(tmp_path)
     params = write_params(tmp_path / "params.yaml", hosts__dr__batchnorm="stage1")
-    done = invoke("train-classifier", "dr", cache, backbone_dir, tmp_path / "heads", "--params", params)
-    assert done.exit_code == 1
-    assert "give none as the backbone" in done.stderr
+    line = refused("train-classifier", "dr", cache, backbone_dir, tmp_path / "heads", "--params", params, code=1)
+    assert "give none as the backbone" in line
 
 
 def test_importing_again_does_nothing_and_other_features_are_refused(tmp_path):
@@ -225,11 +216,10 @@ def test_importing_again_does_nothing_and_other_features_are_refused(tmp_path):
     before = (cache / "cache.json").read_bytes()
     imported(tmp_path)
     save_npz(tmp_path / "other.npz", *make_features(seed=5))
-    done = invoke("cache", "import", cache, "--train", tmp_path / "other.npz")
-    assert done.exit_code == 1
-    assert "holds another cache" in done.stderr
+    line = refused("cache", "import", cache, "--train", tmp_path / "other.npz", code=1)
+    assert "holds another cache" in line
     assert (cache / "cache.json").read_bytes() == before
-    assert invoke("cache", "import", cache, "--train", tmp_path / "other.npz", "--replace").exit_code == 0
+    accepted("cache", "import", cache, "--train", tmp_path / "other.npz", "--replace")
     assert (cache / "cache.json").read_bytes() != before
 
 
@@ -359,17 +349,17 @@ def test_axes_that_do_not_fit_are_refused(tmp_path):
 def test_an_archive_that_claims_too_much_is_refused_unread(tmp_path, monkeypatch):
     save_npz(tmp_path / "x.npz", *make_features())
     monkeypatch.setattr(feature_files, "available_memory", lambda: 100)
-    done = invoke("cache", "import", tmp_path / "c", "--train", tmp_path / "x.npz")
-    assert done.exit_code == 1
-    assert "GB of memory" in done.stderr
+    line = refused("cache", "import", tmp_path / "c", "--train", tmp_path / "x.npz", code=1)
+    assert "GB of memory" in line
 
 
 def test_labels_without_training_rows_are_refused(tmp_path):
     save_npz(tmp_path / "train.npz", *make_features((3, 4)))
     save_npz(tmp_path / "test.npz", *make_features((3, 4, 5)))
-    done = invoke("cache", "import", tmp_path / "c", "--train", tmp_path / "train.npz", "--test", tmp_path / "test.npz")
-    assert done.exit_code == 1
-    assert "label 2 occurs in no training row" in done.stderr
+    line = refused(
+        "cache", "import", tmp_path / "c", "--train", tmp_path / "train.npz", "--test", tmp_path / "test.npz", code=1
+    )
+    assert "label 2 occurs in no training row" in line
 
 
 def test_features_that_change_while_they_are_imported_are_refused(tmp_path, monkeypatch):
@@ -390,5 +380,5 @@ def test_features_that_change_while_they_are_imported_are_refused(tmp_path, monk
     assert done.exit_code == 1
     assert "changed while it was imported; import again once the file is finished" in done.stderr
     assert not (tmp_path / "c").exists()
-    assert invoke(*command).exit_code == 0
+    accepted(*command)
     assert verify(tmp_path / "c") == []

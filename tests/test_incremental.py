@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pipeline_builders
 import pytest
-from builders import make_cache, make_maps, make_rows, make_spec, tree, write_cache
+from builders import flip, make_cache, make_maps, make_rows, make_spec, tree, write_cache
 from click.testing import CliRunner
 from image_builders import write_image
 from kills import kill_and_restart
-from pipeline_builders import environment, extracted, make_backbone_dir, silent, write_params
+from pipeline_builders import accepted, environment, extracted, make_backbone_dir, silent, write_params
 
 from h2t.cache.errors import CacheError
 from h2t.cache.reader import open_cache
@@ -251,18 +251,16 @@ def test_a_recipe_that_the_previous_cache_lacks_is_estimated_and_the_rest_is_tak
 # --- faults
 
 
-def flip(cache: Path, shard: int, at: int, expert: int = 0) -> Path:
+def flipped(cache: Path, shard: int, at: int, expert: int = 0) -> Path:
     path = cache / f"maps.zarr/expert_{expert}/c.{shard}.0.0.0"
-    data = bytearray(path.read_bytes())
-    data[at] ^= 1
-    path.write_bytes(data)
+    flip(path, at)
     return path
 
 
 @pytest.mark.parametrize("at", [3, -1], ids=["index", "chunk"])
 def test_a_damaged_shard_is_said_and_its_rows_are_extracted(before, tmp_path, at):
     old = Path(shutil.copytree(before / "old", tmp_path / "old"))
-    path = flip(old, 2, at, expert=1)
+    path = flipped(old, 2, at, expert=1)
     with open_cache(old) as cache:
         held = len(cache.spec.shard_range(2))
     said = []
@@ -290,9 +288,7 @@ def test_exchanged_shards_are_found_although_their_chunks_are_whole(before, tmp_
 @pytest.mark.parametrize("name", ["rows.parquet", "batchnorm.safetensors"])
 def test_damaged_tables_of_the_previous_cache_are_refused(before, tmp_path, name):
     old = Path(shutil.copytree(before / "old", tmp_path / "old"))
-    data = bytearray((old / name).read_bytes())
-    data[len(data) // 2] ^= 1
-    (old / name).write_bytes(data)
+    flip(old / name, (old / name).stat().st_size // 2)
     found = prepared(before / "images", tmp_path / "samples")
     with pytest.raises(CacheError, match=f"{name}: sha256 differs"):
         extracted(tmp_path / "part", *found, before / "backbone", previous=old, **SMALL)
@@ -312,7 +308,7 @@ def test_a_chunk_that_rots_after_the_check_is_not_copied(tmp_path, codec):
     assert broken_shards(source, np.arange(11)) == {}
     shard = tmp_path / "c/maps.zarr/expert_0/c.1.0.0.0"
     before = shard.stat()
-    flip(tmp_path / "c", 1, -1)
+    flipped(tmp_path / "c", 1, -1)
     os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))  # rot leaves no trace; a write would be `replaced`
     assert list(broken_shards(source, np.arange(11))) == [1]
     assert list(broken_shards(source, np.arange(4))) == []  # nothing is needed of it
@@ -430,9 +426,8 @@ def test_why_counts_what_extract_then_extracts(before, images, tmp_path, command
     prepared(images, data / "prepare")
     setting = ["--set", f"extract.statistics_from={data}/extract"]
     asked = ["cache", "why", str(data / "extract/b"), "--params", str(tmp_path / "params.yaml"), "--json"]
-    result = CliRunner().invoke(main, [*asked, *setting, "--set", "device=cpu"])
-    assert result.exit_code == 0, result.stderr
-    verdict = json.loads(result.stdout)
+    result = accepted(*asked, *setting, "--set", "device=cpu")
+    verdict = json.loads(result)
     said = command("out", *setting)[1]
     assert 0 < verdict["rows"] < verdict["of"]
     assert f"b: extracts {verdict['rows']} of {verdict['of']} rows" in said

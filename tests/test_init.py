@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from click.testing import CliRunner
-from pipeline_builders import ROOT
+from pipeline_builders import ROOT, accepted, refused
 
 from h2t.pipeline.base import params
 from h2t.pipeline.base.errors import UserError
@@ -202,10 +202,8 @@ def two_tables(folder: Path) -> Path:
 @pytest.mark.parametrize(("make", "says"), WRONG.values(), ids=WRONG)
 def test_wrong_data_is_one_line_and_nothing_is_written(make, says, tmp_path):
     (tmp_path / "d").mkdir()
-    result = CliRunner().invoke(main, ["init", str(tmp_path / "p"), "--data", str(make(tmp_path / "d"))])
-    assert result.exit_code == 1, result.output
-    assert says in result.stderr
-    assert result.stderr.count("\n") == 1
+    line = refused("init", str(tmp_path / "p"), "--data", str(make(tmp_path / "d")), code=1)
+    assert says in line
     assert not (tmp_path / "p").exists()
 
 
@@ -219,10 +217,9 @@ def test_places_where_images_and_results_would_mix(tmp_path):
 def test_a_project_is_written_once(tmp_path):
     own_data.sort(tmp_path / "p/photos", {"a": 9, "b": 6})
     with contextlib.chdir(tmp_path / "p"):
-        result = CliRunner().invoke(main, ["init", "--data", "photos"])
-        assert result.exit_code == 0, result.output
-        assert result.stdout.endswith("next: dvc repro\n")
-        assert result.stdout.count("initialised") == 2
+        result = accepted("init", "--data", "photos")
+        assert result.endswith("next: dvc repro\n")
+        assert result.count("initialised") == 2
         values = yaml.safe_load(Path("params.yaml").read_text())
         assert values["inputs"] == {"images": "photos"}
         assert Path("dvc.yaml").read_text() == (ROOT / "dvc.yaml").read_text()
@@ -231,9 +228,8 @@ def test_a_project_is_written_once(tmp_path):
         assert Path(".dvc/plots/ratio.json").is_file()
         assert Path("plugins/hosts").is_dir()
         before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
-        result = CliRunner().invoke(main, ["init", "--data", "photos"])
-        assert result.exit_code == 2
-        assert result.stderr.startswith("error: params.yaml: exists already")
+        line = refused("init", "--data", "photos", code=2)
+        assert line.startswith("error: params.yaml: exists already")
         assert before == {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
 
 

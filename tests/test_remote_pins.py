@@ -13,7 +13,7 @@ from multiprocessing import get_context
 import fsspec
 import numpy as np
 import pytest
-from builders import make_cache, make_rows, tree
+from builders import make_cache, make_rows, raises, tree
 from hostile_server import hostile_server
 from pipeline_builders import ROOT
 
@@ -47,9 +47,8 @@ def web(caches):
 
 
 def replaced(read) -> None:
-    with pytest.raises(CacheError, match="was replaced while it was open") as error:
+    with raises("replaced", "was replaced while it was open"):
         read()
-    assert error.value.reason == "replaced"
 
 
 def test_rows_that_were_not_read_before(web, caches, kept):

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from builders import tree
 from golden_cases import workplace
-from pipeline_builders import invoke, make_backbone_dir, make_host, make_params, make_stage2_cache
+from pipeline_builders import accepted, invoke, make_backbone_dir, make_host, make_params, make_stage2_cache, refused
 from scipy.stats import t
 
 from benchmarks import intervals as simulation
@@ -190,10 +190,9 @@ def test_another_set_of_classes_is_refused(tmp_path):
 @pytest.mark.slow
 def test_a_replicate_is_made_once_and_another_one_leaves_it_as_it_is():
     with workplace():
-        assert invoke("replicates", "x", "data/replicates").exit_code == 0
+        accepted("replicates", "x", "data/replicates")
         assert tree(Path("data/replicates")) == {"few.json": b"{}\n"}
-        done = invoke("replicates", "x", "data/replicates", "--set", "replicates=[0, 1]")
-        assert done.exit_code == 0, done.output
+        accepted("replicates", "x", "data/replicates", "--set", "replicates=[0, 1]")
         before = tree(Path("data/replicates/1"))
         shutil.rmtree("data/replicates")  # as DVC does before it runs the stage again
         shutil.rmtree("data/.replicates/1/extract/few")  # as after a kill
@@ -203,10 +202,8 @@ def test_a_replicate_is_made_once_and_another_one_leaves_it_as_it_is():
         assert tree(Path("data/replicates/1")) == before
         samples = [Path(f"data/replicates/{r}/prepare/samples.parquet").read_bytes() for r in (1, 3)]
         assert samples[0] != samples[1]
-        other = invoke("replicates", "x", "other", "--set", "replicates=[0, 1]")
-        assert other.exit_code == 0
+        accepted("replicates", "x", "other", "--set", "replicates=[0, 1]")
         assert tree(Path("other/1")) == before
         train = ("train-classifier", "dr", "data/extract/few", "data/train_backbone/few", "heads")
-        missing = invoke(*train, "--set", "replicates=[0, 9]")
-        assert missing.exit_code == 1
-        assert "replicate 9 is missing; run h2t replicates" in missing.stderr
+        line = refused(*train, "--set", "replicates=[0, 9]", code=1)
+        assert "replicate 9 is missing; run h2t replicates" in line

@@ -5,6 +5,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from builders import flip
 from pipeline_builders import CPU, make_stage2_cache, silent
 
 from h2t.cache.reader import open_cache
@@ -166,9 +167,8 @@ def test_a_damaged_row_stops_training_at_its_step(tmp_path):
         shard, within = divmod(victim, opened.spec.shard_rows)
         path = folder / opened.spec.shard_file(0, shard)
         offset = int(opened.chunk_ranges(np.array([victim]), 0)[1][0])
-        data, before = bytearray(path.read_bytes()), path.stat()
-        data[offset + 1] ^= 1
-        path.write_bytes(bytes(data))
+        before = path.stat()
+        flip(path, offset + 1)
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # rot leaves no trace; a write would be `replaced`
         done = []
         with pytest.raises(Exception, match=f"chunk {within} .row {victim}.: crc32c"):

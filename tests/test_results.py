@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from pipeline_builders import ROOT, invoke, write_params
+from pipeline_builders import ROOT, accepted, refused, write_params
 from report_builders import make_evaluated
 from scipy.stats import ttest_rel
 
@@ -348,12 +348,10 @@ def test_compare_without_a_shared_host(tmp_path, evaluated):
 def test_command_line(tmp_path, monkeypatch, evaluated):
     write_params(tmp_path / "params.yaml")
     monkeypatch.chdir(tmp_path)
-    done = invoke("report", "--compare", evaluated, evaluated)
-    assert done.exit_code == 0, done.stderr
-    assert "B - A" in done.stdout
-    missing = invoke("report", evaluated)
-    assert missing.exit_code == 2
-    assert "--compare" in missing.stderr
+    done = accepted("report", "--compare", evaluated, evaluated)
+    assert "B - A" in done
+    line = refused("report", evaluated, code=2)
+    assert "--compare" in line
 
 
 def test_run_records_are_shown_on_request_only(tmp_path, evaluated):

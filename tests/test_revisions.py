@@ -4,7 +4,7 @@ import re
 import shutil
 
 import pytest
-from pipeline_builders import invoke, write_params
+from pipeline_builders import accepted, refused, write_params
 from report_builders import make_evaluated
 from repositories import dvc, git, start_repository
 
@@ -52,31 +52,27 @@ def here(lab, monkeypatch, tmp_path):
 
 
 def test_two_revisions_are_the_two_folders(here, tmp_path):
-    folders = invoke("report", "--compare", here / "one/evaluate", here / "two/evaluate")
-    assert folders.exit_code == 0, folders.output
-    found = invoke("report", "--compare", "one", "HEAD", tmp_path / "both")
-    assert found.exit_code == 0, found.output
-    assert len(table_of(found.stdout)) == 3
-    assert table_of(found.stdout) == table_of(folders.stdout)
+    folders = accepted("report", "--compare", here / "one/evaluate", here / "two/evaluate")
+    found = accepted("report", "--compare", "one", "HEAD", tmp_path / "both")
+    assert len(table_of(found)) == 3
+    assert table_of(found) == table_of(folders)
     first, second = (load_result("dr", here / n / "evaluate/dr").metrics["with_h2t"]["top1"] for n in ("one", "two"))
-    assert f"{second - first:+.2f} [" in table_of(found.stdout)[2]
+    assert f"{second - first:+.2f} [" in table_of(found)[2]
     page = (tmp_path / "both/index.html").read_text()
     assert "A: one, B: HEAD" in page
     assert not re.search(r"h2t-revision-", page)
 
 
 def test_a_revision_against_the_workspace(here):
-    same = invoke("report", "--compare", "two", "data")
-    assert same.exit_code == 0, same.output
-    assert "+0.00 identical" in table_of(same.stdout)[1]
+    same = accepted("report", "--compare", "two", "data")
+    assert "+0.00 identical" in table_of(same)[1]
 
 
 def test_an_experiment_goes_by_its_name(here, lab):
     """`dvc exp run` on the last commit with the seed of the one before it gives the results of that."""
     dvc("exp", "run", "--name", "trial", "-S", "seed=0", where=lab / "a")
-    found = invoke("report", "--compare", "HEAD", "trial", here / "both")
-    assert found.exit_code == 0, found.output
-    assert table_of(found.stdout) == table_of(invoke("report", "--compare", "two", "one").stdout)
+    found = accepted("report", "--compare", "HEAD", "trial", here / "both")
+    assert table_of(found) == table_of(accepted("report", "--compare", "two", "one"))
     assert "A: HEAD, B: trial" in (here / "both/index.html").read_text()
 
 
@@ -88,29 +84,24 @@ def test_an_experiment_whose_name_several_have_is_one_line(here, lab):
         dvc("checkout", "--force", where=root)
         dvc("exp", "run", "--name", "twice", "-S", f"seed={seed}", where=root)
     git("checkout", "--quiet", "--force", "bare", where=root)
-    found = invoke("report", "--compare", "two", "twice")
-    assert found.exit_code == 1
-    assert found.stderr.startswith("error: twice: several experiments have this name")
-    assert found.stderr.count("\n") == 1
+    line = refused("report", "--compare", "two", "twice", code=1)
+    assert line.startswith("error: twice: several experiments have this name")
     git("checkout", "--quiet", "--force", "two", where=root)
     dvc("checkout", "--force", where=root)
-    assert table_of(invoke("report", "--compare", "two", "twice").stdout)  # the one on the commit that is checked out
+    assert table_of(accepted("report", "--compare", "two", "twice"))  # the one on the commit that is checked out
 
 
 def test_a_revision_comes_from_the_remote(here, lab):
     dvc("push", "--all-commits", where=lab / "a")
-    before = table_of(invoke("report", "--compare", "one", "two").stdout)
+    before = table_of(accepted("report", "--compare", "one", "two"))
     shutil.rmtree(lab / "a/.dvc/cache")
-    found = invoke("report", "--compare", "one", "two")
-    assert found.exit_code == 0, found.output
-    assert table_of(found.stdout) == before
+    found = accepted("report", "--compare", "one", "two")
+    assert table_of(found) == before
 
 
 @pytest.mark.parametrize(
     ("place", "rule"), [("bare", "has no data/evaluate"), ("no-such", "neither a folder nor a revision")]
 )
 def test_what_cannot_be_compared_is_one_line(here, place, rule):
-    found = invoke("report", "--compare", place, "two")
-    assert found.exit_code == 1
-    assert found.stderr.startswith(f"error: {place}: {rule}")
-    assert found.stderr.count("\n") == 1
+    line = refused("report", "--compare", place, "two", code=1)
+    assert line.startswith(f"error: {place}: {rule}")

@@ -6,10 +6,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from builders import tree
+from builders import raises, tree
 from kills import struck
 
-from h2t.cache.errors import CacheError
 from h2t.cache.write.staging import Staging, write_durably
 
 HOLD = """
@@ -28,9 +27,8 @@ def finished(staging: Staging, content: bytes = b"new") -> Staging:
 
 
 def test_a_second_owner_is_refused_until_the_first_leaves(cache_dir):
-    with Staging(cache_dir), pytest.raises(CacheError) as error:
+    with Staging(cache_dir), raises("busy"):
         Staging(cache_dir).__enter__()
-    assert error.value.reason == "busy"
     with Staging(cache_dir):
         pass
 
@@ -39,9 +37,8 @@ def test_a_killed_process_leaves_no_lock(cache_dir):
     command = [sys.executable, "-c", HOLD, str(cache_dir)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[1]) as holder:
         assert holder.stdout.readline() == b"held\n"
-        with pytest.raises(CacheError) as error:
+        with raises("busy"):
             Staging(cache_dir).__enter__()
-        assert error.value.reason == "busy"
         holder.send_signal(signal.SIGKILL)
         holder.wait()
     with Staging(cache_dir):
@@ -75,9 +72,8 @@ def test_publish_replaces_only_when_told_to(cache_dir):
     (cache_dir / "file").write_bytes(b"old")
     with Staging(cache_dir) as staging:
         finished(staging)
-        with pytest.raises(CacheError) as error:
+        with raises("exists"):
             staging.publish(replace=False)
-        assert error.value.reason == "exists"
         assert tree(cache_dir) == {"file": b"old"}
         staging.publish(replace=True)
     assert tree(cache_dir) == {"file": b"new"}

@@ -10,7 +10,7 @@ import yaml
 from builders import tree
 from dvc.repo import Repo
 from golden_cases import FIRST
-from pipeline_builders import ROOT, invoke
+from pipeline_builders import ROOT, accepted, refused
 from repositories import dvc, git
 
 from h2t.pipeline.base import numbers
@@ -62,14 +62,12 @@ def edit(path, change):
 def test_a_lock_file_from_before_the_numbers_is_taken_over(project):
     before = tree(project)
     assert changed(project) == STAGES | {"inputs", "replicates"}
-    said = invoke("upgrade")
-    assert said.exit_code == 0, said.output
-    assert f"results of {len(STAGES - NEWER)} stages are kept" in said.stdout
-    again = [line for line in said.stdout.splitlines() if "runs again" in line]
+    said = accepted("upgrade")
+    assert f"results of {len(STAGES - NEWER)} stages are kept" in said
+    again = [line for line in said.splitlines() if "runs again" in line]
     assert {line.split()[0] for line in again} == NEWER
     assert {name: data for name, data in tree(project).items() if name in before} == before, "said, not done"
-    done = invoke("upgrade", "--apply")
-    assert done.exit_code == 0, done.output
+    accepted("upgrade", "--apply")
     assert changed(project) == NEWER
     lock = yaml.safe_load((project / "dvc.lock").read_text())["stages"]
     assert lock["extract@few"]["params"]["stages.yaml"]["extract"] == numbers.FIRST
@@ -81,15 +79,13 @@ def test_a_lock_file_from_before_the_numbers_is_taken_over(project):
     shutil.rmtree(project / "data/replicates")  # none
     (project / "data/.gitignore").unlink()
     assert tree(project / "data") == tree(FIRST / "data")
-    assert "nothing to change" in invoke("upgrade").stdout
+    assert "nothing to change" in accepted("upgrade")
 
 
 def test_what_the_first_version_wrote_is_verified_and_trained_on(project):
-    assert invoke("cache", "verify", "data/extract/few").exit_code == 0
-    done = invoke("train-classifier", "dr", "data/extract/few", "data/train_backbone/few", "heads")
-    assert done.exit_code == 0, done.output
-    again = invoke("evaluate", "dr", "data/extract/few", "data/train_classifier/dr", "data/train_backbone/few", "out")
-    assert again.exit_code == 0, again.output
+    accepted("cache", "verify", "data/extract/few")
+    accepted("train-classifier", "dr", "data/extract/few", "data/train_backbone/few", "heads")
+    accepted("evaluate", "dr", "data/extract/few", "data/train_classifier/dr", "data/train_backbone/few", "out")
     assert json.loads((project / "out/metrics.json").read_text())["with_h2t"]["heads"] == 2
 
 
@@ -136,18 +132,17 @@ def test_it_says_what_another_number_concerns_and_why(project):
     for name in ("dvc.lock", "stages.yaml"):
         path = project / name
         path.write_text(path.read_text().replace("extract: 2026112601", "extract: 2026112507"))
-    refused = invoke("prepare", "out")
-    assert refused.exit_code == 1
-    assert "type: h2t upgrade" in refused.stderr
-    said = invoke("upgrade").stdout
+    line = refused("prepare", "out", code=1)
+    assert "type: h2t upgrade" in line
+    said = accepted("upgrade")
     assert "stages.yaml: extract: 2026112507 -> 2026112601" in said
     (line,) = [one for one in said.splitlines() if one.startswith("extract@few runs again")]
     assert line.startswith("extract@few runs again and writes data/extract/few: extract has the number 2026112601, was")
     assert line.endswith("read by evaluate@dr, pool@few, probe@few, report, train_classifier@dr")
     assert "2026112507" in (project / "stages.yaml").read_text()
-    assert invoke("upgrade", "--apply").exit_code == 0
+    accepted("upgrade", "--apply")
     assert changed(project) == {"extract@few", "replicates"} | NEWER
-    assert invoke("prepare", "out").exit_code == 0
+    accepted("prepare", "out")
 
 
 def test_data_that_differ_are_not_taken_over(project):
@@ -186,24 +181,21 @@ def test_a_plug_in_of_the_project_gets_its_line_and_reruns_what_uses_its_kind(pr
 def test_a_dvc_yaml_that_watches_no_numbers_is_one_line(project):
     path = project / "dvc.yaml"
     path.write_text(re.sub(r"(- |, )?stages\.yaml: \[[^\]]*\]", "", path.read_text()))
-    done = invoke("upgrade", "--apply")
-    assert done.exit_code == 1
-    assert "dvc.yaml: watches no numbers" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    line = refused("upgrade", "--apply", code=1)
+    assert "dvc.yaml: watches no numbers" in line
 
 
 def test_outside_of_a_repository_it_is_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    done = invoke("upgrade")
-    assert done.exit_code == 1
-    assert "not inside a DVC repository" in done.stderr
+    line = refused("upgrade", code=1)
+    assert "not inside a DVC repository" in line
 
 
 def test_doctor_names_outputs_that_were_made_by_other_code_of_the_same_number(project):
     upgrade(project, lambda line: None, apply=True)
     arguments = ("train-classifier", "dr", "data/extract/few", "data/train_backbone/few", "out")
     record = project / "data/runs/train_classifier/dr.json"
-    assert invoke(*arguments, "--record", record).exit_code == 0
+    accepted(*arguments, "--record", record)
     values = json.loads(record.read_text())
     assert {"pipeline/heads/stack.py", "pipeline/hosts/dr.py", "cache/reader.py"} <= set(values["code"])
 

@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from builders import TOKEN, make_cache, make_maps, make_rows, make_spec, make_statistics, tree, write_cache
+from builders import TOKEN, make_cache, make_maps, make_rows, make_spec, make_statistics, raises, tree, write_cache
 from pipeline_builders import extracted
 from servers import Bucket, Folder, openssh_server, s3_endpoint, sftp_server, sshd_program
 
@@ -22,6 +22,10 @@ SMALL = {"batchnorm": ["branchwise"], "max_views": 2, "shard_bytes": 98304, "bat
 SSHD = pytest.param(
     "sshd", marks=pytest.mark.skipif(not sshd_program(), reason="needs OpenSSH's server: make -C tests test-remotes")
 )
+
+
+#: A test that extracts runs on one SSH server; TestOfShards and TestOfLocks run on both.
+one_of_a_kind = pytest.mark.parametrize("store", ["s3", "sshd" if sshd_program() else "sftp"], indirect=True)
 
 
 @pytest.fixture(params=["s3", "sftp", SSHD])
@@ -132,9 +136,8 @@ class TestOfShards:
     def test_another_cache_is_replaced_only_on_demand(self, store, spec):
         longer = make_spec(rows=60, shard_rows=4)
         written(store, longer)
-        with pytest.raises(CacheError, match="holds another cache; remove it or pass --replace") as error:
+        with raises("exists", "holds another cache; remove it or pass --replace"):
             written(store, spec)
-        assert error.value.reason == "exists"
         with open_cache(f"{store.url}/c") as opened:
             assert opened.spec.rows == 60
         assert written(store, spec, replace=True) == []
@@ -143,9 +146,8 @@ class TestOfShards:
     def test_what_is_no_cache_is_not_overwritten(self, store, spec):
         store.put("c/thesis.tex", b"years of work")
         for replace in (False, True):
-            with pytest.raises(CacheError, match=r"holds thesis\.tex, which is no part of a cache") as error:
+            with raises("exists", r"holds thesis\.tex, which is no part of a cache"):
                 written(store, spec, replace=replace)
-            assert error.value.reason == "exists"
         assert below(store, "c") == {"thesis.tex": b"years of work"}
 
     def test_a_commit_that_was_cut_off_is_no_cache_and_goes_on(self, store, spec, tmp_path):
@@ -155,11 +157,8 @@ class TestOfShards:
         write_part(store, spec, Part(1, 1))
         for name in ("maps.zarr/expert_0/c.0.0.0.0", "maps.zarr/expert_0/c.7.0.0.0", "rows.parquet"):
             store.put(f"c/{name}", expected.get(name, b"of an earlier cache")[:-1])
-        with pytest.raises(
-            CacheError, match=r"is unfinished: no cache.json yet; .*run the same command again"
-        ) as error:
+        with raises("uncommitted", r"is unfinished: no cache.json yet; .*run the same command again"):
             open_cache(f"{store.url}/c")
-        assert error.value.reason == "uncommitted"
         assert written(store, spec) == []
         assert below(store, "c") == expected
 
@@ -201,9 +200,8 @@ class TestOfLocks:
 
     def test_of_another_machine_is_respected_until_it_expires(self, store, spec, monkeypatch):
         self.held_by(store, host="elsewhere")
-        with pytest.raises(CacheError, match=r"process \d+ on elsewhere.* its lock ends after 120 s") as error:
+        with raises("busy", r"process \d+ on elsewhere.* its lock ends after 120 s"):
             written(store, spec)
-        assert error.value.reason == "busy"
         monkeypatch.setattr(lease, "EXPIRES", 0.0)
         assert written(store, spec)
 
@@ -269,6 +267,7 @@ def single(tmp_path_factory, digits, backbone_dir):
     return tree(out)
 
 
+@one_of_a_kind
 def test_extraction_ends_in_the_bytes_of_a_directory(store, digits, backbone_dir, single, tmp_path):
     said = []
     extracted(tmp_path / "b", *digits, backbone_dir, to=f"{store.url}/b", say=said.append, **SMALL)
@@ -281,6 +280,7 @@ def test_extraction_ends_in_the_bytes_of_a_directory(store, digits, backbone_dir
     assert store.files().keys() == {f"b/{name}" for name in single}
 
 
+@one_of_a_kind
 def test_parts_and_a_commit_end_in_the_same_bytes(store, digits, backbone_dir, single, tmp_path):
     given = {"to": f"{store.url}/b", **SMALL}
     for k in (3, 1):
@@ -293,6 +293,7 @@ def test_parts_and_a_commit_end_in_the_same_bytes(store, digits, backbone_dir, s
 
 
 @pytest.mark.slow
+@one_of_a_kind
 def test_workers_of_a_cluster_write_there_themselves(store, digits, backbone_dir, single, tmp_path):
     extracted(tmp_path / "b", *digits, backbone_dir, to=f"{store.url}/b", cluster="local:2", **SMALL)
     assert store.files() == {f"b/{name}": data for name, data in single.items()}
@@ -313,10 +314,9 @@ def test_a_copy_has_every_byte_and_is_resumed(store, tmp_path):
     victim.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
     with (
         open_cache(tmp_path / "c") as cache,
-        pytest.raises(CacheError, match=r"c\.4\.0\.0\.0: sha256 differs") as error,
+        raises("damaged", r"c\.4\.0\.0\.0: sha256 differs"),
     ):
         copied(cache, f"{store.url}/d")
-    assert error.value.reason == "damaged"
     assert below(store, "d") == {}
     victim.write_bytes(sound)
     with open_cache(tmp_path / "c") as cache:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import TOKEN, make_cache, make_maps, make_rows, make_spec, make_statistics, tree, write_cache
+from builders import TOKEN, make_cache, make_maps, make_rows, make_spec, make_statistics, raises, tree, write_cache
 
 from h2t.cache.errors import CacheError
 from h2t.cache.format.codecs import CODECS
@@ -92,25 +92,22 @@ def test_order_and_threads_do_not_matter(tmp_path):
 def test_maps_that_do_not_fit_are_refused(cache_dir, shard, maps, reason):
     with Staging(cache_dir) as staging:
         writer = writer_in(staging)
-        with pytest.raises(CacheError) as error:
+        with raises(reason):
             writer.write(shard, maps)
-        assert error.value.reason == reason
         assert writer.pending == [0, 1, 2]
 
 
 def test_a_row_table_of_another_length_is_refused(cache_dir):
-    with Staging(cache_dir) as staging, pytest.raises(CacheError) as error:
+    with Staging(cache_dir) as staging, raises("mismatch"):
         CacheWriter(staging, make_spec(), make_rows(10), TOKEN)
-    assert error.value.reason == "mismatch"
 
 
 def test_no_commit_before_every_shard(cache_dir):
     with Staging(cache_dir) as staging:
         writer = writer_in(staging)
         writer.write(1, part(make_spec(), 1))
-        with pytest.raises(CacheError) as error:
+        with raises("incomplete"):
             writer.commit(b"", b"")
-        assert error.value.reason == "incomplete"
     assert not cache_dir.exists()
 
 
@@ -118,9 +115,8 @@ def test_a_committed_cache_is_not_overwritten(cache_dir):
     make_cache(cache_dir)
     before = tree(cache_dir)
     other = make_spec(fingerprint_inputs={"backbone": "c"})
-    with pytest.raises(CacheError) as error:
+    with raises("exists"):
         write_cache(cache_dir, other, make_rows(), make_maps(other, seed=1))
-    assert error.value.reason == "exists"
     assert tree(cache_dir) == before
     write_cache(cache_dir, other, make_rows(), make_maps(other, seed=1), replace=True)
     assert committed(cache_dir) == other
@@ -151,10 +147,9 @@ def test_replacing_a_cache_deletes_nothing_else(cache_dir, keep):
     keep(cache_dir)
     before = tree(cache_dir) if cache_dir.is_dir() else cache_dir.read_text()
     spec = make_spec()
-    with pytest.raises(CacheError) as error:
+    with raises("exists"):
         committed(cache_dir)
         write_cache(cache_dir, spec, make_rows(), make_maps(spec), replace=True)
-    assert error.value.reason == "exists"
     assert (tree(cache_dir) if cache_dir.is_dir() else cache_dir.read_text()) == before
 
 

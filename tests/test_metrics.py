@@ -9,6 +9,7 @@ from sklearn.metrics import (
     confusion_matrix,
     f1_score,
     log_loss,
+    precision_recall_fscore_support,
     precision_score,
     recall_score,
     top_k_accuracy_score,
@@ -17,6 +18,7 @@ from sklearn.metrics import (
 from h2t.pipeline.data.classes import GROUPS, groups
 from h2t.pipeline.evaluation.metrics import (
     BINS,
+    PREDICTED_AT_ONCE,
     answers,
     calibration_gaps,
     confusion,
@@ -85,13 +87,25 @@ def test_further_figures_agree_with_scikit_learn():
     assert found["macro_f1"] == pytest.approx(100 * f1_score(labels, guesses, average="macro"))
     assert found["top5"] == pytest.approx(100 * top_k_accuracy_score(labels, logits, k=5, labels=range(30)))
     assert found["nll"] == pytest.approx(log_loss(labels, share, labels=range(30)))
-    precision, f1 = precision_and_f1(labels, guesses, 30)
+    (precision,), (f1,) = precision_and_f1(labels, [guesses], 30)
     assert np.isnan(precision[25:]).all()
     assert np.isnan(f1[25:]).all()
     assert not np.isnan(f1[:20]).any()
     seen = np.unique(guesses)
     expected = precision_score(labels, guesses, labels=seen, average=None, zero_division=0)
     assert np.allclose(precision[seen], 100 * expected)
+
+
+def test_precision_and_f1_of_several_classifiers_are_those_of_each_alone():
+    """Exactly, also of classifiers that do not share a call; class 6 does not occur, class 5 is never predicted."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 6, PREDICTED_AT_ONCE // 2)
+    every = [np.where(rng.random(len(labels)) < share, labels, 0) % 5 for share in (0.9, 0.5, 0.1)]
+    precision, f1 = precision_and_f1(labels, every, 7)
+    for guesses, of_one, f1_of_one in zip(every, precision, f1, strict=True):
+        expected = precision_recall_fscore_support(labels, guesses, labels=range(7), zero_division=np.nan)
+        assert np.array_equal(of_one, 100 * expected[0], equal_nan=True)
+        assert np.array_equal(f1_of_one, 100 * expected[2], equal_nan=True)
 
 
 def test_ranks_put_the_first_of_equal_logits_first():

@@ -10,7 +10,7 @@ from h2t.pipeline.base import plugins
 from h2t.pipeline.heads import linear_heads
 from h2t.pipeline.heads import stack as stack_module
 from h2t.pipeline.heads.fusion import channel_ranks, replaced_channels
-from h2t.pipeline.heads.host import is_stackable
+from h2t.pipeline.heads.host import is_cross_entropy, is_stackable, stackable
 
 GRID = [
     {"ratio": r, "donor": d, "selection": s, "seed": seed}
@@ -139,6 +139,36 @@ def test_an_overridden_loss_is_written_for_one_head_unless_it_says_otherwise(cac
     own.linear_heads.stackable = False
     (mine, _), (theirs, _) = trained(own), trained(ours)
     assert all(distance(mine[name], theirs[name]) <= 1e-11 for name in theirs)
+
+
+CROSS_ENTROPIES = {
+    "linear": {"host": "dr"},
+    "cosine": {"host": "dr", "classifier": "cosine", "scale": 3.0},
+    "scaled": {"host": "crt", "scale": 2.0},
+    "with a prior": {"host": "balanced_softmax"},
+}
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("kind", CROSS_ENTROPIES)
+def test_cross_entropy_has_the_gradient_that_autograd_gives(two_experts, kind, at_once, monkeypatch):
+    """To the same bits, of all heads at once and of one after another."""
+    if not at_once:
+        monkeypatch.setattr(linear_heads, "LOGITS_AT_ONCE", 1)
+    options = {"donors": DONORS, **CROSS_ENTROPIES[kind]}
+    ours, other = (make_stack(two_experts, GRID, **options) for _ in range(2))
+
+    class Own(type(other.host)):
+        @stackable
+        def loss(self, state, features, labels, noise):
+            return super().loss(state, features, labels, noise)
+
+    other.linear_heads.on_logits.__class__ = Own
+    assert is_cross_entropy(ours.linear_heads.on_logits)
+    assert not is_cross_entropy(other.linear_heads.on_logits)
+    (mine, losses), (theirs, others) = trained(ours), trained(other)
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert torch.equal(torch.stack(losses), torch.stack(others))
 
 
 def test_the_length_of_windows_changes_nothing(two_experts, monkeypatch):

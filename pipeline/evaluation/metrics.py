@@ -9,6 +9,7 @@ import numpy as np
 from h2t.pipeline.data.classes import GROUPS
 
 BINS = 15
+PREDICTED_AT_ONCE = 2**19  # predictions whose precision is computed in one call, some 100 bytes of memory each
 
 
 def confusion(labels: np.ndarray, guesses: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -117,15 +118,30 @@ def answers(logits: np.ndarray, labels: np.ndarray, temperature: float = 1.0) ->
     return Graded(logits.argmax(1).astype(np.int32), 1 / total, rank.astype(np.int32), loss)
 
 
-def precision_and_f1(labels: np.ndarray, guesses: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Precision and F1 of each class in percent, float64 (classes,) each.
+def precision_and_f1(labels: np.ndarray, every: Sequence[np.ndarray], classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Precision and F1 of each classifier and class in percent, float64 (classifiers, classes) each.
 
-    NaN where undefined: precision of a class that is never predicted, F1 of one that has no samples either.
+    `labels`: int (n,); `every`: the predicted classes of each classifier, int (n,). NaN where undefined: precision of a
+    class that is never predicted, F1 of one that has no samples either.
     """
-    from sklearn.metrics import precision_recall_fscore_support  # takes a second to import
+    from sklearn.metrics import precision_recall_fscore_support  # takes two seconds to import
 
-    found = precision_recall_fscore_support(labels, guesses, labels=range(classes), zero_division=np.nan)
-    return 100 * found[0], 100 * found[2]
+    length = max(1, PREDICTED_AT_ONCE // max(len(labels), 1))
+    found = []
+    for start in range(0, len(every), length):
+        some = every[start : start + length]
+        # A call takes 6 ms, most of it checks, so classifiers share one: each has class numbers of its own.
+        parts = [np.array(confusion(labels, guesses, classes)) for guesses in some]
+        for number, part in enumerate(parts):
+            part[:2] += number * classes
+        true, predicted, count = np.concatenate(parts, axis=1)
+        numbers = np.arange(len(some) * classes)
+        of_some = precision_recall_fscore_support(
+            true, predicted, labels=numbers, sample_weight=count, zero_division=np.nan
+        )
+        found.append(np.array([of_some[0], of_some[2]]).reshape(2, len(some), classes))
+    precision, f1 = 100 * np.concatenate(found, axis=1)
+    return precision, f1
 
 
 def main_figures(predicted: Graded, labels: np.ndarray, group_of: Sequence[str | None]) -> dict[str, float | None]:
@@ -139,21 +155,31 @@ def main_figures(predicted: Graded, labels: np.ndarray, group_of: Sequence[str |
 
 
 def summary(predicted: Graded, labels: np.ndarray, group_of: Sequence[str | None]) -> dict[str, float | None]:
-    """The figures of a classifier, all in percent but `nll`.
+    """`summaries` of one classifier."""
+    return summaries([predicted], labels, group_of)[0]
+
+
+def summaries(
+    every: Sequence[Graded], labels: np.ndarray, group_of: Sequence[str | None]
+) -> list[dict[str, float | None]]:
+    """The figures of each of several classifiers, all in percent but `nll`.
 
     Those of `main_figures`; `balanced_accuracy`, the mean recall of the classes that have samples; `macro_f1`, the mean
     F1 of the classes that have samples or are predicted; `top5`; `nll`, the mean negative log-likelihood in nats.
     `labels` is int (n,); `group_of` has one entry per class.
     """
-    accuracy = per_class_accuracy(labels, predicted.guesses, len(group_of))
-    _, f1 = precision_and_f1(labels, predicted.guesses, len(group_of))
-    return {
-        **main_figures(predicted, labels, group_of),
-        "balanced_accuracy": float(np.nanmean(accuracy)),
-        "macro_f1": float(np.nanmean(f1)),
-        "top5": float(100 * (predicted.rank < 5).mean()),
-        "nll": float(predicted.loss.mean()),
-    }
+    classes = len(group_of)
+    _, f1 = precision_and_f1(labels, [predicted.guesses for predicted in every], classes)
+    return [
+        {
+            **main_figures(predicted, labels, group_of),
+            "balanced_accuracy": float(np.nanmean(per_class_accuracy(labels, predicted.guesses, classes))),
+            "macro_f1": float(np.nanmean(own)),
+            "top5": float(100 * (predicted.rank < 5).mean()),
+            "nll": float(predicted.loss.mean()),
+        }
+        for predicted, own in zip(every, f1, strict=True)
+    ]
 
 
 def over_seeds(figures: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:

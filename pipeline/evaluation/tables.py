@@ -61,23 +61,24 @@ def write_per_class(into: Path, replicates: Sequence[Scored], counts: list[int])
     of: dict[str, list[Any]] = {name: [] for name in defined}
     for scored in replicates:
         results = [
-            (number, split, result, said)
+            ([number for number, _ in scored.of(split, statistics)], split, result)
             for (split, statistics), result in scored.scores.items()
-            for number, said in scored.of(split, statistics)
         ]
-        results += [(scored.stage1, split, result, result.said[0]) for split, result in scored.first.items()]
-        for number, split, result, said in results:
-            accuracy = per_class_accuracy(result.labels, said.guesses, len(counts))
-            precision, f1 = precision_and_f1(result.labels, said.guesses, len(counts))
-            columns["number"] += [number] * len(counts)
-            columns["split"] += [split] * len(counts)
-            columns["statistics"] += [result.statistics] * len(counts)
-            columns["class"] += range(len(counts))
-            columns["count"] += counts
-            for name, values in (("accuracy", accuracy), ("precision", precision), ("f1", f1)):
-                columns[name] += [None if np.isnan(v) else float(v) for v in values]
-            for name, members in defined.items():
-                of[name] += members
+        results += [([scored.stage1], split, result) for split, result in scored.first.items()]
+        for numbers, split, result in results:
+            guesses = [said.guesses for said in result.said]
+            precision, f1 = precision_and_f1(result.labels, guesses, len(counts))
+            for head, number in enumerate(numbers):
+                accuracy = per_class_accuracy(result.labels, guesses[head], len(counts))
+                columns["number"] += [number] * len(counts)
+                columns["split"] += [split] * len(counts)
+                columns["statistics"] += [result.statistics] * len(counts)
+                columns["class"] += range(len(counts))
+                columns["count"] += counts
+                for name, values in (("accuracy", accuracy), ("precision", precision[head]), ("f1", f1[head])):
+                    columns[name] += [None if np.isnan(v) else float(v) for v in values]
+                for name, members in defined.items():
+                    of[name] += members
     pq.write_table(pa.table({**columns, **of}), into / "per_class.parquet", compression="zstd")
 
 

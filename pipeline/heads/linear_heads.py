@@ -12,7 +12,9 @@ from torch.func import vmap
 from torch.nn import functional as F
 
 from h2t.pipeline.heads.folded import Groups, Products
-from h2t.pipeline.heads.host import GradientHost, TrainingBatch, is_stackable
+from h2t.pipeline.heads.host import CrossEntropyHost, GradientHost, TrainingBatch, is_cross_entropy, is_stackable
+from h2t.pipeline.networks.classifier import expert_mean
+from h2t.pipeline.training.longtail import cross_entropy_gradient
 
 LEAST_LENGTH = 1e-12  # of a feature vector, as in torch's `normalize`
 #: Bytes of logits that are computed at once on the CPU. More would leave the processor's cache, and malloc would take
@@ -64,17 +66,21 @@ class LinearHeads:
         blocks = []
         for (heads, _), products in zip(self.blocks, every, strict=True):
             own = {name: t.detach()[heads] for name, t in state.items()}
-            logits = self._logits(products, own).requires_grad_()
-            leaves = {name: own[name].requires_grad_() for name in trained}
-            losses = self._losses(own, batch.of(self._seed[heads], logits))
-            # Of the sum: for `grad_outputs` torch imports sympy.
-            outer, *rest = torch.autograd.grad(losses.sum(), [logits, *leaves.values()], allow_unused=True)
+            logits = self._logits(products, own)
+            rest: Sequence[torch.Tensor | None] = [None] * len(trained)
+            if self.stackable and is_cross_entropy(self.on_logits):
+                losses, outer = _cross_entropy(self.on_logits, logits, batch.labels[self._seed[heads]])
+            else:
+                leaves = [own[name].requires_grad_() for name in trained]
+                losses = self._losses(own, batch.of(self._seed[heads], logits.requires_grad_()))
+                # Of the sum: for `grad_outputs` torch imports sympy.
+                outer, *rest = torch.autograd.grad(losses.sum(), [logits, *leaves], allow_unused=True)
             found = self._of_logits(products, own, outer.mT)
-            for name, gradient in zip(leaves, rest, strict=True):  # of what a loss uses besides logits
+            for name, gradient in zip(trained, rest, strict=True):  # of what a loss uses besides logits
                 if gradient is not None:
                     found[name] = found[name] + gradient if name in found else gradient
                 elif name not in found:
-                    found[name] = torch.zeros_like(leaves[name])
+                    found[name] = torch.zeros_like(own[name])
             blocks.append((found, losses.detach()))
         for name, tensor in trained.items():
             if len(blocks) == 1:
@@ -119,3 +125,16 @@ class LinearHeads:
         if not self.stackable:
             loss = vmap(loss, in_dims=(0, batch.axes))
         return loss(state, batch)
+
+
+@torch.no_grad()
+def _cross_entropy(
+    host: CrossEntropyHost, logits: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The losses of K heads (K,), and their gradients for the experts' `logits` (K, E, B, N).
+
+    `labels`: int64 (K, B).
+    """
+    losses, outer = cross_entropy_gradient(host.with_prior(expert_mean(logits)), labels)
+    experts = logits.shape[1]
+    return losses, outer.unsqueeze(1) if experts == 1 else (outer / experts).unsqueeze(1).expand(logits.shape)

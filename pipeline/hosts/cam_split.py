@@ -21,9 +21,9 @@ import torch
 
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import Count, Ratio, Section
-from h2t.pipeline.heads.host import Context, GradientHost, State, TrainingBatch, stackable
+from h2t.pipeline.heads.host import Context, CrossEntropyHost, TrainingBatch
 from h2t.pipeline.networks.trained import StageOneHead
-from h2t.pipeline.training.longtail import cross_entropy, without_tail
+from h2t.pipeline.training.longtail import without_tail
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
@@ -43,7 +43,7 @@ class Loss(Section):
     """Probability that a receiver of a rare class is changed."""
 
 
-class Host(GradientHost):
+class Host(CrossEntropyHost):
     """Needs a linear classifier in stage I, and whole maps."""
 
     linear = True
@@ -98,10 +98,3 @@ class Host(GradientHost):
         found = torch.einsum("ebc,ebchw->ebhw", self.weight[:, labels].to(maps), maps).clamp_min(0).unsqueeze(2)
         low, high = found.amin((-2, -1), keepdim=True), found.amax((-2, -1), keepdim=True)
         return (found - low) / (high - low).clamp_min(1e-12)
-
-    @stackable
-    def loss(
-        self, state: State, features: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Mean cross-entropy of the batch."""
-        return cross_entropy(self.logits(state, features), labels)

@@ -7,22 +7,12 @@ Published setting: that of the H2T code for CIFAR-100-LT is the default here: ra
 weight decay 0.0005. It has batch norm in train mode, which recipe `branchwise` comes near to.
 """
 
-import torch
-
-from h2t.pipeline.heads.host import GradientHost, State, stackable
-from h2t.pipeline.training.longtail import cross_entropy
+from h2t.pipeline.heads.host import CrossEntropyHost
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
-class Host(GradientHost):
+class Host(CrossEntropyHost):
     """Cross-entropy of the mean of the experts' logits."""
 
     linear = True
-
-    @stackable
-    def loss(
-        self, state: State, features: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Mean cross-entropy of the batch."""
-        return cross_entropy(self.logits(state, features), labels)

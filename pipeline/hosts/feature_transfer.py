@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from h2t.pipeline.base.params import Count, Ratio, Section
-from h2t.pipeline.heads.host import Context, GradientHost, State, TrainingBatch, stackable
+from h2t.pipeline.heads.host import Context, CrossEntropyHost, TrainingBatch
 from h2t.pipeline.networks.trained import StageOneHead
-from h2t.pipeline.training.longtail import cross_entropy, without_tail
+from h2t.pipeline.training.longtail import without_tail
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
@@ -35,7 +35,7 @@ class Loss(Section):
     """Cut transferred features at 0."""
 
 
-class Host(GradientHost):
+class Host(CrossEntropyHost):
     """Starts from the stage-I classifier."""
 
     linear = True
@@ -77,10 +77,3 @@ class Host(GradientHost):
         lends = (batch.labels >= self.regular) & (batch.partner_labels < self.regular)
         chosen = lends & (batch.noise < self.constants.share)
         return torch.where(chosen.unsqueeze(-1), moved, batch.features)
-
-    @stackable
-    def loss(
-        self, state: State, features: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Mean cross-entropy of the batch."""
-        return cross_entropy(self.logits(state, features), labels)

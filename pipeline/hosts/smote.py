@@ -15,9 +15,8 @@ import numpy as np
 import torch
 
 from h2t.pipeline.base.params import Count, Section
-from h2t.pipeline.heads.host import Context, GradientHost, State, TrainingBatch, stackable
+from h2t.pipeline.heads.host import Context, CrossEntropyHost, TrainingBatch
 from h2t.pipeline.networks.trained import StageOneHead
-from h2t.pipeline.training.longtail import cross_entropy
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
@@ -31,7 +30,7 @@ class Loss(Section):
     """Nearest neighbours of the same class that a sample may be moved towards."""
 
 
-class Host(GradientHost):
+class Host(CrossEntropyHost):
     """Starts from the stage-I classifier."""
 
     linear = True
@@ -76,10 +75,3 @@ class Host(GradientHost):
         synthetic = (batch.noise[:, 0] >= kept) & (available > 0)
         share = torch.where(synthetic, batch.noise[:, 2], 0.0).unsqueeze(-1)
         return torch.lerp(batch.features, neighbour.to(batch.features), share.to(batch.features))
-
-    @stackable
-    def loss(
-        self, state: State, features: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Mean cross-entropy of the batch."""
-        return cross_entropy(self.logits(state, features), labels)

@@ -5,7 +5,7 @@ The page, results.md and the terminal say the same sentences.
 
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -144,6 +144,8 @@ class Answer:
     runs: Sequence[Mapping[str, Any]] = ()
     evaluated: Path | None = None
     backbones: Mapping[str, str] | None = None
+    #: What `rankings` compared. Copies with other `runs` share it, as comparing takes longest.
+    compared: dict[tuple[str, str, str, str], dict[str, Difference | None]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def methods(self) -> list[Method]:
@@ -153,13 +155,12 @@ class Answer:
     @cached_property
     def rankings(self) -> dict[str, Ranking]:
         """A ranking by each figure that any method has."""
-        compared: dict[tuple[str, str, str, str], dict[str, Difference | None]] = {}
 
         def verdict(after: Method, row: str, before: Method, before_row: str, figure: str) -> str | None:
             pair = (after.name, row, before.name, before_row)
-            if pair not in compared:
-                compared[pair] = rows_apart(after.result, row, before.result, before_row) or {}
-            found = compared[pair].get(figure)
+            if pair not in self.compared:
+                self.compared[pair] = rows_apart(after.result, row, before.result, before_row) or {}
+            found = self.compared[pair].get(figure)
             return found.verdict if found else None
 
         rankings = {f: rank(self.methods, f, verdict) for f in RANKED}

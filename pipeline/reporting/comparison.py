@@ -6,6 +6,7 @@ from typing import Any
 
 from h2t.cache.redaction import in_markdown
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.reporting.answer import Answer
 from h2t.pipeline.reporting.files import text_of, write
 from h2t.pipeline.reporting.page import cell
 from h2t.pipeline.reporting.results import FIGURES, HostResult, load_result
@@ -42,7 +43,7 @@ def compare(
             for pair in pairs
             for label, r in zip("AB", pair, strict=True)
         ]
-        write(f"A: {first}, B: {second}", both, out, sides=sides)
+        write(f"A: {first}, B: {second}", Answer(both), out, sides)
 
 
 def _evaluated(folder: Path) -> Path:

@@ -1,7 +1,7 @@
 """Writes the files of a report: the page, the tables in Markdown and the data behind the plots."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,22 +30,12 @@ from h2t.pipeline.reporting.results import (
 from h2t.pipeline.reporting.sides import Side, sentence
 
 
-def write(
-    title: str,
-    results: list[HostResult],
-    out: Path,
-    runs: Iterable[Mapping[str, Any]] = (),
-    sides: Sequence[Side] = (),
-    evaluated: Path | None = None,
-    backbones: Mapping[str, str] | None = None,
-) -> None:
+def write(title: str, answer: Answer, out: Path, sides: Sequence[Side] = ()) -> None:
     """Writes a complete report into the directory `out`.
 
-    `runs` are run records, which only the page shows. With `sides`, page and table begin with A against B. `evaluated`
-    and `backbones` make the export command (`answer.Answer`).
+    Only the page shows the run records of `answer`. With `sides`, page and table begin with A against B.
     """
-    answer = Answer(results, list(runs), evaluated, backbones)
-    untimed = replace(answer, runs=())
+    results, untimed = answer.results, replace(answer, runs=())
     curves = pd.concat([ratio_curve(r) for r in results], ignore_index=True)
     with fresh_directory(out) as into:
         (into / "results.md").write_text(_document(title, untimed, sides), encoding="utf-8")

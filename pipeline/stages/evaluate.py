@@ -30,7 +30,7 @@ from h2t.pipeline.evaluation.calibration import Calibrated, calibrated
 from h2t.pipeline.evaluation.choice import choose
 from h2t.pipeline.evaluation.evidence import ROOM, write_about, write_embedding, write_reliability, write_weight_norms
 from h2t.pipeline.evaluation.intervals import FIGURES
-from h2t.pipeline.evaluation.metrics import Graded, over_seeds, summary
+from h2t.pipeline.evaluation.metrics import Graded, over_seeds, summaries, summary
 from h2t.pipeline.evaluation.replicates import Loaded, load, score
 from h2t.pipeline.evaluation.scoring import STAGE1
 from h2t.pipeline.evaluation.tables import (
@@ -169,8 +169,8 @@ def _figures(scored: Scored, group_of: Sequence[str | None], several: bool) -> I
     """The lines of `heads.parquet` of one replicate of one or `several`: of its classifiers, then of stage I."""
     by_number = {line["number"]: line for line in scored.table}
     for (split, statistics), result in scored.scores.items():
-        for number, said in scored.of(split, statistics):
-            one = summary(said, result.labels, group_of)
+        found = summaries(result.said, result.labels, group_of)
+        for (number, _), one in zip(scored.of(split, statistics), found, strict=True):
             yield {**by_number[number], "split": split, "statistics": statistics, **one}
     for split, result in scored.first.items():
         own = {"number": scored.stage1, **({"replicate": scored.replicate} if several else {})}

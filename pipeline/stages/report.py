@@ -7,6 +7,7 @@ Only hosts named in the parameters are read; results of other hosts are named in
 
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,10 @@ def run(
     leftovers = sorted(p.name for p in evaluate_dir.iterdir() if p.is_dir() and p.name not in hosts)
     if leftovers:
         run.say(f"note: {', '.join(leftovers)}: not among the hosts of the parameters, left out")
-    records = run_records(runs) if runs else []
-    write(params.title, results, run.out, records, evaluated=evaluate_dir, backbones=backbones)
+    answer = Answer(results, run_records(runs) if runs else [], evaluate_dir, backbones)
+    write(params.title, answer, run.out)
     # What is printed may tell of time, what is written may not: equal results give equal bytes.
-    printed = Answer(results, records or _records_beside(evaluate_dir), evaluate_dir, backbones)
+    printed = replace(answer, runs=answer.runs or _records_beside(evaluate_dir))
     page = f"page: {run.out / 'index.html'}"
     run.say("\n".join([*printed.lines(), "", *printed.overview(), "", page]))
 

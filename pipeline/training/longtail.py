@@ -42,6 +42,15 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return -log_likelihoods(logits, labels).mean(-1)
 
 
+def cross_entropy_gradient(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`cross_entropy` of each batch, (...), and its gradient, (softmax(z) - one-hot(y)) / B, (..., B, K)."""
+    log_p, places = logits.mT.log_softmax(-2), labels.unsqueeze(-2)
+    losses = -log_p.gather(-2, places).squeeze(-2).mean(-1)
+    of_log_p = torch.zeros_like(log_p).scatter_(-2, places, -1 / labels.shape[-1])
+    # Autograd calls this too, so both give the same bits.
+    return losses, torch._log_softmax_backward_data(of_log_p, log_p, -2, log_p.dtype).mT
+
+
 def without_tail(counts: list[int], given: int | None) -> int:
     """How many of the largest classes are not rare: `given`, or all but the tail classes of `paper_index`."""
     return given or len(counts) - groups(counts)["paper_index"].count("tail")

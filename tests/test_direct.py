@@ -19,6 +19,8 @@ from h2t.cache.read.direct import GIVE_UP
 from h2t.cache.read.files import files_at
 from h2t.cache.reader import REMOTE_THREADS, open_cache
 
+PAUSE = 0.3  # seconds after which a store has hung up
+
 pytestmark = pytest.mark.usefixtures("no_waiting")
 
 
@@ -36,6 +38,14 @@ class Spoiling(Endpoint):
         return await getattr(self, self.spoil.replace(" ", "_"))(request, sound)
 
     async def nothing(self, request, sound):
+        return sound
+
+    async def end_the_connection(self, request, sound):
+        sound.force_close()
+        return sound
+
+    async def hang_up_later(self, request, sound):
+        asyncio.get_running_loop().call_later(PAUSE / 2, request.transport.close)
         return sound
 
     async def refuse(self, request, sound):
@@ -110,6 +120,27 @@ def test_ranges_come_by_urls_signed_as_other_requests_are(store):
         assert np.array_equal(cache.read(range(40)), maps)
         assert s3.requests - before[0] == s3.signed - before[1] == 8  # an index and all rows of each shard
     assert s3.algorithms == {"AWS4-HMAC-SHA256"}
+
+
+def test_a_store_may_end_connections(store):
+    s3, maps = store
+    s3.spoil = "end the connection"
+    with open_cache("s3://bucket/maps") as cache:
+        before = s3.requests, s3.signed
+        assert np.array_equal(cache.read(range(40)), maps)
+        assert s3.requests - before[0] == s3.signed - before[1] == 8
+
+
+def test_after_a_pause_no_connection_is_left_and_ranges_come_as_before(store):
+    s3, maps = store
+    s3.spoil = "hang up later"
+    with open_cache("s3://bucket/maps") as cache:
+        cache.read(range(40))
+        for row in range(GIVE_UP + 2):
+            time.sleep(PAUSE)
+            before = s3.requests, s3.signed
+            assert np.array_equal(cache.read([row]), maps[[row]])
+            assert s3.requests - before[0] == s3.signed - before[1] == 1
 
 
 def test_the_kept_blocks_are_those_of_the_shards(store, tmp_path, monkeypatch):

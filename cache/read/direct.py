@@ -26,7 +26,16 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from h2t.cache.read.protocols import CONNECT_TIMEOUT, CONNECTIONS, READ_TIMEOUT
-from h2t.cache.read.transfer import Answer, Pace, Patience, Span, content_range, range_header, version_of
+from h2t.cache.read.transfer import (
+    Answer,
+    Pace,
+    Patience,
+    Span,
+    TooSlow,
+    content_range,
+    range_header,
+    version_of,
+)
 
 PIECE_BYTES = 256 * 1024
 URL_SECONDS = 300  # an address is signed anew after this time, and valid for twice as long
@@ -74,9 +83,9 @@ class Direct:
         """Closes idle connections and ends the threads; the next request starts new ones."""
         with self._lock:
             pool, self._pool = self._pool, None
-            idle, self._idle = self._idle, defaultdict(list)
         if pool:
-            pool.shutdown()
+            pool.shutdown()  # its threads give their connections back first
+        idle, self._idle = self._idle, defaultdict(list)
         for connection in (one for several in idle.values() for one in several):
             connection.close()
 
@@ -93,8 +102,12 @@ class Direct:
             return url
         try:
             url = patience.result(self.fs, self._sign(path))
-        except Exception:  # noqa: BLE001 - s3fs will report it
+        except Declined:
             self.failed = GIVE_UP
+            return None
+        except TooSlow:
+            raise
+        except Exception:  # noqa: BLE001 - s3fs will report it, or answer
             return None
         self._signed[path] = (url, time.monotonic())
         return url
@@ -109,8 +122,8 @@ class Direct:
         # Else botocore signs URLs with the old version 2, which newer regions refuse.
         client.meta.events.register("choose-signer.s3.GetObject", _as_other_requests, unique_id="h2t-presigned")
         url: str = await self.fs._url(path, 2 * URL_SECONDS)
-        host = urlsplit(url).hostname or ""
-        if urllib.request.getproxies() and not urllib.request.proxy_bypass(host):
+        parts, proxies = urlsplit(url), urllib.request.getproxies()
+        if {parts.scheme, "all"} & set(proxies) and not urllib.request.proxy_bypass(parts.hostname or ""):
             raise Declined
         if self._secure is None and url.startswith("https:"):
             from botocore.httpsession import get_cert_path
@@ -119,14 +132,19 @@ class Direct:
             self._secure = ssl.create_default_context(cafile=trusted)
         return url
 
-    def take(self, url: str) -> tuple[HTTPConnection, bool]:
-        """A connection to the host of `url`, and True if it was used before."""
+    def kept(self, url: str) -> HTTPConnection | None:
+        """A connection to the host of `url` that was used before, if one is left."""
         scheme, host = urlsplit(url)[:2]
         with suppress(IndexError):
-            return self._idle[f"{scheme}://{host}"].pop(), True
+            return self._idle[f"{scheme}://{host}"].pop()
+        return None
+
+    def fresh(self, url: str) -> HTTPConnection:
+        """A connection to the host of `url` that was not used before."""
+        scheme, host = urlsplit(url)[:2]
         if scheme == "http":
-            return HTTPConnection(host, timeout=CONNECT_TIMEOUT), False
-        return HTTPSConnection(host, timeout=CONNECT_TIMEOUT, context=self._secure), False
+            return HTTPConnection(host, timeout=CONNECT_TIMEOUT)
+        return HTTPSConnection(host, timeout=CONNECT_TIMEOUT, context=self._secure)
 
     def give_back(self, url: str, connection: HTTPConnection) -> None:
         scheme, host = urlsplit(url)[:2]
@@ -141,7 +159,7 @@ class _Call:
     ) -> None:
         self.direct, self.url, self.spans, self.answers, self.pace = direct, url, spans, answers, pace
         self.rest: Iterator[int] = iter(range(len(spans)))
-        self.open: set[HTTPConnection] = set()
+        self.open: set[socket] = set()
         self.stopped = False
 
     def work(self) -> None:
@@ -155,40 +173,42 @@ class _Call:
     def stop(self) -> None:
         """Ends all requests: their threads find their connections closed."""
         self.stopped = True
-        for connection in list(self.open):
-            with suppress(OSError, AttributeError):  # no socket yet
-                connection.sock.shutdown(SHUT_RDWR)
+        for connected in list(self.open):
+            with suppress(OSError):
+                connected.shutdown(SHUT_RDWR)
 
     def _answer(self, span: Span) -> Answer:
-        connection, used = self.direct.take(self.url)
-        try:
-            return self._over(connection, span)
-        except (OSError, HTTPException):
-            if not used or self.stopped:  # else the store had closed it, as it may
-                raise
-        connection, _ = self.direct.take(self.url)
-        return self._over(connection, span)
+        if connection := self.direct.kept(self.url):
+            try:
+                return self._over(connection, span)
+            except (OSError, HTTPException):  # the store has closed it, as it may after a pause; so others, perhaps
+                if self.stopped:
+                    raise
+        return self._over(self.direct.fresh(self.url), span)
 
     def _over(self, connection: HTTPConnection, span: Span) -> Answer:
-        self.open.add(connection)
+        received: socket | None = None
         try:
             if connection.sock is None:
                 connection.connect()
-            assert connection.sock is not None
-            connection.sock.settimeout(READ_TIMEOUT)
+            received = connection.sock  # the connection forgets it if the store will close it after this answer
+            assert received is not None
+            self.open.add(received)
+            received.settimeout(READ_TIMEOUT)
             if self.stopped:
                 raise Declined
             parts = urlsplit(self.url)
             headers = {"Range": range_header(span), "Accept-Encoding": "identity"}
             connection.request("GET", f"{parts.path}?{parts.query}", headers=headers)
             answer = connection.getresponse()
-            answered = Answer(self._body(answer, span, connection.sock), _version(answer))
+            answered = Answer(self._body(answer, span, received), _version(answer))
             answer.close()
         except BaseException:
             connection.close()
             raise
         finally:
-            self.open.discard(connection)
+            if received is not None:
+                self.open.discard(received)
         if answer.will_close:
             connection.close()
         else:

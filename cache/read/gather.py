@@ -1,8 +1,8 @@
 """The compiled gather (`gather.c`): reads uncompressed rows from files or memory into their slots and checks them.
 
-Several times faster than `cache.read.jobs.Decode`: no Python runs between two rows, no copy is made, and the GIL is
-released. If it was not built (no compiler, or another system or processor), `compiled()` returns None and `Decode`
-reads the same values.
+Several times faster than Python: none runs between two rows, files are read without a copy, and the GIL is released. If
+it was not built (no compiler, or another system or processor), `compiled()` returns None and `cache.read.jobs.Decode`
+reads the same values without it.
 """
 
 import ctypes
@@ -82,9 +82,8 @@ class Gather:
             assert given.shape == starts.shape
             assert given.flags.c_contiguous
         assert out.flags.carray
-        if len(starts):
-            assert starts.min() >= 0
-            assert starts.max() + row_bytes + CRC_BYTES <= stored.size
+        if len(starts) and (starts.min() < 0 or starts.max() + row_bytes + CRC_BYTES > stored.size):
+            raise ValueError("a row lies outside the bytes that were read")
         pointers = [array.ctypes.data for array in (stored, starts, slots, out)]
         wrong: int = self._unpack(len(starts), *pointers, row_bytes)
         return wrong if wrong < len(starts) else None

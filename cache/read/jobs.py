@@ -1,8 +1,8 @@
 """The two ways to read the rows of a plan into an array, each a callable on one piece of the work.
 
-`Compiled` reads uncompressed one-row chunks of local files directly into their slots; `Decode` reads everything, such
-chunks of remote files by compiled code too. Both
-check the crc32c of every chunk before its values are returned, and raise CacheError.
+`Compiled` reads uncompressed one-row chunks of local files directly into their slots. `Decode` reads everything else;
+such chunks of remote files it checks by compiled code, if that was built. Both check the crc32c of every chunk before
+its values are returned, and raise CacheError.
 """
 
 import os

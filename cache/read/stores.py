@@ -1,8 +1,8 @@
 """How each kind of store is asked: one class for web servers, S3 and SFTP each, and one for all others.
 
 fsspec reads an answer completely before returning it, and an HTTP client decompresses it, so a hostile server could
-exhaust memory. Bodies from HTTP, S3 and SFTP are therefore read here, piece by piece. Other stores are read with
-fsspec's own ranges, files and timeouts; for them there is no minimum rate.
+exhaust memory. Bodies from HTTP, S3 and SFTP are therefore read piece by piece, here and in `cache.read.direct`. Other
+stores are read with fsspec's own ranges, files and timeouts; for them there is no minimum rate.
 """
 
 import asyncio
@@ -183,18 +183,27 @@ class S3(Asynchronous):
         """A long one by ranges side by side: the first answer says how many there are."""
         if self._direct is None or at_most <= MAX_SPAN_BYTES:
             return super().whole(path, at_most, patience)
-        first = self._direct.spans(path, [(0, MAX_SPAN_BYTES)], patience)
-        size = first[0].version.size if first and first[0] else None
+        found = self._by_ranges(self._direct, path, at_most, patience)
+        if found is None:
+            found = super().whole(path, at_most, patience)
+            self._direct.failed += 1
+        else:
+            self._direct.failed = 0
+        return found
+
+    def _by_ranges(self, direct: Direct, path: str, at_most: int, patience: Patience) -> WholeFile | None:
+        first = direct.spans(path, [(0, MAX_SPAN_BYTES)], patience)
+        size = first[0].version.size if first[0] else None
         if size is None:
-            return super().whole(path, at_most, patience)
+            return None
         if size > at_most:
             raise _too_long(at_most)
         starts = range(MAX_SPAN_BYTES, size, MAX_SPAN_BYTES)
-        rest = self._direct.spans(path, [(at, min(at + MAX_SPAN_BYTES, size)) for at in starts], patience)
+        rest = direct.spans(path, [(at, min(at + MAX_SPAN_BYTES, size)) for at in starts], patience)
         answers = [answer for answer in (*first, *rest) if answer]
         version = answers[0].version
         if len(answers) < 1 + len(starts) or any(version.differs(answer.version) for answer in answers):
-            return super().whole(path, at_most, patience)
+            return None
         return WholeFile(b"".join(answer.data for answer in answers), version)
 
     def spans(self, path: str, spans: Sequence[Span], patience: Patience) -> list[Answer | BaseException]:

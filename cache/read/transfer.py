@@ -1,6 +1,7 @@
 """What is requested of a store and what comes back: bytes at a minimum rate, and the version of their file."""
 
 import asyncio
+import os
 import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -94,10 +95,12 @@ class Pace:
 
     def __init__(self) -> None:
         self.window, self.count = WINDOW, 0
-        self._lock = threading.Lock()
+        self._lock, self._process = threading.Lock(), os.getpid()
 
     def came(self, size: int) -> None:
         """Adds received bytes."""
+        if self._process != os.getpid():  # forked, perhaps while another thread held the lock
+            self._lock, self._process = threading.Lock(), os.getpid()
         with self._lock:
             self.count += size
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import own_data
 import printed
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -311,6 +312,33 @@ def test_a_column_of_labels_is_not_ignored_where_there_is_no_table(tmp_path):
     for data in (tmp_path / "photos", tmp_path):  # the second as archives unpack
         with pytest.raises(UserError, match=r"--label species: no table of images"):
             detect.detect(data, "species")
+
+
+def test_splits_are_looked_up_in_every_file_of_a_table(tmp_path):
+    image = {"bytes": own_data.encoded(own_data.picture(0, 0)), "path": "a"}
+    for number, split in enumerate(("test", "train")):
+        table = pa.table({"image": [image] * 4, "label": ["k", "l"] * 2, "split": [split] * 4})
+        pq.write_table(table, tmp_path / f"part-{number}.parquet")
+    found = detect.detect(tmp_path)
+    assert found.options["split"] == "split"
+    assert found.collection.notes == []
+    pq.write_table(table.slice(0, 0), tmp_path / "part-0.parquet")
+    (tmp_path / "part-1.parquet").unlink()
+    with pytest.raises(UserError, match="has no rows; add a row for each image"):
+        detect.detect(tmp_path)
+
+
+def test_a_label_that_the_table_lacks_is_named_beside_folders_too(tmp_path):
+    (tmp_path / "images").mkdir()
+    put(tmp_path / "labels.csv", "file_name,sort\nimages/a.jpg,k\n", a=True)
+    with pytest.raises(UserError, match=r"which column holds the labels\? There are: file_name, sort"):
+        detect.detect(tmp_path, "srt")
+
+
+def test_absolute_and_relative_paths_are_not_mixed(tmp_path):
+    put(tmp_path / "x.csv", f"path,label\n{tmp_path}/a.jpg,k\nb.jpg,l\n", a=True)
+    with pytest.raises(UserError, match="paths must all be absolute, or all relative"):
+        detect.detect(tmp_path / "x.csv")
 
 
 def test_a_column_of_folds_is_no_split_and_said(tmp_path):

@@ -163,6 +163,12 @@ def test_cross_entropy_has_the_gradient_that_autograd_gives(two_experts, kind, a
         def loss(self, state, features, labels, noise):
             return super().loss(state, features, labels, noise)
 
+    class Doubled(type(other.host)):
+        def with_prior(self, logits):
+            return 2 * super().with_prior(logits)
+
+    other.linear_heads.on_logits.__class__ = Doubled
+    assert not is_cross_entropy(other.linear_heads.on_logits)
     other.linear_heads.on_logits.__class__ = Own
     assert is_cross_entropy(ours.linear_heads.on_logits)
     assert not is_cross_entropy(other.linear_heads.on_logits)

@@ -141,6 +141,16 @@ def test_keeping_a_grid_changes_no_other_line(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_keeping_a_grid_keeps_line_ends_and_replaces_an_empty_one(tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_bytes(LAID_OUT.replace("\n", "\r\n").encode())
+    keep_grid(path, "dr", {"ratio": [0.1]})
+    assert path.read_bytes().decode() == LAID_OUT.replace("[0.0, 0.3]", "[0.0, 0.1]").replace("\n", "\r\n")
+    path.write_text("hosts:\n  dr:\n    host: dr\n    grid:\n")
+    keep_grid(path, "dr", {"lr": [0.1]})
+    assert yaml.safe_load(path.read_text()) == {"hosts": {"dr": {"host": "dr", "grid": {"lr": [0.1]}}}}
+
+
 def test_a_full_disk_leaves_the_parameters_as_they_are(tmp_path):
     path = tmp_path / "params.yaml"
     path.write_text(LAID_OUT)
@@ -158,10 +168,20 @@ def test_a_full_disk_leaves_the_parameters_as_they_are(tmp_path):
 def test_what_a_sweep_would_not_keep_is_said_before_it_trains(project, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/notes.txt").write_text("mine")
-    for options, says in ((("--out", tmp_path / "full"), "holds no sweep"), (("--save",), "--save needs a list")):
+    (tmp_path / "more").mkdir()
+    for name in ("sweep.json", "notes.txt"):
+        (tmp_path / "more" / name).write_text("[]")
+    named_here = ("--save", "--ratio", "0.1", "--set", "hosts.new={host: dr, backbone: ce_mixup}")
+    for options, says in (
+        (("--out", tmp_path / "full"), "holds no sweep"),
+        (("--out", tmp_path / "more"), "or more than one"),
+        (("--save",), "--save needs a list"),
+    ):
         line = refused("sweep", "dr", "--params", project / "params.yaml", "--data", project / "data", *options)
         assert says in line
         assert "features in memory" not in line
+    line = refused("sweep", "new", "--params", project / "params.yaml", "--data", project / "data", *named_here)
+    assert "--save needs an entry hosts.new" in line
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,7 @@ def build(model: type[S], where: str, values: Any) -> S:
 def check_partial(model: type[Section], where: str, values: Any) -> None:
     """Raises UserError for the first wrong key in `values`. Required keys of `model` may be missing."""
     for error in _errors(model, where, values):
-        if error["type"] != "missing":
+        if error["type"] != "missing" or len(error["loc"]) > 1:
             raise UserError(_line(model, where, values, error))
 
 

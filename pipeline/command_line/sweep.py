@@ -50,11 +50,15 @@ def sweep(
     from h2t.pipeline.inspection import sweep as work
     from h2t.pipeline.stages import evaluate, train_classifier
 
+    # Found out now, not after minutes of training.
     held = {path.name for path in out.iterdir()} if out is not None and out.is_dir() else set()
-    if held and "sweep.json" not in held:  # found out now, not after minutes of training
-        raise click.UsageError(f"--out {out}: exists already and holds no sweep; give a new directory")
+    if held and not {"sweep.json"} <= held <= {"sweep.json", "heads"}:
+        raise click.UsageError(f"--out {out}: exists and holds no sweep, or more than one; give a new directory")
     if save and not any(lists.values()):
         raise click.UsageError("--save needs a list to write, such as --ratio 0.05,0.15")
+    given = click.get_current_context().params["params_file"]
+    if save:
+        work.check_entry(given, name)
     entry = params.section(values, f"hosts.{name}")
     asked = {key: _values(text) for key, text in lists.items() if text is not None}
     if asked:
@@ -71,7 +75,6 @@ def sweep(
         lines = work.sweep(section, run, residency, evaluation, maps, backbone, data / "evaluate" / name)
         work.save(lines, run.out)
     if save:
-        given = click.get_current_context().params["params_file"]
         kept = work.keep_grid(given, name, {key: getattr(section.grid, key) for key in asked})
         grid = "; ".join(f"{key} {', '.join(map(str, values))}" for key, values in kept.items())
         say(f"{given}: hosts.{name}.grid is now {grid}; to train these, type: dvc repro")

@@ -5,6 +5,7 @@ does not depend on the rows batched with it. A thread decodes the next images in
 (`extraction.on_gpu`) passes are launched before the maps of those before have arrived.
 """
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -288,9 +289,13 @@ class Remote:
                     "files, device and versions, or leave it out"
                 )
         work = Work(self.job, backbone.to(device), device, Passes())
-        return lambda shard: partial(
-            self.write, *next(computed(work, {shard: self.job.todo[shard]}, lambda rows: None))
-        )
+        one_at_a_time = threading.Lock()  # for a worker of several threads: a backbone holds one set of statistics
+
+        def compute(shard: int) -> Callable[[], Any]:
+            with one_at_a_time:
+                return partial(self.write, *next(computed(work, {shard: self.job.todo[shard]}, lambda rows: None)))
+
+        return compute
 
 
 def _decoded(work: Work, batches: Iterator[Batch]) -> Iterator[tuple[Batch, torch.Tensor]]:

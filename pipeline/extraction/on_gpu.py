@@ -71,8 +71,13 @@ class GpuPasses:
     def launch(self, pixels: torch.Tensor, wanted: slice | torch.Tensor, places: Sequence[Place]) -> GpuPass:
         """Starts a pass over `pixels`, uint8 (B, S, S, 3). The maps of its images `wanted` go to `places`.
 
-        Both lie in pinned memory. The batch-norm statistics are those that the backbone holds now.
+        Both lie in pinned memory. The batch-norm statistics are those that the backbone holds now. To be called by one
+        thread at a time.
         """
+        with torch.cuda.device(self.device):
+            return self._launch(pixels, wanted, places)
+
+    def _launch(self, pixels: torch.Tensor, wanted: slice | torch.Tensor, places: Sequence[Place]) -> GpuPass:
         current = torch.cuda.current_stream(self.device)
         with torch.cuda.stream(self._inward):
             x = pixels.to(self.device, non_blocking=True)
@@ -115,8 +120,10 @@ class GpuPasses:
         if not torch.equal(drawn, torch.cuda.get_rng_state(self.device)):
             return self._compute
         held, graph = pixels.clone(), torch.cuda.CUDAGraph()
+        current, aside = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
         try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads pin memory meanwhile
+            # A capture that fails leaves `aside` as the current stream. Other threads pin memory meanwhile.
+            with torch.cuda.stream(current), torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
                 found = self._compute(held)
         except RuntimeError:
             return self._compute
@@ -126,6 +133,8 @@ class GpuPasses:
             graph.replay()
             return [tensor.clone() for tensor in found]  # the next pass overwrites them before they are copied
 
+        for tensor in found:
+            tensor.zero_()  # so that a graph that computes nothing is found out
         same = all(torch.equal(a, b) for a, b in zip(replayed(pixels), expected, strict=True))
         return replayed if same else self._compute
 

@@ -41,8 +41,11 @@ def is_stackable(host: "GradientHost") -> bool:
 
 def is_cross_entropy(host: "GradientHost") -> "TypeGuard[CrossEntropyHost]":
     """Whether its loss is that of `CrossEntropyHost`, and its logits are the mean of its experts' logits."""
+    if not isinstance(host, CrossEntropyHost):
+        return False
     own = type(host)
-    return isinstance(host, CrossEntropyHost) and own.loss is CrossEntropyHost.loss and own.logits is Host.logits
+    inherited = own.loss is CrossEntropyHost.loss and own.with_prior is CrossEntropyHost.with_prior
+    return inherited and own.logits is Host.logits
 
 
 @dataclass(frozen=True)

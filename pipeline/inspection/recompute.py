@@ -117,13 +117,15 @@ def _both(
     spec = cache.spec
     statistics = batchnorm.from_bytes(cache.statistics)
     size = spec.provenance.get("batch_size", 1)
+    last = spec.provenance.get("memory_format") == "channels_last"
+    layout = torch.channels_last if last else torch.contiguous_format
     for name, wanted in todo.items():
         batchnorm.use(backbone, statistics[name])
         for part in (wanted[i : i + size] for i in range(0, len(wanted), size)):
             rows, samples, keys = zip(*part, strict=True)
             x = images.batch(samples, keys)
             # Padded to a full batch, as in extraction: at another batch size, libraries may sum in another order.
-            x = torch.cat([x, x[-1:].expand(size - len(x), -1, -1, -1)]).to(device)
+            x = torch.cat([x, x[-1:].expand(size - len(x), -1, -1, -1)]).to(device, memory_format=layout)
             for expert, maps in enumerate(guarded_maps(backbone, x, spec.provenance.get("precision", "float32"))):
                 now = maps[: len(rows)].cpu().to(getattr(torch, spec.dtype)).to(torch.float32).numpy()
                 stored = to_float32(cache.read(rows, expert=expert), spec.dtype)

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from h2t.cache.reader import Cache
-from h2t.pipeline.base import clock, plugins
+from h2t.pipeline.base import clock, params, plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import replace_file, write_json
 from h2t.pipeline.base.run import Run
@@ -204,15 +204,25 @@ def save(lines: Sequence[Line], out: Path) -> None:
     write_json(out / "sweep.json", [line.as_dict() for line in lines])
 
 
+def check_entry(params_file: Path, name: str) -> None:
+    """Raises UserError if a parameter file has no entry `hosts.NAME` with keys, to which a grid could be written."""
+    if not isinstance((params.load(params_file).get("hosts") or {}).get(name), Mapping):
+        raise UserError(f"{params_file}: --save needs an entry hosts.{name}; got none; write one")
+
+
 def keep_grid(params_file: Path, name: str, lists: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
     """Writes `lists` to `hosts.NAME.grid` of a parameter file and returns what was written; ratio 0 is added.
 
-    All other lines stay as they are. The file is replaced at once, so a crash or a full disk leaves the old one. Raises
-    UserError if the file has no such entry.
+    Comments, order, values and line ends stay; spaces inside a line may change, and texts over several lines may be
+    joined. The file is replaced at once, so a crash or a full disk leaves the old one. Raises UserError if the file has
+    no such entry.
     """
     from ruamel.yaml import YAML
 
+    check_entry(params_file, name)
     text = params_file.read_text(encoding="utf-8")
+    with params_file.open(encoding="utf-8", newline="") as file:
+        line_end = "\r\n" if file.readline().endswith("\r\n") else "\n"
     editor = YAML(typ="rt")  # keeps comments, and makes plain values alone, whatever tags the file has
     editor.width = 2**31  # never wraps a long line
     editor.preserve_quotes = True
@@ -221,17 +231,18 @@ def keep_grid(params_file: Path, name: str, lists: Mapping[str, Sequence[Any]]) 
     offset = len(dash[2]) - len(dash[1]) if dash else 0
     editor.indent(mapping=inside, sequence=offset + 2, offset=offset)
     given = editor.load(text)
-    entry = ((given or {}).get("hosts") or {}).get(name)
-    if entry is None:
-        raise UserError(f"{params_file}: --save needs an entry hosts.{name}; got none; write one")
+    entry = given["hosts"][name]
     grid = {key: list(values) for key, values in lists.items()}
     if "ratio" in grid:
         grid["ratio"] = sorted({0.0, *grid["ratio"]})
-    entry.setdefault("grid", {}).update(grid)
+    if entry.get("grid") is None:
+        entry["grid"] = grid
+    else:
+        entry["grid"].update(grid)
     path = params_file.resolve()  # a link stays one
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        with partial.open("w", encoding="utf-8") as file:
+        with partial.open("w", encoding="utf-8", newline=line_end) as file:
             editor.dump(given, file)
         partial.chmod(path.stat().st_mode)
         replace_file(partial, path)

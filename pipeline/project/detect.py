@@ -113,7 +113,7 @@ def _table(by_split: Mapping[str, Path], folder: Path, label: str | None, named:
     options["label"] = _label_column(sample, known, label)
     unused = None
     if "" in by_split and (split := tables.usual_column(known, SPLITS)):
-        unused = _no_split(sample, split)
+        unused = _no_split(parquet_files.found("--data", str(first)), split)
         if unused is None:
             options["split"] = split
     if group := tables.usual_column([name for name in known if name not in options.values()], GROUPS):
@@ -141,6 +141,11 @@ def _root(table: Path, column: str) -> Path:
     absolute = [str(Path(text).expanduser()) for text in given if text.startswith(("/", "~"))]
     if absolute:
         everything = [str(Path(str(text)).expanduser()) for text in tables.columns(table, [column])[column]]
+        if beside := next((path for path in everything if not Path(path).is_absolute()), None):
+            raise UserError(
+                f"{table}: column {column!r}: paths must all be absolute, or all relative; got {absolute[0]} and "
+                f"{beside}; correct the paths"
+            )
         shared = Path(os.path.commonpath([os.path.dirname(path) for path in everything]))  # noqa: PTH120
         if shared == Path(shared.anchor):
             other = next((p for p in everything if Path(p).parts[:2] != Path(absolute[0]).parts[:2]), everything[-1])
@@ -159,12 +164,16 @@ def _root(table: Path, column: str) -> Path:
     )
 
 
-def _no_split(table: Path, column: str) -> str | None:
+def _no_split(files: Sequence[Path], column: str) -> str | None:
     """A value in `column` that is no split, if there are no training images either; None if all values are splits.
 
-    Raises UserError if some images are for training and others in no known split: those would be trained on.
+    `files` are one table. Raises UserError if it has no rows, and if some images are for training and others in no
+    known split: those would be trained on.
     """
-    values = sorted({str(value) for value in tables.columns(table, [column])[column]})
+    table = files[0]
+    values = sorted({str(value) for file in files for value in tables.columns(file, [column])[column]})
+    if not values:
+        raise UserError(f"{table}: has no rows; add a row for each image")
     other = next((value for value in values if not split_of(value)), None)
     if not any(split_of(value) == "train" for value in values):
         return values[0] if other is None else other
@@ -236,6 +245,9 @@ def _by_table(data: Path, label: str | None) -> Found | None:
         raise UserError(f"--data {data}: several tables ({', '.join(p.name for p in usable)}); name one of them")
     if usable:
         return _table({"": usable[0]}, data, label)
+    named = [path for path in paths if tables.usual_column(known[path], tables.PATHS)]
+    if named and label is not None:
+        _label_column(named[0], known[named[0]], label)
     if paths and not _has_class_folders(data):
         path = paths[0]
         if tables.usual_column(known[path], tables.PATHS) is None:

@@ -34,6 +34,7 @@ def collect_garbage(start: Path, say: Say, *, apply: bool, alone: bool = False) 
     from dvc.repo import Repo
 
     root = repository(start)
+    git("rev-parse", "--git-dir", where=root)
     try:
         git("rev-parse", "--verify", "HEAD", where=root)
     except UserError:

@@ -54,7 +54,7 @@ def pull(
     with tempfile.TemporaryDirectory(prefix="h2t-pull-") as scratch, in_one_line(where):
         config = {"core": {"site_cache_dir": scratch}}
         with Repo.open(url, rev=rev, subrepos=True, uninitialized=True, config=config) as repo:
-            if not repo.config.get("core", {}).get("remote"):
+            if not repo.config.get("remote"):
                 raise UserError(
                     f"{where}: has no DVC remote to fetch from; there, type: dvc remote add --default store PATH, then "
                     "h2t cache publish"

@@ -21,6 +21,7 @@ import torch
 from h2t.cache.errors import CacheError
 from h2t.cache.format.card import card
 from h2t.cache.format.spec import CacheSpec, canonical_json, chunk_rows_for, grown_shard_bytes, sha256, shard_rows_for
+from h2t.cache.memory import available_memory
 from h2t.cache.write import parts
 from h2t.cache.write.carry import Carrier, Source
 from h2t.cache.write.parts import Part
@@ -40,8 +41,8 @@ from h2t.pipeline.networks.backbone import Backbone
 from h2t.pipeline.networks.trained import BackboneFacts, backbone_facts, has_stored_weights, load_backbone
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
-#: Threads that write shards; each joins, digests and writes some 200 MB a second, and a fast GPU makes 2 GB a second.
-WRITERS = max(1, min(8, len(os.sched_getaffinity(0)) // 2))
+#: Most threads that write shards; each joins, digests and writes some 200 MB a second, a fast GPU makes 2 GB a second.
+MOST_WRITERS = max(1, min(8, len(os.sched_getaffinity(0)) // 2))
 
 TAP = "last maps before pooling"  # where the backbone is cut; part of the fingerprint
 
@@ -370,12 +371,15 @@ def _extract_here(job: forward.Job, backbone: Backbone, sink: _Sink, passes: for
     """Computes the rows in `job.todo`. Other threads complete shards and write them."""
     work = forward.Work(job, backbone, job.device, passes)
     bar, tick = _bar(job, run)
-    with ThreadPoolExecutor(WRITERS, "write") as write_threads, bar:
+    shard_bytes = job.spec.shard_rows * sum(job.spec.row_bytes(e) for e in range(job.spec.experts))
+    # A writer holds its shard twice; all writers together, a quarter of the memory at most.
+    writers = max(1, min(MOST_WRITERS, available_memory() // (8 * shard_bytes)))
+    with ThreadPoolExecutor(writers, "write") as write_threads, bar:
         writes: deque[Future[None]] = deque()
         # With rows from a previous cache few are left in each shard, so batches span shards.
         for shard, maps in forward.computed(work, job.todo, tick, straddle=sink.carrier is not None):
             writes.append(write_threads.submit(sink, shard, maps))
-            while len(writes) > WRITERS + 1:  # bounds memory to two shards more than are being written
+            while len(writes) > writers + 1:  # bounds memory to two shards more than are being written
                 writes.popleft().result()
         for pending_write in writes:
             pending_write.result()

@@ -153,21 +153,12 @@ def write_csv(folder: Path, images: int) -> dict[str, str]:
     return {"table": str(folder / "list.csv"), "path": "path"}
 
 
-def write_csv_with_groups(folder: Path, images: int) -> dict[str, str]:
-    options = write_csv(folder, images)
-    head, *lines = (folder / "list.csv").read_text().splitlines()
-    named = [f"{line},patient {i // 4:08d}\n" for i, line in enumerate(lines)]
-    (folder / "list.csv").write_text(f"{head},patient\n" + "".join(named))
-    return {**options, "group": "patient"}
-
-
 @pytest.mark.parametrize(
     ("dataset", "write", "most"),
     [
         ("list_file", write_list, 200),
         ("imagenet_lt", write_list, 200),
         ("table", write_csv, 450),  # the file of 43 bytes a row is in memory several times while it is read
-        ("table", write_csv_with_groups, 440),
     ],
 )
 def test_reading_a_list_takes_little_memory_for_an_image(bytes_of_one, tmp_path, dataset, write, most):

@@ -151,17 +151,10 @@ def test_a_damaged_table(tmp_path):
     prepare(tmp_path, "parquet", {"train": [str(tmp_path / "x.parquet")]}, test_per_class=1)
 
 
-def test_one_class_is_a_data_set(tmp_path):
-    told = ""
-
-    def check(*arguments):
-        nonlocal told
-        told = accepted(*arguments)
-
+def test_one_class_is_refused_in_one_line(tmp_path):
     pq.write_table(pictures(labels=[0] * 6), tmp_path / "train.parquet")
     options = {"train": [str(tmp_path / "train.parquet")], "transform": {**SMALL, "size": 8, "resize": None}}
-    prepare(tmp_path, "parquet", options, check, test_per_class=1)
-    assert "1 class" in told
+    assert "must have two or more classes; got one, '0'" in prepare(tmp_path, "parquet", options, test_per_class=1)
 
 
 def test_100000_classes_are_cut_in_a_second():

@@ -754,7 +754,7 @@ def test_pull_from_a_repository_without_a_remote_says_what_to_type_there(lab):
     done = invoke("cache", "pull", lab / "a", "--into", lab / "b")
     assert done.exit_code == 1
     (line,) = done.stderr.splitlines()
-    assert "has no DVC remote to fetch from; there, type: dvc remote add --default store PATH" in line
+    assert "has no default DVC remote to fetch from; there, type: dvc remote default NAME, or dvc remote add" in line
 
 
 def test_no_such_remote():

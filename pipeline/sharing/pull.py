@@ -54,10 +54,10 @@ def pull(
     with tempfile.TemporaryDirectory(prefix="h2t-pull-") as scratch, in_one_line(where):
         config = {"core": {"site_cache_dir": scratch}}
         with Repo.open(url, rev=rev, subrepos=True, uninitialized=True, config=config) as repo:
-            if not repo.config.get("remote"):
+            if not repo.config.get("core", {}).get("remote") and not any(out.remote for out in repo.index.outs):
                 raise UserError(
-                    f"{where}: has no DVC remote to fetch from; there, type: dvc remote add --default store PATH, then "
-                    "h2t cache publish"
+                    f"{where}: has no default DVC remote to fetch from; there, type: dvc remote default NAME, or dvc "
+                    "remote add --default store PATH, then h2t cache publish"
                 )
             chosen = _one_of(folders(repo, f"data/{kind}"), name, where, kind)
             names = (f"{kind}/{chosen}", f"train_backbone/{chosen}")

@@ -20,7 +20,7 @@ TOKEN = {"batch_size": 4}
 
 
 @contextmanager
-def raises(reason: str, match: str = "") -> Iterator[pytest.ExceptionInfo[CacheError]]:
+def raises(reason: str, match: str | None = None) -> Iterator[pytest.ExceptionInfo[CacheError]]:
     """`pytest.raises(CacheError, match=match)`, for this reason."""
     with pytest.raises(CacheError, match=match) as error:
         yield error

@@ -36,11 +36,12 @@ def test_rows_are_random_distinct_and_no_more_than_there_are(digits, backbone_di
 
         def prepared_for(self, transform):
             self.images = self.images.prepared_for(transform)
+            self.transform = transform
             return self
 
-        def batch(self, samples, keys):
+        def pixels(self, samples, keys):
             self.asked.extend(zip(samples, keys, strict=True))
-            return self.images.batch(samples, keys)
+            return self.images.pixels(samples, keys)
 
     asked = []
     for seed in (0, 0, 1):

@@ -173,8 +173,8 @@ def test_what_a_sweep_would_not_keep_is_said_before_it_trains(project, tmp_path)
         (tmp_path / "more" / name).write_text("[]")
     named_here = ("--save", "--ratio", "0.1", "--set", "hosts.new={host: dr, backbone: ce_mixup}")
     for options, says in (
-        (("--out", tmp_path / "full"), "holds no sweep"),
-        (("--out", tmp_path / "more"), "or more than one"),
+        (("--out", tmp_path / "full"), "hold a sweep and nothing else; got notes.txt"),
+        (("--out", tmp_path / "more"), "hold a sweep and nothing else; got notes.txt"),
         (("--save",), "--save needs a list"),
     ):
         line = refused("sweep", "dr", "--params", project / "params.yaml", "--data", project / "data", *options)

@@ -26,16 +26,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from h2t.cache.read.protocols import CONNECT_TIMEOUT, CONNECTIONS, READ_TIMEOUT
-from h2t.cache.read.transfer import (
-    Answer,
-    Pace,
-    Patience,
-    Span,
-    TooSlow,
-    content_range,
-    range_header,
-    version_of,
-)
+from h2t.cache.read.transfer import Answer, Pace, Patience, Span, TooSlow, content_range, range_header, version_of
 
 PIECE_BYTES = 256 * 1024
 URL_SECONDS = 300  # an address is signed anew after this time, and valid for twice as long

@@ -53,7 +53,10 @@ def sweep(
     # Found out now, not after minutes of training.
     held = {path.name for path in out.iterdir()} if out is not None and out.is_dir() else set()
     if held and not {"sweep.json"} <= held <= {"sweep.json", "heads"}:
-        raise click.UsageError(f"--out {out}: exists and holds no sweep, or more than one; give a new directory")
+        other = min(held - {"sweep.json", "heads"}, default="no sweep.json")
+        raise click.UsageError(
+            f"--out {out}: must be a new directory, or hold a sweep and nothing else; got {other}; give another one"
+        )
     if save and not any(lists.values()):
         raise click.UsageError("--save needs a list to write, such as --ratio 0.05,0.15")
     given = click.get_current_context().params["params_file"]

@@ -19,6 +19,7 @@ from h2t.pipeline.base.precision import guarded_maps
 from h2t.pipeline.base.seeds import stream
 from h2t.pipeline.data.images import Images
 from h2t.pipeline.data.samples import Samples
+from h2t.pipeline.data.views import normalised
 from h2t.pipeline.extraction import batchnorm
 from h2t.pipeline.extraction.recorded import ingredients
 from h2t.pipeline.networks.trained import backbone_facts, load_backbone
@@ -123,9 +124,11 @@ def _both(
         batchnorm.use(backbone, statistics[name])
         for part in (wanted[i : i + size] for i in range(0, len(wanted), size)):
             rows, samples, keys = zip(*part, strict=True)
-            x = images.batch(samples, keys)
-            # Padded to a full batch, as in extraction: at another batch size, libraries may sum in another order.
-            x = torch.cat([x, x[-1:].expand(size - len(x), -1, -1, -1)]).to(device, memory_format=layout)
+            pixels = torch.from_numpy(images.pixels(samples, keys))
+            # Padded to a full batch, as in extraction: at another batch size, libraries may sum in another order. A GPU
+            # normalises the images itself, also as in extraction.
+            pixels = torch.cat([pixels, pixels[-1:].expand(size - len(pixels), -1, -1, -1)]).to(device)
+            x = normalised(pixels, images.transform).contiguous(memory_format=layout)
             for expert, maps in enumerate(guarded_maps(backbone, x, spec.provenance.get("precision", "float32"))):
                 now = maps[: len(rows)].cpu().to(getattr(torch, spec.dtype)).to(torch.float32).numpy()
                 stored = to_float32(cache.read(rows, expert=expert), spec.dtype)

@@ -52,6 +52,7 @@ check: $(VENV)/installed
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+	for page in messages methods_page parameters_page rooms; do $(BIN)/python tests/$$page.py > /dev/null || exit 1; done
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks

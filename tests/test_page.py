@@ -115,6 +115,19 @@ def test_slider_moves_groups_classes_and_words_together(shown):
     assert "95 % interval" not in seen[0][2]
 
 
+def test_a_picture_shows_what_each_ratio_changes(shown, page_file):
+    result = load_result("dr", page_file.parent.parent / "evaluate" / "dr")
+    lines = shown.run(
+        "[...document.querySelectorAll('#multiples-table tr')].map(l => [...l.cells].map(c => c.textContent))"
+    )
+    assert lines[0][:4] == ["method", "ratio", "all", "change"]
+    expected = result.metrics["difference"]["top1"]
+    change = f"{expected['mean']:+.2f} [{expected['low']:+.2f}, {expected['high']:+.2f}]"
+    assert lines[1][3] == "–"
+    assert lines[2][:2] == ["dr", "0.3"]
+    assert lines[2][3] == change
+
+
 def test_slider_works_by_keyboard(shown):
     shown.run("document.getElementById('ratio').focus()")
     before = shown.run("document.getElementById('ratio').value")
@@ -276,6 +289,9 @@ def test_hosts_that_lack_parts_are_drawn_without_them(shown, tmp_path):
         assert shown.run("document.querySelectorAll('#counts-table tbody tr').length") == 100
         assert shown.run("document.querySelectorAll('#confusion-table tbody tr').length") <= 301
     assert shown.errors == []
+    said = "[...document.querySelectorAll('.multiple')].map(m => m.querySelector('svg') ? '' : m.lastChild.textContent)"
+    alone = "not trained at ratio 0 and another one"
+    assert shown.run(said) == [alone, alone, ""]  # no_zero, ncm, dr
     by_class = pd.read_parquet(evaluated / "dr" / "per_class.parquet")
     by_class = by_class[(by_class.split == "test") & (by_class.statistics == "mixture")]
     gain = by_class.pivot_table(index="class", columns="number", values="accuracy").pipe(lambda t: t[1] - t[0])
@@ -287,3 +303,14 @@ def test_hosts_that_lack_parts_are_drawn_without_them(shown, tmp_path):
         "document.body.innerText"
     )
     assert not shown.run("document.getElementById('variants-text')")  # no host has other donors
+
+
+@pytest.mark.parametrize("width", [1200, 390])
+def test_names_of_twenty_classes_are_not_cut_off(shown, tmp_path, width):
+    evaluated = make_evaluated(tmp_path, classes=[f"Passeriformes {n}" for n in range(20)])
+    page = tmp_path / "index.html"
+    page.write_text(render("Birds", Answer([load_result("dr", evaluated / "dr")])), encoding="utf-8")
+    shown.resize(width, 850)
+    shown.open(page)
+    assert shown.run("document.querySelectorAll('#bars text').length") > 20
+    assert shown.run(CUT) == []

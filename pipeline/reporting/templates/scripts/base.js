@@ -19,8 +19,13 @@ const known = (v) => v !== null && v !== undefined;
 const text = (v, digits = 2) => (known(v) ? Number(v).toFixed(digits) : "–");
 const short = (name, most) => (name.length > most ? `${name.slice(0, most - 1)}…` : name);
 const signed = (v) => (v > 0 ? "+" : "") + text(v);
+/** A difference and, where it has one, its interval. */
+const interval = (d) => signed(d.mean) + (known(d.low) ? ` [${signed(d.low)}, ${signed(d.high)}]` : "");
 const counted = (n, what) => `${n} ${what}${n === 1 ? "" : "s"}`;
 const percent = (label = "test accuracy (%)") => ({ domain: [0, 100], grid: true, label });
+
+/** Pixels that the first labels, leaning by 35 degrees, need to the left of a chart. */
+const reach = (labels) => Math.max(44, 5.2 * Math.max(...labels.slice(0, 3).map((l) => l.length)));
 
 /** What the reader chose. The address keeps it, so that a copied link shows the same. */
 const state = { host: Object.keys(hosts)[0], at: 0, row: "with_h2t", pair: "", rank: Object.keys(answers)[0] || "top1" };

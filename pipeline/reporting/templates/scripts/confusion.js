@@ -16,12 +16,13 @@ function drawTail() {
   const sides = [["tail-without", "without_h2t"], ["tail-with", "with_h2t"]].map(([id, row]) => [id, h.rows[row] ? takenFor(h, row) : null]);
   const bars = sides.flatMap(([, found]) => found || []);
   const most = d3.max(bars, (b) => b.share) || 1, places = [...new Set(bars.map((b) => b.i))].sort((a, b) => a - b);
+  const label = (i) => short(h.classes[i].name, 12);
   for (const [id, found] of sides) {
     if (!found) { noChart(id, "This method has no such classifier."); continue; }
     if (!found.length) { noChart(id, "There are no tail samples."); continue; }
     chart(id, {
-      height: 320, marginBottom: many ? 46 : 84, y: { label: "tail samples (%)", grid: true, domain: [0, most] },
-      x: { type: "band", domain: places, label: many ? "predicted class, in descending order of training images" : null, tickRotate: many ? 0 : -35, tickFormat: many ? () => "" : (i) => short(h.classes[i].name, 12), tickSize: 0 },
+      height: 320, marginLeft: many ? 44 : reach(places.map(label)), marginBottom: many ? 46 : 84, y: { label: "tail samples (%)", grid: true, domain: [0, most] },
+      x: { type: "band", domain: places, label: many ? "predicted class, in descending order of training images" : null, tickRotate: many ? 0 : -35, tickFormat: many ? () => "" : label, tickSize: 0 },
       marks: [
         Plot.barY(found, { x: "i", y: "share", fill: (b) => COLOUR[b.group] || "currentColor", tip: true, title: (b) => `${b.name} (${b.group}): ${text(b.share, 1)} %` }),
         many ? null : Plot.text(found, { x: "i", y: "share", dy: -7, text: (b) => text(b.share, 0) }),

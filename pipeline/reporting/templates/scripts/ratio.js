@@ -1,31 +1,49 @@
 "use strict";
 // Accuracy against the ratio: every method, then one method at one ratio, and its other donors and channels.
 
-/** A small picture for each method: accuracy against the ratio, on the same axes. */
+/** A picture for each method, on the same axes: what each ratio changes, compared with ratio 0. */
 function drawMultiples() {
   const names = Object.keys(hosts).filter((name) => hosts[name].ratios.length), place = $("multiples");
-  const narrow = place.clientWidth < 560, width = narrow ? place.clientWidth : Math.max(260, Math.floor((place.clientWidth - 48) / Math.min(4, Math.max(2, names.length))));
-  const most = Math.max(0.1, ...names.flatMap((name) => hosts[name].ratios));
+  const gap = 16, columns = Math.max(1, Math.min(names.length, Math.floor((place.clientWidth + gap) / (272 + gap)))); // as in page.css
+  const width = Math.floor((place.clientWidth - gap * (columns - 1)) / columns);
   const used = FIGURES.filter((f) => names.some((name) => hosts[name].mean[f].some(known)));
+  const changes = Object.fromEntries(names.map((name) => [name, used.flatMap((f) => changesOf(hosts[name], f))]));
+  const all = Object.values(changes).flat(), most = Math.max(0.1, ...all.map((c) => c.ratio));
+  const domain = d3.nice(Math.min(-1, ...all.map((c) => c.low)), Math.max(1, ...all.map((c) => c.high)), 5);
   place.replaceChildren(...names.map((name) => {
-    const h = hosts[name], single = h.ratios.length < 2;
-    const points = used.flatMap((f) => h.ratios.map((r, i) => ({ ratio: r, figure: f, mean: h.mean[f][i], std: h.std[f][i] || 0 }))).filter((p) => known(p.mean));
-    const cell = element("div", null, { class: "multiple" });
-    cell.append(element("p", name, { class: "name" }), plotted({ clientWidth: width }, {
-      height: 190, marginLeft: 34, marginBottom: 36, marginTop: 12,
-      x: { label: "ratio", domain: [0, most], ticks: 5 }, y: { ...percent(null), ticks: 5 }, symbol: { type: "identity" },
+    const h = hosts[name], cell = element("div", null, { class: "multiple" }), points = changes[name];
+    cell.append(element("p", name, { class: "name" }));
+    if (!points.length) {
+      cell.append(element("p", "not trained at ratio 0 and another one", { class: "quiet under" }));
+      return cell;
+    }
+    cell.append(plotted({ clientWidth: width }, {
+      height: 220, marginLeft: 42, marginBottom: 36, marginTop: 12,
+      x: { label: "ratio", domain: [0, most], ticks: 5 }, y: { label: null, domain, grid: true, ticks: 5, tickFormat: (v) => (v ? d3.format("+~r")(v) : "0") }, symbol: { type: "identity" },
       marks: [
+        Plot.ruleY([0]),
         Plot.ruleX(known(h.reported) ? [h.reported] : [], { stroke: "currentColor", strokeDasharray: "4 3" }),
-        Plot.areaY(points, { x: "ratio", y1: (p) => p.mean - p.std, y2: (p) => p.mean + p.std, z: "figure", fill: (p) => COLOUR[p.figure], fillOpacity: 0.15 }),
-        ...used.map((f) => Plot.lineY(points.filter((p) => p.figure === f), { x: "ratio", y: "mean", stroke: COLOUR[f], strokeWidth: f === "top1" ? 2.5 : 1.5, strokeDasharray: DASH[f] })),
-        Plot.dot(points, { x: "ratio", y: "mean", fill: (p) => COLOUR[p.figure], symbol: (p) => SHAPE[p.figure], r: 3, tip: true, title: (p) => `${name}, ${NAMES[p.figure]} at ratio ${p.ratio}: ${text(p.mean)}` }),
+        Plot.areaY(points, { x: "ratio", y1: "low", y2: "high", z: "figure", fill: (c) => COLOUR[c.figure], fillOpacity: 0.15 }),
+        ...used.map((f) => Plot.lineY(points.filter((c) => c.figure === f), { x: "ratio", y: "mean", stroke: COLOUR[f], strokeWidth: f === "top1" ? 2.5 : 1.5, strokeDasharray: DASH[f] })),
+        Plot.dot(points, { x: "ratio", y: "mean", fill: (c) => COLOUR[c.figure], symbol: (c) => SHAPE[c.figure], r: 3, tip: true, title: (c) => `${name}, ${NAMES[c.figure]} at ratio ${c.ratio}: ${text(c.level)}${c.ratio ? `, ${c.said}` : ""}` }),
       ],
     }));
-    if (single) cell.append(element("p", "trained at one ratio only", { class: "quiet under" }));
     return cell;
   }));
-  table("multiples", ["method", "ratio", ...used.map((f) => NAMES[f])], names.flatMap((name) => hosts[name].ratios.map((r, i) => [name, String(r), ...used.map((f) => hosts[name].mean[f][i])])));
+  table("multiples", ["method", "ratio", ...used.flatMap((f) => [NAMES[f], "change"])], names.flatMap((name) => hosts[name].ratios.map((r, i) => [
+    name, String(r), ...used.flatMap((f) => [hosts[name].mean[f][i], hosts[name].difference[f][i] ? interval(hosts[name].difference[f][i]) : "–"]),
+  ])));
   legend("multiples", used.map((f) => [f === "top1" ? "all test images" : `${f} classes`, COLOUR[f], SHAPE[f]]));
+}
+
+/** What each ratio changes in one figure of a method: 0 at ratio 0, and nothing if no other ratio was compared with it. */
+function changesOf(h, figure) {
+  const compared = h.ratios.flatMap((ratio, i) => {
+    const d = h.difference[figure][i];
+    return d ? [{ ratio, figure, level: h.mean[figure][i], mean: d.mean, low: d.low ?? d.mean, high: d.high ?? d.mean, said: interval(d) }] : [];
+  });
+  const start = { ratio: 0, figure, level: h.mean[figure][h.ratios.indexOf(0)], mean: 0, low: 0, high: 0 };
+  return compared.length ? [start, ...compared] : [];
 }
 
 function drawRatio() {
@@ -51,9 +69,10 @@ function drawRatio() {
 
   const each = h.classes.map((c, i) => ({ ...c, i, accuracy: h.accuracy[at][i], zero: zero < 0 ? null : h.accuracy[zero][i] }));
   const labels = each.length <= 20, steep = $("bars").clientWidth < 500;
+  const label = (i) => `${short(each[i].name, 12)} (${each[i].count})`;
   chart("bars", {
-    most: 1100, height: labels ? 360 : 300, marginBottom: labels ? (steep ? 128 : 100) : 46, y: percent(), className: "bars",
-    x: { type: "band", label: labels ? null : "class, in descending order of training images", tickRotate: labels ? (steep ? -70 : -35) : 0, tickFormat: labels ? (i) => `${short(each[i].name, 12)} (${each[i].count})` : () => "", tickSize: labels ? 4 : 0 },
+    most: 1100, height: labels ? 360 : 300, marginLeft: labels && !steep ? reach(each.map((_, i) => label(i))) : 44, marginBottom: labels ? (steep ? 128 : 100) : 46, y: percent(), className: "bars",
+    x: { type: "band", label: labels ? null : "class, in descending order of training images", tickRotate: labels ? (steep ? -70 : -35) : 0, tickFormat: labels ? label : () => "", tickSize: labels ? 4 : 0 },
     marks: [
       Plot.barY(each, { x: "i", y: "accuracy", fill: (c) => COLOUR[c.group] || "currentColor", fillOpacity: 0.8, tip: true, title: (c) => `${c.name}: ${text(c.accuracy)}\n${c.count} training images, ${c.group}` }),
       Plot.tickY(each.filter((c) => known(c.zero)), { x: "i", y: "zero", stroke: "currentColor", strokeDasharray: "4 3", strokeWidth: 2 }),
@@ -66,7 +85,7 @@ function drawRatio() {
   $("ratio-value").textContent = h.ratios[at];
   const apart = FIGURES.filter((f) => h.difference[f][at]).map((f) => {
     const d = h.difference[f][at];
-    return `${NAMES[f]} ${signed(d.mean)}` + (known(d.low) ? ` [${signed(d.low)}, ${signed(d.high)}], ${d.verdict || "no verdict"}` : "");
+    return `${NAMES[f]} ${interval(d)}` + (known(d.low) ? `, ${d.verdict || "no verdict"}` : "");
   });
   $("ratio-text").textContent = `${state.host} at ratio ${h.ratios[at]}: ` + bars.map((b) => `${b.group} ${text(b.mean, 1)}`).join(", ") + "." +
     (apart.length ? ` Difference from ratio 0, paired by seed, in percentage points, with the 95 % interval: ${apart.join("; ")}.` : "");
@@ -88,7 +107,7 @@ function drawVariants() {
       marks: [
         Plot.ruleX([0], { stroke: "currentColor" }),
         Plot.ruleY(lines.filter((v) => known(v.low)), { y: "name", x1: "low", x2: "high", stroke: "currentColor", strokeWidth: 2 }),
-        Plot.dot(lines, { y: "name", x: "mean", r: 4.5, stroke: "currentColor", strokeWidth: 2, fill: (v) => (apart(v) ? "currentColor" : "var(--paper)"), tip: true, title: (v) => `${v.name}: ${signed(v.mean)}` + (known(v.low) ? ` [${signed(v.low)}, ${signed(v.high)}]` : "") + `, ${v.verdict}` }),
+        Plot.dot(lines, { y: "name", x: "mean", r: 4.5, stroke: "currentColor", strokeWidth: 2, fill: (v) => (apart(v) ? "currentColor" : "var(--paper)"), tip: true, title: (v) => `${v.name}: ${interval(v)}, ${v.verdict}` }),
       ],
     }, ["donor, channels", "difference", "95 % interval", "verdict", NAMES[figure], "std"], others.map((v) => {
       const d = v.difference[figure];

@@ -11,10 +11,11 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from h2t.cache.errors import CacheError
 from h2t.cache.write.staging import Staging
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.text import counted
@@ -178,13 +179,23 @@ def _set_aside(path: Path) -> Path | None:
 
 
 def _clear(path: Path) -> bool:
-    """Removes the directory of an unfinished run, under its lock. True if it is removed."""
+    """Removes the directory of an unfinished run, under its lock. True if it is removed, False if it is in use.
+
+    Raises OSError and CacheError for a disk that cannot be written.
+    """
     target = _target(path)
     if target is None:
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        Staging(target).clear_remains()  # puts a cache that was moved away back in its place
-    return not path.exists()
+        with suppress(FileNotFoundError):
+            shutil.rmtree(path)
+        return True
+    try:
+        with Staging(target) as staging:  # puts a cache that was moved away back in its place
+            staging.discard()
+    except CacheError as error:
+        if error.reason != "busy":
+            raise
+        return False
+    return True
 
 
 def abandoned(data: Path) -> list[Path]:

@@ -325,7 +325,9 @@ def test_gc_removes_what_nobody_works_on(lab):
         assert "busy" not in done
         assert (data / ".old.staging").exists()
         accepted("cache", "gc", "--apply")
-    assert not (data / ".old.staging").exists()
+        assert not (data / ".old.staging").exists()
+        for command in (["cache", "gc"], ["cache", "gc", "--apply"]):  # what is in use is not mentioned
+            assert accepted(*command) == "nothing to remove\n"
     assert (data / ".busy.staging").exists()
     dvc("checkout", "--force", where=lab / "a")  # what is in use is still there
 

@@ -42,7 +42,7 @@ def collect_garbage(start: Path, say: Say, *, apply: bool, alone: bool = False) 
         raise UserError(
             f"{root}: has no commit yet, and what no commit names would count as unused; type: git add . && git commit"
         ) from None
-    _clear_unfinished(root, say, apply=apply, alone=alone)
+    found = _clear_unfinished(root, say, apply=apply, alone=alone)
     with in_one_line("dvc gc"), Repo(str(root)) as repo:
         objects = _unused(repo)
         size = sum(path.stat().st_size for path in objects)
@@ -57,7 +57,10 @@ def collect_garbage(start: Path, say: Say, *, apply: bool, alone: bool = False) 
                 with _dvc_silent():
                     _gc(repo, dry=False)
             say(f"{'removed' if apply else 'would remove'} {what}: no branch, tag, experiment or workspace uses them")
-    if not apply:
+            found = True
+    if not found:
+        say("nothing to remove")
+    elif not apply:
         say("nothing was removed; pass --apply to remove")
 
 
@@ -138,13 +141,13 @@ def _dvc_silent() -> Iterator[list[logging.LogRecord]]:
             log.propagate = propagate
 
 
-def _clear_unfinished(root: Path, say: Say, *, apply: bool, alone: bool) -> None:
-    """Removes the directories of unfinished runs below `data`."""
+def _clear_unfinished(root: Path, say: Say, *, apply: bool, alone: bool) -> bool:
+    """Removes the directories of unfinished runs below `data`. True if there are any that may be removed."""
     data = root / "data"
     unfinished = abandoned(data) if data.is_dir() else []
     if unfinished and not alone and not data.resolve().is_relative_to(root.resolve()):
         say(f"note: {data} leads out of this repository, so others may work there; pass --alone to clear it too")
-        return
+        return False
     for path in unfinished:
         place, size = path.relative_to(root), _bytes_in(path)
         aside = _set_aside(path)
@@ -155,6 +158,7 @@ def _clear_unfinished(root: Path, say: Say, *, apply: bool, alone: bool) -> None
             say(f"kept {place}: it is in use now")
             continue
         say(f"{'removed' if apply else 'would remove'} {place}: {size / 1e6:.1f} MB of an unfinished run")
+    return bool(unfinished)
 
 
 def _bytes_in(folder: Path) -> int:

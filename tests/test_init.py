@@ -247,6 +247,19 @@ def test_a_project_is_written_once(tmp_path):
         assert before == {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize("own", ["", "model"])
+def test_git_ignores_what_the_documented_commands_write_but_no_code_of_the_user(tmp_path, own):
+    """That is `h2t export ... model` and `h2t report --compare A B comparison`, here and in a project of one's own."""
+    own_data.sort(tmp_path / "photos", {"a": 9, "b": 6})
+    if own:
+        (tmp_path / own).mkdir()
+    with contextlib.chdir(tmp_path):
+        accepted("init", "--data", "photos")
+    ignored = {"/model/", "/comparison/"}
+    assert ignored - set((tmp_path / ".gitignore").read_text().split()) == {f"/{own}/"} & ignored
+    assert ignored <= set((ROOT / ".gitignore").read_text().split())
+
+
 def test_what_lies_in_a_folder_of_dvc_without_its_config_stays(tmp_path):
     own_data.sort(tmp_path / "p/photos", {"a": 9, "b": 6})
     kept = tmp_path / "p/.dvc/cache/files/md5/ab/cd"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from h2t.cache.errors import CacheError
+from h2t.cache.sizes import sized
 from h2t.cache.write.staging import Staging
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.text import counted
@@ -46,7 +47,7 @@ def collect_garbage(start: Path, say: Say, *, apply: bool, alone: bool = False) 
     with in_one_line("dvc gc"), Repo(str(root)) as repo:
         objects = _unused(repo)
         size = sum(path.stat().st_size for path in objects)
-        what = f"{counted(len(objects), 'object')} of DVC's cache, {size / 1e6:.1f} MB"
+        what = f"{counted(len(objects), 'object')} of DVC's cache, {sized(size)}"
         reason = _in_use(root, Path(repo.cache.local.path), alone=alone) if objects else None
         if reason and apply:
             raise UserError(f"not removed: {what}: unused here, but {reason}")
@@ -157,7 +158,7 @@ def _clear_unfinished(root: Path, say: Say, *, apply: bool, alone: bool) -> bool
         if apply and not _clear(path):
             say(f"kept {place}: it is in use now")
             continue
-        say(f"{'removed' if apply else 'would remove'} {place}: {size / 1e6:.1f} MB of an unfinished run")
+        say(f"{'removed' if apply else 'would remove'} {place}: {sized(size)} of an unfinished run")
     return bool(unfinished)
 
 

@@ -138,6 +138,16 @@ def test_many_classes_are_shortened():
     assert lines[describe.MOST - describe.LAST] == "  ... 80 classes between"
 
 
+def test_classes_of_similar_names_are_named_by_init_and_prepare(tmp_path):
+    own_data.sort(tmp_path / "photos", {"cat": 9, "Cat": 6})
+    with contextlib.chdir(tmp_path):
+        first = accepted("init", "--data", "photos")
+        accepted("watch", "images", "inputs/images.json")
+        accepted("inputs", "inputs", "data/inputs")
+        for said in (first, accepted("prepare", "data/prepare")):
+            assert "differ only by case, spaces or Unicode form: 'Cat' and 'cat'; each" in said
+
+
 def test_folders_of_splits_and_a_folder_around_all(tmp_path):
     for part in ("training", "valid", "test"):
         own_data.sort(tmp_path / "archive/photos" / part, {"a": 2, "b": 1})

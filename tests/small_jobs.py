@@ -4,6 +4,7 @@ import os
 import signal
 import time
 
+from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.progress import progress
 
@@ -36,3 +37,7 @@ def holds_interrupts():
 def is_killed_with_a_bar():
     for _ in progress(range(3), "bar", unit="step"):
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def uses_a_plugin():
+    plugins.load("pools", "mine").f()

@@ -4,6 +4,8 @@ import torch
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.params import build
 from h2t.pipeline.networks.backbone import Backbone
+from h2t.pipeline.networks.trained import load_backbone
+from h2t.pipeline.networks.weights import save_weights, weights_digest
 
 
 def make_backbone(name, seed=0, **options):
@@ -81,3 +83,31 @@ def test_experts_share_the_first_layer_and_own_the_rest():
     assert net.conv1.weight.grad is not None
     assert net.layer2s[0][0].conv1.weight.grad is not None
     assert net.layer2s[1][0].conv1.weight.grad is None
+
+
+REPLACING = '''"""Mine: a layer, while whose building another file takes the place of its weights."""
+from pathlib import Path
+from torch import nn
+from h2t.pipeline.base.params import Section
+class Options(Section):
+    folder: str
+class Mine(nn.Linear):
+    channels, experts = 2, 1
+def build(options):
+    Path(options.folder, "other").replace(Path(options.folder, "backbone.safetensors"))
+    return Mine(2, 2)
+'''
+
+
+def test_the_digest_of_a_backbone_is_that_of_the_weights_it_has(tmp_path, monkeypatch):
+    """The digest is taken beside the building of the network, which gives time to replace the file."""
+    (tmp_path / "backbones").mkdir()
+    (tmp_path / "backbones/mine.py").write_text(REPLACING)
+    monkeypatch.setenv("H2T_PLUGINS", str(tmp_path))
+    about = {"arch": "mine", "options": {"folder": str(tmp_path)}}
+    for name, value in (("backbone.safetensors", 1.0), ("other", 2.0)):
+        save_weights(tmp_path / name, {"weight": torch.full((2, 2), value), "bias": torch.zeros(2)}, about)
+    backbone, identity = load_backbone(tmp_path)
+    assert not (tmp_path / "other").exists()
+    assert identity["weights"] == weights_digest(backbone.state_dict())
+    assert backbone.weight[0, 0] == 1

@@ -11,7 +11,8 @@ from builders import make_cache, make_rows, tree
 from click.testing import CliRunner
 
 from h2t.cache.reader import open_cache
-from h2t.pipeline.command_line.caches import cache, human
+from h2t.cache.sizes import sized
+from h2t.pipeline.command_line.caches import cache
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ["info", "verify", "stats"]
@@ -155,10 +156,14 @@ def test_info_opens_no_shard(cache_dir):
 
 
 @pytest.mark.parametrize(
-    ("size", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1 KB"), (2.35e10, "23.5 GB"), (5e15, "5e+03 TB")]
+    ("size", "text"),
+    [
+        *((0, "0 B"), (999, "999 B"), (1000, "1 kB"), (49_949, "49.9 kB"), (999_499, "999 kB"), (999_500, "1 MB")),
+        *((2.35e10, "23.5 GB"), (999.6e9, "1 TB"), (5e15, "5,000 TB")),
+    ],
 )
 def test_sizes_for_people(size, text):
-    assert human(size) == text
+    assert sized(size) == text
 
 
 def test_rows_of_numpy_integers_are_json(cache_dir):

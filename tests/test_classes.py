@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from h2t.pipeline.base.errors import UserError
-from h2t.pipeline.data.classes import GROUPS, by_index, class_index, groups
+from h2t.pipeline.data.classes import GROUPS, by_index, class_index, describe_similar, groups
 from h2t.pipeline.stages.prepare import Imbalance, long_tailed_counts
 
 
@@ -91,3 +91,12 @@ def test_by_index_may_leave_groups_empty():
     assert by_index(3, 0, 3) == ["medium"] * 3
     assert by_index(3, 3, 3) == ["head"] * 3
     assert by_index(2, 0, 0) == ["tail"] * 2
+
+
+def test_similar_names_are_told_apart_in_the_line_on_them():
+    names = ["cat", "owl", "Cat", "caf\u00e9", "cafe\u0301", " owl"]
+    (line,) = describe_similar(names)
+    said = "'cat' and 'Cat'; 'owl' and ' owl'; 'caf\\xe9' and 'cafe\\u0301'; each is a class of its own"
+    assert said in line
+    assert describe_similar(["cat", "dog"]) == []
+    assert "; and 2 more; each" in describe_similar([f"{c}{j}" for j in range(5) for c in "aA"])[0]

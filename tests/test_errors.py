@@ -15,7 +15,7 @@ from h2t.pipeline.command_line.main import main
 
 LACKS = {
     "room": (OSError(errno.ENOSPC, "", "data/x"), "data/x: No space left on device; free some space"),
-    "a writable disk": (OSError(errno.EROFS, "", "data/x"), "data/x: Read-only file system; free some space"),
+    "a writable disk": (OSError(errno.EROFS, "", "data/x"), "data/x: Read-only file system; make the disk writable"),
     "a sound disk": (OSError(errno.EIO, ""), "disk: Input/output error; "),
     "memory": (MemoryError(), "memory: not enough; raise the limit"),
     "memory, in numpy's words": (MemoryError("Unable to allocate 1. GiB"), "memory: Unable to allocate 1. GiB; raise"),
@@ -58,7 +58,7 @@ def test_the_command_line_says_it(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (result.exit_code, result.stderr) == (
         1,
-        "error: disk: File too large; free some space or fix the permissions, then run again\n",
+        "error: disk: File too large; raise the limit on the size of files (ulimit -f), then run again\n",
     )
     assert not out.exists()
 

@@ -223,7 +223,7 @@ def test_a_row_table_that_grows_beyond_memory_is_refused(tmp_path, monkeypatch):
     assert len(data) < 100_000
     assert len(from_bytes(data, 500)) == 500  # 33 MB are no bomb
     monkeypatch.setattr(rows, "available_memory", lambda: 20 * 2**20)
-    with raises("full", r"would take 0\.0 GB of memory"):
+    with raises("full", r"would take 32\.8 MB of memory"):
         from_bytes(data, 500)
     monkeypatch.setattr(rows, "available_memory", lambda: 1000)
     with pytest.raises(CacheError, match="more than there is free"):

@@ -138,6 +138,16 @@ def test_many_classes_are_shortened():
     assert lines[describe.MOST - describe.LAST] == "  ... 80 classes between"
 
 
+def test_classes_of_similar_names_are_named_by_init_and_prepare(tmp_path):
+    own_data.sort(tmp_path / "photos", {"cat": 9, "Cat": 6})
+    with contextlib.chdir(tmp_path):
+        first = accepted("init", "--data", "photos")
+        accepted("watch", "images", "inputs/images.json")
+        accepted("inputs", "inputs", "data/inputs")
+        for said in (first, accepted("prepare", "data/prepare")):
+            assert "differ only by case, spaces or Unicode form: 'Cat' and 'cat'; each" in said
+
+
 def test_folders_of_splits_and_a_folder_around_all(tmp_path):
     for part in ("training", "valid", "test"):
         own_data.sort(tmp_path / "archive/photos" / part, {"a": 2, "b": 1})
@@ -245,6 +255,19 @@ def test_a_project_is_written_once(tmp_path):
         line = refused("init", "--data", "photos", code=2)
         assert line.startswith("error: params.yaml: exists already")
         assert before == {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("own", ["", "model"])
+def test_git_ignores_what_the_documented_commands_write_but_no_code_of_the_user(tmp_path, own):
+    """That is `h2t export ... model` and `h2t report --compare A B comparison`, here and in a project of one's own."""
+    own_data.sort(tmp_path / "photos", {"a": 9, "b": 6})
+    if own:
+        (tmp_path / own).mkdir()
+    with contextlib.chdir(tmp_path):
+        accepted("init", "--data", "photos")
+    ignored = {"/model/", "/comparison/"}
+    assert ignored - set((tmp_path / ".gitignore").read_text().split()) == {f"/{own}/"} & ignored
+    assert ignored <= set((ROOT / ".gitignore").read_text().split())
 
 
 def test_what_lies_in_a_folder_of_dvc_without_its_config_stays(tmp_path):

@@ -64,7 +64,7 @@ def test_limits_come_in_their_order_and_hold_at_their_number():
     at = next(images for what, images in found.items() if "cache.json" in what)
     record = plan(at, 1, KNOWN, HERE)["bytes"]["record"]
     assert record == pytest.approx(MAX_RECORD_BYTES, rel=0.01)
-    text = "\n".join(shown(plan(10**7, 4, KNOWN, HERE), "{} bytes".format))
+    text = "\n".join(shown(plan(10**7, 4, KNOWN, HERE)))
     assert "breaks       from 2.49 million images: the disk is full" in text
     assert text.count("breaks next") == 1
 

@@ -1,8 +1,10 @@
 import pytest
-from pipeline_builders import accepted
+import small_jobs
+from pipeline_builders import accepted, invoke, refused, write_params
 
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.side_by_side import side_by_side
 
 
 @pytest.mark.parametrize("kind", plugins.KINDS)
@@ -67,3 +69,79 @@ def test_the_list_shows_a_plugin_with_wrong_syntax_beside_the_others(tmp_path, m
     said = accepted("list", "pools")
     assert "gap" in said
     assert "cannot be read (invalid syntax" in said
+
+
+BROKEN = '''"""Mine: a dataset."""
+import numpy as np
+from h2t.pipeline.base.params import Section
+from h2t.pipeline.data import classes
+
+
+class Options(Section):
+    calls: str = "a library"
+
+
+def load(options):
+    return {"a library": Of.shape, "h2t": classes.groups}[options.calls](3)
+
+
+class Of:
+    def shape(n):
+        return np.zeros(n).reshape(2, 2)
+'''
+
+
+@pytest.fixture
+def broken(tmp_path, monkeypatch):
+    """A command on a dataset plug-in that raises an error, and the line that is expected."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plugins/datasets").mkdir(parents=True)
+    (tmp_path / "plugins/datasets/mine.py").write_text(BROKEN)
+    write_params(tmp_path / "params.yaml", prepare={"dataset": "mine"})
+    line = (
+        f"{tmp_path}/plugins/datasets/mine.py: line 17, in Of.shape: ValueError: cannot reshape array of size 3 into "
+        "shape (2,2); correct the plug-in, or type H2T_TRACEBACK=1 before the command to see the traceback"
+    )
+    return "prepare", line
+
+
+def test_an_error_of_a_plugin_is_one_line_that_says_where(broken):
+    command, line = broken
+    assert refused(command, "data/prepare") == f"error: {line}\n"
+
+
+def test_the_traceback_of_a_plugins_error_is_shown_when_asked_for(broken, monkeypatch):
+    command, _ = broken
+    said = [invoke(command, "data/prepare", "-v")]
+    monkeypatch.setenv("H2T_TRACEBACK", "1")
+    said += [invoke(command, "data/prepare"), invoke(command, "data/prepare", "--set", "prepare.dataset=no")]
+    for done in said:
+        assert done.exit_code == 1
+        assert "Traceback" in str(done.exception)
+    assert 'datasets/mine.py", line 17, in shape' in str(said[1].exception)
+
+
+def test_an_error_of_h2t_below_a_plugin_stays_a_bug(broken):
+    command, _ = broken
+    done = invoke(command, "data/prepare", "--set", "prepare.options={calls: h2t}")
+    assert isinstance(done.exception, TypeError), done.stderr
+
+
+def test_a_plugin_without_what_its_kind_must_define_is_one_line(broken, tmp_path):
+    command, _ = broken
+    path = tmp_path / "plugins/datasets/mine.py"
+    path.write_text(BROKEN.replace("def load", "def lod"))
+    assert refused(command, "data/prepare") == (
+        f"error: {path}: must define load, as every plug-in in datasets does; correct the plug-in\n"
+    )
+
+
+def test_an_error_of_a_plugin_in_another_process_says_where(tmp_path, monkeypatch):
+    (tmp_path / "pools").mkdir()
+    path = tmp_path / "pools/mine.py"
+    path.write_text('"""A pool."""\nclass Mine(Exception):\n    pass\ndef f():\n    raise Mine("too small")\n')
+    monkeypatch.setenv("H2T_PLUGINS", str(tmp_path))
+    with pytest.raises(UserError) as error:
+        side_by_side([small_jobs.uses_a_plugin], "x")
+    assert str(error.value).startswith(f"{path}: line 5, in f: Mine: too small; correct the plug-in")
+    assert "Traceback" in error.value.__notes__[0]

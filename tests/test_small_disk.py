@@ -1,16 +1,21 @@
 """A disk that fills up or turns read-only under a writer. Needs root, for a file system of its own."""
 
+import errno
+import os
 import shutil
 import subprocess
 
 import pytest
 from builders import TOKEN, make_maps, make_rows, make_spec, make_statistics, raises, tree, write_cache
+from pipeline_builders import refused
+from repositories import cache_repository, git
 
 from h2t.cache.errors import CacheError
 from h2t.cache.write.staging import Staging
 from h2t.cache.write.writer import CacheWriter
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import fresh_directory
+from h2t.pipeline.sharing.repository import in_one_line
 
 pytestmark = pytest.mark.skipif(shutil.which("mount") is None, reason="no mount command")
 
@@ -126,3 +131,49 @@ def test_an_output_is_one_line_on_a_disk_that_turned_read_only(failing):
     with pytest.raises(UserError, match=line), fresh_directory(failing.place / "out") as into:
         failing.give_up()
         (into / "a").write_text("a")
+
+
+@pytest.fixture
+def read_only(tmp_path, monkeypatch):
+    """A committed repository with a cache and an unfinished run, on a disk that turned read-only; where one works."""
+    root = cache_repository(tmp_path)
+    git("add", ".", where=root)
+    git("commit", "--quiet", "--message=one", where=root)
+    (root / "data/extract/.other.staging").mkdir()
+    for options in (["--bind"], ["-o", "remount,ro,bind"]):
+        if subprocess.run(["mount", *options, tmp_path, tmp_path], capture_output=True, check=False).returncode:
+            pytest.skip("cannot mount a folder read-only here")
+    monkeypatch.chdir(root)  # the mounted one
+    yield root
+    subprocess.run(["umount", "--lazy", tmp_path], check=True)
+
+
+@pytest.mark.parametrize(
+    ("command", "place"),
+    [
+        ("cache gc", ".dvc/tmp/lock"),
+        ("cache gc --apply", "data/extract/.other.staging"),
+        ("cache publish", ".dvc/tmp/lock"),
+        ("upgrade", ".dvc/tmp/lock"),
+    ],
+)
+def test_a_command_on_a_read_only_disk_says_what_cannot_be_written(read_only, command, place):
+    line = refused(*command.split(), code=1)
+    assert f"{read_only / place}: read-only file system; make " in line.replace("Read", "read").split("error: ")[1]
+    assert "Errno" not in line
+
+
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        (errno.ENOSPC, "No space left on device; free some space"),
+        (errno.EDQUOT, "Disk quota exceeded; free some space, or ask"),
+        (errno.EACCES, "Permission denied; fix the permissions"),
+        (errno.EIO, "Input/output error; check the disk"),
+    ],
+)
+def test_what_dvc_says_of_a_disk_names_the_way_out(number, says):
+    with pytest.raises(UserError, match=f"^dvc: x: {says}"), in_one_line("dvc"):
+        raise OSError(number, os.strerror(number), "x")
+    with pytest.raises(UserError, match=r"^remote: .*bucket said no$"), in_one_line("remote"):
+        raise OSError(number, "bucket said no")  # as s3fs does

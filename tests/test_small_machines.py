@@ -68,7 +68,7 @@ def test_a_stack_shrinks_to_the_memory_there_is_and_gives_the_same_heads(tmp_pat
     memory(4_000_000)
     said = []
     parts = fitted(tmp_path / "parts", cache, backbone[0], pooled=False, grid=GRID, say=said.append)
-    assert any("12 classifiers in " in line and " parts, to stay below 1.0 MB per step" in line for line in said), said
+    assert any("12 classifiers in " in line and " parts, to stay below 1 MB per step" in line for line in said), said
     for key, tensor in whole.items():
         assert float((tensor - parts[key]).abs().max() / tensor.abs().max()) <= 1e-5
 

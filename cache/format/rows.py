@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from h2t.cache.errors import CacheError
 from h2t.cache.memory import available_memory
+from h2t.cache.sizes import sized
 
 SCHEMA = pa.schema(
     [
@@ -222,7 +223,7 @@ def _misnumbered(expected_rows: int) -> CacheError:
 def check_memory(need: int) -> None:
     """Raises CacheError `full` unless `need` bytes of memory are free."""
     if need > available_memory():
-        raise CacheError("full", f"rows.parquet: would take {need / 1e9:.1f} GB of memory, more than there is free")
+        raise CacheError("full", f"rows.parquet: would take {sized(need)} of memory, more than there is free")
 
 
 def _text_bytes(column: pa.ChunkedArray) -> int:

@@ -30,6 +30,7 @@ from h2t.cache.read.spans import merged
 from h2t.cache.read.stores import Store, store_of
 from h2t.cache.read.transfer import Answer, Pace, Patience, Take, TooSlow, version_of
 from h2t.cache.redaction import redacted, secrets_in, without
+from h2t.cache.sizes import sized
 
 T = TypeVar("T")
 
@@ -262,7 +263,7 @@ class RemoteFiles:
     def _check_memory(self, name: str, size: int) -> None:
         if size > SMALL_BYTES and size > available_memory():
             raise CacheError(
-                "full", f"{self._url}/{name}: reading it needs {size / 1e9:.1f} GB of memory, more than there is free"
+                "full", f"{self._url}/{name}: reading it needs {sized(size)} of memory, more than there is free"
             )
 
     def _listing(self, folder: str) -> dict[str, int]:

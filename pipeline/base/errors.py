@@ -18,7 +18,16 @@ class UserError(Exception):
         super().__init__(one_line(redacted(message)))
 
 
-CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EFBIG}
+#: Errors of a disk that cannot be written, and the way out of each.
+CANNOT_WRITE = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space, or ask for a larger quota",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EACCES: "fix the permissions",
+    errno.EPERM: "fix the permissions",
+    errno.EROFS: "make the disk writable, or work on another one",
+    errno.EIO: "check the disk, which may be broken",
+}
 #: Messages of torch, of threads and of the library loader for "out of memory", where they do not raise MemoryError.
 NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "can't start new thread", "map segment")
 
@@ -37,8 +46,8 @@ def of_the_machine(error: BaseException) -> UserError | None:
     if isinstance(error, ModuleNotFoundError) and (package := (error.name or "").partition(".")[0]) in PIPELINE:
         return UserError(f"{package}: not installed, and this command needs it; type: pip install 'h2t[pipeline]'")
     if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
-        why = os.strerror(error.errno)
-        return UserError(f"{error.filename or 'disk'}: {why}; free some space or fix the permissions, then run again")
+        why, way_out = os.strerror(error.errno), CANNOT_WRITE[error.errno]
+        return UserError(f"{error.filename or 'disk'}: {why}; {way_out}, then run again")
     known = isinstance(error, RuntimeError | ImportError) and any(words in str(error) for words in NO_MEMORY)
     if known or isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         said = next(iter(str(error).splitlines()), "").rstrip(". ") or "not enough"

@@ -54,7 +54,7 @@ def fresh_directory(out: Path) -> Iterator[Path]:
         if error.errno not in CANNOT_WRITE:
             raise
         why = os.strerror(error.errno)  # shorter than pyarrow's own text
-        raise UserError(f"{out}: cannot be written ({why}); free some space or fix the permissions") from None
+        raise UserError(f"{out}: cannot be written ({why}); {CANNOT_WRITE[error.errno]}, then run again") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -10,8 +10,12 @@ import traceback
 from pathlib import Path
 from types import ModuleType
 
-from h2t.pipeline.base.errors import UserError, nearest
+from h2t.pipeline.base.errors import UserError, in_brief, nearest
 
+#: Environment variable: with 1, every command shows the traceback of its error in place of the line.
+TRACEBACK = "H2T_TRACEBACK"
+
+_LOADED = "h2t_plugins"  # package name of the user's plug-ins in sys.modules
 _FILE = re.compile(r"[^\W_][\w-]{0,99}")  # valid file names, without the ending
 KINDS = ("datasets", "backbones", "objectives", "samplers", "pools", "hosts")
 #: Kinds whose file may leave out its parameters: (class with the default, name of the parameters).
@@ -48,7 +52,7 @@ def load(kind: str, name: str) -> ModuleType:
     path = next(p for folder in folders(kind) if (p := folder / f"{name}.py").is_file())
     if path.parent == Path(__file__).parents[1] / kind:
         return _completed(kind, importlib.import_module(f"h2t.pipeline.{kind}.{name}"))
-    qualified = f"h2t_plugins.{kind}.{name}"
+    qualified = f"{_LOADED}.{kind}.{name}"
     loaded = sys.modules.get(qualified)
     if loaded is not None and loaded.__file__ == str(path):
         return loaded
@@ -73,6 +77,31 @@ def _said(error: Exception, path: Path) -> str:
     line = error.lineno if isinstance(error, SyntaxError) and error.filename == str(path) else (lines or [None])[-1]
     text = error.msg if isinstance(error, SyntaxError) else str(error)
     return f"{'' if line is None else f'line {line}: '}{type(error).__name__}: {' '.join(text.split())}"
+
+
+def fault(error: BaseException) -> UserError | None:
+    """A UserError for an `error` raised by a function of a user's plug-in or for want of one, otherwise None.
+
+    An error in a library is that of the function that called it. If h2t did, the error is a bug of ours, even below a
+    plug-in.
+    """
+    if isinstance(error, AttributeError) and isinstance(module := error.obj, ModuleType):
+        package, _, kind = module.__name__.rpartition(".")[0].partition(".")
+        if package == _LOADED:
+            return UserError(
+                f"{module.__file__}: must define {error.name}, as every plug-in in {kind} does; correct the plug-in"
+            )
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        package = str(frame.f_globals.get("__name__")).partition(".")[0]
+        if package == "h2t":
+            break
+        if package == _LOADED:
+            code = frame.f_code
+            return UserError(
+                f"{code.co_filename}: line {line}, in {code.co_qualname}: {type(error).__name__}: {in_brief(error)}; "
+                f"correct the plug-in, or type {TRACEBACK}=1 before the command to see the traceback"
+            )
+    return None
 
 
 def _completed(kind: str, module: ModuleType) -> ModuleType:

@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
+from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
 
 T = TypeVar("T")
@@ -92,7 +93,8 @@ def _work(job: Callable[[], Any], answer: Connection) -> None:
 
 
 def _sendable(error: Exception) -> Exception:
-    """The error with its traceback as a note; in words if it cannot be pickled."""
+    """The error with its traceback as a note; in words if it cannot be pickled. That of a plug-in is a UserError."""
+    error = plugins.fault(error) or error  # here, as frames are not sent
     error.add_note(traceback.format_exc())
     try:
         pickle.dumps(error)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from h2t.cache.redaction import one_line, printable, redacted
+from h2t.cache.sizes import sized
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.command_line import names, options
@@ -158,15 +159,6 @@ def previous(location: str | None, name: str) -> Iterator["Cache | None"]:
         yield cache
 
 
-def human(size: float) -> str:
-    """`size` in bytes as text with a decimal unit: 999 B, 1 KB, 2.5 GB."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
-
-
 @click.group(cls=CacheCommands)
 def cache() -> None:
     """Describe, check, share and import caches."""
@@ -201,7 +193,7 @@ def info(location: str, as_json: bool) -> None:
     rows = counted(about["chunk_rows"], "row")
     click.echo(f"layout       codec {about['codec']}, {rows} per chunk, {about['shard_rows']:,} per shard")
     shards = counted(about["shards"], "shard")
-    click.echo(f"size         {human(about['bytes'])} in {shards}, {human(about['value_bytes'])} before compression")
+    click.echo(f"size         {sized(about['bytes'])} in {shards}, {sized(about['value_bytes'])} before compression")
     click.echo(f"format       {about['format']}")
     click.echo(f"fingerprint  {about['fingerprint']}")
     for name in ("fingerprint_inputs", "provenance"):
@@ -252,7 +244,7 @@ def verify_command(location: str, quick: bool, count: int | None, part: tuple[in
     if part == (1, 1):
         with opened(location) as maps:
             about = describe(maps)
-        size = f"{counted(about['rows'], 'row')}, {counted(about['files'], 'file')}, {human(about['bytes'])}"
+        size = f"{counted(about['rows'], 'row')}, {counted(about['files'], 'file')}, {sized(about['bytes'])}"
         click.echo(f"sound: {size}; checked {checked}")
     else:  # the files of other parts may be missing
         click.echo(f"sound: part {part[0]} of {part[1]}; checked {checked} of it")

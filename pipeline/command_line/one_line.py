@@ -4,6 +4,7 @@ import _thread
 import os
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import click
 
 from h2t.cache.errors import CacheError, CacheWarning
 from h2t.cache.redaction import one_line, redacted
+from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError, of_the_machine
 
 STOPPED = 130  # the usual exit code after Ctrl-C
@@ -130,13 +132,13 @@ class OneLineErrors(click.Group):
             raise
         except click.UsageError as error:
             raise Misuse(error) from None
-        except (UserError, CacheError) as error:
-            refuse(ctx, str(error))
-        except (OSError, MemoryError, RuntimeError, ImportError) as error:
-            known = of_the_machine(error)
-            if known is None:
+        except Exception as error:
+            line = error if isinstance(error, UserError | CacheError) else of_the_machine(error) or plugins.fault(error)
+            if line is None:
                 raise
-            refuse(ctx, str(known))
+            if ctx.meta.get(plugins.TRACEBACK) or os.environ.get(plugins.TRACEBACK, "0") != "0":
+                raise SystemExit(traceback.format_exc()) from None
+            refuse(ctx, str(line))
         except KeyboardInterrupt:
             click.echo("interrupted; run the same command again to resume", err=True)
             ctx.exit(STOPPED)

@@ -57,7 +57,6 @@ def plan(
 
     from h2t.cache.memory import available_memory
     from h2t.pipeline.base.device import choose
-    from h2t.pipeline.command_line.caches import human
     from h2t.pipeline.project.plan import Machine, shown
     from h2t.pipeline.project.plan import plan as planned
     from h2t.pipeline.project.rehearsal import rehearse
@@ -72,7 +71,7 @@ def plan(
     if as_json:
         click.echo(json.dumps(result, sort_keys=True))
         return
-    for line in shown(result, human):
+    for line in shown(result):
         click.echo(line)
 
 

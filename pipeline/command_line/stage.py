@@ -2,7 +2,6 @@
 
 import os
 import time
-import traceback
 from collections.abc import Callable
 from functools import partial, wraps
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import click
 
 from h2t.cache.errors import CacheError
+from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.run import Run, Say, silent
 from h2t.pipeline.command_line import options
@@ -37,7 +37,7 @@ def stage(function: Callable[..., Any], *, outline: Outline = _never) -> Callabl
         "--record", type=PATH, default=None, metavar="FILE", help="Write time, machine and rates of this run as JSON."
     )
     @click.option("-q", "--quiet", is_flag=True, help="Print warnings and errors only.")
-    @click.option("-v", "--verbose", is_flag=True, help="Show tracebacks of errors.")
+    @click.option("-v", "--verbose", is_flag=True, help="Show tracebacks of errors, as H2T_TRACEBACK=1 does.")
     @wraps(function)
     def command(
         params_file: Path,
@@ -52,6 +52,7 @@ def stage(function: Callable[..., Any], *, outline: Outline = _never) -> Callabl
         from h2t.pipeline.inspection import settings
         from h2t.pipeline.stages import inputs
 
+        click.get_current_context().meta[plugins.TRACEBACK] = verbose
         started, used = time.perf_counter(), clock.processor()
         say: Say = silent if quiet else partial(click.echo, err=bool(arguments.get("as_json")))  # JSON stays alone
         values = params.load(params_file, overrides)
@@ -64,10 +65,8 @@ def stage(function: Callable[..., Any], *, outline: Outline = _never) -> Callabl
             with progress.hidden(quiet):
                 facts = function(values=values, say=say, **arguments)
         except (UserError, CacheError) as error:
-            if verbose:
-                raise SystemExit(traceback.format_exc()) from None
             if hint := inputs.in_queue(values):
-                raise UserError(f"{error}{hint}") from None
+                raise UserError(f"{error}{hint}") from error
             raise
         if record is not None and os.environ.get("RANK", "0") == "0":  # under torchrun the first process writes
             from h2t.pipeline.base.outputs import write_run_record

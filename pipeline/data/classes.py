@@ -1,5 +1,6 @@
 """Facts about classes: the positions of their samples, and which classes are head, medium and tail classes."""
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from h2t.pipeline.base.text import counted
 PAPER_INDEX = {10: (3, 4), 100: (36, 35), 1000: (390, 445), 8142: (842, 3701), 365: (131, 157)}
 
 GROUPS = ("head", "medium", "tail")
+SHOWN = 3  # groups of similar names in a line
 
 
 def recorded_names(provenance: Mapping[str, Any], where: object) -> list[str]:
@@ -21,6 +23,28 @@ def recorded_names(provenance: Mapping[str, Any], where: object) -> list[str]:
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise UserError(f"{where}: its record must name the classes; extract or import the cache again")
     return names
+
+
+def describe_similar(names: Sequence[str]) -> list[str]:
+    """A line if names of classes differ only by case, by spaces or by Unicode normal form (é as one sign or as two)."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(" ".join(unicodedata.normalize("NFC", name).casefold().split()), []).append(name)
+    groups = [group for group in alike.values() if len(group) > 1]
+    if not groups:
+        return []
+    named = [" and ".join(_told_apart(group)) for group in groups[:SHOWN]]
+    more = f"; and {len(groups) - SHOWN:,} more" if len(groups) > SHOWN else ""
+    return [
+        f"class names that differ only by case, spaces or Unicode form: {'; '.join(named)}{more}; each is a class of "
+        "its own; if they mean the same, give their images one name"
+    ]
+
+
+def _told_apart(names: Sequence[str]) -> list[str]:
+    """The names in quotes, in ASCII where they would look the same."""
+    same_look = len({unicodedata.normalize("NFC", name) for name in names}) < len(names)
+    return [ascii(name) if same_look else repr(name) for name in names]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from itertools import groupby, pairwise
 
+from h2t.cache.sizes import sized
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.base.text import counted
@@ -15,7 +16,7 @@ from h2t.pipeline.heads.batches import Streams
 from h2t.pipeline.heads.features import FeatureReader
 from h2t.pipeline.heads.fusion import Selection
 from h2t.pipeline.heads.head import MAP_AXES, Head
-from h2t.pipeline.heads.residency import WINDOW_SHARE, Choice, Room, amount
+from h2t.pipeline.heads.residency import WINDOW_SHARE, Choice, Room
 from h2t.pipeline.heads.setting import HeadSetting
 from h2t.pipeline.heads.stack import FLOAT
 from h2t.pipeline.networks.trained import StageOneHead
@@ -128,8 +129,8 @@ def planned_parts(
     results = RESULT_COPIES * len(heads) * FLOAT * size.parameters
     if results > room.host:
         raise UserError(
-            f"hosts.{run.name}.grid: the weights of {counted(len(heads), 'classifier')} need {amount(results)} of "
-            f"memory; {amount(room.host)} are available; make the grid smaller, or raise the memory limit"
+            f"hosts.{run.name}.grid: the weights of {counted(len(heads), 'classifier')} need {sized(results)} of "
+            f"memory; {sized(room.host)} are available; make the grid smaller, or raise the memory limit"
         )
     streamed = choice.tier == "stream"
 
@@ -150,8 +151,8 @@ def planned_parts(
     need = max(size.of(p) + (2 * size.window(p) if streamed else features * here) for p in ways[-1])
     if need > room.where_trained:
         raise UserError(
-            f"hosts.{run.name}: training a single classifier needs {amount(need)} of memory; "
-            f"{amount(room.where_trained)} are available; lower hosts.{run.name}.optimiser.batch_size ({size.batch}), "
+            f"hosts.{run.name}: training a single classifier needs {sized(need)} of memory; "
+            f"{sized(room.where_trained)} are available; lower hosts.{run.name}.optimiser.batch_size ({size.batch}), "
             "or raise the memory limit"
         )
     return ways[-1]

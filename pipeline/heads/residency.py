@@ -17,6 +17,7 @@ import torch
 
 from h2t.cache.memory import available_memory, return_freed_arrays
 from h2t.cache.read.prefetch import in_background
+from h2t.cache.sizes import sized
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import Bytes, Count, Section
 from h2t.pipeline.base.text import counted
@@ -116,17 +117,12 @@ def choose_tier(wanted: Literal["auto", "device", "memory", "stream"], need: int
     `budget`: bytes of host memory for features; `free`: bytes for them on a GPU, 0 without one.
     """
     if wanted != "auto":
-        return Choice(wanted, f"{amount(need)}, as set in train_classifier.residency")
+        return Choice(wanted, f"{sized(need)}, as set in train_classifier.residency")
     if need <= free:
-        return Choice("device", f"{amount(need)} of {amount(free)} allowed")
+        return Choice("device", f"{sized(need)} of {sized(free)} allowed")
     if need <= budget:
-        return Choice("memory", f"{amount(need)} of {amount(budget)} allowed")
-    return Choice("stream", f"{amount(need)} exceed the {amount(budget)} allowed")
-
-
-def amount(size: int) -> str:
-    """`size` bytes in MB, or in GB from 1 GB on: 0.4 MB, 8.34 GB."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+        return Choice("memory", f"{sized(need)} of {sized(budget)} allowed")
+    return Choice("stream", f"{sized(need)} exceed the {sized(budget)} allowed")
 
 
 def hot_samples(streams: Streams, row_bytes: int, budget: int) -> tuple[np.ndarray, float]:
@@ -217,7 +213,7 @@ class Feed:
     def cost(self) -> str:
         """The cost of reading features, in words, for the terminal."""
         meter = self.meter
-        text = f"read {amount(meter.bytes_read)} of the cache for batches of {amount(meter.bytes_used)} in all"
+        text = f"read {sized(meter.bytes_read)} of the cache for batches of {sized(meter.bytes_used)} in all"
         if meter.hit_rate is None:
             return text
         rate = f"hit rate {100 * meter.hit_rate:.1f} % (expected {100 * (self.expected_hit_rate or 0):.1f} %)"
@@ -297,7 +293,7 @@ def plan_tier(streams: Streams, reader: FeatureReader, settings: Residency, room
     most = room.gpu if on_gpu else int(MOST_HOST_SHARE * room.host)
     if choice.tier != "stream" and need > most:
         raise UserError(
-            f"train_classifier.residency: {choice.tier} needs {amount(need)} for the features, "
-            f"{amount(most)} can be used; set it to auto or stream"
+            f"train_classifier.residency: {choice.tier} needs {sized(need)} for the features, "
+            f"{sized(most)} can be used; set it to auto or stream"
         )
     return choice

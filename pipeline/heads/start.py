@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from h2t.cache.memory import available_memory
 from h2t.cache.reader import Cache
+from h2t.cache.sizes import sized
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import build
 from h2t.pipeline.base.run import Say, silent
@@ -29,7 +30,6 @@ from h2t.pipeline.data.classes import recorded_names
 from h2t.pipeline.heads.batches import SampleRows, sample_rows
 from h2t.pipeline.heads.features import FeatureReader, first_not_finite, identity_if_pooled, maps_fingerprint
 from h2t.pipeline.heads.head import POOL, Head
-from h2t.pipeline.heads.residency import amount
 from h2t.pipeline.networks import probe
 from h2t.pipeline.networks.classifier import global_average
 from h2t.pipeline.networks.frozen import FrozenPart
@@ -101,8 +101,8 @@ def fit_probe(
     need = 4 * COPIES * len(used.first) * (width + classes)
     if need > (room := available_memory()):
         raise UserError(
-            f"{cache.files}: a probe on {counted(len(used.first), 'sample')} needs {amount(need)} of memory; "
-            f"{amount(room)} are available; raise the memory limit, or use host crt, which starts from random weights"
+            f"{cache.files}: a probe on {counted(len(used.first), 'sample')} needs {sized(need)} of memory; "
+            f"{sized(room)} are available; raise the memory limit, or use host crt, which starts from random weights"
         )
     features = FeatureReader(cache, global_average).read(used.first)[0].to(device)
     if not features.isfinite().all() and (row := first_not_finite(cache, used.first)):

@@ -12,6 +12,7 @@ import torch
 
 from h2t.cache.memory import available_memory
 from h2t.cache.reader import Cache
+from h2t.cache.sizes import sized
 from h2t.pipeline.base import clock, plugins
 from h2t.pipeline.base.columns import column
 from h2t.pipeline.base.errors import UserError
@@ -31,7 +32,7 @@ from h2t.pipeline.heads.head import Head
 from h2t.pipeline.heads.host import Context
 from h2t.pipeline.heads.host_entry import Params, check_reads
 from h2t.pipeline.heads.parts import planned_parts, step_size
-from h2t.pipeline.heads.residency import Feed, Residency, amount, find_room, plan_tier
+from h2t.pipeline.heads.residency import Feed, Residency, find_room, plan_tier
 from h2t.pipeline.heads.setting import HeadSetting, Optimiser
 from h2t.pipeline.heads.stack import FLOAT, NotFinite, not_finite
 from h2t.pipeline.heads.start import backbone_head, class_means, from_file, load_start
@@ -214,7 +215,7 @@ def train_task(task: Task) -> Made:
         if len(planned) > len({h.kind for h in heads}):
             run.say(
                 f"{run.name}: {counted(len(heads), 'classifier')} in {len(planned)} parts, "
-                f"to stay below {amount(room.step)} per step"
+                f"to stay below {sized(room.step)} per step"
             )
         clock.begins("reading")
         step_rows = max(size.window(part) for part in planned) // reader.row_bytes
@@ -302,8 +303,8 @@ def _check_fit(
     room = available_memory() if host is None else host
     if need > room:
         raise UserError(
-            f"hosts.{name}: a closed-form fit on {counted(samples, 'sample')} needs {amount(need)} of memory; "
-            f"{amount(room)} are available; raise the memory limit, or use a host that is trained by gradient descent"
+            f"hosts.{name}: a closed-form fit on {counted(samples, 'sample')} needs {sized(need)} of memory; "
+            f"{sized(room)} are available; raise the memory limit, or use a host that is trained by gradient descent"
         )
 
 

@@ -4,6 +4,7 @@ import shutil
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
+from h2t.cache.sizes import sized
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.inspection.findings import Finding
@@ -109,7 +110,7 @@ def compute(path: Path) -> list[Finding]:
 def disk(start: Path) -> list[Finding]:
     """Checks that the disk has room."""
     free = shutil.disk_usage(start).free
-    detail = f"{free / 1e9:.1f} GB free"
+    detail = f"{sized(free)} free"
     if free < LOW_DISK:
-        return [Finding("disk", "fault", f"{detail}; at least {LOW_DISK / 1e9:.0f} GB are needed", "h2t cache gc")]
+        return [Finding("disk", "fault", f"{detail}; at least {sized(LOW_DISK)} are needed", "h2t cache gc")]
     return [Finding("disk", "ok", detail)]

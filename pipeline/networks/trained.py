@@ -1,6 +1,7 @@
 """Loads the stage-I network, backbone and classifier, that `train_backbone` wrote."""
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,13 +62,15 @@ def load_backbone(folder: Path) -> tuple[Backbone, dict[str, Any]]:
             f"{path}: holds no weights, as the parameters name a cache elsewhere without them; set weights of this "
             "backbone to the file that the cache was extracted with"
         )
-    arch = plugins.load("backbones", about["arch"])
-    with torch.random.fork_rng(), _RepeatedDraws():
-        options = build(arch.Options, f"{path}: options", about["options"])
-        backbone = build_backbone(arch, options, about.get("input", {}).get("size"))
-    fill(backbone, state, str(path))
+    with ThreadPoolExecutor(1) as beside:
+        identity = beside.submit(_identity, state, about)  # the sha256 takes about as long as building the network
+        arch = plugins.load("backbones", about["arch"])
+        with torch.random.fork_rng(), _RepeatedDraws():
+            options = build(arch.Options, f"{path}: options", about["options"])
+            backbone = build_backbone(arch, options, about.get("input", {}).get("size"))
+        fill(backbone, state, str(path))
     backbone.requires_grad_(False).eval()
-    return backbone, _identity(state, about)
+    return backbone, identity.result()
 
 
 class _RepeatedDraws(TorchDispatchMode):

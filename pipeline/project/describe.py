@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from h2t.pipeline.base.text import counted
+from h2t.pipeline.data.classes import describe_similar
 from h2t.pipeline.data.splits import Labelled, describe_copies
 from h2t.pipeline.data.texts import Texts
 from h2t.pipeline.project.choose import split_sizes
@@ -41,7 +42,8 @@ def lines(found: Found, seen: Survey, *, bar: str = "█") -> Iterator[str]:
     if images.group:
         groups = counted(len(Texts.of(images.group).numbered()[1]), "group")
         yield f"groups      {groups} by the column {found.options['group']!r}: none is divided among splits"
-    yield from (f"note        {note.removeprefix('note: ')}" for note in images.notes)
+    notes = [*(note.removeprefix("note: ") for note in images.notes), *describe_similar(images.classes)]
+    yield from (f"note        {note}" for note in notes)
     yield from _unreadable(found, seen)
     alike = seen.copies()
     yield from (f"copies      {line}" for line in describe_copies(Labelled.of(images), alike))

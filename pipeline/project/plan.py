@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from h2t.cache.format.spec import MAX_RECORD_BYTES, CacheSpec, canonical_json, shard_rows_for
+from h2t.cache.sizes import sized
 from h2t.pipeline.project.rehearsal import BATCH, TEST_SHARE, Rehearsal
 from h2t.pipeline.stages import extract
 
@@ -146,22 +147,22 @@ def _words(count: float) -> str:
     return f"{count:.0f}"
 
 
-def shown(result: dict[str, Any], human: Any) -> list[str]:
-    """The plan as lines for the terminal. `human` turns bytes into text."""
+def shown(result: dict[str, Any]) -> list[str]:
+    """The plan as lines for the terminal."""
     sizes, files, seconds, epoch = (result[name] for name in ("bytes", "files", "seconds", "epoch"))
     ours = [limit for limit in result["breaks"] if limit["images"] <= result["images"]]
     beyond = [limit for limit in result["breaks"] if limit["images"] > result["images"]][:1]
     lines = [
         f"{result['images']:,} images, {result['rows']:,} rows of {' + '.join(result['maps'])}, "
         f"{result['machines']} x this machine",
-        f"maps         {human(sizes['maps'])} in {files['maps']:,} files; row table {human(sizes['row_table'])}, "
-        f"cache.json {human(sizes['record'])}",
-        f"pooled copy  {human(sizes['pooled'])} in {files['pooled']:,} files",
+        f"maps         {sized(sizes['maps'])} in {files['maps']:,} files; row table {sized(sizes['row_table'])}, "
+        f"cache.json {sized(sizes['record'])}",
+        f"pooled copy  {sized(sizes['pooled'])} in {files['pooled']:,} files",
         f"extract      {_time(seconds['extract'])} on each machine",
         f"verify       {_time(seconds['verify'])} on each machine, with --part",
         f"pool         {_time(seconds['pool'])} on each machine, with --part",
         f"an epoch     {_time(epoch['seconds'])} of two classifiers, {epoch['steps']:,} steps, features in memory; "
-        f"streamed, {human(epoch['bytes_pooled'])} pooled or {human(epoch['bytes_maps'])} of maps are drawn",
+        f"streamed, {sized(epoch['bytes_pooled'])} pooled or {sized(epoch['bytes_maps'])} of maps are drawn",
     ]
     for what, found in (("breaks     ", ours), ("breaks next", beyond)):
         lines += [f"{what}  from {_words(at['images'])} images: {at['what']}; {at['instead']}" for at in found]

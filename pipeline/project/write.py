@@ -21,6 +21,7 @@ from h2t.pipeline.project.detect import Found
 FILES = Path(__file__).parent / "files"
 PLOTS = ("ratio.json", "per_class.json")  # templates of `dvc plots`
 IGNORED = ("/data/", "/dvc_plots/", "__pycache__/")
+WRITTEN = ("model", "comparison")  # folders that the documented h2t export and h2t report --compare write
 DVC_IGNORED = ("__pycache__", ".*.staging")
 RESULTS = "data"  # the folder of all outputs
 #: Keys of params.yaml whose mappings are written in braces; so are `options` of more than LONG keys.
@@ -130,7 +131,8 @@ def write(folder: Path, files: dict[str, str], found: Found) -> Iterator[str]:
     folder.mkdir(parents=True, exist_ok=True)
     here = Path(os.path.abspath(folder))  # noqa: PTH100
     inside = [f"/{place.relative_to(here).as_posix()}" for place in found.inputs.values() if place.is_relative_to(here)]
-    _append(folder / ".gitignore", [*IGNORED, *inside])
+    free = [f"/{name}/" for name in WRITTEN if not (folder / name).exists()]  # what is there may be the user's code
+    _append(folder / ".gitignore", [*IGNORED, *free, *inside])
     _append(folder / ".dvcignore", DVC_IGNORED)
     yield from _versioned(folder)
     for name, text in files.items():

@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
+from h2t.cache.sizes import sized
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.data.classes import GROUPS
 from h2t.pipeline.reporting.answer import RANKED, Answer, duration
@@ -57,7 +58,7 @@ def render(title: str, answer: Answer, sides: Sequence[Side] = ()) -> str:
         spread=lambda pair: spread(*pair),
         counted=counted,
         number=_number,
-        size=_size,
+        size=sized,
         duration=duration,
         times=_times,
     )
@@ -115,15 +116,6 @@ def _part(name: str) -> Markup:
 def _number(value: Any) -> str:
     """A number as text, with thousands separators; a dash for None."""
     return "–" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-
-
-def _size(count: float) -> str:
-    """Bytes as text, in a suitable unit."""
-    return next(
-        f"{count / 10**p:.3g} {u}"
-        for p, u in ((9, "GB"), (6, "MB"), (3, "kB"), (0, "bytes"))
-        if count >= 10**p or not p
-    )
 
 
 def _times(ratio: float | None) -> str:

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from safetensors import safe_open
 
 from h2t.cache.memory import available_memory
+from h2t.cache.sizes import sized
 from h2t.pipeline.base.errors import UserError, in_brief
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.data import tables
@@ -186,7 +187,7 @@ def _npz(path: Path) -> _Arrays:
 
 def _check_room(need: int) -> None:
     if need > available_memory():
-        raise ValueError(f"needs {need / 1e9:.1f} GB of memory; save .npy files, which are read in place")
+        raise ValueError(f"needs {sized(need)} of memory; save .npy files, which are read in place")
 
 
 def _member(file: Any, name: str) -> np.ndarray:

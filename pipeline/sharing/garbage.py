@@ -11,10 +11,12 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from h2t.cache.errors import CacheError
+from h2t.cache.sizes import sized
 from h2t.cache.write.staging import Staging
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.text import counted
@@ -41,11 +43,11 @@ def collect_garbage(start: Path, say: Say, *, apply: bool, alone: bool = False) 
         raise UserError(
             f"{root}: has no commit yet, and what no commit names would count as unused; type: git add . && git commit"
         ) from None
-    _clear_unfinished(root, say, apply=apply, alone=alone)
+    found = _clear_unfinished(root, say, apply=apply, alone=alone)
     with in_one_line("dvc gc"), Repo(str(root)) as repo:
         objects = _unused(repo)
         size = sum(path.stat().st_size for path in objects)
-        what = f"{counted(len(objects), 'object')} of DVC's cache, {size / 1e6:.1f} MB"
+        what = f"{counted(len(objects), 'object')} of DVC's cache, {sized(size)}"
         reason = _in_use(root, Path(repo.cache.local.path), alone=alone) if objects else None
         if reason and apply:
             raise UserError(f"not removed: {what}: unused here, but {reason}")
@@ -56,7 +58,10 @@ def collect_garbage(start: Path, say: Say, *, apply: bool, alone: bool = False) 
                 with _dvc_silent():
                     _gc(repo, dry=False)
             say(f"{'removed' if apply else 'would remove'} {what}: no branch, tag, experiment or workspace uses them")
-    if not apply:
+            found = True
+    if not found:
+        say("nothing to remove")
+    elif not apply:
         say("nothing was removed; pass --apply to remove")
 
 
@@ -137,13 +142,13 @@ def _dvc_silent() -> Iterator[list[logging.LogRecord]]:
             log.propagate = propagate
 
 
-def _clear_unfinished(root: Path, say: Say, *, apply: bool, alone: bool) -> None:
-    """Removes the directories of unfinished runs below `data`."""
+def _clear_unfinished(root: Path, say: Say, *, apply: bool, alone: bool) -> bool:
+    """Removes the directories of unfinished runs below `data`. True if there are any that may be removed."""
     data = root / "data"
     unfinished = abandoned(data) if data.is_dir() else []
     if unfinished and not alone and not data.resolve().is_relative_to(root.resolve()):
         say(f"note: {data} leads out of this repository, so others may work there; pass --alone to clear it too")
-        return
+        return False
     for path in unfinished:
         place, size = path.relative_to(root), _bytes_in(path)
         aside = _set_aside(path)
@@ -153,7 +158,8 @@ def _clear_unfinished(root: Path, say: Say, *, apply: bool, alone: bool) -> None
         if apply and not _clear(path):
             say(f"kept {place}: it is in use now")
             continue
-        say(f"{'removed' if apply else 'would remove'} {place}: {size / 1e6:.1f} MB of an unfinished run")
+        say(f"{'removed' if apply else 'would remove'} {place}: {sized(size)} of an unfinished run")
+    return bool(unfinished)
 
 
 def _bytes_in(folder: Path) -> int:
@@ -178,13 +184,23 @@ def _set_aside(path: Path) -> Path | None:
 
 
 def _clear(path: Path) -> bool:
-    """Removes the directory of an unfinished run, under its lock. True if it is removed."""
+    """Removes the directory of an unfinished run, under its lock. True if it is removed, False if it is in use.
+
+    Raises OSError and CacheError for a disk that cannot be written.
+    """
     target = _target(path)
     if target is None:
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        Staging(target).clear_remains()  # puts a cache that was moved away back in its place
-    return not path.exists()
+        with suppress(FileNotFoundError):
+            shutil.rmtree(path)
+        return True
+    try:
+        with Staging(target) as staging:  # puts a cache that was moved away back in its place
+            staging.discard()
+    except CacheError as error:
+        if error.reason != "busy":
+            raise
+        return False
+    return True
 
 
 def abandoned(data: Path) -> list[Path]:

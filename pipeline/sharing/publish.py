@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from h2t.cache.redaction import redacted
+from h2t.cache.sizes import sized
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.sharing.repository import (
@@ -86,7 +87,7 @@ def publish(
             f"({_some(proof)}); {way_out}"
         )
     how = "lengths compared" if quick else "contents compared"
-    size = f"{proof.size / 1e6:.1f} MB"
+    size = sized(proof.size)
     say(f"published: remote {name} holds all outputs, {counted(proof.objects, 'object')}, {size}; {how}")
     for line in _next_steps(root):
         say(line)

@@ -17,6 +17,7 @@ from h2t.cache.errors import CacheError
 from h2t.cache.format.spec import MAX_RECORD_BYTES, RECORD, parse_record
 from h2t.cache.read.dvc_files import DvcFiles, folders, split_revision
 from h2t.cache.redaction import redacted
+from h2t.cache.sizes import sized
 from h2t.cache.write.staging import Staging, bad_disk_is_one_line, sync
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.text import counted
@@ -75,7 +76,7 @@ def pull(
     seconds = time.perf_counter() - started
     spec = parse_record((places[0] / RECORD).read_bytes()).spec
     say(f"{places[0]}: {counted(spec.rows, 'row')}, fingerprint {spec.fingerprint[:12]}, every byte checked")
-    say(f"pulled {size / 1e6:.1f} MB in {seconds:.1f} s from {where}")
+    say(f"pulled {sized(size)} in {seconds:.1f} s from {where}")
     return Pulled(places, size, seconds)
 
 

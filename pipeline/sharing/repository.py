@@ -1,5 +1,6 @@
 """The DVC repository around a folder: git, DVC's configuration and remotes, and the outputs in `dvc.lock`."""
 
+import os
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ import yaml
 from h2t.cache.errors import CacheError
 from h2t.cache.format.spec import RECORD
 from h2t.cache.redaction import redacted
-from h2t.pipeline.base.errors import UserError, in_brief
+from h2t.pipeline.base.errors import UserError, in_brief, of_the_machine
 
 Say = Callable[[str], None]
 
@@ -46,7 +47,9 @@ def in_one_line(what: str) -> Iterator[None]:
             f"{what}: no git repository can be read there; check the address and your access to it"
         ) from None
     except Exception as error:  # noqa: BLE001 - every protocol raises its own
-        raise UserError(f"{what}: {redacted(in_brief(error))}") from None
+        # S3 gives numbers of disk errors to errors of its own, with other words.
+        here = isinstance(error, OSError) and error.errno is not None and error.strerror == os.strerror(error.errno)
+        raise UserError(f"{what}: {(of_the_machine(error) if here else None) or redacted(in_brief(error))}") from None
 
 
 def repository(start: Path) -> Path:

@@ -19,6 +19,7 @@ from pydantic import BeforeValidator
 
 from h2t.cache.memory import available_memory, return_freed_arrays
 from h2t.cache.reader import Cache
+from h2t.cache.sizes import sized
 from h2t.pipeline.base import clock, plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import fresh_directory, write_json
@@ -196,7 +197,7 @@ def _check_memory(name: str, loaded: Sequence[Loaded], scored: list[tuple[str, s
     if need > room:
         raise UserError(
             f"{name}: the predictions of {counted(heads, 'classifier')} for {counted(rows, 'row')} need "
-            f"{need / 1e6:.0f} MB of memory; {room / 1e6:.0f} MB are free; free memory, or train fewer classifiers "
+            f"{sized(need)} of memory; {sized(room)} are free; free memory, or train fewer classifiers "
             f"(hosts.{name}.grid)"
         )
     if room < LITTLE:

@@ -22,6 +22,7 @@ from h2t.cache.errors import CacheError
 from h2t.cache.format.card import card
 from h2t.cache.format.spec import CacheSpec, canonical_json, chunk_rows_for, grown_shard_bytes, sha256, shard_rows_for
 from h2t.cache.memory import available_memory
+from h2t.cache.sizes import sized
 from h2t.cache.write import parts
 from h2t.cache.write.carry import Carrier, Source
 from h2t.cache.write.parts import Part
@@ -189,7 +190,7 @@ def run(
         done = f"{counted(len(part.shards(spec)), 'shard')} of {spec.shards:,}"
         run.say(f"{run.name}: part {part}, {done}, written; when all parts are: h2t extract ... --commit")
         return _summary(spec, forwarded, taken, len(part.shards(spec)) - len(pending), passes)
-    what = f"{counted(spec.rows, 'row')} in {counted(spec.shards, 'shard')}, {spec.value_bytes / 1e6:.1f} MB of values"
+    what = f"{counted(spec.rows, 'row')} in {counted(spec.shards, 'shard')}, {sized(spec.value_bytes)} of values"
     run.say(f"{run.name}: {what}, written to {target}")
     return _summary(spec, forwarded, taken, spec.shards - len(pending), passes)
 
@@ -330,13 +331,11 @@ def _announce(spec: CacheSpec, run: Run, pending: list[int], part: Part | None, 
     own = spec.shards if part is None else len(part.shards(spec))
     kept = own - len(pending)
     resumed = f", {kept:,} of {counted(own, 'shard')} already written" if kept else ""
-    size = f"{counted(spec.rows, 'row')}, {spec.value_bytes / 1e6:.1f} MB of values"
+    size = f"{counted(spec.rows, 'row')}, {sized(spec.value_bytes)} of values"
     of = f"part {part} of " if part else ""
-    run.say(f"{run.name}: {of}{size}{resumed}" + (f"; {free / 1e9:.1f} GB free" if free is not None else ""))
+    run.say(f"{run.name}: {of}{size}{resumed}" + (f"; {sized(free)} free" if free is not None else ""))
     if free is not None and needed > free:
-        raise CacheError(
-            "full", f"{target}: needs {needed / 1e9:.2f} GB; got {free / 1e9:.2f} GB free; make space or use a codec"
-        )
+        raise CacheError("full", f"{target}: needs {sized(needed)}; got {sized(free)} free; make space or use a codec")
 
 
 @dataclass(frozen=True)
@@ -362,7 +361,7 @@ def _bar(job: forward.Job, run: Run) -> tuple[Any, Callable[[int], None]]:
 
     def tick(rows: int) -> None:
         bar.update(rows)
-        bar.set_postfix_str(f"{bar.n * row_bytes / 1e6:.0f} MB", refresh=False)
+        bar.set_postfix_str(sized(bar.n * row_bytes), refresh=False)
 
     return bar, tick
 

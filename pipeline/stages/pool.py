@@ -14,6 +14,7 @@ import torch
 from h2t.cache.format.spec import CacheSpec
 from h2t.cache.reader import Cache
 from h2t.cache.redaction import redacted
+from h2t.cache.sizes import sized
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import Section, plugin
 from h2t.pipeline.base.progress import progress
@@ -93,6 +94,6 @@ def run(
         done = f"{counted(len(part.shards(spec)), 'shard')} of {spec.shards:,}"
         run.say(f"{run.name}: part {part}, {done}, written; when all parts are, run the same command with --commit")
         return spec
-    before, after = cache.spec.value_bytes / 1e6, spec.value_bytes / 1e6
-    run.say(f"{run.name}: {counted(spec.rows, 'row')}, {before:.1f} -> {after:.1f} MB, written to {redacted(str(out))}")
+    size = f"{sized(cache.spec.value_bytes)} -> {sized(spec.value_bytes)}"
+    run.say(f"{run.name}: {counted(spec.rows, 'row')}, {size}, written to {redacted(str(out))}")
     return spec

@@ -25,7 +25,7 @@ from h2t.pipeline.base.run import Run, Say
 from h2t.pipeline.base.seeds import stream
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.data import splits
-from h2t.pipeline.data.classes import groups
+from h2t.pipeline.data.classes import describe_similar, groups
 from h2t.pipeline.data.images import BadImage, Collection, Images, open_images
 from h2t.pipeline.data.samples import SCHEMA
 from h2t.pipeline.data.splits import HoldOut, Labelled, SmallClasses
@@ -94,6 +94,8 @@ def run(params: Params, run: Run) -> None:
     images: Collection = dataset.load(options)
     for note in images.notes:
         run.say(note)
+    for line in describe_similar(images.classes):
+        run.say(f"note: {line}")
     found, listed_split, read = Labelled.of(images), images.split, images.read
     del images  # its lists are as large as the arrays made of them
     opened = open_images(dataset, options, found.source, None, dataset.transform(options))  # no digests exist yet

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from h2t.cache.sizes import sized
 from h2t.pipeline.base.errors import UserError, nearest
 from h2t.pipeline.base.outputs import write_json
 from h2t.pipeline.base.text import counted
@@ -46,7 +47,7 @@ def run(name: str, inputs: Mapping[str, str], out: Path, say: Callable[[str], No
     also = sorted(set(links(name, inputs).values()))
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, {"files": len(paths), "bytes": size, "sha256": whole.hexdigest(), "also": also})
-    say(f"{name}: {counted(len(paths), 'file')}, {size / 1e6:.1f} MB")
+    say(f"{name}: {counted(len(paths), 'file')}, {sized(size)}")
 
 
 def _digest(path: Path) -> bytes:

@@ -351,7 +351,14 @@ def load(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     for name, place in known.items():
         if place.startswith("~"):
             raise UserError(f"inputs.{name}: DVC does not know ~; write {Path(place).expanduser()} in its place")
+        check_path(f"inputs.{name}", place)
     return {k: _located(v, k, known) if k in NAME_FILES else v for k, v in values.items()}
+
+
+def check_path(where: str, path: str | Path) -> None:
+    """Raises UserError for a path that DVC takes for a pattern to fill in. Names below it may have braces."""
+    if set("{}") & set(str(path)):
+        raise UserError(f"{where}: DVC cannot work where a path has {{ or }}; got {path}; rename the folder")
 
 
 def _located(value: Any, where: str, known: Mapping[str, str]) -> Any:

@@ -3,6 +3,7 @@
 import atexit
 import gc
 import os
+import sys
 
 from h2t.pipeline.command_line.main import main
 
@@ -15,9 +16,19 @@ def run() -> None:
     """Runs the command line of this process."""
     # Threads of torch that wait for work sleep. By default they spin, which on a busy machine multiplies the time.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    _open_closed_streams()
     gc.set_threshold(OBJECTS)
     atexit.register(gc.freeze)
     main()
+
+
+def _open_closed_streams() -> None:
+    """Opens standard streams that are closed (`>&-`). Else the next file that is opened, a shard for example, gets the
+    number of the stream, and what a library or a child process prints goes into that file.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115 - stays open
 
 
 if __name__ == "__main__":  # worker processes import this module too

@@ -63,6 +63,36 @@ def test_the_command_line_says_it(tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.parametrize("words", ["--help", "list hosts"])
+def test_an_answer_that_a_full_disk_does_not_take_is_one_line(tmp_path, warm_h2t, words):
+    command = f"{warm_h2t} {words} > /dev/full"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (
+        1,
+        "error: disk: No space left on device; free some space or fix the permissions, then run again\n",
+    )
+
+
+AFTER_A_COMMAND = """
+import sys
+from h2t.pipeline.__main__ import run
+place, sys.argv = sys.argv[1], ["h2t", "--version"]
+try:
+    run()
+finally:
+    with open(place, "w") as file:
+        file.write(str(file.fileno()))
+"""
+
+
+@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"])
+def test_no_file_gets_the_number_of_a_closed_stream(tmp_path, closed):
+    """What a library prints would go into that file."""
+    words = ["bash", "-c", f'"$0" -c "$1" "$2" {closed}', sys.executable, AFTER_A_COMMAND, tmp_path / "number"]
+    subprocess.run(words, env=environment(), capture_output=True, check=True)
+    assert int((tmp_path / "number").read_text()) > 2
+
+
 LOST = """
 import os, signal, threading, time
 from h2t.pipeline.command_line.main import main

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from click.testing import CliRunner
+from dvc.config import Config
 from PIL import Image
 from pipeline_builders import ROOT, accepted, refused
 
@@ -268,6 +269,34 @@ def test_git_ignores_what_the_documented_commands_write_but_no_code_of_the_user(
     ignored = {"/model/", "/comparison/"}
     assert ignored - set((tmp_path / ".gitignore").read_text().split()) == {f"/{own}/"} & ignored
     assert ignored <= set((ROOT / ".gitignore").read_text().split())
+
+
+def test_a_project_without_git_has_one_section_core(tmp_path, monkeypatch):
+    """DVC refuses a configuration with two sections of a name."""
+    own_data.sort(tmp_path / "p/photos", {"a": 9, "b": 6})
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with contextlib.chdir(tmp_path / "p"):
+        assert "git: not installed" in accepted("init", "--data", "photos")
+        core = Config(str(Path(".dvc").absolute())).load_one("repo")["core"]
+    assert core == {"no_scm": "True", "analytics": "false", "autostage": "false"}
+
+
+def test_a_command_that_was_killed_after_dvc_init_goes_on(tmp_path):
+    own_data.sort(tmp_path / "p/photos", {"a": 9, "b": 6})
+    (tmp_path / "p/.dvc").mkdir()
+    (tmp_path / "p/.dvc/config").touch()
+    with contextlib.chdir(tmp_path / "p"):
+        accepted("init", "--data", "photos")
+    assert "symlink" in (tmp_path / "p/.dvc/config").read_text()
+
+
+def test_a_folder_that_dvc_cannot_work_in_is_refused(tmp_path):
+    own_data.sort(tmp_path / "a{seed}/photos", {"a": 9, "b": 6})
+    with contextlib.chdir(tmp_path):
+        line = refused("init", "p", "--data", "a{seed}/photos")
+        assert "DVC cannot work where a path has { or }" in line
+        assert refused("init", "a{seed}/p", "--data", "a{seed}/photos").count("{ or }") == 1
+    assert not (tmp_path / "p").exists()
 
 
 def test_what_lies_in_a_folder_of_dvc_without_its_config_stays(tmp_path):

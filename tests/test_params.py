@@ -138,6 +138,16 @@ def test_values_are_read_as_dvc_reads_them(tmp_path, text, value):
     assert load(tmp_path / "p.yaml", [f"a={text}"])["a"] == value
 
 
+@pytest.mark.parametrize("text", ["010", "-017", "+0_7", "1:30", "-1:30.5", "[1, 010]", "!!int '010'"])
+def test_a_number_that_dvc_reads_otherwise_is_refused(tmp_path, text):
+    (tmp_path / "p.yaml").write_text(f"seed: 0\na: {text}\n")
+    with pytest.raises(UserError, match=r"(begins with 0, which can mean base 8|number of base 60).*line 2"):
+        load(tmp_path / "p.yaml")
+    (tmp_path / "p.yaml").write_text("seed: 0\n")
+    with pytest.raises(UserError, match="the value must be YAML"):
+        load(tmp_path / "p.yaml", [f"a={text}"])
+
+
 def test_overrides_reach_into_sections_and_leave_the_rest(tmp_path):
     (tmp_path / "p.yaml").write_text("a: {b: {c: 1}, d: 2}\n")
     assert load(tmp_path / "p.yaml", ["a.b.c=[3]", "e=5"]) == {"a": {"b": {"c": [3]}, "d": 2}, "e": 5}

@@ -268,10 +268,21 @@ def watch_the_seed(root: Path) -> None:
     git("commit", "--quiet", "--message=seed", where=root)
 
 
+def add_a_plugin(root: Path) -> None:
+    """Adds a file beside one that is committed."""
+    (root / "plugins/hosts").mkdir(parents=True)
+    (root / "plugins/hosts/.gitkeep").touch()
+    git("add", ".", where=root)
+    git("commit", "--quiet", "--message=plugins", where=root)
+    (root / "plugins/hosts/mine.py").touch()
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
         (lambda root: (root / "params.yaml").write_text("seed: 1\n"), "params.yaml: not committed"),
+        (lambda root: (root / "stages.yaml").write_text("extract: 1\n"), "stages.yaml: not committed"),
+        (lambda root: add_a_plugin(root), "plugins/hosts/mine.py: not committed"),
         (lambda root: shutil.rmtree(root / "data/extract/b"), "not up to date"),
         (lambda root: watch_the_seed(root), "1 stage not up to date (extract@b); type: dvc repro"),
         (lambda root: (root / "dvc.lock").unlink(), "nothing was run yet"),

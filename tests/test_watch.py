@@ -13,6 +13,7 @@ from repositories import start_project
 
 from h2t.pipeline.base import params, plugins
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.inspection import setting_up
 from h2t.pipeline.inspection.doctor import examine
 from h2t.pipeline.stages import inputs, watch
 
@@ -232,6 +233,31 @@ def test_folders_behind_links_are_inputs_of_their_own(tmp_path):
     assert set(facts["prepare.options.train"]) == {"photos", "more"}
 
 
+def changed_inputs(project: Path, monkeypatch) -> list[str]:
+    """What a full examination finds in the inputs that an ordinary one does not."""
+    monkeypatch.chdir(project)
+    usual, full = (setting_up.watched(Path("params.yaml"), full=full) for full in (False, True))
+    return [str(f) for f in full if f.state == "fault" and f not in usual]
+
+
+def test_a_full_examination_reads_the_inputs(tmp_path, monkeypatch):
+    """DVC takes a file for the same whose size and time are those of before."""
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
+    write(tmp_path, values_of("photos"))
+    image = make_images(tmp_path / "photos") / "train/owl/0.png"
+    assert changed_inputs(tmp_path, monkeypatch) == []  # nothing was read yet
+    watch.run("photos", {"photos": "photos"}, tmp_path / "inputs/photos.json", silent)
+    assert changed_inputs(tmp_path, monkeypatch) == []
+    times, data = image.stat(), image.read_bytes()
+    image.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    os.utime(image, ns=(times.st_atime_ns, times.st_mtime_ns))
+    (found,) = changed_inputs(tmp_path, monkeypatch)
+    assert "inputs.photos: photos has changed since it was read" in found
+    assert "dvc repro --force --single-item watch@photos && dvc repro" in found
+    shutil.rmtree(tmp_path / "photos")
+    assert changed_inputs(tmp_path, monkeypatch) == []
+
+
 def test_an_input_that_nothing_names_is_said(tmp_path):
     values = values_of(str(make_images(tmp_path / "photos")))
     values["prepare"] = {"dataset": "digits"}
@@ -261,7 +287,7 @@ def test_an_experiment_queue_is_told_of_relative_paths(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_dvc_runs_what_a_change_concerns_and_nothing_else(tmp_path, warm_h2t):
+def test_dvc_runs_what_a_change_concerns_and_nothing_else(tmp_path, warm_h2t, monkeypatch):
     # Weights to start from lie outside of the repository, at an absolute path with a space.
     make_backbone_dir(tmp_path / "first", seed=1)
     make_backbone_dir(tmp_path / "second", seed=2)
@@ -306,6 +332,16 @@ def test_dvc_runs_what_a_change_concerns_and_nothing_else(tmp_path, warm_h2t):
         assert "watch@photos" in set(project.status())
         assert project.ran("prepare") == ["watch@photos", "inputs", "prepare"]
     assert project.ran("train_backbone@ce_mixup") == ["train-backbone@ce_mixup"]
+
+    # Another text of the same length and time: DVC does not look, doctor does, and what it says to type helps.
+    notes, times = photos / "notes.txt", (photos / "notes.txt").stat()
+    notes.write_text("taken in Jun")
+    os.utime(notes, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert project.ran("prepare") == []
+    assert "has changed" in str(changed_inputs(project.root, monkeypatch))
+    assert project.ran("--force", "--single-item", "watch@photos") == ["watch@photos"]
+    assert changed_inputs(project.root, monkeypatch) == []
+    assert project.ran("prepare") == ["inputs", "prepare"]
 
     # None of the user's files is in DVC's cache.
     kept = {p.read_bytes() for p in (project.root / ".dvc/cache/files").rglob("*") if p.is_file()}

@@ -267,21 +267,42 @@ class _Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for name in (key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if name in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {name!r}", node.start_mark)
+                raise _refused(f"duplicate key {name!r}", node)
             seen.add(name)
         return node
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        """Refuses whole numbers that Python could not print or convert to a float."""
+        """Refuses whole numbers that Python could not print or convert to a float, and those that DVC reads otherwise.
+
+        To YAML 1.1, which this is, 010 is 8; to YAML 1.2, as DVC has it, 10. After an edit from one to the other DVC
+        would run nothing again.
+        """
         if len(node.value) > MAX_DIGITS:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"a number of more than {MAX_DIGITS} digits", node.start_mark
-            )
+            raise _refused(f"a number of more than {MAX_DIGITS} digits", node)
+        if re.match(r"[-+]?0[0-7_]", node.value):
+            raise _refused(f"{node.value} begins with 0, which can mean base 8; write it without", node)
+        _refuse_base_60(node)
         number: int = super().construct_yaml_int(node)
         return number
 
+    def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
+        """Refuses numbers that DVC reads as text."""
+        _refuse_base_60(node)
+        number: float = super().construct_yaml_float(node)
+        return number
+
+
+def _refused(why: str, node: yaml.Node) -> yaml.constructor.ConstructorError:
+    return yaml.constructor.ConstructorError(None, None, why, node.start_mark)
+
+
+def _refuse_base_60(node: yaml.ScalarNode) -> None:
+    if ":" in node.value:
+        raise _refused(f"{node.value} can be text or a number of base 60; put text in quotes", node)
+
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
@@ -330,7 +351,14 @@ def load(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     for name, place in known.items():
         if place.startswith("~"):
             raise UserError(f"inputs.{name}: DVC does not know ~; write {Path(place).expanduser()} in its place")
+        check_path(f"inputs.{name}", place)
     return {k: _located(v, k, known) if k in NAME_FILES else v for k, v in values.items()}
+
+
+def check_path(where: str, path: str | Path) -> None:
+    """Raises UserError for a path that DVC takes for a pattern to fill in. Names below it may have braces."""
+    if set("{}") & set(str(path)):
+        raise UserError(f"{where}: DVC cannot work where a path has {{ or }}; got {path}; rename the folder")
 
 
 def _located(value: Any, where: str, known: Mapping[str, str]) -> Any:

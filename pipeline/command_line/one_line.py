@@ -114,6 +114,12 @@ class OneLineErrors(click.Group):
                 sys.stderr.flush()
                 os._exit(STOPPED)
             raise
+        except OSError as error:  # --help, to a full disk
+            known = of_the_machine(error)
+            if known is None:
+                raise
+            click.echo(f"error: {known}", err=True)
+            sys.exit(1)
 
     def make_context(self, *args: Any, **extra: Any) -> click.Context:
         """Parses the group's own options."""

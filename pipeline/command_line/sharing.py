@@ -234,7 +234,7 @@ def gc_command(apply: bool, alone: bool) -> None:
 
 @click.command(cls=Command, epilog="h2t doctor --full")
 @options.params_file
-@click.option("--full", is_flag=True, help="Read every byte of every output.")
+@click.option("--full", is_flag=True, help="Read every byte of every input and output.")
 @options.as_json
 def doctor(params_file: Path, full: bool, as_json: bool) -> None:
     """Find problems in this project and say how to fix them.

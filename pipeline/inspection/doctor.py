@@ -15,7 +15,7 @@ START = "h2t init DIR --data IMAGES"  # what starts a project
 
 
 def examine(start: Path, params_file: Path, *, full: bool = False) -> list[Finding]:
-    """All findings about the repository around `start`; `full` reads every byte of every output.
+    """All findings about the repository around `start`; `full` reads every byte of every input and output.
 
     Errors become findings; none is raised for a fault of the project.
     """
@@ -25,7 +25,7 @@ def examine(start: Path, params_file: Path, *, full: bool = False) -> list[Findi
     findings = [
         *versions,
         *setting_up.parameters(params_file),
-        *setting_up.watched(params_file),
+        *setting_up.watched(params_file, full=full),
         *setting_up.compute(params_file),
         *setting_up.disk(start),
     ]

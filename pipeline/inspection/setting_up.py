@@ -1,8 +1,10 @@
 """Checks of `h2t doctor` on this machine and the parameters: packages, parameters, inputs, device, disk."""
 
+import json
 import shutil
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+from typing import Any
 
 from h2t.cache.sizes import sized
 from h2t.pipeline.base.errors import UserError
@@ -56,8 +58,11 @@ def parameters(path: Path) -> list[Finding]:
     return [Finding("params", "ok", f"{path} is complete and valid")]
 
 
-def watched(path: Path) -> list[Finding]:
-    """Checks the files and folders of the section `inputs`: watched by DVC, present, and possible to watch."""
+def watched(path: Path, *, full: bool = False) -> list[Finding]:
+    """Checks the files and folders of the section `inputs`: watched by DVC, present, and possible to watch.
+
+    `full` reads every byte: DVC does not look again into a file whose size and time are those of before.
+    """
     from h2t.pipeline.base import params
     from h2t.pipeline.inspection import settings
     from h2t.pipeline.stages import inputs, watch
@@ -80,12 +85,26 @@ def watched(path: Path) -> list[Finding]:
             continue
         try:
             watch.check(name, given)
+            if full and _read_before(path.parent / f"inputs/{name}.json") not in (None, watch.facts(name, given)):
+                remedy = f"dvc repro --force --single-item watch@{name} && dvc repro"
+                findings.append(
+                    Finding("inputs", "fault", f"inputs.{name}: {place} has changed since it was read", remedy)
+                )
         except UserError as error:
             findings.append(Finding("inputs", "fault", str(error)))
         if not Path(place).is_absolute():
             detail = f"inputs.{name}: {place} is a relative path, and dvc exp run --queue needs an absolute one"
             findings.append(Finding("inputs", "note", f"{detail}; write {Path(place).absolute()}"))
-    return findings or [Finding("inputs", "ok", f"{counted(len(given), 'input')} watched by DVC")]
+    how = "; every byte compared" if full else ""
+    return findings or [Finding("inputs", "ok", f"{counted(len(given), 'input')} watched by DVC{how}")]
+
+
+def _read_before(place: Path) -> Any:
+    """What the stage watch wrote to the JSON file `place`; None if it did not run."""
+    try:
+        return json.loads(place.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def compute(path: Path) -> list[Finding]:

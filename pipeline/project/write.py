@@ -15,6 +15,7 @@ import yaml
 
 from h2t.pipeline.base import numbers, plugins
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.params import check_path
 from h2t.pipeline.project.choose import Settings
 from h2t.pipeline.project.detect import Found
 
@@ -23,6 +24,7 @@ PLOTS = ("ratio.json", "per_class.json")  # templates of `dvc plots`
 IGNORED = ("/data/", "/dvc_plots/", "__pycache__/")
 WRITTEN = ("model", "comparison")  # folders that the documented h2t export and h2t report --compare write
 DVC_IGNORED = ("__pycache__", ".*.staging")
+NO_GIT = "[core]\n    no_scm = True"  # what `dvc init --no-scm` writes
 RESULTS = "data"  # the folder of all outputs
 #: Keys of params.yaml whose mappings are written in braces; so are `options` of more than LONG keys.
 IN_BRACES = (
@@ -51,8 +53,13 @@ def project(folder: Path, found: Found, settings: Settings, title: str) -> dict[
 
 
 def check_places(folder: Path, found: Found) -> None:
-    """Raises UserError if the project would lie among the images, or the images among the results."""
+    """Raises UserError for a path that DVC cannot work in.
+
+    Also if the project would lie among the images, or the images among the results.
+    """
     here = Path(os.path.abspath(folder))  # noqa: PTH100 - keeps links
+    for path in (here, *found.inputs.values()):
+        check_path("h2t init", path)
     for place in found.inputs.values():
         if here == place or here.is_relative_to(place):
             raise UserError(
@@ -159,8 +166,18 @@ def _versioned(folder: Path) -> Iterator[str]:
     elif top == "":
         subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True, capture_output=True)
         yield "git: initialised"
-    if (folder / ".dvc/config").is_file():
-        return
+    config = folder / ".dvc/config"
+    if not config.is_file():
+        _init_dvc(folder, top)
+    made = config.read_text(encoding="utf-8")
+    if made.strip() in ("", NO_GIT):  # as `dvc init` leaves it, also if this command was killed then
+        own = (FILES / "dvc-config").read_text(encoding="utf-8")
+        config.write_text(own.replace("[core]", NO_GIT) if made else own, encoding="utf-8")
+        yield "DVC: initialised"
+
+
+def _init_dvc(folder: Path, top: str | None) -> None:
+    """Runs `dvc init` in `folder`; `top` is the root of the git repository around it, as `_git_top` says."""
     if os.path.lexists(folder / ".dvc"):  # `dvc init --force` would delete it with its cache
         raise UserError(f"{folder / '.dvc'}: must have a file config; got none; make an empty one, or move .dvc away")
     options = ["--no-scm"] if top is None else ["--subdir"] if top and Path(top).resolve() != folder.resolve() else []
@@ -169,9 +186,6 @@ def _versioned(folder: Path) -> Iterator[str]:
     if done.returncode:
         reason = next(iter(done.stderr.strip().splitlines()), "no reason given")
         raise UserError(f"dvc init: {reason.removeprefix('ERROR: ')}")
-    with (folder / ".dvc/config").open("a", encoding="utf-8") as config:
-        config.write((FILES / "dvc-config").read_text(encoding="utf-8"))
-    yield "DVC: initialised"
 
 
 def _git_top(folder: Path) -> str | None:

@@ -31,7 +31,7 @@ from h2t.pipeline.sharing.repository import (
 THREADS = 8  # requests to a remote at a time
 PART_BYTES = 1024 * 1024  # bytes read at a time when an object is compared
 SHOWN = 3  # names listed in a message
-LAYOUT = ("dvc.yaml", "dvc.lock", "params.yaml")
+LAYOUT = ("dvc.yaml", "dvc.lock", "params.yaml", "stages.yaml", "plugins")  # what a clone needs to get the outputs
 
 
 @dataclass(frozen=True)

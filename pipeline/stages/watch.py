@@ -10,6 +10,7 @@ import stat
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from h2t.cache.sizes import sized
 from h2t.pipeline.base.errors import UserError, nearest
@@ -22,15 +23,23 @@ THREADS = 8  # files read at the same time; helps on network file systems
 
 
 def run(name: str, inputs: Mapping[str, str], out: Path, say: Callable[[str], None]) -> None:
-    """Writes the facts about input `name` to the JSON file `out`. Raises UserError for an input that DVC cannot watch.
-
-    The keys are `files` (their number), `bytes`, `sha256` (over paths and contents), and `also`: the names of other
-    inputs that links in this one lead to.
-    """
+    """Writes the facts about input `name` to the JSON file `out`. Raises UserError if DVC cannot watch the input."""
     if name not in inputs:
         raise UserError(
             f"inputs: no input {name!r}{nearest(name, inputs)}; add it to the parameters: inputs: {{{name}: PATH}}"
         )
+    found = facts(name, inputs)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, found)
+    say(f"{name}: {counted(found['files'], 'file')}, {sized(found['bytes'])}")
+
+
+def facts(name: str, inputs: Mapping[str, str]) -> dict[str, Any]:
+    """Reads every file of input `name`. Raises UserError for an input that DVC cannot watch.
+
+    The keys are `files` (their number), `bytes`, `sha256` (over paths and contents), and `also`: the names of other
+    inputs that links in this one lead to.
+    """
     root = Path(inputs[name])
     paths = sorted(files(name, inputs))
     try:
@@ -45,9 +54,7 @@ def run(name: str, inputs: Mapping[str, str], out: Path, say: Callable[[str], No
     for path, digest in zip(paths, digests, strict=True):
         whole.update(os.fsencode(path) + b"\0" + digest)
     also = sorted(set(links(name, inputs).values()))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, {"files": len(paths), "bytes": size, "sha256": whole.hexdigest(), "also": also})
-    say(f"{name}: {counted(len(paths), 'file')}, {sized(size)}")
+    return {"files": len(paths), "bytes": size, "sha256": whole.hexdigest(), "also": also}
 
 
 def _digest(path: Path) -> bytes:

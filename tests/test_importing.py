@@ -350,7 +350,7 @@ def test_an_archive_that_claims_too_much_is_refused_unread(tmp_path, monkeypatch
     save_npz(tmp_path / "x.npz", *make_features())
     monkeypatch.setattr(feature_files, "available_memory", lambda: 100)
     line = refused("cache", "import", tmp_path / "c", "--train", tmp_path / "x.npz", code=1)
-    assert "GB of memory" in line
+    assert "B of memory" in line
 
 
 def test_labels_without_training_rows_are_refused(tmp_path):

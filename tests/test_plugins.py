@@ -99,7 +99,7 @@ def broken(tmp_path, monkeypatch):
     (tmp_path / "plugins/datasets/mine.py").write_text(BROKEN)
     write_params(tmp_path / "params.yaml", prepare={"dataset": "mine"})
     line = (
-        f"{tmp_path}/plugins/datasets/mine.py: line 17, in Of.shape: ValueError: cannot reshape array of size 3 into "
+        f"{tmp_path}/plugins/datasets/mine.py: line 17, in shape: ValueError: cannot reshape array of size 3 into "
         "shape (2,2); correct the plug-in, or type H2T_TRACEBACK=1 before the command to see the traceback"
     )
     return "prepare", line

@@ -14,6 +14,7 @@ import yaml
 from builders import tree
 from pipeline_builders import accepted, loaded_by, refused, write_params
 
+from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.inspection.sweep import keep_grid
 
 
@@ -149,6 +150,31 @@ def test_keeping_a_grid_keeps_line_ends_and_replaces_an_empty_one(tmp_path):
     path.write_text("hosts:\n  dr:\n    host: dr\n    grid:\n")
     keep_grid(path, "dr", {"lr": [0.1]})
     assert yaml.safe_load(path.read_text()) == {"hosts": {"dr": {"host": "dr", "grid": {"lr": [0.1]}}}}
+
+
+@pytest.mark.parametrize(
+    ("value", "line"),
+    [
+        ("a text that\n  stands in two lines", 1),
+        ("'quoted\n  text'", 1),
+        ("[1,\n  2]", 1),
+        ("{a: 1,  # why\n  b: 2}", 1),
+        ("|\n    one\n    two", None),
+        (">-\n    one\n    two\n\n    three", None),
+    ],
+)
+def test_keeping_a_grid_joins_no_lines(tmp_path, value, line):
+    path = tmp_path / "params.yaml"
+    path.write_text(before := f"other: {value}\n{LAID_OUT}")
+    if line is None:
+        keep_grid(path, "dr", {"ratio": [0.1]})
+        assert path.read_text() == before.replace("[0.0, 0.3]", "[0.0, 0.1]")
+        return
+    with pytest.raises(
+        UserError, match=rf"params\.yaml: line {line}: --save keeps a value only if it stands in one line"
+    ):
+        keep_grid(path, "dr", {"ratio": [0.1]})
+    assert path.read_text() == before
 
 
 def test_a_full_disk_leaves_the_parameters_as_they_are(tmp_path):

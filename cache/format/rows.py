@@ -223,7 +223,9 @@ def _misnumbered(expected_rows: int) -> CacheError:
 def check_memory(need: int) -> None:
     """Raises CacheError `full` unless `need` bytes of memory are free."""
     if need > available_memory():
-        raise CacheError("full", f"rows.parquet: would take {sized(need)} of memory, more than there is free")
+        raise CacheError(
+            "full", f"rows.parquet: would take {sized(need)} of memory, more than there is free; close other programs"
+        )
 
 
 def _text_bytes(column: pa.ChunkedArray) -> int:

@@ -35,7 +35,7 @@ def from_environment() -> "BlockCache | None":
     folder = os.environ.get("H2T_BLOCK_CACHE") or Path(home, "h2t", "blocks")
     text = os.environ.get("H2T_BLOCK_CACHE_BYTES") or str(DEFAULT_BUDGET)
     if not text.isdecimal():
-        raise ValueError(f"H2T_BLOCK_CACHE_BYTES: a number of bytes expected; got {text!r}")
+        raise ValueError(f"H2T_BLOCK_CACHE_BYTES: a number of bytes expected; got {text!r}; write 8000000000 for 8 GB")
     return BlockCache(Path(folder), int(text)) if int(text) else None
 
 

@@ -263,7 +263,9 @@ class RemoteFiles:
     def _check_memory(self, name: str, size: int) -> None:
         if size > SMALL_BYTES and size > available_memory():
             raise CacheError(
-                "full", f"{self._url}/{name}: reading it needs {sized(size)} of memory, more than there is free"
+                "full",
+                f"{self._url}/{name}: reading it needs {sized(size)} of memory, more than there is free; close other "
+                "programs",
             )
 
     def _listing(self, folder: str) -> dict[str, int]:

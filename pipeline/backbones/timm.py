@@ -75,7 +75,10 @@ def _create(options: Options, **more: Any) -> Any:
     try:
         return timm.create_model(name, **{**config.get("model_args", {}), **more})
     except (TypeError, ValueError, RuntimeError, AssertionError, KeyError) as error:
-        raise UserError(f"options.model: timm cannot build {name!r} ({' '.join(str(error).split())[:200]})") from None
+        raise UserError(
+            f"options.model: timm cannot build {name!r} ({' '.join(str(error).split())[:200]}); correct the options "
+            "or choose another network"
+        ) from None
 
 
 def input(options: Options) -> Input:

@@ -98,7 +98,7 @@ def fault(error: BaseException) -> UserError | None:
         if package == _LOADED:
             code = frame.f_code
             return UserError(
-                f"{code.co_filename}: line {line}, in {code.co_qualname}: {type(error).__name__}: {in_brief(error)}; "
+                f"{code.co_filename}: line {line}, in {code.co_name}: {type(error).__name__}: {in_brief(error)}; "
                 f"correct the plug-in, or type {TRACEBACK}=1 before the command to see the traceback"
             )
     return None

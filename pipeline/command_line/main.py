@@ -244,7 +244,7 @@ def pool(
 def probe(values: dict[str, Any], say: Say, name: str, cache: str, out: Path, backbone: Path | None) -> dict[str, Any]:
     """Fit the head of the frozen backbone NAME to a cache.
 
-    It is a logistic regression. A backbone that is not in the parameters, as that of imported features, gets one too.
+    It is a logistic regression. Imported features, whose backbone is not in the parameters, get one too.
     """
     from h2t.pipeline.base import params
     from h2t.pipeline.heads.start import check_backbone, imported

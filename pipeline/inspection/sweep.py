@@ -3,6 +3,7 @@
 One process trains, scores the test rows and compares. No output of the pipeline changes.
 """
 
+import io
 import itertools
 import json
 import os
@@ -205,31 +206,46 @@ def save(lines: Sequence[Line], out: Path) -> None:
 
 
 def check_entry(params_file: Path, name: str) -> None:
-    """Raises UserError if a parameter file has no entry `hosts.NAME` with keys, to which a grid could be written."""
+    """Raises UserError unless `keep_grid` can write to the entry `hosts.NAME` and leave all other lines as they are."""
     if not isinstance((params.load(params_file).get("hosts") or {}).get(name), Mapping):
         raise UserError(f"{params_file}: --save needs an entry hosts.{name}; got none; write one")
+    text, copy = params_file.read_text(encoding="utf-8"), io.StringIO()
+    editor = _editor(text)
+    editor.dump(editor.load(text), copy)
+    lines = itertools.zip_longest(text.splitlines(), copy.getvalue().splitlines(), fillvalue="")
+    for number, (line, copied) in enumerate(lines, 1):
+        if line.split() != copied.split():
+            raise UserError(
+                f"{params_file}: line {number}: --save keeps a value only if it stands in one line, or as a text after "
+                f"| or >; write it so, or write hosts.{name}.grid yourself"
+            )
 
 
-def keep_grid(params_file: Path, name: str, lists: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
-    """Writes `lists` to `hosts.NAME.grid` of a parameter file and returns what was written; ratio 0 is added.
-
-    Comments, order, values and line ends stay; spaces inside a line may change, and texts over several lines may be
-    joined. The file is replaced at once, so a crash or a full disk leaves the old one. Raises UserError if the file has
-    no such entry.
-    """
+def _editor(text: str) -> Any:
+    """A YAML editor with the indents of `text`. It keeps comments, and makes plain values alone, whatever the tags."""
     from ruamel.yaml import YAML
 
-    check_entry(params_file, name)
-    text = params_file.read_text(encoding="utf-8")
-    with params_file.open(encoding="utf-8", newline="") as file:
-        line_end = "\r\n" if file.readline().endswith("\r\n") else "\n"
-    editor = YAML(typ="rt")  # keeps comments, and makes plain values alone, whatever tags the file has
+    editor = YAML(typ="rt")
     editor.width = 2**31  # never wraps a long line
     editor.preserve_quotes = True
     inside = min((len(spaces) for spaces in re.findall(r"^( +)[^\s#-]", text, re.MULTILINE)), default=2)
     dash = re.search(r"^( *)[^\s#-][^\n]*:\n( *)- ", text, re.MULTILINE)  # a key, and the first entry of its list
     offset = len(dash[2]) - len(dash[1]) if dash else 0
     editor.indent(mapping=inside, sequence=offset + 2, offset=offset)
+    return editor
+
+
+def keep_grid(params_file: Path, name: str, lists: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+    """Writes `lists` to `hosts.NAME.grid` of a parameter file and returns what was written; ratio 0 is added.
+
+    Comments, order, values and line ends stay; spaces inside a line may change. The file is replaced at once, so a
+    crash or a full disk leaves the old one. Raises UserError as `check_entry` does.
+    """
+    check_entry(params_file, name)
+    text = params_file.read_text(encoding="utf-8")
+    with params_file.open(encoding="utf-8", newline="") as file:
+        line_end = "\r\n" if file.readline().endswith("\r\n") else "\n"
+    editor = _editor(text)
     given = editor.load(text)
     entry = given["hosts"][name]
     grid = {key: list(values) for key, values in lists.items()}

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import shlex
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -246,6 +247,19 @@ def test_a_project_is_written_once(tmp_path):
         line = refused("init", "--data", "photos", code=2)
         assert line.startswith("error: params.yaml: exists already")
         assert before == {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["[ab]", "a*", "x ", "#a b", "!a", "a\\b", "a?"])
+def test_images_in_the_project_are_ignored_by_git_and_nothing_else_is(tmp_path, name):
+    own_data.sort(tmp_path / "p" / name, {"a": 9, "b": 6})
+    (tmp_path / "p/ab").mkdir()
+    (tmp_path / "p/ab/notes.txt").touch()
+    with contextlib.chdir(tmp_path / "p"):
+        accepted("init", "--data", f"./{name}")
+        status = ["git", "status", "--porcelain", "-z", "--untracked-files=all"]
+        listed = subprocess.run(status, capture_output=True, text=True, check=True).stdout
+    assert f"{name}/" not in listed
+    assert "?? ab/notes.txt" in listed
 
 
 def test_a_project_without_git_has_one_section_core(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import shlex
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -269,6 +270,19 @@ def test_git_ignores_what_the_documented_commands_write_but_no_code_of_the_user(
     ignored = {"/model/", "/comparison/"}
     assert ignored - set((tmp_path / ".gitignore").read_text().split()) == {f"/{own}/"} & ignored
     assert ignored <= set((ROOT / ".gitignore").read_text().split())
+
+
+@pytest.mark.parametrize("name", ["[ab]", "a*", "x ", "#a b", "!a", "a\\b", "a?"])
+def test_images_in_the_project_are_ignored_by_git_and_nothing_else_is(tmp_path, name):
+    own_data.sort(tmp_path / "p" / name, {"a": 9, "b": 6})
+    (tmp_path / "p/ab").mkdir()
+    (tmp_path / "p/ab/notes.txt").touch()
+    with contextlib.chdir(tmp_path / "p"):
+        accepted("init", "--data", f"./{name}")
+        status = ["git", "status", "--porcelain", "-z", "--untracked-files=all"]
+        listed = subprocess.run(status, capture_output=True, text=True, check=True).stdout
+    assert f"{name}/" not in listed
+    assert "?? ab/notes.txt" in listed
 
 
 def test_a_project_without_git_has_one_section_core(tmp_path, monkeypatch):

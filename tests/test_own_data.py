@@ -3,6 +3,7 @@
 import codecs
 import io
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -407,6 +408,14 @@ def test_copies_are_counted_and_named(tmp_path):
     assert "1 image more than once" in text
     assert "no test images of 1 class of 3, trained but not measured: lynx" in text
     assert facts["counts"] == [7, 5, 1]
+
+
+def test_copies_among_test_images_are_said_to_narrow_intervals(tmp_path):
+    said, options = "verdicts too bold", messy(tmp_path / "i")
+    assert said not in " ".join(prepared(tmp_path, "image_folder", options)[2])
+    shutil.copy(tmp_path / "i/test/dog/0.png", tmp_path / "i/test/dog/8.png")
+    assert said in " ".join(prepared(tmp_path, "image_folder", options)[2])
+    assert said not in " ".join(prepared(tmp_path, "image_folder", options, duplicates="drop")[2])
 
 
 def test_copies_are_refused_or_dropped(tmp_path):

@@ -20,7 +20,7 @@ from h2t.pipeline.base.params import (
     within,
 )
 from h2t.pipeline.inspection import settings
-from h2t.pipeline.stages import prepare
+from h2t.pipeline.stages import prepare, report
 
 
 class Inner(Section):
@@ -104,6 +104,13 @@ def test_no_number_goes_beyond_float32_or_int64(values, line):
         build(Bare, "s", values)
     assert str(error.value).startswith(line)
     build(Bare, "s", {"rate": 3e38, "count": 2**63 - 1, "rates": [-3e38]})
+
+
+def test_a_text_that_no_file_can_hold_is_refused(tmp_path):
+    (tmp_path / "p.yaml").write_text('report: {title: "a \\ud800"}\n')
+    with pytest.raises(UserError, match=r"report\.title: must be text without halves of characters") as error:
+        build(report.Params, "report", load(tmp_path / "p.yaml")["report"])
+    assert str(error.value).isascii()
 
 
 def test_a_long_value_is_cut():

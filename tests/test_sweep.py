@@ -216,6 +216,7 @@ def test_what_a_sweep_would_not_keep_is_said_before_it_trains(project, tmp_path)
         ("ncm", (), "closed-form fit"),
         ("dr", ("--ratio", "1.5"), "ratio"),
         ("dr", ("--ratio", "0.3,a"), "ratio"),
+        ("dr", ("--ratio", "0.3,010"), "--ratio ratio=010: the value must be YAML"),
         ("dr", ("--lr", "-1"), "lr"),
         ("dr", ("--donor", "nobody"), "donor"),
         ("other", (), "hosts"),

@@ -24,7 +24,7 @@ MOST = 1e18  # largest constant; the product of two still fits float32
 
 
 def _representable(value: Any) -> Any:
-    """Returns `value` unchanged. Raises ValueError if a number in it does not fit float32 or int64."""
+    """Returns `value` unchanged. Raises ValueError if a number in it does not fit float32 or int64, or a text UTF-8."""
     if isinstance(value, list | tuple):
         for part in value:
             _representable(part)
@@ -32,6 +32,8 @@ def _representable(value: Any) -> Any:
         raise ValueError("must be a whole number of at most 64 bits")
     elif isinstance(value, float) and not abs(value) <= FLOAT32_MAX:
         raise ValueError(f"must fit float32, at most {FLOAT32_MAX:.3g}")
+    elif isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise ValueError("must be text without halves of characters (\\ud800 to \\udfff), which no file can hold")
     return value
 
 

@@ -63,7 +63,7 @@ def sweep(
     if save:
         work.check_entry(given, name)
     entry = params.section(values, f"hosts.{name}")
-    asked = {key: _values(text) for key, text in lists.items() if text is not None}
+    asked = {key: _values(key, text) for key, text in lists.items() if text is not None}
     if asked:
         entry = {**entry, "grid": {**(entry.get("grid") or {}), **asked}}
     section = params.build(train_classifier.Params, f"hosts.{name}", entry)
@@ -87,8 +87,8 @@ def sweep(
         click.echo(clock.told(clock.parts()), err=True)
 
 
-def _values(text: str) -> list[Any]:
+def _values(key: str, text: str) -> list[Any]:
     """The values in a list with commas, each read as YAML: 0,0.1 -> [0, 0.1]."""
     from h2t.pipeline.base import params
 
-    return [params.assignment("", f"value={part}")[1] for part in text.split(",") if part.strip()]
+    return [params.assignment(f"--{key}", f"{key}={part}")[1] for part in text.split(",") if part.strip()]

@@ -5,6 +5,7 @@
 
 import contextlib
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -137,7 +138,7 @@ def write(folder: Path, files: dict[str, str], found: Found) -> Iterator[str]:
     check_free(folder, files)
     folder.mkdir(parents=True, exist_ok=True)
     here = Path(os.path.abspath(folder))  # noqa: PTH100
-    inside = [f"/{place.relative_to(here).as_posix()}" for place in found.inputs.values() if place.is_relative_to(here)]
+    inside = [_pattern(place.relative_to(here)) for place in found.inputs.values() if place.is_relative_to(here)]
     free = [f"/{name}/" for name in WRITTEN if not (folder / name).exists()]  # what is there may be the user's code
     _append(folder / ".gitignore", [*IGNORED, *free, *inside])
     _append(folder / ".dvcignore", DVC_IGNORED)
@@ -149,6 +150,11 @@ def write(folder: Path, files: dict[str, str], found: Found) -> Iterator[str]:
         yield f"note: {here}: DVC's experiment queue needs a path of ASCII letters; dvc repro works"
     shown = sorted({name.split("/")[0] + ("/" if "/" in name else "") for name in files} - {".dvc/"})
     yield f"wrote {', '.join(shown)}, .gitignore and .dvcignore"
+
+
+def _pattern(place: Path) -> str:
+    """The line of .gitignore for `place` alone. No line can hold a line break, so there `?` stands for it."""
+    return "/" + re.sub(r"[\r\n]", "?", re.sub(r"([\\*?[ ])", r"\\\1", place.as_posix()))
 
 
 def _append(path: Path, wanted: list[str] | tuple[str, ...]) -> None:

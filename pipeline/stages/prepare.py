@@ -249,7 +249,8 @@ def _drop_copies(found: Labelled, digests: Digests, bad: dict[int, BadImage], sa
 
 def _name_copies(found: Labelled, digests: Digests, policy: str, say: Say) -> None:
     """Says which images are equal byte by byte. Raises UserError if there are any and `policy` is `refuse`."""
-    lines = splits.describe_copies(found, digests.copies())
+    alike = digests.copies()
+    lines = splits.describe_copies(found, alike)
     if lines and policy == "refuse":
         raise UserError(
             f"prepare.duplicates=refuse: images must differ; got {'; '.join(lines)}; remove the copies, or set "
@@ -257,6 +258,8 @@ def _name_copies(found: Labelled, digests: Digests, policy: str, say: Say) -> No
         )
     for line in lines:
         say(f"note: {line}; prepare.duplicates=drop leaves copies out")
+    if any(np.count_nonzero(found.split[group] == "test") > 1 for group in alike):
+        say("note: copies among the test images make intervals too narrow and verdicts too bold")
 
 
 def _cut(before: np.ndarray, after: int) -> str:

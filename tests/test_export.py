@@ -30,9 +30,10 @@ from h2t.pipeline.heads.batches import sample_rows
 from h2t.pipeline.heads.residency import Residency
 from h2t.pipeline.models.card import Stated, interval
 from h2t.pipeline.models.export import Choice, run
-from h2t.pipeline.models.model import as_linear, load_model
+from h2t.pipeline.models.model import SEAL, as_linear, load_model, load_single_head
 from h2t.pipeline.models.predict import ranked
 from h2t.pipeline.networks.classifier import global_average
+from h2t.pipeline.networks.weights import load_weights, save_weights
 from h2t.pipeline.stages import pool
 
 PREPARE = make_prepare().model_dump()
@@ -141,6 +142,25 @@ def test_a_linear_head_is_a_plain_state_dict_with_evaluation_statistics(tmp_path
         (maps,) = backbone(x)
         found = torch.nn.functional.linear(global_average(maps), state["fc.weight"], state["fc.bias"])
     torch.testing.assert_close(found, expected)
+
+
+def test_a_flipped_bit_is_an_error_not_another_class(tmp_path, trained):
+    """In the weights and in their description, such as the names of classes; a file from before seals still opens."""
+    exported(trained, tmp_path / "m")
+    for name, opens in (("model", load_model), ("head", load_single_head)):
+        path = tmp_path / f"m/{name}.safetensors"
+        whole = path.read_bytes()
+        start = 8 + int.from_bytes(whole[:8], "little")
+        class_name = whole.index(b"classes") + 13
+        for at in [*np.linspace(start, len(whole) - 1, 6).astype(int).tolist(), whole.index(b"mean"), class_name]:
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+            with pytest.raises(UserError, match=f"{name}.safetensors: "):
+                opens(path)
+        path.write_bytes(whole)
+        tensors, about = load_weights(path)
+        del about[SEAL]
+        save_weights(path, tensors, about)
+        opens(path)
 
 
 def test_cosine_heads_are_not_linear_and_are_exported_all_the_same(tmp_path, trained):

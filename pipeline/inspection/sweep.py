@@ -40,7 +40,7 @@ class Line:
     `constants`: other constants of the grid, as in `HeadSetting`. `difference`: figure -> difference from ratio 0 of
     the same learning rate and constants, paired by seed and test image; None at ratio 0. `standing`: the difference of
     top-1 from the evaluated classifiers of the same setting in the pipeline's outputs, if there are any, paired by
-    seed.
+    seed; what is no part of a grid may have been another when those were trained.
     """
 
     ratio: float
@@ -179,7 +179,8 @@ def table(lines: Sequence[Line]) -> str:
     )
     if against:
         said += (
-            f" Top-1 against the pipeline's own classifiers (over seeds), by {' '.join(shown)}: {'; '.join(against)}."
+            " Top-1 against the pipeline's own classifiers as they were trained (over seeds), by "
+            f"{' '.join(shown)}: {'; '.join(against)}."
         )
     return "\n".join([*(text.rstrip() for text in texts), "", textwrap.fill(said, 80)])
 

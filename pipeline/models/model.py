@@ -6,6 +6,8 @@ architecture. Any other head is stored under names that start with `h2t.`. The m
 with the class names.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -24,12 +26,13 @@ from h2t.pipeline.heads.stored import HeadParts, Heads, build_head
 from h2t.pipeline.networks.backbone import build_backbone, frozen_part
 from h2t.pipeline.networks.classifier import global_average
 from h2t.pipeline.networks.frozen import FrozenPart, from_file
-from h2t.pipeline.networks.weights import fill, load_weights, save_weights
+from h2t.pipeline.networks.weights import fill, load_weights, save_weights, weights_digest
 
 KIND = "h2t model 1"
 HEAD_KIND = "h2t head 1"
 PREFIX = "h2t."
 PROBES = 16
+SEAL = "sha256"  # key of the description: the digest of all tensors and of the rest of the description
 
 
 class LinearHead(nn.Module):
@@ -152,7 +155,7 @@ def save_model(path: Path, backbone: nn.Module, one: Heads, about: Any) -> bool:
         head = {"parts": vars(parts), "context": [counts, context.channels, context.experts, context.pixels]}
         if one.frozen is not None:
             head["map_channels"] = one.about["map_channels"]
-    save_weights(path, {**backbone.state_dict(), **weights}, {**about, "kind": KIND, "head": head})
+    _save_sealed(path, {**backbone.state_dict(), **weights}, {**about, "kind": KIND, "head": head})
     return linear is not None
 
 
@@ -162,12 +165,12 @@ def save_head(path: Path, one: Heads, about: Mapping[str, Any]) -> None:
     context = {f.name: one.about[f.name] for f in fields(Context)}
     part = {"frozen": described, "map_channels": one.about["map_channels"]} if one.frozen else {}
     about = {**about, "kind": HEAD_KIND, "parts": vars(one.parts_of(0)), "context": context, **part}
-    save_weights(path, {**{name: t[0] for name, t in one.state.items()}, **tensors}, about)
+    _save_sealed(path, {**{name: t[0] for name, t in one.state.items()}, **tensors}, about)
 
 
 def load_single_head(path: Path) -> Heads:
-    """The stack with one head in a file that `save_head` wrote. Raises UserError for another file."""
-    tensors, about = load_weights(path)
+    """The stack with one head in a file that `save_head` wrote. Raises UserError for another or a damaged file."""
+    tensors, about = _load_sealed(path)
     if about.get("kind") != HEAD_KIND or "context" not in about:
         raise UserError(f"{path}: holds no head that h2t export wrote; export it again")
     state, frozen = from_file(tensors, about, str(path))
@@ -179,12 +182,12 @@ def load_single_head(path: Path) -> Heads:
 def load_model(path: Path) -> Model:
     """The model in a file that `h2t export` wrote, or in the directory that holds it.
 
-    Raises UserError if there is no such file or it holds no complete classifier.
+    Raises UserError if there is no such file, if it is damaged, or if it holds no complete classifier.
     """
     path = path / "model.safetensors" if path.is_dir() else path
     if not path.exists():
         raise UserError(f"{path}: no exported model; make one with h2t export")
-    state, about = load_weights(path)
+    state, about = _load_sealed(path)
     if about.get("kind") != KIND:
         raise UserError(f"{path}: holds no complete classifier; make one with h2t export")
     arch = plugins.load("backbones", about["arch"])
@@ -204,3 +207,22 @@ def load_model(path: Path) -> Model:
     fill(backbone, state, str(path))
     network = Classifier(backbone, head).requires_grad_(False).eval()
     return Model(network, about)
+
+
+def _save_sealed(path: Path, state: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> None:
+    """`save_weights` with a seal: people copy exported files about, and a flipped bit would predict other classes."""
+    as_read = json.loads(json.dumps(about))  # keys are text, tuples are lists
+    save_weights(path, state, {**as_read, SEAL: _seal(state, as_read)})
+
+
+def _load_sealed(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """`load_weights`; raises UserError if the seal is broken too. Files from before there were seals have none."""
+    state, about = load_weights(path)
+    if SEAL in about and about.pop(SEAL) != _seal(state, about):
+        raise UserError(f"{path}: damaged, its sha256 is not the recorded one; copy or export it again")
+    return state, about
+
+
+def _seal(state: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> str:
+    said = json.dumps(about, sort_keys=True)
+    return hashlib.sha256(f"{weights_digest(state)}{said}".encode()).hexdigest()

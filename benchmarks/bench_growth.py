@@ -5,11 +5,12 @@
 
 From 55 heads x 64 channels x 10 classes x 12,406 rows, heads grow to 10,000, channels to 2,048, classes to 8,142 and
 rows to a million. Every point is a process of its own, on one thread. Memory is what steps add to the features, and is
-planned (`heads.parts.StepSize`) before it is measured. Heads are split into parts as in training if a step of all does
-not fit `STEP_BYTES`; the step's time is then the sum over the parts.
+planned (`heads.step_size`) before it is measured. Heads are split into parts as in training if a step of all does not
+fit `STEP_BYTES`; the step's time is then the sum over the parts.
 """
 
 import argparse
+import ctypes
 import itertools
 import json
 import os
@@ -31,10 +32,11 @@ from h2t.pipeline.heads.batches import Streams
 from h2t.pipeline.heads.descent import Descent
 from h2t.pipeline.heads.features import FeatureReader
 from h2t.pipeline.heads.host import Context
-from h2t.pipeline.heads.parts import grouped, parts_of, seeds_and_donors, step_size
+from h2t.pipeline.heads.parts import grouped, parts_of
 from h2t.pipeline.heads.residency import Choice, Feed
 from h2t.pipeline.heads.setting import HeadSetting
 from h2t.pipeline.heads.stack import Stack
+from h2t.pipeline.heads.step_size import seeds_and_donors, step_size
 from h2t.pipeline.heads.stored import HeadParts, build_head
 from h2t.pipeline.networks.classifier import global_average
 from h2t.pipeline.networks.trained import StageOneHead
@@ -58,9 +60,6 @@ PICTURE = Path(__file__).parents[1] / "docs" / "images" / "growth.svg"
 def point(heads: int, channels: int, classes: int, rows: int, data: Path) -> dict[str, Any]:
     """Trains some steps in this process: milliseconds of a step (the fastest of `REPEATS`), and bytes of memory."""
     torch.set_num_threads(1)
-    folder = data / f"{channels}-{classes}-{rows}"
-    if not (folder / "cache.json").is_file():
-        write_synthetic(folder, max(rows, classes * 2) * 20 // 19 + 1, (channels, 1, 1), classes=classes)
     seeds = range(min(SEEDS, heads))
     per_seed = -(-heads // len(seeds))
     settings = [
@@ -68,7 +67,7 @@ def point(heads: int, channels: int, classes: int, rows: int, data: Path) -> dic
         for ratio in np.linspace(0, 1, per_seed).tolist()
         for seed in seeds
     ][:heads]
-    with open_cache(folder) as cache:
+    with open_cache(data / f"{channels}-{classes}-{rows}") as cache:
         names = [str(i) for i in range(classes)]
         streams = Streams(cache.rows, names, "stage1", {"instance": "stage1"}, seeds, BATCH)
         reader = FeatureReader(cache, global_average)
@@ -80,7 +79,8 @@ def point(heads: int, channels: int, classes: int, rows: int, data: Path) -> dic
         size = step_size(streams, reader, stage1, head)
     sizes = (-(-heads // count) for count in range(1, heads + 1))
     parts = next(p for p in (parts_of(settings, n) for n in sizes) if size.of(p[0]) <= STEP_BYTES or len(p) == heads)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew: writing the cache took memory
+    ctypes.CDLL(None).malloc_trim(0)  # steps would use what reading features has freed, and seem to need less
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = _peak()
     cpu = wall = 0.0
     for part in parts:
@@ -98,6 +98,13 @@ def point(heads: int, channels: int, classes: int, rows: int, data: Path) -> dic
         "planned_bytes": max(map(size.of, parts)),
         "feature_bytes": len(streams.rows) * reader.row_bytes,
     }
+
+
+def features(channels: int, classes: int, rows: int, data: Path) -> None:
+    """Writes the features of a point, unless they are there."""
+    folder = data / f"{channels}-{classes}-{rows}"
+    if not (folder / "cache.json").is_file():
+        write_synthetic(folder, max(rows, classes * 2) * 20 // 19 + 1, (channels, 1, 1), classes=classes)
 
 
 def _peak() -> int:
@@ -174,7 +181,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             points = []
             for value in AXES[axis][:2] if options.tiny else AXES[axis]:
                 asked = {**BASE, axis: value}
-                command = [sys.executable, "-m", "benchmarks.bench_growth", "--data", str(options.data or scratch)]
+                data = options.data or Path(scratch)
+                features(**{key: asked[key] for key in ("channels", "classes", "rows")}, data=data)
+                command = [sys.executable, "-m", "benchmarks.bench_growth", "--data", str(data)]
                 done = subprocess.run([*command, "--point", json.dumps(asked)], stdout=subprocess.PIPE, check=True)
                 points.append({**asked, **json.loads(done.stdout)})
             fixed, per_unit = line(axis, points)

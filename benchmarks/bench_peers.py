@@ -40,10 +40,11 @@ from h2t.pipeline.heads.batches import SampleRows, Streams, sample_rows
 from h2t.pipeline.heads.features import FeatureReader
 from h2t.pipeline.heads.fusion import Selection
 from h2t.pipeline.heads.host import Context
-from h2t.pipeline.heads.parts import grouped, seeds_and_donors
+from h2t.pipeline.heads.parts import grouped
 from h2t.pipeline.heads.residency import Choice, Feed
 from h2t.pipeline.heads.setting import HeadSetting, Optimiser
 from h2t.pipeline.heads.stack import Stack
+from h2t.pipeline.heads.step_size import seeds_and_donors
 from h2t.pipeline.heads.stored import HeadParts, build_head
 from h2t.pipeline.networks.classifier import global_average
 from h2t.pipeline.networks.trained import StageOneHead

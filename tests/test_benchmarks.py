@@ -1,6 +1,8 @@
 """Each benchmark runs tiny, and its JSON has the fields that its README promises. Nothing here looks at speed."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -128,6 +130,20 @@ def test_growth_benchmark(tmp_path, capsys):
     assert all(p["cpu_ms"] > 0 and p["step_bytes"] > 0 for p in points)
     assert "heads" in capsys.readouterr().out
     assert out.with_suffix(".svg").read_text().startswith("<")
+
+
+@pytest.mark.parametrize("point", [{"heads": 300, "channels": 512}, {"heads": 100, "classes": 300}])
+def test_what_is_planned_for_a_step_is_above_its_peak_and_not_far(tmp_path, point):
+    """Fusion folded into the weights, and with many classes not; logits in one block, and in several."""
+    from benchmarks import bench_growth
+
+    asked = {**bench_growth.BASE, "rows": 1000, **point}
+    bench_growth.features(asked["channels"], asked["classes"], asked["rows"], tmp_path)
+    command = [sys.executable, "-m", "benchmarks.bench_growth", "--data", str(tmp_path), "--point", json.dumps(asked)]
+    found = json.loads(
+        subprocess.run(command, stdout=subprocess.PIPE, check=True, cwd=Path(__file__).parent.parent).stdout
+    )
+    assert found["step_bytes"] < found["planned_bytes"] < 2.5 * found["step_bytes"]
 
 
 def test_peers_benchmark(tmp_path, capsys):

@@ -11,9 +11,13 @@ import subprocess
 
 import pytest
 import yaml
+from dvc.cli import parse_args
 from dvc.repo import Repo
+from dvc.utils.hydra import apply_overrides, get_hydra_sweeps
 from PIL import Image
 from pipeline_builders import ROOT, accepted
+
+from h2t.pipeline.inspection.settings import check
 
 pytestmark = pytest.mark.slow
 
@@ -41,6 +45,22 @@ def test_dvc_reads_its_stages(tmp_path):
         found = {stage.name for stage in repo.index.stages}
     hosts = yaml.safe_load((EXAMPLE / "params.yaml").read_text())["hosts"]
     assert found == {"report", *(f"{stage}@{host}" for stage in ("train_classifier", "evaluate") for host in hosts)}
+
+
+def test_its_readme_queues_an_experiment_for_each_ratio(tmp_path):
+    """What DVC makes of the command; the queue itself was run by hand (docs/log.md)."""
+    commands = re.findall(r"^dvc ((?:exp|queue) .*)$", (EXAMPLE / "README.md").read_text(), re.MULTILINE)
+    queued, started = (parse_args(shlex.split(command)) for command in commands)
+    assert (queued.queue, started.jobs) == (True, 2)
+    ratios = []
+    for override in get_hydra_sweeps({"params.yaml": queued.set_param}):
+        shutil.copy(EXAMPLE / "params.yaml", tmp_path)
+        apply_overrides(tmp_path / "params.yaml", override["params.yaml"])
+        values = yaml.safe_load((tmp_path / "params.yaml").read_text())
+        check(values)
+        ratios.append(values["hosts"]["dr"]["grid"]["ratio"])
+        assert values["hosts"]["dr"]["grid"]["seed"] == values["host_defaults"]["grid"]["seed"]
+    assert ratios == [[0.0, 0.1], [0.0, 0.2]]
 
 
 def test_git_ignores_nothing_that_dvc_writes_there():

@@ -19,9 +19,10 @@ from h2t.pipeline.extraction import batchnorm
 from h2t.pipeline.heads import residency, task
 from h2t.pipeline.heads.batches import MOST_DRAWN, Streams
 from h2t.pipeline.heads.fusion import Selection
-from h2t.pipeline.heads.parts import StepSize, part_sizes, parts_of
+from h2t.pipeline.heads.parts import part_sizes, parts_of
 from h2t.pipeline.heads.residency import Residency, find_room
 from h2t.pipeline.heads.setting import HeadSetting
+from h2t.pipeline.heads.step_size import StepSize
 from h2t.pipeline.heads.stored import load_heads
 from h2t.pipeline.networks.trained import load_head
 from h2t.pipeline.stages import evaluate, pool, train_classifier

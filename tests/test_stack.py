@@ -103,7 +103,7 @@ def test_products_of_the_whole_stack_give_the_heads_of_vmap(two_experts, host, l
 
 
 def test_heads_with_many_classes_are_not_folded(cache, monkeypatch):
-    monkeypatch.setattr(stack_module, "FOLDED_CLASSES", 0)
+    monkeypatch.setattr(linear_heads, "FOLDED_CLASSES", 0)
     fused, losses = trained(make_stack(cache, GRID[:9], donors=DONORS, dtype=torch.float64, batch_size=8))
     monkeypatch.undo()
     folded, others = trained(make_stack(cache, GRID[:9], donors=DONORS, dtype=torch.float64, batch_size=8))

@@ -198,6 +198,12 @@ class Streams:
         return len(self.seeds) * (1 + len(self.donors) + bool(self.partner)) * self.batch_size
 
     @property
+    def order_bytes(self) -> int:
+        """Bytes that samplers keep of a seed: the order of an epoch's samples, of each that draws by one."""
+        samplers = (self._receiver, *self.donors, *((self.partner,) if self.partner else ()))
+        return np.dtype(np.int32).itemsize * self.samples * sum(s not in self._at_once for s in samplers)
+
+    @property
     def _tables(self) -> list[SampleRows]:
         """The receivers' rows and the donors', each once; those of different statistics have no row in common."""
         return list({id(table): table for table in (self.receivers, *self._donors.values())}.values())

@@ -12,7 +12,9 @@ from torch.func import vmap
 from torch.nn import functional as F
 
 from h2t.pipeline.heads.folded import Groups, Products
+from h2t.pipeline.heads.head import Head
 from h2t.pipeline.heads.host import CrossEntropyHost, GradientHost, TrainingBatch, is_cross_entropy, is_stackable
+from h2t.pipeline.heads.setting import HeadSetting
 from h2t.pipeline.networks.classifier import expert_mean
 from h2t.pipeline.training.longtail import cross_entropy_gradient
 
@@ -21,7 +23,29 @@ LEAST_LENGTH = 1e-12  # of a feature vector, as in torch's `normalize`
 #: fresh pages for each array above 32 MiB.
 LOGITS_AT_ONCE = 4 * 2**20
 
+FOLDED_CLASSES = 64  # with more classes, fused features cost less than folded weights (docs/decisions/0019)
+
 Block = tuple[torch.Tensor | slice, Groups]  # the heads whose logits are computed at once, and their groups
+
+
+def is_at_once(head: Head, shape: Sequence[int]) -> bool:
+    """Whether products of the whole stack can give the logits of heads on features of `shape`."""
+    changes = type(head.gradient_host).update is not GradientHost.update
+    return head.linear and len(shape) == 1 and not changes
+
+
+def is_folded(host: GradientHost, heads: Sequence[HeadSetting]) -> bool:
+    """Whether fusion is folded into the weights of `heads`, which are computed at once."""
+    # Shuffled donors are different for each head, and feature mixup changes lengths by more than its shares.
+    replaced = [h for h in heads if h.replaced(host.context.channels)]
+    mixing = host.classifier == "cosine" and any(h.selection == "mixup" for h in replaced)
+    usual = not mixing and not any(h.selection == "shuffled" for h in heads)
+    return usual and bool(replaced) and host.context.classes <= FOLDED_CLASSES and not host.augments
+
+
+def heads_at_once(groups: int, logit_bytes: int) -> int:
+    """How many heads of so many `groups`, whose logits take `logit_bytes` each, make a block."""
+    return groups * max(1, LOGITS_AT_ONCE // (groups * logit_bytes))
 
 
 def in_blocks(
@@ -32,7 +56,7 @@ def in_blocks(
     `seeds`, `donors`: as in `Groups`.
     """
     members = groups.members if folds else torch.arange(len(seeds))[None]
-    length = max(1, LOGITS_AT_ONCE // (len(members) * logit_bytes))
+    length = heads_at_once(len(members), logit_bytes) // len(members)
     if length >= members.shape[1]:
         return [(slice(None), groups)]
     blocks = [block.flatten() for block in members.split(length, 1)]
@@ -63,39 +87,46 @@ class LinearHeads:
             batch = TrainingBatch(batch.features, batch.labels, batch.noise)
         batch = batch._replace(partners=None)
         trained = {name: t for name, t in state.items() if name not in self.host.fixed}
-        blocks = []
+        each = batch.labels.new_empty(len(self._seed), dtype=batch.features.dtype)
         for (heads, _), products in zip(self.blocks, every, strict=True):
-            own = {name: t.detach()[heads] for name, t in state.items()}
-            logits = self._logits(products, own)
-            rest: Sequence[torch.Tensor | None] = [None] * len(trained)
-            if self.stackable and is_cross_entropy(self.on_logits):
-                losses, outer = _cross_entropy(self.on_logits, logits, batch.labels[self._seed[heads]])
-            else:
-                leaves = [own[name].requires_grad_() for name in trained]
-                losses = self._losses(own, batch.of(self._seed[heads], logits.requires_grad_()))
-                # Of the sum: for `grad_outputs` torch imports sympy.
-                outer, *rest = torch.autograd.grad(losses.sum(), [logits, *leaves], allow_unused=True)
-            found = self._of_logits(products, own, outer.mT)
-            for name, gradient in zip(trained, rest, strict=True):  # of what a loss uses besides logits
-                if gradient is not None:
-                    found[name] = found[name] + gradient if name in found else gradient
-                elif name not in found:
-                    found[name] = torch.zeros_like(own[name])
-            blocks.append((found, losses.detach()))
-        for name, tensor in trained.items():
-            if len(blocks) == 1:
-                tensor.grad = blocks[0][0][name]
-                continue
-            if tensor.grad is None:  # kept from step to step, so that malloc takes no fresh pages
-                tensor.grad = torch.empty_like(tensor)
-            for (heads, _), (found, _) in zip(self.blocks, blocks, strict=True):
-                tensor.grad[heads] = found[name]
-        if len(blocks) == 1:
-            return blocks[0][1]
-        each = blocks[0][1].new_empty(len(self._seed))
-        for (heads, _), (_, losses) in zip(self.blocks, blocks, strict=True):
+            found, losses = self._of_block(heads, products, state, list(trained), batch)
+            if len(self.blocks) == 1:
+                for name, tensor in trained.items():
+                    tensor.grad = found[name]
+                return losses
             each[heads] = losses
+            for name, tensor in trained.items():
+                if tensor.grad is None:  # kept from step to step, so that malloc takes no fresh pages
+                    tensor.grad = torch.empty_like(tensor)
+                tensor.grad[heads] = found[name]
         return each
+
+    def _of_block(
+        self,
+        heads: torch.Tensor | slice,
+        products: Products,
+        state: Mapping[str, torch.Tensor],
+        trained: Sequence[str],
+        batch: TrainingBatch,
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """The gradients of the parameters `trained` of a block's heads, (h, ...), and their losses, (h,)."""
+        own = {name: t.detach()[heads] for name, t in state.items()}
+        logits = self._logits(products, own)
+        rest: Sequence[torch.Tensor | None] = [None] * len(trained)
+        if self.stackable and is_cross_entropy(self.on_logits):
+            losses, outer = _cross_entropy(self.on_logits, logits, batch.labels[self._seed[heads]])
+        else:
+            leaves = [own[name].requires_grad_() for name in trained]
+            losses = self._losses(own, batch.of(self._seed[heads], logits.requires_grad_()))
+            # Of the sum: for `grad_outputs` torch imports sympy.
+            outer, *rest = torch.autograd.grad(losses.sum(), [logits, *leaves], allow_unused=True)
+        found = self._of_logits(products, own, outer.mT)
+        for name, gradient in zip(trained, rest, strict=True):  # of what a loss uses besides logits
+            if gradient is not None:
+                found[name] = found[name] + gradient if name in found else gradient
+            elif name not in found:
+                found[name] = torch.zeros_like(own[name])
+        return found, losses.detach()
 
     @torch.no_grad()
     def _logits(self, products: Products, state: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -4,7 +4,6 @@ Heads do not depend on each other, so training part by part gives the same heads
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from hashlib import sha256
 from itertools import groupby, pairwise
 
@@ -12,61 +11,14 @@ from h2t.cache.sizes import sized
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.base.text import counted
-from h2t.pipeline.heads.batches import Streams
-from h2t.pipeline.heads.features import FeatureReader
-from h2t.pipeline.heads.fusion import Selection
-from h2t.pipeline.heads.head import MAP_AXES, Head
 from h2t.pipeline.heads.residency import WINDOW_SHARE, Choice, Room
 from h2t.pipeline.heads.setting import HeadSetting
 from h2t.pipeline.heads.stack import FLOAT
-from h2t.pipeline.networks.trained import StageOneHead
+from h2t.pipeline.heads.step_size import StepSize
 from h2t.pipeline.training.resume import Checkpoint
 
-COPIES: dict[Selection, int] = {"mixup": 5, "shuffled": 6}  # copies of a head's input in a step; 3 for other selections
 RESULT_COPIES = 3  # copies of all weights in memory: one collected, two while writing
-TRAINED_POOL_COPIES = 8  # copies of a head's input for the gradients of a pool with parameters (measured on `gem`)
-FROZEN_COPIES = 3  # copies of a head's input for the gradients of a layer between pool and classifier
 RESUME_SLACK = 1.5  # a step may exceed its budget by this factor, so that training can resume in the same parts
-
-
-@dataclass(frozen=True)
-class StepSize:
-    """Computes the memory, in bytes, of a training step.
-
-    `batch`: samples in a batch. `numbers`: numbers per row, all experts; `kept`: bytes of each as stored. `logits` and
-    `parameters`: numbers per head. `pool_copies`: how many more copies of its input a head's pool needs. `partners`: 1
-    for a host with a second sampler.
-    """
-
-    batch: int
-    numbers: int
-    kept: int
-    logits: int
-    parameters: int
-    pool_copies: int = 0
-    partners: int = 0
-
-    def window(self, heads: Sequence[HeadSetting]) -> int:
-        """Bytes of the stored features of one step of `heads`: receivers and donors of every seed."""
-        seeds, donors = seeds_and_donors(heads)
-        return len(seeds) * (1 + len(donors) + self.partners) * self.batch * self.numbers * self.kept
-
-    def of(self, heads: Sequence[HeadSetting]) -> int:
-        """Bytes of a step of `heads`: features of every seed, copies per head, logits, parameters, gradients, momenta.
-
-        The copies per head are receivers, donors and the fused input; mixup and shuffled donors need more. Measured
-        peaks on maps of 64 x 8 x 8 exceed this by at most 6 %.
-        """
-        seeds, donors = seeds_and_donors(heads)
-        copies = max([1 + self.pool_copies, *(COPIES.get(h.selection, 3) for h in heads)]) + self.partners
-        gathered = len(seeds) * (len(donors) + self.partners) * self.batch * self.numbers * (3 * self.kept + FLOAT)
-        per_head = copies * self.batch * self.numbers * FLOAT
-        return gathered + len(heads) * (per_head + FLOAT * (6 * self.logits + 8 * self.parameters))
-
-
-def seeds_and_donors(heads: Sequence[HeadSetting]) -> tuple[list[int], list[str]]:
-    """The distinct seeds and the distinct donors of `heads`, in order of appearance."""
-    return list(dict.fromkeys(h.seed for h in heads)), list(dict.fromkeys(h.donor for h in heads))
 
 
 def grouped(heads: Sequence[HeadSetting]) -> list[int]:
@@ -97,24 +49,6 @@ def shares_of(heads: Sequence[HeadSetting], count: int) -> list[list[int]]:
 def part_sizes(heads: int) -> list[int]:
     """The part sizes that split `heads` into 1, 2, 3 ... nearly equal parts, largest first."""
     return sorted({-(-heads // count) for count in range(1, heads + 1)}, reverse=True)
-
-
-def step_size(streams: Streams, reader: FeatureReader, stage1: StageOneHead, head: Head) -> StepSize:
-    """The sizes that the memory of a training step depends on."""
-    experts, classes = reader.cache.experts, streams.index.classes
-    numbers = reader.row_bytes // reader.dtype.itemsize
-    channels, frozen = reader.cache.spec.maps[0][0], stage1.frozen
-    linear = experts * classes * ((frozen.outputs(channels) if frozen else channels) + 1)
-    return StepSize(
-        batch=streams.batch_size,
-        numbers=numbers,
-        kept=reader.dtype.itemsize,
-        logits=experts * streams.batch_size * classes,
-        parameters=int(max(linear, sum(t.numel() for t in stage1.state.values())) * head.gradient_host.size),
-        pool_copies=(TRAINED_POOL_COPIES if len(reader.shape) == MAP_AXES - 2 and head.pool.initial() else 0)
-        + FROZEN_COPIES * len(frozen.layers if frozen else ()),
-        partners=int(streams.partner is not None),
-    )
 
 
 def planned_parts(

@@ -21,14 +21,13 @@ from h2t.pipeline.heads.draws import DRAWN_BYTES, Draws, sent
 from h2t.pipeline.heads.folded import Folded, Groups, Plain, Products
 from h2t.pipeline.heads.fusion import Selection, channel_ranks, donor_orders, fixed_channels, fuse, mix, shuffle
 from h2t.pipeline.heads.head import Head
-from h2t.pipeline.heads.host import GradientHost, TrainingBatch
-from h2t.pipeline.heads.linear_heads import LinearHeads, in_blocks
+from h2t.pipeline.heads.host import TrainingBatch
+from h2t.pipeline.heads.linear_heads import LinearHeads, in_blocks, is_at_once, is_folded
 from h2t.pipeline.heads.residency import MAX_WINDOW_STEPS, Feed, Step
 from h2t.pipeline.heads.setting import HeadSetting, Optimiser
 from h2t.pipeline.networks.trained import StageOneHead
 from h2t.pipeline.training.resume import Checkpoint
 
-FOLDED_CLASSES = 64  # with more classes, fused features cost less than folded weights (docs/decisions/0019)
 DRAWN: tuple[Selection, ...] = ("random", "shuffled")  # selections that draw their channels
 FLOAT = 4  # bytes of a float32, which heads compute with
 
@@ -93,12 +92,8 @@ class Stack:
         share = torch.tensor(mixed * self.replaced / channels, device=self.device, dtype=self.dtype)
         self._share = share[:, None, None]
         self.state: dict[str, torch.Tensor] = {}
-        changes = type(self.host).update is not GradientHost.update
-        self.at_once = at_once and head.linear and len(feed.shape) == 1 and not changes
-        # Feature mixup changes lengths by more than its shares, and shuffled donors are different for each head.
-        usual = not len(shuffled) and not (self._mixing and self.host.classifier == "cosine")
-        few = self.host.context.classes <= FOLDED_CLASSES
-        self._folds = self.at_once and usual and few and bool(self.replaced.any()) and not self.host.augments
+        self.at_once = at_once and is_at_once(head, feed.shape)
+        self._folds = self.at_once and is_folded(self.host, heads)
         self._groups = Groups(self._seed_index, donor_index, self.device)
         if self.at_once and self.device.type == "cpu":
             logits = self.feed.experts * self.streams.batch_size * self.host.context.classes * self.dtype.itemsize

@@ -31,11 +31,12 @@ from h2t.pipeline.heads.features import (
 from h2t.pipeline.heads.head import Head
 from h2t.pipeline.heads.host import Context
 from h2t.pipeline.heads.host_entry import Params, check_reads
-from h2t.pipeline.heads.parts import planned_parts, step_size
+from h2t.pipeline.heads.parts import planned_parts
 from h2t.pipeline.heads.residency import Feed, Residency, find_room, plan_tier
 from h2t.pipeline.heads.setting import HeadSetting, Optimiser
 from h2t.pipeline.heads.stack import FLOAT, NotFinite, not_finite
 from h2t.pipeline.heads.start import backbone_head, class_means, from_file, load_start
+from h2t.pipeline.heads.step_size import step_size
 from h2t.pipeline.heads.stored import HeadParts, Heads, build_head
 from h2t.pipeline.heads.training import fit, train
 from h2t.pipeline.networks.pool import Pool
@@ -210,7 +211,7 @@ def train_task(task: Task) -> Made:
         token += "" if task.rows is None else f" fold of {streams.samples} samples"
         room = find_room(task.residency, run.device, task.host)
         choice = plan_tier(streams, reader, task.residency, room)
-        size = step_size(streams, reader, stage1, head)
+        size = step_size(streams, reader, stage1, head, on_gpu=room.gpu > 0)
         planned = planned_parts(run, heads, size, choice, room, streams.count * reader.row_bytes, token)
         if len(planned) > len({h.kind for h in heads}):
             run.say(

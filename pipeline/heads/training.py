@@ -13,10 +13,11 @@ from h2t.pipeline.base.run import Run
 from h2t.pipeline.heads.batches import Streams
 from h2t.pipeline.heads.features import FeatureReader
 from h2t.pipeline.heads.head import Head
-from h2t.pipeline.heads.parts import grouped, part_token, seeds_and_donors
+from h2t.pipeline.heads.parts import grouped, part_token
 from h2t.pipeline.heads.residency import Feed
 from h2t.pipeline.heads.setting import HeadSetting, Optimiser
 from h2t.pipeline.heads.stack import NotFinite, Stack
+from h2t.pipeline.heads.step_size import seeds_and_donors
 from h2t.pipeline.networks.trained import StageOneHead
 from h2t.pipeline.training.resume import Checkpoint
 

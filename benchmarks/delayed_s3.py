@@ -3,11 +3,17 @@
 GetObject with ranges, HeadObject and ListObjectsV2: all that reading a cache takes. The directories below the root are
 the buckets. A full server (moto) would spend more time on a request than the client does; the tests show that the
 client works with a full one.
+
+    python -m benchmarks.delayed_s3 DIR 0.02     # prints the variables that a client needs, serves until its input ends
 """
 
 import asyncio
+import json
+import os
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from email.utils import formatdate
@@ -106,3 +112,32 @@ def endpoint(root: Path, delay: float, kind: type[Endpoint] = Endpoint) -> Itera
         asyncio.run_coroutine_threadsafe(served.stop(), loop).result()
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
+
+
+@contextmanager
+def separate(root: Path, delay: float) -> Iterator[tuple[dict[str, str], Callable[[], float]]]:
+    """The endpoint, served by a process of its own until the end of the block.
+
+    Gives the environment of its clients, and a function that returns the processor seconds it has taken so far.
+    """
+    command = [sys.executable, "-m", "benchmarks.delayed_s3", str(root), str(delay)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        ticks = os.sysconf("SC_CLK_TCK")
+        about = Path(f"/proc/{process.pid}/stat")
+        yield (
+            json.loads(process.stdout.readline()),
+            lambda: sum(map(int, about.read_text().rpartition(")")[2].split()[11:13])) / ticks,
+        )
+        process.stdin.close()
+
+
+def main() -> None:
+    with endpoint(Path(sys.argv[1]), float(sys.argv[2])) as served:
+        print(json.dumps(served.environment), flush=True)
+        sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main()

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, TypeVar, cast
@@ -191,7 +191,7 @@ class Cache:
     def chunk_ranges(self, chunks: np.ndarray, expert: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Shard, offset and stored size in bytes of each of `chunks`, int64 (n,). Raises as `read`."""
         with self._in_use():
-            return self._chunks.ranges(chunks, expert)
+            return self._ranges(chunks, expert)
 
     def chunk_fault(self, expert: int, chunk: int, what: str) -> CacheError:
         """The error for a damaged chunk; names its file, its number within the shard, and its rows."""
@@ -243,7 +243,7 @@ class Cache:
         return self._use
 
     def _gather(self, plan: Plan, out: np.ndarray, expert: int) -> None:
-        shards, offsets, sizes = self._chunks.ranges(plan.chunks, expert)
+        shards, offsets, sizes = self._ranges(plan.chunks, expert)
         local = self.files.local
         plain = self.spec.codec == "none"
         if local and plain and self.spec.chunk_rows == 1 and (gather := compiled()):
@@ -257,6 +257,11 @@ class Cache:
         else:
             work, alone = in_turns(units(shards, offsets, sizes, unit_bytes=REMOTE_UNIT_BYTES)), False
         self._share_out(Decode(self._chunks, expert, plan, offsets, sizes, out), work, alone=alone)
+
+    def _ranges(self, chunks: np.ndarray, expert: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        missing = self._chunks.without_index(chunks, expert)
+        self._share_out(partial(self._chunks.read_index, expert), missing, alone=self.files.local)
+        return self._chunks.ranges(chunks, expert)
 
     def _after_fork(self) -> None:
         """Sets this cache up in a forked child, where the parent's threads do not exist."""

@@ -46,3 +46,16 @@ def test_scale_benchmark(tmp_path, capsys):
     assert 0 < steps["stream from S3 again"]["bytes_sent"] < steps["stream from S3"]["bytes_sent"]
     assert list((tmp_path / "data").iterdir()) == []
     assert "| verify " in capsys.readouterr().out
+
+
+def test_remote_benchmark(tmp_path, capsys):
+    from benchmarks.bench_remote import WAYS, main
+
+    main(["--tiny", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "result.json")])
+    body = json.loads((tmp_path / "result.json").read_text())
+    turns = {turn["way"]: turn for turn in body["turns"]}
+    assert set(turns) == set(WAYS)
+    assert turns["s3"]["bytes"] == turns["local"]["bytes"] < turns["bare"]["bytes"]  # which fetches checksums, too
+    assert turns["local"]["endpoint_cpu_s"] < turns["s3"]["endpoint_cpu_s"]
+    assert list((tmp_path / "data").iterdir()) == []
+    assert "| s3 " in capsys.readouterr().out

@@ -225,14 +225,15 @@ def test_another_version_is_another_cache(store):
     assert error.value.reason == "replaced"
 
 
-def test_a_store_that_hardly_sends_is_left(store, monkeypatch):
+@pytest.mark.parametrize("rows", [[0], [0, 9]], ids=["one request", "two requests at once"])
+def test_a_store_that_hardly_sends_is_left(store, monkeypatch, rows):
     s3, _ = store
     monkeypatch.setattr(transfer, "WINDOW", 5.0)  # opening takes more than one second on a busy machine
     with open_cache("s3://bucket/maps") as cache:
         cache.read([0])
         s3.spoil, started = "hardly send", time.monotonic()
         with pytest.raises(CacheError, match="too slow") as error:
-            cache.read([0])
+            cache.read(rows)
     assert error.value.reason == "unreachable"
     assert time.monotonic() - started < 30  # the row would take 800 s
 

@@ -36,11 +36,15 @@ class Chunks:
             ) from None
 
     def ranges(self, chunks: np.ndarray, expert: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Shard, offset and stored size in bytes of each of `chunks`, int64 (n,); reads missing shard indices."""
+        """Shard, offset and stored size in bytes of each of `chunks`, int64 (n,), whose shard indices were read."""
         shards = chunks // self.spec.chunks_per_shard
-        for shard in np.unique(shards[~self._indexed[expert, shards]]).tolist():
-            self._read_index(expert, shard)
         return shards, self.offsets[expert, chunks], self.sizes[expert, chunks]
+
+    def without_index(self, chunks: np.ndarray, expert: int) -> list[int]:
+        """The shards of `chunks`, int64 (n,), whose index was not read yet."""
+        shards = chunks // self.spec.chunks_per_shard
+        found: list[int] = np.unique(shards[~self._indexed[expert, shards]]).tolist()
+        return found
 
     def fault(self, expert: int, chunk: int, what: str) -> CacheError:
         """The error for a damaged chunk; names its file, its number within the shard, and its rows."""
@@ -86,7 +90,8 @@ class Chunks:
         if digest != recorded:
             raise CacheError("damaged", f"{self.files}/{name}: sha256 differs from {RECORD}; run h2t cache verify")
 
-    def _read_index(self, expert: int, shard: int) -> None:
+    def read_index(self, expert: int, shard: int) -> None:
+        """Reads the index of a shard. Raises CacheError."""
         spec = self.spec
         name, rows, slots = spec.shard_file(expert, shard), spec.shard_range(shard), spec.chunks_per_shard
         first = shard * slots

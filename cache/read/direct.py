@@ -2,8 +2,9 @@
 
 A request through s3fs costs about 2 ms of processor time beside its bytes, and all bytes pass through one thread with
 an event loop and are copied several times. Here an address is signed once for many ranges of an object (a presigned
-URL, https://docs.aws.amazon.com/AmazonS3/latest/API/sigv4-query-string-auth.html), threads of their own read the
-bodies, and each body is read into its final memory.
+URL, https://docs.aws.amazon.com/AmazonS3/latest/API/sigv4-query-string-auth.html), and each body is read into its
+final memory by the thread that asks for it: handing it to another thread costs a third of the request itself. Further
+spans of one question have threads of their own.
 
 Only complete and plain answers count. For anything else (another status, a redirect, an encoding, a proxy, a broken
 connection) the caller asks again through s3fs, whose errors are the ones that are reported.
@@ -16,17 +17,17 @@ import urllib.request
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from email.utils import parsedate_to_datetime
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from socket import SHUT_RDWR, socket
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import numpy as np
 
 from h2t.cache.read.protocols import CONNECT_TIMEOUT, CONNECTIONS, READ_TIMEOUT
-from h2t.cache.read.transfer import Answer, Pace, Patience, Span, TooSlow, content_range, range_header, version_of
+from h2t.cache.read.transfer import Answer, Patience, Span, TooSlow, content_range, range_header, version_of
 
 PIECE_BYTES = 256 * 1024
 URL_SECONDS = 300  # an address is signed anew after this time, and valid for twice as long
@@ -38,7 +39,7 @@ class Declined(Exception):
 
 
 class Direct:
-    """Requests for ranges of objects of the s3fs file system `fs`, at most `CONNECTIONS` at a time."""
+    """Requests for ranges of objects of the s3fs file system `fs`: one for each caller and up to `CONNECTIONS` more."""
 
     def __init__(self, fs: Any) -> None:
         self.fs = fs
@@ -48,6 +49,8 @@ class Direct:
         self._signed: dict[str, tuple[str, float]] = {}  # path -> its URL and when that was signed
         self.failed = 0  # calls in a row that only s3fs could answer
         self._secure: ssl.SSLContext | None = None
+        self._watched: set[_Call] = set()
+        self._watching = False
 
     def spans(self, path: str, spans: Sequence[Span], patience: Patience) -> list[Answer | None]:
         """For each span (start, stop), none empty, its bytes; None if there was no complete and plain answer.
@@ -57,15 +60,19 @@ class Direct:
         answers: list[Answer | None] = [None] * len(spans)
         if not spans or self.failed >= GIVE_UP or not (url := self._url(path, patience)):
             return answers
-        call = _Call(self, url, spans, answers, patience.pace)
-        pool = self._started()
-        futures = [pool.submit(call.work) for _ in range(min(len(spans), CONNECTIONS))]
+        call = _Call(self, url, spans, answers, patience)
+        helpers = min(len(spans), CONNECTIONS) - 1
+        futures = [self._started().submit(call.work) for _ in range(helpers)]
         try:
+            with self._watch(call):
+                call.work()
             patience.wait(futures)
         finally:
             call.stop()
             for future in futures:
                 future.cancel()
+        if call.too_slow:
+            raise call.too_slow
         if None in answers:
             self._signed.pop(path, None)
         return answers
@@ -79,6 +86,34 @@ class Direct:
         idle, self._idle = self._idle, defaultdict(list)
         for connection in (one for several in idle.values() for one in several):
             connection.close()
+
+    @contextmanager
+    def _watch(self, call: "_Call") -> Iterator[None]:
+        """While this lasts, `call` is stopped if the store is too slow."""
+        with self._lock:
+            self._watched.add(call)
+            start, self._watching = not self._watching, True
+        if start:
+            self.fs.loop.call_soon_threadsafe(self._look)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._watched.discard(call)
+
+    def _look(self) -> None:
+        """Stops the calls that take too long, in the event loop of `fs`; again as long as there are any."""
+        with self._lock:
+            calls = list(self._watched)
+            self._watching = bool(calls)
+        for call in calls:
+            try:
+                call.patience.check()
+            except TooSlow as error:
+                call.too_slow = error
+                call.stop()
+        if calls:
+            self.fs.loop.call_later(min(call.patience.left for call in calls), self._look)
 
     def _started(self) -> ThreadPoolExecutor:
         with self._lock:
@@ -143,12 +178,13 @@ class Direct:
 
 
 class _Call:
-    """The requests for `spans` of one object, made by several threads, each of which calls `work`."""
+    """The requests for `spans` of one object, made by one or more threads, each of which calls `work`."""
 
     def __init__(
-        self, direct: Direct, url: str, spans: Sequence[Span], answers: list[Answer | None], pace: Pace
+        self, direct: Direct, url: str, spans: Sequence[Span], answers: list[Answer | None], patience: Patience
     ) -> None:
-        self.direct, self.url, self.spans, self.answers, self.pace = direct, url, spans, answers, pace
+        self.direct, self.url, self.spans, self.answers = direct, url, spans, answers
+        self.patience, self.too_slow = patience, cast("TooSlow | None", None)
         self.rest: Iterator[int] = iter(range(len(spans)))
         self.open: set[socket] = set()
         self.stopped = False
@@ -219,10 +255,10 @@ class _Call:
         at = count = len(ahead)
         body[:at] = ahead
         while count and at < len(body):
-            self.pace.came(count)
+            self.patience.pace.came(count)
             count = received.recv_into(body[at:])
             at += count
-        self.pace.came(count)
+        self.patience.pace.came(count)
         if at < len(body):
             raise Declined
         return body

@@ -131,7 +131,18 @@ class Patience:
         """Returns once all `futures` are done; raises as `result`."""
         if seconds is not None:
             self._until = time.monotonic() + seconds
-        while wait(futures, max(0.0, self._until - time.monotonic())).not_done:
-            if seconds is not None or self.pace.count - self._had < LEAST_RATE * self.pace.window:
-                raise TooSlow(f"fewer than {LEAST_RATE} bytes/s over {seconds or self.pace.window:g} s")
-            self._begin()
+        while wait(futures, self.left).not_done:
+            self.check(seconds=seconds)
+
+    @property
+    def left(self) -> float:
+        """Seconds until the window ends, at least 0."""
+        return max(0.0, self._until - time.monotonic())
+
+    def check(self, *, seconds: float | None = None) -> None:
+        """Begins another window if one has ended. Raises as `result`."""
+        if self.left:
+            return
+        if seconds is not None or self.pace.count - self._had < LEAST_RATE * self.pace.window:
+            raise TooSlow(f"fewer than {LEAST_RATE} bytes/s over {seconds or self.pace.window:g} s")
+        self._begin()

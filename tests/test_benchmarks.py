@@ -107,7 +107,7 @@ def test_results_have_one_record_a_line():
         assert text == records(json.loads(text)) + "\n", path.name
 
 
-def test_evaluate_benchmark(tmp_path, capsys):
+def test_evaluate_benchmark(tmp_path, capsys, starts_warm):
     from benchmarks.bench_evaluate import STEPS, main
 
     body = run(main, tmp_path)
@@ -118,7 +118,7 @@ def test_evaluate_benchmark(tmp_path, capsys):
     assert "| evaluate" in capsys.readouterr().out
 
 
-def test_growth_benchmark(tmp_path, capsys):
+def test_growth_benchmark(tmp_path, capsys, starts_warm):
     from benchmarks import bench_growth
 
     out = tmp_path / "growth.json"

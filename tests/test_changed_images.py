@@ -91,7 +91,7 @@ def arguments(place: Path, command: str) -> list:
         "train-backbone": ["train-backbone", "ce_mixup", place / "samples", place / "out", *given],
         "extract": extract,
         "batch norm": [*extract, "--set", "extract.batchnorm=[stage1,calibrated]"],
-        "workers": [*extract, "--set", "run={cluster: local:2}"],
+        "workers": [*extract, "--set", "run={cluster: local:1}"],
         "incremental": [*extract, "--set", f"extract.statistics_from={place / 'cache'}"],
         "verify": [
             *("cache", "verify", place / "cache", "--recompute", 99),
@@ -143,10 +143,10 @@ def test_an_extraction_goes_on_to_the_same_bytes_once_the_image_is_back(place, c
     assert tree(place / "out") == tree(place / "cache")
 
 
-def test_of_several_processes_none_shows_a_traceback(place):
+def test_of_several_processes_none_shows_a_traceback(place, warm_programs):
     """One meets the image; the other one, which waits for it, says that it has ended."""
     said = overwrite(place)
-    done = torchrun("train-backbone", "ce_mixup", "samples", "out", cwd=place)
+    done = torchrun(warm_programs, "train-backbone", "ce_mixup", "samples", "out", cwd=place)
     assert done.returncode == 1
     assert f"error: {said}" in done.stderr.splitlines()
     assert "[rank" not in done.stderr  # how torch marks the traceback of a process

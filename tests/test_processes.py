@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -89,8 +88,38 @@ def test_a_share_resumes_from_its_saved_step(tmp_path, plain_cache, backbone_dir
 
 
 @pytest.fixture
-def running(tmp_path, plain_cache, backbone_dir):
-    """A command that trains in two processes, and these processes, once both train."""
+def waiting():
+    """A process that waits for two jobs, and the processes of these jobs."""
+    code = "import small_jobs; from h2t.pipeline.base.side_by_side import side_by_side as run\n"
+    code += "if __name__ == '__main__': run([small_jobs.forever_aloud] * 2, 'x')"
+    env, pipes = environment(PYTHONPATH=str(ROOT / "tests")), {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env, text=True, **pipes) as process:
+        yield process, [int(process.stdout.readline()) for _ in range(2)]
+
+
+def _gone(pids):
+    for _ in range(100):
+        if not any(Path(f"/proc/{pid}").exists() for pid in pids):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_a_process_that_is_killed_ends_the_others(waiting):
+    process, jobs = waiting
+    os.kill(jobs[1], signal.SIGKILL)
+    assert "x: one of 2 processes was killed" in process.communicate(timeout=300)[1].splitlines()[-1]
+    assert _gone(jobs)
+
+
+def test_processes_end_with_a_command_that_was_killed(waiting):
+    process, jobs = waiting
+    process.kill()
+    process.wait()
+    assert _gone(jobs)
+
+
+def test_ctrl_c_leaves_no_process(tmp_path, plain_cache, backbone_dir):
     params = write_params(
         tmp_path / "params.yaml", hosts__dr__optimiser=LONG, train_classifier={"processes": 2}, device="cpu"
     )
@@ -99,17 +128,18 @@ def running(tmp_path, plain_cache, backbone_dir):
         [*map(str, command), str(tmp_path / "data" / "dr"), "--params", str(params)],
         cwd=tmp_path,
         env=environment(),
-        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=heard,
         start_new_session=True,
     ) as process:
-        try:
-            yield process, _children(process)
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+        children = _children(process)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        _, errors = process.communicate(timeout=300)
+    assert process.returncode == 130
+    assert errors.splitlines()[-1].startswith("interrupted")
+    assert "Traceback" not in errors
+    assert _gone(children)
 
 
 def _children(process):
@@ -127,42 +157,6 @@ def _children(process):
 def _processor_seconds(pid):
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def _gone(pids):
-    for _ in range(100):
-        if not any(Path(f"/proc/{pid}").exists() for pid in pids):
-            return True
-        time.sleep(0.1)
-    return False
-
-
-def test_a_killed_process_ends_the_command_in_one_line(running):
-    process, children = running
-    os.kill(children[1], signal.SIGKILL)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 1
-    last = errors.splitlines()[-1]
-    assert last.startswith("error: train_classifier.processes: one of 2 processes was killed")
-    assert "Traceback" not in errors
-    assert _gone(children)
-
-
-def test_ctrl_c_leaves_no_process(running):
-    process, children = running
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 130
-    assert errors.splitlines()[-1].startswith("interrupted")
-    assert "Traceback" not in errors
-    assert _gone(children)
-
-
-def test_processes_end_with_a_command_that_was_killed(running):
-    process, children = running
-    process.kill()
-    process.wait()
-    assert _gone(children)
 
 
 def test_an_error_in_one_process_is_the_error_of_the_command(tmp_path, plain_cache, backbone_dir):

@@ -385,7 +385,7 @@ def test_training_that_diverges_stops_in_one_line(digits, tmp_path):
     assert not (tmp_path / "b").exists()
 
 
-def test_two_processes_train_like_one_and_go_on_where_one_was_killed(tmp_path, monkeypatch):
+def test_two_processes_train_like_one_and_go_on_where_one_was_killed(tmp_path, monkeypatch, warm_programs):
     """A process trains whole parts of a batch, whatever is mixed or pasted in them."""
     entry = make_training(accumulate=2, objective="gcl", epochs=3).model_dump()
     write_params(tmp_path / "params.yaml", backbones={"ce_mixup": entry})
@@ -408,7 +408,7 @@ def test_two_processes_train_like_one_and_go_on_where_one_was_killed(tmp_path, m
     one(tmp_path / "one")
     with pytest.raises(Killed):
         one(tmp_path / "two", stop=1)
-    done = torchrun("train-backbone", "ce_mixup", "prepare", "two", cwd=tmp_path)
+    done = torchrun(warm_programs, "train-backbone", "ce_mixup", "prepare", "two", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("resumes after epoch 1 of 3") == 1  # one process speaks
     for name in ("backbone.safetensors", "head.safetensors"):

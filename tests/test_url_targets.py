@@ -293,7 +293,7 @@ def test_parts_and_a_commit_end_in_the_same_bytes(store, digits, backbone_dir, s
 
 
 @pytest.mark.slow
-@one_of_a_kind
+@pytest.mark.parametrize("store", ["s3"], indirect=True)
 def test_workers_of_a_cluster_write_there_themselves(store, digits, backbone_dir, single, tmp_path):
     extracted(tmp_path / "b", *digits, backbone_dir, to=f"{store.url}/b", cluster="local:2", **SMALL)
     assert store.files() == {f"b/{name}": data for name, data in single.items()}

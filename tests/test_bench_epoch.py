@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 
 
-def test_streaming_a_cache_ten_times_the_budget_does_not_hold_it(tmp_path):
+def test_streaming_a_cache_ten_times_the_budget_does_not_hold_it(tmp_path, starts_warm):
     """384 MiB of maps, a budget of 38 MiB: the whole cache in memory would break the bound."""
     from benchmarks.synthetic import write_synthetic
 

@@ -85,6 +85,7 @@ def found(folder, images):
         assert reasons == ["1 image is new or changed"], reasons
     return run
 
+import pandas, sklearn  # which steps import: seconds in each fork
 from h2t.cache import reader
 from h2t.cache.format import rows
 from h2t.pipeline.data import texts

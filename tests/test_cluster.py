@@ -250,8 +250,8 @@ def test_a_scheduler_that_is_not_there_is_one_line(digits, backbone_dir, tmp_pat
         extracted(tmp_path / "b", *digits, backbone_dir, cluster="tcp://127.0.0.1:9", **SMALL)
 
 
-def test_the_campaign_of_kills_can_be_started():
-    command = [sys.executable, "tests/faults/cluster.py", "--help"]
+def test_the_campaign_of_kills_can_be_started(warm_programs):
+    command = [warm_programs / "warm_python", "tests/faults/cluster.py", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "--target" in done.stdout

@@ -48,7 +48,7 @@ def below(store, name: str) -> dict[str, bytes]:
 
 @pytest.fixture
 def spec():
-    return make_spec(rows=40, shard_rows=8, maps=((3, 2, 2), (2, 1, 1)))
+    return make_spec(rows=32, shard_rows=8, maps=((3, 2, 2), (2, 1, 1)))
 
 
 def write_part(store, spec, part, *, token=TOKEN, seed=0, shards=None):
@@ -134,12 +134,12 @@ class TestOfShards:
         assert verify(f"{store.url}/c") == []
 
     def test_another_cache_is_replaced_only_on_demand(self, store, spec):
-        longer = make_spec(rows=60, shard_rows=4)
+        longer = make_spec(rows=48, shard_rows=8)
         written(store, longer)
         with raises("exists", "holds another cache; remove it or pass --replace"):
             written(store, spec)
         with open_cache(f"{store.url}/c") as opened:
-            assert opened.spec.rows == 60
+            assert opened.spec.rows == 48
         assert written(store, spec, replace=True) == []
         assert verify(f"{store.url}/c") == []
 

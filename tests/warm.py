@@ -84,12 +84,14 @@ def answer(caller: socket.socket) -> None:
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(line.split("=", 1) for line in words[int(count) :])
-    sys.argv, sys.path[0] = words[: int(count)], folder
+    sys.argv = words[: int(count)]
     try:
         if sys.argv[0] == "-m":
             sys.argv.pop(0)
+            sys.path[0] = folder
             runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
         else:
+            sys.path[0] = os.path.dirname(sys.argv[0])  # noqa: PTH120
             runpy.run_path(sys.argv[0], run_name="__main__")
         code: object = 0
     except SystemExit as end:

@@ -282,7 +282,7 @@ PEAK = """
 import sys
 from pathlib import Path
 import sklearn.manifold
-from benchmarks.epoch_run import memory
+from benchmarks.measure import memory
 from h2t.cache.reader import open_cache
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.evaluation import scoring

@@ -87,13 +87,19 @@ def test_a_share_resumes_from_its_saved_step(tmp_path, plain_cache, backbone_dir
     assert [p.name for p in tmp_path.iterdir()] == ["dr"]
 
 
+def side_by_side_of(job, count):
+    """A process that runs a job of small_jobs.py so many times."""
+    code = "import small_jobs; from h2t.pipeline.base.side_by_side import side_by_side as run\n"
+    code += f"if __name__ == '__main__': run([small_jobs.{job}] * {count}, 'x')"
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    command = [sys.executable, "-W", "always", "-c", code]
+    return subprocess.Popen(command, env=environment(PYTHONPATH=str(ROOT / "tests")), **how)
+
+
 @pytest.fixture
 def waiting():
     """A process that waits for two jobs, and the processes of these jobs."""
-    code = "import small_jobs; from h2t.pipeline.base.side_by_side import side_by_side as run\n"
-    code += "if __name__ == '__main__': run([small_jobs.forever_aloud] * 2, 'x')"
-    env, pipes = environment(PYTHONPATH=str(ROOT / "tests")), {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env, text=True, **pipes) as process:
+    with side_by_side_of("forever_aloud", 2) as process:
         yield process, [int(process.stdout.readline()) for _ in range(2)]
 
 
@@ -143,20 +149,17 @@ def test_ctrl_c_leaves_no_process(tmp_path, plain_cache, backbone_dir):
 
 
 def _children(process):
-    """The two children of `process` that compute, when both have used some seconds of a processor."""
+    """The two children of `process` that compute, when both have used three seconds of a processor."""
     for _ in range(1500):
         tasks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        busy = [int(pid) for pid in tasks if _processor_seconds(pid) > 3]
+        fields = {int(pid): Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in tasks}
+        ticks = 3 * os.sysconf("SC_CLK_TCK")
+        busy = [pid for pid, of in fields.items() if int(of[11]) + int(of[12]) > ticks]
         if len(busy) == 2:
             return busy
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.2)
     raise AssertionError("no children that compute")
-
-
-def _processor_seconds(pid):
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def test_an_error_in_one_process_is_the_error_of_the_command(tmp_path, plain_cache, backbone_dir):
@@ -188,13 +191,10 @@ def test_one_that_fails_does_not_wait_for_the_others():
 
 def test_a_killed_process_leaves_nothing_that_python_warns_of():
     """Python warns when the command has ended, below its last line."""
-    code = "import small_jobs; from h2t.pipeline.base.side_by_side import side_by_side as run\n"
-    code += "if __name__ == '__main__': run([small_jobs.is_killed_with_a_bar], 'x')"
-    command = [sys.executable, "-W", "always", "-c", code]
-    env = environment(PYTHONPATH=str(ROOT / "tests"))
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, check=False)
-    assert "1 processes was killed" in done.stderr
-    assert "leaked" not in done.stderr
+    with side_by_side_of("is_killed_with_a_bar", 1) as process:
+        errors = process.communicate()[1]
+    assert "1 processes was killed" in errors
+    assert "leaked" not in errors
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from benchmarks.bench_rows import MOST_BYTES, most_memory
+from benchmarks.bench_rows import MOST_BYTES
 from benchmarks.bench_scale import step
-from benchmarks.measure import arguments, machine, save, table
+from benchmarks.measure import arguments, machine, memory, save, table
 from h2t.cache.format.rows import make_rows
 from h2t.cache.format.spec import CacheSpec
 from h2t.cache.write.staging import Staging
@@ -122,7 +122,7 @@ def main(given: Sequence[str] | None = None) -> None:
     sizes = tiny if options.tiny else full
     if options.step:
         run(options.step, place, sizes)
-        print(json.dumps({"peak_bytes": most_memory()}))
+        print(json.dumps({"peak_bytes": memory("VmHWM")}))
         return
     about = machine()
     shutil.rmtree(place, ignore_errors=True)

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.measure import RESULTS, machine, save, table
+from benchmarks.measure import RESULTS, machine, memory, save, table
 from benchmarks.synthetic import write_synthetic
 from h2t.cache.reader import open_cache
 from h2t.pipeline.heads.batches import Streams
@@ -81,7 +81,7 @@ def point(heads: int, channels: int, classes: int, rows: int, data: Path) -> dic
     parts = next(p for p in (parts_of(settings, n) for n in sizes) if size.of(p[0]) <= STEP_BYTES or len(p) == heads)
     ctypes.CDLL(None).malloc_trim(0)  # steps would use what reading features has freed, and seem to need less
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = _peak()
+    before = memory("VmHWM")
     cpu = wall = 0.0
     for part in parts:
         ordered = [part[place] for place in grouped(part)]
@@ -94,7 +94,7 @@ def point(heads: int, channels: int, classes: int, rows: int, data: Path) -> dic
         "parts": len(parts),
         "cpu_ms": 1e3 * cpu,
         "wall_ms": 1e3 * wall,
-        "step_bytes": _peak() - before,
+        "step_bytes": memory("VmHWM") - before,
         "planned_bytes": max(map(size.of, parts)),
         "feature_bytes": len(streams.rows) * reader.row_bytes,
     }
@@ -105,12 +105,6 @@ def features(channels: int, classes: int, rows: int, data: Path) -> None:
     folder = data / f"{channels}-{classes}-{rows}"
     if not (folder / "cache.json").is_file():
         write_synthetic(folder, max(rows, classes * 2) * 20 // 19 + 1, (channels, 1, 1), classes=classes)
-
-
-def _peak() -> int:
-    """The most memory that this process has held, in bytes."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return 1024 * int(line.split()[1])
 
 
 def _steps(stack: Stack) -> tuple[float, float]:

@@ -29,7 +29,7 @@ from safetensors.numpy import save as safetensors
 from zarr.storage import LocalStore
 
 from benchmarks.bench_scale import step
-from benchmarks.measure import arguments, machine, save, table
+from benchmarks.measure import arguments, machine, memory, save, table
 from benchmarks.synthetic import class_counts
 from h2t.cache.format.rows import SCHEMA
 from h2t.cache.format.shard import join_plain
@@ -115,12 +115,6 @@ def write(out: Path, rows: int) -> None:
     (out / RECORD).write_bytes(spec.record(files))
 
 
-def most_memory() -> int:
-    """Most memory that this process has held, bytes. Its `rusage` may be that of the process it was forked from."""
-    status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
-
-
 def index(cache: Any) -> dict[str, Any]:
     found = cache.index
     return {"parts": len(found.parts), "class_runs": len(found.labels), "index_bytes": found.samples.nbytes}
@@ -197,7 +191,7 @@ def main(given: Sequence[str] | None = None) -> None:
     path = options.data / f"rows-{rows}"
     if options.step:
         result = run(options.step, path)
-        print(json.dumps({**result, "peak_bytes": most_memory()}))  # a child's rusage may be its parent's
+        print(json.dumps({**result, "peak_bytes": memory("VmHWM")}))
         return
     about, started = machine(), time.perf_counter()
     if not (options.keep and (path / RECORD).exists()):

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 
+from benchmarks.measure import memory
 from h2t.cache.reader import Cache, open_cache
 from h2t.pipeline.base.run import silent
 from h2t.pipeline.heads.batches import Streams
@@ -37,14 +38,6 @@ WAYS = ("stream", "read", "bare")
 BLOCK = 8 * 2**20  # bytes of a plain read
 HEADS = [HeadSetting(0.0, "instance", "random", 0), HeadSetting(0.3, "instance", "random", 0)]
 BATCH = 128
-
-
-def memory(field: str) -> int:
-    """`VmRSS` (resident now) or `VmHWM` (most so far) of this process, bytes."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 def streams_of(cache: Cache) -> Streams:

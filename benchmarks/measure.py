@@ -145,6 +145,14 @@ def machine() -> dict[str, Any]:
     }
 
 
+def memory(field: str) -> int:
+    """`VmRSS` (resident now) or `VmHWM` (most so far) of this process, bytes; `rusage` may be a parent's."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
 def arguments(module: str, about: str) -> argparse.ArgumentParser:
     """The options that all benchmarks share."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{module}", description=about)

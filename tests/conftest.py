@@ -86,20 +86,33 @@ def one_thread():
 
 
 @pytest.fixture(scope="session")
-def warm_h2t(tmp_path_factory):
-    """The program `h2t` of warm.py."""
+def warm_programs(tmp_path_factory):
+    """A folder with the programs `h2t`, `dvc` and `warm_python`, which start at once: those of warm.py."""
     from pipeline_builders import environment
 
     folder, warm = tmp_path_factory.mktemp("warm"), Path(__file__).with_name("warm.py")
-    program, place = folder / "h2t", folder / "socket"
-    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -E "{warm}" "{place}" "$@"\n')
-    program.chmod(0o755)
+    place = folder / "socket"
+    for name, module in (("h2t", "-m h2t.pipeline"), ("dvc", "-m dvc"), ("warm_python", "")):
+        (folder / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -E "{warm}" "{place}" {module} "$@"\n')
+        (folder / name).chmod(0o755)
     command = [sys.executable, str(warm), "serve", str(place)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(command, env=environment(), text=True, **pipes) as server:
         assert server.stdout.readline() == "ready\n"
-        yield program
+        yield folder
         server.stdin.close()
+
+
+@pytest.fixture(scope="session")
+def warm_h2t(warm_programs):
+    """The program `h2t` there."""
+    return warm_programs / "h2t"
+
+
+@pytest.fixture
+def starts_warm(warm_programs, monkeypatch):
+    """Programs that this process starts by `sys.executable` start at once."""
+    monkeypatch.setattr(sys, "executable", str(warm_programs / "warm_python"))
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from hashlib import sha256
-from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -328,9 +327,8 @@ def _parquet_files(root: Path) -> dict[str, Any]:
     for name, labels in (("train.parquet", [0, 0, 0, 1, 1]), ("test.parquet", [0, 1])):
         images = []
         for i in range(len(labels)):
-            file = BytesIO()
-            Image.fromarray(np.full((32, 32, 3), 20 * i, np.uint8)).save(file, "bmp")
-            images.append({"bytes": file.getvalue(), "path": None})
+            picture = Image.fromarray(np.full((32, 32, 3), 20 * i, np.uint8))
+            images.append({"bytes": image_builders.encoded(picture, "bmp"), "path": None})
         pq.write_table(pa.table({"image": images, "label": pa.array(labels, pa.int64())}), root / name)
     return {"train": [str(root / "train.parquet")], "test": [str(root / "test.parquet")]}
 

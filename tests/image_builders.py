@@ -1,5 +1,6 @@
 """Small image files in the folder layouts of the published data sets."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,13 @@ def write_image(path: Path, seed: int = 0, size=(40, 48), **save) -> Path:
     colours = np.random.default_rng(seed).integers(0, 256, (3, 3, 3), np.uint8)
     Image.fromarray(colours).resize(size, Image.Resampling.BILINEAR).save(path, **save)
     return path
+
+
+def encoded(image: Image.Image, kind: str = "JPEG", **save) -> bytes:
+    """The bytes of a file of this kind, such as PNG."""
+    out = io.BytesIO()
+    image.save(out, kind, **save)
+    return out.getvalue()
 
 
 def write_list(path: Path, entries) -> Path:

@@ -9,7 +9,6 @@ by the clock and of the processor, lines typed.
 
 import argparse
 import csv
-import io
 import json
 import os
 import resource
@@ -23,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from image_builders import encoded
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -37,12 +37,6 @@ def picture(kind: int, seed: int) -> Image.Image:
     base = 128 + 60 * np.stack([stripes * np.cos(kind), stripes * np.sin(kind), stripes], -1)
     pixels = base[:, None, :] + draws.normal(0, 25, (SIDE, SIDE, 3))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-
-
-def encoded(image: Image.Image, kind: str = "JPEG", **more: object) -> bytes:
-    out = io.BytesIO()
-    image.save(out, kind, **more)
-    return out.getvalue()
 
 
 def sort(root: Path, counts: dict[str, int]) -> int:

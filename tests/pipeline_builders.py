@@ -337,21 +337,11 @@ def h2t(*arguments: Any, cwd: Path, **more: str) -> subprocess.CompletedProcess[
     )
 
 
-def torchrun(*arguments: Any, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Runs `h2t` in two processes over gloo."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "h2t.pipeline",
-    ]
-    return subprocess.run(
-        [*command, *map(str, arguments)], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300
-    )
+def torchrun(programs: Path, *arguments: Any, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Runs `h2t` in two processes over gloo; `programs` is the fixture `warm_programs`."""
+    how = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    command = [programs / "warm_python", *how, programs / "h2t", *arguments]
+    return subprocess.run([*map(str, command)], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300)
 
 
 def invoke(*arguments: Any) -> Result:

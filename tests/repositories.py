@@ -81,7 +81,7 @@ class Project:
         (programs / "h2t").write_text(COUNTING_H2T.format(calls=self.calls, h2t=h2t))
         (programs / "h2t").chmod(0o755)
         self.env = environment(
-            PATH=f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+            PATH=f"{programs}:{h2t.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}",
             PYTHONPATH=str(root),
             DVC_SITE_CACHE_DIR=str(root.with_name(f"{root.name}.site")),
             H2T_BLOCK_CACHE=str(root.with_name(f"{root.name}.blocks")),

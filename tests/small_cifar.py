@@ -1,6 +1,5 @@
 """Stands in for CIFAR-10 where docs/results.md is followed in small: Parquet files and weights, named in cifar.yaml."""
 
-import io
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import yaml
+from image_builders import encoded
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -22,10 +22,8 @@ def write_images(path: Path, per_class: int, seed: int) -> None:
     labels = [j for j in range(CLASSES) for _ in range(per_class)]
     images = []
     for label in labels:
-        file = io.BytesIO()
         pixels = draws.integers(0, 120, (SIDE, SIDE, 3)) + np.array([12 * label, 120 - 12 * label, 60])
-        Image.fromarray(pixels.astype(np.uint8)).save(file, "png")
-        images.append({"bytes": file.getvalue(), "path": None})
+        images.append({"bytes": encoded(Image.fromarray(pixels.astype(np.uint8)), "png"), "path": None})
     pq.write_table(pa.table({"image": images, "label": pa.array(labels, pa.int64())}), path)
 
 

@@ -13,6 +13,11 @@ def forever():
     time.sleep(600)
 
 
+def forever_aloud():
+    print(os.getpid(), flush=True)  # noqa: T201
+    forever()
+
+
 def fails():
     raise UserError("x: must be 1; got 2; set it to 1")
 

@@ -1,13 +1,12 @@
 """Images that cannot be used: refused by default, or left out and recorded; and what the odd modes become."""
 
-import io
 import os
 import zlib
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from image_builders import make_imagenet_lt, write_image
+from image_builders import encoded, make_imagenet_lt, write_image
 from PIL import Image
 
 from h2t.pipeline.base.errors import UserError
@@ -17,12 +16,6 @@ from h2t.pipeline.data.decoding import decode
 from h2t.pipeline.data.images import BadImage
 from h2t.pipeline.data.samples import load_samples
 from h2t.pipeline.stages import prepare
-
-
-def encoded(image: Image.Image, kind: str, **save) -> bytes:
-    out = io.BytesIO()
-    image.save(out, kind, **save)
-    return out.getvalue()
 
 
 def truncate(path):

@@ -1,4 +1,7 @@
-"""Each benchmark runs tiny, and its JSON has the fields that its README promises. Nothing here looks at speed."""
+"""Each benchmark runs tiny, and its JSON has the fields that its README promises. Nothing here looks at speed.
+
+Streaming holds its bound of memory on a smaller cache.
+"""
 
 import json
 import subprocess
@@ -109,7 +112,7 @@ def test_results_have_one_record_a_line():
         assert text == records(json.loads(text)) + "\n", path.name
 
 
-def test_evaluate_benchmark(tmp_path, capsys):
+def test_evaluate_benchmark(tmp_path, capsys, starts_warm):
     from benchmarks.bench_evaluate import STEPS, main
 
     body = run(main, tmp_path)
@@ -120,7 +123,7 @@ def test_evaluate_benchmark(tmp_path, capsys):
     assert "| evaluate" in capsys.readouterr().out
 
 
-def test_growth_benchmark(tmp_path, capsys):
+def test_growth_benchmark(tmp_path, capsys, starts_warm):
     from benchmarks import bench_growth
 
     out = tmp_path / "growth.json"
@@ -160,3 +163,48 @@ def test_peers_benchmark(tmp_path, capsys):
     assert body["grid"]["classifiers"] == 2 * 2 * 2 * 2
     assert (body["grid"]["twice"], body["grid"]["once"]) == (8, 2)
     assert "PyTorch loop" in capsys.readouterr().out
+
+
+def test_streaming_a_cache_ten_times_the_budget_does_not_hold_it(tmp_path, starts_warm):
+    """384 MiB of maps, a budget of 38 MiB: the whole cache in memory would break the bound."""
+    from benchmarks.bench_scale import step
+    from benchmarks.synthetic import write_synthetic
+
+    rows, size = 49_152, 49_152 * 8192
+    write_synthetic(tmp_path / "c", rows, (64, 8, 8))
+    given = ["--budget", str(size // 10), "--steps", "80"]
+    found = json.loads(step(["benchmarks.epoch_run", "stream", str(tmp_path / "c"), *given], size, {})[1])
+    assert found["peak_beyond_baseline_bytes"] < size // 10 + 200 * 2**20
+    assert found["bytes_read"] < found["bytes_used"]
+    assert found["hit_rate"] == pytest.approx(found["expected_hit_rate"], abs=0.02)
+
+
+def test_scale_benchmark(tmp_path, capsys, starts_warm):
+    from benchmarks.bench_scale import main
+
+    body = run(main, tmp_path)
+    steps = body["steps"]
+    ways = {"read", "read from S3", "read from S3 again", "stream", "stream from S3", "stream from S3 again"}
+    assert set(steps) == {"write", "verify", "pool", "bare read", *ways}
+    assert all(step["seconds"] > 0 and step["peak_bytes"] > 0 for step in steps.values())
+    assert body["promises"]["memory_within_bound"]
+    assert body["promises"]["same_weights"]
+    assert steps["stream"]["requests"] == steps["read"]["requests"] == 0
+    assert body["stream"]["bare read"]["bytes_read"] >= body["case"]["bytes"]
+    assert body["stream"]["read"]["bytes_read"] == body["stream"]["stream"]["bytes_read"]
+    assert 0 < steps["stream from S3 again"]["bytes_sent"] < steps["stream from S3"]["bytes_sent"]
+    assert list((tmp_path / "data").iterdir()) == []
+    assert "| verify " in capsys.readouterr().out
+
+
+def test_remote_benchmark(tmp_path, capsys):
+    from benchmarks.bench_remote import WAYS, main
+
+    main(["--tiny", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "result.json")])
+    body = json.loads((tmp_path / "result.json").read_text())
+    turns = {turn["way"]: turn for turn in body["turns"]}
+    assert set(turns) == set(WAYS)
+    assert turns["s3"]["bytes"] == turns["local"]["bytes"] < turns["bare"]["bytes"]  # which fetches checksums, too
+    assert turns["local"]["endpoint_cpu_s"] < turns["s3"]["endpoint_cpu_s"]
+    assert list((tmp_path / "data").iterdir()) == []
+    assert "| s3 " in capsys.readouterr().out

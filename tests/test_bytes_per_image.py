@@ -23,7 +23,7 @@ from h2t.pipeline.data.texts import Digests, Texts
 from h2t.pipeline.extraction.row_plan import planned
 from h2t.pipeline.stages import prepare
 
-SIZES = (5_000, 20_000)
+SIZES = (4_000, 10_000)
 
 PLUG_IN = """
 from h2t.pipeline.base.params import Section
@@ -85,6 +85,7 @@ def found(folder, images):
         assert reasons == ["1 image is new or changed"], reasons
     return run
 
+import pandas, sklearn  # which steps import: seconds in each fork
 from h2t.cache import reader
 from h2t.cache.format import rows
 from h2t.pipeline.data import texts

@@ -1,7 +1,6 @@
 """Images that change after `prepare`: whatever decodes them stops in one line, and goes on once they are back."""
 
 import hashlib
-import io
 import pickle
 import shutil
 import subprocess
@@ -12,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from builders import tree
-from image_builders import make_image_folder, write_image
+from image_builders import encoded, make_image_folder, write_image
 from PIL import Image
 from pipeline_builders import environment, extracted, make_backbone_dir, prepared, refused, torchrun, write_params
 
@@ -91,7 +90,7 @@ def arguments(place: Path, command: str) -> list:
         "train-backbone": ["train-backbone", "ce_mixup", place / "samples", place / "out", *given],
         "extract": extract,
         "batch norm": [*extract, "--set", "extract.batchnorm=[stage1,calibrated]"],
-        "workers": [*extract, "--set", "run={cluster: local:2}"],
+        "workers": [*extract, "--set", "run={cluster: local:1}"],
         "incremental": [*extract, "--set", f"extract.statistics_from={place / 'cache'}"],
         "verify": [
             *("cache", "verify", place / "cache", "--recompute", 99),
@@ -143,10 +142,10 @@ def test_an_extraction_goes_on_to_the_same_bytes_once_the_image_is_back(place, c
     assert tree(place / "out") == tree(place / "cache")
 
 
-def test_of_several_processes_none_shows_a_traceback(place):
+def test_of_several_processes_none_shows_a_traceback(place, warm_programs):
     """One meets the image; the other one, which waits for it, says that it has ended."""
     said = overwrite(place)
-    done = torchrun("train-backbone", "ce_mixup", "samples", "out", cwd=place)
+    done = torchrun(warm_programs, "train-backbone", "ce_mixup", "samples", "out", cwd=place)
     assert done.returncode == 1
     assert f"error: {said}" in done.stderr.splitlines()
     assert "[rank" not in done.stderr  # how torch marks the traceback of a process
@@ -209,11 +208,8 @@ def test_images_in_memory_are_checked(digits):
 
 def write_table(path: Path, seed: int) -> dict:
     """A Parquet file of twelve images of one size in two row groups; returns the section `prepare`."""
-    draws, cells = np.random.default_rng(seed), []
-    for _ in range(12):
-        file = io.BytesIO()
-        Image.fromarray(draws.integers(0, 256, (8, 8, 3), np.uint8)).save(file, "BMP")
-        cells.append({"bytes": file.getvalue()})
+    pixels = np.random.default_rng(seed).integers(0, 256, (12, 8, 8, 3), np.uint8)
+    cells = [{"bytes": encoded(Image.fromarray(image), "BMP")} for image in pixels]
     table = pa.table({"image": cells, "label": [i % 2 for i in range(12)]})
     pq.write_table(table, path, row_group_size=6, compression="none", use_dictionary=False)
     return {

@@ -200,7 +200,7 @@ def test_workers_of_a_scheduler_write_the_same_bytes_also_when_one_is_killed(
     assert tree(tmp_path / "b") == single
 
 
-def test_a_lost_scheduler_is_one_line_and_the_same_command_goes_on(
+def test_a_lost_scheduler_is_one_line_and_written_shards_are_kept(
     digits, backbone_dir, single, tmp_path, scheduler, after_each
 ):
     """The last test of this scheduler."""
@@ -216,7 +216,7 @@ def test_a_lost_scheduler_is_one_line_and_the_same_command_goes_on(
     assert not (tmp_path / "b").exists()
     for part in ("client", "batched"):  # they would log tracebacks beside the line
         assert not logging.getLogger(f"distributed.{part}").isEnabledFor(logging.ERROR)
-    rest = extracted(tmp_path / "b", *digits, backbone_dir, cluster="local:1", **SMALL)
+    rest = extracted(tmp_path / "b", *digits, backbone_dir, **SMALL)
     assert 2 <= rest.kept_shards < rest.shards
     assert tree(tmp_path / "b") == single
 
@@ -250,8 +250,8 @@ def test_a_scheduler_that_is_not_there_is_one_line(digits, backbone_dir, tmp_pat
         extracted(tmp_path / "b", *digits, backbone_dir, cluster="tcp://127.0.0.1:9", **SMALL)
 
 
-def test_the_campaign_of_kills_can_be_started():
-    command = [sys.executable, "tests/faults/cluster.py", "--help"]
+def test_the_campaign_of_kills_can_be_started(warm_programs):
+    command = [warm_programs / "warm_python", "tests/faults/cluster.py", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "--target" in done.stdout

@@ -4,7 +4,7 @@ import asyncio
 import os
 import threading
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,8 @@ from h2t.cache.errors import CacheError
 from h2t.cache.read import transfer
 from h2t.cache.read.direct import GIVE_UP
 from h2t.cache.read.files import files_at
-from h2t.cache.reader import REMOTE_THREADS, open_cache
+from h2t.cache.read.plan import Unit, in_turns
+from h2t.cache.reader import REMOTE_THREADS, REMOTE_UNIT_BYTES, open_cache
 
 PAUSE = 0.3  # seconds after which a store has hung up
 
@@ -102,15 +103,40 @@ class Spoiling(Endpoint):
         return answer
 
 
+@contextmanager
+def served(root, patch, delay, rows, **shape):
+    """(S3 endpoint, maps) of a cache that lies there, and nothing of it kept here."""
+    (maps,) = make_cache(root / "bucket/maps", rows=make_rows(rows), chunk_rows=1, codec="none", **shape)
+    with endpoint(root, delay, Spoiling) as s3:
+        for name, value in {**s3.environment, "H2T_BLOCK_CACHE_BYTES": "0"}.items():
+            patch.setenv(name, value)
+        yield s3, maps
+
+
 @pytest.fixture
 def store(tmp_path, monkeypatch):
-    """Forty rows in four shards at an S3 endpoint that spoils nothing yet, and nothing of them kept here."""
-    shape = {"maps": ((64, 8, 8),), "chunk_rows": 1, "shard_rows": 10, "codec": "none"}
-    (maps,) = make_cache(tmp_path / "bucket/maps", rows=make_rows(40), **shape)
-    with endpoint(tmp_path, 0, Spoiling) as s3:
-        for name, value in {**s3.environment, "H2T_BLOCK_CACHE_BYTES": "0"}.items():
-            monkeypatch.setenv(name, value)
-        yield s3, maps
+    """Forty rows in four shards at an S3 endpoint that spoils nothing yet."""
+    with served(tmp_path, monkeypatch, 0, 40, maps=((64, 8, 8),), shard_rows=10) as found:
+        yield found
+
+
+def test_reading_has_many_requests_under_way(tmp_path, monkeypatch):
+    """48 MiB in six shards; an answer takes longer than threads take to start."""
+    shape = {"maps": ((256, 32, 32),), "dtype": "float32", "shard_rows": 8}
+    with (
+        served(tmp_path, monkeypatch, 0.3, 48, **shape) as (s3, maps),
+        open_cache("s3://bucket/maps") as cache,
+    ):
+        cache.read([0])
+        before, s3.most = s3.requests, 0
+        assert np.array_equal(cache.read(range(48)), maps)
+        assert 4 < s3.most <= REMOTE_THREADS
+        assert s3.requests - before <= 2 * maps.nbytes / REMOTE_UNIT_BYTES + 6
+
+
+def test_pieces_come_in_turns_of_their_shards():
+    work = [Unit(shard, first, first + 1, []) for first, shard in enumerate([0, 0, 0, 1, 2, 2])]
+    assert [unit.first for unit in in_turns(work)] == [0, 3, 4, 1, 5, 2]
 
 
 def test_ranges_come_by_urls_signed_as_other_requests_are(store):

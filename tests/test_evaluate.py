@@ -1,6 +1,5 @@
 import json
 import subprocess
-import sys
 
 import numpy as np
 import pandas as pd
@@ -283,7 +282,7 @@ PEAK = """
 import sys
 from pathlib import Path
 import sklearn.manifold
-from benchmarks.epoch_run import memory
+from benchmarks.measure import memory
 from h2t.cache.reader import open_cache
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.evaluation import scoring
@@ -306,7 +305,7 @@ print(memory("VmHWM") - before)
     ],
     ids=["many heads", "many validation images"],
 )
-def test_memory_does_not_grow_by_the_logits_of_all_heads_nor_by_float64_ones(tmp_path, images, grid):
+def test_memory_does_not_grow_by_the_logits_of_all_heads_nor_by_float64_ones(tmp_path, warm_programs, images, grid):
     """Two times 40 heads x 1,200 images x 600 classes are 230 MB; thousands of classes would not fit anywhere.
 
     12,000 validation images x 600 classes are 29 MB, and 58 MB in float64, of which a few copies would be made.
@@ -319,7 +318,8 @@ def test_memory_does_not_grow_by_the_logits_of_all_heads_nor_by_float64_ones(tmp
     )
     settings = {"batchnorm": "stage1", "optimiser": {"epochs": 1, "batch_size": 600}}
     fitted(tmp_path / "h", cache, tmp_path / "b", grid=grid, **settings)
-    command = [sys.executable, "-c", PEAK, str(tmp_path)]
+    (tmp_path / "peak.py").write_text(PEAK)
+    command = [warm_programs / "warm_python", tmp_path / "peak.py", tmp_path]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) < 250e6

@@ -18,7 +18,7 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("piece", EXPECTED)
-def test_a_piece_runs_in_small(tmp_path, piece):
+def test_a_piece_runs_in_small(tmp_path, piece, starts_warm):
     """All but `tests`, whose tests would be skipped, and `table6`, which test_paper.py runs."""
     data = tmp_path / "data"
     gpu.main([piece, "--tiny", "--device", "cpu", "--out", str(tmp_path), "--data", str(data)])

@@ -3,16 +3,17 @@
 Small random ones are in tests/fuzz; here is one example of each kind. Caches and parameters have files of their own.
 """
 
-import io
 import os
 import resource
+import struct
+import zlib
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from image_builders import SMALL, make_image_folder, make_imagenet_lt
+from image_builders import SMALL, encoded, make_image_folder, make_imagenet_lt
 from PIL import Image
 from pipeline_builders import accepted, make_params, refused, write_params
 
@@ -63,48 +64,29 @@ def image_folder(tmp_path, name: str, data: bytes, **section):
     return prepare(tmp_path, "image_folder", options, **section)
 
 
-def postscript() -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (9, 9)).save(file, "EPS")
-    return file.getvalue()
-
-
 def png(width: int, height: int, data: bytes) -> bytes:
     """A PNG of one grey plane whose compressed rows are `data`."""
-    import struct
-    import zlib
-
-    def part(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
     head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + part(b"IHDR", head) + part(b"IDAT", data) + part(b"IEND", b"")
 
 
-def test_images_that_are_bombs(tmp_path):
-    import zlib
+def part(kind: bytes, body: bytes) -> bytes:
+    """A chunk of a PNG."""
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
-    jpeg = io.BytesIO()
-    Image.new("L", (8, 8)).save(jpeg, "JPEG")
-    header = bytearray(jpeg.getvalue())
+
+def test_images_that_are_bombs(tmp_path):
+    header = bytearray(encoded(Image.new("L", (8, 8)), "JPEG"))
     at = header.index(b"\xff\xc0") + 5
     header[at : at + 4] = b"\xff\xff\xff\xff"  # 65,535 x 65,535 pixels
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for data in (png(2**31 - 1, 2**31 - 1, b""), png(60000, 60000, zlib.compress(bytes(2**24))), bytes(header)):
         with pytest.raises(ValueError, match=r"pixels|cannot be decoded"):
             decoding.decode(data)
-    text = b"\x89PNG\r\n\x1a\n" + png(8, 8, zlib.compress(bytes(72)))[8:33] + _text_chunk(zlib.compress(bytes(2**27)))
+    text = png(8, 8, zlib.compress(bytes(72)))[:33] + part(b"zTXt", b"x\0\0" + zlib.compress(bytes(2**27)))
     with pytest.raises(ValueError, match=r"cannot be decoded|too large"):
         decoding.decode(text)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024
-
-
-def _text_chunk(data: bytes) -> bytes:
-    import struct
-    import zlib
-
-    body = b"zTXtx\0\0" + data
-    return struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
 
 
 def test_an_image_never_starts_another_program(tmp_path, monkeypatch):
@@ -113,7 +95,7 @@ def test_an_image_never_starts_another_program(tmp_path, monkeypatch):
     (tmp_path / "bin" / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
     (tmp_path / "bin" / "gs").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    assert "is in no known image format" in image_folder(tmp_path, "x.jpg", postscript())
+    assert "is in no known image format" in image_folder(tmp_path, "x.jpg", encoded(Image.new("RGB", (9, 9)), "EPS"))
     assert not (tmp_path / "ran").exists()
 
 
@@ -127,11 +109,8 @@ def tables(tmp_path, table: pa.Table, **section):
 
 
 def pictures(count: int = 6, labels=None) -> pa.Table:
-    found = []
-    for i in range(count):
-        file = io.BytesIO()
-        Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(file, "PNG")
-        found.append({"bytes": file.getvalue(), "path": f"{i}.png"})
+    images = [Image.fromarray(np.full((8, 8, 3), i, np.uint8)) for i in range(count)]
+    found = [{"bytes": encoded(image, "PNG"), "path": f"{i}.png"} for i, image in enumerate(images)]
     return pa.table({"image": found, "label": [i % 2 for i in range(count)] if labels is None else labels})
 
 

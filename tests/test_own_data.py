@@ -1,7 +1,6 @@
 """Images of one's own: tables, folders and lists as people have them; splits of skewed data; pixels."""
 
 import codecs
-import io
 import json
 import shutil
 
@@ -9,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from image_builders import write_image
+from image_builders import encoded, write_image
 from PIL import Image
 
 from h2t.pipeline.base import params, plugins
@@ -32,12 +31,6 @@ def refusal(dataset: str, **options) -> str:
         load(dataset, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
-
-
-def encoded(image: Image.Image, kind: str, **save) -> bytes:
-    out = io.BytesIO()
-    image.save(out, kind, **save)
-    return out.getvalue()
 
 
 @pytest.fixture

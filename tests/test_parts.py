@@ -28,16 +28,11 @@ SMALL = {"batchnorm": ["branchwise"], "max_views": 2, "shard_bytes": 65536, "bat
 
 
 @pytest.fixture(scope="module")
-def digits(few_digits):
-    return few_digits
-
-
-@pytest.fixture(scope="module")
-def single(tmp_path_factory, digits, backbone_dir):
+def single(tmp_path_factory, few_digits, backbone_dir):
     """The cache as one process writes it."""
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("single") / "b"
-    assert extracted(out, *digits, backbone_dir, **SMALL).shards > 8
+    assert extracted(out, *few_digits, backbone_dir, **SMALL).shards > 8
     return tree(out)
 
 
@@ -167,63 +162,63 @@ class TestOfShards:
 
 
 @pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2)])
-def test_parts_end_in_the_bytes_of_one_process(digits, backbone_dir, single, tmp_path, order):
+def test_parts_end_in_the_bytes_of_one_process(few_digits, backbone_dir, single, tmp_path, order):
     for k in order:
-        extracted(tmp_path / "b", *digits, backbone_dir, part=Part(k, 3), **SMALL)
+        extracted(tmp_path / "b", *few_digits, backbone_dir, part=Part(k, 3), **SMALL)
         assert not (tmp_path / "b").exists()
-    summary = extracted(tmp_path / "b", *digits, backbone_dir, commit=True, **SMALL)
+    summary = extracted(tmp_path / "b", *few_digits, backbone_dir, commit=True, **SMALL)
     assert (summary.forwarded, summary.kept_shards) == (0, summary.shards)
     assert tree(tmp_path / "b") == single
     assert [p.name for p in tmp_path.iterdir()] == ["b"]
 
 
-def test_a_part_after_the_commit_has_nothing_to_do_and_leaves_nothing(digits, backbone_dir, single, tmp_path):
+def test_a_part_after_the_commit_has_nothing_to_do_and_leaves_nothing(few_digits, backbone_dir, single, tmp_path):
     said = []
-    extracted(tmp_path / "b", *digits, backbone_dir, part=Part(1, 1), **SMALL)
-    extracted(tmp_path / "b", *digits, backbone_dir, commit=True, **SMALL)
-    extracted(tmp_path / "b", *digits, backbone_dir, part=Part(1, 1), say=said.append, **SMALL)
+    extracted(tmp_path / "b", *few_digits, backbone_dir, part=Part(1, 1), **SMALL)
+    extracted(tmp_path / "b", *few_digits, backbone_dir, commit=True, **SMALL)
+    extracted(tmp_path / "b", *few_digits, backbone_dir, part=Part(1, 1), say=said.append, **SMALL)
     assert "nothing to do" in said[0]
     assert [p.name for p in tmp_path.iterdir()] == ["b"]
 
 
-def test_a_commit_names_the_missing_parts_and_keeps_the_others(digits, backbone_dir, single, tmp_path):
-    extracted(tmp_path / "b", *digits, backbone_dir, part=Part(2, 4), **SMALL)
-    extracted(tmp_path / "b", *digits, backbone_dir, part=Part(3, 4), **SMALL)
+def test_a_commit_names_the_missing_parts_and_keeps_the_others(few_digits, backbone_dir, single, tmp_path):
+    extracted(tmp_path / "b", *few_digits, backbone_dir, part=Part(2, 4), **SMALL)
+    extracted(tmp_path / "b", *few_digits, backbone_dir, part=Part(3, 4), **SMALL)
     with raises("incomplete", r"of 2 parts \(1/4, 4/4\); run these with --part"):
-        extracted(tmp_path / "b", *digits, backbone_dir, commit=True, **SMALL)
+        extracted(tmp_path / "b", *few_digits, backbone_dir, commit=True, **SMALL)
     # Another number of parts, or none, goes on from the same shards.
-    extracted(tmp_path / "b", *digits, backbone_dir, part=Part(1, 2), **SMALL)
-    rest = extracted(tmp_path / "b", *digits, backbone_dir, **SMALL)
+    extracted(tmp_path / "b", *few_digits, backbone_dir, part=Part(1, 2), **SMALL)
+    rest = extracted(tmp_path / "b", *few_digits, backbone_dir, **SMALL)
     assert 0 < rest.shards - rest.kept_shards < rest.shards / 2
     assert tree(tmp_path / "b") == single
 
 
-def test_a_commit_of_nothing_and_one_with_other_parameters_are_one_line(digits, backbone_dir, tmp_path):
+def test_a_commit_of_nothing_and_one_with_other_parameters_are_one_line(few_digits, backbone_dir, tmp_path):
     with pytest.raises(CacheError, match="--commit needs parts written with the same parameters; got none"):
-        extracted(tmp_path / "b", *digits, backbone_dir, commit=True, **SMALL)
-    extracted(tmp_path / "b", *digits, backbone_dir, part=Part(1, 1), **SMALL)
+        extracted(tmp_path / "b", *few_digits, backbone_dir, commit=True, **SMALL)
+    extracted(tmp_path / "b", *few_digits, backbone_dir, part=Part(1, 1), **SMALL)
     with pytest.raises(UserError, match=r"extract\.batch_size: must be 16, .* got 32"):
-        extracted(tmp_path / "b", *digits, backbone_dir, commit=True, **{**SMALL, "batch_size": 32})
+        extracted(tmp_path / "b", *few_digits, backbone_dir, commit=True, **{**SMALL, "batch_size": 32})
     with pytest.raises(CacheError, match="--commit needs parts"):
-        extracted(tmp_path / "b", *digits, backbone_dir, commit=True, **{**SMALL, "max_views": 1})
+        extracted(tmp_path / "b", *few_digits, backbone_dir, commit=True, **{**SMALL, "max_views": 1})
     with pytest.raises(CacheError, match="codec none -> zstd"):
-        extracted(tmp_path / "b", *digits, backbone_dir, commit=True, **SMALL, codec="zstd")
-    assert extracted(tmp_path / "b", *digits, backbone_dir, commit=True, **SMALL).kept_shards > 8
+        extracted(tmp_path / "b", *few_digits, backbone_dir, commit=True, **SMALL, codec="zstd")
+    assert extracted(tmp_path / "b", *few_digits, backbone_dir, commit=True, **SMALL).kept_shards > 8
 
 
-def test_a_commit_needs_not_the_threads_of_the_parts(digits, backbone_dir, single, tmp_path):
-    extracted(tmp_path / "b", *digits, backbone_dir, part=Part(1, 1), **SMALL)
+def test_a_commit_needs_not_the_threads_of_the_parts(few_digits, backbone_dir, single, tmp_path):
+    extracted(tmp_path / "b", *few_digits, backbone_dir, part=Part(1, 1), **SMALL)
     torch.set_num_threads(2)
-    extracted(tmp_path / "b", *digits, backbone_dir, commit=True, **SMALL)
+    extracted(tmp_path / "b", *few_digits, backbone_dir, commit=True, **SMALL)
     assert tree(tmp_path / "b") == single
 
 
-def test_parts_take_rows_of_a_previous_cache_too(digits, backbone_dir, tmp_path):
-    extracted(tmp_path / "one view", *digits, backbone_dir, **{**SMALL, "max_views": 1})
+def test_parts_take_rows_of_a_previous_cache_too(few_digits, backbone_dir, tmp_path):
+    extracted(tmp_path / "one view", *few_digits, backbone_dir, **{**SMALL, "max_views": 1})
     given = {"previous": tmp_path / "one view", **SMALL}
-    extracted(tmp_path / "here", *digits, backbone_dir, **given)
-    taken = [extracted(tmp_path / "b", *digits, backbone_dir, part=Part(k, 2), **given).taken for k in (1, 2)]
-    extracted(tmp_path / "b", *digits, backbone_dir, commit=True, **given)
+    extracted(tmp_path / "here", *few_digits, backbone_dir, **given)
+    taken = [extracted(tmp_path / "b", *few_digits, backbone_dir, part=Part(k, 2), **given).taken for k in (1, 2)]
+    extracted(tmp_path / "b", *few_digits, backbone_dir, commit=True, **given)
     assert all(taken)
     assert tree(tmp_path / "b") == tree(tmp_path / "here")
 

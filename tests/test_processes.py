@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -88,45 +87,20 @@ def test_a_share_resumes_from_its_saved_step(tmp_path, plain_cache, backbone_dir
     assert [p.name for p in tmp_path.iterdir()] == ["dr"]
 
 
+def side_by_side_of(job, count):
+    """A process that runs a job of small_jobs.py so many times."""
+    code = "import small_jobs; from h2t.pipeline.base.side_by_side import side_by_side as run\n"
+    code += f"if __name__ == '__main__': run([small_jobs.{job}] * {count}, 'x')"
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    command = [sys.executable, "-W", "always", "-c", code]
+    return subprocess.Popen(command, env=environment(PYTHONPATH=str(ROOT / "tests")), **how)
+
+
 @pytest.fixture
-def running(tmp_path, plain_cache, backbone_dir):
-    """A command that trains in two processes, and these processes, once both train."""
-    params = write_params(
-        tmp_path / "params.yaml", hosts__dr__optimiser=LONG, train_classifier={"processes": 2}, device="cpu"
-    )
-    command = [sys.executable, "-m", "h2t.pipeline", "train-classifier", "dr", plain_cache, backbone_dir]
-    with subprocess.Popen(
-        [*map(str, command), str(tmp_path / "data" / "dr"), "--params", str(params)],
-        cwd=tmp_path,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=heard,
-        start_new_session=True,
-    ) as process:
-        try:
-            yield process, _children(process)
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-
-
-def _children(process):
-    """The two children of `process` that compute, when both have used some seconds of a processor."""
-    for _ in range(1500):
-        tasks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        busy = [int(pid) for pid in tasks if _processor_seconds(pid) > 3]
-        if len(busy) == 2:
-            return busy
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.2)
-    raise AssertionError("no children that compute")
-
-
-def _processor_seconds(pid):
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+def waiting():
+    """A process that waits for two jobs, and the processes of these jobs."""
+    with side_by_side_of("forever_aloud", 2) as process:
+        yield process, [int(process.stdout.readline()) for _ in range(2)]
 
 
 def _gone(pids):
@@ -137,32 +111,55 @@ def _gone(pids):
     return False
 
 
-def test_a_killed_process_ends_the_command_in_one_line(running):
-    process, children = running
-    os.kill(children[1], signal.SIGKILL)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 1
-    last = errors.splitlines()[-1]
-    assert last.startswith("error: train_classifier.processes: one of 2 processes was killed")
-    assert "Traceback" not in errors
-    assert _gone(children)
+def test_a_process_that_is_killed_ends_the_others(waiting):
+    process, jobs = waiting
+    os.kill(jobs[1], signal.SIGKILL)
+    assert "x: one of 2 processes was killed" in process.communicate(timeout=300)[1].splitlines()[-1]
+    assert _gone(jobs)
 
 
-def test_ctrl_c_leaves_no_process(running):
-    process, children = running
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    _, errors = process.communicate(timeout=300)
+def test_processes_end_with_a_command_that_was_killed(waiting):
+    process, jobs = waiting
+    process.kill()
+    process.wait()
+    assert _gone(jobs)
+
+
+def test_ctrl_c_leaves_no_process(tmp_path, plain_cache, backbone_dir):
+    params = write_params(
+        tmp_path / "params.yaml", hosts__dr__optimiser=LONG, train_classifier={"processes": 2}, device="cpu"
+    )
+    command = [sys.executable, "-m", "h2t.pipeline", "train-classifier", "dr", plain_cache, backbone_dir]
+    with subprocess.Popen(
+        [*map(str, command), str(tmp_path / "data" / "dr"), "--params", str(params)],
+        cwd=tmp_path,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heard,
+        start_new_session=True,
+    ) as process:
+        children = _children(process)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        _, errors = process.communicate(timeout=300)
     assert process.returncode == 130
     assert errors.splitlines()[-1].startswith("interrupted")
     assert "Traceback" not in errors
     assert _gone(children)
 
 
-def test_processes_end_with_a_command_that_was_killed(running):
-    process, children = running
-    process.kill()
-    process.wait()
-    assert _gone(children)
+def _children(process):
+    """The two children of `process` that compute, when both have used three seconds of a processor."""
+    for _ in range(1500):
+        tasks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        fields = {int(pid): Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in tasks}
+        ticks = 3 * os.sysconf("SC_CLK_TCK")
+        busy = [pid for pid, of in fields.items() if int(of[11]) + int(of[12]) > ticks]
+        if len(busy) == 2:
+            return busy
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.2)
+    raise AssertionError("no children that compute")
 
 
 def test_an_error_in_one_process_is_the_error_of_the_command(tmp_path, plain_cache, backbone_dir):
@@ -194,13 +191,10 @@ def test_one_that_fails_does_not_wait_for_the_others():
 
 def test_a_killed_process_leaves_nothing_that_python_warns_of():
     """Python warns when the command has ended, below its last line."""
-    code = "import small_jobs; from h2t.pipeline.base.side_by_side import side_by_side as run\n"
-    code += "if __name__ == '__main__': run([small_jobs.is_killed_with_a_bar], 'x')"
-    command = [sys.executable, "-W", "always", "-c", code]
-    env = environment(PYTHONPATH=str(ROOT / "tests"))
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, check=False)
-    assert "1 processes was killed" in done.stderr
-    assert "leaked" not in done.stderr
+    with side_by_side_of("is_killed_with_a_bar", 1) as process:
+        errors = process.communicate()[1]
+    assert "1 processes was killed" in errors
+    assert "leaked" not in errors
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,17 @@ def server(lab: Path) -> str:
 
 def objects(lab: Path) -> list[Path]:
     return sorted(p for p in (lab / "store/files").rglob("*") if p.is_file())
+
+
+def rewrite(path: Path, change: Callable[[bytes], bytes]) -> None:
+    """Other content in the workspace alone: its files may be links to DVC's objects."""
+    data = path.read_bytes()
+    path.unlink()
+    path.write_bytes(change(data))
+
+
+def last_bit_flipped(data: bytes) -> bytes:
+    return data[:-1] + bytes([data[-1] ^ 1])
 
 
 def test_publish_and_pull_give_the_same_bytes(lab, monkeypatch):
@@ -198,7 +210,7 @@ def test_publish_compares_content(lab):
     path = max(objects(lab), key=lambda p: p.stat().st_size)
     data = path.read_bytes()
     path.chmod(0o644)
-    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    path.write_bytes(last_bit_flipped(data))
     line = refused("cache", "publish", code=1)
     assert "has other content" in line
     done = accepted("cache", "publish", "--quick")  # lengths alone do not tell
@@ -299,10 +311,7 @@ def test_what_cannot_be_published_is_one_line(lab, change, says):
 
 
 def test_a_damaged_cache_is_not_published(lab):
-    shard = lab / "a/data/extract/b/maps.zarr/expert_0/c.1.0.0.0"
-    data = shard.read_bytes()
-    shard.unlink()
-    shard.write_bytes(data[:-3])
+    rewrite(lab / "a/data/extract/b/maps.zarr/expert_0/c.1.0.0.0", lambda data: data[:-3])
     dvc("commit", "--force", where=lab / "a")
     git("commit", "--quiet", "--all", "--message=damaged", where=lab / "a")
     line = refused("cache", "publish", code=1)
@@ -567,9 +576,7 @@ def plant_missing_data(lab, patch):
 
 
 def plant_damage(lab, patch):
-    shard = lab / "a/data/extract/b/maps.zarr/expert_0/c.1.0.0.0"
-    shard.unlink()
-    shard.write_bytes(b"short")
+    rewrite(lab / "a/data/extract/b/maps.zarr/expert_0/c.1.0.0.0", lambda data: b"short")
 
 
 def plant_wrong_params(lab, patch):
@@ -622,10 +629,7 @@ def plant_dangling_link(lab, patch):
 
 
 def plant_other_size(lab, patch):
-    file = lab / "a/data/train_backbone/b/head.safetensors"
-    data = file.read_bytes()
-    file.unlink()
-    file.write_bytes(data[:-1])
+    rewrite(lab / "a/data/train_backbone/b/head.safetensors", lambda data: data[:-1])
 
 
 def object_of(lab, path: str) -> Path:
@@ -692,19 +696,13 @@ def test_doctor_names_a_planted_fault_and_nothing_else(healthy, monkeypatch, pla
 
 
 def test_full_examination_finds_a_flipped_bit(healthy):
-    shard = healthy / "a/data/extract/b/maps.zarr/expert_0/c.1.0.0.0"
-    data = shard.read_bytes()
-    shard.unlink()
-    shard.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    rewrite(healthy / "a/data/extract/b/maps.zarr/expert_0/c.1.0.0.0", last_bit_flipped)
     assert "cache" not in faults(healthy)
     assert "crc32c" in faults(healthy, full=True)["cache"]
 
 
 def test_full_examination_finds_a_changed_byte_outside_of_caches(healthy):
-    file = healthy / "a/data/train_backbone/b/head.safetensors"
-    data = file.read_bytes()
-    file.unlink()
-    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    rewrite(healthy / "a/data/train_backbone/b/head.safetensors", last_bit_flipped)
     assert faults(healthy) == {}
     assert "head.safetensors has other content" in faults(healthy, full=True)["data"]
 

@@ -133,6 +133,21 @@ class Killed(BaseException):
     pass
 
 
+@contextmanager
+def killed(monkeypatch, stop):
+    """Training in the block is killed when it has saved epoch `stop`."""
+    offer = Checkpoint.offer
+
+    def die(self, steps, *rest):
+        offer(self, steps, *rest)
+        if steps == stop:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Checkpoint, "offer", die)
+        yield
+
+
 @pytest.mark.parametrize(
     ("more", "stop"),
     [
@@ -144,17 +159,8 @@ class Killed(BaseException):
 )
 def test_a_killed_training_goes_on_to_the_same_bytes(digits, tmp_path, monkeypatch, more, stop):
     trained(tmp_path / "whole", *digits, **more)
-    offer = Checkpoint.offer
-
-    def die(self, steps, *rest):
-        offer(self, steps, *rest)
-        if steps == stop:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoint, "offer", die)
-        with pytest.raises(Killed):
-            trained(tmp_path / "b", *digits, **more)
+    with killed(monkeypatch, stop):
+        trained(tmp_path / "b", *digits, **more)
     assert not (tmp_path / "b").exists()
     said = []
     trained(tmp_path / "b", *digits, said.append, **more)
@@ -163,27 +169,26 @@ def test_a_killed_training_goes_on_to_the_same_bytes(digits, tmp_path, monkeypat
     assert not list(tmp_path.glob(".b.training*"))
 
 
-def test_an_unfinished_training_with_other_settings_is_not_gone_on_with(digits, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(train_backbone, "_write", lambda *a: (_ for _ in ()).throw(Killed()))
-        with pytest.raises(Killed):
-            trained(tmp_path / "b", *digits, epochs=1)
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (
+            {"lr": 0.03, "mixup": 0.2},
+            "starts anew, as the saved training differs: parameters.lr 0.03, was 0.02; parameters.mixup 0.2, was 1.0",
+        ),
+        # Training that was interrupted before there was CMO goes on, too: its settings do not have these keys.
+        ({"cmo_power": 2.0}, "resumes after epoch 1 of 1"),
+    ],
+    ids=["other settings", "a key of CMO that has no effect"],
+)
+def test_an_unfinished_training_is_gone_on_with_if_its_settings_mean_the_same(
+    digits, tmp_path, monkeypatch, more, says
+):
+    with killed(monkeypatch, 1):
+        trained(tmp_path / "b", *digits, epochs=1)
     said = []
-    trained(tmp_path / "b", *digits, said.append, epochs=1, lr=0.03, mixup=0.2)
-    assert said[0] == (
-        "b: starts anew, as the saved training differs: parameters.lr 0.03, was 0.02; parameters.mixup 0.2, was 1.0"
-    )
-
-
-def test_a_key_of_cmo_that_has_no_effect_starts_nothing_anew(digits, tmp_path, monkeypatch):
-    """Training that was interrupted before there was CMO goes on, too: its settings do not have these keys."""
-    with monkeypatch.context() as patch:
-        patch.setattr(train_backbone, "_write", lambda *a: (_ for _ in ()).throw(Killed()))
-        with pytest.raises(Killed):
-            trained(tmp_path / "b", *digits, epochs=1)
-    said = []
-    trained(tmp_path / "b", *digits, said.append, epochs=1, cmo_power=2.0)
-    assert said[0] == "b: resumes after epoch 1 of 1"
+    trained(tmp_path / "b", *digits, said.append, epochs=1, **more)
+    assert said[0] == f"b: {says}"
 
 
 def test_cmo_pastes_images_of_rare_classes(digits, tmp_path, monkeypatch):
@@ -385,7 +390,7 @@ def test_training_that_diverges_stops_in_one_line(digits, tmp_path):
     assert not (tmp_path / "b").exists()
 
 
-def test_two_processes_train_like_one_and_go_on_where_one_was_killed(tmp_path, monkeypatch):
+def test_two_processes_train_like_one_and_go_on_where_one_was_killed(tmp_path, monkeypatch, warm_programs):
     """A process trains whole parts of a batch, whatever is mixed or pasted in them."""
     entry = make_training(accumulate=2, objective="gcl", epochs=3).model_dump()
     write_params(tmp_path / "params.yaml", backbones={"ce_mixup": entry})
@@ -393,22 +398,13 @@ def test_two_processes_train_like_one_and_go_on_where_one_was_killed(tmp_path, m
     kept = ("imbalance", "test_per_class", "validation_per_class")
     samples, images = make_samples(tmp_path / "prepare", **{k: given[k] for k in kept})
 
-    def one(out, stop=99):
-        offer = Checkpoint.offer
-
-        def die(self, steps, *rest):
-            offer(self, steps, *rest)
-            if steps == stop:
-                raise Killed
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Checkpoint, "offer", die)
-            train_backbone.run(Params(**entry), Run("ce_mixup", out), samples, images)
+    def one(out):
+        train_backbone.run(Params(**entry), Run("ce_mixup", out), samples, images)
 
     one(tmp_path / "one")
-    with pytest.raises(Killed):
-        one(tmp_path / "two", stop=1)
-    done = torchrun("train-backbone", "ce_mixup", "prepare", "two", cwd=tmp_path)
+    with killed(monkeypatch, 1):
+        one(tmp_path / "two")
+    done = torchrun(warm_programs, "train-backbone", "ce_mixup", "prepare", "two", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("resumes after epoch 1 of 3") == 1  # one process speaks
     for name in ("backbone.safetensors", "head.safetensors"):

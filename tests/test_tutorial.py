@@ -2,7 +2,6 @@
 
 import io
 import re
-import sys
 
 import pytest
 import tutorial
@@ -23,8 +22,8 @@ def without_classes(lines: list[str]) -> list[str]:
     return [re.sub(r"(,0,)\w+(,0)$", r"\1\2", line) for line in lines]
 
 
-def test_the_tutorial(tmp_path, warm_h2t):
-    programs = f"{warm_h2t.parent}:{sys.executable.rpartition('/')[0]}:/usr/bin:/bin"
+def test_the_tutorial(tmp_path, warm_programs, starts_warm):
+    programs = f"{warm_programs}:/usr/bin:/bin"
     outputs = dict(tutorial.typed(tmp_path, environment(PATH=programs, HOME=str(tmp_path))))
     page = tutorial.PAGE.read_text(encoding="utf-8")
     shown = tutorial.printed(page)

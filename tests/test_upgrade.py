@@ -27,18 +27,40 @@ WRITTEN = {"inputs", "replicates"}  # stages of later versions whose output the 
 LATER = {"probe@few"}  # a stage that version 0.1.0 did not have, so it runs for the first time
 
 
-@pytest.fixture
-def project(tmp_path, monkeypatch):
-    """That project with our dvc.yaml and stages.yaml in a repository, as the working directory."""
-    root = tmp_path / "project"
+@pytest.fixture(scope="module")
+def before(tmp_path_factory):
+    """That project with our dvc.yaml and stages.yaml in a repository."""
+    root = tmp_path_factory.mktemp("before") / "project"
     shutil.copytree(FIRST, root)
     shutil.copytree(ROOT / "plugins", root / "plugins", dirs_exist_ok=True)
     for name in ("dvc.yaml", "stages.yaml", ".dvcignore"):
         shutil.copy(ROOT / name, root / name)
     git("init", "--quiet", "--initial-branch=main", where=root)
     dvc("init", where=root)
-    monkeypatch.chdir(root)
     return root
+
+
+@pytest.fixture(scope="module")
+def after(before, tmp_path_factory):
+    """The same, upgraded."""
+    root = shutil.copytree(before, tmp_path_factory.mktemp("after") / "project")
+    with contextlib.chdir(root):
+        upgrade(root, lambda line: None, apply=True)
+    return root
+
+
+@pytest.fixture
+def project(before, tmp_path, monkeypatch):
+    """A copy of `before`, as the working directory."""
+    monkeypatch.chdir(shutil.copytree(before, tmp_path / "project"))
+    return tmp_path / "project"
+
+
+@pytest.fixture
+def upgraded(after, tmp_path, monkeypatch):
+    """A copy of `after`, as the working directory."""
+    monkeypatch.chdir(shutil.copytree(after, tmp_path / "project"))
+    return tmp_path / "project"
 
 
 def changed(root):
@@ -126,11 +148,10 @@ def test_a_section_without_what_changes_no_byte_means_the_same():
     assert not same_meaning("extract", section, {**section, "unknown": 1})
 
 
-def test_it_says_what_another_number_concerns_and_why(project):
+def test_it_says_what_another_number_concerns_and_why(upgraded):
     """As after an upgrade: results were made under an earlier number of `extract` than the code has."""
-    upgrade(project, lambda line: None, apply=True)
     for name in ("dvc.lock", "stages.yaml"):
-        path = project / name
+        path = upgraded / name
         path.write_text(path.read_text().replace("extract: 2026112601", "extract: 2026112507"))
     line = refused("prepare", "out", code=1)
     assert "type: h2t upgrade" in line
@@ -139,9 +160,9 @@ def test_it_says_what_another_number_concerns_and_why(project):
     (line,) = [one for one in said.splitlines() if one.startswith("extract@few runs again")]
     assert line.startswith("extract@few runs again and writes data/extract/few: extract has the number 2026112601, was")
     assert line.endswith("read by evaluate@dr, pool@few, probe@few, report, train_classifier@dr")
-    assert "2026112507" in (project / "stages.yaml").read_text()
+    assert "2026112507" in (upgraded / "stages.yaml").read_text()
     accepted("upgrade", "--apply")
-    assert changed(project) == {"extract@few", "replicates"} | NEWER
+    assert changed(upgraded) == {"extract@few", "replicates"} | NEWER
     accepted("prepare", "out")
 
 
@@ -165,15 +186,14 @@ def test_it_works_in_a_clone_without_data(project):
     assert found == {d["path"]: d["md5"] for d in old["extract@few"]["deps"] if d["path"].startswith("data/")}
 
 
-def test_a_plug_in_of_the_project_gets_its_line_and_reruns_what_uses_its_kind(project):
-    upgrade(project, lambda line: None, apply=True)
-    assert numbers.read(project / "stages.yaml")["backbones.few"] == numbers.OWN
-    shutil.copy(ROOT / "pipeline/hosts/dr.py", project / "plugins/hosts/mine.py")
-    found = {finding.check: finding for finding in examine(project, project / "params.yaml")}
+def test_a_plug_in_of_the_project_gets_its_line_and_reruns_what_uses_its_kind(upgraded):
+    assert numbers.read(upgraded / "stages.yaml")["backbones.few"] == numbers.OWN
+    shutil.copy(ROOT / "pipeline/hosts/dr.py", upgraded / "plugins/hosts/mine.py")
+    found = {finding.check: finding for finding in examine(upgraded, upgraded / "params.yaml")}
     assert found["numbers"].state == "fault"
     assert "hosts.mine" in found["numbers"].detail
     assert "type: h2t upgrade --apply" in str(found["numbers"])
-    plan = upgrade(project, lambda line: None, apply=True)
+    plan = upgrade(upgraded, lambda line: None, apply=True)
     assert set(plan.numbers) == {"hosts.mine"}
     assert {redo.stage for redo in plan.redo} == {"train_classifier@dr", "evaluate@dr"} | NEWER
 
@@ -191,16 +211,15 @@ def test_outside_of_a_repository_it_is_one_line(tmp_path, monkeypatch):
     assert "not inside a DVC repository" in line
 
 
-def test_doctor_names_outputs_that_were_made_by_other_code_of_the_same_number(project):
-    upgrade(project, lambda line: None, apply=True)
+def test_doctor_names_outputs_that_were_made_by_other_code_of_the_same_number(upgraded):
     arguments = ("train-classifier", "dr", "data/extract/few", "data/train_backbone/few", "out")
-    record = project / "data/runs/train_classifier/dr.json"
+    record = upgraded / "data/runs/train_classifier/dr.json"
     accepted(*arguments, "--record", record)
     values = json.loads(record.read_text())
     assert {"pipeline/heads/stack.py", "pipeline/hosts/dr.py", "cache/reader.py"} <= set(values["code"])
 
     def notes():
-        return [str(f) for f in examine(project, project / "params.yaml") if f.check == "code"]
+        return [str(f) for f in examine(upgraded, upgraded / "params.yaml") if f.check == "code"]
 
     assert notes() == []
     values["code"]["pipeline/heads/stack.py"] = "0" * 16

@@ -48,7 +48,7 @@ def below(store, name: str) -> dict[str, bytes]:
 
 @pytest.fixture
 def spec():
-    return make_spec(rows=40, shard_rows=8, maps=((3, 2, 2), (2, 1, 1)))
+    return make_spec(rows=32, shard_rows=8, maps=((3, 2, 2), (2, 1, 1)))
 
 
 def write_part(store, spec, part, *, token=TOKEN, seed=0, shards=None):
@@ -134,12 +134,12 @@ class TestOfShards:
         assert verify(f"{store.url}/c") == []
 
     def test_another_cache_is_replaced_only_on_demand(self, store, spec):
-        longer = make_spec(rows=60, shard_rows=4)
+        longer = make_spec(rows=48, shard_rows=8)
         written(store, longer)
         with raises("exists", "holds another cache; remove it or pass --replace"):
             written(store, spec)
         with open_cache(f"{store.url}/c") as opened:
-            assert opened.spec.rows == 60
+            assert opened.spec.rows == 48
         assert written(store, spec, replace=True) == []
         assert verify(f"{store.url}/c") == []
 
@@ -254,48 +254,43 @@ def test_a_store_that_ignores_the_condition_is_used_with_a_warning(monkeypatch, 
 
 
 @pytest.fixture(scope="module")
-def digits(few_digits):
-    return few_digits
-
-
-@pytest.fixture(scope="module")
-def single(tmp_path_factory, digits, backbone_dir):
+def single(tmp_path_factory, few_digits, backbone_dir):
     """The cache as one process writes it to a directory."""
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("single") / "b"
-    assert extracted(out, *digits, backbone_dir, **SMALL).shards > 4
+    assert extracted(out, *few_digits, backbone_dir, **SMALL).shards > 4
     return tree(out)
 
 
 @one_of_a_kind
-def test_extraction_ends_in_the_bytes_of_a_directory(store, digits, backbone_dir, single, tmp_path):
+def test_extraction_ends_in_the_bytes_of_a_directory(store, few_digits, backbone_dir, single, tmp_path):
     said = []
-    extracted(tmp_path / "b", *digits, backbone_dir, to=f"{store.url}/b", say=said.append, **SMALL)
+    extracted(tmp_path / "b", *few_digits, backbone_dir, to=f"{store.url}/b", say=said.append, **SMALL)
     assert below(store, "b") == single
     assert "GB free" not in said[0]
     assert said[-1].endswith("/b")
-    again = extracted(tmp_path / "b", *digits, backbone_dir, to=f"{store.url}/b", say=said.append, **SMALL)
+    again = extracted(tmp_path / "b", *few_digits, backbone_dir, to=f"{store.url}/b", say=said.append, **SMALL)
     assert (again.forwarded, again.kept_shards) == (0, again.shards)
     assert "nothing to do" in said[-1]
     assert store.files().keys() == {f"b/{name}" for name in single}
 
 
 @one_of_a_kind
-def test_parts_and_a_commit_end_in_the_same_bytes(store, digits, backbone_dir, single, tmp_path):
+def test_parts_and_a_commit_end_in_the_same_bytes(store, few_digits, backbone_dir, single, tmp_path):
     given = {"to": f"{store.url}/b", **SMALL}
     for k in (3, 1):
-        extracted(tmp_path / "b", *digits, backbone_dir, part=Part(k, 3), **given)
+        extracted(tmp_path / "b", *few_digits, backbone_dir, part=Part(k, 3), **given)
     with pytest.raises(CacheError, match=r"of 1 part \(2/3\); run these with --part"):
-        extracted(tmp_path / "b", *digits, backbone_dir, commit=True, **given)
-    extracted(tmp_path / "b", *digits, backbone_dir, part=Part(2, 3), **given)
-    assert extracted(tmp_path / "b", *digits, backbone_dir, commit=True, **given).forwarded == 0
+        extracted(tmp_path / "b", *few_digits, backbone_dir, commit=True, **given)
+    extracted(tmp_path / "b", *few_digits, backbone_dir, part=Part(2, 3), **given)
+    assert extracted(tmp_path / "b", *few_digits, backbone_dir, commit=True, **given).forwarded == 0
     assert store.files() == {f"b/{name}": data for name, data in single.items()}
 
 
 @pytest.mark.slow
-@one_of_a_kind
-def test_workers_of_a_cluster_write_there_themselves(store, digits, backbone_dir, single, tmp_path):
-    extracted(tmp_path / "b", *digits, backbone_dir, to=f"{store.url}/b", cluster="local:2", **SMALL)
+@pytest.mark.parametrize("store", ["s3"], indirect=True)
+def test_workers_of_a_cluster_write_there_themselves(store, few_digits, backbone_dir, single, tmp_path):
+    extracted(tmp_path / "b", *few_digits, backbone_dir, to=f"{store.url}/b", cluster="local:2", **SMALL)
     assert store.files() == {f"b/{name}": data for name, data in single.items()}
 
 
@@ -328,7 +323,7 @@ def test_a_copy_has_every_byte_and_is_resumed(store, tmp_path):
         copied(cache, f"{store.url}/d")
 
 
-def test_a_url_that_caches_cannot_be_written_to_is_one_line(digits, backbone_dir, tmp_path):
+def test_a_url_that_caches_cannot_be_written_to_is_one_line(few_digits, backbone_dir, tmp_path):
     with pytest.raises(CacheError, match="written to directories and to s3:// and ssh:// only") as error:
-        extracted(tmp_path / "b", *digits, backbone_dir, to="https://u:s3cr3t@h/b", **SMALL)
+        extracted(tmp_path / "b", *few_digits, backbone_dir, to="https://u:s3cr3t@h/b", **SMALL)
     assert "s3cr3t" not in error.value.detail

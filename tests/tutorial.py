@@ -31,16 +31,14 @@ SHOWN, SIDE, STEP, BAR = (
 
 def typed(folder: Path, environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     """(code, what it printed) of each block, in order. Raises CalledProcessError for a block that fails."""
-    here = folder
+    here, file = folder, folder / ".block.py"
     for language, code in BLOCK.findall(PAGE.read_text(encoding="utf-8")):
         if language == "text":
             continue
         place = folder / ".here"
-        script = f"{code}\npwd > {place}" if language == "sh" else code
-        program = ["bash", "-ec"] if language == "sh" else [sys.executable, "-c"]
-        done = subprocess.run(
-            [*program, script], cwd=here, env=dict(environment), capture_output=True, text=True, timeout=1800
-        )
+        file.write_text(code)
+        program = ["bash", "-ec", f"{code}\npwd > {place}"] if language == "sh" else [sys.executable, file]
+        done = subprocess.run(program, cwd=here, env=dict(environment), capture_output=True, text=True, timeout=1800)
         if done.returncode:
             raise subprocess.CalledProcessError(done.returncode, code, done.stdout, done.stderr)
         here = Path(place.read_text().strip()) if language == "sh" else here

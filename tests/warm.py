@@ -1,13 +1,14 @@
-"""An `h2t` that starts at once, for tests that start it many times.
+"""A `python` that starts at once, for tests that start programs many times.
 
 Importing torch takes seconds of processor time in every new process. Here one process imports everything and forks for
-each command. The fork gets the caller's arguments, folder, environment and standard streams; SIGINT and SIGTERM are
-passed on to it, and a caller that is killed takes it along. tests/test_pipeline.py runs every stage in a new
-interpreter.
+each program: `-m MODULE` or a file. The fork gets the caller's arguments, folder, environment and standard streams;
+SIGINT and SIGTERM are passed on to it, and a caller that is killed takes it along. tests/test_pipeline.py runs every
+stage in a new interpreter.
 """
 
 import fcntl
 import os
+import runpy
 import signal
 import socket
 import sys
@@ -19,7 +20,7 @@ ROOMS = ("stages", "command_line", "extraction", "heads", "evaluation", "reporti
 
 
 def ask(place: str, arguments: list[str]) -> int:
-    """The client: has the server at the socket `place` run `h2t ARGUMENTS`; returns the exit code."""
+    """The client: has the server at the socket `place` run `python ARGUMENTS`; returns the exit code."""
     here = os.getcwd()  # noqa: PTH109 - importing pathlib takes longer than all of this
     words = [here, str(len(arguments)), *arguments, *(f"{k}={v}" for k, v in os.environ.items())]
     body = os.fsencode("\0".join(words))
@@ -66,7 +67,7 @@ def _reap(*_: object) -> None:
 
 
 def answer(caller: socket.socket) -> None:
-    """In the fork: becomes the command, tells the exit code, and ends."""
+    """In the fork: becomes the program, tells the exit code, and ends."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     head, streams, _, _ = socket.recv_fds(caller, 8, len(STREAMS))
@@ -83,11 +84,15 @@ def answer(caller: socket.socket) -> None:
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(line.split("=", 1) for line in words[int(count) :])
-    sys.argv = ["h2t", *words[: int(count)]]
+    sys.argv = words[: int(count)]
     try:
-        from h2t.pipeline.command_line.main import main
-
-        main()
+        if sys.argv[0] == "-m":
+            sys.argv.pop(0)
+            sys.path[0] = folder
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        else:
+            sys.path[0] = os.path.dirname(sys.argv[0])  # noqa: PTH120
+            runpy.run_path(sys.argv[0], run_name="__main__")
         code: object = 0
     except SystemExit as end:
         code = end.code or 0

@@ -1,6 +1,5 @@
 """Targets among the data that people bring: list files and images."""
 
-import io
 import warnings
 from pathlib import Path
 from random import Random
@@ -10,6 +9,7 @@ import numpy as np
 from fuzz import mutation
 from fuzz.oracle import Finding
 from fuzz.target import Parse, Target
+from image_builders import encoded
 from PIL import Image
 
 from h2t.pipeline.base.params import build
@@ -84,21 +84,14 @@ def _image_seeds() -> list[bytes]:
     pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 3)).astype(np.uint8)
     picture = Image.fromarray(pixels)
     for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
-        file = io.BytesIO()
-        Image.fromarray(pixels[..., 0].astype("<u2") * 9).save(file, "PNG") if mode == "I;16" else picture.convert(
-            mode
-        ).save(file, "PNG")
-        found.append(file.getvalue())
+        grey = Image.fromarray(pixels[..., 0].astype("<u2") * 9)
+        found.append(encoded(grey if mode == "I;16" else picture.convert(mode), "PNG"))
     for kind, extra in (("JPEG", {}), ("JPEG", {"progressive": True}), ("GIF", {}), ("BMP", {}), ("WEBP", {}), ("PPM",
     {}),
                         ("TIFF", {"compression": "tiff_lzw"}), ("TIFF", {}), ("EPS", {}), ("TGA", {}), ("ICO",
                         {})):  # fmt: skip
-        file = io.BytesIO()
-        picture.save(file, kind, **extra)
-        found.append(file.getvalue())
-    file = io.BytesIO()
-    picture.convert("CMYK").save(file, "JPEG")
-    return [*found, file.getvalue()]
+        found.append(encoded(picture, kind, **extra))
+    return [*found, encoded(picture.convert("CMYK"), "JPEG")]
 
 
 def _open_image(folder: Path) -> Parse:

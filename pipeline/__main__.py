@@ -24,11 +24,13 @@ def run() -> None:
 
 def _open_closed_streams() -> None:
     """Opens standard streams that are closed (`>&-`). Else the next file that is opened, a shard for example, gets the
-    number of the stream, and what a library or a child process prints goes into that file.
+    number of the stream, and what a library prints goes into that file. Child processes get the open stream.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115 - stays open
+            stream = open(os.devnull, mode, encoding="utf-8")  # noqa: PTH123, SIM115 - stays open
+            os.set_inheritable(stream.fileno(), True)
+            setattr(sys, name, stream)
 
 
 if __name__ == "__main__":  # worker processes import this module too

@@ -74,23 +74,25 @@ def test_an_answer_that_a_full_disk_does_not_take_is_one_line(tmp_path, warm_h2t
 
 
 AFTER_A_COMMAND = """
-import sys
+import subprocess, sys
 from h2t.pipeline.__main__ import run
 place, sys.argv = sys.argv[1], ["h2t", "--version"]
 try:
     run()
 finally:
-    with open(place, "w") as file:
-        file.write(str(file.fileno()))
+    code = "with open(__import__('sys').argv[1], 'a') as file: print(file.fileno(), file=file)"
+    exec(code.replace("__import__('sys').argv[1]", "place"))
+    subprocess.run([sys.executable, "-c", code, place], check=True)
 """
 
 
 @pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"])
 def test_no_file_gets_the_number_of_a_closed_stream(tmp_path, closed):
-    """What a library prints would go into that file."""
+    """What a library prints would go into that file, here and in child processes."""
     words = ["bash", "-c", f'"$0" -c "$1" "$2" {closed}', sys.executable, AFTER_A_COMMAND, tmp_path / "number"]
     subprocess.run(words, env=environment(), capture_output=True, check=True)
-    assert int((tmp_path / "number").read_text()) > 2
+    here, child = map(int, (tmp_path / "number").read_text().split())
+    assert min(here, child) > 2
 
 
 LOST = """

@@ -298,10 +298,12 @@ def test_a_project_without_git_has_one_section_core(tmp_path, monkeypatch):
 def test_a_command_that_was_killed_after_dvc_init_goes_on(tmp_path):
     own_data.sort(tmp_path / "p/photos", {"a": 9, "b": 6})
     (tmp_path / "p/.dvc").mkdir()
-    (tmp_path / "p/.dvc/config").touch()
+    (tmp_path / "p/.dvc/config").write_text("\n")
     with contextlib.chdir(tmp_path / "p"):
         accepted("init", "--data", "photos")
-    assert "symlink" in (tmp_path / "p/.dvc/config").read_text()
+    made = (tmp_path / "p/.dvc/config").read_text()
+    assert "symlink" in made
+    assert "no_scm" not in made
 
 
 def test_a_folder_that_dvc_cannot_work_in_is_refused(tmp_path):

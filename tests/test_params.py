@@ -145,10 +145,13 @@ def test_values_are_read_as_dvc_reads_them(tmp_path, text, value):
     assert load(tmp_path / "p.yaml", [f"a={text}"])["a"] == value
 
 
-@pytest.mark.parametrize("text", ["010", "-017", "+0_7", "1:30", "-1:30.5", "[1, 010]", "!!int '010'"])
+AMBIGUOUS = ["010", "-017", "+0_7", "1:30", "-1:30.5", "[1, 010]", "!!int '010'", "08", "0_8", "+0o10", "1_0e3"]
+
+
+@pytest.mark.parametrize("text", AMBIGUOUS)
 def test_a_number_that_dvc_reads_otherwise_is_refused(tmp_path, text):
     (tmp_path / "p.yaml").write_text(f"seed: 0\na: {text}\n")
-    with pytest.raises(UserError, match=r"(begins with 0, which can mean base 8|number of base 60).*line 2"):
+    with pytest.raises(UserError, match=r"line 2, column \d+: .*(can mean base 8|of base 60|can be text or a number)"):
         load(tmp_path / "p.yaml")
     (tmp_path / "p.yaml").write_text("seed: 0\n")
     with pytest.raises(UserError, match="the value must be YAML"):

@@ -145,3 +145,19 @@ def test_an_error_of_a_plugin_in_another_process_says_where(tmp_path, monkeypatc
         side_by_side([small_jobs.uses_a_plugin], "x")
     assert str(error.value).startswith(f"{path}: line 5, in f: Mine: too small; correct the plug-in")
     assert "Traceback" in error.value.__notes__[0]
+
+
+@pytest.mark.parametrize(
+    ("raised", "says"),
+    [("UserError('k: must be odd')", "k: must be odd"), ("OSError(28, '', 'x')", "x: No space left on device; ")],
+)
+def test_what_a_plugin_says_itself_and_what_the_machine_lacks_stay(tmp_path, monkeypatch, raised, says):
+    """In another process as in this one."""
+    (tmp_path / "pools").mkdir()
+    text = f"from h2t.pipeline.base.errors import UserError\ndef f():\n    raise {raised}\n"
+    (tmp_path / "pools/mine.py").write_text(text)
+    monkeypatch.setenv("H2T_PLUGINS", str(tmp_path))
+    with pytest.raises(UserError) as error:
+        side_by_side([small_jobs.uses_a_plugin], "x")
+    assert str(error.value).startswith(says)
+    assert "plug-in" not in str(error.value)

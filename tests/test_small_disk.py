@@ -140,12 +140,32 @@ def read_only(tmp_path, monkeypatch):
     git("add", ".", where=root)
     git("commit", "--quiet", "--message=one", where=root)
     (root / "data/extract/.other.staging").mkdir()
-    for options in (["--bind"], ["-o", "remount,ro,bind"]):
-        if subprocess.run(["mount", *options, tmp_path, tmp_path], capture_output=True, check=False).returncode:
-            pytest.skip("cannot mount a folder read-only here")
-    monkeypatch.chdir(root)  # the mounted one
-    yield root
-    subprocess.run(["umount", "--lazy", tmp_path], check=True)
+    try:
+        for options in (["--bind"], ["-o", "remount,ro,bind"]):
+            if subprocess.run(["mount", *options, tmp_path, tmp_path], capture_output=True, check=False).returncode:
+                pytest.skip("cannot mount a folder read-only here")
+        monkeypatch.chdir(root)  # the mounted one
+        yield root
+    finally:
+        subprocess.run(["umount", "--lazy", tmp_path], capture_output=True, check=False)
+
+
+def test_gc_calls_nothing_removed_that_stays(read_only):
+    """A folder in an unfinished run cannot be written, the rest can."""
+    part = read_only / "data/extract/.other.staging/cache"
+    subprocess.run(["mount", "-o", "remount,rw,bind", read_only.parent], check=True)
+    part.mkdir()
+    (part / "x").touch()
+    subprocess.run(["mount", "--bind", part, part], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,ro,bind", part], check=True)
+        for _ in range(2):
+            line = refused("cache", "gc", "--apply", code=1)
+            assert line.count("\n") == 1
+            assert "ead-only file system" in line
+    finally:
+        for place in (part, part.parents[1] / ".other.staging.done/cache"):
+            subprocess.run(["umount", "--lazy", place], capture_output=True, check=False)
 
 
 @pytest.mark.parametrize(

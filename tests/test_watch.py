@@ -245,7 +245,8 @@ def test_a_full_examination_reads_the_inputs(tmp_path, monkeypatch):
     shutil.copy(ROOT / "dvc.yaml", tmp_path)
     write(tmp_path, values_of("photos"))
     image = make_images(tmp_path / "photos") / "train/owl/0.png"
-    assert changed_inputs(tmp_path, monkeypatch) == []  # nothing was read yet
+    assert changed_inputs(tmp_path, monkeypatch) == []
+    assert "nothing to compare with" in str(setting_up.watched(Path("params.yaml"), full=True))
     watch.run("photos", {"photos": "photos"}, tmp_path / "inputs/photos.json", silent)
     assert changed_inputs(tmp_path, monkeypatch) == []
     times, data = image.stat(), image.read_bytes()
@@ -254,6 +255,8 @@ def test_a_full_examination_reads_the_inputs(tmp_path, monkeypatch):
     (found,) = changed_inputs(tmp_path, monkeypatch)
     assert "inputs.photos: photos has changed since it was read" in found
     assert "dvc repro --force --single-item watch@photos && dvc repro" in found
+    (tmp_path / "inputs/photos.json").write_text("{")
+    assert changed_inputs(tmp_path, monkeypatch) == [found]
     shutil.rmtree(tmp_path / "photos")
     assert changed_inputs(tmp_path, monkeypatch) == []
 

@@ -194,14 +194,15 @@ class Staging:
             if folder != but:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def discard(self) -> None:
-        """Removes the staging directory with everything in it.
+    def discard(self, *, strict: bool = False) -> None:
+        """Removes the staging directory with everything in it; with `strict`, raises OSError for what cannot be.
 
         It is renamed first, so the next process never sees a half-deleted directory or loses its own lock file.
         """
-        shutil.rmtree(self._done, ignore_errors=True)
+        if not strict or self._done.exists():
+            shutil.rmtree(self._done, ignore_errors=not strict)
         self.root.rename(self._done)
-        shutil.rmtree(self._done, ignore_errors=True)
+        shutil.rmtree(self._done, ignore_errors=not strict)
 
     def discard_if_alone(self) -> None:
         """Removes a shared staging directory unless another process holds it too."""

@@ -10,7 +10,8 @@ import traceback
 from pathlib import Path
 from types import ModuleType
 
-from h2t.pipeline.base.errors import UserError, in_brief, nearest
+from h2t.cache.errors import CacheError
+from h2t.pipeline.base.errors import UserError, in_brief, nearest, of_the_machine
 
 #: Environment variable: with 1, every command shows the traceback of its error in place of the line.
 TRACEBACK = "H2T_TRACEBACK"
@@ -79,7 +80,14 @@ def _said(error: Exception, path: Path) -> str:
     return f"{'' if line is None else f'line {line}: '}{type(error).__name__}: {' '.join(text.split())}"
 
 
-def fault(error: BaseException) -> UserError | None:
+def for_people(error: Exception) -> UserError | CacheError | None:
+    """The error as one line: what it says already, what the machine lacks, or a fault of a plug-in. None for a bug."""
+    if isinstance(error, UserError | CacheError):
+        return error
+    return of_the_machine(error) or _fault(error)
+
+
+def _fault(error: BaseException) -> UserError | None:
     """A UserError for an `error` raised by a function of a user's plug-in or for want of one, otherwise None.
 
     An error in a library is that of the function that called it. If h2t did, the error is a bug of ours, even below a

@@ -93,8 +93,11 @@ def _work(job: Callable[[], Any], answer: Connection) -> None:
 
 
 def _sendable(error: Exception) -> Exception:
-    """The error with its traceback as a note; in words if it cannot be pickled. That of a plug-in is a UserError."""
-    error = plugins.fault(error) or error  # here, as frames are not sent
+    """The error with its traceback as a note; in words if it cannot be pickled.
+
+    What one line can say is said here, as the frames that tell a plug-in's errors are not sent.
+    """
+    error = plugins.for_people(error) or error
     error.add_note(traceback.format_exc())
     try:
         pickle.dumps(error)

@@ -9,6 +9,9 @@ MAX_NODES = 100_000  # values in a parameter file
 MAX_DIGITS = 300  # digits of a whole number; Python refuses to convert or print very long ones
 TEXT_LIMIT = 400  # characters of a parser's error message that are shown
 
+#: Numbers to YAML 1.2, as DVC has it, and text to YAML 1.1, as PyYAML has it: 08, 0o10, 1_0e3.
+NUMBER_TO_DVC = re.compile(r"[-+]?(0o?[0-9_]+|[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+)")
+
 
 class Loader(yaml.SafeLoader):
     """Reads YAML as DVC does: `1e-3` is a number, and a duplicate key is an error.
@@ -54,10 +57,17 @@ class Loader(yaml.SafeLoader):
         if len(node.value) > MAX_DIGITS:
             raise _refused(f"a number of more than {MAX_DIGITS} digits", node)
         if re.match(r"[-+]?0[0-7_]", node.value):
-            raise _refused(f"{node.value} begins with 0, which can mean base 8; write it without", node)
+            raise _refused(f"{node.value} can mean base 8; write a number without a leading 0, text in quotes", node)
         _refuse_base_60(node)
         number: int = super().construct_yaml_int(node)
         return number
+
+    def construct_yaml_str(self, node: yaml.ScalarNode) -> str:
+        """Refuses text without quotes that DVC reads as a number."""
+        if node.style is None and NUMBER_TO_DVC.fullmatch(node.value):
+            raise _refused(f"{node.value} can be text or a number; put text in quotes", node)
+        text: str = super().construct_yaml_str(node)
+        return text
 
     def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
         """Refuses numbers that DVC reads as text."""
@@ -76,6 +86,7 @@ def _refuse_base_60(node: yaml.ScalarNode) -> None:
 
 
 Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
+Loader.add_constructor("tag:yaml.org,2002:str", Loader.construct_yaml_str)
 Loader.add_constructor("tag:yaml.org,2002:float", Loader.construct_yaml_float)
 
 Loader.add_implicit_resolver(
@@ -89,8 +100,8 @@ def parsed(text: str) -> Any:
         return yaml.load(text, Loader)
     except yaml.MarkedYAMLError as error:  # not str(error): it quotes the file, which may hold a URL
         mark = error.problem_mark or error.context_mark
-        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ValueError(f"{error.problem or error.context}{where}"[:TEXT_LIMIT]) from None
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ValueError(f"{where}{error.problem or error.context}"[:TEXT_LIMIT]) from None
     # PyYAML's constructors raise errors of many kinds for invalid tags and dates.
     except (
         yaml.YAMLError,

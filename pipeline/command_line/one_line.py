@@ -12,10 +12,10 @@ from typing import IO, Any, NoReturn, TextIO
 
 import click
 
-from h2t.cache.errors import CacheError, CacheWarning
+from h2t.cache.errors import CacheWarning
 from h2t.cache.redaction import one_line, redacted
 from h2t.pipeline.base import plugins
-from h2t.pipeline.base.errors import UserError, of_the_machine
+from h2t.pipeline.base.errors import of_the_machine
 
 STOPPED = 130  # the usual exit code after Ctrl-C
 
@@ -139,10 +139,10 @@ class OneLineErrors(click.Group):
         except click.UsageError as error:
             raise Misuse(error) from None
         except Exception as error:
-            line = error if isinstance(error, UserError | CacheError) else of_the_machine(error) or plugins.fault(error)
+            line = plugins.for_people(error)
             if line is None:
                 raise
-            if ctx.meta.get(plugins.TRACEBACK) or os.environ.get(plugins.TRACEBACK, "0") != "0":
+            if ctx.meta.get(plugins.TRACEBACK) or os.environ.get(plugins.TRACEBACK) == "1":
                 raise SystemExit(traceback.format_exc()) from None
             refuse(ctx, str(line))
         except KeyboardInterrupt:

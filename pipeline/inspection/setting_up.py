@@ -2,9 +2,9 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Any
 
 from h2t.cache.sizes import sized
 from h2t.pipeline.base.errors import UserError
@@ -85,11 +85,8 @@ def watched(path: Path, *, full: bool = False) -> list[Finding]:
             continue
         try:
             watch.check(name, given)
-            if full and _read_before(path.parent / f"inputs/{name}.json") not in (None, watch.facts(name, given)):
-                remedy = f"dvc repro --force --single-item watch@{name} && dvc repro"
-                findings.append(
-                    Finding("inputs", "fault", f"inputs.{name}: {place} has changed since it was read", remedy)
-                )
+            if full:
+                findings += _compared(name, given, path.parent / f"inputs/{name}.json")
         except UserError as error:
             findings.append(Finding("inputs", "fault", str(error)))
         if not Path(place).is_absolute():
@@ -99,12 +96,20 @@ def watched(path: Path, *, full: bool = False) -> list[Finding]:
     return findings or [Finding("inputs", "ok", f"{counted(len(given), 'input')} watched by DVC{how}")]
 
 
-def _read_before(place: Path) -> Any:
-    """What the stage watch wrote to the JSON file `place`; None if it did not run."""
+def _compared(name: str, given: Mapping[str, str], record: Path) -> list[Finding]:
+    """Every byte of input `name` against what the stage watch wrote to the JSON file `record`."""
+    from h2t.pipeline.stages import watch
+
+    if not record.exists():
+        return [Finding("inputs", "note", f"inputs.{name}: not read yet, so there is nothing to compare with")]
     try:
-        return json.loads(place.read_text(encoding="utf-8"))
+        before = json.loads(record.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
+        before = None
+    if before == watch.facts(name, given):
+        return []
+    remedy = f"dvc repro --force --single-item watch@{name} && dvc repro"
+    return [Finding("inputs", "fault", f"inputs.{name}: {given[name]} has changed since it was read", remedy)]
 
 
 def compute(path: Path) -> list[Finding]:

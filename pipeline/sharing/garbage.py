@@ -43,7 +43,14 @@ def collect_garbage(start: Path, say: Say, *, apply: bool, alone: bool = False) 
         raise UserError(
             f"{root}: has no commit yet, and what no commit names would count as unused; type: git add . && git commit"
         ) from None
-    found = _clear_unfinished(root, say, apply=apply, alone=alone)
+    said = 0
+
+    def tell(text: str) -> None:
+        nonlocal said
+        said += 1
+        say(text)
+
+    removable = _clear_unfinished(root, tell, apply=apply, alone=alone)
     with in_one_line("dvc gc"), Repo(str(root)) as repo:
         objects = _unused(repo)
         size = sum(path.stat().st_size for path in objects)
@@ -52,16 +59,16 @@ def collect_garbage(start: Path, say: Say, *, apply: bool, alone: bool = False) 
         if reason and apply:
             raise UserError(f"not removed: {what}: unused here, but {reason}")
         if reason:
-            say(f"would not remove {what}: unused here, but {reason}")
+            tell(f"would not remove {what}: unused here, but {reason}")
         elif objects:
             if apply:
                 with _dvc_silent():
                     _gc(repo, dry=False)
-            say(f"{'removed' if apply else 'would remove'} {what}: no branch, tag, experiment or workspace uses them")
-            found = True
-    if not found:
+            tell(f"{'removed' if apply else 'would remove'} {what}: no branch, tag, experiment or workspace uses them")
+            removable = True
+    if not said:
         say("nothing to remove")
-    elif not apply:
+    elif removable and not apply:
         say("nothing was removed; pass --apply to remove")
 
 
@@ -143,12 +150,13 @@ def _dvc_silent() -> Iterator[list[logging.LogRecord]]:
 
 
 def _clear_unfinished(root: Path, say: Say, *, apply: bool, alone: bool) -> bool:
-    """Removes the directories of unfinished runs below `data`. True if there are any that may be removed."""
+    """Removes the directories of unfinished runs below `data`. True if any was removed, or would be."""
     data = root / "data"
     unfinished = abandoned(data) if data.is_dir() else []
     if unfinished and not alone and not data.resolve().is_relative_to(root.resolve()):
         say(f"note: {data} leads out of this repository, so others may work there; pass --alone to clear it too")
         return False
+    removable = False
     for path in unfinished:
         place, size = path.relative_to(root), _bytes_in(path)
         aside = _set_aside(path)
@@ -159,7 +167,8 @@ def _clear_unfinished(root: Path, say: Say, *, apply: bool, alone: bool) -> bool
             say(f"kept {place}: it is in use now")
             continue
         say(f"{'removed' if apply else 'would remove'} {place}: {sized(size)} of an unfinished run")
-    return bool(unfinished)
+        removable = True
+    return removable
 
 
 def _bytes_in(folder: Path) -> int:
@@ -195,7 +204,7 @@ def _clear(path: Path) -> bool:
         return True
     try:
         with Staging(target) as staging:  # puts a cache that was moved away back in its place
-            staging.discard()
+            staging.discard(strict=True)
     except CacheError as error:
         if error.reason != "busy":
             raise

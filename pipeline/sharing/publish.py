@@ -32,6 +32,7 @@ THREADS = 8  # requests to a remote at a time
 PART_BYTES = 1024 * 1024  # bytes read at a time when an object is compared
 SHOWN = 3  # names listed in a message
 LAYOUT = ("dvc.yaml", "dvc.lock", "params.yaml", "stages.yaml", "plugins")  # what a clone needs to get the outputs
+COMPILED = ":(exclude,glob)plugins/**/__pycache__/**"
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def set_verify(root: Path, name: str) -> bool:
 
 def _check_commit(root: Path, uncommitted: bool, say: Say) -> None:
     """Raises UserError for uncommitted files of the configuration; with `uncommitted`, it only says so."""
-    changed = [line[3:] for line in git("status", "--porcelain", "--", *LAYOUT, where=root).splitlines()]
+    changed = [line[3:] for line in git("status", "--porcelain", "--", *LAYOUT, COMPILED, where=root).splitlines()]
     if changed and not uncommitted:
         raise UserError(
             f"{', '.join(changed)}: not committed, so nobody else can get this configuration; type: git add "

@@ -294,5 +294,11 @@ class Cache:
 
 
 def _each(job: Callable[[T], None], work: Iterable[T]) -> None:
-    for piece in work:
-        job(piece)
+    """Runs `job` for what is left of `work`, which threads may share. After an error none begins another piece."""
+    try:
+        for piece in work:
+            job(piece)
+    except BaseException:
+        for _ in work:
+            pass
+        raise

@@ -135,7 +135,10 @@ def test_growth_benchmark(tmp_path, capsys, starts_warm):
     assert out.with_suffix(".svg").read_text().startswith("<")
 
 
-@pytest.mark.parametrize("point", [{"heads": 300, "channels": 512}, {"heads": 100, "classes": 300}])
+@pytest.mark.parametrize(
+    "point",
+    [{"heads": 300, "channels": 512}, {"heads": 100, "classes": 300}, {"host": "lade", "heads": 100, "classes": 60}],
+)
 def test_what_is_planned_for_a_step_is_above_its_peak_and_not_far(tmp_path, point):
     """Fusion folded into the weights, and with many classes not; logits in one block, and in several."""
     from benchmarks import bench_growth
@@ -205,6 +208,5 @@ def test_remote_benchmark(tmp_path, capsys):
     turns = {turn["way"]: turn for turn in body["turns"]}
     assert set(turns) == set(WAYS)
     assert turns["s3"]["bytes"] == turns["local"]["bytes"] < turns["bare"]["bytes"]  # which fetches checksums, too
-    assert turns["local"]["endpoint_cpu_s"] < turns["s3"]["endpoint_cpu_s"]
     assert list((tmp_path / "data").iterdir()) == []
     assert "| s3 " in capsys.readouterr().out

@@ -90,7 +90,7 @@ def test_an_evaluation_of_another_cache_is_not_compared_with(project, tmp_path):
     about.write_text(json.dumps(values))
     given = ("--params", project / "params.yaml", "--ratio", "0.3")
     same = " ".join(accepted("sweep", "dr", *given, "--data", project / "data").split())
-    assert "own classifiers (over seeds), by ratio: 0: equal; 0.3: equal." in same
+    assert "own classifiers as they were trained (over seeds), by ratio: 0: equal; 0.3: equal." in same
     said = accepted("sweep", "dr", *given, "--data", data)
     assert "is an evaluation of another cache" in said
     assert "own classifiers" not in said
@@ -175,6 +175,16 @@ def test_keeping_a_grid_joins_no_lines(tmp_path, value, line):
     ):
         keep_grid(path, "dr", {"ratio": [0.1]})
     assert path.read_text() == before
+
+
+@pytest.mark.parametrize("text", ["[0.0,0.3]", "[ 0.1, 0.2, ]", "{a: 1,b: 2}", "null", "~", '"\\u00e9"', "&a [0.1]"])
+def test_a_grid_is_kept_beside_values_that_are_spelt_otherwise(tmp_path, text):
+    path = tmp_path / "params.yaml"
+    path.write_text(f"---\nother : {text}\n{LAID_OUT}")
+    before = yaml.safe_load(path.read_text())
+    keep_grid(path, "dr", {"ratio": [0.1]})
+    before["hosts"]["dr"]["grid"]["ratio"] = [0.0, 0.1]
+    assert yaml.safe_load(path.read_text()) == before
 
 
 def test_a_full_disk_leaves_the_parameters_as_they_are(tmp_path):

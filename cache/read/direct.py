@@ -104,16 +104,16 @@ class Direct:
     def _look(self) -> None:
         """Stops the calls that take too long, in the event loop of `fs`; again as long as there are any."""
         with self._lock:
-            calls = list(self._watched)
-            self._watching = bool(calls)
-        for call in calls:
-            try:
-                call.patience.check()
-            except TooSlow as error:
-                call.too_slow = error
-                call.stop()
-        if calls:
-            self.fs.loop.call_later(min(call.patience.left for call in calls), self._look)
+            for call in list(self._watched):
+                try:
+                    call.patience.check()
+                except TooSlow as error:
+                    call.too_slow = error
+                    call.stop()
+                    self._watched.discard(call)
+            self._watching = bool(self._watched)
+            if self._watching:
+                self.fs.loop.call_later(min(call.patience.left for call in self._watched), self._look)
 
     def _started(self) -> ThreadPoolExecutor:
         with self._lock:
@@ -194,7 +194,7 @@ class _Call:
         for i in self.rest:
             try:
                 self.answers[i] = self._answer(self.spans[i])
-            except (Declined, OSError, HTTPException, ValueError):
+            except Exception:  # noqa: BLE001 - whatever an answer's headers or a closed connection cause, s3fs asks again
                 return
 
     def stop(self) -> None:
@@ -217,6 +217,7 @@ class _Call:
         received: socket | None = None
         try:
             if connection.sock is None:
+                connection.timeout = max(0.1, min(CONNECT_TIMEOUT, self.patience.left))
                 connection.connect()
             received = connection.sock  # the connection forgets it if the store will close it after this answer
             assert received is not None

@@ -228,6 +228,10 @@ class GradientHost(Host):
         """The random part of the loss of one batch, or None. Called once per (host, seed, step)."""
         return None
 
+    def loss_numbers(self) -> int:
+        """How many numbers the loss makes for a head, beside a few copies of its logits; memory is planned by it."""
+        return 0
+
     def loss(
         self, state: State, features: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor | None
     ) -> torch.Tensor:

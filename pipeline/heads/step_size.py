@@ -8,12 +8,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from h2t.pipeline.heads.batches import Streams
 from h2t.pipeline.heads.draws import DRAWN_BYTES
 from h2t.pipeline.heads.features import FeatureReader
 from h2t.pipeline.heads.fusion import Selection
 from h2t.pipeline.heads.head import MAP_AXES, Head
-from h2t.pipeline.heads.host import GradientHost
+from h2t.pipeline.heads.host import GradientHost, is_cross_entropy
 from h2t.pipeline.heads.linear_heads import heads_at_once, is_at_once, is_folded
 from h2t.pipeline.heads.residency import MAX_WINDOW_STEPS
 from h2t.pipeline.heads.setting import HeadSetting
@@ -27,6 +29,7 @@ INT64 = 8  # bytes
 #: What a process holds, in multiples of the tensors that a step makes. Malloc keeps freed blocks: measured up to 1.8,
 #: and 1.0 where freed arrays are returned at once.
 HELD = 2
+LOGIT_COPIES, OTHER_LOGIT_COPIES = 7, 14  # logits and what cross-entropy makes of them; what other losses do (`lade`)
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class StepSize:
     `parameters`: numbers per head. `pool_copies`: how many more copies of its input a head's pool needs. `partners`: 1
     for a host with a second sampler. `at_once`: the host, if products of the whole stack give its logits; None if vmap
     does. `in_blocks`: whether these are computed in blocks of heads, as on the CPU. `order`: bytes that samplers keep
-    of a seed's epoch.
+    of a seed's epoch. `noise`: numbers that the loss draws for a batch; `loss`: those that it makes per head, beside
+    copies of the logits.
     """
 
     batch: int
@@ -50,6 +54,8 @@ class StepSize:
     at_once: GradientHost | None = None
     in_blocks: bool = False
     order: int = 0
+    noise: int = 0
+    loss: int = 0
 
     def window(self, heads: Sequence[HeadSetting]) -> int:
         """Bytes of the stored features of one step of `heads`: receivers and donors of every seed."""
@@ -67,7 +73,7 @@ class StepSize:
         seeds, donors = seeds_and_donors(heads)
         gathered = len(seeds) * (len(donors) + self.partners) * self.batch * self.numbers * (3 * self.kept + FLOAT)
         per_head = self._copies(heads) * self.batch * self.numbers * FLOAT
-        return gathered + len(heads) * (per_head + FLOAT * (6 * self.logits + 8 * self.parameters))
+        return gathered + len(heads) * (per_head + FLOAT * (6 * self.logits + 8 * self.parameters + self.loss))
 
     def _copies(self, heads: Sequence[HeadSetting]) -> int:
         """How often a head's input exists where it is built."""
@@ -89,15 +95,17 @@ class StepSize:
         count = len(groups) * max(groups.values()) if folded else len(heads)
         block = heads_at_once(len(groups) if folded else 1, FLOAT * self.logits) if self.in_blocks else count
         # Logits, and what is made of them; the block's weights, as they are and folded, and gradients.
-        of_block = min(block, count) * FLOAT * (7 * self.logits + 5 * self.parameters)
+        logits = (LOGIT_COPIES if is_cross_entropy(host) else OTHER_LOGIT_COPIES) * self.logits
+        of_block = min(block, count) * FLOAT * (logits + 5 * self.parameters + self.loss)
+        held = HELD if self.in_blocks else 1
         kept = 4 * FLOAT * len(heads) * self.parameters  # weights (twice while they are started), momenta, gradients
-        return kept + HELD * (gathered + len(heads) * own + of_block)
+        return kept + held * (gathered + len(heads) * own + of_block)
 
     def _drawn(self, heads: Sequence[HeadSetting]) -> int:
         """Bytes of what two windows of steps draw, and of the orders that draws are taken from."""
         seeds, donors = seeds_and_donors(heads)
         shuffled = len({h.seed for h in heads if h.selection == "shuffled"})
-        sent = len(seeds) * (2 * INT64 * self.batch + FLOAT * self.numbers)
+        sent = len(seeds) * (2 * INT64 * self.batch + FLOAT * (self.numbers + self.noise))
         sent += shuffled * INT64 * self.batch * self.numbers
         rows = len(seeds) * (3 + 4 * len(donors) + 2 * self.partners) * self.batch
         steps = max(1, min(MAX_WINDOW_STEPS, DRAWN_BYTES // sent))
@@ -116,6 +124,7 @@ def step_size(
     experts, classes = reader.cache.experts, streams.index.classes
     numbers = reader.row_bytes // reader.dtype.itemsize
     channels, frozen = reader.cache.spec.maps[0][0], stage1.frozen
+    drawn = head.gradient_host.noise(np.random.default_rng(0), streams.batch_size)
     linear = experts * classes * ((frozen.outputs(channels) if frozen else channels) + 1)
     return StepSize(
         batch=streams.batch_size,
@@ -129,4 +138,6 @@ def step_size(
         at_once=head.gradient_host if is_at_once(head, reader.shape) else None,
         in_blocks=not on_gpu,
         order=0 if on_gpu else streams.order_bytes,
+        noise=0 if drawn is None else drawn.numel(),
+        loss=head.gradient_host.loss_numbers(),
     )

@@ -51,6 +51,11 @@ class Host(GradientHost):
         """Keeps the covariances (E, K, D, D), or their diagonals (E, K, D)."""
         self.covariances = class_covariances(features, self.counts, full=self.constants.covariance == "full")
 
+    def loss_numbers(self) -> int:
+        """Products of all classes' weights with whole covariances, and their gradients."""
+        of_class = self.context.classes * self.context.channels
+        return 4 * self.context.experts * self.context.classes * of_class if self.constants.covariance == "full" else 0
+
     def batch_loss(self, state: State, batch: TrainingBatch) -> torch.Tensor:
         """Mean cross-entropy of the batch, with the terms of the covariances."""
         strength = self.constants.strength * batch.progress

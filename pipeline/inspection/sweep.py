@@ -207,19 +207,23 @@ def save(lines: Sequence[Line], out: Path) -> None:
 
 
 def check_entry(params_file: Path, name: str) -> None:
-    """Raises UserError unless `keep_grid` can write to the entry `hosts.NAME` and leave all other lines as they are."""
+    """Raises UserError unless `keep_grid` can write to the entry `hosts.NAME` without joining other lines."""
     if not isinstance((params.load(params_file).get("hosts") or {}).get(name), Mapping):
         raise UserError(f"{params_file}: --save needs an entry hosts.{name}; got none; write one")
     text, copy = params_file.read_text(encoding="utf-8"), io.StringIO()
     editor = _editor(text)
     editor.dump(editor.load(text), copy)
-    lines = itertools.zip_longest(text.splitlines(), copy.getvalue().splitlines(), fillvalue="")
-    for number, (line, copied) in enumerate(lines, 1):
-        if line.split() != copied.split():
-            raise UserError(
-                f"{params_file}: line {number}: --save keeps a value only if it stands in one line, or as a text after "
-                f"| or >; write it so, or write hosts.{name}.grid yourself"
-            )
+    before, after = (
+        [(number, line) for number, line in enumerate(whole.splitlines(), 1) if line.strip("- .\t")]
+        for whole in (text, copy.getvalue())
+    )
+    if len(before) != len(after):
+        pairs = zip(before, after, strict=False)
+        apart = (number for (number, line), (_, copied) in pairs if "".join(line.split()) != "".join(copied.split()))
+        raise UserError(
+            f"{params_file}: line {next(apart, before[-1][0])}: --save keeps a value only if it stands in one line, or "
+            f"as a text after | or >; write it so, or write hosts.{name}.grid yourself"
+        )
 
 
 def _editor(text: str) -> Any:

@@ -63,7 +63,7 @@ def load_backbone(folder: Path) -> tuple[Backbone, dict[str, Any]]:
             "backbone to the file that the cache was extracted with"
         )
     with ThreadPoolExecutor(1) as beside:
-        identity = beside.submit(_identity, state, about)  # the sha256 takes about as long as building the network
+        identity = beside.submit(_identity, state, about)  # its sha256 costs nothing beside building the network
         arch = plugins.load("backbones", about["arch"])
         with torch.random.fork_rng(), _RepeatedDraws():
             options = build(arch.Options, f"{path}: options", about["options"])

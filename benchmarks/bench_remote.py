@@ -19,7 +19,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -112,6 +112,10 @@ def main(given: Sequence[str] | None = None) -> None:
     about, cache, rows = machine(), options.data / NAME, options.rows or (TINY_ROWS if options.tiny else ROWS)
     if not cache.exists():
         write_synthetic(cache, rows, map_shape(options.map), dtype=options.dtype)
+    elif not options.keep:
+        parser.error(f"{cache}: is there already; remove it, or pass --keep to read it as it is")
+    with open_cache(cache) as opened:
+        spec = opened.spec
     turns: list[dict[str, Any]] = []
     with separate(options.data, DELAY) as (environment, spent):
         for turn in range(1 if options.tiny else options.rounds):
@@ -133,7 +137,9 @@ def main(given: Sequence[str] | None = None) -> None:
                 )
                 print(json.dumps(turns[-1]), flush=True)
     if not options.keep:
-        shutil.rmtree(cache.parent)
+        shutil.rmtree(cache)
+        with suppress(OSError):
+            cache.parent.rmdir()
     of = {way: [turn for turn in turns if turn["way"] == way] for way in WAYS}
     ratios = {
         f"{way}_over_{peer}": [a["gb_per_s"] / b["gb_per_s"] for a, b in zip(of[way], of[peer], strict=True)]
@@ -141,7 +147,8 @@ def main(given: Sequence[str] | None = None) -> None:
     }
     both = {way: median(turn["cpu_s"] + turn["endpoint_cpu_s"] for turn in of[way]) for way in (S3, BARE)}
     ratios["s3_over_bare_by_processor_time"] = [both[BARE] / both[S3]]
-    case = {"rows": rows, "map": options.map, "dtype": options.dtype, "delay_s": DELAY, "threads": THREADS}
+    shape = ",".join(map(str, spec.maps[0]))
+    case = {"rows": spec.rows, "map": shape, "dtype": spec.dtype, "delay_s": DELAY, "threads": THREADS}
     body = {"benchmark": "remote", "tiny": options.tiny, "machine": about, "case": case, "turns": turns, **ratios}
     save(options.out, body)
     columns = ["seconds", "cpu_s", "gb_per_s", "process_s", "process_cpu_s", "endpoint_cpu_s", "load"]

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 
-from benchmarks.measure import memory
+from benchmarks.measure import own_memory
 from h2t.cache.reader import Cache, open_cache
 from h2t.pipeline.base.run import silent
 from h2t.pipeline.heads.batches import Streams
@@ -60,7 +60,7 @@ def run(way: Literal["stream", "read"], path: str, budget: int, steps: int | Non
     """One epoch, or its first `steps`."""
     if way == "stream":
         import_module("torch._dynamo")  # torch.func loads it at its first use: a cost of importing, whatever the data
-    baseline = memory("VmRSS")
+    baseline = own_memory("VmRSS")
     with open_cache(path) as cache:
         streams = streams_of(cache)
         total = streams.steps
@@ -93,7 +93,7 @@ def run(way: Literal["stream", "read"], path: str, budget: int, steps: int | Non
             "prepare_s": prepared,
             "seconds": seconds,
             "baseline_bytes": baseline,
-            "peak_beyond_baseline_bytes": memory("VmHWM") - baseline,
+            "peak_beyond_baseline_bytes": own_memory("VmHWM") - baseline,
             "cache_bytes": cache.spec.value_bytes,
             "bytes_read": meter.bytes_read,
             "bytes_used": used,

@@ -153,6 +153,11 @@ def memory(field: str) -> int:
     return 0
 
 
+def own_memory(field: str) -> int:
+    """`memory` without the pages of files that are resident now: a fork gets those of libraries at their first use."""
+    return memory(field) - memory("RssFile")
+
+
 def arguments(module: str, about: str) -> argparse.ArgumentParser:
     """The options that all benchmarks share."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{module}", description=about)

@@ -282,7 +282,7 @@ PEAK = """
 import sys
 from pathlib import Path
 import sklearn.manifold
-from benchmarks.measure import memory
+from benchmarks.measure import own_memory
 from h2t.cache.reader import open_cache
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.evaluation import scoring
@@ -291,9 +291,9 @@ from h2t.pipeline.stages import evaluate
 scoring.BLOCK_BYTES = 8 * 2**20
 folder = Path(sys.argv[1])
 with open_cache(folder / "c") as cache:
-    before = memory("VmRSS")
+    before = own_memory("VmRSS")
     evaluate.run(evaluate.Params(), Run("dr", folder / "e", say=print), cache, folder / "h", folder / "b")
-print(memory("VmHWM") - before)
+print(own_memory("VmHWM") - before)
 """
 
 

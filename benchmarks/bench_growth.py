@@ -57,7 +57,7 @@ KEPT = RESULTS / "growth.json"
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "growth.svg"
 
 
-def point(heads: int, channels: int, classes: int, rows: int, data: Path, host: str = "dr") -> dict[str, Any]:
+def point(heads: int, channels: int, classes: int, rows: int, data: Path) -> dict[str, Any]:
     """Trains some steps in this process: milliseconds of a step (the fastest of `REPEATS`), and bytes of memory."""
     torch.set_num_threads(1)
     seeds = range(min(SEEDS, heads))
@@ -73,7 +73,7 @@ def point(heads: int, channels: int, classes: int, rows: int, data: Path, host: 
         reader = FeatureReader(cache, global_average)
         feed = Feed(streams, reader, Choice("memory", "benchmark"), 2**33, torch.device("cpu"), lambda line: None)
         context = Context(torch.from_numpy(streams.index.counts), channels, 1)
-        head = build_head(HeadParts(host, {}, "linear", 1.0, "gap", {}, "hosts.bench"), context)
+        head = build_head(HeadParts("dr", {}, "linear", 1.0, "gap", {}, "hosts.bench"), context)
         weight = 0.1 * torch.randn(1, classes, channels, generator=torch.Generator().manual_seed(0))
         stage1 = StageOneHead({"weight": weight, "bias": torch.zeros(1, classes)}, "linear", 1.0)
         size = step_size(streams, reader, stage1, head)

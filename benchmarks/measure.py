@@ -20,7 +20,7 @@ TURN_SECONDS = 0.1  # a turn calls a fast contestant several times, so that it d
 TURN_CALLS = 7
 LINE = 240  # characters of JSON that stay on one line
 #: Bytes that streaming may take beyond the imports and the budget: the step's own tensors, and Python.
-MEMORY_SLACK = 300 * 2**20
+MEMORY_SLACK = 250 * 2**20
 
 
 @dataclass(frozen=True, slots=True)

@@ -135,15 +135,9 @@ def test_growth_benchmark(tmp_path, capsys, starts_warm):
     assert out.with_suffix(".svg").read_text().startswith("<")
 
 
-@pytest.mark.parametrize(
-    "point",
-    [{"heads": 300, "channels": 512}, {"heads": 100, "classes": 300}, {"host": "lade", "heads": 100, "classes": 60}],
-)
+@pytest.mark.parametrize("point", [{"heads": 300, "channels": 512}, {"heads": 100, "classes": 300}])
 def test_what_is_planned_for_a_step_is_above_its_peak_and_not_far(tmp_path, point):
-    """Fusion folded into the weights, and with many classes not; logits in one block, and in several; another loss.
-
-    9 MiB of the peak are torch's own, and the same step differs by 15.
-    """
+    """Fusion folded into the weights, and with many classes not; logits in one block, and in several."""
     from benchmarks import bench_growth
 
     asked = {**bench_growth.BASE, "rows": 1000, **point}
@@ -152,7 +146,7 @@ def test_what_is_planned_for_a_step_is_above_its_peak_and_not_far(tmp_path, poin
     found = json.loads(
         subprocess.run(command, stdout=subprocess.PIPE, check=True, cwd=Path(__file__).parent.parent).stdout
     )
-    assert found["step_bytes"] - 32 * 2**20 < found["planned_bytes"] < 2.5 * found["step_bytes"]
+    assert found["step_bytes"] < found["planned_bytes"] < 2.5 * found["step_bytes"]
 
 
 def test_peers_benchmark(tmp_path, capsys):
@@ -180,7 +174,7 @@ def test_streaming_a_cache_ten_times_the_budget_does_not_hold_it(tmp_path, start
     write_synthetic(tmp_path / "c", rows, (64, 8, 8))
     given = ["--budget", str(size // 10), "--steps", "80"]
     found = json.loads(step(["benchmarks.epoch_run", "stream", str(tmp_path / "c"), *given], size, {})[1])
-    assert found["peak_beyond_baseline_bytes"] < size // 10 + 200 * 2**20
+    assert found["peak_beyond_baseline_bytes"] < size // 10 + 150 * 2**20
     assert found["bytes_read"] < found["bytes_used"]
     assert found["hit_rate"] == pytest.approx(found["expected_hit_rate"], abs=0.02)
 

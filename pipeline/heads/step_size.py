@@ -15,7 +15,7 @@ from h2t.pipeline.heads.draws import DRAWN_BYTES
 from h2t.pipeline.heads.features import FeatureReader
 from h2t.pipeline.heads.fusion import Selection
 from h2t.pipeline.heads.head import MAP_AXES, Head
-from h2t.pipeline.heads.host import GradientHost, is_cross_entropy
+from h2t.pipeline.heads.host import GradientHost
 from h2t.pipeline.heads.linear_heads import heads_at_once, is_at_once, is_folded
 from h2t.pipeline.heads.residency import MAX_WINDOW_STEPS
 from h2t.pipeline.heads.setting import HeadSetting
@@ -29,7 +29,6 @@ INT64 = 8  # bytes
 #: What a process holds, in multiples of the tensors that a step makes. Malloc keeps freed blocks: measured up to 1.8,
 #: and 1.0 where freed arrays are returned at once.
 HELD = 2
-LOGIT_COPIES, OTHER_LOGIT_COPIES = 7, 14  # logits and what cross-entropy makes of them; what other losses do (`lade`)
 
 
 @dataclass(frozen=True)
@@ -95,8 +94,7 @@ class StepSize:
         count = len(groups) * max(groups.values()) if folded else len(heads)
         block = heads_at_once(len(groups) if folded else 1, FLOAT * self.logits) if self.in_blocks else count
         # Logits, and what is made of them; the block's weights, as they are and folded, and gradients.
-        logits = (LOGIT_COPIES if is_cross_entropy(host) else OTHER_LOGIT_COPIES) * self.logits
-        of_block = min(block, count) * FLOAT * (logits + 5 * self.parameters + self.loss)
+        of_block = min(block, count) * FLOAT * (7 * self.logits + 5 * self.parameters + self.loss)
         held = HELD if self.in_blocks else 1
         kept = 4 * FLOAT * len(heads) * self.parameters  # weights (twice while they are started), momenta, gradients
         return kept + held * (gathered + len(heads) * own + of_block)

@@ -335,7 +335,10 @@ def _announce(spec: CacheSpec, run: Run, pending: list[int], part: Part | None, 
     of = f"part {part} of " if part else ""
     run.say(f"{run.name}: {of}{size}{resumed}" + (f"; {sized(free)} free" if free is not None else ""))
     if free is not None and needed > free:
-        raise CacheError("full", f"{target}: needs {sized(needed)}; got {sized(free)} free; make space or use a codec")
+        more = sized(needed - free)  # the two amounts may look alike
+        raise CacheError(
+            "full", f"{target}: needs {sized(needed)}; got {sized(free)} free; free {more} more, or use a codec"
+        )
 
 
 @dataclass(frozen=True)

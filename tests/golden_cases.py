@@ -8,7 +8,6 @@ name and called by their contract. So a result does not depend on where code lie
 import contextlib
 import importlib.metadata
 import json
-import os
 import pickle
 import shutil
 import sys
@@ -137,7 +136,8 @@ def differences(found: Result, expected: Result) -> list[str]:
 
 def _where_they_part(a: str, b: str) -> str:
     """What two different texts say around the first place where they differ."""
-    start = max(0, len(os.path.commonprefix([a, b])) - 60)
+    first = next((at for at, pair in enumerate(zip(a, b, strict=False)) if len(set(pair)) == 2), min(len(a), len(b)))
+    start = max(0, first - 60)
     return f"{a[start : start + 160]!r} in place of {b[start : start + 160]!r}"
 
 

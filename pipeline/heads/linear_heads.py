@@ -24,7 +24,7 @@ LEAST_LENGTH = 1e-12  # of a feature vector, as in torch's `normalize`
 #: fresh pages for each array above 32 MiB.
 LOGITS_AT_ONCE = 4 * 2**20
 
-#: Multiply-adds of a product of the whole stack up to which steps on the CPU are left to one thread. To wake others takes
+#: Multiply-adds of a product of the whole stack up to which one thread of the CPU computes a step. To wake others takes
 #: longer than they save: with two, a step of 55 heads, 64 channels and 10 classes took 1.6 times as long (docs/log.md).
 ONE_THREAD = 20_000_000
 

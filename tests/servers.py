@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -259,3 +259,8 @@ def openssh_server(home: Path) -> Iterator[int]:
         finally:
             process.terminate()
             process.wait(10)
+
+
+def ssh_server(home: Path) -> AbstractContextManager[int]:
+    """The port of an SSH server: OpenSSH's, which users have; Python's own where that is not installed."""
+    return openssh_server(home) if sshd_program() else sftp_server(home)

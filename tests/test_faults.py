@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 
 import pytest
 from pipeline_builders import ROOT, environment
@@ -11,8 +10,8 @@ RUNS, SEED = 20, 89538  # of this seed: amid its shards an extraction is killed,
 
 
 @pytest.mark.timeout(900)
-def test_twenty_faults_do_no_harm(tmp_path):
-    command = [sys.executable, ROOT / "tests" / "faults" / "campaign.py", "--runs", RUNS, "--seed", SEED]
+def test_twenty_faults_do_no_harm(tmp_path, warm_programs):
+    command = [warm_programs / "warm_python", ROOT / "tests" / "faults" / "campaign.py", "--runs", RUNS, "--seed", SEED]
     command += ["--out", tmp_path / "faults.json", "--keep", tmp_path / "places"]
     done = subprocess.run([*map(str, command)], env=environment(), capture_output=True, text=True, timeout=880)
     print(done.stdout)  # noqa: T201

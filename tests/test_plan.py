@@ -114,7 +114,7 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, arguments, says):
 
 
 @pytest.mark.timeout(900)
-def test_benchmarks_of_plans_and_of_row_tables(tmp_path, capsys):
+def test_benchmarks_of_plans_and_of_row_tables(tmp_path, capsys, starts_warm):
     from benchmarks import bench_plan, bench_rows
 
     for module, promise in ((bench_plan, "largest_difference"), (bench_rows, "peak_bytes")):

@@ -1,4 +1,4 @@
-"""A cache on a real S3 endpoint and behind a real SFTP server, both on the loopback: read, verified, refused."""
+"""A cache on a real S3 endpoint and behind a real SSH server, both on the loopback: read, verified, refused."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ import sys
 import pytest
 from builders import make_cache, make_rows, raises
 from pipeline_builders import ROOT
-from servers import S3_KEY, S3_SECRET, openssh_server, put_s3, s3_endpoint, sftp_server, sshd_program
+from servers import S3_KEY, S3_SECRET, put_s3, s3_endpoint, ssh_server
 
 from h2t.cache.read import asking
 from h2t.cache.reader import open_cache
@@ -15,9 +15,6 @@ from h2t.cache.tools.verify import verify
 
 SETTINGS = {"rows": make_rows(60), "shard_rows": 4, "maps": ((3, 2, 2), (2, 1, 1))}
 WANTED = [59, 4, 4, 0, 31]
-SSHD = pytest.param(
-    "sshd", marks=pytest.mark.skipif(not sshd_program(), reason="needs OpenSSH's server: make -C tests test-remotes")
-)
 
 
 @pytest.fixture
@@ -25,7 +22,7 @@ def made(tmp_path):
     return make_cache(tmp_path / "c", **SETTINGS)
 
 
-@pytest.fixture(params=["s3", "sftp", SSHD])
+@pytest.fixture(params=["s3", "ssh"])
 def store(request, tmp_path, monkeypatch, made):
     """The URL of the directory that the cache `c` lies in, as a server on the loopback gives it."""
     if request.param == "s3":
@@ -35,7 +32,7 @@ def store(request, tmp_path, monkeypatch, made):
             put_s3(tmp_path / "c", "lab", "x/c", environment)
             yield "s3://lab/x"
     else:
-        with {"sftp": sftp_server, "sshd": openssh_server}[request.param](tmp_path / "home") as port:
+        with ssh_server(tmp_path / "home") as port:
             monkeypatch.setenv("HOME", str(tmp_path / "home"))
             yield f"ssh://{os.environ.get('USER', 'root')}@127.0.0.1:{port}{tmp_path}"
 

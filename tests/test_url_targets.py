@@ -7,7 +7,7 @@ import pytest
 import torch
 from builders import TOKEN, make_cache, make_maps, make_rows, make_spec, make_statistics, raises, tree, write_cache
 from pipeline_builders import extracted
-from servers import Bucket, Folder, openssh_server, s3_endpoint, sftp_server, sshd_program
+from servers import Bucket, Folder, s3_endpoint, ssh_server
 
 from h2t.cache.errors import CacheError, CacheWarning
 from h2t.cache.reader import open_cache
@@ -19,16 +19,9 @@ from h2t.cache.write.parts import Part
 from h2t.cache.write.remote import RemoteCacheWriter, RemoteStaging
 
 SMALL = {"batchnorm": ["branchwise"], "max_views": 2, "shard_bytes": 98304, "batch_size": 16}
-SSHD = pytest.param(
-    "sshd", marks=pytest.mark.skipif(not sshd_program(), reason="needs OpenSSH's server: make -C tests test-remotes")
-)
 
 
-#: A test that extracts runs on one SSH server; TestOfShards and TestOfLocks run on both.
-one_of_a_kind = pytest.mark.parametrize("store", ["s3", "sshd" if sshd_program() else "sftp"], indirect=True)
-
-
-@pytest.fixture(params=["s3", "sftp", SSHD])
+@pytest.fixture(params=["s3", "ssh"])
 def store(request, tmp_path, monkeypatch):
     """An empty place on a server."""
     if request.param == "s3":
@@ -37,7 +30,7 @@ def store(request, tmp_path, monkeypatch):
                 monkeypatch.setenv(name, value)
             yield Bucket()
     else:
-        with {"sftp": sftp_server, "sshd": openssh_server}[request.param](tmp_path / "home") as port:
+        with ssh_server(tmp_path / "home") as port:
             monkeypatch.setenv("HOME", str(tmp_path / "home"))
             yield Folder(port, tmp_path / "there")
 
@@ -262,7 +255,6 @@ def single(tmp_path_factory, few_digits, backbone_dir):
     return tree(out)
 
 
-@one_of_a_kind
 def test_extraction_ends_in_the_bytes_of_a_directory(store, few_digits, backbone_dir, single, tmp_path):
     said = []
     extracted(tmp_path / "b", *few_digits, backbone_dir, to=f"{store.url}/b", say=said.append, **SMALL)
@@ -275,7 +267,6 @@ def test_extraction_ends_in_the_bytes_of_a_directory(store, few_digits, backbone
     assert store.files().keys() == {f"b/{name}" for name in single}
 
 
-@one_of_a_kind
 def test_parts_and_a_commit_end_in_the_same_bytes(store, few_digits, backbone_dir, single, tmp_path):
     given = {"to": f"{store.url}/b", **SMALL}
     for k in (3, 1):

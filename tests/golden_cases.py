@@ -126,12 +126,19 @@ def differences(found: Result, expected: Result) -> list[str]:
             lines.append(f"{name}: {a.dtype} {a.shape} in place of {b.dtype} {b.shape}")
         elif a.dtype.kind != "f":
             if not np.array_equal(a, b):
-                lines.append(f"{name}: {str(a)[:200]!r} in place of {str(b)[:200]!r}")
+                lines.append(f"{name}: {_where_they_part(str(a), str(b))}")
         elif not np.array_equal(np.isfinite(a), np.isfinite(b)):
             lines.append(f"{name}: other entries are finite")
         elif a.size and (far := _far(a, b)):
             lines.append(f"{name}: {far}")
     return lines
+
+
+def _where_they_part(a: str, b: str) -> str:
+    """What two different texts say around the first place where they differ."""
+    first = next((at for at, pair in enumerate(zip(a, b, strict=False)) if len(set(pair)) == 2), min(len(a), len(b)))
+    start = max(0, first - 60)
+    return f"{a[start : start + 160]!r} in place of {b[start : start + 160]!r}"
 
 
 def _far(a: np.ndarray, b: np.ndarray) -> str:
@@ -231,6 +238,8 @@ def _cache(folder: Path) -> Result:
     record = json.loads((folder / "cache.json").read_text(encoding="utf-8"))
     record["fingerprint_inputs"].get("batchnorm", {}).pop("statistics", None)  # a digest of floats
     record["provenance"].pop("versions", None)
+    if "pooled_with" in record["provenance"]:
+        assert record["provenance"].pop("pooled_with") == {"numpy": np.__version__}
     about = {key: record[key] for key in ("format", "fingerprint_inputs", "layout", "experts", "rows", "provenance")}
     maps = np.asarray(zarr.open_group(folder / "maps.zarr", mode="r")["expert_0"])
     return {**kept("cache.json", about), **tables(folder, "rows.parquet"), **kept("maps", maps)}

@@ -124,6 +124,21 @@ def test_heads_in_blocks_are_those_of_one_block(two_experts, monkeypatch, host, 
     assert distance(torch.stack(losses), torch.stack(others)) <= 1e-11
 
 
+@pytest.mark.parametrize(("most", "threads"), [(linear_heads.ONE_THREAD, 1), (0, 2)])
+def test_one_thread_trains_a_small_stack(two_experts, monkeypatch, most, threads):
+    stack = make_stack(two_experts, GRID[:9], donors=DONORS, batch_size=8)
+    before, of_steps, step = torch.get_num_threads(), set(), stack.step
+    monkeypatch.setattr(linear_heads, "ONE_THREAD", most)
+    monkeypatch.setattr(stack, "step", lambda *args: of_steps.add(torch.get_num_threads()) or step(*args))
+    try:
+        torch.set_num_threads(2)
+        trained(stack)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert of_steps == {threads}
+
+
 def test_an_overridden_loss_is_written_for_one_head_unless_it_says_otherwise(cache):
     dr = plugins.load("hosts", "dr").Host
 

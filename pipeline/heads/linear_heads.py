@@ -3,7 +3,8 @@
 Heads are computed in blocks whose logits fit into the processor's cache.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import copy
 
 import numpy as np
@@ -22,6 +23,10 @@ LEAST_LENGTH = 1e-12  # of a feature vector, as in torch's `normalize`
 #: Bytes of logits that are computed at once on the CPU. More would leave the processor's cache, and malloc would take
 #: fresh pages for each array above 32 MiB.
 LOGITS_AT_ONCE = 4 * 2**20
+
+#: Multiply-adds of a product of the whole stack up to which one thread of the CPU computes a step. To wake others takes
+#: longer than they save: with two, a step of 55 heads, 64 channels and 10 classes took 1.6 times as long (docs/log.md).
+ONE_THREAD = 20_000_000
 
 FOLDED_CLASSES = 64  # with more classes, fused features cost less than folded weights (docs/decisions/0019)
 
@@ -62,6 +67,17 @@ def in_blocks(
     blocks = [block.flatten() for block in members.split(length, 1)]
     donor = np.asarray(donors)
     return [(heads, Groups(seeds[heads.numpy()], donor[heads.numpy()], members.device)) for heads in blocks]
+
+
+@contextmanager
+def threads_for(multiply_adds: int) -> Iterator[None]:
+    """Limits torch, in the calling thread, to one thread of the CPU if a product has only so many `multiply_adds`."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if multiply_adds <= ONE_THREAD else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class LinearHeads:

@@ -7,6 +7,7 @@ Head k of a stack equals that head trained alone, up to the rounding of batched 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from h2t.pipeline.heads.folded import Folded, Groups, Plain, Products
 from h2t.pipeline.heads.fusion import Selection, channel_ranks, donor_orders, fixed_channels, fuse, mix, shuffle
 from h2t.pipeline.heads.head import Head
 from h2t.pipeline.heads.host import TrainingBatch
-from h2t.pipeline.heads.linear_heads import LinearHeads, in_blocks, is_at_once, is_folded
+from h2t.pipeline.heads.linear_heads import LinearHeads, in_blocks, is_at_once, is_folded, threads_for
 from h2t.pipeline.heads.residency import MAX_WINDOW_STEPS, Feed, Step
 from h2t.pipeline.heads.setting import HeadSetting, Optimiser
 from h2t.pipeline.networks.trained import StageOneHead
@@ -95,9 +96,10 @@ class Stack:
         self.at_once = at_once and is_at_once(head, feed.shape)
         self._folds = self.at_once and is_folded(self.host, heads)
         self._groups = Groups(self._seed_index, donor_index, self.device)
+        self._logits = self.feed.experts * self.streams.batch_size * self.host.context.classes  # of a head
         if self.at_once and self.device.type == "cpu":
-            logits = self.feed.experts * self.streams.batch_size * self.host.context.classes * self.dtype.itemsize
-            self._blocks = in_blocks(self._groups, self._seed_index, donor_index, logits, folds=self._folds)
+            size = self._logits * self.dtype.itemsize
+            self._blocks = in_blocks(self._groups, self._seed_index, donor_index, size, folds=self._folds)
         else:
             self._blocks = [(slice(None), self._groups)]
 
@@ -275,7 +277,8 @@ class Stack:
         (drawn,) = self.drawn(0, [0], [self.streams.batch(0, 0)])
         window = max(1, min(MAX_WINDOW_STEPS, DRAWN_BYTES // sum(tensor.nbytes for tensor in drawn.values())))
         bar = progress(None, f"train_classifier {name}", unit="step", total=settings.epochs * steps, initial=first)
-        with bar:
+        threads = threads_for(len(self.heads) * self._logits * self.feed.shape[0]) if self.at_once else nullcontext()
+        with bar, threads:
             for at in self.feed.steps(settings.epochs, *divmod(first, steps), self.draw, window):
                 lost = self.step(at, descent, settings.rate(at.epoch), at.epoch / settings.epochs)
                 losses[at.epoch].add_(lost, alpha=at.batch.labels.shape[1])

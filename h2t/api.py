@@ -45,6 +45,7 @@ from h2t.pipeline.evaluation.folds import load_folds
 from h2t.pipeline.evaluation.scoring import Scores, score_heads
 from h2t.pipeline.heads.batches import sample_rows
 from h2t.pipeline.heads.features import FeatureReader
+from h2t.pipeline.heads.host_entry import heads_of
 from h2t.pipeline.heads.residency import Residency
 from h2t.pipeline.heads.stored import Heads, load_heads
 from h2t.pipeline.models import predict as images_predict
@@ -290,7 +291,7 @@ class Classifier:
 
     def predict_proba(self, features: Any) -> np.ndarray:
         """Probabilities float64 (n, classes) of features (n, D) or maps (n, C, H, W). Raises UserError."""
-        values = torch.from_numpy(np.ascontiguousarray(np.asarray(features), np.float64))
+        values = torch.from_numpy(np.require(np.asarray(features), np.float64, ["C", "W"]))
         context = self.head.context
         if values.dim() not in (2, 4) or values.shape[1] != self.head.about.get("map_channels", context.channels):
             raise UserError(
@@ -302,6 +303,9 @@ class Classifier:
             ((_, head),) = self.head.kinds(torch.device("cpu"))
             logits = head.logits(state, values[None]) / self.temperature
         result: np.ndarray = logits.softmax(1).numpy()
+        wrong = np.flatnonzero(~np.isfinite(result).all(1))
+        if wrong.size:
+            raise UserError(f"features: must be finite and not too large; row {wrong[0]} has no probabilities")
         return result
 
     def predict(self, features: Any) -> np.ndarray:
@@ -382,8 +386,14 @@ def trained(
     device: torch.device,
     folder: Path,
 ) -> Classifier:
-    """One classifier trained on all rows, with temporary files in `folder`; what is given as in `compare`."""
+    """One classifier trained on all rows, with temporary files in `folder`; what is given as in `compare`.
+
+    Raises UserError, also if `entry` asks for several.
+    """
     params = _entry(method, entry, [ratio], [seed], epochs)
+    fitted = plugins.load("hosts", params.host).Host.fitted
+    if (asked := len(heads_of(params.grid, fitted=fitted))) > 1:
+        raise UserError(f"methods.{method}.grid: must ask for one classifier; got {asked}; give each key one value")
     importing.run(importing.split_parts(features, labels, None, None), folder / "cache", silent)
     with open_cache(folder / "cache") as cache:
         start = _start(cache, folder / "probe", l2, device, seed, silent)
@@ -480,18 +490,33 @@ def _entry(
     name: str, entry: Mapping[str, Any], ratios: Sequence[float], seeds: Sequence[int], epochs: int
 ) -> train_classifier.Params:
     """The parameters of the method `name`. Raises UserError, which names the key."""
-    host = str(entry.get("host", name))
+    if not isinstance(entry, Mapping):
+        raise UserError(f"methods.{name}: must be keys of an entry of hosts with their values; got {entry!r}")
+    own = _plain(entry)
+    host = str(own.get("host", name))
     plugins.check("hosts", host)
     values: dict[str, Any] = {"host": host, "backbone": "features", "batchnorm": "stage1"}
     if not plugins.load("hosts", host).Host.fitted:
-        values["grid"] = {"ratio": [float(r) for r in ratios], "seed": [int(s) for s in seeds]}
-        values["optimiser"] = {"epochs": epochs}
-    return build(train_classifier.Params, f"methods.{name}", {**values, **entry})
+        values["grid"] = {"ratio": _plain(ratios), "seed": _plain(seeds)}
+        values["optimiser"] = {"epochs": _plain(epochs)}
+    for key in values.keys() & own.keys():
+        if isinstance(values[key], dict) and isinstance(own[key], dict):  # `epochs` stays beside a learning rate
+            own[key] = {**values[key], **own[key]}
+    return build(train_classifier.Params, f"methods.{name}", {**values, **own})
+
+
+def _plain(given: Any) -> Any:
+    """`given` with NumPy's numbers and arrays as Python's, which parameters are."""
+    if isinstance(given, Mapping):
+        return {key: _plain(value) for key, value in given.items()}
+    if isinstance(given, list | tuple | range):
+        return [_plain(value) for value in given]
+    return given.tolist() if isinstance(given, np.generic | np.ndarray) else given
 
 
 def _start(cache: Cache, out: Path, l2: float, device: torch.device, seed: int, say: Say) -> Path:
     """The folder of the probe that methods start from. A cache of a backbone that is known gets one as well."""
-    settings = build(Probe, "l2", {"l2": float(l2)})
+    settings = build(Probe, "probe", {"l2": _plain(l2)})
     probe.run("probe", settings, Run("features", out, device, seed, say), cache, Path(NONE))
     return out
 

@@ -10,6 +10,7 @@ sample weights and no several outputs.
 
 import warnings
 from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,10 +31,10 @@ class H2TClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     """A method of stage II on features X (n, D), trained by the stage train-classifier from a logistic regression.
 
     `method`: a host (h2t list hosts). `ratio`: share of the features that H2T replaces by those of donors; 0 is the
-    method alone. `settings`: other keys of an entry of `hosts` in params.yaml, such as `{"optimiser": {"lr": 0.1}}`;
-    a method with a closed-form fit takes neither ratio nor epochs. `l2`: penalty of the logistic regression. With so
-    few features that the ratio replaces none, `fit` warns and trains the method alone. It raises ValueError with one
-    line for what does not fit; features beyond float32 are refused.
+    method alone. `settings`: other keys of an entry of `hosts` in params.yaml, such as `{"optimiser": {"lr": 0.1}}`,
+    for one classifier; a method with a closed-form fit takes neither ratio nor epochs. `l2`: penalty of the logistic
+    regression. With so few features that the ratio replaces none, `fit` warns and trains the method alone. It raises
+    ValueError with one line for what does not fit; features beyond float32 are refused, in `predict` too.
 
     Attributes: `classes_` (K,), in ascending order; `classifier_`, which h2t.api can save; `n_features_in_`.
     """
@@ -61,11 +62,10 @@ class H2TClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """Trains on features X (n, D) and labels y (n,), numbers or texts. Raises ValueError."""
         X, y = validate_data(self, X, y)
         check_classification_targets(y)
-        if np.abs(X).max() > FLOAT32_MAX:
-            raise ValueError("X: values must fit float32; scale the features")
+        _check_size(X)
         self.classes_, label = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
-            raise ValueError(f"y: must have at least two classes; got one class, {self.classes_[0]!r}")
+            raise ValueError(f"y: must have at least two classes; got one class, {self.classes_[:1].tolist()[0]!r}")
         seed = self.random_state
         if not isinstance(seed, int | np.integer):
             seed = check_random_state(seed).randint(2**31)
@@ -90,7 +90,8 @@ class H2TClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return self
 
     def _ratio(self, features: int) -> float:
-        if self.ratio and not replaced_channels(self.ratio, features):
+        known = isinstance(self.ratio, Real) and 0 < self.ratio <= 1  # anything else is refused later
+        if known and not replaced_channels(float(self.ratio), features):
             warnings.warn(
                 f"ratio {self.ratio:g} of {features} features replaces none; trained without H2T", stacklevel=3
             )
@@ -101,9 +102,15 @@ class H2TClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """Probabilities float64 (n, K), columns in the order of `classes_`."""
         check_is_fitted(self)
         X = validate_data(self, X, reset=False)
+        _check_size(X)
         return self.classifier_.predict_proba(X)[:, self._columns]
 
     def predict(self, X: Any) -> np.ndarray:
         """The most probable class of each row, (n,)."""
         best = self.predict_proba(X).argmax(1)
         return np.asarray(self.classes_[best])
+
+
+def _check_size(X: np.ndarray) -> None:
+    if float(np.abs(X).max()) > FLOAT32_MAX:
+        raise ValueError("X: values must fit float32; scale the features")

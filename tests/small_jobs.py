@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 
 from h2t.pipeline.base import plugins
@@ -42,6 +43,11 @@ def holds_interrupts():
 def is_killed_with_a_bar():
     for _ in progress(range(3), "bar", unit="step"):
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def loses_a_thread():
+    threading.Thread(target=bytearray, args=(2**62,)).start()
+    forever()
 
 
 def uses_a_plugin():

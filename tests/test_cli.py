@@ -178,6 +178,21 @@ def test_an_unknown_protocol_is_one_line(tmp_path, params):
     assert "foo" in refused(*arguments("train-classifier", tmp_path, params, "foo://x/y", tmp_path / "b"))
 
 
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        (
+            "S3://b/x",
+            "error: S3://b/x: unknown protocol 'S3'; write a path, s3://, ssh://, https:// or another of fsspec",
+        ),
+        ("ssh://", "error: ssh://: must name a host or bucket; write ssh://HOST/PATH"),
+        ("s3:///x", "error: s3:///x: must name a host or bucket; write s3://HOST/PATH"),
+    ],
+)
+def test_a_url_that_cannot_be_opened_says_what_to_write(url, says):
+    assert refused("cache", "info", url, code=1).strip() == says
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """(cache, backbone directory) of random maps of 64 channels, as a ResNet-20 would have made."""

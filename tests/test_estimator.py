@@ -11,6 +11,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import estimator_checks_generator
 
 from h2t.estimator import H2TClassifier
+from h2t.pipeline.base.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:ratio 0.3 of:UserWarning", "ignore::sklearn.exceptions.SkipTestWarning")
 
@@ -65,7 +66,12 @@ def test_the_same_seed_gives_the_same_probabilities(digits):
         ({"method": "dr2"}, "'dr2'"),
         ({"ratio": 2.0}, r"must lie in \[0, 1\]"),
         ({"settings": {"optimiser": {"lrr": 1}}}, "methods.dr.optimiser.lrr: unknown key; did you mean 'lr'"),
-        ({"l2": -1.0}, "l2"),
+        ({"l2": -1.0}, "probe.l2: must be greater than 0"),
+        ({"ratio": float("nan")}, r"grid.ratio\[0\]: must"),
+        ({"ratio": "a third"}, r"grid.ratio\[0\]: must"),
+        ({"settings": [1]}, r"methods.dr: must be keys of an entry of hosts with their values; got \[1\]"),
+        ({"settings": {"grid": {"seed": [7, 8]}}}, "methods.dr.grid: must ask for one classifier; got 2"),
+        ({"settings": {"grid": {"donor": ["instance", "balanced"]}}}, "must ask for one classifier; got 2"),
         ({"device": "gpu"}, "device: must be auto"),
     ],
 )
@@ -79,3 +85,33 @@ def test_a_ratio_that_replaces_nothing_is_said(digits):
     x, y = digits[0][:, 20:22], digits[1]
     with pytest.warns(UserWarning, match="ratio 0.3 of 2 features replaces none; trained without H2T"):
         H2TClassifier(epochs=1, device="cpu").fit(x, y)
+
+
+def test_settings_leave_the_other_arguments_as_they_are(digits):
+    x, y, others, _ = digits
+
+    def proba(**given):
+        return H2TClassifier(device="cpu", **given).fit(x, y).predict_proba(others)
+
+    usual = proba(epochs=2)
+    assert np.array_equal(usual, proba(epochs=2, settings={"optimiser": {"weight_decay": 5e-4}}))
+    assert not np.array_equal(usual, proba(epochs=4, settings={"optimiser": {"weight_decay": 5e-4}}))
+    assert np.array_equal(usual, proba(epochs=2, settings={"grid": {"donor": ["instance"]}}))
+    assert not np.array_equal(usual, proba(epochs=2, ratio=0.6, settings={"grid": {"donor": ["instance"]}}))
+    assert np.array_equal(usual, proba(epochs=np.int64(2), ratio=np.float64(0.3), settings={"scale": None}))
+
+
+@pytest.mark.filterwarnings("error")
+def test_arrays_of_any_kind_are_read_without_a_word(digits):
+    x, y, _, _ = digits
+    x.flags.writeable = False
+    H2TClassifier("ncm", device="cpu").fit(x.astype(np.float16), y).predict(x)
+
+
+def test_what_is_too_large_to_train_on_is_too_large_to_predict(digits):
+    x, y, _, _ = digits
+    fitted = H2TClassifier("ncm", device="cpu").fit(x, y)
+    with pytest.raises(ValueError, match="X: values must fit float32"):
+        fitted.predict(x * 1e39)
+    with pytest.raises(UserError, match="features: must be finite and not too large; row 1 has no probabilities"):
+        fitted.classifier_.predict(np.where(np.arange(len(x))[:, None] == 1, np.nan, x))

@@ -187,6 +187,13 @@ def test_class_names_that_are_none(tmp_path, content):
     assert "not a readable list of class names" in said
 
 
+def test_two_classes_of_one_name_are_refused(tmp_path):
+    save(tmp_path / "x.npz", np.eye(2, dtype=np.float32), [0, 1])
+    (tmp_path / "names.txt").write_text("owl\nowl\n")
+    command = ("cache", "import", tmp_path / "c", "--train", tmp_path / "x.npz", "--classes", tmp_path / "names.txt")
+    assert "class names must differ; got 'owl' twice; rename one" in refused(*command)
+
+
 def test_sources_that_stand_twice_are_not_taken_for_names(tmp_path):
     table = pa.table({"embedding": [[1.0], [2.0]], "label": [0, 1], "path": ["same", "same"]})
     pq.write_table(table, tmp_path / "x.parquet")

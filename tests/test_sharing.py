@@ -183,6 +183,22 @@ def test_a_remote_that_lies_about_a_published_cache_is_caught(lab, monkeypatch):
         open_cache(address)
 
 
+def test_plug_ins_outside_the_repository_are_not_published(lab, monkeypatch):
+    params = lab / "a/params.yaml"
+    params.write_text(params.read_text().replace("\nhosts:", "\nhosts:\n  mine: {backbone: b}", 1))
+    git("commit", "--quiet", "--all", "--message=host", where=lab / "a")
+    (lab / "own/hosts").mkdir(parents=True)
+    (lab / "own/hosts/mine.py").write_text("")
+    monkeypatch.setenv("H2T_PLUGINS", str(lab / "own"))
+    line = refused("cache", "publish", code=1)
+    assert (
+        "own/hosts/mine.py: lies outside this repository, so nobody else can get it; copy it into plugins/hosts" in line
+    )
+    assert not objects(lab)
+    (lab / "own/hosts/mine.py").rename(lab / "own/hosts/other.py")
+    accepted("cache", "publish")
+
+
 def test_publish_proves_what_the_remote_holds(lab):
     accepted("cache", "publish")
     cut, gone, *_ = objects(lab)

@@ -7,6 +7,8 @@ from h2t.cache.errors import CacheError
 CONNECT_TIMEOUT, READ_TIMEOUT = 10, 30  # seconds
 CONNECTIONS = 64
 
+HOSTED = ("http", "https", "s3", "s3a", "ssh", "sftp")
+
 #: HTTP statuses request timeout, too early, too many requests. A retry does not help with others from 400 to 499.
 WORTH_ANOTHER_TRY = (408, 425, 429)
 FINAL = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, ImportError, ValueError, TypeError)
@@ -16,11 +18,23 @@ FINAL_WORDS = ("credential", "permission", "not trusted", "forbidden", "access d
 def file_system(url: str) -> tuple[Any, str]:
     """The fsspec file system of `url` and the path in it, with timeouts; fsspec finds the credentials.
 
-    Raises ValueError for an unknown protocol, ImportError if its package is not installed.
+    Raises ValueError for an unknown protocol or an address without a host, ImportError if a package is not installed.
     """
     import fsspec
 
-    protocol = url.partition("://")[0]
+    protocol, _, place = url.partition("://")
+    try:
+        fsspec.get_filesystem_class(protocol)
+    except ValueError:
+        raise ValueError(
+            f"unknown protocol {protocol!r}; write a path, s3://, ssh://, https:// or another of fsspec"
+        ) from None
+    except ImportError as error:
+        raise ImportError(
+            f"{protocol}:// needs a package that is not installed ({error}); install it beside h2t"
+        ) from None
+    if protocol in HOSTED and not place.partition("/")[0]:
+        raise ValueError(f"must name a host or bucket; write {protocol}://HOST/PATH")
     options: dict[str, Any] = {"skip_instance_cache": True}
     if protocol in ("http", "https"):
         import aiohttp

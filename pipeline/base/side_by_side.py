@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.lost_threads import lost_threads_end_it
 
 T = TypeVar("T")
 
@@ -87,7 +88,8 @@ def _work(job: Callable[[], Any], answer: Connection) -> None:
 
     threading.Thread(target=follow, daemon=True).start()
     try:
-        answer.send((job(), None))
+        with lost_threads_end_it():
+            answer.send((job(), None))
     except Exception as error:  # noqa: BLE001 - raised again in the parent
         answer.send((None, _sendable(error)))
 

@@ -16,6 +16,7 @@ from h2t.cache.errors import CacheWarning
 from h2t.cache.redaction import one_line, redacted
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import of_the_machine
+from h2t.pipeline.base.lost_threads import lost_threads_end_it
 
 STOPPED = 130  # the usual exit code after Ctrl-C
 
@@ -106,7 +107,7 @@ class OneLineErrors(click.Group):
     def main(self, *args: Any, **extra: Any) -> Any:
         """Runs a command line. After Ctrl-C it does not wait for threads: one that Python lost would never end."""
         try:
-            with _interrupts_are_heard(), _warnings_are_lines():
+            with lost_threads_end_it(), _interrupts_are_heard(), _warnings_are_lines():
                 return super().main(*args, **extra)
         except SystemExit as end:
             if end.code == STOPPED:

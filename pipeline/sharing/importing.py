@@ -5,6 +5,7 @@ start from one refuse such a cache. All rows are recorded under `stage1` statist
 training count, as in every cache.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,8 @@ def run(
             f"import: {counted(len(names), 'class name')} allow labels 0 to {len(names) - 1}; got {wrong[0]!r}; "
             "name every class"
         )
+    if names is not None and (twice := [name for name, count in Counter(names).items() if count > 1]):
+        raise UserError(f"import: class names must differ; got {twice[0]!r} twice; rename one")
     half = all(p.features.dtype == np.float16 and p.features.ndim == 4 for p in parts.values())
     dtype = "float16" if half else "float32"
     rows, order = _rows(parts, labels, dtype)

@@ -6,7 +6,8 @@ committed and undamaged, and that the remote holds the content of every object.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 from h2t.cache.redaction import redacted
 from h2t.cache.sizes import sized
+from h2t.pipeline.base import params, plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.sharing.repository import (
@@ -32,6 +34,11 @@ THREADS = 8  # requests to a remote at a time
 PART_BYTES = 1024 * 1024  # bytes read at a time when an object is compared
 SHOWN = 3  # names listed in a message
 LAYOUT = ("dvc.yaml", "dvc.lock", "params.yaml", "stages.yaml", "plugins")  # what a clone needs to get the outputs
+#: Keys of params.yaml that name a plug-in -> its kind; the name of an entry of `backbones` or `hosts` may do so, too.
+NAMING = {
+    "dataset": "datasets", "arch": "backbones", "objective": "objectives", "host": "hosts", "pool": "pools",
+    "receiver": "samplers", "donor": "samplers", "backbones": "backbones", "hosts": "hosts",
+}  # fmt: skip
 COMPILED = ":(exclude,glob)plugins/**/__pycache__/**"
 
 
@@ -66,6 +73,7 @@ def publish(
     for cache in caches(root):
         _check_cache(root / cache)
     _check_commit(root, uncommitted, say)
+    _check_plugins(root)
     with in_one_line("dvc"), Repo(str(root)) as repo:
         _check_workspace(repo)
         if set_verify(root, name):
@@ -154,6 +162,32 @@ def _check_commit(root: Path, uncommitted: bool, say: Say) -> None:
         )
     if changed:
         say(f"note: {', '.join(changed)} not committed; others need the same parameters, and dvc repro --pull")
+
+
+def _check_plugins(root: Path) -> None:
+    """Raises UserError for a plug-in in the parameters that only a folder outside the repository has."""
+    if not (outside := os.environ.get("H2T_PLUGINS")) or Path(outside).resolve() == (root / "plugins").resolve():
+        return
+    values = params.load(root / "params.yaml")
+    built_in = Path(plugins.__file__).parents[1]
+    for kind, name in _named(values):
+        file = Path(kind, f"{name}.py")
+        inside = any((folder / file).is_file() for folder in (built_in, root / "plugins"))
+        if (Path(outside) / file).is_file() and not inside:
+            raise UserError(
+                f"{Path(outside) / file}: lies outside this repository, so nobody else can get it; copy it into "
+                f"plugins/{kind}, type: h2t upgrade --apply && dvc repro, and commit it"
+            )
+
+
+def _named(values: Any) -> Iterator[tuple[str, str]]:
+    """(kind, name) of what may be a plug-in in the parameters."""
+    if isinstance(values, Mapping):
+        for key, value in values.items():
+            if kind := NAMING.get(str(key)):
+                names = [value] if isinstance(value, str) else value if isinstance(value, Iterable) else []
+                yield from ((kind, str(name)) for name in names)
+            yield from _named(value)
 
 
 def prove(repo: Any, remote: str, outputs: list[Out], *, quick: bool = False) -> Proof:

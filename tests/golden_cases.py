@@ -288,7 +288,14 @@ def report() -> Result:
     h2t(*EVALUATE, "data/evaluate/dr")  # version 0.1.0 wrote no differences.parquet
     h2t("report", "data/evaluate", "out")
     return documents(
-        Path("out"), "results.md", "metrics.json", "summary.json", "plots/ratio.csv", "plots/per_class.csv"
+        Path("out"),
+        "results.md",
+        "results.csv",
+        "results.tex",
+        "metrics.json",
+        "summary.json",
+        "plots/ratio.csv",
+        "plots/per_class.csv",
     )
 
 

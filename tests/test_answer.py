@@ -11,9 +11,11 @@ import pytest
 from report_builders import make_evaluated
 
 from h2t.pipeline.base.run import Run
+from h2t.pipeline.evaluation.intervals import Difference
+from h2t.pipeline.reporting import paper
 from h2t.pipeline.reporting.answer import Answer
 from h2t.pipeline.reporting.page import render
-from h2t.pipeline.reporting.results import load_result
+from h2t.pipeline.reporting.results import ROWS, load_result
 from h2t.pipeline.stages import report
 
 GRID = {"ratio": [0.0, 0.1, 0.3, 0.6], "seed": [0, 1, 2]}
@@ -56,11 +58,12 @@ def test_the_answer_names_the_best_its_share_certainty_cost_and_command(evaluate
     ratio = better.metrics["with_h2t"]["ratio"]
     assert best == (
         f"Best top-1: dr with H2T at ratio {ratio:g}; top-1 94.4 %, tail 90.6 %. "
-        "H2T: +0.8 [-0.5, +2.1] too close to tell."
+        "Not clearly behind it: stage I. H2T: +0.8 [-0.5, +2.1] too close to tell."
     )
     assert share == ("H2T in dr: top-1 +0.8 [-0.5, +2.1] too close to tell; tail +2.6 [+0.4, +4.8] higher.")
     assert certainty == (
-        "Intervals (95 %) cover 3 seeds of stage II and 24 test images; not other trainings of the backbone."
+        "Intervals (95 %) cover 3 seeds of stage II and 24 test images; not other trainings of the backbone. "
+        "Few test images: 6 of head classes; 6 of tail classes."
     )
     # Nine runs with donors (two passes) and three at ratio 0 (one), each on 75 training images.
     assert cost.startswith("Cost: 12 classifiers on cached maps")
@@ -126,7 +129,45 @@ def test_ties_share_the_first_place(dr):
     again = replace(dr, name="again")
     ranking = Answer([dr, again]).rankings["top1"]
     assert set(ranking.places.values()) == {1}
-    assert "Not clearly behind it: again." in Answer([dr, again]).lines()[0]
+    assert re.search("Not clearly behind it: .*again\\.", Answer([dr, again]).lines()[0])
+
+
+def test_a_stage_one_that_is_clearly_better_is_said(dr):
+    """Swapped, so that stage I has the predictions of the trained heads, and these have those of stage I."""
+    predictions = dr.tables["predictions"]
+    wrong = predictions.assign(
+        predicted=predictions.predicted.where(predictions.number < 0, (predictions.label + 1) % 4)
+    )
+    right = wrong.assign(predicted=wrong.predicted.where(wrong.number >= 0, wrong.label))
+    worse = with_figures(dr, stage1=(100.0, 100.0), without_h2t=(0.0, 0.0), with_h2t=(0.0, 0.0))
+    worse = replace(worse, tables={**dr.tables, "predictions": right})
+    assert "But stage I, the network as it was before, has top-1 100.0 %, tail 100.0 %." in Answer([worse]).lines()[0]
+    assert "stage I" not in Answer([with_figures(dr, stage1=(0.0, 0.0))]).best("top1")[0]
+
+
+def test_groups_and_classes_with_few_test_images_are_named(dr):
+    predictions = dr.tables["predictions"]
+    last = predictions.label.max()
+    fewer = replace(dr, tables={**dr.tables, "predictions": predictions[predictions.label != last]})
+    name = dr.about["classes"][last]
+    assert (
+        Answer([fewer]).certainty().endswith(f" Few test images: 6 of head classes; 0 of tail classes; none of {name}.")
+    )
+
+
+def test_a_table_for_a_paper_holds_every_classifier_and_what_h2t_changes(dr):
+    special = replace(dr, name="dr_50%")
+    data = paper.table([special])
+    assert list(data.classifier) == ["stage I", "without H2T", "with H2T"]
+    assert data[["top1", "tail"]].to_numpy().tolist() == [[dr.metrics[r]["top1"], dr.metrics[r]["tail"]] for r in ROWS]
+    change = Difference(**dr.metrics["difference"]["top1"])
+    assert data.top1_change[2] == pytest.approx(change.mean)
+    assert (data.top1_low[2], data.top1_verdict[2]) == (pytest.approx(change.low), change.verdict)
+    text = paper.latex([special], "Covers.")
+    assert r"dr\_50\% & stage I & --" in text
+    assert f" & difference &  & ${change.mean:+.1f}$ [{change.low:+.1f}, {change.high:+.1f}] & " in text
+    rows = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert {line.count("&") - line.count(r"\&") for line in rows} == {6}
 
 
 def test_what_was_chosen_at_the_edge_of_the_grid_is_remarked(dr):

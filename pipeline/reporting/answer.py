@@ -15,11 +15,12 @@ from h2t.pipeline.base.text import counted
 from h2t.pipeline.evaluation.intervals import Difference
 from h2t.pipeline.reporting.chosen import number
 from h2t.pipeline.reporting.published import Estimate, different_runs, estimates
-from h2t.pipeline.reporting.results import ROWS, HostResult, rows_apart
+from h2t.pipeline.reporting.results import ROWS, HostResult, few_tested, rows_apart
 
 RANKED = {"top1": "top-1", "tail": "tail", "medium": "medium", "head": "head", "ece": "calibration error"}
 SMALLER_IS_BETTER = {"ece"}
 APART = ("higher", "lower")  # verdicts that tell two classifiers apart
+TIED = ("too close to tell", "identical")
 SOURCES = {"seeds": "seeds of stage II", "images": "test images", "backbones": "trainings of the backbone"}
 
 
@@ -155,16 +156,15 @@ class Answer:
     @cached_property
     def rankings(self) -> dict[str, Ranking]:
         """A ranking by each figure that any method has."""
-
-        def verdict(after: Method, row: str, before: Method, before_row: str, figure: str) -> str | None:
-            pair = (after.name, row, before.name, before_row)
-            if pair not in self.compared:
-                self.compared[pair] = rows_apart(after.result, row, before.result, before_row) or {}
-            found = self.compared[pair].get(figure)
-            return found.verdict if found else None
-
-        rankings = {f: rank(self.methods, f, verdict) for f in RANKED}
+        rankings = {f: rank(self.methods, f, self._verdict) for f in RANKED}
         return {f: r for f, r in rankings.items() if r.methods}
+
+    def _verdict(self, after: Method, row: str, before: Method, before_row: str, figure: str) -> str | None:
+        pair = (after.name, row, before.name, before_row)
+        if pair not in self.compared:
+            self.compared[pair] = rows_apart(after.result, row, before.result, before_row) or {}
+        found = self.compared[pair].get(figure)
+        return found.verdict if found else None
 
     def lines(self, figure: str = "top1") -> list[str]:
         """The answer, one sentence group a line: best, H2T, certainty, cost, export command."""
@@ -179,11 +179,14 @@ class Answer:
             return [f"No method has a {RANKED[figure]} figure."]
         first = ranking.best
         row = first.best(figure) or ""
-        figures = [f for f in dict.fromkeys((figure, "top1", "tail")) if first.figure(row, f) is not None]
-        said = ", ".join(f"{RANKED[f]} {first.figure(row, f):.1f} %" for f in figures)
-        sentences = [f"Best {RANKED[figure]}: {first.words(row)}; {said}."]
-        if ranking.ties:
-            sentences.append(f"Not clearly behind it: {_some(ranking.ties)}.")
+        sentences = [f"Best {RANKED[figure]}: {first.words(row)}; {_figures(first, row, figure)}."]
+        stage1 = None
+        if first.figure("stage1", figure) is not None:
+            stage1 = self._verdict(first, "stage1", first, row, figure)
+        if stage1 == ("lower" if figure in SMALLER_IS_BETTER else "higher"):
+            sentences.append(f"But stage I, the network as it was before, has {_figures(first, 'stage1', figure)}.")
+        if ties := [*(["stage I"] if stage1 in TIED else []), *ranking.ties]:
+            sentences.append(f"Not clearly behind it: {_some(ties)}.")
         if figure in first.changes:
             sentences.append(f"H2T: {in_words(first.changes[figure])}.")
         if ranking.others:
@@ -215,7 +218,9 @@ class Answer:
         inside = [" ".join(filter(None, (numbers.get(c, ""), SOURCES[c]))) for c in SOURCES if c in covers]
         outside = [f"other {SOURCES[c]}" for c in SOURCES if c not in covers]
         text = f"Intervals (95 %) cover {', '.join(inside[:-1])}{' and ' if inside[1:] else ''}{inside[-1]}"
-        return f"{text}; not {' or '.join(outside)}." if outside else f"{text}."
+        limits = f"; not {' or '.join(outside)}" if outside else ""
+        few = few_tested(self.results[0])
+        return f"{text}{limits}." + (f" Few test images: {few}." if few else "")
 
     def cost(self) -> str:
         """How many classifiers were trained, and what the published way would have taken."""
@@ -320,13 +325,21 @@ class Answer:
 
 
 def short_interval(change: Difference) -> str:
-    """The interval with one decimal, in brackets; empty if there is none."""
-    return "" if change.low is None or change.high is None else f"[{change.low:+.1f}, {change.high:+.1f}]"
+    """The interval with one decimal, in brackets; empty if there is none, and beside `identical`, which says more."""
+    if change.low is None or change.high is None or change.verdict == "identical":
+        return ""
+    return f"[{change.low:+.1f}, {change.high:+.1f}]"
 
 
 def in_words(change: Difference) -> str:
     """Mean, interval and verdict on one line, with one decimal."""
     return " ".join(filter(None, (f"{change.mean:+.1f}", short_interval(change), change.verdict or "no verdict")))
+
+
+def _figures(method: Method, row: str, figure: str) -> str:
+    """`figure`, top-1 and tail accuracy of a row, those that it has: `top-1 86.2 %, tail 65.8 %`."""
+    known = {f: v for f in (figure, "top1", "tail") if (v := method.figure(row, f)) is not None}
+    return ", ".join(f"{RANKED[f]} {v:.1f} %" for f, v in known.items())
 
 
 def duration(seconds: float | None) -> str:

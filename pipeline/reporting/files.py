@@ -13,6 +13,7 @@ from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import fresh_directory, write_json
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.evaluation.intervals import Difference
+from h2t.pipeline.reporting import paper
 from h2t.pipeline.reporting.answer import Answer
 from h2t.pipeline.reporting.chosen import choices
 from h2t.pipeline.reporting.page import cell, render, spread
@@ -40,6 +41,8 @@ def write(title: str, answer: Answer, out: Path, sides: Sequence[Side] = ()) -> 
     with fresh_directory(out) as into:
         (into / "results.md").write_text(_document(title, untimed, sides), encoding="utf-8")
         (into / "index.html").write_text(render(title, answer, sides), encoding="utf-8")
+        _csv(paper.table(results), into / "results.csv")
+        (into / "results.tex").write_text(paper.latex(results, answer.certainty()), encoding="utf-8")
         write_json(into / "metrics.json", {r.name: r.metrics for r in results})
         write_json(into / "summary.json", answer.summary())
         plots = into / "plots"

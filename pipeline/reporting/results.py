@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from h2t.cache.redaction import one_line
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.data.classes import GROUPS
 from h2t.pipeline.evaluation.intervals import FIGURES as FIGURES
@@ -18,6 +19,7 @@ from h2t.pipeline.evaluation.intervals import Difference, Pairs, over_replicates
 from h2t.pipeline.evaluation.metrics import Answers
 
 ROWS = {"stage1": "stage I", "without_h2t": "without H2T", "with_h2t": "with H2T"}
+FEW = 10  # test images; the figure of a group with fewer says little
 ABOUT = {"host", "classes", "counts", "groups", "cache"}
 SINGLE = {-1}  # in place of seeds: stage I, and hosts fitted in closed form
 TABLES = (
@@ -116,6 +118,13 @@ class HostResult:
             covers = tuple(str(source) for source in line.covers)
             found[str(line.figure)] = Difference(line.mean, line.low, line.high, verdict, covers, int(line.seeds))
         return found
+
+    @cached_property
+    def tested(self) -> list[int]:
+        """The number of test images of each class; of several replicates, in the first."""
+        table = self.tables["predictions"]
+        labels = table.label[table.number == table.number.iloc[0]] if len(table) else table.label
+        return [int(n) for n in np.bincount(labels.astype(int), minlength=len(self.about["counts"]))]
 
     def predictions(self, row: str) -> dict[int, "Predicted"]:
         """The predictions behind `row` of metrics.json by replicate.
@@ -216,6 +225,19 @@ def rows_apart(after: HostResult, row: str, before: HostResult, before_row: str)
 def between_hosts(after: HostResult, before: HostResult, row: str) -> dict[str, Difference | None] | None:
     """The differences `after` - `before` in `row` of metrics.json; None if either host lacks the row."""
     return rows_apart(after, row, before, row)
+
+
+def few_tested(result: HostResult) -> str:
+    """Groups with fewer than `FEW` test images, and classes with none, in words; empty if there are none."""
+    few = []
+    for group in GROUPS:
+        numbers = [n for n, g in zip(result.tested, result.about["groups"], strict=True) if g == group]
+        if numbers and sum(numbers) < FEW:
+            few.append(f"{sum(numbers)} of {group} classes")
+    none = [one_line(c) for c, n in zip(result.about["classes"], result.tested, strict=True) if not n]
+    if none:
+        few.append(f"none of {', '.join(none[:4])}" + (f" and {len(none) - 4} more" if len(none) > 4 else ""))
+    return "; ".join(few)
 
 
 def as_published(result: HostResult) -> dict[str, tuple[float | None, float | None]] | None:

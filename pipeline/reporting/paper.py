@@ -1,0 +1,78 @@
+"""The results for a paper: a table of all classifiers as data (results.csv) and as LaTeX (results.tex)."""
+
+import re
+from collections.abc import Iterator, Sequence
+
+import pandas as pd
+
+from h2t.pipeline.evaluation.intervals import Difference
+from h2t.pipeline.reporting.answer import short_interval
+from h2t.pipeline.reporting.results import FIGURES, ROWS, HostResult, with_against_without
+
+PRINTED = {"top1": "top-1", "head": "head", "medium": "medium", "tail": "tail"}  # the columns in LaTeX
+_SPECIAL = {c: rf"\{c}" for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\^{}"}
+
+
+def table(results: Sequence[HostResult]) -> pd.DataFrame:
+    """A line for each classifier: method, classifier, ratio, heads (how many are averaged), figures in percent.
+
+    For each figure F: F and F_sd, and beside `with H2T` F_change, F_low, F_high and F_verdict: the difference from
+    `without H2T` in percentage points, with its 95 % interval.
+    """
+    lines = []
+    for result in results:
+        apart = with_against_without(result) or {}
+        for row, label in ROWS.items():
+            if (entry := result.metrics[row]) is None:
+                continue
+            line = {"method": result.name, "classifier": label, "ratio": entry["ratio"], "heads": entry["heads"]}
+            for f in FIGURES:
+                line |= {f: entry[f], f"{f}_sd": entry[f"{f}_std"]}
+                if row == "with_h2t" and (change := apart.get(f)):
+                    line |= {f"{f}_change": change.mean, f"{f}_low": change.low, f"{f}_high": change.high}
+                    line[f"{f}_verdict"] = change.verdict
+            lines.append(line)
+    changes = [f"{f}_{part}" for f in FIGURES for part in ("change", "low", "high", "verdict")]
+    figures = [name for f in FIGURES for name in (f, f"{f}_sd")]
+    return pd.DataFrame(lines, columns=["method", "classifier", "ratio", "heads", *figures, *changes])
+
+
+def latex(results: Sequence[HostResult], covers: str) -> str:
+    """A `tabular` for the package booktabs; `covers` says what the intervals cover, for the comment above it."""
+    return "\n".join(
+        [
+            r"% Needs \usepackage{booktabs}. Test accuracy in percent, mean $\pm$ standard deviation over the seeds;",
+            f"% difference: with H2T minus without, in percentage points, and its interval. {covers}",
+            r"\begin{tabular}{llr" + "r" * len(PRINTED) + "}",
+            r"\toprule",
+            " & ".join(["method", "classifier", "ratio", *PRINTED.values()]) + r" \\",
+            *(line for result in results for line in _lines(result)),
+            r"\bottomrule",
+            r"\end{tabular}",
+            "",
+        ]
+    )
+
+
+def _lines(result: HostResult) -> Iterator[str]:
+    """The lines of one method: its classifiers, then what H2T changes."""
+    yield r"\midrule"
+    name = re.sub(r"[&%$#_{}\\~^]", lambda found: _SPECIAL[found[0]], result.name)
+    for row, label in ROWS.items():
+        if (entry := result.metrics[row]) is not None:
+            cells = [_mean(entry[f], entry[f"{f}_std"]) for f in PRINTED]
+            ratio = "--" if entry["ratio"] is None else f"{entry['ratio']:g}"
+            yield " & ".join([name, label, ratio, *cells]) + r" \\"
+            name = ""
+    if apart := with_against_without(result):
+        yield " & ".join(["", "difference", "", *(_change(apart[f]) for f in PRINTED)]) + r" \\"
+
+
+def _mean(mean: float | None, deviation: float | None) -> str:
+    return "--" if mean is None else f"{mean:.1f}" + ("" if deviation is None else rf" $\pm$ {deviation:.1f}")
+
+
+def _change(change: Difference | None) -> str:
+    if change is None:
+        return "--"
+    return f"${change.mean:+.1f}$ {short_interval(change)}".rstrip()

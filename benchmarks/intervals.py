@@ -173,7 +173,7 @@ def coverage(case: Case, sets: int, rng: np.random.Generator) -> dict[str, Found
         for figure, line in lines.items():
             line.append((case.seeds >= FEWEST_SEEDS and bool(enough[figure]), found[figure]))
     truth["ece"] = float(np.mean([found.mean for _, found in lines["ece"]]))
-    return {figure: _found(truth[figure], line) for figure, line in lines.items()}
+    return {figure: tallied(truth[figure], line) for figure, line in lines.items()}
 
 
 def draw_replicates(case: Case, rng: np.random.Generator) -> tuple[list[Pairs], float]:
@@ -199,7 +199,7 @@ def draw_replicates(case: Case, rng: np.random.Generator) -> tuple[list[Pairs], 
         )
         right = mine + rng.normal(size=(2, seeds, len(held))) > 0
         confidence = 1 / CLASSES + (1 - 1 / CLASSES) * ndtr(np.array([1.0, 1.5])[:, None, None] * mine)
-        before, after = (_answers(r, c, labels) for r, c in zip(right, confidence, strict=True))
+        before, after = (answered(r, c, labels) for r, c in zip(right, confidence, strict=True))
         found.append(Pairs(after, before, labels, held))
     true = float(ndtr(ndtri(case.accuracy) + case.effect / case.spread)) - case.accuracy
     return found, true
@@ -215,7 +215,7 @@ def coverage_over_replicates(case: Case, sets: int, rng: np.random.Generator) ->
         for figure, line in lines.items():
             if difference := found[figure]:
                 line.append((case.replicates >= FEWEST_REPLICATES and _enough_changed(pairs, figure), difference))
-    return {figure: _found(truth, line) for figure, line in lines.items()}
+    return {figure: tallied(truth, line) for figure, line in lines.items()}
 
 
 def _enough_changed(replicates: Sequence[Pairs], figure: str) -> bool:
@@ -230,7 +230,7 @@ def _enough_changed(replicates: Sequence[Pairs], figure: str) -> bool:
     return bool(np.mean(counts) >= FEWEST_CHANGED)
 
 
-def _answers(right: np.ndarray, confidence: np.ndarray, labels: np.ndarray) -> list[Answers]:
+def answered(right: np.ndarray, confidence: np.ndarray, labels: np.ndarray) -> list[Answers]:
     """Predictions by seed, from (seeds, images). Wrong ones name the next class."""
     wrong = (labels + 1) % CLASSES
     return [Answers(np.where(r, labels, wrong).astype(np.int32), c) for r, c in zip(right, confidence, strict=True)]
@@ -245,11 +245,11 @@ def _data(case: Case, sets: int, rng: np.random.Generator) -> Iterator[tuple[np.
 
 def _compared(right: np.ndarray, confidence: np.ndarray, labels: np.ndarray) -> dict[str, Difference]:
     """The second method minus the first, as evaluate compares them."""
-    said = [_answers(r, c, labels) for r, c in zip(right, confidence, strict=True)]
+    said = [answered(r, c, labels) for r, c in zip(right, confidence, strict=True)]
     return {name: found for name, found in differences(said[1], said[0], labels, GROUP_OF).items() if found}
 
 
-def _found(true: float, lines: Sequence[tuple[bool, Difference]]) -> Found:
+def tallied(true: float, lines: Sequence[tuple[bool, Difference]]) -> Found:
     judged = np.array([enough for enough, _ in lines])
     held = np.array([(d.low or 0) <= true <= (d.high or 0) for _, d in lines])
     wrong = [(d.verdict == "higher" and true <= 0) or (d.verdict == "lower" and true >= 0) for _, d in lines]

@@ -403,8 +403,8 @@ def test_copies_are_counted_and_named(tmp_path):
     assert facts["counts"] == [7, 5, 1]
 
 
-def test_copies_among_test_images_are_said_to_narrow_intervals(tmp_path):
-    said, options = "verdicts too bold", messy(tmp_path / "i")
+def test_copies_among_test_images_are_said_to_count_as_one(tmp_path):
+    said, options = "count as one image in intervals", messy(tmp_path / "i")
     assert said not in " ".join(prepared(tmp_path, "image_folder", options)[2])
     shutil.copy(tmp_path / "i/test/dog/0.png", tmp_path / "i/test/dog/8.png")
     assert said in " ".join(prepared(tmp_path, "image_folder", options)[2])

@@ -183,8 +183,15 @@ def read_rows(
     parts = []
     for at, batch in read_batches(source, expected_rows, columns, rows=wanted):
         first, last = np.searchsorted(wanted, [at, at + len(batch)])
-        parts.append(batch.take(pa.array(wanted[first:last] - at)))
-    return pa.Table.from_batches(parts, pa.schema([SCHEMA.field(name) for name in columns])).take(pa.array(places))
+        parts.append(batch.take(_as_arrow(wanted[first:last] - at)))
+    return pa.Table.from_batches(parts, pa.schema([SCHEMA.field(name) for name in columns])).take(_as_arrow(places))
+
+
+def _as_arrow(numbers: np.ndarray) -> pa.Array:
+    """int64 `numbers` (n,) as an Arrow array; `pa.array` imports pandas where it is installed, 0.2 s."""
+    return pa.Int64Array.from_buffers(
+        pa.int64(), len(numbers), [None, pa.py_buffer(np.ascontiguousarray(numbers, np.int64))]
+    )
 
 
 @contextmanager

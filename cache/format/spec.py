@@ -22,6 +22,7 @@ ROWS = "rows.parquet"
 STATISTICS = "batchnorm.safetensors"
 CARD = "README.md"
 MAPS = "maps.zarr"
+TEST_GROUPS = "test_groups"  # in the provenance: the number of each test image's group, in the order of their rows
 #: Longer records are neither written nor read. A record of 200,000 shards takes 27 MB.
 MAX_RECORD_BYTES = 32 * 1024**2
 

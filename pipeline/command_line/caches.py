@@ -175,6 +175,7 @@ CACHE = click.argument("location", metavar="CACHE", help="Path or URL of the cac
 @options.as_json
 def info(location: str, as_json: bool) -> None:
     """Describe a cache: rows, classes, layout, origin."""
+    from h2t.cache.format.spec import TEST_GROUPS
     from h2t.cache.tools.audit import describe
 
     with opened(location) as maps:
@@ -199,6 +200,8 @@ def info(location: str, as_json: bool) -> None:
     for name in ("fingerprint_inputs", "provenance"):
         click.echo(name.replace("_", " "))
         for key, value in sorted(about[name].items()):
+            if key == TEST_GROUPS and isinstance(value, list):
+                value = f"{counted(len(set(map(str, value))), 'group')} of {counted(len(value), 'test image')}"
             text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
             click.echo(f"             {printable(f'{key}: {text}')}")
 

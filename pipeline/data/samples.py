@@ -25,7 +25,7 @@ from h2t.pipeline.data.views import transform_for
 
 TEXT = pa.string()
 SCHEMA = pa.schema({"sample": pa.int64(), "split": TEXT, "label": pa.int32(), "source": TEXT, "digest": TEXT})
-
+GROUPED = SCHEMA.append(pa.field("group", pa.int32()))  # of a data set whose images have groups
 
 KEPT_BYTES = 16 * 1024 * 1024  # a table file up to this size is kept in memory: some 300,000 samples, 40 MB
 BUFFER_BYTES = 2**20  # of a column read at a time
@@ -35,8 +35,8 @@ BUFFER_BYTES = 2**20  # of a column read at a time
 class Samples:
     """The prepared samples.
 
-    `table` has the columns of SCHEMA, sorted by split, label and source; its row i describes sample i. `facts` is the
-    content of classes.json.
+    `table` has the columns of SCHEMA or GROUPED, sorted by split, label and source; its row i describes sample i.
+    `facts` is the content of classes.json.
     """
 
     table: pa.Table
@@ -70,7 +70,10 @@ class Samples:
 
     @property
     def digest(self) -> str:
-        """sha256 of split, label, source and digest of all samples, as canonical JSON of these columns."""
+        """sha256 of split, label, source and digest of all samples, as canonical JSON of these columns.
+
+        Groups are not part of it: no map depends on them.
+        """
         whole = hashlib.sha256()
         for column, before in zip(("digest", "label", "source", "split"), "{,,,", strict=True):
             whole.update(f'{before}"{column}":['.encode())
@@ -122,7 +125,7 @@ def load_samples(path: Path) -> Samples:
                 f"{tempfile.gettempdir()}: no space left to unpack samples.parquet; free some, or set TMPDIR"
             ) from None
         raise UserError(f"{folder}: the prepared samples cannot be read ({error}); run h2t prepare again") from None
-    if not table.schema.equals(SCHEMA) or any(column.null_count for column in table.columns):
+    if table.schema not in (SCHEMA, GROUPED) or any(column.null_count for column in table.columns):
         raise UserError(f"{folder}: samples.parquet has other columns than prepare writes; run h2t prepare again")
     found = pc.value_counts(pc.filter(table["label"], pc.equal(table["split"], "train"))).to_pylist()
     counts = {line["values"]: line["counts"] for line in sorted(found, key=lambda line: line["values"])}

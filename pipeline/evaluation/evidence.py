@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import torch
 from threadpoolctl import threadpool_limits
 
+from h2t.cache.format.spec import TEST_GROUPS
 from h2t.cache.memory import available_memory
 from h2t.cache.reader import Cache
 from h2t.pipeline.base.outputs import write_json
@@ -190,7 +191,7 @@ def write_about(
         "zeros_rows": len(rows),
         "fingerprint": spec.fingerprint,
         "batchnorm": spec.fingerprint_inputs.get("batchnorm", {}),
-        "provenance": {k: v for k, v in spec.provenance.items() if k not in ("classes", "counts")},
+        "provenance": {k: v for k, v in spec.provenance.items() if k not in ("classes", "counts", TEST_GROUPS)},
     }
     counts = heads.about["counts"]
     settings = {k: v for k, v in heads.about.items() if k not in ("counts", "where")}

@@ -4,7 +4,8 @@ Seeds and test images are crossed: every seed's classifier is scored on every im
 both parts are estimated from the same paired predictions. Multi-reader studies in radiology have the same layout, with
 readers for seeds and cases for images; variance and degrees of freedom are theirs (Obuchowski and Rockette,
 Communications in Statistics 24, 1995; Hillis, Statistics in Medicine 26, 2007). Images vary within their classes only,
-as a test set has a fixed number of images of each class. docs/intervals.md shows how often the intervals hold.
+as a test set has a fixed number of images of each class. docs/intervals.md shows how often the intervals hold. Where
+test images come in groups, whole groups vary (`image_groups.py`).
 
 Replicates, with a backbone and test images of their own, take the place of seeds: the seeds within a replicate are
 averaged, and what replicates have in common are the test images that several of them hold out.
@@ -13,21 +14,22 @@ Each interval is for one comparison; there is no correction for many comparisons
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 
 from h2t.pipeline.data.classes import GROUPS
+from h2t.pipeline.evaluation.image_groups import contributions, freedom, group_numbers, sums
 from h2t.pipeline.evaluation.metrics import BINS, Answers, calibration_gaps
 
 FIGURES = ("top1", *GROUPS, "ece")
 LEVEL = 0.95
 FEWEST_SEEDS = 3  # for a verdict; with two, 95 % intervals hold in 87 to 92 % of cases
 FEWEST_REPLICATES = 3  # for a verdict, where there are replicates
-FEWEST_CHANGED = 5  # images, mean over seeds, on which the two classifiers differ, for `higher` or `lower`
-FEWEST_FOR_ECE = 20 * BINS  # images for a verdict on ECE; with fewer, its bias is as large as what is measured
+FEWEST_CHANGED = 5  # images or groups, mean over seeds, on which the classifiers differ, for `higher` or `lower`
+FEWEST_FOR_ECE = 20 * BINS  # images or groups for a verdict on ECE; with fewer, its bias is as large as the figure
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class Difference:
     `covers` names the sources of variation behind the interval: `seeds`, `images` (of the test split, within classes),
     `backbones` (replicates). Without any, low and high are None. `verdict` is `higher`, `lower`, `too close to tell`,
     `identical` (all predictions are equal), or None where the data allow no verdict. `seeds` counts the paired seeds,
-    of each replicate.
+    of each replicate. `image_groups`: the number of groups of test images (of the first replicate), if these come in
+    groups; then `images` in `covers` means other groups.
     """
 
     mean: float
@@ -46,6 +49,7 @@ class Difference:
     verdict: str | None
     covers: tuple[str, ...]
     seeds: int
+    image_groups: int | None = None
 
     @property
     def interval(self) -> str | None:
@@ -60,21 +64,24 @@ class Difference:
         return " ".join((f"{self.mean:+.2f}", *filter(None, (self.interval, self.verdict or "no verdict"))))
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields, for JSON."""
-        return {**asdict(self), "covers": list(self.covers)}
+        """The fields, for JSON; `image_groups` only where test images come in groups."""
+        fields = {**asdict(self), "covers": list(self.covers)}
+        return {k: v for k, v in fields.items() if k != "image_groups" or v is not None}
 
 
 @dataclass(frozen=True)
 class Pairs:
     """Predictions of two classifiers for the same n test images of one replicate, an entry per seed on both sides.
 
-    `labels`: int (n,). `images`: numbers of the images, int (n,), the same in all replicates.
+    `labels`: int (n,). `images`: numbers of the images, int (n,), the same in all replicates. `groups`: likewise the
+    number of each image's group; None where each is on its own.
     """
 
     after: Sequence[Answers]
     before: Sequence[Answers]
     labels: np.ndarray
     images: np.ndarray
+    groups: np.ndarray | None = None
 
 
 def differences(
@@ -84,15 +91,17 @@ def differences(
     group_of: Sequence[str | None],
     seeded: bool = True,
     verdicts: bool = True,
+    groups: np.ndarray | None = None,
 ) -> dict[str, Difference | None]:
     """`after` - `before` of each of `FIGURES`; None for a group without test images.
 
     Both sides hold predictions for the same n images, one entry per seed, in the same order of seeds. `labels` is int
     (n,); `group_of` has one entry per class. `seeded`: False if neither side depends on a seed (closed-form fits, stage
     I). `verdicts`: False where something else varies that the intervals cannot cover, such as two backbones trained
-    once each.
+    once each. `groups`: the group of each image, int (n,), where images come in groups.
     """
-    return over_replicates([Pairs(after, before, labels, np.arange(len(labels)))], group_of, seeded, verdicts)
+    pairs = Pairs(after, before, labels, np.arange(len(labels)), groups)
+    return over_replicates([pairs], group_of, seeded, verdicts)
 
 
 def over_replicates(
@@ -104,14 +113,15 @@ def over_replicates(
     """
     several = len(replicates) > 1
     seeds = len(replicates[0].after)
-    scored = [_Scored.of(pairs) for pairs in replicates]
+    numbered = group_numbers([pairs.groups for pairs in replicates])
+    scored = [_Scored.of(replace(pairs, groups=own)) for pairs, own in zip(replicates, numbered, strict=True)]
     found: dict[str, Difference | None] = {}
     for figure in FIGURES:
         parts = [part for one in scored if (part := one.part(figure, group_of)) is not None]
         if len(parts) < len(scored):
             found[figure] = None
             continue
-        fewest = min(len(pairs.labels) for pairs in replicates)
+        fewest = min(part.units for part in parts)
         repeated = len(replicates) >= FEWEST_REPLICATES if several else not seeded or seeds >= FEWEST_SEEDS
         enough = repeated and (figure != "ece" or fewest >= FEWEST_FOR_ECE)
         mean, reach, changed = _over_replicates(parts) if several else _mean_and_reach(parts[0])
@@ -125,21 +135,43 @@ def over_replicates(
             covers = (*(("seeds",) if seeded else ()), "images", "backbones")
         else:
             covers = ("seeds", "images") if seeds > 1 else ("images",)
-        found[figure] = Difference(mean, low, high, verdict, covers, seeds)
+        image_groups = None if parts[0].groups is None else parts[0].units
+        found[figure] = Difference(mean, low, high, verdict, covers, seeds, image_groups)
     return found
 
 
 @dataclass(frozen=True)
 class _Part:
     """What one figure is computed from, in one replicate: `each` (seeds, n), the mean of which by `weights` is the
-    difference; labels and numbers of the images, (n,). `alike`: whether all predictions are equal.
+    difference; labels and numbers of the images, (n,), and of their groups, from 0 on. `alike`: whether all
+    predictions are equal.
     """
 
     each: np.ndarray
     labels: np.ndarray
     weights: np.ndarray
     images: np.ndarray
+    groups: np.ndarray | None
     alike: bool
+
+    @property
+    def units(self) -> int:
+        """How many images or, where they come in groups, how many groups."""
+        return len(self.labels) if self.groups is None else int(np.count_nonzero(np.bincount(self.groups)))
+
+    @property
+    def changed(self) -> float:
+        """The number of units on which the two classifiers differ, mean over seeds."""
+        differs = self.each
+        if self.groups is not None:
+            differs = sums((self.each != 0).astype(float), self.groups, int(self.groups.max()) + 1)
+        return float(np.count_nonzero(differs) / len(self.each))
+
+    @property
+    def weight(self) -> float:
+        """The weight of one unit: their mean, each counted as often as it weighs."""
+        weights = self.weights if self.groups is None else np.bincount(self.groups, self.weights)
+        return float(weights @ weights)
 
 
 @dataclass(frozen=True)
@@ -172,9 +204,9 @@ class _Scored:
         if not inside.any():
             return None
         each, alike = (self.gaps, self.same_confidence) if figure == "ece" else (self.right, self.same)
-        return _Part(
-            each[:, inside], labels[inside], weights[inside], self.pairs.images[inside], bool(alike[inside].all())
-        )
+        images, groups = self.pairs.images[inside], self.pairs.groups
+        groups = None if groups is None else groups[inside]
+        return _Part(each[:, inside], labels[inside], weights[inside], images, groups, bool(alike[inside].all()))
 
 
 def _verdict(low: float, high: float) -> str:
@@ -183,7 +215,7 @@ def _verdict(low: float, high: float) -> str:
 
 def _mean_and_reach(part: _Part) -> tuple[float, float, float]:
     """The weighted mean over images, averaged over seeds; half the width of its 95 % interval; and the number of
-    changed images, mean over seeds.
+    changed images or groups, mean over seeds.
 
     The variance of the mean is A + C. A, the variance over seeds divided by their number, holds the seeds and what
     images add to single seeds; C is the covariance that shared images cause between seeds. The degrees of freedom are
@@ -193,17 +225,15 @@ def _mean_and_reach(part: _Part) -> tuple[float, float, float]:
     (Bonett and Price, "Adjusted Wald confidence interval for a difference of binomial proportions based on paired
     data", Journal of Educational and Behavioral Statistics 37, 2012).
     """
-    each, labels, weights = part.each, part.labels, part.weights
-    seeds = len(each)
-    means = each @ weights
-    changed = float(np.count_nonzero(each) / seeds)
-    variances, freedom = _variances_over_images(np.vstack([each.mean(0), each]), labels, weights)
+    each, seeds = part.each, len(part.each)
+    means = each @ part.weights
+    variances, free = _variances_over_images(np.vstack([each.mean(0), each]), part)
     if seeds > 1:
         a = means.var(ddof=1) / seeds
         c = max(float(seeds * variances[0] - variances[1:].mean()) / (seeds - 1), 0.0)
     else:
         a, c = 0.0, float(variances[0])
-    return float(means.mean()), _reach(a, seeds, c, freedom, changed, weights), changed
+    return float(means.mean()), _reach(a, seeds, c, free, part.changed, part.weight), part.changed
 
 
 def _over_replicates(parts: Sequence[_Part]) -> tuple[float, float, float]:
@@ -211,18 +241,29 @@ def _over_replicates(parts: Sequence[_Part]) -> tuple[float, float, float]:
 
     A is the variance of the replicates' means divided by their number. C is the mean covariance of two replicates that
     the test images of both cause: within a class, the covariance over its m shared images, divided by how often the
-    class has as many images as one of them.
+    class has as many images as one of them. Where images come in groups, two replicates share groups.
     """
     means = np.array([float(part.each.mean(0) @ part.weights) for part in parts])
-    changed = float(np.mean([np.count_nonzero(part.each) / len(part.each) for part in parts]))
+    changed = float(np.mean([part.changed for part in parts]))
     shared = [_shared_covariance(one, other) for one, other in combinations(parts, 2)]
     a, c = float(means.var(ddof=1)) / len(parts), max(float(np.mean([s for s, _ in shared])), 0.0)
-    freedom = max(1, round(float(np.mean([f for _, f in shared]))))
-    return float(means.mean()), _reach(a, len(parts), c, freedom, changed, parts[0].weights), changed
+    free = max(1, round(float(np.mean([f for _, f in shared]))))
+    return float(means.mean()), _reach(a, len(parts), c, free, changed, parts[0].weight), changed
 
 
-def _shared_covariance(one: _Part, other: _Part) -> tuple[float, int]:
-    """The covariance of two replicates' means that their shared images cause, and its degrees of freedom."""
+def _shared_covariance(one: _Part, other: _Part) -> tuple[float, float]:
+    """The covariance of two replicates' means that their shared images or groups cause, and its degrees of freedom."""
+    if one.groups is not None and other.groups is not None:
+        common = np.intersect1d(one.groups, other.groups)
+        if not len(common):
+            return 0.0, 1
+        errors, free = [], []
+        for part, groups in ((one, one.groups), (other, other.groups)):
+            shared = np.isin(groups, common)
+            number, labels = np.searchsorted(common, groups[shared]), part.labels[shared]
+            errors.append(contributions(part.each[:, shared].mean(0)[None], labels, part.weights[shared], number)[0])
+            free.append(freedom(labels, number))
+        return float(errors[0] @ errors[1]), min(free)
     _, at, place = np.intersect1d(one.images, other.images, assume_unique=True, return_indices=True)
     if not len(at):
         return 0.0, 1
@@ -235,10 +276,13 @@ def _shared_covariance(one: _Part, other: _Part) -> tuple[float, int]:
     return float(np.where(counts > 1, spread, of_both) @ counts), int(np.maximum(counts[counts > 0] - 1, 1).sum())
 
 
-def _reach(a: float, samples: int, c: float, freedom: int, changed: float, weights: np.ndarray) -> float:
-    """Half the width of the interval from the variance A, over so many `samples`, and C with its degrees of freedom."""
+def _reach(a: float, samples: int, c: float, freedom: float, changed: float, weight: float) -> float:
+    """Half the width of the interval from the variance A, over so many `samples`, and C with its degrees of freedom.
+
+    `weight`: of an added image or group.
+    """
     if changed < FEWEST_CHANGED:
-        c += 2 * (100 * float(weights @ weights)) ** 2
+        c += 2 * (100 * weight) ** 2
     if not a + c:
         return 0.0
     joint = (a + c) ** 2 / (a**2 / max(samples - 1, 1) + c**2 / freedom)
@@ -252,13 +296,16 @@ def _quantile(freedom: float) -> float:
     return float(stdtrit(freedom, (1 + LEVEL) / 2))
 
 
-def _variances_over_images(values: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, int]:
-    """For each line of `values` (lines, n), the variance of its weighted sum if other images of the same classes were
-    drawn, float64 (lines,). Also the degrees of freedom.
+def _variances_over_images(values: np.ndarray, part: _Part) -> tuple[np.ndarray, float]:
+    """For each line of `values` (lines, n), the variance of its weighted sum if other images of the same classes, or
+    other groups, were drawn, float64 (lines,). Also the degrees of freedom.
 
     The weights of a class are equal. A class with one image has no variance of its own: the square of its value stands
     in, which is too large rather than too small.
     """
+    labels, weights = part.labels, part.weights
+    if part.groups is not None:
+        return (contributions(values, labels, weights, part.groups) ** 2).sum(1), freedom(labels, part.groups)
     lines, classes = len(values), int(labels.max()) + 1
     place = (labels + classes * np.arange(lines)[:, None]).ravel()
     total, square = (

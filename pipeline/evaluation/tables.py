@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from h2t.pipeline.data.classes import groups
+from h2t.pipeline.evaluation.image_groups import group_numbers
 from h2t.pipeline.evaluation.intervals import Difference, Pairs, over_replicates
 from h2t.pipeline.evaluation.metrics import Graded, confusion, per_class_accuracy, precision_and_f1
 from h2t.pipeline.evaluation.scoring import Scores
@@ -124,7 +125,7 @@ def compared(
         for replicate, result in tests.items():
             if keys := sorted(key for key in after.keys() & before.keys() if key[0] == replicate):
                 old, new = ([said[key] for key in keys] for said in (before, after))
-                pairs.append(Pairs(new, old, result.labels, result.samples))
+                pairs.append(Pairs(new, old, result.labels, result.samples, result.groups))
         return over_replicates(pairs, group_of, seeded=seeded) if pairs else None
 
     found = []
@@ -141,7 +142,7 @@ def compared(
 
 
 def write_differences(into: Path, comparisons: Sequence[Comparison]) -> None:
-    """Writes `differences.parquet`: one line per comparison and figure."""
+    """Writes `differences.parquet`: one line per comparison and figure; `image_groups` where there are any."""
     text, number = pa.string(), pa.float64()
     kinds = {"ratio": number, "donor": text, "selection": text, "against": text, "figure": text, "mean": number}
     kinds |= {"low": number, "high": number, "verdict": text, "covers": pa.list_(text), "seeds": pa.int64()}
@@ -151,6 +152,8 @@ def write_differences(into: Path, comparisons: Sequence[Comparison]) -> None:
         for figure, apart in c.figures.items()
         if apart
     ]
+    if any("image_groups" in line for line in lines):
+        kinds["image_groups"] = pa.int64()
     pq.write_table(pa.Table.from_pylist(lines, pa.schema(kinds)), into / "differences.parquet", compression="zstd")
 
 
@@ -172,15 +175,21 @@ def write_confusion(
 def write_predictions(into: Path, replicates: Sequence[Scored], statistics: str, kept: Collection[int]) -> None:
     """Writes `predictions.parquet`: each sample's predicted class and confidence, by stage I and the heads `kept`.
 
+    `image_group` is the number of the sample's group, where test images come in groups.
     One head after the other, because all together can be larger than the memory.
     """
     kinds = {"number": pa.int64(), "sample": pa.int64(), "label": pa.int32(), "predicted": pa.int32()}
-    schema = pa.schema({**kinds, "confidence": pa.float32()})
+    groups = [scored.scores[("test", statistics)].groups for scored in replicates]
+    in_groups = group_numbers(groups)[0] is not None
+    of_group = {"image_group": pa.int64()} if in_groups else {}
+    schema = pa.schema({**kinds, "confidence": pa.float32(), **of_group})
     with pq.ParquetWriter(into / "predictions.parquet", schema, compression="zstd") as writer:
         for scored in replicates:
             for number, result, said in scored.kept(statistics, kept):
                 numbers = np.full(len(said.guesses), number)
-                columns = (numbers, result.samples, result.labels, said.guesses, said.confidence)
+                columns = [numbers, result.samples, result.labels, said.guesses, said.confidence]
+                if in_groups and result.groups is not None:
+                    columns.append(result.groups)
                 arrays = [
                     pa.array(c.astype(f.type.to_pandas_dtype()), f.type) for c, f in zip(columns, schema, strict=True)
                 ]

@@ -71,6 +71,14 @@ class PlannedRows:
     def __len__(self) -> int:
         return len(self.plan)
 
+    @property
+    def test_groups(self) -> list[int] | None:
+        """The group of each test sample, in cache order; None for data without groups."""
+        if "group" not in self.samples.column_names:
+            return None
+        found: list[int] = pc.filter(self.samples["group"], pc.equal(self.samples["split"], "test")).to_pylist()
+        return found
+
     def groups(self) -> Iterator[pa.Table]:
         """The table in pieces of `GROUP_ROWS` rows."""
         for start in range(0, len(self), GROUP_ROWS):
@@ -100,7 +108,7 @@ class PlannedRows:
 
 
 def planned(samples: pa.Table, recipes: Sequence[str], views: Sequence[int]) -> PlannedRows:
-    """The rows of `samples` (`data.samples.SCHEMA`) for the batch-norm `recipes`.
+    """The rows of `samples` (`data.samples.SCHEMA` or `GROUPED`) for the batch-norm `recipes`.
 
     `views`: of a training sample, by class; evaluation samples have view 0 only. Raises CacheError `spec` as
     `cache.format.rows.make_rows`.

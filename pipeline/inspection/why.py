@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from h2t.cache.format.spec import sha256
+from h2t.cache.format.spec import TEST_GROUPS, sha256
 from h2t.cache.reader import Cache
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.data.samples import Samples
@@ -122,6 +122,8 @@ def why(
     wanted = Wanted(planned, asked, params.dtype, samples.facts["dataset"], settings or {})
     kept = kept_statistics(previous, asked, _names(rows))[0] if previous is not None else {}
     reasons += _statistics(cache, _names(rows), kept) + _dataset(cache.rows, rows, bool(kept))
+    if cache.spec.provenance.get(TEST_GROUPS) != extract.kept_groups(planned):
+        reasons.append(Reason("dataset", "other groups of test images", False))
     if not reasons and not layout:
         return Verdict([], unknown, 0, len(rows))
     missing, hindered = _to_extract(previous or cache, wanted)

@@ -210,9 +210,10 @@ class Answer:
         covers = {c for m in self.methods for change in m.changes.values() for c in change.covers}
         if not covers:
             return "No intervals: they need several seeds, with and without H2T."
+        groups = max((change.image_groups or 0 for m in self.methods for change in m.changes.values()), default=0)
         numbers = {
             "seeds": _range(m.seeds for m in self.methods if m.changes),
-            "images": f"{self.test_images:,}",
+            "images": f"{counted(groups, 'group')} of {self.test_images:,}" if groups else f"{self.test_images:,}",
             "backbones": _range(m.result.trainings for m in self.methods if m.changes),
         }
         inside = [" ".join(filter(None, (numbers.get(c, ""), SOURCES[c]))) for c in SOURCES if c in covers]

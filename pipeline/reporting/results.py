@@ -116,7 +116,11 @@ class HostResult:
         for line in table[table.against == against].itertuples():
             verdict = None if pd.isna(line.verdict) else str(line.verdict)
             covers = tuple(str(source) for source in line.covers)
-            found[str(line.figure)] = Difference(line.mean, line.low, line.high, verdict, covers, int(line.seeds))
+            known = "image_groups" in table and pd.notna(line.image_groups)
+            groups = int(line.image_groups) if known else None
+            found[str(line.figure)] = Difference(
+                line.mean, line.low, line.high, verdict, covers, int(line.seeds), groups
+            )
         return found
 
     @cached_property
@@ -140,8 +144,9 @@ class HostResult:
         for number, seed in seeds.items():
             part = table[table.number == number].sort_values("sample")
             said = Answers(part.predicted.to_numpy(), part.confidence.to_numpy(np.float64))
+            groups = part["image_group"].to_numpy() if "image_group" in part else None
             of = found.setdefault(
-                self.replicates[number], Predicted({}, part["sample"].to_numpy(), part["label"].to_numpy())
+                self.replicates[number], Predicted({}, part["sample"].to_numpy(), part["label"].to_numpy(), groups)
             )
             of.said[seed] = said
         return found
@@ -149,11 +154,15 @@ class HostResult:
 
 @dataclass(frozen=True)
 class Predicted:
-    """Predictions by seed in one replicate, and numbers and labels of its test images, (n,) each."""
+    """Predictions by seed in one replicate, and numbers, labels and groups of its test images, (n,) each.
+
+    `groups` is None where images do not come in groups.
+    """
 
     said: dict[int, Answers]
     images: np.ndarray
     labels: np.ndarray
+    groups: np.ndarray | None = None
 
 
 def load_result(name: str, folder: Path) -> HostResult:
@@ -217,7 +226,7 @@ def rows_apart(after: HostResult, row: str, before: HostResult, before_row: str)
             return None
         seeded |= set(seeds) != SINGLE
         left, right = ([x[-1 if x.keys() == SINGLE else s] for s in seeds] for x in (said, other))
-        pairs.append(Pairs(left, right, result.labels, result.images))
+        pairs.append(Pairs(left, right, result.labels, result.images, result.groups))
     one_backbone = after.about["host"]["backbone"] == before.about["host"]["backbone"]
     return over_replicates(pairs, after.about["groups"], seeded, verdicts=one_backbone or len(pairs) > 1)
 

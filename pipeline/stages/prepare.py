@@ -1,6 +1,7 @@
 """prepare: chooses the samples. Holds out test and validation images, cuts a long tail if asked, orders the classes.
 
-Writes `samples.parquet` (one row per sample, sorted by split, label, source) and `classes.json` (names, counts, class
+Writes `samples.parquet` (one row per sample, sorted by split, label, source, with the number of its group if the data
+has groups) and `classes.json` (names, counts, class
 order, groups, transform). Both depend only on the dataset and the parameters, so every machine gets the same subset.
 Each chosen image is decoded once, so that a bad image is found here and not hours into stage I. Bad images that were
 left out are listed in `skipped.parquet`.
@@ -27,11 +28,11 @@ from h2t.pipeline.base.text import counted
 from h2t.pipeline.data import splits
 from h2t.pipeline.data.classes import describe_similar, groups
 from h2t.pipeline.data.images import BadImage, Collection, Images, open_images
-from h2t.pipeline.data.samples import SCHEMA
+from h2t.pipeline.data.samples import GROUPED, SCHEMA
 from h2t.pipeline.data.splits import HoldOut, Labelled, SmallClasses
 from h2t.pipeline.data.texts import Digests, Texts, first_repeat
 
-NUMBER = 2026112601  # other results, another number: docs/numbers.md
+NUMBER = 2026112701  # other results, another number: docs/numbers.md
 
 NO_SPLIT = 127  # sorts after every split
 GROUP_ROWS = 2**20  # samples of a row group in samples.parquet: as pyarrow would write the whole table
@@ -209,8 +210,13 @@ def _in_order(chosen: np.ndarray, split: np.ndarray, label: np.ndarray, source: 
 
 
 def _write_samples(path: Path, places: np.ndarray, found: Labelled, label: np.ndarray, digests: Digests) -> None:
-    """Writes samples.parquet: the images at `places`, in this order, a row group at a time."""
-    with pq.ParquetWriter(path, SCHEMA, compression="zstd") as file:
+    """Writes samples.parquet: the images at `places`, in this order, a row group at a time.
+
+    Groups are numbered by name, whatever the order of the images.
+    """
+    schema = SCHEMA if found.group is None else GROUPED
+    numbers = np.argsort(found.groups.order()).astype(np.int32)
+    with pq.ParquetWriter(path, schema, compression="zstd") as file:
         for first in range(0, len(places), GROUP_ROWS):
             group, pieces = places[first : first + GROUP_ROWS], []
             for start in range(0, len(group), PIECE_ROWS):
@@ -222,7 +228,9 @@ def _write_samples(path: Path, places: np.ndarray, found: Labelled, label: np.nd
                     "source": found.source.take(piece).column,
                     "digest": pa.array(digests.texts(piece), pa.string()),
                 }
-                pieces.append(pa.table(columns, SCHEMA))
+                if found.group is not None:
+                    columns["group"] = pa.array(numbers[found.group[piece]])
+                pieces.append(pa.table(columns, schema))
             file.write_table(pa.concat_tables(pieces).combine_chunks())
 
 
@@ -258,8 +266,11 @@ def _name_copies(found: Labelled, digests: Digests, policy: str, say: Say) -> No
         )
     for line in lines:
         say(f"note: {line}; prepare.duplicates=drop leaves copies out")
-    if any(np.count_nonzero(found.split[group] == "test") > 1 for group in alike):
-        say("note: copies among the test images make intervals too narrow and verdicts too bold")
+    tests = [[i for i in copies if found.split[i] == "test"] for copies in alike]
+    if found.group is None and any(len(copies) > 1 for copies in tests):
+        say("note: copies among the test images count as one image in intervals")
+    elif found.group is not None and any(len(set(found.group[copies].tolist())) > 1 for copies in tests):
+        say("note: copies among the test images, in different groups, make intervals too narrow")
 
 
 def _cut(before: np.ndarray, after: int) -> str:

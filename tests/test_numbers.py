@@ -97,10 +97,11 @@ def test_plug_ins_of_the_project_are_found_and_need_no_number(project):
     numbers.check()
 
 
-def test_a_plug_in_of_the_project_cannot_hide_ours(project):
+def test_a_plug_in_of_the_project_must_not_take_our_names(project):
     (project / "plugins/pools").mkdir(parents=True)
     (project / "plugins/pools/gap.py").write_text("raise RuntimeError\n")
-    assert plugins.load("pools", "gap").__name__ == "h2t.pipeline.pools.gap"
+    with pytest.raises(UserError, match="rename the file"):
+        plugins.load("pools", "gap")
     assert numbers.in_code() == numbers.built_in()
 
 

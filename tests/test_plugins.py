@@ -30,7 +30,7 @@ def test_the_nearest_is_named():
         plugins.check("samplers", "balancd")
 
 
-def test_a_folder_outside_adds_plugins_and_cannot_hide_ours(tmp_path, monkeypatch):
+def test_a_folder_outside_adds_plugins_and_must_not_take_our_names(tmp_path, monkeypatch):
     (tmp_path / "pools").mkdir()
     (tmp_path / "pools" / "mine.py").write_text('"""Mine: a pool from outside."""\nVALUE = 7\n')
     (tmp_path / "pools" / "gap.py").write_text("raise RuntimeError\n")
@@ -38,7 +38,8 @@ def test_a_folder_outside_adds_plugins_and_cannot_hide_ours(tmp_path, monkeypatc
     assert "mine" in plugins.names("pools")
     assert plugins.load("pools", "mine").VALUE == 7
     assert plugins.summary("pools", "mine") == "Mine: a pool from outside."
-    assert plugins.load("pools", "gap").__name__ == "h2t.pipeline.pools.gap"
+    with pytest.raises(UserError, match=r"pools/gap\.py: h2t has a pool 'gap' of its own; rename the file"):
+        plugins.load("pools", "gap")
 
 
 @pytest.mark.parametrize(

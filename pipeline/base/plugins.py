@@ -40,11 +40,15 @@ def names(kind: str) -> list[str]:
 
 
 def check(kind: str, name: str) -> None:
-    """Raises UserError if there is no plug-in of `kind` called `name`."""
+    """Raises UserError if there is no plug-in of `kind` called `name`, or a file of the user's has a built-in's name."""
     if not _FILE.fullmatch(name) or not any((folder / f"{name}.py").is_file() for folder in folders(kind)):
         raise UserError(
             f"no {kind.removesuffix('s')} {name!r}{nearest(name, names(kind))} (there are: {', '.join(names(kind))})"
         )
+    own, *others = (path.resolve() for folder in folders(kind) if (path := folder / f"{name}.py").is_file())
+    if own.parent == Path(__file__).resolve().parents[1] / kind and any(other != own for other in others):
+        other = next(other for other in others if other != own)
+        raise UserError(f"{other}: h2t has a {kind.removesuffix('s')} {name!r} of its own; rename the file")
 
 
 def load(kind: str, name: str) -> ModuleType:

@@ -40,7 +40,7 @@ def names(kind: str) -> list[str]:
 
 
 def check(kind: str, name: str) -> None:
-    """Raises UserError if there is no plug-in of `kind` called `name`, or a file of the user's has a built-in's name."""
+    """Raises UserError if there is no plug-in of `kind` called `name`, or if a user's file has a built-in's name."""
     if not _FILE.fullmatch(name) or not any((folder / f"{name}.py").is_file() for folder in folders(kind)):
         raise UserError(
             f"no {kind.removesuffix('s')} {name!r}{nearest(name, names(kind))} (there are: {', '.join(names(kind))})"

@@ -62,10 +62,15 @@ def _template(node: ast.expr) -> str:
         case ast.BinOp(left=left, op=ast.Add(), right=right) if _is_text(node):
             return _template(left) + _template(right)
         case ast.FormattedValue(value=value):
-            return _template(value) if isinstance(value, ast.IfExp) else f"{{{ast.unparse(value)}}}"
+            return _template(value) if isinstance(value, ast.IfExp) else _code(value)
         case ast.IfExp(body=body, orelse=orelse):
             return f"{{{_template(body)} | {_template(orelse)}}}"
-    return f"{{{ast.unparse(node)}}}"
+    return _code(node)
+
+
+def _code(node: ast.AST) -> str:
+    """An expression in braces, with one kind of quotes: which ones `ast` takes hangs on the version of Python."""
+    return f"{{{ast.unparse(node)}}}".replace('"', "'")
 
 
 def page() -> str:

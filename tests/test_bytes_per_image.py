@@ -23,7 +23,7 @@ from h2t.pipeline.data.texts import Digests, Texts
 from h2t.pipeline.extraction.row_plan import planned
 from h2t.pipeline.stages import prepare
 
-SIZES = (3_000, 7_000)
+SIZES = (4_000, 10_000)
 
 PLUG_IN = """
 from h2t.pipeline.base.params import Section

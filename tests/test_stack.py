@@ -112,7 +112,7 @@ def test_heads_with_many_classes_are_not_folded(cache, monkeypatch):
 
 
 @pytest.mark.parametrize(("host", "loss", "classifier"), LINEAR)
-@pytest.mark.parametrize("kind", ["folded", "mixup"])  # blocks of groups, and of heads
+@pytest.mark.parametrize("kind", KINDS_OF_STACKS)
 def test_heads_in_blocks_are_those_of_one_block(two_experts, monkeypatch, host, loss, classifier, kind):
     options = {"host": host, "loss": loss, "classifier": classifier, "scale": 3.0, "donors": DONORS, "batch_size": 8}
     whole, losses = trained(make_stack(two_experts, KINDS_OF_STACKS[kind], dtype=torch.float64, **options))

@@ -1,7 +1,4 @@
-"""docs/tutorial.md is typed: every block runs, and its output is the one on the page but for figures.
-
-With fewer epochs and passes: what is printed has the same form.
-"""
+"""docs/tutorial.md is typed as it stands: every block runs, and its output is the one on the page but for figures."""
 
 import io
 import re
@@ -27,7 +24,7 @@ def without_classes(lines: list[str]) -> list[str]:
 
 def test_the_tutorial(tmp_path, warm_programs, starts_warm):
     programs = f"{warm_programs}:/usr/bin:/bin"
-    outputs = dict(tutorial.typed(tmp_path, environment(PATH=programs, HOME=str(tmp_path)), quick=True))
+    outputs = dict(tutorial.typed(tmp_path, environment(PATH=programs, HOME=str(tmp_path))))
     page = tutorial.PAGE.read_text(encoding="utf-8")
     shown = tutorial.printed(page)
     assert len(shown) >= 4

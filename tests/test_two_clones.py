@@ -1,7 +1,7 @@
 """A extracts and publishes; B clones, gets the results without images and backbone, changes a ratio; C has no room.
 
-Over an S3 endpoint on the loopback; `make -C tests test-remotes` takes a path and a real sshd as well, which it
-installs, and writes what was moved and how long it took to the file that H2T_REMOTES names.
+Over three remotes: a path, an S3 endpoint and a real sshd, both on the loopback. `make -C tests test-remotes` installs
+the sshd, and writes what was moved and how long it took to the file that H2T_REMOTES names.
 """
 
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from builders import tree
 from repositories import Project, git, start_project
-from servers import openssh_server, s3_endpoint
+from servers import openssh_server, s3_endpoint, sshd_program
 from test_watch import make_images, values_of, write
 
 from benchmarks.measure import save
@@ -22,9 +22,12 @@ from h2t.pipeline.sharing.publish import _absent_input
 
 pytestmark = [pytest.mark.sharing, pytest.mark.slow]
 
-#: tests/test_docs_sharing.py publishes to a path in every run, tests/test_remote_stores.py reads from an SSH server.
-CAMPAIGN = pytest.mark.skipif("H2T_REMOTES" not in os.environ, reason="make -C tests test-remotes")
-REMOTES = [pytest.param("path", marks=CAMPAIGN), "s3", pytest.param("ssh", marks=CAMPAIGN)]
+NO_SSHD = pytest.mark.skipif(not sshd_program(), reason="needs sshd: make -C tests test-remotes")
+SSHD = pytest.param("ssh", marks=NO_SSHD)
+#: tests/test_docs_sharing.py publishes to a path and pulls from it in every run.
+PATH = pytest.param(
+    "path", marks=pytest.mark.skipif("H2T_REMOTES" not in os.environ, reason="make -C tests test-remotes")
+)
 
 
 def parameters(photos: str, ratio: float) -> dict:
@@ -58,7 +61,7 @@ def finished(tmp_path_factory, warm_h2t):
     return a.root
 
 
-@pytest.fixture(params=REMOTES)
+@pytest.fixture(params=[PATH, "s3", SSHD])
 def remote(request, tmp_path):
     """(kind, URL, environment) of an empty remote."""
     if request.param == "path":

@@ -13,9 +13,9 @@ from fuzz.oracle import REFUSALS
 from fuzz.targets import ROOMS, TARGETS
 from pipeline_builders import environment
 
-#: Executions that take about a quarter of a second.
-QUICK = {"record": 1250, "rows": 500, "index": 3000, "chunk": 3000, "urls": 1250, "keys": 750, "checkpoint": 400,
-         "features": 400, "lists": 500, "image": 1500, "yaml": 400, "settings": 500, "directory": 75}  # fmt: skip
+#: Executions that take about half a second.
+QUICK = {"record": 2500, "rows": 1000, "index": 6000, "chunk": 6000, "urls": 2500, "keys": 1500, "checkpoint": 800,
+         "features": 800, "lists": 1000, "image": 3000, "yaml": 800, "settings": 1000, "directory": 150}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -96,8 +96,9 @@ class Stack:
         self.at_once = at_once and is_at_once(head, feed.shape)
         self._folds = self.at_once and is_folded(self.host, heads)
         self._groups = Groups(self._seed_index, donor_index, self.device)
+        self._in_blocks = self.at_once and self.device.type == "cpu"
         self._logits = self.feed.experts * self.streams.batch_size * self.host.context.classes  # of a head
-        if self.at_once and self.device.type == "cpu":
+        if self._in_blocks:
             size = self._logits * self.dtype.itemsize
             self._blocks = in_blocks(self._groups, self._seed_index, donor_index, size, folds=self._folds)
         else:
@@ -277,8 +278,8 @@ class Stack:
         (drawn,) = self.drawn(0, [0], [self.streams.batch(0, 0)])
         window = max(1, min(MAX_WINDOW_STEPS, DRAWN_BYTES // sum(tensor.nbytes for tensor in drawn.values())))
         bar = progress(None, f"train_classifier {name}", unit="step", total=settings.epochs * steps, initial=first)
-        threads = threads_for(len(self.heads) * self._logits * self.feed.shape[0]) if self.at_once else nullcontext()
-        with bar, threads:
+        multiply_adds = len(self.heads) * self._logits * self.feed.shape[0]
+        with bar, threads_for(multiply_adds) if self._in_blocks else nullcontext():
             for at in self.feed.steps(settings.epochs, *divmod(first, steps), self.draw, window):
                 lost = self.step(at, descent, settings.rate(at.epoch), at.epoch / settings.epochs)
                 losses[at.epoch].add_(lost, alpha=at.batch.labels.shape[1])

@@ -63,7 +63,7 @@ def test_the_answer_names_the_best_its_share_certainty_cost_and_command(evaluate
     assert share == ("H2T in dr: top-1 +0.8 [-0.5, +2.1] too close to tell; tail +2.6 [+0.4, +4.8] higher.")
     assert certainty == (
         "Intervals (95 %) cover 3 seeds of stage II and 24 test images; not other trainings of the backbone. "
-        "Few test images: 6 of head classes; 6 of tail classes."
+        "Few test images: 6 in head classes; 6 in tail classes."
     )
     # Nine runs with donors (two passes) and three at ratio 0 (one), each on 75 training images.
     assert cost.startswith("Cost: 12 classifiers on cached maps")
@@ -151,7 +151,7 @@ def test_groups_and_classes_with_few_test_images_are_named(dr):
     fewer = replace(dr, tables={**dr.tables, "predictions": predictions[predictions.label != last]})
     name = dr.about["classes"][last]
     assert (
-        Answer([fewer]).certainty().endswith(f" Few test images: 6 of head classes; 0 of tail classes; none of {name}.")
+        Answer([fewer]).certainty().endswith(f" Few test images: 6 in head classes; 0 in tail classes; none of {name}.")
     )
 
 
@@ -164,9 +164,11 @@ def test_a_table_for_a_paper_holds_every_classifier_and_what_h2t_changes(dr):
     assert data.top1_change[2] == pytest.approx(change.mean)
     assert (data.top1_low[2], data.top1_verdict[2]) == (pytest.approx(change.low), change.verdict)
     text = paper.latex([special], "Covers.")
-    assert r"dr\_50\% & stage I & --" in text
-    assert f" & difference &  & ${change.mean:+.1f}$ [{change.low:+.1f}, {change.high:+.1f}] & " in text
+    assert r"dr\_50\% & stage I & – & " in text
+    interval = f"{change.mean:+.1f} [{change.low:+.1f}, {change.high:+.1f}]".replace("-", "\N{MINUS SIGN}")
+    assert rf"dr\_50\% & difference &  & {interval} & " in text
     rows = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert len(rows) == 5
     assert {line.count("&") - line.count(r"\&") for line in rows} == {6}
 
 

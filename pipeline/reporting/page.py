@@ -150,9 +150,7 @@ def _groups(result: HostResult) -> str:
     for group in GROUPS:
         if members := [n for n, g in zip(counts, group_of, strict=True) if g == group]:
             images = f"{max(members):,} to {min(members):,}" if max(members) > min(members) else f"{members[0]:,}"
-            test = sum(n for n, g in zip(result.tested, group_of, strict=True) if g == group)
-            classes = counted(len(members), "class", "classes")
-            parts.append(f"{group}: {classes} with {images} training images, {test:,} test")
+            parts.append(f"{group}: {counted(len(members), 'class', 'classes')} with {images} training images")
     return " · ".join(parts) or "no class groups"
 
 

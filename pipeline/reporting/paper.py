@@ -1,6 +1,5 @@
 """The results for a paper: a table of all classifiers as data (results.csv) and as LaTeX (results.tex)."""
 
-import re
 from collections.abc import Iterator, Sequence
 
 import pandas as pd
@@ -10,7 +9,7 @@ from h2t.pipeline.reporting.answer import short_interval
 from h2t.pipeline.reporting.results import FIGURES, ROWS, HostResult, with_against_without
 
 PRINTED = {"top1": "top-1", "head": "head", "medium": "medium", "tail": "tail"}  # the columns in LaTeX
-_SPECIAL = {c: rf"\{c}" for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\^{}"}
+NOTHING, MINUS = "–", "\N{MINUS SIGN}"
 
 
 def table(results: Sequence[HostResult]) -> pd.DataFrame:
@@ -39,40 +38,30 @@ def table(results: Sequence[HostResult]) -> pd.DataFrame:
 
 def latex(results: Sequence[HostResult], covers: str) -> str:
     """A `tabular` for the package booktabs; `covers` says what the intervals cover, for the comment above it."""
-    return "\n".join(
-        [
-            r"% Needs \usepackage{booktabs}. Test accuracy in percent, mean $\pm$ standard deviation over the seeds;",
-            f"% difference: with H2T minus without, in percentage points, and its interval. {covers}",
-            r"\begin{tabular}{llr" + "r" * len(PRINTED) + "}",
-            r"\toprule",
-            " & ".join(["method", "classifier", "ratio", *PRINTED.values()]) + r" \\",
-            *(line for result in results for line in _lines(result)),
-            r"\bottomrule",
-            r"\end{tabular}",
-            "",
-        ]
-    )
+    columns = ["method", "classifier", "ratio", *PRINTED.values()]
+    lines = pd.DataFrame([line for result in results for line in _lines(result)], columns=columns)
+    about = [
+        r"% Needs \usepackage{booktabs}, and LaTeX of 2020 or later for the signs.",
+        "% Test accuracy in percent, mean ± standard deviation over the seeds.",
+        "% Difference: with H2T minus without, in percentage points, and its 95 % interval.",
+        f"% {covers}",
+    ]
+    return "\n".join([*about, lines.to_latex(index=False, escape=True, column_format="llr" + "r" * len(PRINTED))])
 
 
-def _lines(result: HostResult) -> Iterator[str]:
+def _lines(result: HostResult) -> Iterator[list[str]]:
     """The lines of one method: its classifiers, then what H2T changes."""
-    yield r"\midrule"
-    name = re.sub(r"[&%$#_{}\\~^]", lambda found: _SPECIAL[found[0]], result.name)
     for row, label in ROWS.items():
         if (entry := result.metrics[row]) is not None:
-            cells = [_mean(entry[f], entry[f"{f}_std"]) for f in PRINTED]
-            ratio = "--" if entry["ratio"] is None else f"{entry['ratio']:g}"
-            yield " & ".join([name, label, ratio, *cells]) + r" \\"
-            name = ""
+            ratio = NOTHING if entry["ratio"] is None else f"{entry['ratio']:g}"
+            yield [result.name, label, ratio, *(_mean(entry[f], entry[f"{f}_std"]) for f in PRINTED)]
     if apart := with_against_without(result):
-        yield " & ".join(["", "difference", "", *(_change(apart[f]) for f in PRINTED)]) + r" \\"
+        yield [result.name, "difference", "", *(_change(apart[f]) for f in PRINTED)]
 
 
 def _mean(mean: float | None, deviation: float | None) -> str:
-    return "--" if mean is None else f"{mean:.1f}" + ("" if deviation is None else rf" $\pm$ {deviation:.1f}")
+    return NOTHING if mean is None else f"{mean:.1f}" + ("" if deviation is None else f" ± {deviation:.1f}")
 
 
 def _change(change: Difference | None) -> str:
-    if change is None:
-        return "--"
-    return f"${change.mean:+.1f}$ {short_interval(change)}".rstrip()
+    return NOTHING if change is None else f"{change.mean:+.1f} {short_interval(change)}".rstrip().replace("-", MINUS)

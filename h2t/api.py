@@ -42,6 +42,7 @@ from h2t.pipeline.data.transforms import OWN
 from h2t.pipeline.data.views import decoder
 from h2t.pipeline.evaluation.calibration import of_heads
 from h2t.pipeline.evaluation.folds import load_folds
+from h2t.pipeline.evaluation.image_groups import groups_of
 from h2t.pipeline.evaluation.scoring import Scores, score_heads
 from h2t.pipeline.heads.batches import sample_rows
 from h2t.pipeline.heads.features import FeatureReader
@@ -215,17 +216,20 @@ def compare(
                 lines += _lines(name, figures.to_pylist(), heads.table.column_names)
                 tested = score_heads(cache, heads, "test", heads.about["evaluate"], chosen)
                 warm = of_heads(cache, heads, range(len(heads.table)), load_folds(run.out), chosen)
-                stacks[name] = _Stack(heads, tested, warm or [1.0] * len(heads.table))
+                of = sample_rows(cache.index, "test", tested.statistics)
+                of_image = groups_of(cache, of.first, of.samples)
+                stacks[name] = _Stack(heads, tested, of_image, warm or [1.0] * len(heads.table))
             dataset = str(cache.spec.provenance.get("dataset", "unknown"))
     return Comparison(_table(lines), names, dataset, lines, stacks, made)
 
 
 @dataclass(frozen=True)
 class _Stack:
-    """The heads of a method, their predictions for the test rows, and the temperature of each."""
+    """The heads of a method, their predictions for the test rows, the groups of these, and the temperature of each."""
 
     heads: Heads
     tested: Scores
+    groups: np.ndarray
     temperatures: list[float]
 
 
@@ -269,7 +273,7 @@ class Comparison:
             raise UserError(f"seed: must be one of {', '.join(map(str, numbers))}; got {seed}")
         number = numbers[min(numbers) if seed is None else seed]
         stack = self.stacks[method]
-        measured = Measured(stack.tested.labels, stack.tested.said[number].guesses)
+        measured = Measured(stack.tested.labels, stack.tested.said[number].guesses, stack.groups)
         one = stack.heads.of([number])
         return Classifier(one, self.classes, self.extractor, stack.temperatures[number], measured, self.dataset)
 

@@ -28,7 +28,7 @@ from h2t.pipeline.evaluation.metrics import answers
 from h2t.pipeline.evaluation.scoring import head_logits, load_heads_for, score_heads
 from h2t.pipeline.heads.batches import sample_rows
 from h2t.pipeline.heads.residency import Residency
-from h2t.pipeline.models.card import Stated, interval
+from h2t.pipeline.models.card import Measured, Stated, card, interval
 from h2t.pipeline.models.export import Choice, run
 from h2t.pipeline.models.model import SEAL, as_linear, load_model, load_single_head
 from h2t.pipeline.models.predict import ranked
@@ -96,6 +96,17 @@ def test_a_card_says_what_was_trained_and_how_certain_its_figures_are(tmp_path, 
         mine = scores.labels == k
         assert f"| {name} | {counts[k]} | {mine.sum()} | {100 * right[mine].mean():.1f} | " in text
     assert "host `dr` with ratio 0.3, donor instance, selection random, seed 1" in text.replace("Host", "host")
+
+
+def test_a_card_says_that_images_in_groups_count_singly():
+    about = {"classes": ["a", "b"], "cache": "c", "host": "dr", "backbone": "b", "statistics": "stage1", "setting": {}}
+    labels = np.array([0, 0, 1, 1])
+    single, grouped = (
+        card(about, [9, 3], "own", Measured(labels, labels, np.array(of)), Stated())
+        for of in ([5, 3, 9, 1], [0, 0, 1, 1])
+    )
+    assert "The images come in 2 groups, but count singly here: the intervals are too narrow." in grouped
+    assert "groups" not in single
 
 
 def test_intervals_of_accuracies():

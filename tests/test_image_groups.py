@@ -15,20 +15,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from image_builders import encoded
 from own_data import picture
-from pipeline_builders import ROOT, fitted, make_backbone_dir, make_stage2_cache, make_stage2_rows
+from pipeline_builders import ROOT, extracted, fitted, make_backbone_dir, make_stage2_cache, make_stage2_rows
 from scipy.linalg import fractional_matrix_power
 from test_evaluate import evaluated
 
 from benchmarks import image_groups as simulation
 from benchmarks.intervals import Found
+from h2t.cache.errors import CacheError
 from h2t.cache.format.spec import parse_record
 from h2t.cache.reader import open_cache
+from h2t.cache.tools.pooled import pooled
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.data.samples import SCHEMA, load_samples
 from h2t.pipeline.evaluation.image_groups import contributions, freedom, groups_of
 from h2t.pipeline.evaluation.intervals import Pairs, differences, over_replicates
 from h2t.pipeline.evaluation.metrics import Answers
+from h2t.pipeline.extraction import row_plan
 from h2t.pipeline.extraction.row_plan import planned
 from h2t.pipeline.heads.batches import sample_rows
 from h2t.pipeline.reporting.answer import Answer
@@ -153,9 +156,10 @@ def test_replicates_share_groups():
         Pairs(repeated(p.after, 2), repeated(p.before, 2), LABELS.repeat(2), np.arange(800) + 800 * r, of.repeat(2))
         for r, (p, of) in enumerate(zip(pairs, groups, strict=True))
     ]
-    found = over_replicates(single, GROUP_OF)
+    found, divided = over_replicates(single, GROUP_OF), over_replicates(pairs, GROUP_OF)
     for figure in ("top1", "tail", "ece"):
         assert same(found[figure], expected[figure])
+        assert same(divided[figure], expected[figure])  # one image of each group in each replicate
         assert found[figure].covers == ("seeds", "images", "backbones")
     assert over_replicates(twice, GROUP_OF)["top1"].image_groups == 200
     apart = [replace(p, groups=p.images // 2) for p in pairs]
@@ -186,6 +190,11 @@ def test_the_table_of_coverage_comes_from_the_committed_record():
 # --- the way of a group
 
 
+def grouped_by(cache, statistics):
+    tests = sample_rows(cache.index, "test", statistics)
+    return groups_of(cache, tests.first, tests.samples)
+
+
 def table_of_sites(root, order, **options):
     """Prepares 40 images of two classes from eight sites, listed in this `order`; returns what was said."""
     root.mkdir()
@@ -209,15 +218,38 @@ def test_prepare_numbers_groups_by_name_whatever_the_order(tmp_path):
     assert one.table.equals(other.table)
     assert [7 - int(s[:2]) // 5 for s in one.table["source"].to_pylist()] == one.table["group"].to_pylist()
     tests = one.table.filter(pa.compute.equal(one.table["split"], "test"))
-    assert planned(one.table, ["stage1"], [1, 1]).test_groups == tests["group"].to_pylist()
+    assert planned(one.table, ["stage1"], [1, 1]).test_groups == {"test_groups": tests["group"].to_pylist()}
     assert len(set(tests["group"].to_pylist())) > 1
+
+
+def test_extract_and_pool_keep_the_groups_of_test_images(tmp_path, few_digits, backbone_dir):
+    samples, images = few_digits
+    group = pa.array((np.arange(len(samples.table)) // 4).astype(np.int32))
+    grouped = replace(samples, table=samples.table.append_column("group", group))
+    plain = extracted(tmp_path / "plain", samples, images, backbone_dir)
+    assert plain.fingerprint == extracted(tmp_path / "c", grouped, images, backbone_dir).fingerprint
+    tests = pa.compute.equal(samples.table["split"], "test")
+    with open_cache(tmp_path / "c") as cache:
+        pooled(cache, tmp_path / "pooled", lambda maps: maps.mean((2, 3)), "gap")
+    for folder in ("c", "pooled"):
+        with open_cache(tmp_path / folder) as cache:
+            assert grouped_by(cache, "stage1").tolist() == group.filter(tests.combine_chunks()).to_pylist()
+    with pytest.raises(CacheError, match="holds another cache"):
+        extracted(tmp_path / "c", samples, images, backbone_dir)
+
+
+def test_a_record_has_no_room_for_millions_of_groups(few_digits, monkeypatch):
+    monkeypatch.setattr(row_plan, "MOST_GROUPED", 3)
+    table = few_digits[0].table
+    rows = planned(table.append_column("group", pa.array(range(len(table)), pa.int32())), ["stage1"], [1] * 10)
+    assert (rows.grouped, rows.test_groups) == (True, {})
 
 
 def test_data_without_groups_are_prepared_as_before_and_have_the_same_digest(tmp_path):
     table_of_sites(tmp_path / "1", range(40))
     found = load_samples(tmp_path / "1/out")
     assert found.table.schema == SCHEMA
-    assert planned(found.table, ["stage1"], [1, 1]).test_groups is None
+    assert planned(found.table, ["stage1"], [1, 1]).test_groups == {}
     grouped = replace(found, table=found.table.append_column("group", pa.array(range(40), pa.int32())))
     assert grouped.digest == found.digest  # no map depends on a group, so no cache is another
 
@@ -284,7 +316,6 @@ def test_copies_are_found_by_their_digests(tmp_path):
     spec = make_spec(rows=len(rows), maps=((6, 2, 2),), dtype="float32", shard_rows=8)
     write_cache(tmp_path / "c", spec, rows, make_maps(spec))
     with open_cache(tmp_path / "c") as cache:
-        test = sample_rows(cache.index, "test", "mixture")
-        groups = groups_of(cache, test.first, test.samples)
+        groups = grouped_by(cache, "mixture")
     assert len(set(groups.tolist())) == 6
     assert (groups[::2] == groups[1::2]).all()

@@ -20,10 +20,10 @@ PIECE_ROWS = 2**18  # rows whose digests are in memory at a time
 
 
 def groups_of(cache: Cache, rows: np.ndarray, samples: np.ndarray) -> np.ndarray:
-    """The group of each test image, int64 (n,), with the same number in all replicates.
+    """The group of each test image, int64 (n,). `rows` of the cache hold the images `samples`; both int (n,).
 
-    `rows` of the cache hold the images `samples`; both int (n,). Groups are those that `extract` recorded; without any,
-    copies of one image are a group, by their digests. Raises UserError for a record that does not fit the test rows.
+    Numbers are the same in all replicates. Groups are those that `extract` recorded; without any, copies of one image
+    are a group, by their digests. Raises UserError for a record that does not fit the test rows.
     """
     recorded = cache.spec.provenance.get(TEST_GROUPS)
     if recorded is None:
@@ -43,15 +43,18 @@ def groups_of(cache: Cache, rows: np.ndarray, samples: np.ndarray) -> np.ndarray
     return np.array(recorded, np.int64)[order[np.searchsorted(known, samples, sorter=order)]]
 
 
-def group_numbers(groups: Sequence[np.ndarray | None]) -> list[np.ndarray] | list[None]:
+def group_numbers(groups: Sequence[np.ndarray | None], images: Sequence[np.ndarray]) -> list[np.ndarray] | list[None]:
     """The groups of each replicate's test images, int (n,), counted from 0 over all replicates.
 
-    None in place of each where groups are unknown, or where no replicate has two images of one group.
+    `images`: their numbers, int (n,), the same in all replicates. None in place of each where groups are unknown, or
+    where each has one image.
     """
     known = [of for of in groups if of is not None]
-    if len(known) < len(groups) or all(len(np.unique(of)) == len(of) for of in known):
+    if len(known) < len(groups):
         return [None] * len(groups)
-    numbers = np.unique(np.concatenate(known), return_inverse=True)[1]
+    every, numbers = np.unique(np.concatenate(known), return_inverse=True)
+    if len(every) == len(np.unique(np.concatenate(images))):
+        return [None] * len(groups)
     return np.split(numbers, np.cumsum([len(of) for of in known])[:-1])
 
 

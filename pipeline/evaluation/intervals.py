@@ -113,7 +113,7 @@ def over_replicates(
     """
     several = len(replicates) > 1
     seeds = len(replicates[0].after)
-    numbered = group_numbers([pairs.groups for pairs in replicates])
+    numbered = group_numbers([pairs.groups for pairs in replicates], [pairs.images for pairs in replicates])
     scored = [_Scored.of(replace(pairs, groups=own)) for pairs, own in zip(replicates, numbered, strict=True)]
     found: dict[str, Difference | None] = {}
     for figure in FIGURES:

@@ -11,7 +11,6 @@ from torch.func import vmap
 from h2t.cache.memory import available_memory
 from h2t.cache.reader import Cache
 from h2t.pipeline.base.errors import UserError
-from h2t.pipeline.evaluation.image_groups import groups_of
 from h2t.pipeline.evaluation.metrics import Graded, answers
 from h2t.pipeline.heads.batches import SampleRows, sample_rows
 from h2t.pipeline.heads.features import (
@@ -33,15 +32,13 @@ BLOCK_BYTES = 16 * 1024**2  # limit of one block of logits, of which a few copie
 class Scores:
     """Predictions of every head for one split under one kind of batch-norm statistics.
 
-    `labels` and `samples` are int (n,), and so are the `groups` of test images (`image_groups.py`). Logits are not
-    kept: those of all heads together can be too large.
+    `labels` and `samples` are int (n,). Logits are not kept: those of all heads together can be too large.
     """
 
     statistics: str
     labels: np.ndarray
     samples: np.ndarray
     said: list[Graded]  # one entry per head
-    groups: np.ndarray | None = None
 
 
 def load_heads_for(cache: Cache, heads_dir: Path, backbone_dir: Path) -> Heads:
@@ -76,11 +73,10 @@ def score_heads(
     rows = sample_rows(cache.index, split, statistics)
     blocks = _logits_in_blocks(cache, heads, rows.first, device)
     divisors = temperatures or [1.0] * len(heads.table)
-    return _scores(split, statistics, rows, cache, blocks, divisors)
+    return _scores(statistics, rows, cache, blocks, divisors)
 
 
 def _scores(
-    split: str,
     statistics: str,
     rows: SampleRows,
     cache: Cache,
@@ -88,9 +84,7 @@ def _scores(
     temperatures: Sequence[float],
 ) -> Scores:
     labels = rows.labels
-    groups = groups_of(cache, rows.first, rows.samples) if split == "test" else None
-    said = _answered(cache, blocks, temperatures, labels)
-    return Scores(statistics, labels, rows.samples.astype(np.int64), said, groups)
+    return Scores(statistics, labels, rows.samples.astype(np.int64), _answered(cache, blocks, temperatures, labels))
 
 
 def _answered(
@@ -188,7 +182,7 @@ def score_stage1(
     """
     rows = sample_rows(cache.index, split, STAGE1)
     blocks = _stage1_in_blocks(cache, head, rows.first, device)
-    return _scores(split, STAGE1, rows, cache, blocks, [temperature])
+    return _scores(STAGE1, rows, cache, blocks, [temperature])
 
 
 def stage1_logits(cache: Cache, head: StageOneHead, rows: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -22,7 +22,7 @@ class Scored:
 
     `table` has a line of heads.parquet per classifier, numbered on from those of other replicates. `stage1` is the
     number of the stage-I head: -1, and downwards for further replicates. Labels and image numbers are those of
-    replicate 0.
+    replicate 0. `groups`: of the test images, int (n,) (`image_groups.py`); None if they are not known.
     """
 
     table: Sequence[Mapping[str, Any]]
@@ -30,6 +30,7 @@ class Scored:
     first: Mapping[str, Scores]
     replicate: int = 0
     stage1: int = -1
+    groups: np.ndarray | None = None
 
     def of(self, split: str, statistics: str) -> Iterator[tuple[int, Graded]]:
         """Number and predictions of each classifier."""
@@ -118,6 +119,7 @@ def compared(
             setting = (float(head["ratio"]), *((head["donor"], head["selection"]) if head["ratio"] else STANDARD))
             settings.setdefault(setting, {}).setdefault((scored.replicate, head["seed"]), by_number[head["number"]])
     tests = {scored.replicate: scored.scores[("test", statistics)] for scored in replicates}
+    groups = {scored.replicate: scored.groups for scored in replicates}
     firsts = {scored.replicate: scored.first.get("test") for scored in replicates}
 
     def apart(after: Mapping[tuple[int, int], Graded], before: Mapping[tuple[int, int], Graded]) -> Any:
@@ -125,7 +127,7 @@ def compared(
         for replicate, result in tests.items():
             if keys := sorted(key for key in after.keys() & before.keys() if key[0] == replicate):
                 old, new = ([said[key] for key in keys] for said in (before, after))
-                pairs.append(Pairs(new, old, result.labels, result.samples, result.groups))
+                pairs.append(Pairs(new, old, result.labels, result.samples, groups[replicate]))
         return over_replicates(pairs, group_of, seeded=seeded) if pairs else None
 
     found = []
@@ -179,17 +181,19 @@ def write_predictions(into: Path, replicates: Sequence[Scored], statistics: str,
     One head after the other, because all together can be larger than the memory.
     """
     kinds = {"number": pa.int64(), "sample": pa.int64(), "label": pa.int32(), "predicted": pa.int32()}
-    groups = [scored.scores[("test", statistics)].groups for scored in replicates]
-    in_groups = group_numbers(groups)[0] is not None
-    of_group = {"image_group": pa.int64()} if in_groups else {}
+    groups = group_numbers(
+        [scored.groups for scored in replicates],
+        [scored.scores[("test", statistics)].samples for scored in replicates],
+    )
+    of_group = {} if groups[0] is None else {"image_group": pa.int64()}
     schema = pa.schema({**kinds, "confidence": pa.float32(), **of_group})
     with pq.ParquetWriter(into / "predictions.parquet", schema, compression="zstd") as writer:
-        for scored in replicates:
+        for scored, of_image in zip(replicates, groups, strict=True):
             for number, result, said in scored.kept(statistics, kept):
                 numbers = np.full(len(said.guesses), number)
                 columns = [numbers, result.samples, result.labels, said.guesses, said.confidence]
-                if in_groups and result.groups is not None:
-                    columns.append(result.groups)
+                if of_image is not None:
+                    columns.append(of_image)
                 arrays = [
                     pa.array(c.astype(f.type.to_pandas_dtype()), f.type) for c, f in zip(columns, schema, strict=True)
                 ]

@@ -14,10 +14,12 @@ import pyarrow.compute as pc
 
 from h2t.cache.format.row_index import Part
 from h2t.cache.format.rows import GROUP_ROWS, SCHEMA, check_sources, check_values
+from h2t.cache.format.spec import TEST_GROUPS
 from h2t.pipeline.extraction.recipes import stored
 
 SAMPLE_ORDER = ("split", "label", "source")
 SAMPLE_COLUMNS = ("sample", "split", "label", "source", "digest")
+MOST_GROUPED = 2**20  # test samples: the record holds their groups, and has room for some millions of numbers
 EMPTY = np.empty(0, np.int64)
 
 
@@ -72,12 +74,20 @@ class PlannedRows:
         return len(self.plan)
 
     @property
-    def test_groups(self) -> list[int] | None:
-        """The group of each test sample, in cache order; None for data without groups."""
-        if "group" not in self.samples.column_names:
-            return None
+    def grouped(self) -> bool:
+        """Whether the data has groups."""
+        return "group" in self.samples.column_names
+
+    @property
+    def test_groups(self) -> dict[str, list[int]]:
+        """The group of each test sample, in cache order, as the entry of a cache's provenance.
+
+        Empty for data without groups, and for more than `MOST_GROUPED` test samples.
+        """
+        if not self.grouped:
+            return {}
         found: list[int] = pc.filter(self.samples["group"], pc.equal(self.samples["split"], "test")).to_pylist()
-        return found
+        return {TEST_GROUPS: found} if len(found) <= MOST_GROUPED else {}
 
     def groups(self) -> Iterator[pa.Table]:
         """The table in pieces of `GROUP_ROWS` rows."""
@@ -105,6 +115,11 @@ class PlannedRows:
             column = self.samples[name]
             columns[name] = [column.slice(first, many).combine_chunks().take(places) for first, many, places in near]
         return pa.table([pa.concat_arrays(columns[name]) for name in SCHEMA.names], SCHEMA)
+
+
+def recorded_groups(provenance: Mapping[str, Any]) -> Any:
+    """What the record of a cache says of the groups of its test images, unchecked; None if it says nothing."""
+    return provenance.get(TEST_GROUPS)
 
 
 def planned(samples: pa.Table, recipes: Sequence[str], views: Sequence[int]) -> PlannedRows:

@@ -22,10 +22,12 @@ from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import replace_file, write_json
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.base.text import counted
+from h2t.pipeline.evaluation.image_groups import groups_of
 from h2t.pipeline.evaluation.intervals import FIGURES, Difference, paired
 from h2t.pipeline.evaluation.metrics import main_figures, over_seeds
 from h2t.pipeline.evaluation.scoring import load_heads_for, score_heads
 from h2t.pipeline.evaluation.tables import Comparison, Scored, compared
+from h2t.pipeline.heads.batches import sample_rows
 from h2t.pipeline.heads.features import maps_fingerprint
 from h2t.pipeline.heads.residency import Residency
 from h2t.pipeline.stages import evaluate, train_classifier
@@ -90,7 +92,9 @@ def sweep(
     heads = load_heads_for(cache, heads_dir, backbone_dir)
     group_of = evaluate.group_choice(evaluation, heads.about["counts"])
     scores = score_heads(cache, heads, "test", heads.about["evaluate"], run.device)
-    scored = Scored(heads.table.to_pylist(), {("test", scores.statistics): scores}, {})
+    tests = sample_rows(cache.index, "test", scores.statistics)
+    groups = groups_of(cache, tests.first, tests.samples)
+    scored = Scored(heads.table.to_pylist(), {("test", scores.statistics): scores}, {}, groups=groups)
     standing = _standing(evaluated, cache, run) if evaluated is not None else []
     lines = []
     for own in itertools.product(*grid.constants().values()):

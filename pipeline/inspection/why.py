@@ -11,13 +11,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from h2t.cache.format.spec import TEST_GROUPS, sha256
+from h2t.cache.format.spec import sha256
 from h2t.cache.reader import Cache
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.data.samples import Samples
 from h2t.pipeline.extraction import batchnorm
 from h2t.pipeline.extraction.recorded import ingredients
 from h2t.pipeline.extraction.reuse import NAMES, Wanted, changes, kept_statistics, origins
+from h2t.pipeline.extraction.row_plan import recorded_groups
 from h2t.pipeline.networks.trained import backbone_facts, backbone_identity
 from h2t.pipeline.stages import extract
 
@@ -122,7 +123,7 @@ def why(
     wanted = Wanted(planned, asked, params.dtype, samples.facts["dataset"], settings or {})
     kept = kept_statistics(previous, asked, _names(rows))[0] if previous is not None else {}
     reasons += _statistics(cache, _names(rows), kept) + _dataset(cache.rows, rows, bool(kept))
-    if cache.spec.provenance.get(TEST_GROUPS) != extract.kept_groups(planned):
+    if recorded_groups(cache.spec.provenance) != recorded_groups(planned.test_groups):
         reasons.append(Reason("dataset", "other groups of test images", False))
     if not reasons and not layout:
         return Verdict([], unknown, 0, len(rows))

@@ -24,10 +24,11 @@ WORDS = {"head": "frequent", "medium": "medium", "tail": "rare"}
 
 @dataclass(frozen=True)
 class Measured:
-    """Predictions for the test samples: `labels` and predicted classes `guesses`, int (n,) each."""
+    """Predictions for the test samples: `labels`, predicted classes `guesses` and their `groups`, int (n,) each."""
 
     labels: np.ndarray
     guesses: np.ndarray
+    groups: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def card(
     lines += [
         f"Of this classifier alone, on {counted(len(measured.labels), 'test image')} that were not trained on. The "
         "95 % intervals cover other test images of the same classes and source; neither other seeds nor other cameras, "
-        "places or years.\n",
+        f"places or years.{_of_groups(measured.groups)}\n",
         "| accuracy | % | interval |\n| --- | ---: | --- |",
         _line("all images", right, total, total / total.sum()),
     ]
@@ -119,6 +120,13 @@ def card(
         own = _text(*interval(right[k : k + 1], total[k : k + 1], np.ones(1))) if total[k] else " | "
         lines.append(f"| {in_markdown(classes[k])} | {counts[k]:,} | {total[k]:,} | {own} |")
     return "\n".join(lines) + "\n"
+
+
+def _of_groups(of_image: np.ndarray) -> str:
+    many = len(np.unique(of_image))
+    if many == len(of_image):
+        return ""
+    return f" The images come in {counted(many, 'group')}, but count singly here: the intervals are too narrow."
 
 
 def _text(mean: float, low: float, high: float) -> str:

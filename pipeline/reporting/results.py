@@ -217,7 +217,8 @@ def rows_apart(after: HostResult, row: str, before: HostResult, before_row: str)
             figures = [(f, after.metrics[row][f], before.metrics[before_row][f]) for f in FIGURES]
             return {f: None if None in (x, y) else Difference(x - y, None, None, None, (), 0) for f, x, y in figures}
     pairs, seeded = [], False
-    for said, other, result in ((new[r].said, old[r].said, new[r]) for r in both):
+    for r in both:
+        said, other, result = new[r].said, old[r].said, new[r]
         # A single classifier is compared with every seed of the other side.
         seeds = sorted(
             s for s in said.keys() | other.keys() if all(s in x or x.keys() == SINGLE for x in (said, other))
@@ -226,7 +227,8 @@ def rows_apart(after: HostResult, row: str, before: HostResult, before_row: str)
             return None
         seeded |= set(seeds) != SINGLE
         left, right = ([x[-1 if x.keys() == SINGLE else s] for s in seeds] for x in (said, other))
-        pairs.append(Pairs(left, right, result.labels, result.images, result.groups))
+        groups = old[r].groups if result.groups is None else result.groups
+        pairs.append(Pairs(left, right, result.labels, result.images, groups))
     one_backbone = after.about["host"]["backbone"] == before.about["host"]["backbone"]
     return over_replicates(pairs, after.about["groups"], seeded, verdicts=one_backbone or len(pairs) > 1)
 
@@ -242,7 +244,7 @@ def few_tested(result: HostResult) -> str:
     for group in GROUPS:
         numbers = [n for n, g in zip(result.tested, result.about["groups"], strict=True) if g == group]
         if numbers and sum(numbers) < FEW:
-            few.append(f"{sum(numbers)} of {group} classes")
+            few.append(f"{sum(numbers)} in {group} classes")
     none = [one_line(c) for c, n in zip(result.about["classes"], result.tested, strict=True) if not n]
     if none:
         few.append(f"none of {', '.join(none[:4])}" + (f" and {len(none) - 4} more" if len(none) > 4 else ""))

@@ -20,15 +20,7 @@ import torch
 
 from h2t.cache.errors import CacheError
 from h2t.cache.format.card import card
-from h2t.cache.format.spec import (
-    TEST_GROUPS,
-    CacheSpec,
-    canonical_json,
-    chunk_rows_for,
-    grown_shard_bytes,
-    sha256,
-    shard_rows_for,
-)
+from h2t.cache.format.spec import CacheSpec, canonical_json, chunk_rows_for, grown_shard_bytes, sha256, shard_rows_for
 from h2t.cache.memory import available_memory
 from h2t.cache.sizes import sized
 from h2t.cache.write import parts
@@ -44,7 +36,7 @@ from h2t.pipeline.data.samples import Samples
 from h2t.pipeline.extraction import batchnorm, cluster, forward, reuse
 from h2t.pipeline.extraction.batchnorm import Statistics
 from h2t.pipeline.extraction.commit import written_with
-from h2t.pipeline.extraction.row_plan import PlannedRows, planned
+from h2t.pipeline.extraction.row_plan import MOST_GROUPED, PlannedRows, planned, recorded_groups
 from h2t.pipeline.extraction.settings import Params as Params  # every stage module has its `Params`
 from h2t.pipeline.networks.backbone import Backbone
 from h2t.pipeline.networks.trained import BackboneFacts, backbone_facts, has_stored_weights, load_backbone
@@ -52,8 +44,6 @@ from h2t.pipeline.networks.trained import BackboneFacts, backbone_facts, has_sto
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 #: Most threads that write shards; each joins, digests and writes some 200 MB a second, a fast GPU makes 2 GB a second.
 MOST_WRITERS = max(1, min(8, len(os.sched_getaffinity(0)) // 2))
-
-MOST_GROUPED = 2**20  # test images: the record holds their groups, and has room for some millions of numbers
 
 TAP = "last maps before pooling"  # where the backbone is cut; part of the fingerprint
 
@@ -92,12 +82,6 @@ def planned_rows(params: Params, samples: Samples) -> PlannedRows:
     """All rows of the cache. Evaluation samples have view 0 only."""
     views = views_per_class(samples.counts, params.max_views, params.view_target)
     return planned(samples.table, params.batchnorm, views)
-
-
-def kept_groups(rows: PlannedRows) -> list[int] | None:
-    """The groups of test images that a cache of these rows records; none if there are too many for its record."""
-    groups = rows.test_groups
-    return groups if groups is not None and len(groups) <= MOST_GROUPED else None
 
 
 def run(
@@ -143,11 +127,11 @@ def run(
         kept, lost = reuse.kept_statistics(previous, inputs, names)
         if lost:
             run.say(f"{run.name}: {lost}")
-    origin: dict[str, Any] = {"statistics_from": previous.spec.fingerprint} if previous is not None and kept else {}
-    if (groups := kept_groups(rows)) is not None:
-        origin[TEST_GROUPS] = groups
-    elif rows.test_groups is not None:
+    origin: dict[str, Any] = rows.test_groups
+    if rows.grouped and not origin:
         run.say(f"note: {run.name}: groups of more than {MOST_GROUPED:,} test images are not kept for intervals")
+    if previous is not None and kept:
+        origin = {**origin, "statistics_from": previous.spec.fingerprint}
     with target.staging(shared=part is not None) as staging, staging.holding(part.label) if part else nullcontext():
         existing = target.committed()
         if existing is not None and _same(existing, inputs, params, names, len(rows), kept, origin):
@@ -279,7 +263,7 @@ def _same(
         same_statistics = digest == sha256(batchnorm.to_bytes(kept))
     else:
         same_statistics = existing.provenance.get("statistics_from") == origin.get("statistics_from")
-    same_groups = existing.provenance.get(TEST_GROUPS) == origin.get(TEST_GROUPS)
+    same_groups = recorded_groups(existing.provenance) == recorded_groups(origin)
     chunks = layout(params, max(existing.row_bytes(e) for e in range(existing.experts)), rows)
     # Batch size and threads change results only within the tolerance of a precision, so they are not compared.
     precision = existing.provenance.get("precision", "float32")

@@ -112,6 +112,12 @@ class Cache:
         self._use = InUse(files)
         self._start_pool()
 
+    def __repr__(self) -> str:
+        """Where it is and what it holds, without reading anything."""
+        spec = self.spec
+        maps = ", ".join(" x ".join(map(str, shape)) for shape in spec.maps)
+        return f"<Cache {self.files}: {spec.rows:,} rows of {maps} {spec.dtype}, {spec.codec}, {spec.fingerprint[:12]}>"
+
     def __reduce__(self) -> tuple[Callable[..., "Cache"], tuple[Any, ...]]:
         with self._in_use():
             return Cache, (self.files, self.commit, self._chunks.unchecked)

@@ -58,6 +58,7 @@ from h2t.pipeline.networks.probe import Probe
 from h2t.pipeline.networks.trained import NONE
 from h2t.pipeline.project.detect import detect
 from h2t.pipeline.sharing import importing
+from h2t.pipeline.sharing.feature_files import channels_seem_last
 from h2t.pipeline.stages import evaluate, probe, train_classifier
 
 __all__ = ["Classifier", "Comparison", "Features", "compare", "extract_features", "load", "predict", "write_cache"]
@@ -156,6 +157,12 @@ def write_cache(
     UserError, and CacheError `exists` for a cache that is there already, unless `replace`.
     """
     given = _gathered(features, labels, split, None)
+    if channels_seem_last(given.values.shape):
+        warnings.warn(
+            f"features: {given.values.shape} are taken as (n, C, H, W); if channels come last, give "
+            "features.transpose(0, 3, 1, 2)",
+            stacklevel=2,
+        )
     parts = importing.split_parts(given.values, _labels(given), given.split, source or given.source)
     return importing.run(parts, Path(out), silent, replace=replace)
 

@@ -63,6 +63,12 @@ def features(photos, weights):
     return api.extract_features(photos, "resnet20", weights=weights, input=INPUT, batch_size=16, device="cpu")
 
 
+def test_maps_whose_channels_seem_to_come_last_are_warned_of(tmp_path):
+    with pytest.warns(UserWarning, match=r"taken as \(n, C, H, W\); if channels come last, give features.transpose"):
+        spec = api.write_cache(tmp_path / "c", np.zeros((3, 7, 7, 4)), ["owl"] * 3)
+    assert spec.maps == ((7, 7, 4),)
+
+
 def test_compared_figures_are_those_of_the_stages(tmp_path):
     x, y = arrays()
     split = [("train", "test", "val")[i % 3] for i in range(len(x))]

@@ -97,6 +97,7 @@ def test_no_file_gets_the_number_of_a_closed_stream(tmp_path, closed):
 
 LOST = """
 import os, signal, threading, time
+from concurrent.futures import ThreadPoolExecutor, wait
 from h2t.pipeline.command_line.main import main
 class Closing:
     def __del__(self):
@@ -112,14 +113,24 @@ def thread():
 def callback():
     Closing()
     time.sleep(2)
+@main.command("store")
+def store():
+    tasks = [ThreadPoolExecutor(1).submit(threading.Event().wait)]
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+    finally:
+        wait(tasks)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 main()
 """
 
 
-@pytest.mark.parametrize("met", ["thread", "callback"])
+@pytest.mark.parametrize("met", ["thread", "callback", "store"])
 def test_ctrl_c_ends_a_command_wherever_it_meets_it(tmp_path, met):
-    """While a pool starts a thread, which Python then waits for in vain; or in a callback, where Python forgets it."""
+    """While a pool starts a thread, which Python then waits for in vain; in a callback, where Python forgets it; or
+    while a reader waits for its threads, which wait for a store that is silent.
+    """
     command = [sys.executable, "-c", LOST, met]
     done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (130, "interrupted; run the same command again to resume\n")

@@ -146,7 +146,7 @@ def test_bfloat16_becomes_float32_of_the_same_values(tmp_path, suffix):
 
 
 AXES = {"NTC": ((4, 5, 3), (3, 5, 1)), "NCT": ((4, 3, 5), (3, 5, 1)), "nhwc": ((4, 2, 7, 3), (3, 2, 7)),
-        "NCHW": ((4, 3, 2, 7), (3, 2, 7)), "CN": ((3, 4), (3, 1, 1))}  # fmt: skip
+        "NCHW": ((4, 3, 2, 7), (3, 2, 7)), "nchw": ((4, 2, 2, 7), (2, 2, 7)), "CN": ((3, 4), (3, 1, 1))}  # fmt: skip
 
 
 @pytest.mark.parametrize(("axes", "shapes"), AXES.items(), ids=AXES)
@@ -281,6 +281,8 @@ HOSTILE = {
     "nan": (features([[1.0, 2.0], [1.0, np.nan]], [0, 1]), "x.npz", "row 1 (x.npz/000000001) holds NaN"),
     "infinity": (features([[1.0, -np.inf]], [0]), "x.npz", "holds NaN, infinity"),
     "too large": (features(np.full((3, 2), 1e300), [0, 0, 0]), "x.npz", "beyond float32"),
+    "rounded": (features([[5, -(2**24)], [0, 2**24 + 1]], [0, 1]), "x.npz", "row 1 (x.npz/000000001) holds 16777217"),
+    "channels last": (features(np.zeros((3, 7, 7, 4)), [0, 0, 0]), "x.npz", "--axes NHWC if they do"),
     "complex": (features([[1j]], [0]), "x.npz", "must be numbers"),
     "text": (features([["1"]], [0]), "x.npz", "must be numbers"),
     "no rows": (features(THREE[:0], np.zeros(0, int)), "x.npz", "got float32 (0, 2)"),

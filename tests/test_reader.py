@@ -177,6 +177,15 @@ def test_a_row_number_beyond_64_bits_is_refused(cache_dir):
     assert refused(cache_dir, [2**63]).reason == "out-of-range"
 
 
+def test_a_printed_cache_says_where_it_is_and_what_it_holds(cache_dir):
+    make_cache(cache_dir)
+    with open_cache(cache_dir) as cache:
+        spec = cache.spec
+    maps = ", ".join(f"{c} x {h} x {w}" for c, h, w in spec.maps)
+    said = f"{spec.rows} rows of {maps} {spec.dtype}, {spec.codec}, {spec.fingerprint[:12]}"
+    assert repr(cache) == f"<Cache {cache_dir}: {said}>"
+
+
 def test_rows_and_statistics(cache_dir):
     make_cache(cache_dir)
     with open_cache(cache_dir) as cache:

@@ -1,9 +1,7 @@
 """Help and errors. An error is one line on stderr with exit code 1 or 2; only bugs show a traceback."""
 
-import _thread
 import os
 import sys
-import time
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -17,8 +15,7 @@ from h2t.cache.redaction import one_line, redacted
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import of_the_machine
 from h2t.pipeline.base.lost_threads import lost_threads_end_it
-
-STOPPED = 130  # the usual exit code after Ctrl-C
+from h2t.pipeline.command_line import interrupts
 
 
 class Misuse(click.ClickException):
@@ -39,28 +36,6 @@ def refuse(ctx: click.Context, message: str) -> NoReturn:
     """Ends the command with one line on stderr and exit code 1."""
     click.echo(f"error: {message}", err=True)
     ctx.exit(1)
-
-
-@contextmanager
-def _interrupts_are_heard() -> Iterator[None]:
-    """Repeats a Ctrl-C that hits a callback, because there Python prints the exception and goes on."""
-    others = sys.unraisablehook
-
-    def once_more() -> None:
-        time.sleep(0.01)
-        _thread.interrupt_main()
-
-    def hook(met: Any) -> None:
-        if met.exc_type is KeyboardInterrupt:
-            _thread.start_new_thread(once_more, ())
-        else:
-            others(met)
-
-    sys.unraisablehook = hook
-    try:
-        yield
-    finally:
-        sys.unraisablehook = others
 
 
 @contextmanager
@@ -105,15 +80,13 @@ class OneLineErrors(click.Group):
     command_class = Command
 
     def main(self, *args: Any, **extra: Any) -> Any:
-        """Runs a command line. After Ctrl-C it does not wait for threads: one that Python lost would never end."""
+        """Runs a command line. After Ctrl-C it does not wait for threads."""
         try:
-            with lost_threads_end_it(), _interrupts_are_heard(), _warnings_are_lines():
+            with lost_threads_end_it(), interrupts.interrupts_end_it(), _warnings_are_lines():
                 return super().main(*args, **extra)
         except SystemExit as end:
-            if end.code == STOPPED:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(STOPPED)
+            if end.code == interrupts.STOPPED:
+                interrupts.end()
             raise
         except OSError as error:  # --help, to a full disk
             known = of_the_machine(error)
@@ -147,5 +120,5 @@ class OneLineErrors(click.Group):
                 raise SystemExit(traceback.format_exc()) from None
             refuse(ctx, str(line))
         except KeyboardInterrupt:
-            click.echo("interrupted; run the same command again to resume", err=True)
-            ctx.exit(STOPPED)
+            interrupts.say_so()
+            ctx.exit(interrupts.STOPPED)

@@ -113,13 +113,18 @@ def _opened(path: Path, formats: Mapping[str, Callable[[Path], "_Arrays"]]) -> "
 def _in_order(path: Path, features: np.ndarray, axes: str | None) -> np.ndarray:
     """The features as (n, C) or (n, C, H, W), without a copy; tokens (n, T, C) become maps (n, C, T, 1).
 
-    Raises UserError if `axes` are not those of the array.
+    Raises UserError if `axes` are not those of the array, or are not given and may be others than NCHW.
     """
     if axes is None:
         if features.ndim == 3:
             raise UserError(
                 f"{path}: features have three axes, {features.shape}; name them: --axes NTC where each row has T "
                 "tokens of C channels, --axes NCT where channels come first"
+            )
+        if channels_seem_last(features.shape):
+            raise UserError(
+                f"{path}: in features of shape {features.shape}, channels seem to come last; name the axes: --axes "
+                "NHWC if they do, --axes NCHW if they come first"
             )
         return features
     order = next((known for known in AXES if sorted(known) == sorted(axes.upper())), None)
@@ -130,6 +135,11 @@ def _in_order(path: Path, features: np.ndarray, axes: str | None) -> np.ndarray:
         )
     turned = features.transpose([axes.upper().index(letter) for letter in order])
     return turned[..., None] if order == "NCT" else turned
+
+
+def channels_seem_last(shape: Sequence[int]) -> bool:
+    """Whether maps of `shape` look like (n, H, W, C): maps are square more often than they have H channels."""
+    return len(shape) == 4 and shape[1] == shape[2] != shape[3]
 
 
 @dataclass(frozen=True)

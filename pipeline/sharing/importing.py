@@ -28,12 +28,25 @@ from h2t.pipeline.sharing.feature_files import Part, checked
 
 SHARD_BYTES = 128 * 1024**2
 BLOCK_ROWS = 1024  # rows converted at a time
+EXACT = 2**24  # float32 holds every whole number up to this
 
 
 def _maps(part: Part, which: np.ndarray, dtype: str) -> np.ndarray:
-    """Rows `which`, int (n,), as maps (n, C, H, W) of `dtype`. Raises UserError for values not finite in `dtype`."""
+    """Rows `which`, int (n,), as maps (n, C, H, W) of `dtype`.
+
+    Raises UserError for values not finite in `dtype`, and for whole numbers beyond `EXACT`.
+    """
+    given = np.asarray(part.features[which])
+    if given.dtype.kind in "iu" and (given.max(initial=0) > EXACT or given.min(initial=0) < -EXACT):
+        large = (given > EXACT) | (given < -EXACT)
+        bad = int(which[large.reshape(len(given), -1).any(1)][0])
+        raise UserError(
+            f"{part.where}: whole numbers must be at most {EXACT:,}, as float32 rounds larger ones; row {bad} "
+            f"({part.sources[bad]}) holds {int(given[large][0])}; scale them, or save them as float32 if rounding is "
+            "meant"
+        )
     with np.errstate(over="ignore"):
-        values = np.asarray(part.features[which]).astype(dtype)
+        values = given.astype(dtype)
     if not np.isfinite(values).all():
         bad = int(which[~np.isfinite(values.reshape(len(values), -1)).all(1)][0])
         raise UserError(

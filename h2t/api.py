@@ -370,7 +370,10 @@ def predict(model: str | Path | Classifier, of: Any, *, top: int = 1, device: st
                 model.save(Path(folder) / "model")
                 return predict(Path(folder) / "model", of, top=top, device=device)
         opened = images_predict.open_model(Path(model), devices.choose(device))
-        batches = images_predict.predict(opened, images_predict.find_images(paths), _warn, top=top)
+        found = images_predict.find_images(paths)
+        for note in found.notes:
+            warnings.warn(note, stacklevel=2)
+        batches = images_predict.predict(opened, found, _warn, top=top)
         return pd.DataFrame([line for lines in batches for line in lines])
     classifier = model if isinstance(model, Classifier) else load(model)
     probabilities = torch.from_numpy(classifier.predict_proba(of))

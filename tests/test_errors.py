@@ -17,6 +17,8 @@ LACKS = {
     "room": (OSError(errno.ENOSPC, "", "data/x"), "data/x: No space left on device; free some space"),
     "a writable disk": (OSError(errno.EROFS, "", "data/x"), "data/x: Read-only file system; make the disk writable"),
     "a sound disk": (OSError(errno.EIO, ""), "disk: Input/output error; "),
+    "a short name": (OSError(errno.ENAMETOOLONG, "", "data/x"), "data/x: File name too long; give a shorter name"),
+    "a folder": (OSError(errno.ENOTDIR, "", "file/x"), "file/x: Not a directory; give another path"),
     "memory": (MemoryError(), "memory: not enough; raise the limit"),
     "memory, in numpy's words": (MemoryError("Unable to allocate 1. GiB"), "memory: Unable to allocate 1. GiB; raise"),
     "memory for a process": (OSError(errno.ENOMEM, "Cannot allocate memory"), "memory: [Errno 12] Cannot allocate"),

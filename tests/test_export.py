@@ -435,6 +435,29 @@ def test_predict_leaves_out_what_is_no_image_and_says_so(model, tmp_path):
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_predict_takes_from_a_folder_what_training_takes(model, tmp_path):
+    """Every ending of a format that is opened, through links; other kinds are counted, and a pipe does not block."""
+    picture = Image.open(model / "pictures/deep/0.png")
+    for folder in ("new/a", "elsewhere", "new/.thumbnails"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("new/a/1.jfif", "new/a/2.avif", "elsewhere/3.png", "new/a/._1.png", "new/.thumbnails/4.png"):
+        picture.save(tmp_path / name, format="JPEG" if name.endswith("jfif") else None)
+    (tmp_path / "new/b").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "new/loop").symlink_to(tmp_path / "new")
+    for name in ("a/5.heic", "a/6.heic", "a/notes.txt"):
+        (tmp_path / "new" / name).touch()
+    os.mkfifo(tmp_path / "new/a/7.png")
+    done = invoke("predict", model / "m", tmp_path / "new")
+    assert done.exit_code == 1
+    assert [line["image"] for line in as_table(done.stdout)] == [
+        f"{tmp_path}/new/{name}" for name in ("a/1.jfif", "a/2.avif", "b/3.png")
+    ]
+    assert done.stderr.splitlines() == [
+        f"note: {tmp_path}/new: 3 files of other kinds left out: .heic 2, .txt 1",
+        f"skipped: {tmp_path}/new/a/7.png: cannot be read (not a plain file)",
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -442,9 +465,14 @@ def test_predict_leaves_out_what_is_no_image_and_says_so(model, tmp_path):
         (["m/head.safetensors", "pictures"], "holds no complete classifier"),
         (["m", "nothing.png"], "no such image"),
         (["m", "pictures", "--out", "x.txt"], "must end in .csv, .json, .jsonl, .parquet"),
+        (["m", "pictures", "--out", "nowhere/x.csv"], "nowhere/x.csv: must be in a folder that exists"),
+        (["m", "pictures", "--out", "folder.csv"], "folder.csv: must be a file; got a folder"),
+        (["m", "pictures", "--out", "x.json", "--json"], "whose ending says the format"),
+        (["m", "-"], "stdin: must name at least one image"),
     ],
 )
 def test_wrong_use_of_predict_is_one_line(model, monkeypatch, arguments, says):
     monkeypatch.chdir(model)
-    line = refused("predict", *arguments, code=1)
+    (model / "folder.csv").mkdir(exist_ok=True)
+    line = refused("predict", *arguments)
     assert says in line

@@ -102,6 +102,7 @@ def test_the_network_gets_images_of_the_size_of_its_dataset(tmp_path):
     [
         (["--images", "0", "--backbone", "resnet20"], "0 is not in the range x>=1"),
         (["--images", "9", "--backbone", "resnet21"], "--backbone: must be an entry of params.yaml or a plug-in"),
+        (["--images", "9", "--backbone", "resnet20", "--size", "16385"], "16385 is not in the range 1<=x<=16384"),
         (["--images", "9", "--backbone", "resnet20", "--place", "nowhere"], "--place: must be a folder; got nowhere"),
     ],
 )

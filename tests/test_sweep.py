@@ -91,6 +91,8 @@ def test_an_evaluation_of_another_cache_is_not_compared_with(project, tmp_path):
     given = ("--params", project / "params.yaml", "--ratio", "0.3")
     same = " ".join(accepted("sweep", "dr", *given, "--data", project / "data").split())
     assert "own classifiers as they were trained (over seeds), by ratio: 0: equal; 0.3: equal." in same
+    others = " ".join(accepted("sweep", "dr", *given, "--seed", "7,1,4", "--data", project / "data").split())
+    assert "as they were trained (over the 1 of 3 seeds that both have), by ratio: 0: equal; 0.3: equal." in others
     said = accepted("sweep", "dr", *given, "--data", data)
     assert "is an evaluation of another cache" in said
     assert "own classifiers" not in said

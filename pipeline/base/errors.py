@@ -18,7 +18,7 @@ class UserError(Exception):
         super().__init__(one_line(redacted(message)))
 
 
-#: Errors of a disk that cannot be written, and the way out of each.
+#: Errors of a disk or a path that cannot be written, and the way out of each.
 CANNOT_WRITE = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some space, or ask for a larger quota",
@@ -27,6 +27,10 @@ CANNOT_WRITE = {
     errno.EPERM: "fix the permissions",
     errno.EROFS: "make the disk writable, or work on another one",
     errno.EIO: "check the disk, which may be broken",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ENOTDIR: "give another path",
+    errno.EISDIR: "give another path",
+    errno.ELOOP: "correct the links",
 }
 #: Messages of torch, of threads and of the library loader for "out of memory", where they do not raise MemoryError.
 NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "can't start new thread", "map segment")
@@ -41,7 +45,7 @@ PIPELINE = {
 def of_the_machine(error: BaseException) -> UserError | None:
     """A UserError for an `error` caused by the machine, otherwise None.
 
-    Causes are a disk that cannot be written, no memory, and a package that only the extra `pipeline` installs.
+    Causes are a disk or path that cannot be written, no memory, and a package that only the extra `pipeline` installs.
     """
     if isinstance(error, ModuleNotFoundError) and (package := (error.name or "").partition(".")[0]) in PIPELINE:
         return UserError(f"{package}: not installed, and this command needs it; type: pip install 'h2t[pipeline]'")

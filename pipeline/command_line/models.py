@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from h2t.cache.redaction import printable
+from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.command_line import options
 from h2t.pipeline.command_line.caches import opened
 from h2t.pipeline.command_line.one_line import Command
@@ -124,6 +125,8 @@ def predict(
     if as_json and as_lines:
         raise click.UsageError("give --json or --jsonl, not both")
     if out is not None:
+        if as_json or as_lines:
+            raise click.UsageError("give --out, whose ending says the format, or --json or --jsonl, not both")
         prediction_files.check(out)
     unread = 0
 
@@ -133,7 +136,10 @@ def predict(
         click.echo(printable(f"skipped: {line}"), err=True)
 
     made = room.open_model(model, devices.choose(device))
-    batches = room.predict(made, room.find_images(_given(images), column), complain, top=top)
+    found = room.find_images(_given(images), column)
+    for note in found.notes:
+        click.echo(printable(note), err=True)
+    batches = room.predict(made, found, complain, top=top)
     kind = "json" if as_json else "jsonl" if as_lines else "csv"
     first = next(batches)  # if no image can be read, nothing is written
     with prediction_files.as_file(out) if out else prediction_files.as_text(sys.stdout, kind) as write:
@@ -151,4 +157,6 @@ def _given(images: tuple[Path, ...]) -> list[Path]:
     text = os.fsdecode(sys.stdin.buffer.read())
     lines = text.split("\0") if "\0" in text else text.splitlines()
     piped = [Path(line) for line in lines if line.strip()]
+    if not piped and len(images) == 1:
+        raise UserError("stdin: must name at least one image; got nothing; pipe paths, one a line")
     return [path for image in images for path in (piped if image == Path("-") else [image])]

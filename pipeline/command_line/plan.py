@@ -29,7 +29,7 @@ SIZE = 224  # pixels; side of the input of most networks
 )
 @click.option(
     "--size",
-    type=click.IntRange(1),
+    type=click.IntRange(1, 16_384),  # as params.Side
     metavar="PIXELS",
     help="Side of the network's input; default: what the network, the entry or its dataset says, or 224.",
 )

@@ -17,6 +17,11 @@ ORIENTATION = 0x0112  # the EXIF tag
 MAX_PIXELS = 89_478_485  # larger images are refused before decoding; Pillow's limit against decompression bombs
 
 
+def endings() -> set[str]:
+    """The endings that files of `FORMATS` have, such as .jpg, in lower case."""
+    return {ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS}
+
+
 def decode(data: bytes, *, exif: bool = False, levels: Sequence[float] | None = None) -> np.ndarray:
     """Decodes an image file to uint8 (H, W, 3), as the published codes do (Pillow's `convert("RGB")`).
 

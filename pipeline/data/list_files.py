@@ -8,6 +8,7 @@ not change when the folder is moved, and it cannot name a file outside the folde
 import io
 import os
 import posixpath
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
@@ -85,7 +86,11 @@ def locate(root: Path, source: str, follow_links: bool) -> Path:
 
 def read_image(root: Path, source: str, follow_links: bool) -> bytes:
     """The bytes of an image. Raises OSError if there is no regular file to read, UserError for an unsafe path."""
-    path = locate(root, source, follow_links)
+    return read_plain(locate(root, source, follow_links))
+
+
+def read_plain(path: Path) -> bytes:
+    """The bytes of a file. Raises OSError if it is no regular file."""
     if path.exists() and not path.is_file():  # opening a pipe would block forever
         raise OSError("not a plain file")
     return path.read_bytes()
@@ -261,27 +266,41 @@ def folders(source: str) -> list[str]:
     return list(PurePosixPath(source).parts[1:-1])
 
 
+def kinds_left_out(folder: Path, endings: Counter[str]) -> list[str]:
+    """A note on the files in `folder` that are no images, by their endings; none if there are none."""
+    if not endings:
+        return []
+    most = sorted(endings.items(), key=lambda item: (-item[1], item[0]))[:5]
+    kinds = ", ".join(f"{kind} {count:,}" for kind, count in most)
+    return [f"note: {folder}: {counted(endings.total(), 'file')} of other kinds left out: {kinds}"]
+
+
+def visible(root: Path, follow_links: bool) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Yields each folder from `root` on, with the names of the folders and of the files in it that are not hidden."""
+    seen: set[str] = set()  # real paths of visited folders, so that circular links end
+    for folder, inside, files in os.walk(root, followlinks=follow_links):
+        real = os.path.realpath(folder)
+        inside[:] = [] if real in seen else sorted(d for d in inside if not d.startswith("."))
+        if real not in seen:
+            seen.add(real)
+            yield Path(folder), inside, [f for f in files if not f.startswith(".")]
+
+
 def walk(root: Path, part: str, follow_links: bool) -> Iterator[str]:
     """Yields all files under `root/part` as paths relative to `root`, without hidden ones, in no order.
 
     Raises UserError for a link to a folder, unless `follow_links` is set, and at the end for names that are not UTF-8.
     """
     foreign: list[str] = []
-    seen: set[str] = set()  # real paths of visited folders, so that circular links end
-    for folder, inside, files in os.walk(root / part, followlinks=follow_links):
-        real = os.path.realpath(folder)
-        inside[:] = [] if real in seen else sorted(d for d in inside if not d.startswith("."))
-        if real in seen:
-            continue
-        seen.add(real)
-        where = Path(folder).relative_to(root)
+    for folder, inside, files in visible(root / part, follow_links):
+        where = folder.relative_to(root)
         links = [d for d in inside if not follow_links and (root / where / d).is_symlink()]
         if links:
             raise UserError(
                 f"{root / where / links[0]}: must not be a link to a folder; set prepare.options.follow_links to true "
                 "to follow it"
             )
-        for path in ((where / f).as_posix() for f in files if not f.startswith(".")):
+        for path in ((where / f).as_posix() for f in files):
             if any("\udc80" <= sign <= "\udcff" for sign in path):  # neither DVC nor a Parquet file can hold it
                 foreign.append(path)
             else:

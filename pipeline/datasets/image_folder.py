@@ -9,12 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import Image
 
 from h2t.pipeline.base.errors import UserError, nearest
 from h2t.pipeline.base.text import counted
-from h2t.pipeline.data import list_files, tables
-from h2t.pipeline.data.decoding import FORMATS
+from h2t.pipeline.data import decoding, list_files, tables
 from h2t.pipeline.data.images import Collection, Transform
 from h2t.pipeline.data.labels import USUAL, split_of
 from h2t.pipeline.data.texts import Texts
@@ -68,7 +66,7 @@ def _images(options: Options, part: str) -> tuple[list[str], Texts, list[str]]:
             f"prepare.options: no folder {root / part}{here}; set root, train, val and test to folders that hold one "
             "folder per class"
         )
-    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS}
+    endings = decoding.endings()
     number: dict[str, int] = {}
     inner: dict[str, set[str]] = {}  # the folders inside those of each class
     loose: list[str] = []
@@ -124,11 +122,7 @@ def _left_out(folder: Path, loose: list[str], others: Counter[str]) -> list[str]
         notes.append(
             f"note: {folder}: {counted(len(loose), 'image')} in no class folder, left out; first: {min(loose)}"
         )
-    if others:
-        most = sorted(others.items(), key=lambda item: (-item[1], item[0]))[:5]
-        kinds = ", ".join(f"{kind} {count:,}" for kind, count in most)
-        notes.append(f"note: {folder}: {counted(others.total(), 'file')} of other kinds left out: {kinds}")
-    return notes
+    return notes + list_files.kinds_left_out(folder, others)
 
 
 def _without_images(folder: Path, classes: set[str]) -> list[str]:

@@ -182,8 +182,10 @@ def table(lines: Sequence[Line]) -> str:
         "intervals cover both, not backbones."
     )
     if against:
+        common = min(line.standing.seeds for line in lines if line.standing)
+        over = "seeds" if common == len(lines[0].seeds) else f"the {common} of {seeds} that both have"
         said += (
-            " Top-1 against the pipeline's own classifiers as they were trained (over seeds), by "
+            f" Top-1 against the pipeline's own classifiers as they were trained (over {over}), by "
             f"{' '.join(shown)}: {'; '.join(against)}."
         )
     return "\n".join([*(text.rstrip() for text in texts), "", textwrap.fill(said, 80)])

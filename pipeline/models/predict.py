@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,12 @@ import torch
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import build
 from h2t.pipeline.base.progress import progress
-from h2t.pipeline.data import parquet_files, tables
+from h2t.pipeline.data import list_files, parquet_files, tables
+from h2t.pipeline.data.decoding import FORMATS, endings
 from h2t.pipeline.data.images import BadImage, Images, Transform
 from h2t.pipeline.data.views import decoder
 from h2t.pipeline.models.model import load_model
 
-SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 BATCH = 64  # images in a forward pass
 NEEDS_ONNXRUNTIME = "onnx: needs the package onnxruntime; type: pip install 'h2t[onnx]'"
 
@@ -27,24 +28,32 @@ Opened = tuple[Logits, list[str], Transform]
 
 @dataclass(frozen=True)
 class Inputs:
-    """Images by name: the path of a file, or FILE:ROW for an image that lies in a Parquet file. `read` gives bytes."""
+    """Images by name: the path of a file, or FILE:ROW for an image that lies in a Parquet file. `read` gives bytes.
+
+    `notes` say which files in folders are left out.
+    """
 
     names: list[str]
     read: Callable[[str], bytes]
+    notes: list[str]
 
 
 def find_images(paths: Sequence[Path], column: str | None = None) -> Inputs:
     """The images that `paths` name: those below each directory, sorted, those of each table, and single files.
 
-    A file in a directory counts as an image by its suffix. A table (CSV, TSV, JSON Lines, Parquet) names images in
+    A file in a directory counts as an image by its ending, unless it is hidden, as in the dataset `image_folder`; links
+    are followed. A table (CSV, TSV, JSON Lines, Parquet) names images in
     `column`, or one of a usual name; paths start from the table's folder. A Parquet file may hold images itself. Raises
     UserError for a path that does not exist, a table without such a column, and if there is no image at all.
     """
     names: list[str] = []
+    notes: list[str] = []
     stored: dict[str, Callable[[str], bytes]] = {}
     for path in paths:
         if path.is_dir():
-            names += sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            found, others = _inside(path)
+            names += found
+            notes += list_files.kinds_left_out(path, others)
         elif not path.is_file():
             raise UserError(f"{path}: no such image or directory; give image files, folders of images or tables")
         elif path.suffix.lower() not in tables.ENDINGS:
@@ -57,15 +66,30 @@ def find_images(paths: Sequence[Path], column: str | None = None) -> Inputs:
             names += _named_in(path, column)
     if not names:
         raise UserError(
-            f"{', '.join(map(str, paths))}: no images there; their names must end in {', '.join(sorted(SUFFIXES))}, "
+            f"{', '.join(map(str, paths))}: no images there; their names must have an ending of {', '.join(FORMATS)}, "
             "or name each file"
         )
 
     def read(name: str) -> bytes:
         table, _, row = name.rpartition(":")
-        return stored[table](name) if table in stored and row.isdecimal() else Path(name).read_bytes()
+        return stored[table](name) if table in stored and row.isdecimal() else list_files.read_plain(Path(name))
 
-    return Inputs(names, read)
+    return Inputs(names, read, notes)
+
+
+def _inside(folder: Path) -> tuple[list[str], Counter[str]]:
+    """The paths of the images below `folder`, sorted, and how many other files there are, by ending."""
+    names: list[str] = []
+    others: Counter[str] = Counter()
+    known = endings()
+    for inside, _, files in list_files.visible(folder, follow_links=True):
+        for name in files:
+            ending = Path(name).suffix.lower()
+            if ending in known:
+                names.append(str(inside / name))
+            else:
+                others[ending or name] += 1
+    return sorted(names), others
 
 
 def _named_in(table: Path, column: str | None) -> list[str]:

@@ -44,11 +44,14 @@ def as_text(out: TextIO, kind: str) -> Iterator[Write]:
 
 
 def check(path: Path) -> None:
-    """Raises UserError unless the ending of `path` is one that is written."""
+    """Raises UserError unless the ending of `path` is one that is written, and its folder is there."""
     if path.suffix.removeprefix(".") not in ENDINGS:
         raise UserError(
             f"{path}: must end in {', '.join(f'.{kind}' for kind in ENDINGS)}; got {path.suffix or 'no suffix'!r}"
         )
+    if path.is_dir() or not path.parent.is_dir():
+        what = "a file; got a folder" if path.is_dir() else "in a folder that exists"
+        raise UserError(f"{path}: must be {what}; give another path")
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from typing import Any
 
 from h2t.cache.format.spec import MAX_RECORD_BYTES, CacheSpec, canonical_json, shard_rows_for
 from h2t.cache.sizes import sized
+from h2t.pipeline.base.text import counted
 from h2t.pipeline.project.rehearsal import BATCH, TEST_SHARE, Rehearsal
 from h2t.pipeline.stages import extract
 
@@ -161,8 +162,8 @@ def shown(result: dict[str, Any]) -> list[str]:
         f"extract      {_time(seconds['extract'])} on each machine",
         f"verify       {_time(seconds['verify'])} on each machine, with --part",
         f"pool         {_time(seconds['pool'])} on each machine, with --part",
-        f"an epoch     {_time(epoch['seconds'])} of two classifiers, {epoch['steps']:,} steps, features in memory; "
-        f"streamed, {sized(epoch['bytes_pooled'])} pooled or {sized(epoch['bytes_maps'])} of maps are drawn",
+        f"an epoch     {_time(epoch['seconds'])} of two classifiers, {counted(epoch['steps'], 'step')}, features in "
+        f"memory; streamed, {sized(epoch['bytes_pooled'])} pooled or {sized(epoch['bytes_maps'])} of maps are drawn",
     ]
     for what, found in (("breaks     ", ours), ("breaks next", beyond)):
         lines += [f"{what}  from {_words(at['images'])} images: {at['what']}; {at['instead']}" for at in found]

@@ -232,6 +232,13 @@ def test_dvc_watches_a_local_folder_and_no_hub_id(tmp_path):
         assert named == ({"backbones.b.options.model": model} if watched else {})
 
 
+@pytest.mark.parametrize(("model", "size"), [("test_vit", 75), ("test_convnext", 1)])
+def test_a_size_that_a_network_does_not_take_is_one_line(model, size):
+    plugin = plugins.load("backbones", "timm")
+    with pytest.raises(UserError, match=rf"input.size: the network must take images of 3 x {size} x {size}; it says"):
+        plugin.build(plugin.Options(model=model), size)
+
+
 def test_an_unknown_name_gets_the_nearest():
     module, chosen = options("timm", model="resnet188")
     with pytest.raises(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.errors import UserError, in_brief, of_the_machine
 from h2t.pipeline.networks.backbone import Backbone
 from h2t.pipeline.networks.classifier import global_average
 from h2t.pipeline.networks.frozen import FrozenPart, Layer, kinds_of, layer, same
@@ -137,6 +137,19 @@ class Tapped(Backbone):
                 self._model.add_module(name, part)
 
 
+def _first_values(backbone: Tapped, x: torch.Tensor) -> torch.Tensor:
+    """What the trunk makes of `x`. Raises UserError if the network takes no images of this size, or none with colour."""
+    try:
+        return backbone.trunk(x)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        if of_the_machine(error):
+            raise
+        raise UserError(
+            f"input.size: the network must take images of 3 x {x.shape[2]} x {x.shape[3]}; it says: {in_brief(error)}; "
+            "set backbones.NAME.input.size to a size that it takes, or choose another network"
+        ) from None
+
+
 @torch.no_grad()
 def find_ending(backbone: Tapped, side: int) -> tuple[Ending, set[nn.Module]]:
     """(what follows the maps of `backbone`, the modules called for the maps). The backbone is in eval mode.
@@ -150,7 +163,7 @@ def find_ending(backbone: Tapped, side: int) -> tuple[Ending, set[nn.Module]]:
         following: list[str] = []  # modules called after the one that gave the maps
         reached: set[nn.Module] = set()
         with _hooked(model, lambda name, module, given, result: reached.add(module)):
-            values = backbone.trunk(x)
+            values = _first_values(backbone, x)
 
         def record(name: str, module: nn.Module, given: torch.Tensor | None, result: Any) -> None:
             if isinstance(result, torch.Tensor) and result.shape == values.shape and torch.equal(result, values):

@@ -239,6 +239,22 @@ def test_a_size_that_a_network_does_not_take_is_one_line(model, size):
         plugin.build(plugin.Options(model=model), size)
 
 
+def test_a_network_of_grey_images_is_one_line(tmp_path):
+    small = {
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+        "num_channels": 1,
+    }
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "vit", "image_size": 32, "patch_size": 16, **small})
+    )
+    plugin = plugins.load("backbones", "huggingface")
+    with pytest.raises(UserError, match=r"must take images of 3 x 32 x 32; it says: Make sure that the channel"):
+        plugin.build(plugin.Options(model=str(tmp_path)), 32)
+
+
 def test_an_unknown_name_gets_the_nearest():
     module, chosen = options("timm", model="resnet188")
     with pytest.raises(

@@ -17,7 +17,7 @@ from h2t.pipeline.data.network_input import Fit, Input, Interpolation
 from h2t.pipeline.networks.backbone import Backbone
 from h2t.pipeline.networks.layouts import Features
 from h2t.pipeline.networks.pretrained import Revision, described, is_folder, offline, package, pinned
-from h2t.pipeline.networks.tap import Tapped
+from h2t.pipeline.networks.tap import Tapped, size_taken
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
@@ -168,7 +168,7 @@ def build(options: Options, size: int | None = None) -> Backbone:
     """The network for images of `size` pixels, with initial weights from torch's generator. Raises UserError."""
     model = _create(options, size)
     side = size or input(options).size or 224
-    with torch.no_grad():
+    with torch.no_grad(), size_taken(side):
         values = _base(model.eval())(pixel_values=torch.zeros(1, 3, side, side)).last_hidden_state
     channels = values.shape[1] if values.dim() == 4 else values.shape[-1]
     return _HuggingFace(model, channels, options.features, side, _prefix(model, values, side))

@@ -30,6 +30,7 @@ CANNOT_WRITE = {
     errno.ENAMETOOLONG: "give a shorter name",
     errno.ENOTDIR: "give another path",
     errno.EISDIR: "give another path",
+    errno.EEXIST: "give another path",
     errno.ELOOP: "correct the links",
 }
 #: Messages of torch, of threads and of the library loader for "out of memory", where they do not raise MemoryError.

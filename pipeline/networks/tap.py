@@ -137,16 +137,17 @@ class Tapped(Backbone):
                 self._model.add_module(name, part)
 
 
-def _first_values(backbone: Tapped, x: torch.Tensor) -> torch.Tensor:
-    """What the trunk makes of `x`. Raises UserError if the network takes no images of this size, or none with colour."""
+@contextmanager
+def size_taken(side: int) -> Iterator[None]:
+    """Raises UserError if a network called in the block takes no images of `side` pixels or of three colours."""
     try:
-        return backbone.trunk(x)
+        yield
     except (AssertionError, RuntimeError, ValueError) as error:
         if of_the_machine(error):
             raise
         raise UserError(
-            f"input.size: the network must take images of 3 x {x.shape[2]} x {x.shape[3]}; it says: {in_brief(error)}; "
-            "set backbones.NAME.input.size to a size that it takes, or choose another network"
+            f"input.size: the network must take images of 3 x {side} x {side}; it says: {in_brief(error)}; set "
+            "backbones.NAME.input.size to a size that it takes, or choose another network"
         ) from None
 
 
@@ -162,8 +163,8 @@ def find_ending(backbone: Tapped, side: int) -> tuple[Ending, set[nn.Module]]:
         calls: list[_Call] = []
         following: list[str] = []  # modules called after the one that gave the maps
         reached: set[nn.Module] = set()
-        with _hooked(model, lambda name, module, given, result: reached.add(module)):
-            values = _first_values(backbone, x)
+        with _hooked(model, lambda name, module, given, result: reached.add(module)), size_taken(side):
+            values = backbone.trunk(x)
 
         def record(name: str, module: nn.Module, given: torch.Tensor | None, result: Any) -> None:
             if isinstance(result, torch.Tensor) and result.shape == values.shape and torch.equal(result, values):

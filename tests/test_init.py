@@ -27,7 +27,7 @@ from h2t.pipeline.command_line.main import main
 from h2t.pipeline.inspection import settings
 from h2t.pipeline.networks.weights import save_weights
 from h2t.pipeline.project import choose, describe, detect, survey, write
-from h2t.pipeline.stages import prepare
+from h2t.pipeline.stages import evaluate, prepare
 
 
 def said(found, seen) -> str:
@@ -456,6 +456,14 @@ def test_most_images_of_a_rare_class_stay_for_training(tmp_path):
     chosen = choose.choose(found, survey.survey(found, headers=True), None).prepare
     assert chosen["test"] == {"at_most": 50, "keep": 12}
     assert chosen["validation"] == {"at_most": 25, "keep": 9}
+
+
+def test_the_rarer_of_two_classes_is_the_tail(tmp_path):
+    own_data.sort(tmp_path / "photos", {"normal": 9, "lesion": 6})
+    with contextlib.chdir(tmp_path):
+        accepted("init", "p", "--data", "photos")
+        values = params.load(tmp_path / "p/params.yaml")
+    assert evaluate.group_choice(evaluate.Params(**values["evaluate"]), [9, 6]) == ["head", "tail"]
 
 
 def test_groups_too_few_for_a_verdict_are_said(tmp_path):

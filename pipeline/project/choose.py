@@ -109,10 +109,9 @@ def _hold_outs(found: Found, prepare: dict[str, Any]) -> list[str]:
     if empty:
         prepare["min_per_class"] = {"n": 1, "then": "drop"}
     rarest = int(sizes[sizes > 0].min())
-    # Most images of the rarest class stay for training: of two classes 40 : 1, `at_most` alone would hold out nearly all.
-    keep, then_keep = (
-        (max(3, rarest * 3 // 5), max(2, rarest * 9 // 20)) if np.median(sizes[sizes > 0]) >= 6 else (1, 1)
-    )
+    keep = then_keep = 1
+    if np.median(sizes[sizes > 0]) >= 6:  # of two classes 40 : 1, `at_most` alone would hold out the rare one
+        keep, then_keep = max(3, rarest * 3 // 5), max(2, rarest * 9 // 20)
     test = next(
         (n for n in range(2, MOST_HELD) if np.minimum(n, sizes - keep).clip(0).sum() >= SHARE * sizes.sum()), MOST_HELD
     )

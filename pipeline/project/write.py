@@ -31,7 +31,7 @@ RESULTS = "data"  # the folder of all outputs
 #: Keys of params.yaml whose mappings are written in braces; so are `options` of more than LONG keys.
 IN_BRACES = (
     *("inputs", "table", "transform", "test", "validation", "min_per_class", "extract", "optimiser", "grid"),
-    *("logit_adjustment", "logistic_regression", "report"),
+    *("logit_adjustment", "logistic_regression", "evaluate", "report"),
 )
 LONG = 5
 
@@ -108,7 +108,7 @@ def parameters(folder: Path, found: Found, settings: Settings, title: str) -> st
             "logit_adjustment": {"host": "logit_adjustment", "backbone": settings.name, "batchnorm": "stage1"},
             "logistic_regression": {"host": "logistic_regression", "backbone": settings.name, "batchnorm": "stage1"},
         },
-        "evaluate": {},
+        "evaluate": {"groups": [1, 1]} if len(found.collection.classes) == 2 else {},  # the rarer one is the tail
         "report": {"title": title},
     }
     parts = ["# Written by h2t init. All keys and their defaults: docs/parameters.md of h2t.\nseed: 0\nreplicates: [0]"]

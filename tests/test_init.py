@@ -356,6 +356,26 @@ def test_the_command_of_the_docs(tmp_path, monkeypatch):
     assert params.load(tmp_path / "birds/params.yaml")["inputs"] == {"images": str(tmp_path / "photos")}
 
 
+def test_sensitivity_by_patient_as_the_page_shows_it(tmp_path, capsys):
+    """Ten patients of two images with the finding, of which one is found, and 20 normal images in their own groups."""
+    place = tmp_path / "data/evaluate/dr"
+    place.mkdir(parents=True)
+    label = np.repeat([1, 0], 20)
+    sure = np.where(np.arange(40) % 2, 0.9, 0.6).astype(np.float32)
+    predicted = np.where(np.arange(40) % 2, 0, label)  # every second image is called normal: surely
+    group = np.concatenate([np.arange(20) // 2, np.arange(10, 30)])
+    columns = {"number": np.zeros(40, int), "label": label, "predicted": predicted, "confidence": sure}
+    pq.write_table(pa.table({**columns, "image_group": group}), place / "predictions.parquet")
+    (block,) = printed.blocks("docs/own-data.md", "python")
+    with contextlib.chdir(tmp_path):
+        exec(block, {})
+    assert capsys.readouterr().out.splitlines() == [
+        "0.1: 1.000 [1.000, 1.000], specificity 0.000",
+        "0.3: 0.500 [0.500, 0.500], specificity 0.500",
+        "0.5: 0.500 [0.500, 0.500], specificity 1.000",
+    ]
+
+
 def test_the_commands_that_init_prints_can_be_typed_for_paths_with_spaces(tmp_path):
     own_data.sort(tmp_path / "my photos", {"a": 9, "b": 6})
     with contextlib.chdir(tmp_path):

@@ -207,6 +207,8 @@ def compare(
             given = _gathered(features, labels, split, groups)
             held = _held_out(given, test, validation, seed)
             parts = importing.split_parts(given.values, _labels(given), held, given.source)
+            if note := importing.scale_note(parts["train"]):
+                warnings.warn(note, stacklevel=2)
             importing.run(parts, root / "cache", say)
             cache = open_cache(root / "cache")
         with cache:

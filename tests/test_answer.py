@@ -142,6 +142,8 @@ def test_a_stage_one_that_is_clearly_better_is_said(dr):
     worse = with_figures(dr, stage1=(100.0, 100.0), without_h2t=(0.0, 0.0), with_h2t=(0.0, 0.0))
     worse = replace(worse, tables={**dr.tables, "predictions": right})
     assert "But stage I, the network as it was before, has top-1 100.0 %, tail 100.0 %." in Answer([worse]).lines()[0]
+    named = Answer([worse], evaluated=Path("data/evaluate"), backbones={"dr": "ce"}).lines()[0]
+    assert "To use that: h2t export data/train_backbone/ce data/extract/ce data/train_backbone/ce model" in named
     assert "stage I" not in Answer([with_figures(dr, stage1=(0.0, 0.0))]).best("top1")[0]
 
 

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from image_builders import write_image
 from PIL import Image
-from pipeline_builders import CPU, accepted
+from pipeline_builders import CPU, accepted, refused
 from safetensors.torch import load_file, save_file
 
 from h2t import api
@@ -241,3 +241,17 @@ def test_an_image_that_cannot_be_read_is_one_line_with_a_way_out(weights, tmp_pa
     (tmp_path / "bad.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"^image '.*bad\.png': .*; repair it or leave it out$"):
         api.extract_features([tmp_path / "good.png", tmp_path / "bad.png"], "resnet20", weights=weights, input=INPUT)
+
+
+def test_small_features_are_said_and_what_to_do():
+    x, y = arrays()
+    short = x / np.linalg.norm(x, axis=1, keepdims=True) / 10
+    factor = 1 / np.sqrt(np.square(short).mean())
+    with pytest.warns(UserWarning, match=r"multiply all features by"):
+        api.compare(short, y, methods=["ncm"], seeds=[0])
+    api.compare(short * factor, y, methods=["ncm"], seeds=[0])  # a warning is an error here
+
+
+def test_predict_says_how_a_classifier_of_features_is_used(tmp_path):
+    api.compare(*arrays(), methods=["ncm"], seeds=[0]).take("ncm").save(tmp_path / "m")
+    assert f"h2t.api.predict('{tmp_path}/m', features)" in refused("predict", str(tmp_path / "m"), "x.png")

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from pipeline_builders import ROOT, environment, fitted, make_prepare, write_params
 from servers import Bucket, s3_endpoint
@@ -106,5 +107,15 @@ def test_sharing(place, tmp_path, monkeypatch, warm_h2t):
         for block in rest:
             bash(block)
     assert (home / "colleague/data/extract/ce_mixup/cache.json").is_file()
+    (workflow,) = (yaml.safe_load(b) for b in blocks("sharing.md", "yaml") if "runs-on" in b)
+    steps = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+    pull, verify = (step for step in steps if "h2t cache" in step)
+    bash(f"cd colleague && {pull} && {verify}")
+    shard = home / "colleague/checked/extract/ce_mixup/maps.zarr/expert_0/c.0.0.0.0"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 3] ^= 1
+    shard.chmod(0o644)
+    shard.write_bytes(data)
+    bash(f"cd colleague && if ( {verify} ); then exit 1; fi")
     assert (home / "pulled/pool/ce_mixup/cache.json").is_file()
     assert (home / "result/metrics.json").is_file()

@@ -18,6 +18,7 @@ from pipeline_builders import CPU, accepted, fitted, invoke, make_prepare, refus
 from safetensors.torch import load_file
 from scipy.stats import beta
 
+from h2t.cache.format.spec import to_float32
 from h2t.cache.reader import open_cache
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
@@ -25,7 +26,7 @@ from h2t.pipeline.base.params import build
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.command_line.main import main
 from h2t.pipeline.evaluation.metrics import answers
-from h2t.pipeline.evaluation.scoring import head_logits, load_heads_for, score_heads
+from h2t.pipeline.evaluation.scoring import head_logits, load_heads_for, score_heads, stage1_logits
 from h2t.pipeline.heads.batches import sample_rows
 from h2t.pipeline.heads.residency import Residency
 from h2t.pipeline.models.card import Measured, Stated, card, interval
@@ -33,6 +34,7 @@ from h2t.pipeline.models.export import Choice, run
 from h2t.pipeline.models.model import SEAL, as_linear, load_model, load_single_head
 from h2t.pipeline.models.predict import ranked
 from h2t.pipeline.networks.classifier import global_average
+from h2t.pipeline.networks.trained import load_head
 from h2t.pipeline.networks.weights import load_weights, save_weights
 from h2t.pipeline.stages import pool
 
@@ -78,6 +80,24 @@ def test_a_model_gives_the_logits_of_evaluate(tmp_path, trained, digits, host, c
         logits = model.network(digits[1].batch(samples, [None] * len(samples)))
     assert float((logits - expected).abs().max() / expected.abs().max()) < 1e-4
     assert model.classes == [str(name) for name in digits[0].facts["classes"]]
+
+
+def test_the_classifier_of_stage_one_is_exported_by_naming_its_backbone_twice(tmp_path, trained):
+    named = SimpleNamespace(root=trained.backbone.parent, cache=trained.cache, backbone=trained.backbone)
+    exported(named, tmp_path / "m", trained.backbone.name, choice=Choice())
+    made = load_head(trained.backbone)
+    model = load_model(tmp_path / "m").network
+    with open_cache(trained.cache) as cache:
+        rows = sample_rows(cache.rows, "test", "stage1").first[:40]
+        expected = stage1_logits(cache, made, rows, CPU)
+        with torch.no_grad():
+            logits = model.on_maps((torch.from_numpy(to_float32(cache.read(rows), cache.spec.dtype)),))
+    assert float((logits - expected).abs().max() / expected.abs().max()) < 1e-5
+    text = (tmp_path / "m/README.md").read_text(encoding="utf-8")
+    assert "Stage I's own classifier" in text
+    shutil.copytree(trained.backbone, tmp_path / "copy")
+    with pytest.raises(UserError, match=r"to export that, name .* in its place"):
+        exported(SimpleNamespace(**{**vars(named), "root": tmp_path}), tmp_path / "n", "copy")
 
 
 def test_a_card_says_what_was_trained_and_how_certain_its_figures_are(tmp_path, trained):

@@ -12,19 +12,22 @@ import printed
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
 from dvc.config import Config
 from PIL import Image
 from pipeline_builders import ROOT, accepted, refused
 
+from h2t.pipeline.backbones import resnet32
 from h2t.pipeline.base import params
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.command_line.main import main
 from h2t.pipeline.inspection import settings
+from h2t.pipeline.networks.weights import save_weights
 from h2t.pipeline.project import choose, describe, detect, survey, write
-from h2t.pipeline.stages import prepare
+from h2t.pipeline.stages import evaluate, prepare
 
 
 def said(found, seen) -> str:
@@ -237,7 +240,7 @@ def test_places_where_images_and_results_would_mix(tmp_path):
     own_data.sort(tmp_path / "data/images", {"a": 2, "b": 2})
     for folder, says in (("data/images/project", "must not lie in the folder of the images"), (".", "results will be")):
         with pytest.raises(UserError, match=says):
-            write.check_places(tmp_path / folder, detect.detect(tmp_path / "data/images"))
+            write.check_places(tmp_path / folder, detect.detect(tmp_path / "data/images"), tmp_path / "data/images")
 
 
 def test_a_project_is_written_once(tmp_path):
@@ -306,6 +309,20 @@ def test_a_command_that_was_killed_after_dvc_init_goes_on(tmp_path):
     assert "no_scm" not in made
 
 
+def test_a_command_that_was_killed_between_its_files_goes_on(tmp_path):
+    own_data.sort(tmp_path / "p/photos", {"a": 9, "b": 6})
+    with contextlib.chdir(tmp_path / "p"):
+        accepted("init", "--data", "photos")
+        whole = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file() and ".git/" not in str(path)}
+        Path("params.yaml").unlink()
+        Path("stages.yaml").rename("stages.yaml.partial")
+        assert "wrote" in accepted("init", "--data", "photos")
+        assert all(path.read_bytes() == held for path, held in whole.items())
+        Path("params.yaml").unlink()
+        Path("dvc.yaml").write_text("stages: {}")
+        assert "dvc.yaml: exists already" in refused("init", "--data", "photos", code=2)
+
+
 def test_a_folder_that_dvc_cannot_work_in_is_refused(tmp_path):
     own_data.sort(tmp_path / "a{seed}/photos", {"a": 9, "b": 6})
     with contextlib.chdir(tmp_path):
@@ -339,13 +356,43 @@ def test_the_command_of_the_docs(tmp_path, monkeypatch):
     assert params.load(tmp_path / "birds/params.yaml")["inputs"] == {"images": str(tmp_path / "photos")}
 
 
+def test_sensitivity_by_patient_as_the_page_shows_it(tmp_path, capsys):
+    """Ten patients of two images with the finding, of which one is found, and 20 normal images in their own groups."""
+    place = tmp_path / "data/evaluate/dr"
+    place.mkdir(parents=True)
+    label = np.repeat([1, 0], 20)
+    sure = np.where(np.arange(40) % 2, 0.9, 0.6).astype(np.float32)
+    predicted = np.where(np.arange(40) % 2, 0, label)  # every second image is called normal: surely
+    group = np.concatenate([np.arange(20) // 2, np.arange(10, 30)])
+    columns = {"number": np.zeros(40, int), "label": label, "predicted": predicted, "confidence": sure}
+    pq.write_table(pa.table({**columns, "image_group": group}), place / "predictions.parquet")
+    (block,) = printed.blocks("docs/own-data.md", "python")
+    with contextlib.chdir(tmp_path):
+        exec(block, {})
+    assert capsys.readouterr().out.splitlines() == [
+        "0.1: 1.000 [1.000, 1.000], specificity 0.000",
+        "0.3: 0.500 [0.500, 0.500], specificity 0.500",
+        "0.5: 0.500 [0.500, 0.500], specificity 1.000",
+    ]
+
+
 def test_the_commands_that_init_prints_can_be_typed_for_paths_with_spaces(tmp_path):
     own_data.sort(tmp_path / "my photos", {"a": 9, "b": 6})
     with contextlib.chdir(tmp_path):
         result = CliRunner().invoke(main, ["init", "my birds", "--data", "my photos"])
-        refused = CliRunner().invoke(main, ["init", "my photos/birds", "--data", "my photos"])
+        line = refused("init", "my photos/birds", "--data", "my photos").strip()
     assert shlex.split(result.stdout.rpartition("next: ")[2]) == ["cd", "my birds", "&&", "dvc", "repro"]
-    assert f"h2t init PROJECT --data {shlex.quote(str(tmp_path / 'my photos'))}, " in refused.stderr
+    assert shlex.split(line.rpartition("type: ")[2])[1:] == [
+        *("init", str(tmp_path / "birds"), "--data", str(tmp_path / "my photos"))
+    ]
+
+
+def test_the_way_out_of_a_project_beside_its_table_keeps_the_table(tmp_path):
+    own_data.sites(tmp_path / "plants")
+    with contextlib.chdir(tmp_path / "plants"):
+        line = refused("init", "answer", "--data", "observations.csv").strip()
+        assert "wrote" in accepted(*shlex.split(line.rpartition("type: ")[2])[1:])
+    assert (tmp_path / "answer/params.yaml").is_file()
 
 
 @pytest.mark.parametrize(
@@ -373,6 +420,82 @@ def test_a_pretrained_backbone_by_name(collections, tmp_path):
     settings.check(params.load(tmp_path / "params.yaml"))
     with pytest.raises(UserError, match="no backbone 'resnet5'; did you mean 'resnet"):
         choose.choose(found, survey.survey(found, headers=True), "resnet5")
+
+
+def test_a_backbone_without_pretrained_weights_is_trained_at_the_size_of_the_photos(tmp_path):
+    own_data.sort(tmp_path / "photos", {"a": 9, "b": 6})
+    with contextlib.chdir(tmp_path):
+        said = accepted("init", "p", "--data", "photos", "--backbone", "resnet32")
+        values = params.load(tmp_path / "p/params.yaml")
+        settings.check(values)
+    assert "resnet32 has no pretrained weights, so it will be trained" in said
+    assert "start" not in values["backbones"]["resnet32"]
+    assert values["backbones"]["resnet32"]["epochs"] == 60
+    assert values["prepare"]["options"]["transform"]["size"] == 40
+
+
+def test_weights_of_ones_own_are_an_input_and_nothing_is_trained(tmp_path):
+    own_data.sort(tmp_path / "photos", {"a": 9, "b": 6})
+    torch.manual_seed(0)
+    own = Path(tmp_path, "my weights.safetensors")
+    network = resnet32.build(resnet32.Options())
+    head = {"fc.weight": torch.zeros(7, 64), "fc.bias": torch.zeros(7)}
+    save_weights(own, {**network.state_dict(), **head}, {})
+    with contextlib.chdir(tmp_path):
+        accepted("init", "p", "--data", "photos", "--backbone", "resnet32", "--weights", "my weights.safetensors")
+    with contextlib.chdir(tmp_path / "p"):
+        values = params.load(Path("params.yaml"))
+        settings.check(values)
+        assert values["inputs"]["weights"] == str(own)
+        assert values["prepare"]["options"]["transform"] == {"size": 40, "resize": 40}
+        accepted("prepare", "data/prepare")
+        said = accepted("train-backbone", "resnet32", "data/prepare", "data/train_backbone/resnet32")
+    assert "weights from my weights.safetensors; nothing is trained" in said
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--weights", "w.pth"], "add --backbone NAME"),
+        (["--weights", "absent.pth", "--backbone", "resnet32"], "no such file"),
+        (["--backbone", "w.pth"], "for a file of weights give the network too: --backbone NAME --weights w.pth"),
+        (["--backbone", "resnet32:w.pth"], "type --backbone resnet32, with --weights FILE for weights of your own"),
+    ],
+)
+def test_how_weights_of_ones_own_are_given_is_said(tmp_path, given, says):
+    own_data.sort(tmp_path / "photos", {"a": 9, "b": 6})
+    with contextlib.chdir(tmp_path):
+        Path("w.pth").write_bytes(b"")
+        assert says in refused("init", "p", "--data", "photos", *given)
+    assert not (tmp_path / "p").exists()
+
+
+def test_most_images_of_a_rare_class_stay_for_training(tmp_path):
+    own_data.sort(tmp_path / "photos", {"normal": 400, "lesion": 20})
+    found = detect.detect(tmp_path / "photos")
+    chosen = choose.choose(found, survey.survey(found, headers=True), None).prepare
+    assert chosen["test"] == {"at_most": 50, "keep": 12}
+    assert chosen["validation"] == {"at_most": 25, "keep": 9}
+
+
+def test_the_rarer_of_two_classes_is_the_tail(tmp_path):
+    own_data.sort(tmp_path / "photos", {"normal": 9, "lesion": 6})
+    with contextlib.chdir(tmp_path):
+        accepted("init", "p", "--data", "photos")
+        values = params.load(tmp_path / "p/params.yaml")
+    assert evaluate.group_choice(evaluate.Params(**values["evaluate"]), [9, 6]) == ["head", "tail"]
+
+
+def test_groups_too_few_for_a_verdict_are_said(tmp_path):
+    lines = [["file_name", "species", "site"]]
+    for kind, name in enumerate(("wren", "owl")):
+        for i in range(30):
+            own_data.picture(kind, i).save(tmp_path / f"{name}{i}.png")
+            lines.append([f"{name}{i}.png", name, f"S{i % 10}"])
+    own_data.write_table(tmp_path / "labels.csv", lines)
+    found = detect.detect(tmp_path / "labels.csv")
+    (note,) = [n for n in choose.choose(found, survey.survey(found), None).notes if "groups" in n]
+    assert note.startswith("note: about 2 of 10 groups will be test images; fewer than 5 never tell methods apart")
 
 
 def test_a_column_of_labels_is_not_ignored_where_there_is_no_table(tmp_path):

@@ -26,7 +26,13 @@ from h2t.pipeline.command_line.options import PATH
     "--backbone",
     metavar="NAME",
     help="A pretrained backbone that is not trained further, by plug-in or PLUG-IN:MODEL: resnet50, "
-    "timm:convnext_tiny. By default a small ResNet is trained.",
+    "timm:convnext_tiny; one without pretrained weights is trained. By default a small ResNet is trained.",
+)
+@click.option(
+    "--weights",
+    type=PATH,
+    metavar="FILE",
+    help="Weights of the backbone in a checkpoint of yours (.safetensors, .pth), used as they are.",
 )
 @click.option(
     "--check",
@@ -35,7 +41,7 @@ from h2t.pipeline.command_line.options import PATH
     show_default=True,
     help="Read every byte of each image, or the beginning only, which finds neither damage nor copies.",
 )
-def init(folder: Path, data: Path, label: str | None, backbone: str | None, check: str) -> None:
+def init(folder: Path, data: Path, label: str | None, backbone: str | None, weights: Path | None, check: str) -> None:
     """Write a project for images of your own.
 
     Prints what the images are, and writes params.yaml, dvc.yaml and all that `dvc repro` needs.
@@ -44,17 +50,19 @@ def init(folder: Path, data: Path, label: str | None, backbone: str | None, chec
 
     if folder.exists() and not folder.is_dir():
         raise click.UsageError(f"{folder}: must be a folder; got a file")
-    for name in ("params.yaml", "dvc.yaml", "stages.yaml"):  # before minutes of reading images
-        if (folder / name).exists():
-            raise click.UsageError(f"{folder / name}: exists already; remove it, or give another folder as DIR")
-    if backbone is not None:
-        choose.check_backbone(backbone)
+    if (folder / "params.yaml").exists():
+        raise click.UsageError(f"{folder / 'params.yaml'}: exists already; remove it, or give another folder as DIR")
+    try:  # before minutes of reading images; what a killed run wrote is no obstacle
+        write.check_free(folder, write.for_any_images(folder))
+    except write.Exists as error:
+        raise click.UsageError(str(error)) from None
+    choose.check_backbone(backbone, weights)
     found = detect.detect(data, label)
-    write.check_places(folder, found)
+    write.check_places(folder, found, data)
     seen = survey.survey(found, headers=check == "headers")
     for line in describe.lines(found, seen, bar=_bar()):
         click.echo(line)
-    settings = choose.choose(found, seen, backbone)
+    settings = choose.choose(found, seen, backbone, weights)
     for note in settings.notes:
         click.echo(note)
     files = write.project(folder, found, settings, data.expanduser().absolute().stem or "images")
@@ -63,8 +71,9 @@ def init(folder: Path, data: Path, label: str | None, backbone: str | None, chec
             click.echo(line)
     except write.Exists as error:
         raise click.UsageError(str(error)) from None
-    if backbone is None:
-        click.echo("note: a small ResNet will be trained; a pretrained one is usually better: --backbone resnet50")
+    if not settings.pretrained:
+        what = "a small ResNet" if backbone is None else f"{backbone} has no pretrained weights, so it"
+        click.echo(f"note: {what} will be trained; a pretrained one is usually better: --backbone resnet50")
     click.echo("next: " + ("dvc repro" if folder == Path() else f"cd {shlex.quote(str(folder))} && dvc repro"))
 
 

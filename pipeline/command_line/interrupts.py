@@ -17,25 +17,30 @@ PATIENCE = 2.0  # seconds for an orderly end; threads that wait for a silent sto
 
 @contextmanager
 def interrupts_end_it() -> Iterator[None]:
-    """While this lasts, Ctrl-C raises KeyboardInterrupt; `PATIENCE` later it ends the process with exit code 130."""
+    """While this lasts, Ctrl-C raises KeyboardInterrupt; `PATIENCE` later it ends the process with exit code 130.
+
+    The second holds where nobody else handles SIGINT (nohup ignores it) or uses the timer behind SIGALRM.
+    """
     with _interrupts_are_heard():
         ours = threading.current_thread() is threading.main_thread()
-        if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored under nohup
+        heard = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if not ours or not heard or signal.getsignal(signal.SIGALRM) is not signal.SIG_DFL:
             yield
             return
         signal.signal(signal.SIGINT, _interrupted)
-        others = signal.signal(signal.SIGALRM, _too_late)
+        signal.signal(signal.SIGALRM, _too_late)
         try:
             yield
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, others)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def say_so() -> None:
     """Prints the line of an orderly end, which came in time."""
-    signal.setitimer(signal.ITIMER_REAL, 0)
+    if signal.getsignal(signal.SIGALRM) is _too_late:
+        signal.setitimer(signal.ITIMER_REAL, 0)
     sys.stderr.write(LINE)
 
 

@@ -19,7 +19,9 @@ from h2t.pipeline.command_line.options import PATH
     epilog="h2t export data/train_classifier/dr data/extract/ce_mixup \\\n"
     "  data/train_backbone/ce_mixup model --ratio 0.3 --seed 0",
 )
-@click.argument("heads", type=PATH, help="Directory that train-classifier wrote.")
+@click.argument(
+    "heads", type=PATH, help="Directory that train-classifier wrote; BACKBONE again for stage I's classifier."
+)
 @click.argument("cache", help="Path or URL of the cache that the heads were trained on.")
 @click.argument("backbone", type=PATH, help="Directory that train-backbone wrote.")
 @click.argument("out", type=PATH, help="Directory to write.")

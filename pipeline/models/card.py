@@ -15,6 +15,7 @@ from h2t.cache.redaction import in_markdown
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.data.classes import GROUPS, groups
 from h2t.pipeline.data.splits import shortened
+from h2t.pipeline.evaluation.scoring import STAGE1
 
 LEVEL = 0.95
 SHOWN = 100  # classes in the table; of more, the most frequent and the rarest
@@ -62,6 +63,9 @@ def card(
     tags = ["image-classification", "long-tailed", "h2t"]
     header = {"license": "other", "license_name": stated.licence or "not stated", "tags": tags}
     setting = ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in about["setting"].items())
+    method = f"Host `{in_markdown(about['host'])}` with {setting}"
+    if about["host"] == STAGE1:
+        method = "Stage I's own classifier, or the logistic regression (probe) that stands for it"
     backbone = f"`{in_markdown(about['arch'])}`, " if "arch" in about else ""
     lines = [
         f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---\n",
@@ -81,7 +85,7 @@ def card(
         f"{counted(sum(counts), 'training image')} of dataset `{in_markdown(dataset)}`, {max(counts):,} to "
         f"{min(counts):,} of a class; features in cache `{about['cache'][:12]}`.\n",
         "## Method\n",
-        f"Host `{in_markdown(about['host'])}` with {setting}, on features of backbone {backbone}weights "
+        f"{method}, on features of backbone {backbone}weights "
         f"`{about['backbone'][:12]}`, batch-norm statistics `{about['statistics']}`.\n",
         "## Figures\n",
     ]

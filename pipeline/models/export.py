@@ -30,10 +30,11 @@ from h2t.pipeline.data.images import Images, Transform, open_images
 from h2t.pipeline.evaluation.calibration import of_heads
 from h2t.pipeline.evaluation.folds import load_folds
 from h2t.pipeline.evaluation.image_groups import groups_of
-from h2t.pipeline.evaluation.scoring import head_logits, load_heads_for, score_heads
+from h2t.pipeline.evaluation.scoring import STAGE1, head_logits, load_heads_for, score_heads
 from h2t.pipeline.extraction import batchnorm
 from h2t.pipeline.heads.batches import sample_rows
 from h2t.pipeline.heads.stored import Heads
+from h2t.pipeline.models import stage_one
 from h2t.pipeline.models.card import Measured, Stated, card
 from h2t.pipeline.models.model import Model, load_model, save_head, save_model
 from h2t.pipeline.networks.trained import load_backbone
@@ -103,14 +104,17 @@ def run(
 ) -> dict[str, float]:
     """Writes `head.safetensors`, `model.safetensors`, README.md and, with `onnx`, `model.onnx` into `run.out`.
 
-    `prepare` is the section `prepare` of the parameters; it says where the images are and how they are transformed.
-    Without `with_images`, no image is read and only the head is checked, on cached maps. Returns the difference that
-    each check measured: its name ("images", "maps" or "onnx") -> max|d| / max|logit|. Raises UserError, and writes
-    nothing, if the inputs do not belong together or a difference is too large.
+    With `backbone_dir` in place of `heads_dir`, the head is stage I's own, or the probe. `prepare` is the section
+    `prepare` of the parameters; it says where the images are and how they are transformed. Without `with_images`, no
+    image is read and only the head is checked, on cached maps. Returns the difference that each check measured: its
+    name ("images", "maps" or "onnx") -> max|d| / max|logit|. Raises UserError, and writes nothing, if the inputs do not
+    belong together or a difference is too large.
     """
     if onnx:
         need_onnx()
-    heads = load_heads_for(cache, heads_dir, backbone_dir)
+    own = stage_one.is_asked(heads_dir, backbone_dir)
+    with stage_one.as_heads(run, cache, backbone_dir) if own else contextlib.nullcontext(heads_dir) as folder:
+        heads, folds = load_heads_for(cache, folder, backbone_dir), load_folds(folder)
     number = choose(heads, choice, str(heads_dir))
     setting = heads.table.to_pylist()[number]
     one = heads.of([number])
@@ -132,12 +136,12 @@ def run(
         "transform": transform.model_dump(),
         **({"input": identity["input"]} if "input" in identity else {}),
         "statistics": kind,
-        "host": heads.about["host"],
+        "host": STAGE1 if own else heads.about["host"],
         "setting": {k: setting[k] for k in (*SETTING, *heads.constants)},
         "backbone": identity["weights"],
         "cache": heads.about["cache"],
     }
-    fitted = of_heads(cache, heads, [number], load_folds(heads_dir), run.device)
+    fitted = of_heads(cache, heads, [number], folds, run.device)
     about |= {"temperature": fitted[0]} if fitted else {}
     rows = _rows(cache, kind)
     expected = head_logits(cache, one, rows, run.device)[0]
@@ -156,8 +160,9 @@ def run(
         if onnx:
             measured["onnx"] = write_onnx(model, into / "model.onnx")
     what = "a state dict of its architecture" if plain else "no plain state dict (the head is not one linear layer)"
+    named = "stage I" if own else f"head {number} (ratio {setting['ratio']:g}, seed {setting['seed']})"
     run.say(
-        f"{run.out}: head {number} (ratio {setting['ratio']:g}, seed {setting['seed']}) under {kind} statistics; "
+        f"{run.out}: {named} under {kind} statistics; "
         f"model.safetensors is {what}; logits agree with evaluate, largest relative difference: "
         + ", ".join(f"{name} {value:.1e}" for name, value in measured.items())
     )

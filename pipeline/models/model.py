@@ -186,6 +186,11 @@ def load_model(path: Path) -> Model:
     """
     path = path / "model.safetensors" if path.is_dir() else path
     if not path.exists():
+        if (path.parent / "head.safetensors").exists():
+            raise UserError(
+                f"{path.parent}: holds a classifier of features and no backbone, so it cannot take images; in Python: "
+                f"h2t.api.predict({str(path.parent)!r}, features)"
+            )
         raise UserError(f"{path}: no exported model; make one with h2t export")
     state, about = _load_sealed(path)
     if about.get("kind") != KIND:

@@ -1,13 +1,18 @@
 """Settings that fit the data: what is held out, the size of the network's input, the network, how long it trains."""
 
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError, nearest
+from h2t.pipeline.base.params import INPUTS
 from h2t.pipeline.data.labels import USUAL
+from h2t.pipeline.evaluation.intervals import FEWEST_CHANGED
 from h2t.pipeline.project.detect import Found
 from h2t.pipeline.project.survey import Survey
 
@@ -27,25 +32,29 @@ class Settings:
     backbone: dict[str, Any]
     batchnorm_passes: int
     notes: list[str] = field(default_factory=list)
+    weights: Path | None = None
 
     @property
     def pretrained(self) -> bool:
         """Whether the backbone is taken as it is."""
-        return bool(self.backbone.get("frozen"))
+        return "probe" in self.backbone.values()
 
 
-def choose(found: Found, seen: Survey, backbone: str | None) -> Settings:
+def choose(found: Found, seen: Survey, backbone: str | None, weights: Path | None = None) -> Settings:
     """Settings for a collection and its survey. `backbone`: a plug-in, or PLUG-IN:MODEL; None trains a small ResNet.
 
-    Raises UserError for an unknown backbone, and if no image can be read.
+    `weights` is a file with the backbone's weights; otherwise they are pretrained ones, and where there are none, it is
+    trained. Raises UserError for an unknown backbone, and if no image can be read.
     """
     if not len(seen.readable):
         reason = next(iter(seen.unreadable.values()), "there are none")
         raise UserError(f"--data: no image can be read; the first {reason}; correct the data")
     transform: dict[str, Any] = {}
-    if backbone is None:
+    if _takes_any_size(backbone):
         size = _side(seen.readable)
         transform = {"size": size, "resize": round(size * 1.125), "area": [0.35, 1.0]}
+        if weights is not None:  # nothing is trained that augmented images would help
+            transform = {"size": size, "resize": size}
     if seen.deep is not None:
         transform["range"] = _range(*seen.deep, floating="F" in seen.modes)
     prepare: dict[str, Any] = {"dataset": found.dataset, "options": found.written()}
@@ -57,9 +66,14 @@ def choose(found: Found, seen: Survey, backbone: str | None) -> Settings:
         prepare["duplicates"] = "drop"
     notes = _hold_outs(found, prepare)
     images = found.collection.split.count("train")
-    name, entry = _network(backbone, 30 if images >= MANY else 60)
+    name, entry = _network(backbone, weights, 30 if images >= MANY else 60)
     passes = int(np.clip(-(-10 * images // PASS), 10, 50))  # about ten times each image
-    return Settings(prepare, name, entry, passes, notes)
+    if weights is not None and "input" not in vars(plugins.load("backbones", entry["arch"])):
+        notes.append(
+            "note: pixels are normalised by ImageNet's mean and std; if the weights were made with others, write them "
+            "to params.yaml: prepare.options.transform: {mean: [...], std: [...]}"
+        )
+    return Settings(prepare, name, entry, passes, notes, weights)
 
 
 def _side(short_sides: np.ndarray) -> int:
@@ -94,7 +108,10 @@ def _hold_outs(found: Found, prepare: dict[str, Any]) -> list[str]:
         )
     if empty:
         prepare["min_per_class"] = {"n": 1, "then": "drop"}
-    keep = 3 if np.median(sizes[sizes > 0]) >= 6 else 1
+    rarest = int(sizes[sizes > 0].min())
+    keep = then_keep = 1
+    if np.median(sizes[sizes > 0]) >= 6:  # of two classes 40 : 1, `at_most` alone would hold out the rare one
+        keep, then_keep = max(3, rarest * 3 // 5), max(2, rarest * 9 // 20)
     test = next(
         (n for n in range(2, MOST_HELD) if np.minimum(n, sizes - keep).clip(0).sum() >= SHARE * sizes.sum()), MOST_HELD
     )
@@ -106,28 +123,68 @@ def _hold_outs(found: Found, prepare: dict[str, Any]) -> list[str]:
             )
         prepare["test"] = {"at_most": test, "keep": keep}
     if "val" not in images.split:
-        prepare["validation"] = {"at_most": max(2, test // 2), "keep": max(1, keep - 1)}
+        prepare["validation"] = {"at_most": max(2, test // 2), "keep": then_keep}
+    few = _few_groups(images.group, sizes, test, keep) if "test" in prepare and images.group else []
     lines = [
         f"{key:12}up to {rule['at_most']} images of each class are held out, as long as {rule['keep']} stay"
         for key in ("test", "validation")
         if (rule := prepare.get(key))
     ]
     dropped = [f"note: no training image of {', '.join(empty[:5])}: dropped (min_per_class)"] if empty else []
-    return [*lines, *dropped]
+    return [*lines, *dropped, *few]
 
 
-def check_backbone(backbone: str) -> None:
-    """Raises UserError unless `backbone`, PLUG-IN or PLUG-IN:MODEL, names a plug-in."""
+def _few_groups(group: Sequence[str], sizes: np.ndarray, test: int, keep: int) -> list[str]:
+    """A line if so few groups will be test images that no difference between methods can be told."""
+    groups = len(set(group))
+    held = round(groups * float(np.minimum(test, sizes - keep).clip(0).sum() / sizes.sum()))
+    if held >= FEWEST_CHANGED:
+        return []
+    return [
+        f"note: about {max(1, held)} of {groups} groups will be test images; fewer than {FEWEST_CHANGED} never tell "
+        "methods apart. If images of one group are no more alike than others, remove the line group from params.yaml"
+    ]
+
+
+def check_backbone(backbone: str | None, weights: Path | None = None) -> None:
+    """Raises UserError unless `backbone`, PLUG-IN or PLUG-IN:MODEL, names a plug-in and `weights` is a file for it."""
+    if weights is not None and not weights.expanduser().is_file():
+        raise UserError(f"--weights {weights}: no such file; correct the path")
+    if backbone is None:
+        if weights is not None:
+            raise UserError(
+                f"--weights {weights}: needs the name of the network that they belong to; add --backbone NAME, such as "
+                "resnet32 or torchvision:resnet18 (h2t list backbones)"
+            )
+        return
     arch, known = backbone.partition(":")[0], plugins.names("backbones")
     if arch not in known:
-        raise UserError(f"--backbone {backbone}: no backbone {arch!r}{nearest(arch, known)}; type: h2t list backbones")
+        way = "type: h2t list backbones"
+        if Path(backbone).expanduser().is_file():
+            way = f"for a file of weights give the network too: --backbone NAME --weights {shlex.quote(backbone)}"
+        raise UserError(f"--backbone {backbone}: no backbone {arch!r}{nearest(arch, known)}; {way}")
+    if ":" in backbone and "model" not in plugins.load("backbones", arch).Options.model_fields:
+        raise UserError(
+            f"--backbone {backbone}: {arch} is one network, so there is no model to choose; type --backbone {arch}, "
+            "with --weights FILE for weights of your own"
+        )
 
 
-def _network(backbone: str | None, epochs: int) -> tuple[str, dict[str, Any]]:
-    """(name of the entry, the entry) in the section `backbones`."""
+def _takes_any_size(backbone: str | None) -> bool:
+    """Whether the images' size is to be chosen: the network states none, and has no weights that were made with one."""
     if backbone is None:
-        return "resnet20", {
-            "arch": "resnet20",
+        return True
+    arch = plugins.load("backbones", backbone.partition(":")[0])
+    return not hasattr(arch, "input") and not hasattr(arch, "weights")
+
+
+def _network(backbone: str | None, weights: Path | None, epochs: int) -> tuple[str, dict[str, Any]]:
+    """(name of the entry, the entry) in the section `backbones`."""
+    check_backbone(backbone, weights)
+    arch, _, model = (backbone or "resnet20").partition(":")
+    if weights is None and (backbone is None or not hasattr(plugins.load("backbones", arch), "weights")):
+        return arch, {
+            "arch": arch,
             "objective": "ce",
             "mixup": 1.0,
             "epochs": epochs,
@@ -135,12 +192,13 @@ def _network(backbone: str | None, epochs: int) -> tuple[str, dict[str, Any]]:
             "weight_decay": 0.0005,
             "schedule": "cosine",
         }
-    check_backbone(backbone)
-    arch, _, model = backbone.partition(":")
     entry: dict[str, Any] = {"arch": arch, "objective": "ce"}
     if model:
         entry["options"] = {"model": model}
-    entry |= {"start": "pretrained", "frozen": True, "head": "probe"}
+    if weights is None:
+        entry |= {"start": "pretrained", "frozen": True, "head": "probe"}
+    else:
+        entry |= {"weights": f"{INPUTS}weights", "head": "probe"}
     name = "".join(sign if sign.isalnum() else "_" for sign in (model or arch).rpartition("/")[2]).strip("_")
     return name or arch, entry
 

@@ -18,7 +18,20 @@ from h2t.pipeline.data.images import Collection
 from h2t.pipeline.data.labels import USUAL, split_of
 
 #: Usual names of columns, most usual first.
-LABELS = ("label", "labels", "class", "class_name", "species", "category", "target", "diagnosis", "defect", "kind", "y")
+LABELS = (
+    "label",
+    "labels",
+    "class",
+    "class_name",
+    "species",
+    "category",
+    "target",
+    "diagnosis",
+    "finding",
+    "defect",
+    "kind",
+    "y",
+)
 SPLITS = ("split", "subset", "partition", "set")
 GROUPS = (
     *("group", "patient", "patient_id", "subject", "subject_id", "camera", "camera_id", "site", "site_id"),

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import yaml
 
+from h2t.cache.write.staging import write_durably
 from h2t.pipeline.base import numbers, plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import check_path
@@ -30,7 +31,7 @@ RESULTS = "data"  # the folder of all outputs
 #: Keys of params.yaml whose mappings are written in braces; so are `options` of more than LONG keys.
 IN_BRACES = (
     *("inputs", "table", "transform", "test", "validation", "min_per_class", "extract", "optimiser", "grid"),
-    *("logit_adjustment", "report"),
+    *("logit_adjustment", "logistic_regression", "evaluate", "report"),
 )
 LONG = 5
 
@@ -39,8 +40,8 @@ class Exists(UserError):
     """A file of another content stands where one is to be written."""
 
 
-def project(folder: Path, found: Found, settings: Settings, title: str) -> dict[str, str]:
-    """The files of the project in `folder`: path relative to it -> text."""
+def for_any_images(folder: Path) -> dict[str, str]:
+    """The files of a project in `folder` that do not depend on its images: path relative to it -> text."""
     with contextlib.chdir(folder) if folder.is_dir() else contextlib.nullcontext():
         own = numbers.text(numbers.in_code())  # those of plug-ins in the folder too
     return {
@@ -49,23 +50,28 @@ def project(folder: Path, found: Found, settings: Settings, title: str) -> dict[
         "inputs/.gitignore": "/*.json\n",
         **{f"plugins/{kind}/.gitkeep": "" for kind in plugins.KINDS},
         **{f".dvc/plots/{name}": (FILES / name).read_text(encoding="utf-8") for name in PLOTS},
-        "params.yaml": parameters(folder, found, settings, title),
     }
 
 
-def check_places(folder: Path, found: Found) -> None:
-    """Raises UserError for a path that DVC cannot work in.
+def project(folder: Path, found: Found, settings: Settings, title: str) -> dict[str, str]:
+    """The files of the project in `folder`: path relative to it -> text."""
+    return {**for_any_images(folder), "params.yaml": parameters(folder, found, settings, title)}
+
+
+def check_places(folder: Path, found: Found, data: Path) -> None:
+    """Raises UserError for a path that DVC cannot work in; `data` is what was given as --data.
 
     Also if the project would lie among the images, or the images among the results.
     """
-    here = Path(os.path.abspath(folder))  # noqa: PTH100 - keeps links
+    here = _absolute(folder)
     for path in (here, *found.inputs.values()):
         check_path("h2t init", path)
     for place in found.inputs.values():
         if here == place or here.is_relative_to(place):
+            beside = place.parent / (f"{place.name}-project" if here == place else here.name)
             raise UserError(
-                f"{folder}: the project must not lie in the folder of the images, {place}, which DVC watches; "
-                f"type: h2t init PROJECT --data {shlex.quote(str(place))}, with a folder beside it"
+                f"{folder}: the project must not lie in the folder of the images, {place}, which DVC watches; type: "
+                f"h2t init {shlex.quote(str(beside))} --data {shlex.quote(str(_absolute(data)))}"
             )
         if place.is_relative_to(here / RESULTS):
             raise UserError(
@@ -76,10 +82,11 @@ def check_places(folder: Path, found: Found) -> None:
 
 def parameters(folder: Path, found: Found, settings: Settings, title: str) -> str:
     """The text of params.yaml."""
-    here = Path(os.path.abspath(folder))  # noqa: PTH100
+    here = _absolute(folder)
+    places = {**found.inputs, **({} if settings.weights is None else {"weights": _absolute(settings.weights)})}
     inputs = {
         name: os.path.relpath(place, here) if place.is_relative_to(here) else str(place)
-        for name, place in found.inputs.items()
+        for name, place in places.items()
     }
     recipes = ["stage1"] if settings.pretrained else ["stage1", "branchwise"]
     own = {
@@ -99,13 +106,18 @@ def parameters(folder: Path, found: Found, settings: Settings, title: str) -> st
                 "grid": {"ratio": [0.0, 0.1, 0.2, 0.3, 0.4, 0.5], "seed": [0, 1, 2]},
             },
             "logit_adjustment": {"host": "logit_adjustment", "backbone": settings.name, "batchnorm": "stage1"},
+            "logistic_regression": {"host": "logistic_regression", "backbone": settings.name, "batchnorm": "stage1"},
         },
-        "evaluate": {},
+        "evaluate": {"groups": [1, 1]} if len(found.collection.classes) == 2 else {},  # the rarer one is the tail
         "report": {"title": title},
     }
     parts = ["# Written by h2t init. All keys and their defaults: docs/parameters.md of h2t.\nseed: 0\nreplicates: [0]"]
     parts += [line for name, value in own.items() for line in _section(name, value)]
     return "\n".join(parts) + "\n"
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path.expanduser()))  # noqa: PTH100 - keeps links
 
 
 def _section(name: str, value: object, indent: str = "") -> list[str]:
@@ -137,15 +149,15 @@ def write(folder: Path, files: dict[str, str], found: Found) -> Iterator[str]:
     """
     check_free(folder, files)
     folder.mkdir(parents=True, exist_ok=True)
-    here = Path(os.path.abspath(folder))  # noqa: PTH100
+    here = _absolute(folder)
     inside = [_pattern(place.relative_to(here)) for place in found.inputs.values() if place.is_relative_to(here)]
     free = [f"/{name}/" for name in WRITTEN if not (folder / name).exists()]  # what is there may be the user's code
     _append(folder / ".gitignore", [*IGNORED, *free, *inside])
     _append(folder / ".dvcignore", DVC_IGNORED)
     yield from _versioned(folder)
-    for name, text in files.items():
+    for name, text in files.items():  # params.yaml last: without it the command is not done, and goes on
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text, encoding="utf-8")
+        write_durably(folder / name, text.encode())
     if not str(here).isascii():
         yield f"note: {here}: DVC's experiment queue needs a path of ASCII letters; dvc repro works"
     shown = sorted({name.split("/")[0] + ("/" if "/" in name else "") for name in files} - {".dvc/"})

@@ -12,7 +12,7 @@ from typing import Any
 
 from h2t.cache.redaction import in_markdown
 from h2t.pipeline.base.text import counted
-from h2t.pipeline.evaluation.intervals import Difference
+from h2t.pipeline.evaluation.intervals import FEWEST_CHANGED, Difference
 from h2t.pipeline.reporting.chosen import number
 from h2t.pipeline.reporting.published import Estimate, different_runs, estimates
 from h2t.pipeline.reporting.results import ROWS, HostResult, few_tested, rows_apart
@@ -185,6 +185,8 @@ class Answer:
             stage1 = self._verdict(first, "stage1", first, row, figure)
         if stage1 == ("lower" if figure in SMALLER_IS_BETTER else "higher"):
             sentences.append(f"But stage I, the network as it was before, has {_figures(first, 'stage1', figure)}.")
+            if command := self.command(figure, stage1=True):
+                sentences.append(f"To use that: {command}")
         if ties := [*(["stage I"] if stage1 in TIED else []), *ranking.ties]:
             sentences.append(f"Not clearly behind it: {_some(ties)}.")
         if figure in first.changes:
@@ -221,7 +223,10 @@ class Answer:
         text = f"Intervals (95 %) cover {', '.join(inside[:-1])}{' and ' if inside[1:] else ''}{inside[-1]}"
         limits = f"; not {' or '.join(outside)}" if outside else ""
         few = few_tested(self.results[0])
-        return f"{text}{limits}." + (f" Few test images: {few}." if few else "")
+        no_direction = f" Fewer than {FEWEST_CHANGED} groups never tell methods apart."
+        return f"{text}{limits}.{no_direction if 0 < groups < FEWEST_CHANGED else ''}" + (
+            f" Few test images: {few}." if few else ""
+        )
 
     def cost(self) -> str:
         """How many classifiers were trained, and what the published way would have taken."""
@@ -239,8 +244,8 @@ class Answer:
         images = sum(self._published_images(r) for r in self.results)
         return f"{said}, no image through the backbone; the published way passes {images:,} through it in every epoch."
 
-    def command(self, figure: str = "top1") -> str | None:
-        """The command that exports a classifier of the best method; None if its backbone is unknown.
+    def command(self, figure: str = "top1", *, stage1: bool = False) -> str | None:
+        """The command that exports a classifier of the best method, or stage I's; None if its backbone is unknown.
 
         Hosts evaluated in a folder of another name than `evaluate` leave the folders to fill in: HEADS, CACHE,
         BACKBONE. What lies on the disk does not count, so that a report depends on the evaluated hosts alone. A cache
@@ -262,10 +267,12 @@ class Answer:
             "CACHE": home / "extract" / backbone,
             "BACKBONE": home / "train_backbone" / backbone,
         }
-        chosen = ["--head", str(int(heads.number.iloc[0]))] if len(first.result.every_head) > 1 else []
+        several = len(first.result.every_head) > 1 and not stage1
+        chosen = ["--head", str(int(heads.number.iloc[0]))] if several else []
         averaged = first.result.about["cache"]["provenance"].get("pool") == "gap"
         usual = self.evaluated.name == "evaluate"
         named = [place.as_posix() if usual else blank for blank, place in folders.items()]
+        named[0] = named[2] if stage1 else named[0]
         return shlex.join(["h2t", "export", *named, "model", *chosen, *["--without-images"] * averaged])
 
     def overview(self) -> list[str]:

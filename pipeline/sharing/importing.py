@@ -29,6 +29,7 @@ from h2t.pipeline.sharing.feature_files import Part, checked
 SHARD_BYTES = 128 * 1024**2
 BLOCK_ROWS = 1024  # rows converted at a time
 EXACT = 2**24  # float32 holds every whole number up to this
+SMALL = 0.1  # root mean square of features below which the usual learning rates and penalties are far off
 
 
 def _maps(part: Part, which: np.ndarray, dtype: str) -> np.ndarray:
@@ -59,6 +60,18 @@ def _blocks(part: Part, dtype: str) -> Iterator[np.ndarray]:
     """Yields all maps of a split, (n, C, H, W), at most `BLOCK_ROWS` rows at a time."""
     for first in range(0, len(part.labels), BLOCK_ROWS):
         yield _maps(part, np.arange(first, min(first + BLOCK_ROWS, len(part.labels))), dtype)
+
+
+def scale_note(part: Part) -> str | None:
+    """A line if the values of `part` are small, as those of vectors of length 1 are; looks at up to 1,024 rows."""
+    rows = np.unique(np.linspace(0, len(part.labels) - 1, BLOCK_ROWS).astype(np.int64))
+    size = float(np.sqrt(np.square(_maps(part, rows, "float32"), dtype=np.float64).mean()))
+    if not 0 < size < SMALL:
+        return None
+    return (
+        f"features are small: {size:.2g} in root mean square, as of vectors of length 1; learning rates and penalties "
+        f"are made for about 1, so classifiers may stay untrained; multiply all features by {1 / size:.3g} first"
+    )
 
 
 def split_parts(
@@ -190,6 +203,8 @@ def run(
         rows_of = counted(len(copies), "validation or test row")
         equal = "equals a training row" if len(copies) == 1 else "equal training rows"
         say(f"note: {rows_of} {equal} in every value, such as {copies[0]}: accuracy there says little about new data")
+    if note := scale_note(parts["train"]):
+        say(f"note: {note}")
     classes = counted(len(labels), "class", "classes")
     say(f"{out}: {counted(spec.rows, 'row')} of {' x '.join(map(str, shape))}, {classes}, {dtype}")
     return spec

@@ -167,7 +167,9 @@ def test_a_table_for_a_paper_holds_every_classifier_and_what_h2t_changes(dr):
     assert (data.top1_low[2], data.top1_verdict[2]) == (pytest.approx(change.low), change.verdict)
     text = paper.latex([special], "Covers.")
     assert r"dr\_50\% & stage I & – & " in text
-    interval = f"{change.mean:+.1f} [{change.low:+.1f}, {change.high:+.1f}]".replace("-", "\N{MINUS SIGN}")
+    interval = f"{change.mean:+.1f} [{change.low:+.1f}, {change.high:+.1f}]".replace("-", "$-$")
+    assert change.low < 0  # a sign that LaTeX does not know it leaves out
+    assert set(text) - set(map(chr, range(128))) == {"±", "–"}
     assert rf"dr\_50\% & difference &  & {interval} & " in text
     rows = [line for line in text.splitlines() if line.endswith(r"\\")]
     assert len(rows) == 5

@@ -3,6 +3,8 @@
 import json
 import os
 import pickle
+import sys
+import uuid
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -237,6 +239,17 @@ def test_links_within_the_root_are_plain(tmp_path):
     (tmp_path / "train").mkdir()
     (tmp_path / "train/x.jpg").symlink_to(tmp_path / "store/x.jpg")
     assert list_files.read_image(tmp_path, "train/x.jpg", False)
+
+
+def test_no_name_of_an_image_stays_in_memory(tmp_path):
+    """Python 3.12 never frees a text that it interns, and `pathlib` interns each part of a path."""
+    name = f"{uuid.uuid4()}.jpg"
+    os.link(write_image(tmp_path / "any.jpg"), f"{tmp_path}/{name}")
+    list_files.read_list(write_list(tmp_path / "list.txt", [(name, 0)]), tmp_path, False)
+    list_files.read_image(tmp_path, name, False)
+    again = "".join(name)[:-1] + name[-1]
+    assert again is not name
+    assert sys.intern(again) is again
 
 
 def test_lists_may_lie_elsewhere(tmp_path):

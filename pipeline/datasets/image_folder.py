@@ -4,6 +4,7 @@ This is the layout of torchvision's ImageFolder. Validation and test folders of 
 images `prepare` holds some out (`prepare.test`). A `metadata.csv` of Hugging Face is read by the dataset `table`.
 """
 
+import posixpath
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
@@ -73,17 +74,20 @@ def _images(options: Options, part: str) -> tuple[list[str], Texts, list[str]]:
     others: Counter[str] = Counter()
     class_of: list[int] = []
 
+    depth = len(PurePosixPath(part).parts)
+
     def images() -> Iterator[str]:
         for source in list_files.walk(root, part, options.follow_links):
-            path = PurePosixPath(source)
-            inside_part = path.relative_to(PurePosixPath(part)).parts
-            if len(inside_part) < 3 and path.stem == "metadata" and path.suffix.lower() in tables.ENDINGS:
+            inside_part = source.split("/")[depth:]
+            stem, ending = posixpath.splitext(inside_part[-1])
+            ending = ending.lower()
+            if len(inside_part) < 3 and stem == "metadata" and ending in tables.ENDINGS:
                 raise UserError(
-                    f"{root / path}: this folder has its labels in a table; set prepare.dataset=table and "
-                    f"prepare.options={{table: {root / path}, path: file_name, label: COLUMN}}, or remove the table"
+                    f"{root / source}: this folder has its labels in a table; set prepare.dataset=table and "
+                    f"prepare.options={{table: {root / source}, path: file_name, label: COLUMN}}, or remove the table"
                 )
-            if path.suffix.lower() not in endings:
-                others[path.suffix.lower() or path.name] += 1
+            if ending not in endings:
+                others[ending or inside_part[-1]] += 1
             elif len(inside_part) > 1:
                 name, *between = inside_part[:-1]
                 class_of.append(number.setdefault(name, len(number)))

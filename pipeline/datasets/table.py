@@ -6,6 +6,7 @@ Tables and images may lie at URLs.
 """
 
 import os
+import posixpath
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -190,8 +191,8 @@ def _source(text: str, base: Path, root: Path, where: str, options: Options) -> 
     """
     if "\\" in text and not (base / text).is_file():
         text = text.replace("\\", "/")
-    path = os.path.normpath(base / Path(text).expanduser())
-    source = Path(os.path.relpath(path, root)).as_posix()
+    path = posixpath.normpath(posixpath.join(base, posixpath.expanduser(text)))
+    source = posixpath.relpath(path, root)
     if source == ".." or source.startswith("../"):
         raise UserError(
             f"{where}: {text!r}: must lie in {root}; set prepare.options.root to a folder that holds all images"

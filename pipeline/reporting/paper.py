@@ -46,7 +46,8 @@ def latex(results: Sequence[HostResult], covers: str) -> str:
         "% Difference: with H2T minus without, in percentage points, and its 95 % interval.",
         f"% {covers}",
     ]
-    return "\n".join([*about, lines.to_latex(index=False, escape=True, column_format="llr" + "r" * len(PRINTED))])
+    body = lines.to_latex(index=False, escape=True, column_format="llr" + "r" * len(PRINTED))
+    return "\n".join([*about, body.replace(MINUS, "$-$")])  # pdfLaTeX leaves the sign out, so -2.8 would become 2.8
 
 
 def _lines(result: HostResult) -> Iterator[list[str]]:

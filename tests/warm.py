@@ -15,7 +15,12 @@ import sys
 from contextlib import suppress
 
 STREAMS = (0, 1, 2)
-IMPORTED = ("torch", "torch._dynamo", "torchvision", "sklearn.manifold", "pandas", "dvc.repo")
+IMPORTED = (
+    *("torch", "torch._dynamo", "torchvision", "sklearn.manifold", "pandas", "zarr", "distributed", "fsspec", "s3fs"),
+    *("dvc.cli", "dvc.commands.repro", "dvc.repo", "dvc.analytics", "dvc.compare", "dvc.data_cloud", "dvc.lock"),
+    *("dvc.rwlock", "dvc.scm", "dvc.dirs", "dvc.daemon", "dulwich.ignore", "dulwich.index", "configobj", "ruamel.yaml"),
+    *("networkx", "shtab", "encodings.idna"),
+)
 ROOMS = ("stages", "command_line", "extraction", "heads", "evaluation", "reporting", "models", "sharing", "inspection")
 
 

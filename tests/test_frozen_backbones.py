@@ -217,6 +217,9 @@ def test_a_local_folder_of_hugging_face_gives_network_input_and_weights(tmp_path
     backbone = module.build(module.resolved(chosen), 16)
     assert backbone.last_layer == "classifier"
     assert backbone.unused == {"classifier.weight", "classifier.bias"}
+    with pytest.raises(UserError, match=r"the files in .* cannot be loaded .* leave input.size out") as no:
+        module.weights(chosen, 32)
+    assert "hub" not in str(no.value)
 
 
 def test_dvc_watches_a_local_folder_and_no_hub_id(tmp_path):

@@ -91,13 +91,19 @@ def pinned(model: str, revision: str | None) -> None:
 
 @contextmanager
 def offline(model: str) -> Iterator[None]:
-    """Turns the errors of a download into one UserError that says where to put the files."""
+    """Turns the errors of loading files into one UserError: where to put them, or that a folder's do not fit."""
     try:
         yield
     except UserError:
         raise
     # The hub's client raises errors of several libraries; the first line of each says what went wrong.
     except Exception as error:  # noqa: BLE001
+        if is_folder(model):
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(
+                f"options.model: the files in {model} cannot be loaded ({reason}); name a folder whose weights fit its "
+                "config.json, and leave input.size out if the network was trained at another size"
+            ) from None
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
         raise UserError(
             f"options.model: the files of {model} are not in the local cache of the hub and cannot be downloaded "

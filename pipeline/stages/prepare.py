@@ -164,9 +164,10 @@ def run(params: Params, run: Run) -> None:
         )
     sizes = {name: int((chosen & (split == name)).sum()) for name in ("train", "val", "test")}
     class_count = counted(len(order), "class", "classes")
+    most, fewest = ordered[0], ordered[-1]
+    each = f"{most:,} to {fewest:,} training images" if most > fewest else f"{counted(most, 'training image')} each"
     run.say(
-        f"{params.dataset}: {class_count} of {ordered[0]:,} to {ordered[-1]:,} training images; "
-        + ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+        f"{params.dataset}: {class_count} of {each}; " + ", ".join(f"{name} {size:,}" for name, size in sizes.items())
     )
     if bad:
         first = next(iter(bad.values()))

@@ -157,14 +157,18 @@ def write_cache(
     UserError, and CacheError `exists` for a cache that is there already, unless `replace`.
     """
     given = _gathered(features, labels, split, None)
-    if channels_seem_last(given.values.shape):
-        warnings.warn(
-            f"features: {given.values.shape} are taken as (n, C, H, W); if channels come last, give "
-            "features.transpose(0, 3, 1, 2)",
-            stacklevel=2,
-        )
+    _warn_of_axes(given.values)
     parts = importing.split_parts(given.values, _labels(given), given.split, source or given.source)
     return importing.run(parts, Path(out), silent, replace=replace)
+
+
+def _warn_of_axes(values: Any) -> None:
+    if channels_seem_last(values.shape):
+        warnings.warn(
+            f"features: {values.shape} are taken as (n, C, H, W); if channels come last, give "
+            "features.transpose(0, 3, 1, 2)",
+            stacklevel=3,
+        )
 
 
 def compare(
@@ -205,11 +209,12 @@ def compare(
         cache = _as_cache(features) if labels is None else None
         if cache is None:
             given = _gathered(features, labels, split, groups)
+            _warn_of_axes(given.values)
             held = _held_out(given, test, validation, seed)
             parts = importing.split_parts(given.values, _labels(given), held, given.source)
-            if note := importing.scale_note(parts["train"]):
-                warnings.warn(note, stacklevel=2)
             importing.run(parts, root / "cache", say)
+            if say is silent and (note := importing.scale_note(parts["train"])):  # otherwise it is said
+                warnings.warn(note, stacklevel=2)
             cache = open_cache(root / "cache")
         with cache:
             names = recorded_names(cache.spec.provenance, cache.files)

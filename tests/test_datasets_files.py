@@ -273,6 +273,13 @@ def test_an_image_folder_reads_classes_from_folders(tmp_path):
     assert found.split.count("test") == 2
 
 
+@pytest.mark.parametrize("part", ["../train", "val/../train", "/train"])
+def test_parts_of_an_image_folder_lie_inside_root(tmp_path, part):
+    module, options = opened("image_folder", {**make_image_folder(tmp_path), "train": part})
+    with pytest.raises(UserError, match="must be folders inside root"):
+        module.load(options)
+
+
 def test_an_image_folder_without_splits_holds_test_samples_out(tmp_path):
     for name, count in (("cat", 3), ("dog", 5)):
         for i in range(count):

@@ -240,7 +240,13 @@ def test_places_where_images_and_results_would_mix(tmp_path):
     own_data.sort(tmp_path / "data/images", {"a": 2, "b": 2})
     for folder, says in (("data/images/project", "must not lie in the folder of the images"), (".", "results will be")):
         with pytest.raises(UserError, match=says):
-            write.check_places(tmp_path / folder, detect.detect(tmp_path / "data/images"), tmp_path / "data/images")
+            write.check_places(
+                tmp_path / folder, detect.detect(tmp_path / "data/images"), tmp_path / "data/images", None
+            )
+    own_data.sort(tmp_path / "photos", {"a": 2, "b": 2})
+    with pytest.raises(UserError, match="so the weights cannot lie there"):
+        photos = tmp_path / "photos"
+        write.check_places(tmp_path / "p", detect.detect(photos), photos, tmp_path / "p/data/w.safetensors")
 
 
 def test_a_project_is_written_once(tmp_path):

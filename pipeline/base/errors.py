@@ -33,6 +33,7 @@ CANNOT_WRITE = {
     errno.EEXIST: "give another path",
     errno.ELOOP: "correct the links",
 }
+OF_PATHS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP)
 #: Messages of torch, of threads and of the library loader for "out of memory", where they do not raise MemoryError.
 NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "can't start new thread", "map segment")
 
@@ -50,7 +51,7 @@ def of_the_machine(error: BaseException) -> UserError | None:
     """
     if isinstance(error, ModuleNotFoundError) and (package := (error.name or "").partition(".")[0]) in PIPELINE:
         return UserError(f"{package}: not installed, and this command needs it; type: pip install 'h2t[pipeline]'")
-    if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
+    if isinstance(error, OSError) and error.errno in CANNOT_WRITE and (error.filename or error.errno not in OF_PATHS):
         why, way_out = os.strerror(error.errno), CANNOT_WRITE[error.errno]
         return UserError(f"{error.filename or 'disk'}: {why}; {way_out}, then run again")
     known = isinstance(error, RuntimeError | ImportError) and any(words in str(error) for words in NO_MEMORY)

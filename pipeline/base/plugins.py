@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 from h2t.cache.errors import CacheError
-from h2t.pipeline.base.errors import UserError, in_brief, nearest, of_the_machine
+from h2t.pipeline.base.errors import OF_PATHS, UserError, in_brief, nearest, of_the_machine
 
 #: Environment variable: with 1, every command shows the traceback of its error in place of the line.
 TRACEBACK = "H2T_TRACEBACK"
@@ -88,6 +88,8 @@ def for_people(error: Exception) -> UserError | CacheError | None:
     """The error as one line: what it says already, what the machine lacks, or a fault of a plug-in. None for a bug."""
     if isinstance(error, UserError | CacheError):
         return error
+    if isinstance(error, OSError) and error.errno in OF_PATHS:  # a plug-in may name a path of its own
+        return _fault(error) or of_the_machine(error)
     return of_the_machine(error) or _fault(error)
 
 

@@ -58,7 +58,7 @@ def init(folder: Path, data: Path, label: str | None, backbone: str | None, weig
         raise click.UsageError(str(error)) from None
     choose.check_backbone(backbone, weights)
     found = detect.detect(data, label)
-    write.check_places(folder, found, data)
+    write.check_places(folder, found, data, weights)
     seen = survey.survey(found, headers=check == "headers")
     for line in describe.lines(found, seen, bar=_bar()):
         click.echo(line)
@@ -67,7 +67,7 @@ def init(folder: Path, data: Path, label: str | None, backbone: str | None, weig
         click.echo(note)
     files = write.project(folder, found, settings, data.expanduser().absolute().stem or "images")
     try:
-        for line in write.write(folder, files, found):
+        for line in write.write(folder, files, found, weights):
             click.echo(line)
     except write.Exists as error:
         raise click.UsageError(str(error)) from None

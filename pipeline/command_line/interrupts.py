@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import click
+
 STOPPED = 130  # the usual exit code after Ctrl-C
 LINE = "interrupted; run the same command again to resume\n"
 PATIENCE = 2.0  # seconds for an orderly end; threads that wait for a silent store would take 30 and more
@@ -19,7 +21,8 @@ PATIENCE = 2.0  # seconds for an orderly end; threads that wait for a silent sto
 def interrupts_end_it() -> Iterator[None]:
     """While this lasts, Ctrl-C raises KeyboardInterrupt; `PATIENCE` later it ends the process with exit code 130.
 
-    The second holds where nobody else handles SIGINT (nohup ignores it) or uses the timer behind SIGALRM.
+    Python must be reached for that: a running computation of torch is finished first. The second holds where no one
+    else handles SIGINT (nohup ignores it) or uses the timer behind SIGALRM.
     """
     with _interrupts_are_heard():
         ours = threading.current_thread() is threading.main_thread()
@@ -27,21 +30,22 @@ def interrupts_end_it() -> Iterator[None]:
         if not ours or not heard or signal.getsignal(signal.SIGALRM) is not signal.SIG_DFL:
             yield
             return
+        signal.signal(signal.SIGALRM, _too_late)  # before SIGINT and removed after it: without it the alarm kills
         signal.signal(signal.SIGINT, _interrupted)
-        signal.signal(signal.SIGALRM, _too_late)
         try:
             yield
         finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def say_so() -> None:
-    """Prints the line of an orderly end, which came in time."""
+    """Prints the line of an orderly end, which came in time. Nothing is left that a second Ctrl-C could end."""
     if signal.getsignal(signal.SIGALRM) is _too_late:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.setitimer(signal.ITIMER_REAL, 0)
-    sys.stderr.write(LINE)
+    click.echo(LINE, nl=False, err=True)
 
 
 def end() -> None:
@@ -59,7 +63,8 @@ def _interrupted(number: int, frame: Any) -> None:
 
 
 def _too_late(_number: int, _frame: Any) -> None:
-    os.write(2, LINE.encode())
+    with suppress(OSError):  # no stderr
+        os.write(2, LINE.encode())
     end()
 
 
@@ -70,7 +75,7 @@ def _interrupts_are_heard() -> Iterator[None]:
 
     def once_more() -> None:
         time.sleep(0.01)
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # also wakes it from a sleep
+        os.kill(os.getpid(), signal.SIGINT)  # also wakes the main thread from a sleep
 
     def hook(met: Any) -> None:
         if met.exc_type is KeyboardInterrupt:

@@ -276,8 +276,14 @@ def folders(source: str) -> list[str]:
     return posixpath.normpath(source).split("/")[1:-1]
 
 
+def stem_and_ending(name: str) -> tuple[str, str]:
+    """A file's name without its ending, and the ending in lower case, with its dot; "" if there is none."""
+    stem, ending = posixpath.splitext(name)
+    return (name, "") if ending == "." else (stem, ending.lower())
+
+
 def kinds_left_out(folder: Path, endings: Counter[str]) -> list[str]:
-    """A note on the files in `folder` that are no images, by their endings; none if there are none."""
+    """A note on the files in `folder` that are no images, by their endings, as a list; empty if there are none."""
     if not endings:
         return []
     most = sorted(endings.items(), key=lambda item: (-item[1], item[0]))[:5]
@@ -286,7 +292,7 @@ def kinds_left_out(folder: Path, endings: Counter[str]) -> list[str]:
 
 
 def visible(root: Path, follow_links: bool) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """Yields each folder from `root` on, with the names of the folders and of the files in it that are not hidden."""
+    """Yields each visible folder from `root` on, and the names of the visible folders and files in it."""
     seen: set[str] = set()  # real paths of visited folders, so that circular links end
     for folder, inside, files in os.walk(root, followlinks=follow_links):
         real = os.path.realpath(folder)
@@ -310,7 +316,7 @@ def walk(root: Path, part: str, follow_links: bool) -> Iterator[str]:
                 f"{Path(folder, links[0])}: must not be a link to a folder; set prepare.options.follow_links to true "
                 "to follow it"
             )
-        for path in (posixpath.normpath(f"{where}/{f}") for f in files):
+        for path in (f if where == "." else f"{where}/{f}" for f in files):
             if any("\udc80" <= sign <= "\udcff" for sign in path):  # neither DVC nor a Parquet file can hold it
                 foreign.append(path)
             else:

@@ -4,7 +4,6 @@ This is the layout of torchvision's ImageFolder. Validation and test folders of 
 images `prepare` holds some out (`prepare.test`). A `metadata.csv` of Hugging Face is read by the dataset `table`.
 """
 
-import posixpath
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
@@ -60,6 +59,11 @@ def _images(options: Options, part: str) -> tuple[list[str], Texts, list[str]]:
     Raises UserError if there are none, or if the folder is of another layout.
     """
     root = Path(options.root)
+    if part.startswith("/") or ".." in part.split("/"):
+        raise UserError(
+            f"prepare.options: train, val and test must be folders inside root, relative to it and without '..'; got "
+            f"{part}; set root to a folder above all of them"
+        )
     if not (root / part).is_dir():
         inside = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
         here = f" (root holds {', '.join(inside[:5])}; where these are the classes, set train to .)" if inside else ""
@@ -74,13 +78,12 @@ def _images(options: Options, part: str) -> tuple[list[str], Texts, list[str]]:
     others: Counter[str] = Counter()
     class_of: list[int] = []
 
-    depth = len(PurePosixPath(part).parts)
+    depth = len(PurePosixPath(part).parts)  # the folder of the class comes after them
 
     def images() -> Iterator[str]:
         for source in list_files.walk(root, part, options.follow_links):
             inside_part = source.split("/")[depth:]
-            stem, ending = posixpath.splitext(inside_part[-1])
-            ending = ending.lower()
+            stem, ending = list_files.stem_and_ending(inside_part[-1])
             if len(inside_part) < 3 and stem == "metadata" and ending in tables.ENDINGS:
                 raise UserError(
                     f"{root / source}: this folder has its labels in a table; set prepare.dataset=table and "

@@ -182,8 +182,9 @@ def table(lines: Sequence[Line]) -> str:
         "intervals cover both, not backbones."
     )
     if against:
-        common = min(line.standing.seeds for line in lines if line.standing)
-        over = "seeds" if common == len(lines[0].seeds) else f"the {common} of {seeds} that both have"
+        common = [line.standing.seeds for line in lines if line.standing]
+        number = f"{min(common)}" if min(common) == max(common) else f"{min(common)} to {max(common)}"
+        over = "seeds" if min(common) == len(lines[0].seeds) else f"the {number} of {seeds} that both have"
         said += (
             f" Top-1 against the pipeline's own classifiers as they were trained (over {over}), by "
             f"{' '.join(shown)}: {'; '.join(against)}."

@@ -184,12 +184,13 @@ def load_model(path: Path) -> Model:
 
     Raises UserError if there is no such file, if it is damaged, or if it holds no complete classifier.
     """
-    path = path / "model.safetensors" if path.is_dir() else path
+    folder = path if path.is_dir() else None
+    path = path / "model.safetensors" if folder else path
     if not path.exists():
-        if (path.parent / "head.safetensors").exists():
+        if folder and (folder / "head.safetensors").exists() and not (folder / "backbone.safetensors").exists():
             raise UserError(
-                f"{path.parent}: holds a classifier of features and no backbone, so it cannot take images; in Python: "
-                f"h2t.api.predict({str(path.parent)!r}, features)"
+                f"{folder}: holds a classifier of features and no backbone, so it cannot take images; in Python: "
+                f"h2t.api.predict({str(folder)!r}, features)"
             )
         raise UserError(f"{path}: no exported model; make one with h2t export")
     state, about = _load_sealed(path)

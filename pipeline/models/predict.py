@@ -42,9 +42,9 @@ def find_images(paths: Sequence[Path], column: str | None = None) -> Inputs:
     """The images that `paths` name: those below each directory, sorted, those of each table, and single files.
 
     A file in a directory counts as an image by its ending, unless it is hidden, as in the dataset `image_folder`; links
-    are followed. A table (CSV, TSV, JSON Lines, Parquet) names images in
-    `column`, or one of a usual name; paths start from the table's folder. A Parquet file may hold images itself. Raises
-    UserError for a path that does not exist, a table without such a column, and if there is no image at all.
+    are followed. A table (CSV, TSV, JSON Lines, Parquet) names images in `column`, or one of a usual name; paths start
+    from the table's folder. A Parquet file may hold images itself. Raises UserError for a path that does not exist, a
+    table without such a column, and if there is no image at all.
     """
     names: list[str] = []
     notes: list[str] = []
@@ -72,7 +72,7 @@ def find_images(paths: Sequence[Path], column: str | None = None) -> Inputs:
 
     def read(name: str) -> bytes:
         table, _, row = name.rpartition(":")
-        return stored[table](name) if table in stored and row.isdecimal() else list_files.read_plain(Path(name))
+        return stored[table](name) if table in stored and row.isdecimal() else list_files.read_plain(name)
 
     return Inputs(names, read, notes)
 
@@ -84,9 +84,9 @@ def _inside(folder: Path) -> tuple[list[str], Counter[str]]:
     known = endings()
     for inside, _, files in list_files.visible(folder, follow_links=True):
         for name in files:
-            ending = Path(name).suffix.lower()
+            ending = list_files.stem_and_ending(name)[1]
             if ending in known:
-                names.append(str(inside / name))
+                names.append(f"{inside}/{name}" if str(inside) != "." else name)
             else:
                 others[ending or name] += 1
     return sorted(names), others

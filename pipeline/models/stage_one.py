@@ -20,7 +20,7 @@ def is_asked(heads_dir: Path, backbone_dir: Path) -> bool:
     """Whether the backbone's folder is named in place of a host's. Raises UserError for that of another classifier."""
     if heads_dir.resolve() == backbone_dir.resolve():
         return True
-    if (heads_dir / "head.safetensors").exists() and not (heads_dir / "heads.safetensors").exists():
+    if all((heads_dir / f"{name}.safetensors").exists() for name in ("backbone", "head")):
         raise UserError(
             f"{heads_dir}: must be a folder that train-classifier wrote; got one with a classifier of stage I; to "
             f"export that, name {backbone_dir} in its place"

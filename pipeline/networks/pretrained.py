@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.errors import UserError, in_brief, of_the_machine
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -97,9 +97,11 @@ def offline(model: str) -> Iterator[None]:
     except UserError:
         raise
     # The hub's client raises errors of several libraries; the first line of each says what went wrong.
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
+        if of_the_machine(error):
+            raise
         if is_folder(model):
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            reason = in_brief(error)
             raise UserError(
                 f"options.model: the files in {model} cannot be loaded ({reason}); name a folder whose weights fit its "
                 "config.json, and leave input.size out if the network was trained at another size"

@@ -31,13 +31,14 @@ class Settings:
     name: str
     backbone: dict[str, Any]
     batchnorm_passes: int
+    classes: int  # with training images
     notes: list[str] = field(default_factory=list)
     weights: Path | None = None
 
     @property
     def pretrained(self) -> bool:
         """Whether the backbone is taken as it is."""
-        return "probe" in self.backbone.values()
+        return self.backbone.get("head") == "probe"
 
 
 def choose(found: Found, seen: Survey, backbone: str | None, weights: Path | None = None) -> Settings:
@@ -73,7 +74,9 @@ def choose(found: Found, seen: Survey, backbone: str | None, weights: Path | Non
             "note: pixels are normalised by ImageNet's mean and std; if the weights were made with others, write them "
             "to params.yaml: prepare.options.transform: {mean: [...], std: [...]}"
         )
-    return Settings(prepare, name, entry, passes, notes, weights)
+    collection = found.collection
+    used = {label for label, split in zip(collection.label, collection.split, strict=True) if split == "train"}
+    return Settings(prepare, name, entry, passes, len(used), notes, weights)
 
 
 def _side(short_sides: np.ndarray) -> int:
@@ -185,6 +188,7 @@ def _network(backbone: str | None, weights: Path | None, epochs: int) -> tuple[s
     if weights is None and (backbone is None or not hasattr(plugins.load("backbones", arch), "weights")):
         return arch, {
             "arch": arch,
+            **({"options": {"model": model}} if model else {}),
             "objective": "ce",
             "mixup": 1.0,
             "epochs": epochs,

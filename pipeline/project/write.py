@@ -58,14 +58,27 @@ def project(folder: Path, found: Found, settings: Settings, title: str) -> dict[
     return {**for_any_images(folder), "params.yaml": parameters(folder, found, settings, title)}
 
 
-def check_places(folder: Path, found: Found, data: Path) -> None:
-    """Raises UserError for a path that DVC cannot work in; `data` is what was given as --data.
+def _places(found: Found, weights: Path | None) -> dict[str, Path]:
+    """Name -> path of each input: the images, and the backbone's weights if they are the user's own."""
+    return {**found.inputs, **({} if weights is None else {"weights": _absolute(weights)})}
 
-    Also if the project would lie among the images, or the images among the results.
+
+def check_places(folder: Path, found: Found, data: Path, weights: Path | None) -> None:
+    """Raises UserError for a path that DVC cannot work in; `data` and `weights` are what was given by these options.
+
+    Also if the project would lie among the images, or an input among the results.
     """
     here = _absolute(folder)
-    for path in (here, *found.inputs.values()):
+    places = _places(found, weights)
+    for path in (here, *places.values()):
         check_path("h2t init", path)
+    for name, place in places.items():
+        if place.is_relative_to(here / RESULTS):
+            what = "the weights" if name == "weights" else "images"
+            raise UserError(
+                f"{place}: results will be written to {here / RESULTS}, so {what} cannot lie there; move them, for "
+                f"example to {here / name}"
+            )
     for place in found.inputs.values():
         if here == place or here.is_relative_to(place):
             beside = place.parent / (f"{place.name}-project" if here == place else here.name)
@@ -73,20 +86,14 @@ def check_places(folder: Path, found: Found, data: Path) -> None:
                 f"{folder}: the project must not lie in the folder of the images, {place}, which DVC watches; type: "
                 f"h2t init {shlex.quote(str(beside))} --data {shlex.quote(str(_absolute(data)))}"
             )
-        if place.is_relative_to(here / RESULTS):
-            raise UserError(
-                f"{place}: results will be written to {here / RESULTS}, so images cannot lie there; move them, for "
-                f"example to {here / 'images'}"
-            )
 
 
 def parameters(folder: Path, found: Found, settings: Settings, title: str) -> str:
     """The text of params.yaml."""
     here = _absolute(folder)
-    places = {**found.inputs, **({} if settings.weights is None else {"weights": _absolute(settings.weights)})}
     inputs = {
         name: os.path.relpath(place, here) if place.is_relative_to(here) else str(place)
-        for name, place in places.items()
+        for name, place in _places(found, settings.weights).items()
     }
     recipes = ["stage1"] if settings.pretrained else ["stage1", "branchwise"]
     own = {
@@ -108,7 +115,7 @@ def parameters(folder: Path, found: Found, settings: Settings, title: str) -> st
             "logit_adjustment": {"host": "logit_adjustment", "backbone": settings.name, "batchnorm": "stage1"},
             "logistic_regression": {"host": "logistic_regression", "backbone": settings.name, "batchnorm": "stage1"},
         },
-        "evaluate": {"groups": [1, 1]} if len(found.collection.classes) == 2 else {},  # the rarer one is the tail
+        "evaluate": {"groups": [1, 1]} if settings.classes == 2 else {},  # the rarer one is the tail
         "report": {"title": title},
     }
     parts = ["# Written by h2t init. All keys and their defaults: docs/parameters.md of h2t.\nseed: 0\nreplicates: [0]"]
@@ -142,7 +149,7 @@ def check_free(folder: Path, files: dict[str, str]) -> None:
             raise Exists(f"{path}: exists already; remove it, or name another folder: h2t init FOLDER --data ...")
 
 
-def write(folder: Path, files: dict[str, str], found: Found) -> Iterator[str]:
+def write(folder: Path, files: dict[str, str], found: Found, weights: Path | None) -> Iterator[str]:
     """Writes the files, git's and DVC's folders where there are none; yields a line for each thing that was done.
 
     Raises Exists before anything is written if a file is there already with other content.
@@ -150,7 +157,8 @@ def write(folder: Path, files: dict[str, str], found: Found) -> Iterator[str]:
     check_free(folder, files)
     folder.mkdir(parents=True, exist_ok=True)
     here = _absolute(folder)
-    inside = [_pattern(place.relative_to(here)) for place in found.inputs.values() if place.is_relative_to(here)]
+    places = _places(found, weights).values()
+    inside = [_pattern(place.relative_to(here)) for place in places if place.is_relative_to(here)]
     free = [f"/{name}/" for name in WRITTEN if not (folder / name).exists()]  # what is there may be the user's code
     _append(folder / ".gitignore", [*IGNORED, *free, *inside])
     _append(folder / ".dvcignore", DVC_IGNORED)

@@ -16,24 +16,22 @@ MEMORY, ROOM = Path("/dev/shm"), 4 * 2**30
 
 
 def pytest_configure():
-    """Files of tests lie in memory where there is room: on a disk they take a tenth more processor time.
+    """Files of tests lie in memory where there is room: on a disk they take more processor time (docs/log.md).
 
-    Some tests start programs that they wrote, which a container may forbid there.
+    Not if TMPDIR names a place, nor where programs may not be started (noexec), as some tests start ones they wrote.
     """
-    if os.access(MEMORY, os.W_OK):
+    from h2t.cache.memory import available_memory
+
+    if not os.environ.get("TMPDIR") and sys.platform == "linux" and os.access(MEMORY, os.W_OK):
         found = os.statvfs(MEMORY)
-        if found.f_bavail * found.f_frsize >= ROOM and not found.f_flag & os.ST_NOEXEC:
+        room = min(found.f_bavail * found.f_frsize, available_memory() // 2)
+        if room >= ROOM and not found.f_flag & os.ST_NOEXEC:
             os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 
-def pytest_collection():
-    gc.disable()
-
-
 def pytest_collection_finish():
-    """Python need not look again and again at thousands of tests and what they import: 7 % less time."""
+    """Python need not look again and again at thousands of tests and what they import."""
     gc.freeze()
-    gc.enable()
 
 
 def pytest_collection_modifyitems(items):
@@ -96,10 +94,11 @@ def all_blocks(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def own_blocks(all_blocks, monkeypatch):
-    """Blocks of remote caches are apart from those of other tests, and all that is kept from the user's."""
+    """Blocks of remote caches and embeddings are apart from those of whoever runs the tests, and of other tests."""
     folder, numbers = all_blocks
-    monkeypatch.setenv("H2T_BLOCK_CACHE", str(folder / str(next(numbers))))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "home"))
+    own = folder / str(next(numbers))
+    monkeypatch.setenv("H2T_BLOCK_CACHE", str(own))
+    monkeypatch.setenv("XDG_CACHE_HOME", f"{own}.home")
 
 
 @pytest.fixture(autouse=True)

@@ -134,5 +134,5 @@ def test_ctrl_c_ends_a_command_wherever_it_meets_it(tmp_path, met):
     while a reader waits for its threads, which wait for a store that is silent.
     """
     command = [sys.executable, "-c", LOST, met]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stderr) == (130, "interrupted; run the same command again to resume\n")

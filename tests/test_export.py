@@ -494,5 +494,5 @@ def test_predict_takes_from_a_folder_what_training_takes(model, tmp_path):
 def test_wrong_use_of_predict_is_one_line(model, monkeypatch, arguments, says):
     monkeypatch.chdir(model)
     (model / "folder.csv").mkdir(exist_ok=True)
-    line = refused("predict", *arguments)
+    line = refused("predict", *arguments, code=2 if "--json" in arguments else 1)
     assert says in line

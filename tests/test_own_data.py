@@ -271,7 +271,7 @@ WRONG_FOLDERS = {
         "train/wren",
     ),
     "a link out": (lambda r: (folder(r, train__owl=1), linked(r / "train/owl/x.png", "/etc/passwd")), {}, "owl/x.png"),
-    "a part outside": (lambda r: folder(r.parent, out__owl=1), {"train": "../out"}, "out/owl/0.png"),
+    "a part outside": (lambda r: folder(r.parent, out__owl=1), {"train": "../out"}, "must be folders inside root"),
     "no such test": (lambda r: folder(r, train__owl=1), {"test": "tset"}, "no folder"),
 }
 

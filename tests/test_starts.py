@@ -81,7 +81,6 @@ def test_points_are_computed_once_for_the_same_features():
 
 
 def test_a_damaged_or_unwritable_file_of_points_changes_nothing(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     features = np.random.default_rng(0).standard_normal((12, 3)).astype(np.float32)
     points = embed_once(features)
     whole = points_file().read_bytes()

@@ -126,6 +126,12 @@ def test_maps_are_compared_and_predicted():
     np.testing.assert_allclose(one.predict_proba(x), one.predict_proba(x.mean((2, 3))), atol=1e-6)
 
 
+def test_compare_doubts_channels_that_seem_last_and_needs_training_rows():
+    x, y = arrays(shape=(2, 2, 4))
+    with pytest.warns(UserWarning, match="if channels come last"), pytest.raises(UserError, match="no training feat"):
+        api.compare(x, y, methods=["dr"], split=["test"] * len(y))
+
+
 def test_features_of_images_are_those_of_the_stages(photos, weights, features, tmp_path):
     section = {"dataset": "image_folder", "options": {"root": str(photos), "train": "."}, "test": 0.2}
     prepare.run(prepare.Params(**section), Run("prepare", tmp_path / "p"))

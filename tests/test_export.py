@@ -98,6 +98,10 @@ def test_the_classifier_of_stage_one_is_exported_by_naming_its_backbone_twice(tm
     shutil.copytree(trained.backbone, tmp_path / "copy")
     with pytest.raises(UserError, match=r"to export that, name .* in its place"):
         exported(SimpleNamespace(**{**vars(named), "root": tmp_path}), tmp_path / "n", "copy")
+    (tmp_path / "copy/backbone.safetensors").unlink()  # a classifier of features, perhaps of another host
+    with pytest.raises(UserError) as raised:
+        exported(SimpleNamespace(**{**vars(named), "root": tmp_path}), tmp_path / "n", "copy")
+    assert "stage I" not in str(raised.value)
 
 
 def test_a_card_says_what_was_trained_and_how_certain_its_figures_are(tmp_path, trained):
@@ -489,10 +493,14 @@ def test_predict_takes_from_a_folder_what_training_takes(model, tmp_path):
         (["m", "pictures", "--out", "folder.csv"], "folder.csv: must be a file; got a folder"),
         (["m", "pictures", "--out", "x.json", "--json"], "whose ending says the format"),
         (["m", "-"], "stdin: must name at least one image"),
+        (["b", "pictures"], "no exported model; make one with h2t export"),
     ],
 )
 def test_wrong_use_of_predict_is_one_line(model, monkeypatch, arguments, says):
     monkeypatch.chdir(model)
     (model / "folder.csv").mkdir(exist_ok=True)
+    (model / "b").mkdir(exist_ok=True)
+    for name in ("backbone", "head"):  # as train_backbone names its files
+        (model / f"b/{name}.safetensors").touch()
     line = refused("predict", *arguments, code=2 if "--json" in arguments else 1)
     assert says in line

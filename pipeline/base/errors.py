@@ -33,6 +33,7 @@ CANNOT_WRITE = {
     errno.EEXIST: "give another path",
     errno.ELOOP: "correct the links",
 }
+#: Those of them that blame a path, which must be known to be said.
 OF_PATHS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP)
 #: Messages of torch, of threads and of the library loader for "out of memory", where they do not raise MemoryError.
 NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "can't start new thread", "map segment")

@@ -41,7 +41,7 @@ def interrupts_end_it() -> Iterator[None]:
 
 
 def say_so() -> None:
-    """Prints the line of an orderly end, which came in time. Nothing is left that a second Ctrl-C could end."""
+    """Prints the line of an orderly end, which came in time; another Ctrl-C is ignored from here on."""
     if signal.getsignal(signal.SIGALRM) is _too_late:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -72,6 +72,7 @@ def place_of(page, selector, what="bottom"):
 #: What people ask of a result, and where the page answers: docs/report.md tells the same.
 QUESTIONS = {
     "Which classifier is best?": ("#best", "Best top-1: dr with H2T at ratio 0.3; top-1 82.0 %, tail 55.0 %."),
+    "Is that luck?": ("#best", "on these test images; chosen on nine tenths of them, the best has"),
     "Which are as good?": ("#best", "Not clearly behind it:"),
     "Does H2T help here?": (
         ".answer",

@@ -195,11 +195,7 @@ class _Scored:
     def part(self, figure: str, group_of: Sequence[str | None]) -> _Part | None:
         """What `figure` is computed from; None for a group without test images."""
         labels = self.pairs.labels
-        weights = np.full(len(labels), 1 / len(labels))
-        if figure in GROUPS:  # the mean over its classes, whatever the number of their images
-            counts = np.bincount(labels, minlength=len(group_of))
-            members = (np.array([group or "" for group in group_of]) == figure) & (counts > 0)
-            weights = np.where(members, 1 / np.maximum(counts * members.sum(), 1), 0)[labels]
+        weights = figure_weights(figure, labels, group_of)
         inside = weights > 0
         if not inside.any():
             return None
@@ -207,6 +203,18 @@ class _Scored:
         images, groups = self.pairs.images[inside], self.pairs.groups
         groups = None if groups is None else groups[inside]
         return _Part(each[:, inside], labels[inside], weights[inside], images, groups, bool(alike[inside].all()))
+
+
+def figure_weights(figure: str, labels: np.ndarray, group_of: Sequence[str | None]) -> np.ndarray:
+    """The weight of each of n images in `figure`, float64 (n,); all 0 for a group without test images.
+
+    `labels`: int (n,); `group_of`: one entry per class.
+    """
+    if figure not in GROUPS:
+        return np.full(len(labels), 1 / len(labels))
+    counts = np.bincount(labels, minlength=len(group_of))  # a group's figure is the mean over its classes
+    members = (np.array([group or "" for group in group_of]) == figure) & (counts > 0)
+    return np.where(members, 1 / np.maximum(counts * members.sum(), 1), 0)[labels]
 
 
 def _verdict(low: float, high: float) -> str:

@@ -147,7 +147,7 @@ def _document(title: str, answer: Answer, sides: Sequence[Side]) -> str:
             "",
             "Percent; mean ± standard deviation over the seeds of stage II"
             + (" of all replicates. " if replicated else " (it says nothing about other backbones). ")
-            + "Last epoch; nothing is chosen on the test split.",
+            + "Last epoch; no ratio or constant is chosen on the test split.",
             "",
             f"With H2T minus without, in percentage points, with the 95 % interval over the seeds of stage II{over}. "
             "If the interval contains 0, or the predictions differ on fewer than 5 images, the difference is too close "

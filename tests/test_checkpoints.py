@@ -2,6 +2,7 @@ import pickle
 
 import pytest
 import torch
+from pipeline_builders import one_line
 
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
@@ -146,18 +147,16 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
         with pytest.raises(UserError, match="refused, it holds more than tensors"):
             load_checkpoint(tmp_path / f"{number}.pt")
     (tmp_path / "old.pt").write_bytes(pickle.dumps({"state_dict": Malicious()}))
-    with pytest.raises(UserError, match=r"refused|not a readable checkpoint") as caught:
+    with one_line(match=r"refused|not a readable checkpoint"):
         load_checkpoint(tmp_path / "old.pt")
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00" * 64, b"hello", b"PK\x03\x04broken"])
 @pytest.mark.parametrize("name", ["x.pt", "x.safetensors"])
 def test_files_that_are_no_checkpoints(tmp_path, content, name):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError) as caught:
+    with one_line():
         load_checkpoint(tmp_path / name)
-    assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="no such checkpoint file"):
         load_checkpoint(tmp_path / "none.pt")
 

@@ -139,22 +139,16 @@ def test_pieces_come_in_turns_of_their_shards():
     assert [unit.first for unit in in_turns(work)] == [0, 3, 4, 1, 5, 2]
 
 
-def test_ranges_come_by_urls_signed_as_other_requests_are(store):
+@pytest.mark.parametrize("spoil", ["nothing", "end the connection"])
+def test_ranges_come_by_urls_signed_as_other_requests_are(store, spoil):
+    """Also from a store that ends its connections."""
     s3, maps = store
+    s3.spoil = spoil
     with open_cache("s3://bucket/maps") as cache:
         before = s3.requests, s3.signed
         assert np.array_equal(cache.read(range(40)), maps)
         assert s3.requests - before[0] == s3.signed - before[1] == 8  # an index and all rows of each shard
     assert s3.algorithms == {"AWS4-HMAC-SHA256"}
-
-
-def test_a_store_may_end_connections(store):
-    s3, maps = store
-    s3.spoil = "end the connection"
-    with open_cache("s3://bucket/maps") as cache:
-        before = s3.requests, s3.signed
-        assert np.array_equal(cache.read(range(40)), maps)
-        assert s3.requests - before[0] == s3.signed - before[1] == 8
 
 
 def test_after_a_pause_no_connection_is_left_and_ranges_come_as_before(store):

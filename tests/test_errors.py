@@ -7,11 +7,9 @@ import sys
 
 import pytest
 import torch
-from click.testing import CliRunner
-from pipeline_builders import environment, make_samples, write_params
+from pipeline_builders import environment, invoke, make_samples, write_params
 
 from h2t.pipeline.base.errors import of_the_machine
-from h2t.pipeline.command_line.main import main
 
 LACKS = {
     "room": (OSError(errno.ENOSPC, "", "data/x"), "data/x: No space left on device; free some space"),
@@ -55,7 +53,7 @@ def test_the_command_line_says_it(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, hard))
     try:
-        result = CliRunner().invoke(main, [str(word) for word in command])
+        result = invoke(*command)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (result.exit_code, result.stderr) == (

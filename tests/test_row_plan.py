@@ -2,7 +2,6 @@
 
 import io
 import json
-import subprocess
 import sys
 
 import numpy as np
@@ -10,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from builders import raises, tree
-from pipeline_builders import environment, extracted, make_samples
+from pipeline_builders import extracted, make_samples, python
 
 from h2t.cache.format.rows import make_rows, to_bytes, write_table
 from h2t.cache.format.spec import canonical_json, sha256
@@ -182,8 +181,6 @@ def test_planning_a_million_rows_takes_few_bytes_of_memory_a_row(tmp_path):
     program = MEASURE.replace(
         "def anonymous", "import h2t.pipeline.data.samples as s; s.KEPT_BYTES = 2**20\ndef anonymous"
     )
-    command = [sys.executable, "-c", program, tmp_path / "small", tmp_path / "large"]
-    found = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
-    rows, held = json.loads(found.stdout)
+    rows, held = json.loads(python("-c", program, tmp_path / "small", tmp_path / "large"))
     assert rows == 1_000_000
     assert held < 100 * rows  # 40, of which 22 MB are buffers

@@ -184,7 +184,7 @@ def test_weights_that_do_not_fit(tmp_path, digits, change, text):
         stage(tmp_path, digits, tmp_path / "x.pt", "ce", 1, "resnet20")
 
 
-def test_heads_of_another_kind(tmp_path):
+def test_heads_of_another_kind():
     head = {"weight": torch.randn(1, 10, 64), "bias": torch.randn(1, 10)}
     with pytest.raises(UserError, match="cosine classifier takes no bias"):
         fit_head(head, {"weight": torch.zeros(1, 10, 64)}, "x")

@@ -58,7 +58,7 @@ def test_library(place, tmp_path):
 
 
 @pytest.mark.sharing
-def test_sharing(place, tmp_path, monkeypatch, warm_h2t):
+def test_sharing(place, tmp_path, warm_h2t):
     home = tmp_path / "home"
     shutil.copytree(place / "data", home / "made")
     (home / "made/prepare/samples").mkdir(parents=True)

@@ -64,7 +64,7 @@ def test_the_command_line_says_it(tmp_path):
 
 
 @pytest.mark.parametrize("words", ["--help", "list hosts"])
-def test_an_answer_that_a_full_disk_does_not_take_is_one_line(tmp_path, warm_h2t, words):
+def test_an_answer_that_a_full_disk_does_not_take_is_one_line(warm_h2t, words):
     command = f"{warm_h2t} {words} > /dev/full"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (

@@ -388,7 +388,7 @@ def test_predict_writes_the_same_lines_in_every_format(model, tmp_path):
     assert [json.loads(line) for line in done.stdout.splitlines()] == lines
 
 
-def test_predict_reads_tables_and_stdin(model, tmp_path, monkeypatch):
+def test_predict_reads_tables_and_stdin(model):
     folder = model / "pictures"
     expected = [line["class"] for line in as_table(accepted("predict", model / "m", folder))]
     names = [f"deep/{i}.png" for i in range(3)]

@@ -207,7 +207,7 @@ def test_absurd_shapes_and_bombs_are_refused_in_little_memory(tmp_path):
     assert int(grown.split()[1]) < 200 * 1024
 
 
-def test_a_row_table_that_grows_beyond_memory_is_refused(tmp_path, monkeypatch):
+def test_a_row_table_that_grows_beyond_memory_is_refused(monkeypatch):
     from h2t.cache.format import rows
 
     data = table_bomb(rows=500, length=2**16)
@@ -221,7 +221,7 @@ def test_a_row_table_that_grows_beyond_memory_is_refused(tmp_path, monkeypatch):
         from_bytes(to_bytes(make_rows(100)), 100)
 
 
-def test_a_number_of_rows_is_not_believed(tmp_path):
+def test_a_number_of_rows_is_not_believed():
     """2**40 rows where 11 are: nothing is allocated for them."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with raises("damaged", "must number rows 0 to"):

@@ -130,7 +130,7 @@ def test_parts_end_in_the_bytes_of_one_process(few_digits, backbone_dir, single,
     assert [p.name for p in tmp_path.iterdir()] == ["b"]
 
 
-def test_a_part_after_the_commit_has_nothing_to_do_and_leaves_nothing(few_digits, backbone_dir, single, tmp_path):
+def test_a_part_after_the_commit_has_nothing_to_do_and_leaves_nothing(few_digits, backbone_dir, tmp_path):
     said = []
     extracted(tmp_path / "b", *few_digits, backbone_dir, part=Part(1, 1), **SMALL)
     extracted(tmp_path / "b", *few_digits, backbone_dir, commit=True, **SMALL)

@@ -97,7 +97,7 @@ def test_what_make_rows_refuses_is_refused(changes, says):
             make(table)
 
 
-def test_pieces_give_the_bytes_of_the_whole_table(monkeypatch):
+def test_pieces_give_the_bytes_of_the_whole_table():
     """Row groups have a fixed size, so a file does not tell how its table was made."""
     table = make_table(of=3000)
     rows = planned(table, RECIPES, VIEWS)
@@ -116,7 +116,7 @@ def test_the_digest_of_a_dataset_is_that_of_its_json(monkeypatch, piece):
     assert Samples(table, {}).digest == sha256(canonical_json(columns))
 
 
-def test_a_long_sample_table_stays_on_disk_and_gives_the_same_cache(digits, backbone_dir, tmp_path, monkeypatch):
+def test_a_long_sample_table_stays_on_disk_and_gives_the_same_cache(backbone_dir, tmp_path, monkeypatch):
     samples, images = make_samples(tmp_path / "samples", test_per_class=10, validation_per_class=2)
     extracted(tmp_path / "memory", samples, images, backbone_dir, batchnorm=["branchwise"])
     monkeypatch.setattr(samples_module, "KEPT_BYTES", 0)

@@ -191,7 +191,7 @@ def test_an_unfinished_training_is_gone_on_with_if_its_settings_mean_the_same(
     assert said[0] == f"b: {says}"
 
 
-def test_cmo_pastes_images_of_rare_classes(digits, tmp_path, monkeypatch):
+def test_cmo_pastes_images_of_rare_classes(digits):
     """At exponent 1 all classes are as frequent, at 0 as in the training images; other epochs have none."""
     samples, images = digits
     for power in (0.0, 1.0, 2.0, 300.0):

@@ -49,9 +49,9 @@ def spec():
     return make_spec(rows=32, shard_rows=8, maps=((3, 2, 2), (2, 1, 1)))
 
 
-def written(store, spec, *, seed=0, **options):
+def written(store, spec, **options):
     """Writes the cache `c` as one process; returns the shards that it had to write."""
-    target, maps = target_at(f"{store.url}/c"), make_maps(spec, seed)
+    target, maps = target_at(f"{store.url}/c"), make_maps(spec)
     with target.staging() as staging:
         writer = target.writer(staging, spec, make_rows(spec.rows), TOKEN)
         pending = writer.pending

@@ -134,7 +134,7 @@ def test_what_computes_decides_too(digits_cache, digits, backbone_dir):
     assert found.lines()[-1].endswith("(batch_size 32 -> 64)")
 
 
-def test_the_command_finds_its_neighbours(tmp_path, digits_cache, digits, backbone_dir):
+def test_the_command_finds_its_neighbours(tmp_path, digits_cache, backbone_dir):
     data = tmp_path / "data"
     shutil.copytree(digits_cache, data / "extract/b")
     shutil.copytree(backbone_dir, data / "train_backbone/b")

@@ -13,7 +13,9 @@ import pytest
 from h2t.cache.errors import CacheError
 from h2t.cache.format.rows import make_rows as rows_of
 from h2t.cache.format.spec import CacheSpec
+from h2t.cache.write.parts import Part
 from h2t.cache.write.staging import Staging
+from h2t.cache.write.target import target_at
 from h2t.cache.write.writer import CacheWriter
 
 TOKEN = {"batch_size": 4}
@@ -83,6 +85,17 @@ def write_cache(target: Path, spec: CacheSpec, rows: pa.Table, maps: list[np.nda
             held = spec.shard_range(shard)
             writer.write(shard, [m[held.start : held.stop] for m in maps])
         writer.commit(make_statistics(), b"# A cache\n", **commit)
+
+
+def write_part(place: Path | str, spec: CacheSpec, part: Part, *, token=TOKEN, seed=0, shards=None) -> list[int]:
+    """Writes `part` of the cache at the path or URL `place`, or only its `shards`; returns what it had to write."""
+    target, maps = target_at(place), make_maps(spec, seed)
+    with target.staging(shared=True) as staging, staging.holding(part.label):
+        writer, pending = target.part(staging, spec, token, part)
+        for shard in pending if shards is None else shards:
+            held = spec.shard_range(shard)
+            writer.write(shard, [m[held.start : held.stop] for m in maps])
+        return pending
 
 
 def make_cache(target: Path, seed: int = 0, rows: pa.Table | None = None, **overrides) -> list[np.ndarray]:

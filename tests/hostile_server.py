@@ -108,13 +108,13 @@ class Handler(BaseHTTPRequestHandler):
     def _lies(self, data: bytes) -> None:
         self._endless(data, 200, {"Content-Length": str(10**12)})
 
-    def _slow(self, data: bytes) -> None:
-        """A byte every tenth of a second."""
+    def _slow(self, data: bytes, step: int = 1) -> None:
+        """A byte every tenth of a second, or `step` bytes."""
         whole = self.files[self._parts()[2]]
         _, status, headers = self._sought(whole)
         self._head(status, headers | {"Content-Length": str(len(data))}, whole)
-        for i in range(len(data)):
-            self.wfile.write(data[i : i + 1])
+        for at in range(0, len(data), step):
+            self.wfile.write(data[at : at + step])
             time.sleep(0.1)
 
     def _silent(self, data: bytes) -> None:
@@ -131,12 +131,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _steady(self, data: bytes) -> None:
         """About 2 kB/s."""
-        whole = self.files[self._parts()[2]]
-        _, status, headers = self._sought(whole)
-        self._head(status, headers | {"Content-Length": str(len(data))}, whole)
-        for at in range(0, len(data), 200):
-            self.wfile.write(data[at : at + 200])
-            time.sleep(0.1)
+        self._slow(data, 200)
 
     def log_message(self, *_: object) -> None:
         pass

@@ -5,16 +5,19 @@ Every builder has a complete default, so that a test states only what matters to
 
 import ast
 import hashlib
+import json
 import os
 import subprocess
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pytest
 import torch
 import yaml
 from builders import make_maps, make_spec, write_cache
@@ -25,6 +28,7 @@ from h2t.cache.format.rows import make_rows
 from h2t.cache.reader import open_cache
 from h2t.cache.write.parts import Part
 from h2t.pipeline.base import params, plugins
+from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.data.classes import ClassIndex
 from h2t.pipeline.data.samples import load_samples
@@ -37,7 +41,7 @@ from h2t.pipeline.heads.stack import Stack
 from h2t.pipeline.heads.stored import HeadParts, build_head
 from h2t.pipeline.networks.trained import StageOneHead
 from h2t.pipeline.networks.weights import save_weights, weights_digest
-from h2t.pipeline.stages import extract, prepare, train_classifier
+from h2t.pipeline.stages import evaluate, extract, pool, prepare, train_classifier
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -45,6 +49,15 @@ CPU = torch.device("cpu")
 
 def silent(line: str) -> None:
     """Takes what a stage says."""
+
+
+@contextmanager
+def one_line(says: str = "", **how) -> Iterator[None]:
+    """`pytest.raises(UserError, **how)`, whose text is one line with `says` in it."""
+    with pytest.raises(UserError, **how) as caught:
+        yield
+    assert "\n" not in str(caught.value)
+    assert says in str(caught.value)
 
 
 def make_index(counts=(5, 3, 1)) -> ClassIndex:
@@ -282,11 +295,33 @@ def make_host(**overrides) -> train_classifier.Params:
 def fitted(
     out: Path, cache: Path, backbone: Path, *, say=silent, pooled=True, device=CPU, residency=None, **overrides
 ) -> dict[str, torch.Tensor]:
-    """Runs train_classifier; returns the stacked heads. `residency`: overrides of its section."""
-    settings = Residency(pooled=pooled, **(residency or {}))
-    with open_cache(cache) as opened:
-        train_classifier.run(make_host(**overrides), Run("dr", out, device, say=say), settings, opened, backbone)
+    """Trains a host as `make_host` says; returns the stacked heads. `residency`: overrides of its section."""
+    section, where = make_host(**overrides).model_dump(exclude_unset=True), {"pooled": pooled, **(residency or {})}
+    run_host(out, cache, backbone, say=say, device=device, residency=where, **section)
     return load_file(out / "heads.safetensors")
+
+
+def run_host(
+    out: Path, cache: Path, backbone: Path, /, *, name="dr", say=silent, device=CPU, residency=None, **section
+) -> train_classifier.Summary:
+    """Runs train_classifier for `hosts.NAME` with `section` and nothing else; returns its summary."""
+    params = train_classifier.Params.model_validate({"backbone": "b", **section})
+    with open_cache(cache) as opened:
+        run = Run(name, out, device, say=say)
+        return train_classifier.run(params, run, Residency(**(residency or {})), opened, backbone)
+
+
+def evaluated(out: Path, cache: Path, heads: Path, backbone: Path, *, name="dr", say=silent, **section):
+    """Runs evaluate; returns what is in its metrics.json."""
+    with open_cache(cache) as opened:
+        evaluate.run(evaluate.Params(**section), Run(name, out, say=say), opened, heads, backbone)
+    return json.loads((out / "metrics.json").read_text())
+
+
+def pooled_copy(out: Path, cache: Path, *, replace=False, say=silent, **section):
+    """Runs pool; returns the spec of the copy."""
+    with open_cache(cache) as opened:
+        return pool.run(pool.Params(**section), Run("b", out, say=say), opened, replace=replace)
 
 
 def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -337,6 +372,14 @@ def h2t(*arguments: Any, cwd: Path, **more: str) -> subprocess.CompletedProcess[
     )
 
 
+def python(*arguments: Any, program: Path | str = sys.executable, cwd: Path = ROOT) -> str:
+    """What a Python in a process of its own says on stdout; it must end well. `program`: perhaps a warm one."""
+    command = [str(a) for a in (program, *arguments)]
+    done = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def torchrun(programs: Path, *arguments: Any, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Runs `h2t` in two processes over gloo; `programs` is the fixture `warm_programs`."""
     how = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
@@ -344,11 +387,11 @@ def torchrun(programs: Path, *arguments: Any, cwd: Path) -> subprocess.Completed
     return subprocess.run([*map(str, command)], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300)
 
 
-def invoke(*arguments: Any) -> Result:
-    """Runs `h2t` in this process."""
+def invoke(*arguments: Any, **how: Any) -> Result:
+    """Runs `h2t` in this process; `how` as click's runner takes it."""
     from h2t.pipeline.command_line.main import main
 
-    return CliRunner().invoke(main, [str(a) for a in arguments])
+    return CliRunner().invoke(main, [str(a) for a in arguments], **how)
 
 
 def accepted(*arguments: Any) -> str:
@@ -383,7 +426,4 @@ print([name for name in sys.modules if "." not in name])
 
 def loaded_by(*command, cwd):
     """The top-level modules that a process has loaded after this command."""
-    words = [sys.executable, "-c", LOADED, *map(str, command)]
-    done = subprocess.run(words, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    return set(ast.literal_eval(done.stdout.splitlines()[-1]))
+    return set(ast.literal_eval(python("-c", LOADED, *command, cwd=cwd).splitlines()[-1]))

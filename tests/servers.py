@@ -11,20 +11,27 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
+from unittest.mock import patch
+
+from builders import tree
 
 S3_KEY, S3_SECRET = "AKIDOFTHETEST", "secretofthetest"
 
 
-def _settings(url: str) -> dict[str, str]:
-    return {
-        "AWS_ENDPOINT_URL": url,
+@contextmanager
+def _bucket(port: int) -> Iterator["Bucket"]:
+    """A new bucket of the S3 endpoint at `port`, which is in the environment meanwhile."""
+    settings = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
         "AWS_ACCESS_KEY_ID": S3_KEY,
         "AWS_SECRET_ACCESS_KEY": S3_SECRET,
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
     }
+    with patch.dict(os.environ, settings):
+        yield Bucket(settings)
 
 
 @cache
@@ -42,8 +49,8 @@ def _s3_application() -> Callable[..., Any]:
 
 
 @contextmanager
-def s3_endpoint(*, conditional: bool = True) -> Iterator[dict[str, str]]:
-    """The environment for an S3 endpoint (moto's) on the loopback; it forgets everything at the end.
+def s3_endpoint(*, conditional: bool = True) -> Iterator["Bucket"]:
+    """A bucket of an S3 endpoint (moto's) on the loopback; it forgets everything at the end.
 
     One that is not `conditional` ignores If-None-Match, as some stores do.
     """
@@ -66,7 +73,8 @@ def s3_endpoint(*, conditional: bool = True) -> Iterator[dict[str, str]]:
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     try:
-        yield _settings(f"http://127.0.0.1:{server.server_port}")
+        with _bucket(server.server_port) as bucket:
+            yield bucket
     finally:
         server.shutdown()
         thread.join()
@@ -79,11 +87,11 @@ class Bucket:
 
     url = "s3://lab/x"
 
-    def __init__(self) -> None:
+    def __init__(self, environment: dict[str, str]) -> None:
         import boto3
 
-        secrets = {"aws_access_key_id": S3_KEY, "aws_secret_access_key": S3_SECRET, "region_name": "us-east-1"}
-        self.s3 = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"], **secrets)
+        self.environment = environment
+        self.s3 = boto3.client("s3")
         self.s3.create_bucket(Bucket="lab")
 
     def names(self) -> list[str]:
@@ -98,52 +106,38 @@ class Bucket:
     def put(self, name: str, data: bytes) -> None:
         self.s3.put_object(Bucket="lab", Key=f"x/{name}", Body=data)
 
+    def remove(self, name: str) -> None:
+        self.s3.delete_object(Bucket="lab", Key=f"x/{name}")
+
     def clear(self) -> None:
         for name in self.names():
-            self.s3.delete_object(Bucket="lab", Key=f"x/{name}")
+            self.remove(name)
 
 
 @contextmanager
-def s3_process() -> Iterator[dict[str, str]]:
-    """The environment for an S3 endpoint in a process of its own, which has a core to itself and no forks."""
+def s3_process() -> Iterator[Bucket]:
+    """A bucket of an S3 endpoint in a process of its own, which has a core to itself and no forks."""
     port = free_port()
     command = [sys.executable, "-m", "moto.server", "--host", "127.0.0.1", "--port", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         _answers(port)
-        yield _settings(f"http://127.0.0.1:{port}")
+        with _bucket(port) as bucket:
+            yield bucket
     finally:
         process.kill()
         process.wait()
 
 
-def _answers(port: int, seconds: float = 60) -> None:
-    """Returns once a server listens at `port`."""
-    end = time.monotonic() + seconds
+def _answers(port: int, log: Path | None = None) -> None:
+    """Returns once a server, which writes to the file `log`, listens at `port`."""
+    end = time.monotonic() + 60
     while True:
-        with socket.socket() as tried:
-            if tried.connect_ex(("127.0.0.1", port)) == 0:
+        with socket.socket() as knock:
+            if knock.connect_ex(("127.0.0.1", port)) == 0:
                 return
-        assert time.monotonic() < end, "the server did not start"
-        time.sleep(0.1)
-
-
-def put_s3(root: Path, bucket: str, prefix: str, environment: dict[str, str], *, make_bucket: bool = True) -> None:
-    """Copies every file below `root` to `bucket`/`prefix`."""
-    import boto3
-
-    s3 = boto3.client(
-        "s3",
-        endpoint_url=environment["AWS_ENDPOINT_URL"],
-        aws_access_key_id=S3_KEY,
-        aws_secret_access_key=S3_SECRET,
-        region_name="us-east-1",
-    )
-    if make_bucket:
-        s3.create_bucket(Bucket=bucket)
-    for path in root.rglob("*"):
-        if path.is_file():
-            s3.upload_file(str(path), bucket, f"{prefix}/{path.relative_to(root).as_posix()}")
+        assert time.monotonic() < end, log.read_text() if log else "the server did not start"
+        time.sleep(0.05)
 
 
 def make_keys(home: Path) -> tuple[Path, Path]:
@@ -207,10 +201,11 @@ def sshd_program() -> str | None:
 
 
 class Folder:
-    """The folder `root` as an SSH server gives it, looked at on its disk; caches go below `url`."""
+    """The folder `root`, as an SSH server at `port` gives it if there is one; caches go below `url`."""
 
-    def __init__(self, port: int, root: Path) -> None:
-        self.url, self.root = f"ssh://{os.environ.get('USER', 'root')}@127.0.0.1:{port}{root}", root
+    def __init__(self, root: Path, port: int | None = None) -> None:
+        self.root = root
+        self.url = f"ssh://{os.environ.get('USER', 'root')}@127.0.0.1:{port}{root}" if port else str(root)
 
     def names(self) -> list[str]:
         """Every file below the URL, by its path relative to it."""
@@ -223,6 +218,9 @@ class Folder:
     def put(self, name: str, data: bytes) -> None:
         (self.root / name).parent.mkdir(parents=True, exist_ok=True)
         (self.root / name).write_bytes(data)
+
+    def remove(self, name: str) -> None:
+        (self.root / name).unlink()
 
     def clear(self) -> None:
         shutil.rmtree(self.root)
@@ -248,13 +246,7 @@ def openssh_server(home: Path) -> Iterator[int]:
     with (home / "sshd.log").open("wb") as log:
         process = subprocess.Popen(command, stderr=log)
         try:
-            for _ in range(1200):
-                with socket.socket() as knock:
-                    if knock.connect_ex(("127.0.0.1", port)) == 0:
-                        break
-                time.sleep(0.05)
-            else:
-                raise RuntimeError((home / "sshd.log").read_text())
+            _answers(port, home / "sshd.log")
             yield port
         finally:
             process.terminate()
@@ -264,3 +256,22 @@ def openssh_server(home: Path) -> Iterator[int]:
 def ssh_server(home: Path) -> AbstractContextManager[int]:
     """The port of an SSH server: OpenSSH's, which users have; Python's own where that is not installed."""
     return openssh_server(home) if sshd_program() else sftp_server(home)
+
+
+@contextmanager
+def store_of(kind: str, root: Path) -> Iterator[Bucket | Folder]:
+    """An empty place below `root`: a `folder`, or a server's that lets this process in (`s3`, `ssh`)."""
+    if kind == "folder":
+        yield Folder(root / "there")
+    elif kind == "s3":
+        with s3_endpoint() as bucket:
+            yield bucket
+    else:
+        with ssh_server(root / "home") as port, patch.dict(os.environ, HOME=str(root / "home")):
+            yield Folder(root / "there", port)
+
+
+def put_all(store: Bucket | Folder, root: Path, below: str = "") -> None:
+    """Copies every file below `root` to the store, below the name `below`."""
+    for name, data in tree(root).items():
+        store.put(str(PurePosixPath(below, name)), data)

@@ -2,6 +2,7 @@ import pickle
 
 import pytest
 import torch
+from pipeline_builders import one_line
 
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
@@ -146,18 +147,16 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
         with pytest.raises(UserError, match="refused, it holds more than tensors"):
             load_checkpoint(tmp_path / f"{number}.pt")
     (tmp_path / "old.pt").write_bytes(pickle.dumps({"state_dict": Malicious()}))
-    with pytest.raises(UserError, match=r"refused|not a readable checkpoint") as caught:
+    with one_line(match=r"refused|not a readable checkpoint"):
         load_checkpoint(tmp_path / "old.pt")
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00" * 64, b"hello", b"PK\x03\x04broken"])
 @pytest.mark.parametrize("name", ["x.pt", "x.safetensors"])
 def test_files_that_are_no_checkpoints(tmp_path, content, name):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError) as caught:
+    with one_line():
         load_checkpoint(tmp_path / name)
-    assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="no such checkpoint file"):
         load_checkpoint(tmp_path / "none.pt")
 
@@ -185,7 +184,7 @@ def test_weights_that_do_not_fit(tmp_path, digits, change, text):
         stage(tmp_path, digits, tmp_path / "x.pt", "ce", 1, "resnet20")
 
 
-def test_heads_of_another_kind(tmp_path):
+def test_heads_of_another_kind():
     head = {"weight": torch.randn(1, 10, 64), "bias": torch.randn(1, 10)}
     with pytest.raises(UserError, match="cosine classifier takes no bias"):
         fit_head(head, {"weight": torch.zeros(1, 10, 64)}, "x")

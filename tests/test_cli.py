@@ -11,10 +11,10 @@ import pytest
 import yaml
 from builders import flip
 from click.shell_completion import ShellComplete
-from click.testing import CliRunner
 from pipeline_builders import (
     accepted,
     h2t,
+    invoke,
     make_backbone_dir,
     make_params,
     make_samples,
@@ -305,7 +305,7 @@ def test_no_validation_split_works_with_a_note(tmp_path, params):
 
 @pytest.mark.parametrize("group", [[], ["cache"]])
 def test_lists_of_commands_are_whole_on_a_narrow_terminal(group):
-    text = CliRunner().invoke(main, [*group, "--help"], terminal_width=80).stdout
+    text = invoke(*group, "--help", terminal_width=80).stdout
     assert "publish" in text or "evaluate" in text
     assert [line for line in text.partition("Commands:")[2].splitlines() if line.endswith("...")] == []
 
@@ -334,7 +334,7 @@ COMMANDS = commands()
 
 @pytest.mark.parametrize("words", COMMANDS)
 def test_help_explains_every_argument_and_option_and_gives_an_example(words):
-    text = CliRunner().invoke(main, [*words.split(), "--help"], env={"COLUMNS": "200"}).stdout
+    text = invoke(*words.split(), "--help", env={"COLUMNS": "200"}).stdout
     assert max(map(len, text.splitlines())) <= 80
     assert "\\b" not in text
     assert [p.name for p in COMMANDS[words].params if not p.help] == []

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 from pipeline_builders import ROOT, environment, fitted, make_prepare, write_params
-from servers import Bucket, s3_endpoint
+from servers import s3_endpoint
 
 from h2t.cache.reader import open_cache
 from h2t.cache.tools.pooled import pooled
@@ -58,7 +58,7 @@ def test_library(place, tmp_path):
 
 
 @pytest.mark.sharing
-def test_sharing(place, tmp_path, monkeypatch, warm_h2t):
+def test_sharing(place, tmp_path, warm_h2t):
     home = tmp_path / "home"
     shutil.copytree(place / "data", home / "made")
     (home / "made/prepare/samples").mkdir(parents=True)
@@ -100,10 +100,8 @@ def test_sharing(place, tmp_path, monkeypatch, warm_h2t):
     bash(once)
     bash(publish)
     bash(f"git clone --quiet --bare . {tmp_path}/server.git")
-    with s3_endpoint() as settings:
-        for name, value in settings.items():
-            monkeypatch.setenv(name, value)
-        own |= {**settings, "BUCKET": Bucket().url}
+    with s3_endpoint() as bucket:
+        own |= {**bucket.environment, "BUCKET": bucket.url}
         for block in rest:
             bash(block)
     assert (home / "colleague/data/extract/ce_mixup/cache.json").is_file()

@@ -9,7 +9,7 @@ import yaml
 from builders import raises, tree
 from pipeline_builders import accepted, make_backbone_dir, make_params, make_samples, make_stage2_cache, refused
 from repositories import start_project
-from servers import put_s3, s3_endpoint
+from servers import put_all, s3_endpoint
 from test_watch import make_images, values_of
 
 from h2t.cache.errors import CacheError
@@ -60,21 +60,19 @@ def results(root):
     return {name: data for name, data in found.items() if not name.endswith("about.json")}
 
 
-@pytest.fixture(scope="module")
-def endpoint():
-    with s3_endpoint() as environment:
-        yield environment
+@pytest.fixture(params=["directory", "S3"])
+def url(request, project):
+    """Where the published cache lies."""
+    if request.param == "S3":
+        with s3_endpoint() as bucket:
+            put_all(bucket, project[0] / "published", "b")
+            yield f"{bucket.url}/b"
+    else:
+        yield project[0] / "published"
 
 
-@pytest.mark.parametrize("place", ["directory", "S3"])
-def test_hosts_give_the_results_of_a_copy_and_no_maps_are_stored(project, endpoint, monkeypatch, place):
+def test_hosts_give_the_results_of_a_copy_and_no_maps_are_stored(project, url):
     root, fingerprint = project
-    url = root / "published"
-    if place == "S3":
-        for key, value in endpoint.items():
-            monkeypatch.setenv(key, value)
-        put_s3(url, "bucket", "b", endpoint)
-        url = "s3://bucket/b"
     write(url, fingerprint)
     said = run(*STAGES)
     assert "nothing is trained" in said

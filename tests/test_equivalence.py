@@ -101,7 +101,7 @@ def test_training_on_the_cache_is_training_online(tmp_path, digits, backbone_dir
         assert online.runs == len(RATIOS) * 2 * EPOCHS * streams.steps * 2
 
 
-def test_the_loop_above_tells_other_statistics_apart(tmp_path, digits, backbone_dir, digits_cache):
+def test_the_loop_above_tells_other_statistics_apart(tmp_path, backbone_dir, digits_cache):
     """Receivers under the donors' statistics give other heads by far: the check is not blind to them."""
     heads = fitted(tmp_path / "heads", digits_cache, backbone_dir, grid={"ratio": [0.0], "seed": [0]})
     single = fitted(

@@ -7,11 +7,9 @@ import sys
 
 import pytest
 import torch
-from click.testing import CliRunner
-from pipeline_builders import environment, make_samples, write_params
+from pipeline_builders import environment, invoke, make_samples, write_params
 
 from h2t.pipeline.base.errors import of_the_machine
-from h2t.pipeline.command_line.main import main
 
 LACKS = {
     "room": (OSError(errno.ENOSPC, "", "data/x"), "data/x: No space left on device; free some space"),
@@ -55,7 +53,7 @@ def test_the_command_line_says_it(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, hard))
     try:
-        result = CliRunner().invoke(main, [str(word) for word in command])
+        result = invoke(*command)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (result.exit_code, result.stderr) == (
@@ -66,7 +64,7 @@ def test_the_command_line_says_it(tmp_path):
 
 
 @pytest.mark.parametrize("words", ["--help", "list hosts"])
-def test_an_answer_that_a_full_disk_does_not_take_is_one_line(tmp_path, warm_h2t, words):
+def test_an_answer_that_a_full_disk_does_not_take_is_one_line(warm_h2t, words):
     command = f"{warm_h2t} {words} > /dev/full"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (

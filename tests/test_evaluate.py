@@ -1,20 +1,24 @@
 import json
-import subprocess
 
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
-from click.testing import CliRunner
-from pipeline_builders import environment, fitted, make_backbone_dir, make_stage2_cache, silent, write_params
+from pipeline_builders import (
+    accepted,
+    evaluated,
+    fitted,
+    make_backbone_dir,
+    make_stage2_cache,
+    python,
+    write_params,
+)
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import accuracy_score, recall_score
 from torch.nn import functional as F
 
 from h2t.cache.reader import open_cache
-from h2t.pipeline.base.run import Run
-from h2t.pipeline.command_line.main import main
 from h2t.pipeline.data.classes import groups
 from h2t.pipeline.heads.batches import sample_rows
 from h2t.pipeline.networks.trained import load_head
@@ -23,13 +27,6 @@ from h2t.pipeline.stages import evaluate
 FIGURES = ("top1", "head", "medium", "tail", "ece")
 ALL = (*FIGURES, "balanced_accuracy", "macro_f1", "top5", "nll", "temperature", "ece_scaled")
 KEYS = {*ALL, *(f"{f}_std" for f in ALL), "chosen", "ratio", "heads", "statistics", "groups"}
-
-
-def evaluated(out, cache, heads, backbone, say=silent, **params):
-    with open_cache(cache) as opened:
-        section = evaluate.Params.model_validate(params)
-        evaluate.run(section, Run("dr", out, say=say), opened, heads, backbone)
-    return json.loads((out / "metrics.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -213,11 +210,6 @@ def no_nan(path):
     return json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(f"{path.name} holds {word}"))
 
 
-def command(*arguments):
-    done = CliRunner().invoke(main, [str(a) for a in arguments])
-    assert done.exit_code == 0, (done.output, done.exception)
-
-
 def test_one_head_and_classes_without_test_rows_through_the_commands(tmp_path):
     """Four classes: head [0], medium [1, 2], tail [3]. Class 2 has no test row, nor has the whole tail."""
     digest = make_backbone_dir(tmp_path / "b", classes=4)
@@ -226,8 +218,8 @@ def test_one_head_and_classes_without_test_rows_through_the_commands(tmp_path):
     fitted(tmp_path / "h", cache, tmp_path / "b", grid={"ratio": [0.3], "seed": [0]})
     out, page = tmp_path / "e" / "dr", tmp_path / "r"
     params = ("--params", write_params(tmp_path / "params.yaml"), "--device", "cpu")
-    command("evaluate", "dr", cache, tmp_path / "h", tmp_path / "b", out, *params)
-    command("report", tmp_path / "e", page, *params)
+    accepted("evaluate", "dr", cache, tmp_path / "h", tmp_path / "b", out, *params)
+    accepted("report", tmp_path / "e", page, *params)
 
     metrics, table = no_nan(out / "metrics.json"), pq.read_table(out / "per_class.parquet").to_pandas()
     assert no_nan(page / "metrics.json") == {"dr": metrics}
@@ -319,7 +311,5 @@ def test_memory_does_not_grow_by_the_logits_of_all_heads_nor_by_float64_ones(tmp
     settings = {"batchnorm": "stage1", "optimiser": {"epochs": 1, "batch_size": 600}}
     fitted(tmp_path / "h", cache, tmp_path / "b", grid=grid, **settings)
     (tmp_path / "peak.py").write_text(PEAK)
-    command = [warm_programs / "warm_python", tmp_path / "peak.py", tmp_path]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[-1]) < 200e6
+    said = python(tmp_path / "peak.py", tmp_path, program=warm_programs / "warm_python")
+    assert int(said.split()[-1]) < 200e6

@@ -97,7 +97,7 @@ def test_statistics(fake):
 
 @pytest.mark.parametrize("name", plugins.names("objectives"))
 @pytest.mark.parametrize("more", [{"mixup": 0.0}, {"mixup": 1.0}])
-def test_stage_one_up_to_its_loss(fake, digits, tmp_path, name, more):
+def test_stage_one_up_to_its_loss(fake, digits, name, more):
     samples, images = digits
     module = plugins.load("objectives", name)
     net = backbone("resnet20", experts=2)

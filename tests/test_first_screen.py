@@ -185,7 +185,7 @@ def test_the_command_is_copied(desk):
     assert desk.run("window.copied") == ["copy", desk.run("document.getElementById('command').textContent")]
 
 
-def test_the_address_keeps_what_was_chosen(desk, file, tmp_path):
+def test_the_address_keeps_what_was_chosen(desk, file):
     for control, value, event in (("host", "mislas", "change"), ("ratio", 1, "input"), ("rank", "tail", "change")):
         desk.run(f"document.getElementById({control!r}).value = {str(value)!r}")
         desk.run(f"document.getElementById({control!r}).dispatchEvent(new Event({event!r}))")

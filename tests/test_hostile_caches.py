@@ -7,16 +7,13 @@ import json
 import os
 import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from builders import make_cache, make_rows, make_spec, raises, reseal, reseal_file, tree
-from click.testing import CliRunner
-from pipeline_builders import ROOT, accepted, environment, make_samples, make_stage2_cache, write_params
+from pipeline_builders import accepted, invoke, make_samples, make_stage2_cache, python, write_params
 
 from h2t.cache.errors import CacheError
 from h2t.cache.format import codecs, shard
@@ -25,12 +22,11 @@ from h2t.cache.format.spec import ROWS, canonical_json, sha256
 from h2t.cache.read.dvc_files import members
 from h2t.cache.reader import open_cache
 from h2t.cache.tools.audit import verify
-from h2t.pipeline.command_line.main import main
 
 
 def refused(*arguments) -> str:
     """The one line of a refusal by the command line."""
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    result = invoke(*arguments)
     assert isinstance(result.exception, SystemExit), result.exception
     assert result.exit_code == 1, result.output
     text = result.stderr or result.stdout
@@ -158,12 +154,7 @@ print("grown", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 def opened_in_little_memory(*paths: Path) -> list[str]:
     """Two lines for each cache: reason and text of the refusal, and the first fault; last, the kilobytes it took."""
-    done = subprocess.run(
-        [sys.executable, "-c", OPENER, *map(str, paths)],
-        capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    return python("-c", OPENER, *paths).splitlines()
 
 
 def bomb_in_a_chunk(target: Path, codec: str, payload: bytes) -> Path:
@@ -216,7 +207,7 @@ def test_absurd_shapes_and_bombs_are_refused_in_little_memory(tmp_path):
     assert int(grown.split()[1]) < 200 * 1024
 
 
-def test_a_row_table_that_grows_beyond_memory_is_refused(tmp_path, monkeypatch):
+def test_a_row_table_that_grows_beyond_memory_is_refused(monkeypatch):
     from h2t.cache.format import rows
 
     data = table_bomb(rows=500, length=2**16)
@@ -230,7 +221,7 @@ def test_a_row_table_that_grows_beyond_memory_is_refused(tmp_path, monkeypatch):
         from_bytes(to_bytes(make_rows(100)), 100)
 
 
-def test_a_number_of_rows_is_not_believed(tmp_path):
+def test_a_number_of_rows_is_not_believed():
     """2**40 rows where 11 are: nothing is allocated for them."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with raises("damaged", "must number rows 0 to"):
@@ -406,4 +397,4 @@ def test_what_a_cache_says_of_itself_cannot_steer_a_terminal(tmp_path):
     result = accepted("cache", "info", str(tmp_path / "c"))
     assert all(line.isprintable() for line in result.split("\n"))
     assert "\nsound" not in result
-    assert json.loads(CliRunner().invoke(main, ["cache", "info", "--json", str(tmp_path / "c")]).stdout)
+    assert json.loads(accepted("cache", "info", "--json", tmp_path / "c"))

@@ -75,7 +75,7 @@ def part(kind: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
-def test_images_that_are_bombs(tmp_path):
+def test_images_that_are_bombs():
     header = bytearray(encoded(Image.new("L", (8, 8)), "JPEG"))
     at = header.index(b"\xff\xc0") + 5
     header[at : at + 4] = b"\xff\xff\xff\xff"  # 65,535 x 65,535 pixels
@@ -202,7 +202,7 @@ def test_sources_that_stand_twice_are_not_taken_for_names(tmp_path):
         assert cache.rows["source"].to_pylist() == ["x.parquet/000000000", "x.parquet/000000001"]
 
 
-def test_a_refusal_is_one_line_whatever_the_names_hold(tmp_path):
+def test_a_refusal_is_one_line_whatever_the_names_hold():
     with pytest.raises(UserError) as error:
         raise UserError("a\nb\x1b[2J\u2028" + "x" * 10**6 + " https://ann:secret@host/x?token=secret end")
     assert str(error.value).isprintable()

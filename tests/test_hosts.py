@@ -21,17 +21,14 @@ from conformance import (
     training_features,
 )
 from loss_references import BATCH_REFERENCES, REFERENCES, ce_reference, cosines_by_hand, minus_log_p
-from pipeline_builders import make_backbone_dir, make_stage1_head, make_stage2_cache, silent
+from pipeline_builders import evaluated, make_backbone_dir, make_stage1_head, make_stage2_cache, one_line, run_host
 
-from h2t.cache.reader import open_cache
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
-from h2t.pipeline.base.run import Run
 from h2t.pipeline.heads.host import Context, TrainingBatch
-from h2t.pipeline.heads.residency import Residency
 from h2t.pipeline.hosts.mislas import smoothing
 from h2t.pipeline.networks.branches import branch_logits
-from h2t.pipeline.stages import evaluate, train_classifier
+from h2t.pipeline.stages import train_classifier
 from h2t.pipeline.training.longtail import effective_weights, ldam_margins
 
 SHAPE = (CHANNELS, 2, 2)
@@ -349,26 +346,17 @@ def wide_cache(tmp_path_factory, stage1_dir):
     )
 
 
-def run_stage(out, cache, backbone, *, say=silent, residency=None, **section):
-    values = {"host": "dr", "backbone": "b", **section}
-    params = train_classifier.Params.model_validate(values)
-    with open_cache(cache) as opened:
-        where = Residency(**(residency or {}))
-        return train_classifier.run(params, Run("h", out, say=say), where, opened, backbone)
-
-
 @pytest.mark.parametrize("name", fitted_hosts())
 def test_a_fitted_host_has_one_head_and_no_h2t(tmp_path, name, wide_cache, stage1_dir):
-    run_stage(tmp_path / "h", wide_cache, stage1_dir[0], host=name)
-    with open_cache(wide_cache) as opened:
-        found = evaluate.run(evaluate.Params(), Run("h", tmp_path / "e"), opened, tmp_path / "h", stage1_dir[0])
+    run_host(tmp_path / "h", wide_cache, stage1_dir[0], name="h", host=name)
+    found = evaluated(tmp_path / "e", wide_cache, tmp_path / "h", stage1_dir[0], name="h")
     assert found["with_h2t"] is None
     assert found["without_h2t"]["heads"] == 1
     assert found["without_h2t"]["top1_std"] is None
     assert found["without_h2t"]["ratio"] == 0
     for key in ("grid", "optimiser"):
         with pytest.raises(UserError, match=f"hosts.h.{key}: host {name} has a closed-form fit"):
-            run_stage(tmp_path / "x", wide_cache, stage1_dir[0], host=name, **{key: {}})
+            run_host(tmp_path / "x", wide_cache, stage1_dir[0], name="h", host=name, **{key: {}})
 
 
 @pytest.mark.parametrize(
@@ -389,9 +377,8 @@ def test_a_fitted_host_has_one_head_and_no_h2t(tmp_path, name, wide_cache, stage
     ],
 )
 def test_what_does_not_fit_is_one_line(tmp_path, wide_cache, stage1_dir, section, text):
-    with pytest.raises(UserError, match=text) as caught:
-        run_stage(tmp_path / "h", wide_cache, stage1_dir[0], **section)
-    assert "\n" not in str(caught.value)
+    with one_line(match=text):
+        run_host(tmp_path / "h", wide_cache, stage1_dir[0], name="h", **{"host": "dr", **section})
     assert not (tmp_path / "h").exists()
 
 
@@ -415,7 +402,7 @@ def test_class_counts_that_disagree_are_refused(tmp_path, stage1_dir):
         provenance={"classes": list("abcd"), "counts": [30, 12, 3, 2]},
     )
     with pytest.raises(UserError, match="training samples per class"):
-        run_stage(tmp_path / "h", wrong, stage1_dir[0])
+        run_host(tmp_path / "h", wrong, stage1_dir[0], host="dr")
     fewer = make_stage2_cache(tmp_path / "d", counts=(5, 2, 1), shape=(64, 2, 2), backbone=stage1_dir[1])
     with pytest.raises(UserError, match=r"stage-I classifier: \(experts, classes, channels\) must be \(1, 3, 64\)"):
-        run_stage(tmp_path / "h", fewer, stage1_dir[0])
+        run_host(tmp_path / "h", fewer, stage1_dir[0], host="dr")

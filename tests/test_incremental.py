@@ -9,16 +9,14 @@ import numpy as np
 import pipeline_builders
 import pytest
 from builders import flip, make_cache, make_maps, make_rows, make_spec, tree, write_cache
-from click.testing import CliRunner
 from image_builders import write_image
 from kills import kill_and_restart
-from pipeline_builders import accepted, environment, extracted, make_backbone_dir, silent, write_params
+from pipeline_builders import accepted, environment, extracted, invoke, make_backbone_dir, silent, write_params
 
 from h2t.cache.errors import CacheError
 from h2t.cache.reader import open_cache
 from h2t.cache.tools.verify import verify
 from h2t.cache.write.carry import Carrier, broken_shards
-from h2t.pipeline.command_line.main import main
 
 TRANSFORM = {"size": 8, "resize": 8, "padding": 1, "flip": True, "mean": [0.5] * 3, "std": [0.25] * 3}
 COUNTS = {"owl": 9, "cat": 8, "fox": 3}
@@ -369,7 +367,7 @@ def command(before, images, tmp_path):
 
     def run(out: str, *more: str) -> tuple[int, str, str]:
         places = [tmp_path / "samples", before / "backbone", tmp_path / out, "--params", params, "--device", "cpu"]
-        result = CliRunner().invoke(main, ["extract", "b", *map(str, places), *more])
+        result = invoke("extract", "b", *places, *more)
         return result.exit_code, result.stdout, result.stderr
 
     return run
@@ -431,7 +429,7 @@ def test_why_counts_what_extract_then_extracts(before, images, tmp_path, command
     said = command("out", *setting)[1]
     assert 0 < verdict["rows"] < verdict["of"]
     assert f"b: extracts {verdict['rows']} of {verdict['of']} rows" in said
-    without = json.loads(CliRunner().invoke(main, asked).stdout)
+    without = json.loads(accepted(*asked))
     assert (without["rows"], without["possible"]) == (verdict["of"], verdict["rows"])
 
 

@@ -1,16 +1,14 @@
 """The list-file data sets from end to end on miniature copies, with the network of ImageNet-LT and a smaller one."""
 
-import json
-
 import pytest
 from image_builders import make_imagenet_lt, make_inaturalist18, make_places_lt
-from pipeline_builders import extracted, fitted, prepared
+from pipeline_builders import evaluated, extracted, fitted, prepared
 from safetensors.torch import save_file
 
 from h2t.cache.reader import open_cache
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.run import Run
-from h2t.pipeline.stages import evaluate, train_backbone
+from h2t.pipeline.stages import train_backbone
 
 pytestmark = pytest.mark.slow
 SMALL = {"arch": "torchvision", "options": {"model": "resnet18"}}
@@ -46,7 +44,5 @@ def test_from_images_to_metrics(dataset, make, backbone, tmp_path):
     fitted(tmp_path / "heads", cache, trained, optimiser={"batch_size": 4})
     with open_cache(cache) as opened:
         assert opened.spec.maps == ((512 if backbone["arch"] == "torchvision" else 2048, 1, 1),)
-        out = tmp_path / "evaluate"
-        evaluate.run(evaluate.Params(), Run("dr", out), opened, tmp_path / "heads", trained)
-    found = json.loads((out / "metrics.json").read_text())
+    found = evaluated(tmp_path / "evaluate", cache, tmp_path / "heads", trained)
     assert 0 <= found["with_h2t"]["top1"] <= 100

@@ -4,13 +4,19 @@ import json
 
 import pytest
 import torch
-from pipeline_builders import distance, extracted, fitted, make_backbone_dir, make_prepare, make_samples, write_params
+from pipeline_builders import (
+    distance,
+    evaluated,
+    extracted,
+    fitted,
+    make_backbone_dir,
+    make_prepare,
+    make_samples,
+    write_params,
+)
 from safetensors.torch import load_file
 
 from benchmarks import online_h2t
-from h2t.cache.reader import open_cache
-from h2t.pipeline.base.run import Run
-from h2t.pipeline.stages import evaluate
 
 pytestmark = pytest.mark.slow
 
@@ -37,9 +43,7 @@ def test_frozen_and_unaugmented_it_is_stage_two_on_a_cache(tmp_path, data, monke
     ours = fitted(tmp_path / "heads", tmp_path / "cache", backbone, **settings)
     for name in ("weight", "bias"):
         assert distance(ours[name][0, 0], found["state"][f"head.{name}"]) < 1e-4
-    with open_cache(tmp_path / "cache") as cache:
-        evaluate.run(evaluate.Params(), Run("dr", tmp_path / "evaluate"), cache, tmp_path / "heads", backbone)
-    figures = json.loads((tmp_path / "evaluate" / "metrics.json").read_text())["with_h2t"]
+    figures = evaluated(tmp_path / "evaluate", tmp_path / "cache", tmp_path / "heads", backbone)["with_h2t"]
     for name in ("top1", "head", "medium", "tail"):
         assert found["figures"][name] == pytest.approx(figures[name], abs=0.3)  # one digit in 400 may tip over
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from kills import struck
-from pipeline_builders import environment
+from pipeline_builders import python
 
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import fresh_directory, write_json
@@ -180,7 +180,5 @@ def test_a_record_that_finds_no_room_is_not_left_in_part(tmp_path):
     record += "from h2t.pipeline.base.outputs import write_run_record\n"
     record += "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))\n"
     record += "write_run_record(Path(sys.argv[1]), {'seconds': 1.0})"
-    command = [sys.executable, "-B", "-c", record, str(tmp_path / "record.json")]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    python("-B", "-c", record, tmp_path / "record.json", cwd=tmp_path)
     assert names(tmp_path) == []

@@ -7,7 +7,7 @@ import pytest
 from hostile_server import hostile_server
 from image_builders import SMALL, write_image
 from pipeline_builders import prepared
-from servers import Bucket, s3_endpoint
+from servers import put_all, s3_endpoint
 
 from h2t.cache.read import asking
 from h2t.pipeline.base.errors import UserError
@@ -32,18 +32,14 @@ def files(tmp_path):
 
 
 @pytest.fixture(params=["https", "s3"])
-def there(request, files, monkeypatch):
+def there(request, files, tmp_path):
     """(the URL of a folder with the files, a function that puts a file there)."""
     if request.param == "https":
         with hostile_server(dict(files)) as (url, handler):
             yield f"{url}/sound/t", lambda name, data: handler.files.update({name: data})
     else:
-        with s3_endpoint() as settings:
-            for name, value in settings.items():
-                monkeypatch.setenv(name, value)
-            bucket = Bucket()
-            for name, data in files.items():
-                bucket.put(name, data)
+        with s3_endpoint() as bucket:
+            put_all(bucket, tmp_path / "files")
             yield bucket.url, bucket.put
 
 

@@ -8,21 +8,27 @@ import time
 
 import pytest
 import torch
-from builders import TOKEN, make_cache, make_maps, make_rows, make_spec, make_statistics, raises, tree, write_cache
-from click.testing import CliRunner
+from builders import TOKEN, make_cache, make_maps, make_rows, make_spec, make_statistics, raises, tree, write_part
 from kills import heard
-from pipeline_builders import environment, extracted, make_backbone_dir, make_samples, make_stage2_cache, write_params
+from pipeline_builders import (
+    accepted,
+    environment,
+    extracted,
+    make_backbone_dir,
+    make_samples,
+    make_stage2_cache,
+    refused,
+    write_params,
+)
 
 from h2t.cache.errors import CacheError
 from h2t.cache.reader import open_cache
 from h2t.cache.tools.pooled import pooled
 from h2t.cache.tools.verify import verify
-from h2t.cache.write import parts
 from h2t.cache.write.parts import Part
 from h2t.cache.write.staging import Staging
 from h2t.cache.write.writer import CacheWriter
 from h2t.pipeline.base.errors import UserError
-from h2t.pipeline.command_line.main import main
 
 SMALL = {"batchnorm": ["branchwise"], "max_views": 2, "shard_bytes": 65536, "batch_size": 16}
 
@@ -47,15 +53,6 @@ class TestOfShards:
     def spec(self):
         return make_spec(rows=40, shard_rows=8)
 
-    def write_part(self, target, spec, part, *, token=TOKEN, seed=0, shards=None):
-        maps = make_maps(spec, seed)
-        with Staging(target, shared=True) as staging, staging.holding(part.label):
-            writer, pending = parts.opened(staging, spec, token, part)
-            for shard in pending if shards is None else shards:
-                held = spec.shard_range(shard)
-                writer.write(shard, [m[held.start : held.stop] for m in maps])
-            return pending
-
     def commit(self, target, spec):
         with Staging(target) as staging:
             writer = CacheWriter(staging, spec, make_rows(spec.rows), TOKEN, read=False)
@@ -67,34 +64,19 @@ class TestOfShards:
         assert shards == list(range(spec.shards))
         assert len({len(Part(k, of).shards(spec)) for k in range(1, of + 1)}) <= 2
 
-    def test_parts_in_any_order_make_the_cache_of_one_process(self, tmp_path, spec):
-        write_cache(tmp_path / "one", spec, make_rows(spec.rows), make_maps(spec))
-        for k in (3, 1, 2):
-            self.write_part(tmp_path / "c", spec, Part(k, 3))
-        self.commit(tmp_path / "c", spec)
-        assert tree(tmp_path / "c") == tree(tmp_path / "one")
-        assert [p.name for p in tmp_path.glob(".*")] == []
-
-    def test_two_that_computed_other_bits_make_one_sound_cache(self, tmp_path, spec):
-        """On GPUs a shard that is computed twice may round differently. One of both is taken whole, with its digest."""
-        self.write_part(tmp_path / "c", spec, Part(1, 1))
-        self.write_part(tmp_path / "c", spec, Part(1, 1), seed=1, shards=[0, 2])
-        self.commit(tmp_path / "c", spec)
-        assert verify(tmp_path / "c") == []
-
     @pytest.mark.parametrize("harm", ["cut", "flipped"])
     def test_a_repeated_part_writes_a_damaged_shard_again(self, tmp_path, spec, harm):
         part = Part(2, 2)
-        shards = self.write_part(tmp_path / "c", spec, part)
+        shards = write_part(tmp_path / "c", spec, part)
         folder = next(staging_of(tmp_path / "c").glob("parts.*"))
         victim = next(p for p in folder.iterdir() if p.name.startswith(f"0.{shards[1]}."))
         data = bytearray(victim.read_bytes())
         data[-1] ^= 1
         victim.write_bytes(data if harm == "flipped" else data[:-1])
-        assert self.write_part(tmp_path / "c", spec, part) == [shards[1]]
+        assert write_part(tmp_path / "c", spec, part) == [shards[1]]
 
     def test_a_shard_that_was_cut_is_missing_to_the_commit(self, tmp_path, spec):
-        self.write_part(tmp_path / "c", spec, Part(1, 1))
+        write_part(tmp_path / "c", spec, Part(1, 1))
         folder = next(staging_of(tmp_path / "c").glob("parts.*"))
         victim = next(p for p in folder.iterdir() if p.name.startswith("0.3."))
         victim.write_bytes(victim.read_bytes()[:-1])
@@ -102,44 +84,20 @@ class TestOfShards:
             self.commit(tmp_path / "c", spec)
 
     def test_the_unfinished_file_of_a_killed_part_is_removed_by_its_next_run_alone(self, tmp_path, spec):
-        self.write_part(tmp_path / "c", spec, Part(1, 2))
+        write_part(tmp_path / "c", spec, Part(1, 2))
         folder = next(staging_of(tmp_path / "c").glob("parts.*"))
         for label in ("part-1-of-2", "part-2-of-2"):
             (folder / f"0.4.9.{'a' * 64}.{label}.partial").write_bytes(b"half")
-        self.write_part(tmp_path / "c", spec, Part(1, 2))
+        write_part(tmp_path / "c", spec, Part(1, 2))
         assert [p.name.split(".")[-2] for p in folder.glob("*.partial")] == ["part-2-of-2"]
-        self.write_part(tmp_path / "c", spec, Part(2, 2))
+        write_part(tmp_path / "c", spec, Part(2, 2))
         assert not list(folder.glob("*.partial"))
 
-    def test_one_part_twice_is_refused_and_so_is_a_commit_meanwhile(self, tmp_path, spec):
-        with Staging(tmp_path / "c", shared=True) as staging, staging.holding("part-1-of-2"):
-            with pytest.raises(CacheError, match="another process is writing this part") as twice:
-                self.write_part(tmp_path / "c", spec, Part(1, 2))
-            with pytest.raises(CacheError, match="another process is writing this cache") as whole:
-                self.commit(tmp_path / "c", spec)
-            assert self.write_part(tmp_path / "c", spec, Part(2, 2))
-        assert {twice.value.reason, whole.value.reason} == {"busy"}
-        with Staging(tmp_path / "c"), pytest.raises(CacheError, match="another process is writing this cache"):
-            self.write_part(tmp_path / "c", spec, Part(1, 2))
-
-    def test_other_settings_are_named_and_cost_no_finished_shard(self, tmp_path, spec):
-        self.write_part(tmp_path / "c", spec, Part(1, 2))
-        before = tree(staging_of(tmp_path / "c"))
-        with pytest.raises(CacheError, match=r"other settings \(.*threads None -> 8\)") as part:
-            self.write_part(tmp_path / "c", spec, Part(2, 2), token={**TOKEN, "threads": 8})
-        with Staging(tmp_path / "c") as staging, pytest.raises(CacheError, match="threads None -> 8") as whole:
-            CacheWriter(staging, spec, make_rows(spec.rows), {**TOKEN, "threads": 8})
-        assert {part.value.reason, whole.value.reason} == {"mismatch"}
-        after = tree(staging_of(tmp_path / "c"))
-        assert {k: v for k, v in after.items() if not k.startswith("part-")} == {
-            k: v for k, v in before.items() if not k.startswith("part-")
-        }
-
     def test_a_token_that_cannot_be_read_is_one_line(self, tmp_path, spec):
-        self.write_part(tmp_path / "c", spec, Part(1, 2))
+        write_part(tmp_path / "c", spec, Part(1, 2))
         (staging_of(tmp_path / "c") / "token.json").write_bytes(b"[1, 2")
         with pytest.raises(CacheError, match=r"token\.json cannot be read"):
-            self.write_part(tmp_path / "c", spec, Part(2, 2))
+            write_part(tmp_path / "c", spec, Part(2, 2))
 
     def test_a_writer_whose_folder_is_gone_says_so_in_one_line(self, tmp_path, spec):
         with Staging(tmp_path / "c") as staging:
@@ -172,7 +130,7 @@ def test_parts_end_in_the_bytes_of_one_process(few_digits, backbone_dir, single,
     assert [p.name for p in tmp_path.iterdir()] == ["b"]
 
 
-def test_a_part_after_the_commit_has_nothing_to_do_and_leaves_nothing(few_digits, backbone_dir, single, tmp_path):
+def test_a_part_after_the_commit_has_nothing_to_do_and_leaves_nothing(few_digits, backbone_dir, tmp_path):
     said = []
     extracted(tmp_path / "b", *few_digits, backbone_dir, part=Part(1, 1), **SMALL)
     extracted(tmp_path / "b", *few_digits, backbone_dir, commit=True, **SMALL)
@@ -334,9 +292,7 @@ class TestOfPooledCopies:
         end = ["--params", str(write_params(tmp_path / "p.yaml"))] if command == ["pool", "b"] else []
 
         def pool(out, *more):
-            found = CliRunner().invoke(main, [*command, str(tmp_path / "b"), str(tmp_path / out / "b"), *more, *end])
-            assert found.exit_code == 0, found.output
-            return found.output
+            return accepted(*command, tmp_path / "b", tmp_path / out / "b", *more, *end)
 
         pool("whole")
         assert "part 1/2" in pool("parts", "--part", "1/2")
@@ -347,14 +303,10 @@ class TestOfPooledCopies:
 
 @pytest.mark.parametrize("value", ["0/4", "5/4", "1", "1/x", "/", "-1/4", "1/0"])
 def test_a_part_that_is_none_is_refused(value):
-    found = CliRunner().invoke(main, ["extract", "b", "s", "w", "o", "--part", value])
-    assert found.exit_code == 2
-    assert "must be K/N with K from 1 to N" in found.output
+    assert "must be K/N with K from 1 to N" in refused("extract", "b", "s", "w", "o", "--part", value, code=2)
 
 
 def test_part_and_commit_exclude_each_other(tmp_path):
     params = write_params(tmp_path / "p.yaml")
-    line = ["extract", "ce_mixup", "s", "w", "o", "--params", str(params), "--part", "1/2", "--commit"]
-    found = CliRunner().invoke(main, line)
-    assert found.exit_code == 2
-    assert "exclude each other" in found.output
+    line = ["extract", "ce_mixup", "s", "w", "o", "--params", params, "--part", "1/2", "--commit"]
+    assert "exclude each other" in refused(*line, code=2)

@@ -5,11 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from click.testing import CliRunner
-from pipeline_builders import write_params
+from pipeline_builders import refused, write_params
 
 from h2t.cache.format.spec import MAX_RECORD_BYTES, CacheSpec
-from h2t.pipeline.command_line.main import main
 from h2t.pipeline.command_line.plan import _entry
 from h2t.pipeline.project.plan import Machine, limits, plan, shown
 from h2t.pipeline.project.rehearsal import Cost, Rehearsal, line, rehearse
@@ -108,10 +106,7 @@ def test_the_network_gets_images_of_the_size_of_its_dataset(tmp_path):
 )
 def test_mistakes_are_one_line(tmp_path, monkeypatch, arguments, says):
     monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(main, ["plan", *arguments])
-    assert result.exit_code in (1, 2)
-    assert says in result.stderr
-    assert "Traceback" not in result.output
+    assert says in refused("plan", *arguments)
 
 
 @pytest.mark.timeout(900)

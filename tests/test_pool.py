@@ -6,18 +6,24 @@ import numpy as np
 import pytest
 import torch
 from builders import raises
-from click.testing import CliRunner
-from pipeline_builders import distance, fitted, make_backbone_dir, make_stage2_cache, refused, silent, write_params
+from pipeline_builders import (
+    accepted,
+    distance,
+    evaluated,
+    fitted,
+    make_backbone_dir,
+    make_stage2_cache,
+    pooled_copy,
+    refused,
+    run_host,
+    write_params,
+)
 from safetensors.torch import load_file
 
 from h2t.cache.reader import open_cache
 from h2t.cache.tools.verify import verify
 from h2t.pipeline.base.errors import UserError
-from h2t.pipeline.base.run import Run
-from h2t.pipeline.command_line.main import main
 from h2t.pipeline.heads.features import FeatureReader, pool_label
-from h2t.pipeline.heads.residency import Residency
-from h2t.pipeline.stages import evaluate, pool
 
 SHAPE = (64, 2, 2)  # the channels of the backbone in `maps`
 
@@ -33,16 +39,6 @@ def maps(tmp_path_factory):
     return folder
 
 
-def copied(source, out, *, replace=False, say=silent, **params):
-    with open_cache(source) as cache:
-        return pool.run(pool.Params.model_validate(params), Run("b", out, say=say), cache, replace=replace)
-
-
-def evaluated(cache, heads, backbone, out):
-    with open_cache(cache) as opened:
-        return evaluate.run(evaluate.Params(), Run("dr", out), opened, heads, backbone)
-
-
 @pytest.mark.parametrize("codec", ["none", "zstd"])
 @pytest.mark.parametrize(
     ("name", "options"), [("gap", {}), ("max", {}), ("gem", {}), ("gem", {"exponent": 2.0})], ids=str
@@ -50,7 +46,7 @@ def evaluated(cache, heads, backbone, out):
 def test_a_copy_holds_what_pooling_while_reading_gives(maps, tmp_path, name, options, codec):
     from h2t.pipeline.base import plugins
 
-    spec = copied(maps / "cache", tmp_path / "copy", pool=name, pool_options=options, codec=codec)
+    spec = pooled_copy(tmp_path / "copy", maps / "cache", pool=name, pool_options=options, codec=codec)
     module = plugins.load("pools", name)
     made = module.Pool(module.Options(**options), SHAPE[0])
     assert verify(tmp_path / "copy") == []
@@ -85,7 +81,7 @@ def test_labels_are_complete():
     ids=str,
 )
 def test_heads_trained_on_a_copy_are_those_trained_on_the_maps(maps, tmp_path, host):
-    copied(maps / "cache", tmp_path / "copy", **{k: host[k] for k in ("pool", "pool_options") if k in host})
+    pooled_copy(tmp_path / "copy", maps / "cache", **{k: host[k] for k in ("pool", "pool_options") if k in host})
     expected = fitted(tmp_path / "a", maps / "cache", maps / "backbone", pooled=False, **host)
     found = fitted(tmp_path / "b", tmp_path / "copy", maps / "backbone", **host)
     assert found.keys() == expected.keys()
@@ -94,28 +90,24 @@ def test_heads_trained_on_a_copy_are_those_trained_on_the_maps(maps, tmp_path, h
 
 
 def test_a_head_that_is_fitted_at_once_is_the_same_too(maps, tmp_path):
-    from h2t.pipeline.stages import train_classifier
-
-    copied(maps / "cache", tmp_path / "copy")
-    params = train_classifier.Params(host="ncm", backbone="b")
+    pooled_copy(tmp_path / "copy", maps / "cache")
     found = []
     for source in (maps / "cache", tmp_path / "copy"):
-        with open_cache(source) as cache:
-            out = tmp_path / f"heads-{source.name}"
-            train_classifier.run(params, Run("ncm", out), Residency(), cache, maps / "backbone")
+        out = tmp_path / f"heads-{source.name}"
+        run_host(out, source, maps / "backbone", host="ncm")
         found.append(load_file(out / "heads.safetensors"))
     for key, tensor in found[0].items():
         assert distance(found[1][key], tensor) <= 1e-5
 
 
 def test_either_can_be_evaluated_on_either(maps, tmp_path):
-    copied(maps / "cache", tmp_path / "copy")
+    pooled_copy(tmp_path / "copy", maps / "cache")
     sources = {"maps": maps / "cache", "copy": tmp_path / "copy"}
     metrics = []
     for trained_on, source in sources.items():
         fitted(tmp_path / f"on-{trained_on}", source, maps / "backbone")
         metrics += [
-            evaluated(other, tmp_path / f"on-{trained_on}", maps / "backbone", tmp_path / f"{trained_on}-{name}")
+            evaluated(tmp_path / f"{trained_on}-{name}", other, tmp_path / f"on-{trained_on}", maps / "backbone")
             for name, other in sources.items()
         ]
     assert metrics[0]["with_h2t"]["top1"] is not None
@@ -132,22 +124,22 @@ def test_either_can_be_evaluated_on_either(maps, tmp_path):
     ],
 )
 def test_a_copy_by_another_pool_is_refused(maps, tmp_path, name, host, message):
-    copied(maps / "cache", tmp_path / "copy", pool=name)
+    pooled_copy(tmp_path / "copy", maps / "cache", pool=name)
     with pytest.raises(UserError, match=message):
         fitted(tmp_path / "heads", tmp_path / "copy", maps / "backbone", **host)
 
 
 def test_the_stage_1_head_is_not_evaluated_on_maxima(maps, tmp_path):
-    copied(maps / "cache", tmp_path / "copy", pool="max")
+    pooled_copy(tmp_path / "copy", maps / "cache", pool="max")
     fitted(tmp_path / "heads", tmp_path / "copy", maps / "backbone", pool="max")
     with pytest.raises(UserError, match="the cache was pooled by max, got pool gap"):
-        evaluated(tmp_path / "copy", tmp_path / "heads", maps / "backbone", tmp_path / "out")
-    metrics = evaluated(maps / "cache", tmp_path / "heads", maps / "backbone", tmp_path / "out")
+        evaluated(tmp_path / "out", tmp_path / "copy", tmp_path / "heads", maps / "backbone")
+    metrics = evaluated(tmp_path / "out", maps / "cache", tmp_path / "heads", maps / "backbone")
     assert metrics["stage1"]["top1"] is not None
 
 
 def test_another_backbones_copy_is_refused(maps, tmp_path):
-    copied(maps / "cache", tmp_path / "copy")
+    pooled_copy(tmp_path / "copy", maps / "cache")
     make_backbone_dir(tmp_path / "other", classes=3, seed=1)
     with pytest.raises(UserError, match="extracted by a backbone with weights"):
         fitted(tmp_path / "heads", tmp_path / "copy", tmp_path / "other")
@@ -156,19 +148,19 @@ def test_another_backbones_copy_is_refused(maps, tmp_path):
 @pytest.mark.parametrize("name", ["attention", "moments"])
 def test_only_pools_without_trained_parts_and_of_one_number(maps, tmp_path, name):
     with pytest.raises(UserError, match=rf"pool\.pool.*got {name}"):
-        copied(maps / "cache", tmp_path / "copy", pool=name)
+        pooled_copy(tmp_path / "copy", maps / "cache", pool=name)
     with pytest.raises(UserError, match=r"pool\.pool"):
-        copied(maps / "cache", tmp_path / "copy", pool="gem", pool_options={"trained": True})
+        pooled_copy(tmp_path / "copy", maps / "cache", pool="gem", pool_options={"trained": True})
     assert not (tmp_path / "copy").exists()
 
 
 def test_a_copy_is_not_pooled_again_nor_replaced_unasked(maps, tmp_path):
-    copied(maps / "cache", tmp_path / "copy")
+    pooled_copy(tmp_path / "copy", maps / "cache")
     with pytest.raises(UserError, match="is pooled already"):
-        copied(tmp_path / "copy", tmp_path / "copy2")
+        pooled_copy(tmp_path / "copy2", tmp_path / "copy")
     with raises("exists"):
-        copied(maps / "cache", tmp_path / "copy", pool="max")
-    assert copied(maps / "cache", tmp_path / "copy", pool="max", replace=True).fingerprint_inputs["pool"] == "max"
+        pooled_copy(tmp_path / "copy", maps / "cache", pool="max")
+    assert pooled_copy(tmp_path / "copy", maps / "cache", pool="max", replace=True).fingerprint_inputs["pool"] == "max"
 
 
 def test_commands(maps, tmp_path):
@@ -178,9 +170,7 @@ def test_commands(maps, tmp_path):
         ["pool", "b", cache, str(tmp_path / "a"), "--params", str(params)],
         ["cache", "pool", cache, str(tmp_path / "b"), "--pool", "gem", "--option", "exponent=2.0"],
     ):
-        done = CliRunner().invoke(main, arguments)
-        assert done.exit_code == 0, done.output
-        assert "rows, " in done.output
+        assert "rows, " in accepted(*arguments)
     found = [json.loads((tmp_path / name / "cache.json").read_bytes()) for name in ("a", "b")]
     assert found[0] == found[1]
     line = refused("cache", "pool", cache, str(tmp_path / "c"), "--option", "power=2", code=1)

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from click.testing import CliRunner
 from golden_cases import FIRST
-from pipeline_builders import CPU, make_stage2_cache, refused, write_params
+from pipeline_builders import CPU, accepted, make_stage2_cache, refused, write_params
 from printed import ROOT, blocks
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file
@@ -21,7 +20,6 @@ from torch.nn import functional as F
 
 from h2t.cache.reader import open_cache
 from h2t.pipeline.base.errors import UserError
-from h2t.pipeline.command_line.main import main
 from h2t.pipeline.heads import start
 from h2t.pipeline.heads.batches import sample_rows
 from h2t.pipeline.networks import probe
@@ -178,23 +176,17 @@ def _extract():
     }
     Path("params.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
     shutil.rmtree("data/train_classifier")
-    h2t("train-backbone", "few", "data/prepare", "data/train_backbone/few")
-    h2t("extract", "few", "data/prepare", "data/train_backbone/few", "data/extract/few", "--replace")
-
-
-def h2t(*arguments) -> str:
-    done = CliRunner().invoke(main, [str(a) for a in arguments])
-    assert done.exit_code == 0, done.output
-    return done.output
+    accepted("train-backbone", "few", "data/prepare", "data/train_backbone/few")
+    accepted("extract", "few", "data/prepare", "data/train_backbone/few", "data/extract/few", "--replace")
 
 
 def train(name, out="out", backbone="data/train_backbone/few", *more):
-    return h2t("train-classifier", name, "data/extract/few", backbone, out, *more)
+    return accepted("train-classifier", name, "data/extract/few", backbone, out, *more)
 
 
 def test_a_saved_probe_a_fitted_one_and_its_folder_give_the_same_classifiers(project):
     assert "fitting the linear probe" in train("dr", "fitted")
-    h2t("probe", "few", "data/extract/few", "data/probe/few")
+    accepted("probe", "few", "data/extract/few", "data/probe/few")
     assert "fitting" not in train("dr", "saved")
     assert "fitting" not in train("dr", "folder", "data/probe/few")
     contents = {Path(name, "heads.safetensors").read_bytes() for name in ("fitted", "saved", "folder")}
@@ -202,7 +194,7 @@ def test_a_saved_probe_a_fitted_one_and_its_folder_give_the_same_classifiers(pro
     assert set(load_file("data/probe/few/head.safetensors")) == {"weight", "bias"}
     assert load_file("data/probe/few/head.safetensors")["weight"].shape == (1, 10, 8)
     # Other settings: the saved probe is not taken.
-    h2t("train-backbone", "few", "data/prepare", "data/train_backbone/few", "--set", "backbones.few.probe.l2=1.0")
+    accepted("train-backbone", "few", "data/prepare", "data/train_backbone/few", "--set", "backbones.few.probe.l2=1.0")
     assert "fitting" in train("dr", "other", "data/train_backbone/few", "--set", "backbones.few.probe.l2=1.0")
     assert Path("other/heads.safetensors").read_bytes() not in contents
 
@@ -216,7 +208,7 @@ def test_other_settings_of_the_probe_do_not_train_the_backbone_again(project, mo
     def again(*more) -> str:
         shutil.rmtree("data/train_backbone/few")  # as DVC does before it runs a stage
         settings = [word for text in more for word in ("--set", text)]
-        return h2t("train-backbone", "few", "data/prepare", "data/train_backbone/few", *settings)
+        return accepted("train-backbone", "few", "data/prepare", "data/train_backbone/few", *settings)
 
     assert "was trained with these settings before" in again("backbones.few.probe.l2=0.5")
     assert Path("data/train_backbone/few/backbone.safetensors").read_bytes() == trained
@@ -235,7 +227,7 @@ def test_other_settings_of_the_probe_do_not_train_the_backbone_again(project, mo
 
 def test_the_probe_is_the_stage1_line(project):
     train("dr")
-    h2t("evaluate", "dr", "data/extract/few", "out", "data/train_backbone/few", "result")
+    accepted("evaluate", "dr", "data/extract/few", "out", "data/train_backbone/few", "result")
     with open_cache("data/extract/few") as cache:
         head = start.fit_probe(cache, Probe(), "linear", CPU, None)
         rows = sample_rows(cache.rows, "test", "stage1")
@@ -246,7 +238,7 @@ def test_the_probe_is_the_stage1_line(project):
 
 
 def test_cosine_hosts_start_from_the_cosine_probe_and_others_from_the_linear_one(project):
-    h2t("probe", "few", "data/extract/few", "data/probe/few")
+    accepted("probe", "few", "data/extract/few", "data/probe/few")
     weights = {name: load_file(f"data/probe/few/{name}.safetensors")["weight"] for name in ("head", "cosine")}
     assert torch.allclose(weights["cosine"].norm(dim=-1), torch.ones(1, 10), atol=1e-5)
     still = ("--set", "host_defaults.optimiser.lr=1e-20", "--set", "host_defaults.optimiser.weight_decay=0.0")
@@ -287,12 +279,12 @@ def test_a_linear_host_started_from_means_predicts_the_nearest_mean(project):
 
 def test_a_backbone_without_a_head_serves_the_hosts_that_need_none(project):
     none = ("--set", "backbones.few.head=none")
-    h2t("train-backbone", "few", "data/prepare", "data/train_backbone/few", *none)
+    accepted("train-backbone", "few", "data/prepare", "data/train_backbone/few", *none)
     assert load_file("data/train_backbone/few/head.safetensors") == {}
     command = ("train-classifier", "dr", "data/extract/few", "data/train_backbone/few", "out")
     assert "this backbone has none" in refused(*command, *none, leaves=Path("out"))
     train("lift", "out", "data/train_backbone/few", *none)
-    h2t("evaluate", "lift", "data/extract/few", "out", "data/train_backbone/few", "result", *none)
+    accepted("evaluate", "lift", "data/extract/few", "out", "data/train_backbone/few", "result", *none)
     assert json.loads(Path("result/metrics.json").read_text(encoding="utf-8"))["stage1"] is None
 
 
@@ -317,9 +309,9 @@ def test_what_does_not_fit_is_one_line(project, setting, says):
 
 
 def test_a_probe_of_another_cache_and_a_head_of_another_kind_are_refused(project):
-    h2t("probe", "few", "data/extract/few", "data/probe/few", "--set", "extract.max_views=1")
+    accepted("probe", "few", "data/extract/few", "data/probe/few", "--set", "extract.max_views=1")
     more = ("--set", "extract.max_views=1")
-    h2t("extract", "few", "data/prepare", "data/train_backbone/few", "data/other/few", *more)
+    accepted("extract", "few", "data/prepare", "data/train_backbone/few", "data/other/few", *more)
     command = ("train-classifier", "dr", "data/other/few", "data/probe/few", "out")
     assert "must be a probe of this cache" in refused(*command, leaves=Path("out"))
     trained = ("--set", "backbones.few.head=trained", "--set", "hosts.dr.start=probe")
@@ -333,18 +325,18 @@ def test_weights_of_other_classes_need_no_head(project):
     network = {**state, "fc.weight": torch.zeros(1000, 8), "fc.bias": torch.zeros(1000)}
     torch.save(network, "imagenet.pth")
     given = ("--set", "backbones.few.weights=imagenet.pth")
-    h2t("train-backbone", "few", "data/prepare", "pretrained", *given)
+    accepted("train-backbone", "few", "data/prepare", "pretrained", *given)
     found = load_file("pretrained/backbone.safetensors")
     assert all(torch.equal(t, state[k]) for k, t in found.items() if not k.endswith("num_batches_tracked"))
 
 
 def test_a_frozen_backbone_with_a_probe_trains_nothing(project):
-    said = h2t("train-backbone", "few", "data/prepare", "frozen", "--set", "backbones.few.frozen=true")
+    said = accepted("train-backbone", "few", "data/prepare", "frozen", "--set", "backbones.few.frozen=true")
     assert "nothing is trained" in said
 
 
 def test_a_backbone_with_a_trained_head_gets_a_note_in_place_of_a_probe(project):
-    said = h2t("probe", "few", "data/extract/few", "out", "--set", "backbones.few.head=trained")
+    said = accepted("probe", "few", "data/extract/few", "out", "--set", "backbones.few.head=trained")
     assert "no probe is fitted" in said
     assert [p.name for p in Path("out").iterdir()] == ["probe.json"]
 
@@ -366,7 +358,7 @@ def test_imported_features_get_a_probe_by_the_commands_of_the_page(tmp_path, mon
     save_npz("test.npz", *make_features((5, 5, 5), seed=1))
     (block,) = blocks("docs/frozen-backbones.md")
     for line in block.splitlines():
-        h2t(*shlex.split(line)[1:])
+        accepted(*shlex.split(line)[1:])
     metrics = json.loads(Path("result/metrics.json").read_text(encoding="utf-8"))
     assert metrics["stage1"]["top1"] > 90
     assert metrics["with_h2t"]["top1"] > 90
@@ -461,7 +453,7 @@ def test_a_host_starts_from_a_file_and_notices_another(project):
     given = ("--set", "hosts.lift.start=text.safetensors", "--set", "host_defaults.optimiser.lr=1e-20")
     line = refused(*command, *given)
     digest = line.split("text.safetensors, ")[1].split(";")[0]
-    h2t(*command, *given, "--set", f"hosts.lift.start_sha256='{digest}'")
+    accepted(*command, *given, "--set", f"hosts.lift.start_sha256='{digest}'")
     found = load_file("out/heads.safetensors")["weight"][0, 0]
     assert torch.allclose(found, F.normalize(torch.from_numpy(vectors), dim=1), atol=1e-6)
     write_vectors(Path("text.safetensors"), names, vectors + 1)

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 from builders import make_rows, tree
-from click.testing import CliRunner
 from hostile_server import hostile_server
+from pipeline_builders import invoke, refused
 from repositories import cache_repository, dvc, git
 
 from h2t.cache.format.spec import RECORD
 from h2t.cache.read import asking, transfer
-from h2t.pipeline.command_line.main import main
 from h2t.pipeline.sharing import repository
 
 PARTS = ("extract/b", "train_backbone/b")
@@ -36,15 +35,11 @@ class Lab:
         self.objects["listing"] = f"files/md5/{outputs['data/extract/b'][:2]}/{outputs['data/extract/b'][2:]}"
 
     def pull(self, into: Path):
-        return CliRunner().invoke(main, ["cache", "pull", self.url, "--into", str(into)])
+        return invoke("cache", "pull", self.url, "--into", into)
 
     def refused(self, into: Path) -> str:
         """The line with which the pull ends."""
-        done = self.pull(into)
-        assert done.exit_code == 1, done.output
-        (line,) = done.stderr.splitlines()
-        assert not (into / "extract/b").exists()
-        return line
+        return refused("cache", "pull", self.url, "--into", into, leaves=into / "extract/b", code=1)
 
 
 @pytest.fixture(scope="module")
@@ -120,11 +115,8 @@ def test_a_spoiled_shard_is_one_line_and_the_rest_is_kept(lab, tmp_path, mode, s
 def test_another_object_than_recorded_is_refused(lab, tmp_path, name, change):
     place = lab.objects[name]
     lab.handler.files = lab.handler.files | {place: change(lab.handler.files[place])}
-    done = lab.pull(tmp_path)
-    assert done.exit_code == 1
-    (line,) = done.stderr.splitlines()
-    assert "h2t cache publish --repair" in line
-    assert not (tmp_path / ("train_backbone/b" if name == WEIGHTS else "extract/b")).exists()
+    out = tmp_path / ("train_backbone/b" if name == WEIGHTS else "extract/b")
+    assert "h2t cache publish --repair" in refused("cache", "pull", lab.url, "--into", tmp_path, leaves=out, code=1)
 
 
 def test_all_files_that_are_there_come_and_the_missing_ones_are_counted(lab, tmp_path):
@@ -174,10 +166,7 @@ def own(lab, tmp_path):
 
 
 def refused_by(root: Path, into: Path) -> str:
-    done = CliRunner().invoke(main, ["cache", "pull", f"file://{root}/.git", "--into", str(into)])
-    assert done.exit_code == 1, done.output
-    (line,) = done.stderr.splitlines()
-    return line
+    return refused("cache", "pull", f"file://{root}/.git", "--into", into, code=1)
 
 
 def test_a_directory_as_remote_is_bounded_too(lab, own, tmp_path):

@@ -4,16 +4,23 @@ import dataclasses
 
 import pyarrow as pa
 import pytest
-from click.testing import CliRunner
-from pipeline_builders import CPU, extracted, make_backbone_dir, make_prepare, make_samples, refused, write_params
+from pipeline_builders import (
+    CPU,
+    accepted,
+    extracted,
+    invoke,
+    make_backbone_dir,
+    make_prepare,
+    make_samples,
+    pooled_copy,
+    refused,
+    write_params,
+)
 
 from h2t.cache.reader import open_cache
 from h2t.pipeline.base.errors import UserError
-from h2t.pipeline.base.run import Run
-from h2t.pipeline.command_line.main import main
 from h2t.pipeline.data.samples import Samples
 from h2t.pipeline.inspection.recompute import TOLERANCE, recompute
-from h2t.pipeline.stages import pool
 
 
 def compared(cache, samples, images, backbone, count=40, seed=0):
@@ -86,8 +93,7 @@ def test_inputs_of_another_cache_are_refused(tmp_path, digits, backbone_dir, dig
     facts = {**samples.facts, "transform": {**samples.facts["transform"], "flip": True}}
     with pytest.raises(UserError, match="another transform"):
         compared(digits_cache, dataclasses.replace(samples, facts=facts), images, backbone_dir)
-    with open_cache(digits_cache) as cache:
-        pool.run(pool.Params(), Run("b", tmp_path / "copy"), cache)
+    pooled_copy(tmp_path / "copy", digits_cache)
     with pytest.raises(UserError, match="pooled copy"):
         compared(tmp_path / "copy", samples, images, backbone_dir)
 
@@ -98,10 +104,9 @@ def test_command(tmp_path, backbone_dir):
     params = write_params(tmp_path / "params.yaml", prepare=make_prepare().model_dump())
     given = ["--samples", str(tmp_path / "samples"), "--params", str(params), "--device", "cpu"]
     ask = ["cache", "verify", str(tmp_path / "c"), "--recompute", "5", *given]
-    done = CliRunner().invoke(main, [*ask, "--backbone", str(backbone_dir)])
-    assert done.exit_code == 0, done.output
-    assert "recomputed 5 rows: 5 bit for bit equal, 0 faults" in done.output
-    assert CliRunner().invoke(main, ask).exit_code == 2
+    done = accepted(*ask, "--backbone", backbone_dir)
+    assert "recomputed 5 rows: 5 bit for bit equal, 0 faults" in done
+    assert invoke(*ask).exit_code == 2
     make_backbone_dir(tmp_path / "other", seed=1)
     line = refused(*ask, "--backbone", str(tmp_path / "other"), code=1)
     assert "another backbone" in line

@@ -158,7 +158,7 @@ def test_a_cache_of_too_many_shards_is_refused_before_the_first_is_written(tmp_p
 
 
 @pytest.mark.parametrize("name", [RECORD, "files/md5/ab/cdef.dir"])
-def test_dvcs_own_client_is_bounded_and_asks_once(tmp_path, name):
+def test_dvcs_own_client_is_bounded_and_asks_once(name):
     """The file system of a DVC remote on a web server: it packs, waits and asks again by itself otherwise."""
     from dvc_http import HTTPFileSystem
 
@@ -179,7 +179,7 @@ def test_dvcs_own_client_is_bounded_and_asks_once(tmp_path, name):
         assert len(handler.asked) == 1
 
 
-def test_a_list_of_files_at_a_dvc_remote_is_bounded(tmp_path, monkeypatch):
+def test_a_list_of_files_at_a_dvc_remote_is_bounded(tmp_path):
     """DVC's own parts are as they are; only what the remote gives is too long."""
     (tmp_path / "listing").write_bytes(b"x" * 100)
     with pytest.raises(transfer.Unasked, match="must be at most 99 bytes"):

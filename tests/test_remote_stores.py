@@ -7,7 +7,7 @@ import sys
 import pytest
 from builders import make_cache, make_rows, raises
 from pipeline_builders import ROOT
-from servers import S3_KEY, S3_SECRET, put_s3, s3_endpoint, ssh_server
+from servers import S3_KEY, S3_SECRET, Folder, put_all, store_of
 
 from h2t.cache.read import asking
 from h2t.cache.reader import open_cache
@@ -23,54 +23,40 @@ def made(tmp_path):
 
 
 @pytest.fixture(params=["s3", "ssh"])
-def store(request, tmp_path, monkeypatch, made):
-    """The URL of the directory that the cache `c` lies in, as a server on the loopback gives it."""
-    if request.param == "s3":
-        with s3_endpoint() as environment:
-            for name, value in environment.items():
-                monkeypatch.setenv(name, value)
-            put_s3(tmp_path / "c", "lab", "x/c", environment)
-            yield "s3://lab/x"
-    else:
-        with ssh_server(tmp_path / "home") as port:
-            monkeypatch.setenv("HOME", str(tmp_path / "home"))
-            yield f"ssh://{os.environ.get('USER', 'root')}@127.0.0.1:{port}{tmp_path}"
+def store(request, tmp_path, made):
+    """A place on a server on the loopback that holds the cache `c`."""
+    with store_of(request.param, tmp_path) as place:
+        put_all(place, tmp_path / "c", "c")
+        yield place
 
 
-@pytest.fixture
 def replace(store, tmp_path):
     """Puts another cache of the same shape in the place of `c`."""
-
-    def put() -> None:
-        make_cache(tmp_path / "new", seed=1, **SETTINGS)
-        if store.startswith("s3:"):
-            put_s3(tmp_path / "new", "lab", "x/c", dict(os.environ), make_bucket=False)
-        else:
-            (tmp_path / "c").rename(tmp_path / "old")
-            (tmp_path / "new").rename(tmp_path / "c")
-            for path in (tmp_path / "c").rglob("*"):
-                os.utime(path, (path.stat().st_mtime + 2,) * 2)  # SFTP tells whole seconds
-
-    return put
+    make_cache(tmp_path / "new", seed=1, **SETTINGS)
+    store.clear()
+    put_all(store, tmp_path / "new", "c")
+    if isinstance(store, Folder):
+        for path in store.root.rglob("*"):
+            os.utime(path, (path.stat().st_mtime + 2,) * 2)  # SFTP tells whole seconds
 
 
 @pytest.mark.parametrize("kept", ["8000000", "0"], ids=["blocks kept", "no blocks"])
 def test_a_cache_is_read_and_verified(store, made, monkeypatch, kept):
     monkeypatch.setenv("H2T_BLOCK_CACHE_BYTES", kept)
-    with open_cache(f"{store}/c") as cache:
+    with open_cache(f"{store.url}/c") as cache:
         assert cache._chunks.unchecked == set()  # sizes came with the listing
         for expert in (0, 1):
             assert cache.read(WANTED, expert=expert).tobytes() == made[expert][WANTED].tobytes()
         assert cache.rows == SETTINGS["rows"]
-    assert verify(f"{store}/c") == []
-    assert verify(f"{store}/c", quick=True) == []
+    assert verify(f"{store.url}/c") == []
+    assert verify(f"{store.url}/c", quick=True) == []
 
 
-def test_a_replaced_cache_is_noticed(store, tmp_path, monkeypatch, replace):
+def test_a_replaced_cache_is_noticed(store, tmp_path, monkeypatch):
     monkeypatch.setenv("H2T_BLOCK_CACHE_BYTES", "0")
-    with open_cache(f"{store}/c") as cache, open_cache(f"{store}/c") as other:
+    with open_cache(f"{store.url}/c") as cache, open_cache(f"{store.url}/c") as other:
         cache.read(WANTED)
-        replace()
+        replace(store, tmp_path)
         for read in (lambda: cache.read([4]), lambda: cache.read([20]), lambda: other.read([0])):
             with raises("replaced", "was replaced while it was open"):
                 read()
@@ -78,7 +64,7 @@ def test_a_replaced_cache_is_noticed(store, tmp_path, monkeypatch, replace):
 
 def test_what_is_not_there_is_no_cache(store):
     with raises("uncommitted"):
-        open_cache(f"{store}/d")
+        open_cache(f"{store.url}/d")
 
 
 def test_a_stranger_is_refused_in_one_line(store, tmp_path, monkeypatch):
@@ -86,7 +72,7 @@ def test_a_stranger_is_refused_in_one_line(store, tmp_path, monkeypatch):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name, raising=False)
     with raises("unreachable") as error:
-        open_cache(f"{store}/c")
+        open_cache(f"{store.url}/c")
     assert "times" not in error.value.detail  # asking again could not help
     assert len(error.value.detail.splitlines()) == 1
 

@@ -213,9 +213,8 @@ def test_replaced_while_it_is_opened(tmp_path, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(LocalFiles, "known_sizes", late)
-            with pytest.raises(CacheError) as error:
+            with raises("replaced") as error:
                 open_cache(folder / "cache")
-        assert error.value.reason == "replaced"
         assert RECORD in error.value.detail
 
 

@@ -1,17 +1,15 @@
 import re
 import shutil
-import subprocess
-import sys
 
+import pipeline_builders
 import pytest
-from pipeline_builders import ROOT, fitted, make_backbone_dir, make_stage2_cache, silent
+from pipeline_builders import fitted, make_backbone_dir, make_stage2_cache, python, silent
 from report_builders import make_evaluated
 
-from h2t.cache.reader import open_cache
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.reporting import comparison, files
-from h2t.pipeline.stages import evaluate, report
+from h2t.pipeline.stages import report
 
 EVIL = ['<img src=x onerror="alert(1)">', "a & b | c", "</script><script>alert(2)</script>", "'; --", "$x^2$", "Ü 漢字"]
 
@@ -26,8 +24,7 @@ def evaluated(tmp_path_factory):
     )
     fitted(folder / "h", cache, folder / "b")
     for name in ("dr", "left"):
-        with open_cache(cache) as opened:
-            evaluate.run(evaluate.Params(), Run(name, folder / "e" / name), opened, folder / "h", folder / "b")
+        pipeline_builders.evaluated(folder / "e" / name, cache, folder / "h", folder / "b", name=name)
     return folder / "e"
 
 
@@ -112,10 +109,7 @@ def test_results_that_are_none(tmp_path, evaluated, data):
 def test_a_report_on_a_thousand_classes_stays_small(tmp_path):
     """1,000 classes, 50,000 test images, 55 heads: at most 2 GB, without torch, and a page below 5 MB."""
     small = make_evaluated(tmp_path / "small") / "dr"
-    command = [sys.executable, str(ROOT / "tests" / "large_report.py"), str(small), str(tmp_path / "large")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    megabytes, torch = done.stdout.split()
+    megabytes, torch = python("tests/large_report.py", small, tmp_path / "large").split()
     assert int(megabytes) < 2000
     assert torch == "False"
     assert (tmp_path / "large" / "report" / "index.html").stat().st_size < 5e6

@@ -2,7 +2,6 @@
 
 import io
 import json
-import subprocess
 import sys
 
 import numpy as np
@@ -10,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from builders import raises, tree
-from pipeline_builders import environment, extracted, make_samples
+from pipeline_builders import extracted, make_samples, python
 
 from h2t.cache.format.rows import make_rows, to_bytes, write_table
 from h2t.cache.format.spec import canonical_json, sha256
@@ -98,7 +97,7 @@ def test_what_make_rows_refuses_is_refused(changes, says):
             make(table)
 
 
-def test_pieces_give_the_bytes_of_the_whole_table(monkeypatch):
+def test_pieces_give_the_bytes_of_the_whole_table():
     """Row groups have a fixed size, so a file does not tell how its table was made."""
     table = make_table(of=3000)
     rows = planned(table, RECIPES, VIEWS)
@@ -117,7 +116,7 @@ def test_the_digest_of_a_dataset_is_that_of_its_json(monkeypatch, piece):
     assert Samples(table, {}).digest == sha256(canonical_json(columns))
 
 
-def test_a_long_sample_table_stays_on_disk_and_gives_the_same_cache(digits, backbone_dir, tmp_path, monkeypatch):
+def test_a_long_sample_table_stays_on_disk_and_gives_the_same_cache(backbone_dir, tmp_path, monkeypatch):
     samples, images = make_samples(tmp_path / "samples", test_per_class=10, validation_per_class=2)
     extracted(tmp_path / "memory", samples, images, backbone_dir, batchnorm=["branchwise"])
     monkeypatch.setattr(samples_module, "KEPT_BYTES", 0)
@@ -182,8 +181,6 @@ def test_planning_a_million_rows_takes_few_bytes_of_memory_a_row(tmp_path):
     program = MEASURE.replace(
         "def anonymous", "import h2t.pipeline.data.samples as s; s.KEPT_BYTES = 2**20\ndef anonymous"
     )
-    command = [sys.executable, "-c", program, tmp_path / "small", tmp_path / "large"]
-    found = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
-    rows, held = json.loads(found.stdout)
+    rows, held = json.loads(python("-c", program, tmp_path / "small", tmp_path / "large"))
     assert rows == 1_000_000
     assert held < 100 * rows  # 40, of which 22 MB are buffers

@@ -4,9 +4,8 @@ import click
 import pytest
 import yaml
 from builders import tree
-from click.testing import CliRunner
 from hostile_server import hostile_server
-from pipeline_builders import make_params, make_stage2_cache
+from pipeline_builders import invoke, make_params, make_stage2_cache
 from repositories import dvc, git, start_repository
 
 from h2t.cache import redaction
@@ -14,7 +13,6 @@ from h2t.cache.errors import CacheError
 from h2t.cache.read import asking
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.command_line.caches import previous
-from h2t.pipeline.command_line.main import main
 
 SECRET = "Xk7SECRETq9"
 
@@ -65,7 +63,7 @@ COMMANDS = {
 @pytest.mark.parametrize("url", URLS)
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c != "pull"])
 def test_no_command_says_it(tmp_path, params, command, url):
-    result = CliRunner().invoke(main, [str(a) for a in COMMANDS[command](url, tmp_path / "out", params)])
+    result = invoke(*COMMANDS[command](url, tmp_path / "out", params))
     assert result.exit_code in (1, 2), (result.output, result.exception)
     assert isinstance(result.exception, SystemExit), result.exception
     assert SECRET not in result.output
@@ -74,7 +72,7 @@ def test_no_command_says_it(tmp_path, params, command, url):
 
 @pytest.mark.parametrize("url", [URLS[0], URLS[4], URLS[6]])
 def test_pull_does_not_say_it(tmp_path, params, url):
-    result = CliRunner().invoke(main, [str(a) for a in COMMANDS["pull"](url, tmp_path / "out", params)])
+    result = invoke(*COMMANDS["pull"](url, tmp_path / "out", params))
     assert result.exit_code == 1
     assert SECRET not in result.output
 
@@ -143,7 +141,7 @@ def test_nothing_that_is_kept_holds_it(tmp_path, web):
         "report": ["report", out / "evaluate", out / "report", "--runs", out / "runs"],
     }.items():
         record = ["--record", out / "runs" / stage / "ncm.json"]
-        result = CliRunner().invoke(main, [str(a) for a in [*arguments, *common, *record]])
+        result = invoke(*arguments, *common, *record)
         assert result.exit_code == 0, (stage, result.output, result.exception)
         assert SECRET not in result.output
     kept = tree(out)
@@ -160,6 +158,6 @@ def test_publish_and_doctor_do_not_say_the_login_of_a_remote(tmp_path, monkeypat
     for url in (f"http://ann:{SECRET}@127.0.0.1:1/store", f"http://127.0.0.1:1/store?token={SECRET}"):
         dvc("remote", "add", "--force", "--default", "store", url, where=root)
         for command in (["cache", "publish", "--uncommitted"], ["doctor"], ["doctor", "--json"]):
-            result = CliRunner().invoke(main, command)
+            result = invoke(*command)
             assert SECRET not in result.output, command
             assert isinstance(result.exception, (SystemExit, type(None))), result.exception

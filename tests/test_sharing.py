@@ -310,9 +310,9 @@ def add_a_plugin(root: Path) -> None:
     [
         (lambda root: (root / "params.yaml").write_text("seed: 1\n"), "params.yaml: not committed"),
         (lambda root: (root / "stages.yaml").write_text("extract: 1\n"), "stages.yaml: not committed"),
-        (lambda root: add_a_plugin(root), "plugins/hosts/mine.py: not committed"),
+        (add_a_plugin, "plugins/hosts/mine.py: not committed"),
         (lambda root: shutil.rmtree(root / "data/extract/b"), "not up to date"),
-        (lambda root: watch_the_seed(root), "1 stage not up to date (extract@b); type: dvc repro"),
+        (watch_the_seed, "1 stage not up to date (extract@b); type: dvc repro"),
         (lambda root: (root / "dvc.lock").unlink(), "nothing was run yet"),
         (lambda root: (root / "dvc.lock").write_text("stages: 3"), "not a lock file"),
         (lambda root: dvc("remote", "remove", "store", where=root), "dvc remote add"),
@@ -762,10 +762,9 @@ def test_doctor_knows_that_an_experiment_queue_needs_an_ascii_path(lab):
 def test_garbage_without_a_commit_is_one_line_with_a_way_out(lab):
     shutil.rmtree(lab / "a/.git")
     git("init", "--quiet", where=lab / "a")
-    done = invoke("cache", "gc")
-    assert done.exit_code == 1
-    assert "has no commit yet" in done.stderr
-    assert "git add . && git commit" in done.stderr
+    line = refused("cache", "gc", code=1)
+    assert "has no commit yet" in line
+    assert "git add . && git commit" in line
 
 
 def test_outside_of_a_repository(tmp_path):
@@ -778,9 +777,7 @@ def test_outside_of_a_repository(tmp_path):
 
 def test_pull_from_a_repository_without_a_remote_says_what_to_type_there(lab):
     dvc("remote", "remove", "store", where=lab / "a")
-    done = invoke("cache", "pull", lab / "a", "--into", lab / "b")
-    assert done.exit_code == 1
-    (line,) = done.stderr.splitlines()
+    line = refused("cache", "pull", lab / "a", "--into", lab / "b", code=1)
     assert "has no default DVC remote to fetch from; there, type: dvc remote default NAME, or dvc remote add" in line
 
 

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from pipeline_builders import CPU, fitted, make_backbone_dir, make_host, make_stage2_cache
+from pipeline_builders import CPU, evaluated, fitted, make_backbone_dir, make_host, make_stage2_cache, run_host
 
 from h2t.cache.reader import open_cache
 from h2t.cache.tools import pooled
@@ -25,7 +25,7 @@ from h2t.pipeline.heads.setting import HeadSetting
 from h2t.pipeline.heads.step_size import StepSize
 from h2t.pipeline.heads.stored import load_heads
 from h2t.pipeline.networks.trained import load_head
-from h2t.pipeline.stages import evaluate, pool, train_classifier
+from h2t.pipeline.stages import evaluate, pool
 
 COUNTS = (30, 12, 6)
 SHAPE = (64, 4, 4)
@@ -117,9 +117,8 @@ def test_a_tier_that_was_asked_for_and_cannot_fit_is_one_line(tmp_path, cache, b
 
 def test_a_fitted_host_that_cannot_fit_is_one_line(tmp_path, cache, backbone, monkeypatch):
     monkeypatch.setattr(task, "available_memory", lambda: 10_000)
-    params = train_classifier.Params.model_validate({"host": "ncm", "backbone": "b"})
-    with open_cache(cache) as opened, pytest.raises(UserError, match="a closed-form fit on 48 samples needs"):
-        train_classifier.run(params, Run("ncm", tmp_path / "h"), Residency(), opened, backbone[0])
+    with pytest.raises(UserError, match="a closed-form fit on 48 samples needs"):
+        run_host(tmp_path / "h", cache, backbone[0], host="ncm")
 
 
 def test_budgets_are_shares_of_what_is_available(memory):
@@ -153,9 +152,8 @@ def test_training_resumes_in_the_parts_it_was_begun_in(tmp_path, cache, backbone
         fitted(tmp_path / "h", cache, backbone[0], pooled=False, grid=GRID)
     monkeypatch.setattr(checkpoint.Checkpoint, "offer", offer)
     memory(5_500_000)
-    with open_cache(cache) as opened:
-        host = make_host(grid=GRID)
-        summary = train_classifier.run(host, Run("dr", tmp_path / "h"), Residency(pooled=False), opened, backbone[0])
+    section = make_host(grid=GRID).model_dump(exclude_unset=True)
+    summary = run_host(tmp_path / "h", cache, backbone[0], residency={"pooled": False}, **section)
     assert summary.resumed_steps == 10
     found = load_heads(tmp_path / "h").state
     for key, tensor in expected.items():
@@ -221,9 +219,8 @@ def test_a_row_that_is_not_finite_is_named_by_training(tmp_path, backbone, value
 
 def test_a_fitted_host_names_the_row_too(tmp_path, backbone):
     folder = spoilt(tmp_path / "c", backbone[1], split="train", label=2, statistics="instance")
-    params = train_classifier.Params.model_validate({"host": "ncm", "backbone": "b"})
-    with open_cache(folder) as opened, pytest.raises(UserError, match=r"row \d+ \(\d+\.png\) holds NaN"):
-        train_classifier.run(params, Run("ncm", tmp_path / "h"), Residency(), opened, backbone[0])
+    with pytest.raises(UserError, match=r"row \d+ \(\d+\.png\) holds NaN"):
+        run_host(tmp_path / "h", folder, backbone[0], host="ncm")
 
 
 def test_without_such_a_row_the_learning_rate_is_named(tmp_path, cache, backbone):
@@ -235,8 +232,8 @@ def test_without_such_a_row_the_learning_rate_is_named(tmp_path, cache, backbone
 def test_a_row_that_is_not_finite_is_named_by_evaluation(tmp_path, cache, backbone, statistics):
     fitted(tmp_path / "h", cache, backbone[0])
     folder = spoilt(tmp_path / "c", backbone[1], split="test", statistics=statistics)
-    with open_cache(folder) as opened, pytest.raises(UserError, match=r"row \d+ \(\d+\.png\) holds NaN or infinity"):
-        evaluate.run(evaluate.Params(), Run("dr", tmp_path / "e"), opened, tmp_path / "h", backbone[0])
+    with pytest.raises(UserError, match=r"row \d+ \(\d+\.png\) holds NaN or infinity"):
+        evaluated(tmp_path / "e", folder, tmp_path / "h", backbone[0])
 
 
 def test_statistics_that_are_not_finite_are_named():

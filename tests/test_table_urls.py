@@ -13,7 +13,7 @@ from builders import tree
 from hostile_server import hostile_server
 from image_builders import SMALL, write_image
 from pipeline_builders import extracted, make_backbone_dir, prepared
-from servers import Bucket, Folder, s3_endpoint, sftp_server
+from servers import Folder, put_all, s3_endpoint, sftp_server
 
 from h2t.cache.read import asking
 from h2t.pipeline.base.errors import UserError
@@ -62,21 +62,14 @@ def store(request, photos, tmp_path, monkeypatch):
             handler.files = {name.replace("%", "%25").replace("#", "%23"): data for name, data in tree(photos).items()}
             yield Web(url, handler)
     elif request.param == "s3":
-        with s3_endpoint() as settings:
-            for name, value in settings.items():
-                monkeypatch.setenv(name, value)
-            bucket = Bucket()
-            bucket.remove = lambda name: bucket.s3.delete_object(Bucket="lab", Key=f"x/{name}")
-            for name, data in tree(photos).items():
-                bucket.put(name, data)
+        with s3_endpoint() as bucket:
+            put_all(bucket, photos)
             yield bucket
     else:
         with sftp_server(tmp_path / "home") as port:
             monkeypatch.setenv("HOME", str(tmp_path / "home"))
-            folder = Folder(port, tmp_path / "there")
-            folder.remove = lambda name: (folder.root / name).unlink()
-            for name, data in tree(photos).items():
-                folder.put(name, data)
+            folder = Folder(tmp_path / "there", port)
+            put_all(folder, photos)
             yield folder
 
 

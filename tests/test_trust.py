@@ -1,13 +1,11 @@
 """No code from data: which calls the source may hold, and what opening and reading a stranger's cache does not do."""
 
 import ast
-import subprocess
-import sys
 
 import pytest
 from architecture import ROOT, modules
 from builders import make_cache, reseal
-from pipeline_builders import environment
+from pipeline_builders import python
 
 FORBIDDEN_IMPORTS = {"cloudpickle", "dill", "joblib", "marshal", "shelve", "jsonpickle", "runpy", "code"}
 FORBIDDEN_CALLS = {
@@ -136,13 +134,9 @@ def test_opening_and_reading_a_strangers_cache_runs_nothing(tmp_path):
     code = WATCHED.format(
         tests=str(ROOT / "tests"), elsewhere=str(tmp_path / "nowhere"), place=str(tmp_path), names=names
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=120,
-        check=False
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    said = python("-c", code)
     assert not (tmp_path / "ran").exists()
-    assert done.stdout.count("not named in cache.json") == len(names)  # the traps that lie inside
+    assert said.count("not named in cache.json") == len(names)  # the traps that lie inside
 
 
 def test_the_watch_notices_what_it_shall(tmp_path):
@@ -176,5 +170,4 @@ with watch.watching():
     write(inside / "in" / "fine"); open({__file__!r}).close(); os.remove(inside / "in" / "fine")
 print("allowed")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-    assert done.stdout == "allowed\n", done.stdout + done.stderr
+    assert python("-c", code) == "allowed\n"

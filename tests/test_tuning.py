@@ -10,6 +10,7 @@ from pipeline_builders import (
     CPU,
     accepted,
     distance,
+    evaluated,
     fitted,
     make_backbone_dir,
     make_host,
@@ -17,6 +18,7 @@ from pipeline_builders import (
     make_stack,
     make_stage2_cache,
     refused,
+    run_host,
     silent,
     trained,
     write_params,
@@ -27,20 +29,17 @@ from torch.nn import functional as F
 
 from h2t.cache.reader import open_cache
 from h2t.pipeline.base.errors import UserError
-from h2t.pipeline.base.run import Run
 from h2t.pipeline.evaluation import temperature
 from h2t.pipeline.evaluation.choice import choose
 from h2t.pipeline.evaluation.folds import folds_of, load_folds
 from h2t.pipeline.heads.batches import sample_rows
 from h2t.pipeline.heads.features import FeatureReader
-from h2t.pipeline.heads.residency import Residency
 from h2t.pipeline.heads.start import backbone_head
 from h2t.pipeline.models.model import load_model
 from h2t.pipeline.models.predict import open_model
 from h2t.pipeline.networks.classifier import global_average
 from h2t.pipeline.reporting.chosen import said
 from h2t.pipeline.reporting.results import load_result
-from h2t.pipeline.stages import evaluate, train_classifier
 
 COUNTS = (30, 20, 14, 10, 8, 6, 5, 4, 2, 1)
 
@@ -64,13 +63,10 @@ def made(tmp_path_factory):
     )
 
 
-def run_host(out, cache, backbone_dir, say=silent, **params):
-    """Trains and evaluates a host; returns its metrics."""
-    with open_cache(cache) as opened:
-        section = train_classifier.Params.model_validate({"backbone": "b", **params})
-        train_classifier.run(section, Run("one", out / "h", CPU, say=say), Residency(), opened, backbone_dir)
-        evaluate.run(evaluate.Params(), Run("one", out / "e", CPU, say=say), opened, out / "h", backbone_dir)
-    return json.loads((out / "e/metrics.json").read_text())
+def metrics_of(out, cache, backbone_dir, **section):
+    """The metrics of a host that is trained into `out`/h and evaluated into `out`/e."""
+    run_host(out / "h", cache, backbone_dir, **section)
+    return evaluated(out / "e", cache, out / "h", backbone_dir)
 
 
 def table(path):
@@ -127,20 +123,20 @@ def test_heads_of_a_constant_are_those_of_a_host_that_has_it(tmp_path, made, hos
 def test_what_evaluate_computes_has_each_heads_own_constants(tmp_path, made):
     """NCM's features are another function of the maps for each value, so its classifiers cannot share one."""
     lists = {"features": ["raw", "l2"]}
-    run_host(tmp_path / "all", made[0], made[2], host="ncm", grid={"loss": lists})
+    metrics_of(tmp_path / "all", made[0], made[2], host="ncm", grid={"loss": lists})
     together = {
         h["loss.features"]: h["top1"]
         for h in table(tmp_path / "all/e/heads.parquet")
         if h["split"] == "test" and h["statistics"] == "mixture" and h["number"] >= 0
     }
     for value in lists["features"]:
-        alone = run_host(tmp_path / value, made[0], made[2], host="ncm", loss={"features": value})
+        alone = metrics_of(tmp_path / value, made[0], made[2], host="ncm", loss={"features": value})
         assert together[value] == alone["without_h2t"]["top1"]
 
 
 def test_classifiers_with_other_parameters_cannot_be_stored_together(tmp_path, made):
     with pytest.raises(UserError, match=r"centre is None with one value and .* make an entry of hosts for each value"):
-        run_host(tmp_path, made[0], made[2], host="ncm", grid={"loss": {"features": ["raw", "centred_l2"]}})
+        metrics_of(tmp_path, made[0], made[2], host="ncm", grid={"loss": {"features": ["raw", "centred_l2"]}})
 
 
 # --- chosen on validation images
@@ -148,7 +144,7 @@ def test_classifiers_with_other_parameters_cannot_be_stored_together(tmp_path, m
 
 def test_constants_are_chosen_on_validation_images_for_each_ratio(tmp_path, made):
     grid = {"ratio": [0.0, 0.3, 0.6], "seed": [0, 1], "lr": [0.001, 0.02, 0.3]}
-    metrics = run_host(tmp_path, made[0], made[2], **make_host(grid=grid).model_dump(exclude_unset=True))
+    metrics = metrics_of(tmp_path, made[0], made[2], **make_host(grid=grid).model_dump(exclude_unset=True))
     lines = [h for h in table(tmp_path / "e/heads.parquet") if h["statistics"] == "mixture" and h["number"] >= 0]
     best = {}
     for ratio in (0.0, 0.3, 0.6):
@@ -187,7 +183,7 @@ def test_test_images_choose_nothing(tmp_path, made):
     other = make_stage2_cache(tmp_path / "c", change=scrambled, **options)
     grid = {"ratio": [0.0, 0.3, 0.6], "seed": [0], "lr": [0.001, 0.02, 0.3]}
     host = make_host(grid=grid).model_dump(exclude_unset=True)
-    found = [run_host(tmp_path / str(i), cache, made[2], **host) for i, cache in enumerate((made[0], other))]
+    found = [metrics_of(tmp_path / str(i), cache, made[2], **host) for i, cache in enumerate((made[0], other))]
     for row in ("without_h2t", "with_h2t"):
         assert found[0][row]["chosen"] == found[1][row]["chosen"]
         assert found[0][row]["top1"] != found[1][row]["top1"]
@@ -251,7 +247,7 @@ def test_accuracy_in_cross_validation_by_hand(tmp_path, made):
     """Nearest class means of the other folds' samples, by NumPy; classes count alike, the class of one sample not."""
     from sklearn.neighbors import NearestCentroid
 
-    metrics = run_host(tmp_path, made[1], made[2], host="ncm", folds=4, grid={"loss": {"features": ["l2", "raw"]}})
+    metrics = metrics_of(tmp_path, made[1], made[2], host="ncm", folds=4, grid={"loss": {"features": ["l2", "raw"]}})
     found = load_folds(tmp_path / "h")
     assert (found.folds, found.left_out) == (4, [9])
     with open_cache(made[1]) as cache:
@@ -273,7 +269,7 @@ def test_accuracy_in_cross_validation_by_hand(tmp_path, made):
 def test_ratio_and_rate_are_chosen_in_cross_validation_and_trained_on_all_samples(tmp_path, made):
     grid = {"ratio": [0.0, 0.3, 0.6], "seed": [5, 1], "lr": [0.001, 0.05]}
     host = make_host(grid=grid, host="dr").model_dump(exclude_unset=True)
-    metrics = run_host(tmp_path, made[1], made[2], **host, folds=3)
+    metrics = metrics_of(tmp_path, made[1], made[2], **host, folds=3)
     found = load_folds(tmp_path / "h")
     lines = {h["number"]: h for h in table(tmp_path / "h/heads.parquet")}
     assert {lines[n]["seed"] for n in found.accuracy} == {5}  # folds are trained with the first seed
@@ -283,7 +279,7 @@ def test_ratio_and_rate_are_chosen_in_cross_validation_and_trained_on_all_sample
         best = lines[max(of_row, key=of_row.get)]
         assert metrics[row]["heads"] == 2
         assert (metrics[row]["ratio"], metrics[row]["chosen"]["values"]["lr"]) == (best["ratio"], best["lr"])
-    plain = run_host(tmp_path / "plain", made[1], made[2], **{**host, "grid": {**host["grid"], "lr": [0.05]}})
+    plain = metrics_of(tmp_path / "plain", made[1], made[2], **{**host, "grid": {**host["grid"], "lr": [0.05]}})
     assert plain["with_h2t"]["chosen"] is None  # without folds, evaluate.ratio decides
     states = [load_file(folder / "h/heads.safetensors") for folder in (tmp_path, tmp_path / "plain")]
     half = len(lines) // 2
@@ -349,7 +345,7 @@ def test_the_temperature_stays_within_its_bounds(right, expected):
 @pytest.mark.parametrize("folds", [None, 3])
 def test_the_temperature_is_that_of_held_out_samples(tmp_path, made, folds):
     host = make_host(grid={"ratio": [0.0, 0.3], "seed": [0]}, optimiser={"epochs": 6, "lr": 1.0})
-    metrics = run_host(
+    metrics = metrics_of(
         tmp_path, made[0], made[2], **{**host.model_dump(exclude_unset=True), **({"folds": folds} if folds else {})}
     )
     entry = metrics["with_h2t"]

@@ -67,12 +67,8 @@ def remote(request, tmp_path):
     if request.param == "path":
         yield "path", str(tmp_path / "store"), {}
     elif request.param == "s3":
-        with s3_endpoint() as own:
-            import boto3
-
-            boto3.client("s3", endpoint_url=own["AWS_ENDPOINT_URL"], aws_access_key_id=own["AWS_ACCESS_KEY_ID"],
-                         aws_secret_access_key=own["AWS_SECRET_ACCESS_KEY"]).create_bucket(Bucket="lab")  # fmt: skip
-            yield "s3", "s3://lab/store", own
+        with s3_endpoint() as bucket:
+            yield "s3", "s3://lab/store", bucket.environment
     else:
         with openssh_server(tmp_path / "home") as port:
             user = os.environ.get("USER", "root")

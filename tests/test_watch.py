@@ -139,7 +139,7 @@ def test_an_unwatched_path_is_refused_by_every_stage_and_named_by_doctor(tmp_pat
     assert f"{section}.{key}: DVC does not watch found/x" in said[0]
 
 
-def test_what_is_no_file_of_the_project_needs_no_input(tmp_path):
+def test_what_is_no_file_of_the_project_needs_no_input():
     values = values_of("photos")
     values["backbones"]["other"]["start"] = "torchvision"
     values["extract"]["statistics_from"] = "s3://bucket/cache"

@@ -4,12 +4,10 @@ import shutil
 import pyarrow as pa
 import pytest
 from builders import make_cache
-from click.testing import CliRunner
-from pipeline_builders import CPU, make_backbone_dir, make_extract, make_samples, write_params
+from pipeline_builders import CPU, invoke, make_backbone_dir, make_extract, make_samples, write_params
 
 from h2t.cache.reader import open_cache
 from h2t.pipeline.base.errors import UserError
-from h2t.pipeline.command_line.main import main
 from h2t.pipeline.data.samples import Samples
 from h2t.pipeline.extraction.forward import settings as settings_of
 from h2t.pipeline.inspection.why import why
@@ -136,7 +134,7 @@ def test_what_computes_decides_too(digits_cache, digits, backbone_dir):
     assert found.lines()[-1].endswith("(batch_size 32 -> 64)")
 
 
-def test_the_command_finds_its_neighbours(tmp_path, digits_cache, digits, backbone_dir):
+def test_the_command_finds_its_neighbours(tmp_path, digits_cache, backbone_dir):
     data = tmp_path / "data"
     shutil.copytree(digits_cache, data / "extract/b")
     shutil.copytree(backbone_dir, data / "train_backbone/b")
@@ -145,7 +143,7 @@ def test_the_command_finds_its_neighbours(tmp_path, digits_cache, digits, backbo
     )
 
     def run(*more):
-        return CliRunner().invoke(main, ["cache", "why", str(data / "extract/b"), "--params", str(params), *more])
+        return invoke("cache", "why", data / "extract/b", "--params", params, *more)
 
     done = run()
     assert done.exit_code == 0, done.output

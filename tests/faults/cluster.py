@@ -139,13 +139,12 @@ class Remote:
 def place_of(target: str, folder: Path) -> Iterator[Directory | Remote]:
     """The place that `--target` names, in `folder` or on a server that runs for the block."""
     if target == "s3":
-        with s3_process() as settings:
-            os.environ.update(settings)
-            yield Remote(Bucket())
+        with s3_process() as bucket:
+            yield Remote(bucket)
     elif target == "ssh":
         with openssh_server(folder / "home") as port:
             os.environ["HOME"] = str(folder / "home")
-            yield Remote(Folder(port, folder / "many"))
+            yield Remote(Folder(folder / "many", port))
     else:
         yield Directory(folder)
 

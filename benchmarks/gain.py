@@ -21,8 +21,9 @@ import torch
 
 from benchmarks.measure import RESULTS, save
 from benchmarks.pictures import gain_picture
-from benchmarks.tables import REPORTED, SHORT, table
+from benchmarks.tables import REPORTED, SHORT
 from h2t.cache.reader import open_cache
+from h2t.pipeline.base.text import markdown
 from h2t.pipeline.data.classes import groups
 from h2t.pipeline.evaluation.intervals import Difference, differences
 from h2t.pipeline.evaluation.metrics import Graded, summary
@@ -80,7 +81,7 @@ def shown(record: Mapping[str, Any]) -> str:
     ]
     apart = [[step, *(figures[f].text for f in SHORT)] for step, figures in apart_of(record).items()]
     return "\n\n".join(
-        [table(["classifiers", "ratio", "scored under", *SHORT], lines), table(["difference", *SHORT], apart)]
+        [markdown(["classifiers", "ratio", "scored under", *SHORT], lines), markdown(["difference", *SHORT], apart)]
     )
 
 

@@ -37,6 +37,7 @@ from h2t.pipeline.base import device, params
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import replace_file, write_run_record
 from h2t.pipeline.base.run import Run
+from h2t.pipeline.base.text import markdown
 from h2t.pipeline.command_line import presets
 from h2t.pipeline.data.samples import Samples, load_samples
 from h2t.pipeline.heads.residency import Residency
@@ -304,17 +305,14 @@ def merge(path: Path, entries: Sequence[Mapping[str, Any]]) -> None:
 
 def shown(entries: Sequence[Mapping[str, Any]]) -> str:
     """The entries beside the paper's figures, as a Markdown table."""
-    lines = [
-        "| row | stage I, epochs | top-1 | head | medium | tail | paper | difference |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    lines = []
     for e in entries:
         figures = ["–" if e[k] is None else f"{e[k]:.2f}" for k in FIGURES]
         published = e["published"]
         beside = ["–", "–"] if published is None else [f"{published:.2f}", f"{e['top1'] - published:+.2f}"]
         epochs = "?" if e["backbone_epochs"] is None else str(e["backbone_epochs"])
-        lines.append(f"| {' | '.join([e['row'], epochs, *figures, *beside])} |")
-    return "\n".join(lines)
+        lines.append([e["row"], epochs, *figures, *beside])
+    return markdown(["row", "stage I, epochs", "top-1", "head", "medium", "tail", "paper", "difference"], lines)
 
 
 def weights_of(texts: Sequence[str]) -> tuple[dict[str, str], dict[str, int | None]]:

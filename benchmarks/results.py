@@ -34,11 +34,11 @@ from benchmarks.tables import (
     ratio_table,
     ratios_table,
     seeds_table,
-    table,
     variant_table,
 )
 from h2t.pipeline.base import params
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.text import markdown
 from h2t.pipeline.reporting.files import difference_table, markdown_table, run_records
 from h2t.pipeline.reporting.published import different_runs
 from h2t.pipeline.reporting.results import load_result, ratio_curve
@@ -50,10 +50,10 @@ def online_tables(online: Online, ours: dict[str, pd.DataFrame]) -> dict[str, st
     """Places of the section on the published way: the bounds, and every recipe (heads by its label) against it."""
     return {
         **{
-            f"online {words}": table(BESIDE_ONLINE, bounds_table(online, ours[f"branchwise, {words}"]))
+            f"online {words}": markdown(BESIDE_ONLINE, bounds_table(online, ours[f"branchwise, {words}"]))
             for words in VIEWS
         },
-        "online recipes": table(["recipe", *(f"{f}, ours - online" for f in BOUNDS)], recipes_lines(online, ours)),
+        "online recipes": markdown(["recipe", *(f"{f}, ours - online" for f in BOUNDS)], recipes_lines(online, ours)),
         "online made": online.made,
     }
 
@@ -112,7 +112,7 @@ def peers_text(path: Path) -> str:
         f"`python -m benchmarks.bench_peers`; {body['samples']:,} samples, {body['channels']} channels; "
         f"{about['cores']} cores, load average {about['load_before']:.0f} before, {body['load_after']:.0f} after."
     )
-    return "\n\n".join([table(columns, lines), made])
+    return "\n\n".join([markdown(columns, lines), made])
 
 
 def grid_now(path: Path, online: Online) -> str:
@@ -212,7 +212,7 @@ def cache_text(runs: Path) -> str:
         run = json.loads(path.read_text(encoding="utf-8"))
         size = f"{run['value_bytes'] / 1e6:.0f} MB"
         lines.append([f"`{path.stem}`", f"{run['rows']:,}", size, f"{run['seconds']:.0f}", run["commit"]])
-    return table(["cache", "rows", "values", "seconds, shared with other work", "commit"], lines)
+    return markdown(["cache", "rows", "values", "seconds, shared with other work", "commit"], lines)
 
 
 def main() -> None:

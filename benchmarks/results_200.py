@@ -29,10 +29,10 @@ from benchmarks.tables import (
     load_analysis,
     ratios_table,
     seeds_table,
-    table,
     variant_table,
 )
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.text import markdown
 from h2t.pipeline.reporting.files import text_of
 from h2t.pipeline.reporting.results import HostResult, rows_apart, with_against_without
 
@@ -47,7 +47,7 @@ def hosts_table(hosts: Analysis) -> str:
         told = [text_of(apart[f]) if apart else "–" for f in ("top1", "tail")]
         lines.append([result.name, result.statistics, *cells[:2], told[0], *cells[2:], told[1]])
     figures = [f"{f}{word}" for f in ("top1", "tail") for word in ("", " with H2T", ", with minus without")]
-    return table(["host", "test images under", *figures], lines)
+    return markdown(["host", "test images under", *figures], lines)
 
 
 def against_table(after: HostResult, before: HostResult) -> list[list[str]]:
@@ -63,7 +63,7 @@ def samplers_table(samplers: Analysis) -> str:
     """What shuffled lists change against draws with replacement."""
     pairs = [("cyclic", "balanced"), ("cyclic_stage1", "balanced_stage1")]
     lines = [line for after, before in pairs for line in against_table(samplers[after], samplers[before])]
-    return table(["receivers", "H2T", *SHORT], lines)
+    return markdown(["receivers", "H2T", *SHORT], lines)
 
 
 def published_heads(result: HostResult) -> pd.DataFrame:
@@ -79,7 +79,7 @@ def online_text(hosts: Analysis, with_h2t: Online, without: Online) -> str:
         "DR + H2T": (with_h2t, hosts["dr"].at(REPORTED)),
         "DR as published": (without, published_heads(hosts["dr"])),
     }
-    parts = [f"{label}:\n\n{table(BESIDE_ONLINE, bounds_table(*both))}" for label, both in ours.items()]
+    parts = [f"{label}:\n\n{markdown(BESIDE_ONLINE, bounds_table(*both))}" for label, both in ours.items()]
     return "\n\n".join([*parts, with_h2t.made, without.made])
 
 

@@ -2,7 +2,7 @@
 
 import os
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +14,6 @@ from h2t.cache.errors import CacheError
 from h2t.cache.format.spec import RECORD
 from h2t.cache.redaction import redacted
 from h2t.pipeline.base.errors import UserError, in_brief, of_the_machine
-
-Say = Callable[[str], None]
 
 
 def git(*arguments: str, where: Path) -> str:

@@ -36,26 +36,20 @@ from threadpoolctl import threadpool_limits
 from torch.nn import functional as F
 
 from benchmarks.measure import RESULTS, machine, save, table
+from benchmarks.stacks import RATIOS, SEEDS, feed_of, stack_on
 from h2t.cache.reader import Cache, open_cache
 from h2t.pipeline.heads.batches import SampleRows, Streams, sample_rows
 from h2t.pipeline.heads.features import FeatureReader
 from h2t.pipeline.heads.fusion import Selection
-from h2t.pipeline.heads.host import Context
 from h2t.pipeline.heads.parts import grouped
-from h2t.pipeline.heads.residency import Choice, Feed
 from h2t.pipeline.heads.setting import HeadSetting, Optimiser
-from h2t.pipeline.heads.stack import Stack
 from h2t.pipeline.heads.step_size import seeds_and_donors
-from h2t.pipeline.heads.stored import HeadParts, build_head
 from h2t.pipeline.networks.classifier import global_average
-from h2t.pipeline.networks.trained import StageOneHead
 from h2t.pipeline.reporting.published import different_runs
 
 CACHE = Path(__file__).parents[1] / "examples" / "cifar10_lt" / "data" / "extract" / "ce_mixup"
 RATES = np.geomspace(0.005, 0.32, 11).tolist()
 PENALTIES = np.geomspace(1e-4, 1e-1, 55).tolist()
-SEEDS: Sequence[int] = (0, 1, 2, 3, 4)
-RATIOS = [round(0.1 * i, 1) for i in range(11)]
 DONORS: Sequence[str] = ("instance", "balanced", "reverse")
 SELECTIONS: Sequence[Selection] = ("random", "first", "middle", "last")
 
@@ -78,7 +72,7 @@ class Task:
         return int(self.y.max()) + 1
 
     def start(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weight (N, C) and bias (N,) that the stack and the loop start from."""
+        """Weight (N, C) and bias (N,) that the loop starts from: those of `stack_on`."""
         draws = torch.Generator().manual_seed(0)
         return 0.1 * torch.randn(self.classes, self.x.shape[1], generator=draws), torch.zeros(self.classes)
 
@@ -101,13 +95,7 @@ def stack(task: Task, heads: Sequence[HeadSetting]) -> Classifiers:
     names, donors = [str(i) for i in range(task.classes)], {head.donor: "stage1" for head in heads}
     seeds = sorted({head.seed for head in heads})
     streams = Streams(rows, names, "stage1", donors, seeds, task.settings.batch_size, epochs=task.settings.epochs)
-    reader = FeatureReader(task.cache, global_average)
-    feed = Feed(streams, reader, Choice("memory", "benchmark"), 2**33, torch.device("cpu"), lambda line: None)
-    context = Context(torch.from_numpy(streams.index.counts), feed.shape[0], 1)
-    host = build_head(HeadParts("dr", {}, "linear", 1.0, "gap", {}, "hosts.bench"), context)
-    trained = Stack(host, heads, feed.of(*seeds_and_donors(heads)))
-    weight, bias = task.start()
-    trained.start(StageOneHead({"weight": weight[None], "bias": bias[None]}, "linear", 1.0))
+    trained = stack_on(feed_of(streams, task.cache, "memory").of(*seeds_and_donors(heads)), heads)
     trained.train(task.settings, "bench", lambda epoch, losses: None)
     return trained.state["weight"].detach()[:, 0].numpy(), trained.state["bias"].detach()[:, 0].numpy()
 

@@ -260,7 +260,8 @@ def tallied(true: float, lines: Sequence[tuple[bool, Difference]]) -> Found:
 
 def table(kinds: Sequence[Case], found: dict[str, dict[str, Found]], sets: int) -> str:
     """One line per number of seeds (or replicates) and images: the range of coverage over kinds and accuracies."""
-    replicated, figures = kinds[0].replicates > 1, list(found[kinds[0].name])
+    replicated = kinds[0].replicates > 1
+    figures = [figure for figure in ("top1", "tail", "ece") if figure in found[kinds[0].name]]
     by_size: dict[tuple[int, int], list[dict[str, Found]]] = {}
     for case in kinds:
         size = (case.replicates if replicated else case.seeds, case.images)

@@ -26,13 +26,13 @@ import numpy as np
 import torch
 
 from benchmarks.measure import RESULTS, machine, memory, save, table
-from benchmarks.stacks import BATCH, SEEDS, feed_of, head_of, settings, streams_of
 from benchmarks.synthetic import write_synthetic
 from h2t.cache.reader import open_cache
 from h2t.pipeline.heads.descent import Descent
 from h2t.pipeline.heads.parts import grouped, parts_of
 from h2t.pipeline.heads.stack import Stack
 from h2t.pipeline.heads.step_size import seeds_and_donors, step_size
+from h2t.pipeline.project.stacks import BATCH, SEEDS, feed_of, head_of, settings, streams_of
 
 BASE = {"heads": 55, "channels": 64, "classes": 10, "rows": 12_406}
 AXES = {

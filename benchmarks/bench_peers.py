@@ -18,7 +18,7 @@ import os
 import resource
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -35,8 +35,8 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 from torch.nn import functional as F
 
-from benchmarks.measure import RESULTS, machine, save, table
-from benchmarks.stacks import RATIOS, SEEDS, feed_of, stack_on
+from benchmarks.measure import RESULTS, machine, save
+from benchmarks.tables import peers_table
 from h2t.cache.reader import Cache, open_cache
 from h2t.pipeline.heads.batches import SampleRows, Streams, sample_rows
 from h2t.pipeline.heads.features import FeatureReader
@@ -45,6 +45,7 @@ from h2t.pipeline.heads.parts import grouped
 from h2t.pipeline.heads.setting import HeadSetting, Optimiser
 from h2t.pipeline.heads.step_size import seeds_and_donors
 from h2t.pipeline.networks.classifier import global_average
+from h2t.pipeline.project.stacks import RATIOS, SEEDS, feed_of, stack_on
 from h2t.pipeline.reporting.published import different_runs
 
 CACHE = Path(__file__).parents[1] / "examples" / "cifar10_lt" / "data" / "extract" / "ce_mixup"
@@ -196,18 +197,6 @@ def compare(task: Task, rates: Sequence[float], seeds: Sequence[int], penalties:
     return body
 
 
-def lines(contestants: Mapping[str, Any]) -> str:
-    """The contestants as a table."""
-    ours = contestants["ours"]
-    header = ("contestant", "processor s", "times ours", "s", "times ours", "mean top-1", "best top-1")
-    rows = [
-        (name, f"{c['cpu']:.1f}", f"{c['cpu'] / ours['cpu']:.1f}", f"{c['seconds']:.1f}",
-         f"{c['seconds'] / ours['seconds']:.1f}", f"{c['mean_top1']:.2f}", f"{c['best_top1']:.2f}")
-        for name, c in contestants.items()
-    ]  # fmt: skip
-    return table(header, rows)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, default=CACHE)
@@ -238,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "grid": {**spent, "classifiers": len(grid), "twice": twice, "once": once},
     }
     save(options.out, body)
-    print(lines(contestants))
+    print(peers_table(contestants))
     print(
         f"{len(grid)} heads of the grid: {spent['cpu']:.1f} s of processor time, {spent['seconds']:.1f} s by the clock"
     )

@@ -20,13 +20,13 @@ from typing import Any
 import torch
 
 from benchmarks.measure import RESULTS, Timing, alternate, machine, ratio, save, table
-from benchmarks.stacks import BATCH, feed_of, settings, stack_on, streams_of
 from benchmarks.synthetic import write_synthetic
 from h2t.cache.reader import open_cache
 from h2t.pipeline.base.device import choose
 from h2t.pipeline.heads.residency import Feed
 from h2t.pipeline.heads.setting import HeadSetting, Optimiser
 from h2t.pipeline.heads.stack import Stack
+from h2t.pipeline.project.stacks import BATCH, feed_of, settings, stack_on, streams_of
 
 
 class Training:

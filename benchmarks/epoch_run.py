@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.measure import own_memory
-from benchmarks.stacks import feed_of, settings, stack_on, streams_of
 from h2t.cache.reader import open_cache
 from h2t.pipeline.heads.descent import Descent
 from h2t.pipeline.heads.fusion import replaced_channels
+from h2t.pipeline.project.stacks import feed_of, settings, stack_on, streams_of
 
 WAYS = ("stream", "read", "bare")
 BLOCK = 8 * 2**20  # bytes of a plain read

@@ -39,7 +39,7 @@ from h2t.pipeline.base.run import Run
 from h2t.pipeline.data.classes import groups
 from h2t.pipeline.data.samples import Samples, load_samples
 from h2t.pipeline.evaluation.intervals import differences
-from h2t.pipeline.evaluation.metrics import Answers, group_accuracy, per_class_accuracy
+from h2t.pipeline.evaluation.metrics import Answers, main_figures
 from h2t.pipeline.evaluation.scoring import load_heads_for, score_heads, score_stage1
 from h2t.pipeline.heads.batches import sample_rows
 from h2t.pipeline.heads.features import FeatureReader
@@ -70,8 +70,6 @@ TUNED: dict[str, tuple[str, list[Any]]] = {
     "tau_norm": ("tau", TAUS),
 }
 RATES = [0.02, 0.1, 0.5, 0.004, 2.0]  # learning rates of the other hosts; all hosts are trained at the first one first
-RATIOS = [0.0, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
-SEEDS = [0, 1, 2, 3, 4]
 
 
 @dataclass(frozen=True)
@@ -82,8 +80,8 @@ class Size:
     pixels: int
     imbalance: float = 100.0
     per_class: int = 100
-    ratios: Sequence[float] = tuple(RATIOS)
-    seeds: Sequence[int] = tuple(SEEDS)
+    ratios: Sequence[float] = (0.0, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    seeds: Sequence[int] = (0, 1, 2, 3, 4)
     rates: Sequence[float] = tuple(RATES)
     penalties: Sequence[float] = tuple(PENALTIES)
     epochs: int = 10
@@ -284,11 +282,6 @@ class Study:
             mine = [line["number"] for line in table if line["ratio"] == ratio]
             self._note(name, value, ratio, {s: ([of.said[n] for n in mine], of.labels) for s, of in scored.items()})
 
-    def _figures(self, said: Answers, labels: np.ndarray) -> dict[str, float | None]:
-        """Of `FIGURES`, in percent."""
-        accuracy = per_class_accuracy(labels, said.guesses, len(self.group_of))
-        return {"top1": 100 * float((said.guesses == labels).mean()), **group_accuracy(accuracy, self.group_of)}
-
     def _note(
         self, method: str, value: Any, ratio: float, said: Mapping[str, tuple[Sequence[Answers], np.ndarray]]
     ) -> float:
@@ -296,7 +289,9 @@ class Study:
 
         `said`: split -> predictions of each seed's classifier, and labels.
         """
-        found = {split: [self._figures(one, labels) for one in of] for split, (of, labels) in said.items()}
+        found = {
+            split: [main_figures(one, labels, self.group_of) for one in of] for split, (of, labels) in said.items()
+        }
         known = [k for k in FIGURES if found["test"][0][k] is not None]
         val = [f["top1"] or 0.0 for f in found["val"]]
         of, self.labels = said["test"]

@@ -11,7 +11,6 @@ Writes benchmarks/results/gain.json: `lines`, one for each of the four settings 
 """
 
 import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -95,7 +94,7 @@ def main() -> None:
     heads = given.data / "analyses" / "hosts" / "train_classifier" / "dr"
     record = measured(given.data / "extract" / "ce_mixup", heads, given.data / "train_backbone" / "ce_mixup")
     save(given.out, record)
-    given.picture.write_text(gain_picture(apart_of(json.loads(given.out.read_text()))), encoding="utf-8")
+    given.picture.write_text(gain_picture(apart_of(record)), encoding="utf-8")
     print(shown(record))
 
 

@@ -31,12 +31,12 @@ from typing import Any
 import torch
 
 from benchmarks.measure import RESULTS, machine, save
-from benchmarks.stacks import RATIOS, SEEDS, feed_of, settings, stack_on, streams_of
 from benchmarks.synthetic import write_synthetic
 from h2t.cache.reader import open_cache
 from h2t.pipeline.base import device as devices
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.heads.setting import Optimiser
+from h2t.pipeline.project.stacks import RATIOS, SEEDS, feed_of, settings, stack_on, streams_of
 
 ROOT = Path(__file__).parent.parent
 TRAIN_IMAGES = 115_846  # of ImageNet-LT

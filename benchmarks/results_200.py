@@ -17,19 +17,14 @@ from benchmarks.measure import RESULTS, save
 from benchmarks.online_results import Online, bounds_table, load_online, record
 from benchmarks.results import BESIDE_ONLINE, filled
 from benchmarks.tables import (
-    DONORS,
     RECIPES,
     REPORTED,
-    SELECTIONS,
     SHORT,
     Analysis,
     cell,
-    fusion_table,
+    common_places,
     guesses_table,
     load_analysis,
-    ratios_table,
-    seeds_table,
-    variant_table,
 )
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.text import markdown
@@ -89,27 +84,15 @@ def document(data: Path, template: str) -> str:
     found = {name: load_analysis(data / "analyses" / name) for name in names}
     kept = {r.name: r for r in found["ratio"].results}
     recipes = {name: kept[name] for name in RECIPES if name in kept}
-    places = {f"{name} made": analysis.made for name, analysis in found.items()}
-    places |= {
+    places = {
+        **common_places(found, recipes),
         "hosts": hosts_table(found["hosts"]),
-        "fusion": fusion_table(recipes),
         "guesses": guesses_table(recipes),
         "samplers": samplers_table(found["samplers"]),
-        "seeds": seeds_table(found["controls"]),
         "online": "Not run yet.",
     }
     if (data / "online").is_dir():
         places["online"] = online_text(found["hosts"], load_online(data, REPORTED), load_online(data, 0.0))
-    places |= {f"ratios {figure}": ratios_table(recipes, figure) for figure in SHORT}
-    beside = {
-        "donors": (DONORS, "paper, CIFAR-100: head / med / tail / all"),
-        "selection": (SELECTIONS, "paper, CIFAR-100: all"),
-        "controls": ({}, ""),
-    }
-    for name, (published, column) in beside.items():
-        for result in found[name].results:
-            if result.name != "other_seeds":
-                places[f"{name} {result.name}"] = variant_table(result, REPORTED, published, column)
     return filled(template, places)
 
 

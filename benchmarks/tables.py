@@ -1,6 +1,7 @@
 """The tables of docs/results.md, from what evaluate wrote for finished analyses."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,12 @@ DONORS = {"reverse": "63.56 / 48.60 / 24.07 / 46.87", "balanced": "62.72 / 49.14
 DONORS |= {"instance": "62.00 / 50.17 / 27.07 / 47.73", "without": "63.67 / 46.63 / 22.21 / 45.68"}
 SELECTIONS = {"first": "47.22", "middle": "47.23", "last": "47.41", "random": "47.73, 47.75, 47.80, 47.71, 47.66"}
 SELECTIONS |= {"without": "45.68"}
+#: Analysis of variants -> the paper's figures on CIFAR-100, and the name of their column.
+PUBLISHED: dict[str, tuple[dict[str, str], str]] = {
+    "donors": (DONORS, "paper, CIFAR-100: head / med / tail / all"),
+    "selection": (SELECTIONS, "paper, CIFAR-100: all"),
+    "controls": ({}, ""),
+}
 RECIPES = ("stage1", "calibrated", "branchwise")
 VIEWS = ("1 view", "up to 8 views")
 REPORTED = 0.3  # the paper's ratio
@@ -183,6 +190,28 @@ def seeds_table(controls: Analysis) -> str:
         texts = [apart_text(renumbered, first, f) for f in SHORT]
         lines.append([f"{ratio:g}", *texts])
     return markdown(["ratio", *(f"{f}, other seeds - seeds" for f in SHORT)], lines)
+
+
+def common_places(found: Mapping[str, Analysis], recipes: dict[str, HostResult]) -> dict[str, str]:
+    """The places of both pages: how analyses were made, recipes side by side, variants of H2T, other seeds."""
+    places = {f"{name} made": analysis.made for name, analysis in found.items()}
+    places |= {f"ratios {figure}": ratios_table(recipes, figure) for figure in SHORT}
+    for name, beside in PUBLISHED.items():
+        for result in found[name].results:
+            if result.name != "other_seeds":
+                places[f"{name} {result.name}"] = variant_table(result, REPORTED, *beside)
+    return {**places, "fusion": fusion_table(recipes), "seeds": seeds_table(found["controls"])}
+
+
+def peers_table(contestants: Mapping[str, Any]) -> str:
+    """The contestants of `bench_peers`, the fastest first."""
+    columns = ["contestant", "processor s", "times ours", "s by the clock", "times ours", "mean top-1", "best top-1"]
+    ours = contestants["ours"]
+    lines = []
+    for name, found in sorted(contestants.items(), key=lambda item: item[1]["cpu"]):
+        spent = [f"{found[clock] / by:.1f}" for clock in ("cpu", "seconds") for by in (1, ours[clock])]
+        lines.append([name, *spent, *(f"{found[figure]:.2f}" for figure in ("mean_top1", "best_top1"))])
+    return markdown(columns, lines)
 
 
 def hosts_table(hosts: Analysis) -> str:

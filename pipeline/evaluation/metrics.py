@@ -144,7 +144,7 @@ def precision_and_f1(labels: np.ndarray, every: Sequence[np.ndarray], classes: i
     return precision, f1
 
 
-def main_figures(predicted: Graded, labels: np.ndarray, group_of: Sequence[str | None]) -> dict[str, float | None]:
+def main_figures(predicted: Answers, labels: np.ndarray, group_of: Sequence[str | None]) -> dict[str, float | None]:
     """top1, head, medium, tail and ece of a classifier, in percent; arguments as for `summary`."""
     right = predicted.guesses == labels
     return {

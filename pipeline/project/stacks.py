@@ -1,4 +1,4 @@
-"""Linear heads of host `dr` on a cache, as stage II trains them: what its benchmarks time."""
+"""Linear heads of host `dr` on a cache, as stage II trains them: what rehearsals and benchmarks time."""
 
 import math
 from collections.abc import Sequence
@@ -29,9 +29,10 @@ def settings(ratios: Sequence[float] = RATIOS, seeds: Sequence[int] = SEEDS) -> 
     return [HeadSetting(ratio, "instance", "random", seed) for ratio in ratios for seed in seeds]
 
 
-def streams_of(cache: Cache, seeds: Sequence[int]) -> Streams:
-    """Class-balanced receivers and instance-wise donors."""
-    return Streams(cache.rows, cache.spec.provenance["classes"], "stage1", {"instance": "stage1"}, seeds, BATCH)
+def streams_of(cache: Cache, seeds: Sequence[int], statistics: str = "stage1") -> Streams:
+    """Class-balanced receivers and instance-wise donors, read under the same statistics."""
+    classes = cache.spec.provenance["classes"]
+    return Streams(cache.index, classes, statistics, {"instance": statistics}, seeds, BATCH)
 
 
 def feed_of(

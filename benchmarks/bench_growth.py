@@ -17,7 +17,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.measure import RESULTS, machine, memory, save, table
+from benchmarks.measure import RESULTS, machine, memory, save, table, timed
 from benchmarks.synthetic import write_synthetic
 from h2t.cache.reader import open_cache
 from h2t.pipeline.heads.descent import Descent
@@ -93,10 +92,10 @@ def _steps(stack: Stack) -> tuple[float, float]:
     """(processor seconds, seconds) of a step, its draws included."""
     descent = Descent(stack.state, {}, 0.9, 5e-4)
     count = min(STEPS, stack.streams.steps)
-    began, used = time.perf_counter(), time.process_time()
-    for at in itertools.islice(stack.feed.steps(1, 0, 0, stack.draw, count), count):
-        stack.step(at, descent, 0.02)
-    return (time.process_time() - used) / count, (time.perf_counter() - began) / count
+    with timed() as spent:
+        for at in itertools.islice(stack.feed.steps(1, 0, 0, stack.draw, count), count):
+            stack.step(at, descent, 0.02)
+    return spent["cpu"] / count, spent["seconds"] / count
 
 
 def line(axis: str, points: Sequence[dict[str, Any]]) -> tuple[float, float]:

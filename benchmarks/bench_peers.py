@@ -15,8 +15,6 @@ At the end the stack trains the 660 heads of the paper's grid (11 ratios, 3 dono
 
 import argparse
 import os
-import resource
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,7 +33,7 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 from torch.nn import functional as F
 
-from benchmarks.measure import RESULTS, machine, save
+from benchmarks.measure import RESULTS, machine, save, timed
 from benchmarks.tables import peers_table
 from h2t.cache.reader import Cache, open_cache
 from h2t.pipeline.heads.batches import SampleRows, Streams, sample_rows
@@ -155,20 +153,6 @@ def accuracy(task: Task, found: Classifiers) -> np.ndarray:
     return 100 * (guesses == task.test_y).double().mean(1).numpy()
 
 
-def timed(call: Callable[[], Classifiers]) -> tuple[dict[str, float], Classifiers]:
-    """Seconds by the clock and of the processor, those of ended child processes included."""
-    before, began = processor(), time.perf_counter()
-    found = call()
-    seconds, after = time.perf_counter() - began, processor()
-    return {"seconds": seconds, "cpu": after - before}, found
-
-
-def processor() -> float:
-    """Processor seconds of this process and of its ended children so far; `os.times` counts in steps of 10 ms."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(u.ru_utime + u.ru_stime for u in used)
-
-
 def compare(task: Task, rates: Sequence[float], seeds: Sequence[int], penalties: Sequence[float]) -> dict[str, Any]:
     """Contestant -> seconds, cpu, and the mean and best accuracy of its classifiers."""
     heads = [HeadSetting(0.0, "instance", "random", s, constants=(("lr", lr),)) for lr in rates for s in seeds]
@@ -185,7 +169,8 @@ def compare(task: Task, rates: Sequence[float], seeds: Sequence[int], penalties:
     body = {}
     for name, (first, whole) in ways.items():
         first()
-        spent, found = timed(whole)
+        with timed() as spent:
+            found = whole()
         top1 = accuracy(task, found)
         body[name] = {
             **spent,
@@ -213,7 +198,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         grid = [
             HeadSetting(r, d, w, s) for r, d, w, s in product(RATIOS[few], DONORS[few], SELECTIONS[few], SEEDS[few])
         ]
-        spent, _ = timed(lambda: stack(task, grid))
+        with timed() as spent:
+            stack(task, grid)
     twice, once = different_runs(pd.DataFrame([vars(head) for head in grid]))  # with two passes a step, and with one
     body = {
         "benchmark": "peers",

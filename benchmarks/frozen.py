@@ -28,8 +28,7 @@ from threadpoolctl import threadpool_limits
 
 from benchmarks import plain_frozen
 from benchmarks.frozen_results import FIGURES, JOURNEY, lines_of, shown
-from benchmarks.measure import RESULTS, machine, save
-from h2t.cache.errors import CacheError
+from benchmarks.measure import RESULTS, errors_in_one_line, machine, save, timed
 from h2t.cache.reader import Cache, open_cache
 from h2t.pipeline.base import device as devices
 from h2t.pipeline.base import params, plugins
@@ -52,15 +51,8 @@ from h2t.pipeline.networks.weights import load_checkpoint
 from h2t.pipeline.stages import extract, pool, prepare, probe, train_backbone, train_classifier
 
 SPLITS = ("val", "test")
-PENALTIES = [
-    1e-6,
-    1e-5,
-    1e-4,
-    1e-3,
-    1e-2,
-    1e-1,
-    1.0,
-]  # l2 of probe and logistic regression; scikit-learn's C is 1 / (l2 n)
+#: l2 of probe and logistic regression; scikit-learn's C is 1 / (l2 n).
+PENALTIES = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0]
 TAUS = [0.25, 0.5, 0.75, 1.0, 1.5]
 #: Fitted host -> the constant of its loss that is tuned, and its values.
 TUNED: dict[str, tuple[str, list[Any]]] = {
@@ -104,9 +96,8 @@ class Journal:
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
-        clock, used = time.perf_counter(), time.process_time()
-        yield
-        cost = {"seconds": time.perf_counter() - clock, "cpu": time.process_time() - used}
+        with timed() as cost:
+            yield
         self.body["costs"][name] = {k: round(v, 3) for k, v in cost.items()}
         self.save()
         print(f"{time.perf_counter() - self.started:7.1f} s  {name}: {cost['seconds']:.1f} s", flush=True)
@@ -404,16 +395,13 @@ def main(given: Sequence[str] | None = None) -> None:
     body |= {"ratios": list(size.ratios), "seeds": list(size.seeds), "costs": {}, "failed": {}, "tried": []}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
-    with tempfile.TemporaryDirectory() as scratch, threadpool_limits(options.threads):
+    with errors_in_one_line(), tempfile.TemporaryDirectory() as scratch, threadpool_limits(options.threads):
         data = options.data or Path(scratch)
         data.mkdir(parents=True, exist_ok=True)
         journal = Journal(options.out, body, 60 * options.minutes)
-        try:
-            chosen = devices.choose(options.device)
-            body["device"] = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else "cpu"
-            Study(size, options.weights, options.parquet, data.resolve(), journal).run(options.hosts)
-        except (UserError, CacheError) as error:
-            raise SystemExit(f"error: {error}") from None
+        chosen = devices.choose(options.device)
+        body["device"] = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else "cpu"
+        Study(size, options.weights, options.parquet, data.resolve(), journal).run(options.hosts)
     print(shown(body))
 
 

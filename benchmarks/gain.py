@@ -25,7 +25,7 @@ from h2t.cache.reader import open_cache
 from h2t.pipeline.base.text import markdown
 from h2t.pipeline.data.classes import groups
 from h2t.pipeline.evaluation.intervals import Difference, differences
-from h2t.pipeline.evaluation.metrics import Graded, summary
+from h2t.pipeline.evaluation.metrics import Graded, summaries
 from h2t.pipeline.evaluation.scoring import load_heads_for, score_heads
 
 STATISTICS = ("balanced", "mixture")
@@ -56,7 +56,7 @@ def measured(cache_dir: Path, heads_dir: Path, backbone_dir: Path) -> dict[str, 
             said.setdefault((head["ratio"], name), []).append(scores[name].said[head["number"]])
     lines = []
     for (ratio, name), label in LABELS.items():
-        figures = [summary(one, labels, group_of) for one in said[ratio, name]]
+        figures = summaries(said[ratio, name], labels, group_of)
         means = {f: float(np.mean([s[f] for s in figures])) for f in SHORT}
         lines.append({"label": label, "ratio": ratio, "statistics": name, "seeds": len(figures), **means})
     apart = {k: differences(said[after], said[before], labels, group_of) for k, (after, before) in STEPS.items()}
@@ -85,7 +85,6 @@ def shown(record: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--out", type=Path, default=RESULTS / "gain.json")

@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import RESULTS, machine, save
+from benchmarks.measure import RESULTS, errors_in_one_line, machine, save
 from benchmarks.synthetic import write_synthetic
 from h2t.cache.reader import open_cache
 from h2t.pipeline.base import device as devices
@@ -135,12 +135,7 @@ def table6(at: Setting) -> dict[str, Any]:
 
 
 PIECES: dict[str, Callable[[Setting], dict[str, Any]]] = {
-    "tests": tests,
-    "extract": extract,
-    "stack": stack,
-    "stage2": stage2,
-    "maps": maps,
-    "table6": table6,
+    piece.__name__: piece for piece in (tests, extract, stack, stage2, maps, table6)
 }
 
 
@@ -197,7 +192,6 @@ def missing(pieces: list[str]) -> dict[str, list[str]]:
 
 
 def main(given: list[str] | None = None) -> None:
-    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pieces", nargs="*", metavar="PIECE", help=f"by default all: {', '.join(PIECES)}")
     parser.add_argument("--device", default="cuda")
@@ -214,10 +208,8 @@ def main(given: list[str] | None = None) -> None:
     if lacking:
         each = "; ".join(f"{piece} needs {', '.join(modules)}" for piece, modules in lacking.items())
         raise SystemExit(f"error: packages are missing: {each}; run make, or install them with pip")
-    try:
+    with errors_in_one_line():
         chosen = devices.choose(options.device)
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
     name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else "cpu"
     failed = []
     with tempfile.TemporaryDirectory() as scratch:

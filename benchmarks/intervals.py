@@ -170,9 +170,11 @@ def coverage(case: Case, sets: int, rng: np.random.Generator) -> dict[str, Found
             "tail": differs[:, tail].sum(1).mean() >= FEWEST_CHANGED,
             "ece": len(labels) >= FEWEST_FOR_ECE,
         }
-        found = _compared(right, confidence, labels)
+        before, after = (answered(r, c, labels) for r, c in zip(right, confidence, strict=True))
+        found = differences(after, before, labels, GROUP_OF)
         for figure, line in lines.items():
-            line.append((case.seeds >= FEWEST_SEEDS and bool(enough[figure]), found[figure]))
+            if (difference := found[figure]) is not None:
+                line.append((case.seeds >= FEWEST_SEEDS and bool(enough[figure]), difference))
     truth["ece"] = float(np.mean([found.mean for _, found in lines["ece"]]))
     return {figure: tallied(truth[figure], line) for figure, line in lines.items()}
 
@@ -242,12 +244,6 @@ def _data(case: Case, sets: int, rng: np.random.Generator) -> Iterator[tuple[np.
     for first in range(0, sets, 100):
         right, confidence, true = draw(case, min(100, sets - first), rng)
         yield from ((r, c, true) for r, c in zip(right, confidence, strict=True))
-
-
-def _compared(right: np.ndarray, confidence: np.ndarray, labels: np.ndarray) -> dict[str, Difference]:
-    """The second method minus the first, as evaluate compares them."""
-    said = [answered(r, c, labels) for r, c in zip(right, confidence, strict=True)]
-    return {name: found for name, found in differences(said[1], said[0], labels, GROUP_OF).items() if found}
 
 
 def tallied(true: float, lines: Sequence[tuple[bool, Difference]]) -> Found:

@@ -30,8 +30,7 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 
-from benchmarks.measure import save
-from h2t.cache.errors import CacheError
+from benchmarks.measure import errors_in_one_line, save
 from h2t.cache.reader import open_cache
 from h2t.pipeline.base import device, params
 from h2t.pipeline.base.errors import UserError
@@ -329,7 +328,6 @@ def weights_of(texts: Sequence[str]) -> tuple[dict[str, str], dict[str, int | No
 
 
 def main() -> None:
-    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", help=f"one of {', '.join(TABLES)}")
     parser.add_argument("--only", nargs="+", default=[], metavar="BACKBONE", help="these backbones and their hosts")
@@ -340,7 +338,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any other parameter")
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
-    try:
+    with errors_in_one_line():
         files, told = weights_of(given.weights)
         values = parameters(given.table, given.only, given.images, given.parquet, files, given.set)
         trained = {n: params.build(train_backbone.Params, f"backbones.{n}", b) for n, b in values["backbones"].items()}
@@ -348,8 +346,6 @@ def main() -> None:
         entries = Reproduction(given.table, values, given.data / given.table, epochs).run(given.out)
         if given.table in PUBLISHED:
             print(shown(entries))
-    except (UserError, CacheError) as error:
-        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import pandas as pd
 
 from benchmarks import frozen_results
 from benchmarks.arena import table as arena_table
-from benchmarks.measure import RESULTS, save
+from benchmarks.measure import RESULTS, errors_in_one_line, save
 from benchmarks.online_results import BOUNDS, Online, bounds_table, load_online, recipes_lines, record
 from benchmarks.pictures import ratio_picture
 from benchmarks.tables import (
@@ -178,7 +178,6 @@ def cache_text(runs: Path) -> str:
 
 
 def main() -> None:
-    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("cifar"), help="analyses and online runs on CIFAR-10-LT")
     parser.add_argument("--digits", type=Path, default=Path("data/table/digits"), help="what make table wrote")
@@ -186,10 +185,8 @@ def main() -> None:
     parser.add_argument("--record", type=Path, default=RESULTS / "online.json")
     given = parser.parse_args()
     template = (Path(__file__).parent / "results.md").read_text(encoding="utf-8")
-    try:
+    with errors_in_one_line():
         (given.out / "results.md").write_text(document(given.data, given.digits, template), encoding="utf-8")
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
     ratio, views = (load_analysis(given.data / "analyses" / name) for name in ("ratio", "views"))
     recipes = labelled(ratio, views)
     save(given.record, record(load_online(given.data, REPORTED), {n: r.at(REPORTED) for n, r in recipes.items()}))

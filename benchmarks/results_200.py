@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmarks.measure import RESULTS, save
+from benchmarks.measure import RESULTS, errors_in_one_line, save
 from benchmarks.online_results import Online, bounds_table, load_online, record
 from benchmarks.results import BESIDE_ONLINE, filled
 from benchmarks.tables import (
@@ -26,7 +26,6 @@ from benchmarks.tables import (
     guesses_table,
     load_analysis,
 )
-from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.text import markdown
 from h2t.pipeline.reporting.files import text_of
 from h2t.pipeline.reporting.results import HostResult, rows_apart, with_against_without
@@ -97,21 +96,18 @@ def document(data: Path, template: str) -> str:
 
 
 def main() -> None:
-    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("cifar200"))
     parser.add_argument("--out", type=Path, default=Path("docs/results-200.md"))
     parser.add_argument("--record", type=Path, default=RESULTS / "online-200.json")
     given = parser.parse_args()
     template = (Path(__file__).parent / "results-200.md").read_text(encoding="utf-8")
-    try:
+    with errors_in_one_line():
         given.out.write_text(document(given.data, template), encoding="utf-8")
         if (given.data / "online").is_dir():
             dr = load_analysis(given.data / "analyses" / "hosts")["dr"]
             ours = {REPORTED: {"DR + H2T": dr.at(REPORTED)}, 0.0: {"DR as published": published_heads(dr)}}
             save(given.record, [record(load_online(given.data, ratio), heads) for ratio, heads in ours.items()])
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

@@ -222,7 +222,8 @@ def verify_command(location: str, quick: bool, count: int | None, part: tuple[in
 
     With --part on several machines, the cache is sound if every part is.
     """
-    from h2t.cache.tools.audit import describe, verify
+    from h2t.cache.tools.audit import describe
+    from h2t.cache.tools.verify import verify
     from h2t.cache.write.parts import Part
 
     if count is not None and given["backbone"] is None:

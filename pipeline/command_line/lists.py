@@ -14,7 +14,7 @@ from h2t.pipeline.command_line.one_line import Command
 @click.argument(
     "name",
     required=False,
-    shell_complete=options.completed(lambda context: presets.stems()),
+    shell_complete=options.completed(lambda context: (path.stem for path in presets.FOLDER.glob("*.yaml"))),
     help="Print this preset instead of the list.",
 )
 def list_presets(name: str | None) -> None:

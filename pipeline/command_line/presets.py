@@ -7,14 +7,9 @@ from h2t.pipeline.base.errors import UserError, nearest
 FOLDER = Path(__file__).parents[2] / "presets"
 
 
-def stems() -> list[str]:
-    """The sorted names of the files in the folder."""
-    return sorted(p.stem for p in FOLDER.glob("*.yaml"))
-
-
 def names() -> list[str]:
     """The sorted names of all presets. Raises UserError if the folder is missing."""
-    presets = stems()
+    presets = sorted(p.stem for p in FOLDER.glob("*.yaml"))
     if not presets:
         raise UserError(f"{FOLDER}: no presets here, although they come with h2t; install it again")
     return presets

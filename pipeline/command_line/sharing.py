@@ -47,24 +47,22 @@ from h2t.pipeline.command_line.options import PATH
 @options.replace
 def import_command(
     out: Path,
-    train: Path,
-    train_labels: Path | None,
-    val: Path | None,
-    val_labels: Path | None,
-    test: Path | None,
-    test_labels: Path | None,
     features_key: str | None,
     labels_key: str | None,
     axes: str | None,
     classes: Path | None,
     replace: bool,
+    **files: Path | None,
 ) -> None:
     """Make a cache of features from another program."""
     from h2t.pipeline.sharing import feature_files, importing
 
     keys = feature_files.Keys(features_key, labels_key, axes)
-    given = {"train": (train, train_labels), "val": (val, val_labels), "test": (test, test_labels)}
-    parts = {split: feature_files.read_part(f, y, keys) for split, (f, y) in given.items() if f is not None}
+    parts = {
+        split: feature_files.read_part(file, files[f"{split}_labels"], keys)
+        for split in ("train", "val", "test")
+        if (file := files[split]) is not None
+    }
     class_names = feature_files.read_names(classes) if classes is not None else None
     importing.run(parts, out, click.echo, names=class_names, replace=replace)
 

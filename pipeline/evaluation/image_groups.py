@@ -15,16 +15,19 @@ import numpy as np
 from h2t.cache.format.spec import TEST_GROUPS
 from h2t.cache.reader import Cache
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.heads.batches import sample_rows
 
 PIECE_ROWS = 2**18  # rows whose digests are in memory at a time
 
 
-def groups_of(cache: Cache, rows: np.ndarray, samples: np.ndarray) -> np.ndarray:
-    """The group of each test image, int64 (n,). `rows` of the cache hold the images `samples`; both int (n,).
+def groups_of(cache: Cache, statistics: str) -> np.ndarray:
+    """The group of each test image, int64 (n,), in the order of the test rows under `statistics`.
 
     Numbers are the same in all replicates. Groups are those that `extract` recorded; without any, copies of one image
     are a group, by their digests. Raises UserError for a record that does not fit the test rows.
     """
+    tests = sample_rows(cache.index, "test", statistics)
+    rows, samples = tests.first, tests.samples
     recorded = cache.spec.provenance.get(TEST_GROUPS)
     if recorded is None:
         found = np.empty(len(rows), np.int64)

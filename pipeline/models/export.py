@@ -148,8 +148,7 @@ def run(
     with fresh_directory(run.out) as into:
         save_head(into / "head.safetensors", one, about)
         tested = score_heads(cache, one, "test", kind, run.device)
-        of = sample_rows(cache.index, "test", kind)
-        on_tests = Measured(tested.labels, tested.said[0].guesses, groups_of(cache, of.first, of.samples))
+        on_tests = Measured(tested.labels, tested.said[0].guesses, groups_of(cache, kind))
         origin = str(cache.spec.provenance.get("dataset", "unknown"))
         text = card(about, heads.about["counts"], origin, on_tests, stated)
         (into / "README.md").write_text(text, encoding="utf-8")

@@ -231,15 +231,11 @@ def rehearse(
     pooling = [min(stage.pool(cache)[1] for _ in range(REPEATS)) for cache in caches]
     with open_cache(caches[1]) as cache, open_cache(copies[1]) as copy:
         table_bytes = cache.commit.files["rows.parquet"][0] / cache.spec.rows
-        vectors = replace(copy.spec, rows=spec.rows, shard_rows=_pooled_shard_rows(copy.spec))
+        shard_rows = shard_rows_for(copy.spec.row_bytes(), copy.spec.chunk_rows, SHARD_BYTES)  # as h2t pool writes it
+        vectors = replace(copy.spec, rows=spec.rows, shard_rows=shard_rows)
     costs = {"extract": extraction, "verify": line(sizes, checked), "pool": line(sizes, pooling)}
     costs["step"] = line(STEPS, stage.epoch(copies[1], STEPS))
     return Rehearsal(images, spec, vectors, table_bytes, costs, params)
-
-
-def _pooled_shard_rows(spec: CacheSpec) -> int:
-    """Rows of a shard of a pooled copy as `h2t pool` writes it."""
-    return shard_rows_for(spec.row_bytes(), spec.chunk_rows, SHARD_BYTES)
 
 
 def _extraction(stage: Stage, seconds: float) -> tuple[Path, Cost]:

@@ -301,20 +301,9 @@ def ratio_curve(result: HostResult) -> pd.DataFrame:
 
     Columns: host, group, ratio, accuracy, std; for donor instance, selection random.
     """
-    lines = [
-        {
-            "host": result.name,
-            "group": g,
-            "ratio": r,
-            "accuracy": mean_and_std(result.at(r), g)[0],
-            "std": mean_and_std(result.at(r), g)[1],
-        }
-        for g in ("top1", *GROUPS)
-        for r in result.ratios
-    ]
-    return pd.DataFrame(lines, columns=["host", "group", "ratio", "accuracy", "std"]).astype(
-        {"ratio": float, "accuracy": float, "std": float}
-    )
+    lines = [(result.name, g, r, *mean_and_std(result.at(r), g)) for g in ("top1", *GROUPS) for r in result.ratios]
+    table = pd.DataFrame(lines, columns=["host", "group", "ratio", "accuracy", "std"])
+    return table.astype({"ratio": float, "accuracy": float, "std": float})
 
 
 def class_accuracy(result: HostResult, numbers: Sequence[int]) -> pd.DataFrame:

@@ -36,8 +36,8 @@ from h2t.pipeline.base.run import Run, Say, silent
 from h2t.pipeline.data.classes import recorded_names
 from h2t.pipeline.evaluation.calibration import of_heads
 from h2t.pipeline.evaluation.folds import load_folds
-from h2t.pipeline.evaluation.image_groups import groups_of
 from h2t.pipeline.evaluation.scoring import Scores, score_heads
+from h2t.pipeline.evaluation.tested_groups import groups_of
 from h2t.pipeline.heads.host_entry import heads_of
 from h2t.pipeline.heads.residency import Residency
 from h2t.pipeline.heads.stored import Heads, load_heads

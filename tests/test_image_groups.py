@@ -28,9 +28,10 @@ from h2t.cache.tools.pooled import pooled
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.data.samples import SCHEMA, load_samples
-from h2t.pipeline.evaluation.image_groups import contributions, freedom, groups_of
+from h2t.pipeline.evaluation.image_groups import contributions, freedom
 from h2t.pipeline.evaluation.intervals import Pairs, differences, over_replicates
 from h2t.pipeline.evaluation.metrics import Answers
+from h2t.pipeline.evaluation.tested_groups import groups_of
 from h2t.pipeline.extraction import row_plan
 from h2t.pipeline.extraction.row_plan import planned
 from h2t.pipeline.reporting.answer import Answer

@@ -13,9 +13,9 @@ from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.run import Say
 from h2t.pipeline.data.classes import recorded_names
 from h2t.pipeline.evaluation.folds import Folds, load_folds
-from h2t.pipeline.evaluation.image_groups import groups_of
 from h2t.pipeline.evaluation.scoring import Scores, load_heads_for, score_heads, score_stage1
 from h2t.pipeline.evaluation.tables import Scored
+from h2t.pipeline.evaluation.tested_groups import groups_of
 from h2t.pipeline.heads.replicate import Replicate
 from h2t.pipeline.heads.start import backbone_head
 from h2t.pipeline.heads.stored import Heads

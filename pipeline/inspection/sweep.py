@@ -22,11 +22,11 @@ from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import replace_file
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.base.text import counted
-from h2t.pipeline.evaluation.image_groups import groups_of
 from h2t.pipeline.evaluation.intervals import FIGURES, Difference, paired
 from h2t.pipeline.evaluation.metrics import main_figures, over_seeds
 from h2t.pipeline.evaluation.scoring import load_heads_for, score_heads
 from h2t.pipeline.evaluation.tables import Comparison, Scored, compared
+from h2t.pipeline.evaluation.tested_groups import groups_of
 from h2t.pipeline.heads.features import maps_fingerprint
 from h2t.pipeline.heads.residency import Residency
 from h2t.pipeline.stages import evaluate, train_classifier

@@ -29,8 +29,8 @@ from h2t.pipeline.data.classes import recorded_names
 from h2t.pipeline.data.images import Images, Transform, open_images
 from h2t.pipeline.evaluation.calibration import of_heads
 from h2t.pipeline.evaluation.folds import load_folds
-from h2t.pipeline.evaluation.image_groups import groups_of
 from h2t.pipeline.evaluation.scoring import STAGE1, head_logits, load_heads_for, score_heads
+from h2t.pipeline.evaluation.tested_groups import groups_of
 from h2t.pipeline.extraction import batchnorm
 from h2t.pipeline.heads.batches import sample_rows
 from h2t.pipeline.heads.stored import Heads

@@ -7,12 +7,12 @@ Reads `extract`, `train_backbone` and the record of the extraction in the folder
 
 import argparse
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
 
+from benchmarks.measure import timed
 from h2t.cache.errors import CacheError
 from h2t.cache.reader import Cache, open_cache
 from h2t.pipeline.base import device, params
@@ -43,25 +43,21 @@ def analyse(values: dict[str, Any], data: Path, out: Path) -> None:
                 print(f"note: {name}: left out, the cache has no rows under {missing}; see extract.batchnorm")
                 continue
             done.append(name)
-            _keep_record(data, out, host.backbone)
+            # The record of the cache's extraction beside those of the analysis, so that the page can reckon with both.
+            record = Path("runs", "extract", f"{host.backbone}.json")
+            if (data / record).exists():
+                (out / record).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(data / record, out / record)
             trained = out / "train_classifier" / name
-            started, used = time.perf_counter(), time.process_time()
-            summary = train_classifier.run(host, Run(name, trained, chosen, say=print), residency, cache, backbone)
-            taken = {"seconds": round(time.perf_counter() - started, 2), "cpu": round(time.process_time() - used, 2)}
+            with timed() as spent:
+                summary = train_classifier.run(host, Run(name, trained, chosen, say=print), residency, cache, backbone)
+            taken = {clock: round(seconds, 2) for clock, seconds in spent.items()}
             write_run_record(out / "runs" / "train_classifier" / f"{name}.json", {**vars(summary), **taken})
             evaluate.run(section, Run(name, out / "evaluate" / name, chosen, say=print), cache, trained, backbone)
     about = params.build(report.Params, "report", values.get("report", {}))
     if not done:
         raise UserError(f"{out.name}: no host is left; add what the notes name to extract.batchnorm and extract again")
     report.run(about, Run("report", out / "report", say=print), done, out / "evaluate", out / "runs")
-
-
-def _keep_record(data: Path, out: Path, backbone: str) -> None:
-    """The record of the cache's extraction beside those of the analysis, so that the page can reckon with both."""
-    record = Path("runs") / "extract" / f"{backbone}.json"
-    if (data / record).exists():
-        (out / record).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(data / record, out / record)
 
 
 def lacking(host: train_classifier.Params, cache: Cache) -> str:
@@ -73,7 +69,6 @@ def lacking(host: train_classifier.Params, cache: Cache) -> str:
 
 
 def main() -> None:
-    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help=f"one of {', '.join(sorted(p.stem for p in PRESETS.glob('*.yaml')))}, or a file")
     parser.add_argument("--data", type=Path, default=Path("data"))

@@ -23,7 +23,6 @@ from typing import Any
 import yaml
 
 from benchmarks import measure, paper
-from h2t.cache.errors import CacheError
 from h2t.cache.reader import Cache, open_cache
 from h2t.pipeline.base import clock, device, params, plugins
 from h2t.pipeline.base.errors import UserError
@@ -107,8 +106,8 @@ class Arena:
             train_classifier.run(host, Run(name, heads, self.device), self.residency, cache, self.backbone)
             evaluate.run(section, Run(name, scores, self.device), cache, heads, self.backbone)
             spent = time.process_time() - begun
-            self._step_file(name).unlink(missing_ok=True)  # of other settings
-            self._seconds(name).write_text(json.dumps({"cpu_seconds": round(spent, 2)}), encoding="utf-8")
+            self._cost(name, "step").unlink(missing_ok=True)  # of other settings
+            self._cost(name, "seconds").write_text(json.dumps({"cpu_seconds": round(spent, 2)}), encoding="utf-8")
             print(f"{name}: {spent:.0f} CPU seconds", flush=True)
 
         paper.unless_done(self.out / "runs" / f"{name}.json", scores, about, work)
@@ -122,7 +121,7 @@ class Arena:
         host = self.hosts[name]
         if plugins.load("hosts", host.host).Host.fitted:
             return None
-        saved = self._step_file(name)
+        saved = self._cost(name, "step")
         if not saved.is_file():
             grid = Grid(ratio=[0.3], seed=[0], lr=host.grid.lr and host.grid.lr[:1])
             spent, steps = [], []
@@ -139,16 +138,14 @@ class Arena:
         found: float = json.loads(saved.read_text(encoding="utf-8"))["step_ms"]
         return found
 
-    def _step_file(self, name: str) -> Path:
-        return self.out / "evaluate" / f"{name}.step.json"
-
-    def _seconds(self, name: str) -> Path:
-        return self.out / "evaluate" / f"{name}.seconds.json"
+    def _cost(self, name: str, of: str) -> Path:
+        """The file of a method's seconds, or of its step's."""
+        return self.out / "evaluate" / f"{name}.{of}.json"
 
     def _lines(self, name: str, result: HostResult, step: float | None) -> list[dict[str, Any]]:
         host = self.hosts[name]
         kind = plugins.load("hosts", host.host).Host
-        seconds = json.loads(self._seconds(name).read_text(encoding="utf-8"))["cpu_seconds"]
+        seconds = json.loads(self._cost(name, "seconds").read_text(encoding="utf-8"))["cpu_seconds"]
         return [
             {
                 "method": name,
@@ -238,7 +235,6 @@ def _interval(found: Mapping[str, Any] | None) -> str:
 
 
 def main() -> None:
-    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, help="a cache that exists; by default one of the digits is made")
     parser.add_argument("--backbone", type=Path, help="the folder that train-backbone wrote for this cache")
@@ -248,7 +244,7 @@ def main() -> None:
     given = parser.parse_args()
     if bool(given.cache) != bool(given.backbone):
         parser.error("--cache and --backbone go together")
-    try:
+    with measure.errors_in_one_line():
         values = parameters(given.only, given.set)
         cache, backbone = given.cache, given.backbone
         if cache is None:
@@ -257,8 +253,6 @@ def main() -> None:
             name = next(iter(values["backbones"]))
             cache, backbone = given.out / "extract" / name, given.out / "train_backbone" / name
         lines = Arena(values, cache, backbone, given.out).run()
-    except (UserError, CacheError) as error:
-        raise SystemExit(f"error: {error}") from None
     print(table(lines))
 
 

@@ -8,7 +8,6 @@ Each command is a process of its own, whose peak includes all its imports. At mo
 """
 
 import argparse
-import hashlib
 import json
 import os
 import shutil
@@ -21,7 +20,7 @@ import yaml
 from benchmarks.bench_rows import MOST_BYTES
 from benchmarks.bench_scale import step
 from benchmarks.measure import arguments, machine, memory, save, table
-from h2t.cache.format.rows import make_rows
+from benchmarks.synthetic import rows_of
 from h2t.cache.format.spec import CacheSpec
 from h2t.cache.write.staging import Staging
 from h2t.cache.write.writer import CacheWriter
@@ -70,18 +69,6 @@ def write(place: Path, classes: int, channels: int, of_a_class: Mapping[str, int
     save_weights(place / "backbone/head.safetensors", head, about)
     split = [name for name, each in of_a_class.items() for _ in range(each * classes)]
     label = [j for each in of_a_class.values() for j in range(classes) for _ in range(each)]
-    sources = [f"synthetic/{i:09d}" for i in range(len(label))]
-    rows = make_rows(
-        {
-            "sample": np.arange(len(label)),
-            "view": np.zeros(len(label), np.int16),
-            "statistics": ["stage1"] * len(label),
-            "split": split,
-            "label": label,
-            "source": sources,
-            "digest": [hashlib.sha256(source.encode()).hexdigest() for source in sources],
-        }
-    )
     spec = CacheSpec(
         rows=len(label),
         maps=((channels, 1, 1),),
@@ -93,7 +80,7 @@ def write(place: Path, classes: int, channels: int, of_a_class: Mapping[str, int
         provenance={"classes": [f"class {j}" for j in range(classes)], "counts": [of_a_class["train"]] * classes},
     )
     with Staging(place / "cache") as staging:
-        writer = CacheWriter(staging, spec, rows, {"numpy": np.__version__})
+        writer = CacheWriter(staging, spec, rows_of(split, label), {"numpy": np.__version__})
         for shard in writer.pending:
             values = draws.random((len(spec.shard_range(shard)), channels, 1, 1), np.float32)
             writer.write(shard, [values])

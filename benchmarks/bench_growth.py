@@ -17,7 +17,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,21 +24,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.measure import RESULTS, machine, memory, save, table
+from benchmarks.measure import RESULTS, machine, memory, save, table, timed
 from benchmarks.synthetic import write_synthetic
 from h2t.cache.reader import open_cache
-from h2t.pipeline.heads.batches import Streams
 from h2t.pipeline.heads.descent import Descent
-from h2t.pipeline.heads.features import FeatureReader
-from h2t.pipeline.heads.host import Context
 from h2t.pipeline.heads.parts import grouped, parts_of
-from h2t.pipeline.heads.residency import Choice, Feed
-from h2t.pipeline.heads.setting import HeadSetting
 from h2t.pipeline.heads.stack import Stack
 from h2t.pipeline.heads.step_size import seeds_and_donors, step_size
-from h2t.pipeline.heads.stored import HeadParts, build_head
-from h2t.pipeline.networks.classifier import global_average
-from h2t.pipeline.networks.trained import StageOneHead
+from h2t.pipeline.project.stacks import BATCH, SEEDS, feed_of, head_of, settings, streams_of
 
 BASE = {"heads": 55, "channels": 64, "classes": 10, "rows": 12_406}
 AXES = {
@@ -48,8 +40,6 @@ AXES = {
     "classes": (10, 100, 1_000, 8_142),
     "rows": (1_000, 12_406, 100_000, 1_000_000),
 }
-SEEDS = 5
-BATCH = 128
 STEPS = 8
 REPEATS = 2
 STEP_BYTES = 2 * 2**30  # as stage II allows at most
@@ -60,25 +50,16 @@ PICTURE = Path(__file__).parents[1] / "docs" / "images" / "growth.svg"
 def point(heads: int, channels: int, classes: int, rows: int, data: Path) -> dict[str, Any]:
     """Trains some steps in this process: milliseconds of a step (the fastest of `REPEATS`), and bytes of memory."""
     torch.set_num_threads(1)
-    seeds = range(min(SEEDS, heads))
+    seeds = range(min(len(SEEDS), heads))
     per_seed = -(-heads // len(seeds))
-    settings = [
-        HeadSetting(ratio, "instance", "random", seed)
-        for ratio in np.linspace(0, 1, per_seed).tolist()
-        for seed in seeds
-    ][:heads]
+    asked = settings(np.linspace(0, 1, per_seed).tolist(), seeds)[:heads]
     with open_cache(data / f"{channels}-{classes}-{rows}") as cache:
-        names = [str(i) for i in range(classes)]
-        streams = Streams(cache.rows, names, "stage1", {"instance": "stage1"}, seeds, BATCH)
-        reader = FeatureReader(cache, global_average)
-        feed = Feed(streams, reader, Choice("memory", "benchmark"), 2**33, torch.device("cpu"), lambda line: None)
-        context = Context(torch.from_numpy(streams.index.counts), channels, 1)
-        head = build_head(HeadParts("dr", {}, "linear", 1.0, "gap", {}, "hosts.bench"), context)
-        weight = 0.1 * torch.randn(1, classes, channels, generator=torch.Generator().manual_seed(0))
-        stage1 = StageOneHead({"weight": weight, "bias": torch.zeros(1, classes)}, "linear", 1.0)
-        size = step_size(streams, reader, stage1, head)
+        streams = streams_of(cache, seeds)
+        feed = feed_of(streams, cache, "memory")
+        head, stage1 = head_of(streams, feed.shape)
+        size = step_size(streams, feed.reader, stage1, head)
     sizes = (-(-heads // count) for count in range(1, heads + 1))
-    parts = next(p for p in (parts_of(settings, n) for n in sizes) if size.of(p[0]) <= STEP_BYTES or len(p) == heads)
+    parts = next(p for p in (parts_of(asked, n) for n in sizes) if size.of(p[0]) <= STEP_BYTES or len(p) == heads)
     ctypes.CDLL(None).malloc_trim(0)  # steps would use what reading features has freed, and seem to need less
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = memory("VmHWM")
@@ -96,7 +77,7 @@ def point(heads: int, channels: int, classes: int, rows: int, data: Path) -> dic
         "wall_ms": 1e3 * wall,
         "step_bytes": memory("VmHWM") - before,
         "planned_bytes": max(map(size.of, parts)),
-        "feature_bytes": len(streams.rows) * reader.row_bytes,
+        "feature_bytes": len(streams.rows) * feed.reader.row_bytes,
     }
 
 
@@ -111,10 +92,10 @@ def _steps(stack: Stack) -> tuple[float, float]:
     """(processor seconds, seconds) of a step, its draws included."""
     descent = Descent(stack.state, {}, 0.9, 5e-4)
     count = min(STEPS, stack.streams.steps)
-    began, used = time.perf_counter(), time.process_time()
-    for at in itertools.islice(stack.feed.steps(1, 0, 0, stack.draw, count), count):
-        stack.step(at, descent, 0.02)
-    return (time.process_time() - used) / count, (time.perf_counter() - began) / count
+    with timed() as spent:
+        for at in itertools.islice(stack.feed.steps(1, 0, 0, stack.draw, count), count):
+            stack.step(at, descent, 0.02)
+    return spent["cpu"] / count, spent["seconds"] / count
 
 
 def line(axis: str, points: Sequence[dict[str, Any]]) -> tuple[float, float]:

@@ -15,10 +15,8 @@ At the end the stack trains the 660 heads of the paper's grid (11 ratios, 3 dono
 
 import argparse
 import os
-import resource
-import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -35,27 +33,22 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 from torch.nn import functional as F
 
-from benchmarks.measure import RESULTS, machine, save, table
+from benchmarks.measure import RESULTS, machine, save, timed
+from benchmarks.tables import peers_table
 from h2t.cache.reader import Cache, open_cache
 from h2t.pipeline.heads.batches import SampleRows, Streams, sample_rows
 from h2t.pipeline.heads.features import FeatureReader
 from h2t.pipeline.heads.fusion import Selection
-from h2t.pipeline.heads.host import Context
 from h2t.pipeline.heads.parts import grouped
-from h2t.pipeline.heads.residency import Choice, Feed
 from h2t.pipeline.heads.setting import HeadSetting, Optimiser
-from h2t.pipeline.heads.stack import Stack
 from h2t.pipeline.heads.step_size import seeds_and_donors
-from h2t.pipeline.heads.stored import HeadParts, build_head
 from h2t.pipeline.networks.classifier import global_average
-from h2t.pipeline.networks.trained import StageOneHead
+from h2t.pipeline.project.stacks import RATIOS, SEEDS, feed_of, stack_on
 from h2t.pipeline.reporting.published import different_runs
 
 CACHE = Path(__file__).parents[1] / "examples" / "cifar10_lt" / "data" / "extract" / "ce_mixup"
 RATES = np.geomspace(0.005, 0.32, 11).tolist()
 PENALTIES = np.geomspace(1e-4, 1e-1, 55).tolist()
-SEEDS: Sequence[int] = (0, 1, 2, 3, 4)
-RATIOS = [round(0.1 * i, 1) for i in range(11)]
 DONORS: Sequence[str] = ("instance", "balanced", "reverse")
 SELECTIONS: Sequence[Selection] = ("random", "first", "middle", "last")
 
@@ -78,7 +71,7 @@ class Task:
         return int(self.y.max()) + 1
 
     def start(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weight (N, C) and bias (N,) that the stack and the loop start from."""
+        """Weight (N, C) and bias (N,) that the loop starts from: those of `stack_on`."""
         draws = torch.Generator().manual_seed(0)
         return 0.1 * torch.randn(self.classes, self.x.shape[1], generator=draws), torch.zeros(self.classes)
 
@@ -101,13 +94,7 @@ def stack(task: Task, heads: Sequence[HeadSetting]) -> Classifiers:
     names, donors = [str(i) for i in range(task.classes)], {head.donor: "stage1" for head in heads}
     seeds = sorted({head.seed for head in heads})
     streams = Streams(rows, names, "stage1", donors, seeds, task.settings.batch_size, epochs=task.settings.epochs)
-    reader = FeatureReader(task.cache, global_average)
-    feed = Feed(streams, reader, Choice("memory", "benchmark"), 2**33, torch.device("cpu"), lambda line: None)
-    context = Context(torch.from_numpy(streams.index.counts), feed.shape[0], 1)
-    host = build_head(HeadParts("dr", {}, "linear", 1.0, "gap", {}, "hosts.bench"), context)
-    trained = Stack(host, heads, feed.of(*seeds_and_donors(heads)))
-    weight, bias = task.start()
-    trained.start(StageOneHead({"weight": weight[None], "bias": bias[None]}, "linear", 1.0))
+    trained = stack_on(feed_of(streams, task.cache, "memory").of(*seeds_and_donors(heads)), heads)
     trained.train(task.settings, "bench", lambda epoch, losses: None)
     return trained.state["weight"].detach()[:, 0].numpy(), trained.state["bias"].detach()[:, 0].numpy()
 
@@ -166,20 +153,6 @@ def accuracy(task: Task, found: Classifiers) -> np.ndarray:
     return 100 * (guesses == task.test_y).double().mean(1).numpy()
 
 
-def timed(call: Callable[[], Classifiers]) -> tuple[dict[str, float], Classifiers]:
-    """Seconds by the clock and of the processor, those of ended child processes included."""
-    before, began = processor(), time.perf_counter()
-    found = call()
-    seconds, after = time.perf_counter() - began, processor()
-    return {"seconds": seconds, "cpu": after - before}, found
-
-
-def processor() -> float:
-    """Processor seconds of this process and of its ended children so far; `os.times` counts in steps of 10 ms."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(u.ru_utime + u.ru_stime for u in used)
-
-
 def compare(task: Task, rates: Sequence[float], seeds: Sequence[int], penalties: Sequence[float]) -> dict[str, Any]:
     """Contestant -> seconds, cpu, and the mean and best accuracy of its classifiers."""
     heads = [HeadSetting(0.0, "instance", "random", s, constants=(("lr", lr),)) for lr in rates for s in seeds]
@@ -196,7 +169,8 @@ def compare(task: Task, rates: Sequence[float], seeds: Sequence[int], penalties:
     body = {}
     for name, (first, whole) in ways.items():
         first()
-        spent, found = timed(whole)
+        with timed() as spent:
+            found = whole()
         top1 = accuracy(task, found)
         body[name] = {
             **spent,
@@ -206,18 +180,6 @@ def compare(task: Task, rates: Sequence[float], seeds: Sequence[int], penalties:
         }
         print(f"{name}: {spent['cpu']:.1f} s of processor time, {spent['seconds']:.1f} s by the clock", flush=True)
     return body
-
-
-def lines(contestants: Mapping[str, Any]) -> str:
-    """The contestants as a table."""
-    ours = contestants["ours"]
-    header = ("contestant", "processor s", "times ours", "s", "times ours", "mean top-1", "best top-1")
-    rows = [
-        (name, f"{c['cpu']:.1f}", f"{c['cpu'] / ours['cpu']:.1f}", f"{c['seconds']:.1f}",
-         f"{c['seconds'] / ours['seconds']:.1f}", f"{c['mean_top1']:.2f}", f"{c['best_top1']:.2f}")
-        for name, c in contestants.items()
-    ]  # fmt: skip
-    return table(header, rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -236,7 +198,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         grid = [
             HeadSetting(r, d, w, s) for r, d, w, s in product(RATIOS[few], DONORS[few], SELECTIONS[few], SEEDS[few])
         ]
-        spent, _ = timed(lambda: stack(task, grid))
+        with timed() as spent:
+            stack(task, grid)
     twice, once = different_runs(pd.DataFrame([vars(head) for head in grid]))  # with two passes a step, and with one
     body = {
         "benchmark": "peers",
@@ -250,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "grid": {**spent, "classifiers": len(grid), "twice": twice, "once": once},
     }
     save(options.out, body)
-    print(lines(contestants))
+    print(peers_table(contestants))
     print(
         f"{len(grid)} heads of the grid: {spent['cpu']:.1f} s of processor time, {spent['seconds']:.1f} s by the clock"
     )

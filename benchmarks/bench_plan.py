@@ -20,7 +20,8 @@ from h2t.cache.memory import available_memory
 from h2t.cache.reader import open_cache
 from h2t.pipeline.base import device as devices
 from h2t.pipeline.project.plan import Machine, plan
-from h2t.pipeline.project.rehearsal import BATCH, LONG_REPEATS, TEST_SHARE, Stage, rehearse
+from h2t.pipeline.project.rehearsal import LONG_REPEATS, TEST_SHARE, Stage, rehearse
+from h2t.pipeline.project.stacks import BATCH
 from h2t.pipeline.stages import extract
 from h2t.pipeline.stages.train_backbone import Params as Entry
 

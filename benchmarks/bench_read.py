@@ -374,12 +374,6 @@ def drop_page_cache(*roots: Path) -> Callable[[], None]:
     return drop
 
 
-def made_cache(path: Path, case: Case) -> Cache:
-    if not path.exists():
-        write_synthetic(path, case.rows, case.shape, classes=case.classes)
-    return open_cache(path)
-
-
 def show(result: Mapping[str, Any]) -> None:
     print(
         f"\n{result['case']}, {result['gather']}: {result['rows']} rows ({result['distinct_rows']} distinct), "
@@ -433,7 +427,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     options.data.mkdir(parents=True, exist_ok=True)
     for case in TINY if options.tiny else [c for c in CASES if options.case in (None, c.name)]:
-        with made_cache(options.data / case.name, case) as cache:
+        path = options.data / case.name
+        if not path.exists():
+            write_synthetic(path, case.rows, case.shape, classes=case.classes)
+        with open_cache(path) as cache:
             files = copies(cache, options.data, case.name)
             for gather, draws in draw(cache, case).items():
                 add(bench_gather(cache, case, gather, draws, files, rounds, cold=options.cold))

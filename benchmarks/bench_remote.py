@@ -16,10 +16,9 @@ import http.client
 import json
 import os
 import shutil
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,7 +27,7 @@ import numpy as np
 
 from benchmarks.bench_scale import step
 from benchmarks.delayed_s3 import separate
-from benchmarks.measure import arguments, machine, save, table
+from benchmarks.measure import arguments, machine, save, table, timed
 from benchmarks.synthetic import map_shape, write_synthetic
 from h2t.cache.reader import open_cache
 
@@ -67,7 +66,7 @@ def bare(root: Path) -> dict[str, float]:
 
     with timed() as spent, ThreadPoolExecutor(THREADS) as pool:
         count = sum(pool.map(fetch, range(THREADS)))
-    return {**spent, "bytes": count}
+    return {"seconds": spent["seconds"], "cpu_s": spent["cpu"], "bytes": count}
 
 
 def read(location: str) -> dict[str, float]:
@@ -81,16 +80,7 @@ def read(location: str) -> dict[str, float]:
             for first in range(0, rows, window):
                 last = min(first + window, rows)
                 cache.read(np.arange(first, last), out=out[: last - first])
-    return {**spent, "bytes": rows * row_bytes}
-
-
-@contextmanager
-def timed() -> Iterator[dict[str, float]]:
-    """Holds, after the block, its seconds and the processor seconds of this process."""
-    spent: dict[str, float] = {}
-    started, computed = time.perf_counter(), time.process_time()
-    yield spent
-    spent |= {"seconds": time.perf_counter() - started, "cpu_s": time.process_time() - computed}
+    return {"seconds": spent["seconds"], "cpu_s": spent["cpu"], "bytes": rows * row_bytes}
 
 
 def run(way: str, root: Path) -> dict[str, float]:

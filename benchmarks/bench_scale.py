@@ -36,11 +36,6 @@ BARE, READ, READ_COLD, READ_WARM = "bare read", "read", "read from S3", "read fr
 LOCAL, COLD, WARM = "stream", "stream from S3", "stream from S3 again"
 
 
-def rows_that_fit(wanted: int, row_bytes: int, data: Path) -> int:
-    """At most `wanted` rows, and no more than fit on the disk of `data`."""
-    return min(wanted, int(shutil.disk_usage(data).free * DISK_SHARE) // row_bytes)
-
-
 def step(command: Sequence[str], moved: int, environment: Mapping[str, str]) -> tuple[dict[str, Any], str]:
     """Runs `command`; its seconds, CPU seconds, peak resident bytes, GB/s for `moved` bytes; and its output."""
     started = time.perf_counter()
@@ -79,7 +74,8 @@ def main(given: Sequence[str] | None = None) -> None:
     budget = options.budget or (TINY_BUDGET if options.tiny else BUDGET)
     row_bytes = int(np.prod(map_shape(shape))) * (4 if options.dtype == "float32" else 2)
     wanted = options.rows or (TINY_ROWS if options.tiny else ROWS)
-    rows, about = rows_that_fit(wanted, row_bytes, options.data), machine()
+    rows = min(wanted, int(shutil.disk_usage(options.data).free * DISK_SHARE) // row_bytes)
+    about = machine()
     size = rows * row_bytes
     maps, epoch, there = str(place / "maps"), "benchmarks.epoch_run", "s3://bench/maps"
     within = ["--budget", str(budget)]

@@ -23,53 +23,30 @@ from benchmarks.measure import RESULTS, Timing, alternate, machine, ratio, save,
 from benchmarks.synthetic import write_synthetic
 from h2t.cache.reader import open_cache
 from h2t.pipeline.base.device import choose
-from h2t.pipeline.heads.batches import Streams
-from h2t.pipeline.heads.features import FeatureReader
-from h2t.pipeline.heads.host import Context
-from h2t.pipeline.heads.residency import Choice, Feed
+from h2t.pipeline.heads.residency import Feed
 from h2t.pipeline.heads.setting import HeadSetting, Optimiser
 from h2t.pipeline.heads.stack import Stack
-from h2t.pipeline.heads.stored import HeadParts, build_head
-from h2t.pipeline.networks.classifier import global_average
-from h2t.pipeline.networks.trained import StageOneHead
-
-RATIOS = [round(0.1 * i, 1) for i in range(11)]
-SEEDS = [0, 1, 2, 3, 4]
-BATCH = 128
+from h2t.pipeline.project.stacks import BATCH, feed_of, settings, stack_on, streams_of
 
 
 class Training:
     """One epoch of `steps` steps of any heads, on one cache in memory."""
 
-    def __init__(self, cache: Path, classes: int, device: torch.device) -> None:
+    def __init__(self, cache: Path, device: torch.device) -> None:
         self.device = device
         self.cache = cache
-        self.classes = classes
         self._feeds: dict[tuple[int, ...], Feed] = {}
 
     def feed(self, seeds: tuple[int, ...]) -> Feed:
         """Features in memory and the batches of `seeds`; made once."""
         if seeds not in self._feeds:
             with open_cache(self.cache) as cache:
-                names = [str(i) for i in range(self.classes)]
-                streams = Streams(cache.rows, names, "stage1", {"instance": "stage1"}, seeds, BATCH)
-                reader = FeatureReader(cache, global_average)
-                choice = Choice("device", "benchmark")
-                self._feeds[seeds] = Feed(streams, reader, choice, 2**33, self.device, lambda line: None)
+                self._feeds[seeds] = feed_of(streams_of(cache, seeds), cache, "device", self.device)
         return self._feeds[seeds]
 
     def run(self, heads: list[HeadSetting]) -> Stack:
         """Trains `heads` together."""
-        feed = self.feed(tuple(sorted({h.seed for h in heads})))
-        context = Context(torch.from_numpy(feed.streams.index.counts), feed.shape[0], 1)
-        head = build_head(HeadParts("dr", {}, "linear", 1.0, "gap", {}, "hosts.bench"), context)
-        draws = torch.Generator().manual_seed(0)
-        state = {
-            "weight": 0.1 * torch.randn(1, context.classes, context.channels, generator=draws),
-            "bias": torch.zeros(1, context.classes),
-        }
-        stack = Stack(head, heads, feed)
-        stack.start(StageOneHead(state, "linear", 1.0))
+        stack = stack_on(self.feed(tuple(sorted({h.seed for h in heads}))), heads)
         stack.train(Optimiser(epochs=1), "bench", lambda epoch, losses: None)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
@@ -117,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.set_num_threads(options.threads)
     if options.tiny:
         options.steps, options.rounds = 2, 2
-    heads = [HeadSetting(r, "instance", "random", s) for r in RATIOS for s in SEEDS]
+    heads = settings()
     if options.tiny:
         heads = heads[::9]
     device = choose(options.device)
@@ -130,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows = -(-options.steps * BATCH * 20 // 19) + 1
         if not (folder / "cache.json").is_file():
             write_synthetic(folder, rows, (options.channels, 1, 1), classes=options.classes)
-        training = Training(folder, options.classes, device)
+        training = Training(folder, device)
         timings = bench(training, heads, options.rounds)
         distance = agreement(training, heads)
         steps = training.feed((0,)).streams.steps

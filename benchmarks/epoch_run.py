@@ -17,32 +17,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from benchmarks.measure import own_memory
-from h2t.cache.reader import Cache, open_cache
-from h2t.pipeline.base.run import silent
-from h2t.pipeline.heads.batches import Streams
+from h2t.cache.reader import open_cache
 from h2t.pipeline.heads.descent import Descent
-from h2t.pipeline.heads.features import FeatureReader
 from h2t.pipeline.heads.fusion import replaced_channels
-from h2t.pipeline.heads.host import Context
-from h2t.pipeline.heads.residency import Choice, Feed
-from h2t.pipeline.heads.setting import HeadSetting
-from h2t.pipeline.heads.stack import Stack
-from h2t.pipeline.heads.stored import HeadParts, build_head
-from h2t.pipeline.networks.trained import StageOneHead
+from h2t.pipeline.project.stacks import feed_of, settings, stack_on, streams_of
 
-CPU = torch.device("cpu")
 WAYS = ("stream", "read", "bare")
 BLOCK = 8 * 2**20  # bytes of a plain read
-HEADS = [HeadSetting(0.0, "instance", "random", 0), HeadSetting(0.3, "instance", "random", 0)]
-BATCH = 128
-
-
-def streams_of(cache: Cache) -> Streams:
-    names = [str(label) for label in sorted(set(cache.rows["label"].to_pylist()))]
-    return Streams(cache.rows, names, "stage1", {"instance": "stage1"}, [0], BATCH)
+HEADS = settings([0.0, 0.3], [0])
 
 
 def bare(path: str) -> dict[str, Any]:
@@ -62,28 +45,20 @@ def run(way: Literal["stream", "read"], path: str, budget: int, steps: int | Non
         import_module("torch._dynamo")  # torch.func loads it at its first use: a cost of importing, whatever the data
     baseline = own_memory("VmRSS")
     with open_cache(path) as cache:
-        streams = streams_of(cache)
+        streams = streams_of(cache, [0])
         total = streams.steps
         count = min(steps or total, total)
         started = time.perf_counter()
-        reader = FeatureReader(cache, None)
-        feed = Feed(streams, reader, Choice("stream", "asked"), budget, CPU, silent)
+        feed = feed_of(streams, cache, "stream", pooled=False, budget=budget)
         prepared = time.perf_counter() - started
-        channels = cache.spec.maps[0][0]
-        context = Context(torch.from_numpy(streams.index.counts), channels, cache.experts)
-        draws = torch.Generator().manual_seed(0)
-        weight = torch.randn(cache.experts, context.classes, channels, generator=draws) * 0.1
-        stage1 = StageOneHead({"weight": weight, "bias": torch.zeros(cache.experts, context.classes)}, "linear", 1.0)
-        head = build_head(HeadParts("dr", {}, "linear", 1.0, "gap", {}, "hosts.dr"), context)
-        stack = Stack(head, HEADS, feed)
-        stack.start(stage1)
+        stack = stack_on(feed, HEADS)
         descent = Descent(stack.state, {}, momentum=0.9, weight_decay=5e-4)
         started = time.perf_counter()
         for at in itertools.islice(feed.steps(1, draw=stack.draw), count):
             if way != "read":
                 stack.step(at, descent, 0.02)
         seconds = time.perf_counter() - started
-        row_bytes, meter = cache.spec.row_bytes(), reader.meter
+        row_bytes, meter = cache.spec.row_bytes(), feed.meter
         used = sum(streams.batch(0, step).labels.size * 2 for step in range(count)) * row_bytes
         weights = sha256(b"".join(t.detach().numpy().tobytes() for _, t in sorted(stack.state.items())))
         return {
@@ -101,7 +76,7 @@ def run(way: Literal["stream", "read"], path: str, budget: int, steps: int | Non
             "hit_rate": meter.hit_rate,
             "expected_hit_rate": feed.expected_hit_rate,
             "weights": weights.hexdigest(),
-            "replaced": [replaced_channels(head.ratio, channels, "floor") for head in HEADS],
+            "replaced": [replaced_channels(head.ratio, cache.spec.maps[0][0], "floor") for head in HEADS],
         }
 
 

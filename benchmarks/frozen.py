@@ -28,8 +28,7 @@ from threadpoolctl import threadpool_limits
 
 from benchmarks import plain_frozen
 from benchmarks.frozen_results import FIGURES, JOURNEY, lines_of, shown
-from benchmarks.measure import RESULTS, machine, save
-from h2t.cache.errors import CacheError
+from benchmarks.measure import RESULTS, errors_in_one_line, machine, save, timed
 from h2t.cache.reader import Cache, open_cache
 from h2t.pipeline.base import device as devices
 from h2t.pipeline.base import params, plugins
@@ -39,7 +38,7 @@ from h2t.pipeline.base.run import Run
 from h2t.pipeline.data.classes import groups
 from h2t.pipeline.data.samples import Samples, load_samples
 from h2t.pipeline.evaluation.intervals import differences
-from h2t.pipeline.evaluation.metrics import Answers, group_accuracy, per_class_accuracy
+from h2t.pipeline.evaluation.metrics import Answers, main_figures
 from h2t.pipeline.evaluation.scoring import load_heads_for, score_heads, score_stage1
 from h2t.pipeline.heads.batches import sample_rows
 from h2t.pipeline.heads.features import FeatureReader
@@ -52,15 +51,8 @@ from h2t.pipeline.networks.weights import load_checkpoint
 from h2t.pipeline.stages import extract, pool, prepare, probe, train_backbone, train_classifier
 
 SPLITS = ("val", "test")
-PENALTIES = [
-    1e-6,
-    1e-5,
-    1e-4,
-    1e-3,
-    1e-2,
-    1e-1,
-    1.0,
-]  # l2 of probe and logistic regression; scikit-learn's C is 1 / (l2 n)
+#: l2 of probe and logistic regression; scikit-learn's C is 1 / (l2 n).
+PENALTIES = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0]
 TAUS = [0.25, 0.5, 0.75, 1.0, 1.5]
 #: Fitted host -> the constant of its loss that is tuned, and its values.
 TUNED: dict[str, tuple[str, list[Any]]] = {
@@ -70,8 +62,6 @@ TUNED: dict[str, tuple[str, list[Any]]] = {
     "tau_norm": ("tau", TAUS),
 }
 RATES = [0.02, 0.1, 0.5, 0.004, 2.0]  # learning rates of the other hosts; all hosts are trained at the first one first
-RATIOS = [0.0, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
-SEEDS = [0, 1, 2, 3, 4]
 
 
 @dataclass(frozen=True)
@@ -82,8 +72,8 @@ class Size:
     pixels: int
     imbalance: float = 100.0
     per_class: int = 100
-    ratios: Sequence[float] = tuple(RATIOS)
-    seeds: Sequence[int] = tuple(SEEDS)
+    ratios: Sequence[float] = (0.0, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    seeds: Sequence[int] = (0, 1, 2, 3, 4)
     rates: Sequence[float] = tuple(RATES)
     penalties: Sequence[float] = tuple(PENALTIES)
     epochs: int = 10
@@ -106,9 +96,8 @@ class Journal:
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
-        clock, used = time.perf_counter(), time.process_time()
-        yield
-        cost = {"seconds": time.perf_counter() - clock, "cpu": time.process_time() - used}
+        with timed() as cost:
+            yield
         self.body["costs"][name] = {k: round(v, 3) for k, v in cost.items()}
         self.save()
         print(f"{time.perf_counter() - self.started:7.1f} s  {name}: {cost['seconds']:.1f} s", flush=True)
@@ -284,11 +273,6 @@ class Study:
             mine = [line["number"] for line in table if line["ratio"] == ratio]
             self._note(name, value, ratio, {s: ([of.said[n] for n in mine], of.labels) for s, of in scored.items()})
 
-    def _figures(self, said: Answers, labels: np.ndarray) -> dict[str, float | None]:
-        """Of `FIGURES`, in percent."""
-        accuracy = per_class_accuracy(labels, said.guesses, len(self.group_of))
-        return {"top1": 100 * float((said.guesses == labels).mean()), **group_accuracy(accuracy, self.group_of)}
-
     def _note(
         self, method: str, value: Any, ratio: float, said: Mapping[str, tuple[Sequence[Answers], np.ndarray]]
     ) -> float:
@@ -296,7 +280,9 @@ class Study:
 
         `said`: split -> predictions of each seed's classifier, and labels.
         """
-        found = {split: [self._figures(one, labels) for one in of] for split, (of, labels) in said.items()}
+        found = {
+            split: [main_figures(one, labels, self.group_of) for one in of] for split, (of, labels) in said.items()
+        }
         known = [k for k in FIGURES if found["test"][0][k] is not None]
         val = [f["top1"] or 0.0 for f in found["val"]]
         of, self.labels = said["test"]
@@ -409,16 +395,13 @@ def main(given: Sequence[str] | None = None) -> None:
     body |= {"ratios": list(size.ratios), "seeds": list(size.seeds), "costs": {}, "failed": {}, "tried": []}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
-    with tempfile.TemporaryDirectory() as scratch, threadpool_limits(options.threads):
+    with errors_in_one_line(), tempfile.TemporaryDirectory() as scratch, threadpool_limits(options.threads):
         data = options.data or Path(scratch)
         data.mkdir(parents=True, exist_ok=True)
         journal = Journal(options.out, body, 60 * options.minutes)
-        try:
-            chosen = devices.choose(options.device)
-            body["device"] = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else "cpu"
-            Study(size, options.weights, options.parquet, data.resolve(), journal).run(options.hosts)
-        except (UserError, CacheError) as error:
-            raise SystemExit(f"error: {error}") from None
+        chosen = devices.choose(options.device)
+        body["device"] = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else "cpu"
+        Study(size, options.weights, options.parquet, data.resolve(), journal).run(options.hosts)
     print(shown(body))
 
 

@@ -95,11 +95,12 @@ def _images(body: Mapping[str, Any]) -> str:
 def _journey_table(body: Mapping[str, Any]) -> str:
     ours, plain = body["journey"], body["plain"]
     fits = plain["fits"]
+    before = sum(cost["cpu"] for name, cost in ours["steps"].items() if name.partition(" ")[0] not in JOURNEY)
     done = "" if fits["done"] == fits["wanted"] else f", from {fits['done']} that were fitted"
     return table(
         ["from images to classifiers", "classifiers", "CPU s", "of these before the first classifier"],
         [
-            ["h2t", str(ours["heads"]), f"{ours['cpu']:.0f}", f"{_before(ours['steps']):.0f}"],
+            ["h2t", str(ours["heads"]), f"{ours['cpu']:.0f}", f"{before:.0f}"],
             [
                 "the network by hand, scikit-learn",
                 f"{fits['wanted']}{done}",
@@ -108,11 +109,6 @@ def _journey_table(body: Mapping[str, Any]) -> str:
             ],
         ],
     )
-
-
-def _before(steps: Mapping[str, Mapping[str, float]]) -> float:
-    """Processor seconds of the steps before the hosts."""
-    return sum(cost["cpu"] for name, cost in steps.items() if name.partition(" ")[0] not in JOURNEY)
 
 
 def _difference(found: Mapping[str, Any] | None) -> str:

@@ -11,7 +11,6 @@ Writes benchmarks/results/gain.json: `lines`, one for each of the four settings 
 """
 
 import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,12 @@ import torch
 
 from benchmarks.measure import RESULTS, save
 from benchmarks.pictures import gain_picture
-from benchmarks.tables import REPORTED, SHORT, table
+from benchmarks.tables import REPORTED, SHORT
 from h2t.cache.reader import open_cache
+from h2t.pipeline.base.text import markdown
 from h2t.pipeline.data.classes import groups
 from h2t.pipeline.evaluation.intervals import Difference, differences
-from h2t.pipeline.evaluation.metrics import Graded, summary
+from h2t.pipeline.evaluation.metrics import Graded, summaries
 from h2t.pipeline.evaluation.scoring import load_heads_for, score_heads
 
 STATISTICS = ("balanced", "mixture")
@@ -56,7 +56,7 @@ def measured(cache_dir: Path, heads_dir: Path, backbone_dir: Path) -> dict[str, 
             said.setdefault((head["ratio"], name), []).append(scores[name].said[head["number"]])
     lines = []
     for (ratio, name), label in LABELS.items():
-        figures = [summary(one, labels, group_of) for one in said[ratio, name]]
+        figures = summaries(said[ratio, name], labels, group_of)
         means = {f: float(np.mean([s[f] for s in figures])) for f in SHORT}
         lines.append({"label": label, "ratio": ratio, "statistics": name, "seeds": len(figures), **means})
     apart = {k: differences(said[after], said[before], labels, group_of) for k, (after, before) in STEPS.items()}
@@ -80,12 +80,11 @@ def shown(record: Mapping[str, Any]) -> str:
     ]
     apart = [[step, *(figures[f].text for f in SHORT)] for step, figures in apart_of(record).items()]
     return "\n\n".join(
-        [table(["classifiers", "ratio", "scored under", *SHORT], lines), table(["difference", *SHORT], apart)]
+        [markdown(["classifiers", "ratio", "scored under", *SHORT], lines), markdown(["difference", *SHORT], apart)]
     )
 
 
 def main() -> None:
-    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--out", type=Path, default=RESULTS / "gain.json")
@@ -94,7 +93,7 @@ def main() -> None:
     heads = given.data / "analyses" / "hosts" / "train_classifier" / "dr"
     record = measured(given.data / "extract" / "ce_mixup", heads, given.data / "train_backbone" / "ce_mixup")
     save(given.out, record)
-    given.picture.write_text(gain_picture(apart_of(json.loads(given.out.read_text()))), encoding="utf-8")
+    given.picture.write_text(gain_picture(apart_of(record)), encoding="utf-8")
     print(shown(record))
 
 

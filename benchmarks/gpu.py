@@ -30,20 +30,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.bench_stack import RATIOS, SEEDS
-from benchmarks.measure import RESULTS, machine, save
+from benchmarks.measure import RESULTS, errors_in_one_line, machine, save
 from benchmarks.synthetic import write_synthetic
 from h2t.cache.reader import open_cache
 from h2t.pipeline.base import device as devices
 from h2t.pipeline.base.errors import UserError
-from h2t.pipeline.heads.batches import Streams
-from h2t.pipeline.heads.features import FeatureReader
-from h2t.pipeline.heads.host import Context
-from h2t.pipeline.heads.residency import Choice, Feed
-from h2t.pipeline.heads.setting import HeadSetting, Optimiser
-from h2t.pipeline.heads.stack import Stack
-from h2t.pipeline.heads.stored import HeadParts, build_head
-from h2t.pipeline.networks.trained import StageOneHead
+from h2t.pipeline.heads.setting import Optimiser
+from h2t.pipeline.project.stacks import RATIOS, SEEDS, feed_of, settings, stack_on, streams_of
 
 ROOT = Path(__file__).parent.parent
 TRAIN_IMAGES = 115_846  # of ImageNet-LT
@@ -142,12 +135,7 @@ def table6(at: Setting) -> dict[str, Any]:
 
 
 PIECES: dict[str, Callable[[Setting], dict[str, Any]]] = {
-    "tests": tests,
-    "extract": extract,
-    "stack": stack,
-    "stage2": stage2,
-    "maps": maps,
-    "table6": table6,
+    piece.__name__: piece for piece in (tests, extract, stack, stage2, maps, table6)
 }
 
 
@@ -160,21 +148,12 @@ def heads_on(
     if not (folder / "cache.json").is_file():
         write_synthetic(folder, rows, shape, classes=classes)
     few = at.tiny or pool != "gap"
-    heads = [
-        HeadSetting(r, "instance", "random", s)
-        for r in ([0.0, 0.3] if few else RATIOS)
-        for s in SEEDS[: 2 if few else 5]
-    ]
+    ratios, seeds = ([0.0, 0.3], SEEDS[:2]) if few else (RATIOS, SEEDS)
     with open_cache(folder) as cache:
-        seeds = sorted({h.seed for h in heads})
-        streams = Streams(cache.rows, [str(j) for j in range(classes)], "stage1", {"instance": "stage1"}, seeds, 128)
-        context = Context(torch.from_numpy(streams.index.counts), shape[0], 1, shape[1] * shape[2])
-        head = build_head(HeadParts("dr", {}, "linear", 1.0, pool, {}, "hosts.gpu"), context)
-        reader = FeatureReader(cache, (lambda m: head.pool({}, m)) if head.pool.commutes else None)
-        feed = Feed(streams, reader, Choice("device", "gpu"), 2**34, chosen, lambda line: None)
-    state = {"weight": torch.zeros(1, classes, shape[0]), "bias": torch.zeros(1, classes)}
-    trained = Stack(head, heads, feed)
-    trained.start(StageOneHead(state, "linear", 1.0))
+        streams = streams_of(cache, seeds)
+        feed = feed_of(streams, cache, "device", chosen, pooled=pool == "gap")
+    heads = settings(ratios, seeds)
+    trained = stack_on(feed, heads, pool)
     started = time.perf_counter()
     trained.train(Optimiser(epochs=epochs), name, lambda epoch, losses: None)
     finite = all(bool(t.isfinite().all()) for t in trained.state.values())  # waits for the device
@@ -213,7 +192,6 @@ def missing(pieces: list[str]) -> dict[str, list[str]]:
 
 
 def main(given: list[str] | None = None) -> None:
-    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pieces", nargs="*", metavar="PIECE", help=f"by default all: {', '.join(PIECES)}")
     parser.add_argument("--device", default="cuda")
@@ -230,10 +208,8 @@ def main(given: list[str] | None = None) -> None:
     if lacking:
         each = "; ".join(f"{piece} needs {', '.join(modules)}" for piece, modules in lacking.items())
         raise SystemExit(f"error: packages are missing: {each}; run make, or install them with pip")
-    try:
+    with errors_in_one_line():
         chosen = devices.choose(options.device)
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
     name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else "cpu"
     failed = []
     with tempfile.TemporaryDirectory() as scratch:

@@ -16,6 +16,7 @@ from scipy.special import ndtr, ndtri
 
 from benchmarks import measure
 from benchmarks.intervals import CLASSES, GROUP_OF, Found, answered, tallied
+from h2t.pipeline.base.text import markdown
 from h2t.pipeline.evaluation.intervals import Difference, differences
 
 OUT = Path(__file__).parent / "results" / "image_groups.json"
@@ -130,7 +131,7 @@ def coverage(case: Case, sets: int, rng: np.random.Generator) -> dict[str, dict[
 
 def table(found: Sequence[tuple[Case, dict[str, dict[str, Found]]]]) -> str:
     """One line per kind and number of seeds: coverage and wrong verdicts of top1 and tail, before and after."""
-    lines = ["| test images | seeds | top1, tail | wrong | top1, tail, by groups | wrong |", "| --- |" + " --- |" * 5]
+    lines = []
     for kind in KINDS:
         for seeds in (1, 3, 5):
             of_kind = [of for case, of in found if (case.kind, case.seeds) == (kind, seeds)]
@@ -139,8 +140,8 @@ def table(found: Sequence[tuple[Case, dict[str, dict[str, Found]]]]) -> str:
                 mine = [of[way][f] for of in of_kind for f in FIGURES[:2]]
                 shares = [f.everywhere for f in mine]
                 cells += [f"{min(shares):.1f} to {max(shares):.1f}", f"at most {max(f.wrong for f in mine):.1f}"]
-            lines.append(f"| {kind} | {seeds if seeds > 1 else 'none'} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            lines.append([kind, seeds if seeds > 1 else "none", *cells])
+    return markdown(["test images", "seeds", "top1, tail", "wrong", "top1, tail, by groups", "wrong"], lines)
 
 
 def main() -> int:

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from scipy.special import ndtr, ndtri
 
+from h2t.pipeline.base.text import markdown
 from h2t.pipeline.evaluation.intervals import (
     FEWEST_CHANGED,
     FEWEST_FOR_ECE,
@@ -169,9 +170,11 @@ def coverage(case: Case, sets: int, rng: np.random.Generator) -> dict[str, Found
             "tail": differs[:, tail].sum(1).mean() >= FEWEST_CHANGED,
             "ece": len(labels) >= FEWEST_FOR_ECE,
         }
-        found = _compared(right, confidence, labels)
+        before, after = (answered(r, c, labels) for r, c in zip(right, confidence, strict=True))
+        found = differences(after, before, labels, GROUP_OF)
         for figure, line in lines.items():
-            line.append((case.seeds >= FEWEST_SEEDS and bool(enough[figure]), found[figure]))
+            if (difference := found[figure]) is not None:
+                line.append((case.seeds >= FEWEST_SEEDS and bool(enough[figure]), difference))
     truth["ece"] = float(np.mean([found.mean for _, found in lines["ece"]]))
     return {figure: tallied(truth[figure], line) for figure, line in lines.items()}
 
@@ -243,12 +246,6 @@ def _data(case: Case, sets: int, rng: np.random.Generator) -> Iterator[tuple[np.
         yield from ((r, c, true) for r, c in zip(right, confidence, strict=True))
 
 
-def _compared(right: np.ndarray, confidence: np.ndarray, labels: np.ndarray) -> dict[str, Difference]:
-    """The second method minus the first, as evaluate compares them."""
-    said = [answered(r, c, labels) for r, c in zip(right, confidence, strict=True)]
-    return {name: found for name, found in differences(said[1], said[0], labels, GROUP_OF).items() if found}
-
-
 def tallied(true: float, lines: Sequence[tuple[bool, Difference]]) -> Found:
     judged = np.array([enough for enough, _ in lines])
     held = np.array([(d.low or 0) <= true <= (d.high or 0) for _, d in lines])
@@ -257,44 +254,26 @@ def tallied(true: float, lines: Sequence[tuple[bool, Difference]]) -> Found:
     return Found(true, int(judged.sum()), among, float(100 * held.mean()), float(100 * np.mean(wrong)))
 
 
-def table(found: dict[str, dict[str, Found]], sets: int) -> str:
-    """One line per number of seeds and images: the range of coverage over kinds and accuracies."""
-    lines = [
-        "| seeds | images a class | top1 | tail | ece | all of top1, tail | wrong verdicts |",
-        "| --- |" + " --- |" * 6,
-    ]
-    cases = {case.name: case for case in CASES}
-    for seeds, images in SIZES:
-        mine = [found[n] for n in found if (cases[n].seeds, cases[n].images) == (seeds, images)]
+def table(kinds: Sequence[Case], found: dict[str, dict[str, Found]], sets: int) -> str:
+    """One line per number of seeds (or replicates) and images: the range of coverage over kinds and accuracies."""
+    replicated = kinds[0].replicates > 1
+    figures = [figure for figure in ("top1", "tail", "ece") if figure in found[kinds[0].name]]
+    by_size: dict[tuple[int, int], list[dict[str, Found]]] = {}
+    for case in kinds:
+        size = (case.replicates if replicated else case.seeds, case.images)
+        by_size.setdefault(size, []).append(found[case.name])
+    lines = []
+    for size, mine in by_size.items():
         cells = []
-        for figure in ("top1", "tail", "ece"):
+        for figure in figures:
             # Fewer judged data sets say little: 100 have a standard error of 2 points.
-            shares = [f[figure].where_judged for f in mine if f[figure].judged >= sets / 2]
+            shares = [s for f in mine if f[figure].judged >= sets / 2 and (s := f[figure].where_judged) is not None]
             cells.append(f"{min(shares):.1f} to {max(shares):.1f}" if shares else "no verdict")
         least = min(f[figure].everywhere for f in mine for figure in ("top1", "tail"))
         wrong = max(f[figure].wrong for f in mine for figure in f)
-        lines.append(
-            f"| {seeds} | {images} | " + " | ".join(cells) + f" | at least {least:.1f} | at most {wrong:.1f} |"
-        )
-    return "\n".join(lines)
-
-
-def table_of_replicates(found: dict[str, dict[str, Found]], sets: int) -> str:
-    """One line per number of replicates and images: the range of coverage over kinds and accuracies."""
-    lines = ["| replicates | images a class | top1 | tail | all | wrong verdicts |", "| --- |" + " --- |" * 5]
-    cases = {case.name: case for case in REPLICATED_CASES}
-    for replicates, images in REPLICATED_SIZES:
-        mine = [found[n] for n in found if (cases[n].replicates, cases[n].images) == (replicates, images)]
-        cells = []
-        for figure in ("top1", "tail"):
-            shares = [s for f in mine if f[figure].judged >= sets / 2 and (s := f[figure].where_judged) is not None]
-            cells.append(f"{min(shares):.1f} to {max(shares):.1f}" if shares else "no verdict")
-        least = min(f[figure].everywhere for f in mine for figure in f)
-        wrong = max(f[figure].wrong for f in mine for figure in f)
-        lines.append(
-            f"| {replicates} | {images} | " + " | ".join(cells) + f" | at least {least:.1f} | at most {wrong:.1f} |"
-        )
-    return "\n".join(lines)
+        lines.append([*size, *cells, f"at least {least:.1f}", f"at most {wrong:.1f}"])
+    first, last = ("replicates", "all") if replicated else ("seeds", "all of top1, tail")
+    return markdown([first, "images a class", *figures, last, "wrong verdicts"], lines)
 
 
 def main() -> int:
@@ -312,7 +291,7 @@ def main() -> int:
         print(f"{number + 1} of {len(kinds)}: {case.name}", file=sys.stderr, flush=True)
     cases = [{**asdict(case), "found": {k: asdict(v) for k, v in found[case.name].items()}} for case in kinds]
     out.write_text(json.dumps({"sets": given.sets, "cases": cases}, indent=1) + "\n", encoding="utf-8")
-    print(table_of_replicates(found, given.sets) if given.replicates else table(found, given.sets))
+    print(table(kinds, found, given.sets))
     return 0
 
 

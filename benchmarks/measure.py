@@ -6,11 +6,16 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from h2t.cache.errors import CacheError
+from h2t.pipeline.base.clock import processor
+from h2t.pipeline.base.errors import UserError
 
 PACKAGES = ("numpy", "crc32c", "numcodecs", "zarr", "tensorstore", "h5py")
 RESULTS = Path(__file__).parent / "results"
@@ -38,19 +43,15 @@ class Timing:
     def median(self) -> float:
         return statistics.median(self.seconds)
 
-    def spread(self) -> tuple[float, float]:
-        """The 10th and 90th percentile; least and most where there are few rounds."""
-        return spread(self.seconds)
-
     def json(self) -> dict[str, Any]:
-        low, high = self.spread()
+        low, high = spread(self.seconds)
         cpu = statistics.median(self.cpu)
         body = {"median_s": self.median, "p10_s": low, "p90_s": high, "cpu_s": cpu, "rounds": len(self.seconds)}
         return {**body, "setting": self.setting} if self.setting else body
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
-    """The 10th and 90th percentile."""
+    """The 10th and 90th percentile; least and most where there are few."""
     ordered = sorted(values)
     edge = len(ordered) // 10
     return ordered[edge], ordered[-1 - edge]
@@ -119,6 +120,24 @@ def fastest(variants: Mapping[str, Callable[[], object]], rounds: int) -> tuple[
         return next(iter(variants)), {}
     medians = {name: timing.median for name, timing in alternate(variants, rounds).items()}
     return min(medians, key=lambda name: medians[name]), medians
+
+
+@contextmanager
+def timed() -> Iterator[dict[str, float]]:
+    """Holds, after the block, its `seconds` by the clock and of the processor (`cpu`), ended children included."""
+    spent: dict[str, float] = {}
+    started, used = time.perf_counter(), processor()
+    yield spent
+    spent |= {"seconds": time.perf_counter() - started, "cpu": processor() - used}
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Ends the program with one line for an error that its user can mend."""
+    try:
+        yield
+    except (UserError, CacheError) as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 def machine() -> dict[str, Any]:

@@ -34,6 +34,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
+from benchmarks.measure import timed
 from h2t.pipeline.base import device, params
 from h2t.pipeline.base.outputs import write_run_record
 from h2t.pipeline.base.seeds import stream
@@ -41,7 +42,7 @@ from h2t.pipeline.data.classes import class_index, groups
 from h2t.pipeline.data.images import Images
 from h2t.pipeline.data.resident_images import resident
 from h2t.pipeline.data.samples import Samples, load_samples
-from h2t.pipeline.evaluation.metrics import answers, summary
+from h2t.pipeline.evaluation.metrics import answers, summaries
 from h2t.pipeline.extraction.batchnorm import current
 from h2t.pipeline.heads.fusion import channel_ranks, replaced_channels
 from h2t.pipeline.networks.trained import load_backbone, load_head
@@ -59,17 +60,16 @@ class Clock:
 
     where: torch.device
 
-    seconds: dict[str, float] = field(default_factory=dict)
-    cpu: dict[str, float] = field(default_factory=dict)
+    spent: dict[str, dict[str, float]] = field(default_factory=lambda: {"seconds": {}, "cpu": {}})
 
     def __call__(self, part: str, work: Any) -> Any:
         """The result of `work()`, its time added to `part`."""
-        started, used = time.perf_counter(), time.process_time()
-        found = work()
-        if self.where.type == "cuda":
-            torch.cuda.synchronize(self.where)
-        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
-        self.cpu[part] = self.cpu.get(part, 0.0) + time.process_time() - used
+        with timed() as spent:
+            found = work()
+            if self.where.type == "cuda":
+                torch.cuda.synchronize(self.where)
+        for name, taken in spent.items():
+            self.spent[name][part] = self.spent[name].get(part, 0.0) + taken
         return found
 
 
@@ -178,11 +178,11 @@ def train(
         "frozen": frozen,
         "unaugmented": unaugmented,
         "steps": EPOCHS * -(-len(train_samples) // BATCH),
-        "figures": summary(answers(guesses, labels[test]), labels[test], groups(samples.counts)["paper_index"]),
+        "figures": summaries([answers(guesses, labels[test])], labels[test], groups(samples.counts)["paper_index"])[0],
         "loss": total / len(train_samples),
         "seconds": round(seconds, 2),
         "cpu": round(cpu, 2),
-        "parts": {"seconds": clock.seconds, "cpu": clock.cpu},
+        "parts": clock.spent,
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu",
         "state": {**{f"head.{k}": v.detach().cpu() for k, v in head.state_dict().items()}, **current(backbone)},
@@ -190,7 +190,6 @@ def train(
 
 
 def main() -> None:
-    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="its section prepare is read")

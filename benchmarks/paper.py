@@ -30,13 +30,13 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 
-from benchmarks.measure import save
-from h2t.cache.errors import CacheError
+from benchmarks.measure import errors_in_one_line, save
 from h2t.cache.reader import open_cache
 from h2t.pipeline.base import device, params
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import replace_file, write_run_record
 from h2t.pipeline.base.run import Run
+from h2t.pipeline.base.text import markdown
 from h2t.pipeline.command_line import presets
 from h2t.pipeline.data.samples import Samples, load_samples
 from h2t.pipeline.heads.residency import Residency
@@ -304,17 +304,14 @@ def merge(path: Path, entries: Sequence[Mapping[str, Any]]) -> None:
 
 def shown(entries: Sequence[Mapping[str, Any]]) -> str:
     """The entries beside the paper's figures, as a Markdown table."""
-    lines = [
-        "| row | stage I, epochs | top-1 | head | medium | tail | paper | difference |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    lines = []
     for e in entries:
         figures = ["–" if e[k] is None else f"{e[k]:.2f}" for k in FIGURES]
         published = e["published"]
         beside = ["–", "–"] if published is None else [f"{published:.2f}", f"{e['top1'] - published:+.2f}"]
         epochs = "?" if e["backbone_epochs"] is None else str(e["backbone_epochs"])
-        lines.append(f"| {' | '.join([e['row'], epochs, *figures, *beside])} |")
-    return "\n".join(lines)
+        lines.append([e["row"], epochs, *figures, *beside])
+    return markdown(["row", "stage I, epochs", "top-1", "head", "medium", "tail", "paper", "difference"], lines)
 
 
 def weights_of(texts: Sequence[str]) -> tuple[dict[str, str], dict[str, int | None]]:
@@ -331,7 +328,6 @@ def weights_of(texts: Sequence[str]) -> tuple[dict[str, str], dict[str, int | No
 
 
 def main() -> None:
-    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", help=f"one of {', '.join(TABLES)}")
     parser.add_argument("--only", nargs="+", default=[], metavar="BACKBONE", help="these backbones and their hosts")
@@ -342,7 +338,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any other parameter")
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
-    try:
+    with errors_in_one_line():
         files, told = weights_of(given.weights)
         values = parameters(given.table, given.only, given.images, given.parquet, files, given.set)
         trained = {n: params.build(train_backbone.Params, f"backbones.{n}", b) for n, b in values["backbones"].items()}
@@ -350,8 +346,6 @@ def main() -> None:
         entries = Reproduction(given.table, values, given.data / given.table, epochs).run(given.out)
         if given.table in PUBLISHED:
             print(shown(entries))
-    except (UserError, CacheError) as error:
-        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Mapping
-from typing import Any
 
 import matplotlib as mpl
 import pandas as pd
@@ -22,30 +21,24 @@ def svg(figure: Figure) -> str:
     return text[text.index("<svg") :]
 
 
-def _panels(count: int) -> tuple[Figure, list[Any]]:
-    """A figure with `count` axes of accuracy, at most three in a row."""
-    columns = min(count, 3)
-    lines = -(-count // columns)
+def ratio_picture(curves: pd.DataFrame) -> str:
+    """Accuracy against the ratio: one panel per host, one line per class group, bands of ± 1 std over seeds.
+
+    At most three panels are in a row.
+    `curves` has the columns of `results.ratio_curve`.
+    """
+    hosts = list(dict.fromkeys(curves.host))
+    columns = min(len(hosts), 3)
+    lines = -(-len(hosts) // columns)
     figure = Figure(figsize=(5.2 * columns, 3.6 * lines), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False).flatten().tolist()
-    for unused in axes[count:]:
+    for unused in axes[len(hosts) :]:
         unused.set_visible(False)
-    for axis in axes[:count]:
+    for host, axis in zip(hosts, axes, strict=False):
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="#dddddd", linewidth=0.6)
         axis.set_ylim(0, 102)
         axis.set_ylabel("test accuracy (%)")
-    return figure, axes[:count]
-
-
-def ratio_picture(curves: pd.DataFrame) -> str:
-    """Accuracy against the ratio: one panel per host, one line per class group, bands of ± 1 std over seeds.
-
-    `curves` has the columns of `results.ratio_curve`.
-    """
-    hosts = list(dict.fromkeys(curves.host))
-    figure, axes = _panels(len(hosts))
-    for host, axis in zip(hosts, axes, strict=True):
         for group, colour in COLOURS.items():
             line = curves[(curves.host == host) & (curves.group == group)].sort_values("ratio")
             if line.accuracy.isna().all():

@@ -10,39 +10,38 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from benchmarks import arena, frozen_results
-from benchmarks.measure import RESULTS, save
+from benchmarks import frozen_results
+from benchmarks.arena import table as arena_table
+from benchmarks.measure import RESULTS, errors_in_one_line, save
 from benchmarks.online_results import BOUNDS, Online, bounds_table, load_online, recipes_lines, record
 from benchmarks.pictures import ratio_picture
 from benchmarks.tables import (
-    DONORS,
     RECIPES,
     REPORTED,
-    SELECTIONS,
-    SHORT,
     VIEWS,
     Analysis,
-    fusion_table,
+    common_places,
     guesses_table,
     hosts_table,
     labelled,
     load_analysis,
     parts_table,
+    peers_table,
     ratio_table,
-    ratios_table,
-    seeds_table,
-    table,
     variant_table,
 )
 from h2t.pipeline.base import params
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.text import markdown
 from h2t.pipeline.reporting.files import difference_table, markdown_table, run_records
 from h2t.pipeline.reporting.published import different_runs
 from h2t.pipeline.reporting.results import load_result, ratio_curve
 
+ARENAS = ("arena", *(f"arena-{cache}" for cache in ("stage1", "maps", "imagenet", "imagenet-96", "imagenet-maps")))
 BESIDE_ONLINE = ("figure", "online", "ours", "ours - online", "bound", "the 95 % interval lies")
 
 
@@ -50,10 +49,10 @@ def online_tables(online: Online, ours: dict[str, pd.DataFrame]) -> dict[str, st
     """Places of the section on the published way: the bounds, and every recipe (heads by its label) against it."""
     return {
         **{
-            f"online {words}": table(BESIDE_ONLINE, bounds_table(online, ours[f"branchwise, {words}"]))
+            f"online {words}": markdown(BESIDE_ONLINE, bounds_table(online, ours[f"branchwise, {words}"]))
             for words in VIEWS
         },
-        "online recipes": table(["recipe", *(f"{f}, ours - online" for f in BOUNDS)], recipes_lines(online, ours)),
+        "online recipes": markdown(["recipe", *(f"{f}, ours - online" for f in BOUNDS)], recipes_lines(online, ours)),
         "online made": online.made,
     }
 
@@ -91,35 +90,23 @@ def digits_text(data: Path) -> str:
     return "\n\n".join([markdown_table(results), "With H2T minus without:", difference_table(results), made])
 
 
-def frozen_text(path: Path) -> str:
-    """The tables of a frozen network with ImageNet weights, if it was run."""
-    return frozen_results.shown(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else "Not run yet."
+def recorded(name: str) -> Any:
+    """What a benchmark left in benchmarks/results."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def peers_text(path: Path) -> str:
-    """The table of `bench_peers` and how busy the machine was, if it was run."""
-    if not path.is_file():
-        return "Not run yet."
-    body = json.loads(path.read_text(encoding="utf-8"))
-    contestants, about = body["contestants"], body["machine"]
-    columns = ["contestant", "processor s", "times ours", "s by the clock", "times ours", "mean top-1", "best top-1"]
-    ours = contestants["ours"]
-    lines = []
-    for name, found in sorted(contestants.items(), key=lambda item: item[1]["cpu"]):
-        spent = [f"{found[clock] / by:.1f}" for clock in ("cpu", "seconds") for by in (1, ours[clock])]
-        lines.append([name, *spent, *(f"{found[figure]:.2f}" for figure in ("mean_top1", "best_top1"))])
+def peers_text(body: Mapping[str, Any]) -> str:
+    """The table of `bench_peers` and how busy the machine was."""
+    about = body["machine"]
     made = (
         f"`python -m benchmarks.bench_peers`; {body['samples']:,} samples, {body['channels']} channels; "
         f"{about['cores']} cores, load average {about['load_before']:.0f} before, {body['load_after']:.0f} after."
     )
-    return "\n\n".join([table(columns, lines), made])
+    return "\n\n".join([peers_table(body["contestants"]), made])
 
 
-def grid_now(path: Path, online: Online) -> str:
-    """How long `bench_peers` takes for the grid, and how many times as long the published way takes, if it was run."""
-    if not path.is_file():
-        return "Not run again yet."
-    grid = json.loads(path.read_text(encoding="utf-8"))["grid"]
+def grid_now(grid: Mapping[str, Any], online: Online) -> str:
+    """How long `bench_peers` takes for the grid, and how many times as long the published way takes."""
     cpu = (grid["twice"] + grid["once"] / 2) * online.median("cpu")
     return (
         f"Stage II has become faster since: `python -m benchmarks.bench_peers` trains the same {grid['classifiers']} "
@@ -128,18 +115,12 @@ def grid_now(path: Path, online: Online) -> str:
     )
 
 
-def journey_text(path: Path) -> str:
-    """The journey from images to classifiers on a CPU beside a plain script, if it was run."""
-    return frozen_results.journey(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else "Not run yet."
-
-
-def arena_text(path: Path) -> str:
+def arena_text(body: Mapping[str, Any]) -> str:
     """The arena's table, the methods that the cache cannot serve, and what all of it cost."""
-    body = json.loads(path.read_text(encoding="utf-8"))
     cost = {line["method"]: line["cpu_seconds"] for line in body["lines"]}
     left_out = "; ".join(f"`{name}` ({why.split(': ', 1)[1].split(';')[0]})" for name, why in body["left_out"].items())
     return (
-        f"{arena.table(body['lines'])}\n\nLeft out: {left_out or 'none'}.\n\n"
+        f"{arena_table(body['lines'])}\n\nLeft out: {left_out or 'none'}.\n\n"
         f"{len(cost)} methods: {sum(cost.values()) / 60:.1f} CPU minutes of training, tuning and evaluation."
     )
 
@@ -147,51 +128,32 @@ def arena_text(path: Path) -> str:
 def document(data: Path, digits: Path, template: str) -> str:
     """The text of docs/results.md: `template` with its {{places}} filled from what `data` and `digits` hold."""
     found = {p.name: load_analysis(p) for p in sorted((data / "analyses").iterdir()) if p.is_dir()}
-    ratio, donors, selection, controls = (found[n] for n in ("ratio", "donors", "selection", "controls"))
+    ratio = found["ratio"]
     recipes = labelled(ratio, found["views"])
-    online = load_online(data, REPORTED)
-    places = {f"{n} made": a.made for n, a in found.items()}
-    places |= {
+    online, peers = load_online(data, REPORTED), recorded("peers")
+    places = {
+        **common_places(found, recipes),
         "stage I": f"{ratio['stage1'].metrics['stage1']['top1']:.2f}",
         "cache": cache_text(data / "runs" / "extract"),
         "ratio table": markdown_table(list(recipes.values())),
-        "fusion": fusion_table(recipes),
         "parts": parts_table(ratio),
         "guesses": guesses_table({n: r for n, r in recipes.items() if n.endswith("1 view")}),
-        "seeds": seeds_table(controls),
-        "controls branchwise 1": variant_table(controls["branchwise"], 1.0, {}, ""),
-        "donors reverse": variant_table(
-            donors["branchwise_reverse"], REPORTED, DONORS, "paper, CIFAR-100: head / med / tail / all"
-        ),
-        "hosts table": markdown_table(found["hosts"].results),
-        "hosts differences": difference_table(found["hosts"].results),
+        "controls branchwise 1": variant_table(found["controls"]["branchwise"], 1.0, {}, ""),
         "hosts apart": hosts_table(found["hosts"]),
-        "pooling table": markdown_table(found["pooling"].results),
-        "pooling differences": difference_table(found["pooling"].results),
         "grid text": grid_text(found["grid"], online),
-        "grid now": grid_now(RESULTS / "peers.json", online),
-        "peers": peers_text(RESULTS / "peers.json"),
+        "grid now": grid_now(peers["grid"], online),
+        "peers": peers_text(peers),
         "grid donors": variant_table(found["grid"]["grid"], REPORTED, {}, ""),
         "digits": digits_text(digits),
-        "arena": arena_text(RESULTS / "arena.json"),
-        "arena stage1": arena_text(RESULTS / "arena-stage1.json"),
-        "arena maps": arena_text(RESULTS / "arena-maps.json"),
-        "arena imagenet": arena_text(RESULTS / "arena-imagenet.json"),
-        "arena imagenet 96": arena_text(RESULTS / "arena-imagenet-96.json"),
-        "arena imagenet maps": arena_text(RESULTS / "arena-imagenet-maps.json"),
-        "frozen": frozen_text(RESULTS / "frozen.json"),
-        "journey": journey_text(RESULTS / "journey.json"),
+        "frozen": frozen_results.shown(recorded("frozen")),
+        "journey": frozen_results.journey(recorded("journey")),
         **online_tables(online, {label: r.at(online.ratio) for label, r in recipes.items()}),
     }
-    places |= {f"ratios {f}": ratios_table(recipes, f) for f in SHORT}
-    for recipe in RECIPES:
-        places[f"ratio {recipe}"] = ratio_table(ratio[recipe])
-    for recipe in ("branchwise", "stage1"):
-        places[f"donors {recipe}"] = variant_table(
-            donors[recipe], REPORTED, DONORS, "paper, CIFAR-100: head / med / tail / all"
-        )
-        places[f"selection {recipe}"] = variant_table(selection[recipe], REPORTED, SELECTIONS, "paper, CIFAR-100: all")
-        places[f"controls {recipe}"] = variant_table(controls[recipe], REPORTED, {}, "")
+    for name in ("hosts", "pooling"):
+        results = found[name].results
+        places |= {f"{name} table": markdown_table(results), f"{name} differences": difference_table(results)}
+    places |= {f"ratio {recipe}": ratio_table(ratio[recipe]) for recipe in RECIPES}
+    places |= {arena.replace("-", " "): arena_text(recorded(arena)) for arena in ARENAS}
     return filled(template, places)
 
 
@@ -212,11 +174,10 @@ def cache_text(runs: Path) -> str:
         run = json.loads(path.read_text(encoding="utf-8"))
         size = f"{run['value_bytes'] / 1e6:.0f} MB"
         lines.append([f"`{path.stem}`", f"{run['rows']:,}", size, f"{run['seconds']:.0f}", run["commit"]])
-    return table(["cache", "rows", "values", "seconds, shared with other work", "commit"], lines)
+    return markdown(["cache", "rows", "values", "seconds, shared with other work", "commit"], lines)
 
 
 def main() -> None:
-    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("cifar"), help="analyses and online runs on CIFAR-10-LT")
     parser.add_argument("--digits", type=Path, default=Path("data/table/digits"), help="what make table wrote")
@@ -224,10 +185,8 @@ def main() -> None:
     parser.add_argument("--record", type=Path, default=RESULTS / "online.json")
     given = parser.parse_args()
     template = (Path(__file__).parent / "results.md").read_text(encoding="utf-8")
-    try:
+    with errors_in_one_line():
         (given.out / "results.md").write_text(document(given.data, given.digits, template), encoding="utf-8")
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
     ratio, views = (load_analysis(given.data / "analyses" / name) for name in ("ratio", "views"))
     recipes = labelled(ratio, views)
     save(given.record, record(load_online(given.data, REPORTED), {n: r.at(REPORTED) for n, r in recipes.items()}))

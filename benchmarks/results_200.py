@@ -13,26 +13,20 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmarks.measure import RESULTS, save
+from benchmarks.measure import RESULTS, errors_in_one_line, save
 from benchmarks.online_results import Online, bounds_table, load_online, record
 from benchmarks.results import BESIDE_ONLINE, filled
 from benchmarks.tables import (
-    DONORS,
     RECIPES,
     REPORTED,
-    SELECTIONS,
     SHORT,
     Analysis,
     cell,
-    fusion_table,
+    common_places,
     guesses_table,
     load_analysis,
-    ratios_table,
-    seeds_table,
-    table,
-    variant_table,
 )
-from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.text import markdown
 from h2t.pipeline.reporting.files import text_of
 from h2t.pipeline.reporting.results import HostResult, rows_apart, with_against_without
 
@@ -47,7 +41,7 @@ def hosts_table(hosts: Analysis) -> str:
         told = [text_of(apart[f]) if apart else "–" for f in ("top1", "tail")]
         lines.append([result.name, result.statistics, *cells[:2], told[0], *cells[2:], told[1]])
     figures = [f"{f}{word}" for f in ("top1", "tail") for word in ("", " with H2T", ", with minus without")]
-    return table(["host", "test images under", *figures], lines)
+    return markdown(["host", "test images under", *figures], lines)
 
 
 def against_table(after: HostResult, before: HostResult) -> list[list[str]]:
@@ -63,7 +57,7 @@ def samplers_table(samplers: Analysis) -> str:
     """What shuffled lists change against draws with replacement."""
     pairs = [("cyclic", "balanced"), ("cyclic_stage1", "balanced_stage1")]
     lines = [line for after, before in pairs for line in against_table(samplers[after], samplers[before])]
-    return table(["receivers", "H2T", *SHORT], lines)
+    return markdown(["receivers", "H2T", *SHORT], lines)
 
 
 def published_heads(result: HostResult) -> pd.DataFrame:
@@ -79,7 +73,7 @@ def online_text(hosts: Analysis, with_h2t: Online, without: Online) -> str:
         "DR + H2T": (with_h2t, hosts["dr"].at(REPORTED)),
         "DR as published": (without, published_heads(hosts["dr"])),
     }
-    parts = [f"{label}:\n\n{table(BESIDE_ONLINE, bounds_table(*both))}" for label, both in ours.items()]
+    parts = [f"{label}:\n\n{markdown(BESIDE_ONLINE, bounds_table(*both))}" for label, both in ours.items()]
     return "\n\n".join([*parts, with_h2t.made, without.made])
 
 
@@ -89,46 +83,31 @@ def document(data: Path, template: str) -> str:
     found = {name: load_analysis(data / "analyses" / name) for name in names}
     kept = {r.name: r for r in found["ratio"].results}
     recipes = {name: kept[name] for name in RECIPES if name in kept}
-    places = {f"{name} made": analysis.made for name, analysis in found.items()}
-    places |= {
+    places = {
+        **common_places(found, recipes),
         "hosts": hosts_table(found["hosts"]),
-        "fusion": fusion_table(recipes),
         "guesses": guesses_table(recipes),
         "samplers": samplers_table(found["samplers"]),
-        "seeds": seeds_table(found["controls"]),
         "online": "Not run yet.",
     }
     if (data / "online").is_dir():
         places["online"] = online_text(found["hosts"], load_online(data, REPORTED), load_online(data, 0.0))
-    places |= {f"ratios {figure}": ratios_table(recipes, figure) for figure in SHORT}
-    beside = {
-        "donors": (DONORS, "paper, CIFAR-100: head / med / tail / all"),
-        "selection": (SELECTIONS, "paper, CIFAR-100: all"),
-        "controls": ({}, ""),
-    }
-    for name, (published, column) in beside.items():
-        for result in found[name].results:
-            if result.name != "other_seeds":
-                places[f"{name} {result.name}"] = variant_table(result, REPORTED, published, column)
     return filled(template, places)
 
 
 def main() -> None:
-    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("cifar200"))
     parser.add_argument("--out", type=Path, default=Path("docs/results-200.md"))
     parser.add_argument("--record", type=Path, default=RESULTS / "online-200.json")
     given = parser.parse_args()
     template = (Path(__file__).parent / "results-200.md").read_text(encoding="utf-8")
-    try:
+    with errors_in_one_line():
         given.out.write_text(document(given.data, template), encoding="utf-8")
         if (given.data / "online").is_dir():
             dr = load_analysis(given.data / "analyses" / "hosts")["dr"]
             ours = {REPORTED: {"DR + H2T": dr.at(REPORTED)}, 0.0: {"DR as published": published_heads(dr)}}
             save(given.record, [record(load_online(given.data, ratio), heads) for ratio, heads in ours.items()])
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

@@ -42,14 +42,19 @@ def row_table(rows: int, classes: int, imbalance: float) -> pa.Table:
     test = rows // TEST_SHARE
     train = class_counts(rows - test, classes, imbalance)
     labels = np.concatenate([np.repeat(np.arange(classes), train), np.arange(test) % classes])
-    sources = [f"synthetic/{i:09d}" for i in range(rows)]
+    return rows_of(["train"] * (rows - test) + ["test"] * test, labels.tolist())
+
+
+def rows_of(split: Sequence[str], label: Sequence[int]) -> pa.Table:
+    """The row table of samples with one row each, under `stage1`."""
+    sources = [f"synthetic/{i:09d}" for i in range(len(label))]
     return make_rows(
         {
-            "sample": np.arange(rows),
-            "view": np.zeros(rows, np.int16),
-            "statistics": ["stage1"] * rows,
-            "split": ["train"] * (rows - test) + ["test"] * test,
-            "label": labels,
+            "sample": np.arange(len(label)),
+            "view": np.zeros(len(label), np.int16),
+            "statistics": ["stage1"] * len(label),
+            "split": split,
+            "label": label,
             "source": sources,
             "digest": [hashlib.sha256(s.encode()).hexdigest() for s in sources],
         }

@@ -1,7 +1,7 @@
 """The tables of docs/results.md, from what evaluate wrote for finished analyses."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,15 +9,18 @@ from typing import Any
 import pandas as pd
 
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.text import markdown
+from h2t.pipeline.reporting.files import text_of
+from h2t.pipeline.reporting.page import spread
 from h2t.pipeline.reporting.results import (
     FIGURES,
     ROWS,
     HostResult,
     against_zero,
-    between_hosts,
     difference,
     load_result,
     mean_and_std,
+    rows_apart,
     variants_at,
 )
 
@@ -26,6 +29,12 @@ DONORS = {"reverse": "63.56 / 48.60 / 24.07 / 46.87", "balanced": "62.72 / 49.14
 DONORS |= {"instance": "62.00 / 50.17 / 27.07 / 47.73", "without": "63.67 / 46.63 / 22.21 / 45.68"}
 SELECTIONS = {"first": "47.22", "middle": "47.23", "last": "47.41", "random": "47.73, 47.75, 47.80, 47.71, 47.66"}
 SELECTIONS |= {"without": "45.68"}
+#: Analysis of variants -> the paper's figures on CIFAR-100, and the name of their column.
+PUBLISHED: dict[str, tuple[dict[str, str], str]] = {
+    "donors": (DONORS, "paper, CIFAR-100: head / med / tail / all"),
+    "selection": (SELECTIONS, "paper, CIFAR-100: all"),
+    "controls": ({}, ""),
+}
 RECIPES = ("stage1", "calibrated", "branchwise")
 VIEWS = ("1 view", "up to 8 views")
 REPORTED = 0.3  # the paper's ratio
@@ -71,22 +80,12 @@ def load_analysis(folder: Path) -> Analysis:
     return Analysis(folder.name, [load_result(n, folder / "evaluate" / n) for n in names], runs)
 
 
-def _row(*cells: object) -> str:
-    return "| " + " | ".join(str(c) for c in cells) + " |"
-
-
-def table(columns: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
-    return "\n".join([_row(*columns), _row(*["---"] * len(columns)), *(_row(*line) for line in lines)])
-
-
 def cell(heads: pd.DataFrame, figure: str) -> str:
-    mean, std = mean_and_std(heads, figure)
-    return "–" if mean is None else f"{mean:.2f}" + ("" if std is None else f" ± {std:.2f}")
+    return spread(*mean_and_std(heads, figure))
 
 
 def apart_text(after: pd.DataFrame, before: pd.DataFrame, figure: str) -> str:
-    found = difference(after, before, figure)
-    return found.text if found else "–"
+    return text_of(difference(after, before, figure))
 
 
 def ratio_table(result: HostResult) -> str:
@@ -94,9 +93,9 @@ def ratio_table(result: HostResult) -> str:
     lines = []
     for ratio in result.ratios:
         apart = against_zero(result, ratio)
-        text = [found.text if ratio and (found := apart[f]) else "–" for f in ("top1", "tail")]
+        text = [text_of(apart[f]) if ratio else "–" for f in ("top1", "tail")]
         lines.append([f"{ratio:g}", *(cell(result.at(ratio), f) for f in FIGURES), *text])
-    return table(["ratio", *FIGURES, "top1 against 0", "tail against 0"], lines)
+    return markdown(["ratio", *FIGURES, "top1 against 0", "tail against 0"], lines)
 
 
 def variant_table(result: HostResult, ratio: float, published: dict[str, str], paper: str) -> str:
@@ -106,13 +105,12 @@ def variant_table(result: HostResult, ratio: float, published: dict[str, str], p
     lines.append(["instance, random", *(cell(usual, f) for f in SHORT), "–"])
     keys = ["without", "random" if "random" in published else "instance"]
     for v in variants_at(result, ratio):
-        text = found.text if (found := v.apart["top1"]) else "–"
-        lines.append([f"{v.donor}, {v.selection}", *(cell(v.heads, f) for f in SHORT), text])
+        lines.append([f"{v.donor}, {v.selection}", *(cell(v.heads, f) for f in SHORT), text_of(v.apart["top1"])])
         keys.append(v.selection if v.selection in published else v.donor)
     if published:
         lines = [[*line, published.get(key, "–")] for line, key in zip(lines, keys, strict=True)]
     extra = [paper] if published else []
-    return table(["donor, selection", *SHORT, "top1 against instance, random", *extra], lines)
+    return markdown(["donor, selection", *SHORT, "top1 against instance, random", *extra], lines)
 
 
 def parts_table(ratios: Analysis) -> str:
@@ -129,7 +127,7 @@ def parts_table(ratios: Analysis) -> str:
     for i, (label, found) in enumerate(steps):
         text = [apart_text(found, steps[i - 1][1], f) if i else "–" for f in ("top1", "tail")]
         lines.append([label, *(cell(found, f) for f in SHORT), *text])
-    return table(["step", *SHORT, "top1 against the line above", "tail against the line above"], lines)
+    return markdown(["step", *SHORT, "top1 against the line above", "tail against the line above"], lines)
 
 
 def labelled(ratio: Analysis, views: Analysis) -> dict[str, HostResult]:
@@ -146,7 +144,7 @@ def ratios_table(results: dict[str, HostResult], figure: str) -> str:
     """Ratios down, recipes across: mean and spread of one figure."""
     ratios = next(iter(results.values())).ratios
     lines = [[f"{ratio:g}", *(cell(r.at(ratio), figure) for r in results.values())] for ratio in ratios]
-    return table(["ratio", *results], lines)
+    return markdown(["ratio", *results], lines)
 
 
 def fusion_table(results: dict[str, HostResult]) -> str:
@@ -160,7 +158,9 @@ def fusion_table(results: dict[str, HostResult]) -> str:
             for f in ("top1", "tail")
         ]
         lines.append([label, *texts[:2], f"{best:g}", *texts[2:]])
-    return table(["recipe", f"top1, {REPORTED:g} - 0", f"tail, {REPORTED:g} - 0", "best ratio", "top1", "tail"], lines)
+    return markdown(
+        ["recipe", f"top1, {REPORTED:g} - 0", f"tail, {REPORTED:g} - 0", "best ratio", "top1", "tail"], lines
+    )
 
 
 def guesses_table(results: dict[str, HostResult]) -> str:
@@ -178,7 +178,7 @@ def guesses_table(results: dict[str, HostResult]) -> str:
             cells = [f"{share[groups == g].sum():.1f}" for g in ("head", "medium", "tail")]
             lines.append([label, words, *cells, *(f"{s:.1f}" for s in share)])
     names = [f"class {j} ({n:,})" for j, n in zip(classes["class"], classes["count"], strict=True)]
-    return table(["recipe", "classifier", "to head", "to medium", "to tail", *names], lines)
+    return markdown(["recipe", "classifier", "to head", "to medium", "to tail", *names], lines)
 
 
 def seeds_table(controls: Analysis) -> str:
@@ -189,7 +189,29 @@ def seeds_table(controls: Analysis) -> str:
         renumbered = other.assign(seed=first.seed.to_numpy())
         texts = [apart_text(renumbered, first, f) for f in SHORT]
         lines.append([f"{ratio:g}", *texts])
-    return table(["ratio", *(f"{f}, other seeds - seeds" for f in SHORT)], lines)
+    return markdown(["ratio", *(f"{f}, other seeds - seeds" for f in SHORT)], lines)
+
+
+def common_places(found: Mapping[str, Analysis], recipes: dict[str, HostResult]) -> dict[str, str]:
+    """The places of both pages: how analyses were made, recipes side by side, variants of H2T, other seeds."""
+    places = {f"{name} made": analysis.made for name, analysis in found.items()}
+    places |= {f"ratios {figure}": ratios_table(recipes, figure) for figure in SHORT}
+    for name, beside in PUBLISHED.items():
+        for result in found[name].results:
+            if result.name != "other_seeds":
+                places[f"{name} {result.name}"] = variant_table(result, REPORTED, *beside)
+    return {**places, "fusion": fusion_table(recipes), "seeds": seeds_table(found["controls"])}
+
+
+def peers_table(contestants: Mapping[str, Any]) -> str:
+    """The contestants of `bench_peers`, the fastest first."""
+    columns = ["contestant", "processor s", "times ours", "s by the clock", "times ours", "mean top-1", "best top-1"]
+    ours = contestants["ours"]
+    lines = []
+    for name, found in sorted(contestants.items(), key=lambda item: item[1]["cpu"]):
+        spent = [f"{found[clock] / by:.1f}" for clock in ("cpu", "seconds") for by in (1, ours[clock])]
+        lines.append([name, *spent, *(f"{found[figure]:.2f}" for figure in ("mean_top1", "best_top1"))])
+    return markdown(columns, lines)
 
 
 def hosts_table(hosts: Analysis) -> str:
@@ -197,9 +219,7 @@ def hosts_table(hosts: Analysis) -> str:
     lines = []
     for result in hosts.results:
         for row, label in (("without_h2t", "without"), ("with_h2t", "with")):
-            apart = between_hosts(result, hosts["dr"], row) if result.name != "dr" else None
+            apart = rows_apart(result, row, hosts["dr"], row) if result.name != "dr" else None
             if apart:
-                lines.append(
-                    [result.name, label, *(found.text if (found := apart[f]) else "–" for f in ("top1", "tail"))]
-                )
-    return table(["host", "H2T", "top1 against dr", "tail against dr"], lines)
+                lines.append([result.name, label, *(text_of(apart[f]) for f in ("top1", "tail"))])
+    return markdown(["host", "H2T", "top1 against dr", "tail against dr"], lines)

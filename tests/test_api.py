@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from h2t import api
 from h2t.cache.reader import open_cache
-from h2t.cache.tools.audit import verify
+from h2t.cache.tools.verify import verify
+from h2t.features import gathered, held_out
 from h2t.pipeline.base.code import imports, modules
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.run import Run
@@ -191,13 +192,13 @@ def test_arrays_become_a_cache_that_is_sound(tmp_path):
 
 def test_groups_and_given_splits_are_kept():
     x, y = arrays()
-    given = api._gathered(x, y, None, [f"camera {i % 7}" for i in range(len(x))])
-    held = api._held_out(given, 0.2, 0.2, 0)
+    given = gathered(x, y, None, [f"camera {i % 7}" for i in range(len(x))])
+    held = held_out(given, 0.2, 0.2, 0)
     by_group = {g: {s for h, s in zip(given.group, held, strict=True) if h == g} for g in given.group}
     assert all(len(splits) == 1 for splits in by_group.values())
     assert set(held) == {"train", "val", "test"}
     mine = ["test" if i % 2 else "train" for i in range(len(x))]
-    assert api._held_out(api._gathered(x, y, mine, None), 0.2, 0, 0) == mine
+    assert held_out(gathered(x, y, mine, None), 0.2, 0, 0) == mine
 
 
 X, Y = arrays()
@@ -236,7 +237,8 @@ def test_features_of_another_width_are_refused(compared):
 
 
 def test_no_stage_and_no_cache_imports_the_public_modules():
-    importing = {m for m, path in modules().items() if {"h2t.api", "h2t.estimator"} & imports(path)}
+    public = {f"h2t.{name}" for name in ("api", "classifier", "estimator", "features")}
+    importing = {m for m, path in modules().items() if public & imports(path)}
     assert importing == set()
 
 

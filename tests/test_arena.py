@@ -104,13 +104,10 @@ def test_a_method_that_the_cache_cannot_serve_is_named_without_a_path(tmp_path, 
     assert str(tmp_path) not in left_out["cam_split"]
 
 
-RECORDS = [f"arena{part}.json" for part in ("", "-stage1", "-maps", "-imagenet", "-imagenet-96", "-imagenet-maps")]
-
-
-@pytest.mark.parametrize("record", RECORDS)
+@pytest.mark.parametrize("record", results.ARENAS)
 def test_the_tables_of_the_results_come_from_the_committed_record(record):
     text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
-    assert results.arena_text(ROOT / "benchmarks/results" / record) in text
+    assert results.arena_text(results.recorded(record)) in text
 
 
 @pytest.mark.parametrize("record", ["arena.json", "arena-imagenet-96.json"])

@@ -14,8 +14,9 @@ from h2t.cache.errors import CacheError
 from h2t.cache.format.codecs import CODECS
 from h2t.cache.format.spec import to_float32
 from h2t.cache.reader import open_cache
-from h2t.cache.tools.audit import describe, stats, verify
+from h2t.cache.tools.audit import describe, stats
 from h2t.cache.tools.pooled import pooled
+from h2t.cache.tools.verify import verify
 from h2t.cache.write.staging import Staging
 from h2t.cache.write.writer import committed
 

@@ -9,7 +9,6 @@ from pipeline_builders import ROOT
 from small_cifar import write_images
 
 from benchmarks import frozen, frozen_results, results
-from benchmarks.measure import RESULTS
 from h2t.pipeline.base.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -88,4 +87,4 @@ def test_a_run_that_is_stopped_keeps_what_it_has(tmp_path):
 
 def test_the_table_of_the_results_comes_from_the_committed_record():
     text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
-    assert results.frozen_text(RESULTS / "frozen.json") in text
+    assert frozen_results.shown(results.recorded("frozen")) in text

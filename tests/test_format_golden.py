@@ -9,7 +9,7 @@ from builders import make_rows, make_spec, make_statistics, raises, tree, write_
 
 from h2t.cache.format.spec import FORMAT
 from h2t.cache.reader import open_cache
-from h2t.cache.tools.audit import verify
+from h2t.cache.tools.verify import verify
 
 GOLDEN = Path(__file__).parent / "golden"
 _found = importlib.util.spec_from_file_location("golden_make", GOLDEN / "make.py")

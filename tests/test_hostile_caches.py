@@ -21,7 +21,7 @@ from h2t.cache.format.rows import SCHEMA, from_bytes, to_bytes
 from h2t.cache.format.spec import ROWS, canonical_json, sha256
 from h2t.cache.read.dvc_files import members
 from h2t.cache.reader import open_cache
-from h2t.cache.tools.audit import verify
+from h2t.cache.tools.verify import verify
 
 
 def refused(*arguments) -> str:

@@ -28,12 +28,12 @@ from h2t.cache.tools.pooled import pooled
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.data.samples import SCHEMA, load_samples
-from h2t.pipeline.evaluation.image_groups import contributions, freedom, groups_of
+from h2t.pipeline.evaluation.image_groups import contributions, freedom
 from h2t.pipeline.evaluation.intervals import Pairs, differences, over_replicates
 from h2t.pipeline.evaluation.metrics import Answers
+from h2t.pipeline.evaluation.tested_groups import groups_of
 from h2t.pipeline.extraction import row_plan
 from h2t.pipeline.extraction.row_plan import planned
-from h2t.pipeline.heads.batches import sample_rows
 from h2t.pipeline.reporting.answer import Answer
 from h2t.pipeline.reporting.results import load_result, rows_apart
 from h2t.pipeline.stages import prepare
@@ -190,11 +190,6 @@ def test_the_table_of_coverage_comes_from_the_committed_record():
 # --- the way of a group
 
 
-def grouped_by(cache, statistics):
-    tests = sample_rows(cache.index, "test", statistics)
-    return groups_of(cache, tests.first, tests.samples)
-
-
 def table_of_sites(root, order, **options):
     """Prepares 40 images of two classes from eight sites, listed in this `order`; returns what was said."""
     root.mkdir()
@@ -233,7 +228,7 @@ def test_extract_and_pool_keep_the_groups_of_test_images(tmp_path, few_digits, b
         pooled(cache, tmp_path / "pooled", lambda maps: maps.mean((2, 3)), "gap")
     for folder in ("c", "pooled"):
         with open_cache(tmp_path / folder) as cache:
-            assert grouped_by(cache, "stage1").tolist() == group.filter(tests.combine_chunks()).to_pylist()
+            assert groups_of(cache, "stage1").tolist() == group.filter(tests.combine_chunks()).to_pylist()
     with pytest.raises(CacheError, match="holds another cache"):
         extracted(tmp_path / "c", samples, images, backbone_dir)
 
@@ -316,6 +311,6 @@ def test_copies_are_found_by_their_digests(tmp_path):
     spec = make_spec(rows=len(rows), maps=((6, 2, 2),), dtype="float32", shard_rows=8)
     write_cache(tmp_path / "c", spec, rows, make_maps(spec))
     with open_cache(tmp_path / "c") as cache:
-        groups = grouped_by(cache, "mixture")
+        groups = groups_of(cache, "mixture")
     assert len(set(groups.tolist())) == 6
     assert (groups[::2] == groups[1::2]).all()

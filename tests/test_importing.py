@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_tensors
 
 from h2t.cache.reader import open_cache
-from h2t.cache.tools.audit import verify
+from h2t.cache.tools.verify import verify
 from h2t.pipeline.sharing import feature_files, importing
 
 

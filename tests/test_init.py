@@ -72,7 +72,7 @@ def test_every_collection_is_read_whole_and_its_settings_are_valid(collections, 
     found = detect.detect(folder)
     assert (found.dataset, below(found.options, folder)) == DETECTED[name]
     seen = survey.survey(found)
-    left_out = len(seen.unreadable) + sum(len(group) for group in seen.copies())
+    left_out = len(seen.unreadable) + sum(len(group) for group in seen.digests.copies())
     kept = {"messy": 1}.get(name, 0)  # of the two copies in one class one stays
     assert len(found.collection.source) == usable + left_out - kept
     chosen = choose.choose(found, seen, None)

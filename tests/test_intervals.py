@@ -192,12 +192,15 @@ def test_the_intervals_hold_as_often_as_they_say(case):
         assert found[figure].everywhere >= 91, figure
 
 
-def test_the_table_of_coverage_comes_from_the_committed_record():
-    record = json.loads((ROOT / "benchmarks/results/intervals.json").read_text(encoding="utf-8"))
+@pytest.mark.parametrize(
+    ("name", "kinds"), [("intervals", simulation.CASES), ("intervals_replicates", simulation.REPLICATED_CASES)]
+)
+def test_the_table_of_coverage_comes_from_the_committed_record(name, kinds):
+    record = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text(encoding="utf-8"))
     assert record["sets"] >= 1000
-    assert [case["name"] for case in record["cases"]] == [case.name for case in simulation.CASES]
+    assert [case["name"] for case in record["cases"]] == [case.name for case in kinds]
     found = {
         case["name"]: {figure: simulation.Found(**values) for figure, values in case["found"].items()}
         for case in record["cases"]
     }
-    assert simulation.table(found, record["sets"]) in (ROOT / "docs/intervals.md").read_text(encoding="utf-8")
+    assert simulation.table(kinds, found, record["sets"]) in (ROOT / "docs/intervals.md").read_text(encoding="utf-8")

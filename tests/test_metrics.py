@@ -27,7 +27,7 @@ from h2t.pipeline.evaluation.metrics import (
     over_seeds,
     per_class_accuracy,
     precision_and_f1,
-    summary,
+    summaries,
 )
 
 
@@ -44,7 +44,7 @@ def test_agrees_with_scikit_learn(drawn):
     assert [true.tolist(), predicted.tolist()] == [places.tolist() for places in np.nonzero(expected)]
     assert count.tolist() == expected[true, predicted].tolist()
     logits = np.eye(classes)[guesses]
-    found = summary(answers(logits, labels), labels, ["head"] * classes)
+    (found,) = summaries([answers(logits, labels)], labels, ["head"] * classes)
     assert found["top1"] == pytest.approx(100 * accuracy_score(labels, guesses))
     recall = recall_score(labels, guesses, labels=range(classes), average=None, zero_division=np.nan)
     assert np.allclose(per_class_accuracy(labels, guesses, classes), 100 * recall, equal_nan=True)
@@ -58,7 +58,7 @@ def test_figures_of_each_number_of_classes_agree_with_scikit_learn(classes):
     logits = rng.integers(-3, 4, (300, classes)).astype(np.float32)
     labels = rng.integers(0, max(1, classes // 2), 300)  # the later half of the classes is absent
     group_of = groups([1] * classes)["paper_index"]
-    found = summary(answers(logits, labels), labels, group_of)
+    (found,) = summaries([answers(logits, labels)], labels, group_of)
     guesses = np.array([row.index(max(row)) for row in logits.tolist()])  # the first of the largest
     assert found["top1"] == pytest.approx(100 * accuracy_score(labels, guesses))
     present = np.unique(labels)
@@ -80,7 +80,7 @@ def test_further_figures_agree_with_scikit_learn():
     logits = rng.normal(0, 3, (400, 30))
     logits[:, 25:] -= 100
     labels = rng.integers(0, 20, 400)
-    found = summary(answers(logits, labels), labels, groups([1] * 30)["paper_index"])
+    (found,) = summaries([answers(logits, labels)], labels, groups([1] * 30)["paper_index"])
     guesses, share = logits.argmax(1), softmax(logits, axis=1)
     recalls = recall_score(labels, guesses, labels=np.unique(labels), average="macro")
     assert found["balanced_accuracy"] == pytest.approx(100 * recalls)
@@ -124,7 +124,7 @@ def test_the_gaps_add_up_to_the_calibration_error(seed, samples):
 
 
 def test_one_sample_of_one_class():
-    found = summary(answers(np.array([[3.0]]), np.array([0])), np.array([0]), ["tail"])
+    (found,) = summaries([answers(np.array([[3.0]]), np.array([0]))], np.array([0]), ["tail"])
     assert found == {
         **{"top1": 100.0, "head": None, "medium": None, "tail": 100.0, "ece": 0.0},
         **{"balanced_accuracy": 100.0, "macro_f1": 100.0, "top5": 100.0, "nll": 0.0},
@@ -138,7 +138,7 @@ def test_a_group_is_the_mean_over_its_classes_that_have_samples():
 
 
 def test_of_tied_logits_the_first_class_wins():
-    found = summary(answers(np.zeros((2, 3)), np.array([0, 1])), np.array([0, 1]), ["head", "medium", "tail"])
+    (found,) = summaries([answers(np.zeros((2, 3)), np.array([0, 1]))], np.array([0, 1]), ["head", "medium", "tail"])
     assert (found["top1"], found["head"], found["medium"], found["tail"]) == (50.0, 100.0, 0.0, None)
 
 

@@ -14,7 +14,7 @@ from h2t.cache.errors import CacheError
 from h2t.cache.format.spec import RECORD
 from h2t.cache.read.files import LocalFiles
 from h2t.cache.reader import open_cache
-from h2t.cache.tools.audit import verify
+from h2t.cache.tools.verify import verify
 
 ROWS = 24
 

@@ -253,7 +253,7 @@ def test_online_beside_ours_without_and_with_h2t(evaluated):
         assert float(cells_of(block)[0][2].split(" ")[0]) == pytest.approx(mean, abs=0.0051)
 
 
-def test_seconds_of_peers_are_shown_with_their_ratio_to_ours(tmp_path):
+def test_seconds_of_peers_are_shown_with_their_ratio_to_ours():
     ours = {"cpu": 4.0, "seconds": 2.0, "mean_top1": 70.0, "best_top1": 71.5}
     loop = {"cpu": 10.0, "seconds": 9.0, "mean_top1": 70.25, "best_top1": 71.0}
     body = {
@@ -264,12 +264,10 @@ def test_seconds_of_peers_are_shown_with_their_ratio_to_ours(tmp_path):
         "contestants": {"ours": ours, "loop": loop},
         "grid": {"cpu": 20.0, "classifiers": 660, "twice": 555, "once": 5},
     }
-    (tmp_path / "peers.json").write_text(json.dumps(body))
-    text = peers_text(tmp_path / "peers.json")
+    text = peers_text(body)
     assert "| loop | 10.0 | 2.5 | 9.0 | 4.5 | 70.25 | 71.00 |" in text
     online = online_results.Online(0.3, [{"cpu": 600.0}])
-    assert "**16,725 times**" in grid_now(tmp_path / "peers.json", online)
-    assert peers_text(tmp_path / "none.json").startswith("Not run")
+    assert "**16,725 times**" in grid_now(body["grid"], online)
 
 
 def test_no_online_run_is_one_line(tmp_path):

@@ -1,7 +1,4 @@
-"""Work on a whole cache in bounded memory: what it holds, and the range of its values.
-
-`verify` has a file of its own and is imported from here.
-"""
+"""Work on a whole cache in bounded memory: what it holds, and the range of its values."""
 
 import math
 from collections import Counter
@@ -13,10 +10,8 @@ import numpy as np
 from h2t.cache.errors import CacheError
 from h2t.cache.format.spec import FORMAT, RECORD, to_float32
 from h2t.cache.reader import Cache
-from h2t.cache.tools.verify import WHOLE, Fault, verify
+from h2t.cache.tools.verify import WHOLE
 from h2t.cache.write.parts import Part
-
-__all__ = ["Fault", "describe", "merged_stats", "partial_stats", "stats", "verify"]
 
 BLOCK_BYTES = 8 * 1024 * 1024  # of stored values read at a time; about six times as much memory is needed
 

@@ -28,6 +28,7 @@ class _Clock:
     spent: dict[Part, tuple[float, float]] = field(default_factory=dict)
 
     def begins(self, part: Part) -> None:
+        """From now on time counts for `part`. A process begins with `start`."""
         now = (time.perf_counter(), processor())
         seconds, cpu = self.spent.get(self.at, (0.0, 0.0))
         self.spent[self.at] = (seconds + now[0] - self.since[0], cpu + now[1] - self.since[1])
@@ -35,11 +36,7 @@ class _Clock:
 
 
 _clock = _Clock()
-
-
-def begins(part: Part) -> None:
-    """From now on time counts for `part`. A process begins with `start`."""
-    _clock.begins(part)
+begins = _clock.begins
 
 
 def parts() -> dict[str, dict[str, float]]:

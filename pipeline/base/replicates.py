@@ -3,7 +3,7 @@
 Replicate 0 lies in the usual folders. Replicate r has the same tree in the folder `replicates/r` beside them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,6 @@ def further(values: Mapping[str, Any]) -> list[int]:
 def seed_of(seed: int, replicate: int) -> int:
     """The seed of a replicate, in [0, 2**32): `seed` itself for replicate 0."""
     return seed if replicate == 0 else int(stream(seed, "replicate", replicate).integers(2**32))
-
-
-def seeds_of(seeds: Sequence[int], replicate: int) -> list[int]:
-    """The seeds of a replicate's classifiers, one for each of `seeds`."""
-    return [seed_of(seed, replicate) for seed in seeds]
 
 
 def place(path: Path, replicate: int) -> Path:

@@ -10,6 +10,7 @@ import click
 
 from h2t.cache.redaction import one_line, printable, redacted
 from h2t.cache.sizes import sized
+from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.command_line import names, options
@@ -19,7 +20,6 @@ from h2t.pipeline.command_line.options import PATH
 if TYPE_CHECKING:
     from h2t.cache.read.elsewhere import Elsewhere
     from h2t.cache.reader import Cache
-    from h2t.pipeline.extraction.elsewhere import CacheElsewhere
     from h2t.pipeline.heads.replicate import Replicate
 
 
@@ -92,16 +92,6 @@ def named_elsewhere(values: Mapping[str, Any], location: str) -> "Elsewhere | No
             f"backbones.{name}.cache; got {found.fingerprint[:12]}; run h2t extract {name} again (dvc repro)"
         )
     return Elsewhere(asked["url"], found.fingerprint)
-
-
-@contextmanager
-def asked_elsewhere(asked: "CacheElsewhere | None") -> Iterator["Cache | None"]:
-    """Opens the cache that `backbones.NAME.cache` names; None if it names none."""
-    if asked is None:
-        yield None
-        return
-    with opened(asked.url, fingerprint=asked.fingerprint) as cache:
-        yield cache
 
 
 @contextmanager
@@ -232,7 +222,8 @@ def verify_command(location: str, quick: bool, count: int | None, part: tuple[in
 
     With --part on several machines, the cache is sound if every part is.
     """
-    from h2t.cache.tools.audit import describe, verify
+    from h2t.cache.tools.audit import describe
+    from h2t.cache.tools.verify import verify
     from h2t.cache.write.parts import Part
 
     if count is not None and given["backbone"] is None:
@@ -351,7 +342,7 @@ def _number(value: float | None) -> str:
     default="gap",
     show_default=True,
     metavar="NAME",
-    shell_complete=options.plugin_names("pools"),
+    shell_complete=options.completed(lambda context: plugins.names("pools")),
     help="The pool; h2t list pools lists them.",
 )
 @click.option("--option", "given", multiple=True, metavar="KEY=VALUE", help="An option of the pool. Can be repeated.")

@@ -4,6 +4,7 @@ import json
 
 import click
 
+from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError, nearest
 from h2t.pipeline.command_line import options, presets
 from h2t.pipeline.command_line.one_line import Command
@@ -11,7 +12,10 @@ from h2t.pipeline.command_line.one_line import Command
 
 @click.command("presets", cls=Command, epilog="h2t presets cifar10-100 > params.yaml")
 @click.argument(
-    "name", required=False, shell_complete=options.preset_names, help="Print this preset instead of the list."
+    "name",
+    required=False,
+    shell_complete=options.completed(lambda context: (path.stem for path in presets.FOLDER.glob("*.yaml"))),
+    help="Print this preset instead of the list.",
 )
 def list_presets(name: str | None) -> None:
     """List the presets (the paper's settings), or print one."""
@@ -25,14 +29,12 @@ def list_presets(name: str | None) -> None:
 @click.argument(
     "kind",
     required=False,
-    shell_complete=options.kinds,
+    shell_complete=options.completed(lambda context: plugins.KINDS),
     help="datasets, backbones, objectives, samplers, pools or hosts; by default all.",
 )
 @options.as_json
 def list_plugins(kind: str | None, as_json: bool) -> None:
     """List the plug-ins that parameters can name."""
-    from h2t.pipeline.base import plugins
-
     if kind is not None and kind not in plugins.KINDS:
         raise UserError(f"kind: must be one of {', '.join(plugins.KINDS)}; got {kind!r}{nearest(kind, plugins.KINDS)}")
     summaries = {k: {n: plugins.summary(k, n) for n in plugins.names(k)} for k in plugins.KINDS if kind in (None, k)}

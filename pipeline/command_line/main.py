@@ -3,6 +3,7 @@
 Stages are imported inside the commands, so that `h2t --help` answers at once.
 """
 
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,21 +12,19 @@ import click
 
 from h2t.pipeline.base.run import Run, Say, silent
 from h2t.pipeline.command_line import names, options
+from h2t.pipeline.command_line.caches import cache as cache_group
 from h2t.pipeline.command_line.caches import (
-    asked_elsewhere,
     further_replicates,
     named_elsewhere,
     opened,
     previous,
 )
-from h2t.pipeline.command_line.caches import cache as cache_group
 from h2t.pipeline.command_line.init import init
 from h2t.pipeline.command_line.lists import list_plugins, list_presets
 from h2t.pipeline.command_line.models import export, predict
 from h2t.pipeline.command_line.one_line import OneLineErrors
 from h2t.pipeline.command_line.options import PATH
 from h2t.pipeline.command_line.plan import plan
-from h2t.pipeline.command_line.sharing import COMMANDS as SHARING
 from h2t.pipeline.command_line.sharing import doctor, upgrade
 from h2t.pipeline.command_line.stage import (
     backbone_folder,
@@ -57,8 +56,6 @@ def main() -> None:
     """  # noqa: D301 - click wants the character, not two
 
 
-for of_cache in SHARING:
-    cache_group.add_command(of_cache)
 for command in (cache_group, init, doctor, upgrade, export, plan, predict, sweep, list_presets, list_plugins):
     main.add_command(command)
 
@@ -115,7 +112,8 @@ def train_backbone(values: dict[str, Any], say: Say, name: str, samples: Path, o
     names.check_folders(values, "backbones", name, out)
     prepared = load_samples(samples)
     images = prepared.images(params.section(values, "prepare"))
-    with asked_elsewhere(section.cache) as there:
+    asked = section.cache
+    with opened(asked.url, fingerprint=asked.fingerprint) if asked else nullcontext() as there:
         stage_module.run(section, run_of(values, say, name, out), prepared, images, there)
 
 

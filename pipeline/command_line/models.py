@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -25,7 +26,7 @@ from h2t.pipeline.command_line.options import PATH
 @click.argument("cache", help="Path or URL of the cache that the heads were trained on.")
 @click.argument("backbone", type=PATH, help="Directory that train-backbone wrote.")
 @click.argument("out", type=PATH, help="Directory to write.")
-@click.option("--head", type=int, metavar="N", help="Choose the head by its number in heads.parquet.")
+@click.option("--head", "number", type=int, metavar="N", help="Choose the head by its number in heads.parquet.")
 @click.option("--ratio", type=float, metavar="R", help="Choose a head of this fusion ratio.")
 @click.option("--seed", type=int, metavar="N", help="Choose a head of this seed.")
 @click.option("--donor", metavar="NAME", help="Choose a head of this donor sampler.")
@@ -45,11 +46,6 @@ def export(
     cache: str,
     backbone: Path,
     out: Path,
-    head: int | None,
-    ratio: float | None,
-    seed: int | None,
-    donor: str | None,
-    selection: str | None,
     constants: tuple[str, ...],
     onnx: bool,
     without_images: bool,
@@ -58,6 +54,7 @@ def export(
     params_file: Path,
     overrides: tuple[str, ...],
     device: str,
+    **choice: Any,
 ) -> None:
     """Export one trained head, alone and with its backbone.
 
@@ -72,11 +69,10 @@ def export(
 
     prepare = params.section(params.load(params_file, overrides), "prepare")
     own = dict(params.assignment("--constant", text) for text in constants)
-    choice = room.Choice(head, ratio, seed, donor, selection, own)
     with opened(cache) as maps:
         run = Run("export", out, devices.choose(device), say=click.echo)
-        stated = Stated(licence, use)
-        room.run(run, maps, heads, backbone, choice, prepare, onnx=onnx, with_images=not without_images, stated=stated)
+        stated, chosen = Stated(licence, use), room.Choice(**choice, constants=own)
+        room.run(run, maps, heads, backbone, chosen, prepare, onnx=onnx, with_images=not without_images, stated=stated)
 
 
 @click.command(

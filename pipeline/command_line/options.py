@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from h2t.pipeline.base.errors import UserError
+
 if TYPE_CHECKING:
     from h2t.cache.write.parts import Part
 
@@ -99,46 +101,24 @@ def device(default: str | None, extra: str = "") -> Callable[[Any], Any]:
     )
 
 
+def completed(names: Callable[[click.Context], Iterable[object]]) -> Completion:
+    """Completes one of `names`, which are looked up when they are asked for."""
+
+    def complete(context: click.Context, parameter: click.Parameter, start: str) -> list[str]:
+        return sorted(name for name in map(str, names(context)) if name.startswith(start))
+
+    return complete
+
+
 def entries(section: str) -> Completion:
     """Completes the names of the entries in a section of the parameter file."""
 
-    def complete(context: click.Context, parameter: click.Parameter, start: str) -> list[str]:
-        from h2t.pipeline.base.errors import UserError
-
+    def names(context: click.Context) -> Iterable[object]:
         try:
             from h2t.pipeline.base import params
 
-            return _beginning(params.load(context.params.get("params_file") or Path("params.yaml"))[section], start)
+            return iter(params.load(context.params.get("params_file") or Path("params.yaml"))[section])
         except (UserError, KeyError, TypeError, ImportError):  # no usable parameters or a base install: no names
-            return []
+            return ()
 
-    return complete
-
-
-def kinds(context: click.Context, parameter: click.Parameter, start: str) -> list[str]:
-    """Completes the kinds of plug-ins."""
-    from h2t.pipeline.base import plugins
-
-    return _beginning(plugins.KINDS, start)
-
-
-def plugin_names(kind: str) -> Completion:
-    """Completes the names of the plug-ins of `kind`."""
-
-    def complete(context: click.Context, parameter: click.Parameter, start: str) -> list[str]:
-        from h2t.pipeline.base import plugins
-
-        return _beginning(plugins.names(kind), start)
-
-    return complete
-
-
-def preset_names(context: click.Context, parameter: click.Parameter, start: str) -> list[str]:
-    """Completes the names of the presets."""
-    from h2t.pipeline.command_line import presets
-
-    return _beginning((path.stem for path in presets.FOLDER.glob("*.yaml")), start)
-
-
-def _beginning(names: Iterable[object], start: str) -> list[str]:
-    return sorted(name for name in map(str, names) if name.startswith(start))
+    return completed(names)

@@ -10,14 +10,13 @@ from h2t.cache.redaction import printable, redacted
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.command_line import names, options
-from h2t.pipeline.command_line.caches import CACHE, named_elsewhere, opened, previous
+from h2t.pipeline.command_line.caches import CACHE, cache, named_elsewhere, opened, previous
 from h2t.pipeline.command_line.one_line import Command
 from h2t.pipeline.command_line.options import PATH
 
 
-@click.command(
+@cache.command(
     "import",
-    cls=Command,
     epilog="h2t cache import features --train train.npz --test test.npz",
 )
 @click.argument("out", type=PATH, help="Cache to write.")
@@ -48,31 +47,28 @@ from h2t.pipeline.command_line.options import PATH
 @options.replace
 def import_command(
     out: Path,
-    train: Path,
-    train_labels: Path | None,
-    val: Path | None,
-    val_labels: Path | None,
-    test: Path | None,
-    test_labels: Path | None,
     features_key: str | None,
     labels_key: str | None,
     axes: str | None,
     classes: Path | None,
     replace: bool,
+    **files: Path | None,
 ) -> None:
     """Make a cache of features from another program."""
     from h2t.pipeline.sharing import feature_files, importing
 
     keys = feature_files.Keys(features_key, labels_key, axes)
-    given = {"train": (train, train_labels), "val": (val, val_labels), "test": (test, test_labels)}
-    parts = {split: feature_files.read_part(f, y, keys) for split, (f, y) in given.items() if f is not None}
+    parts = {
+        split: feature_files.read_part(file, files[f"{split}_labels"], keys)
+        for split in ("train", "val", "test")
+        if (file := files[split]) is not None
+    }
     class_names = feature_files.read_names(classes) if classes is not None else None
     importing.run(parts, out, click.echo, names=class_names, replace=replace)
 
 
-@click.command(
+@cache.command(
     "why",
-    cls=Command,
     epilog="h2t cache why data/extract/ce_mixup --set extract.max_views=2",
 )
 @CACHE
@@ -144,9 +140,8 @@ def why_command(
         click.echo(printable(line))
 
 
-@click.command(
+@cache.command(
     "publish",
-    cls=Command,
     epilog="h2t cache publish --remote store\nh2t cache publish data/extract/ce_mixup s3://bucket/ce_mixup",
 )
 @click.argument("location", metavar="CACHE", required=False, help="A cache to copy to URL instead.")
@@ -188,16 +183,16 @@ def _copy(location: str, url: str, replace: bool) -> None:
     from h2t.cache.tools.copied import copied
     from h2t.pipeline.base.progress import progress
 
-    with opened(location) as cache:
+    with opened(location) as maps:
         try:
-            with progress(None, "publish", unit="row", total=cache.spec.rows, unit_scale=True) as bar:
-                sent = copied(cache, url, replace=replace, progress=bar.update)
+            with progress(None, "publish", unit="row", total=maps.spec.rows, unit_scale=True) as bar:
+                sent = copied(maps, url, replace=replace, progress=bar.update)
         except ValueError as error:
             raise click.UsageError(str(error)) from None
-        click.echo(f"{redacted(url)}: {counted(cache.spec.shards, 'shard')}, {sent:,} of them sent now")
+        click.echo(f"{redacted(url)}: {counted(maps.spec.shards, 'shard')}, {sent:,} of them sent now")
 
 
-@click.command("pull", cls=Command, epilog="h2t cache pull https://example.org/lab/project.git@v1 --pooled")
+@cache.command("pull", epilog="h2t cache pull https://example.org/lab/project.git@v1 --pooled")
 @click.argument(
     "url", metavar="GIT_URL[@REV]", help="Git repository of a project; REV is a branch, tag or commit of it."
 )
@@ -217,7 +212,7 @@ def pull_command(url: str, rev: str | None, name: str | None, pooled: bool, into
     pull(url, click.echo, rev=rev, name=name, pooled=pooled, into=into)
 
 
-@click.command("gc", cls=Command, epilog="h2t cache gc --apply")
+@cache.command("gc", epilog="h2t cache gc --apply")
 @click.option("--apply", is_flag=True, help="Remove them. Without this option the command only lists them.")
 @click.option(
     "--alone", is_flag=True, help="Remove from a shared DVC cache as well; only if no other clone links into it."
@@ -263,6 +258,3 @@ def upgrade(apply: bool) -> None:
     from h2t.pipeline.inspection.upgrade import upgrade as run
 
     run(Path(), click.echo, apply=apply)
-
-
-COMMANDS = (import_command, why_command, publish_command, pull_command, gc_command)

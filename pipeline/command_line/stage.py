@@ -16,14 +16,10 @@ from h2t.pipeline.base.run import Run, Say, silent
 from h2t.pipeline.command_line import options
 from h2t.pipeline.command_line.options import PATH
 
-Outline = Callable[[dict[str, Any]], bool]
 
-
-def _never(values: dict[str, Any]) -> bool:
-    return False
-
-
-def stage(function: Callable[..., Any], *, outline: Outline = _never) -> Callable[..., Any]:
+def stage(
+    function: Callable[..., Any], *, outline: Callable[[dict[str, Any]], bool] | None = None
+) -> Callable[..., Any]:
     """Adds the options of every stage command. `function` gets the checked parameters as `values`, and `say`.
 
     Where `outline(values)`, only the names of sections and entries are checked, which needs no torch. `function` may
@@ -59,7 +55,7 @@ def stage(function: Callable[..., Any], *, outline: Outline = _never) -> Callabl
         if device is not None:
             values["device"] = device
         try:
-            (settings.outline if outline(values) else settings.check)(values, say)
+            (settings.outline if outline and outline(values) else settings.check)(values, say)
             numbers.check()
             inputs.check(values, params_file.parent)
             with progress.hidden(quiet):

@@ -45,7 +45,7 @@ def sweep(
     parameters (without --save) nor the outputs of the pipeline change.
     """
     from h2t.pipeline.base import clock, params
-    from h2t.pipeline.base.outputs import fresh_directory
+    from h2t.pipeline.base.outputs import fresh_directory, write_json
     from h2t.pipeline.heads.residency import Residency
     from h2t.pipeline.inspection import sweep as work
     from h2t.pipeline.stages import evaluate, train_classifier
@@ -76,7 +76,7 @@ def sweep(
     with opened(cache, values) as maps, place as where:
         run = run_of(values, say, name, Path(where))
         lines = work.sweep(section, run, residency, evaluation, maps, backbone, data / "evaluate" / name)
-        work.save(lines, run.out)
+        write_json(run.out / "sweep.json", [line.as_dict() for line in lines])
     if save:
         kept = work.keep_grid(given, name, {key: getattr(section.grid, key) for key in asked})
         grid = "; ".join(f"{key} {', '.join(map(str, values))}" for key, values in kept.items())

@@ -13,7 +13,7 @@ import numpy as np
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import Count, Index, Section, above, within
 from h2t.pipeline.base.seeds import stream
-from h2t.pipeline.base.text import counted
+from h2t.pipeline.base.text import counted, some
 from h2t.pipeline.data.images import Collection
 from h2t.pipeline.data.texts import Texts
 
@@ -99,8 +99,7 @@ class Labelled:
 
 def shortened(names: Sequence[str]) -> str:
     """The first few of `names`, separated by commas, and how many more there are."""
-    more = len(names) - NAMED
-    return ", ".join(names[:NAMED]) + (f" and {more:,} more" if more > 0 else "")
+    return some(names, NAMED)
 
 
 def treat_small_classes(images: Labelled, small: SmallClasses) -> tuple[Labelled, list[str]]:

@@ -8,39 +8,8 @@ regression on the classes. Where each image is a group of its own this is the va
 """
 
 from collections.abc import Sequence
-from hashlib import blake2b
 
 import numpy as np
-
-from h2t.cache.format.spec import TEST_GROUPS
-from h2t.cache.reader import Cache
-from h2t.pipeline.base.errors import UserError
-
-PIECE_ROWS = 2**18  # rows whose digests are in memory at a time
-
-
-def groups_of(cache: Cache, rows: np.ndarray, samples: np.ndarray) -> np.ndarray:
-    """The group of each test image, int64 (n,). `rows` of the cache hold the images `samples`; both int (n,).
-
-    Numbers are the same in all replicates. Groups are those that `extract` recorded; without any, copies of one image
-    are a group, by their digests. Raises UserError for a record that does not fit the test rows.
-    """
-    recorded = cache.spec.provenance.get(TEST_GROUPS)
-    if recorded is None:
-        found = np.empty(len(rows), np.int64)
-        for first in range(0, len(rows), PIECE_ROWS):
-            piece = rows[first : first + PIECE_ROWS]
-            digests = cache.lines(piece, ["digest"])["digest"].to_pylist()
-            hashes = b"".join(blake2b(text.encode(), digest_size=8).digest() for text in digests)
-            found[first : first + len(piece)] = np.frombuffer(hashes, "<i8")
-        return found
-    part = next(part for part in cache.index.parts if part.split == "test")
-    known = cache.index.samples[part.start : part.stop]
-    whole = isinstance(recorded, list) and all(type(number) is int and 0 <= number < 2**31 for number in recorded)
-    if not whole or len(recorded) != len(known) or not np.isin(samples, known).all():
-        raise UserError(f"{cache.files}: its record must give each test image a group; extract the cache again")
-    order = np.argsort(known, kind="stable")
-    return np.array(recorded, np.int64)[order[np.searchsorted(known, samples, sorter=order)]]
 
 
 def group_numbers(groups: Sequence[np.ndarray | None], images: Sequence[np.ndarray]) -> list[np.ndarray] | list[None]:

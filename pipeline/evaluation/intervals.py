@@ -51,17 +51,21 @@ class Difference:
     seeds: int
     image_groups: int | None = None
 
-    @property
-    def interval(self) -> str | None:
-        """The interval as text in brackets; None if there is none, and beside `identical`, which says more."""
+    def interval(self, decimals: int = 2) -> str:
+        """The interval as text in brackets; empty if there is none, and beside `identical`, which says more."""
         if self.low is None or self.high is None or self.verdict == "identical":
-            return None
-        return f"[{self.low:+.2f}, {self.high:+.2f}]"
+            return ""
+        return f"[{self.low:+.{decimals}f}, {self.high:+.{decimals}f}]"
+
+    def in_words(self, decimals: int = 2) -> str:
+        """Mean, interval and verdict on one line."""
+        parts = (f"{self.mean:+.{decimals}f}", self.interval(decimals), self.verdict or "no verdict")
+        return " ".join(filter(None, parts))
 
     @property
     def text(self) -> str:
-        """Mean, interval and verdict on one line."""
-        return " ".join((f"{self.mean:+.2f}", *filter(None, (self.interval, self.verdict or "no verdict"))))
+        """`in_words` with two decimals."""
+        return self.in_words()
 
     def as_dict(self) -> dict[str, Any]:
         """The fields, for JSON; `image_groups` only where test images come in groups."""

@@ -144,19 +144,14 @@ def precision_and_f1(labels: np.ndarray, every: Sequence[np.ndarray], classes: i
     return precision, f1
 
 
-def main_figures(predicted: Graded, labels: np.ndarray, group_of: Sequence[str | None]) -> dict[str, float | None]:
-    """top1, head, medium, tail and ece of a classifier, in percent; arguments as for `summary`."""
+def main_figures(predicted: Answers, labels: np.ndarray, group_of: Sequence[str | None]) -> dict[str, float | None]:
+    """top1, head, medium, tail and ece of a classifier, in percent; arguments as for `summaries`."""
     right = predicted.guesses == labels
     return {
         "top1": float(100 * right.mean()),
         **group_accuracy(per_class_accuracy(labels, predicted.guesses, len(group_of)), group_of),
         "ece": expected_calibration_error(predicted.confidence, right.astype(float)),
     }
-
-
-def summary(predicted: Graded, labels: np.ndarray, group_of: Sequence[str | None]) -> dict[str, float | None]:
-    """`summaries` of one classifier."""
-    return summaries([predicted], labels, group_of)[0]
 
 
 def summaries(

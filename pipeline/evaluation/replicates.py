@@ -13,10 +13,9 @@ from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.run import Say
 from h2t.pipeline.data.classes import recorded_names
 from h2t.pipeline.evaluation.folds import Folds, load_folds
-from h2t.pipeline.evaluation.image_groups import groups_of
 from h2t.pipeline.evaluation.scoring import Scores, load_heads_for, score_heads, score_stage1
 from h2t.pipeline.evaluation.tables import Scored
-from h2t.pipeline.heads.batches import sample_rows
+from h2t.pipeline.evaluation.tested_groups import groups_of
 from h2t.pipeline.heads.replicate import Replicate
 from h2t.pipeline.heads.start import backbone_head
 from h2t.pipeline.heads.stored import Heads
@@ -92,8 +91,7 @@ def score(loaded: Sequence[Loaded], splits: Sequence[str], lines: Sequence[str],
             labels = np.array([loaded[0].names.index(name) for name in one.names])
             scores = {key: _translated(result, labels, numbers) for key, result in scores.items()}
             first = {key: _translated(result, labels, numbers) for key, result in first.items()}
-        tests = sample_rows(one.cache.index, "test", lines[0])
-        groups = groups_of(one.cache, tests.first, tests.samples)
+        groups = groups_of(one.cache, lines[0])
         found.append(Scored(one.table, scores, first, one.replicate.number, -1 - index, groups))
     return found
 

@@ -83,19 +83,13 @@ def _scores(
     blocks: Iterator[tuple[np.ndarray, torch.Tensor]],
     temperatures: Sequence[float],
 ) -> Scores:
-    labels = rows.labels
-    return Scores(statistics, labels, rows.samples.astype(np.int64), _answered(cache, blocks, temperatures, labels))
-
-
-def _answered(
-    cache: Cache, blocks: Iterator[tuple[np.ndarray, torch.Tensor]], temperatures: Sequence[float], labels: np.ndarray
-) -> list[Graded]:
-    """Predictions of each head from blocks of logits (heads, n, classes), which together cover all `labels`.
+    """Predictions of each head from blocks of logits (heads, n, classes), which together cover all `rows`.
 
     Logits are divided by the `temperatures` of the heads.
     The arrays are made once: with many heads and samples, they are most of what evaluation holds. They are written to
     before the first block, so that the size of the blocks is chosen from the memory that is left.
     """
+    labels = rows.labels
     kinds = {"guesses": np.int32, "confidence": np.float64, "rank": np.int32, "loss": np.float64}
     said = [Graded(**{name: np.full(len(labels), -1, kind) for name, kind in kinds.items()}) for _ in temperatures]
     first = 0
@@ -107,7 +101,7 @@ def _answered(
             for name in kinds:
                 getattr(mine, name)[block_of] = getattr(found, name)
         first += len(part)
-    return said
+    return Scores(statistics, labels, rows.samples.astype(np.int64), said)
 
 
 def head_logits(cache: Cache, heads: Heads, rows: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -5,11 +5,10 @@ import json
 import os
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 from h2t.cache.errors import CacheError
 from h2t.cache.format.spec import RECORD
-from h2t.pipeline.base.text import counted
+from h2t.pipeline.base.text import counted, some
 from h2t.pipeline.inspection.findings import Finding
 from h2t.pipeline.sharing import repository
 
@@ -20,8 +19,7 @@ def data(root: Path, known: Collection[str], *, full: bool) -> list[Finding]:
     gone = [out.path for out in outs if not os.path.lexists(root / out.path)]
     findings = []
     if gone:
-        names = ", ".join(gone[:3]) + (f" and {len(gone) - 3} more" if len(gone) > 3 else "")
-        findings.append(Finding("data", "fault", f"missing here: {names}", "dvc repro --pull"))
+        findings.append(Finding("data", "fault", f"missing here: {some(gone, 3)}", "dvc repro --pull"))
     store = repository.dvc_cache(root)
     files = 0
     for out in outs:
@@ -30,8 +28,8 @@ def data(root: Path, known: Collection[str], *, full: bool) -> list[Finding]:
         about = _Output(out, root / out.path, store)
         files += about.examine(full=full)
         if about.faults:
-            more = f" and {len(about.faults) - 1} more" if len(about.faults) > 1 else ""
-            findings.append(Finding("data", "fault", f"{out.path}: {about.faults[0]}{more}", about.remedy, out.path))
+            detail = f"{out.path}: {some(about.faults, 1)}"
+            findings.append(Finding("data", "fault", detail, about.remedy, out.path))
     if findings:
         return findings
     how = "every byte compared" if full else "sizes compared"
@@ -124,13 +122,12 @@ def caches(root: Path, full: bool) -> list[Finding]:
     for record in sorted(path for place in places for path in (root / "data").glob(f"{place}/{RECORD}")):
         place = record.parent.relative_to(root)
         try:
-            faults: list[Any] = verify(str(record.parent), quick=not full)
+            faults = [str(fault) for fault in verify(str(record.parent), quick=not full)]
         except (CacheError, OSError) as error:
-            faults = [error]
+            faults = [str(error)]
         if faults:
-            more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
             remedy = f"rm -r {place} && dvc checkout {place}, or dvc repro --pull"
-            findings.append(Finding("cache", "fault", f"{place}: {faults[0]}{more}", remedy, str(place)))
+            findings.append(Finding("cache", "fault", f"{place}: {some(faults, 1)}", remedy, str(place)))
         else:
             how = "every byte checked" if full else "quick check; --full reads every byte"
             findings.append(Finding("cache", "ok", f"{place} is sound ({how})"))

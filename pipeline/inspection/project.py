@@ -10,6 +10,7 @@ from typing import Any
 from h2t.pipeline.base import numbers
 from h2t.pipeline.base.code import made_by_other_code
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.text import some
 from h2t.pipeline.inspection.findings import Finding
 from h2t.pipeline.sharing import garbage, repository
 
@@ -39,8 +40,7 @@ def other_code(root: Path) -> list[Finding]:
         Finding(
             "code",
             "note",
-            f"{stage} was run by other code of the same number ({', '.join(files[:3])}"
-            + (f" and {len(files) - 3} more)" if len(files) > 3 else ")"),
+            f"{stage} was run by other code of the same number ({some(files, 3)})",
             f"dvc repro --force --single-item {stage}, to see if its results change",
         )
         for stage, files in made_by_other_code(root, lock)

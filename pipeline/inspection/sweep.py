@@ -19,15 +19,14 @@ import pyarrow.parquet as pq
 from h2t.cache.reader import Cache
 from h2t.pipeline.base import clock, params, plugins
 from h2t.pipeline.base.errors import UserError
-from h2t.pipeline.base.outputs import replace_file, write_json
+from h2t.pipeline.base.outputs import replace_file
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.base.text import counted
-from h2t.pipeline.evaluation.image_groups import groups_of
 from h2t.pipeline.evaluation.intervals import FIGURES, Difference, paired
 from h2t.pipeline.evaluation.metrics import main_figures, over_seeds
 from h2t.pipeline.evaluation.scoring import load_heads_for, score_heads
 from h2t.pipeline.evaluation.tables import Comparison, Scored, compared
-from h2t.pipeline.heads.batches import sample_rows
+from h2t.pipeline.evaluation.tested_groups import groups_of
 from h2t.pipeline.heads.features import maps_fingerprint
 from h2t.pipeline.heads.residency import Residency
 from h2t.pipeline.stages import evaluate, train_classifier
@@ -92,9 +91,8 @@ def sweep(
     heads = load_heads_for(cache, heads_dir, backbone_dir)
     group_of = evaluate.group_choice(evaluation, heads.about["counts"])
     scores = score_heads(cache, heads, "test", heads.about["evaluate"], run.device)
-    tests = sample_rows(cache.index, "test", scores.statistics)
-    groups = groups_of(cache, tests.first, tests.samples)
-    scored = Scored(heads.table.to_pylist(), {("test", scores.statistics): scores}, {}, groups=groups)
+    of_tests = {("test", scores.statistics): scores}
+    scored = Scored(heads.table.to_pylist(), of_tests, {}, groups=groups_of(cache, scores.statistics))
     standing = _standing(evaluated, cache, run) if evaluated is not None else []
     lines = []
     for own in itertools.product(*grid.constants().values()):
@@ -206,11 +204,6 @@ def _cells(line: Line) -> list[str]:
     figures = [line.figures[name] for name in ("top1", "head", "medium", "tail")]
     difference = line.difference["top1"].text if line.difference else ""
     return [*("–" if figure is None else f"{figure:.2f}" for figure in figures), difference]
-
-
-def save(lines: Sequence[Line], out: Path) -> None:
-    """Writes `sweep.json`, a list of `Line.as_dict`, into the directory `out`."""
-    write_json(out / "sweep.json", [line.as_dict() for line in lines])
 
 
 def check_entry(params_file: Path, name: str) -> None:

@@ -16,8 +16,9 @@ import yaml
 from h2t.pipeline.base import numbers, plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import replace_file
+from h2t.pipeline.base.run import Say
 from h2t.pipeline.base.text import counted
-from h2t.pipeline.sharing.repository import Say, in_one_line, locked_stages, repository
+from h2t.pipeline.sharing.repository import in_one_line, locked_stages, repository
 
 #: What stages read and version 0.1.0 did not write: the digests of the inputs, and of the replicates but 0.
 INPUTS, REPLICATES = Path("data/inputs"), Path("data/replicates")

@@ -121,8 +121,9 @@ def why(
     planned = extract.planned_rows(params, samples)
     rows = planned.table()
     wanted = Wanted(planned, asked, params.dtype, samples.facts["dataset"], settings or {})
-    kept = kept_statistics(previous, asked, _names(rows))[0] if previous is not None else {}
-    reasons += _statistics(cache, _names(rows), kept) + _dataset(cache.rows, rows, bool(kept))
+    names = planned.plan.statistics
+    kept = kept_statistics(previous, asked, names)[0] if previous is not None else {}
+    reasons += _statistics(cache, names, kept) + _dataset(cache.rows, rows, bool(kept))
     if recorded_groups(cache.spec.provenance) != recorded_groups(planned.test_groups):
         reasons.append(Reason("dataset", "other groups of test images", False))
     if not reasons and not layout:
@@ -138,11 +139,6 @@ def _to_extract(source: Cache, wanted: Wanted) -> tuple[int, list[str]]:
     kept, _ = kept_statistics(source, wanted.inputs, wanted.rows.plan.statistics)
     origin, reasons = origins(source, wanted, {*kept, "stage1"})
     return int((origin < 0).sum()), reasons
-
-
-def _names(rows: pa.Table) -> list[str]:
-    """The kinds of batch-norm statistics in a row table."""
-    return sorted(set(rows["statistics"].unique().to_pylist()))
 
 
 def _statistics(cache: Cache, names: list[str], kept: batchnorm.Statistics) -> list[Reason]:

@@ -29,8 +29,8 @@ from h2t.pipeline.data.classes import recorded_names
 from h2t.pipeline.data.images import Images, Transform, open_images
 from h2t.pipeline.evaluation.calibration import of_heads
 from h2t.pipeline.evaluation.folds import load_folds
-from h2t.pipeline.evaluation.image_groups import groups_of
 from h2t.pipeline.evaluation.scoring import STAGE1, head_logits, load_heads_for, score_heads
+from h2t.pipeline.evaluation.tested_groups import groups_of
 from h2t.pipeline.extraction import batchnorm
 from h2t.pipeline.heads.batches import sample_rows
 from h2t.pipeline.heads.stored import Heads
@@ -148,8 +148,7 @@ def run(
     with fresh_directory(run.out) as into:
         save_head(into / "head.safetensors", one, about)
         tested = score_heads(cache, one, "test", kind, run.device)
-        of = sample_rows(cache.index, "test", kind)
-        on_tests = Measured(tested.labels, tested.said[0].guesses, groups_of(cache, of.first, of.samples))
+        on_tests = Measured(tested.labels, tested.said[0].guesses, groups_of(cache, kind))
         origin = str(cache.spec.provenance.get("dataset", "unknown"))
         text = card(about, heads.about["counts"], origin, on_tests, stated)
         (into / "README.md").write_text(text, encoding="utf-8")

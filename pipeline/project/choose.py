@@ -11,7 +11,6 @@ import numpy as np
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError, nearest
 from h2t.pipeline.base.params import INPUTS
-from h2t.pipeline.data.labels import USUAL
 from h2t.pipeline.evaluation.intervals import FEWEST_CHANGED
 from h2t.pipeline.project.detect import Found
 from h2t.pipeline.project.survey import Survey
@@ -63,7 +62,7 @@ def choose(found: Found, seen: Survey, backbone: str | None, weights: Path | Non
         prepare["options"]["transform"] = transform
     if seen.unreadable:
         prepare["bad_images"] = "skip"
-    if seen.copies():
+    if seen.digests.copies():
         prepare["duplicates"] = "drop"
     notes = _hold_outs(found, prepare)
     images = found.collection.split.count("train")
@@ -205,8 +204,3 @@ def _network(backbone: str | None, weights: Path | None, epochs: int) -> tuple[s
         entry |= {"weights": f"{INPUTS}weights", "head": "probe"}
     name = "".join(sign if sign.isalnum() else "_" for sign in (model or arch).rpartition("/")[2]).strip("_")
     return name or arch, entry
-
-
-def split_sizes(found: Found) -> dict[str, int]:
-    """Split -> number of images, for the splits that the data has."""
-    return {split: count for split in USUAL if (count := found.collection.split.count(split))}

@@ -7,9 +7,9 @@ import numpy as np
 
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.data.classes import describe_similar
+from h2t.pipeline.data.labels import USUAL
 from h2t.pipeline.data.splits import Labelled, describe_copies
 from h2t.pipeline.data.texts import Texts
-from h2t.pipeline.project.choose import split_sizes
 from h2t.pipeline.project.detect import Found
 from h2t.pipeline.project.survey import Survey
 
@@ -23,7 +23,7 @@ def lines(found: Found, seen: Survey, *, bar: str = "█") -> Iterator[str]:
     """Yields the lines of the report. `bar` is the sign that bars are drawn with."""
     images = found.collection
     classes = counted(len(images.classes), "class", "classes")
-    sizes = ", ".join(f"{name} {size:,}" for name, size in split_sizes(found).items())
+    sizes = ", ".join(f"{split} {size:,}" for split in USUAL if (size := images.split.count(split)))
     yield f"{counted(len(images.source), 'image')} in {classes} (dataset {found.dataset}); {sizes}"
     yield from bars(images.classes, images.label, bar)
     if len(sides := seen.readable):
@@ -45,7 +45,7 @@ def lines(found: Found, seen: Survey, *, bar: str = "█") -> Iterator[str]:
     notes = [*(note.removeprefix("note: ") for note in images.notes), *describe_similar(images.classes)]
     yield from (f"note        {note}" for note in notes)
     yield from _unreadable(found, seen)
-    alike = seen.copies()
+    alike = seen.digests.copies()
     yield from (f"copies      {line}" for line in describe_copies(Labelled.of(images), alike))
     if alike:
         yield "            copies are left out, and all of an image under two labels (duplicates: drop)"

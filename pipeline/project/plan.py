@@ -6,7 +6,8 @@ from typing import Any
 from h2t.cache.format.spec import MAX_RECORD_BYTES, CacheSpec, canonical_json, shard_rows_for
 from h2t.cache.sizes import sized
 from h2t.pipeline.base.text import counted
-from h2t.pipeline.project.rehearsal import BATCH, TEST_SHARE, Rehearsal
+from h2t.pipeline.project.rehearsal import TEST_SHARE, Rehearsal
+from h2t.pipeline.project.stacks import BATCH
 from h2t.pipeline.stages import extract
 
 PREPARE_IMAGE_BYTES = 130  # of memory that prepare holds for an image: 70 and its name, here of up to 60 characters

@@ -35,17 +35,13 @@ from h2t.pipeline.data.decoding import decode
 from h2t.pipeline.data.images import Images, Transform
 from h2t.pipeline.data.network_input import chosen
 from h2t.pipeline.data.samples import Samples
-from h2t.pipeline.heads.batches import Streams
 from h2t.pipeline.heads.descent import Descent
-from h2t.pipeline.heads.features import FeatureReader, load_pool
-from h2t.pipeline.heads.host import Context
-from h2t.pipeline.heads.residency import Choice, Feed
-from h2t.pipeline.heads.setting import HeadSetting
-from h2t.pipeline.heads.stack import FLOAT, Stack
-from h2t.pipeline.heads.stored import HeadParts, build_head
+from h2t.pipeline.heads.features import load_pool
+from h2t.pipeline.heads.stack import FLOAT
 from h2t.pipeline.networks.backbone import build_backbone
-from h2t.pipeline.networks.trained import StageOneHead, backbone_facts
+from h2t.pipeline.networks.trained import backbone_facts
 from h2t.pipeline.networks.weights import save_weights
+from h2t.pipeline.project.stacks import feed_of, settings, stack_on, streams_of
 from h2t.pipeline.stages import extract
 from h2t.pipeline.stages.train_backbone import Params as Entry
 
@@ -61,8 +57,8 @@ SMALLER = 8
 SHARDS = 8  # of each of them, so that the threads of verify and pooling have work
 MOST_REPEATED = 16 * 2**20  # bytes of each expert's maps that are repeated
 DISK_SHARE = 0.25  # of the free space, for these caches
-BATCH, STEPS = 128, (100, 400)  # of stage II
-HEADS = [HeadSetting(0.0, "instance", "random", 0), HeadSetting(0.3, "instance", "random", 0)]
+STEPS = (100, 400)  # of stage II
+HEADS = settings([0.0, 0.3], [0])
 
 Clock = Callable[[], float]
 
@@ -107,8 +103,8 @@ class Stage:
         self.side = (chosen(arch.input(options), entry.input).size if hasattr(arch, "input") else entry.input.size) or 0
         torch.manual_seed(torch_seed(0, "plan"))
         backbone = build_backbone(arch, options, self.side or None)
-        self.channels, self.experts = backbone.channels, getattr(backbone, "experts", 1)
-        about = {"arch": entry.arch, "options": entry.options, "channels": self.channels, "experts": self.experts}
+        self.channels, experts = backbone.channels, getattr(backbone, "experts", 1)
+        about = {"arch": entry.arch, "options": entry.options, "channels": self.channels, "experts": experts}
         about |= {"input": {"size": self.side}} if hasattr(arch, "input") else {}
         save_weights(folder / "backbone.safetensors", backbone.state_dict(), about)
         self.params = params
@@ -182,16 +178,9 @@ class Stage:
         Features are in memory; drawing counts, in the background as in a real run. The fastest of a few counts.
         """
         with open_cache(cache) as features:
-            names = features.spec.provenance["classes"]
-            statistics = features.index.statistics("train")[0]
-            streams = Streams(features.index, names, statistics, {"instance": statistics}, [0], BATCH)
-            feed = Feed(streams, FeatureReader(features, None), Choice("memory", ""), 0, self.device, silent)
-            context = Context(torch.from_numpy(streams.index.counts), self.channels, self.experts)
-            weight = torch.zeros(self.experts, CLASSES, features.spec.maps[0][0])
-            start = StageOneHead({"weight": weight, "bias": torch.zeros(self.experts, CLASSES)}, "linear", 1.0)
-            head = build_head(HeadParts("dr", {}, "linear", 1.0, "gap", {}, "plan"), context)
-            stack = Stack(head, HEADS, feed)
-            stack.start(start)
+            streams = streams_of(features, [0], features.index.statistics("train")[0])
+            feed = feed_of(streams, features, "memory", self.device, pooled=False)  # they are pooled already
+            stack = stack_on(feed, HEADS)
             descent = Descent(stack.state, {}, momentum=0.9, weight_decay=5e-4)
 
             def train(count: int) -> float:
@@ -242,15 +231,11 @@ def rehearse(
     pooling = [min(stage.pool(cache)[1] for _ in range(REPEATS)) for cache in caches]
     with open_cache(caches[1]) as cache, open_cache(copies[1]) as copy:
         table_bytes = cache.commit.files["rows.parquet"][0] / cache.spec.rows
-        vectors = replace(copy.spec, rows=spec.rows, shard_rows=_pooled_shard_rows(copy.spec))
+        shard_rows = shard_rows_for(copy.spec.row_bytes(), copy.spec.chunk_rows, SHARD_BYTES)  # as h2t pool writes it
+        vectors = replace(copy.spec, rows=spec.rows, shard_rows=shard_rows)
     costs = {"extract": extraction, "verify": line(sizes, checked), "pool": line(sizes, pooling)}
     costs["step"] = line(STEPS, stage.epoch(copies[1], STEPS))
     return Rehearsal(images, spec, vectors, table_bytes, costs, params)
-
-
-def _pooled_shard_rows(spec: CacheSpec) -> int:
-    """Rows of a shard of a pooled copy as `h2t pool` writes it."""
-    return shard_rows_for(spec.row_bytes(), spec.chunk_rows, SHARD_BYTES)
 
 
 def _extraction(stage: Stage, seconds: float) -> tuple[Path, Cost]:

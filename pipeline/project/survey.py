@@ -50,10 +50,6 @@ class Survey:
         """The short sides of the readable images, in pixels."""
         return self.short_side[self.short_side > 0]
 
-    def copies(self) -> list[list[int]]:
-        """Positions of images that are equal byte by byte."""
-        return self.digests.copies()
-
     def add(self, i: int, what: Properties | str, digest: str) -> None:
         """Adds image `i`: its properties, or why it cannot be read."""
         if isinstance(what, str):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from h2t.cache.redaction import in_markdown
-from h2t.pipeline.base.text import counted
+from h2t.pipeline.base.text import counted, some
 from h2t.pipeline.evaluation.intervals import FEWEST_CHANGED, Difference
 from h2t.pipeline.reporting.chosen import number
 from h2t.pipeline.reporting.luck import Candidates
@@ -23,6 +23,7 @@ SMALLER_IS_BETTER = {"ece"}
 APART = ("higher", "lower")  # verdicts that tell two classifiers apart
 LEAST_LUCK = 0.1  # percentage points: less is not seen in a figure with one decimal
 TIED = ("too close to tell", "identical")
+NAMED = 4  # methods
 SOURCES = {"seeds": "seeds of stage II", "images": "test images", "backbones": "trainings of the backbone"}
 
 
@@ -201,11 +202,11 @@ class Answer:
             if command := self.command(figure, stage1=True):
                 sentences.append(f"To use that: {command}")
         if ties := [*(["stage I"] if stage1 in TIED else []), *ranking.ties]:
-            sentences.append(f"Not clearly behind it: {_some(ties)}.")
+            sentences.append(f"Not clearly behind it: {some(ties, NAMED)}.")
         if figure in first.changes:
-            sentences.append(f"H2T: {in_words(first.changes[figure])}.")
+            sentences.append(f"H2T: {first.changes[figure].in_words(1)}.")
         if ranking.others:
-            sentences.append(f"On another backbone, so not compared: {_some(ranking.others)}.")
+            sentences.append(f"On another backbone, so not compared: {some(ranking.others, NAMED)}.")
         return sentences
 
     def share(self) -> str:
@@ -215,7 +216,7 @@ class Answer:
             return "H2T: no method was trained both with and without it."
         if len(both) == 1:
             changes = both[0].changes
-            parts = [f"{RANKED[f]} {in_words(changes[f])}" for f in ("top1", "tail") if f in changes]
+            parts = [f"{RANKED[f]} {changes[f].in_words(1)}" for f in ("top1", "tail") if f in changes]
             return f"H2T in {both[0].name}: {'; '.join(parts)}."
         parts = [f"{RANKED[f]} {tally}" for f in ("top1", "tail") if (tally := _tally(both, f))]
         return f"H2T in {counted(len(both), 'method')}: {'; '.join(parts)}."
@@ -345,18 +346,6 @@ class Answer:
         return (2 * twice + once) * sum(result.about["counts"])
 
 
-def short_interval(change: Difference) -> str:
-    """The interval with one decimal, in brackets; empty if there is none, and beside `identical`, which says more."""
-    if change.low is None or change.high is None or change.verdict == "identical":
-        return ""
-    return f"[{change.low:+.1f}, {change.high:+.1f}]"
-
-
-def in_words(change: Difference) -> str:
-    """Mean, interval and verdict on one line, with one decimal."""
-    return " ".join(filter(None, (f"{change.mean:+.1f}", short_interval(change), change.verdict or "no verdict")))
-
-
 def _figures(method: Method, row: str, figure: str) -> str:
     """`figure`, top-1 and tail accuracy of a row, those that it has: `top-1 86.2 %, tail 65.8 %`."""
     known = {f: v for f in (figure, "top1", "tail") if (v := method.figure(row, f)) is not None}
@@ -398,12 +387,6 @@ def _short(change: Difference | None) -> str:
 def shortened(name: str, most: int = 26) -> str:
     """A name that fits a column of `most` characters."""
     return name if len(name) <= most else name[: most - 1] + "…"
-
-
-def _some(names: Sequence[str], most: int = 4) -> str:
-    """Names in a row; of many, the first and how many more."""
-    more = len(names) - most
-    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def _range(numbers: Iterable[int]) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from h2t.cache.redaction import in_markdown
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.text import markdown
 from h2t.pipeline.reporting.answer import Answer
 from h2t.pipeline.reporting.files import text_of, write
 from h2t.pipeline.reporting.page import cell
@@ -53,14 +54,13 @@ def _evaluated(folder: Path) -> Path:
 
 def _table(sides: Sequence[Side]) -> list[str]:
     """The Markdown table of A, B and their differences, and its explanation."""
-    lines = ["| host | classifier | A | B | seeds of both | " + " | ".join(f"{f}, B - A" for f in FIGURES) + " |"]
-    lines.append("| --- | --- | --- | --- | --- |" + " --- |" * len(FIGURES))
+    lines = []
     for side in sides:
         cells = [_top1(r.metrics[side.row]) for r in (side.a, side.b)]
         texts = [text_of(side.apart[f]) for f in FIGURES]
-        lines.append(f"| {in_markdown(side.host)} | {side.label} | " + " | ".join([*cells, side.seeds, *texts]) + " |")
+        lines.append([in_markdown(side.host), side.label, *cells, side.seeds, *texts])
     return [
-        *lines,
+        markdown(["host", "classifier", "A", "B", "seeds of both", *(f"{f}, B - A" for f in FIGURES)], lines),
         "",
         "A and B: top-1 in percent, mean ± standard deviation over seeds; with H2T, at the stated ratio.",
         "Differences: percentage points, with the 95 % interval over the seeds that both have and over test images.",

@@ -11,7 +11,7 @@ import pandas as pd
 from h2t.cache.redaction import in_markdown
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import fresh_directory, write_json
-from h2t.pipeline.base.text import counted
+from h2t.pipeline.base.text import counted, markdown
 from h2t.pipeline.evaluation.intervals import Difference
 from h2t.pipeline.reporting import paper
 from h2t.pipeline.reporting.answer import Answer
@@ -71,30 +71,23 @@ def run_records(folder: Path) -> list[dict[str, Any]]:
 
 def markdown_table(results: list[HostResult]) -> str:
     """The Markdown table of results: for each host, a row for stage I, without H2T and with H2T."""
-    lines = [
-        "| host | classifier | ratio | " + " | ".join(FIGURES) + " |",
-        "| --- | --- | --- |" + " --- |" * len(FIGURES),
-    ]
+    lines = []
     for result in results:
         for key, label in ROWS.items():
             entry = result.metrics[key]
             ratio = "–" if entry is None or entry["ratio"] is None else f"{entry['ratio']:g}"
-            lines.append(
-                f"| {in_markdown(result.name)} | {label} | {ratio} | "
-                + " | ".join(cell(entry, f) for f in FIGURES)
-                + " |"
-            )
-    return "\n".join(lines)
+            lines.append([in_markdown(result.name), label, ratio, *(cell(entry, f) for f in FIGURES)])
+    return markdown(["host", "classifier", "ratio", *FIGURES], lines)
 
 
 def difference_table(results: list[HostResult]) -> str:
     """The Markdown table of differences with H2T minus without, one row per host, paired by seed."""
-    lines = ["| host | " + " | ".join(FIGURES) + " |", "| --- |" + " --- |" * len(FIGURES)]
-    for result in results:
-        apart = with_against_without(result)
-        if apart:
-            lines.append(f"| {in_markdown(result.name)} | " + " | ".join(text_of(apart[f]) for f in FIGURES) + " |")
-    return "\n".join(lines) if len(lines) > 2 else "No host was trained both with and without H2T."
+    lines = [
+        [in_markdown(result.name), *(text_of(apart[f]) for f in FIGURES)]
+        for result in results
+        if (apart := with_against_without(result))
+    ]
+    return markdown(["host", *FIGURES], lines) if lines else "No host was trained both with and without H2T."
 
 
 def variants_table(results: list[HostResult]) -> str | None:
@@ -104,10 +97,10 @@ def variants_table(results: list[HostResult]) -> str | None:
         entry = result.metrics["with_h2t"]
         for v in variants_at(result, entry["ratio"]) if entry else ():
             cells = [spread(*mean_and_std(v.heads, f)) for f in FIGURES]
-            label = f"{result.name} | {v.donor} | {v.selection} | {entry['ratio']:g}"
-            lines.append(f"| {label} | " + " | ".join([*cells, text_of(v.apart["top1"])]) + " |")
-    head = "| host | donor | channels | ratio | " + " | ".join(FIGURES) + " | top1 against instance, random |"
-    return "\n".join([head, "| --- | --- | --- | --- |" + " --- |" * (len(FIGURES) + 1), *lines]) if lines else None
+            label = [result.name, v.donor, v.selection, f"{entry['ratio']:g}"]
+            lines.append([*label, *cells, text_of(v.apart["top1"])])
+    header = ["host", "donor", "channels", "ratio", *FIGURES, "top1 against instance, random"]
+    return markdown(header, lines) if lines else None
 
 
 def _document(title: str, answer: Answer, sides: Sequence[Side]) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from h2t.pipeline.evaluation.intervals import Difference
-from h2t.pipeline.reporting.answer import Answer, Method, short_interval
+from h2t.pipeline.reporting.answer import Answer, Method
 
 STEPS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)  # between the ticks of a scale, in percentage points
 DRAWN = ("top1", "tail")
@@ -129,5 +129,5 @@ def _dot(change: Difference, on: Scale) -> Dot:
         high,
         kind,
         f"{change.mean:+.1f} {change.verdict or 'no verdict'}",
-        short_interval(change),
+        change.interval(1),
     )

@@ -23,8 +23,8 @@ from h2t.pipeline.reporting.results import (
     FIGURES,
     ROWS,
     HostResult,
+    against_first,
     as_published,
-    hosts_apart,
     variants_at,
     with_against_without,
 )
@@ -81,7 +81,7 @@ def render(title: str, answer: Answer, sides: Sequence[Side] = ()) -> str:
         sides_sentence=sentence(sides),
         published={r.name: p for r in results if (p := as_published(r))},
         changes={r.name: d for r in results if (d := with_against_without(r))},
-        hosts_apart=[] if sides else hosts_apart(results, None),
+        hosts_apart=[] if sides else against_first(results),
         data_sets=list(dict.fromkeys(_data_set(r) for r in results)),
         groups=list(dict.fromkeys(_groups(r) for r in results)),
         seeds=_seeds(results),
@@ -172,13 +172,9 @@ def _neighbours(results: Sequence[HostResult]) -> str | None:
     classes = max(len(r.about["counts"]) for r in results)
     if classes <= MOST_CLASSES:
         return None
-    return f"{classes:,} classes are too many to draw: each position stands for {_run_lengths(classes)} of them"
-
-
-def _run_lengths(classes: int) -> str:
-    """How many classes one position stands for, as text."""
     least, more = divmod(classes, MOST_CLASSES)
-    return f"{least} or {least + 1}" if more else f"{least}"
+    each = f"{least} or {least + 1}" if more else f"{least}"
+    return f"{classes:,} classes are too many to draw: each position stands for {each} of them"
 
 
 def _place(run: Mapping[str, Any]) -> tuple[str, str]:

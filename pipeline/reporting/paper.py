@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 import pandas as pd
 
 from h2t.pipeline.evaluation.intervals import Difference
-from h2t.pipeline.reporting.answer import short_interval
 from h2t.pipeline.reporting.results import FIGURES, ROWS, HostResult, with_against_without
 
 PRINTED = {"top1": "top-1", "head": "head", "medium": "medium", "tail": "tail"}  # the columns in LaTeX
@@ -65,4 +64,4 @@ def _mean(mean: float | None, deviation: float | None) -> str:
 
 
 def _change(change: Difference | None) -> str:
-    return NOTHING if change is None else f"{change.mean:+.1f} {short_interval(change)}".rstrip().replace("-", MINUS)
+    return NOTHING if change is None else f"{change.mean:+.1f} {change.interval(1)}".rstrip().replace("-", MINUS)

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from h2t.cache.redaction import one_line
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.text import some
 from h2t.pipeline.data.classes import GROUPS
 from h2t.pipeline.evaluation.intervals import FIGURES as FIGURES
 from h2t.pipeline.evaluation.intervals import Difference, Pairs, over_replicates, paired
@@ -233,11 +234,6 @@ def rows_apart(after: HostResult, row: str, before: HostResult, before_row: str)
     return over_replicates(pairs, after.about["groups"], seeded, verdicts=one_backbone or len(pairs) > 1)
 
 
-def between_hosts(after: HostResult, before: HostResult, row: str) -> dict[str, Difference | None] | None:
-    """The differences `after` - `before` in `row` of metrics.json; None if either host lacks the row."""
-    return rows_apart(after, row, before, row)
-
-
 def few_tested(result: HostResult) -> str:
     """Groups with fewer than `FEW` test images, and classes with none, in words; empty if there are none."""
     few = []
@@ -247,7 +243,7 @@ def few_tested(result: HostResult) -> str:
             few.append(f"{sum(numbers)} in {group} classes")
     none = [one_line(c) for c, n in zip(result.about["classes"], result.tested, strict=True) if not n]
     if none:
-        few.append(f"none of {', '.join(none[:4])}" + (f" and {len(none) - 4} more" if len(none) > 4 else ""))
+        few.append(f"none of {some(none, 4)}")
     return "; ".join(few)
 
 
@@ -265,29 +261,15 @@ def as_published(result: HostResult) -> dict[str, tuple[float | None, float | No
     return {f: mean_and_std(rows, f) for f in FIGURES}
 
 
-def variants(result: HostResult) -> list[tuple[float, str, str]]:
-    """Trained settings (ratio, donor, selection) other than donor instance with selection random, sorted."""
-    heads = result.heads[result.heads.ratio > 0]
-    settings = set(zip(heads.ratio, heads.donor, heads.selection, strict=True))
-    return sorted(v for v in settings if v[1:] != ("instance", "random"))
-
-
-def hosts_apart(
-    results: Sequence[HostResult], against: Mapping[str, str] | None
-) -> list[tuple[str, dict[str, Difference | None]]]:
-    """The differences between hosts, without and with H2T, each with a label that says what is compared.
-
-    `against` names for each host the one it is compared with. If it is None, each host is compared with the first.
-    """
-    by_name = {r.name: r for r in results}
-    against = against or {r.name: results[0].name for r in results[1:]}
-    lines = []
-    for after, before in against.items():
-        for row in ("without_h2t", "with_h2t"):
-            apart = between_hosts(by_name[after], by_name[before], row)
-            if apart and any(apart.values()):
-                lines.append((f"{after} minus {before}, {ROWS[row]}", apart))
-    return lines
+def against_first(results: Sequence[HostResult]) -> list[tuple[str, dict[str, Difference | None]]]:
+    """The differences of each other host from the first, without and with H2T, each with a label that says so."""
+    first = results[0]
+    return [
+        (f"{other.name} minus {first.name}, {ROWS[row]}", apart)
+        for other in results[1:]
+        for row in ("without_h2t", "with_h2t")
+        if (apart := rows_apart(other, row, first, row)) and any(apart.values())
+    ]
 
 
 @dataclass(frozen=True)
@@ -301,13 +283,10 @@ class Variant:
 
 
 def variants_at(result: HostResult, ratio: float) -> list[Variant]:
-    """The variants at `ratio`, with their differences from donor instance, selection random, paired by seed."""
-    others = []
-    for r, donor, selection in variants(result):
-        if r == ratio:
-            heads = result.at(r, donor, selection)
-            others.append(Variant(donor, selection, heads, result.stated(r, donor, selection, "standard")))
-    return others
+    """The variants at `ratio`, with their differences from donor instance, selection random, paired by seed; sorted."""
+    heads = result.heads[result.heads.ratio == ratio]
+    settings = set(zip(heads.donor, heads.selection, strict=True)) - {("instance", "random")} if ratio else set()
+    return [Variant(*s, result.at(ratio, *s), result.stated(ratio, *s, "standard")) for s in sorted(settings)]
 
 
 def mean_and_std(heads: pd.DataFrame, figure: str) -> tuple[float | None, float | None]:
@@ -322,20 +301,9 @@ def ratio_curve(result: HostResult) -> pd.DataFrame:
 
     Columns: host, group, ratio, accuracy, std; for donor instance, selection random.
     """
-    lines = [
-        {
-            "host": result.name,
-            "group": g,
-            "ratio": r,
-            "accuracy": mean_and_std(result.at(r), g)[0],
-            "std": mean_and_std(result.at(r), g)[1],
-        }
-        for g in ("top1", *GROUPS)
-        for r in result.ratios
-    ]
-    return pd.DataFrame(lines, columns=["host", "group", "ratio", "accuracy", "std"]).astype(
-        {"ratio": float, "accuracy": float, "std": float}
-    )
+    lines = [(result.name, g, r, *mean_and_std(result.at(r), g)) for g in ("top1", *GROUPS) for r in result.ratios]
+    table = pd.DataFrame(lines, columns=["host", "group", "ratio", "accuracy", "std"])
+    return table.astype({"ratio": float, "accuracy": float, "std": float})
 
 
 def class_accuracy(result: HostResult, numbers: Sequence[int]) -> pd.DataFrame:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.evaluation.intervals import Difference
-from h2t.pipeline.reporting.results import FIGURES, ROWS, HostResult, between_hosts
+from h2t.pipeline.reporting.results import FIGURES, ROWS, HostResult, rows_apart
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Side:
 def sides_of(pairs: Sequence[tuple[HostResult, HostResult]]) -> list[Side]:
     """The classifiers that each pair (A, B) has on both sides."""
     return [
-        Side(a.name, row, a, b, between_hosts(b, a, row) or dict.fromkeys(FIGURES), _seeds(a, b, row))
+        Side(a.name, row, a, b, rows_apart(b, row, a, row) or dict.fromkeys(FIGURES), _seeds(a, b, row))
         for a, b in pairs
         for row in ROWS
         if a.metrics[row] is not None and b.metrics[row] is not None
@@ -41,10 +41,8 @@ def sides_of(pairs: Sequence[tuple[HostResult, HostResult]]) -> list[Side]:
 def sentence(sides: Sequence[Side]) -> str:
     """For how many classifiers B is higher or lower than A in top-1."""
     said = [d.verdict if (d := s.apart["top1"]) else None for s in sides]
-    kinds = {"higher": "higher", "lower": "lower", "too close to tell": "too close to tell", "identical": "identical"}
-    counts = [f"{words} for {n}" for kind, words in kinds.items() if (n := said.count(kind))]
-    rest = len(said) - sum(said.count(kind) for kind in kinds)
-    counts += [f"no verdict for {rest}"] if rest else []
+    verdicts = ("higher", "lower", "too close to tell", "identical", None)
+    counts = [f"{verdict or 'no verdict'} for {n}" for verdict in verdicts if (n := said.count(verdict))]
     return f"Top-1 of B against A, over {counted(len(sides), 'classifier')}: {', '.join(counts) or 'none'}."
 
 

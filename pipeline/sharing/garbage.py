@@ -19,8 +19,9 @@ from h2t.cache.errors import CacheError
 from h2t.cache.sizes import sized
 from h2t.cache.write.staging import Staging
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.run import Say
 from h2t.pipeline.base.text import counted
-from h2t.pipeline.sharing.repository import Say, config_of, git, in_one_line, repository
+from h2t.pipeline.sharing.repository import config_of, git, in_one_line, repository
 
 STAGING = re.compile(r"\.(?P<target>.+?)\.staging(\.done)?")
 LEFT_BY_PROCESS = re.compile(r"\..+\.(partial|pulled)-(?P<process>\d+)")

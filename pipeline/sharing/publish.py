@@ -17,10 +17,10 @@ from h2t.cache.redaction import redacted
 from h2t.cache.sizes import sized
 from h2t.pipeline.base import params, plugins
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.run import Say
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.sharing.repository import (
     Out,
-    Say,
     caches,
     config_of,
     git,

@@ -20,8 +20,9 @@ from h2t.cache.redaction import redacted
 from h2t.cache.sizes import sized
 from h2t.cache.write.staging import Staging, bad_disk_is_one_line, sync
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.run import Say
 from h2t.pipeline.base.text import counted
-from h2t.pipeline.sharing.repository import Say, in_one_line
+from h2t.pipeline.sharing.repository import in_one_line
 
 THREADS = 8  # files downloaded at a time
 

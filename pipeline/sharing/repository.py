@@ -2,8 +2,8 @@
 
 import os
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,6 @@ from h2t.cache.errors import CacheError
 from h2t.cache.format.spec import RECORD
 from h2t.cache.redaction import redacted
 from h2t.pipeline.base.errors import UserError, in_brief, of_the_machine
-
-Say = Callable[[str], None]
 
 
 def git(*arguments: str, where: Path) -> str:
@@ -93,16 +91,22 @@ class Out:
     size: int
 
 
-def locked_stages(root: Path) -> dict[str, dict[str, Any]]:
-    """The stages in dvc.lock by name; empty if nothing was run yet. Raises UserError if the file is damaged."""
+@contextmanager
+def _lock_file(root: Path) -> Iterator[Path]:
+    """The path of dvc.lock. Raises UserError in place of what reading a damaged one raises."""
     path = root / "dvc.lock"
     try:
-        stages = (yaml.safe_load(path.read_text(encoding="utf-8")) or {})["stages"]
-        return {name: dict(stage) for name, stage in stages.items()}
-    except FileNotFoundError:
-        return {}
+        yield path
     except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: not a lock file of DVC ({in_brief(error)}); restore it from git") from None
+
+
+def locked_stages(root: Path) -> dict[str, dict[str, Any]]:
+    """The stages in dvc.lock by name; empty if nothing was run yet. Raises UserError if the file is damaged."""
+    with _lock_file(root) as path, suppress(FileNotFoundError):
+        stages = (yaml.safe_load(path.read_text(encoding="utf-8")) or {})["stages"]
+        return {name: dict(stage) for name, stage in stages.items()}
+    return {}
 
 
 def outs(root: Path) -> list[Out]:
@@ -110,16 +114,12 @@ def outs(root: Path) -> list[Out]:
     stages = locked_stages(root)
     if not stages:
         raise UserError(f"{root / 'dvc.lock'}: missing, because nothing was run yet; type: dvc repro")
-    try:
+    with _lock_file(root):
         return [
             Out(name, o["path"], o["md5"], int(o.get("size", 0)))
             for name, stage in stages.items()
             for o in stage.get("outs", [])
         ]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{root / 'dvc.lock'}: not a lock file of DVC ({in_brief(error)}); restore it from git"
-        ) from None
 
 
 def dvc_cache(root: Path) -> Path:

@@ -31,7 +31,7 @@ from h2t.pipeline.evaluation.calibration import Calibrated, calibrated
 from h2t.pipeline.evaluation.choice import choose
 from h2t.pipeline.evaluation.evidence import ROOM, write_about, write_embedding, write_reliability, write_weight_norms
 from h2t.pipeline.evaluation.intervals import FIGURES
-from h2t.pipeline.evaluation.metrics import Graded, over_seeds, summaries, summary
+from h2t.pipeline.evaluation.metrics import Graded, over_seeds, summaries
 from h2t.pipeline.evaluation.replicates import Loaded, load, score
 from h2t.pipeline.evaluation.scoring import STAGE1
 from h2t.pipeline.evaluation.tables import (
@@ -175,7 +175,7 @@ def _figures(scored: Scored, group_of: Sequence[str | None], several: bool) -> I
             yield {**by_number[number], "split": split, "statistics": statistics, **one}
     for split, result in scored.first.items():
         own = {"number": scored.stage1, **({"replicate": scored.replicate} if several else {})}
-        yield {**own, "split": split, "statistics": STAGE1, **summary(result.said[0], result.labels, group_of)}
+        yield {**own, "split": split, "statistics": STAGE1, **summaries(result.said, result.labels, group_of)[0]}
 
 
 def _calibrated(loaded: Sequence[Loaded], kept: Sequence[int], device: torch.device) -> dict[int, Calibrated]:

@@ -14,7 +14,6 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -126,18 +125,14 @@ class _Replicate:
         """The digests of what stage II reads of the backbone `name`."""
         return {key: self._digest(path.format(name)) for key, path in READ.items()}
 
-    @cached_property
-    def _seed(self) -> int:
-        return seed_of(self.run.seed, self.number)
-
     def _once(self, part: str, made_of: Mapping[str, Any], stage: Callable[[Run], Any]) -> None:
         """Runs `stage` for the output `part`, unless it is there and was made of the same.
 
         An unfinished output of the stage, which lies beside its place, is the stage's own to resume or to drop.
         """
-        out = self.folder / part
+        out, seed = self.folder / part, seed_of(self.run.seed, self.number)
         note = out.with_name(f".{out.name}.made")
-        text = json.dumps({"seed": self._seed, **made_of}, sort_keys=True)
+        text = json.dumps({"seed": seed, **made_of}, sort_keys=True)
         if out.is_dir() and note.is_file() and note.read_text(encoding="utf-8") == text:
             return
         note.unlink(missing_ok=True)
@@ -146,7 +141,7 @@ class _Replicate:
         def say(line: str) -> None:
             self.run.say(f"replicate {self.number}: {line}")
 
-        stage(replace(self.run, name=out.name, out=out, seed=self._seed, say=say))
+        stage(replace(self.run, name=out.name, out=out, seed=seed, say=say))
         partial = note.with_suffix(".partial")
         partial.write_text(text, encoding="utf-8")
         replace_file(partial, note)

@@ -16,7 +16,7 @@ from h2t.cache.reader import Cache
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import fresh_directory
-from h2t.pipeline.base.replicates import seeds_of
+from h2t.pipeline.base.replicates import seed_of
 from h2t.pipeline.base.run import Run, silent
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.evaluation.folds import FOLDS, cross_validate
@@ -83,8 +83,8 @@ def _replicate(params: Params, run: Run, residency: Residency, replicate: Replic
     if replicate.number:
         said = run.say
         if not kind.fitted:
-            own = params.grid.model_copy(update={"seed": seeds_of(params.grid.seed, replicate.number)})
-            params = params.model_copy(update={"grid": own})
+            seeds = [seed_of(seed, replicate.number) for seed in params.grid.seed]
+            params = params.model_copy(update={"grid": params.grid.model_copy(update={"seed": seeds})})
         run = replace(run, out=_place(run, replicate), say=lambda line: said(f"replicate {replicate.number}: {line}"))
     check_backbone(cache, backbone_dir)
     params = _with_recipe(params, run.name, cache)

@@ -15,7 +15,8 @@ from fuzz.target import Parse, Target
 
 from h2t.cache.format.spec import sha256
 from h2t.cache.reader import open_cache
-from h2t.cache.tools.audit import describe, verify
+from h2t.cache.tools.audit import describe
+from h2t.cache.tools.verify import verify
 
 
 def _directory_seeds() -> list[bytes]:

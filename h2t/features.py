@@ -1,0 +1,193 @@
+"""Features of images, of a cache or of arrays: what `h2t.api` trains on and predicts from."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from h2t.cache.reader import Cache, open_cache
+from h2t.pipeline.base import device as devices
+from h2t.pipeline.base import plugins
+from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.params import build
+from h2t.pipeline.base.text import counted
+from h2t.pipeline.data import labels as texts
+from h2t.pipeline.data.classes import recorded_names
+from h2t.pipeline.data.images import Collection, Images, open_images
+from h2t.pipeline.data.splits import AtMost, Labelled, SmallClasses, hold_out
+from h2t.pipeline.data.transforms import OWN
+from h2t.pipeline.data.views import decoder
+from h2t.pipeline.heads.batches import sample_rows
+from h2t.pipeline.heads.features import FeatureReader
+from h2t.pipeline.models import predict as images_predict
+from h2t.pipeline.models.features import Extractor, extractor
+from h2t.pipeline.networks.classifier import global_average
+from h2t.pipeline.project.detect import detect
+from h2t.pipeline.sharing.feature_files import channels_seem_last
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of n samples. NumPy and scikit-learn take it as the array `values`, float32 (n, D).
+
+    `source` names each sample. `labels`, `split` (train, val or test) and `group` are None where they are not known.
+    `extractor` is the backbone that they were computed by, so that classifiers trained on them can be saved with it.
+    """
+
+    values: np.ndarray
+    source: list[str]
+    labels: list[str] | None = None
+    split: list[str] | None = None
+    group: list[str] | None = None
+    extractor: Extractor | None = field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """The values, for `np.asarray`."""
+        return np.array(self.values, dtype, copy=copy)
+
+
+def extract_features(
+    images: str | Path | Sequence[str | Path] | np.ndarray,
+    backbone: str = "resnet50",
+    *,
+    weights: str = "pretrained",
+    options: Mapping[str, Any] | None = None,
+    input: Mapping[str, Any] | None = None,
+    label: str | None = None,
+    split: str | None = None,
+    batch_size: int = 64,
+    device: str = "auto",
+) -> Features:
+    """Features of images by a frozen backbone, or those of a cache.
+
+    `images` is one of: a folder or table as `h2t init` reads it, with labels (`label` names their column); a list of
+    image files; an array of images, uint8 (n, H, W, 3) or (n, H, W); the path or URL of a cache, of which only `split`
+    is read if that is given (view 0 of each sample, averaged over the map, under the statistics `stage1`).
+
+    `backbone`: a plug-in or PLUG-IN:MODEL, such as timm:convnext_tiny; `weights`: pretrained, none (random) or a file;
+    `options` and `input` as in `backbones.NAME` of params.yaml. Raises UserError.
+    """
+    if (cache := as_cache(images)) is not None:
+        with cache:
+            return _of_cache(cache, split)
+    collection: Collection | None = None
+    if isinstance(images, str | Path):
+        found = detect(Path(images), label)
+        dataset, collection = plugins.load("datasets", found.dataset), found.collection
+        chosen = build(dataset.Options, "options", found.options)
+        opened = open_images(dataset, chosen, collection.source, None, dataset.transform(chosen))
+    else:
+        opened = _opened(images)
+    made = extractor(
+        backbone,
+        opened.transform,
+        devices.choose(device),
+        weights=weights,
+        options=options,
+        given=input,
+        batch_size=batch_size,
+    )
+    values = made.features(opened)
+    if collection is None:
+        return Features(values, list(opened.sources), extractor=made)
+    names = [collection.classes[j] for j in collection.label]
+    splits = collection.split if set(collection.split) != {"train"} else None
+    group = None if collection.group is None else list(collection.group)
+    return Features(values, list(collection.source), names, splits, group, made)
+
+
+def as_cache(given: Any) -> Cache | None:
+    """The open cache at a path or URL; None for anything else."""
+    if isinstance(given, str | Path) and ("://" in str(given) or (Path(given) / "cache.json").is_file()):
+        return open_cache(given)
+    return None
+
+
+def _of_cache(cache: Cache, split: str | None) -> Features:
+    names = recorded_names(cache.spec.provenance, cache.files)
+    rows = cache.rows
+    values, splits, picked = [], [], []
+    for part in [split] if split else sorted(set(rows["split"].to_pylist())):
+        found = sample_rows(rows, part, "stage1")
+        features = FeatureReader(cache, global_average).read(found.first)  # (E, n, C)
+        values.append(features.movedim(0, 1).flatten(1).numpy())
+        splits += [part] * len(found.first)
+        picked.append(found.first)
+    at = pa.array(np.concatenate(picked))
+    own = [names[j] for j in rows["label"].take(at).to_pylist()]
+    return Features(np.concatenate(values), rows["source"].take(at).to_pylist(), own, splits)
+
+
+def _opened(images: Sequence[str | Path] | np.ndarray) -> Images:
+    """Images in memory or in files. Raises UserError for anything else."""
+    if isinstance(images, np.ndarray) or (len(images) and isinstance(images[0], np.ndarray)):
+        arrays = [np.asarray(one) for one in images]
+        for i, one in enumerate(arrays):
+            if one.dtype != np.uint8 or one.ndim not in (2, 3) or (one.ndim == 3 and one.shape[2] != 3):
+                raise UserError(
+                    f"images: must be uint8 of shape (H, W, 3) or (H, W); image {i} is {one.dtype} {one.shape}"
+                )
+
+        def decode(name: bytes) -> np.ndarray:
+            one = arrays[int(name)]
+            return one if one.ndim == 3 else np.repeat(one[..., None], 3, 2)
+
+        return Images([str(i) for i in range(len(arrays))], None, str.encode, decode, OWN)
+    found = images_predict.find_images([Path(path) for path in images])
+    return Images(found.names, None, found.read, decoder(OWN), OWN)
+
+
+def gathered(
+    features: Any, labels: Sequence[Any] | None, split: Sequence[str] | None, groups: Sequence[Any] | None
+) -> Features:
+    """`features` with what is given beside them. Raises UserError if a list has another length.
+
+    Warns the caller's caller of maps whose channels seem to come last.
+    """
+    if not isinstance(features, Features):
+        values = np.asarray(features)
+        features = Features(values, [f"{i:09d}" for i in range(len(values))] if values.ndim else [])
+    beside = {"labels": labels, "split": split, "group": groups}
+    for name, column in beside.items():
+        if column is not None and len(column) != len(features):
+            raise UserError(
+                f"{name}: must have one value for each of {counted(len(features), 'row')}; got {len(column)}"
+            )
+    if channels_seem_last(features.values.shape):
+        warnings.warn(
+            f"features: {features.values.shape} are taken as (n, C, H, W); if channels come last, give "
+            "features.transpose(0, 3, 1, 2)",
+            stacklevel=3,
+        )
+    own = {name: getattr(features, name) if column is None else list(column) for name, column in beside.items()}
+    return Features(features.values, features.source, own["labels"], own["split"], own["group"], features.extractor)
+
+
+def labels_of(given: Features) -> list[Any]:
+    if given.labels is None:
+        raise UserError("labels: one for each row is needed; got none")
+    return given.labels
+
+
+def held_out(given: Features, test: Any, validation: Any, seed: int) -> list[str]:
+    """The split of each row, with test and validation rows held out where there are none."""
+    classes, label = texts.numbered([str(value) for value in labels_of(given)])
+    split = given.split or ["train"] * len(given)
+    group = None if given.group is None else [str(value) for value in given.group]
+    found = Labelled.of(Collection(classes, given.source, label, split, group))
+    for part, how in (("test", test), ("val", validation)):
+        if how and part not in found.split:
+            chosen = build(AtMost, part, how) if isinstance(how, Mapping) else float(how)
+            hold_out(found, part, chosen, SmallClasses(), seed)
+    if "test" not in found.split:
+        raise UserError(
+            f"test: must leave at least one row for testing; got {test}; give a larger share, or rows with split test"
+        )
+    return [str(part) for part in found.split]

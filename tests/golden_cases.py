@@ -35,6 +35,7 @@ from safetensors.numpy import load_file, save_file
 
 from h2t.cache.format.spec import parse_record
 from h2t.pipeline.base import numbers, plugins
+from h2t.pipeline.data.classes import ClassIndex
 from h2t.pipeline.heads.batches import law
 from h2t.pipeline.heads.host import TrainingBatch
 
@@ -469,8 +470,7 @@ def objectives(name: str) -> Result:
 
 def samplers(name: str) -> Result:
     counts = np.array(COUNTS, np.int64)
-    starts = np.cumsum(counts) - counts
-    classes = SimpleNamespace(counts=counts, starts=starts, classes=len(counts), samples=int(counts.sum()))
+    classes = ClassIndex(np.cumsum(counts) - counts, counts)
 
     def streams(*key: int | str) -> np.random.Generator:
         return np.random.default_rng([7, *(crc32(part.encode()) if isinstance(part, str) else part for part in key)])

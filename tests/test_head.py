@@ -9,7 +9,7 @@ from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.heads.features import load_pool
 from h2t.pipeline.heads.head import Head
-from h2t.pipeline.heads.host import Context
+from h2t.pipeline.heads.host import Context, TrainingBatch
 from h2t.pipeline.heads.stored import HeadParts, build_head
 
 DRAWS = np.random.default_rng
@@ -64,7 +64,8 @@ def test_the_frozen_part_lies_between_pool_and_classifier():
     for x in (make_maps(), bare.features(state, make_maps())):
         assert torch.equal(head.features(state, x), expected)
         assert torch.equal(head.logits(state, x), bare.logits(state, expected))
-        assert torch.equal(head.loss(state, x, LABELS), bare.loss(state, expected, LABELS))
+        whole, pooled = TrainingBatch(x, LABELS), TrainingBatch(expected, LABELS)
+        assert torch.equal(head.batch_loss(state, whole), bare.batch_loss(state, pooled))
     assert bare.linear
     assert not head.linear
 
@@ -105,7 +106,7 @@ def test_a_fitted_head_is_not_trained_and_a_trained_one_not_fitted():
     for name in fitted_hosts():
         head = Head(make_host(name).host, load_pool("gap", {}, "pool_options", CHANNELS))
         with pytest.raises(TypeError, match="closed-form fit"):
-            head.loss({}, make_maps(), LABELS)
+            head.batch_loss({}, TrainingBatch(make_maps(), LABELS))
     head, _ = make_head()
     with pytest.raises(TypeError, match="no closed-form fit"):
         head.fit(make_maps(), LABELS, make_host("dr").stage1)

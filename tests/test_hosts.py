@@ -236,7 +236,7 @@ def blobs():
 def test_nearest_class_mean(blobs):
     features, labels, counts = blobs
     host, _, state = fit("ncm", features, labels, counts)
-    assert host.features == "centred_l2"
+    assert host.constants.features == "centred_l2"
     for placing in ("raw", "l2", "centred_l2"):
         host, _, state = fit("ncm", features, labels, counts, features=placing)
         squared = nearest_mean_by_hand(features.numpy(), labels.numpy(), placing)

@@ -26,7 +26,6 @@ class Codec:
     contiguous array given to it; it raises ValueError or RuntimeError if the bytes do not decode to exactly its size.
     """
 
-    name: str
     encode: Callable[[np.ndarray], bytes]
     decode: Callable[[Any, np.ndarray], None]
 
@@ -37,11 +36,11 @@ def _none() -> Codec:
             raise ValueError(f"it has {len(data)} bytes, not {out.nbytes}")
         out.reshape(-1).view(np.uint8)[:] = np.frombuffer(data, np.uint8)
 
-    return Codec("none", lambda chunk: chunk.tobytes(), decode)
+    return Codec(lambda chunk: chunk.tobytes(), decode)
 
 
 def _numcodecs(
-    name: str, make: Callable[[int], Any], decompress: Callable[[Any, Any], Any], stated: Callable[[Any], int]
+    make: Callable[[int], Any], decompress: Callable[[Any, Any], Any], stated: Callable[[Any], int]
 ) -> Codec:
     """A codec of numcodecs. `make(itemsize)` builds its encoder; `stated(data)` reads the decoded size from `data`.
 
@@ -58,7 +57,7 @@ def _numcodecs(
             raise ValueError(f"it decodes to {stated(data)} bytes, not {out.nbytes}")
         decompress(data, out.reshape(-1).view(np.uint8))
 
-    return Codec(name, encode, decode)
+    return Codec(encode, decode)
 
 
 def _integer(data: Any, start: int, size: int) -> int:
@@ -85,7 +84,7 @@ def _blosc_bytes(data: Any) -> int:
 def _zstd() -> Codec:
     from numcodecs import zstd
 
-    return _numcodecs("zstd", lambda _: zstd.Zstd(level=1), zstd.decompress, _zstd_bytes)
+    return _numcodecs(lambda _: zstd.Zstd(level=1), zstd.decompress, _zstd_bytes)
 
 
 def _blosc() -> Codec:
@@ -94,13 +93,13 @@ def _blosc() -> Codec:
     def make(size: int) -> Any:
         return blosc.Blosc(cname="lz4", clevel=3, shuffle=blosc.Blosc.NOSHUFFLE, typesize=size)
 
-    return _numcodecs("blosc-lz4", make, blosc.decompress, _blosc_bytes)
+    return _numcodecs(make, blosc.decompress, _blosc_bytes)
 
 
 def _lz4() -> Codec:
     from numcodecs import lz4
 
-    return _numcodecs("numcodecs.lz4", lambda _: lz4.LZ4(), lz4.decompress, lambda data: _integer(data, 0, 4))
+    return _numcodecs(lambda _: lz4.LZ4(), lz4.decompress, lambda data: _integer(data, 0, 4))
 
 
 def _pcodec() -> Codec:
@@ -115,7 +114,7 @@ def _pcodec() -> Codec:
         if progress.n_processed != out.size or not progress.finished:
             raise ValueError(f"it does not decode to {out.size} values")
 
-    return Codec("pcodec", lambda chunk: bytes(PCodec().encode(chunk)), decode)
+    return Codec(lambda chunk: bytes(PCodec().encode(chunk)), decode)
 
 
 CODECS: dict[str, Callable[[], Codec]] = {

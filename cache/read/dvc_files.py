@@ -53,7 +53,7 @@ def parse_address(text: str) -> Address:
 
 
 class DvcFiles(RemoteFiles):
-    """The files below a path of a DVC repository at a revision, read as objects of its remote (a `FileStore`)."""
+    """The files below a path of a DVC repository at a revision, read as objects of its remote."""
 
     def _start(self, url: str) -> None:
         super()._start(url)
@@ -123,12 +123,10 @@ class DvcFiles(RemoteFiles):
         """Nothing: objects are named by their digest, so another cache has other objects."""
 
     def names(self) -> set[str]:
-        """Every file of the directory, as DVC recorded it."""
         return set(self.digests)
 
     def listed_sizes(self, names: Iterable[str]) -> dict[str, int | None]:
-        """Empty: DVC does not record the sizes of the files in a directory."""
-        return {}
+        return {}  # DVC does not record the sizes of the files in a directory
 
     def _path(self, name: str) -> str:
         if name not in self.digests:

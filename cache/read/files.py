@@ -28,8 +28,8 @@ Stamp = tuple[int, int, int]
 Opened = tuple[int, int, int]
 
 
-class LocalFiles:
-    """The files below a local directory (a `FileStore`); at most `MAX_OPEN` descriptors stay open while unused.
+class LocalFiles(FileStore):
+    """The files below a local directory ; at most `MAX_OPEN` descriptors stay open while unused.
 
     The first access pins a file. Later accesses, in any thread and in any process that received this object, must find
     the same file or one with the sha256 in the commit record (`expect`); else they raise CacheError `replaced`. So
@@ -67,11 +67,9 @@ class LocalFiles:
         self._recorded = recorded
 
     def check_record(self) -> None:
-        """Raises CacheError `replaced` if `cache.json` is no longer the file that was read."""
         self.size(RECORD)
 
     def exists(self, name: str) -> bool:
-        """True if `name` is a plain file or a link to one."""
         with self._use:
             return (self.root / name).is_file()
 
@@ -84,26 +82,16 @@ class LocalFiles:
             return now.st_size
 
     def known_sizes(self, names: Iterable[str]) -> dict[str, int]:
-        """Sizes in bytes of all `names`; raises as `size`."""
         return {name: self.size(name) for name in names}
 
-    def listed_sizes(self, names: Iterable[str]) -> dict[str, int | None]:
-        """Empty: listing a local folder is no faster than asking for the size of each file."""
-        return {}
-
     def names(self) -> set[str]:
-        """Every file below the root, and links to folders, which are not followed."""
         names = set()
         for folder, folders, files in os.walk(self.root):
             links = [name for name in folders if os.path.islink(os.path.join(folder, name))]  # noqa: PTH114, PTH118
             names |= {Path(folder, name).relative_to(self.root).as_posix() for name in [*files, *links]}
         return names
 
-    def forget(self, name: str) -> None:
-        """Nothing to drop: a local file has no other copy."""
-
     def read_all(self, name: str, at_most: int) -> bytes:
-        """All bytes of `name`. Raises CacheError `damaged` if there are more than `at_most`, `missing`, `replaced`."""
         with self._use, self.in_one_line(name), os.fdopen(self._opened(name)[0], "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size <= at_most:
@@ -111,7 +99,6 @@ class LocalFiles:
         raise CacheError("damaged", f"{self.root / name}: must be at most {at_most} bytes; it is longer")
 
     def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> Sequence[bytes | memoryview]:
-        """For each range (start, stop), its bytes. Raises CacheError `damaged` if the file ends before `stop`."""
         with self._unchanged(name) as handle:
             parts = [os.pread(handle, stop - start, start) for start, stop in ranges]
             for data, (start, stop) in zip(parts, ranges, strict=True):
@@ -180,7 +167,6 @@ class LocalFiles:
             self._open.clear()
 
     def after_fork(self) -> None:
-        """Resets locks and uses in a forked child, where the parent's threads do not exist."""
         self._lock = threading.Lock()
         self._busy = {}
         self._use.after_fork()

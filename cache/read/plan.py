@@ -55,13 +55,6 @@ class Plan:
         again = wanted != leads
         return list(zip(wanted[again].tolist(), leads[again].tolist(), strict=True))
 
-    @property
-    def which(self) -> np.ndarray:
-        """For each wanted row, the position of its chunk in `chunks`; int64 (n,)."""
-        which = np.empty(len(self.order), np.int64)
-        which[self.order] = np.repeat(np.arange(len(self.chunks)), np.diff(self.bounds))
-        return which
-
 
 def plan_rows(rows: np.ndarray, chunk_rows: int) -> Plan:
     """The plan for `rows`, int64 (n,), of a cache with `chunk_rows` rows per chunk."""

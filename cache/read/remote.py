@@ -27,6 +27,7 @@ from h2t.cache.read.blocks import BLOCK_BYTES, BlockCache, arriving, from_enviro
 from h2t.cache.read.pins import Pins
 from h2t.cache.read.protocols import file_system, is_sshfs
 from h2t.cache.read.spans import merged
+from h2t.cache.read.store import FileStore
 from h2t.cache.read.stores import Store, store_of
 from h2t.cache.read.transfer import Answer, Pace, Patience, Take, TooSlow, version_of
 from h2t.cache.redaction import redacted, secrets_in, without
@@ -42,8 +43,8 @@ _connected: "weakref.WeakSet[RemoteFiles]" = weakref.WeakSet()
 _left_behind: list[Any] = []
 
 
-class RemoteFiles:
-    """The files below an fsspec URL (`s3://`, `ssh://`, `https://`, `memory://`), read by ranges (a `FileStore`).
+class RemoteFiles(FileStore):
+    """The files below an fsspec URL (`s3://`, `ssh://`, `https://`, `memory://`), read by ranges.
 
     Errors of a store become CacheError: `missing`, `damaged` if it sends bytes other than those requested, `replaced`
     if it sends another version of a file than before, else `unreachable`. Messages never contain a login, token or
@@ -112,7 +113,6 @@ class RemoteFiles:
         return {"_pins": self._pins.copy()}
 
     def after_fork(self) -> None:
-        """Drops the connection and all locks in a forked child, where the parent's threads do not exist."""
         if self._process == os.getpid():
             return
         self._process = os.getpid()
@@ -132,11 +132,8 @@ class RemoteFiles:
         if self._blocks:
             self._blocks.claim([digest for _, digest in shards.values()])
 
-    def check_record(self) -> None:
-        """Nothing: the record is checked after the first answer for each file."""
-
     def exists(self, name: str) -> bool:
-        """True if `name` exists. Raises CacheError `unreachable` if there is no answer; fsspec would return False."""
+        # Not by fsspec's `exists`, which returns False if there is no answer.
         try:
             self._spans(name, [(0, 1)])
         except CacheError as error:
@@ -146,7 +143,6 @@ class RemoteFiles:
         return True
 
     def size(self, name: str) -> int:
-        """Size of `name` in bytes. Raises CacheError `missing`, or `replaced` if the cache was replaced."""
         size = self._about(name).get("size")
         if size is None:
             expected = self._shards.get(name, (MAX_RECORD_BYTES, ""))[0]
@@ -169,7 +165,6 @@ class RemoteFiles:
         return sizes
 
     def listed_sizes(self, names: Iterable[str]) -> dict[str, int | None]:
-        """Like `known_sizes`, with None for a file that the listing of its folder lacks."""
         sizes: dict[str, int | None] = {}
         listings: dict[str, dict[str, int]] = {}
         for name in names:
@@ -181,7 +176,6 @@ class RemoteFiles:
         return sizes
 
     def names(self) -> set[str]:
-        """Every file below the URL; empty if the store cannot list them."""
         root = self._root.rstrip("/")
         try:
             return {str(name)[len(root) :].lstrip("/") for name in self._at.below(root, Patience(self._pace))}
@@ -189,7 +183,6 @@ class RemoteFiles:
             return set()
 
     def read_all(self, name: str, at_most: int) -> bytes:
-        """All bytes of `name`. Raises CacheError `damaged` if there are more than `at_most`, `missing`, `replaced`."""
         self._check_memory(name, at_most)
         data, version = self._ask(name, lambda patience: self._at.whole(self._path(name), at_most, patience))
         self._pins.pin(name, version)
@@ -211,7 +204,6 @@ class RemoteFiles:
         self._pins.pin(name, version)
 
     def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> Sequence[bytes | memoryview]:
-        """For each range (start, stop), its bytes. Raises CacheError `damaged` if there are fewer or more."""
         self._check_memory(name, sum(stop - start for start, stop in ranges))
         if self._blocks is None or name not in self._shards:
             return self._fetch(name, ranges)
@@ -233,7 +225,6 @@ class RemoteFiles:
         self._check_record(content=True)
 
     def close(self) -> None:
-        """Closes idle connections."""
         if self._asked is not None:
             self._asked.close()
 

@@ -20,16 +20,9 @@ from h2t.cache.errors import CacheError
 from h2t.cache.format import shard as shard_layout
 from h2t.cache.format.codecs import codec
 from h2t.cache.format.spec import CacheSpec, Commit, sha256
+from h2t.cache.read.store import FileStore
 
 RUN_BYTES = 64 * 1024**2  # at most this much of neighbouring chunks is read at once
-
-
-class Files(Protocol):
-    """The files of an open cache, by name: the part of `cache.read.store.FileStore` that is used here."""
-
-    def read_all(self, name: str, at_most: int) -> bytes: ...
-
-    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> Sequence[bytes | memoryview]: ...
 
 
 class Source(Protocol):
@@ -42,7 +35,7 @@ class Source(Protocol):
     def commit(self) -> Commit: ...
 
     @property
-    def files(self) -> Files: ...
+    def files(self) -> FileStore: ...
 
     @property
     def statistics(self) -> bytes: ...

@@ -163,6 +163,15 @@ def claim_token(staging: StagingFolder, spec: CacheSpec, token: Mapping[str, Any
         )
 
 
+def other_settings(staging: StagingFolder, have: bytes, ours: bytes) -> CacheError:
+    """The error of a writer of the whole cache whose `token.json` is not that of the parts in `staging`."""
+    return CacheError(
+        "mismatch",
+        f"{staging.root}: holds parts written with other settings ({difference(have, ours)}); repeat with those "
+        f"settings, or remove {staging.root} to start anew",
+    )
+
+
 def difference(have: bytes, ours: bytes) -> str:
     """What differs between two contents of `token.json`, for a message: `batch_size 128 -> 64`."""
     try:

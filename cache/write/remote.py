@@ -41,7 +41,7 @@ from h2t.cache.format.spec import (
 from h2t.cache.write.encoding import encoded
 from h2t.cache.write.lease import Lease, busy, live
 from h2t.cache.write.objects import PROTOCOLS, Found, Objects
-from h2t.cache.write.parts import TOKEN, Part, claim_token, difference, missing, named, token_bytes, token_folder
+from h2t.cache.write.parts import TOKEN, Part, claim_token, missing, named, other_settings, token_bytes, token_folder
 from h2t.cache.write.writer import Rows, check_rows, create_group, row_groups
 
 CHOSEN = "chosen.json"  # in staging: the files that a commit has chosen, so that another one copies the same
@@ -299,11 +299,7 @@ class RemoteShards:
         have = staging.claim(TOKEN, ours)
         if have != ours:
             if staging.labels():
-                raise CacheError(
-                    "mismatch",
-                    f"{staging.root}: holds parts written with other settings ({difference(have, ours)}); repeat with "
-                    f"those settings, or remove {staging.root} to start anew",
-                )
+                raise other_settings(staging, have, ours)
             staging.discard_parts(but=self._writer.folder)
             staging.keep(TOKEN, ours)
         self.take_over(read=False)
@@ -355,7 +351,13 @@ class RemoteCacheWriter(RemoteShards):
     """Writes one cache to a URL: see `CacheWriter`."""
 
     def __init__(
-        self, staging: RemoteStaging, spec: CacheSpec, rows: pa.Table | Rows, token: Mapping[str, Any]
+        self,
+        staging: RemoteStaging,
+        spec: CacheSpec,
+        rows: pa.Table | Rows,
+        token: Mapping[str, Any],
+        *,
+        read: bool = True,  # has no effect here: see `RemoteWriter.finished`
     ) -> None:
         check_rows(spec, rows)
         self._rows = rows

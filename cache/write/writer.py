@@ -39,7 +39,7 @@ from h2t.cache.format.spec import (
     sha256,
 )
 from h2t.cache.write.encoding import encoded
-from h2t.cache.write.parts import TOKEN, PartWriter, difference, finished, token_bytes, token_folder
+from h2t.cache.write.parts import TOKEN, PartWriter, finished, other_settings, token_bytes, token_folder
 from h2t.cache.write.staging import Staging, bad_disk_is_one_line, durable_file, file_sha256, sync, write_durably
 
 
@@ -209,11 +209,7 @@ class CacheWriter:
         self._done: dict[int, dict[str, Any]] = {}
         if have != ours or not (staging.cache / MAPS / "zarr.json").is_file():
             if have is not None and have != ours and staging.labels():
-                raise CacheError(
-                    "mismatch",
-                    f"{staging.root}: holds parts written with other settings ({difference(have, ours)}); repeat with "
-                    f"those settings, or remove {staging.root} to start anew",
-                )
+                raise other_settings(staging, have, ours)
             staging.discard_cache(but=self._parts if have == ours else None)
             staging.keep(TOKEN, ours)
         else:

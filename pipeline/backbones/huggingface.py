@@ -34,8 +34,6 @@ MOST_PREFIX = 64  # more tokens than this before the patches are taken for a coa
 
 
 class Options(Section):
-    """Keys of `backbones.NAME.options`."""
-
     model: str | None = None
     """Hub id such as facebook/dinov2-small, or a local folder with config.json and model.safetensors."""
     revision: Revision = None
@@ -79,8 +77,8 @@ def resolved(options: Options) -> Options:
     return options.model_copy(update={"config": config})
 
 
-def _config(options: Options) -> Any:
-    """The configuration of the network for images. Raises UserError."""
+def _config(options: Options, size: int | None = None) -> Any:
+    """The configuration of the network for images, of `size` pixels if given. Raises UserError."""
     values = dict(resolved(options).config or {})
     kind = values.pop("model_type", None)
     known = package("transformers").AutoConfig
@@ -91,14 +89,15 @@ def _config(options: Options) -> Any:
             f"options.config: transformers has no such network ({' '.join(str(error).split())[:200]}); use a "
             "model_type that it has"
         ) from None
-    return getattr(config, "vision_config", config)
+    config = getattr(config, "vision_config", config)
+    if size is not None and hasattr(config, "image_size"):
+        config.image_size = size
+    return config
 
 
 def _create(options: Options, size: int | None) -> Any:
     transformers = package("transformers")
-    config = _config(options)
-    if size is not None and hasattr(config, "image_size"):
-        config.image_size = size
+    config = _config(options, size)
     config.architectures = getattr(config, "architectures", None) or []  # what from_config goes through
     return _kind(transformers, config).from_config(config)
 
@@ -190,9 +189,7 @@ def weights(options: Options, size: int | None = None) -> Mapping[str, torch.Ten
         raise UserError("options.model: pretrained weights need a hub id or a local folder; got neither")
     if not is_folder(options.model):
         pinned(options.model, options.revision)
-    config = _config(options)
-    if size is not None and hasattr(config, "image_size"):
-        config.image_size = size
+    config = _config(options, size)
     kind = _kind(package("transformers"), config)
     with offline(options.model):
         model = kind.from_pretrained(

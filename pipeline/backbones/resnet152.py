@@ -9,20 +9,15 @@ from typing import Literal
 
 import torch
 
-from h2t.pipeline.base.params import Experts, Section
-from h2t.pipeline.networks.backbone import Backbone
+from h2t.pipeline.networks.backbone import Backbone, ExpertOptions
 from h2t.pipeline.networks.resnets import LastBlockResNet, ResNetMaps, pretrained
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
-class Options(Section):
-    """Keys of `backbones.NAME.options`."""
-
+class Options(ExpertOptions):
     trained: Literal["all", "last_block"] = "last_block"
     """Train all layers, or only a new last block on a frozen trunk."""
-    experts: Experts = 1
-    """Parallel branches, each with maps of its own; 1 is the plain network."""
 
 
 def build(options: Options) -> Backbone:

@@ -21,8 +21,6 @@ NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class Options(Section):
-    """Keys of `backbones.NAME.options`."""
-
     model: str
     """Name of a network in timm, a local folder, or a hub id such as timm/vit_base_patch16_224.augreg_in21k."""
     revision: Revision = None

@@ -28,8 +28,6 @@ LAST = 60  # nodes of the graph that are looked at, from the end
 
 
 class Options(Section):
-    """Keys of `backbones.NAME.options`."""
-
     model: str
     """Name of the model in torchvision, such as efficientnet_b0."""
     features: Features = "map"

@@ -28,11 +28,6 @@ class Options(Section):
     """Size, augmentation and normalisation."""
 
 
-def transform(options: Options) -> Transform:
-    """The transform in the options; by default 4 pixels of padding, a random crop and a flip."""
-    return options.transform
-
-
 @lru_cache(maxsize=2)
 def _parts(name: str, root: str, download: bool) -> dict[str, Any]:
     """Split -> torchvision's dataset, with `data` uint8 (N, 32, 32, 3) and `targets`, a list of N labels."""

@@ -1,7 +1,7 @@
 """Facts about classes: the positions of their samples, and which classes are head, medium and tail classes."""
 
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,9 @@ from h2t.pipeline.base.text import counted
 
 #: Number of classes -> (number of head classes, of medium classes) in the papers' tables.
 PAPER_INDEX = {10: (3, 4), 100: (36, 35), 1000: (390, 445), 8142: (842, 3701), 365: (131, 157)}
+
+#: Gives samplers their random streams: key -> generator.
+Streams = Callable[..., np.random.Generator]
 
 GROUPS = ("head", "medium", "tail")
 SHOWN = 3  # groups of similar names in a line
@@ -64,6 +67,11 @@ class ClassIndex:
     @property
     def samples(self) -> int:
         return int(self.counts.sum())
+
+    def drawn(self, draws: np.random.Generator, share: np.ndarray, size: int) -> np.ndarray:
+        """Positions of `size` draws, int64: a class in proportion to `share` (classes,), then one of its samples."""
+        label = draws.choice(self.classes, size=size, p=share / share.sum())
+        return self.starts[label] + draws.integers(self.counts[label])
 
 
 def class_index(labels: np.ndarray, names: Sequence[str], times: np.ndarray | None = None) -> ClassIndex:

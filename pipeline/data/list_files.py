@@ -118,11 +118,6 @@ def reader(options: Options) -> Callable[[str], bytes]:
     return image_reader(options.root, options.follow_links)
 
 
-def transform(options: Options) -> Transform:
-    """The transform in the options."""
-    return options.transform
-
-
 def read_list(path: Path | UrlFile, root: Place, follow_links: bool, *, whole: bool = True) -> tuple[Texts, list[str]]:
     """(sources, labels) of a list file, labels as text; with `whole` they must be whole numbers of 0 or more.
 
@@ -222,8 +217,13 @@ def _place_of(options: Options, name: str) -> str | None:
     return url_files.inside(lists, given) if url_files.is_url(lists) else str(Path(lists) / given)
 
 
-def load(options: Options, class_of: Callable[[str], str]) -> Collection:
-    """All images that the lists name. `class_of` derives the class name from the path of a training image.
+def by_folders(source: str) -> str:
+    """The name of a class from its folders, without that of the split: `n01440764` of ImageNet, `Aves/2761`."""
+    return "/".join(folders(source))
+
+
+def load(options: Options, class_of: Callable[[str], str] = by_folders) -> Collection:
+    """All images of the lists, in their order. `class_of` derives the class name from the path of a training image.
 
     Raises UserError for a list that cannot be read, a label that is no whole number or out of range, and an image that
     is named twice.

@@ -29,6 +29,12 @@ INATURALIST = IMAGENET.model_copy(update={"mean": [0.466, 0.471, 0.380], "std": 
 OWN = IMAGENET.model_copy(update={"exif": "apply"})
 
 
+def transform(options: Any) -> Transform:
+    """The transform in the options of a dataset: its default, unless the user gave another."""
+    stated: Transform = options.transform
+    return stated
+
+
 class OwnImages(Section):
     """Options of datasets for images of one's own. Keys that `transform` leaves out have the dataset's defaults."""
 

@@ -13,17 +13,16 @@ import numpy as np
 from h2t.pipeline.base.errors import UserError, nearest
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.data import decoding, list_files, tables
-from h2t.pipeline.data.images import Collection, Transform
+from h2t.pipeline.data.images import Collection
 from h2t.pipeline.data.labels import USUAL, split_of
 from h2t.pipeline.data.texts import Texts
 from h2t.pipeline.data.transforms import OwnImages
+from h2t.pipeline.data.transforms import transform as transform
 
 NUMBER = 2026112602  # other results, another number: docs/numbers.md
 
 
 class Options(OwnImages):
-    """Keys of `prepare.options`."""
-
     root: str
     """Folder that holds all images."""
     train: str = "train"
@@ -34,11 +33,6 @@ class Options(OwnImages):
     """Folder of the test images inside `root`; null looks for test, testing and eval."""
     follow_links: bool = False
     """Allow links that lead out of `root`."""
-
-
-def transform(options: Options) -> Transform:
-    """The transform in the options; by default `OWN`, 224 pixels, with colour jitter."""
-    return options.transform
 
 
 def _folders(options: Options) -> dict[str, str]:

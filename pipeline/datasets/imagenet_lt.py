@@ -6,9 +6,9 @@ folders, with the validation images sorted into class folders. If you have the p
 """
 
 from h2t.pipeline.data import list_files
-from h2t.pipeline.data.images import Collection, Transform
-from h2t.pipeline.data.list_files import inputs, reader, transform
-from h2t.pipeline.data.transforms import IMAGENET
+from h2t.pipeline.data.images import Transform
+from h2t.pipeline.data.list_files import inputs, load, reader
+from h2t.pipeline.data.transforms import IMAGENET, transform
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
@@ -21,13 +21,3 @@ class Options(list_files.Options):
     train: str = "ImageNet_LT_train.txt"
     test: str | None = "ImageNet_LT_test.txt"
     transform: Transform = IMAGENET
-
-
-def class_name(source: str) -> str:
-    """The WordNet number: `train/n01440764/x.JPEG` -> `n01440764`."""
-    return "/".join(list_files.folders(source))
-
-
-def load(options: Options) -> Collection:
-    """All images of the lists, in their order. Raises UserError like `list_files.load`."""
-    return list_files.load(options, class_name)

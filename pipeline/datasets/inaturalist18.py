@@ -6,9 +6,9 @@ species) is the test set.
 """
 
 from h2t.pipeline.data import list_files
-from h2t.pipeline.data.images import Collection, Transform
-from h2t.pipeline.data.list_files import inputs, reader, transform
-from h2t.pipeline.data.transforms import INATURALIST
+from h2t.pipeline.data.images import Transform
+from h2t.pipeline.data.list_files import inputs, load, reader
+from h2t.pipeline.data.transforms import INATURALIST, transform
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
@@ -21,13 +21,3 @@ class Options(list_files.Options):
     train: str = "iNaturalist18_train.txt"
     test: str | None = "iNaturalist18_val.txt"
     transform: Transform = INATURALIST
-
-
-def class_name(source: str) -> str:
-    """Group of species and number: `train_val2018/Aves/2761/x.jpg` -> `Aves/2761`."""
-    return "/".join(list_files.folders(source))
-
-
-def load(options: Options) -> Collection:
-    """All images of the lists, in their order. Raises UserError like `list_files.load`."""
-    return list_files.load(options, class_name)

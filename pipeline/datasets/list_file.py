@@ -7,7 +7,7 @@ commas, quotes or a header is a `table`.
 from h2t.pipeline.data import labels, list_files
 from h2t.pipeline.data.images import Collection, Transform
 from h2t.pipeline.data.list_files import inputs, reader
-from h2t.pipeline.data.transforms import OWN, OwnImages
+from h2t.pipeline.data.transforms import OWN, OwnImages, transform
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
@@ -15,14 +15,7 @@ __all__ = ["Options", "inputs", "load", "reader", "transform"]
 
 
 class Options(OwnImages, list_files.Options):
-    """Keys of `prepare.options`."""
-
     transform: Transform = OWN
-
-
-def transform(options: Options) -> Transform:
-    """The transform in the options; by default `OWN`, 224 pixels."""
-    return options.transform
 
 
 def load(options: Options) -> Collection:

@@ -15,13 +15,12 @@ from h2t.pipeline.data import labels, parquet_files, tables, url_files
 from h2t.pipeline.data.images import Collection, Transform
 from h2t.pipeline.data.texts import Texts
 from h2t.pipeline.data.transforms import CIFAR, OwnImages
+from h2t.pipeline.data.transforms import transform as transform
 
 NUMBER = 2026112602  # other results, another number: docs/numbers.md
 
 
 class Options(OwnImages):
-    """Keys of `prepare.options`."""
-
     train: list[str]
     """Parquet files of the training images, at paths or URLs; a pattern such as `train-*.parquet` names several."""
     val: list[str] = []
@@ -33,11 +32,6 @@ class Options(OwnImages):
     label_column: str = "label"
     """Column of the labels: whole numbers, or text."""
     transform: Transform = CIFAR
-
-
-def transform(options: Options) -> Transform:
-    """The transform in the options; by default that of CIFAR."""
-    return options.transform
 
 
 def _files(options: Options) -> dict[str, tuple[str, pq.ParquetFile]]:

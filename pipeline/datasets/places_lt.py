@@ -5,10 +5,12 @@ Both can be read: `data_256/a/airfield/00000001.jpg` with `val_256/Places365_val
 `train/airfield/00000001.jpg` with `val/airfield/...` (classifier-balancing). The folders must match the lists.
 """
 
+from functools import partial
+
 from h2t.pipeline.data import list_files
-from h2t.pipeline.data.images import Collection, Transform
-from h2t.pipeline.data.list_files import inputs, reader, transform
-from h2t.pipeline.data.transforms import IMAGENET
+from h2t.pipeline.data.images import Transform
+from h2t.pipeline.data.list_files import inputs, reader
+from h2t.pipeline.data.transforms import IMAGENET, transform
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
@@ -29,6 +31,4 @@ def class_name(source: str) -> str:
     return "-".join(folders[1:] if len(folders) > 1 and len(folders[0]) == 1 else folders)
 
 
-def load(options: Options) -> Collection:
-    """All images of the lists, in their order. Raises UserError like `list_files.load`."""
-    return list_files.load(options, class_name)
+load = partial(list_files.load, class_of=class_name)

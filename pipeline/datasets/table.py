@@ -17,17 +17,16 @@ import pydantic
 
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.data import labels, list_files, parquet_files, tables, url_files
-from h2t.pipeline.data.images import Collection, Transform
+from h2t.pipeline.data.images import Collection
 from h2t.pipeline.data.texts import Texts, first_repeat
 from h2t.pipeline.data.transforms import OwnImages
+from h2t.pipeline.data.transforms import transform as transform
 from h2t.pipeline.data.url_files import Place
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class Options(OwnImages):
-    """Keys of `prepare.options`."""
-
     table: str | dict[Literal["train", "val", "test"], str]
     """The table, or tables of train, val and test, at paths or URLs. A pattern such as `part-*.parquet` names several
     files."""
@@ -51,11 +50,6 @@ class Options(OwnImages):
         if (self.path is None) == (self.bytes is None):
             raise ValueError("set exactly one of path, the column of image paths, and bytes, the column of images")
         return self
-
-
-def transform(options: Options) -> Transform:
-    """The transform in the options; by default `OWN`, 224 pixels."""
-    return options.transform
 
 
 def _tables(options: Options) -> list[tuple[str, Place]]:

@@ -20,6 +20,8 @@ import numpy as np
 import torch
 
 from h2t.cache.format.spec import CacheSpec
+from h2t.cache.write import parts
+from h2t.cache.write.parts import StagingFolder
 from h2t.pipeline.base.device import choose
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.precision import Precision, guarded_maps
@@ -49,6 +51,21 @@ def settings(batch_size: int, precision: Precision, device: torch.device) -> dic
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in ("numcodecs", "numpy", "pillow", "torch", "torchvision")},
     }
+
+
+def written_with(staging: StagingFolder, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that the parts were written with: the committing machine may have another device.
+
+    `asked`: batch size and precision of the parameters. Raises UserError if these differ, and as `parts.written_with`.
+    """
+    settings = parts.written_with(staging)
+    for key, value in asked.items():
+        if settings.get(key) != value:
+            raise UserError(
+                f"extract.{key}: must be {settings.get(key)}, with which the parts were written; got {value}; commit "
+                "with the parameters of the parts"
+            )
+    return settings
 
 
 @dataclass

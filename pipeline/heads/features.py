@@ -79,10 +79,10 @@ class FeatureReader:
     `pooling` must commute with fusion: act on each channel separately, without trained parameters.
     """
 
-    def __init__(self, cache: Cache, pooling: Pooling | None, meter: Meter | None = None) -> None:
+    def __init__(self, cache: Cache, pooling: Pooling | None) -> None:
         self.cache = cache
         self.pooling = pooling
-        self.meter = meter or Meter()
+        self.meter = Meter()
         channels, height, width = cache.spec.maps[0]
         one = torch.zeros(1, channels, height, width)
         self.shape = tuple((pooling(one) if pooling else one).shape[1:])

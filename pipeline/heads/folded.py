@@ -53,39 +53,33 @@ class Products(Protocol):
 
     def of(self, weight: torch.Tensor) -> torch.Tensor:
         """Weights (K, E, N, C) -> their products with the features, (K, E, N, B)."""
-        ...
 
     def gradient(self, outer: torch.Tensor) -> torch.Tensor:
         """The gradient of a function of these products, (K, E, N, B) -> that of the weights, (K, E, N, C)."""
-        ...
 
     @property
     def lengths(self) -> torch.Tensor:
         """The length of each head's features, (K, E, 1, B)."""
-        ...
 
 
-class Plain:
+class Plain(Products):
     """Products with `features` (K, E, B, C), which exist."""
 
     def __init__(self, features: torch.Tensor) -> None:
         self._features = features
 
     def of(self, weight: torch.Tensor) -> torch.Tensor:
-        """Weights (K, E, N, C) -> (K, E, N, B)."""
         return weight @ self._features.mT
 
     def gradient(self, outer: torch.Tensor) -> torch.Tensor:
-        """The gradient of the weights."""
         return outer @ self._features
 
     @cached_property
     def lengths(self) -> torch.Tensor:
-        """(K, E, 1, B)."""
         return self._features.norm(dim=-1).unsqueeze(-2)
 
 
-class Folded:
+class Folded(Products):
     """Products with fused features that are never built.
 
     `share`: the donor's share of each channel, (K, E, C), 1 where it replaces the receiver's. `pairs`: receivers beside
@@ -97,7 +91,6 @@ class Folded:
         self._donated = groups.split(share).transpose(1, 2).unsqueeze(3)  # (G, E, H, 1, C)
 
     def of(self, weight: torch.Tensor) -> torch.Tensor:
-        """Weights (K, E, N, C) -> (K, E, N, B)."""
         own = self._groups.split(weight).transpose(1, 2)  # (G, E, H, N, C)
         groups, experts, heads, classes, channels = own.shape
         folded = own.new_empty((groups, experts, heads, classes, 2, channels))
@@ -107,7 +100,6 @@ class Folded:
         return self._groups.join(products.view(groups, experts, heads, classes, -1).transpose(1, 2))
 
     def gradient(self, outer: torch.Tensor) -> torch.Tensor:
-        """The gradient of the weights."""
         own = self._groups.split(outer).transpose(1, 2)  # (G, E, H, N, B)
         both = own.flatten(2, 3) @ self._pairs  # (G, E, H N, 2C)
         both = both.view(*own.shape[:4], 2, -1)
@@ -115,6 +107,5 @@ class Folded:
 
     @cached_property
     def lengths(self) -> torch.Tensor:
-        """(K, E, 1, B)."""
         ones = torch.ones_like(self._share).unsqueeze(2)
         return Folded(self._share, self._pairs.square(), self._groups).of(ones).sqrt()

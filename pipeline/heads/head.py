@@ -59,14 +59,8 @@ class Head:
         """Maps or pooled features -> logits (B, K)."""
         return self.host.logits(_of_host(state), self.features(state, x))
 
-    def loss(
-        self, state: State, x: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """The training loss, a scalar, of maps or pooled features after fusion; labels of the receivers (B,)."""
-        return self.batch_loss(state, TrainingBatch(x, labels, noise))
-
     def batch_loss(self, state: State, batch: TrainingBatch) -> torch.Tensor:
-        """The training loss, a scalar; `features` and `partners` of `batch` are maps or pooled features."""
+        """The training loss, a scalar; `features` (after fusion) and `partners` are maps or pooled features."""
         partners = None if batch.partners is None else self.features(state, batch.partners)
         features = self.features(state, batch.features)
         return self.gradient_host.batch_loss(_of_host(state), batch._replace(features=features, partners=partners))

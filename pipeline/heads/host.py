@@ -73,15 +73,16 @@ class TrainingBatch(NamedTuple):
     `features` (E, B, D), after fusion and pooling; `labels` of the receivers (B,), int64; `noise` as drawn. `samples`
     (B,), int64: the place of each receiver in the features that `prepare` got. `partners` (E, B, D), not fused, and
     `partner_labels` (B,): samples of a second sampler, for hosts that name one. `progress`: finished epochs / epochs,
-    0 in the first epoch.
+    0 in the first epoch. A tensor that the host has not asked for may be None; it is Any here, so that others need not
+    be told from it.
     """
 
     features: torch.Tensor
     labels: torch.Tensor
-    noise: torch.Tensor | None = None
-    samples: torch.Tensor | None = None
-    partners: torch.Tensor | None = None
-    partner_labels: torch.Tensor | None = None
+    noise: Any = None
+    samples: Any = None
+    partners: Any = None
+    partner_labels: Any = None
     progress: float = 0.0
 
     def of(self, seeds: torch.Tensor | int, features: torch.Tensor) -> "TrainingBatch":
@@ -118,6 +119,11 @@ class Host:
     #: or cosine classifier. Many such heads get their logits from one matrix product.
     linear = False
 
+    #: The one kind of classifier that it takes; None if it takes both.
+    only_classifier: Literal["linear", "cosine"] | None = None
+
+    #: The plug-in's `loss`.
+    constants: Any
     classifier: str
     scale: float
     context: Context
@@ -129,8 +135,19 @@ class Host:
     def __init__(self, classifier: str, scale: float, context: Context, /) -> None: ...
 
     def __init__(self, *given: Any) -> None:
-        """Hosts are made with four arguments. A subclass that uses `loss` itself may pass on the other three."""
-        *_, self.classifier, self.scale, self.context = given
+        """Hosts are made with four arguments. A subclass that uses `loss` itself may pass on the other three.
+
+        Raises UserError for a kind of classifier that the host does not take.
+        """
+        *loss, self.classifier, self.scale, self.context = given
+        if loss:
+            self.constants = loss[0]
+        if self.only_classifier not in (None, self.classifier):
+            name = type(self).__module__.rpartition(".")[2]
+            raise UserError(
+                f"classifier: host {name} needs a {self.only_classifier} classifier; got {self.classifier!r}; set it "
+                f"to {self.only_classifier}"
+            )
 
     @classmethod
     def needs(cls) -> str:
@@ -306,9 +323,14 @@ class PriorHost(CrossEntropyHost):
     receiver = "instance"
     prior: torch.Tensor
 
-    def __init__(self, tau: float, classifier: str, scale: float, context: Context) -> None:
-        super().__init__(classifier, scale, context)
-        self.prior = tau * log_prior(context.counts)
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.prior = self.tau * log_prior(self.context.counts)
+
+    @property
+    def tau(self) -> float:
+        """Strength of the prior; by default a constant of the loss."""
+        return float(self.constants.tau)
 
 
 class WeightedHost(GradientHost):
@@ -318,8 +340,7 @@ class WeightedHost(GradientHost):
     receiver = "instance"
 
     def __init__(self, loss: WeightedLoss, classifier: str, scale: float, context: Context) -> None:
-        super().__init__(classifier, scale, context)
-        self.constants = loss
+        super().__init__(loss, classifier, scale, context)
         self.weights = loss.class_weights(context.counts)
 
     @stackable
@@ -340,10 +361,9 @@ class MixingHost(GradientHost):
     linear = True
     receiver = "instance"
 
-    def __init__(self, alpha: float, classifier: str, scale: float, context: Context) -> None:
-        super().__init__(classifier, scale, context)
-        self.alpha = alpha
-        self.linear = classifier == "linear"  # whose logits of mixed features are mixed logits
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.linear = self.classifier == "linear"  # whose logits of mixed features are mixed logits
 
     def label_share(self, share: torch.Tensor, labels: torch.Tensor, partners: torch.Tensor) -> torch.Tensor:
         """The share u of each sample's own label (B,), from the share t (B,) of its features and the labels (B,)."""
@@ -351,8 +371,8 @@ class MixingHost(GradientHost):
 
     def noise(self, draws: np.random.Generator, batch: int) -> torch.Tensor:
         """(batch, 2), float64: the permutation, and t in each line."""
-        order = draws.permutation(batch)
-        return torch.from_numpy(np.stack([order, np.full(batch, draws.beta(self.alpha, self.alpha))], 1))
+        order, alpha = draws.permutation(batch), self.constants.alpha
+        return torch.from_numpy(np.stack([order, np.full(batch, draws.beta(alpha, alpha))], 1))
 
     def loss(
         self, state: State, features: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor | None

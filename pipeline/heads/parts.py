@@ -27,10 +27,7 @@ def grouped(heads: Sequence[HeadSetting]) -> list[int]:
 
 
 def parts_of(heads: Sequence[HeadSetting], size: int) -> list[list[HeadSetting]]:
-    """Splits `heads` in order into parts of `size`; the last may be smaller.
-
-    Heads do not depend on each other, so training part by part gives the same heads.
-    """
+    """Splits `heads` in order into parts of `size`; the last may be smaller."""
     return [list(heads[i : i + size]) for i in range(0, len(heads), size)]
 
 

@@ -17,10 +17,10 @@ from h2t.pipeline.base.side_by_side import side_by_side
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.heads.parts import shares_of
 from h2t.pipeline.heads.residency import host_room
-from h2t.pipeline.heads.start import save_start
 from h2t.pipeline.heads.stored import Heads, load_heads
 from h2t.pipeline.heads.task import Diverged, Made, Summary, Task, backbone_start, table, together, train_task
 from h2t.pipeline.heads.training import Trained, joined
+from h2t.pipeline.networks.trained import HEAD, save_head
 from h2t.pipeline.training.resume import Checkpoint
 
 
@@ -38,8 +38,9 @@ def train_spread(task: Task) -> Made:
     run.say(f"{run.name}: {counted(len(heads), 'classifier')} in {len(shares)} processes")
     clock.begins("training")
     with TemporaryDirectory(prefix="h2t-start-") as folder:
-        start = Path(folder) / "start.safetensors"
-        save_start(start, backbone_start(task))  # once for all: fitting a probe can take as long as training
+        start = Path(folder)
+        # Once for all: fitting a probe can take as long as training.
+        save_head(start / HEAD, backbone_start(task), {})
         return _train(task, shares, devices, start)
 
 

@@ -32,11 +32,9 @@ from h2t.pipeline.heads.features import FeatureReader, first_not_finite, identit
 from h2t.pipeline.heads.head import POOL, Head
 from h2t.pipeline.networks import probe
 from h2t.pipeline.networks.classifier import global_average
-from h2t.pipeline.networks.frozen import FrozenPart
-from h2t.pipeline.networks.frozen import from_file as from_weights
+from h2t.pipeline.networks.frozen import FrozenPart, load_classifier
 from h2t.pipeline.networks.probe import Probe
-from h2t.pipeline.networks.trained import NONE, StageOneHead, backbone_digest, load_head
-from h2t.pipeline.networks.weights import load_weights, save_weights
+from h2t.pipeline.networks.trained import NONE, StageOneHead, backbone_digest, load_head, save_head
 
 STATISTICS = "stage1"  # a probe is fitted to rows under the statistics that the backbone came with
 PROBES: dict[str, str] = {"linear": "head.safetensors", "cosine": "cosine.safetensors"}
@@ -117,24 +115,7 @@ def fit_probe(
 
 def save_probe(folder: Path, head: StageOneHead, cache: Cache, settings: Probe) -> None:
     """Writes a probe into `folder`, with what it depends on."""
-    tensors, described = head.frozen.to_file() if head.frozen else ({}, None)
-    about = {**_of(cache, settings), "classifier": head.classifier, "scale": head.scale}
-    about |= {"frozen": described} if head.frozen else {}
-    save_weights(folder / PROBES[head.classifier], {**head.state, **tensors}, about)
-
-
-def save_start(path: Path, head: StageOneHead) -> None:
-    """Writes a backbone's head for the processes that start from it."""
-    tensors, described = head.frozen.to_file() if head.frozen else ({}, None)
-    about = {"classifier": head.classifier, "scale": head.scale, **({"frozen": described} if head.frozen else {})}
-    save_weights(path, {**head.state, **tensors}, about)
-
-
-def load_start(path: Path) -> StageOneHead:
-    """What `save_start` wrote."""
-    tensors, about = load_weights(path)
-    state, frozen = from_weights(tensors, about, str(path))
-    return StageOneHead(state, about["classifier"], about["scale"], frozen)
+    save_head(folder / PROBES[head.classifier], head, _of(cache, settings))
 
 
 def _of(cache: Cache, settings: Probe) -> dict[str, Any]:
@@ -166,9 +147,8 @@ def backbone_head(
     expected = _of(cache, settings)
     saved = folder if "cache" in trained.about else folder.parent.parent / "probe" / folder.name
     if (saved / PROBES[kind]).is_file():
-        tensors, about = load_weights(saved / PROBES[kind])
+        state, frozen, about = load_classifier(saved / PROBES[kind])
         if all(about.get(key) == value for key, value in expected.items()):
-            state, frozen = from_weights(tensors, about, str(saved / PROBES[kind]))
             return StageOneHead(state, kind, about["scale"], frozen, about)
         if saved == folder:
             raise UserError(

@@ -17,8 +17,7 @@ from h2t.pipeline.base.text import counted
 from h2t.pipeline.heads.features import load_pool
 from h2t.pipeline.heads.head import Head
 from h2t.pipeline.heads.host import Context, GradientHost
-from h2t.pipeline.networks.frozen import FrozenPart, from_file
-from h2t.pipeline.networks.weights import load_weights
+from h2t.pipeline.networks.frozen import FrozenPart, load_classifier
 
 LOSS = "loss."  # prefix of the constants of a loss among those of a head
 
@@ -126,9 +125,7 @@ class Heads:
 
 def load_heads(folder: Path) -> Heads:
     """The heads that train_classifier wrote into `folder`. Raises UserError if they are missing or unreadable."""
-    path = folder / "heads.safetensors"
-    tensors, described = load_weights(path)
-    state, frozen = from_file(tensors, described, str(path))
+    state, frozen, _ = load_classifier(folder / "heads.safetensors")
     try:
         table = pq.ParquetFile(folder / "heads.parquet").read()  # `read_table` imports pandas
         about = json.loads(table.schema.metadata[b"h2t"])

@@ -35,13 +35,14 @@ from h2t.pipeline.heads.parts import planned_parts
 from h2t.pipeline.heads.residency import Feed, Residency, find_room, plan_tier
 from h2t.pipeline.heads.setting import HeadSetting, Optimiser
 from h2t.pipeline.heads.stack import FLOAT, NotFinite, not_finite
-from h2t.pipeline.heads.start import backbone_head, class_means, from_file, load_start
+from h2t.pipeline.heads.start import backbone_head, class_means, from_file
 from h2t.pipeline.heads.step_size import step_size
 from h2t.pipeline.heads.stored import HeadParts, Heads, build_head
 from h2t.pipeline.heads.training import fit, train
+from h2t.pipeline.networks.frozen import save_classifier
 from h2t.pipeline.networks.pool import Pool
 from h2t.pipeline.networks.trained import StageOneHead, backbone_digest, load_head
-from h2t.pipeline.networks.weights import save_weights, weights_digest
+from h2t.pipeline.networks.weights import weights_digest
 from h2t.pipeline.training.resume import Checkpoint
 
 
@@ -88,10 +89,9 @@ class Made:
     def write(self, into: Path) -> None:
         """Writes `heads.safetensors`, `heads.parquet` and `history.parquet` into a directory, made if need be."""
         into.mkdir(parents=True, exist_ok=True)
-        tensors, described = self.heads.frozen.to_file() if self.heads.frozen else ({}, None)
-        about = {"host": self.heads.about["host"], **({"frozen": described} if self.heads.frozen else {})}
-        save_weights(into / "heads.safetensors", {**self.heads.state, **tensors}, about)
-        pq.write_table(self.heads.table, into / "heads.parquet")
+        heads = self.heads
+        save_classifier(into / "heads.safetensors", heads.state, heads.frozen, {"host": heads.about["host"]})
+        pq.write_table(heads.table, into / "heads.parquet")
         pq.write_table(self.history, into / "history.parquet")
 
 
@@ -100,7 +100,7 @@ class Task:
     """Classifiers with the settings `heads`, to be trained on `rows` of `cache`, by default all training samples.
 
     `run.out` is the place whose neighbour holds the unfinished training. `host`: bytes of host memory to plan with, by
-    default what is available. `start`: the file of the backbone's head, if another process has read or fitted it.
+    default what is available. `start`: the folder of the backbone's head, if another process has read or fitted it.
     """
 
     params: Params
@@ -117,7 +117,7 @@ class Task:
 def backbone_start(task: Task) -> StageOneHead:
     """The head of the task's backbone: trained in stage I, or a probe, which is fitted here unless there is one."""
     if task.start is not None:
-        return load_start(task.start)
+        return load_head(task.start)
     kind = plugins.load("hosts", task.params.host).Host
     if kind.starts_from == "own" or _start_of(task.params) not in (None, "probe"):
         return load_head(task.backbone_dir)

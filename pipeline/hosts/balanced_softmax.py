@@ -9,20 +9,15 @@ on a cosine. The paper's meta sampler, which learns how often classes are drawn,
 """
 
 from h2t.pipeline.base.params import NonNegative, Section
-from h2t.pipeline.heads.host import Context, PriorHost
+from h2t.pipeline.heads.host import PriorHost
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class Loss(Section):
-    """Keys of `hosts.NAME.loss`."""
-
     tau: NonNegative = 1.0
     """Strength of the class prior; 1 is balanced softmax, 0 cross-entropy."""
 
 
 class Host(PriorHost):
     """Starts from the stage-I classifier."""
-
-    def __init__(self, loss: Loss, classifier: str, scale: float, context: Context) -> None:
-        super().__init__(loss.tau, classifier, scale, context)

@@ -19,7 +19,6 @@ first.
 import numpy as np
 import torch
 
-from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import Count, Ratio, Section
 from h2t.pipeline.heads.host import Context, CrossEntropyHost, TrainingBatch
 from h2t.pipeline.networks.trained import StageOneHead
@@ -29,8 +28,6 @@ NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class Loss(Section):
-    """Keys of `hosts.NAME.loss`."""
-
     regular_classes: Count | None = None
     """Number of largest classes that are not rare; null is all but the tail classes of `paper_index`."""
     specific: Ratio = 0.8
@@ -46,6 +43,7 @@ class Loss(Section):
 class Host(CrossEntropyHost):
     """Needs a linear classifier in stage I, and whole maps."""
 
+    only_classifier = "linear"
     linear = True
     partner = "instance"
     reads = "maps"
@@ -53,20 +51,14 @@ class Host(CrossEntropyHost):
     resembles: torch.Tensor  # whether samples of the second class are partners of the first, bool (K, K)
 
     def __init__(self, loss: Loss, classifier: str, scale: float, context: Context) -> None:
-        if classifier != "linear":
-            raise UserError(
-                f"classifier: host cam_split needs a linear classifier; got {classifier!r}; set it to linear"
-            )
-        super().__init__(classifier, scale, context)
-        self.constants = loss
-        self.counts = context.counts.tolist()
-        self.regular = without_tail(self.counts, loss.regular_classes)
+        super().__init__(loss, classifier, scale, context)
+        self.regular = without_tail(context.counts.tolist(), loss.regular_classes)
 
     def prepare(self, features: torch.Tensor, labels: torch.Tensor, stage1: StageOneHead) -> None:
         """Keeps the stage-I weights, and which classes resemble each other to the stage-I classifier."""
         state = {name: tensor.to(features) for name, tensor in self.stage1_state(stage1).items()}
         self.weight = state["weight"]
-        said = self.logits(state, features).softmax(-1).split(self.counts)
+        said = self.logits(state, features).softmax(-1).split(self.context.counts.tolist())
         scores = torch.stack([part.mean(0) for part in said]).T.clone()  # of the second class's samples for the first
         scores.fill_diagonal_(-1)
         chosen = scores.topk(min(self.constants.confusing, max(len(scores) - 1, 1)), dim=1).indices
@@ -79,9 +71,6 @@ class Host(CrossEntropyHost):
     def augment(self, batch: TrainingBatch) -> torch.Tensor:
         """The receivers' maps (E, B, C, H, W), those of rare classes put together from two."""
         noise, partners, theirs = batch.noise, batch.partners, batch.partner_labels
-        assert noise is not None
-        assert partners is not None
-        assert theirs is not None
         able = self.resembles[batch.labels.unsqueeze(-1), theirs]  # (B, B)
         reached = able.cumsum(-1)
         which = (reached <= noise[:, 1:2] * reached[:, -1:]).sum(-1).clamp_max(len(theirs) - 1)

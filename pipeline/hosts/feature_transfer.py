@@ -23,8 +23,6 @@ NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class Loss(Section):
-    """Keys of `hosts.NAME.loss`."""
-
     regular_classes: Count | None = None
     """Number of largest classes that are not rare; null is all but the tail classes of `paper_index`."""
     energy: Ratio = 0.95
@@ -45,14 +43,12 @@ class Host(CrossEntropyHost):
     projections: torch.Tensor  # Q Q^T, (E, D, D)
 
     def __init__(self, loss: Loss, classifier: str, scale: float, context: Context) -> None:
-        super().__init__(classifier, scale, context)
-        self.constants = loss
-        self.counts = context.counts.tolist()
-        self.regular = without_tail(self.counts, loss.regular_classes)
+        super().__init__(loss, classifier, scale, context)
+        self.regular = without_tail(context.counts.tolist(), loss.regular_classes)
 
     def prepare(self, features: torch.Tensor, labels: torch.Tensor, stage1: StageOneHead) -> None:
         """Keeps the class means and the projection on the principal directions of regular classes."""
-        parts = features.double().split(self.counts, dim=1)
+        parts = features.double().split(self.context.counts.tolist(), dim=1)
         self.centres = torch.stack([part.mean(1) for part in parts], 1).to(features)
         apart = torch.cat([part - part.mean(1, keepdim=True) for part in parts[: self.regular]], 1)
         variances, directions = torch.linalg.eigh(apart.mT @ apart)  # ascending
@@ -67,9 +63,6 @@ class Host(CrossEntropyHost):
 
     def augment(self, batch: TrainingBatch) -> torch.Tensor:
         """The receivers (E, B, D), some of those of rare classes replaced."""
-        assert batch.noise is not None
-        assert batch.partners is not None
-        assert batch.partner_labels is not None
         apart = batch.partners - self.centres[:, batch.partner_labels]
         moved = self.centres[:, batch.labels] + apart @ self.projections
         if self.constants.clamp:

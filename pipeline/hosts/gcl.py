@@ -12,7 +12,6 @@ published ones, and 10 epochs.
 import numpy as np
 import torch
 
-from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import NonNegative, Section
 from h2t.pipeline.heads.host import Context, GradientHost, State, stackable
 from h2t.pipeline.training.longtail import cloud_sizes, clouded, log_likelihoods
@@ -23,8 +22,6 @@ DEVIATION = 1 / 3  # standard deviation of the noise
 
 
 class Loss(Section):
-    """Keys of `hosts.NAME.loss`."""
-
     amplitude: NonNegative = 0.5
     """Size of the noise clouds, in cosines."""
     margin: NonNegative = 0.1
@@ -36,13 +33,11 @@ class Loss(Section):
 class Host(GradientHost):
     """Needs `classifier: cosine`. `scale` is the paper's s (20 in stage II on CIFAR)."""
 
+    only_classifier = "cosine"
     linear = True
 
     def __init__(self, loss: Loss, classifier: str, scale: float, context: Context) -> None:
-        if classifier != "cosine":
-            raise UserError(f"classifier: host gcl needs a cosine classifier; got {classifier!r}; set it to cosine")
-        super().__init__(classifier, scale, context)
-        self.constants = loss
+        super().__init__(loss, classifier, scale, context)
         self.clouds = cloud_sizes(context.counts)
 
     def noise(self, draws: np.random.Generator, batch: int) -> torch.Tensor:

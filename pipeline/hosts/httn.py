@@ -26,8 +26,6 @@ NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class Loss(Section):
-    """Keys of `hosts.NAME.loss`."""
-
     head_classes: Count | None = None
     """Number of largest classes that count as head classes; null is all but the tail classes of `paper_index`."""
     ridge: Positive = 1e-3
@@ -39,16 +37,15 @@ class Loss(Section):
 class Host(FittedHost):
     """Needs a linear classifier. Each expert has its own M."""
 
+    only_classifier = "linear"
+
     def __init__(self, loss: Loss, classifier: str, scale: float, context: Context) -> None:
-        if classifier != "linear":
-            raise UserError(f"classifier: host httn needs a linear classifier; got {classifier!r}; set it to linear")
         if loss.head_classes and loss.head_classes > context.classes:
             raise UserError(
                 f"loss.head_classes: must be at most {context.classes}, the number of classes; got "
                 f"{loss.head_classes}; lower it"
             )
-        super().__init__(classifier, scale, context)
-        self.constants = loss
+        super().__init__(loss, classifier, scale, context)
         self.head_classes = without_tail(context.counts.tolist(), loss.head_classes)
 
     def fit(self, features: torch.Tensor, labels: torch.Tensor, stage1: StageOneHead) -> dict[str, torch.Tensor]:

@@ -13,29 +13,22 @@ Cross-entropy is stage I here.
 
 import torch
 
-from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.heads.host import Context, GradientHost, State
 from h2t.pipeline.training.weighted import InfluenceBalanced
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
-
-class Loss(InfluenceBalanced):
-    """Keys of `hosts.NAME.loss`."""
+Loss = InfluenceBalanced
 
 
 class Host(GradientHost):
     """Needs a linear classifier: for cosines, g f is not the norm of the gradient."""
 
+    only_classifier = "linear"
     receiver = "instance"
 
     def __init__(self, loss: Loss, classifier: str, scale: float, context: Context) -> None:
-        if classifier != "linear":
-            raise UserError(
-                f"classifier: host influence_balanced needs a linear classifier; got {classifier!r}; set it to linear"
-            )
-        super().__init__(classifier, scale, context)
-        self.constants = loss
+        super().__init__(loss, classifier, scale, context)
         self.weights = loss.class_weights(context.counts)
 
     def loss(

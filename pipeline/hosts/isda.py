@@ -15,9 +15,8 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
-from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import NonNegative, Section
-from h2t.pipeline.heads.host import Context, GradientHost, State, TrainingBatch
+from h2t.pipeline.heads.host import GradientHost, State, TrainingBatch
 from h2t.pipeline.networks.trained import StageOneHead
 from h2t.pipeline.training.longtail import class_covariances, spread
 
@@ -25,8 +24,6 @@ NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class Loss(Section):
-    """Keys of `hosts.NAME.loss`."""
-
     strength: NonNegative = 0.5
     """The r of the last epoch; it grows linearly from 0."""
     covariance: Literal["full", "diagonal"] = "full"
@@ -36,20 +33,16 @@ class Loss(Section):
 class Host(GradientHost):
     """Needs a linear classifier: the bound does not hold for cosines."""
 
+    only_classifier = "linear"
     linear = True
     receiver = "instance"
+    constants: Loss
     covariances: torch.Tensor
-
-    def __init__(self, loss: Loss, classifier: str, scale: float, context: Context) -> None:
-        if classifier != "linear":
-            raise UserError(f"classifier: host isda needs a linear classifier; got {classifier!r}; set it to linear")
-        super().__init__(classifier, scale, context)
-        self.constants = loss
-        self.counts = context.counts.tolist()
 
     def prepare(self, features: torch.Tensor, labels: torch.Tensor, stage1: StageOneHead) -> None:
         """Keeps the covariances (E, K, D, D), or their diagonals (E, K, D)."""
-        self.covariances = class_covariances(features, self.counts, full=self.constants.covariance == "full")
+        counts, full = self.context.counts.tolist(), self.constants.covariance == "full"
+        self.covariances = class_covariances(features, counts, full=full)
 
     def loss_numbers(self) -> int:
         """Products of all classes' weights with whole covariances, and their gradients."""

@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from h2t.pipeline.base.params import NonNegative, Section
-from h2t.pipeline.heads.host import Context, PriorHost, State
+from h2t.pipeline.heads.host import PriorHost, State
 from h2t.pipeline.training.longtail import own_class
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
@@ -34,9 +34,7 @@ class Loss(Section):
 class Host(PriorHost):
     """Starts from the stage-I classifier."""
 
-    def __init__(self, loss: Loss, classifier: str, scale: float, context: Context) -> None:
-        super().__init__(1.0, classifier, scale, context)
-        self.constants = loss
+    tau = 1.0
 
     def loss(
         self, state: State, features: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor | None

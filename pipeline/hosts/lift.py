@@ -10,16 +10,13 @@ Published setting: CLIP with adapters inside the network, trained together with 
 ensemble at test time. Neither is part of it.
 """
 
-from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import NonNegative, Section
-from h2t.pipeline.heads.host import Context, PriorHost
+from h2t.pipeline.heads.host import PriorHost
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class Loss(Section):
-    """Keys of `hosts.NAME.loss`."""
-
     tau: NonNegative = 1.0
     """Strength of the class prior; 0 is cross-entropy."""
 
@@ -27,10 +24,6 @@ class Loss(Section):
 class Host(PriorHost):
     """Needs `classifier: cosine`. `scale` is 25 unless given."""
 
+    only_classifier = "cosine"
     starts_from = "means"
     usual_scale = 25.0
-
-    def __init__(self, loss: Loss, classifier: str, scale: float, context: Context) -> None:
-        if classifier != "cosine":
-            raise UserError(f"classifier: host lift needs a cosine classifier; got {classifier!r}; set it to cosine")
-        super().__init__(loss.tau, classifier, scale, context)

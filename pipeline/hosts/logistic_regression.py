@@ -12,7 +12,6 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
-from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import Epochs, NonNegative, Section
 from h2t.pipeline.heads.host import Context, FittedHost
 from h2t.pipeline.networks.trained import StageOneHead
@@ -21,8 +20,6 @@ NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class Loss(Section):
-    """Keys of `hosts.NAME.loss`."""
-
     l2: NonNegative = 1e-3
     """Weight of the squared norm of the weights, halved, in the loss."""
     weights: Literal["instance", "balanced"] = "balanced"
@@ -34,16 +31,12 @@ class Loss(Section):
 class Host(FittedHost):
     """The mean of the experts' logits is linear in their concatenated features, so one problem gives all weights."""
 
+    only_classifier = "linear"
     starts_from = "own"
     holds_logits = True
 
     def __init__(self, loss: Loss, classifier: str, scale: float, context: Context) -> None:
-        if classifier != "linear":
-            raise UserError(
-                f"classifier: host logistic_regression needs a linear classifier; got {classifier!r}; set it to linear"
-            )
-        super().__init__(classifier, 1.0, context)
-        self.constants = loss
+        super().__init__(loss, classifier, 1.0, context)
 
     def fit(self, features: torch.Tensor, labels: torch.Tensor, stage1: StageOneHead) -> dict[str, torch.Tensor]:
         """Weight (E, K, D) and bias (E, K) at the minimum, solved in float64."""

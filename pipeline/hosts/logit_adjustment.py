@@ -9,7 +9,7 @@ Published setting: the same formula, on a network trained by cross-entropy.
 import torch
 
 from h2t.pipeline.base.params import NonNegative, Section
-from h2t.pipeline.heads.host import Context, FittedHost, State
+from h2t.pipeline.heads.host import FittedHost, State
 from h2t.pipeline.networks.trained import StageOneHead
 from h2t.pipeline.training.longtail import log_prior
 
@@ -17,8 +17,6 @@ NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class Loss(Section):
-    """Keys of `hosts.NAME.loss`."""
-
     tau: NonNegative = 1.0
     """Strength of the adjustment; 0 is stage I."""
 
@@ -26,13 +24,9 @@ class Loss(Section):
 class Host(FittedHost):
     """The logits of stage I minus `prior` (K,)."""
 
-    def __init__(self, loss: Loss, classifier: str, scale: float, context: Context) -> None:
-        super().__init__(classifier, scale, context)
-        self.tau = loss.tau
-
     def fit(self, features: torch.Tensor, labels: torch.Tensor, stage1: StageOneHead) -> dict[str, torch.Tensor]:
         """The stage-I classifier, and `prior` = tau log(n_j / N), (K,)."""
-        return {**self.stage1_state(stage1), "prior": self.tau * log_prior(self.context.counts)}
+        return {**self.stage1_state(stage1), "prior": self.constants.tau * log_prior(self.context.counts)}
 
     def logits(self, state: State, features: torch.Tensor) -> torch.Tensor:
         """Features (E, B, D) -> logits (B, K)."""

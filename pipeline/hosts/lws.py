@@ -6,22 +6,12 @@ Published setting: 5 epochs in the authors' code, batches of 512, rate 0.2, samp
 128, rate 0.02 and sampler `balanced`, unless set otherwise.
 """
 
-import torch
-
-from h2t.pipeline.heads.host import ClassScaleHost, State, stackable
-from h2t.pipeline.training.longtail import cross_entropy
+from h2t.pipeline.heads.host import ClassScaleHost, CrossEntropyHost
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
-class Host(ClassScaleHost):
+class Host(ClassScaleHost, CrossEntropyHost):
     """Trains `class_scale` (E, K) only."""
 
     fixed = frozenset({"weight", "bias"})
-
-    @stackable
-    def loss(
-        self, state: State, features: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Mean cross-entropy of the batch."""
-        return cross_entropy(self.logits(state, features), labels)

@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import Count, NonNegative, Positive, Ratio, Section
-from h2t.pipeline.heads.host import Context, GradientHost, State
+from h2t.pipeline.heads.host import GradientHost, State
 from h2t.pipeline.networks.trained import StageOneHead
 from h2t.pipeline.training.longtail import own_class
 
@@ -27,8 +26,6 @@ NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class Loss(Section):
-    """Keys of `hosts.NAME.loss`."""
-
     beta: Ratio = 0.999
     """Near 1, seeds must come from much larger classes."""
     suppress: NonNegative = 0.5
@@ -44,16 +41,11 @@ class Loss(Section):
 class Host(GradientHost):
     """Needs a linear classifier, whose gradient has a closed form."""
 
+    only_classifier = "linear"
+    constants: Loss
     length: torch.Tensor  # mean length of the training features, ()
     first_weight: torch.Tensor  # of stage I, (E, K, D)
     first_bias: torch.Tensor  # of stage I, (E, K)
-
-    def __init__(self, loss: Loss, classifier: str, scale: float, context: Context) -> None:
-        if classifier != "linear":
-            raise UserError(f"classifier: host m2m needs a linear classifier; got {classifier!r}; set it to linear")
-        super().__init__(classifier, scale, context)
-        self.constants = loss
-        self.counts = context.counts.double()
 
     def prepare(self, features: torch.Tensor, labels: torch.Tensor, stage1: StageOneHead) -> None:
         """Keeps the stage-I classifier and the mean length of the features of all experts together."""
@@ -70,7 +62,8 @@ class Host(GradientHost):
     ) -> torch.Tensor:
         """Mean cross-entropy of the batch, some of whose samples are translated."""
         assert noise is not None
-        counts = self.counts.to(features)[labels]
+        of_class = self.context.counts.double()
+        counts = of_class.to(features)[labels]
         more = (counts - counts.unsqueeze(-1)).clamp_min(0)  # n_k0 - n_k of seed k0 for sample k, (B, B)
         odds = 1 - self.constants.beta**more
         reached = odds.cumsum(-1)
@@ -78,7 +71,7 @@ class Host(GradientHost):
         x = self.translated(state, features[:, seeds], labels[seeds], labels)
         probability = self._first(x).softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
         kept = odds.gather(-1, seeds.unsqueeze(-1)).squeeze(-1)
-        replaced = (noise[:, 0] < 1 - counts / self.counts.max()) & (probability >= self.constants.confidence)
+        replaced = (noise[:, 0] < 1 - counts / of_class.max()) & (probability >= self.constants.confidence)
         replaced = replaced & (noise[:, 2] < kept)
         x = torch.where(replaced.unsqueeze(-1), x, features)
         return F.cross_entropy(self.logits(state, x), labels)

@@ -13,23 +13,18 @@ here, in each of 400 epochs.
 import torch
 
 from h2t.pipeline.base.params import Positive, Section
-from h2t.pipeline.heads.host import Context, MixingHost
+from h2t.pipeline.heads.host import MixingHost
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class Loss(Section):
-    """Keys of `hosts.NAME.loss`."""
-
     alpha: Positive = 1.0
     """Both parameters of the Beta distribution of t."""
 
 
 class Host(MixingHost):
     """Labels are mixed with the same share as features."""
-
-    def __init__(self, loss: Loss, classifier: str, scale: float, context: Context) -> None:
-        super().__init__(loss.alpha, classifier, scale, context)
 
     def label_share(self, share: torch.Tensor, labels: torch.Tensor, partners: torch.Tensor) -> torch.Tensor:
         """The share t of each sample's own label, (B,)."""

@@ -18,7 +18,6 @@ import torch
 from torch.func import grad
 from torch.nn import functional as F
 
-from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import NonNegative, Positive, Section, within
 from h2t.pipeline.heads.host import Context, GradientHost, State, TrainingBatch
 from h2t.pipeline.networks.trained import StageOneHead
@@ -28,8 +27,6 @@ NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class Loss(Section):
-    """Keys of `hosts.NAME.loss`."""
-
     strength: NonNegative = 0.25
     """The r of the last epoch; it grows linearly from 0."""
     covariance: Literal["full", "diagonal"] = "diagonal"
@@ -45,23 +42,20 @@ class Loss(Section):
 class Host(GradientHost):
     """Needs a linear classifier: the bound does not hold for cosines."""
 
+    only_classifier = "linear"
     receiver = "instance"
     partner = "balanced"
+    constants: Loss
     covariances: torch.Tensor
 
     def __init__(self, loss: Loss, classifier: str, scale: float, context: Context) -> None:
-        if classifier != "linear":
-            raise UserError(
-                f"classifier: host meta_saug needs a linear classifier; got {classifier!r}; set it to linear"
-            )
-        super().__init__(classifier, scale, context)
-        self.constants = loss
+        super().__init__(loss, classifier, scale, context)
         self.weights = effective_weights(context.counts, loss.beta)
-        self.counts = context.counts.tolist()
 
     def prepare(self, features: torch.Tensor, labels: torch.Tensor, stage1: StageOneHead) -> None:
         """Keeps the covariances (E, K, D, D), or their diagonals (E, K, D)."""
-        self.covariances = class_covariances(features, self.counts, full=self.constants.covariance == "full")
+        counts, full = self.context.counts.tolist(), self.constants.covariance == "full"
+        self.covariances = class_covariances(features, counts, full=full)
 
     def loss_numbers(self) -> int:
         """Products of all classes' weights with whole covariances, and their gradients."""
@@ -71,8 +65,6 @@ class Host(GradientHost):
     def batch_loss(self, state: State, batch: TrainingBatch) -> torch.Tensor:
         """The weighted ISDA loss with the corrected covariances."""
         partners, partner_labels, rate = batch.partners, batch.partner_labels, self.constants.virtual_rate
-        assert partners is not None
-        assert partner_labels is not None
         constant = {name: tensor.detach() for name, tensor in state.items()}
 
         def on_balanced(covariances: torch.Tensor) -> torch.Tensor:

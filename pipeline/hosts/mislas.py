@@ -41,7 +41,7 @@ class Host(ClassScaleHost):
     """Trains `class_scale` (E, K) at the full learning rate, and the classifier at a fraction of it."""
 
     def __init__(self, loss: Loss, classifier: str, scale: float, context: Context) -> None:
-        super().__init__(classifier, scale, context)
+        super().__init__(loss, classifier, scale, context)
         self.rates = {"weight": loss.classifier_rate, "bias": loss.classifier_rate}
         self.smooth = smoothing(context.counts, loss.smooth_head, loss.smooth_tail)
 

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from h2t.pipeline.base.params import Section
-from h2t.pipeline.heads.host import Context, FittedHost, State
+from h2t.pipeline.heads.host import FittedHost, State
 from h2t.pipeline.networks.probe import class_means
 from h2t.pipeline.networks.trained import StageOneHead
 
@@ -22,8 +22,6 @@ NUMBER = 2026112602  # other results, another number: docs/numbers.md
 
 
 class Loss(Section):
-    """Keys of `hosts.NAME.loss`."""
-
     features: Literal["centred_l2", "l2", "raw"] = "centred_l2"
     """Features of each expert as they are, scaled to length 1, or centred and then scaled."""
 
@@ -33,13 +31,9 @@ class Host(FittedHost):
 
     starts_from = "own"
 
-    def __init__(self, loss: Loss, classifier: str, scale: float, context: Context) -> None:
-        super().__init__(classifier, scale, context)
-        self.features = loss.features
-
     def fit(self, features: torch.Tensor, labels: torch.Tensor, stage1: StageOneHead) -> dict[str, torch.Tensor]:
         """The class means as `weight` (E, K, D), `bias` (E, K) if linear, and `centre` (E, D) for `centred_l2`."""
-        centre = {"centre": features.double().mean(1).to(features)} if self.features == "centred_l2" else {}
+        centre = {"centre": features.double().mean(1).to(features)} if self.constants.features == "centred_l2" else {}
         means = class_means(self._scaled(centre, features), labels, self.context.classes)
         if self.classifier == "cosine":
             return {**centre, "weight": means}
@@ -51,8 +45,8 @@ class Host(FittedHost):
 
     def _scaled(self, state: State, features: torch.Tensor) -> torch.Tensor:
         """Features (E, B, D), centred and scaled as the class means are."""
-        if self.features == "raw" or (self.features == "centred_l2" and "centre" not in state):
+        if self.constants.features == "raw" or (self.constants.features == "centred_l2" and "centre" not in state):
             return features  # classifiers fitted before the option `features` existed have no centre
-        if self.features == "centred_l2":
+        if self.constants.features == "centred_l2":
             features = features - state["centre"].unsqueeze(-2)
         return F.normalize(features, dim=-1)

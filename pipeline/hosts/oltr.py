@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import NonNegative, Positive, Section
 from h2t.pipeline.heads.host import Context, GradientHost, State
 from h2t.pipeline.networks.trained import StageOneHead
@@ -33,8 +32,6 @@ SCALE = 16.0  # of the logits
 
 
 class Loss(Section):
-    """Keys of `hosts.NAME.loss`."""
-
     centroid_weight: NonNegative = 0.01
     """Weight of R."""
     repel_weight: NonNegative = 0.01
@@ -48,21 +45,19 @@ class Loss(Section):
 class Host(GradientHost):
     """Needs a linear classifier in stage I, which becomes W_h and b_h."""
 
+    only_classifier = "linear"
     receiver = "cyclic"
+    constants: Loss
     means: torch.Tensor
 
     def __init__(self, loss: Loss, classifier: str, scale: float, context: Context) -> None:
-        if classifier != "linear":
-            raise UserError(f"classifier: host oltr needs a linear classifier; got {classifier!r}; set it to linear")
-        super().__init__(classifier, scale, context)
-        self.constants = loss
+        super().__init__(loss, classifier, scale, context)
         self.rates = {"centroids": loss.centroid_rate}
         self.size = 3 + context.channels / context.classes
-        self.counts = context.counts.tolist()
 
     def prepare(self, features: torch.Tensor, labels: torch.Tensor, stage1: StageOneHead) -> None:
         """Keeps the class means, (E, K, D)."""
-        self.means = torch.stack([part.mean(1) for part in features.split(self.counts, dim=1)], 1)
+        self.means = torch.stack([part.mean(1) for part in features.split(self.context.counts.tolist(), dim=1)], 1)
 
     def initial(self, stage1: StageOneHead, draws: np.random.Generator) -> dict[str, torch.Tensor]:
         """`weight`, `memory_weight`, `centroids` (E, K, D), `memory_bias` (E, K), `select_weight` (E, D, D) and

@@ -13,14 +13,12 @@ import numpy as np
 import torch
 
 from h2t.pipeline.base.params import Positive, Section
-from h2t.pipeline.heads.host import Context, GradientHost, State, TrainingBatch
+from h2t.pipeline.heads.host import GradientHost, State, TrainingBatch
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class Loss(Section):
-    """Keys of `hosts.NAME.loss`."""
-
     alpha: Positive = 1.0
     """Both parameters of the Beta distribution of t."""
 
@@ -30,20 +28,14 @@ class Host(GradientHost):
 
     partner = "instance"
 
-    def __init__(self, loss: Loss, classifier: str, scale: float, context: Context) -> None:
-        super().__init__(classifier, scale, context)
-        self.alpha = loss.alpha
-
     def noise(self, draws: np.random.Generator, batch: int) -> torch.Tensor:
         """T in each line, (batch,), float64."""
-        return torch.full((batch,), draws.beta(self.alpha, self.alpha), dtype=torch.float64)
+        alpha = self.constants.alpha
+        return torch.full((batch,), draws.beta(alpha, alpha), dtype=torch.float64)
 
     def batch_loss(self, state: State, batch: TrainingBatch) -> torch.Tensor:
         """The mixed loss, averaged over the batch."""
         share, partners = batch.noise, batch.partners
-        assert share is not None
-        assert partners is not None
-        assert batch.partner_labels is not None
         losses = -self.logits(state, torch.lerp(partners, batch.features, share.unsqueeze(-1))).log_softmax(-1)
         own, other = (losses.gather(-1, y.unsqueeze(-1)).squeeze(-1) for y in (batch.labels, batch.partner_labels))
         return torch.lerp(other, own, share).mean()

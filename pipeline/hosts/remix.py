@@ -11,14 +11,12 @@ Published setting: the whole network, on images, so mixing features is our varia
 import torch
 
 from h2t.pipeline.base.params import Positive, Ratio, Section
-from h2t.pipeline.heads.host import Context, MixingHost
+from h2t.pipeline.heads.host import MixingHost
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class Loss(Section):
-    """Keys of `hosts.NAME.loss`."""
-
     alpha: Positive = 1.0
     """Both parameters of the Beta distribution of t."""
     kappa: Positive = 3.0
@@ -30,14 +28,9 @@ class Loss(Section):
 class Host(MixingHost):
     """Labels follow Remix's rule."""
 
-    def __init__(self, loss: Loss, classifier: str, scale: float, context: Context) -> None:
-        super().__init__(loss.alpha, classifier, scale, context)
-        self.constants = loss
-        self.counts = context.counts.double()
-
     def label_share(self, share: torch.Tensor, labels: torch.Tensor, partners: torch.Tensor) -> torch.Tensor:
         """The share u of each sample's own label, (B,)."""
-        counts = self.counts.to(labels.device)
+        counts = self.context.counts.double().to(labels.device)
         own, other = counts[labels], counts[partners]
         kappa, tau = self.constants.kappa, self.constants.tau
         share = torch.where((own >= kappa * other) & (share < tau), 0.0, share)

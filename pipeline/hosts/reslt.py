@@ -23,8 +23,6 @@ NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class Loss(Section):
-    """Keys of `hosts.NAME.loss`."""
-
     beta: Ratio = 0.5
     """Weight of the branches' own losses; 1 - beta is that of their sum."""
     groups: list[Index] | None = None
@@ -34,15 +32,14 @@ class Loss(Section):
 class Host(GradientHost):
     """Batch norm uses the statistics of the fused batch in training, and its running statistics at evaluation."""
 
+    only_classifier = "linear"
     starts_from = "trained"
     numbers = 2
     fixed = frozenset({"running_mean", "running_var"})
 
     def __init__(self, loss: Loss, classifier: str, scale: float, context: Context) -> None:
-        if classifier != "linear":
-            raise UserError(f"classifier: host reslt needs a linear classifier; got {classifier!r}; set it to linear")
-        super().__init__("branches", scale, context)
-        self.beta = loss.beta
+        super().__init__(loss, classifier, scale, context)
+        self.classifier = "branches"
         self.starts = group_starts(loss.groups, context.counts.tolist())
 
     def initial(self, stage1: StageOneHead, draws: np.random.Generator) -> dict[str, torch.Tensor]:
@@ -64,7 +61,7 @@ class Host(GradientHost):
         self, state: State, features: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor | None
     ) -> torch.Tensor:
         """ResLT's loss, with the statistics of the batch."""
-        return reslt_loss(self.scale * branch_logits(state, features), labels, self.starts, self.beta)
+        return reslt_loss(self.scale * branch_logits(state, features), labels, self.starts, self.constants.beta)
 
     def update(self, state: State, features: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         """The new running statistics, (branches, D). All branches see the same maps."""

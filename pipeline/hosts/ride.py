@@ -12,15 +12,13 @@ from typing import Literal
 import torch
 
 from h2t.pipeline.base.params import Section
-from h2t.pipeline.heads.host import Context, GradientHost, State, stackable
+from h2t.pipeline.heads.host import GradientHost, State, stackable
 from h2t.pipeline.training.longtail import cross_entropy
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class Loss(Section):
-    """Keys of `hosts.NAME.loss`."""
-
     experts: Literal["mean", "sum"] = "mean"
     """Cross-entropy of the mean of the experts' logits, or the sum of each expert's."""
 
@@ -31,16 +29,12 @@ class Host(GradientHost):
     starts_from = "trained"
     linear = True
 
-    def __init__(self, loss: Loss, classifier: str, scale: float, context: Context) -> None:
-        super().__init__(classifier, scale, context)
-        self.each = loss.experts == "sum"
-
     @stackable
     def loss(
         self, state: State, features: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor | None
     ) -> torch.Tensor:
         """Cross-entropy, averaged over the batch."""
-        if not self.each:
+        if self.constants.experts == "mean":
             return cross_entropy(self.logits(state, features), labels)
         logits = self.expert_logits(state, features)  # (E, B, K)
         return cross_entropy(logits, labels.unsqueeze(-2).expand(logits.shape[:-1])).sum(-1)

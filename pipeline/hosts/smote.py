@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from h2t.pipeline.base.params import Count, Section
-from h2t.pipeline.heads.host import Context, CrossEntropyHost, TrainingBatch
+from h2t.pipeline.heads.host import CrossEntropyHost, TrainingBatch
 from h2t.pipeline.networks.trained import StageOneHead
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
@@ -24,8 +24,6 @@ BLOCK = 1024  # samples whose distances to their class are computed at once
 
 
 class Loss(Section):
-    """Keys of `hosts.NAME.loss`."""
-
     neighbours: Count = 5
     """Nearest neighbours of the same class that a sample may be moved towards."""
 
@@ -38,23 +36,19 @@ class Host(CrossEntropyHost):
     features: torch.Tensor  # of all training samples, (E, N, D)
     neighbours: torch.Tensor  # of each sample, nearest first, int64 (N, most neighbours); -1 where there are no more
 
-    def __init__(self, loss: Loss, classifier: str, scale: float, context: Context) -> None:
-        super().__init__(classifier, scale, context)
-        self.most = loss.neighbours
-        self.counts = context.counts.tolist()
-
     def prepare(self, features: torch.Tensor, labels: torch.Tensor, stage1: StageOneHead) -> None:
         """Keeps the features (E, N, D) and the table of neighbours (N, k)."""
         self.features = features
-        self.neighbours = labels.new_full((len(labels), self.most), -1)
+        most = self.constants.neighbours
+        self.neighbours = labels.new_full((len(labels), most), -1)
         start = 0
-        for count in self.counts:
+        for count in self.context.counts.tolist():
             own = features[:, start : start + count].movedim(0, 1).flatten(1)  # (n, E D)
             for first in range(0, count, BLOCK):
                 apart = torch.cdist(own[first : first + BLOCK], own, compute_mode="donot_use_mm_for_euclid_dist")
                 here = torch.arange(len(apart), device=apart.device)
                 apart[here, first + here] = torch.inf
-                nearest = apart.topk(min(self.most, count - 1), largest=False).indices
+                nearest = apart.topk(min(most, count - 1), largest=False).indices
                 self.neighbours[start + first + here, : nearest.shape[1]] = start + nearest
             start += count
 
@@ -64,8 +58,6 @@ class Host(CrossEntropyHost):
 
     def augment(self, batch: TrainingBatch) -> torch.Tensor:
         """The receivers (E, B, D), those of rarer classes moved towards a neighbour."""
-        assert batch.noise is not None
-        assert batch.samples is not None
         counts = self.context.counts.to(batch.labels.device)
         kept = counts[batch.labels] / counts.max()
         found = self.neighbours[batch.samples]

@@ -7,17 +7,14 @@ Published setting: as here; the authors choose tau from 0, 0.1 ... 2 on validati
 
 import torch
 
-from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import NonNegative, Section
-from h2t.pipeline.heads.host import Context, FittedHost
+from h2t.pipeline.heads.host import FittedHost
 from h2t.pipeline.networks.trained import StageOneHead
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class Loss(Section):
-    """Keys of `hosts.NAME.loss`."""
-
     tau: NonNegative = 1.0
     """0 keeps the weights, 1 gives them equal length; choose it on validation images."""
 
@@ -25,16 +22,10 @@ class Loss(Section):
 class Host(FittedHost):
     """Needs a linear classifier: a cosine classifier is already normalised."""
 
-    def __init__(self, loss: Loss, classifier: str, scale: float, context: Context) -> None:
-        if classifier != "linear":
-            raise UserError(
-                f"classifier: host tau_norm needs a linear classifier; got {classifier!r}; set it to linear"
-            )
-        super().__init__(classifier, scale, context)
-        self.tau = loss.tau
+    only_classifier = "linear"
 
     def fit(self, features: torch.Tensor, labels: torch.Tensor, stage1: StageOneHead) -> dict[str, torch.Tensor]:
         """Weight w_j / |w_j|^tau (E, K, D) for each class and expert, and a bias of 0, (E, K)."""
         weight = self.stage1_state(stage1)["weight"]
         norm = weight.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-        return {"weight": weight / norm**self.tau, "bias": torch.zeros(weight.shape[:2])}
+        return {"weight": weight / norm**self.constants.tau, "bias": torch.zeros(weight.shape[:2])}

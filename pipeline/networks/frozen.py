@@ -7,6 +7,7 @@ its package.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.networks.weights import load_weights, save_weights
 
 PREFIX = "frozen."  # of the tensors' names in a file: frozen.<number of the layer>.<weight or bias>
 SAME = 1e-5  # largest difference / largest value, for a layer that reproduces a module's output
@@ -121,6 +123,20 @@ def from_file(
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{where}: its frozen part is malformed ({error}); make the file again") from None
     return others, FrozenPart(layers)
+
+
+def save_classifier(
+    path: Path, state: Mapping[str, torch.Tensor], frozen: FrozenPart | None, about: Mapping[str, Any]
+) -> None:
+    """Writes the tensors of a classifier with what lies before it; the JSON object `about` describes them."""
+    tensors, described = frozen.to_file() if frozen else ({}, None)
+    save_weights(path, {**state, **tensors}, {**about, **({"frozen": described} if frozen else {})})
+
+
+def load_classifier(path: Path) -> tuple[dict[str, torch.Tensor], FrozenPart | None, dict[str, Any]]:
+    """(state, frozen part, description) as `save_classifier` wrote them. Raises UserError."""
+    tensors, about = load_weights(path)
+    return *from_file(tensors, about, str(path)), about
 
 
 def _check(layers: Sequence[Layer], tensors: int) -> None:

@@ -14,11 +14,12 @@ from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import build
 from h2t.pipeline.data.network_input import Input
 from h2t.pipeline.networks.backbone import Backbone, build_backbone
-from h2t.pipeline.networks.frozen import FrozenPart, from_file
+from h2t.pipeline.networks.frozen import FrozenPart, load_classifier, save_classifier
 from h2t.pipeline.networks.weights import fill, load_weights, weights_digest
 
 #: Stands for a backbone's directory and digest where features were imported and their backbone is unknown.
 NONE = "none"
+HEAD = "head.safetensors"  # the file of a backbone's head in its directory
 BLOCK = 65_537  # random numbers per tensor that a file replaces; prime, so that no two rows of a weight are equal
 
 
@@ -107,8 +108,8 @@ def backbone_digest(folder: Path) -> str:
     if str(folder) == NONE:
         return NONE
     path = folder / "backbone.safetensors"
-    if not path.is_file() and (folder / "head.safetensors").is_file():  # a probe, which records the digest
-        return str(load_weights(folder / "head.safetensors")[1]["backbone"])
+    if not path.is_file() and (folder / HEAD).is_file():  # a probe, which records the digest
+        return str(load_weights(folder / HEAD)[1]["backbone"])
     state, about = load_weights(path)
     return str(about["weights"]) if _is_record(state, about) else weights_digest(state)
 
@@ -139,11 +140,15 @@ def backbone_facts(folder: Path) -> BackboneFacts:
     )
 
 
+def save_head(path: Path, head: StageOneHead, about: Mapping[str, Any]) -> None:
+    """Writes a backbone's head, with the JSON object `about`, as `load_head` reads it."""
+    about = {**about, "classifier": head.classifier, "scale": head.scale}
+    save_classifier(path, head.state, head.frozen, about)
+
+
 def load_head(folder: Path) -> StageOneHead:
     """The classifier in head.safetensors; an empty one for imported features. Raises UserError."""
     if str(folder) == NONE:
         return StageOneHead({}, NONE, 1.0)
-    path = folder / "head.safetensors"
-    tensors, about = load_weights(path)
-    state, frozen = from_file(tensors, about, str(path))
+    state, frozen, about = load_classifier(folder / HEAD)
     return StageOneHead(state, about["classifier"], about["scale"], frozen, about)

@@ -18,8 +18,6 @@ NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class Loss(ClassBalanced):
-    """Keys of `backbones.NAME.loss`."""
-
     start_epoch: Index = 0
     """Epoch, counted from 0, from which classes are weighted; before it all weigh 1."""
 

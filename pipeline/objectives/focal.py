@@ -12,9 +12,7 @@ from h2t.pipeline.training.weighted import Focal, WeightedObjective
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
-
-class Loss(Focal):
-    """Keys of `backbones.NAME.loss`."""
+Loss = Focal
 
 
 class Objective(WeightedObjective):

@@ -20,8 +20,6 @@ NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 
 class Loss(Section):
-    """Keys of `backbones.NAME.loss`."""
-
     margin: NonNegative = 0.5
     """Largest margin, that of the rarest class."""
     scale: Positive = 30.0

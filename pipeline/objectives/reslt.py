@@ -20,8 +20,6 @@ NUMBER = 2026112602  # other results, another number: docs/numbers.md
 
 
 class Loss(Section):
-    """Keys of `backbones.NAME.loss`."""
-
     beta: Ratio = 0.995
     """Weight of the branches' own losses; 1 - beta is that of their sum."""
     groups: list[Index] | None = None

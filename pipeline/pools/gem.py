@@ -16,8 +16,6 @@ SMALLEST = 1e-6  # smaller values are raised to it, as in the authors' code: a p
 
 
 class Options(Section):
-    """Keys of `pool_options`."""
-
     exponent: Positive = 3.0
     """The exponent p: 1 is the average, a large one nears the maximum."""
     trained: bool = False

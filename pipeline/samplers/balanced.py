@@ -3,16 +3,12 @@
 Source: Kang et al., "Decoupling Representation and Classifier for Long-Tailed Recognition", ICLR 2020, eq. (1), q = 0.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 
-from h2t.pipeline.data.classes import ClassIndex
+from h2t.pipeline.data.classes import ClassIndex, Streams
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 AT_ONCE = True
-
-Streams = Callable[..., np.random.Generator]
 
 
 def draw(classes: ClassIndex, streams: Streams, epoch: int, step: int, size: int) -> np.ndarray:

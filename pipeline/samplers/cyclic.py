@@ -6,19 +6,16 @@ so an epoch covers more samples of large classes. Rounds continue across epochs.
 batch per epoch.
 """
 
-from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
 
 from h2t.pipeline.base.seeds import permutation
-from h2t.pipeline.data.classes import ClassIndex
+from h2t.pipeline.data.classes import ClassIndex, Streams
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
 AT_A_TIME = 4
-
-Streams = Callable[..., np.random.Generator]
 
 
 @lru_cache(maxsize=16384)

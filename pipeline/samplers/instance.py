@@ -3,17 +3,14 @@
 This is the usual shuffled data loader (H2T paper, section 3.3, the head-biased branch).
 """
 
-from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
 
 from h2t.pipeline.base.seeds import permutation
-from h2t.pipeline.data.classes import ClassIndex
+from h2t.pipeline.data.classes import ClassIndex, Streams
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
-
-Streams = Callable[..., np.random.Generator]
 
 
 @lru_cache(maxsize=64)

@@ -5,22 +5,16 @@ Source: Kang et al., "Decoupling Representation and Classifier for Long-Tailed R
 epoch is instance-wise (with replacement) and the last one class-balanced.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 
-from h2t.pipeline.data.classes import ClassIndex
+from h2t.pipeline.data.classes import ClassIndex, Streams
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 AT_ONCE = True
 
-Streams = Callable[..., np.random.Generator]
-
 
 def draw(classes: ClassIndex, streams: Streams, epoch: int, step: int, size: int, epochs: int) -> np.ndarray:
     """The positions of `size` independent draws, int64 (size,). `epochs`: the length of the training, T."""
-    draws = streams(epoch, step)
     balanced = min(epoch / max(epochs - 1, 1), 1.0)
     share = (1 - balanced) * classes.counts / classes.samples + balanced / classes.classes
-    label = draws.choice(classes.classes, size=size, p=share / share.sum())
-    return classes.starts[label] + draws.integers(classes.counts[label])
+    return classes.drawn(streams(epoch, step), share, size)

@@ -3,21 +3,14 @@
 Source: Zhou et al., "BBN: Bilateral-Branch Network", CVPR 2020, section 4.2; a donor in Table 5 of the H2T paper.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 
-from h2t.pipeline.data.classes import ClassIndex
+from h2t.pipeline.data.classes import ClassIndex, Streams
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 AT_ONCE = True
 
-Streams = Callable[..., np.random.Generator]
-
 
 def draw(classes: ClassIndex, streams: Streams, epoch: int, step: int, size: int) -> np.ndarray:
     """The positions of `size` independent draws, int64 (size,)."""
-    draws = streams(epoch, step)
-    share = 1 / classes.counts
-    label = draws.choice(classes.classes, size=size, p=share / share.sum())
-    return classes.starts[label] + draws.integers(classes.counts[label])
+    return classes.drawn(streams(epoch, step), 1 / classes.counts, size)

@@ -4,21 +4,14 @@ Source: Kang et al., "Decoupling Representation and Classifier for Long-Tailed R
 1/2; Mahajan et al., "Exploring the Limits of Weakly Supervised Pretraining", ECCV 2018, section 2.2.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 
-from h2t.pipeline.data.classes import ClassIndex
+from h2t.pipeline.data.classes import ClassIndex, Streams
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 AT_ONCE = True
 
-Streams = Callable[..., np.random.Generator]
-
 
 def draw(classes: ClassIndex, streams: Streams, epoch: int, step: int, size: int) -> np.ndarray:
     """The positions of `size` independent draws, int64 (size,)."""
-    draws = streams(epoch, step)
-    share = np.sqrt(classes.counts)
-    label = draws.choice(classes.classes, size=size, p=share / share.sum())
-    return classes.starts[label] + draws.integers(classes.counts[label])
+    return classes.drawn(streams(epoch, step), np.sqrt(classes.counts), size)

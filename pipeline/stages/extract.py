@@ -35,7 +35,6 @@ from h2t.pipeline.data.images import Images
 from h2t.pipeline.data.samples import Samples
 from h2t.pipeline.extraction import batchnorm, cluster, forward, reuse
 from h2t.pipeline.extraction.batchnorm import Statistics
-from h2t.pipeline.extraction.commit import written_with
 from h2t.pipeline.extraction.row_plan import MOST_GROUPED, PlannedRows, planned, recorded_groups
 from h2t.pipeline.extraction.settings import Params as Params  # every stage module has its `Params`
 from h2t.pipeline.networks.backbone import Backbone
@@ -143,7 +142,7 @@ def run(
 
         if commit:
             asked_for = {"batch_size": params.batch_size, "precision": params.precision}
-            settings = written_with(staging, asked_for)
+            settings = forward.written_with(staging, asked_for)
 
         def estimate(wanted: list[str]) -> Statistics:
             if commit:

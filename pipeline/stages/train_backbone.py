@@ -32,6 +32,7 @@ from h2t.pipeline.data.samples import Samples
 from h2t.pipeline.extraction.elsewhere import CacheElsewhere
 from h2t.pipeline.extraction.recorded import backbone_of
 from h2t.pipeline.networks.backbone import Backbone, build_backbone, features_of, frozen_part
+from h2t.pipeline.networks.frozen import save_classifier
 from h2t.pipeline.networks.probe import Probe
 from h2t.pipeline.networks.tap import Tapped
 from h2t.pipeline.networks.trained import NONE
@@ -208,19 +209,17 @@ def _write(
     out: Path, about: dict[str, Any], params: Params, backbone: Backbone, objective: Objective | None, curves: Curves
 ) -> None:
     """Writes the stage's files; without an `objective` the head file holds no classifier."""
-    part = frozen_part(backbone)
-    tensors, described = part.to_file() if part else ({}, None)
     with fresh_directory(out) as into:
         save_weights(into / "backbone.safetensors", backbone.state_dict(), about)
-        save_weights(
+        save_classifier(
             into / "head.safetensors",
-            {**(objective.state_dict() if objective else {}), **tensors},
+            objective.state_dict() if objective else {},
+            frozen_part(backbone),
             {
                 **about,
                 "objective": params.objective,
                 "classifier": objective.classifier if objective else NONE,
                 "scale": objective.scale if objective else 1.0,
-                **({"frozen": described} if part else {}),
                 **({"head": params.head} if params.head != "trained" else {}),
                 **({"probe": params.probe.model_dump()} if params.head == "probe" else {}),
             },

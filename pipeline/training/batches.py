@@ -121,7 +121,6 @@ class Batches:
     def _drawn(self, draws: np.random.Generator, size: int, power: float) -> np.ndarray:
         """`size` training samples, each drawn in proportion to n^-`power`, n the images of its class."""
         classes = self.classes
-        weights = (classes.counts / classes.counts.min()) ** (1 - power)
-        label = draws.choice(classes.classes, size=size, p=weights / weights.sum())
-        drawn: np.ndarray = self.train[classes.starts[label] + draws.integers(classes.counts[label])]
+        share = (classes.counts / classes.counts.min()) ** (1 - power)
+        drawn: np.ndarray = self.train[classes.drawn(draws, share, size)]
         return drawn

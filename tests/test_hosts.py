@@ -363,13 +363,17 @@ def test_a_fitted_host_has_one_head_and_no_h2t(tmp_path, name, wide_cache, stage
     ("section", "text"),
     [
         ({"host": "ride", "experts": 3}, "hosts.h.experts: must be 1, as in the cache of backbone b; got 3"),
-        ({"classifier": "cosine"}, "classifier: must be of the same kind as in stage I, linear; got cosine"),
+        (
+            {"classifier": "cosine"},
+            "as in stage I, linear; got cosine; change this key, or set start: means, or choose a backbone",
+        ),
+        ({"host": "gcl", "classifier": "cosine"}, "linear; got cosine; set start: means, or choose a backbone"),
         ({"host": "gcl"}, "host gcl needs a cosine classifier"),
         ({"host": "reslt"}, "hosts.h.pool: host reslt needs 2 numbers per channel"),
         ({"pool": "moments"}, "hosts.h.pool: host dr needs 1 number per channel"),
         (
             {"host": "reslt", "pool": "moments"},
-            "classifier: must be of the same kind as in stage I, linear; got branches",
+            "classifier: must be of the same kind as in stage I, linear; got branches; choose a backbone",
         ),
         ({"host": "reslt", "pool": "moments", "loss": {"groups": [3, 1]}}, "loss.groups: must be one or two ascending"),
         ({"grid": {"ratio": [0.01]}}, r"grid.ratio\[0\]: must be 0 or replace at least one of 64 channels; got 0.01"),

@@ -166,9 +166,15 @@ class Host:
                 "start: means, or use crt, ncm or logistic_regression"
             )
         if stage1.classifier != self.classifier:
+            free = self.only_classifier is None and self.classifier in ("linear", "cosine")
+            ways = [
+                *(["change this key"] if free else []),
+                *(["set start: means"] if self.starts_from == "head" else []),
+                "choose a backbone that was trained with this classifier",
+            ]
             raise UserError(
                 f"classifier: must be of the same kind as in stage I, {stage1.classifier}; got {self.classifier}; "
-                "change this key, or choose a backbone that was trained with this classifier"
+                + ", or ".join(ways)
             )
         context = self.context
         expected = (context.experts, context.classes, context.channels)

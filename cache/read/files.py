@@ -29,7 +29,7 @@ Opened = tuple[int, int, int]
 
 
 class LocalFiles(FileStore):
-    """The files below a local directory ; at most `MAX_OPEN` descriptors stay open while unused.
+    """The files below a local directory; at most `MAX_OPEN` descriptors stay open while unused.
 
     The first access pins a file. Later accesses, in any thread and in any process that received this object, must find
     the same file or one with the sha256 in the commit record (`expect`); else they raise CacheError `replaced`. So

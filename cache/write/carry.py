@@ -26,7 +26,7 @@ RUN_BYTES = 64 * 1024**2  # at most this much of neighbouring chunks is read at 
 
 
 class Source(Protocol):
-    """The part of an open cache (`cache.reader.Cache`) that is used here; writing does not import reading."""
+    """The part of an open cache (`cache.reader.Cache`) that is used here; writing imports no code that reads."""
 
     @property
     def spec(self) -> CacheSpec: ...

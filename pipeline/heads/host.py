@@ -329,14 +329,12 @@ class PriorHost(CrossEntropyHost):
     receiver = "instance"
     prior: torch.Tensor
 
+    #: Strength of the prior; None is the constant of this name.
+    tau: float | None = None
+
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
-        self.prior = self.tau * log_prior(self.context.counts)
-
-    @property
-    def tau(self) -> float:
-        """Strength of the prior; by default a constant of the loss."""
-        return float(self.constants.tau)
+        self.prior = (self.constants.tau if self.tau is None else self.tau) * log_prior(self.context.counts)
 
 
 class WeightedHost(GradientHost):

@@ -40,12 +40,12 @@ class Host(FittedHost):
     only_classifier = "linear"
 
     def __init__(self, loss: Loss, classifier: str, scale: float, context: Context) -> None:
+        super().__init__(loss, classifier, scale, context)
         if loss.head_classes and loss.head_classes > context.classes:
             raise UserError(
                 f"loss.head_classes: must be at most {context.classes}, the number of classes; got "
                 f"{loss.head_classes}; lower it"
             )
-        super().__init__(loss, classifier, scale, context)
         self.head_classes = without_tail(context.counts.tolist(), loss.head_classes)
 
     def fit(self, features: torch.Tensor, labels: torch.Tensor, stage1: StageOneHead) -> dict[str, torch.Tensor]:

@@ -15,6 +15,14 @@ tqdm.set_lock(threading.RLock())  # its own holds a semaphore too, which a kille
 _hidden = False
 
 
+class Bar(tqdm):  # type: ignore[type-arg]
+    """A bar whose `close`, which Python calls at last, finds these also if Ctrl-C came while it was made."""
+
+    pos = 0
+    gui = False
+    nrows = None
+
+
 @contextmanager
 def hidden(hide: bool) -> Iterator[None]:
     """With `hide`, `progress` shows no bars in the block."""
@@ -37,7 +45,7 @@ def progress(
 ) -> Any:
     """A tqdm bar over `items` that appears after one second. With None for `items`, the caller updates the bar."""
     interval = 0.2 if sys.stderr.isatty() else 10
-    return tqdm(
+    return Bar(
         items,
         what,
         total=total,

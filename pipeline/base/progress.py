@@ -1,5 +1,6 @@
 """Progress bars: updated five times a second in a terminal, every ten seconds in a log."""
 
+import math
 import sys
 import threading
 from collections.abc import Iterable, Iterator
@@ -18,6 +19,7 @@ _hidden = False
 class Bar(tqdm):  # type: ignore[type-arg]
     """A bar whose `close`, which Python calls at last, finds these also if Ctrl-C came while it was made."""
 
+    start_t = math.inf  # never displayed
     pos = 0
     gui = False
     nrows = None

@@ -34,7 +34,7 @@ class Candidates:
             if found.keys() != first.keys() or any(
                 not np.array_equal(getattr(found[r], key), getattr(first[r], key))
                 for r in first
-                for key in ("images", "labels")
+                for key in ("images", "labels", "groups")
             ):
                 return [], np.empty((0, 0), np.float32)
             right.append(np.concatenate([_share(found[r]) for r in sorted(found)]))

@@ -372,10 +372,10 @@ def h2t(*arguments: Any, cwd: Path, **more: str) -> subprocess.CompletedProcess[
     )
 
 
-def python(*arguments: Any, program: Path | str = sys.executable, cwd: Path = ROOT) -> str:
+def python(*arguments: Any, program: Path | str = sys.executable, cwd: Path = ROOT, timeout: float = 300) -> str:
     """What a Python in a process of its own says on stdout; it must end well. `program`: perhaps a warm one."""
     command = [str(a) for a in (program, *arguments)]
-    done = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

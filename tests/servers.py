@@ -91,7 +91,7 @@ class Bucket:
         import boto3
 
         self.environment = environment
-        self.s3 = boto3.client("s3")
+        self.s3 = boto3.client("s3", endpoint_url=environment["AWS_ENDPOINT_URL"])
         self.s3.create_bucket(Bucket="lab")
 
     def names(self) -> list[str]:

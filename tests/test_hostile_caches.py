@@ -154,7 +154,7 @@ print("grown", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 def opened_in_little_memory(*paths: Path) -> list[str]:
     """Two lines for each cache: reason and text of the refusal, and the first fault; last, the kilobytes it took."""
-    return python("-c", OPENER, *paths).splitlines()
+    return python("-c", OPENER, *paths, timeout=120).splitlines()
 
 
 def bomb_in_a_chunk(target: Path, codec: str, payload: bytes) -> Path:

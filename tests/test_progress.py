@@ -25,3 +25,15 @@ def test_a_bar_that_is_interrupted_while_it_is_made_says_nothing(monkeypatch, ma
             made(None, "extract", unit="row")
         gc.collect()
     assert said == [AttributeError] * left
+
+
+@pytest.mark.parametrize("name", ["unit", "last_print_t"])
+def test_a_bar_that_is_interrupted_as_it_sets_an_attribute_says_nothing(monkeypatch, name):
+    said = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda of: said.append(of.exc_value))
+    with monkeypatch.context() as patched:
+        patched.setattr(Bar, name, property(lambda bar: 0.0, interrupted), raising=False)
+        with pytest.raises(KeyboardInterrupt):
+            progress(None, "extract", unit="row")
+        gc.collect()
+    assert said == []

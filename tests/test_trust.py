@@ -134,7 +134,7 @@ def test_opening_and_reading_a_strangers_cache_runs_nothing(tmp_path):
     code = WATCHED.format(
         tests=str(ROOT / "tests"), elsewhere=str(tmp_path / "nowhere"), place=str(tmp_path), names=names
     )
-    said = python("-c", code)
+    said = python("-c", code, timeout=120)
     assert not (tmp_path / "ran").exists()
     assert said.count("not named in cache.json") == len(names)  # the traps that lie inside
 
@@ -170,4 +170,4 @@ with watch.watching():
     write(inside / "in" / "fine"); open({__file__!r}).close(); os.remove(inside / "in" / "fine")
 print("allowed")
 """
-    assert python("-c", code) == "allowed\n"
+    assert python("-c", code, timeout=60) == "allowed\n"

@@ -1,4 +1,4 @@
-"""Caches written to URLs: an S3 endpoint and SSH servers on the loopback. The same bytes as in a directory."""
+"""Caches written to URLs, an S3 endpoint and SSH servers on the loopback, and what holds in a directory as well."""
 
 import json
 import time
@@ -53,7 +53,7 @@ def written(store, spec, **options):
     """Writes the cache `c` as one process; returns the shards that it had to write."""
     target, maps = target_at(f"{store.url}/c"), make_maps(spec)
     with target.staging() as staging:
-        writer = target.writer(staging, spec, make_rows(spec.rows), TOKEN)
+        writer = target.writer(staging, spec, make_rows(spec.rows), TOKEN, read=False)  # as extract commits
         pending = writer.pending
         for shard in pending:
             held = spec.shard_range(shard)

@@ -22,7 +22,6 @@ class Bar(tqdm):  # type: ignore[type-arg]
     start_t = math.inf  # never displayed
     pos = 0
     gui = False
-    nrows = None
 
 
 @contextmanager

@@ -104,6 +104,10 @@ def test_a_method_that_the_cache_cannot_serve_is_named_without_a_path(tmp_path, 
     assert str(tmp_path) not in left_out["cam_split"]
 
 
+def test_every_record_has_a_table():
+    assert sorted(results.ARENAS) == sorted(path.stem for path in (ROOT / "benchmarks/results").glob("arena*.json"))
+
+
 @pytest.mark.parametrize("record", results.ARENAS)
 def test_the_tables_of_the_results_come_from_the_committed_record(record):
     text = (ROOT / "docs/results.md").read_text(encoding="utf-8")

@@ -17,7 +17,7 @@ _hidden = False
 
 
 class Bar(tqdm):  # type: ignore[type-arg]
-    """A bar whose `close`, which Python calls at last, finds these also if Ctrl-C came while it was made."""
+    """A bar that Ctrl-C may interrupt while it is made: Python still calls its `close`, which needs these."""
 
     start_t = math.inf  # never displayed
     pos = 0

@@ -73,8 +73,7 @@ class TrainingBatch(NamedTuple):
     `features` (E, B, D), after fusion and pooling; `labels` of the receivers (B,), int64; `noise` as drawn. `samples`
     (B,), int64: the place of each receiver in the features that `prepare` got. `partners` (E, B, D), not fused, and
     `partner_labels` (B,): samples of a second sampler, for hosts that name one. `progress`: finished epochs / epochs,
-    0 in the first epoch. A tensor that the host has not asked for may be None; it is Any here, so that others need not
-    be told from it.
+    0 in the first epoch. A tensor that the host did not ask for is None; the type is Any, as no host reads such a one.
     """
 
     features: torch.Tensor
@@ -118,10 +117,8 @@ class Host:
     #: True if the training loss depends on the features, `weight` and `bias` only through `expert_logits` of a linear
     #: or cosine classifier. Many such heads get their logits from one matrix product.
     linear = False
-
     #: The one kind of classifier that it takes; None if it takes both.
     only_classifier: Literal["linear", "cosine"] | None = None
-
     #: The plug-in's `loss`.
     constants: Any
     classifier: str
@@ -142,11 +139,10 @@ class Host:
         *loss, self.classifier, self.scale, self.context = given
         if loss:
             self.constants = loss[0]
-        if self.only_classifier not in (None, self.classifier):
-            name = type(self).__module__.rpartition(".")[2]
+        kind, name = self.only_classifier, type(self).__module__.rpartition(".")[2]
+        if kind not in (None, self.classifier):
             raise UserError(
-                f"classifier: host {name} needs a {self.only_classifier} classifier; got {self.classifier!r}; set it "
-                f"to {self.only_classifier}"
+                f"classifier: host {name} needs a {kind} classifier; got {self.classifier!r}; set it to {kind}"
             )
 
     @classmethod
@@ -167,14 +163,11 @@ class Host:
             )
         if stage1.classifier != self.classifier:
             free = self.only_classifier is None and self.classifier in ("linear", "cosine")
-            ways = [
-                *(["change this key"] if free else []),
-                *(["set start: means"] if self.starts_from == "head" else []),
-                "choose a backbone that was trained with this classifier",
-            ]
+            ways = ["change this key"] if free else []
+            ways += ["set start: means"] if self.starts_from == "head" else []
             raise UserError(
                 f"classifier: must be of the same kind as in stage I, {stage1.classifier}; got {self.classifier}; "
-                + ", or ".join(ways)
+                + ", or ".join([*ways, "choose a backbone that was trained with this classifier"])
             )
         context = self.context
         expected = (context.experts, context.classes, context.channels)
@@ -321,14 +314,12 @@ class CrossEntropyHost(GradientHost):
 class PriorHost(CrossEntropyHost):
     """Base of hosts that train on instance-wise batches by cross-entropy of the logits plus tau log(n_j / N).
 
-    Test time uses plain logits. Source: Menon et al., ICLR 2021, eq. (10); with tau 1, Ren et al., NeurIPS 2020,
-    eq. (3).
+    Plain logits at test time. Source: Menon et al., ICLR 2021, eq. (10); with tau 1, Ren et al., NeurIPS 2020, eq. (3).
     """
 
     linear = True
     receiver = "instance"
     prior: torch.Tensor
-
     #: Strength of the prior; None is the constant of this name.
     tau: float | None = None
 

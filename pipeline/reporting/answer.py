@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from h2t.cache.redaction import in_markdown
-from h2t.pipeline.base.text import counted, some
+from h2t.pipeline.base.text import counted, duration, some
 from h2t.pipeline.evaluation.intervals import FEWEST_CHANGED, Difference
 from h2t.pipeline.reporting.chosen import number
 from h2t.pipeline.reporting.luck import Candidates
@@ -150,11 +150,18 @@ class Answer:
     backbones: Mapping[str, str] | None = None
     #: What `rankings` compared. Copies with other `runs` share it, as comparing takes longest.
     compared: dict[tuple[str, str, str, str], dict[str, Difference | None]] = field(default_factory=dict, repr=False)
+    #: The luck in the best of each figure, shared likewise.
+    lucky: dict[str, float] = field(default_factory=dict, repr=False)
 
     @cached_property
     def methods(self) -> list[Method]:
         """All hosts, in the order of the parameters."""
         return [Method(r) for r in self.results]
+
+    def _luck(self, figure: str) -> float:
+        if figure not in self.lucky:
+            self.lucky[figure] = self.candidates.luck(figure) or 0.0
+        return self.lucky[figure]
 
     @cached_property
     def candidates(self) -> Candidates:
@@ -188,7 +195,7 @@ class Answer:
         first = ranking.best
         row = first.best(figure) or ""
         sentences = [f"Best {RANKED[figure]}: {first.words(row)}; {_figures(first, row, figure)}."]
-        if (luck := self.candidates.luck(figure) or 0.0) >= LEAST_LUCK:
+        if (luck := self._luck(figure)) >= LEAST_LUCK:
             rest = (first.figure(row, figure) or 0.0) - luck
             sentences.append(
                 f"It is the best of {len(self.candidates)} on these test images; chosen on nine tenths of them, the "
@@ -350,15 +357,6 @@ def _figures(method: Method, row: str, figure: str) -> str:
     """`figure`, top-1 and tail accuracy of a row, those that it has: `top-1 86.2 %, tail 65.8 %`."""
     known = {f: v for f in (figure, "top1", "tail") if (v := method.figure(row, f)) is not None}
     return ", ".join(f"{RANKED[f]} {v:.1f} %" for f, v in known.items())
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds as text, in a suitable unit; a dash for None."""
-    if seconds is None:
-        return "–"
-    length, unit = next((n, u) for n, u in ((3600, "h"), (60, "min"), (1, "s")) if seconds >= 2 * n or n == 1)
-    value = seconds / length
-    return f"{value:,.0f} {unit}" if value >= 10 else f"{value:.1f} {unit}"
 
 
 def _tally(methods: Sequence[Method], figure: str) -> str:

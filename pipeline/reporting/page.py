@@ -13,9 +13,9 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
 from h2t.cache.sizes import sized
-from h2t.pipeline.base.text import counted
+from h2t.pipeline.base.text import counted, duration
 from h2t.pipeline.data.classes import GROUPS
-from h2t.pipeline.reporting.answer import RANKED, Answer, duration
+from h2t.pipeline.reporting.answer import RANKED, Answer
 from h2t.pipeline.reporting.chosen import choices
 from h2t.pipeline.reporting.first_screen import first_screen
 from h2t.pipeline.reporting.page_data import MOST_CLASSES, host_data

@@ -60,8 +60,9 @@ def test_the_answer_names_the_best_its_share_certainty_cost_and_command(evaluate
     assert luck > 0
     assert best == (
         f"Best top-1: dr with H2T at ratio {ratio:g}; top-1 94.4 %, tail 90.6 %. "
-        f"It is the best of 2 on these test images; chosen on nine tenths of them, the best has {94.4 - luck:.1f} % on "
-        "the rest. Not clearly behind it: stage I. H2T: +0.8 [-0.5, +2.1] too close to tell."
+        "It is the best of 2 classifiers on these test images; chosen on nine tenths of them, the best "
+        f"has {94.4 - luck:.1f} % on the rest. Not clearly behind it: stage I. "
+        "H2T: +0.8 [-0.5, +2.1] too close to tell."
     )
     assert share == ("H2T in dr: top-1 +0.8 [-0.5, +2.1] too close to tell; tail +2.6 [+0.4, +4.8] higher.")
     assert certainty == (

@@ -90,8 +90,8 @@ def test_the_answer_says_it_of_the_figure_that_methods_are_ranked_by(dr):
     assert luck == pytest.approx(told(shares(hosts), found.groups, found.labels), abs=1e-3)
     top1 = max(host.metrics["with_h2t"]["top1"] for host in hosts)
     assert (
-        f"It is the best of 20 on these test images; chosen on nine tenths of them, the best has {top1 - luck:.1f} % "
-        "on the rest." in answer.lines()[0]
+        "It is the best of 20 classifiers on these test images; chosen on nine tenths of them, the best has "
+        f"{top1 - luck:.1f} % on the rest." in answer.lines()[0]
     )
     assert "nine tenths" not in " ".join(answer.best("ece"))
     assert answer.candidates.luck("tail") is None  # of six images

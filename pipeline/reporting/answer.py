@@ -198,8 +198,8 @@ class Answer:
         if (luck := self._luck(figure)) >= LEAST_LUCK:
             rest = (first.figure(row, figure) or 0.0) - luck
             sentences.append(
-                f"It is the best of {len(self.candidates)} on these test images; chosen on nine tenths of them, the "
-                f"best has {rest:.1f} % on the rest."
+                f"It is the best of {len(self.candidates)} classifiers on these test images; chosen on nine tenths of "
+                f"them, the best has {rest:.1f} % on the rest."
             )
         stage1 = None
         if first.figure("stage1", figure) is not None:

@@ -67,7 +67,7 @@ def measured(cache_dir: Path, heads_dir: Path, backbone_dir: Path) -> dict[str, 
 def apart_of(record: Mapping[str, Any]) -> dict[str, dict[str, Difference]]:
     """Step -> figure -> difference, from the JSON record."""
     return {
-        step: {f: Difference(**{**values, "covers": tuple(values["covers"])}) for f, values in figures.items()}
+        step: {f: Difference.of(values) for f, values in figures.items()}
         for step, figures in record["differences"].items()
     }
 

@@ -10,8 +10,9 @@ The preset of the table with nothing tuned: ratio 0.3, five head seeds, the last
 while its settings stay the same, and what was killed goes on: stage I after its last epoch, extraction after its last
 shard, heads after their last step. Writes DATA/TABLE, its parameters there, and benchmarks/results/paper.json, a list
 of {table, row, backbone_epochs, seeds, top1, head, medium, tail, published, commit, device}: percent, means over seeds.
-An entry of the same table, row and backbone_epochs is replaced. DATA/TABLE/report has the page. `digits` is no table of
-the paper: it keeps the grids of its preset, which has validation images to choose the ratio by.
+A row with H2T also has `gain`, the `difference` of its metrics.json: minus the host without H2T under the same
+statistics. An entry of the same table, row and backbone_epochs is replaced. DATA/TABLE/report has the page. `digits` is
+no table of the paper: it keeps the grids of its preset, which has validation images to choose the ratio by.
 
 A host whose batch norm is branchwise has two lines without H2T: as it was published, under the statistics of balanced
 batches, and under those that H2T brings along.
@@ -39,14 +40,17 @@ from h2t.pipeline.base.run import Run
 from h2t.pipeline.base.text import markdown
 from h2t.pipeline.command_line import presets
 from h2t.pipeline.data.samples import Samples, load_samples
+from h2t.pipeline.evaluation.intervals import Difference
 from h2t.pipeline.heads.residency import Residency
 from h2t.pipeline.inspection import settings
 from h2t.pipeline.networks.trained import backbone_digest
+from h2t.pipeline.reporting.files import text_of
 from h2t.pipeline.stages import evaluate, extract, prepare, report, train_backbone, train_classifier
 
 RESULTS = Path(__file__).parent / "results" / "paper.json"
 RATIO, SEEDS = 0.3, [0, 1, 2, 3, 4]
 FIGURES = ("top1", "head", "medium", "tail")
+WITH_H2T = " + H2T"
 TABLES = {
     **{f"1-{ratio}": f"cifar100-{ratio}" for ratio in (200, 100, 50)},
     "2": "imagenet_lt-256",
@@ -270,7 +274,7 @@ class Reproduction:
                 lines[f"{row}, statistics as with H2T"] = (metrics["without_h2t"], host.grid.seed)
             else:
                 lines[row] = (metrics["without_h2t"], host.grid.seed)
-            lines[f"{row} + H2T"] = (metrics["with_h2t"], host.grid.seed)
+            lines[row + WITH_H2T] = (metrics["with_h2t"], host.grid.seed)
         commit = json.loads(self.record("evaluate", name).read_text(encoding="utf-8"))["commit"]
         where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         return [
@@ -283,6 +287,7 @@ class Reproduction:
                 "published": PUBLISHED.get(self.table, {}).get(line),
                 "commit": commit,
                 "device": where,
+                **({"gain": {k: metrics["difference"][k] for k in FIGURES}} if line.endswith(WITH_H2T) else {}),
             }
             for line, (found, seeds) in lines.items()
             if found
@@ -312,6 +317,18 @@ def shown(entries: Sequence[Mapping[str, Any]]) -> str:
         epochs = "?" if e["backbone_epochs"] is None else str(e["backbone_epochs"])
         lines.append([e["row"], epochs, *figures, *beside])
     return markdown(["row", "stage I, epochs", "top-1", "head", "medium", "tail", "paper", "difference"], lines)
+
+
+def gains(entries: Sequence[Mapping[str, Any]]) -> str:
+    """What H2T adds in each table and row, and in the paper, as a Markdown table."""
+    lines = []
+    for e in entries:
+        if "gain" in e:
+            row, told = e["row"].removesuffix(WITH_H2T), PUBLISHED[e["table"]]
+            added = f"{told[e['row']] - told[row]:+.2f}" if {row, e["row"]} <= set(told) else "–"
+            differences = (text_of(Difference.of(d) if d else None) for d in e["gain"].values())
+            lines.append([e["table"], row, *differences, added])
+    return markdown(["table", "row", *FIGURES, "paper, top1"], lines)
 
 
 def weights_of(texts: Sequence[str]) -> tuple[dict[str, str], dict[str, int | None]]:
@@ -345,7 +362,7 @@ def main() -> None:
         epochs = {name: told.get(name, section.epochs) for name, section in trained.items()}
         entries = Reproduction(given.table, values, given.data / given.table, epochs).run(given.out)
         if given.table in PUBLISHED:
-            print(shown(entries))
+            print(f"{shown(entries)}\n\nWhat H2T adds:\n\n{gains(entries)}")
 
 
 if __name__ == "__main__":

@@ -50,6 +50,14 @@ def test_a_table_from_images_to_figures_and_again(tmp_path, files, capsys):
     assert [e["row"] for e in entries] == rows
     assert [e["published"] for e in entries] == [70.70, 79.15, None, 82.87, 82.12, 83.23]
     assert all(0 <= e["top1"] <= 100 and e["device"] == "cpu" and e["backbone_epochs"] == 1 for e in entries)
+    for host, with_h2t in (("dr", entries[3]), ("mislas", entries[5])):
+        stated = json.loads((place / "evaluate" / host / "metrics.json").read_text())["difference"]
+        assert with_h2t["gain"] == {k: stated[k] for k in ("top1", "head", "medium", "tail")}
+        told, of_top1 = paper.gains([with_h2t]).splitlines()[-1], stated["top1"]
+        same = of_top1["verdict"] == "identical"
+        assert ("| +0.00 identical |" if same else f"[{of_top1['low']:+.2f}, {of_top1['high']:+.2f}]") in told
+    assert [e["row"] for e in entries if "gain" in e] == ["DR + H2T", "MiSLAS + H2T"]
+    assert paper.gains(entries).splitlines()[-1].endswith("| +1.11 |")  # 83.23 - 82.12
     assert entries[0]["seeds"] == []
     assert entries[1]["seeds"] == [0, 1, 2, 3, 4]
     kept = json.loads(results.read_text())

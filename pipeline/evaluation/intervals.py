@@ -72,6 +72,11 @@ class Difference:
         fields = {**asdict(self), "covers": list(self.covers)}
         return {k: v for k, v in fields.items() if k != "image_groups" or v is not None}
 
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> "Difference":
+        """The difference that `as_dict` turned into `fields`."""
+        return cls(**{**fields, "covers": tuple(fields["covers"])})
+
 
 @dataclass(frozen=True)
 class Pairs:

@@ -42,7 +42,7 @@ class Method:
     def changes(self) -> dict[str, Difference]:
         """With H2T minus without, by figure; empty for a host that was not trained both ways."""
         stated = self.result.metrics["difference"] or {}
-        return {f: Difference(**{**d, "covers": tuple(d["covers"])}) for f, d in stated.items() if d}
+        return {f: Difference.of(d) for f, d in stated.items() if d}
 
     def figure(self, row: str, figure: str) -> float | None:
         """One figure of a row of metrics.json, in percent; None if there is none."""

@@ -27,7 +27,7 @@ import torch
 from h2t.cache.format.spec import CacheSpec
 from h2t.cache.reader import Cache, open_cache
 from h2t.classifier import Classifier, load, predict
-from h2t.features import Features, as_cache, extract_features, gathered, held_out, labels_of
+from h2t.features import Features, Shares, as_cache, extract_features, gathered, held_out, labels_of
 from h2t.pipeline.base import device as devices
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
@@ -105,7 +105,10 @@ def compare(
     line of the table, too. Raises UserError.
     """
     chosen = devices.choose(device)
+    shares = build(Shares, "compare", _plain({"test": test or None, "validation": validation or None, "seed": seed}))
     entries = {name: {} for name in methods} if not isinstance(methods, Mapping) else dict(methods)
+    if not entries:
+        raise UserError("methods: must name at least one host; got none; h2t list hosts prints them")
     asked = {name: _entry(name, entry, ratios, seeds, epochs) for name, entry in entries.items()}
     made = features.extractor if isinstance(features, Features) else None
     with TemporaryDirectory(prefix="h2t-") as folder:
@@ -113,7 +116,7 @@ def compare(
         cache = as_cache(features) if labels is None else None
         if cache is None:
             given = gathered(features, labels, split, groups)
-            held = held_out(given, test, validation, seed)
+            held = held_out(given, shares)
             parts = importing.split_parts(given.values, labels_of(given), held, given.source)
             importing.run(parts, root / "cache", say)
             if say is silent and (note := importing.scale_note(parts["train"])):  # otherwise it is said
@@ -232,7 +235,10 @@ def _entry(
     host = str(own.get("host", name))
     plugins.check("hosts", host)
     values: dict[str, Any] = {"host": host, "backbone": "features", "batchnorm": "stage1"}
-    if not plugins.load("hosts", host).Host.fitted:
+    kind = plugins.load("hosts", host).Host
+    if kind.only_classifier:
+        values["classifier"] = kind.only_classifier
+    if not kind.fitted:
         values["grid"] = {"ratio": _plain(ratios), "seed": _plain(seeds)}
         values["optimiser"] = {"epochs": _plain(epochs)}
     for key in values.keys() & own.keys():

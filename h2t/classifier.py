@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from h2t.features import Features
+from h2t.features import Features, as_array
 from h2t.pipeline.base import device as devices
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import fresh_directory
@@ -39,7 +39,7 @@ class Classifier:
 
     def predict_proba(self, features: Any) -> np.ndarray:
         """Probabilities float64 (n, classes) of features (n, D) or maps (n, C, H, W). Raises UserError."""
-        values = torch.from_numpy(np.require(np.asarray(features), np.float64, ["C", "W"]))
+        values = torch.from_numpy(np.require(as_array(features), np.float64, ["C", "W"]))
         context = self.head.context
         if values.dim() not in (2, 4) or values.shape[1] != self.head.about.get("map_channels", context.channels):
             raise UserError(
@@ -100,6 +100,8 @@ def predict(model: str | Path | Classifier, of: Any, *, top: int = 1, device: st
     list of image files, which need a model with its backbone; or features (n, D), whose rows are numbered. Images that
     cannot be read are left out with a warning. Raises UserError.
     """
+    if top < 1:
+        raise UserError(f"top: must be at least 1; got {top}")
     if isinstance(of, str | Path) or (isinstance(of, Sequence) and of and isinstance(of[0], str | Path)):
         paths = [Path(of)] if isinstance(of, str | Path) else [Path(path) for path in of]
         if isinstance(model, Classifier):

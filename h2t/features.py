@@ -7,18 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
+import torch
 
+from h2t.cache.format.rows import SPLITS
 from h2t.cache.reader import Cache, open_cache
 from h2t.pipeline.base import device as devices
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
-from h2t.pipeline.base.params import build
+from h2t.pipeline.base.params import Index, Section, build
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.data import labels as texts
 from h2t.pipeline.data.classes import recorded_names
 from h2t.pipeline.data.images import Collection, Images, open_images
-from h2t.pipeline.data.splits import AtMost, Labelled, SmallClasses, hold_out
+from h2t.pipeline.data.splits import HoldOut, Labelled, SmallClasses, hold_out
 from h2t.pipeline.data.transforms import OWN
 from h2t.pipeline.data.views import decoder
 from h2t.pipeline.heads.batches import sample_rows
@@ -152,8 +155,10 @@ def gathered(
     Warns the caller's caller of maps whose channels seem to come last.
     """
     if not isinstance(features, Features):
-        values = np.asarray(features)
-        features = Features(values, [f"{i:09d}" for i in range(len(values))] if values.ndim else [])
+        values = as_array(features)
+        if not len(values):
+            raise UserError("features: must have at least one row; got none")
+        features = Features(values, [f"{i:09d}" for i in range(len(values))])
     beside = {"labels": labels, "split": split, "group": groups}
     for name, column in beside.items():
         if column is not None and len(column) != len(features):
@@ -166,28 +171,70 @@ def gathered(
             "features.transpose(0, 3, 1, 2)",
             stacklevel=3,
         )
-    own = {name: getattr(features, name) if column is None else list(column) for name, column in beside.items()}
+    own = {name: getattr(features, name) if column is None else _listed(column) for name, column in beside.items()}
+    if unknown := sorted(set(own["split"] or ()) - set(SPLITS), key=str):
+        raise UserError(f"split: must be train, val or test; got {unknown[0]!r}; rename it")
     return Features(features.values, features.source, own["labels"], own["split"], own["group"], features.extractor)
 
 
+def as_array(features: Any) -> np.ndarray:
+    """Features as an array; tensors may lie on any device and carry gradients. Raises UserError."""
+    if isinstance(features, torch.Tensor):
+        features = features.detach().cpu()
+        features = features.float() if features.dtype == torch.bfloat16 else features
+    if np.ma.is_masked(features):
+        raise UserError("features: must have a value everywhere; got an array with masked values; fill them in")
+    try:
+        values = np.asarray(features)
+    except ValueError as error:  # rows of different lengths
+        raise UserError(f"features: must be numbers of shape (n, C) or (n, C, H, W); {error}") from None
+    if not values.ndim:
+        raise UserError(f"features: must be numbers of shape (n, C) or (n, C, H, W); got {type(features).__name__}")
+    return values
+
+
+def _listed(column: Any) -> list[Any]:
+    """Labels, splits or groups as a list."""
+    return list(column.to_pylist() if isinstance(column, pa.Array | pa.ChunkedArray) else column)
+
+
 def labels_of(given: Features) -> list[Any]:
+    """The label of each row. Raises UserError if there are none, or if they would not stay apart as text."""
     if given.labels is None:
         raise UserError("labels: one for each row is needed; got none")
+    texts_among = sum(isinstance(label, str) for label in given.labels)
+    if texts_among not in (0, len(given.labels)):
+        raise UserError("labels: must be texts or whole numbers throughout; got both; convert them")
     return given.labels
 
 
-def held_out(given: Features, test: Any, validation: Any, seed: int) -> list[str]:
-    """The split of each row, with test and validation rows held out where there are none."""
+class Shares(Section):
+    """What is held out of each class, and the seed that decides which rows."""
+
+    test: HoldOut | None = None
+    validation: HoldOut | None = None
+    seed: Index = 0
+
+
+def held_out(given: Features, shares: Shares) -> list[str]:
+    """The split of each row, with test and validation rows held out where there are none.
+
+    Raises UserError if no row is left for testing, or all are of one class.
+    """
     classes, label = texts.numbered([str(value) for value in labels_of(given)])
     split = given.split or ["train"] * len(given)
-    group = None if given.group is None else [str(value) for value in given.group]
+    if len(classes) < 2:
+        raise UserError(f"labels: must name two or more classes; got one, {classes[0]!r}")
+    # As in a table of images, a row without the name of a group is a group of its own.
+    rows = zip(given.group or (), given.source, strict=given.group is not None)
+    group = [source if pd.isna(name) or name == "" else str(name) for name, source in rows] if given.group else None
     found = Labelled.of(Collection(classes, given.source, label, split, group))
-    for part, how in (("test", test), ("val", validation)):
+    for part, how in (("test", shares.test), ("val", shares.validation)):
         if how and part not in found.split:
-            chosen = build(AtMost, part, how) if isinstance(how, Mapping) else float(how)
-            hold_out(found, part, chosen, SmallClasses(), seed)
+            hold_out(found, part, how, SmallClasses(), shares.seed)
     if "test" not in found.split:
         raise UserError(
-            f"test: must leave at least one row for testing; got {test}; give a larger share, or rows with split test"
+            f"test: must leave at least one row for testing; got {shares.test or 0}; give a larger share, or rows with "
+            "split test"
         )
     return [str(part) for part in found.split]

@@ -4,8 +4,10 @@ import csv
 import io
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from image_builders import write_image
 from PIL import Image
 from pipeline_builders import CPU, accepted, one_line, refused
@@ -14,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from h2t import api
 from h2t.cache.reader import open_cache
 from h2t.cache.tools.verify import verify
-from h2t.features import gathered, held_out
+from h2t.features import Shares, gathered, held_out
 from h2t.pipeline.base.code import imports, modules
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.run import Run
@@ -193,12 +195,42 @@ def test_arrays_become_a_cache_that_is_sound(tmp_path):
 def test_groups_and_given_splits_are_kept():
     x, y = arrays()
     given = gathered(x, y, None, [f"camera {i % 7}" for i in range(len(x))])
-    held = held_out(given, 0.2, 0.2, 0)
+    held = held_out(given, Shares(test=0.2, validation=0.2))
     by_group = {g: {s for h, s in zip(given.group, held, strict=True) if h == g} for g in given.group}
     assert all(len(splits) == 1 for splits in by_group.values())
     assert set(held) == {"train", "val", "test"}
     mine = ["test" if i % 2 else "train" for i in range(len(x))]
-    assert held_out(gathered(x, y, mine, None), 0.2, 0, 0) == mine
+    assert held_out(gathered(x, y, mine, None), Shares(test=0.2)) == mine
+    unnamed = [np.nan, None, *["one camera"] * 40]
+    alone = held_out(gathered(x, y, None, unnamed), Shares(test={"at_most": 40}))
+    assert len({s for g, s in zip(unnamed, alone, strict=True) if g == "one camera"}) == 1
+
+
+def test_tensors_and_arrow_arrays_are_taken_like_arrays():
+    x, y = arrays()
+    found = [
+        api.compare(features, labels, methods=["ncm"], seeds=[0])
+        for features, labels in (
+            (x, y),
+            (torch.tensor(x, requires_grad=True), pa.array(y)),
+            (torch.tensor(x).double(), list(y)),
+        )
+    ]
+    assert found[0].table.equals(found[1].table)
+    assert found[0].table.equals(found[2].table)
+    one = found[0].take("ncm")
+    assert np.array_equal(one.predict_proba(torch.tensor(x, requires_grad=True)), one.predict_proba(x))
+    half = torch.tensor(x).bfloat16()
+    with one_line("top: must be at least 1; got 0"):
+        api.predict(one, x, top=0)
+    assert np.array_equal(one.predict_proba(half), one.predict_proba(half.float().numpy()))
+    assert one.predict(x[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("method", ["lift", "gcl"])
+def test_a_method_takes_its_own_kind_of_classifier(method):
+    found = api.compare(*arrays(), methods=[method], seeds=[0])
+    assert found.take(method).head.about["classifier"] == "cosine"
 
 
 X, Y = arrays()
@@ -211,6 +243,21 @@ WRONG = {
     "a wrong key": (lambda p: api.compare(X, Y, methods={"dr": {"poool": 1}}), "methods.dr.poool: unknown key"),
     "a ratio": (lambda p: api.compare(X, Y, ratios=[1.5]), "methods.crt.grid.ratio[0]: must lie in [0, 1]; got 1.5"),
     "no test rows": (lambda p: api.compare(X, Y, test=0), "test: must leave at least one row for testing"),
+    "Booleans as splits": (
+        lambda p: api.compare(X, Y, split=[True] * 42),
+        "split: must be train, val or test; got True",
+    ),
+    "all rows held out": (lambda p: api.compare(X, Y, test=1), "compare.test: must lie in [0, 0.9]; got 1"),
+    "a share as text": (lambda p: api.compare(X, Y, test="half"), "compare.test: must be"),
+    "a seed": (lambda p: api.compare(X, Y, seed=-1), "compare.seed: must be at least 0; got -1"),
+    "no methods": (lambda p: api.compare(X, Y, methods=[]), "methods: must name at least one host; got none"),
+    "one class": (lambda p: api.compare(X, ["owl"] * 42), "labels: must name two or more classes; got one, 'owl'"),
+    "1 and '1'": (lambda p: api.write_cache(p, X, [1, "1"] * 21), "labels: must be texts or whole numbers throughout"),
+    "an empty label": (lambda p: api.write_cache(p, X, ["a", " "] * 21), "a label must not be empty; that of row 1 is"),
+    "no rows": (lambda p: api.write_cache(p, X[:0], []), "features: must have at least one row"),
+    "a generator": (lambda p: api.compare((row for row in X), Y), "got generator"),
+    "ragged rows": (lambda p: api.compare([[1, 2], [3]], ["a", "b"]), "features: must be numbers of shape"),
+    "masked": (lambda p: api.compare(np.ma.masked_array(X, X > 0), Y), "features: must have a value everywhere"),
     "NaN": (lambda p: api.write_cache(p, np.full((2, 3), np.nan), ["a", "b"]), "holds NaN"),
     "three axes": (lambda p: api.compare(X[:, :, None], Y), "(n, C) or (n, C, H, W)"),
     "Booleans": (lambda p: api.write_cache(p, X, Y == "owl"), "labels must be whole numbers or texts"),

@@ -79,7 +79,7 @@ def split_parts(
 ) -> dict[str, Part]:
     """The parts of arrays in memory: `splits` says train, val or test for each row; None: all rows are for training.
 
-    Raises UserError for arrays that do not fit each other, and for a split that is none of these.
+    Raises UserError for arrays that do not fit each other.
     """
     given = np.asarray(labels)
     names = None if sources is None else [str(source) for source in sources]
@@ -94,8 +94,6 @@ def split_parts(
     of = np.asarray(splits)
     if of.shape != given.shape:
         raise UserError(f"split: must say train, val or test for each of {counted(len(given), 'row')}; got {of.shape}")
-    if unknown := sorted(set(of.tolist()) - set(SPLITS), key=str):
-        raise UserError(f"split: must be train, val or test; got {unknown[0]!r}; rename it")
     parts = {}
     for split in SPLITS:
         rows = np.flatnonzero(of == split)

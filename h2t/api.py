@@ -36,6 +36,7 @@ from h2t.pipeline.base.run import Run, Say, silent
 from h2t.pipeline.data.classes import recorded_names
 from h2t.pipeline.evaluation.calibration import of_heads
 from h2t.pipeline.evaluation.folds import load_folds
+from h2t.pipeline.evaluation.metrics import AUROC
 from h2t.pipeline.evaluation.scoring import Scores, score_heads
 from h2t.pipeline.evaluation.tested_groups import groups_of
 from h2t.pipeline.heads.host_entry import heads_of
@@ -51,7 +52,7 @@ from h2t.pipeline.stages import evaluate, probe, train_classifier
 __all__ = ["Classifier", "Comparison", "Features", "compare", "extract_features", "load", "predict", "write_cache"]
 
 PROBE = "probe"  # the line of the logistic regression that is fitted to the training features
-FIGURES = ("top1", "head", "medium", "tail", "ece")
+FIGURES = ("top1", "head", "medium", "tail", "ece", AUROC)
 NOT_SETTINGS = ("number", "seed", "replaced")  # columns of the table of heads
 
 
@@ -157,8 +158,9 @@ class Comparison:
     """Trained methods. `table` has a line for each method and ratio, figures in percent: the mean over the seeds.
 
     top1: accuracy on the test rows; head, medium, tail: mean accuracy of the classes of each third, by training count
-    (`paper_index`); ece: calibration error; top1_sd: standard deviation over the seeds; val_top1: accuracy on the
-    validation rows, which ratios are chosen by, if there are such rows.
+    (`paper_index`); ece: calibration error; auroc, with two classes: area under the ROC curve; top1_sd:
+    standard deviation over the seeds; val_top1: accuracy on the validation rows, which ratios are chosen by, if there
+    are such rows.
     """
 
     table: pd.DataFrame
@@ -282,7 +284,7 @@ def _lines(method: str, heads: list[dict[str, Any]], columns: Sequence[str]) -> 
     lines = []
     for one in found.values():
         test, val = one.pop("test"), one.pop("val")
-        one |= {figure: _mean([line[figure] for line in test]) for figure in FIGURES}
+        one |= {figure: _mean([line[figure] for line in test]) for figure in FIGURES if figure in test[0]}
         tops = [line["top1"] for line in test]
         one |= {"top1_sd": float(np.std(tops, ddof=1)) if len(tops) > 1 else None}
         one |= {"val_top1": _mean([line["top1"] for line in val])} if val else {}

@@ -22,9 +22,9 @@ import numpy as np
 
 from h2t.pipeline.data.classes import GROUPS
 from h2t.pipeline.evaluation.image_groups import contributions, freedom, group_numbers, sums
-from h2t.pipeline.evaluation.metrics import BINS, Answers, calibration_gaps
+from h2t.pipeline.evaluation.metrics import AUROC, BINS, Answers, calibration_gaps, placements
 
-FIGURES = ("top1", *GROUPS, "ece")
+FIGURES = ("top1", *GROUPS, "ece")  # of two classes `auroc` as well
 LEVEL = 0.95
 FEWEST_SEEDS = 3  # for a verdict; with two, 95 % intervals hold in 87 to 92 % of cases
 FEWEST_REPLICATES = 3  # for a verdict, where there are replicates
@@ -102,7 +102,10 @@ def differences(
     verdicts: bool = True,
     groups: np.ndarray | None = None,
 ) -> dict[str, Difference | None]:
-    """`after` - `before` of each of `FIGURES`; None for a group without test images.
+    """`after` - `before` of each of `FIGURES`, and of `auroc` where the scores of two classes are known.
+
+    None for a group without test images, and for `auroc` if a class has none.
+
 
     Both sides hold predictions for the same n images, one entry per seed, in the same order of seeds. `labels` is int
     (n,); `group_of` has one entry per class. `seeded`: False if neither side depends on a seed (closed-form fits, stage
@@ -125,7 +128,7 @@ def over_replicates(
     numbered = group_numbers([pairs.groups for pairs in replicates], [pairs.images for pairs in replicates])
     scored = [_Scored.of(replace(pairs, groups=own)) for pairs, own in zip(replicates, numbered, strict=True)]
     found: dict[str, Difference | None] = {}
-    for figure in FIGURES:
+    for figure in (*FIGURES, AUROC) if all(one.places is not None for one in scored) else FIGURES:
         parts = [part for one in scored if (part := one.part(figure, group_of)) is not None]
         if len(parts) < len(scored):
             found[figure] = None
@@ -152,16 +155,19 @@ def over_replicates(
 @dataclass(frozen=True)
 class _Part:
     """What one figure is computed from, in one replicate: `each` (seeds, n), the mean of which by `weights` is the
-    difference; labels and numbers of the images, (n,), and of their groups, from 0 on. `alike`: whether all
-    predictions are equal.
+    difference; labels and numbers of the images, (n,), and of their groups, from 0 on. `differs` (seeds, n): where the
+    two classifiers do; nowhere if they are `alike`, which for groups and ECE asks for more: equal predictions.
+    `freedom`: degrees of freedom that the variance over images has at most.
     """
 
     each: np.ndarray
+    differs: np.ndarray
     labels: np.ndarray
     weights: np.ndarray
     images: np.ndarray
     groups: np.ndarray | None
     alike: bool
+    freedom: float = float("inf")
 
     @property
     def units(self) -> int:
@@ -171,9 +177,9 @@ class _Part:
     @property
     def changed(self) -> float:
         """The number of units on which the two classifiers differ, mean over seeds."""
-        differs = self.each
+        differs = self.differs
         if self.groups is not None:
-            differs = sums((self.each != 0).astype(float), self.groups, int(self.groups.max()) + 1)
+            differs = sums(differs.astype(float), self.groups, int(self.groups.max()) + 1)
         return float(np.count_nonzero(differs) / len(self.each))
 
     @property
@@ -185,11 +191,14 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Scored:
-    """Differences in correctness and calibration gap, (seeds, n), in percent; and which images are equal in all."""
+    """Differences in correctness, calibration gap and, for two classes, placement, (seeds, n), in percent; and which
+    images are equal in all.
+    """
 
     pairs: Pairs
     right: np.ndarray
     gaps: np.ndarray
+    places: np.ndarray | None
     same: np.ndarray
     same_confidence: np.ndarray
 
@@ -199,7 +208,13 @@ class _Scored:
         right = np.stack([100.0 * (a.guesses == labels) - 100.0 * (b.guesses == labels) for a, b in both])
         gaps = np.stack([100 * (calibration_gaps(a, labels) - calibration_gaps(b, labels)) for a, b in both])
         same = np.all([a.guesses == b.guesses for a, b in both], 0)
-        return cls(pairs, right, gaps, same, same & np.all([a.confidence == b.confidence for a, b in both], 0))
+        scores = [(a.score, b.score) for a, b in both if a.score is not None and b.score is not None]
+        places = None
+        if len(scores) == len(both):
+            occur = len(np.unique(labels)) == 2
+            each = [[placements(s, labels) if occur else np.zeros(len(labels)) for s in pair] for pair in scores]
+            places = np.stack([100 * (a - b) for a, b in each])
+        return cls(pairs, right, gaps, places, same, same & np.all([a.confidence == b.confidence for a, b in both], 0))
 
     def part(self, figure: str, group_of: Sequence[str | None]) -> _Part | None:
         """What `figure` is computed from; None for a group without test images."""
@@ -209,9 +224,29 @@ class _Scored:
         if not inside.any():
             return None
         each, alike = (self.gaps, self.same_confidence) if figure == "ece" else (self.right, self.same)
+        differs = each != 0
+        if figure == AUROC and self.places is not None:
+            differs = self.places != 0
+            each, alike = _summed_over_both_classes(self.places, labels), ~differs.any(0)
         images, groups = self.pairs.images[inside], self.pairs.groups
         groups = None if groups is None else groups[inside]
-        return _Part(each[:, inside], labels[inside], weights[inside], images, groups, bool(alike[inside].all()))
+        alike_inside = bool(alike[inside].all())
+        # The area varies most with the images of the rarer class.
+        most = max(float(np.bincount(labels).min()) - 1, 1.0) if figure == AUROC else float("inf")
+        return _Part(
+            each[:, inside], differs[:, inside], labels[inside], weights[inside], images, groups, alike_inside, most
+        )
+
+
+def _summed_over_both_classes(places: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Values (seeds, n) whose weighted mean is the mean of `places` over either class, and whose variance is DeLong's.
+
+    The area varies with the images of both classes, so the variances of both means add up. As `auroc` weighs classes
+    equally, values are doubled; so that the mean does not count twice, those of class 0 are taken from their mean.
+    """
+    each = 2 * places
+    each[:, labels == 0] -= each[:, labels == 0].mean(1, keepdims=True)
+    return each
 
 
 def figure_weights(figure: str, labels: np.ndarray, group_of: Sequence[str | None]) -> np.ndarray:
@@ -219,6 +254,9 @@ def figure_weights(figure: str, labels: np.ndarray, group_of: Sequence[str | Non
 
     `labels`: int (n,); `group_of`: one entry per class.
     """
+    if figure == AUROC:
+        of_class = np.bincount(labels, minlength=2)
+        return (0.5 / of_class)[labels] if of_class.all() else np.zeros(len(labels))
     if figure not in GROUPS:
         return np.full(len(labels), 1 / len(labels))
     counts = np.bincount(labels, minlength=len(group_of))  # a group's figure is the mean over its classes
@@ -250,6 +288,7 @@ def _mean_and_reach(part: _Part) -> tuple[float, float, float]:
         c = max(float(seeds * variances[0] - variances[1:].mean()) / (seeds - 1), 0.0)
     else:
         a, c = 0.0, float(variances[0])
+    free = min(free, part.freedom)
     return float(means.mean()), _reach(a, seeds, c, free, part.changed, part.weight), part.changed
 
 
@@ -264,7 +303,7 @@ def _over_replicates(parts: Sequence[_Part]) -> tuple[float, float, float]:
     changed = float(np.mean([part.changed for part in parts]))
     shared = [_shared_covariance(one, other) for one, other in combinations(parts, 2)]
     a, c = float(means.var(ddof=1)) / len(parts), max(float(np.mean([s for s, _ in shared])), 0.0)
-    free = max(1, round(float(np.mean([f for _, f in shared]))))
+    free = min(max(1, round(float(np.mean([f for _, f in shared])))), parts[0].freedom)
     return float(means.mean()), _reach(a, len(parts), c, free, changed, parts[0].weight), changed
 
 

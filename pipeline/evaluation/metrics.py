@@ -1,7 +1,7 @@
 """Metrics from logits: accuracy overall, per class and per class group (head, medium, tail), and calibration."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
@@ -9,6 +9,7 @@ import numpy as np
 from h2t.pipeline.data.classes import GROUPS
 
 BINS = 15
+AUROC = "auroc"
 PREDICTED_AT_ONCE = 2**19  # predictions whose precision is computed in one call, some 100 bytes of memory each
 
 
@@ -82,10 +83,14 @@ def _bins(confidence: np.ndarray, bins: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Answers:
-    """A classifier's predictions for n samples: class, int32 (n,), and confidence in [0, 1], float64 (n,)."""
+    """A classifier's predictions for n samples: class, int32 (n,), and confidence in [0, 1], float64 (n,).
+
+    `score`: with two classes, the logit of class 1, the rarer, minus that of class 0, float32 (n,), if it is known.
+    """
 
     guesses: np.ndarray
     confidence: np.ndarray
+    score: np.ndarray | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ class Graded(Answers):
     rank: np.ndarray
     loss: np.ndarray
 
-    BYTES: ClassVar[int] = 4 + 8 + 4 + 8  # of one sample
+    BYTES: ClassVar[int] = 4 + 8 + 4 + 8 + 4  # of one sample
 
 
 def answers(logits: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> Graded:
@@ -115,7 +120,38 @@ def answers(logits: np.ndarray, labels: np.ndarray, temperature: float = 1.0) ->
     shifted = (logits.astype(np.float64) - logits.max(1, keepdims=True)) / temperature
     total = np.exp(shifted).sum(1)
     loss = np.log(total) - shifted[np.arange(len(labels)), labels]
-    return Graded(logits.argmax(1).astype(np.int32), 1 / total, rank.astype(np.int32), loss)
+    score = logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else None
+    return Graded(logits.argmax(1).astype(np.int32), 1 / total, rank.astype(np.int32), loss, score=score)
+
+
+def placements(score: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """For each image of two classes, the share of the other class's images that it is on the right side of.
+
+    `score` (n,): larger for class 1; `labels`: int (n,), 0 or 1, both of which occur. Ties count half. float64 (n,);
+    the mean over either class is the area under the ROC curve. Source: DeLong et al., "Comparing the Areas under Two or
+    More Correlated Receiver Operating Characteristic Curves", Biometrics 44, 1988, eq. (4) and (5).
+    """
+    share = np.empty(len(score))
+    for label in (0, 1):
+        others, own = np.sort(score[labels != label]), score[labels == label]
+        below, upto = (np.searchsorted(others, own, side) for side in ("left", "right"))
+        share[labels == label] = (below + upto) / (2 * len(others))
+    return np.where(labels == 1, share, 1 - share)
+
+
+def two_class_figures(predicted: Answers, labels: np.ndarray) -> dict[str, float | None]:
+    """`auroc`, the area under the ROC curve, and `average_precision` of the rarer of two classes, in percent.
+
+    Both are None if one of the classes has no samples. With another number of classes: {}.
+    """
+    if predicted.score is None:
+        return {}
+    if len(np.unique(labels)) < 2:
+        return {AUROC: None, "average_precision": None}
+    from sklearn.metrics import average_precision_score
+
+    precision = 100 * float(average_precision_score(labels, predicted.score))
+    return {AUROC: float(100 * placements(predicted.score, labels)[labels == 1].mean()), "average_precision": precision}
 
 
 def precision_and_f1(labels: np.ndarray, every: Sequence[np.ndarray], classes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -160,7 +196,8 @@ def summaries(
     """The figures of each of several classifiers, all in percent but `nll`.
 
     Those of `main_figures`; `balanced_accuracy`, the mean recall of the classes that have samples; `macro_f1`, the mean
-    F1 of the classes that have samples or are predicted; `top5`; `nll`, the mean negative log-likelihood in nats.
+    F1 of the classes that have samples or are predicted; `top5`; `nll`, the mean negative log-likelihood in nats; with
+    two classes those of `two_class_figures`.
     `labels` is int (n,); `group_of` has one entry per class.
     """
     classes = len(group_of)
@@ -172,6 +209,7 @@ def summaries(
             "macro_f1": float(np.nanmean(own)),
             "top5": float(100 * (predicted.rank < 5).mean()),
             "nll": float(predicted.loss.mean()),
+            **two_class_figures(predicted, labels),
         }
         for predicted, own in zip(every, f1, strict=True)
     ]

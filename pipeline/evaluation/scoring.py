@@ -73,7 +73,7 @@ def score_heads(
     rows = sample_rows(cache.index, split, statistics)
     blocks = _logits_in_blocks(cache, heads, rows.first, device)
     divisors = temperatures or [1.0] * len(heads.table)
-    return _scores(statistics, rows, cache, blocks, divisors)
+    return _scores(statistics, rows, cache, blocks, len(heads.about["counts"]), divisors)
 
 
 def _scores(
@@ -81,6 +81,7 @@ def _scores(
     rows: SampleRows,
     cache: Cache,
     blocks: Iterator[tuple[np.ndarray, torch.Tensor]],
+    classes: int,
     temperatures: Sequence[float],
 ) -> Scores:
     """Predictions of each head from blocks of logits (heads, n, classes), which together cover all `rows`.
@@ -91,6 +92,7 @@ def _scores(
     """
     labels = rows.labels
     kinds = {"guesses": np.int32, "confidence": np.float64, "rank": np.int32, "loss": np.float64}
+    kinds |= {"score": np.float32} if classes == 2 else {}
     said = [Graded(**{name: np.full(len(labels), -1, kind) for name, kind in kinds.items()}) for _ in temperatures]
     first = 0
     for part, block in blocks:
@@ -176,7 +178,7 @@ def score_stage1(
     """
     rows = sample_rows(cache.index, split, STAGE1)
     blocks = _stage1_in_blocks(cache, head, rows.first, device)
-    return _scores(STAGE1, rows, cache, blocks, [temperature])
+    return _scores(STAGE1, rows, cache, blocks, head.state["weight"].shape[-2], [temperature])
 
 
 def stage1_logits(cache: Cache, head: StageOneHead, rows: np.ndarray, device: torch.device) -> torch.Tensor:

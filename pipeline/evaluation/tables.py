@@ -177,7 +177,8 @@ def write_confusion(
 def write_predictions(into: Path, replicates: Sequence[Scored], statistics: str, kept: Collection[int]) -> None:
     """Writes `predictions.parquet`: each sample's predicted class and confidence, by stage I and the heads `kept`.
 
-    `image_group` is the number of the sample's group, where test images come in groups.
+    `image_group` is the number of the sample's group, where test images come in groups; `score`, with two classes, the
+    logit of class 1 minus that of class 0.
     One head after the other, because all together can be larger than the memory.
     """
     kinds = {"number": pa.int64(), "sample": pa.int64(), "label": pa.int32(), "predicted": pa.int32()}
@@ -186,7 +187,9 @@ def write_predictions(into: Path, replicates: Sequence[Scored], statistics: str,
         [scored.scores[("test", statistics)].samples for scored in replicates],
     )
     of_group = {} if groups[0] is None else {"image_group": pa.int64()}
-    schema = pa.schema({**kinds, "confidence": pa.float32(), **of_group})
+    two = all(said.score is not None for scored in replicates for said in scored.scores[("test", statistics)].said)
+    of_two = {"score": pa.float32()} if two else {}
+    schema = pa.schema({**kinds, "confidence": pa.float32(), **of_group, **of_two})
     with pq.ParquetWriter(into / "predictions.parquet", schema, compression="zstd") as writer:
         for scored, of_image in zip(replicates, groups, strict=True):
             for number, result, said in scored.kept(statistics, kept):
@@ -194,6 +197,8 @@ def write_predictions(into: Path, replicates: Sequence[Scored], statistics: str,
                 columns = [numbers, result.samples, result.labels, said.guesses, said.confidence]
                 if of_image is not None:
                     columns.append(of_image)
+                if said.score is not None:
+                    columns.append(said.score)
                 arrays = [
                     pa.array(c.astype(f.type.to_pandas_dtype()), f.type) for c, f in zip(columns, schema, strict=True)
                 ]

@@ -22,6 +22,7 @@ from h2t.pipeline.reporting.results import (
     ROWS,
     HostResult,
     as_published,
+    figures_of,
     mean_and_std,
     per_class,
     ratio_curve,
@@ -71,23 +72,24 @@ def run_records(folder: Path) -> list[dict[str, Any]]:
 
 def markdown_table(results: list[HostResult]) -> str:
     """The Markdown table of results: for each host, a row for stage I, without H2T and with H2T."""
-    lines = []
+    figures, lines = figures_of(results), []
     for result in results:
         for key, label in ROWS.items():
             entry = result.metrics[key]
             ratio = "–" if entry is None or entry["ratio"] is None else f"{entry['ratio']:g}"
-            lines.append([in_markdown(result.name), label, ratio, *(cell(entry, f) for f in FIGURES)])
-    return markdown(["host", "classifier", "ratio", *FIGURES], lines)
+            lines.append([in_markdown(result.name), label, ratio, *(cell(entry, f) for f in figures)])
+    return markdown(["host", "classifier", "ratio", *figures], lines)
 
 
 def difference_table(results: list[HostResult]) -> str:
     """The Markdown table of differences with H2T minus without, one row per host, paired by seed."""
+    figures = figures_of(results)
     lines = [
-        [in_markdown(result.name), *(text_of(apart[f]) for f in FIGURES)]
+        [in_markdown(result.name), *(text_of(apart.get(f)) for f in figures)]
         for result in results
         if (apart := with_against_without(result))
     ]
-    return markdown(["host", *FIGURES], lines) if lines else "No host was trained both with and without H2T."
+    return markdown(["host", *figures], lines) if lines else "No host was trained both with and without H2T."
 
 
 def variants_table(results: list[HostResult]) -> str | None:

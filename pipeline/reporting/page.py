@@ -15,6 +15,7 @@ from markupsafe import Markup
 from h2t.cache.sizes import sized
 from h2t.pipeline.base.text import counted, duration
 from h2t.pipeline.data.classes import GROUPS
+from h2t.pipeline.evaluation.metrics import AUROC
 from h2t.pipeline.reporting.answer import RANKED, Answer
 from h2t.pipeline.reporting.chosen import choices
 from h2t.pipeline.reporting.first_screen import first_screen
@@ -25,6 +26,7 @@ from h2t.pipeline.reporting.results import (
     HostResult,
     against_first,
     as_published,
+    figures_of,
     variants_at,
     with_against_without,
 )
@@ -35,6 +37,8 @@ STYLE = ("page", "print")
 VENDOR = ("d3.min", "plot.umd.min")
 #: Figures without an interval, and what the page calls them.
 MORE = {
+    AUROC: "area under the ROC curve",
+    "average_precision": "average precision",
     "balanced_accuracy": "balanced accuracy",
     "macro_f1": "macro F1",
     "top5": "top-5",
@@ -68,14 +72,14 @@ def render(title: str, answer: Answer, sides: Sequence[Side] = ()) -> str:
         title=title,
         results=results,
         rows=ROWS,
-        figures=FIGURES,
+        figures=figures_of(results),
         more={
             f: name
             for f, name in MORE.items()
             if any((r.metrics[k] or {}).get(f) is not None for r in results for k in ROWS)
         },
         ranked=RANKED,
-        headings={**{f: f for f in FIGURES}, "top1": RANKED["top1"], "ece": "ECE"},
+        headings={**{f: f for f in FIGURES}, "top1": RANKED["top1"], "ece": "ECE", AUROC: "AUROC"},
         first=first,
         sides=sides,
         sides_sentence=sentence(sides),

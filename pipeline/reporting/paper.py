@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import pandas as pd
 
 from h2t.pipeline.evaluation.intervals import Difference
-from h2t.pipeline.reporting.results import FIGURES, ROWS, HostResult, with_against_without
+from h2t.pipeline.reporting.results import ROWS, HostResult, figures_of, with_against_without
 
 PRINTED = {"top1": "top-1", "head": "head", "medium": "medium", "tail": "tail"}  # the columns in LaTeX
 NOTHING, MINUS = "–", "\N{MINUS SIGN}"
@@ -17,21 +17,21 @@ def table(results: Sequence[HostResult]) -> pd.DataFrame:
     For each figure F: F and F_sd, and beside `with H2T` F_change, F_low, F_high and F_verdict: the difference from
     `without H2T` in percentage points, with its 95 % interval.
     """
-    lines = []
+    lines, shown = [], figures_of(results)
     for result in results:
         apart = with_against_without(result) or {}
         for row, label in ROWS.items():
             if (entry := result.metrics[row]) is None:
                 continue
             line = {"method": result.name, "classifier": label, "ratio": entry["ratio"], "heads": entry["heads"]}
-            for f in FIGURES:
+            for f in shown:
                 line |= {f: entry[f], f"{f}_sd": entry[f"{f}_std"]}
                 if row == "with_h2t" and (change := apart.get(f)):
                     line |= {f"{f}_change": change.mean, f"{f}_low": change.low, f"{f}_high": change.high}
                     line[f"{f}_verdict"] = change.verdict
             lines.append(line)
-    changes = [f"{f}_{part}" for f in FIGURES for part in ("change", "low", "high", "verdict")]
-    figures = [name for f in FIGURES for name in (f, f"{f}_sd")]
+    changes = [f"{f}_{part}" for f in shown for part in ("change", "low", "high", "verdict")]
+    figures = [name for f in shown for name in (f, f"{f}_sd")]
     return pd.DataFrame(lines, columns=["method", "classifier", "ratio", "heads", *figures, *changes])
 
 

@@ -17,7 +17,7 @@ from h2t.pipeline.base.text import some
 from h2t.pipeline.data.classes import GROUPS
 from h2t.pipeline.evaluation.intervals import FIGURES as FIGURES
 from h2t.pipeline.evaluation.intervals import Difference, Pairs, over_replicates, paired
-from h2t.pipeline.evaluation.metrics import Answers
+from h2t.pipeline.evaluation.metrics import AUROC, Answers
 
 ROWS = {"stage1": "stage I", "without_h2t": "without H2T", "with_h2t": "with H2T"}
 FEW = 10  # test images; the figure of a group with fewer says little
@@ -144,7 +144,8 @@ class HostResult:
         found: dict[int, Predicted] = {}
         for number, seed in seeds.items():
             part = table[table.number == number].sort_values("sample")
-            said = Answers(part.predicted.to_numpy(), part.confidence.to_numpy(np.float64))
+            score = part.score.to_numpy() if "score" in part else None
+            said = Answers(part.predicted.to_numpy(), part.confidence.to_numpy(np.float64), score=score)
             groups = part["image_group"].to_numpy() if "image_group" in part else None
             of = found.setdefault(
                 self.replicates[number], Predicted({}, part["sample"].to_numpy(), part["label"].to_numpy(), groups)
@@ -232,6 +233,12 @@ def rows_apart(after: HostResult, row: str, before: HostResult, before_row: str)
         pairs.append(Pairs(left, right, result.labels, result.images, groups))
     one_backbone = after.about["host"]["backbone"] == before.about["host"]["backbone"]
     return over_replicates(pairs, after.about["groups"], seeded, verdicts=one_backbone or len(pairs) > 1)
+
+
+def figures_of(results: Sequence[HostResult]) -> tuple[str, ...]:
+    """`FIGURES`, and `auroc` if the results are of two classes."""
+    of_two = any(entry and AUROC in entry for result in results for entry in (result.metrics[row] for row in ROWS))
+    return (*FIGURES, AUROC) if of_two else FIGURES
 
 
 def few_tested(result: HostResult) -> str:

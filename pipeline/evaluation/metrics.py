@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import numpy as np
 
@@ -104,7 +103,10 @@ class Graded(Answers):
     rank: np.ndarray
     loss: np.ndarray
 
-    BYTES: ClassVar[int] = 4 + 8 + 4 + 8 + 4  # of one sample
+    @staticmethod
+    def bytes_each(classes: int) -> int:
+        """The bytes that one sample takes."""
+        return 4 + 8 + 4 + 8 + (4 if classes == 2 else 0)
 
 
 def answers(logits: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> Graded:

@@ -194,7 +194,8 @@ def _check_memory(name: str, loaded: Sequence[Loaded], scored: list[tuple[str, s
     """Raises UserError unless the predictions of all heads for the rows of each (split, statistics) fit."""
     parts = [part for one in loaded for part in one.cache.index.parts if part[:2] in scored]
     heads, rows = len(loaded[0].table), sum(part.stop - part.start for part in parts)
-    need, room = rows * heads * Graded.BYTES + ROOM, available_memory()
+    each = Graded.bytes_each(len(loaded[0].heads.about["counts"]))
+    need, room = rows * heads * each + ROOM, available_memory()
     if need > room:
         raise UserError(
             f"{name}: the predictions of {counted(heads, 'classifier')} for {counted(rows, 'row')} need "

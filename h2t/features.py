@@ -1,7 +1,8 @@
 """Features of images, of a cache or of arrays: what `h2t.api` trains on and predicts from."""
 
+import io
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import torch
+from PIL import Image
 
 from h2t.cache.format.rows import SPLITS
 from h2t.cache.reader import Cache, open_cache
@@ -57,7 +59,7 @@ class Features:
 
 
 def extract_features(
-    images: str | Path | Sequence[str | Path] | np.ndarray,
+    images: str | Path | Iterable[str | Path | np.ndarray | Image.Image] | np.ndarray,
     backbone: str = "resnet50",
     *,
     weights: str = "pretrained",
@@ -71,12 +73,15 @@ def extract_features(
     """Features of images by a frozen backbone, or those of a cache.
 
     `images` is one of: a folder or table as `h2t init` reads it, with labels (`label` names their column); a list of
-    image files; an array of images, uint8 (n, H, W, 3) or (n, H, W); the path or URL of a cache, of which only `split`
-    is read if that is given (view 0 of each sample, averaged over the map, under the statistics `stage1`).
+    image files, images of Pillow or arrays, or an array of images, uint8 (n, H, W, 3) or (n, H, W); the path or URL of
+    a cache, of which only `split` is read if that is given (view 0 of each sample, averaged over the map, under the
+    statistics `stage1`).
 
     `backbone`: a plug-in or PLUG-IN:MODEL, such as timm:convnext_tiny; `weights`: pretrained, none (random) or a file;
     `options` and `input` as in `backbones.NAME` of params.yaml. Raises UserError.
     """
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise UserError(f"batch_size: must be a whole number, at least 1; got {batch_size!r}")
     if (cache := as_cache(images)) is not None:
         with cache:
             return _of_cache(cache, split)
@@ -128,23 +133,42 @@ def _of_cache(cache: Cache, split: str | None) -> Features:
     return Features(np.concatenate(values), rows["source"].take(at).to_pylist(), own, splits)
 
 
-def _opened(images: Sequence[str | Path] | np.ndarray) -> Images:
+def _opened(images: Iterable[str | Path | np.ndarray | Image.Image] | np.ndarray) -> Images:
     """Images in memory or in files. Raises UserError for anything else."""
-    if isinstance(images, np.ndarray) or (len(images) and isinstance(images[0], np.ndarray)):
-        arrays = [np.asarray(one) for one in images]
-        for i, one in enumerate(arrays):
+    if isinstance(images, np.ndarray) and images.ndim == 3 and images.shape[2] == 3:
+        raise UserError(f"images: an array {images.shape} is one image; give a list of images, [image]")
+    given: list[Any] = list(images) if isinstance(images, Iterable) else [images]
+    if not given:
+        raise UserError("images: must have at least one image; got none")
+    numbers = [str(i) for i in range(len(given))]
+    if all(isinstance(one, Image.Image) for one in given):
+        return Images(numbers, None, lambda number: _as_file(given[int(number)]), decoder(OWN), OWN)
+    if all(isinstance(one, np.ndarray) for one in given):
+        for i, one in enumerate(given):
             if one.dtype != np.uint8 or one.ndim not in (2, 3) or (one.ndim == 3 and one.shape[2] != 3):
                 raise UserError(
                     f"images: must be uint8 of shape (H, W, 3) or (H, W); image {i} is {one.dtype} {one.shape}"
                 )
 
         def decode(name: bytes) -> np.ndarray:
-            one = arrays[int(name)]
+            one = given[int(name)]
             return one if one.ndim == 3 else np.repeat(one[..., None], 3, 2)
 
-        return Images([str(i) for i in range(len(arrays))], None, str.encode, decode, OWN)
-    found = images_predict.find_images([Path(path) for path in images])
+        return Images(numbers, None, str.encode, decode, OWN)
+    if other := [one for one in given if not isinstance(one, str | Path)]:
+        raise UserError(
+            "images: must be all image files, all images of Pillow, or all arrays of uint8 (H, W, 3) or (H, W); got "
+            f"{type(other[0]).__name__}; a tensor (n, 3, H, W) becomes them by tensor.permute(0, 2, 3, 1).numpy()"
+        )
+    found = images_predict.find_images([Path(path) for path in given])
     return Images(found.names, None, found.read, decoder(OWN), OWN)
+
+
+def _as_file(image: Image.Image) -> bytes:
+    """An image of Pillow as a file, so that its colours and orientation are treated as those of files are."""
+    file = io.BytesIO()
+    image.save(file, "TIFF", exif=image.getexif())
+    return file.getvalue()
 
 
 def gathered(

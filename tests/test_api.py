@@ -164,6 +164,12 @@ def test_images_may_be_files_or_arrays(photos, weights, features):
     pixels = np.stack([np.asarray(Image.open(path)) for path in paths])
     held = api.extract_features(pixels, "resnet20", **more)
     np.testing.assert_array_equal(held.values, files.values)
+    for given in (map(Image.open, paths), (str(path) for path in paths), np.array([str(path) for path in paths])):
+        np.testing.assert_array_equal(api.extract_features(given, "resnet20", **more).values, files.values)
+    turned = [Image.fromarray(one).rotate(90, expand=True) for one in pixels]
+    for one in turned:
+        one.getexif()[0x0112] = 6  # to be shown turned by 90 degrees clockwise
+    np.testing.assert_array_equal(api.extract_features(turned, "resnet20", **more).values, files.values)
     grey = api.extract_features(pixels[..., 0], "resnet20", **more)
     assert grey.values.shape == files.values.shape
 
@@ -263,6 +269,11 @@ WRONG = {
     "Booleans": (lambda p: api.write_cache(p, X, Y == "owl"), "labels must be whole numbers or texts"),
     "no backbone": (lambda p: api.extract_features([np.zeros((9, 9), np.uint8)], "resnet51"), "'resnet50'"),
     "floats": (lambda p: api.extract_features(np.zeros((2, 9, 9, 3)), "resnet20", weights="none"), "must be uint8"),
+    "one image": (lambda p: api.extract_features(np.zeros((9, 9, 3), np.uint8), "resnet20"), "give a list of images"),
+    "no images": (lambda p: api.extract_features([], "resnet20"), "images: must have at least one image"),
+    "tensors": (lambda p: api.extract_features(torch.zeros(2, 3, 9, 9), "resnet20"), "tensor.permute(0, 2, 3, 1)"),
+    "a number": (lambda p: api.extract_features(3, "resnet20"), "must be all image files"),
+    "no batch": (lambda p: api.extract_features([X], "resnet20", batch_size=0), "batch_size: must be a whole number"),
     "no file": (lambda p: api.extract_features([p / "x.png"], "resnet20", weights="none"), "x.png: no such image"),
     "no model": (lambda p: api.predict(p, X), "no such file"),
     "a device": (lambda p: api.compare(X, Y, device="gpu"), "device: must be auto, cpu"),

@@ -45,20 +45,21 @@ class Extractor:
         size = self.transform.size
         (one,) = self.backbone(torch.zeros(1, 3, size, size, device=self.device))
         count = len(images.sources)
+        batch = min(self.batch_size, count)  # a pass is always full, so few images in a large one would cost as many
         rows = RowPlan((Part("test", "stage1", 0, count),), *(np.array(n) for n in ([0, count], [0], [1])))
         spec = CacheSpec(
             rows=count,
             maps=(tuple(one.shape[1:]),),
             dtype="float32",
             codec="none",
-            chunk_rows=self.batch_size,
-            shard_rows=self.batch_size,
+            chunk_rows=batch,
+            shard_rows=batch,
             fingerprint_inputs={},
             provenance={},
         )
         todo = {shard: np.array(spec.shard_range(shard)) for shard in range(spec.shards)}
         statistics = batchnorm.to_bytes({"stage1": batchnorm.current(self.backbone)})
-        settings = forward.settings(self.batch_size, "float32", self.device)
+        settings = forward.settings(batch, "float32", self.device)
         images = images.prepared_for(self.transform)
         job = forward.Job(rows, todo, images, Path(), {}, statistics, 0, self.device, spec, settings)
         work = forward.Work(job, self.backbone, self.device, forward.Passes())

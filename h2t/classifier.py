@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from PIL import Image
 
-from h2t.features import Features, as_array
+from h2t.features import Features, as_array, as_file
 from h2t.pipeline.base import device as devices
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import fresh_directory
@@ -97,19 +98,24 @@ def predict(model: str | Path | Classifier, of: Any, *, top: int = 1, device: st
     """The `top` most probable classes of images or features: a table with the columns image, rank, class, confidence.
 
     `model`: a Classifier, or the folder that `Classifier.save` or `h2t export` wrote. `of`: a folder of images or a
-    list of image files, which need a model with its backbone; or features (n, D), whose rows are numbered. Images that
-    cannot be read are left out with a warning. Raises UserError.
+    list of image files or of images of Pillow, which need a model with its backbone; or features (n, D). Rows of
+    features and images of Pillow are numbered. Images that cannot be read are left out with a warning. Raises
+    UserError.
     """
     if top < 1:
         raise UserError(f"top: must be at least 1; got {top}")
-    if isinstance(of, str | Path) or (isinstance(of, Sequence) and of and isinstance(of[0], str | Path)):
-        paths = [Path(of)] if isinstance(of, str | Path) else [Path(path) for path in of]
+    if isinstance(of, str | Path):
+        of = [of]
+    if isinstance(of, Sequence) and of and isinstance(of[0], str | Path | Image.Image):
         if isinstance(model, Classifier):
             with TemporaryDirectory() as folder:
                 model.save(Path(folder) / "model")
                 return predict(Path(folder) / "model", of, top=top, device=device)
         opened = images_predict.open_model(Path(model), devices.choose(device))
-        found = images_predict.find_images(paths)
+        if isinstance(of[0], Image.Image):
+            found = images_predict.Inputs([str(i) for i in range(len(of))], lambda number: as_file(of[int(number)]), [])
+        else:
+            found = images_predict.find_images([Path(path) for path in of])
         for note in found.notes:
             warnings.warn(note, stacklevel=2)
         batches = images_predict.predict(opened, found, _warn, top=top)

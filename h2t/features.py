@@ -142,7 +142,7 @@ def _opened(images: Iterable[str | Path | np.ndarray | Image.Image] | np.ndarray
         raise UserError("images: must have at least one image; got none")
     numbers = [str(i) for i in range(len(given))]
     if all(isinstance(one, Image.Image) for one in given):
-        return Images(numbers, None, lambda number: _as_file(given[int(number)]), decoder(OWN), OWN)
+        return Images(numbers, None, lambda number: as_file(given[int(number)]), decoder(OWN), OWN)
     if all(isinstance(one, np.ndarray) for one in given):
         for i, one in enumerate(given):
             if one.dtype != np.uint8 or one.ndim not in (2, 3) or (one.ndim == 3 and one.shape[2] != 3):
@@ -164,7 +164,7 @@ def _opened(images: Iterable[str | Path | np.ndarray | Image.Image] | np.ndarray
     return Images(found.names, None, found.read, decoder(OWN), OWN)
 
 
-def _as_file(image: Image.Image) -> bytes:
+def as_file(image: Image.Image) -> bytes:
     """An image of Pillow as a file, so that its colours and orientation are treated as those of files are."""
     file = io.BytesIO()
     image.save(file, "TIFF", exif=image.getexif())

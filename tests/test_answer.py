@@ -214,6 +214,22 @@ def test_the_terminal_shows_the_answer_and_a_table_of_100_columns(evaluated, tmp
     assert text.index("Best top-1") < text.index(table[0]) < text.index("## All figures")
 
 
+def test_classifiers_that_call_everything_one_class_are_named(evaluated, dr):
+    ncm = load_result("ncm", evaluated / "ncm")
+    assert "One class" not in " ".join(Answer([dr, ncm]).lines())
+    for result, row in ((dr, "with_h2t"), (ncm, "without_h2t")):
+        confusion = result.tables["confusion"].copy()
+        numbers = result.numbers(row)
+        assert numbers
+        confusion.loc[confusion.number == numbers[0], "predicted"] = 2
+        confusion.loc[confusion.number.isin(numbers[1:]), "predicted"] = 1
+        result.tables["confusion"] = confusion
+    said = "One class for all test images, so not to be used: dr with H2T, ncm."
+    assert said in Answer([dr, ncm]).lines()
+    confusion.loc[confusion.index[confusion.number == numbers[0]][0], "predicted"] = 0
+    assert "One class for all test images, so not to be used: dr with H2T." in Answer([dr, ncm]).lines()
+
+
 def test_a_long_name_does_not_widen_the_table(dr):
     long = replace(dr, name="a" * 200)
     assert max(map(len, Answer([long]).overview())) <= 100

@@ -16,7 +16,7 @@ from h2t.pipeline.evaluation.intervals import FEWEST_CHANGED, Difference
 from h2t.pipeline.reporting.chosen import number
 from h2t.pipeline.reporting.luck import Candidates
 from h2t.pipeline.reporting.published import Estimate, different_runs, estimates
-from h2t.pipeline.reporting.results import ROWS, HostResult, few_tested, rows_apart
+from h2t.pipeline.reporting.results import ROWS, HostResult, few_tested, of_one_class, rows_apart
 
 RANKED = {"top1": "top-1", "tail": "tail", "medium": "medium", "head": "head", "ece": "calibration error"}
 SMALLER_IS_BETTER = {"ece"}
@@ -183,9 +183,13 @@ class Answer:
 
     def lines(self, figure: str = "top1") -> list[str]:
         """The answer, one sentence group a line: best, H2T, certainty, cost, export command."""
-        said = [" ".join(self.best(figure)), self.share(), self.certainty(), self.cost()]
+        said = [" ".join(self.best(figure)), *self.sentences()]
         command = self.command(figure)
-        return [*filter(None, said), *([f"To use it: {command}"] if command else [])]
+        return [*said, *([f"To use it: {command}"] if command else [])]
+
+    def sentences(self) -> list[str]:
+        """What is said whatever methods are ranked by: H2T, useless classifiers, certainty, cost."""
+        return [*filter(None, (self.share(), of_one_class(self.results), self.certainty(), self.cost()))]
 
     def best(self, figure: str) -> list[str]:
         """Sentences: which classifier is best by `figure`, and which are too close to it to tell or not compared."""

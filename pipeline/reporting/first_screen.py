@@ -84,7 +84,7 @@ def first_screen(answer: Answer) -> FirstScreen:
     order = rankings[start].methods if rankings else answer.methods
     rest = [m for m in answer.methods if m not in order]
     return FirstScreen(
-        sentences=[answer.share(), answer.certainty(), answer.cost()],
+        sentences=answer.sentences(),
         best=answer.best(start),
         command=answer.command(start),
         scales=scales,

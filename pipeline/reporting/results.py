@@ -254,6 +254,20 @@ def few_tested(result: HostResult) -> str:
     return "; ".join(few)
 
 
+def of_one_class(results: Sequence[HostResult]) -> str:
+    """The classifiers of `results` that call all test images the same class, in words; empty if there are none."""
+    found: list[str] = []
+    for result in results:
+        confusion = result.tables["confusion"]
+        for row, label in ROWS.items():
+            rows = confusion[confusion.number.isin(result.numbers(row))]
+            if len(rows) and (rows.groupby("number").predicted.nunique() == 1).all():
+                alone = row == "without_h2t" and result.metrics["with_h2t"] is None
+                found.append(label if row == "stage1" else result.name if alone else f"{result.name} {label}")
+    named = some(list(dict.fromkeys(found)), 4)
+    return f"One class for all test images, so not to be used: {named}." if found else ""
+
+
 def as_published(result: HostResult) -> dict[str, tuple[float | None, float | None]] | None:
     """Mean and std over seeds, by figure, of the ratio-0 heads under `balanced` statistics; None if there are none.
 

@@ -39,8 +39,10 @@ from h2t.pipeline.evaluation.folds import load_folds
 from h2t.pipeline.evaluation.metrics import AUROC
 from h2t.pipeline.evaluation.scoring import Scores, score_heads
 from h2t.pipeline.evaluation.tested_groups import groups_of
+from h2t.pipeline.heads.batches import sample_rows
 from h2t.pipeline.heads.host_entry import heads_of
 from h2t.pipeline.heads.residency import Residency
+from h2t.pipeline.heads.setting import Optimiser
 from h2t.pipeline.heads.stored import Heads, load_heads
 from h2t.pipeline.models.card import Measured
 from h2t.pipeline.models.features import Extractor
@@ -87,7 +89,7 @@ def compare(
     groups: Sequence[Any] | None = None,
     test: float | Mapping[str, int] = 0.2,
     validation: float | Mapping[str, int] = 0.2,
-    epochs: int = 10,
+    epochs: int | None = None,
     l2: float = 1e-3,
     seed: int = 0,
     device: str = "auto",
@@ -98,7 +100,7 @@ def compare(
     `features`: Features, an array (n, D) or (n, C, H, W) with n `labels`, or the path or URL of a cache with training
     and test rows. `methods`: names of hosts (h2t list hosts), or name -> keys of an entry of `hosts` in params.yaml.
     `ratios`: shares of the channels that H2T replaces; 0 is the method without it. `epochs` is that of every method
-    whose keys say nothing else.
+    whose keys say nothing else; None means 10, or as many as make 500 steps.
 
     Where `split` (train, val or test for each row) has no test or validation rows, they are held out of each class: a
     share, or `{"at_most": n, "keep": k}`; rows of one of the `groups` stay together. Ratios are chosen on validation
@@ -110,7 +112,8 @@ def compare(
     entries = {name: {} for name in methods} if not isinstance(methods, Mapping) else dict(methods)
     if not entries:
         raise UserError("methods: must name at least one host; got none; h2t list hosts prints them")
-    asked = {name: _entry(name, entry, ratios, seeds, epochs) for name, entry in entries.items()}
+    for name, entry in entries.items():  # before anything is computed
+        _entry(name, entry, ratios, seeds, epochs)
     made = features.extractor if isinstance(features, Features) else None
     with TemporaryDirectory(prefix="h2t-") as folder:
         root = Path(folder)
@@ -126,8 +129,10 @@ def compare(
         with cache:
             names = recorded_names(cache.spec.provenance, cache.files)
             start = _start(cache, root / "probe", l2, chosen, seed, say)
+            samples = len(sample_rows(cache.index, "train", "stage1").first)
             stacks, lines = {}, []
-            for name, params in asked.items():
+            for name, entry in entries.items():
+                params = _entry(name, entry, ratios, seeds, epochs, samples)
                 run = Run(name, root / "heads" / name, chosen, seed, say)
                 train_classifier.run(params, run, Residency(), cache, start)
                 scored = Run(name, root / "evaluate" / name, chosen, seed, say)
@@ -206,7 +211,7 @@ def trained(
     entry: Mapping[str, Any],
     *,
     ratio: float,
-    epochs: int,
+    epochs: int | None,
     l2: float,
     seed: int,
     device: torch.device,
@@ -216,7 +221,7 @@ def trained(
 
     Raises UserError, also if `entry` asks for several.
     """
-    params = _entry(method, entry, [ratio], [seed], epochs)
+    params = _entry(method, entry, [ratio], [seed], epochs, len(labels))
     fitted = plugins.load("hosts", params.host).Host.fitted
     if (asked := len(heads_of(params.grid, fitted=fitted))) > 1:
         raise UserError(f"methods.{method}.grid: must ask for one classifier; got {asked}; give each key one value")
@@ -228,9 +233,14 @@ def trained(
 
 
 def _entry(
-    name: str, entry: Mapping[str, Any], ratios: Sequence[float], seeds: Sequence[int], epochs: int
+    name: str,
+    entry: Mapping[str, Any],
+    ratios: Sequence[float],
+    seeds: Sequence[int],
+    epochs: int | None,
+    samples: int = 1,
 ) -> train_classifier.Params:
-    """The parameters of the method `name`. Raises UserError, which names the key."""
+    """The parameters of the method `name` for `samples` to train on. Raises UserError, which names the key."""
     if not isinstance(entry, Mapping):
         raise UserError(f"methods.{name}: must be keys of an entry of hosts with their values; got {entry!r}")
     own = _plain(entry)
@@ -242,7 +252,7 @@ def _entry(
         values["classifier"] = kind.only_classifier
     if not kind.fitted:
         values["grid"] = {"ratio": _plain(ratios), "seed": _plain(seeds)}
-        values["optimiser"] = {"epochs": _plain(epochs)}
+        values["optimiser"] = {"epochs": Optimiser.enough_epochs(samples) if epochs is None else _plain(epochs)}
     for key in values.keys() & own.keys():
         if isinstance(values[key], dict) and isinstance(own[key], dict):  # `epochs` stays beside a learning rate
             own[key] = {**values[key], **own[key]}

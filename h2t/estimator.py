@@ -32,7 +32,8 @@ class H2TClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     `method`: a host (h2t list hosts). `ratio`: share of the features that H2T replaces by those of donors; 0 is the
     method alone. `settings`: other keys of an entry of `hosts` in params.yaml, such as `{"optimiser": {"lr": 0.1}}`,
-    for one classifier; a method with a closed-form fit takes neither ratio nor epochs. `l2`: penalty of the logistic
+    for one classifier; a method with a closed-form fit takes neither ratio nor epochs. `epochs`: None
+    means 10, or as many as make 500 steps. `l2`: penalty of the logistic
     regression. With so few features that the ratio replaces none, `fit` warns and trains the method alone. It raises
     ValueError with one line for what does not fit; features beyond float32 are refused, in `predict` too.
 
@@ -44,7 +45,7 @@ class H2TClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         method: str = "dr",
         *,
         ratio: float = 0.3,
-        epochs: int = 10,
+        epochs: int | None = None,
         l2: float = 1e-3,
         settings: Mapping[str, Any] | None = None,
         random_state: int | np.random.RandomState | None = 0,

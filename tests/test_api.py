@@ -22,6 +22,7 @@ from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.data.samples import load_samples
 from h2t.pipeline.heads.residency import Residency
+from h2t.pipeline.heads.setting import Optimiser
 from h2t.pipeline.networks.probe import Probe
 from h2t.pipeline.stages import evaluate, extract, prepare, probe, train_backbone, train_classifier
 
@@ -234,6 +235,24 @@ def test_tensors_and_arrow_arrays_are_taken_like_arrays():
         api.predict(one, x, top=0)
     assert np.array_equal(one.predict_proba(half), one.predict_proba(half.float().numpy()))
     assert one.predict(x[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("samples", "epochs"), [(1, 500), (128, 500), (129, 250), (6_272, 11), (6_400, 10), (10**6, 10)]
+)
+def test_few_samples_get_more_epochs(samples, epochs):
+    assert Optimiser.enough_epochs(samples) == epochs
+    assert epochs * -(-samples // 128) >= 500
+
+
+def test_compare_trains_few_samples_longer_unless_told():
+    x, y = arrays()
+    usual, long, short = (
+        api.compare(x, y, methods=["crt"], ratios=[0.0], seeds=[0], validation=0, **given).take("crt")
+        for given in ({}, {"epochs": 500}, {"epochs": 10})
+    )
+    assert np.array_equal(usual.predict_proba(x), long.predict_proba(x))
+    assert not np.allclose(usual.predict_proba(x), short.predict_proba(x))
 
 
 @pytest.mark.parametrize("method", ["lift", "gcl"])

@@ -37,6 +37,10 @@ class HeadSetting:
         return replaced_channels(self.ratio, channels, self.rounding)
 
 
+#: After fewer, classifiers that do not start from a trained one are still far from done: docs/log.md.
+FEWEST_STEPS = 500
+
+
 class Optimiser(Section):
     """Section `hosts.NAME.optimiser`: SGD whose learning rate follows half a cosine over the epochs."""
 
@@ -50,6 +54,12 @@ class Optimiser(Section):
     """Momentum of SGD."""
     weight_decay: NonNegative = 5e-4
     """Weight decay of SGD."""
+
+    @classmethod
+    def enough_epochs(cls, samples: int) -> int:
+        """The usual number of epochs, or more where few `samples` would make them fewer than `FEWEST_STEPS` steps."""
+        usual, batch = cls.model_fields["epochs"].default, cls.model_fields["batch_size"].default
+        return max(usual, -(-FEWEST_STEPS // -(-samples // batch)))
 
     def rate(self, epoch: int) -> float:
         """The learning rate of `epoch`, counted from 0; it is constant within an epoch and never reaches 0."""

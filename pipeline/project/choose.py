@@ -12,6 +12,7 @@ from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError, nearest
 from h2t.pipeline.base.params import INPUTS
 from h2t.pipeline.evaluation.intervals import FEWEST_CHANGED
+from h2t.pipeline.heads.setting import Optimiser
 from h2t.pipeline.project.detect import Found
 from h2t.pipeline.project.survey import Survey
 
@@ -30,6 +31,7 @@ class Settings:
     name: str
     backbone: dict[str, Any]
     batchnorm_passes: int
+    classifier_epochs: int
     classes: int  # with training images
     notes: list[str] = field(default_factory=list)
     weights: Path | None = None
@@ -75,7 +77,7 @@ def choose(found: Found, seen: Survey, backbone: str | None, weights: Path | Non
         )
     collection = found.collection
     used = {label for label, split in zip(collection.label, collection.split, strict=True) if split == "train"}
-    return Settings(prepare, name, entry, passes, len(used), notes, weights)
+    return Settings(prepare, name, entry, passes, Optimiser.enough_epochs(images), len(used), notes, weights)
 
 
 def _side(short_sides: np.ndarray) -> int:

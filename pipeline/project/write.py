@@ -109,7 +109,7 @@ def parameters(folder: Path, found: Found, settings: Settings, title: str) -> st
                 "host": "dr",
                 "backbone": settings.name,
                 "batchnorm": recipes[-1],
-                "optimiser": {"epochs": 10, "lr": 0.02},
+                "optimiser": {"epochs": settings.classifier_epochs, "lr": 0.02},
                 "grid": {"ratio": [0.0, 0.1, 0.2, 0.3, 0.4, 0.5], "seed": [0, 1, 2]},
             },
             "logit_adjustment": {"host": "logit_adjustment", "backbone": settings.name, "batchnorm": "stage1"},

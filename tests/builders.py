@@ -1,6 +1,7 @@
 """Small caches for tests. Every builder has a complete default, so that a test states only what matters to it."""
 
 import hashlib
+import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pytest
 
 from h2t.cache.errors import CacheError
+from h2t.cache.format.rows import groups_of, read_table, write_table
 from h2t.cache.format.rows import make_rows as rows_of
 from h2t.cache.format.spec import CacheSpec
 from h2t.cache.write.parts import Part
@@ -56,6 +58,18 @@ def make_rows(count: int = 11, **overrides) -> pa.Table:
         "digest": [hashlib.sha256(str(k // 2).encode()).hexdigest() for k in i],
     }
     return rows_of({**columns, **overrides})
+
+
+def table_bytes(table: pa.Table) -> bytes:
+    """A row table as `rows.parquet`."""
+    sink = io.BytesIO()
+    write_table(groups_of(table), sink)
+    return sink.getvalue()
+
+
+def table_in(data: bytes, expected_rows: int) -> pa.Table:
+    """The row table in `data`, the bytes of `rows.parquet`."""
+    return read_table(pa.BufferReader(data), expected_rows)
 
 
 def make_maps(spec: CacheSpec, seed: int = 0) -> list[np.ndarray]:

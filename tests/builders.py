@@ -104,7 +104,7 @@ def write_cache(target: Path, spec: CacheSpec, rows: pa.Table, maps: list[np.nda
 def write_part(place: Path | str, spec: CacheSpec, part: Part, *, token=TOKEN, seed=0, shards=None) -> list[int]:
     """Writes `part` of the cache at the path or URL `place`, or only its `shards`; returns what it had to write."""
     target, maps = target_at(place), make_maps(spec, seed)
-    with target.staging(shared=True) as staging, staging.holding(part.label):
+    with target.held(part) as staging:
         writer, pending = target.part(staging, spec, token, part)
         for shard in pending if shards is None else shards:
             held = spec.shard_range(shard)

@@ -1,7 +1,6 @@
 """Random reads from a cache: ours, the raw read of the same bytes, and peers, on the same data in one run.
 
-    python -m benchmarks.bench_read --data DIR            # warm page cache
-    python -m benchmarks.bench_read --data DIR --cold     # page cache dropped before each read
+    python -m benchmarks.bench_read --data DIR
 
 README.md in this directory says what each figure means.
 """
@@ -93,9 +92,8 @@ class Raw:
         self.handles = {s: os.open(root / cache.spec.shard_file(0, s), os.O_RDONLY) for s in np.unique(shards).tolist()}
         runs = [(self.handles[unit.shard], run.start, run.stop) for unit in work for run in unit.runs]
         lengths = np.array([stop - start for _, start, stop in runs])
-        self.fetched = int(lengths.sum())
         places = np.cumsum(lengths) - lengths  # the bytes end in memory, as those of a gather must
-        half = np.searchsorted(np.cumsum(lengths), self.fetched * np.arange(1, THREADS) / THREADS).tolist()
+        half = np.searchsorted(np.cumsum(lengths), lengths.sum() * np.arange(1, THREADS) / THREADS).tolist()
         self.parts = []
         for a, b in zip([0, *half], [*half, len(runs)], strict=True):
             spots = zip(runs[a:b], places[a:b].tolist(), lengths[a:b].tolist(), strict=True)
@@ -201,22 +199,17 @@ def tensorstore_variants(path: Path, out: np.ndarray) -> dict[str, Read]:
 
 def h5py_variants(path: Path, out: np.ndarray) -> dict[str, Read]:
     """Sorted unique rows: h5py takes nothing else."""
-    file = h5py.File(path, "r")
+    data = h5py.File(path, "r")["maps"]
 
-    def rows_one_by_one(name: str) -> Read:
-        def read(wanted: np.ndarray) -> np.ndarray:
-            data = file[name]
-            found = np.empty((len(wanted), *data.shape[1:]), data.dtype)
-            for i, row in enumerate(wanted.tolist()):
-                data.read_direct(found, np.s_[row], np.s_[i])
-            return found
+    def one_by_one(wanted: np.ndarray) -> np.ndarray:
+        found = np.empty((len(wanted), *data.shape[1:]), data.dtype)
+        for i, row in enumerate(wanted.tolist()):
+            data.read_direct(found, np.s_[row], np.s_[i])
+        return found
 
-        return read
-
-    found = {f"row by row, {name}": by_unique(rows_one_by_one(name), out) for name in ("contiguous", "chunked")}
+    found = {"row by row": by_unique(one_by_one, out)}
     if len(out) <= IID_ROWS:
-        for name in ("contiguous", "chunked"):
-            found[f"list of rows, {name}"] = by_unique(lambda wanted, name=name: file[name][wanted], out)  # type: ignore[misc]
+        found["list of rows"] = by_unique(lambda wanted: data[wanted], out)
     return found
 
 
@@ -225,25 +218,21 @@ def memmap_variants(path: Path, out: np.ndarray) -> dict[str, Read]:
     return {
         "fancy index": lambda rows: array[rows],
         "take into place": lambda rows: np.take(array, rows, axis=0, out=out, mode="clip"),
-        "sorted": by_unique(lambda wanted: array[wanted], out),
     }
 
 
 def copies(cache: Cache, data: Path, name: str) -> tuple[Path, Path]:
-    """The same values for h5py (contiguous, and one row per chunk) and as .npy."""
+    """The same values for h5py, contiguous, and as .npy."""
     hdf, npy = data / f"{name}.h5", data / f"{name}.npy"
     if hdf.exists() and npy.exists():
         return hdf, npy
     shape, dtype = (cache.spec.rows, *cache.spec.maps[0]), cache.spec.stored_dtype
     plain = np.lib.format.open_memmap(npy, "w+", dtype, shape)
     with h5py.File(hdf, "w") as file:
-        whole = file.create_dataset("contiguous", shape, dtype)
-        chunked = file.create_dataset("chunked", shape, dtype, chunks=(1, *shape[1:]))
+        whole = file.create_dataset("maps", shape, dtype)
         for shard in range(cache.spec.shards):
             span = cache.spec.shard_range(shard)
-            maps = cache.read(np.arange(span.start, span.stop))
-            plain[span.start : span.stop] = whole[span.start : span.stop] = maps
-            chunked[span.start : span.stop] = maps
+            plain[span.start : span.stop] = whole[span.start : span.stop] = cache.read(np.arange(span.start, span.stop))
     plain.flush()
     return hdf, npy
 
@@ -252,14 +241,7 @@ def copies(cache: Cache, data: Path, name: str) -> tuple[Path, Path]:
 
 
 def bench_gather(
-    cache: Cache,
-    case: Case,
-    gather: str,
-    draws: Sequence[np.ndarray],
-    files: tuple[Path, Path],
-    rounds: int,
-    *,
-    cold: bool,
+    cache: Cache, case: Case, gather: str, draws: Sequence[np.ndarray], files: tuple[Path, Path], rounds: int
 ) -> dict[str, Any]:
     """All contestants on one gather."""
     root = Path(str(cache.files))
@@ -267,7 +249,6 @@ def bench_gather(
     out = np.zeros((len(rows), *case.shape), cache.spec.stored_dtype)
     expected = crc32c(cache.read(rows, out=out))
     warm = touch(root, *files)
-    drop = drop_page_cache(root, *files) if cold else lambda: None
 
     def in_turn(read: Callable[[np.ndarray], object]) -> Callable[[], object]:
         turns = cycle(draws)
@@ -282,7 +263,6 @@ def bench_gather(
     memory = np.full(distinct * (cache.spec.row_bytes() + CRC_BYTES), 1, np.uint8)
     raws = [Raw(cache, wanted, memory) for wanted in draws]
     warm()
-    sweeps: dict[str, dict[str, float]] = {}
     chosen: dict[str, Callable[[], object]] = {"ours": in_turn(lambda wanted: cache.read(wanted, out=out))}
     settings: dict[str, str] = {"ours": "out given"}
     if compiled():
@@ -307,10 +287,9 @@ def bench_gather(
             peers.setdefault(name, {})[variant] = in_turn(read)
     few = 1 if gather == "window" else min(rounds, SWEEP_ROUNDS)
     for peer, candidates in peers.items():
-        best, sweeps[peer] = fastest(candidates, few)
+        best = fastest(candidates, few)
         chosen[peer], settings[peer] = candidates[best], best
-    timings = alternate(chosen, rounds, drop, settings, before_round=(lambda: None) if cold else warm)
-    fetched, runs = raws[0].fetched, sum(map(len, raws[0].parts))
+    timings = alternate(chosen, rounds, settings=settings, before_round=warm)
     for raw in raws:
         raw.close()
 
@@ -326,8 +305,6 @@ def bench_gather(
         "rows": len(rows),
         "distinct_rows": distinct,
         "useful_bytes": wanted_bytes,
-        "fetched_bytes": fetched,
-        "runs": runs,
         "contestants": {
             name: {
                 **timing.json(),
@@ -338,17 +315,12 @@ def bench_gather(
         "useful_bytes_vs_raw": {key: value / share for key, value in raw_ratio.items()},
         "time_vs_raw": raw_ratio,
         "ours_times_faster_than": {n: ratio(t, timings["ours"]) for n, t in timings.items() if n != "ours"},
-        "sweeps_median_s": sweeps,
     }
-
-
-def files_below(*roots: Path) -> list[Path]:
-    return [p for root in roots for p in ([root] if root.is_file() else root.rglob("*")) if p.is_file()]
 
 
 def touch(*roots: Path) -> Callable[[], None]:
     """Reads these files whole, to have them in the page cache: some systems evict pages long before memory ends."""
-    paths = files_below(*roots)
+    paths = [p for root in roots for p in ([root] if root.is_file() else root.rglob("*")) if p.is_file()]
     buffer = memoryview(bytearray(4 * 1024 * 1024))
 
     def read() -> None:
@@ -358,20 +330,6 @@ def touch(*roots: Path) -> Callable[[], None]:
                     pass
 
     return read
-
-
-def drop_page_cache(*roots: Path) -> Callable[[], None]:
-    """Asks the kernel to forget these files' pages. Pages that a process has mapped stay."""
-    paths = files_below(*roots)
-
-    def drop() -> None:
-        for path in paths:
-            handle = os.open(path, os.O_RDONLY)
-            os.fsync(handle)
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(handle)
-
-    return drop
 
 
 def show(result: Mapping[str, Any]) -> None:
@@ -400,7 +358,6 @@ def show(result: Mapping[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = arguments("bench_read", __doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--cold", action="store_true", help="drop the page cache before each read, where possible")
     parser.add_argument("--case", choices=[c.name for c in CASES], help="only this map shape")
     options = parser.parse_args(argv)
     rounds = 2 if options.tiny else options.rounds
@@ -415,7 +372,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             options.out,
             {
                 "benchmark": "read",
-                "page_cache": "dropped before each read" if options.cold else "warm",
                 "machine": about,
                 "load_after": os.getloadavg()[0],
                 "rounds": rounds,
@@ -433,7 +389,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with open_cache(path) as cache:
             files = copies(cache, options.data, case.name)
             for gather, draws in draw(cache, case).items():
-                add(bench_gather(cache, case, gather, draws, files, rounds, cold=options.cold))
+                add(bench_gather(cache, case, gather, draws, files, rounds))
 
 
 if __name__ == "__main__":

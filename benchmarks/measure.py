@@ -114,12 +114,12 @@ def _turn(call: Callable[[], object], before: Callable[[], object]) -> tuple[flo
     return statistics.median(taken), statistics.median(cpu)
 
 
-def fastest(variants: Mapping[str, Callable[[], object]], rounds: int) -> tuple[str, dict[str, float]]:
-    """The variant with the least median, and the median seconds of each; a single one is not timed."""
+def fastest(variants: Mapping[str, Callable[[], object]], rounds: int) -> str:
+    """The variant with the least median; a single one is not timed."""
     if len(variants) == 1:
-        return next(iter(variants)), {}
-    medians = {name: timing.median for name, timing in alternate(variants, rounds).items()}
-    return min(medians, key=lambda name: medians[name]), medians
+        return next(iter(variants))
+    timings = alternate(variants, rounds)
+    return min(timings, key=lambda name: timings[name].median)
 
 
 @contextmanager

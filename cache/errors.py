@@ -1,7 +1,11 @@
 """The only exception of this package: a reason from a fixed set and a one-line message."""
 
+import errno
+
 from h2t.cache.redaction import one_line, redacted
 
+#: Errors of a path where nothing can be made: below a file, in /proc, by too long a name.
+NO_PLACE = frozenset({errno.EEXIST, errno.ENOTDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP})
 REASONS = frozenset(
     {
         "busy",  # another process holds the staging directory

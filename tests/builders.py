@@ -1,6 +1,7 @@
 """Small caches for tests. Every builder has a complete default, so that a test states only what matters to it."""
 
 import hashlib
+import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pytest
 
 from h2t.cache.errors import CacheError
+from h2t.cache.format.rows import groups_of, read_table, write_table
 from h2t.cache.format.rows import make_rows as rows_of
 from h2t.cache.format.spec import CacheSpec
 from h2t.cache.write.parts import Part
@@ -58,6 +60,18 @@ def make_rows(count: int = 11, **overrides) -> pa.Table:
     return rows_of({**columns, **overrides})
 
 
+def table_bytes(table: pa.Table) -> bytes:
+    """A row table as `rows.parquet`."""
+    sink = io.BytesIO()
+    write_table(groups_of(table), sink)
+    return sink.getvalue()
+
+
+def table_in(data: bytes, expected_rows: int) -> pa.Table:
+    """The row table in `data`, the bytes of `rows.parquet`."""
+    return read_table(pa.BufferReader(data), expected_rows)
+
+
 def make_maps(spec: CacheSpec, seed: int = 0) -> list[np.ndarray]:
     """Maps of every expert, (rows, C, H, W) in the stored dtype: non-negative, about half of them 0."""
     rng = np.random.default_rng(seed)
@@ -90,7 +104,7 @@ def write_cache(target: Path, spec: CacheSpec, rows: pa.Table, maps: list[np.nda
 def write_part(place: Path | str, spec: CacheSpec, part: Part, *, token=TOKEN, seed=0, shards=None) -> list[int]:
     """Writes `part` of the cache at the path or URL `place`, or only its `shards`; returns what it had to write."""
     target, maps = target_at(place), make_maps(spec, seed)
-    with target.staging(shared=True) as staging, staging.holding(part.label):
+    with target.held(part) as staging:
         writer, pending = target.part(staging, spec, token, part)
         for shard in pending if shards is None else shards:
             held = spec.shard_range(shard)

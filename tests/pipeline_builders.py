@@ -33,7 +33,7 @@ from h2t.pipeline.base.run import Run
 from h2t.pipeline.data.classes import ClassIndex
 from h2t.pipeline.data.samples import load_samples
 from h2t.pipeline.heads.batches import Streams
-from h2t.pipeline.heads.features import FeatureReader
+from h2t.pipeline.heads.features import FeatureReader, FeatureTable
 from h2t.pipeline.heads.host import Context
 from h2t.pipeline.heads.residency import Choice, Feed, Residency
 from h2t.pipeline.heads.setting import HeadSetting, Optimiser
@@ -215,6 +215,11 @@ def make_stack(
         about = (context.classes, context.channels, context.experts)
         stack.start(stage1 or make_stage1_head(*about, classifier=head.host.classifier))
     return stack
+
+
+def taken(table: FeatureTable, rows: np.ndarray) -> torch.Tensor:
+    """Features of `rows` (..., B) as (..., E, B, C[, H, W]), as a training step finds and gathers them."""
+    return table.gather([torch.from_numpy(places).to(table.device) for places in table.find(rows)], rows.shape)
 
 
 def make_optimiser(**overrides) -> Optimiser:

@@ -45,7 +45,7 @@ def test_a_method_of_ones_own_appears_beside_the_others(tmp_path, made, monkeypa
     values = arena.parameters([*METHODS, name], TINY)
     values["hosts"]["reslt"] = {"host": "reslt", "backbone": "ce_mixup", "pool": "moments"}  # not for this backbone
     lines = arena.Arena(values, *made, tmp_path / "out").run()
-    assert "reslt: left out: classifier: must be of the same kind" in capsys.readouterr().out
+    assert "reslt: left out: hosts.reslt: classifier: must be of the same kind" in capsys.readouterr().out
     assert {(line["method"], line["h2t"]) for line in lines} == {
         *((method, words) for method in ("dr", "smote", "pair_mixup", name) for words in ("without", "with")),
         ("tau_norm", "without"),
@@ -100,7 +100,7 @@ def test_a_method_that_the_cache_cannot_serve_is_named_without_a_path(tmp_path, 
     pooled_copy(tmp_path / "pooled", made[0])
     assert not arena.Arena(arena.parameters(["cam_split"], TINY), tmp_path / "pooled", made[1], tmp_path / "out").run()
     left_out = json.loads((tmp_path / "out/arena.json").read_text())["left_out"]
-    assert left_out["cam_split"].startswith("CACHE: host cam_split needs whole maps")
+    assert left_out["cam_split"].startswith("hosts.cam_split: CACHE: host cam_split needs whole maps")
     assert str(tmp_path) not in left_out["cam_split"]
 
 

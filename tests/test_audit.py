@@ -8,7 +8,19 @@ from collections import Counter
 import fsspec
 import numpy as np
 import pytest
-from builders import flip, make_cache, make_maps, make_rows, make_spec, raises, reseal, reseal_file, tree, write_cache
+from builders import (
+    flip,
+    make_cache,
+    make_maps,
+    make_rows,
+    make_spec,
+    raises,
+    reseal,
+    reseal_file,
+    table_bytes,
+    tree,
+    write_cache,
+)
 
 from h2t.cache.errors import CacheError
 from h2t.cache.format.codecs import CODECS
@@ -237,12 +249,12 @@ class TestHostile:
     def test_rows_in_another_order(self, cache_dir):
         import pyarrow as pa
 
-        from h2t.cache.format.rows import SCHEMA, to_bytes
+        from h2t.cache.format.rows import SCHEMA
 
         make_cache(cache_dir)
         table = make_rows().take(list(range(10, -1, -1)))
         table = table.set_column(0, SCHEMA.field("row"), pa.array(range(11), pa.int64()))
-        (cache_dir / "rows.parquet").write_bytes(to_bytes(table))
+        (cache_dir / "rows.parquet").write_bytes(table_bytes(table))
         reseal_file(cache_dir, "rows.parquet")
         assert "rows.parquet: rows are not in the order of format 1" in self.reasons(cache_dir)
 

@@ -34,10 +34,9 @@ def test_read_benchmark(tmp_path, capsys):
     from benchmarks.bench_read import main
 
     body = run(main, tmp_path)
-    assert body["page_cache"] == "warm"
     assert [r["gather"] for r in body["results"]] == ["iid", "window"]
     for result in body["results"]:
-        assert {"case", "rows", "distinct_rows", "useful_bytes", "fetched_bytes"} <= set(result)
+        assert {"case", "rows", "distinct_rows", "useful_bytes"} <= set(result)
         for timing in result["contestants"].values():
             assert set(timing) >= {*TIMING, "useful_gb_per_s"}
         peers = set(result["contestants"])
@@ -45,7 +44,6 @@ def test_read_benchmark(tmp_path, capsys):
         assert {"TensorStore gather", "TensorStore async slices", "zarr-python slices"} <= peers
         assert set(result["useful_bytes_vs_raw"]) == set(result["time_vs_raw"]) == RATIO
         assert set(result["ours_times_faster_than"]) == peers - {"ours"}
-        assert set(result["sweeps_median_s"]) == peers - {"ours", "ours, not compiled"}
     assert "zarr-python oindex" in capsys.readouterr().out
 
 

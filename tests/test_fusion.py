@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pipeline_builders import make_stack, make_stage2_cache
+from pipeline_builders import make_stack, make_stage2_cache, taken
 
 from h2t.pipeline.heads.fusion import channel_ranks, donor_orders, fixed_channels, fuse, mix, replaced_channels, shuffle
 
@@ -177,20 +177,20 @@ def test_a_stacks_input_is_the_slow_fusion_and_the_cache_stays(tmp_path, pooled)
     at = next(stack.feed.steps(1, 0, 1, stack.draw))
     batch, table = at.batch, at.table
     rows = stack.streams.rows
-    before = table.take(rows).clone()
+    before = taken(table, rows).clone()
     masks = stack.masks(at.draws.ranks)
     given, donors = stack.given(at)
     fused = stack.fused(at.draws, given.features, donors)
     for k, head in enumerate(stack.heads):
         place = stack.streams.seeds.index(head.seed)
-        receiver = table.take(batch.receivers[place])
-        donor = table.take(batch.donors[place, 0])
+        receiver = taken(table, batch.receivers[place])
+        donor = taken(table, batch.donors[place, 0])
         for expert in range(2):
             r, d = (t[expert].reshape(*t[expert].shape[:2], -1, 1) for t in (receiver, donor))
             slow = slow_fusion(r, d, np.flatnonzero(masks[k, expert].numpy()))
             assert torch.equal(fused[k, expert].reshape(slow.shape), slow)
     fused.zero_()
-    assert torch.equal(table.take(rows), before)
+    assert torch.equal(taken(table, rows), before)
 
 
 def orders_of(seed, epoch, step, expert, batch, channels):
@@ -235,11 +235,11 @@ def test_shuffled_heads_of_a_stack(tmp_path, pooled):
             assert torch.equal(fused[k], plain[k])
             continue
         assert torch.equal(masks[k], masks[k - 2])
-        receiver, donor = table.take(batch.receivers[seed]), table.take(batch.donors[seed, 0])
+        receiver, donor = taken(table, batch.receivers[seed]), taken(table, batch.donors[seed, 0])
         for expert in range(2):
             order = orders[seed, expert]
             assert torch.equal(order, torch.from_numpy(orders_of(head["seed"], 0, 0, expert, 4, 6)))
             for channel in range(6):
-                taken = donor[expert, order[:, channel], channel]
-                expected = taken if masks[k, expert, channel] else receiver[expert, :, channel]
+                shuffled = donor[expert, order[:, channel], channel]
+                expected = shuffled if masks[k, expert, channel] else receiver[expert, :, channel]
                 assert torch.equal(fused[k, expert, :, channel], expected)

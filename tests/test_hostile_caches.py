@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from builders import make_cache, make_rows, make_spec, raises, reseal, reseal_file, tree
+from builders import make_cache, make_rows, make_spec, raises, reseal, reseal_file, table_bytes, table_in, tree
 from pipeline_builders import accepted, invoke, make_samples, make_stage2_cache, python, write_params
 
 from h2t.cache.errors import CacheError
 from h2t.cache.format import codecs, shard
-from h2t.cache.format.rows import SCHEMA, from_bytes, to_bytes
+from h2t.cache.format.rows import SCHEMA
 from h2t.cache.format.spec import ROWS, canonical_json, sha256
 from h2t.cache.read.dvc_files import members
 from h2t.cache.reader import open_cache
@@ -173,7 +173,7 @@ def table_bomb(rows: int, length: int) -> bytes:
     table = make_rows(min(rows, 11)).take(pa.array(np.arange(rows) % min(rows, 11)))
     table = table.set_column(0, SCHEMA.field("row"), pa.array(range(rows), pa.int64()))
     text = pa.array(["A" * length]).take(pa.array(np.zeros(rows, np.int32)))
-    return to_bytes(table.set_column(6, SCHEMA.field("source"), text))
+    return table_bytes(table.set_column(6, SCHEMA.field("source"), text))
 
 
 def zstd_frame(size: int) -> bytes:
@@ -212,20 +212,20 @@ def test_a_row_table_that_grows_beyond_memory_is_refused(monkeypatch):
 
     data = table_bomb(rows=500, length=2**16)
     assert len(data) < 100_000
-    assert len(from_bytes(data, 500)) == 500  # 33 MB are no bomb
+    assert len(table_in(data, 500)) == 500  # 33 MB are no bomb
     monkeypatch.setattr(rows, "available_memory", lambda: 20 * 2**20)
     with raises("full", r"would take 32\.8 MB of memory"):
-        from_bytes(data, 500)
+        table_in(data, 500)
     monkeypatch.setattr(rows, "available_memory", lambda: 1000)
     with pytest.raises(CacheError, match="more than there is free"):
-        from_bytes(to_bytes(make_rows(100)), 100)
+        table_in(table_bytes(make_rows(100)), 100)
 
 
 def test_a_number_of_rows_is_not_believed():
     """2**40 rows where 11 are: nothing is allocated for them."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with raises("damaged", "must number rows 0 to"):
-        from_bytes(to_bytes(make_rows(11)), 2**40)
+        table_in(table_bytes(make_rows(11)), 2**40)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 * 1024
 
 
@@ -257,7 +257,7 @@ def _not_utf8(table):
 )
 def test_a_row_table_with_impossible_values_is_refused(tmp_path, change, says):
     make_cache(tmp_path / "c")
-    (tmp_path / "c" / ROWS).write_bytes(to_bytes(change(make_rows(11))))
+    (tmp_path / "c" / ROWS).write_bytes(table_bytes(change(make_rows(11))))
     reseal_file(tmp_path / "c", ROWS)
     command = "verify" if says == "UTF8" else "info"  # info reads no sources
     assert says in refused("cache", command, tmp_path / "c")
@@ -265,7 +265,7 @@ def test_a_row_table_with_impossible_values_is_refused(tmp_path, change, says):
 
 def test_rows_of_the_same_identity_are_a_fault(tmp_path):
     make_cache(tmp_path / "c")
-    (tmp_path / "c" / ROWS).write_bytes(to_bytes(_column("source", ["same"] * 11)(make_rows(11))))
+    (tmp_path / "c" / ROWS).write_bytes(table_bytes(_column("source", ["same"] * 11)(make_rows(11))))
     reseal_file(tmp_path / "c", ROWS)
     assert "two rows have the same" in refused("cache", "verify", tmp_path / "c")
 

@@ -381,7 +381,7 @@ def test_a_fitted_host_has_one_head_and_no_h2t(tmp_path, name, wide_cache, stage
     ],
 )
 def test_what_does_not_fit_is_one_line(tmp_path, wide_cache, stage1_dir, section, text):
-    with one_line(match=text):
+    with one_line(match=rf"(?=hosts\.h\b).*{text}"):
         run_host(tmp_path / "h", wide_cache, stage1_dir[0], name="h", **{"host": "dr", **section})
     assert not (tmp_path / "h").exists()
 

@@ -18,7 +18,7 @@ from dvc.config import Config
 from PIL import Image
 from pipeline_builders import ROOT, accepted, invoke, refused
 
-from h2t.pipeline.backbones import resnet32
+from h2t.pipeline.backbones import resnet20, resnet32
 from h2t.pipeline.base import params
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.run import Run
@@ -467,6 +467,38 @@ def test_how_weights_of_ones_own_are_given_is_said(tmp_path, given, says):
         Path("w.pth").write_bytes(b"")
         assert says in refused("init", "p", "--data", "photos", *given)
     assert not (tmp_path / "p").exists()
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize(
+    ("made", "says"),
+    [
+        (None, "not a readable checkpoint"),
+        ({"fc.weight": torch.zeros(7, 64)}, "must hold weights for 'conv1.weight'"),
+        (resnet20.build(resnet20.Options()).state_dict(), "must hold weights for 'layer1.3."),
+    ],
+    ids=["text", "a classifier alone", "another network"],
+)
+def test_weights_of_something_else_are_refused_before_an_image_is_read(tmp_path, monkeypatch, suffix, made, says):
+    monkeypatch.chdir(tmp_path)
+    file = Path("w").with_suffix(suffix)
+    if made is None:
+        file.write_text("no weights")
+    elif suffix == ".pth":
+        torch.save(made, file)
+    else:
+        save_weights(file, made, {})
+    line = refused("init", "p", "--data", "no photos", "--backbone", "resnet32", "--weights", file)
+    assert says in line
+    assert str(file) in line
+    assert not Path("p").exists()
+
+
+def test_weights_that_could_run_code_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(Path("x"), "w.pth")
+    line = refused("init", "p", "--data", "no photos", "--backbone", "resnet32", "--weights", "w.pth")
+    assert "w.pth: refused, it holds more than tensors" in line
 
 
 def test_most_images_of_a_rare_class_stay_for_training(tmp_path):

@@ -5,12 +5,14 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+import own_data
 import pytest
 from kills import struck
-from pipeline_builders import python
+from pipeline_builders import python, refused
 
 from h2t.pipeline.base.errors import UserError
-from h2t.pipeline.base.outputs import fresh_directory, write_json
+from h2t.pipeline.base.outputs import fresh_directory, write_json, write_run_record
 
 
 def filled(out, names=("a", "b")):
@@ -102,6 +104,36 @@ def test_a_place_below_a_file_is_one_line(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="cannot be created"):
         filled(tmp_path / "file" / "out")
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no place in which nothing can be made")
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        ("watch photos /proc/x", "/proc/x"),
+        ("cache import /proc/x --train t.npz", "/proc/x"),
+        ("init /proc/x --data photos --check headers", "/proc/x"),
+        ("plan --images 9 --backbone resnet20 --place /proc", "/proc"),
+        ("predict model photos --out /proc/x.csv", "/proc/x.csv"),
+    ],
+)
+def test_a_place_where_nothing_can_be_made_is_one_line(tmp_path, monkeypatch, command, names):
+    monkeypatch.chdir(tmp_path)
+    own_data.sort(tmp_path / "photos", {"a": 9, "b": 6})
+    Path("params.yaml").write_text("inputs: {photos: photos}")
+    np.savez("t.npz", features=np.eye(4, dtype="float32"), labels=[0, 1, 0, 1])
+    line = refused(*command.split(), code=1)
+    assert line.splitlines()[-1].startswith(f"error: {names}: cannot be created (")
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    """A pipe here; of root's it could be /dev/null."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    write_run_record(pipe, {})
+    assert pipe.is_fifo()
+    with pytest.raises(UserError, match="pipe: must be a directory; got a file"):
+        filled(pipe)
 
 
 def test_json_has_no_nan(tmp_path):

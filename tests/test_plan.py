@@ -9,6 +9,7 @@ from pipeline_builders import refused, write_params
 
 from h2t.cache.format.spec import MAX_RECORD_BYTES, CacheSpec
 from h2t.pipeline.command_line.plan import _entry
+from h2t.pipeline.project import rehearsal
 from h2t.pipeline.project.plan import Machine, limits, plan, shown
 from h2t.pipeline.project.rehearsal import Cost, Rehearsal, line, rehearse
 from h2t.pipeline.stages import extract
@@ -85,6 +86,16 @@ def test_a_rehearsal_measures_each_stage(tmp_path):
     twice = plan(2 * known.images, 1, known, HERE)
     assert twice["bytes"]["maps"] == replace(known.spec, rows=2 * known.images).value_bytes
     assert json.loads(json.dumps(twice)) == twice
+
+
+def test_small_maps_are_not_repeated_without_end(tmp_path, monkeypatch):
+    """A row of one pixel has 256 bytes: to fill what larger maps fill would take minutes."""
+    monkeypatch.setattr(rehearsal, "MOST_FILLED", 2_000)
+    params, entry = extract.Params(batchnorm=["stage1"], batch_size=8), Entry(arch="resnet20", input={"size": 1})
+    known = rehearse(tmp_path, entry, params, torch.device("cpu"), seconds=0.01, filled=2**20)
+    assert known.spec.maps == ((64, 1, 1),)
+    sizes = {int(path.name.split("-")[1]) for path in tmp_path.glob("filled-*")}
+    assert sizes == {250, 2_000}
 
 
 def test_the_network_gets_images_of_the_size_of_its_dataset(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from builders import flip
-from pipeline_builders import CPU, make_stage2_cache, silent
+from pipeline_builders import CPU, make_stage2_cache, silent, taken
 
 from h2t.cache.reader import open_cache
 from h2t.pipeline.heads.batches import Streams
@@ -43,8 +43,8 @@ def contents(feed, *where):
             at.step,
             batch.receivers,
             batch.donors,
-            at.table.take(batch.receivers),
-            at.table.take(batch.donors),
+            taken(at.table, batch.receivers),
+            taken(at.table, batch.donors),
         )
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from builders import flip, make_cache, make_rows, raises
+from builders import flip, make_cache, make_rows, raises, table_bytes
 from pipeline_builders import make_stage2_rows
 
 from h2t.cache import reader
@@ -107,7 +107,7 @@ def test_a_row_table_replaced_while_it_lies_in_the_store(cache_dir, monkeypatch)
     with open_cache(cache_dir) as cache:
         before = cache.lines([0, 1])
         (cache_dir / "rows.parquet").unlink()
-        (cache_dir / "rows.parquet").write_bytes(rows.to_bytes(make_rows(54)))
+        (cache_dir / "rows.parquet").write_bytes(table_bytes(make_rows(54)))
         assert cache.lines([0, 1]) == before  # the file that was opened
         again = pickle.loads(pickle.dumps(cache))
         with again, raises("replaced"):

@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from builders import raises, tree
+from builders import raises, table_bytes, tree
 from pipeline_builders import extracted, make_samples, python
 
-from h2t.cache.format.rows import make_rows, to_bytes, write_table
+from h2t.cache.format.rows import make_rows, write_table
 from h2t.cache.format.spec import canonical_json, sha256
 from h2t.pipeline.data import samples as samples_module
 from h2t.pipeline.data.samples import SCHEMA, Samples, Texts, load_samples
@@ -105,7 +105,7 @@ def test_pieces_give_the_bytes_of_the_whole_table():
     pq.write_table(rows.table(), whole, compression="zstd", write_statistics=True)
     pieces = io.BytesIO()
     write_table(rows.groups(), pieces)
-    assert pieces.getvalue() == whole.getvalue() == to_bytes(rows.table())
+    assert pieces.getvalue() == whole.getvalue() == table_bytes(rows.table())
 
 
 @pytest.mark.parametrize("piece", [2**16, 7])

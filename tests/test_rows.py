@@ -4,11 +4,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from builders import make_rows, raises
+from builders import make_rows, raises, table_bytes, table_in
 from hypothesis import given
 from hypothesis import strategies as st
 
-from h2t.cache.format.rows import SCHEMA, from_bytes, to_bytes
+from h2t.cache.format.rows import SCHEMA
 
 KEYS = ["split", "statistics", "label", "source", "view"]
 
@@ -41,9 +41,9 @@ def test_rows_are_ordered_and_classes_are_runs(wanted, random):
 @pytest.mark.parametrize("count", [1, 2, 11, 5000])
 def test_round_trip_and_same_bytes(count):
     table = make_rows(count)
-    data = to_bytes(table)
-    assert from_bytes(data, count) == table
-    assert to_bytes(make_rows(count)) == data
+    data = table_bytes(table)
+    assert table_in(data, count) == table
+    assert table_bytes(make_rows(count)) == data
 
 
 @pytest.mark.parametrize(
@@ -76,18 +76,18 @@ def renumbered(numbers) -> bytes:
     [
         pytest.param(b"", id="empty"),
         pytest.param(b"PAR1" * 9, id="garbage"),
-        pytest.param(to_bytes(make_rows(3))[:-9], id="cut"),
+        pytest.param(table_bytes(make_rows(3))[:-9], id="cut"),
         pytest.param(parquet(make_rows(3).drop_columns("digest")), id="column missing"),
         pytest.param(parquet(make_rows(3).append_column("extra", pa.array([1, 2, 3]))), id="column added"),
-        pytest.param(to_bytes(make_rows(2)), id="too few"),
-        pytest.param(to_bytes(make_rows(4)), id="too many"),
+        pytest.param(table_bytes(make_rows(2)), id="too few"),
+        pytest.param(table_bytes(make_rows(4)), id="too many"),
         pytest.param(renumbered([0, 2, 1]), id="order"),
         pytest.param(renumbered([1, 2, 3]), id="from one"),
     ],
 )
 def test_another_table_is_refused(data):
     with raises("damaged"):
-        from_bytes(data, 3)
+        table_in(data, 3)
 
 
 def test_types_are_those_of_the_format():

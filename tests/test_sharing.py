@@ -552,6 +552,40 @@ def test_who_works_alone_has_no_fault(healthy):
     assert "type: dvc remote add" in str(told)
 
 
+@pytest.fixture
+def below(healthy, monkeypatch):
+    """A project of its own below another one of the same repository, whose dvc.lock is not there."""
+    place = healthy / "a/examples/small"
+    (place / "data/extract").mkdir(parents=True)
+    write_params(place / "params.yaml")
+    (place / "dvc.yaml").write_text(
+        "stages: {extract: {cmd: cp -r ../../made/cache data/extract/b, outs: [data/extract/b]}}"
+    )
+    (healthy / "a/dvc.lock").unlink()
+    monkeypatch.chdir(place)
+    return place
+
+
+def test_doctor_looks_at_the_project_it_stands_in(below):
+    line = next(line for line in invoke("doctor").output.splitlines() if "dvc.lock" in line)
+    assert f"{below / 'dvc.lock'}: missing" in line
+    dvc("repro", "extract", where=below)
+    done = accepted("doctor")
+    assert "1 output with" in done
+    assert "data/extract/b is sound" in done
+    shutil.rmtree(below / "data/extract/b")
+    assert "missing here: data/extract/b" in invoke("doctor").output
+
+
+def test_gc_removes_what_doctor_finds_unfinished_there(below):
+    staging = below / "data/extract/.c.staging"
+    staging.mkdir()
+    (staging / "lock").touch()
+    assert "note  lock         data/extract/.c.staging: unfinished" in invoke("doctor").output
+    accepted("cache", "gc", "--apply")
+    assert not staging.exists()
+
+
 def plant_no_default(lab, patch):
     dvc("config", "core.remote", "--unset", where=lab / "a")
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import re
 import shutil
 
@@ -102,6 +103,19 @@ def test_a_lock_file_from_before_the_numbers_is_taken_over(project):
     (project / "data/.gitignore").unlink()
     assert tree(project / "data") == tree(FIRST / "data")
     assert "nothing to change" in accepted("upgrade")
+
+
+def test_the_lock_file_is_written_once(project, caplog):
+    """With thousands of lines, DVC takes seconds for it."""
+    log = logging.getLogger("dvc.dvcfile")
+    caplog.set_level(logging.INFO, log.name)
+    log.addHandler(caplog.handler)
+    try:
+        upgrade(project, lambda line: None, apply=True)
+    finally:
+        log.removeHandler(caplog.handler)
+    written = {record for record in caplog.records if "Updating lock file" in record.msg}
+    assert len(written) == 1
 
 
 def test_what_the_first_version_wrote_is_verified_and_trained_on(project):

@@ -1,6 +1,5 @@
 """The row table: which image, view and batch-norm statistics each row of a cache holds."""
 
-import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -101,18 +100,6 @@ def write_table(groups: Iterable[pa.Table], sink: BinaryIO) -> None:
 def groups_of(table: pa.Table) -> Iterator[pa.Table]:
     """The table in pieces of `GROUP_ROWS` rows."""
     return (table.slice(start, GROUP_ROWS) for start in range(0, len(table), GROUP_ROWS))
-
-
-def to_bytes(table: pa.Table) -> bytes:
-    """The table as `rows.parquet`."""
-    sink = io.BytesIO()
-    write_table(groups_of(table), sink)
-    return sink.getvalue()
-
-
-def from_bytes(data: bytes, expected_rows: int) -> pa.Table:
-    """The row table in `data`, the bytes of `rows.parquet`; raises as `read_table`."""
-    return read_table(pa.BufferReader(data), expected_rows)
 
 
 def read_table(source: BinaryIO | pa.NativeFile, expected_rows: int) -> pa.Table:

@@ -1,7 +1,6 @@
 """Reads ahead in a background thread: while one window is used, the next is read."""
 
 import time
-from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,30 +36,30 @@ class Meter:
         return self.hits / self.draws if self.draws else None
 
 
-def in_background(jobs: Iterable[Callable[[], T]], *, ahead: int = 1, meter: Meter | None = None) -> Generator[T]:
-    """Yields the results of `jobs` in order, computed in one background thread at most `ahead` jobs in advance.
+def in_background(jobs: Iterable[Callable[[], T]], *, meter: Meter | None = None) -> Generator[T]:
+    """Yields the results of `jobs` in order, computed in one background thread one job in advance.
 
-    So at most `ahead` + 1 results exist at a time. An exception of a job is raised in place of its result. Closing the
+    So at most two results exist at a time. An exception of a job is raised in place of its result. Closing the
     generator (also by Ctrl-C in the loop over it) waits for the running job and starts no other.
     """
     meter = meter or Meter()
     source = iter(jobs)
-    pending: deque[Future[T]] = deque()
     with ThreadPoolExecutor(1, "prefetch") as thread:
+
+        def following() -> Future[T] | None:
+            job = next(source, None)
+            return None if job is None else thread.submit(job)
+
+        pending = following()
         try:
-            while True:
-                while len(pending) < ahead and (job := next(source, None)) is not None:
-                    pending.append(thread.submit(job))
-                if not pending:
-                    return
+            while pending is not None:
                 asked = time.perf_counter()
-                result = pending.popleft().result()
-                if (job := next(source, None)) is not None:
-                    pending.append(thread.submit(job))
+                result = pending.result()
+                pending = following()
                 meter.waited += (given := time.perf_counter()) - asked
                 yield result
                 del result  # only the consumer's reference is left
                 meter.worked += time.perf_counter() - given
         finally:
-            for future in pending:
-                future.cancel()
+            if pending is not None:
+                pending.cancel()

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from dataclasses import replace as replaced
 from pathlib import Path
@@ -20,7 +19,7 @@ from h2t.cache.memory import available_memory
 from h2t.cache.reader import Cache
 from h2t.cache.write import parts
 from h2t.cache.write.parts import Part
-from h2t.cache.write.target import OfPart, Whole, target_at
+from h2t.cache.write.target import Whole, target_at
 
 Pool = Callable[[np.ndarray], np.ndarray]
 
@@ -78,20 +77,12 @@ def pooled(
     block = max(1, BLOCK_BYTES // max(parent.row_bytes(e) for e in range(cache.experts)))
     same = {"block_rows": block, "numpy": np.__version__, **(token or {})}
 
-    with target.staging(shared=part is not None) as staging, staging.holding(part.label) if part else nullcontext():
+    with target.held(part) as staging:
         if commit:
             same = parts.written_with(staging)
             pooled_with = {"numpy": same.get("numpy")}
             spec = replaced(spec, provenance={**spec.provenance, "pooled_with": pooled_with})
-        writer: Whole | OfPart
-        if part is not None:
-            writer, pending = target.part(staging, spec, same, part)
-        else:
-            # Every part has read what it kept.
-            writer = whole = target.writer(staging, spec, RowsOf(cache), same, read=not commit)
-            pending = whole.pending
-            if commit and pending:
-                raise parts.missing(staging, spec, pending)
+        writer, pending = target.opened(staging, spec, RowsOf(cache), same, part, commit=commit)
 
         def shard(number: int) -> None:
             rows = spec.shard_range(number)
@@ -116,9 +107,9 @@ def pooled(
         workers = max(1, min(WORKERS, available_memory() // (2 * own)))
         with ThreadPoolExecutor(workers) as threads:
             list(threads.map(shard, pending))
-        if part is None:
-            whole.take_over(read=False)
-            whole.commit(cache.statistics, card(spec, cache.index.counts), replace=replace)
+        if isinstance(writer, Whole):
+            writer.take_over(read=False)
+            writer.commit(cache.statistics, card(spec, cache.index.counts), replace=replace)
     return spec
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-from h2t.cache.errors import CacheError
+from h2t.cache.errors import NO_PLACE, CacheError
 
 
 def sync(path: Path) -> None:
@@ -118,7 +118,15 @@ class Staging:
 
     def __enter__(self) -> "Staging":
         with bad_disk_is_one_line(self.root):
-            self.root.mkdir(parents=True, exist_ok=True)
+            try:
+                self.root.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                if error.errno not in NO_PLACE:
+                    raise
+                why = os.strerror(error.errno).lower()
+                raise CacheError(
+                    "unwritable", f"{self.target}: cannot be created ({why}); choose another path"
+                ) from None
             try:
                 handle = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT, 0o644)
             except FileNotFoundError:  # another process published and removed the directory since mkdir

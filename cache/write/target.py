@@ -1,7 +1,8 @@
 """Where a cache is written: a directory or a URL. What both have in common, so that stages need not tell them apart."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ from h2t.cache.errors import CacheError
 from h2t.cache.format.spec import CacheSpec
 from h2t.cache.redaction import redacted
 from h2t.cache.write import parts, remote
-from h2t.cache.write.parts import PartWriter
+from h2t.cache.write.parts import Part, PartWriter
 from h2t.cache.write.remote import RemoteCacheWriter, RemoteStaging, RemoteWriter
 from h2t.cache.write.staging import Staging
 from h2t.cache.write.writer import CacheWriter, committed
@@ -40,6 +41,27 @@ class Target:
 
     def __str__(self) -> str:
         return self.name
+
+    @contextmanager
+    def held(self, part: Part | None) -> Iterator[Any]:
+        """The staging folder, held alone or, for a `part`, beside processes that write others."""
+        with self.staging(shared=part is not None) as staging, staging.holding(part.label) if part else nullcontext():
+            yield staging
+
+    def opened(
+        self, staging: Any, spec: CacheSpec, rows: Any, token: Mapping[str, Any], part: Part | None, *, commit: bool
+    ) -> tuple[Whole | OfPart, list[int]]:
+        """(writer, the shards it has to write), of the `part` or of the whole cache.
+
+        With `commit`, parts have written them: raises CacheError `incomplete` if one is missing.
+        """
+        if part is not None:
+            return self.part(staging, spec, token, part)
+        whole = self.writer(staging, spec, rows, token, read=not commit)  # parts have read theirs
+        pending = whole.pending
+        if commit and pending:
+            raise parts.missing(staging, spec, pending)
+        return whole, pending
 
 
 def target_at(location: str | Path) -> Target:

@@ -78,7 +78,8 @@ def made_by_other_code(root: Path, lock: Mapping[str, Any]) -> Iterator[tuple[st
             before = dict(record["code"])
         except (OSError, ValueError, KeyError, TypeError):  # no run record, or one of a version without digests
             continue
-        named = [key for key in entry.get("params", {}).get("stages.yaml", {}) if "." in key]
+        watched = [keys for file, keys in entry.get("params", {}).items() if Path(file).name == "stages.yaml"]
+        named = [key for keys in watched for key in keys if "." in key]
         start = {f"h2t.pipeline.stages.{stage}", *(f"h2t.pipeline.{key}" for key in named)}
         files = sorted(modules()[m].relative_to(ROOT).as_posix() for m in closure(start))
         changed = [file for file in files if file in before and before[file] != _digest(ROOT / file)]

@@ -16,10 +16,20 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from h2t.cache.errors import NO_PLACE
 from h2t.pipeline.base import code
 from h2t.pipeline.base.errors import CANNOT_WRITE, UserError
 
-NO_PLACE = {errno.EEXIST, errno.ENOTDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP}
+
+@contextmanager
+def creating(out: Path) -> Iterator[None]:
+    """Raises UserError where the block finds no place for `out`: below a file, in /proc, by too long a name."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_PLACE:
+            raise
+        raise UserError(f"{out}: cannot be created ({error.strerror}); give another path") from None
 
 
 @contextmanager
@@ -32,18 +42,14 @@ def fresh_directory(out: Path) -> Iterator[Path]:
     replaced and its target is not. If two processes write the same `out`, the later one wins.
     """
     out = Path(os.path.abspath(out))  # noqa: PTH100 - `resolve` would follow the link that will be replaced
-    if out.is_file() and not out.is_symlink():
+    if out.exists() and not out.is_dir() and not out.is_symlink():  # a device, too
         raise UserError(f"{out}: must be a directory; got a file; give another path or remove the file")
     partial = out.parent / f".{out.name}.partial-{os.getpid()}"
     try:
-        try:
+        with creating(out):
             out.parent.mkdir(parents=True, exist_ok=True)
             _clear_abandoned(out)
             partial.mkdir()
-        except OSError as error:
-            if error.errno not in NO_PLACE:
-                raise
-            raise UserError(f"{out}: cannot be created ({error.strerror}); give another path") from None
         yield partial
         for path in (*partial.rglob("*"), partial):
             _make_durable(path)
@@ -136,8 +142,11 @@ def write_run_record(path: Path, facts: Mapping[str, Any]) -> None:
     """Writes the record of a run (time, machine, commit, `facts`) to `path` in `data/runs`. No stage depends on it.
 
     `load` is the number of processes that wanted a core in the last minute; it tells how far to trust the times.
-    If the record cannot be written, the run still succeeds, and no incomplete record is left.
+    If the record cannot be written, the run still succeeds, and no incomplete record is left. A device such as
+    /dev/null stays what it is.
     """
+    if path.exists() and not path.is_file():
+        return
     partial = path.with_name(f".{path.name}.partial")
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -57,6 +57,8 @@ def init(folder: Path, data: Path, label: str | None, backbone: str | None, weig
     except write.Exists as error:
         raise click.UsageError(str(error)) from None
     choose.check_backbone(backbone, weights)
+    if backbone is not None and weights is not None:
+        choose.check_weights(backbone, weights)
     found = detect.detect(data, label)
     write.check_places(folder, found, data, weights)
     seen = survey.survey(found, headers=check == "headers")

@@ -57,6 +57,7 @@ def plan(
 
     from h2t.cache.memory import available_memory
     from h2t.pipeline.base.device import choose
+    from h2t.pipeline.base.outputs import creating
     from h2t.pipeline.project.plan import Machine, shown
     from h2t.pipeline.project.plan import plan as planned
     from h2t.pipeline.project.rehearsal import rehearse
@@ -65,7 +66,9 @@ def plan(
     if not place.is_dir():
         raise UserError(f"--place: must be a folder; got {place}")
     machine = Machine(available_memory(), shutil.disk_usage(place).free)
-    with TemporaryDirectory(prefix=".h2t-plan-", dir=place) as folder:
+    with creating(place):
+        made = TemporaryDirectory(prefix=".h2t-plan-", dir=place)
+    with made as folder:
         known = rehearse(Path(folder), entry, params, choose(device))
     result = planned(images, machines, known, machine)
     if as_json:

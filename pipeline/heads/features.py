@@ -169,10 +169,6 @@ class FeatureTable:
         """Where the features are stored, which is where `gather` needs the places."""
         return self._values.device
 
-    def take(self, rows: np.ndarray) -> torch.Tensor:
-        """Features of `rows` (..., B) as (..., E, B, C[, H, W]). The table must contain every row."""
-        return self.gather([torch.from_numpy(places).to(self.device) for places in self.find(rows)], rows.shape)
-
     def find(self, rows: np.ndarray) -> list[np.ndarray]:
         """The places of `rows` for `gather`, int64 (n,) each: here, and with a hot set four arrays.
 

@@ -264,7 +264,7 @@ def _check_cache(cache: Cache, context: Context, numbers: int, *, whole: bool) -
         )
     if numbers > 1 and "pool" in cache.spec.fingerprint_inputs:
         raise UserError(
-            f"{cache.files}: the host needs whole maps; got a pooled cache; use the cache that it was made from"
+            f"{cache.files}: this host needs whole maps; got a pooled cache; use the cache that it was made from"
         )
 
 

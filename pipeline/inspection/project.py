@@ -47,8 +47,11 @@ def other_code(root: Path) -> list[Finding]:
     ]
 
 
-def locks(root: Path) -> list[Finding]:
-    """Finds processes at work here, by DVC's locks and those of cache writers, and unfinished caches."""
+def locks(root: Path, here: Path) -> list[Finding]:
+    """Finds processes at work, by DVC's locks in the repository `root` and those of cache writers below `here`/data.
+
+    It finds unfinished caches there, too.
+    """
     findings = []
     lock = root / ".dvc/tmp/lock"
     if lock.is_file() and garbage.locked(lock):
@@ -57,8 +60,8 @@ def locks(root: Path) -> list[Finding]:
         if Path(f"/proc/{process}").exists():
             detail = f"{path} is in use by dvc, process {process}; wait for it or stop it"
             findings.append(Finding("lock", "fault", detail))
-    for staging in sorted((root / "data").rglob(".*.staging")) if (root / "data").is_dir() else []:
-        place = staging.relative_to(root)
+    for staging in sorted((here / "data").rglob(".*.staging")) if (here / "data").is_dir() else []:
+        place = staging.relative_to(here)
         if garbage.held(staging):
             findings.append(Finding("lock", "fault", f"{place}: a cache is being written; wait for it or stop it"))
         else:

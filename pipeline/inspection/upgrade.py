@@ -64,10 +64,9 @@ def upgrade(start: Path, say: Say, *, apply: bool = False) -> Plan:
             partial.write_text(numbers.text(numbers.in_code()), encoding="utf-8")
             replace_file(partial, root / numbers.FILE)
             _add_sections(root)
-            if (root / "dvc.lock").is_file():
-                _write_missing(root, say)
+            written = _write_missing(root, say) if (root / "dvc.lock").is_file() else []
             with _dvc(root) as repo:  # opened again, to read the new stages.yaml
-                _record(repo, set(plan.taken_over))
+                _record(repo, plan.taken_over, written)
             say("wrote stages.yaml and dvc.lock; to run what must run again, type: dvc repro")
     return plan
 
@@ -85,13 +84,11 @@ def _add_sections(root: Path) -> None:
         replace_file(partial, path)
 
 
-def _write_missing(root: Path, say: Say) -> None:
-    """Writes what stages depend on and older versions did not write, where it is missing, and records it as done.
+def _write_missing(root: Path, say: Say) -> list[str]:
+    """Writes what stages depend on and older versions did not write, where it is missing; returns the stages.
 
     That are the digests of the inputs, and those of replicates where there are none but 0.
     """
-    from dvc.repo import Repo
-
     from h2t.pipeline.base import params
     from h2t.pipeline.base.run import Run
     from h2t.pipeline.inspection import settings
@@ -100,19 +97,17 @@ def _write_missing(root: Path, say: Say) -> None:
     with contextlib.chdir(root):
         values = params.load(Path("params.yaml"))
         settings.check(values)
-        targets: list[str] = []
+        written: list[str] = []
         if not INPUTS.exists():
             Path("inputs").mkdir(exist_ok=True)
             for name in values["inputs"]:
                 watch.run(name, values["inputs"], Path("inputs", f"{name}.json"), say)
             inputs.run(values, Path("inputs"), INPUTS, say)
-            targets += [*(f"watch@{name}" for name in values["inputs"]), "inputs"]
+            written += [*(f"watch@{name}" for name in values["inputs"]), "inputs"]
         if not REPLICATES.exists() and values["replicates"] == DEFAULTS["replicates"]:
             replicates.run(values, Run("replicates", REPLICATES, say=say), INPUTS)
-            targets.append("replicates")
-        with Repo(str(root)) as repo:
-            for target in targets:
-                repo.commit(target, force=True)
+            written.append("replicates")
+    return written
 
 
 @contextmanager
@@ -280,10 +275,19 @@ def _is_stale(stage: Any, recorded: Mapping[str, Any], code: numbers.Numbers) ->
     return False
 
 
-def _record(repo: Any, names: set[str]) -> None:
-    """Records the stages `names` as done in dvc.lock, with their parameters and dependencies as they are now."""
-    stages = [stage for stage in repo.index.stages if stage.addressing in names]
-    for stage in stages:
+def _record(repo: Any, kept: list[str], written: list[str]) -> None:
+    """Records stages as done in dvc.lock, with their parameters and dependencies as they are now.
+
+    The outputs of `kept` ones stay as recorded; those of `written` ones are stored, as `dvc commit` does. The lock file
+    is written once, at the end: with thousands of lines DVC takes seconds to read and write it. A kill before leaves
+    the old one, and `dvc repro` then runs the `written` ones again.
+    """
+    known = {stage.addressing: stage for stage in repo.index.stages}
+    stages = [known[name] for name in (*written, *kept)]
+    for stage in stages[: len(written)]:
+        stage.save()
+        stage.commit()
+    for stage in stages[len(written) :]:
         for dep in stage.deps:
             if hasattr(dep, "params") or not dep.hash_info:
                 dep.save()

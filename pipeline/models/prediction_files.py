@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from h2t.pipeline.base.errors import UserError
-from h2t.pipeline.base.outputs import replace_file
+from h2t.pipeline.base.outputs import creating, replace_file
 
 COLUMNS = pa.schema({"image": pa.string(), "rank": pa.int64(), "class": pa.string(), "confidence": pa.float64()})
 TEXT = ("csv", "json", "jsonl")
@@ -52,12 +52,20 @@ def check(path: Path) -> None:
     if path.is_dir() or not path.parent.is_dir():
         what = "a file; got a folder" if path.is_dir() else "in a folder that exists"
         raise UserError(f"{path}: must be {what}; give another path")
+    with creating(path):
+        _partial(path).touch()
+        _partial(path).unlink()
+
+
+def _partial(path: Path) -> Path:
+    """The unfinished file, which becomes `path`."""
+    return path.with_name(f".{path.name}.partial")
 
 
 @contextmanager
 def as_file(path: Path) -> Iterator[Write]:
     """A function that writes lines to the file `path`, which appears when the block has succeeded."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = _partial(path)
     try:
         if path.suffix == ".parquet":
             with pq.ParquetWriter(partial, COLUMNS, compression="zstd") as table:

@@ -82,6 +82,8 @@ def load_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint file; name one that exists") from None
     except pickle.UnpicklingError:
+        if not _begins_as_checkpoint(path):
+            raise UserError(f"{path}: not a readable checkpoint (a file of another kind); name the weights") from None
         raise UserError(
             f"{path}: refused, it holds more than tensors, and loading it could run code; save model.state_dict()"
         ) from None
@@ -90,6 +92,12 @@ def load_checkpoint(path: Path) -> dict[str, torch.Tensor]:
         reason = str(error).splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path}: not a readable checkpoint ({reason}); save or download it again") from None
     return state_dict_in(content, path)
+
+
+def _begins_as_checkpoint(path: Path) -> bool:
+    """Whether the file begins as a zip file or a pickle does; others are texts, web pages, files of other programs."""
+    with path.open("rb") as file:
+        return file.read(2).startswith((b"PK", b"\x80"))
 
 
 def state_dict_in(content: Any, path: Path) -> dict[str, torch.Tensor]:

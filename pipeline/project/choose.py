@@ -174,6 +174,16 @@ def check_backbone(backbone: str | None, weights: Path | None = None) -> None:
         )
 
 
+def check_weights(backbone: str, weights: Path) -> None:
+    """Raises UserError unless the file `weights` holds weights of `backbone`, PLUG-IN or PLUG-IN:MODEL."""
+    from h2t.pipeline.base.params import build
+    from h2t.pipeline.stages import train_backbone
+
+    _, entry = _network(backbone, weights, 0)
+    asked = f"--weights {weights} for --backbone {backbone}"
+    train_backbone.check_weights(build(train_backbone.Params, "--backbone", entry), weights.expanduser(), asked)
+
+
 def _takes_any_size(backbone: str | None) -> bool:
     """Whether the images' size is to be chosen: the network states none, and has no weights that were made with one."""
     if backbone is None:

@@ -53,6 +53,7 @@ MOST_IMAGES = 32_768  # of a larger run
 REPEATS = 5  # of short runs, of which the fastest counts
 LONG_REPEATS = 3  # of longer ones
 FILLED = 512 * 2**20  # bytes of maps in the larger cache that repeats them; the smaller has an eighth
+MOST_FILLED = 131_072  # images of the larger cache; small maps would take millions to fill it
 SMALLER = 8
 SHARDS = 8  # of each of them, so that the threads of verify and pooling have work
 MOST_REPEATED = 16 * 2**20  # bytes of each expert's maps that are repeated
@@ -223,7 +224,7 @@ def rehearse(
     with open_cache(extracted) as cache:
         spec, images = cache.spec, len(set(cache.rows["sample"].to_pylist()))
     room = min(filled, int(DISK_SHARE * shutil.disk_usage(folder).free))
-    large = max(SMALLER * 2 * CLASSES, room * images // spec.value_bytes)
+    large = max(SMALLER * 2 * CLASSES, min(MOST_FILLED, room * images // spec.value_bytes))
     sizes = (large // SMALLER, large)
     caches = [stage.filled(extracted, size) for size in sizes]
     checked = [min(stage.verify(cache) for _ in range(REPEATS)) for cache in caches]

@@ -17,6 +17,7 @@ import yaml
 from h2t.cache.write.staging import write_durably
 from h2t.pipeline.base import numbers, plugins
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.outputs import creating
 from h2t.pipeline.base.params import check_path
 from h2t.pipeline.project.choose import Settings
 from h2t.pipeline.project.detect import Found
@@ -155,7 +156,8 @@ def write(folder: Path, files: dict[str, str], found: Found, weights: Path | Non
     Raises Exists before anything is written if a file is there already with other content.
     """
     check_free(folder, files)
-    folder.mkdir(parents=True, exist_ok=True)
+    with creating(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     here = _absolute(folder)
     places = _places(found, weights).values()
     inside = [_pattern(place.relative_to(here)) for place in places if place.is_relative_to(here)]

@@ -21,7 +21,7 @@ from h2t.cache.write.staging import Staging
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.run import Say
 from h2t.pipeline.base.text import counted
-from h2t.pipeline.sharing.repository import config_of, git, in_one_line, repository
+from h2t.pipeline.sharing.repository import config_of, git, in_one_line, project, repository
 
 STAGING = re.compile(r"\.(?P<target>.+?)\.staging(\.done)?")
 LEFT_BY_PROCESS = re.compile(r"\..+\.(partial|pulled)-(?P<process>\d+)")
@@ -51,7 +51,7 @@ def collect_garbage(start: Path, say: Say, *, apply: bool, alone: bool = False) 
         said += 1
         say(text)
 
-    removable = _clear_unfinished(root, tell, apply=apply, alone=alone)
+    removable = _clear_unfinished(project(start), tell, apply=apply, alone=alone)
     with in_one_line("dvc gc"), Repo(str(root)) as repo:
         objects = _unused(repo)
         size = sum(path.stat().st_size for path in objects)

@@ -58,6 +58,18 @@ def repository(start: Path) -> Path:
     raise UserError(f"{start}: not inside a DVC repository; change to one, or type: dvc init")
 
 
+def project(start: Path) -> Path:
+    """The project that contains `start`: the nearest folder above with a dvc.yaml, inside the repository.
+
+    A repository may hold several, each with a dvc.lock of its own. Without any dvc.yaml it is the root. Raises
+    UserError outside a repository.
+    """
+    root = repository(start)
+    folders = (start.resolve(), *start.resolve().parents)
+    inside = (folder for folder in folders if folder.is_relative_to(root))
+    return next((folder for folder in inside if (folder / "dvc.yaml").is_file()), root)
+
+
 def config_of(root: Path) -> Mapping[str, Any]:
     """DVC's configuration, all levels merged. It may hold secrets: never print it. Raises UserError."""
     from dvc.config import Config, ConfigError
@@ -122,8 +134,9 @@ def outs(root: Path) -> list[Out]:
         ]
 
 
-def dvc_cache(root: Path) -> Path:
-    """The folder of DVC's cache, by the configuration of all levels."""
+def dvc_cache(start: Path) -> Path:
+    """The folder of DVC's cache for the repository around `start`, by the configuration of all levels."""
+    root = repository(start)
     return Path(config_of(root).get("cache", {}).get("dir") or root / ".dvc/cache")
 
 

@@ -10,7 +10,6 @@ import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,7 +130,7 @@ def run(
         run.say(f"note: {run.name}: groups of more than {MOST_GROUPED:,} test images are not kept for intervals")
     if previous is not None and kept:
         origin = {**origin, "statistics_from": previous.spec.fingerprint}
-    with target.staging(shared=part is not None) as staging, staging.holding(part.label) if part else nullcontext():
+    with target.held(part) as staging:
         existing = target.committed()
         if existing is not None and _same(existing, inputs, params, names, len(rows), kept, origin):
             run.say(f"{run.name}: {target} already holds this cache ({counted(existing.rows, 'row')}); nothing to do")
@@ -154,14 +153,7 @@ def run(
         statistics = _statistics(staging, names, kept, estimate, {**inputs, "settings": settings})
         inputs["batchnorm"]["statistics"] = sha256(statistics)
         spec = _spec(params, backbone, samples, len(rows), inputs, {**settings, **origin}, run.device)
-        writer: Whole | OfPart
-        if part is not None:
-            writer, pending = target.part(staging, spec, settings, part)
-        else:
-            writer = whole = target.writer(staging, spec, rows, settings, read=not commit)  # parts have read theirs
-            pending = whole.pending
-            if commit and pending:
-                raise parts.missing(staging, spec, pending)
+        writer, pending = target.opened(staging, spec, rows, settings, part, commit=commit)
         _announce(spec, run, pending, part, target)
         todo = {shard: np.array(spec.shard_range(shard)) for shard in pending}
         carrier = None
@@ -184,9 +176,9 @@ def run(
                 f"{run.name}: the backbone's weights must not change during extraction; got other weights at its end; "
                 f"make its forward pass leave its parameters alone; if {backbone_dir} was written anew, extract again"
             )
-        if part is None:
-            whole.take_over(read=False)
-            whole.commit(statistics, card(spec, rows.plan.counts), replace=replace)
+        if isinstance(writer, Whole):
+            writer.take_over(read=False)
+            writer.commit(statistics, card(spec, rows.plan.counts), replace=replace)
     forwarded = sum(len(numbers) for numbers in todo.values())
     taken = sum(len(spec.shard_range(shard)) for shard in pending) - forwarded
     if part is not None:

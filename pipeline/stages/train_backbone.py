@@ -106,13 +106,7 @@ def run(params: Params, run: Run, samples: Samples, images: Images, cache: Cache
     counts = torch.tensor(samples.counts)
     with torch.random.fork_rng():
         torch.manual_seed(torch_seed(run.seed, "stage1", "initial"))
-        options = build(arch.Options, f"{where}.options", params.options)
-        stated = params.input
-        if hasattr(arch, "resolved"):
-            options = arch.resolved(options)
-        if hasattr(arch, "input"):
-            stated = chosen(arch.input(options), params.input)
-        backbone = build_backbone(arch, options, stated.size)
+        options, stated, backbone = _network(params, arch, where)
         loss = build(objectives.Loss, f"{where}.loss", params.loss)
         objective: Objective = objectives.Objective(loss, features_of(backbone), backbone.experts, counts)
     about = {
@@ -165,6 +159,23 @@ def run(params: Params, run: Run, samples: Samples, images: Images, cache: Cache
             save.clear()
         epochs = counted(params.epochs, "epoch")
         run.say(f"{run.name}: {epochs}, loss {last['loss']:.3f}, training accuracy {last['accuracy']:.1f} %")
+
+
+def _network(params: Params, arch: ModuleType, where: str) -> tuple[Section, Input, Backbone]:
+    """(options, input, the network with initial weights) of the plug-in `arch`, by the entry `where`."""
+    options = build(arch.Options, f"{where}.options", params.options)
+    stated = params.input
+    if hasattr(arch, "resolved"):
+        options = arch.resolved(options)
+    if hasattr(arch, "input"):
+        stated = chosen(arch.input(options), params.input)
+    return options, stated, build_backbone(arch, options, stated.size)
+
+
+def check_weights(params: Params, file: Path, key: str) -> None:
+    """Raises UserError, naming `key`, unless `file` holds weights of the network of `params`."""
+    _, _, backbone = _network(params, plugins.load("backbones", params.arch), key)
+    _load(load_checkpoint(file), key, backbone, None)
 
 
 def _check_two_batches(params: Params, where: str, backbone: Backbone) -> None:

@@ -5,7 +5,8 @@ its settings; the host's settings in the schema's metadata), `history.parquet` (
 `folds`, `folds.parquet` (how well each setting does on held-out training samples).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -50,7 +51,8 @@ def run(
     from its last saved step. Raises UserError for settings or caches that do not fit.
     """
     replicates = [Replicate(0, cache, backbone_dir), *further]
-    done = [_replicate(params, run, residency, replicate) for replicate in replicates]
+    with _named(f"hosts.{run.name}"):
+        done = [_replicate(params, run, residency, replicate) for replicate in replicates]
     with fresh_directory(run.out) as into:
         for replicate, found in zip(replicates, done, strict=True):
             found.write(replicate.inside(into))
@@ -60,6 +62,17 @@ def run(
             Checkpoint(_out_of_fold(place, number), "").clear()
         Checkpoint(place, "").clear()
     return together([each.made.summary for each in done])
+
+
+@contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Errors of one host among many name its entry, `where`."""
+    try:
+        yield
+    except UserError as error:
+        if where in str(error):
+            raise
+        raise UserError(f"{where}: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 from h2t.cache.sizes import sized
 from h2t.pipeline.base.errors import UserError, nearest
-from h2t.pipeline.base.outputs import write_json
+from h2t.pipeline.base.outputs import creating, write_json
 from h2t.pipeline.base.text import counted
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
@@ -29,8 +29,9 @@ def run(name: str, inputs: Mapping[str, str], out: Path, say: Callable[[str], No
             f"inputs: no input {name!r}{nearest(name, inputs)}; add it to the parameters: inputs: {{{name}: PATH}}"
         )
     found = facts(name, inputs)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, found)
+    with creating(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(out, found)
     say(f"{name}: {counted(found['files'], 'file')}, {sized(found['bytes'])}")
 
 

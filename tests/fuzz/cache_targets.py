@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from builders import make_rows, make_spec
+from builders import make_rows, make_spec, table_bytes, table_in
 from fuzz import mutation
 from fuzz.oracle import Finding
 from fuzz.target import Parse, Target
@@ -19,7 +19,6 @@ from fuzz.target import Parse, Target
 from h2t.cache.errors import CacheError
 from h2t.cache.format import shard
 from h2t.cache.format.codecs import CODECS, codec
-from h2t.cache.format.rows import from_bytes, to_bytes
 from h2t.cache.format.spec import CacheSpec, canonical_json, parse_record, sha256
 
 NAMES = ["cache.json", "rows.parquet", "maps.zarr/expert_0/c.0.0.0.0", "maps.zarr/zarr.json", "../up", "/etc/passwd"]
@@ -76,7 +75,7 @@ def _open_record(folder: Path) -> Parse:
 
 
 def _rows_seeds() -> list[bytes]:
-    return [struct.pack("<I", n) + to_bytes(make_rows(n)) for n in (1, 3, 11)]
+    return [struct.pack("<I", n) + table_bytes(make_rows(n)) for n in (1, 3, 11)]
 
 
 def _parquet(table: pa.Table, random: Random) -> bytes:
@@ -145,7 +144,7 @@ def _mutated_rows(data: bytes, random: Random) -> bytes:
 def _open_rows(folder: Path) -> Parse:
     def parse(data: bytes) -> object:
         expected = int.from_bytes(data[:4], "little")
-        table = from_bytes(data[4:], expected)
+        table = table_in(data[4:], expected)
         if len(table) != expected or any(column.null_count for column in table.columns):
             raise Finding(f"{len(table)} rows where {expected} were asked for, or missing values")
         return table.to_pylist() if expected < 1000 else table
@@ -220,7 +219,7 @@ TARGETS = [
         "record", "cache/format/spec.py: parse_record", _open_record, _record_seeds, mutation.mostly(_mutated_record)
     ),
     Target(
-        "rows", "cache/format/rows.py: from_bytes", _open_rows, _rows_seeds, mutation.mostly(_mutated_rows, 0.95), 16384
+        "rows", "cache/format/rows.py: read_table", _open_rows, _rows_seeds, mutation.mostly(_mutated_rows, 0.95), 16384
     ),
     Target("index", "cache/format/shard.py: parse_index", _open_index, _index_seeds, mutation.mostly(_mutated_index)),
     Target("chunk", "cache/format/codecs.py: decode", _open_chunk, _chunk_seeds, mutation.raw),

@@ -166,6 +166,13 @@ def test_it_says_what_another_number_concerns_and_why(upgraded):
     accepted("prepare", "out")
 
 
+def test_it_only_looks_where_nothing_can_be_written(project):
+    """DVC's lock takes a folder that can be written; another process that holds it is in the way alike."""
+    with Repo(str(project)) as repo, repo.lock:
+        assert "nothing was written" in accepted("upgrade")
+        assert "lock" in refused("upgrade", "--apply", code=1)
+
+
 def test_data_that_differ_are_not_taken_over(project):
     path = project / "data/train_backbone/few/backbone.safetensors"
     path.write_bytes(path.read_bytes() + b"x")

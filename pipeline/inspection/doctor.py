@@ -39,6 +39,7 @@ def examine(start: Path, params_file: Path, *, full: bool = False) -> list[Findi
     known = {f.place for f in caches if f.state == "fault"}
     checks: dict[str, Callable[[], list[Finding]]] = {
         "numbers": lambda: project.stage_numbers(root),
+        "owner": lambda: project.owner(root),
         "locks": lambda: project.locks(root),
         "links": lambda: storage.links(root),
         "queue": lambda: project.queue(root, params_file),

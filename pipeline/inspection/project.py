@@ -67,6 +67,16 @@ def locks(root: Path) -> list[Finding]:
     return findings or [Finding("lock", "ok", "no process is at work here")]
 
 
+def owner(root: Path) -> list[Finding]:
+    """Finds a repository of another user, in which git reads nothing unless it is told to."""
+    try:
+        repository.git("rev-parse", "--git-dir", where=root)
+    except UserError as error:
+        if "safe.directory" in str(error):
+            return [Finding("owner", "fault", str(error))]
+    return []
+
+
 def _rwlock(root: Path) -> Iterator[tuple[str, int]]:
     """Yields (output, process id) of what running stages write. Their long lists of inputs are left out."""
     with suppress(OSError, ValueError, AttributeError, TypeError, KeyError):

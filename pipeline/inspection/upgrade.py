@@ -52,7 +52,7 @@ def upgrade(start: Path, say: Say, *, apply: bool = False) -> Plan:
     """
     root = repository(start)
     with in_one_line("dvc"):
-        with _dvc(root) as repo:
+        with _dvc(root, alone=apply) as repo:
             plan = _plan(root, repo)
         _say(plan, say)
         if not plan.numbers and not plan.taken_over:
@@ -66,7 +66,7 @@ def upgrade(start: Path, say: Say, *, apply: bool = False) -> Plan:
             _add_sections(root)
             if (root / "dvc.lock").is_file():
                 _write_missing(root, say)
-            with _dvc(root) as repo:  # opened again, to read the new stages.yaml
+            with _dvc(root, alone=True) as repo:  # opened again, to read the new stages.yaml
                 _record(repo, set(plan.taken_over))
             say("wrote stages.yaml and dvc.lock; to run what must run again, type: dvc repro")
     return plan
@@ -116,11 +116,11 @@ def _write_missing(root: Path, say: Say) -> None:
 
 
 @contextmanager
-def _dvc(root: Path) -> Iterator[Any]:
-    """The repository as a DVC object, locked against other DVC commands."""
+def _dvc(root: Path, *, alone: bool) -> Iterator[Any]:
+    """The repository as a DVC object; with `alone`, locked against other DVC commands, which writes."""
     from dvc.repo import Repo
 
-    with Repo(str(root)) as repo, repo.lock:
+    with Repo(str(root)) as repo, repo.lock if alone else contextlib.nullcontext():
         yield repo
 
 

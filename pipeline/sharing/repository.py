@@ -1,6 +1,8 @@
 """The DVC repository around a folder: git, DVC's configuration and remotes, and the outputs in `dvc.lock`."""
 
 import os
+import re
+import shlex
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -24,8 +26,19 @@ def git(*arguments: str, where: Path) -> str:
         raise UserError("git: not installed; install git and run again") from None
     if done.returncode:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["no reason given"]
-        raise UserError(f"git {arguments[0]}: {redacted(lines[0])}")
+        raise _not_trusted(lines[0], where) or UserError(f"git {arguments[0]}: {redacted(lines[0])}")
     return done.stdout
+
+
+def _not_trusted(message: str, where: object) -> UserError | None:
+    """The error for a repository of another user, which git and dulwich refuse with these words; otherwise None."""
+    if not any(words in message for words in ("dubious ownership", "not owned by current user")):
+        return None
+    place = re.findall(r"'([^']+)'", message)[-1:] or [where]
+    return UserError(
+        f"git: {place[0]} belongs to another user; if you trust what is there, type: "
+        f"git config --global --add safe.directory {shlex.quote(str(place[0]))}"
+    )
 
 
 @contextmanager
@@ -47,7 +60,8 @@ def in_one_line(what: str) -> Iterator[None]:
     except Exception as error:  # noqa: BLE001 - every protocol raises its own
         # S3 gives numbers of disk errors to errors of its own, with other words.
         here = isinstance(error, OSError) and error.errno is not None and error.strerror == os.strerror(error.errno)
-        raise UserError(f"{what}: {(of_the_machine(error) if here else None) or redacted(in_brief(error))}") from None
+        known = of_the_machine(error) if here or isinstance(error, RuntimeError) else None
+        raise _not_trusted(str(error), what) or UserError(f"{what}: {known or redacted(in_brief(error))}") from None
 
 
 def repository(start: Path) -> Path:

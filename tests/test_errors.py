@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,14 @@ def test_a_user_whose_home_is_not_known_is_told_what_to_set(monkeypatch, tmp_pat
         with pytest.raises(RuntimeError) as error:
             ask()
         assert str(of_the_machine(error.value)).startswith("HOME: must name your home folder")
+
+
+def test_who_has_no_folder_for_temporary_files_is_told_what_to_set(monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc/nowhere"])
+    with pytest.raises(FileNotFoundError) as error:
+        tempfile.gettempdir()
+    assert str(of_the_machine(error.value)).startswith("TMPDIR: must name a folder that can be written")
 
 
 def test_torch_names_the_memory_that_it_does_not_get():

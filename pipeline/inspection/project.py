@@ -50,7 +50,7 @@ def other_code(root: Path) -> list[Finding]:
 def locks(root: Path) -> list[Finding]:
     """Finds processes at work here, by DVC's locks and those of cache writers, and unfinished caches."""
     findings = []
-    lock = root / ".dvc/tmp/lock"
+    lock = repository.dvc_folder(root) / "tmp/lock"
     if lock.is_file() and garbage.locked(lock):
         findings.append(Finding("lock", "fault", "another dvc command holds .dvc/tmp/lock; wait for it or stop it"))
     for path, process in sorted(_rwlock(root)):
@@ -80,7 +80,7 @@ def owner(root: Path) -> list[Finding]:
 def _rwlock(root: Path) -> Iterator[tuple[str, int]]:
     """Yields (output, process id) of what running stages write. Their long lists of inputs are left out."""
     with suppress(OSError, ValueError, AttributeError, TypeError, KeyError):
-        locks = json.loads((root / ".dvc/tmp/rwlock").read_text(encoding="utf-8") or "{}")
+        locks = json.loads((repository.dvc_folder(root) / "tmp/rwlock").read_text(encoding="utf-8") or "{}")
         for path, holder in locks.get("write", {}).items():
             name = Path(path).relative_to(root) if Path(path).is_relative_to(root) else Path(path).name
             yield str(name), int(holder["pid"])

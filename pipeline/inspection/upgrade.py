@@ -51,7 +51,7 @@ def upgrade(start: Path, say: Say, *, apply: bool = False) -> Plan:
     Raises UserError outside a DVC repository, and if dvc.yaml watches no numbers.
     """
     root = repository(start)
-    with in_one_line("dvc"):
+    with in_one_line("dvc"), contextlib.chdir(root):  # DVC names stages of other folders by their path from here
         with _dvc(root, alone=apply) as repo:
             plan = _plan(root, repo)
         _say(plan, say)
@@ -135,7 +135,7 @@ def _plan(root: Path, repo: Any) -> Plan:
     plan = Plan(changed)
     lock = locked_stages(root)
     watched = False
-    for stage in sorted(repo.index.stages, key=lambda s: str(s.addressing)):
+    for stage in sorted(_stages(root, repo), key=lambda s: str(s.addressing)):
         watched |= any(_is_params(dep, numbers.FILE) for dep in stage.deps)
         recorded = lock.get(stage.addressing)
         if recorded is None:  # never run
@@ -148,6 +148,11 @@ def _plan(root: Path, repo: Any) -> Plan:
     if lock and not watched:
         raise UserError("dvc.yaml: watches no numbers of stages.yaml; replace it by the dvc.yaml of this version first")
     return plan
+
+
+def _stages(root: Path, repo: Any) -> list[Any]:
+    """The stages of the project at `root`; DVC's repository may hold others."""
+    return [stage for stage in repo.index.stages if Path(stage.path) == root / "dvc.yaml"]
 
 
 def _is_params(dep: Any, name: str | Path) -> bool:

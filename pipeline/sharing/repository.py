@@ -65,10 +65,20 @@ def in_one_line(what: str) -> Iterator[None]:
 
 
 def repository(start: Path) -> Path:
-    """The root of the DVC repository that contains `start`. Raises UserError if there is none."""
+    """The project that contains `start`: the nearest folder with a dvc.yaml, or else the root of the DVC repository.
+
+    One DVC repository can hold several projects. Raises UserError if there is none.
+    """
+    top = dvc_folder(start).parent
+    within = [folder for folder in (start.resolve(), *start.resolve().parents) if folder.is_relative_to(top)]
+    return next((folder for folder in within if (folder / "dvc.yaml").is_file()), top)
+
+
+def dvc_folder(start: Path) -> Path:
+    """The folder `.dvc` of the repository that contains `start`. Raises UserError if there is none."""
     for folder in (start.resolve(), *start.resolve().parents):
         if (folder / ".dvc").is_dir():
-            return folder
+            return folder / ".dvc"
     raise UserError(f"{start}: not inside a DVC repository; change to one, or type: dvc init")
 
 
@@ -77,7 +87,7 @@ def config_of(root: Path) -> Mapping[str, Any]:
     from dvc.config import Config, ConfigError
 
     try:
-        return dict(Config(dvc_dir=str(root / ".dvc")))
+        return dict(Config(dvc_dir=str(dvc_folder(root))))
     except ConfigError as error:
         raise UserError(f".dvc/config: not readable ({' '.join(str(error).split())}); correct it") from None
 
@@ -138,7 +148,7 @@ def outs(root: Path) -> list[Out]:
 
 def dvc_cache(root: Path) -> Path:
     """The folder of DVC's cache, by the configuration of all levels."""
-    return Path(config_of(root).get("cache", {}).get("dir") or root / ".dvc/cache")
+    return Path(config_of(root).get("cache", {}).get("dir") or dvc_folder(root) / "cache")
 
 
 def caches(root: Path) -> list[Path]:

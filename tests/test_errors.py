@@ -1,6 +1,7 @@
 """What the machine lacks is one line; a bug stays a traceback."""
 
 import errno
+import getpass
 import os
 import resource
 import subprocess
@@ -37,15 +38,18 @@ def test_what_the_machine_lacks_is_one_line(error, line):
     assert str(of_the_machine(error)).startswith(line)
 
 
-def test_a_user_whose_home_is_not_known_is_told_what_to_set(monkeypatch, tmp_path):
+def test_a_user_whom_the_system_does_not_know_is_told_what_to_set(monkeypatch, tmp_path):
     """As in a container that runs under a number of a user that it does not know."""
-    for name in ("HOME", "XDG_CONFIG_HOME"):
+    for name in ("HOME", "XDG_CONFIG_HOME", "LOGNAME", "USER", "LNAME", "USERNAME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "getuid", lambda: 2**31 - 2)
     for ask in (Path.home, lambda: user_config_dir("dvc")):
         with pytest.raises(RuntimeError) as error:
             ask()
         assert str(of_the_machine(error.value)).startswith("HOME: must name your home folder")
+    with pytest.raises((KeyError, OSError)) as error:
+        getpass.getuser()
+    assert str(of_the_machine(error.value)).startswith("USER: must be set")
 
 
 def test_who_has_no_folder_for_temporary_files_is_told_what_to_set(monkeypatch):

@@ -726,6 +726,14 @@ def test_doctor_names_a_planted_fault_and_nothing_else(healthy, monkeypatch, pla
     assert invoke("doctor").exit_code == 1
 
 
+def test_doctor_knows_that_dvc_needs_a_name_of_the_user(healthy, monkeypatch):
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 2)
+    assert faults(healthy)["owner"].endswith("type: export USER=NAME")
+    assert "type: export USER=NAME" in refused("cache", "publish", code=1)
+
+
 def test_full_examination_finds_a_flipped_bit(healthy):
     rewrite(healthy / "a/data/extract/b/maps.zarr/expert_0/c.1.0.0.0", last_bit_flipped)
     assert "cache" not in faults(healthy)

@@ -1,5 +1,6 @@
 """Checks of `h2t doctor` on the state of the project: numbers, code, running processes, paths for the queue."""
 
+import getpass
 import json
 import os
 from collections.abc import Iterator
@@ -68,7 +69,11 @@ def locks(root: Path) -> list[Finding]:
 
 
 def owner(root: Path) -> list[Finding]:
-    """Finds a repository of another user, in which git reads nothing unless it is told to."""
+    """Finds a user without a name, and a repository of another user, in which git reads nothing unless told to."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        return [Finding("owner", "fault", "the system has no name for this user, which DVC needs", "export USER=NAME")]
     try:
         repository.git("rev-parse", "--git-dir", where=root)
     except UserError as error:

@@ -104,3 +104,13 @@ def test_settings_come_from_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("H2T_BLOCK_CACHE_BYTES", "8 GB")
     with pytest.raises(ValueError, match="a number of bytes expected; got '8 GB'"):
         from_environment()
+
+
+def test_a_user_without_a_home_folder_keeps_no_blocks(monkeypatch, tmp_path):
+    """As in a container that runs under a number of a user that it does not know."""
+    for name in ("HOME", "XDG_CACHE_HOME", "H2T_BLOCK_CACHE", "H2T_BLOCK_CACHE_BYTES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 2)
+    assert from_environment() is None
+    monkeypatch.setenv("H2T_BLOCK_CACHE", str(tmp_path))
+    assert from_environment().folder == tmp_path

@@ -48,6 +48,15 @@ def test_info(cache_dir):
         assert part in text
 
 
+def test_info_cuts_what_thousands_of_classes_are_called(cache_dir):
+    names = [f"class {number}" for number in range(8142)]
+    make_cache(cache_dir, provenance={"classes": names})
+    (shown,) = [line for line in lines("info", cache_dir) if "class 7" in line]
+    assert len(shown) < 1100
+    assert shown.endswith(f"... (--json shows all {len(json.dumps(names)):,} characters)")
+    assert json.loads("".join(lines("info", "--json", cache_dir)))["provenance"]["classes"] == names
+
+
 def test_info_json(cache_dir):
     make_cache(cache_dir)
     about = json.loads("".join(lines("info", "--json", cache_dir)))

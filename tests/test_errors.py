@@ -1,13 +1,18 @@
 """What the machine lacks is one line; a bug stays a traceback."""
 
 import errno
+import getpass
+import os
 import resource
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 from pipeline_builders import environment, invoke, make_samples, write_params
+from platformdirs import user_config_dir
 
 from h2t.pipeline.base.errors import of_the_machine
 
@@ -31,6 +36,28 @@ LACKS = {
 @pytest.mark.parametrize(("error", "line"), LACKS.values(), ids=LACKS)
 def test_what_the_machine_lacks_is_one_line(error, line):
     assert str(of_the_machine(error)).startswith(line)
+
+
+def test_a_user_whom_the_system_does_not_know_is_told_what_to_set(monkeypatch, tmp_path):
+    """As in a container that runs under a number of a user that it does not know."""
+    for name in ("HOME", "XDG_CONFIG_HOME", "LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 2)
+    for ask in (Path.home, lambda: user_config_dir("dvc")):
+        with pytest.raises(RuntimeError) as error:
+            ask()
+        assert str(of_the_machine(error.value)).startswith("HOME: must name your home folder")
+    with pytest.raises((KeyError, OSError)) as error:
+        getpass.getuser()
+    assert str(of_the_machine(error.value)).startswith("USER: must be set")
+
+
+def test_who_has_no_folder_for_temporary_files_is_told_what_to_set(monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc/nowhere"])
+    with pytest.raises(FileNotFoundError) as error:
+        tempfile.gettempdir()
+    assert str(of_the_machine(error.value)).startswith("TMPDIR: must name a folder that can be written")
 
 
 def test_torch_names_the_memory_that_it_does_not_get():

@@ -51,6 +51,22 @@ def here(lab, monkeypatch, tmp_path):
     return lab
 
 
+def test_a_project_below_the_root_of_its_repository_has_its_own_results(here, tmp_path, monkeypatch):
+    top, root = tmp_path / "top", tmp_path / "top/deep/project"
+    start_repository(top.parent, "stages: {}", []).rename(top)
+    shutil.copytree(here / "a/made", root / "made")
+    (root / "data/evaluate").mkdir(parents=True)
+    for name in ("dvc.yaml", "params.yaml"):
+        shutil.copy(here / "a" / name, root / name)
+    monkeypatch.chdir(root)
+    dvc("repro", where=root)
+    git("add", ".", where=top)
+    git("commit", "--quiet", "--message=project", where=top)
+    found = table_of(accepted("report", "--compare", "HEAD", here / "one/evaluate"))
+    assert found == table_of(accepted("report", "--compare", root / "data/evaluate", here / "one/evaluate"))
+    assert len(found) == 3
+
+
 def test_two_revisions_are_the_two_folders(here, tmp_path):
     folders = accepted("report", "--compare", here / "one/evaluate", here / "two/evaluate")
     found = accepted("report", "--compare", "one", "HEAD", tmp_path / "both")

@@ -525,6 +525,16 @@ def test_gc_clears_no_data_folder_outside_of_the_repository(lab):
     assert (lab / "elsewhere/extract/.x.partial-999999999").exists()
 
 
+def test_a_repository_of_another_user_is_one_line(two_clones, monkeypatch):
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # git's own switch
+    line = refused("cache", "gc", code=1)
+    assert line.endswith(f"type: git config --global --add safe.directory {Path.cwd()}\n")
+    words = "/x/.git/: repository path '/x y' is not owned by current user"  # those of libgit2, which DVC asks
+    says = r"^git: /x y belongs .* safe\.directory '/x y'$"
+    with pytest.raises(UserError, match=says), repository.in_one_line("dvc"):
+        raise OSError(words)
+
+
 # doctor: each of the faults that can be planted is named, and nothing else is
 
 
@@ -706,9 +716,14 @@ def plant_missing_listing(lab, patch):
     (lab / "a/.dvc/cache/files/md5" / digest[:2] / digest[2:]).unlink()
 
 
+def plant_other_owner(lab, patch):
+    patch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # git's own switch
+
+
 @pytest.mark.parametrize(
     ("plant", "check", "says"),
     [
+        (plant_other_owner, "owner", "type: git config --global --add safe.directory"),
         (plant_missing_file, "cache", "README.md"),
         (plant_dangling_link, "data", "head.safetensors is a link to"),
         (plant_other_size, "data", "type: dvc checkout data/train_backbone/b"),
@@ -743,6 +758,14 @@ def test_doctor_names_a_planted_fault_and_nothing_else(healthy, monkeypatch, pla
     assert says in found[check]
     assert len(found[check].splitlines()) == 1
     assert invoke("doctor").exit_code == 1
+
+
+def test_doctor_knows_that_dvc_needs_a_name_of_the_user(healthy, monkeypatch):
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 2)
+    assert faults(healthy)["owner"].endswith("type: export USER=NAME")
+    assert "type: export USER=NAME" in refused("cache", "publish", code=1)
 
 
 def test_full_examination_finds_a_flipped_bit(healthy):

@@ -174,7 +174,7 @@ def test_gc_calls_nothing_removed_that_stays(read_only):
         ("cache gc", ".dvc/tmp/lock"),
         ("cache gc --apply", "data/extract/.other.staging"),
         ("cache publish", ".dvc/tmp/lock"),
-        ("upgrade", ".dvc/tmp/lock"),
+        ("upgrade --apply", ".dvc/tmp/lock"),
     ],
 )
 def test_a_command_on_a_read_only_disk_says_what_cannot_be_written(read_only, command, place):

@@ -148,3 +148,14 @@ def test_what_another_process_works_in_stays(cache_dir):
         staging.keep("statistics", b"1")
         Staging(cache_dir).clear_remains()
         assert staging.kept("statistics") == b"1"
+
+
+def test_another_user_of_the_group_can_go_on(cache_dir):
+    """Who writes next opens the lock files for writing, so they have the permissions that the umask leaves."""
+    before = os.umask(0o002)
+    try:
+        with Staging(cache_dir, shared=True) as staging, staging.holding("part-1-of-2"):
+            modes = {path.name: oct(path.stat().st_mode & 0o777) for path in staging.root.iterdir()}
+    finally:
+        os.umask(before)
+    assert modes == {"lock": "0o664", "part-1-of-2": "0o664"}

@@ -180,6 +180,36 @@ def test_it_says_what_another_number_concerns_and_why(upgraded):
     accepted("prepare", "out")
 
 
+def test_a_project_below_the_root_of_its_repository_is_the_one_that_is_meant(after, tmp_path, monkeypatch):
+    top = tmp_path / "top"
+    project = shutil.copytree(after, top / "deep/project")
+    for name in (".git", ".dvc", ".dvcignore"):
+        (project / name).rename(top / name)
+    (top / "other").mkdir()
+    (top / "other/dvc.yaml").write_text("stages: {prepare: {cmd: echo 1}}\n")
+    for place in (project, project / "data"):
+        monkeypatch.chdir(place)
+        assert "nothing to change" in accepted("upgrade")
+    with Repo(str(top)) as repo, repo.lock:
+        found = {f.check: str(f) for f in examine(project, project / "params.yaml")}
+    assert ".dvc/tmp/lock" in found["lock"]
+    assert "nothing was run yet" not in found["data"]
+    assert "links" in found
+    assert found["cache"].startswith("ok")
+    monkeypatch.chdir(project)
+    path = project / "stages.yaml"
+    path.write_text(path.read_text().replace("extract: 2026112601", "extract: 2026112507"))
+    assert "extract: 2026112507 -> 2026112601" in accepted("upgrade", "--apply")
+    assert "extract: 2026112601" in path.read_text()
+
+
+def test_it_only_looks_where_nothing_can_be_written(project):
+    """DVC's lock takes a folder that can be written; another process that holds it is in the way alike."""
+    with Repo(str(project)) as repo, repo.lock:
+        assert "nothing was written" in accepted("upgrade")
+        assert "lock" in refused("upgrade", "--apply", code=1)
+
+
 def test_data_that_differ_are_not_taken_over(project):
     path = project / "data/train_backbone/few/backbone.safetensors"
     path.write_bytes(path.read_bytes() + b"x")

@@ -28,14 +28,18 @@ LOOK_AGAIN = 256  # blocks stored before disk space and the blocks of other proc
 def from_environment() -> "BlockCache | None":
     """The block cache in directory H2T_BLOCK_CACHE with a budget of H2T_BLOCK_CACHE_BYTES; None if that is 0.
 
-    The defaults are `h2t/blocks` below XDG_CACHE_HOME or ~/.cache, and 8 GB. Raises ValueError if the budget is not a
-    whole number.
+    The defaults are `h2t/blocks` below XDG_CACHE_HOME or ~/.cache, and 8 GB. None, too, for a user without a home
+    folder who names no other. Raises ValueError if the budget is not a whole number.
     """
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = os.environ.get("H2T_BLOCK_CACHE") or Path(home, "h2t", "blocks")
     text = os.environ.get("H2T_BLOCK_CACHE_BYTES") or str(DEFAULT_BUDGET)
     if not text.isdecimal():
         raise ValueError(f"H2T_BLOCK_CACHE_BYTES: a number of bytes expected; got {text!r}; write 8000000000 for 8 GB")
+    folder = os.environ.get("H2T_BLOCK_CACHE")
+    if not folder:
+        try:
+            folder = str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "h2t", "blocks"))
+        except RuntimeError:  # HOME is not set, and the system does not know this user
+            return None
     return BlockCache(Path(folder), int(text)) if int(text) else None
 
 

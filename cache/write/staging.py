@@ -128,7 +128,7 @@ class Staging:
                     "unwritable", f"{self.target}: cannot be created ({why}); choose another path"
                 ) from None
             try:
-                handle = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+                handle = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT, 0o666)
             except FileNotFoundError:  # another process published and removed the directory since mkdir
                 return self.__enter__()
         _lock(handle, self.root, "cache", shared=self.shared)
@@ -154,7 +154,7 @@ class Staging:
     def holding(self, label: str) -> Iterator[None]:
         """Holds the lock file `label` for the block. Raises CacheError `busy` if another process does."""
         with bad_disk_is_one_line(self.root):
-            handle = os.open(self.root / label, os.O_RDWR | os.O_CREAT, 0o644)
+            handle = os.open(self.root / label, os.O_RDWR | os.O_CREAT, 0o666)
         _lock(handle, self.root / label, "part")
         try:
             os.utime(handle)  # the latest one tells in how many parts the cache is written

@@ -48,13 +48,20 @@ PIPELINE = {
 def of_the_machine(error: BaseException) -> UserError | None:
     """A UserError for an `error` caused by the machine, otherwise None.
 
-    Causes are a disk or path that cannot be written, no memory, and a package that only the extra `pipeline` installs.
+    Causes are a disk or path that cannot be written, no folder for temporary files, no memory, a package that only the
+    extra `pipeline` installs, and a user whose home folder or name is not known.
     """
     if isinstance(error, ModuleNotFoundError) and (package := (error.name or "").partition(".")[0]) in PIPELINE:
         return UserError(f"{package}: not installed, and this command needs it; type: pip install 'h2t[pipeline]'")
     if isinstance(error, OSError) and error.errno in CANNOT_WRITE and (error.filename or error.errno not in OF_PATHS):
         why, way_out = os.strerror(error.errno), CANNOT_WRITE[error.errno]
         return UserError(f"{error.filename or 'disk'}: {why}; {way_out}, then run again")
+    if isinstance(error, FileNotFoundError) and "temporary directory" in str(error):  # tempfile
+        return UserError("TMPDIR: must name a folder that can be written, none can; type: export TMPDIR=PATH")
+    if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib, platformdirs
+        return UserError("HOME: must name your home folder, which the system does not know; type: export HOME=PATH")
+    if isinstance(error, KeyError | OSError) and "getpwuid()" in str(error):  # getpass, which DVC asks
+        return UserError("USER: must be set, as the system has no name for this user; type: export USER=NAME")
     known = isinstance(error, RuntimeError | ImportError) and any(words in str(error) for words in NO_MEMORY)
     if known or isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         said = next(iter(str(error).splitlines()), "").rstrip(". ") or "not enough"

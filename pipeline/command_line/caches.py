@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from h2t.pipeline.heads.replicate import Replicate
 
 
+LONGEST = 1000  # characters of one fact that `cache info` prints
+
+
 class CacheCommands(OneLineErrors):
     """A group whose errors of disk and network are one line as well."""
 
@@ -193,6 +196,8 @@ def info(location: str, as_json: bool) -> None:
             if key == TEST_GROUPS and isinstance(value, list):
                 value = f"{counted(len(set(map(str, value))), 'group')} of {counted(len(value), 'test image')}"
             text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+            if len(text) > LONGEST:  # names of thousands of classes
+                text = f"{text[:LONGEST]}... (--json shows all {len(text):,} characters)"
             click.echo(f"             {printable(f'{key}: {text}')}")
 
 

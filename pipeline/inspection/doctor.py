@@ -15,9 +15,9 @@ START = "h2t init DIR --data IMAGES"  # what starts a project
 
 
 def examine(start: Path, params_file: Path, *, full: bool = False) -> list[Finding]:
-    """All findings about the project around `start` and its repository.
+    """All findings about the repository around `start`; `full` reads every byte of every input and output.
 
-    `full` reads every byte of every input and output. A fault of the project is a finding, not an error.
+    Errors become findings; none is raised for a fault of the project.
     """
     versions = setting_up.versions()
     if find_spec("torch") is None:  # the base install, which the other checks cannot run in
@@ -30,21 +30,22 @@ def examine(start: Path, params_file: Path, *, full: bool = False) -> list[Findi
         *setting_up.disk(start),
     ]
     try:
-        root, here = repository.repository(start), repository.project(start)
+        root = repository.repository(start)
     except UserError as error:
         if not params_file.is_file():  # no project at all
             return [*versions, Finding("project", "fault", f"none in {start.resolve()}", f"{START}, or change to one")]
         return [*findings, Finding("repository", "fault", str(error))]
-    caches = outputs.caches(here, full)
+    caches = outputs.caches(root, full)
     known = {f.place for f in caches if f.state == "fault"}
     checks: dict[str, Callable[[], list[Finding]]] = {
         "numbers": lambda: project.stage_numbers(root),
-        "locks": lambda: project.locks(root, here),
+        "owner": lambda: project.owner(root),
+        "locks": lambda: project.locks(root),
         "links": lambda: storage.links(root),
-        "queue": lambda: project.queue(here, params_file),
+        "queue": lambda: project.queue(root, params_file),
         "remote": lambda: storage.remote(root),
-        "data": lambda: outputs.data(here, known, full=full),
-        "code": lambda: project.other_code(here),
+        "data": lambda: outputs.data(root, known, full=full),
+        "code": lambda: project.other_code(root),
     }
     for name, check in checks.items():
         try:

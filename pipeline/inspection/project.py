@@ -1,5 +1,6 @@
 """Checks of `h2t doctor` on the state of the project: numbers, code, running processes, paths for the queue."""
 
+import getpass
 import json
 import os
 from collections.abc import Iterator
@@ -47,21 +48,18 @@ def other_code(root: Path) -> list[Finding]:
     ]
 
 
-def locks(root: Path, here: Path) -> list[Finding]:
-    """Finds processes at work, by DVC's locks in the repository `root` and those of cache writers below `here`/data.
-
-    It finds unfinished caches there, too.
-    """
+def locks(root: Path) -> list[Finding]:
+    """Finds processes at work here, by DVC's locks and those of cache writers, and unfinished caches."""
     findings = []
-    lock = root / ".dvc/tmp/lock"
+    lock = repository.dvc_folder(root) / "tmp/lock"
     if lock.is_file() and garbage.locked(lock):
         findings.append(Finding("lock", "fault", "another dvc command holds .dvc/tmp/lock; wait for it or stop it"))
     for path, process in sorted(_rwlock(root)):
         if Path(f"/proc/{process}").exists():
             detail = f"{path} is in use by dvc, process {process}; wait for it or stop it"
             findings.append(Finding("lock", "fault", detail))
-    for staging in sorted((here / "data").rglob(".*.staging")) if (here / "data").is_dir() else []:
-        place = staging.relative_to(here)
+    for staging in sorted((root / "data").rglob(".*.staging")) if (root / "data").is_dir() else []:
+        place = staging.relative_to(root)
         if garbage.held(staging):
             findings.append(Finding("lock", "fault", f"{place}: a cache is being written; wait for it or stop it"))
         else:
@@ -70,10 +68,24 @@ def locks(root: Path, here: Path) -> list[Finding]:
     return findings or [Finding("lock", "ok", "no process is at work here")]
 
 
+def owner(root: Path) -> list[Finding]:
+    """Finds a user without a name, and a repository of another user, in which git reads nothing unless told to."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        return [Finding("owner", "fault", "the system has no name for this user, which DVC needs", "export USER=NAME")]
+    try:
+        repository.git("rev-parse", "--git-dir", where=root)
+    except UserError as error:
+        if "safe.directory" in str(error):
+            return [Finding("owner", "fault", str(error))]
+    return []
+
+
 def _rwlock(root: Path) -> Iterator[tuple[str, int]]:
     """Yields (output, process id) of what running stages write. Their long lists of inputs are left out."""
     with suppress(OSError, ValueError, AttributeError, TypeError, KeyError):
-        locks = json.loads((root / ".dvc/tmp/rwlock").read_text(encoding="utf-8") or "{}")
+        locks = json.loads((repository.dvc_folder(root) / "tmp/rwlock").read_text(encoding="utf-8") or "{}")
         for path, holder in locks.get("write", {}).items():
             name = Path(path).relative_to(root) if Path(path).is_relative_to(root) else Path(path).name
             yield str(name), int(holder["pid"])

@@ -27,6 +27,9 @@ def links(root: Path) -> list[Finding]:
         place.mkdir(parents=True, exist_ok=True)
         works = next((kind for kind in kinds if _link_works(kind, place, root)), None)
     except OSError as error:
+        if not Path(error.filename or place).is_relative_to(place):
+            detail = f"{root} cannot be written ({error.strerror}), so nothing can run here; work in a clone"
+            return [Finding("links", "fault", detail)]
         return [Finding("links", "fault", f"DVC's cache cannot be written ({error.strerror})", "dvc cache dir PATH")]
     wanted = "dvc config cache.type reflink,hardlink,symlink,copy"
     if works is None:

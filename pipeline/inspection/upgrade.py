@@ -51,8 +51,8 @@ def upgrade(start: Path, say: Say, *, apply: bool = False) -> Plan:
     Raises UserError outside a DVC repository, and if dvc.yaml watches no numbers.
     """
     root = repository(start)
-    with in_one_line("dvc"):
-        with _dvc(root) as repo:
+    with in_one_line("dvc"), contextlib.chdir(root):  # DVC names stages of other folders by their path from here
+        with _dvc(root, alone=apply) as repo:
             plan = _plan(root, repo)
         _say(plan, say)
         if not plan.numbers and not plan.taken_over:
@@ -65,7 +65,7 @@ def upgrade(start: Path, say: Say, *, apply: bool = False) -> Plan:
             replace_file(partial, root / numbers.FILE)
             _add_sections(root)
             written = _write_missing(root, say) if (root / "dvc.lock").is_file() else []
-            with _dvc(root) as repo:  # opened again, to read the new stages.yaml
+            with _dvc(root, alone=True) as repo:  # opened again, to read the new stages.yaml
                 _record(repo, plan.taken_over, written)
             say("wrote stages.yaml and dvc.lock; to run what must run again, type: dvc repro")
     return plan
@@ -111,11 +111,11 @@ def _write_missing(root: Path, say: Say) -> list[str]:
 
 
 @contextmanager
-def _dvc(root: Path) -> Iterator[Any]:
-    """The repository as a DVC object, locked against other DVC commands."""
+def _dvc(root: Path, *, alone: bool) -> Iterator[Any]:
+    """The repository as a DVC object; with `alone`, locked against other DVC commands, which writes."""
     from dvc.repo import Repo
 
-    with Repo(str(root)) as repo, repo.lock:
+    with Repo(str(root)) as repo, repo.lock if alone else contextlib.nullcontext():
         yield repo
 
 
@@ -130,7 +130,7 @@ def _plan(root: Path, repo: Any) -> Plan:
     plan = Plan(changed)
     lock = locked_stages(root)
     watched = False
-    for stage in sorted(repo.index.stages, key=lambda s: str(s.addressing)):
+    for stage in sorted(_stages(root, repo), key=lambda s: str(s.addressing)):
         watched |= any(_is_params(dep, numbers.FILE) for dep in stage.deps)
         recorded = lock.get(stage.addressing)
         if recorded is None:  # never run
@@ -143,6 +143,11 @@ def _plan(root: Path, repo: Any) -> Plan:
     if lock and not watched:
         raise UserError("dvc.yaml: watches no numbers of stages.yaml; replace it by the dvc.yaml of this version first")
     return plan
+
+
+def _stages(root: Path, repo: Any) -> list[Any]:
+    """The stages of the project at `root`; DVC's repository may hold others."""
+    return [stage for stage in repo.index.stages if Path(stage.path) == root / "dvc.yaml"]
 
 
 def _is_params(dep: Any, name: str | Path) -> bool:

@@ -21,7 +21,7 @@ from h2t.cache.write.staging import Staging
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.run import Say
 from h2t.pipeline.base.text import counted
-from h2t.pipeline.sharing.repository import config_of, git, in_one_line, project, repository
+from h2t.pipeline.sharing.repository import config_of, dvc_folder, git, in_one_line, repository
 
 STAGING = re.compile(r"\.(?P<target>.+?)\.staging(\.done)?")
 LEFT_BY_PROCESS = re.compile(r"\..+\.(partial|pulled)-(?P<process>\d+)")
@@ -51,7 +51,7 @@ def collect_garbage(start: Path, say: Say, *, apply: bool, alone: bool = False) 
         said += 1
         say(text)
 
-    removable = _clear_unfinished(project(start), tell, apply=apply, alone=alone)
+    removable = _clear_unfinished(root, tell, apply=apply, alone=alone)
     with in_one_line("dvc gc"), Repo(str(root)) as repo:
         objects = _unused(repo)
         size = sum(path.stat().st_size for path in objects)
@@ -75,12 +75,13 @@ def collect_garbage(start: Path, say: Say, *, apply: bool, alone: bool = False) 
 
 def _in_use(root: Path, objects: Path, *, alone: bool) -> str | None:
     """Why objects that seem unused may be in use, and the way out; None if there is no sign of it."""
-    exps = root / ".dvc/tmp/exps"
+    dvc = dvc_folder(root)
+    exps = dvc / "tmp/exps"
     running = sorted(path for pattern in ("tmp*", "standalone/tmp*") for path in exps.glob(pattern) if path.is_dir())
     if running:
-        place = running[0].relative_to(root)
+        place = running[0].relative_to(dvc.parent)
         return f"an experiment is running, or was stopped, in {place}; wait until it ends, or remove that folder"
-    if not alone and (others := who_else(root, objects)):
+    if not alone and (others := who_else(dvc.parent, objects)):
         return (
             f"{others}, so another project may use them; name all projects ({EVERY_PROJECT}), or pass --alone if "
             "there is no other project"

@@ -23,6 +23,7 @@ from h2t.pipeline.sharing.repository import (
     Out,
     caches,
     config_of,
+    dvc_folder,
     git,
     in_one_line,
     outs,
@@ -135,7 +136,7 @@ def set_verify(root: Path, name: str) -> bool:
     """Sets `verify = true` for the remote, in the file that configures it. True if it was not set before."""
     from dvc.config import Config
 
-    config = Config(dvc_dir=str(root / ".dvc"))
+    config = Config(dvc_dir=str(dvc_folder(root)))
     if config["remote"][name].get("verify"):
         return False
     inside = [level for level in ("local", "repo") if name in config.load_one(level).get("remote", {})]
@@ -258,7 +259,7 @@ def _members(odb: Any, digest: str) -> list[str]:
 def _next_steps(root: Path) -> list[str]:
     """What to commit and push, and what others type to get the outputs."""
     lines = []
-    if git("status", "--porcelain", "--", ".dvc/config", where=root):
+    if git("status", "--porcelain", "--", ".dvc/config", where=dvc_folder(root).parent):
         lines.append("to do: git add .dvc/config && git commit")
     try:
         ahead = int(git("rev-list", "--count", "@{upstream}..HEAD", where=root))

@@ -1,6 +1,8 @@
 """The DVC repository around a folder: git, DVC's configuration and remotes, and the outputs in `dvc.lock`."""
 
 import os
+import re
+import shlex
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -24,8 +26,19 @@ def git(*arguments: str, where: Path) -> str:
         raise UserError("git: not installed; install git and run again") from None
     if done.returncode:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["no reason given"]
-        raise UserError(f"git {arguments[0]}: {redacted(lines[0])}")
+        raise _not_trusted(lines[0], where) or UserError(f"git {arguments[0]}: {redacted(lines[0])}")
     return done.stdout
+
+
+def _not_trusted(message: str, where: object) -> UserError | None:
+    """The error for a repository of another user, which git and dulwich refuse with these words; otherwise None."""
+    if not any(words in message for words in ("dubious ownership", "not owned by current user")):
+        return None
+    place = re.findall(r"'([^']+)'", message)[-1:] or [where]
+    return UserError(
+        f"git: {place[0]} belongs to another user; if you trust what is there, type: "
+        f"git config --global --add safe.directory {shlex.quote(str(place[0]))}"
+    )
 
 
 @contextmanager
@@ -47,27 +60,26 @@ def in_one_line(what: str) -> Iterator[None]:
     except Exception as error:  # noqa: BLE001 - every protocol raises its own
         # S3 gives numbers of disk errors to errors of its own, with other words.
         here = isinstance(error, OSError) and error.errno is not None and error.strerror == os.strerror(error.errno)
-        raise UserError(f"{what}: {(of_the_machine(error) if here else None) or redacted(in_brief(error))}") from None
+        known = of_the_machine(error) if here or not isinstance(error, OSError) else None
+        raise _not_trusted(str(error), what) or UserError(f"{what}: {known or redacted(in_brief(error))}") from None
 
 
 def repository(start: Path) -> Path:
-    """The root of the DVC repository that contains `start`. Raises UserError if there is none."""
+    """The project that contains `start`: the nearest folder with a dvc.yaml, or else the root of the DVC repository.
+
+    One DVC repository can hold several projects. Raises UserError if there is none.
+    """
+    top = dvc_folder(start).parent
+    within = [folder for folder in (start.resolve(), *start.resolve().parents) if folder.is_relative_to(top)]
+    return next((folder for folder in within if (folder / "dvc.yaml").is_file()), top)
+
+
+def dvc_folder(start: Path) -> Path:
+    """The folder `.dvc` of the repository that contains `start`. Raises UserError if there is none."""
     for folder in (start.resolve(), *start.resolve().parents):
         if (folder / ".dvc").is_dir():
-            return folder
+            return folder / ".dvc"
     raise UserError(f"{start}: not inside a DVC repository; change to one, or type: dvc init")
-
-
-def project(start: Path) -> Path:
-    """The project that contains `start`: the nearest folder above with a dvc.yaml, inside the repository.
-
-    A repository may hold several, each with a dvc.lock of its own. Without any dvc.yaml it is the root. Raises
-    UserError outside a repository.
-    """
-    root = repository(start)
-    folders = (start.resolve(), *start.resolve().parents)
-    inside = (folder for folder in folders if folder.is_relative_to(root))
-    return next((folder for folder in inside if (folder / "dvc.yaml").is_file()), root)
 
 
 def config_of(root: Path) -> Mapping[str, Any]:
@@ -75,7 +87,7 @@ def config_of(root: Path) -> Mapping[str, Any]:
     from dvc.config import Config, ConfigError
 
     try:
-        return dict(Config(dvc_dir=str(root / ".dvc")))
+        return dict(Config(dvc_dir=str(dvc_folder(root))))
     except ConfigError as error:
         raise UserError(f".dvc/config: not readable ({' '.join(str(error).split())}); correct it") from None
 
@@ -134,10 +146,9 @@ def outs(root: Path) -> list[Out]:
         ]
 
 
-def dvc_cache(start: Path) -> Path:
-    """The folder of DVC's cache for the repository around `start`, by the configuration of all levels."""
-    root = repository(start)
-    return Path(config_of(root).get("cache", {}).get("dir") or root / ".dvc/cache")
+def dvc_cache(root: Path) -> Path:
+    """The folder of DVC's cache, by the configuration of all levels."""
+    return Path(config_of(root).get("cache", {}).get("dir") or dvc_folder(root) / "cache")
 
 
 def caches(root: Path) -> list[Path]:

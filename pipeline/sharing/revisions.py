@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from h2t.pipeline.base.errors import UserError
-from h2t.pipeline.sharing.repository import in_one_line, repository
+from h2t.pipeline.sharing.repository import dvc_folder, in_one_line, repository
 
 EVALUATED = "data/evaluate"
 
@@ -26,10 +26,11 @@ def evaluated(place: str) -> Iterator[Path]:
     from dvc.scm import RevError, resolve_rev
 
     root = repository(Path.cwd())
+    top = dvc_folder(root).parent
     with tempfile.TemporaryDirectory(prefix="h2t-revision-") as scratch:
         into = Path(scratch) / "evaluate"
         with in_one_line(f"revision {place}"):
-            with Repo.open(str(root)) as here:
+            with Repo.open(str(top)) as here:
                 try:
                     commit = resolve_rev(here.scm, place)
                 except RevError as error:
@@ -43,9 +44,9 @@ def evaluated(place: str) -> Iterator[Path]:
                         "or experiment"
                     ) from None
             # With its own index: a shared one can be damaged by other processes.
-            with Repo.open(str(root), rev=commit, config={"core": {"site_cache_dir": f"{scratch}/site"}}) as repo:
+            with Repo.open(str(top), rev=commit, config={"core": {"site_cache_dir": f"{scratch}/site"}}) as repo:
                 try:
-                    download(repo.dvcfs, EVALUATED, str(into))
+                    download(repo.dvcfs, str(root.relative_to(top) / EVALUATED), str(into))
                 except FileNotFoundError:
                     raise UserError(
                         f"{place}: has no {EVALUATED}, neither in DVC's cache here nor at the remote; where it was "

@@ -322,11 +322,11 @@ def shown(entries: Sequence[Mapping[str, Any]]) -> str:
 def gains(entries: Sequence[Mapping[str, Any]]) -> str:
     """What H2T adds in each table and row, and in the paper, as a Markdown table."""
     lines = []
-    for e in entries:
+    for e in entries:  # of a file, whose keys are sorted
         if "gain" in e:
             row, told = e["row"].removesuffix(WITH_H2T), PUBLISHED[e["table"]]
             added = f"{told[e['row']] - told[row]:+.2f}" if {row, e["row"]} <= set(told) else "–"
-            differences = (text_of(Difference.of(d) if d else None) for d in e["gain"].values())
+            differences = (text_of(Difference.of(d) if (d := e["gain"][k]) else None) for k in FIGURES)
             lines.append([e["table"], row, *differences, added])
     return markdown(["table", "row", *FIGURES, "paper, top1"], lines)
 

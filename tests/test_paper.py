@@ -61,6 +61,7 @@ def test_a_table_from_images_to_figures_and_again(tmp_path, files, capsys):
     assert entries[0]["seeds"] == []
     assert entries[1]["seeds"] == [0, 1, 2, 3, 4]
     kept = json.loads(results.read_text())
+    assert paper.gains([e for e in kept if e["row"] == "DR + H2T"]) == paper.gains([entries[3]])
     assert sorted(e["row"] for e in kept) == sorted(rows)
     assert params.load(place / "params.yaml") == values
     capsys.readouterr()
@@ -140,3 +141,7 @@ def test_the_page_of_table_6_has_every_row_of_the_record():
         if published is not None:
             figures += [published, entry["top1"] - published]
         assert [float(c) for c in line.split("|")[2 : 2 + len(figures)]] == pytest.approx(figures, abs=0.0051)
+    with_h2t = [entry for entry in rows if "gain" in entry]
+    assert len(with_h2t) == 12
+    for entry in with_h2t:
+        assert paper.gains([entry]).splitlines()[-1] in page

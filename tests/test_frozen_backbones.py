@@ -294,6 +294,18 @@ def test_a_tensor_of_two_names_and_infinite_bounds_are_saved_and_loaded(tmp_path
         fill(network, {**found, "0.weight": torch.full((3, 3), torch.nan)}, "file")
 
 
+def test_an_encoder_of_timm_without_a_classifier_gives_maps():
+    class Encoder(torch.nn.Conv2d):
+        forward_features = torch.nn.Conv2d.forward
+
+        def forward_head(self, values):
+            raise NotImplementedError
+
+    backbone = plugins.load("backbones", "timm")._Timm(Encoder(3, 5, 3), 5, "map", 8, None)
+    assert backbone.ending.why == "it has no classifier of its own"
+    assert backbone(torch.zeros(1, 3, 8, 8))[0].shape == (1, 5, 6, 6)
+
+
 def test_a_network_of_several_outputs_is_one_line():
     plugin = plugins.load("backbones", "timm")
     small = {"parallel_depth": 1, "serial_depths": [1] * 4, "embed_dims": [16] * 4}

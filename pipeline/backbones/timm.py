@@ -37,7 +37,10 @@ class _Timm(Tapped):
         return values
 
     def whole(self, x: torch.Tensor, values: torch.Tensor) -> torch.Tensor | None:
-        logits: torch.Tensor = self._model.forward_head(values)
+        try:
+            logits: torch.Tensor = self._model.forward_head(values)
+        except NotImplementedError:  # of an encoder without a classifier
+            return None
         return logits
 
 
@@ -81,8 +84,14 @@ def _create(options: Options, **more: Any) -> Any:
 
 def input(options: Options) -> Input:
     """The input that the network's configuration states. Raises UserError."""
-    with torch.device("meta"):
-        model = _create(options)
+    try:
+        with torch.device("meta"):
+            model = _create(options)
+    except UserError as error:  # timm 1.0.15 needs values for some
+        if "meta tensors" not in str(error):
+            raise
+        with torch.random.fork_rng():
+            model = _create(options)
     config = package("timm").data.resolve_model_data_config(model)
     height, width = config["input_size"][1:]
     name, crop, mode = options.model, config["crop_pct"], config["crop_mode"]

@@ -60,8 +60,8 @@ def _candidates(processor: Any, side: int) -> Iterator[Input]:
 def _stated(processor: Any, side: int, share: float, measured: bool) -> Input:
     def sizes(name: str) -> dict[str, int]:
         given: Any = getattr(processor, name, None) or {}
-        found = {key: getattr(given, key, None) for key in ("height", "shortest_edge")}
-        return {key: int(value) for key, value in (dict(given) | found).items() if value is not None}
+        found = {key: getattr(given, key, None) or dict(given).get(key) for key in ("height", "shortest_edge")}
+        return {key: int(value) for key, value in found.items() if value is not None}
 
     resize, crop = sizes("size"), sizes("crop_size")
     resample = getattr(processor, "resample", None)

@@ -68,6 +68,7 @@ FAMILIES = [
     timm("eva02_tiny_patch14_224", size=28, **SMALL_VIT),
     timm("mobilenetv3_small_050"),
     timm("mobilenetv4_conv_small"),
+    timm("dla34", channels=(8, 8, 16, 16, 16, 16), levels=(1, 1, 1, 1, 1, 1)),  # its classifier is a convolution
     hf("vit", "cls", patch_size=8, **VIT),
     hf("deit", "cls", patch_size=8, **VIT),
     hf("dinov2", "cls", patch_size=8, **VIT),
@@ -137,6 +138,6 @@ def own_logits_differ_by(family: Family) -> tuple[Tapped, float | None]:
     if family.arch == "huggingface":
         expected = given.logits if hasattr(given, "logits") else given.pooler_output
     if backbone.ending.classifier:
-        weight = state[f"{backbone.last_layer}.weight"]
+        weight = state[f"{backbone.last_layer}.weight"].flatten(1)
         features = torch.nn.functional.linear(features, weight, state.get(f"{backbone.last_layer}.bias"))
     return backbone, float((features - expected).abs().max() / expected.abs().max())

@@ -16,17 +16,19 @@ from PIL import Image
 from pipeline_builders import (
     CPU,
     accepted,
+    extracted,
     fitted,
     invoke,
     make_prepare,
     one_line,
     pooled_copy,
+    prepared,
     refused,
     run_host,
     silent,
     write_params,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from scipy.stats import beta
 
 from h2t.cache.format.spec import to_float32
@@ -45,6 +47,7 @@ from h2t.pipeline.models.predict import ranked
 from h2t.pipeline.networks.classifier import global_average
 from h2t.pipeline.networks.trained import load_head
 from h2t.pipeline.networks.weights import load_weights, save_weights
+from h2t.pipeline.stages import train_backbone
 
 PREPARE = make_prepare().model_dump()
 ONE = Choice(ratio=0.3, seed=1)
@@ -178,6 +181,27 @@ def test_a_linear_head_is_a_plain_state_dict_with_evaluation_statistics(tmp_path
         (maps,) = backbone(x)
         found = torch.nn.functional.linear(global_average(maps), state["fc.weight"], state["fc.bias"])
     torch.testing.assert_close(found, expected)
+
+
+def test_a_classifier_that_is_a_convolution_is_exported_as_one(tmp_path):
+    timm = pytest.importorskip("timm")
+    small = {"channels": [8, 8, 16, 16, 16, 16], "levels": [1] * 6}
+    whole = timm.create_model("dla34", num_classes=10, **small).eval()
+    save_file(whole.state_dict(), tmp_path / "w.safetensors")
+    samples, images = prepared(PREPARE, tmp_path / "p")
+    options = {"model": "dla34", "config": {"architecture": "dla34", "model_args": small}}
+    entry = {"arch": "timm", "options": options, "objective": "ce", "weights": str(tmp_path / "w.safetensors")}
+    params = build(train_backbone.Params, "b", {**entry, "input": {"size": 32}})
+    train_backbone.run(params, Run("b", tmp_path / "b"), samples, images)
+    extracted(tmp_path / "cache", samples, images, tmp_path / "b", batchnorm=["stage1"])
+    named = SimpleNamespace(root=tmp_path, cache=tmp_path / "cache", backbone=tmp_path / "b")
+    exported(named, tmp_path / "m", "b", choice=Choice())
+    state = load_file(tmp_path / "m/model.safetensors")
+    assert state["fc.weight"].shape == (10, 16, 1, 1)
+    whole.load_state_dict(state)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(load_model(tmp_path / "m").network(x), whole(x))
 
 
 def test_a_flipped_bit_is_an_error_not_another_class(tmp_path, trained):

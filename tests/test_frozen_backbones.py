@@ -15,9 +15,10 @@ from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.extraction import batchnorm
+from h2t.pipeline.networks.classifier import global_average
 from h2t.pipeline.networks.layouts import as_maps, grid
 from h2t.pipeline.networks.trained import BLOCK, BackboneFacts, has_stored_weights, load_backbone, load_head
-from h2t.pipeline.networks.weights import save_weights
+from h2t.pipeline.networks.weights import fill, load_weights, save_weights
 from h2t.pipeline.stages import extract, train_backbone
 
 pytest.importorskip("timm")
@@ -95,6 +96,32 @@ def test_the_classifier_in_the_weights_is_kept_if_it_has_the_datasets_classes(tm
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.allclose(backbone(x)[0][..., 0, 0], whole.eval().forward_features(x)[:, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        (timm("dla34", channels=(8, 8, 16, 16, 16, 16), levels=(1, 1, 1, 1, 1, 1)), "fc"),  # a convolution
+        (timm("vit_small_patch16_dinov3", depth=1, embed_dim=48, num_heads=3), "head"),  # timm builds none by default
+    ],
+    ids=str,
+)
+def test_a_classifier_that_the_plain_network_lacks_or_writes_as_a_convolution_is_kept(family, name, tmp_path):
+    import timm as package
+
+    samples, images = make_samples(tmp_path / "p")
+    whole = package.create_model(family.name, num_classes=10, **family.config).eval()
+    save_file(whole.state_dict(), tmp_path / "w.safetensors")
+    values = params(tmp_path / "w.safetensors", options=family.options)
+    train_backbone.run(values, Run("b", tmp_path / "b"), samples, images)
+    head, (backbone, _) = load_head(tmp_path / "b"), load_backbone(tmp_path / "b")
+    assert backbone.last_layer == name
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        own = torch.nn.functional.linear(global_average(backbone(x)[0]), head.state["weight"][0], head.state["bias"][0])
+        assert torch.allclose(own, whole(x), atol=1e-5)
+    weight = whole.state_dict()[f"{name}.weight"]
+    assert torch.equal(head.state["weight"][0].reshape(10, -1, *backbone.last_kernel), weight)
 
 
 WIDE = timm("vit_small_patch16_224", "cls", 32, depth=1)  # weights of up to 590,000 numbers
@@ -253,6 +280,72 @@ def test_a_network_of_grey_images_is_one_line(tmp_path):
     plugin = plugins.load("backbones", "huggingface")
     with pytest.raises(UserError, match=r"must take images of 3 x 32 x 32; it says: Make sure that the channel"):
         plugin.build(plugin.Options(model=str(tmp_path)), 32)
+
+
+def test_a_tensor_of_two_names_and_infinite_bounds_are_saved_and_loaded(tmp_path):
+    twice = torch.nn.Linear(3, 3)
+    network = torch.nn.Sequential(twice, twice)
+    network.register_buffer("bounds", torch.tensor([-torch.inf, torch.inf]))
+    save_weights(tmp_path / "w.safetensors", network.state_dict(), {})
+    found, _ = load_weights(tmp_path / "w.safetensors")
+    assert set(found) == set(network.state_dict())
+    fill(network, found, "file")
+    with pytest.raises(UserError, match=r"0\.weight holds NaN or infinity"):
+        fill(network, {**found, "0.weight": torch.full((3, 3), torch.nan)}, "file")
+
+
+def test_an_encoder_of_timm_without_a_classifier_gives_maps():
+    class Encoder(torch.nn.Conv2d):
+        forward_features = torch.nn.Conv2d.forward
+
+        def forward_head(self, values):
+            raise NotImplementedError
+
+    backbone = plugins.load("backbones", "timm")._Timm(Encoder(3, 5, 3), 5, "map", 8, None)
+    assert backbone.ending.why == "it has no classifier of its own"
+    assert backbone(torch.zeros(1, 3, 8, 8))[0].shape == (1, 5, 6, 6)
+
+
+def test_a_network_of_several_outputs_is_one_line():
+    plugin = plugins.load("backbones", "timm")
+    small = {"parallel_depth": 1, "serial_depths": [1] * 4, "embed_dims": [16] * 4}
+    config = {"architecture": "coat_tiny", "model_args": small}
+    with pytest.raises(UserError, match=r"must give one tensor of maps or tokens; got \d; choose another network"):
+        plugin.build(plugin.Options(model="coat_tiny", config=config), 32)
+
+
+TEXT = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 9}
+REFUSED = [
+    (
+        {"model_type": "imagegpt", "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 16},
+        "imagegpt .* takes no images",
+    ),
+    (
+        {"model_type": "siglip2", "vision_config": {**TEXT, "num_patches": 16}},
+        "must take images alone; it says: .*missing",
+    ),
+    ({"model_type": "bert", **TEXT}, "bert of transformers takes no images"),
+    ({"model_type": "dinat"}, "transformers cannot build a network of dinat .*natten"),
+    ({"model_type": "hgnet_v2"}, "hgnet_v2 of transformers gives no maps before its classifier"),
+]
+
+
+@pytest.mark.parametrize(
+    ("config", "says"), REFUSED, ids=lambda one: one["model_type"] if isinstance(one, dict) else ""
+)
+def test_a_network_of_hugging_face_that_cannot_be_one_is_one_line(config, says):
+    plugin = plugins.load("backbones", "huggingface")
+    with pytest.raises(UserError, match=says) as no:
+        plugin.build(plugin.Options(config=config), 32)
+    assert str(no.value).endswith("choose another network")
+
+
+def test_a_size_that_is_stated_twice_in_a_configuration_is_set_twice():
+    plugin = plugins.load("backbones", "huggingface")
+    hiera = {"model_type": "hiera", "image_size": [224, 224], "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2]}
+    hiera |= {"query_stride": [2, 2], "num_query_pool": 1, "masked_unit_size": [2, 2]}
+    backbone = plugin.build(plugin.Options(config=hiera), 64)
+    assert backbone(torch.zeros(1, 3, 64, 64))[0].shape == (1, backbone.channels, 8, 8)
 
 
 def test_an_unknown_name_gets_the_nearest():

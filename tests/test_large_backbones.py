@@ -2,13 +2,20 @@
 
 import pytest
 import torch
+import yaml
+from PIL import Image
 from pipeline_builders import make_samples, one_line
-from torchvision.models import get_model
+from sklearn.datasets import load_sample_images
+from torchvision.models import get_model, get_model_weights
 
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import build
+from h2t.pipeline.base.run import Run
+from h2t.pipeline.data.transforms import IMAGENET
+from h2t.pipeline.data.views import for_evaluation, normalised, transform_for
 from h2t.pipeline.extraction import batchnorm
+from h2t.pipeline.stages import train_backbone
 
 
 def make_backbone(name, **options):
@@ -176,3 +183,29 @@ def test_pretrained_weights_offline_are_one_line(monkeypatch):
     module = plugins.load("backbones", "resnet50")
     with pytest.raises(UserError, match="must go to a network of 1 expert; got 3"):
         module.weights(module.Options(experts=3))
+
+
+@pytest.mark.parametrize("name", ["resnet50", "efficientnet_b1", "inception_v3", "swin_v2_t"])
+def test_torchvisions_own_preprocessing_is_known(name):
+    module = plugins.load("backbones", "torchvision")
+    theirs = get_model_weights(name).DEFAULT.transforms()
+    transform = transform_for(IMAGENET, module.made_for(module.Options(model=name)))
+    photograph = load_sample_images().images[0]
+    ours = normalised(torch.from_numpy(for_evaluation(photograph, transform)[None].copy()), transform)[0]
+    off = (ours - theirs(Image.fromarray(photograph))) * torch.tensor(transform.std)[:, None, None]
+    assert off.abs().max() <= 1 / 255
+
+
+def test_pretrained_weights_on_images_that_are_prepared_in_another_way_get_a_note(tmp_path, monkeypatch):
+    name, said = "shufflenet_v2_x0_5", []
+    state = get_model(name, weights=None).state_dict()
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: state)
+    samples, images = make_samples(tmp_path / "p")
+    values = {"arch": "torchvision", "options": {"model": name}, "objective": "ce", "weights": "pretrained"}
+    train_backbone.run(train_backbone.Params(**values), Run("b", tmp_path / "b", say=said.append), samples, images)
+    (note,) = [line for line in said if "made for images of" in line]
+    assert "made for images of size 224 (here 8), resize 256 (here None)" in note
+    values["input"] = yaml.safe_load(note.partition("backbones.b.input: ")[2])
+    said.clear()
+    train_backbone.run(train_backbone.Params(**values), Run("b", tmp_path / "c", say=said.append), samples, images)
+    assert not [line for line in said if "made for images of" in line]

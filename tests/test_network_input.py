@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pipeline_builders import one_line
 from sklearn.datasets import load_sample_images
 
 from h2t.pipeline.base import plugins
 from h2t.pipeline.data.images import Transform
-from h2t.pipeline.data.network_input import Input, chosen
+from h2t.pipeline.data.network_input import Input, chosen, of_network
 from h2t.pipeline.data.views import for_evaluation, normalised, transform_for
+from h2t.pipeline.networks.image_processor import of_processor
 
 DATASET = Transform(size=8, mean=[0.0] * 3, std=[1.0] * 3, flip=True, padding=1)
 ONES = {"mean": [0.0] * 3, "std": [1.0] * 3}
@@ -63,7 +65,7 @@ def test_hugging_faces_own_processors_give_the_same(name, options):
     """Within 1/255 of those that use Pillow, at every size. Those on tensors differ from them, and so from us, by more
     at a few sizes (11/255 was seen): at least 45 of 50 are within 2/255."""
     transformers = pytest.importorskip("transformers")
-    stated = plugins.load("backbones", "huggingface")._input_of(getattr(transformers, name)(**options), 224)
+    stated = of_processor(getattr(transformers, name)(**options), 224)
     scale = torch.tensor(stated.std)[:, None, None]
     for kind, levels, sizes in ((f"{name}Pil", 1, 50), (name, 2, 45)):
         processor = getattr(transformers, kind)(**options)
@@ -92,3 +94,68 @@ def test_the_parameters_replace_what_the_network_states_and_the_datasets_augment
 @pytest.mark.parametrize(("size", "resize"), [(224, 256), (224, 230), (224, 235), (30, 33)])
 def test_a_share_that_is_a_rounded_fraction_gives_the_whole_size(size, resize):
     assert transform_for(DATASET, Input(size=size, crop=size / resize)).resize == resize
+
+
+SMALL = {"size": {"height": 16, "width": 16}}
+UNUSUAL = [  # what they do is in their code: another standard deviation, a wider resize, other levels
+    ("EfficientNetImageProcessor", {"size": {"height": 20, "width": 20}, "image_std": [0.5, 0.4, 0.3]}),
+    (
+        "EfficientNetImageProcessor",
+        {**SMALL, "rescale_factor": 1 / 127.5, "rescale_offset": True},
+    ),
+    ("LevitImageProcessor", {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}}),
+    ("ViTImageProcessor", {**SMALL, "do_normalize": False}),
+    ("ViTImageProcessor", {**SMALL, "do_rescale": False, "do_normalize": False}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), UNUSUAL)
+def test_what_a_processor_does_beyond_its_keys_is_measured(name, options):
+    transformers = pytest.importorskip("transformers")
+    processor = getattr(transformers, name)(**options)
+    stated = of_processor(processor, 224)
+    scale = torch.tensor(stated.std)[:, None, None]
+    for image in crops(6):
+        theirs = torch.as_tensor(np.asarray(processor(Image.fromarray(image), return_tensors="pt")["pixel_values"][0]))
+        assert float(((ours(image, stated) - theirs) * scale).abs().mean()) <= 0.5 / 255
+
+
+STRANGE = [
+    ("MobileViTImageProcessor", {"size": {"shortest_edge": 32}, "crop_size": {"height": 28, "width": 28}}, "range"),
+    ("MobileViTImageProcessor", {}, "range"),  # its crop is larger than the image
+    ("ViTImageProcessor", {"size": {"height": 20, "width": 16}}, r"shape \(3, 20, 16\)"),
+    ("ViTImageProcessor", {"do_resize": False}, r"shape \(3, 400, 560\)"),
+    ("ImageGPTImageProcessor", {}, "cannot process an image alone"),
+    ("Pix2StructImageProcessor", {}, "cannot process an image alone"),
+    (
+        "SegformerImageProcessor",
+        {"resample": 0, "size": {"height": 20, "width": 20}, "image_std": [0.5, 0.5, 0.0]},
+        "0",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "says"), STRANGE)
+def test_a_processor_that_no_input_equals_is_one_line(name, options, says):
+    """Of blue first, of no square, of a picture's own size, of tokens: their maps would be wrong without a word."""
+    transformers = pytest.importorskip("transformers")
+    with one_line(match=f"images of {name} are prepared in a way that h2t has not.*{says}.*state all of size"):
+        of_processor(getattr(transformers, name)(**options), 224)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"crop_mode": "border"}, "crop_mode border"),
+        ({"crop_pct": 1.15}, r"crop_pct 1\.15, with a border of black"),
+        ({"input_size": [3, 64, 48]}, "64 x 48 pixels, which is no square"),
+    ],
+)
+def test_what_timm_does_to_images_and_we_do_not_is_one_line_unless_all_is_stated(config, says):
+    pytest.importorskip("timm")
+    plugin = plugins.load("backbones", "timm")
+    options = plugin.Options(model="test_resnet", config={"architecture": "test_resnet", "pretrained_cfg": config})
+    with one_line(match=f"images of test_resnet are prepared.*{says}.*backbones.NAME.input"):
+        of_network(plugin, options, Input(size=32))
+    given = Input(size=32, crop=1.0, interpolation="bicubic", fit="centre", **ONES)
+    assert of_network(plugin, options, given) == given

@@ -6,4 +6,6 @@ def build(options) -> Backbone              a subclass of networks.backbone.Back
                                             global generator; its method `alone(x, expert)`, the map of one branch,
                                             is only for objectives whose branches train on a batch each
 def weights(options) -> state dict          only if there are pretrained weights for `start: torchvision`
+def made_for(options) -> Input              only with `weights`: what they take, if `input` does not state it; images
+                                            that are prepared otherwise get a note
 """

@@ -11,25 +11,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.errors import UserError, in_brief
 from h2t.pipeline.base.params import Section
-from h2t.pipeline.data.network_input import Fit, Input, Interpolation
+from h2t.pipeline.data.network_input import Input
 from h2t.pipeline.networks.backbone import Backbone
+from h2t.pipeline.networks.image_processor import of_processor
 from h2t.pipeline.networks.layouts import Features
 from h2t.pipeline.networks.pretrained import Revision, described, is_folder, offline, package, pinned
 from h2t.pipeline.networks.tap import Tapped, size_taken
 
-NUMBER = 2026112601  # other results, another number: docs/numbers.md
+NUMBER = 2026112701  # other results, another number: docs/numbers.md
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet, where no image processor states others
-FILTERS: tuple[Interpolation, ...] = (
-    "nearest",
-    "lanczos",
-    "bilinear",
-    "bicubic",
-    "box",
-    "hamming",
-)  # Pillow's numbers 0 to 5
 MOST_PREFIX = 64  # more tokens than this before the patches are taken for a coarser grid
 
 
@@ -55,9 +48,9 @@ class _HuggingFace(Tapped):
 
 
 def _base(model: Any) -> Any:
-    """The network without its classifier."""
+    """The network without its classifier, or None if it cannot be had alone."""
     classifies = type(model).__name__.endswith("ForImageClassification")
-    return getattr(model, model.base_model_prefix) if classifies else model
+    return getattr(model, model.base_model_prefix, None) if classifies else model
 
 
 def resolved(options: Options) -> Options:
@@ -91,7 +84,7 @@ def _config(options: Options, size: int | None = None) -> Any:
         ) from None
     config = getattr(config, "vision_config", config)
     if size is not None and hasattr(config, "image_size"):
-        config.image_size = size
+        config.image_size = size if isinstance(config.image_size, int) else [size, size]
     return config
 
 
@@ -99,7 +92,17 @@ def _create(options: Options, size: int | None) -> Any:
     transformers = package("transformers")
     config = _config(options, size)
     config.architectures = getattr(config, "architectures", None) or []  # what from_config goes through
-    return _kind(transformers, config).from_config(config)
+    try:
+        model = _kind(transformers, config).from_config(config)
+    except (ImportError, TypeError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"options.model: transformers cannot build a network of {config.model_type} ({in_brief(error)}); correct "
+            "the options or choose another network"
+        ) from None
+    if model.main_input_name != "pixel_values" or _base(model) is None:
+        lacks = "takes no images" if model.main_input_name != "pixel_values" else "gives no maps before its classifier"
+        raise UserError(f"options.model: {config.model_type} of transformers {lacks}; choose another network")
+    return model
 
 
 def _kind(transformers: Any, config: Any) -> Any:
@@ -127,40 +130,7 @@ def input(options: Options) -> Input:
         processor = package("transformers").AutoImageProcessor.from_pretrained(
             options.model, revision=options.revision, trust_remote_code=False
         )
-    return _input_of(processor, side)
-
-
-def _input_of(processor: Any, side: int) -> Input:
-    """What an image processor does, as an input."""
-
-    def sizes(name: str) -> dict[str, int]:
-        given: Any = getattr(processor, name, None) or {}
-        found = {key: getattr(given, key, None) for key in ("height", "shortest_edge")}
-        return {key: int(value) for key, value in (dict(given) | found).items() if value is not None}
-
-    resize, crop = sizes("size"), sizes("crop_size")
-    resample = getattr(processor, "resample", None)
-    filter_number = 3 if resample is None else int(getattr(resample, "value", resample))
-    normal = getattr(processor, "do_normalize", True)
-    mean, std = (list(map(float, getattr(processor, name))) for name in ("image_mean", "image_std"))
-    short = resize.get("shortest_edge")
-    fit: Fit
-    if short is not None and getattr(processor, "crop_pct", None):  # ConvNeXT: the size is that of the crop
-        final, share = short, float(processor.crop_pct) if short < 384 else 1.0
-        fit = "centre_floor" if short < 384 else "squash"
-    elif getattr(processor, "do_center_crop", False) and crop:
-        final = crop["height"]
-        share, fit = final / (short or resize["height"]), "centre_floor" if short else "squash"
-    else:
-        final, share, fit = short or resize.get("height", side), 1.0, "centre_floor" if short else "squash"
-    return Input(
-        size=final,
-        mean=mean if normal else [0.0] * 3,
-        std=std if normal else [1.0] * 3,
-        interpolation=FILTERS[filter_number],
-        crop=share,
-        fit=fit,
-    )
+    return of_processor(processor, side)
 
 
 def build(options: Options, size: int | None = None) -> Backbone:
@@ -168,7 +138,12 @@ def build(options: Options, size: int | None = None) -> Backbone:
     model = _create(options, size)
     side = size or input(options).size or 224
     with torch.no_grad(), size_taken(side):
-        values = _base(model.eval())(pixel_values=torch.zeros(1, 3, side, side)).last_hidden_state
+        given = _base(model.eval())(pixel_values=torch.zeros(1, 3, side, side))
+    values = getattr(given, "last_hidden_state", None)
+    if values is None:
+        raise UserError(
+            f"options.model: {model.config.model_type} of transformers gives no last maps; choose another network"
+        )
     channels = values.shape[1] if values.dim() == 4 else values.shape[-1]
     return _HuggingFace(model, channels, options.features, side, _prefix(model, values, side))
 

@@ -11,13 +11,13 @@ import torch
 
 from h2t.pipeline.base.errors import UserError, nearest
 from h2t.pipeline.base.params import Section
-from h2t.pipeline.data.network_input import Input
+from h2t.pipeline.data.network_input import Input, unlike_ours
 from h2t.pipeline.networks.backbone import Backbone
 from h2t.pipeline.networks.layouts import Features
 from h2t.pipeline.networks.pretrained import Revision, described, is_folder, is_hub_id, offline, package, pinned
 from h2t.pipeline.networks.tap import Tapped
 
-NUMBER = 2026112601  # other results, another number: docs/numbers.md
+NUMBER = 2026112701  # other results, another number: docs/numbers.md
 
 
 class Options(Section):
@@ -37,7 +37,10 @@ class _Timm(Tapped):
         return values
 
     def whole(self, x: torch.Tensor, values: torch.Tensor) -> torch.Tensor | None:
-        logits: torch.Tensor = self._model.forward_head(values)
+        try:
+            logits: torch.Tensor = self._model.forward_head(values)
+        except NotImplementedError:  # of an encoder without a classifier
+            return None
         return logits
 
 
@@ -81,16 +84,30 @@ def _create(options: Options, **more: Any) -> Any:
 
 def input(options: Options) -> Input:
     """The input that the network's configuration states. Raises UserError."""
-    with torch.device("meta"):
-        model = _create(options)
+    try:
+        with torch.device("meta"):
+            model = _create(options)
+    except UserError as error:  # timm 1.0.15 needs values for some
+        if "meta tensors" not in str(error):
+            raise
+        with torch.random.fork_rng():
+            model = _create(options)
     config = package("timm").data.resolve_model_data_config(model)
+    height, width = config["input_size"][1:]
+    name, crop, mode = options.model, config["crop_pct"], config["crop_mode"]
+    if height != width:
+        raise unlike_ours(name, f"{height} x {width} pixels, which is no square")
+    if mode not in ("center", "squash"):
+        raise unlike_ours(name, f"crop_mode {mode}")
+    if crop > 1:
+        raise unlike_ours(name, f"crop_pct {crop:g}, with a border of black")
     return Input(
-        size=max(config["input_size"][1:]),
+        size=height,
         mean=list(config["mean"]),
         std=list(config["std"]),
         interpolation=config["interpolation"],
-        crop=float(config["crop_pct"]),
-        fit="squash" if config["crop_mode"] == "squash" else "centre",
+        crop=float(crop),
+        fit="squash" if mode == "squash" else "centre",
     )
 
 
@@ -104,7 +121,12 @@ def build(options: Options, size: int | None = None) -> Backbone:
             raise
         model = _create(options)
     prefix = getattr(model, "num_prefix_tokens", None)
-    return _Timm(model, model.num_features, options.features, side, prefix)
+    backbone = _Timm(model, model.num_features, options.features, side, prefix)
+    name = model.pretrained_cfg.get("classifier")
+    if isinstance(name, str) and not model.num_classes and not (backbone.ending.classifier or backbone.ending.why):
+        # Built without a classifier; weights may have one, which then reads what this network gives.
+        vars(backbone).update(last_layer=name, unused=backbone.unused | {f"{name}.weight", f"{name}.bias"})
+    return backbone
 
 
 def weights(options: Options, size: int | None = None) -> Mapping[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchvision.models import get_model, list_models
+from torchvision.models import get_model, get_model_weights, list_models
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from h2t.pipeline.base.errors import UserError, nearest
@@ -67,6 +67,20 @@ class _Torchvision(Tapped):
 def input(options: Options) -> Input:
     """States nothing: the dataset's transform, as for ImageNet by default, is torchvision's."""
     return Input()
+
+
+def made_for(options: Options) -> Input:
+    """The input that torchvision's default weights of the model were evaluated with."""
+    transform = get_model_weights(options.model).DEFAULT.transforms()
+    (size,), (resize,) = transform.crop_size, transform.resize_size
+    return Input(
+        size=size,
+        mean=list(transform.mean),
+        std=list(transform.std),
+        interpolation=transform.interpolation.value,
+        crop=int(size / resize * 1e4) / 1e4,  # rounded down, so that the resized side is `resize` again
+        fit="centre",
+    )
 
 
 def build(options: Options, size: int | None = None) -> Backbone:

@@ -1,9 +1,10 @@
 """What a network takes as its input, which belongs to the backbone and not to the dataset."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 
+from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import Positive, Ratio, Real, Section, Side, above
 
 Colours = Annotated[list[Real], pydantic.Field(min_length=3, max_length=3)]
@@ -35,3 +36,22 @@ class Input(Section):
 def chosen(stated: Input, given: Input) -> Input:
     """The input that a network `stated`, in which the keys that are `given` replace others."""
     return stated.model_copy(update=given.model_dump(exclude_none=True))
+
+
+def of_network(plugin: Any, options: Section, given: Input) -> Input:
+    """The input of the plug-in's network, in which the keys that are `given` replace others.
+
+    Nothing is asked of a network that states none, or if all keys are given. Raises UserError for a network that wants
+    its images prepared in another way (`unlike_ours`).
+    """
+    if not hasattr(plugin, "input") or len(given.model_dump(exclude_none=True)) == len(Input.model_fields):
+        return given
+    return chosen(plugin.input(options), given)
+
+
+def unlike_ours(model: str, way: str) -> UserError:
+    """The refusal of an input that cannot be stated here. `way`: how the images of `model` are prepared."""
+    return UserError(
+        f"options.model: images of {model} are prepared in a way that h2t has not: {way}; state all of size, mean, "
+        "std, interpolation, crop and fit in backbones.NAME.input, or choose another network"
+    )

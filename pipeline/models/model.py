@@ -147,7 +147,8 @@ def save_model(path: Path, backbone: nn.Module, one: Heads, about: Any) -> bool:
     linear = as_linear(parts, context, state)
     last = getattr(backbone, "last_layer", "fc")
     if linear is not None:
-        weights = {f"{last}.weight": linear[0], f"{last}.bias": linear[1]}
+        weight = linear[0].reshape(*linear[0].shape, *getattr(backbone, "last_kernel", ()))
+        weights = {f"{last}.weight": weight, f"{last}.bias": linear[1]}
         head: Any = {"linear": last}
     else:
         weights = {PREFIX + name: t for name, t in state.items()}
@@ -203,8 +204,7 @@ def load_model(path: Path) -> Model:
     head: nn.Module
     if "linear" in about["head"]:
         last = about["head"]["linear"]
-        names = (f"{last}.weight", f"{last}.bias")
-        head = LinearHead(*(state.pop(name) for name in names))
+        head = LinearHead(state.pop(f"{last}.weight").flatten(1), state.pop(f"{last}.bias"))
     else:
         counts, *rest = about["head"]["context"]
         own = {name.removeprefix(PREFIX): state.pop(name) for name in list(state) if name.startswith(PREFIX)}

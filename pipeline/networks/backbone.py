@@ -26,6 +26,8 @@ class Backbone(nn.Module):
     fresh: tuple[str, ...] = ()
     #: Name of the network's own classifier, which is not part of the backbone; an exported linear head gets this name.
     last_layer: str = "fc"
+    #: Further axes of its weight: (1, 1) where it is a convolution of one pixel.
+    last_kernel: tuple[int, ...] = ()
     #: State-dict keys of the whole network that the backbone does not use.
     unused: frozenset[str] = frozenset()
     #: Modules after pooling; batch norms in them keep their statistics.

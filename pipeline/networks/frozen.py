@@ -185,10 +185,8 @@ def kinds_of(module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[str, 
     `x` (B, D) and `y` (B, D') are an input and the output of the module in eval mode, on which the layers are compared.
     The input must tell layers apart: large and small values of both signs.
     """
-    if isinstance(module, nn.Linear):
-        possible = ["linear"]
-    elif isinstance(module, nn.Conv2d):
-        possible = ["linear"] if module.groups == 1 and set(module.kernel_size) == {1} else []
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        possible = ["linear"] if is_linear(module) else []
     elif isinstance(module, nn.modules.batchnorm._BatchNorm):
         possible = ["affine"] if module.running_var is not None else []
     elif _epsilon(module) is not None:
@@ -206,6 +204,13 @@ def kinds_of(module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[str, 
         if same(FrozenPart(tuple(layer(kind, module) for kind in kinds))(x), y):
             return kinds
     return None
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` is a linear layer, perhaps written as a convolution of one pixel."""
+    if isinstance(module, nn.Conv2d):
+        return module.groups == 1 and set(module.kernel_size) == {1}
+    return isinstance(module, nn.Linear)
 
 
 def _epsilon(module: nn.Module) -> float | None:

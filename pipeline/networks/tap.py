@@ -5,7 +5,7 @@ network's own logits. What follows the maps is found by watching which modules s
 them; no network is known by name.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from torch import nn
 from h2t.pipeline.base.errors import UserError, in_brief, of_the_machine
 from h2t.pipeline.networks.backbone import Backbone
 from h2t.pipeline.networks.classifier import global_average
-from h2t.pipeline.networks.frozen import FrozenPart, Layer, kinds_of, layer, same
+from h2t.pipeline.networks.frozen import FrozenPart, Layer, is_linear, kinds_of, layer, same
 from h2t.pipeline.networks.layouts import Features, as_maps
 
 TOLERANCE = 1e-4  # largest difference of logits / largest logit: float32 rounds differently in another order of sums
@@ -74,6 +74,9 @@ class Tapped(Backbone):
         whole = set(self.state_dict())
         ending, reached = find_ending(self, side)
         vars(self).update(ending=ending, last_layer=ending.classifier or "fc")
+        if ending.classifier:
+            weight: Any = model.get_submodule(ending.classifier).weight
+            vars(self).update(last_kernel=tuple(weight.shape[2:]))
         vars(self).update(modules_after=tuple(module for module, _ in ending.after))
         self.cut(side, reached)
         vars(self).update(unused=frozenset(whole - set(self.state_dict())))
@@ -142,6 +145,10 @@ def size_taken(side: int) -> Iterator[None]:
     """Raises UserError if a network called in the block takes no images of `side` pixels or of three colours."""
     try:
         yield
+    except TypeError as error:  # a call with images alone
+        raise UserError(
+            f"options.model: the network must take images alone; it says: {in_brief(error)}; choose another network"
+        ) from None
     except (AssertionError, RuntimeError, ValueError) as error:
         if of_the_machine(error):
             raise
@@ -161,13 +168,24 @@ def find_ending(backbone: Tapped, side: int) -> tuple[Ending, set[nn.Module]]:
     model = backbone._model
     with _telling(model):
         calls: list[_Call] = []
+        found_maps: list[str] = []  # modules that gave the maps
         following: list[str] = []  # modules called after the one that gave the maps
         reached: set[nn.Module] = set()
         with _hooked(model, lambda name, module, given, result: reached.add(module)), size_taken(side):
             values = backbone.trunk(x)
+        if not isinstance(values, torch.Tensor):
+            raise UserError(
+                "options.model: the network must give one tensor of maps or tokens; got "
+                f"{len(values) if isinstance(values, list | tuple) else 'none'}; choose another network"
+            )
 
         def record(name: str, module: nn.Module, given: torch.Tensor | None, result: Any) -> None:
-            if isinstance(result, torch.Tensor) and result.shape == values.shape and torch.equal(result, values):
+            several = isinstance(result, list | tuple | Mapping) and bool(result)
+            if several and found_maps:  # of a module around the one that gave the maps
+                return
+            first = next(iter(result.values() if isinstance(result, Mapping) else result)) if several else result
+            if isinstance(first, torch.Tensor) and first.shape == values.shape and torch.equal(first, values):
+                found_maps.append(name)
                 following.clear()
                 calls.clear()
                 return
@@ -224,7 +242,7 @@ def _follow(value: torch.Tensor, logits: torch.Tensor, calls: Sequence[_Call]) -
         if not same(call.given.flatten(1), value, TOLERANCE):
             continue
         result = call.result.flatten(1)
-        if isinstance(call.module, nn.Linear) and same(result, logits, TOLERANCE):
+        if is_linear(call.module) and same(result, logits, TOLERANCE):
             own = FrozenPart((*kept, layer("linear", call.module)))(pooled)
             return Ending(tuple(after), call.name) if same(own, logits, TOLERANCE) else None
         probe = 4 * torch.randn(call.given.shape, generator=torch.Generator().manual_seed(1))

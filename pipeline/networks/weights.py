@@ -43,7 +43,13 @@ class _About(dict[str, Any]):
 
 def save_weights(path: Path, state: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> None:
     """Writes the tensors `state` and the JSON object `about`, which describes them. Equal input gives equal bytes."""
-    tensors = {name: t.detach().cpu().contiguous() for name, t in state.items()}
+    tensors: dict[str, torch.Tensor] = {}
+    memory: set[int] = set()
+    for name, t in state.items():
+        tensor = t.detach().cpu().contiguous()
+        where = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if where in memory else tensor  # some networks give one tensor two names
+        memory.add(where)
     text = json.dumps(about, sort_keys=True, separators=(",", ":"), allow_nan=False)
     path.write_bytes(save(tensors, {METADATA: text}))
 
@@ -223,7 +229,7 @@ def fill(model: torch.nn.Module, state: Mapping[str, torch.Tensor], what: str) -
                 f"{what}: {name} must have shape {tuple(tensor.shape)}; got {tuple(state[name].shape)}; "
                 "is it another architecture?"
             )
-        if not torch.isfinite(state[name]).all():
+        if not torch.isfinite(state[name]).all() and torch.isfinite(tensor).all():  # bounds may be infinite
             raise UserError(f"{what}: {name} holds NaN or infinity; use other weights")
     unknown = sorted(set(state) - set(own))
     if unknown:

@@ -33,7 +33,7 @@ from h2t.pipeline.base.run import Run, silent
 from h2t.pipeline.base.seeds import torch_seed
 from h2t.pipeline.data.decoding import decode
 from h2t.pipeline.data.images import Images, Transform
-from h2t.pipeline.data.network_input import chosen
+from h2t.pipeline.data.network_input import of_network
 from h2t.pipeline.data.samples import Samples
 from h2t.pipeline.heads.descent import Descent
 from h2t.pipeline.heads.features import load_pool
@@ -101,7 +101,7 @@ class Stage:
         self.folder, self.device, self.clock = folder, device, clock
         arch = plugins.load("backbones", entry.arch)
         options = build(arch.Options, "options", entry.options)
-        self.side = (chosen(arch.input(options), entry.input).size if hasattr(arch, "input") else entry.input.size) or 0
+        self.side = of_network(arch, options, entry.input).size or 0
         torch.manual_seed(torch_seed(0, "plan"))
         backbone = build_backbone(arch, options, self.side or None)
         self.channels, experts = backbone.channels, getattr(backbone, "experts", 1)

@@ -27,7 +27,7 @@ from h2t.pipeline.base.run import Run, silent
 from h2t.pipeline.base.seeds import torch_seed
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.data.images import Images
-from h2t.pipeline.data.network_input import Input, chosen
+from h2t.pipeline.data.network_input import Input, of_network
 from h2t.pipeline.data.samples import Samples
 from h2t.pipeline.extraction.elsewhere import CacheElsewhere
 from h2t.pipeline.extraction.recorded import backbone_of
@@ -124,6 +124,8 @@ def run(params: Params, run: Run, samples: Samples, images: Images, cache: Cache
         reason = _load(whole, f"{where}.weights", backbone, objective if params.head == "trained" else None)
         source = "pretrained" if params.weights == "pretrained" else Path(str(params.weights)).name
         run.say(f"{run.name}: weights from {source}; nothing is trained")
+        if params.weights == "pretrained" and hasattr(arch, "made_for"):
+            _compare_inputs(run, samples, stated, arch.made_for(options))
         if reason and params.head == "trained":
             run.say(f"note: {run.name}: the weights' own classifier is left out: {reason}")
         _write(run.out, about, params, backbone, None if reason else objective, [])
@@ -164,11 +166,9 @@ def run(params: Params, run: Run, samples: Samples, images: Images, cache: Cache
 def _network(params: Params, arch: ModuleType, where: str) -> tuple[Section, Input, Backbone]:
     """(options, input, the network with initial weights) of the plug-in `arch`, by the entry `where`."""
     options = build(arch.Options, f"{where}.options", params.options)
-    stated = params.input
     if hasattr(arch, "resolved"):
         options = arch.resolved(options)
-    if hasattr(arch, "input"):
-        stated = chosen(arch.input(options), params.input)
+    stated = of_network(arch, options, params.input)
     return options, stated, build_backbone(arch, options, stated.size)
 
 
@@ -176,6 +176,19 @@ def check_weights(params: Params, file: Path, key: str) -> None:
     """Raises UserError, naming `key`, unless `file` holds weights of the network of `params`."""
     _, _, backbone = _network(params, plugins.load("backbones", params.arch), key)
     _load(load_checkpoint(file), key, backbone, None)
+
+
+def _compare_inputs(run: Run, samples: Samples, stated: Input, wanted: Input) -> None:
+    """Says so if the images are prepared unlike those that the weights were made for."""
+    ours, theirs = (samples.with_input(i).transform for i in (stated, wanted))
+    keys = [k for k in ("size", "resize", "interpolation", "mean", "std") if getattr(ours, k) != getattr(theirs, k)]
+    if keys:
+        said = ", ".join(f"{k} {getattr(theirs, k)} (here {getattr(ours, k)})" for k in keys)
+        values = ", ".join(f"{k}: {v}" for k, v in wanted.model_dump().items())
+        run.say(
+            f"note: {run.name}: the weights were made for images of {said}; to follow it set "
+            f"backbones.{run.name}.input: {{{values}}}"
+        )
 
 
 def _check_two_batches(params: Params, where: str, backbone: Backbone) -> None:
@@ -308,6 +321,7 @@ def _load(whole: Mapping[str, torch.Tensor], where: str, backbone: Backbone, obj
         if names[0] not in whole:
             return "there is none"
         head = {part: whole[name][None] for part, name in zip(("weight", "bias"), names, strict=True) if name in whole}
+        head["weight"] = head["weight"].flatten(2)  # a convolution of one pixel has four axes
     else:
         body, head = split_head(whole)
         fill(backbone, body, where)

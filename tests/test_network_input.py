@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from pipeline_builders import one_line
 from sklearn.datasets import load_sample_images
+from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, to_dtype
 
 from h2t.pipeline.base import plugins
 from h2t.pipeline.data.images import Transform
@@ -118,6 +119,22 @@ def test_what_a_processor_does_beyond_its_keys_is_measured(name, options):
     for image in crops(6):
         theirs = torch.as_tensor(np.asarray(processor(Image.fromarray(image), return_tensors="pt")["pixel_values"][0]))
         assert float(((ours(image, stated) - theirs) * scale).abs().mean()) <= 0.5 / 255
+
+
+def test_a_crop_that_is_rounded_to_the_nearest_pixel_is_told_from_one_rounded_down():
+    """As by the fast processors of CLIP and DINOv2 in transformers 4."""
+
+    class Rounded:
+        size, crop_size, resample = {"shortest_edge": 64}, {"height": 64, "width": 64}, 3
+        image_mean, image_std, do_center_crop = [0.5] * 3, [0.5] * 3, True
+
+        def __call__(self, images, return_tensors):
+            short = min(images.size)  # the long side becomes 89 or 78 pixels; to 89 there is an odd rest
+            resized = images.resize([64 * side // short for side in images.size], Image.Resampling.BICUBIC)
+            values = to_dtype(center_crop(pil_to_tensor(resized), [64, 64]), torch.float32, scale=True)
+            return {"pixel_values": [(values - 0.5) / 0.5]}
+
+    assert of_processor(Rounded(), 224).fit == "centre"
 
 
 STRANGE = [

@@ -5,6 +5,7 @@ stated input and the processor are both run on two pictures.
 """
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -48,16 +49,19 @@ def of_processor(processor: Any, side: int) -> Input:
 
 
 def _candidates(processor: Any, side: int) -> Iterator[Input]:
-    """What the processor states; then with the mean and standard deviation that it has, as with the crop of LeViT."""
-    for share in (1.0, LEVIT):
-        for measured in (False, True):
-            try:
-                yield _stated(processor, side, share, measured)
-            except (pydantic.ValidationError, ZeroDivisionError):  # a crop above 1, for example
-                continue
+    """What the processor states; then with the mean and standard deviation that it has, as with the crop of LeViT.
+
+    Crops of an odd rest are rounded down by most processors, by some of transformers 4 to the nearest pixel.
+    """
+    centres: tuple[Fit, ...] = ("centre_floor", "centre")
+    for share, centre, measured in product((1.0, LEVIT), centres, (False, True)):
+        try:
+            yield _stated(processor, side, share, centre, measured)
+        except (pydantic.ValidationError, ZeroDivisionError):  # a crop above 1, for example
+            continue
 
 
-def _stated(processor: Any, side: int, share: float, measured: bool) -> Input:
+def _stated(processor: Any, side: int, share: float, centre: Fit, measured: bool) -> Input:
     def sizes(name: str) -> dict[str, int]:
         given: Any = getattr(processor, name, None) or {}
         found = {key: getattr(given, key, None) or dict(given).get(key) for key in ("height", "shortest_edge")}
@@ -70,12 +74,12 @@ def _stated(processor: Any, side: int, share: float, measured: bool) -> Input:
     fit: Fit
     if short is not None and getattr(processor, "crop_pct", None):  # ConvNeXT: the size is that of the crop
         final, kept = short, float(processor.crop_pct) if short < 384 else 1.0
-        fit = "centre_floor" if short < 384 else "squash"
+        fit = centre if short < 384 else "squash"
     elif getattr(processor, "do_center_crop", False) and crop:
         final = crop.get("height", side)
-        kept, fit = final / (short or height), "centre_floor" if short else "squash"
+        kept, fit = final / (short or height), centre if short else "squash"
     else:
-        final, kept, fit = short or height, 1.0, "centre_floor" if short else "squash"
+        final, kept, fit = short or height, 1.0, centre if short else "squash"
     mean, std = _levels(processor) if measured else _normal(processor)
     return Input(size=final, mean=mean, std=std, interpolation=FILTERS[filter_number], crop=kept * share, fit=fit)
 

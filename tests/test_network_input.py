@@ -125,13 +125,13 @@ def test_a_crop_that_is_rounded_to_the_nearest_pixel_is_told_from_one_rounded_do
     """As by the fast processors of CLIP and DINOv2 in transformers 4."""
 
     class Rounded:
-        size, crop_size, resample = {"shortest_edge": 64}, {"height": 64, "width": 64}, 3
+        size, crop_size, resample = {"shortest_edge": 224}, {"height": 224, "width": 224}, 3
         image_mean, image_std, do_center_crop = [0.5] * 3, [0.5] * 3, True
 
         def __call__(self, images, return_tensors):
-            short = min(images.size)  # the long side becomes 89 or 78 pixels; to 89 there is an odd rest
-            resized = images.resize([64 * side // short for side in images.size], Image.Resampling.BICUBIC)
-            values = to_dtype(center_crop(pil_to_tensor(resized), [64, 64]), torch.float32, scale=True)
+            short = min(images.size)  # the long side becomes 313 or 275 pixels: 44.5 or 25.5 are left before the crop
+            resized = images.resize([224 * side // short for side in images.size], Image.Resampling.BICUBIC)
+            values = to_dtype(center_crop(pil_to_tensor(resized), [224, 224]), torch.float32, scale=True)
             return {"pixel_values": [(values - 0.5) / 0.5]}
 
     assert of_processor(Rounded(), 224).fit == "centre"

@@ -1,4 +1,5 @@
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -173,6 +174,7 @@ def test_files_that_are_no_checkpoints(tmp_path, content, name):
         (lambda s: s["fc.bias"][:1].fill_(torch.nan), "fc.bias holds NaN or infinity"),
         (lambda s: s.update({"fc.0.bias": torch.ones(3)}), "fc.bias must be dense real tensors with 1 axis"),
         (lambda s: s.update({"fc.bias": torch.ones(10, dtype=torch.complex64)}), "got another kind of tensor"),
+        (lambda s: s.update({"fc.weight": torch.ones(64)}), "must hold a linear classifier named fc"),
         (lambda s: s.update({"fc.weight": torch.ones(10, 63)}), r"classifier's weight must have shape \(1, 10, 64\)"),
     ],
 )
@@ -182,6 +184,15 @@ def test_weights_that_do_not_fit(tmp_path, digits, change, text):
     torch.save(state, tmp_path / "x.pt")
     with pytest.raises(UserError, match=text):
         stage(tmp_path, digits, tmp_path / "x.pt", "ce", 1, "resnet20")
+
+
+@pytest.mark.parametrize(("value", "fits"), [(torch.inf, True), (torch.nan, False)])
+def test_a_bound_may_be_infinite_but_nothing_is_nan(value, fits):
+    model = torch.nn.Module()
+    model.register_buffer("bound", torch.tensor([torch.inf, 1]))
+    given = {"bound": torch.tensor([value, 1])}
+    with nullcontext() if fits else pytest.raises(UserError, match="bound holds NaN or infinity"):
+        fill(model, given, "x")
 
 
 def test_heads_of_another_kind():

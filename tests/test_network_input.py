@@ -105,6 +105,7 @@ UNUSUAL = [  # what they do is in their code: another standard deviation, a wide
         {**SMALL, "rescale_factor": 1 / 127.5, "rescale_offset": True},
     ),
     ("LevitImageProcessor", {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}}),
+    ("ConvNextImageProcessor", {"size": {"shortest_edge": 384}, "crop_pct": None}),  # squashed, as with any crop
     ("ViTImageProcessor", {**SMALL, "do_normalize": False}),
     ("ViTImageProcessor", {**SMALL, "do_rescale": False, "do_normalize": False}),
 ]

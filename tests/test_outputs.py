@@ -13,6 +13,7 @@ from pipeline_builders import python, refused
 
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import fresh_directory, write_json, write_run_record
+from h2t.pipeline.models import prediction_files
 
 
 def filled(out, names=("a", "b")):
@@ -104,6 +105,8 @@ def test_a_place_below_a_file_is_one_line(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="cannot be created"):
         filled(tmp_path / "file" / "out")
+    with pytest.raises(UserError, match="cannot be created"):
+        filled(tmp_path / ("x" * 300))
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="no place in which nothing can be made")
@@ -134,6 +137,20 @@ def test_what_is_no_file_is_not_replaced(tmp_path):
     assert pipe.is_fifo()
     with pytest.raises(UserError, match="pipe: must be a directory; got a file"):
         filled(pipe)
+
+
+def test_a_record_at_a_place_that_cannot_be_looked_at_is_left_out(tmp_path):
+    write_run_record(tmp_path / f"{'x' * 300}.json", {})
+    assert names(tmp_path) == []
+
+
+def test_a_second_prediction_into_a_file_leaves_the_first_one_alone(tmp_path):
+    line = {"image": "a.png", "rank": 1, "class": "owl", "confidence": 0.5}
+    with prediction_files.as_file(tmp_path / "p.csv") as write:
+        write([line])
+        prediction_files.check(tmp_path / "p.csv")
+    assert "a.png,1,owl,0.5" in (tmp_path / "p.csv").read_text()
+    assert names(tmp_path) == ["p.csv"]
 
 
 def test_json_has_no_nan(tmp_path):

@@ -444,8 +444,22 @@ def share_by_hard_links(lab, patch):
     return "hard links outside this repository"
 
 
+def share_with_a_repository_inside(lab, patch):
+    """Its files are inside this repository, but DVC's index of this one leaves them out."""
+    (lab / "a/inner").mkdir()
+    dvc("init", "--subdir", where=lab / "a/inner")
+    return "inner is a DVC repository of its own"
+
+
 @pytest.mark.parametrize(
-    "share", [share_by_local_directory, share_by_system_setting, share_by_link, share_by_hard_links]
+    "share",
+    [
+        share_by_local_directory,
+        share_by_system_setting,
+        share_by_link,
+        share_by_hard_links,
+        share_with_a_repository_inside,
+    ],
 )
 def test_gc_leaves_a_dvc_cache_that_others_may_use(lab, monkeypatch, share):
     says = share(lab, monkeypatch)
@@ -585,6 +599,20 @@ def test_doctor_looks_at_the_project_it_stands_in(below):
     assert "data/extract/b is sound" in done
     shutil.rmtree(below / "data/extract/b")
     assert "missing here: data/extract/b" in invoke("doctor").output
+
+
+def test_publish_asks_for_that_project_alone(below):
+    dvc("repro", "extract", where=below)
+    with Repo(str(below)) as repo:
+        publish._check_workspace(repo, below)  # that of the root was never run
+        (below / "dvc.yaml").write_text((below / "dvc.yaml").read_text().replace("cp -r", "cp -a -r"))
+    with Repo(str(below)) as repo, pytest.raises(UserError, match=r"1 stage not up to date \(extract\)"):
+        publish._check_workspace(repo, below)
+
+
+def test_a_cache_that_cannot_be_made_is_not_taken_for_a_project_that_cannot_be_written(healthy):
+    dvc("config", "--local", "cache.dir", "/proc/nothing/here", where=healthy / "a")
+    assert "DVC's cache cannot be written" in faults(healthy)["links"]
 
 
 def test_gc_removes_what_doctor_finds_unfinished_there(below):

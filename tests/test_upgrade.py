@@ -249,6 +249,14 @@ def test_a_dvc_yaml_that_watches_no_numbers_is_one_line(project):
     assert "dvc.yaml: watches no numbers" in line
 
 
+def test_without_a_project_it_is_one_line_and_nothing_is_written(project):
+    (project / "dvc.yaml").unlink()
+    (project / "stages.yaml").unlink()
+    line = refused("upgrade", "--apply", code=1)
+    assert "has no dvc.yaml; change to the folder of a project" in line
+    assert not (project / "stages.yaml").exists()
+
+
 def test_outside_of_a_repository_it_is_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     line = refused("upgrade", code=1)

@@ -42,7 +42,9 @@ def fresh_directory(out: Path) -> Iterator[Path]:
     replaced and its target is not. If two processes write the same `out`, the later one wins.
     """
     out = Path(os.path.abspath(out))  # noqa: PTH100 - `resolve` would follow the link that will be replaced
-    if out.exists() and not out.is_dir() and not out.is_symlink():  # a device, too
+    with creating(out):
+        is_file = out.exists() and not out.is_dir() and not out.is_symlink()  # or a device
+    if is_file:
         raise UserError(f"{out}: must be a directory; got a file; give another path or remove the file")
     partial = out.parent / f".{out.name}.partial-{os.getpid()}"
     try:
@@ -145,10 +147,10 @@ def write_run_record(path: Path, facts: Mapping[str, Any]) -> None:
     If the record cannot be written, the run still succeeds, and no incomplete record is left. A device such as
     /dev/null stays what it is.
     """
-    if path.exists() and not path.is_file():
-        return
     partial = path.with_name(f".{path.name}.partial")
     with suppress(OSError):
+        if path.exists() and not path.is_file():
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         record = {
             "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -25,6 +25,9 @@ def links(root: Path) -> list[Finding]:
     place = repository.dvc_cache(root)
     try:
         place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return [Finding("links", "fault", f"DVC's cache cannot be written ({error.strerror})", "dvc cache dir PATH")]
+    try:
         works = next((kind for kind in kinds if _link_works(kind, place, root)), None)
     except OSError as error:
         if not Path(error.filename or place).is_relative_to(place):

@@ -51,6 +51,8 @@ def upgrade(start: Path, say: Say, *, apply: bool = False) -> Plan:
     Raises UserError outside a DVC repository, and if dvc.yaml watches no numbers.
     """
     root = repository(start)
+    if not (root / "dvc.yaml").is_file():
+        raise UserError(f"{root}: has no dvc.yaml; change to the folder of a project")
     with in_one_line("dvc"), contextlib.chdir(root):  # DVC names stages of other folders by their path from here
         with _dvc(root, alone=apply) as repo:
             plan = _plan(root, repo)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,20 +53,16 @@ def check(path: Path) -> None:
     if path.is_dir() or not path.parent.is_dir():
         what = "a file; got a folder" if path.is_dir() else "in a folder that exists"
         raise UserError(f"{path}: must be {what}; give another path")
+    trial = path.with_name(f".{path.name}.trial-{os.getpid()}")  # another process may be writing this path's own
     with creating(path):
-        _partial(path).touch()
-        _partial(path).unlink()
-
-
-def _partial(path: Path) -> Path:
-    """The unfinished file, which becomes `path`."""
-    return path.with_name(f".{path.name}.partial")
+        trial.touch()
+        trial.unlink()
 
 
 @contextmanager
 def as_file(path: Path) -> Iterator[Write]:
     """A function that writes lines to the file `path`, which appears when the block has succeeded."""
-    partial = _partial(path)
+    partial = path.with_name(f".{path.name}.partial")
     try:
         if path.suffix == ".parquet":
             with pq.ParquetWriter(partial, COLUMNS, compression="zstd") as table:

@@ -72,8 +72,9 @@ def _stated(processor: Any, side: int, share: float, centre: Fit, measured: bool
     filter_number = 3 if resample is None else int(getattr(resample, "value", resample))
     short, height = resize.get("shortest_edge"), resize.get("height", side)
     fit: Fit
-    if short is not None and getattr(processor, "crop_pct", None):  # ConvNeXT: the size is that of the crop
-        final, kept = short, float(processor.crop_pct) if short < 384 else 1.0
+    share_kept = getattr(processor, "crop_pct", None)
+    if short is not None and (share_kept or (short >= 384 and hasattr(processor, "crop_pct"))):
+        final, kept = short, float(share_kept or 1) if short < 384 else 1.0  # ConvNeXT: the size is that of the crop
         fit = centre if short < 384 else "squash"
     elif getattr(processor, "do_center_crop", False) and crop:
         final = crop.get("height", side)
@@ -116,7 +117,7 @@ def _ours(picture: np.ndarray, stated: Input) -> torch.Tensor:
 
 
 def _picture(height: int, width: int) -> np.ndarray:
-    """A picture whose places, colours, scales and filters can be told apart: waves, others in each channel."""
+    """A picture whose places, colours and scales can be told apart: waves, others in each channel."""
     y, x = np.mgrid[:height, :width] / 100
     waves = [
         np.sin(2 * x + y + c) + 0.7 * np.sin((7 + 2 * c) * x) * np.cos((5 + c) * y + c) + 0.3 * np.sin(150 * x + 99 * y)

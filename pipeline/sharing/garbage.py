@@ -100,7 +100,9 @@ def who_else(root: Path, objects: Path) -> str | None:
         return f"cache.dir ({objects.parent.parent}) lies outside this repository"
     here: Counter[tuple[int, int]] = Counter()
     linked: dict[tuple[int, int], int] = {}
-    for folder, _, names in os.walk(root):
+    for folder, inside, names in os.walk(root):
+        if ".dvc" in inside and Path(folder) != root and not Path(folder).is_relative_to(root / ".dvc" / "tmp"):
+            return f"{Path(folder).relative_to(root)} is a DVC repository of its own"  # unknown to this one
         for name in names:
             about = os.lstat(os.path.join(folder, name))  # noqa: PTH118 - a Path for each of many files takes long
             if about.st_nlink > 1:

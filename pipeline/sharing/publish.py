@@ -4,6 +4,7 @@ DVC transfers the bytes and manages the credentials. This module checks what DVC
 committed and undamaged, and that the remote holds the content of every object.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -76,7 +77,7 @@ def publish(
     _check_commit(root, uncommitted, say)
     _check_plugins(root)
     with in_one_line("dvc"), Repo(str(root)) as repo:
-        _check_workspace(repo)
+        _check_workspace(repo, root)
         if set_verify(root, name):
             say(f"remote {name}: set verify = true, so that a damaged object is refused when it is pulled")
         say(f"pushing {counted(len(outputs), 'output')}, of which {counted(len(caches(root)), 'cache')}, to {name}")
@@ -104,10 +105,14 @@ def publish(
     return proof
 
 
-def _check_workspace(repo: Any) -> None:
-    """Raises UserError unless every stage is up to date with dvc.lock."""
-    with in_one_line("dvc status"):
-        changed = {name: why for name, why in repo.status().items() if not _absent_input(name, why)}
+def _check_workspace(repo: Any, root: Path) -> None:
+    """Raises UserError unless every stage of the project at `root` is up to date with dvc.lock."""
+    with in_one_line("dvc status"), contextlib.chdir(root):  # DVC names stages by their path from here
+        changed = {
+            name: why
+            for name, why in repo.status().items()
+            if name.rpartition(":")[0] in ("", "dvc.yaml") and not _absent_input(name, why)
+        }
     if changed:
         names = ", ".join(list(changed)[:SHOWN]) + (", ..." if len(changed) > SHOWN else "")
         raise UserError(f"dvc status: {counted(len(changed), 'stage')} not up to date ({names}); type: dvc repro")

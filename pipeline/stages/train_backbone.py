@@ -321,7 +321,8 @@ def _load(whole: Mapping[str, torch.Tensor], where: str, backbone: Backbone, obj
         if names[0] not in whole:
             return "there is none"
         head = {part: whole[name][None] for part, name in zip(("weight", "bias"), names, strict=True) if name in whole}
-        head["weight"] = head["weight"].flatten(2)  # a convolution of one pixel has four axes
+        if head["weight"].dim() > 3:  # a convolution of one pixel
+            head["weight"] = head["weight"].flatten(2)
     else:
         body, head = split_head(whole)
         fill(backbone, body, where)

@@ -252,7 +252,9 @@ def _entry(
         values["classifier"] = kind.only_classifier
     if not kind.fitted:
         values["grid"] = {"ratio": _plain(ratios), "seed": _plain(seeds)}
-        values["optimiser"] = {"epochs": Optimiser.enough_epochs(samples) if epochs is None else _plain(epochs)}
+        batch = own["optimiser"].get("batch_size") if isinstance(own.get("optimiser"), dict) else None
+        enough = Optimiser.enough_epochs(samples, batch if isinstance(batch, int) and batch > 0 else None)
+        values["optimiser"] = {"epochs": enough if epochs is None else _plain(epochs)}
     for key in values.keys() & own.keys():
         if isinstance(values[key], dict) and isinstance(own[key], dict):  # `epochs` stays beside a learning rate
             own[key] = {**values[key], **own[key]}

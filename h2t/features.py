@@ -22,6 +22,7 @@ from h2t.pipeline.base.params import Index, Section, build
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.data import labels as texts
 from h2t.pipeline.data.classes import recorded_names
+from h2t.pipeline.data.decoding import ORIENTATION
 from h2t.pipeline.data.images import Collection, Images, open_images
 from h2t.pipeline.data.splits import HoldOut, Labelled, SmallClasses, hold_out
 from h2t.pipeline.data.transforms import OWN
@@ -166,8 +167,9 @@ def _opened(images: Iterable[str | Path | np.ndarray | Image.Image] | np.ndarray
 
 def as_file(image: Image.Image) -> bytes:
     """An image of Pillow as a file, so that its colours and orientation are treated as those of files are."""
-    file = io.BytesIO()
-    image.save(file, "TIFF", exif=image.getexif())
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[ORIENTATION] = image.getexif().get(ORIENTATION, 1)  # other tags of a camera would describe another image
+    image.save(file, "TIFF", exif=exif)
     return file.getvalue()
 
 
@@ -195,7 +197,8 @@ def gathered(
             "features.transpose(0, 3, 1, 2)",
             stacklevel=3,
         )
-    own = {name: getattr(features, name) if column is None else _listed(column) for name, column in beside.items()}
+    known = {"labels": features.labels, "split": features.split, "group": features.group}
+    own = {name: _listed(known[name] if column is None else column) for name, column in beside.items()}
     if unknown := sorted(set(own["split"] or ()) - set(SPLITS), key=str):
         raise UserError(f"split: must be train, val or test; got {unknown[0]!r}; rename it")
     return Features(features.values, features.source, own["labels"], own["split"], own["group"], features.extractor)
@@ -217,8 +220,10 @@ def as_array(features: Any) -> np.ndarray:
     return values
 
 
-def _listed(column: Any) -> list[Any]:
-    """Labels, splits or groups as a list."""
+def _listed(column: Any) -> list[Any] | None:
+    """Labels, splits or groups as a list, if there are any."""
+    if column is None:
+        return None
     return list(column.to_pylist() if isinstance(column, pa.Array | pa.ChunkedArray) else column)
 
 

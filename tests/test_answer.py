@@ -15,7 +15,7 @@ from h2t.pipeline.evaluation.intervals import Difference
 from h2t.pipeline.reporting import paper
 from h2t.pipeline.reporting.answer import Answer
 from h2t.pipeline.reporting.page import render
-from h2t.pipeline.reporting.results import ROWS, load_result
+from h2t.pipeline.reporting.results import ROWS, load_result, of_one_class
 from h2t.pipeline.stages import report
 
 GRID = {"ratio": [0.0, 0.1, 0.3, 0.6], "seed": [0, 1, 2]}
@@ -228,6 +228,8 @@ def test_classifiers_that_call_everything_one_class_are_named(evaluated, dr):
     assert said in Answer([dr, ncm]).lines()
     confusion.loc[confusion.index[confusion.number == numbers[0]][0], "predicted"] = 0
     assert "One class for all test images, so not to be used: dr with H2T." in Answer([dr, ncm]).lines()
+    dr.tables["confusion"]["true"] = 1  # of a test split of one class nothing can be said
+    assert of_one_class([dr]) == ""
 
 
 def test_a_long_name_does_not_widen_the_table(dr):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from h2t import api
 from h2t.cache.reader import open_cache
 from h2t.cache.tools.verify import verify
-from h2t.features import Shares, gathered, held_out
+from h2t.features import Features, Shares, gathered, held_out
 from h2t.pipeline.base.code import imports, modules
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.run import Run
@@ -167,6 +167,9 @@ def test_images_may_be_files_or_arrays(photos, weights, features):
     np.testing.assert_array_equal(held.values, files.values)
     for given in (map(Image.open, paths), (str(path) for path in paths), np.array([str(path) for path in paths])):
         np.testing.assert_array_equal(api.extract_features(given, "resnet20", **more).values, files.values)
+    shrunk = Image.fromarray(pixels[0])
+    shrunk.getexif()[0x0100] = 4000  # the width that a camera wrote
+    api.extract_features([shrunk], "resnet20", **more)
     turned = [Image.fromarray(one).rotate(90, expand=True) for one in pixels]
     for one in turned:
         one.getexif()[0x0112] = 6  # to be shown turned by 90 degrees clockwise
@@ -213,6 +216,8 @@ def test_groups_and_given_splits_are_kept():
     assert held_out(gathered(x, y, mine, None), Shares(test=0.2)) == mine
     unnamed = [np.nan, None, *["one camera"] * 40]
     alone = held_out(gathered(x, y, None, unnamed), Shares(test={"at_most": 40}))
+    in_array = Features(x, [str(i) for i in range(42)], list(y), None, np.arange(42).astype(str))
+    assert "test" in held_out(gathered(in_array, None, None, None), Shares(test=0.2))
     assert len({s for g, s in zip(unnamed, alone, strict=True) if g == "one camera"}) == 1
 
 
@@ -243,6 +248,11 @@ def test_tensors_and_arrow_arrays_are_taken_like_arrays():
 def test_few_samples_get_more_epochs(samples, epochs):
     assert Optimiser.enough_epochs(samples) == epochs
     assert epochs * -(-samples // 128) >= 500
+
+
+def test_the_batch_that_is_asked_for_counts():
+    params = api._entry("dr", {"optimiser": {"batch_size": 7}}, [0.0], [0], None, 42)
+    assert params.optimiser.epochs == 84  # of 6 steps
 
 
 def test_compare_trains_few_samples_longer_unless_told():

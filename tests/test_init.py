@@ -22,6 +22,7 @@ from h2t.pipeline.backbones import resnet20, resnet32
 from h2t.pipeline.base import params
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.run import Run
+from h2t.pipeline.data.samples import load_samples
 from h2t.pipeline.inspection import settings
 from h2t.pipeline.networks.weights import save_weights
 from h2t.pipeline.project import choose, describe, detect, survey, write
@@ -431,6 +432,18 @@ def test_a_backbone_without_pretrained_weights_is_trained_at_the_size_of_the_pho
     assert "start" not in values["backbones"]["resnet32"]
     assert values["backbones"]["resnet32"]["epochs"] == 60
     assert values["prepare"]["options"]["transform"]["size"] == 40
+
+
+def test_few_images_are_trained_on_for_500_steps_counted_after_others_are_held_out(tmp_path):
+    own_data.sort(tmp_path / "photos", {"a": 170, "b": 110, "c": 20})
+    with contextlib.chdir(tmp_path):
+        accepted("init", "p", "--data", "photos", "--check", "headers")
+    with contextlib.chdir(tmp_path / "p"):
+        accepted("prepare", "data/prepare")
+        epochs = params.load(Path("params.yaml"))["hosts"]["dr"]["optimiser"]["epochs"]
+        steps = -(-sum(load_samples(Path("data/prepare")).counts) // 128)
+    assert epochs == -(-500 // steps)
+    assert steps < -(-300 // 128)
 
 
 def test_weights_of_ones_own_are_an_input_and_nothing_is_trained(tmp_path):

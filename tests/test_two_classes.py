@@ -11,9 +11,9 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from h2t import api
 from h2t.pipeline.base.run import Run
-from h2t.pipeline.evaluation.intervals import differences
+from h2t.pipeline.evaluation.intervals import Pairs, differences, over_replicates
 from h2t.pipeline.evaluation.metrics import Answers, answers, placements, two_class_figures
-from h2t.pipeline.reporting.results import load_result, rows_apart
+from h2t.pipeline.reporting.results import FIGURES, figures_of, load_result, rows_apart
 from h2t.pipeline.stages import report
 
 GROUPS = ["head", "tail"]
@@ -91,16 +91,50 @@ def test_the_interval_holds_as_often_as_it_says():
 
 def test_images_of_one_patient_count_as_one():
     rng = np.random.default_rng(3)
-    labels, after, shared = drawn(rng, 15, 60, 1.5, 1)
-    _, before, _ = drawn(rng, 15, 60, 1.2, 1, shared)
+    labels, after, shared = drawn(rng, 4, 60, 1.5, 1)
+    _, before, _ = drawn(rng, 4, 60, 1.2, 1, shared)
     single = differences(after, before, labels, GROUPS)["auroc"]
     eight = [[scored(one.score.repeat(8)) for one in side] for side in (after, before)]
     patients = np.arange(len(labels)).repeat(8)
     grouped = differences(*eight, labels.repeat(8), GROUPS, groups=patients)["auroc"]
     alone = differences(*eight, labels.repeat(8), GROUPS)["auroc"]
     assert grouped.mean == pytest.approx(single.mean)
-    assert grouped.high - grouped.low == pytest.approx(single.high - single.low, rel=0.1)
+    assert grouped.high - grouped.low == pytest.approx(single.high - single.low, rel=0.02)
     assert alone.high - alone.low < 0.75 * (grouped.high - grouped.low)
+
+
+@pytest.mark.parametrize(("rare", "frequent", "together"), [(150, 1, None), (1, 150, None), (150, 40, 0), (3, 150, 1)])
+def test_few_images_or_patients_of_a_class_seldom_give_a_direction(rare, frequent, together):
+    """Equal methods; of the class `together` all images are of one patient, or 20 of each of a few."""
+    rng = np.random.default_rng(6)
+    directions = 0
+    for _ in range(60):
+        labels, after, shared = drawn(rng, rare, frequent, 1.5, 3)
+        _, before, _ = drawn(rng, rare, frequent, 1.5, 3, shared)
+        groups = np.where(labels == 0, -1, np.arange(len(labels))) if together == 0 else None
+        if together == 1:
+            times = np.where(labels == 1, 20, 1)
+            after, before = ([scored(one.score.repeat(times)) for one in side] for side in (after, before))
+            labels, groups = labels.repeat(times), np.arange(len(labels)).repeat(times)
+        groups = None if groups is None else np.unique(groups, return_inverse=True)[1]
+        found = differences(after, before, labels, GROUPS, groups=groups)["auroc"]
+        directions += found.verdict in ("higher", "lower")
+    assert directions <= 3
+
+
+def test_replicates_count_as_backbones_and_the_rarest_limits_the_freedom():
+    rng = np.random.default_rng(7)
+    pairs = []
+    for rare in (6, 12, 12):
+        labels, after, shared = drawn(rng, rare, 60, 1.5, 3)
+        _, before, _ = drawn(rng, rare, 60, 1.2, 3, shared)
+        pairs.append(Pairs(after, before, labels, np.arange(len(labels))))
+    found = over_replicates(pairs, GROUPS)["auroc"]
+    areas = [[100 * roc_auc_score(p.labels, one.score) for one in side] for p in pairs for side in (p.after, p.before)]
+    assert found.mean == pytest.approx(np.mean(areas[::2]) - np.mean(areas[1::2]))
+    assert found.covers == ("seeds", "images", "backbones")
+    lacking = Pairs(*([scored(one.score[:6]) for one in side] for side in (after, before)), labels[:6], np.arange(6))
+    assert over_replicates([*pairs, lacking], GROUPS)["auroc"] is None
 
 
 def test_equal_rankings_are_identical_though_confidence_differs():
@@ -149,6 +183,9 @@ def test_the_report_shows_it(evaluated, tmp_path):
     assert rows_apart(crt, "with_h2t", dr, "with_h2t")["auroc"].mean == pytest.approx(
         crt.metrics["with_h2t"]["auroc"] - mean
     )
+    del crt.metrics["with_h2t"]["auroc"]  # as of an evaluation before there was the figure
+    assert figures_of([dr]) == (*FIGURES, "auroc")
+    assert figures_of([dr, crt]) == FIGURES
     assert "auroc_change" in (tmp_path / "r" / "results.csv").read_text(encoding="utf-8").splitlines()[0]
 
 

@@ -106,7 +106,6 @@ def differences(
 
     None for a group without test images, and for `auroc` if a class has none.
 
-
     Both sides hold predictions for the same n images, one entry per seed, in the same order of seeds. `labels` is int
     (n,); `group_of` has one entry per class. `seeded`: False if neither side depends on a seed (closed-form fits, stage
     I). `verdicts`: False where something else varies that the intervals cannot cover, such as two backbones trained
@@ -224,28 +223,35 @@ class _Scored:
         if not inside.any():
             return None
         each, alike = (self.gaps, self.same_confidence) if figure == "ece" else (self.right, self.same)
-        differs = each != 0
+        differs, most = each != 0, float("inf")
         if figure == AUROC and self.places is not None:
             differs = self.places != 0
-            each, alike = _summed_over_both_classes(self.places, labels), ~differs.any(0)
+            units = _units_of_classes(labels, self.pairs.groups)
+            each = _summed_over_both_classes(self.places, labels, int(units.argmax()))
+            alike, most = ~differs.any(0), max(float(units.min()) - 1, 1.0)  # it varies most with the rarer class
         images, groups = self.pairs.images[inside], self.pairs.groups
         groups = None if groups is None else groups[inside]
         alike_inside = bool(alike[inside].all())
-        # The area varies most with the images of the rarer class.
-        most = max(float(np.bincount(labels).min()) - 1, 1.0) if figure == AUROC else float("inf")
         return _Part(
             each[:, inside], differs[:, inside], labels[inside], weights[inside], images, groups, alike_inside, most
         )
 
 
-def _summed_over_both_classes(places: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def _units_of_classes(labels: np.ndarray, groups: np.ndarray | None) -> np.ndarray:
+    """How many images, or groups with images, each of two classes has, int (2,)."""
+    of_units = labels if groups is None else np.unique(np.stack([groups, labels]), axis=1)[1]
+    return np.bincount(of_units, minlength=2)
+
+
+def _summed_over_both_classes(places: np.ndarray, labels: np.ndarray, larger: int) -> np.ndarray:
     """Values (seeds, n) whose weighted mean is the mean of `places` over either class, and whose variance is DeLong's.
 
     The area varies with the images of both classes, so the variances of both means add up. As `auroc` weighs classes
-    equally, values are doubled; so that the mean does not count twice, those of class 0 are taken from their mean.
+    equally, values are doubled; so that the mean does not count twice, those of the `larger` class are taken from their
+    mean. It is the larger one because a class of one image or group has its square in place of a variance.
     """
     each = 2 * places
-    each[:, labels == 0] -= each[:, labels == 0].mean(1, keepdims=True)
+    each[:, labels == larger] -= each[:, labels == larger].mean(1, keepdims=True)
     return each
 
 
@@ -303,7 +309,7 @@ def _over_replicates(parts: Sequence[_Part]) -> tuple[float, float, float]:
     changed = float(np.mean([part.changed for part in parts]))
     shared = [_shared_covariance(one, other) for one, other in combinations(parts, 2)]
     a, c = float(means.var(ddof=1)) / len(parts), max(float(np.mean([s for s, _ in shared])), 0.0)
-    free = min(max(1, round(float(np.mean([f for _, f in shared])))), parts[0].freedom)
+    free = min(max(1, round(float(np.mean([f for _, f in shared])))), *(part.freedom for part in parts))
     return float(means.mean()), _reach(a, len(parts), c, free, changed, parts[0].weight), changed
 
 

@@ -56,10 +56,13 @@ class Optimiser(Section):
     """Weight decay of SGD."""
 
     @classmethod
-    def enough_epochs(cls, samples: int) -> int:
-        """The usual number of epochs, or more where few `samples` would make them fewer than `FEWEST_STEPS` steps."""
-        usual, batch = cls.model_fields["epochs"].default, cls.model_fields["batch_size"].default
-        return max(usual, -(-FEWEST_STEPS // -(-samples // batch)))
+    def enough_epochs(cls, samples: int, batch: int | None = None) -> int:
+        """The usual number of epochs, or more where few `samples` would make them fewer than `FEWEST_STEPS` steps.
+
+        `batch`: None is the usual size.
+        """
+        usual, size = cls.model_fields["epochs"].default, batch or cls.model_fields["batch_size"].default
+        return max(usual, -(-FEWEST_STEPS // -(-samples // size)))
 
     def rate(self, epoch: int) -> float:
         """The learning rate of `epoch`, counted from 0; it is constant within an epoch and never reaches 0."""

@@ -77,7 +77,17 @@ def choose(found: Found, seen: Survey, backbone: str | None, weights: Path | Non
         )
     collection = found.collection
     used = {label for label, split in zip(collection.label, collection.split, strict=True) if split == "train"}
-    return Settings(prepare, name, entry, passes, Optimiser.enough_epochs(images), len(used), notes, weights)
+    enough = Optimiser.enough_epochs(_left(found, prepare))
+    return Settings(prepare, name, entry, passes, enough, len(used), notes, weights)
+
+
+def _left(found: Found, prepare: dict[str, Any]) -> int:
+    """How many training images stay, but for copies and groups, when `prepare` has held out test and validation."""
+    images = found.collection
+    sizes = np.bincount([j for j, split in zip(images.label, images.split, strict=True) if split == "train"])
+    for rule in filter(None, (prepare.get("test"), prepare.get("validation"))):
+        sizes = sizes - np.minimum(rule["at_most"], sizes - rule["keep"]).clip(0)
+    return int(sizes.sum())
 
 
 def _side(short_sides: np.ndarray) -> int:

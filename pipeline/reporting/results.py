@@ -236,9 +236,9 @@ def rows_apart(after: HostResult, row: str, before: HostResult, before_row: str)
 
 
 def figures_of(results: Sequence[HostResult]) -> tuple[str, ...]:
-    """`FIGURES`, and `auroc` if the results are of two classes."""
-    of_two = any(entry and AUROC in entry for result in results for entry in (result.metrics[row] for row in ROWS))
-    return (*FIGURES, AUROC) if of_two else FIGURES
+    """`FIGURES`, and `auroc` if the results are of two classes and none was evaluated before there was this figure."""
+    entries = [entry for result in results for row in ROWS if (entry := result.metrics[row])]
+    return (*FIGURES, AUROC) if all(AUROC in entry for entry in entries) else FIGURES
 
 
 def few_tested(result: HostResult) -> str:
@@ -261,7 +261,7 @@ def of_one_class(results: Sequence[HostResult]) -> str:
         confusion = result.tables["confusion"]
         for row, label in ROWS.items():
             rows = confusion[confusion.number.isin(result.numbers(row))]
-            if len(rows) and (rows.groupby("number").predicted.nunique() == 1).all():
+            if rows.true.nunique() > 1 and (rows.groupby("number").predicted.nunique() == 1).all():
                 alone = row == "without_h2t" and result.metrics["with_h2t"] is None
                 found.append(label if row == "stage1" else result.name if alone else f"{result.name} {label}")
     named = some(list(dict.fromkeys(found)), 4)

@@ -361,10 +361,11 @@ def test_sensitivity_by_patient_as_the_page_shows_it(tmp_path, capsys):
     place = tmp_path / "data/evaluate/dr"
     place.mkdir(parents=True)
     label = np.repeat([1, 0], 20)
-    sure = np.where(np.arange(40) % 2, 0.9, 0.6).astype(np.float32)
+    sure = np.where(np.arange(40) % 2, 0.88, 0.6)
     predicted = np.where(np.arange(40) % 2, 0, label)  # every second image is called normal: surely
+    score = np.where(predicted == 1, 1, -1) * np.log(sure / (1 - sure))
     group = np.concatenate([np.arange(20) // 2, np.arange(10, 30)])
-    columns = {"number": np.zeros(40, int), "label": label, "predicted": predicted, "confidence": sure}
+    columns = {"number": np.zeros(40, int), "label": label, "score": score.astype(np.float32)}
     pq.write_table(pa.table({**columns, "image_group": group}), place / "predictions.parquet")
     (block,) = printed.blocks("docs/own-data.md", "python")
     with contextlib.chdir(tmp_path):

@@ -81,7 +81,7 @@ def extract_features(
     `backbone`: a plug-in or PLUG-IN:MODEL, such as timm:convnext_tiny; `weights`: pretrained, none (random) or a file;
     `options` and `input` as in `backbones.NAME` of params.yaml. Raises UserError.
     """
-    if not isinstance(batch_size, int) or batch_size < 1:
+    if not isinstance(batch_size, int | np.integer) or batch_size < 1:
         raise UserError(f"batch_size: must be a whole number, at least 1; got {batch_size!r}")
     if (cache := as_cache(images)) is not None:
         with cache:

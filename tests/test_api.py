@@ -174,7 +174,7 @@ def test_images_may_be_files_or_arrays(photos, weights, features):
     for one in turned:
         one.getexif()[0x0112] = 6  # to be shown turned by 90 degrees clockwise
     np.testing.assert_array_equal(api.extract_features(turned, "resnet20", **more).values, files.values)
-    grey = api.extract_features(pixels[..., 0], "resnet20", **more)
+    grey = api.extract_features(pixels[..., 0], "resnet20", **{**more, "batch_size": np.int64(16)})
     assert grey.values.shape == files.values.shape
 
 

@@ -45,7 +45,7 @@ class Extractor:
         size = self.transform.size
         (one,) = self.backbone(torch.zeros(1, 3, size, size, device=self.device))
         count = len(images.sources)
-        batch = min(self.batch_size, count)  # a pass is always full, so few images in a large one would cost as many
+        batch = min(int(self.batch_size), count)  # passes are always full: few images in a large one would cost as much
         rows = RowPlan((Part("test", "stage1", 0, count),), *(np.array(n) for n in ([0, count], [0], [1])))
         spec = CacheSpec(
             rows=count,

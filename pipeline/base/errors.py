@@ -60,7 +60,8 @@ def of_the_machine(error: BaseException) -> UserError | None:
         return UserError("TMPDIR: must name a folder that can be written, none can; type: export TMPDIR=PATH")
     if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib, platformdirs
         return UserError("HOME: must name your home folder, which the system does not know; type: export HOME=PATH")
-    if isinstance(error, KeyError | OSError) and "getpwuid()" in str(error):  # getpass, which DVC asks
+    nameless = any(words in str(error) for words in ("getpwuid()", "No username set"))  # getpass, which DVC asks
+    if isinstance(error, KeyError | OSError) and nameless:
         return UserError("USER: must be set, as the system has no name for this user; type: export USER=NAME")
     known = isinstance(error, RuntimeError | ImportError) and any(words in str(error) for words in NO_MEMORY)
     if known or isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):

@@ -59,8 +59,8 @@ def in_one_line(what: str) -> Iterator[None]:
         ) from None
     except Exception as error:  # noqa: BLE001 - every protocol raises its own
         # S3 gives numbers of disk errors to errors of its own, with other words.
-        here = isinstance(error, OSError) and error.errno is not None and error.strerror == os.strerror(error.errno)
-        known = of_the_machine(error) if here or not isinstance(error, OSError) else None
+        theirs = isinstance(error, OSError) and error.errno is not None and error.strerror != os.strerror(error.errno)
+        known = None if theirs else of_the_machine(error)
         raise _not_trusted(str(error), what) or UserError(f"{what}: {known or redacted(in_brief(error))}") from None
 
 

@@ -112,7 +112,10 @@ def predict(model: str | Path | Classifier, of: Any, *, top: int = 1, device: st
                 model.save(Path(folder) / "model")
                 return predict(Path(folder) / "model", of, top=top, device=device)
         opened = images_predict.open_model(Path(model), devices.choose(device))
-        if isinstance(of[0], Image.Image):
+        pictures = sum(isinstance(one, Image.Image) for one in of)
+        if pictures not in (0, len(of)):
+            raise UserError("images: must be all image files or all images of Pillow; got both; predict them apart")
+        if pictures:
             found = images_predict.Inputs([str(i) for i in range(len(of))], lambda number: as_file(of[int(number)]), [])
         else:
             found = images_predict.find_images([Path(path) for path in of])

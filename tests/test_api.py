@@ -189,6 +189,8 @@ def test_a_classifier_of_images_is_a_model_for_h2t_predict(photos, features, tmp
     of_images = api.predict(one, photos)
     assert of_images["class"].tolist() == [line["class"] for line in lines]
     assert api.predict(tmp_path / "m", [photos / "owl/00.png"])["class"].tolist() == [by_name["owl/00.png"]["class"]]
+    with one_line("must be all image files or all images of Pillow; got both"):
+        api.predict(tmp_path / "m", [Image.new("RGB", (40, 40)), photos / "owl/00.png"])
     opened = api.predict(tmp_path / "m", [Image.open(path) for path in sorted(photos.rglob("*.png"))])
     assert opened["confidence"].tolist() == of_images["confidence"].tolist()
     assert opened["image"].tolist() == [str(i) for i in range(len(opened))]

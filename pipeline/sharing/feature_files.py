@@ -390,13 +390,11 @@ def checked(
         raise UserError(
             f"{where}: one label for each of {counted(len(features), 'row')} is needed; got shape {labels.shape}"
         )
-    if labels.dtype.kind not in "iuUO" or (
-        labels.dtype.kind == "O" and not all(isinstance(v, str) for v in labels.tolist())
-    ):
+    texts = all(isinstance(label, str) for label in labels.tolist())
+    if labels.dtype.kind not in "iuUO" or (labels.dtype.kind == "O" and not texts):
         raise UserError(f"{where}: labels must be whole numbers or texts; got dtype {labels.dtype}; convert them")
     if blank := [i for i, v in enumerate(labels.tolist()) if isinstance(v, str) and not v.strip()]:
         raise UserError(f"{where}: a label must not be empty; that of row {blank[0]} is; add it or leave the row out")
-    if sources is not None and len(sources) != len(features):
-        sources = None
-    names = sources or [f"{Path(path).name}/{i:09d}" for i in range(len(features))]
+    own = sources if len(sources or ()) == len(features) else None
+    names = own or [f"{Path(path).name}/{i:09d}" for i in range(len(features))]
     return Part(features, labels.tolist(), names, str(path))

@@ -328,7 +328,7 @@ def gains(entries: Sequence[Mapping[str, Any]]) -> str:
             added = f"{told[e['row']] - told[row]:+.2f}" if {row, e["row"]} <= set(told) else "–"
             differences = (text_of(Difference.of(d) if (d := e["gain"][k]) else None) for k in FIGURES)
             lines.append([e["table"], row, *differences, added])
-    return markdown(["table", "row", *FIGURES, "paper, top1 (DR: with the statistics)"], lines)
+    return markdown(["table", "row", *FIGURES, "paper, top1 (DR: statistics and fusion)"], lines)
 
 
 def weights_of(texts: Sequence[str]) -> tuple[dict[str, str], dict[str, int | None]]:

@@ -57,6 +57,7 @@ TABLES = {
     "3": "inaturalist18-500",
     "4": "places_lt-996",
     **{f"6-{ratio}": f"cifar10-{ratio}" for ratio in (200, 100, 50)},
+    "objectives": "cifar10-100-objectives",
     "digits": "digits",
 }
 #: The paper's names of the hosts in the presets. Stage I of `dr` is its row CE, that of `ldam_drw` its row LDAM-DRW.

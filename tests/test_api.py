@@ -78,7 +78,7 @@ def test_compared_figures_are_those_of_the_stages(tmp_path):
     split = [("train", "test", "val")[i % 3] for i in range(len(x))]
     api.write_cache(tmp_path / "c", x, y, split=split)
     entry = {"optimiser": {"epochs": 3}}
-    found = api.compare(tmp_path / "c", methods={"dr": entry}, ratios=[0.0, 0.25], seeds=[0, 1])
+    found = api.compare(tmp_path / "c", methods={"dr": entry}, ratios=[0.0, 0.25], seeds=[0, 1], device="cpu")
     with open_cache(tmp_path / "c") as cache:
         probe.run("probe", Probe(), Run("c", tmp_path / "p"), cache, "none")
         grid = {"ratio": [0.0, 0.25], "seed": [0, 1]}

@@ -229,16 +229,33 @@ def test_links_may_not_leave_the_root_unless_asked(what, tmp_path):
     with pytest.raises(UserError, match=r"list\.txt:1: .*link that leads out of it.*follow_links"):
         list_files.read_list(path, root, False)
     with pytest.raises(UserError, match="link that leads out"):
-        list_files.read_image(root, "train/a/x.jpg", False)
+        list_files.Root(root, False).read("train/a/x.jpg")
     assert list_files.read_list(path, root, True) == (["train/a/x.jpg"], ["0"])
-    assert list_files.read_image(root, "train/a/x.jpg", True) == outside.read_bytes()
+    assert list_files.Root(root, True).read("train/a/x.jpg") == outside.read_bytes()
+
+
+def test_a_folder_that_became_a_link_since_the_last_reading_is_noticed(tmp_path):
+    """In one process, as in a notebook; and a link that became a folder is read."""
+    outside = write_image(tmp_path / "elsewhere" / "x.jpg")
+    inside = write_image(tmp_path / "root" / "a" / "x.jpg")
+    path = write_list(tmp_path / "list.txt", [("a/x.jpg", 0)])
+    for link in (False, True, False):
+        if link:
+            inside.parent.rename(tmp_path / "root" / "b")
+            inside.parent.symlink_to(outside.parent)
+            with pytest.raises(UserError, match="link that leads out"):
+                list_files.read_list(path, tmp_path / "root", False)
+            inside.parent.unlink()
+            (tmp_path / "root" / "b").rename(inside.parent)
+        else:
+            assert list_files.read_list(path, tmp_path / "root", False) == (["a/x.jpg"], ["0"])
 
 
 def test_links_within_the_root_are_plain(tmp_path):
     write_image(tmp_path / "store/x.jpg")
     (tmp_path / "train").mkdir()
     (tmp_path / "train/x.jpg").symlink_to(tmp_path / "store/x.jpg")
-    assert list_files.read_image(tmp_path, "train/x.jpg", False)
+    assert list_files.Root(tmp_path, False).read("train/x.jpg")
 
 
 def test_no_name_of_an_image_stays_in_memory(tmp_path):
@@ -246,7 +263,7 @@ def test_no_name_of_an_image_stays_in_memory(tmp_path):
     name = f"{uuid.uuid4()}.jpg"
     os.link(write_image(tmp_path / "any.jpg"), f"{tmp_path}/{name}")
     list_files.read_list(write_list(tmp_path / "list.txt", [(name, 0)]), tmp_path, False)
-    list_files.read_image(tmp_path, name, False)
+    list_files.Root(tmp_path, False).read(name)
     again = "".join(name)[:-1] + name[-1]
     assert again is not name
     assert sys.intern(again) is again
@@ -308,4 +325,4 @@ def test_an_image_folder_refuses_unknown_classes_and_links(tmp_path):
 def test_a_pipe_is_refused_and_does_not_hang(tmp_path):
     os.mkfifo(tmp_path / "x.jpg")
     with pytest.raises(OSError, match="not a plain file"):
-        list_files.read_image(tmp_path, "x.jpg", False)
+        list_files.Root(tmp_path, False).read("x.jpg")

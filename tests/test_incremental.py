@@ -423,8 +423,9 @@ def test_why_counts_what_extract_then_extracts(before, images, tmp_path, command
     shutil.copytree(before / "backbone", data / "train_backbone/b")
     prepared(images, data / "prepare")
     setting = ["--set", f"extract.statistics_from={data}/extract"]
-    asked = ["cache", "why", str(data / "extract/b"), "--params", str(tmp_path / "params.yaml"), "--json"]
-    result = accepted(*asked, *setting, "--set", "device=cpu")
+    place = str(data / "extract/b")
+    asked = ["cache", "why", place, "--params", str(tmp_path / "params.yaml"), "--set", "device=cpu", "--json"]
+    result = accepted(*asked, *setting)
     verdict = json.loads(result)
     said = command("out", *setting)[1]
     assert 0 < verdict["rows"] < verdict["of"]

@@ -122,7 +122,7 @@ def test_report_names_what_is_missing_in_an_evaluation(tmp_path):
     (made / "dr/heads.parquet").unlink()
     line = refused("report", made, tmp_path / "out", "--params", params, leaves=tmp_path / "out")
     assert "None" not in line
-    assert "dr: host 'dr' has not been evaluated" in line
+    assert "host 'dr' has not been evaluated" in line
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ import posixpath
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from h2t.pipeline.data.texts import Texts, first_repeat
 from h2t.pipeline.data.url_files import Place, UrlFile
 
 LABEL_DIGITS = 9
+MOST_REMEMBERED = 65536  # paths of which a Root remembers whether they lead out of it
 
 
 class Options(Section):
@@ -45,72 +45,84 @@ class Options(Section):
     """Size, augmentation and normalisation."""
 
 
-@lru_cache(maxsize=65536)
-def _leaves(root: str, folder: str) -> bool:
-    """True if the directory `folder` lies outside `root` after following links."""
-    return not Path(folder).resolve().is_relative_to(Path(root).resolve())
-
-
-def _check(root: Place, source: str, follow_links: bool) -> None:
-    """Raises UserError for a path that leaves `root`."""
-    if isinstance(root, Path):
-        locate(root, source, follow_links)
+def _check(root: "Root | str", source: str) -> None:
+    """Raises UserError for a path that leaves `root`, a folder or URL."""
+    if isinstance(root, Root):
+        root.locate(source)
     elif url_files.relative(source, root, root) != posixpath.normpath(source) or ".." in source.split("/"):
-        raise _leads_out(source)
+        raise _not_relative(source)
 
 
-def _leads_out(source: str) -> UserError:
+def _not_relative(source: str) -> UserError:
     return UserError(f"path {source!r}: must be relative, with forward slashes and without '..'; correct it")
 
 
-def locate(root: Path, source: str, follow_links: bool) -> str:
-    """The path of `source` under `root`. Raises UserError for a path that leaves `root`.
+class Root:
+    """A folder of images. No path of an image leaves it, unless `follow_links` allows links that do.
 
-    It is no `Path`: Python keeps the parts of each in one process-wide table, in Python 3.12 for ever, which takes 88
-    bytes an image.
+    It remembers which folders lead out of it, so one is made for each reading: links may change in between.
     """
-    inside = posixpath.normpath(source)
-    path = posixpath.join(root, inside)
-    foreign = "\\" in source and not posixpath.isfile(path)  # a back-slash may be a part of a name
-    climbs = ".." in source.split("/")
-    if inside == "." or source.startswith(("/", "~")) or climbs or "\0" in source or foreign:
-        raise _leads_out(source)
-    if follow_links:
-        return path
-    try:
-        leaves = _leaves(str(root), posixpath.dirname(path))
-        leaves = leaves or (stat.S_ISLNK(os.lstat(path).st_mode) and _leaves(str(root), path))
-    except (FileNotFoundError, NotADirectoryError):  # whoever opens it says so
-        return path
-    except (OSError, RuntimeError) as error:  # a name that is too long, or circular links
-        why = getattr(error, "strerror", None) or error
-        raise UserError(f"path {source!r}: cannot be opened ({why}); correct the path") from None
-    if leaves:
-        raise UserError(
-            f"path {source!r}: must stay inside prepare.options.root; got a link that leads out of it; "
-            "set root to the link's target, or prepare.options.follow_links to true"
-        )
-    return path
 
+    def __init__(self, folder: str | Path, follow_links: bool) -> None:
+        self._folder, self._follow_links = str(folder), follow_links
+        self._leaves: dict[str, bool] = {}
 
-def read_image(root: Path, source: str, follow_links: bool) -> bytes:
-    """The bytes of an image. Raises OSError if there is no regular file to read, UserError for an unsafe path."""
-    return read_plain(locate(root, source, follow_links))
+    def locate(self, source: str) -> str:
+        """The path of the image `source`. Raises UserError for a path that leaves the folder.
+
+        It is no `Path`: Python keeps the parts of each in one process-wide table, in Python 3.12 for ever, which takes
+        88 bytes an image.
+        """
+        inside = posixpath.normpath(source)
+        path = posixpath.join(self._folder, inside)
+        foreign = "\\" in source and not posixpath.isfile(path)  # a back-slash may be a part of a name
+        climbs = ".." in source.split("/")
+        if inside == "." or source.startswith(("/", "~")) or climbs or "\0" in source or foreign:
+            raise _not_relative(source)
+        if self._follow_links:
+            return path
+        try:
+            leaves = self._leads_out(posixpath.dirname(path))
+            leaves = leaves or (stat.S_ISLNK(os.lstat(path).st_mode) and self._leads_out(path))
+        except (FileNotFoundError, NotADirectoryError):  # whoever opens it says so
+            return path
+        except (OSError, RuntimeError) as error:  # a name that is too long, or circular links
+            why = getattr(error, "strerror", None) or error
+            raise UserError(f"path {source!r}: cannot be opened ({why}); correct the path") from None
+        if leaves:
+            raise UserError(
+                f"path {source!r}: must stay inside prepare.options.root; got a link that leads out of it; "
+                "set root to the link's target, or prepare.options.follow_links to true"
+            )
+        return path
+
+    def read(self, source: str) -> bytes:
+        """The bytes of an image. Raises OSError if there is no regular file to read, UserError for an unsafe path."""
+        return read_plain(self.locate(source))
+
+    def _leads_out(self, path: str) -> bool:
+        """True if `path` lies outside the folder after following links."""
+        found = self._leaves.get(path)
+        if found is None:
+            found = not Path(path).resolve().is_relative_to(Path(self._folder).resolve())
+            if len(self._leaves) < MOST_REMEMBERED:
+                self._leaves[path] = found
+        return found
 
 
 def read_plain(path: str | Path) -> bytes:
     """The bytes of a file. Raises OSError if it is no regular file."""
     if posixpath.exists(path) and not posixpath.isfile(path):  # opening a pipe would block forever
         raise OSError("not a plain file")
-    with open(path, "rb") as file:  # noqa: PTH123 - see `locate`
+    with open(path, "rb") as file:  # noqa: PTH123 - see `Root.locate`
         return file.read()
 
 
 def image_reader(root: str, follow_links: bool) -> Callable[[str], bytes]:
-    """A function that returns the bytes of a source under the folder or URL `root`: see `read_image`, `UrlImages`."""
+    """A function that returns the bytes of a source under the folder or URL `root`: see `Root.read`, `UrlImages`."""
     if url_files.is_url(root):
         return url_files.UrlImages("prepare.options.root", root)
-    return lambda source: read_image(Path(root), source, follow_links)
+    return Root(root, follow_links).read
 
 
 def reader(options: Options) -> Callable[[str], bytes]:
@@ -124,6 +136,7 @@ def read_list(path: Path | UrlFile, root: Place, follow_links: bool, *, whole: b
     Raises UserError that names the file and the line.
     """
     labels: list[str] = []
+    place = Root(root, follow_links) if isinstance(root, Path) else root
     known: dict[str, str] = {}  # each label once, however many images have it
 
     def sources() -> Iterator[str]:
@@ -137,7 +150,7 @@ def read_list(path: Path | UrlFile, root: Place, follow_links: bool, *, whole: b
                     f"{' with a label of 0 or more' if whole else ''}; got {line!r}{_hint(line, whole=whole)}"
                 )
             try:
-                _check(root, source.strip(), follow_links)
+                _check(place, source.strip())
             except UserError as error:
                 raise UserError(f"{path}:{number}: {error}") from None
             labels.append(known.setdefault(label, label))

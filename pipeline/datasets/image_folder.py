@@ -160,6 +160,7 @@ def load(options: Options) -> Collection:
     found = {part: _images(options, folder) for part, folder in folders.items()}
     classes = sorted(set(found["train"][0]))
     number = {name: j for j, name in enumerate(classes)}
+    root = list_files.Root(options.root, options.follow_links)
     label: list[int] = []
     split: list[str] = []
     for part, (names, source, _) in found.items():
@@ -168,7 +169,7 @@ def load(options: Options) -> Collection:
                 raise UserError(
                     f"{path}: no training folder for class {name!r}{nearest(name, classes)}; add it or remove the image"
                 )
-            list_files.locate(Path(options.root), path, options.follow_links)
+            root.locate(path)
             label.append(number[name])
         split += [part] * len(names)
     sources = Texts.joined(source for _, source, _ in found.values())

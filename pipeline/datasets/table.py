@@ -164,8 +164,9 @@ def _sources(given: Iterable[str], table: Place, root: Place, named: tables.Tabl
     """Yields the paths `given` in `table`, relative to `root`. Raises UserError that begins with `named`, the table."""
     if isinstance(root, Path):
         base = root if options.root is not None else Path(table).parent
+        images = list_files.Root(root, options.follow_links)
         for row, text in enumerate(given, 1):
-            yield _source(text, base, root, f"{named}: row {row}", options)
+            yield _source(text, base, root, images, f"{named}: row {row}")
         return
     start = root if options.root is not None else url_files.folder(str(table))
     for row, text in enumerate(given, 1):
@@ -178,7 +179,7 @@ def _sources(given: Iterable[str], table: Place, root: Place, named: tables.Tabl
         yield source
 
 
-def _source(text: str, base: Path, root: Path, where: str, options: Options) -> str:
+def _source(text: str, base: Path, root: Path, images: list_files.Root, where: str) -> str:
     """The path `text`, relative to `base`, absolute or in the home folder (~), as a path relative to `root`.
 
     Back-slashes separate folders, as in tables from Windows, unless a file has that name.
@@ -192,7 +193,7 @@ def _source(text: str, base: Path, root: Path, where: str, options: Options) -> 
             f"{where}: {text!r}: must lie in {root}; set prepare.options.root to a folder that holds all images"
         )
     try:
-        list_files.locate(root, source, options.follow_links)
+        images.locate(source)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     return source

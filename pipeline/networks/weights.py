@@ -229,8 +229,10 @@ def fill(model: torch.nn.Module, state: Mapping[str, torch.Tensor], what: str) -
                 f"{what}: {name} must have shape {tuple(tensor.shape)}; got {tuple(state[name].shape)}; "
                 "is it another architecture?"
             )
-        bounds = not torch.isfinite(tensor).all()  # which may be infinite
-        if state[name].isnan().any() or (state[name].isinf().any() and not bounds):
+        if state[name].isfinite().all():
+            continue
+        bounds = not tensor.isfinite().all()  # which may be infinite
+        if state[name].isnan().any() or not bounds:
             raise UserError(f"{what}: {name} holds NaN or infinity; use other weights")
     unknown = sorted(set(state) - set(own))
     if unknown:

@@ -35,6 +35,7 @@ def captured(backbone: nn.Module, x: torch.Tensor) -> Callable[[torch.Tensor], M
     with torch.no_grad():
         backbone(x)
     draws = not torch.equal(drawn, torch.cuda.get_rng_state(x.device))
+    _expect_other_streams()
     graph: Any = None if draws else torch.cuda.make_graphed_callables(_Network(backbone), (x.clone(),))
     with torch.no_grad():
         for name, buffer in backbone.named_buffers():
@@ -48,3 +49,10 @@ def captured(backbone: nn.Module, x: torch.Tensor) -> Callable[[torch.Tensor], M
         return found
 
     return maps
+
+
+def _expect_other_streams() -> None:
+    """No warning from torch that gradients come from another stream: capturing has one of its own, for which it waits."""
+    warns = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)  # of newer versions
+    if warns is not None:
+        warns(False)

@@ -42,6 +42,17 @@ def test_every_table_has_complete_parameters_and_its_published_rows(table):
     assert f"DR {paper.PUBLISHED[table]['DR']:.2f}" in " ".join(text.split())  # as the preset's header has it
 
 
+def test_other_objectives_have_a_line_for_stage_one_of_each(tmp_path, files):
+    tiny = [*TINY, "backbones.focal.arch=resnet20", "backbones.focal.epochs=1", "hosts.focal.optimiser.epochs=1"]
+    tiny = [line for line in tiny if "ce_mixup" not in line and "hosts.dr" not in line and "hosts.mislas" not in line]
+    values = paper.parameters("objectives", ["focal"], parquet=files, overrides=tiny)
+    place = tmp_path / "objectives"
+    entries = paper.Reproduction("objectives", values, place, {"focal": 1}).run(tmp_path / "paper.json")
+    assert [e["row"] for e in entries] == ["focal, stage I", "focal", "focal, statistics as with H2T", "focal + H2T"]
+    stage1 = json.loads((place / "evaluate/focal/metrics.json").read_text())["stage1"]
+    assert entries[0]["top1"] == round(stage1["top1"], 2)
+
+
 def test_a_table_from_images_to_figures_and_again(tmp_path, files, capsys):
     values = paper.parameters("6-100", ["ce_mixup"], parquet=files, overrides=TINY)
     results, place = tmp_path / "paper.json", tmp_path / "data/paper/6-100"

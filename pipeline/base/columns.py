@@ -15,6 +15,6 @@ def column(values: Sequence[Any]) -> pa.Array:
         ends = np.cumsum([0, *map(len, texts)], dtype=np.int32)
         return pa.StringArray.from_buffers(len(texts), pa.py_buffer(ends), pa.py_buffer(b"".join(texts)))
     if kinds in ({int}, {float}, {int, float}):
-        kind = pa.int64() if kinds == {int} else pa.float64()
-        return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(np.array(values, kind.to_pandas_dtype()))])
+        kind, of_numpy = (pa.int64(), np.int64) if kinds == {int} else (pa.float64(), np.float64)
+        return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(np.array(values, of_numpy))])
     return pa.array(values)

@@ -11,9 +11,9 @@ while its settings stay the same, and what was killed goes on: stage I after its
 shard, heads after their last step. Writes DATA/TABLE, its parameters there, and benchmarks/results/paper.json, a list
 of {table, row, backbone_epochs, seeds, top1, head, medium, tail, published, commit, device}: percent, means over seeds.
 A row with H2T also has `gain`, the `difference` of its metrics.json: minus the host without H2T under the same
-statistics. An entry of the same table, row and backbone_epochs is replaced. DATA/TABLE/report has the page. `digits` and
-`objectives` (stage I by other losses, CMO and BBN) are no tables of the paper and keep the grids of their presets; the
-digits have validation images to choose the ratio by.
+statistics. An entry of the same table, row and backbone_epochs is replaced. DATA/TABLE/report has the page.
+`digits` and `objectives` (stage I by other losses, CMO and BBN) are no tables of the paper and keep the grids of their
+presets; the digits have validation images to choose the ratio by.
 
 A host whose batch norm is branchwise has two lines without H2T: as it was published, under the statistics of balanced
 batches, and under those that H2T brings along.

@@ -2,6 +2,7 @@
 
 import json
 import re
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from h2t.pipeline.base.run import Run
 from h2t.pipeline.extraction import batchnorm
 from h2t.pipeline.networks.classifier import global_average
 from h2t.pipeline.networks.layouts import as_maps, grid
+from h2t.pipeline.networks.pretrained import made_with, other_version
 from h2t.pipeline.networks.trained import BLOCK, BackboneFacts, has_stored_weights, load_backbone, load_head
 from h2t.pipeline.networks.weights import fill, load_weights, save_weights
 from h2t.pipeline.stages import extract, train_backbone
@@ -292,6 +294,22 @@ def test_a_tensor_of_two_names_and_infinite_bounds_are_saved_and_loaded(tmp_path
     fill(network, found, "file")
     with pytest.raises(UserError, match=r"0\.weight holds NaN or infinity"):
         fill(network, {**found, "0.weight": torch.full((3, 3), torch.nan)}, "file")
+
+
+def test_modules_that_another_version_of_the_package_named_otherwise_are_told(tmp_path):
+    """transformers 5 calls vit.layers what 4 called vit.encoder.layer."""
+    vit = {"model_type": "vit", "image_size": 32, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 1}
+    config = {**vit, "num_attention_heads": 2, "intermediate_size": 16}
+    plugin, chosen = options("huggingface", config=config)
+    state = {f"of4.{name}": value for name, value in plugin.build(chosen, 32).state_dict().items()}
+    about = {"arch": "huggingface", "options": {"config": config}, "channels": 16, "experts": 1, "input": {"size": 32}}
+    save_weights(tmp_path / "backbone.safetensors", state, about)
+    here = version("transformers")
+    with pytest.raises(UserError, match=rf"another architecture, or made with another transformers than {here}\?$"):
+        load_backbone(tmp_path)
+    told = other_version("huggingface", {"transformers": "4.1"})
+    assert told == f", or made with another transformers (4.1) than {here}"
+    assert other_version("huggingface", made_with("huggingface")) == other_version("resnet20") == ""
 
 
 def test_an_encoder_of_timm_without_a_classifier_gives_maps():

@@ -37,6 +37,7 @@ from h2t.pipeline.heads.stored import Heads
 from h2t.pipeline.models import stage_one
 from h2t.pipeline.models.card import Measured, Stated, card
 from h2t.pipeline.models.model import Model, load_model, save_head, save_model
+from h2t.pipeline.networks.pretrained import made_with
 from h2t.pipeline.networks.trained import load_backbone
 
 CHECKED = 32  # most images whose logits are compared
@@ -140,6 +141,7 @@ def run(
         "setting": {k: setting[k] for k in (*SETTING, *heads.constants)},
         "backbone": identity["weights"],
         "cache": heads.about["cache"],
+        "made_with": made_with(identity["arch"]),
     }
     fitted = of_heads(cache, heads, [number], folds, run.device)
     about |= {"temperature": fitted[0]} if fitted else {}

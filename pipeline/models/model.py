@@ -26,6 +26,7 @@ from h2t.pipeline.heads.stored import HeadParts, Heads, build_head
 from h2t.pipeline.networks.backbone import build_backbone, frozen_part
 from h2t.pipeline.networks.classifier import global_average
 from h2t.pipeline.networks.frozen import FrozenPart, from_file
+from h2t.pipeline.networks.pretrained import other_version
 from h2t.pipeline.networks.weights import fill, load_weights, save_weights, weights_digest
 
 KIND = "h2t model 1"
@@ -210,7 +211,7 @@ def load_model(path: Path) -> Model:
         own = {name.removeprefix(PREFIX): state.pop(name) for name in list(state) if name.startswith(PREFIX)}
         parts, context = HeadParts(**about["head"]["parts"]), Context(torch.tensor(counts), *rest)
         head = HostHead(parts, context, about["head"].get("map_channels"), own)
-    fill(backbone, state, str(path))
+    fill(backbone, state, str(path), other_version(about["arch"], about.get("made_with")))
     network = Classifier(backbone, head).requires_grad_(False).eval()
     return Model(network, about)
 

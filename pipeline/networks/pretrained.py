@@ -5,8 +5,9 @@ Code from a hub is never run, and weights are read as safetensors or with `weigh
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,6 +15,8 @@ import pydantic
 
 from h2t.pipeline.base.errors import UserError, in_brief, of_the_machine
 
+#: Plug-in -> the package that builds its networks.
+PACKAGES = {"timm": "timm", "huggingface": "transformers"}
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -41,6 +44,24 @@ def package(name: Literal["timm", "transformers", "huggingface_hub"]) -> Any:
             raise
         raise UserError(f"arch {extra}: needs the package {name}; type: pip install 'h2t[{extra}]'") from None
     return found
+
+
+def made_with(arch: str) -> dict[str, str]:
+    """The package that builds the networks of `arch`, if one does, and its version."""
+    return {PACKAGES[arch]: version(PACKAGES[arch])} if arch in PACKAGES else {}
+
+
+def other_version(arch: str, made: Mapping[str, str] | None = None) -> str:
+    """What a refusal of weights may ask, too: packages rename the modules of a network from version to version.
+
+    `made`: the versions that they were made with, if known.
+    """
+    asked = ""
+    for name, here in made_with(arch).items():
+        was = (made or {}).get(name)
+        if was != here:
+            asked += f", or made with another {name}{f' ({was})' if was else ''} than {here}"
+    return asked
 
 
 def is_folder(model: str) -> bool:

@@ -15,6 +15,7 @@ from h2t.pipeline.base.params import build
 from h2t.pipeline.data.network_input import Input
 from h2t.pipeline.networks.backbone import Backbone, build_backbone
 from h2t.pipeline.networks.frozen import FrozenPart, load_classifier, save_classifier
+from h2t.pipeline.networks.pretrained import other_version
 from h2t.pipeline.networks.weights import fill, load_weights, weights_digest
 
 #: Stands for a backbone's directory and digest where features were imported and their backbone is unknown.
@@ -69,7 +70,7 @@ def load_backbone(folder: Path) -> tuple[Backbone, dict[str, Any]]:
         with torch.random.fork_rng(), _RepeatedDraws():
             options = build(arch.Options, f"{path}: options", about["options"])
             backbone = build_backbone(arch, options, about.get("input", {}).get("size"))
-        fill(backbone, state, str(path))
+        fill(backbone, state, str(path), other_version(about["arch"]))
     backbone.requires_grad_(False).eval()
     return backbone, identity.result()
 

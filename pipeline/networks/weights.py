@@ -215,19 +215,22 @@ def fit_head(head: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], 
     return {name: fitted[name] for name in own}
 
 
-def fill(model: torch.nn.Module, state: Mapping[str, torch.Tensor], what: str) -> None:
-    """Loads `state` into `model`. Raises UserError, naming `what` and the first key that does not fit."""
+def fill(model: torch.nn.Module, state: Mapping[str, torch.Tensor], what: str, other: str = "") -> None:
+    """Loads `state` into `model`. Raises UserError, naming `what` and the first key that does not fit.
+
+    `other` is asked beside whether it is another architecture (`pretrained.other_version`).
+    """
+    asked = f"is it another architecture{other}?"
     own = model.state_dict()
     state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
     for name, tensor in own.items():
         if name.endswith("num_batches_tracked"):
             continue
         if name not in state:
-            raise UserError(f"{what}: must hold weights for {name!r}; got {_some(state)}; is it another architecture?")
+            raise UserError(f"{what}: must hold weights for {name!r}; got {_some(state)}; {asked}")
         if state[name].shape != tensor.shape:
             raise UserError(
-                f"{what}: {name} must have shape {tuple(tensor.shape)}; got {tuple(state[name].shape)}; "
-                "is it another architecture?"
+                f"{what}: {name} must have shape {tuple(tensor.shape)}; got {tuple(state[name].shape)}; {asked}"
             )
         if state[name].isfinite().all():
             continue
@@ -236,9 +239,7 @@ def fill(model: torch.nn.Module, state: Mapping[str, torch.Tensor], what: str) -
             raise UserError(f"{what}: {name} holds NaN or infinity; use other weights")
     unknown = sorted(set(state) - set(own))
     if unknown:
-        raise UserError(
-            f"{what}: {counted(len(unknown), 'key')} not in the network: {_some(unknown)}; is it another architecture?"
-        )
+        raise UserError(f"{what}: {counted(len(unknown), 'key')} not in the network: {_some(unknown)}; {asked}")
     model.load_state_dict(state, strict=False)
 
 

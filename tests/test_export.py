@@ -301,6 +301,12 @@ def test_a_cache_pooled_otherwise_needs_images(tmp_path, trained):
     assert exported(own, tmp_path / "m")["images"] < 1e-4
 
 
+ONNX = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8), reason="torch below 2.8 writes no ONNX of ours"
+)
+
+
+@ONNX
 def test_onnx_gives_the_same_logits_for_any_batch(tmp_path, trained):
     from h2t.pipeline.models.predict import open_model
 
@@ -322,6 +328,7 @@ class Windows(torch.nn.Module):
         return torch.nn.functional.scaled_dot_product_attention(windows, windows, windows).flatten(1)
 
 
+@ONNX
 def test_a_network_that_torch_cannot_write_as_onnx_is_one_line(tmp_path):
     from h2t.pipeline.models.export import write_onnx
     from h2t.pipeline.models.model import Model
@@ -338,6 +345,12 @@ def test_onnx_without_its_packages_is_one_line(tmp_path, trained, monkeypatch):
 
     monkeypatch.setattr(export, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'h2t\[onnx\]'"):
+        exported(trained, tmp_path / "m", onnx=True)
+
+
+def test_onnx_with_an_old_torch_is_one_line(tmp_path, trained, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.7.1+cpu")
+    with pytest.raises(UserError, match=r"^onnx: needs .* torch 2\.8 or newer; type: pip install"):
         exported(trained, tmp_path / "m", onnx=True)
 
 

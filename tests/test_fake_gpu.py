@@ -36,6 +36,11 @@ from h2t.pipeline.training.loop import StageOne
 from h2t.pipeline.training.parallel import Group
 from h2t.pipeline.training.settings import Training
 
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+pytestmark = pytest.mark.skipif(
+    TORCH < (2, 10) and not torch.cuda.is_available(), reason="torch below 2.10 asks for a driver"
+)
+
 GPU = torch.device("cuda", 0)
 SELECTIONS = ("random", "first", "mixup", "shuffled")
 

@@ -45,7 +45,7 @@ CHECKED = 32  # most images whose logits are compared
 TOLERANCE = {"float32": 1e-4, "float16": 4e-3, "bfloat16": 3e-2}
 ONNX_TOLERANCE = 1e-4
 SETTING = ("ratio", "donor", "selection", "seed")  # columns of heads.parquet that every host has
-NEEDS_ONNX = "onnx: needs the packages onnx, onnxscript and onnxruntime; type: pip install 'h2t[onnx]'"
+NEEDS_ONNX = "onnx: needs onnx, onnxscript, onnxruntime and torch 2.8 or newer; type: pip install 'h2t[onnx]'"
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,8 @@ def distance(computed: torch.Tensor, expected: torch.Tensor) -> float:
 
 def need_onnx() -> None:
     """Raises UserError if an optional package for ONNX is missing."""
-    if not all(map(find_spec, ("onnx", "onnxruntime", "onnxscript"))):
+    old = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8)
+    if old or not all(map(find_spec, ("onnx", "onnxruntime", "onnxscript"))):
         raise UserError(NEEDS_ONNX)
 
 

@@ -33,12 +33,21 @@ UNPROVEN = {
     "timm-vit_base_patch16_siglip_224-map": r"lie attn_pool\.",
     "huggingface-dinov2-cls": r"lie classifier \(Linear\)",
     "huggingface-dinov2_with_registers-cls": r"lie classifier \(Linear\)",
-    "huggingface-siglip_vision_model-map": r"lie head\.",
+    "huggingface-siglip_vision_model-map": r"lie (vision_model\.)?head\.",  # that of transformers 4
 }
+
+
+def skip_unknown(family):
+    """timm 1.0.15, the oldest that is allowed, has no DINOv3 yet."""
+    import timm as package
+
+    if version("timm") < "1.0.2" and family.arch == "timm" and not package.is_model(family.name):
+        pytest.skip(f"timm {version('timm')} has no {family.name}")
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
 def test_pool_and_own_layers_and_classifier_give_the_networks_own_logits(family):
+    skip_unknown(family)
     backbone, off = own_logits_differ_by(family)
     if str(family) in UNPROVEN:
         assert off is None
@@ -111,6 +120,7 @@ def test_the_classifier_in_the_weights_is_kept_if_it_has_the_datasets_classes(tm
 def test_a_classifier_that_the_plain_network_lacks_or_writes_as_a_convolution_is_kept(family, name, tmp_path):
     import timm as package
 
+    skip_unknown(family)
     samples, images = make_samples(tmp_path / "p")
     whole = package.create_model(family.name, num_classes=10, **family.config).eval()
     save_file(whole.state_dict(), tmp_path / "w.safetensors")
@@ -340,7 +350,7 @@ REFUSED = [
     ),
     (
         {"model_type": "siglip2", "vision_config": {**TEXT, "num_patches": 16}},
-        "must take images alone; it says: .*missing",
+        "must take images alone; it says: .*missing|cannot build a network of siglip2",  # transformers 5, 4
     ),
     ({"model_type": "bert", **TEXT}, "bert of transformers takes no images"),
     ({"model_type": "dinat"}, "transformers cannot build a network of dinat .*natten"),

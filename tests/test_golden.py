@@ -1,5 +1,7 @@
 """The same inputs give the same results under the same number: every stage and every built-in plug-in."""
 
+from importlib.metadata import version
+
 import golden_cases
 import numpy as np
 import pytest
@@ -17,6 +19,8 @@ HOW = """{case}: other results under the number {number}. If that is meant, rais
 
 @pytest.mark.parametrize("case", golden_cases.all_cases())
 def test_the_results_are_those_of_the_number(case):
+    if case == "backbones.huggingface" and version("transformers") < "5":
+        pytest.skip("transformers 4 has other names for a network's modules, and draws other weights")
     number, expected = golden_cases.load(case)
     assert numbers.built_in()[case] == number, f"{case}: type: python tests/golden_cases.py"
     lines = golden_cases.differences(golden_cases.run(case), expected)

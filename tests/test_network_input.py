@@ -66,6 +66,8 @@ def test_hugging_faces_own_processors_give_the_same(name, options):
     """Within 1/255 of those that use Pillow, at every size. Those on tensors differ from them, and so from us, by more
     at a few sizes (11/255 was seen): at least 45 of 50 are within 2/255."""
     transformers = pytest.importorskip("transformers")
+    if transformers.__version__ < "5":
+        pytest.skip("transformers 4 has other names for its processors")
     stated = of_processor(getattr(transformers, name)(**options), 224)
     scale = torch.tensor(stated.std)[:, None, None]
     for kind, levels, sizes in ((f"{name}Pil", 1, 50), (name, 2, 45)):

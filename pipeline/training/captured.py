@@ -52,7 +52,7 @@ def captured(backbone: nn.Module, x: torch.Tensor) -> Callable[[torch.Tensor], M
 
 
 def _expect_other_streams() -> None:
-    """No warning from torch that gradients come from another stream: capturing has one of its own, for which it waits."""
+    """No warning from torch that gradients come from another stream: capturing has its own, for which it waits."""
     warns = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)  # of newer versions
     if warns is not None:
         warns(False)

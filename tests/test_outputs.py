@@ -5,7 +5,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import own_data
 import pytest
 from kills import struck
@@ -115,7 +114,7 @@ def test_a_place_below_a_file_is_one_line(tmp_path):
     ("command", "names"),
     [
         ("watch photos /proc/x", "/proc/x"),
-        ("cache import /proc/x --train t.npz", "/proc/x"),
+        ("cache import /proc/x --train nowhere.npz", "/proc/x"),
         ("init /proc/x --data photos --check headers", "/proc/x"),
         ("plan --images 9 --backbone resnet20 --place /proc", "/proc"),
         ("predict model photos --out /proc/x.csv", "/proc/x.csv"),
@@ -125,7 +124,6 @@ def test_a_place_where_nothing_can_be_made_is_one_line(tmp_path, monkeypatch, co
     monkeypatch.chdir(tmp_path)
     own_data.sort(tmp_path / "photos", {"a": 9, "b": 6})
     Path("params.yaml").write_text("inputs: {photos: photos}")
-    np.savez("t.npz", features=np.eye(4, dtype="float32"), labels=[0, 1, 0, 1])
     line = refused(*command.split(), code=1)
     assert line.splitlines()[-1].startswith(f"error: {names}: cannot be created (")
 
@@ -137,6 +135,7 @@ WORK = (
     "evaluate dr nowhere nowhere nowhere",
     "probe b nowhere",
     "report nowhere",
+    "report --compare nowhere nowhere",
     "export nowhere nowhere nowhere",
 )
 

@@ -61,7 +61,7 @@ def check_place(out: Path) -> None:
 def _free(out: Path) -> Path:
     """`out` as an absolute path. Raises UserError if it is a file, or a device."""
     out = Path(os.path.abspath(out))  # noqa: PTH100 - `resolve` would follow the link that will be replaced
-    with creating(out):
+    with _writing(out), creating(out):
         is_file = out.exists() and not out.is_dir() and not out.is_symlink()
     if is_file:
         raise UserError(f"{out}: must be a directory; got a file; give another path or remove the file")

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -61,9 +62,10 @@ def check_place(out: Path) -> None:
 def _free(out: Path) -> Path:
     """`out` as an absolute path. Raises UserError if it is a file, or a device."""
     out = Path(os.path.abspath(out))  # noqa: PTH100 - `resolve` would follow the link that will be replaced
-    with _writing(out), creating(out):
-        is_file = out.exists() and not out.is_dir() and not out.is_symlink()
-    if is_file:
+    kind = stat.S_IFDIR
+    with _writing(out), creating(out), suppress(FileNotFoundError):
+        kind = stat.S_IFMT(out.lstat().st_mode)  # asked once, as another process may be replacing it
+    if kind not in (stat.S_IFDIR, stat.S_IFLNK):
         raise UserError(f"{out}: must be a directory; got a file; give another path or remove the file")
     return out
 

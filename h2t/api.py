@@ -13,8 +13,10 @@ Everything is computed by the functions of the stages, on a cache in a temporary
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
+from numbers import Real
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,6 +26,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import torch
 
+from h2t.arguments import place, plain, share, sources
 from h2t.cache.format.spec import CacheSpec
 from h2t.cache.reader import Cache, open_cache
 from h2t.classifier import Classifier, load, predict
@@ -73,9 +76,12 @@ def write_cache(
     val or test for each row; None makes all rows training rows. `source`: a distinct name for each row. Raises
     UserError, and CacheError `exists` for a cache that is there already, unless `replace`.
     """
+    if not isinstance(replace, bool | np.bool_):
+        raise UserError(f"replace: must be True or False; got {replace!r:.60}")
     given = gathered(features, labels, split, None)
-    parts = importing.split_parts(given.values, labels_of(given), given.split, source or given.source)
-    return importing.run(parts, Path(out), silent, replace=replace)
+    names = sources(source, len(given))
+    parts = importing.split_parts(given.values, labels_of(given), given.split, names or given.source)
+    return importing.run(parts, place("out", out), silent, replace=bool(replace))
 
 
 def compare(
@@ -108,10 +114,11 @@ def compare(
     line of the table, too. Raises UserError.
     """
     chosen = devices.choose(device)
-    shares = build(Shares, "compare", _plain({"test": test or None, "validation": validation or None, "seed": seed}))
-    entries = {name: {} for name in methods} if not isinstance(methods, Mapping) else dict(methods)
-    if not entries:
-        raise UserError("methods: must name at least one host; got none; h2t list hosts prints them")
+    if not callable(say):
+        raise UserError(f"say: must be a function of a text; got {say!r:.60}")
+    held_back = {"test": share(test), "validation": share(validation), "seed": plain(seed)}
+    shares = build(Shares, "compare", held_back)
+    entries = _methods(methods)
     for name, entry in entries.items():  # before anything is computed
         _entry(name, entry, ratios, seeds, epochs)
     made = features.extractor if isinstance(features, Features) else None
@@ -186,7 +193,11 @@ class Comparison:
 
         Without `seed` the first one. Raises UserError if there is no such classifier.
         """
-        if method not in self.stacks:
+        ratio, seed = plain(ratio), plain(seed)
+        for name, number in (("ratio", ratio), ("seed", seed)):
+            if number is not None and (isinstance(number, bool) or not isinstance(number, Real | Decimal)):
+                raise UserError(f"{name}: must be a number; got {number!r:.60}")
+        if not isinstance(method, str) or method not in self.stacks:
             raise UserError(f"method: must be one of {', '.join(self.stacks)}; got {method!r}")
         mine = [line for line in self.lines if line["method"] == method]
         found = [line for line in mine if ratio in (None, line["settings"]["ratio"])]
@@ -202,6 +213,17 @@ class Comparison:
         measured = Measured(stack.tested.labels, stack.tested.said[number].guesses, stack.groups)
         one = stack.heads.of([number])
         return Classifier(one, self.classes, self.extractor, stack.temperatures[number], measured, self.dataset)
+
+
+def _methods(given: Any) -> dict[str, Any]:
+    """Name -> keys of each method. Raises UserError if there is none, or what is given names no methods."""
+    listed = isinstance(given, Iterable) and not isinstance(given, str | bytes) and getattr(given, "shape", True) != ()
+    names = list(given) if listed else [given]
+    if not names:
+        raise UserError("methods: must name at least one host; got none; h2t list hosts prints them")
+    if not listed or not all(isinstance(name, str) for name in names):
+        raise UserError(f"methods: must be a list of names of hosts, or names with their keys; got {given!r:.60}")
+    return dict(given) if isinstance(given, Mapping) else {name: {} for name in names}
 
 
 def trained(
@@ -243,7 +265,7 @@ def _entry(
     """The parameters of the method `name` for `samples` to train on. Raises UserError, which names the key."""
     if not isinstance(entry, Mapping):
         raise UserError(f"methods.{name}: must be keys of an entry of hosts with their values; got {entry!r}")
-    own = _plain(entry)
+    own = plain(entry)
     host = str(own.get("host", name))
     plugins.check("hosts", host)
     values: dict[str, Any] = {"host": host, "backbone": "features", "batchnorm": "stage1"}
@@ -251,28 +273,19 @@ def _entry(
     if kind.only_classifier:
         values["classifier"] = kind.only_classifier
     if not kind.fitted:
-        values["grid"] = {"ratio": _plain(ratios), "seed": _plain(seeds)}
+        values["grid"] = {"ratio": plain(ratios), "seed": plain(seeds)}
         batch = own["optimiser"].get("batch_size") if isinstance(own.get("optimiser"), dict) else None
         enough = Optimiser.enough_epochs(samples, batch if isinstance(batch, int) and batch > 0 else None)
-        values["optimiser"] = {"epochs": enough if epochs is None else _plain(epochs)}
+        values["optimiser"] = {"epochs": enough if epochs is None else plain(epochs)}
     for key in values.keys() & own.keys():
         if isinstance(values[key], dict) and isinstance(own[key], dict):  # `epochs` stays beside a learning rate
             own[key] = {**values[key], **own[key]}
     return build(train_classifier.Params, f"methods.{name}", {**values, **own})
 
 
-def _plain(given: Any) -> Any:
-    """`given` with NumPy's numbers and arrays as Python's, which parameters are."""
-    if isinstance(given, Mapping):
-        return {key: _plain(value) for key, value in given.items()}
-    if isinstance(given, list | tuple | range):
-        return [_plain(value) for value in given]
-    return given.tolist() if isinstance(given, np.generic | np.ndarray) else given
-
-
 def _start(cache: Cache, out: Path, l2: float, device: torch.device, seed: int, say: Say) -> Path:
     """The folder of the probe that methods start from. A cache of a backbone that is known gets one as well."""
-    settings = build(Probe, "probe", {"l2": _plain(l2)})
+    settings = build(Probe, "probe", {"l2": plain(l2)})
     probe.run("probe", settings, Run("features", out, device, seed, say), cache, Path(NONE))
     return out
 

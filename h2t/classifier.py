@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from PIL import Image
 
+from h2t.arguments import place, sources, text, whole
 from h2t.features import Features, as_array, as_file
 from h2t.pipeline.base import device as devices
 from h2t.pipeline.base.errors import UserError
@@ -40,7 +41,10 @@ class Classifier:
 
     def predict_proba(self, features: Any) -> np.ndarray:
         """Probabilities float64 (n, classes) of features (n, D) or maps (n, C, H, W). Raises UserError."""
-        values = torch.from_numpy(np.require(as_array(features), np.float64, ["C", "W"]))
+        given = as_array(features.values if isinstance(features, Features) else features)
+        if given.dtype.kind not in "fiu":
+            raise UserError(f"features: must be numbers; got {given.dtype}; convert them")
+        values = torch.from_numpy(np.require(given, np.float64, ["C", "W"]))
         context = self.head.context
         if values.dim() not in (2, 4) or values.shape[1] != self.head.about.get("map_channels", context.channels):
             raise UserError(
@@ -78,18 +82,20 @@ class Classifier:
             **({"temperature": self.temperature} if self.temperature != 1 else {}),
         }
         made = self.extractor
-        with fresh_directory(Path(folder)) as into:
+        stated = Stated(text("licence", licence), text("use", use))
+        with fresh_directory(place("folder", folder)) as into:
             if made is not None:
                 about |= {**made.about, "transform": made.transform.model_dump()}
                 save_model(into / "model.safetensors", made.backbone, self.head, about)
             save_head(into / "head.safetensors", self.head, about)
-            text = card(about, self.head.about["counts"], self.dataset, self.measured, Stated(licence, use))
-            (into / "README.md").write_text(text, encoding="utf-8")
+            page = card(about, self.head.about["counts"], self.dataset, self.measured, stated)
+            (into / "README.md").write_text(page, encoding="utf-8")
 
 
 def load(folder: str | Path) -> Classifier:
     """The classifier that `Classifier.save` or `h2t export` wrote; it takes features. Raises UserError."""
-    path = Path(folder) / "head.safetensors" if Path(folder).is_dir() else Path(folder)
+    path = place("folder", folder)
+    path = path / "head.safetensors" if path.is_dir() else path
     head = load_single_head(path)
     return Classifier(head, list(head.about["classes"]), temperature=float(head.about.get("temperature", 1.0)))
 
@@ -102,8 +108,8 @@ def predict(model: str | Path | Classifier, of: Any, *, top: int = 1, device: st
     features and images of Pillow are numbered. Images that cannot be read are left out with a warning. Raises
     UserError.
     """
-    if top < 1:
-        raise UserError(f"top: must be at least 1; got {top}")
+    top = whole("top", top)
+    chosen = devices.choose(device)
     if isinstance(of, str | Path):
         of = [of]
     if isinstance(of, Sequence) and of and isinstance(of[0], str | Path | Image.Image):
@@ -111,14 +117,14 @@ def predict(model: str | Path | Classifier, of: Any, *, top: int = 1, device: st
             with TemporaryDirectory() as folder:
                 model.save(Path(folder) / "model")
                 return predict(Path(folder) / "model", of, top=top, device=device)
-        opened = images_predict.open_model(Path(model), devices.choose(device))
+        opened = images_predict.open_model(place("model", model), chosen)
         pictures = sum(isinstance(one, Image.Image) for one in of)
         if pictures not in (0, len(of)):
             raise UserError("images: must be all image files or all images of Pillow; got both; predict them apart")
         if pictures:
             found = images_predict.Inputs([str(i) for i in range(len(of))], lambda number: as_file(of[int(number)]), [])
         else:
-            found = images_predict.find_images([Path(path) for path in of])
+            found = images_predict.find_images([place("images", path) for path in of])
         for note in found.notes:
             warnings.warn(note, stacklevel=2)
         batches = images_predict.predict(opened, found, _warn, top=top)
@@ -126,7 +132,7 @@ def predict(model: str | Path | Classifier, of: Any, *, top: int = 1, device: st
     classifier = model if isinstance(model, Classifier) else load(model)
     probabilities = torch.from_numpy(classifier.predict_proba(of))
     best, which = images_predict.ranked(probabilities.log(), top)
-    names = of.source if isinstance(of, Features) else range(len(best))
+    names = (sources(of.source, len(best)) if isinstance(of, Features) else None) or range(len(best))
     lines = [
         {"image": name, "rank": rank, "class": classifier.classes[k], "confidence": value}
         for name, row, ks in zip(names, best.tolist(), which.tolist(), strict=True)

@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, check_random_state, validate_data
@@ -61,6 +62,7 @@ class H2TClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def fit(self, X: Any, y: Any) -> "H2TClassifier":
         """Trains on features X (n, D) and labels y (n,), numbers or texts. Raises ValueError."""
+        _check_labels(y)
         X, y = validate_data(self, X, y)
         check_classification_targets(y)
         _check_size(X)
@@ -104,7 +106,7 @@ class H2TClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         check_is_fitted(self)
         X = validate_data(self, X, reset=False)
         _check_size(X)
-        return self.classifier_.predict_proba(X)[:, self._columns]
+        return self.classifier_.predict_proba(X.astype(np.float64, copy=False))[:, self._columns]
 
     def predict(self, X: Any) -> np.ndarray:
         """The most probable class of each row, (n,)."""
@@ -112,6 +114,16 @@ class H2TClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return np.asarray(self.classes_[best])
 
 
+def _check_labels(y: Any) -> None:
+    """Raises ValueError for a missing label, which scikit-learn makes the class "nan", or leaves below its mask."""
+    missing = np.ma.getmaskarray(y) if np.ma.isMaskedArray(y) else pd.isna(np.asarray(y, object))
+    if np.ndim(missing) and missing.any():
+        row = int(np.flatnonzero(missing.reshape(len(missing), -1).any(1))[0])
+        raise ValueError(f"y: must have a label for each row, which NaN is not; row {row} has none; leave it out")
+
+
 def _check_size(X: np.ndarray) -> None:
+    if X.dtype.kind not in "fiub":
+        raise ValueError(f"X: must be numbers; got {X.dtype}")
     if float(np.abs(X).max()) > FLOAT32_MAX:
         raise ValueError("X: values must fit float32; scale the features")

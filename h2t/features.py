@@ -2,7 +2,7 @@
 
 import io
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,13 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
+from h2t.arguments import column, keys, place, sources, text, whole
 from h2t.cache.format.rows import SPLITS
 from h2t.cache.reader import Cache, open_cache
 from h2t.pipeline.base import device as devices
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import Index, Section, build
-from h2t.pipeline.base.text import counted
 from h2t.pipeline.data import labels as texts
 from h2t.pipeline.data.classes import recorded_names
 from h2t.pipeline.data.decoding import ORIENTATION
@@ -81,9 +81,18 @@ def extract_features(
     `backbone`: a plug-in or PLUG-IN:MODEL, such as timm:convnext_tiny; `weights`: pretrained, none (random) or a file;
     `options` and `input` as in `backbones.NAME` of params.yaml. Raises UserError.
     """
-    if not isinstance(batch_size, int | np.integer) or batch_size < 1:
-        raise UserError(f"batch_size: must be a whole number, at least 1; got {batch_size!r}")
-    if (cache := as_cache(images)) is not None:
+    batch_size, label, split = whole("batch_size", batch_size), text("label", label), text("split", split)
+    if not isinstance(backbone, str):
+        raise UserError(f"backbone: must be the name of a plug-in or PLUG-IN:MODEL; got {backbone!r:.60}")
+    if not isinstance(weights, str | Path):
+        raise UserError(f"weights: must be pretrained, none or a file; got {weights!r:.60}")
+    options, input = keys("options", options), keys("input", input)
+    cache = as_cache(images)
+    if split is not None and (cache is None or split not in SPLITS):
+        raise UserError(f"split: must be train, val or test of a cache, or None; got {split!r:.60}")
+    if label is not None and (cache is not None or not isinstance(images, str | Path)):
+        raise UserError(f"label: must be a column of a table of images, or None; got {label!r:.60}")
+    if cache is not None:
         with cache:
             return _of_cache(cache, split)
     collection: Collection | None = None
@@ -98,7 +107,7 @@ def extract_features(
         backbone,
         opened.transform,
         devices.choose(device),
-        weights=weights,
+        weights=str(weights),
         options=options,
         given=input,
         batch_size=batch_size,
@@ -114,7 +123,7 @@ def extract_features(
 
 def as_cache(given: Any) -> Cache | None:
     """The open cache at a path or URL; None for anything else."""
-    if isinstance(given, str | Path) and ("://" in str(given) or (Path(given) / "cache.json").is_file()):
+    if isinstance(given, str | Path) and ("://" in str(given) or (place("path", given) / "cache.json").is_file()):
         return open_cache(given)
     return None
 
@@ -138,7 +147,12 @@ def _opened(images: Iterable[str | Path | np.ndarray | Image.Image] | np.ndarray
     """Images in memory or in files. Raises UserError for anything else."""
     if isinstance(images, np.ndarray) and images.ndim == 3 and images.shape[2] == 3:
         raise UserError(f"images: an array {images.shape} is one image; give a list of images, [image]")
-    given: list[Any] = list(images) if isinstance(images, Iterable) else [images]
+    if isinstance(images, Mapping | Set):
+        raise UserError(f"images: must be a list, which has an order; got {type(images).__name__}")
+    if np.ma.is_masked(images):
+        raise UserError("images: must have a value everywhere; got an array with masked values; fill them in")
+    many = isinstance(images, Iterable) and getattr(images, "shape", True) != ()
+    given: list[Any] = list(images) if many else [images]
     if not given:
         raise UserError("images: must have at least one image; got none")
     numbers = [str(i) for i in range(len(given))]
@@ -161,7 +175,7 @@ def _opened(images: Iterable[str | Path | np.ndarray | Image.Image] | np.ndarray
             "images: must be all image files, all images of Pillow, or all arrays of uint8 (H, W, 3) or (H, W); got "
             f"{type(other[0]).__name__}; a tensor (n, 3, H, W) becomes them by tensor.permute(0, 2, 3, 1).numpy()"
         )
-    found = images_predict.find_images([Path(path) for path in given])
+    found = images_predict.find_images([place("images", path) for path in given])
     return Images(found.names, None, found.read, decoder(OWN), OWN)
 
 
@@ -180,51 +194,43 @@ def gathered(
 
     Warns the caller's caller of maps whose channels seem to come last.
     """
-    if not isinstance(features, Features):
-        values = as_array(features)
-        if not len(values):
-            raise UserError("features: must have at least one row; got none")
-        features = Features(values, [f"{i:09d}" for i in range(len(values))])
-    beside = {"labels": labels, "split": split, "group": groups}
-    for name, column in beside.items():
-        if column is not None and len(column) != len(features):
-            raise UserError(
-                f"{name}: must have one value for each of {counted(len(features), 'row')}; got {len(column)}"
-            )
-    if channels_seem_last(features.values.shape):
+    known = features if isinstance(features, Features) else None
+    values = as_array(features.values if known else features)
+    rows = len(values)
+    if not rows:
+        raise UserError("features: must have at least one row; got none")
+    beside = {"labels": labels, "split": split, "groups": groups}
+    if known:
+        own = {"labels": known.labels, "split": known.split, "groups": known.group}
+        beside = {name: own[name] if given is None else given for name, given in beside.items()}
+    labels, split, groups = (column(name, given, rows) for name, given in beside.items())
+    if channels_seem_last(values.shape):
         warnings.warn(
-            f"features: {features.values.shape} are taken as (n, C, H, W); if channels come last, give "
+            f"features: {values.shape} are taken as (n, C, H, W); if channels come last, give "
             "features.transpose(0, 3, 1, 2)",
             stacklevel=3,
         )
-    known = {"labels": features.labels, "split": features.split, "group": features.group}
-    own = {name: _listed(known[name] if column is None else column) for name, column in beside.items()}
-    if unknown := sorted(set(own["split"] or ()) - set(SPLITS), key=str):
+    if unknown := sorted(set(split or ()) - set(SPLITS), key=str):
         raise UserError(f"split: must be train, val or test; got {unknown[0]!r}; rename it")
-    return Features(features.values, features.source, own["labels"], own["split"], own["group"], features.extractor)
+    names = sources(known.source, rows) if known else None
+    names = names or [f"{i:09d}" for i in range(rows)]
+    return Features(values, names, labels, split, groups, known.extractor if known else None)
 
 
 def as_array(features: Any) -> np.ndarray:
     """Features as an array; tensors may lie on any device and carry gradients. Raises UserError."""
-    if isinstance(features, torch.Tensor):
-        features = features.detach().cpu()
-        features = features.float() if features.dtype == torch.bfloat16 else features
     if np.ma.is_masked(features):
         raise UserError("features: must have a value everywhere; got an array with masked values; fill them in")
     try:
+        if isinstance(features, torch.Tensor):
+            features = features.detach().cpu()
+            features = features.float() if features.dtype == torch.bfloat16 else features
         values = np.asarray(features)
-    except ValueError as error:  # rows of different lengths
+    except (ValueError, TypeError, RuntimeError) as error:  # rows of different lengths, a sparse tensor
         raise UserError(f"features: must be numbers of shape (n, C) or (n, C, H, W); {error}") from None
     if not values.ndim:
         raise UserError(f"features: must be numbers of shape (n, C) or (n, C, H, W); got {type(features).__name__}")
     return values
-
-
-def _listed(column: Any) -> list[Any] | None:
-    """Labels, splits or groups as a list, if there are any."""
-    if column is None:
-        return None
-    return list(column.to_pylist() if isinstance(column, pa.Array | pa.ChunkedArray) else column)
 
 
 def labels_of(given: Features) -> list[Any]:

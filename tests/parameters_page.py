@@ -42,7 +42,7 @@ included; `h2t presets` shows complete files.
 | --- | --- | --- | --- |
 | `seed` | whole number, 0 or more | `0` | Seed of the split, of stage I and of the batch-norm statistics; classifiers have their own. |
 | `replicates` | list of whole numbers, first 0 | `[0]` | Trainings of stage I: each further number divides the data, trains the backbones and estimates statistics again, and intervals cover that ([intervals](intervals.md#replicates)). |
-| `device` | `auto`, `cpu`, `cuda`, `cuda:N` | `auto` | Where to compute; `auto` takes a GPU if there is one. |
+| `device` | `auto`, `cpu`, `cuda`, `cuda:N` | `auto` | Where to compute; `auto` takes a GPU if there is one, and [figures differ](data-flow.md#stages). |
 | `inputs` | mapping of names to paths | `{}` | Your own files and folders. Other parameters refer to them as `inputs/NAME` ([sharing](sharing.md)). |
 | `prepare` | [keys](#prepare) | required | Images, labels, the long tail. |
 | `backbone_defaults` | [keys](#backbonesname) | `{}` | What every backbone has unless its entry says otherwise. |

@@ -229,7 +229,17 @@ def test_classifiers_that_call_everything_one_class_are_named(evaluated, dr):
     confusion.loc[confusion.index[confusion.number == numbers[0]][0], "predicted"] = 0
     assert "One class for all test images, so not to be used: dr with H2T." in Answer([dr, ncm]).lines()
     dr.tables["confusion"]["true"] = 1  # of a test split of one class nothing can be said
-    assert of_one_class([dr]) == ""
+    assert of_one_class([dr], {}) == ""
+
+
+def test_stage_i_of_one_class_is_named_by_its_backbone_where_there_are_several(evaluated, dr):
+    dr.tables["confusion"].loc[dr.tables["confusion"].number == -1, "predicted"] = 2
+    said = "One class for all test images, so not to be used: {}."
+    assert of_one_class([dr], {"dr": "b0"}) == said.format("stage I")
+    ncm = load_result("ncm", evaluated / "ncm")
+    ncm.about["host"]["backbone"] = "that of other weights"
+    assert of_one_class([dr, ncm], {"dr": "b0", "ncm": "b1"}) == said.format("stage I of b0")
+    assert of_one_class([dr, ncm], {}) == said.format("stage I of the backbone of dr")
 
 
 def test_a_long_name_does_not_widen_the_table(dr):

@@ -238,7 +238,7 @@ def test_tensors_and_arrow_arrays_are_taken_like_arrays():
     one = found[0].take("ncm")
     assert np.array_equal(one.predict_proba(torch.tensor(x, requires_grad=True)), one.predict_proba(x))
     half = torch.tensor(x).bfloat16()
-    with one_line("top: must be at least 1; got 0"):
+    with one_line("top: must be a whole number, at least 1; got 0"):
         api.predict(one, x, top=0)
     assert np.array_equal(one.predict_proba(half), one.predict_proba(half.float().numpy()))
     assert one.predict(x[:0]).shape == (0,)

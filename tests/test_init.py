@@ -15,8 +15,10 @@ import pytest
 import torch
 import yaml
 from dvc.config import Config
+from dvc.repo import Repo
 from PIL import Image
 from pipeline_builders import ROOT, accepted, invoke, refused
+from repositories import dvc, git
 
 from h2t.pipeline.backbones import resnet20, resnet32
 from h2t.pipeline.base import params
@@ -278,6 +280,25 @@ def test_git_ignores_what_the_documented_commands_write_but_no_code_of_the_user(
     ignored = {"/model/", "/comparison/"}
     assert ignored - set((tmp_path / ".gitignore").read_text().split()) == {f"/{own}/"} & ignored
     assert ignored <= set((ROOT / ".gitignore").read_text().split())
+
+
+@pytest.mark.parametrize("attributes", ["", "*.png binary\n* text=auto\n"], ids=["", "own attributes"])
+def test_a_clone_with_windows_line_ends_has_the_inputs_and_plugins_that_stages_ran_on(tmp_path, attributes):
+    own_data.sort(tmp_path / "a/photos", {"a": 9, "b": 6})
+    if attributes:
+        (tmp_path / "a/.gitattributes").write_text(attributes)
+    with contextlib.chdir(tmp_path / "a"):
+        assert ".gitattributes" in accepted("init", "--data", "photos")
+        assert Path(".gitattributes").read_text().startswith(attributes)
+        Path("plugins/hosts/mine.py").write_text("first = 1\nsecond = 2\n")
+        Path("dvc.yaml").write_text("stages: {all: {cmd: mkdir made, deps: [inputs, plugins], outs: [made]}}\n")
+    dvc("repro", where=tmp_path / "a")
+    git("add", ".", where=tmp_path / "a")
+    git("commit", "--quiet", "--message=all", where=tmp_path / "a")
+    git("clone", "--quiet", "--config=core.autocrlf=true", "a", "b", where=tmp_path)
+    assert b"\r\n" in (tmp_path / "b/dvc.yaml").read_bytes()  # so git does change line ends here
+    with contextlib.chdir(tmp_path / "b"), Repo() as repo:
+        assert repo.status() == {"all": [{"changed outs": {"made": "not in cache"}}]}
 
 
 @pytest.mark.parametrize("name", ["[ab]", "a*", "x ", "#a b", "!a", "a\\b", "a?"])

@@ -5,14 +5,13 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import own_data
 import pytest
 from kills import struck
-from pipeline_builders import python, refused
+from pipeline_builders import python, refused, write_params
 
 from h2t.pipeline.base.errors import UserError
-from h2t.pipeline.base.outputs import fresh_directory, write_json, write_run_record
+from h2t.pipeline.base.outputs import check_place, fresh_directory, write_json, write_run_record
 from h2t.pipeline.models import prediction_files
 
 
@@ -72,6 +71,7 @@ def test_remains_of_killed_runs_go_even_with_our_process_number(tmp_path):
     for pid in (os.getpid(), 2**22 + 1):
         (tmp_path / f".out.partial-{pid}").mkdir()
         (tmp_path / f".out.partial-{pid}" / "half").write_text("x")
+    check_place(tmp_path / "out")
     filled(tmp_path / "out")
     assert names(tmp_path) == ["out"]
     assert names(tmp_path / "out") == ["a", "b"]
@@ -114,7 +114,7 @@ def test_a_place_below_a_file_is_one_line(tmp_path):
     ("command", "names"),
     [
         ("watch photos /proc/x", "/proc/x"),
-        ("cache import /proc/x --train t.npz", "/proc/x"),
+        ("cache import /proc/x --train nowhere.npz", "/proc/x"),
         ("init /proc/x --data photos --check headers", "/proc/x"),
         ("plan --images 9 --backbone resnet20 --place /proc", "/proc"),
         ("predict model photos --out /proc/x.csv", "/proc/x.csv"),
@@ -124,9 +124,44 @@ def test_a_place_where_nothing_can_be_made_is_one_line(tmp_path, monkeypatch, co
     monkeypatch.chdir(tmp_path)
     own_data.sort(tmp_path / "photos", {"a": 9, "b": 6})
     Path("params.yaml").write_text("inputs: {photos: photos}")
-    np.savez("t.npz", features=np.eye(4, dtype="float32"), labels=[0, 1, 0, 1])
     line = refused(*command.split(), code=1)
     assert line.splitlines()[-1].startswith(f"error: {names}: cannot be created (")
+
+
+WORK = (
+    "prepare",
+    "train-backbone b nowhere",
+    "train-classifier dr nowhere nowhere",
+    "evaluate dr nowhere nowhere nowhere",
+    "probe b nowhere",
+    "report nowhere",
+    "report --compare nowhere nowhere",
+    "export nowhere nowhere nowhere",
+)
+
+
+@pytest.mark.parametrize("command", WORK)
+def test_a_place_where_nothing_can_be_made_is_known_before_anything_is_read(tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    images = {"dataset": "image_folder", "options": {"root": "nowhere"}}
+    backbone = {"arch": "resnet20", "objective": "ce"}
+    write_params(
+        Path("params.yaml"), prepare=images, backbones={"b": backbone}, hosts={"dr": {"host": "dr", "backbone": "b"}}
+    )
+    Path("file").write_text("x")
+    for out in ["file/out", *(["/proc/x"] if Path("/proc/self").exists() else [])]:
+        line = refused(*command.split(), out, code=1).splitlines()[-1]
+        assert line.startswith(f"error: {Path(out).absolute()}: cannot be created (")
+    assert refused(*command.split(), "file", code=1).splitlines()[-1].endswith("give another path or remove the file")
+    assert refused(*command.split(), "new/out", code=1)
+    assert names(tmp_path) == ["file", "params.yaml"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_not_be_written_is_known_first(tmp_path):
+    tmp_path.chmod(0o555)
+    with pytest.raises(UserError, match=r"cannot be written \(Permission denied\); fix the permissions"):
+        check_place(tmp_path / "new/out")
 
 
 def test_what_is_no_file_is_not_replaced(tmp_path):

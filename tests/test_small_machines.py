@@ -267,10 +267,24 @@ def test_evaluation_refuses_before_it_reads_what_would_not_fit(tmp_path, cache, 
     with open_cache(cache) as opened:
         monkeypatch.setattr(opened, "read", lambda *_, **__: pytest.fail("read"))
         with pytest.raises(
-            UserError, match=r"predictions of \d+ classifiers for .* rows need 2\d\d MB .* 200 MB are free"
+            UserError, match=r"dr: \d+ classifiers and their predictions for .* rows need 2\d\d MB .* 200 MB are free"
         ):
             evaluate.run(evaluate.Params(), Run("dr", tmp_path / "e"), opened, tmp_path / "h", backbone[0])
     assert not (tmp_path / "e").exists()
+
+
+def test_evaluation_counts_the_weights_that_every_block_of_rows_needs(tmp_path, cache, backbone, monkeypatch):
+    state = fitted(tmp_path / "h", cache, backbone[0])
+    with open_cache(cache) as opened:
+        scored = [part for part in opened.index.parts if part.split != "train" and part.statistics != "stage1"]
+        rows = sum(part.stop - part.start for part in scored)
+        need = 24 * rows * len(state["weight"]) + sum(t.nbytes for t in state.values()) + evaluate.ROOM
+        monkeypatch.setattr(evaluate, "return_freed_arrays", lambda: None)
+        monkeypatch.setattr(evaluate, "available_memory", lambda: need - 1)
+        with pytest.raises(UserError, match="need"):
+            evaluate.run(evaluate.Params(), Run("dr", tmp_path / "e"), opened, tmp_path / "h", backbone[0])
+        monkeypatch.setattr(evaluate, "available_memory", lambda: need)
+        evaluate.run(evaluate.Params(), Run("dr", tmp_path / "e"), opened, tmp_path / "h", backbone[0])
 
 
 def test_predictions_are_written_head_by_head(tmp_path):

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -33,6 +34,47 @@ def creating(out: Path) -> Iterator[None]:
 
 
 @contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """Raises UserError that names `out` where the block cannot write: no permission, no space, a read-only disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in CANNOT_WRITE:
+            raise
+        why = os.strerror(error.errno)  # shorter than pyarrow's own text
+        raise UserError(f"{out}: cannot be written ({why}); {CANNOT_WRITE[error.errno]}, then run again") from None
+
+
+def check_place(out: Path) -> None:
+    """Raises UserError where `fresh_directory(out)` would find no place, which is better known before hours of work.
+
+    Makes a directory in the nearest folder that is there, as in /proc permissions say nothing, and removes it.
+    """
+    out = _free(out)
+    with _writing(out), creating(out):
+        folder = next(parent for parent in out.parents if parent.exists())
+        trial = folder / _partial(out).name
+        with suppress(FileExistsError):  # of a killed run that had this process number
+            trial.mkdir()
+            trial.rmdir()
+
+
+def _free(out: Path) -> Path:
+    """`out` as an absolute path. Raises UserError if it is a file, or a device."""
+    out = Path(os.path.abspath(out))  # noqa: PTH100 - `resolve` would follow the link that will be replaced
+    kind = stat.S_IFDIR
+    with _writing(out), creating(out), suppress(FileNotFoundError):
+        kind = stat.S_IFMT(out.lstat().st_mode)  # asked once, as another process may be replacing it
+    if kind not in (stat.S_IFDIR, stat.S_IFLNK):
+        raise UserError(f"{out}: must be a directory; got a file; give another path or remove the file")
+    return out
+
+
+def _partial(out: Path) -> Path:
+    return out.parent / f".{out.name}.partial-{os.getpid()}"
+
+
+@contextmanager
 def fresh_directory(out: Path) -> Iterator[Path]:
     """Yields an empty directory to fill. It becomes `out` by one rename if the block succeeds, and is removed if not.
 
@@ -41,28 +83,20 @@ def fresh_directory(out: Path) -> Iterator[Path]:
     if `out` is a file, or a directory that holds other files; neither is deleted. If `out` is a link, the link is
     replaced and its target is not. If two processes write the same `out`, the later one wins.
     """
-    out = Path(os.path.abspath(out))  # noqa: PTH100 - `resolve` would follow the link that will be replaced
-    with creating(out):
-        is_file = out.exists() and not out.is_dir() and not out.is_symlink()  # or a device
-    if is_file:
-        raise UserError(f"{out}: must be a directory; got a file; give another path or remove the file")
-    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
+    out = _free(out)
+    partial = _partial(out)
     try:
-        with creating(out):
-            out.parent.mkdir(parents=True, exist_ok=True)
-            _clear_abandoned(out)
-            partial.mkdir()
-        yield partial
-        for path in (*partial.rglob("*"), partial):
-            _make_durable(path)
-        with _alone_in(out.parent):
-            _replace_directory(partial, out)
-            _make_durable(out.parent)
-    except OSError as error:
-        if error.errno not in CANNOT_WRITE:
-            raise
-        why = os.strerror(error.errno)  # shorter than pyarrow's own text
-        raise UserError(f"{out}: cannot be written ({why}); {CANNOT_WRITE[error.errno]}, then run again") from None
+        with _writing(out):
+            with creating(out):
+                out.parent.mkdir(parents=True, exist_ok=True)
+                _clear_abandoned(out)
+                partial.mkdir()
+            yield partial
+            for path in (*partial.rglob("*"), partial):
+                _make_durable(path)
+            with _alone_in(out.parent):
+                _replace_directory(partial, out)
+                _make_durable(out.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -349,12 +349,15 @@ def report(
     writes a report of both there.
     """
     from h2t.pipeline.base import params
+    from h2t.pipeline.base.outputs import check_place
     from h2t.pipeline.stages import report as stage_module
 
     if compare:
         from h2t.pipeline.reporting import comparison
         from h2t.pipeline.sharing.revisions import evaluated
 
+        if evaluate_dir is not None:
+            check_place(evaluate_dir)
         with evaluated(compare[0]) as a, evaluated(compare[1]) as b:
             comparison.compare(a, b, evaluate_dir, click.echo, compare)  # the result, so --quiet does not hide it
         return

@@ -63,12 +63,14 @@ def export(
     """
     from h2t.pipeline.base import device as devices
     from h2t.pipeline.base import params
+    from h2t.pipeline.base.outputs import check_place
     from h2t.pipeline.base.run import Run
     from h2t.pipeline.models import export as room
     from h2t.pipeline.models.card import Stated
 
     prepare = params.section(params.load(params_file, overrides), "prepare")
     own = dict(params.assignment("--constant", text) for text in constants)
+    check_place(out)
     with opened(cache) as maps:
         run = Run("export", out, devices.choose(device), say=click.echo)
         stated, chosen = Stated(licence, use), room.Choice(**choice, constants=own)

@@ -55,8 +55,10 @@ def import_command(
     **files: Path | None,
 ) -> None:
     """Make a cache of features from another program."""
+    from h2t.pipeline.base.outputs import check_place
     from h2t.pipeline.sharing import feature_files, importing
 
+    check_place(out)
     keys = feature_files.Keys(features_key, labels_key, axes)
     parts = {
         split: feature_files.read_part(file, files[f"{split}_labels"], keys)

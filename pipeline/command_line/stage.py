@@ -44,7 +44,7 @@ def stage(
         verbose: bool,
         **arguments: Any,
     ) -> None:
-        from h2t.pipeline.base import clock, numbers, params, progress
+        from h2t.pipeline.base import clock, numbers, outputs, params, progress
         from h2t.pipeline.inspection import settings
         from h2t.pipeline.stages import inputs
 
@@ -58,6 +58,8 @@ def stage(
             (settings.outline if outline and outline(values) else settings.check)(values, say)
             numbers.check()
             inputs.check(values, params_file.parent)
+            if isinstance(out := arguments.get("out"), Path):
+                outputs.check_place(out)
             with progress.hidden(quiet):
                 facts = function(values=values, say=say, **arguments)
         except (UserError, CacheError) as error:
@@ -65,11 +67,9 @@ def stage(
                 raise UserError(f"{error}{hint}") from error
             raise
         if record is not None and os.environ.get("RANK", "0") == "0":  # under torchrun the first process writes
-            from h2t.pipeline.base.outputs import write_run_record
-
             taken = {"seconds": time.perf_counter() - started, "cpu": clock.processor() - used}
             rounded = {key: round(value, 3) for key, value in taken.items()}
-            write_run_record(record, {**rounded, "parts": clock.parts(), **(facts or {})})
+            outputs.write_run_record(record, {**rounded, "parts": clock.parts(), **(facts or {})})
 
     return command
 

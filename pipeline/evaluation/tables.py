@@ -57,10 +57,8 @@ def write_per_class(into: Path, replicates: Sequence[Scored], counts: list[int])
 
     `counts`: the training images of each class. Each line also states the class's group by every group definition.
     """
-    defined = groups(counts)
-    names = ("number", "split", "statistics", "class", "count", "accuracy", "precision", "f1")
-    columns: dict[str, list[Any]] = {name: [] for name in names}
-    of: dict[str, list[Any]] = {name: [] for name in defined}
+    lines: list[tuple[int, str, str]] = []
+    figures: dict[str, list[np.ndarray]] = {"accuracy": [], "precision": [], "f1": []}
     for scored in replicates:
         results = [
             ([number for number, _ in scored.of(split, statistics)], split, result)
@@ -70,18 +68,30 @@ def write_per_class(into: Path, replicates: Sequence[Scored], counts: list[int])
         for numbers, split, result in results:
             guesses = [said.guesses for said in result.said]
             precision, f1 = precision_and_f1(result.labels, guesses, len(counts))
-            for head, number in enumerate(numbers):
-                accuracy = per_class_accuracy(result.labels, guesses[head], len(counts))
-                columns["number"] += [number] * len(counts)
-                columns["split"] += [split] * len(counts)
-                columns["statistics"] += [result.statistics] * len(counts)
-                columns["class"] += range(len(counts))
-                columns["count"] += counts
-                for name, values in (("accuracy", accuracy), ("precision", precision[head]), ("f1", f1[head])):
-                    columns[name] += [None if np.isnan(v) else float(v) for v in values]
-                for name, members in defined.items():
-                    of[name] += members
-    pq.write_table(pa.table({**columns, **of}), into / "per_class.parquet", compression="zstd")
+            figures["accuracy"] += [per_class_accuracy(result.labels, one, len(counts)) for one in guesses]
+            figures["precision"] += list(precision)
+            figures["f1"] += list(f1)
+            lines += [(number, split, result.statistics) for number in numbers]
+    classes = len(counts)
+    heads, splits, kinds = zip(*lines, strict=True)
+    columns = {
+        "number": pa.array(np.repeat(np.array(heads, np.int64), classes)),
+        "split": _each_repeated(splits, classes),
+        "statistics": _each_repeated(kinds, classes),
+        "class": pa.array(np.tile(np.arange(classes), len(lines))),
+        "count": pa.array(np.tile(np.array(counts, np.int64), len(lines))),
+        **{name: pa.array(np.concatenate(values), from_pandas=True) for name, values in figures.items()},
+        **{name: _as_a_whole_repeated(members, len(lines)) for name, members in groups(counts).items()},
+    }
+    pq.write_table(pa.table(columns), into / "per_class.parquet", compression="zstd")
+
+
+def _each_repeated(texts: Sequence[str], times: int) -> pa.Array:
+    return pa.array(texts, pa.string()).take(pa.array(np.repeat(np.arange(len(texts)), times)))
+
+
+def _as_a_whole_repeated(texts: Sequence[str | None], times: int) -> pa.Array:
+    return pa.array(texts, pa.string()).take(pa.array(np.tile(np.arange(len(texts)), times)))
 
 
 STANDARD = ("instance", "random")  # donor and selection of H2T as published

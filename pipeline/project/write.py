@@ -27,6 +27,7 @@ PLOTS = ("ratio.json", "per_class.json")  # templates of `dvc plots`
 IGNORED = ("/data/", "/dvc_plots/", "__pycache__/")
 WRITTEN = ("model", "comparison")  # folders that the documented h2t export and h2t report --compare write
 DVC_IGNORED = ("__pycache__", ".*.staging")
+AS_THEY_ARE = ("/inputs/** -text", "/plugins/** -text")  # stages depend on their bytes, so no core.autocrlf there
 NO_GIT = "[core]\n    no_scm = True"  # what `dvc init --no-scm` writes
 RESULTS = "data"  # the folder of all outputs
 #: Keys of params.yaml whose mappings are written in braces; so are `options` of more than LONG keys.
@@ -163,6 +164,7 @@ def write(folder: Path, files: dict[str, str], found: Found, weights: Path | Non
     inside = [_pattern(place.relative_to(here)) for place in places if place.is_relative_to(here)]
     free = [f"/{name}/" for name in WRITTEN if not (folder / name).exists()]  # what is there may be the user's code
     _append(folder / ".gitignore", [*IGNORED, *free, *inside])
+    _append(folder / ".gitattributes", AS_THEY_ARE)
     _append(folder / ".dvcignore", DVC_IGNORED)
     yield from _versioned(folder)
     for name, text in files.items():  # params.yaml last: without it the command is not done, and goes on
@@ -171,7 +173,7 @@ def write(folder: Path, files: dict[str, str], found: Found, weights: Path | Non
     if not str(here).isascii():
         yield f"note: {here}: DVC's experiment queue needs a path of ASCII letters; dvc repro works"
     shown = sorted({name.split("/")[0] + ("/" if "/" in name else "") for name in files} - {".dvc/"})
-    yield f"wrote {', '.join(shown)}, .gitignore and .dvcignore"
+    yield f"wrote {', '.join(shown)}, .gitignore, .gitattributes and .dvcignore"
 
 
 def _pattern(place: Path) -> str:

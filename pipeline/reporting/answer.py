@@ -189,7 +189,8 @@ class Answer:
 
     def sentences(self) -> list[str]:
         """What is said whatever methods are ranked by: H2T, useless classifiers, certainty, cost."""
-        return [*filter(None, (self.share(), of_one_class(self.results), self.certainty(), self.cost()))]
+        useless = of_one_class(self.results, self.backbones or {})
+        return [*filter(None, (self.share(), useless, self.certainty(), self.cost()))]
 
     def best(self, figure: str) -> list[str]:
         """Sentences: which classifier is best by `figure`, and which are too close to it to tell or not compared."""

@@ -106,24 +106,29 @@ def _accuracy(result: HostResult, numbers: Sequence[int], runs: Sequence[np.ndar
 
 def _over(values: "pd.Series[float]", runs: Sequence[np.ndarray]) -> list[float | None]:
     """The mean of `values` (by class) over each run of classes."""
-    return _round([values.reindex(run).mean() for run in runs])
+    known = np.split(
+        values.reindex(np.concatenate(runs)).to_numpy(np.float64), np.cumsum([len(run) for run in runs])[:-1]
+    )
+    return _round([np.nansum(run) / n if (n := np.count_nonzero(~np.isnan(run))) else None for run in known])
 
 
 def _row(result: HostResult, row: str, runs: Sequence[np.ndarray]) -> dict[str, Any]:
     """Confusion, calibration and weight norms of one row of metrics.json, averaged over its heads."""
     numbers = result.numbers(row)
-    tables = {n: t[t.number.isin(numbers)] for n, t in result.tables.items() if "number" in t}
+    pairs, reliability, weights = (
+        table[table.number.isin(numbers)]
+        for table in (result.tables[name] for name in ("confusion", "reliability", "weight_norms"))
+    )
     place = np.concatenate([np.full(len(run), i) for i, run in enumerate(runs)])
     confusion = np.zeros((len(runs), len(runs)))
-    pairs = tables["confusion"]
     np.add.at(confusion, (place[pairs.true.to_numpy()], place[pairs.predicted.to_numpy()]), pairs["count"].to_numpy())
     bins = []
-    for _, group in tables["reliability"].groupby("bin"):
+    for _, group in reliability.groupby("bin"):
         count = group["count"].sum()
         if count:
             mean = {k: float((group[k].fillna(0) * group["count"]).sum() / count) for k in ("confidence", "accuracy")}
             bins.append({"count": int(count), **{k: round(v, 2) for k, v in mean.items()}})
-    norms = tables["weight_norms"].groupby("class").norm.mean()
+    norms = weights.groupby("class").norm.mean()
     return {
         "accuracy": _accuracy(result, numbers, runs),
         "confusion": (confusion / len(numbers)).round(2).tolist(),

@@ -254,8 +254,12 @@ def few_tested(result: HostResult) -> str:
     return "; ".join(few)
 
 
-def of_one_class(results: Sequence[HostResult]) -> str:
-    """The classifiers of `results` that call all test images the same class, in words; empty if there are none."""
+def of_one_class(results: Sequence[HostResult], backbones: Mapping[str, str]) -> str:
+    """The classifiers of `results` that call all test images the same class, in words; empty if there are none.
+
+    Of several backbones, stage I's is named by `backbones`, the backbone of each host, or by the host.
+    """
+    several = len({result.about["host"]["backbone"] for result in results}) > 1
     found: list[str] = []
     for result in results:
         confusion = result.tables["confusion"]
@@ -263,7 +267,11 @@ def of_one_class(results: Sequence[HostResult]) -> str:
             rows = confusion[confusion.number.isin(result.numbers(row))]
             if rows.true.nunique() > 1 and (rows.groupby("number").predicted.nunique() == 1).all():
                 alone = row == "without_h2t" and result.metrics["with_h2t"] is None
-                found.append(label if row == "stage1" else result.name if alone else f"{result.name} {label}")
+                if row == "stage1":
+                    own = backbones.get(result.name, f"the backbone of {result.name}")
+                    found.append(f"{label} of {own}" if several else label)
+                else:
+                    found.append(result.name if alone else f"{result.name} {label}")
     named = some(list(dict.fromkeys(found)), 4)
     return f"One class for all test images, so not to be used: {named}." if found else ""
 

@@ -90,7 +90,7 @@ def run(
 
     With `further` replicates, figures are means over all, and intervals cover other trainings of the backbone. Raises
     UserError if the classifiers were trained on another cache or backbone, if there are no test rows, or if the
-    predictions would not fit into memory.
+    classifiers and their predictions would not fit into memory.
     """
     clock.begins("evaluation")
     loaded = load(heads_dir, [Replicate(0, cache, backbone_dir), *further], run.device, run.say)
@@ -108,7 +108,7 @@ def run(
     # DR as published is trained and evaluated under balanced statistics alone; with branch-wise ones, an extra line.
     stored = set(cache.index.statistics("test"))
     lines = list(dict.fromkeys([statistics, *({heads.about["receiver"]} & stored)]))
-    _check_memory(run.name, loaded, [(split, kind) for split in splits for kind in lines])
+    _check_memory(run, loaded, [(split, kind) for split in splits for kind in lines])
     scored = score(loaded, splits, lines, run.device)
     figures = [figure for one in scored for figure in _figures(one, group_of, len(scored) > 1)]
 
@@ -190,17 +190,21 @@ def _calibrated(loaded: Sequence[Loaded], kept: Sequence[int], device: torch.dev
     return found
 
 
-def _check_memory(name: str, loaded: Sequence[Loaded], scored: list[tuple[str, str]]) -> None:
-    """Raises UserError unless the predictions of all heads for the rows of each (split, statistics) fit."""
+def _check_memory(run: Run, loaded: Sequence[Loaded], scored: list[tuple[str, str]]) -> None:
+    """Raises UserError unless all heads and their predictions for the rows of each (split, statistics) fit.
+
+    On a CPU each block of rows needs the weights of all heads: where they do not fit, every one reads the file again.
+    """
     parts = [part for one in loaded for part in one.cache.index.parts if part[:2] in scored]
     heads, rows = len(loaded[0].table), sum(part.stop - part.start for part in parts)
     each = Graded.bytes_each(len(loaded[0].heads.about["counts"]))
-    need, room = rows * heads * each + ROOM, available_memory()
+    weights = max(sum(t.nbytes for t in one.heads.state.values()) for one in loaded) if run.device.type == "cpu" else 0
+    need, room = rows * heads * each + weights + ROOM, available_memory()
     if need > room:
         raise UserError(
-            f"{name}: the predictions of {counted(heads, 'classifier')} for {counted(rows, 'row')} need "
+            f"{run.name}: {counted(heads, 'classifier')} and their predictions for {counted(rows, 'row')} need "
             f"{sized(need)} of memory; {sized(room)} are free; free memory, or train fewer classifiers "
-            f"(hosts.{name}.grid)"
+            f"(hosts.{run.name}.grid)"
         )
     if room < LITTLE:
         return_freed_arrays()

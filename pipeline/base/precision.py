@@ -1,11 +1,15 @@
 """The number format of forward passes: float32, or bfloat16 or float16 by torch's autocast."""
 
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from torch import nn
 
 Precision = Literal["float32", "bf16", "fp16"]
+
+#: Images (B, 3, H, W) -> maps, one tensor per expert.
+Network = Callable[[torch.Tensor], Sequence[torch.Tensor]]
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -15,7 +19,19 @@ def computing(device: torch.device, precision: Precision) -> torch.autocast:
     return torch.autocast(device.type, DTYPES[precision], enabled=precision != "float32")
 
 
-def guarded_maps(backbone: nn.Module, x: torch.Tensor, precision: Precision) -> list[torch.Tensor]:
+def converted_weights(network: nn.Module, precision: Precision) -> dict[str, torch.Tensor]:
+    """Parameter name -> tensor in `precision`, of the layers whose parameters `computing` converts in each pass.
+
+    Empty for float32. For frozen networks: autocast itself keeps what it converted only of parameters that are trained.
+    """
+    if precision == "float32":
+        return {}
+    layers = [(name, m) for name, m in network.named_modules() if type(m) in (nn.Linear, nn.Conv2d)]
+    every = {f"{name}.{key}" if name else key: p for name, m in layers for key, p in m.named_parameters(recurse=False)}
+    return {name: p.detach().to(DTYPES[precision]) for name, p in every.items()}
+
+
+def guarded_maps(backbone: Network, x: torch.Tensor, precision: Precision) -> list[torch.Tensor]:
     """Maps of the images `x` (B, 3, H, W), computed in `precision`: float32 (B, C, H, W), one tensor per expert.
 
     The largest float16 value is 65504. Images whose maps are not finite in fp16 get the maps of a float32 pass, and all

@@ -128,7 +128,7 @@ def _both(
             # Padded to a full batch, as in extraction: at another batch size, libraries may sum in another order. A GPU
             # normalises the images itself, also as in extraction.
             pixels = torch.cat([pixels, pixels[-1:].expand(size - len(pixels), -1, -1, -1)]).to(device)
-            x = normalised(pixels, images.transform).contiguous(memory_format=layout)
+            x = normalised(pixels, images.transform, layout)
             for expert, maps in enumerate(guarded_maps(backbone, x, spec.provenance.get("precision", "float32"))):
                 now = maps[: len(rows)].cpu().to(getattr(torch, spec.dtype)).to(torch.float32).numpy()
                 stored = to_float32(cache.read(rows, expert=expert), spec.dtype)

@@ -1,6 +1,11 @@
 """The compiled gather; everything else about the package stands in pyproject.toml."""
 
+import sys
+
 from setuptools import Extension, setup
+
+if sys.platform == "win32":
+    sys.exit("h2t: runs on Linux and macOS; got Windows; use WSL (https://learn.microsoft.com/windows/wsl)")
 
 setup(
     ext_modules=[

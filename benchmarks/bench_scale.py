@@ -52,7 +52,7 @@ def step(command: Sequence[str], moved: int, environment: Mapping[str, str]) -> 
     measured = {
         "seconds": seconds,
         "cpu_s": usage.ru_utime + usage.ru_stime,
-        "peak_bytes": usage.ru_maxrss * 1024,
+        "peak_bytes": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
         "gb_per_s": moved / seconds / 1e9,
         "command": " ".join(["python", "-m", *command]),
     }

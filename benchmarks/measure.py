@@ -166,6 +166,8 @@ def machine() -> dict[str, Any]:
 
 def memory(field: str) -> int:
     """`VmRSS` (resident now) or `VmHWM` (most so far) of this process, bytes; `rusage` may be a parent's."""
+    if not Path("/proc/self/status").is_file():
+        raise UserError("benchmark: memory is read from /proc/self/status, which this system lacks; run it on Linux")
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024

@@ -1,10 +1,14 @@
-"""How much memory this process can use: what the machine has free, within its control groups and `ulimit -v`."""
+"""How much memory this process can use: what the machine has free, within its control groups and `ulimit -v`.
+
+On Linux the kernel says it in /proc; elsewhere psutil asks the system, and there are no control groups.
+"""
 
 import ctypes
 import os
 import resource
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 M_MMAP_THRESHOLD = -3  # from malloc.h
@@ -31,9 +35,17 @@ def return_freed_arrays() -> None:
 
 
 def _machine() -> int:
-    for line in _read(PROC / "meminfo").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
+    try:
+        told = _read(PROC / "meminfo")
+    except OSError:
+        import psutil
+
+        with suppress(OSError, RuntimeError):  # it asks /proc, too, where this is a Linux that hides it
+            return int(psutil.virtual_memory().available)
+    else:
+        for line in told.splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
     return 4 * 1024**3
 
 
@@ -41,13 +53,19 @@ def _address_space() -> int:
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit == resource.RLIM_INFINITY:
         return sys.maxsize
-    pages = int(_read(PROC / "self" / "statm").split()[0])
-    return limit - pages * os.sysconf("SC_PAGE_SIZE")
+    try:
+        used = int(_read(PROC / "self" / "statm").split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:  # macOS takes this limit and does not enforce it
+        return sys.maxsize
+    return limit - used
 
 
 def _groups() -> Iterator[int]:
     """Bytes left in each control group of this process and its parents; in a container, only in the visible ones."""
-    for line in _read(PROC / "self" / "cgroup").splitlines():
+    lines = ""
+    with suppress(OSError):
+        lines = _read(PROC / "self" / "cgroup")
+    for line in lines.splitlines():
         _, controllers, path = line.split(":", 2)
         if not controllers or "memory" in controllers.split(","):
             folder, *files = V1 if controllers else V2

@@ -26,6 +26,7 @@ from h2t.cache.errors import CacheError
 from h2t.cache.format.row_index import RowIndex, read_index
 from h2t.cache.format.rows import SCHEMA, read_rows, read_table
 from h2t.cache.format.spec import MAX_RECORD_BYTES, RECORD, ROWS, STATISTICS, CacheSpec, Commit, parse_record, sha256
+from h2t.cache.machine import open_files
 from h2t.cache.read.chunks import Chunks, check_size
 from h2t.cache.read.elsewhere import check_fingerprint, elsewhere
 from h2t.cache.read.files import files_at
@@ -253,7 +254,8 @@ class Cache:
         local = self.files.local
         plain = self.spec.codec == "none"
         if local and plain and self.spec.chunk_rows == 1 and (gather := compiled()):
-            parts = portions(shards, sizes, portion_bytes=PORTION_BYTES, max_shards=PORTION_SHARDS)
+            at_once = max(1, min(PORTION_SHARDS, open_files() // 8))
+            parts = portions(shards, sizes, portion_bytes=PORTION_BYTES, max_shards=at_once)
             self._share_out(Compiled(self._chunks, gather, expert, plan, shards, offsets, out), parts)
             return
         if local:

@@ -5,6 +5,7 @@ import gc
 import os
 import sys
 
+from h2t.cache.machine import may_open_many_files
 from h2t.pipeline.command_line.main import main
 
 #: Importing torch makes half a million objects that stay. Looking for garbage among them after every 700 new ones, and
@@ -17,6 +18,7 @@ def run() -> None:
     # Threads of torch that wait for work sleep. By default they spin, which on a busy machine multiplies the time.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     _open_closed_streams()
+    may_open_many_files()
     gc.set_threshold(OBJECTS)
     atexit.register(gc.freeze)
     main()

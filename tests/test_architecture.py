@@ -162,7 +162,8 @@ def test_nothing_imports_the_command_line():
 
 
 def test_an_init_holds_a_docstring_at_most():
-    for module in (m for m in MODULES if MODULES[m].name == "__init__.py"):
+    """But that of `h2t` refuses Windows, before anything imports what only other systems have."""
+    for module in (m for m in MODULES if MODULES[m].name == "__init__.py" and m != "h2t"):
         body = ast.parse(MODULES[module].read_text(encoding="utf-8")).body
         assert len(body) <= 1, module
         assert all(isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant) for n in body), module

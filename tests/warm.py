@@ -79,8 +79,8 @@ def answer(caller: socket.socket) -> None:
     body, size = b"", int.from_bytes(head, "little")
     while len(body) < size:
         body += caller.recv(size - len(body))
-    for what, value in ((fcntl.F_SETSIG, signal.SIGKILL), (fcntl.F_SETOWN, os.getpid()), (fcntl.F_SETFL, os.O_ASYNC)):
-        fcntl.fcntl(caller, what, value)  # the kernel kills this process when the caller is gone
+    if hasattr(fcntl, "F_SETSIG"):  # Linux
+        _end_with(caller)
     caller.sendall(_number(os.getpid()))
     folder, count, *words = os.fsdecode(body).split("\0")
     for standard, given in zip(STREAMS, streams, strict=True):
@@ -110,6 +110,12 @@ def answer(caller: socket.socket) -> None:
     sys.stderr.flush()
     caller.sendall(_number(code if isinstance(code, int) else 1))
     os._exit(0)
+
+
+def _end_with(caller: socket.socket) -> None:
+    """Has the kernel kill this process when the caller is gone."""
+    for what, value in ((fcntl.F_SETSIG, signal.SIGKILL), (fcntl.F_SETOWN, os.getpid()), (fcntl.F_SETFL, os.O_ASYNC)):
+        fcntl.fcntl(caller, what, value)
 
 
 def _number(value: int) -> bytes:

@@ -13,12 +13,13 @@ from typing import Any
 
 from h2t.cache.errors import CacheError
 from h2t.cache.format.spec import RECORD
+from h2t.cache.machine import open_files
 from h2t.cache.read.elsewhere import elsewhere
 from h2t.cache.read.in_use import InUse
 from h2t.cache.read.store import FileStore
 
 NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
-MAX_OPEN = 256  # file descriptors kept open per cache
+MAX_OPEN = 256  # file descriptors kept open per cache; fewer where the process may open few
 
 
 #: Identifies a file: inode, size in bytes, mtime in ns. Not its device, which differs between machines that mount the
@@ -29,7 +30,8 @@ Opened = tuple[int, int, int]
 
 
 class LocalFiles(FileStore):
-    """The files below a local directory; at most `MAX_OPEN` descriptors stay open while unused.
+    """The files below a local directory; at most `MAX_OPEN` descriptors, and a fourth of those that
+    the process may have, stay open while unused.
 
     The first access pins a file. Later accesses, in any thread and in any process that received this object, must find
     the same file or one with the sha256 in the commit record (`expect`); else they raise CacheError `replaced`. So
@@ -49,6 +51,7 @@ class LocalFiles(FileStore):
         self._recorded: Mapping[str, tuple[int, str]] = recorded or {}
         self._open: OrderedDict[str, Opened] = OrderedDict()
         self._busy: dict[int, int] = {}
+        self._most = min(MAX_OPEN, open_files() // 4)
         self._lock = threading.Lock()
         self._use = InUse(self)
 
@@ -200,10 +203,10 @@ class LocalFiles(FileStore):
         return opened
 
     def _close_idle(self) -> None:
-        """Closes the least recently used idle descriptors until at most `MAX_OPEN` are left."""
-        if len(self._open) > MAX_OPEN:
+        """Closes the least recently used idle descriptors until at most `_most` are left."""
+        if len(self._open) > self._most:
             idle = [name for name, (handle, *_) in self._open.items() if not self._busy.get(handle)]
-            for name in idle[: len(self._open) - MAX_OPEN]:
+            for name in idle[: len(self._open) - self._most]:
                 os.close(self._open.pop(name)[0])
 
     def _opened(self, name: str) -> Opened:

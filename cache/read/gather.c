@@ -10,6 +10,12 @@
 #include <sys/stat.h>
 #include <sys/uio.h>
 
+#if defined(__APPLE__)
+#define st_changed st_mtimespec
+#else
+#define st_changed st_mtim
+#endif
+
 #if defined(__x86_64__)
 #include <nmmintrin.h>
 #define WITH_CRC __attribute__((target("sse4.2")))
@@ -86,7 +92,7 @@ static int unchanged(int file, int64_t size, int64_t changed)
 {
     struct stat now;
     return fstat(file, &now) == 0 && now.st_size == size
-        && (int64_t)now.st_mtim.tv_sec * 1000000000 + now.st_mtim.tv_nsec == changed;
+        && (int64_t)now.st_changed.tv_sec * 1000000000 + now.st_changed.tv_nsec == changed;
 }
 
 /* Reads row i, the `row_bytes` bytes at `offsets[i]` of the open file `files[i]`, to `out + slots[i]`.

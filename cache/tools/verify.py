@@ -16,6 +16,7 @@ from h2t.cache.format import shard as shard_layout
 from h2t.cache.format.codecs import codec
 from h2t.cache.format.rows import read_batches
 from h2t.cache.format.spec import CARD, MAPS, MAX_RECORD_BYTES, RECORD, ROWS, STATISTICS, Commit, parse_record, sha256
+from h2t.cache.machine import LITTER
 from h2t.cache.read.elsewhere import check_fingerprint, elsewhere
 from h2t.cache.read.files import files_at
 from h2t.cache.read.gather import compiled
@@ -142,7 +143,8 @@ def _names(commit: Commit, expected: set[str]) -> list[Fault]:
 
 def _unnamed(files: FileStore, commit: Commit) -> list[Fault]:
     named = {*commit.files, RECORD}
-    return [Fault(name, f"not named in {RECORD}") for name in sorted(files.names() - named)]
+    unnamed = (name for name in files.names() - named if name.rpartition("/")[2] not in LITTER)
+    return [Fault(name, f"not named in {RECORD}") for name in sorted(unnamed)]
 
 
 def _size_fault(files: FileStore, commit: Commit, name: str, listed: Mapping[str, int]) -> str | None:

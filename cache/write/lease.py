@@ -1,9 +1,10 @@
 """Locks at a store that has none: an object that its holder renews, and that others may take once it does not.
 
 A process that is killed cannot remove its lock. On the same machine others see that it has ended and take the lock at
-once; elsewhere they wait until it was not renewed for `EXPIRES` seconds. So a process that was suspended for longer may
-lose its lock and run beside another. It looks at its lock before it commits, and again before the commit record. Two
-commits of different caches between such looks may still mix; readers notice that by the digests in the record.
+once (on Linux; macOS has no /proc to ask); elsewhere they wait until it was not renewed for `EXPIRES` seconds. So a
+process that was suspended for longer may lose its lock and run beside another. It looks at its lock before it commits,
+and again before the commit record. Two commits of different caches between such looks may still mix; readers notice
+that by the digests in the record.
 """
 
 import json
@@ -17,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from h2t.cache.errors import CacheError, CacheWarning
+from h2t.cache.machine import alive
 from h2t.cache.write.objects import Objects
 
 RENEWED, EXPIRES = 20.0, 120.0  # seconds
+HIDDEN = "hidden"  # the start of a process that is there, of which the system says no more
 
 
 class Lease:
@@ -95,7 +98,9 @@ def live(objects: Objects, name: str, have: bytes) -> bool:
     holder = _parsed(have)
     here = _process(os.getpid())
     if all(holder.get(key) == here[key] for key in ("host", "boot", "space")) and here["boot"]:
-        return bool(_process(holder.get("pid")) == {k: holder[k] for k in here})
+        there = _process(holder.get("pid"))
+        if there["started"] != HIDDEN:
+            return bool(there == {k: holder[k] for k in here})
     clock = f"{name}.{uuid.uuid4().hex}.clock"  # an object written now tells the server's time
     objects.put(clock, b"")
     folder, _, last = name.rpartition("/")
@@ -113,12 +118,19 @@ def _parsed(content: bytes) -> dict[str, Any]:
 
 
 def _process(pid: Any) -> dict[str, Any]:
-    """Identifies process `pid` of this machine: machine, boot, namespace, number and start; start None if it ended."""
+    """Identifies process `pid` of this machine: machine, boot, namespace, number and start; start None if it ended.
+
+    Where the system does not tell (macOS has no /proc), `boot` is empty.
+    """
     boot, space, started = "", "", None
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         space = str(Path("/proc/self/ns/pid").readlink())
-    with suppress(OSError, IndexError, ValueError):
-        about = Path(f"/proc/{int(pid)}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-        started = about[19] if about[0] not in "ZX" else None
+    with suppress(IndexError, ValueError, TypeError):
+        try:
+            text = Path(f"/proc/{int(pid)}/stat").read_text(encoding="utf-8", errors="replace")
+            about = text.rpartition(")")[2].split()
+            started = about[19] if about[0] not in "ZX" else None
+        except OSError:  # it has ended, or /proc hides what is another user's
+            started = HIDDEN if alive(int(pid)) else None
     return {"host": socket.gethostname(), "boot": boot, "space": space, "pid": pid, "started": started}

@@ -17,13 +17,14 @@ from types import TracebackType
 from typing import BinaryIO
 
 from h2t.cache.errors import NO_PLACE, CacheError
+from h2t.cache.machine import LITTER, flush
 
 
 def sync(path: Path) -> None:
     """Syncs `path` to disk, so that its content (for a directory: new and renamed entries) survives a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        flush(handle)
     finally:
         os.close(handle)
 
@@ -59,7 +60,7 @@ def durable_file(path: Path, partial: str | None = None) -> Iterator[BinaryIO]:
             with unfinished.open("wb") as file:
                 yield file
                 file.flush()
-                os.fsync(file.fileno())
+                flush(file.fileno())
             unfinished.replace(path)
             sync(path.parent)
         except OSError:
@@ -81,7 +82,7 @@ def _write_synced(path: Path, data: bytes | memoryview) -> None:
     with path.open("wb") as file:
         file.write(data)
         file.flush()
-        os.fsync(file.fileno())
+        flush(file.fileno())
 
 
 def file_sha256(path: Path) -> str:
@@ -236,7 +237,7 @@ class Staging:
                 raise CacheError("exists", f"{self.target}: already exists; remove it or pass --replace")
             parts = {path.name for path in self.cache.iterdir()}
             held = {path.name for path in self.target.iterdir()} if self.target.is_dir() else {self.target.name}
-            if strangers := sorted(held - parts):
+            if strangers := sorted(held - parts - LITTER):
                 raise CacheError(
                     "exists",
                     f"{self.target}: contains {strangers[0]}, which is not part of a cache and would be deleted; move "

@@ -38,6 +38,7 @@ from h2t.cache.format.spec import (
     parse_record,
     sha256,
 )
+from h2t.cache.machine import flush
 from h2t.cache.write.encoding import encoded
 from h2t.cache.write.parts import TOKEN, PartWriter, finished, other_settings, token_bytes, token_folder
 from h2t.cache.write.staging import Staging, bad_disk_is_one_line, durable_file, file_sha256, sync, write_durably
@@ -163,7 +164,7 @@ class CacheWriter:
         with self._lock, bad_disk_is_one_line(self._journal), self._journal.open("ab") as journal:
             journal.write(sha256(line)[:16].encode() + b" " + line + b"\n")
             journal.flush()
-            os.fsync(journal.fileno())
+            flush(journal.fileno())
             self._done[shard] = files
 
     def commit(self, statistics: bytes, card: bytes, *, replace: bool = False) -> None:

@@ -48,14 +48,16 @@ PIPELINE = {
 def of_the_machine(error: BaseException) -> UserError | None:
     """A UserError for an `error` caused by the machine, otherwise None.
 
-    Causes are a disk or path that cannot be written, no folder for temporary files, no memory, a package that only the
-    extra `pipeline` installs, and a user whose home folder or name is not known.
+    Causes are a disk or path that cannot be written, too many open files, no folder for temporary files, no memory, a
+    package that only the extra `pipeline` installs, and a user whose home folder or name is not known.
     """
     if isinstance(error, ModuleNotFoundError) and (package := (error.name or "").partition(".")[0]) in PIPELINE:
         return UserError(f"{package}: not installed, and this command needs it; type: pip install 'h2t[pipeline]'")
     if isinstance(error, OSError) and error.errno in CANNOT_WRITE and (error.filename or error.errno not in OF_PATHS):
         why, way_out = os.strerror(error.errno), CANNOT_WRITE[error.errno]
         return UserError(f"{error.filename or 'disk'}: {why}; {way_out}, then run again")
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return UserError(f"files: {os.strerror(error.errno)}; raise the limit (ulimit -n 4096), then run again")
     if isinstance(error, FileNotFoundError) and "temporary directory" in str(error):  # tempfile
         return UserError("TMPDIR: must name a folder that can be written, none can; type: export TMPDIR=PATH")
     if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib, platformdirs

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from h2t.cache.errors import NO_PLACE
+from h2t.cache.machine import LITTER, alive, flush
 from h2t.pipeline.base import code
 from h2t.pipeline.base.errors import CANNOT_WRITE, UserError
 
@@ -115,7 +116,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 def _replace_directory(partial: Path, out: Path) -> None:
     if out.is_dir() and not out.is_symlink():
-        foreign = sorted({p.name for p in out.iterdir()} - {p.name for p in partial.iterdir()})
+        foreign = sorted({p.name for p in out.iterdir()} - {p.name for p in partial.iterdir()} - LITTER)
         if foreign:
             raise UserError(
                 f"{out}: must hold outputs of this stage only; got {foreign[0]!r}; give another path or remove it"
@@ -142,7 +143,7 @@ def _clear_abandoned(out: Path) -> None:
     name = glob.escape(out.name)
     for path in (*out.parent.glob(f".{name}.replaced-*"), *out.parent.glob(f".{name}.partial-*")):
         pid = path.name.rpartition("-")[2]
-        if not pid.isdigit() or (pid != str(os.getpid()) and Path(f"/proc/{pid}").exists()):
+        if not pid.isdecimal() or (pid != str(os.getpid()) and alive(int(pid))):
             continue
         if ".replaced-" in path.name[len(out.name) :] and not os.path.lexists(out):
             path.rename(out)
@@ -160,7 +161,7 @@ def _make_durable(path: Path) -> None:
     """Flushes a file's content, or a directory's entries, to disk, so that they survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        flush(handle)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot sync directories
             raise

@@ -5,7 +5,6 @@ The augmentation of an image depends only on (seed, source, view).
 
 import copy
 import hashlib
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from h2t.cache.machine import cores
 from h2t.cache.memory import available_memory
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
@@ -94,9 +94,9 @@ class Images:
         self._decoded: dict[int, np.ndarray] = {}
         self._room = min(KEEP_DECODED_BYTES, available_memory() // 4)
         waiting = getattr(read, "at_once", 0)
-        self._threads = ThreadPoolExecutor(waiting or len(os.sched_getaffinity(0)), "decode")
+        self._threads = ThreadPoolExecutor(waiting or cores(), "decode")
         self._per_task = 1 if waiting else AT_ONCE
-        self._decoders = threading.BoundedSemaphore(len(os.sched_getaffinity(0)))  # a decoded image may be large
+        self._decoders = threading.BoundedSemaphore(cores())  # a decoded image may be large
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._origin is None:

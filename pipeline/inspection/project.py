@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from h2t.cache.machine import alive
 from h2t.pipeline.base import numbers
 from h2t.pipeline.base.code import made_by_other_code
 from h2t.pipeline.base.errors import UserError
@@ -55,7 +56,7 @@ def locks(root: Path) -> list[Finding]:
     if lock.is_file() and garbage.locked(lock):
         findings.append(Finding("lock", "fault", "another dvc command holds .dvc/tmp/lock; wait for it or stop it"))
     for path, process in sorted(_rwlock(root)):
-        if Path(f"/proc/{process}").exists():
+        if alive(process):
             detail = f"{path} is in use by dvc, process {process}; wait for it or stop it"
             findings.append(Finding("lock", "fault", detail))
     for staging in sorted((root / "data").rglob(".*.staging")) if (root / "data").is_dir() else []:

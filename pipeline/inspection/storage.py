@@ -1,6 +1,5 @@
 """Checks of `h2t doctor` on DVC's stores: links from its cache into the workspace, and the remote."""
 
-import fcntl
 import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,6 @@ from h2t.pipeline.inspection.findings import Finding
 from h2t.pipeline.sharing import repository
 
 PATIENCE = 30  # seconds to wait for the remote
-FICLONE = 0x40049409  # the ioctl that makes a reflink
 
 
 def links(root: Path) -> list[Finding]:
@@ -46,6 +44,8 @@ def links(root: Path) -> list[Finding]:
 
 def _link_works(kind: str, cache: Path, workspace: Path) -> bool:
     """Whether a file of `cache` can be placed into `workspace` by this kind of link."""
+    from dvc.fs import localfs
+
     with tempfile.TemporaryDirectory(dir=cache) as a, tempfile.TemporaryDirectory(dir=workspace, prefix=".h2t-") as b:
         source, target = Path(a) / "x", Path(b) / "x"
         source.write_bytes(b"x")
@@ -55,8 +55,7 @@ def _link_works(kind: str, cache: Path, workspace: Path) -> bool:
             elif kind == "symlink":
                 target.symlink_to(source)
             elif kind == "reflink":
-                with source.open("rb") as origin, target.open("wb") as clone:
-                    fcntl.ioctl(clone, FICLONE, origin.fileno())
+                localfs.reflink(str(source), str(target))  # Linux and macOS have calls of their own
             return kind in ("hardlink", "symlink", "reflink", "copy")
     return False
 

@@ -1,7 +1,6 @@
 """Looks at every image of a collection: size, mode, orientation, whether it can be read, and copies."""
 
 import hashlib
-import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from h2t.cache.machine import cores
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import build
@@ -101,7 +101,7 @@ def survey(found: Found, *, headers: bool = False) -> Survey:
 
     starts = range(0, len(sources), PIECE)
     bar = progress(None, "looking at images", unit="image", total=len(sources))
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, bar:
+    with ThreadPoolExecutor(cores()) as pool, bar:
         for first, seen in zip(starts, pool.map(piece, starts), strict=True):
             for i, (what, digest) in enumerate(seen, first):
                 result.add(i, what, digest)

@@ -26,7 +26,7 @@ FILES = Path(__file__).parent / "files"
 PLOTS = ("ratio.json", "per_class.json")  # templates of `dvc plots`
 IGNORED = ("/data/", "/dvc_plots/", "__pycache__/")
 WRITTEN = ("model", "comparison")  # folders that the documented h2t export and h2t report --compare write
-DVC_IGNORED = ("__pycache__", ".*.staging")
+DVC_IGNORED = ("__pycache__", ".*.staging", ".DS_Store")  # the last: what the Finder of macOS leaves in a folder
 AS_THEY_ARE = ("/inputs/** -text", "/plugins/** -text")  # stages depend on their bytes, so no core.autocrlf there
 NO_GIT = "[core]\n    no_scm = True"  # what `dvc init --no-scm` writes
 RESULTS = "data"  # the folder of all outputs

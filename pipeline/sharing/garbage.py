@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from h2t.cache.errors import CacheError
+from h2t.cache.machine import alive
 from h2t.cache.sizes import sized
 from h2t.cache.write.staging import Staging
 from h2t.pipeline.base.errors import UserError
@@ -223,7 +224,7 @@ def abandoned(data: Path) -> list[Path]:
         process = LEFT_BY_PROCESS.fullmatch(path.name)
         if not (process or STAGING.fullmatch(path.name)) or path.is_symlink() or not path.is_dir():
             continue
-        if not held(path) and not (process and Path(f"/proc/{process['process']}").exists()):
+        if not held(path) and not (process and alive(int(process["process"]))):
             unused.append(path)
     return sorted(unused)
 

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from h2t.cache.errors import CacheError
 from h2t.cache.format.spec import MAX_RECORD_BYTES, RECORD, parse_record
+from h2t.cache.machine import flush
 from h2t.cache.read.dvc_files import DvcFiles, folders, split_revision
 from h2t.cache.redaction import redacted
 from h2t.cache.sizes import sized
@@ -180,7 +181,7 @@ def _copy(files: DvcFiles, name: str, into: Path, at_most: int) -> None:
 
             files.copy(name, start, at_most)
             file.flush()
-            os.fsync(file.fileno())
+            flush(file.fileno())
 
 
 def _refuse(wrong: Mapping[str, CacheError], files: DvcFiles, where: str) -> None:

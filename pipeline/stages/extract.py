@@ -6,7 +6,6 @@ Decoding, forward passes (`extraction.forward`) and writing overlap.
 """
 
 import math
-import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +19,7 @@ import torch
 from h2t.cache.errors import CacheError
 from h2t.cache.format.card import card
 from h2t.cache.format.spec import CacheSpec, canonical_json, chunk_rows_for, grown_shard_bytes, sha256, shard_rows_for
+from h2t.cache.machine import cores
 from h2t.cache.memory import available_memory
 from h2t.cache.sizes import sized
 from h2t.cache.write import parts
@@ -41,7 +41,7 @@ from h2t.pipeline.networks.trained import BackboneFacts, backbone_facts, has_sto
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 #: Most threads that write shards; each joins, digests and writes some 200 MB a second, a fast GPU makes 2 GB a second.
-MOST_WRITERS = max(1, min(8, len(os.sched_getaffinity(0)) // 2))
+MOST_WRITERS = max(1, min(8, cores() // 2))
 
 TAP = "last maps before pooling"  # where the backbone is cut; part of the fingerprint
 

@@ -182,6 +182,11 @@ def _opened(images: Iterable[str | Path | np.ndarray | Image.Image] | np.ndarray
 def as_file(image: Image.Image) -> bytes:
     """An image of Pillow as a file, so that its colours and orientation are treated as those of files are."""
     file, exif = io.BytesIO(), Image.Exif()
+    image.load()  # which turns a TIFF already, so that its orientation must be asked for afterwards
+    if image.mode in ("HSV", "RGBa", "La"):  # no file holds these
+        orientation = image.getexif().get(ORIENTATION, 1)
+        image = image.convert("RGBA" if image.mode == "RGBa" else "LA" if image.mode == "La" else "RGB")
+        image.getexif()[ORIENTATION] = orientation
     exif[ORIENTATION] = image.getexif().get(ORIENTATION, 1)  # other tags of a camera would describe another image
     image.save(file, "TIFF", exif=exif)
     return file.getvalue()

@@ -3,25 +3,40 @@
 import atexit
 import gc
 import os
+import signal
 import sys
-
-from h2t.cache.machine import may_open_many_files
-from h2t.pipeline.command_line.main import main
+from typing import Any
 
 #: Importing torch makes half a million objects that stay. Looking for garbage among them after every 700 new ones, and
 #: through all of them at the end, takes half a second of every command.
 OBJECTS = 50_000
+STOPPED = 128 + signal.SIGINT  # the usual exit code after Ctrl-C
 
 
 def run() -> None:
-    """Runs the command line of this process."""
+    """Runs the command line of this process. Ctrl-C while it is still being imported ends it without a word."""
+    heard = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # nohup ignores it
+    if heard:
+        signal.signal(signal.SIGINT, _ended)
+    from h2t.cache.machine import may_open_many_files
+    from h2t.pipeline.command_line.main import main  # here, so that Ctrl-C meets no import outside; and not in workers
+
     # Threads of torch that wait for work sleep. By default they spin, which on a busy machine multiplies the time.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     _open_closed_streams()
     may_open_many_files()
     gc.set_threshold(OBJECTS)
     atexit.register(gc.freeze)
-    main()
+    try:
+        if heard:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # which `main` looks for, to take its place
+        main()
+    except KeyboardInterrupt:  # just before or after `main` hears it
+        os._exit(STOPPED)
+
+
+def _ended(_number: int, _frame: Any) -> None:
+    os._exit(STOPPED)
 
 
 def _open_closed_streams() -> None:

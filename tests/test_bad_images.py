@@ -1,5 +1,6 @@
 """Images that cannot be used: refused by default, or left out and recorded; and what the odd modes become."""
 
+import io
 import os
 import zlib
 
@@ -9,6 +10,7 @@ import pytest
 from image_builders import encoded, make_imagenet_lt, write_image
 from PIL import Image
 
+from h2t.features import as_file
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.data import images
@@ -148,6 +150,26 @@ def test_16_bits_keep_the_high_byte():
     for data in (encoded(Image.fromarray(ramp), "PNG"), encoded(Image.fromarray(ramp.astype(np.int32)), "TIFF")):
         assert decode(data)[..., 0].tolist() == [[0, 0, 1], [128, 254, 255]]
         assert (decode(data) == decode(data)[..., :1]).all()
+
+
+def test_whole_numbers_beyond_16_bits_are_refused():
+    deep = Image.fromarray(np.array([[-5, 300, 70000]], np.int32))
+    with pytest.raises(ValueError, match=r"values from -5 to 70000, not 0 to 65535; set prepare\.options\.transform"):
+        decode(encoded(deep, "TIFF"))
+    assert decode(encoded(deep, "TIFF"), levels=[0, 70000])[0, :, 0].tolist() == [0, 1, 255]
+
+
+def test_an_image_of_pillow_is_decoded_as_its_file_is():
+    pixels = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3) * 14
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for kind in ("TIFF", "PNG", "JPEG"):
+        data = encoded(Image.fromarray(pixels), kind, exif=exif)
+        held = as_file(Image.open(io.BytesIO(data)))
+        np.testing.assert_array_equal(decode(held, exif=True), decode(data, exif=True))
+    for mode, through in (("HSV", "RGB"), ("RGBa", "RGBA"), ("La", "LA")):  # modes that no file holds
+        picture = Image.fromarray(pixels).convert(through).convert(mode)
+        assert decode(as_file(picture), exif=True).shape == (2, 3, 3), mode
 
 
 def test_grey_and_binary_are_repeated():

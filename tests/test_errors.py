@@ -122,6 +122,25 @@ def test_no_file_gets_the_number_of_a_closed_stream(tmp_path, closed):
     assert min(here, child) > 2
 
 
+DURING_THE_IMPORTS = """
+import os, signal, sys
+class Meeting:
+    def find_spec(self, name, path, target=None):
+        if name == "h2t.pipeline.command_line.main":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Meeting())
+from h2t.pipeline.__main__ import run
+sys.argv = ["h2t", "--version"]
+run()
+"""
+
+
+def test_ctrl_c_while_the_command_line_is_imported_is_no_traceback():
+    words = [sys.executable, "-c", DURING_THE_IMPORTS]
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 LOST = """
 import os, signal, threading, time
 from concurrent.futures import ThreadPoolExecutor, wait

@@ -30,6 +30,20 @@ def test_the_nearest_is_named():
         plugins.check("samplers", "balancd")
 
 
+def test_a_plugin_that_is_edited_is_imported_again(tmp_path, monkeypatch):
+    """Also within a second and with as many bytes, where Python would use the code that it stored."""
+    (tmp_path / "pools").mkdir()
+    path = tmp_path / "pools" / "mine.py"
+    monkeypatch.setenv("H2T_PLUGINS", str(tmp_path))
+    for value in (7, 8, 9):
+        path.write_text(f'"""Mine."""\nVALUE = {value}\n')
+        assert value == plugins.load("pools", "mine").VALUE
+        assert plugins.load("pools", "mine") is plugins.load("pools", "mine")
+    path.write_text("VALUE = ")
+    with pytest.raises(UserError, match=r"mine\.py: cannot be imported"):
+        plugins.load("pools", "mine")
+
+
 def test_a_folder_outside_adds_plugins_and_must_not_take_our_names(tmp_path, monkeypatch):
     (tmp_path / "pools").mkdir()
     (tmp_path / "pools" / "mine.py").write_text('"""Mine: a pool from outside."""\nVALUE = 7\n')

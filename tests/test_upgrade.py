@@ -249,6 +249,32 @@ def test_a_dvc_yaml_that_watches_no_numbers_is_one_line(project):
     assert "dvc.yaml: watches no numbers" in line
 
 
+def test_a_dvc_yaml_without_stages_that_others_need_is_one_line(project):
+    edit(project / "dvc.yaml", lambda values: values["stages"].pop("inputs"))
+    before = tree(project)
+    line = refused("upgrade", "--apply", code=1)
+    assert "dvc.yaml: is that of an older version, without inputs; replace it by the dvc.yaml of this version" in line
+    assert tree(project) == before, "nothing was written before it was known"
+    (found,) = [f for f in examine(project, project / "params.yaml") if f.check == "numbers"]
+    assert found.state == "fault"
+    assert "dvc.yaml: is that of an older version, without inputs" in found.detail
+
+
+def test_a_project_of_stage_two_alone_gets_no_digests_of_inputs(project):
+    """It reads a cache that was made elsewhere, and no stage of it would write them."""
+
+    def leave_stage_two(values):
+        values["vars"] = []
+        values["stages"] = {name: values["stages"][name] for name in ("train_classifier", "evaluate", "report")}
+        for name in ("train_classifier", "evaluate"):
+            values["stages"][name]["do"]["deps"].remove("data/replicates/${item.backbone}.json")
+
+    edit(project / "dvc.yaml", leave_stage_two)
+    accepted("upgrade", "--apply")
+    assert not (project / "data/inputs").exists()
+    assert not (project / "data/replicates").exists()
+
+
 def test_without_a_project_it_is_one_line_and_nothing_is_written(project):
     (project / "dvc.yaml").unlink()
     (project / "stages.yaml").unlink()

@@ -7,8 +7,10 @@ import os
 import re
 import sys
 import traceback
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from h2t.cache.errors import CacheError
 from h2t.pipeline.base.errors import OF_PATHS, UserError, in_brief, nearest, of_the_machine
@@ -17,6 +19,7 @@ from h2t.pipeline.base.errors import OF_PATHS, UserError, in_brief, nearest, of_
 TRACEBACK = "H2T_TRACEBACK"
 
 _LOADED = "h2t_plugins"  # package name of the user's plug-ins in sys.modules
+_SOURCE = "__h2t_source__"  # in such a module, the bytes of its file when it was imported
 _FILE = re.compile(r"[^\W_][\w-]{0,99}")  # valid file names, without the ending
 KINDS = ("datasets", "backbones", "objectives", "samplers", "pools", "hosts")
 #: Kinds whose file may leave out its parameters: (class with the default, name of the parameters).
@@ -52,19 +55,24 @@ def check(kind: str, name: str) -> None:
 
 
 def load(kind: str, name: str) -> ModuleType:
-    """Imports the module of plug-in `name`, and no other plug-in. Raises UserError for an unknown name."""
+    """Imports the module of plug-in `name`, and no other plug-in; again if its file was edited since.
+
+    Raises UserError for an unknown name.
+    """
     check(kind, name)
     path = next(p for folder in folders(kind) if (p := folder / f"{name}.py").is_file())
     if path.parent == Path(__file__).parents[1] / kind:
         return _completed(kind, importlib.import_module(f"h2t.pipeline.{kind}.{name}"))
     qualified = f"{_LOADED}.{kind}.{name}"
     loaded = sys.modules.get(qualified)
-    if loaded is not None and loaded.__file__ == str(path):
+    source = path.read_bytes() if os.access(path, os.R_OK) else b""  # which the import says
+    if loaded is not None and loaded.__file__ == str(path) and loaded.__dict__.get(_SOURCE) == source:
         return loaded
-    spec = importlib.util.spec_from_file_location(qualified, path)
+    spec = importlib.util.spec_from_file_location(qualified, path, loader=_FromSource(qualified, str(path)))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    setattr(module, _SOURCE, source)
     sys.modules[qualified] = module
     try:
         spec.loader.exec_module(module)
@@ -74,6 +82,14 @@ def load(kind: str, name: str) -> ModuleType:
             raise
         raise UserError(f"{path}: cannot be imported ({_said(error, path)}); correct the plug-in") from error
     return _completed(kind, module)
+
+
+class _FromSource(SourceFileLoader):
+    """Compiles the file each time: Python takes its stored code for that of an edit in the same second."""
+
+    def path_stats(self, path: Any) -> Any:
+        """Says that the file has no time, so that no stored code is looked for or written."""
+        raise OSError(path)
 
 
 def _said(error: Exception, path: Path) -> str:

@@ -28,8 +28,8 @@ def decode(data: bytes, *, exif: bool = False, levels: Sequence[float] | None = 
     Grey values are repeated, palettes looked up, transparency is dropped, CMYK is converted without a colour profile,
     animations give their first frame. 16-bit grey values keep their high byte, unless `levels` gives the values that
     become black and white. With `exif` the image is turned as its EXIF orientation says. Raises ValueError for data
-    that is not an image, is truncated, has more than `MAX_PIXELS` pixels or several pages, and for floating-point
-    pixels without `levels`.
+    that is not an image, is truncated, has more than `MAX_PIXELS` pixels or several pages, and, without
+    `levels`, for floating-point pixels and whole numbers of more than 16 bits.
     """
     with _opened(data) as image:
         upright = _turned(image) if exif else image
@@ -122,4 +122,9 @@ def _eight_bits(values: np.ndarray, levels: Sequence[float] | None) -> np.ndarra
         return (255 * np.clip(scaled, 0, 1)).round().astype(np.uint8)
     if values.dtype.kind == "f":
         raise ValueError("has floating-point pixels; set prepare.options.transform.range to [lowest, highest] value")
-    return (np.clip(values, 0, 65535) >> 8).astype(np.uint8)
+    if values.size and (values.min() < 0 or values.max() > 65535):
+        raise ValueError(
+            f"has values from {values.min()} to {values.max()}, not 0 to 65535; "
+            "set prepare.options.transform.range to [lowest, highest] value"
+        )
+    return (values >> 8).astype(np.uint8)

@@ -8,6 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from h2t.cache.machine import alive
 from h2t.pipeline.base import numbers
 from h2t.pipeline.base.code import made_by_other_code
@@ -16,11 +18,32 @@ from h2t.pipeline.base.text import some
 from h2t.pipeline.inspection.findings import Finding
 from h2t.pipeline.sharing import garbage, repository
 
+#: Stages that later ones need and the first version did not have.
+NEEDED = ("inputs", "replicates")
 START = {"root", "table", "lists"}  # options of datasets that other options start from
 
 
+def stages_of(root: Path) -> set[str]:
+    """The stages in dvc.yaml. Raises UserError if it is that of an older version: with `prepare`, but not all NEEDED.
+
+    A project of stage II alone, on a cache, has no stage prepare. What is no dvc.yaml at all is left to DVC.
+    """
+    try:
+        names = set(yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"])
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        return set()
+    lacking = [name for name in NEEDED if name not in names]
+    if "prepare" in names and lacking:
+        raise UserError(
+            f"dvc.yaml: is that of an older version, without {' and '.join(lacking)}; "
+            "replace it by the dvc.yaml of this version first"
+        )
+    return names
+
+
 def stage_numbers(root: Path) -> list[Finding]:
-    """Compares stages.yaml with the numbers in the code and in this project's plug-ins."""
+    """Compares stages.yaml with the numbers in the code and in this project's plug-ins, and looks at dvc.yaml."""
+    stages_of(root)
     path = root / numbers.FILE
     if not path.is_file():
         return []

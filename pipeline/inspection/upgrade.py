@@ -18,6 +18,7 @@ from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import replace_file
 from h2t.pipeline.base.run import Say
 from h2t.pipeline.base.text import counted
+from h2t.pipeline.inspection.project import stages_of
 from h2t.pipeline.sharing.repository import in_one_line, locked_stages, repository
 
 #: What stages read and version 0.1.0 did not write: the digests of the inputs, and of the replicates but 0.
@@ -48,11 +49,12 @@ class Plan:
 def upgrade(start: Path, say: Say, *, apply: bool = False) -> Plan:
     """Says which stages must run again and which results are kept; with `apply`, rewrites stages.yaml and dvc.lock.
 
-    Raises UserError outside a DVC repository, and if dvc.yaml watches no numbers.
+    Raises UserError outside a DVC repository, and if dvc.yaml is an older one.
     """
     root = repository(start)
     if not (root / "dvc.yaml").is_file():
         raise UserError(f"{root}: has no dvc.yaml; change to the folder of a project")
+    present = stages_of(root)
     with in_one_line("dvc"), contextlib.chdir(root):  # DVC names stages of other folders by their path from here
         with _dvc(root, alone=apply) as repo:
             plan = _plan(root, repo)
@@ -66,7 +68,7 @@ def upgrade(start: Path, say: Say, *, apply: bool = False) -> Plan:
             partial.write_text(numbers.text(numbers.in_code()), encoding="utf-8")
             replace_file(partial, root / numbers.FILE)
             _add_sections(root)
-            written = _write_missing(root, say) if (root / "dvc.lock").is_file() else []
+            written = _write_missing(root, present, say) if (root / "dvc.lock").is_file() else []
             with _dvc(root, alone=True) as repo:  # opened again, to read the new stages.yaml
                 _record(repo, plan.taken_over, written)
             say("wrote stages.yaml and dvc.lock; to run what must run again, type: dvc repro")
@@ -86,10 +88,11 @@ def _add_sections(root: Path) -> None:
         replace_file(partial, path)
 
 
-def _write_missing(root: Path, say: Say) -> list[str]:
+def _write_missing(root: Path, present: set[str], say: Say) -> list[str]:
     """Writes what stages depend on and older versions did not write, where it is missing; returns the stages.
 
-    That are the digests of the inputs, and those of replicates where there are none but 0.
+    That are the digests of the inputs, and those of replicates where there are none but 0; only what a stage in
+    `present` would write, as a project of stage II alone needs neither.
     """
     from h2t.pipeline.base import params
     from h2t.pipeline.base.run import Run
@@ -100,13 +103,13 @@ def _write_missing(root: Path, say: Say) -> list[str]:
         values = params.load(Path("params.yaml"))
         settings.check(values)
         written: list[str] = []
-        if not INPUTS.exists():
+        if "inputs" in present and not INPUTS.exists():
             Path("inputs").mkdir(exist_ok=True)
             for name in values["inputs"]:
                 watch.run(name, values["inputs"], Path("inputs", f"{name}.json"), say)
             inputs.run(values, Path("inputs"), INPUTS, say)
             written += [*(f"watch@{name}" for name in values["inputs"]), "inputs"]
-        if not REPLICATES.exists() and values["replicates"] == DEFAULTS["replicates"]:
+        if "replicates" in present and not REPLICATES.exists() and values["replicates"] == DEFAULTS["replicates"]:
             replicates.run(values, Run("replicates", REPLICATES, say=say), INPUTS)
             written.append("replicates")
     return written

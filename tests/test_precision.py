@@ -5,12 +5,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import torchvision
 from builders import raises
 from pipeline_builders import CPU, extracted, make_extract
 from torch import nn
+from torch.func import functional_call
 
 from h2t.cache.reader import open_cache
-from h2t.pipeline.base.precision import guarded_maps
+from h2t.pipeline.base.precision import converted_weights, guarded_maps
 from h2t.pipeline.inspection.recompute import recompute
 from h2t.pipeline.inspection.why import why
 
@@ -97,3 +99,20 @@ def test_an_image_that_overflows_is_computed_in_float32_and_no_other_is():
 def test_infinity_of_the_backbone_itself_stays():
     x = torch.full((1, 64, 1, 1), float("inf"))
     assert not guarded_maps(Growing(), x, "fp16")[0].isfinite().any()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_b_16"])
+def test_weights_that_are_converted_once_give_the_same_bits(name):
+    torch.manual_seed(0)
+    network = torchvision.models.get_model(name).eval().requires_grad_(False)
+    stored = {key: value.clone() for key, value in network.state_dict().items()}
+    weights = converted_weights(network, "bf16")
+    assert len(weights) > 20
+    assert all(w.dtype == torch.bfloat16 for w in weights.values())
+    x = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        (plain,) = guarded_maps(lambda x: (network(x),), x, "bf16")
+        (once,) = guarded_maps(lambda x: (functional_call(network, weights, (x,)),), x, "bf16")
+    assert torch.equal(plain, once)
+    assert all(torch.equal(value, stored[key]) for key, value in network.state_dict().items())
+    assert converted_weights(network, "float32") == {}

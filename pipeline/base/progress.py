@@ -20,7 +20,8 @@ class Bar(tqdm):  # type: ignore[type-arg]
     """A bar that Ctrl-C may interrupt while it is made: Python still calls its `close`, which needs these."""
 
     start_t = math.inf  # never displayed
-    last_print_t = 0.0  # older versions of tqdm ask for it
+    last_print_t = 0.0
+    delay = 1.0
     pos = 0
     gui = False
 

@@ -53,7 +53,9 @@ def test_report_imports_no_torch(tmp_path):
     values = make_params()
     values["host_defaults"] = {"optimiser": {"epochs": 2}}  # which a host with a closed-form fit does not take
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))
-    heavy = HEAVY - {"matplotlib"} if pd.__version__ < "3" else HEAVY  # which imports it for tables, where it is installed
+    heavy = (
+        HEAVY - {"matplotlib"} if pd.__version__ < "3" else HEAVY
+    )  # which imports it for tables, where it is installed
     assert not loaded_by("report", made, "out", cwd=tmp_path) & heavy
     assert (tmp_path / "out/index.html").is_file()
 

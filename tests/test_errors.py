@@ -124,6 +124,7 @@ def test_no_file_gets_the_number_of_a_closed_stream(tmp_path, closed):
 
 DURING_THE_IMPORTS = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent in the background has it ignored
 class Meeting:
     def find_spec(self, name, path, target=None):
         if name == "h2t.pipeline.command_line.main":

@@ -638,3 +638,8 @@ def test_one_class_alone_is_not_prepared(tmp_path, small):
     with pytest.raises(UserError, match=r"must have two or more classes; got one, '(a|other)'"):
         prepare.run(params.build(prepare.Params, "prepare", values), Run("prepare", tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_negative_whole_numbers_are_not_cut_off_by_the_range_that_is_chosen():
+    assert choose._range(-1024, 3070, floating=False) == [-1024, 3070]
+    assert choose._range(0, 4000, floating=False) == [0.0, 4095.0]

@@ -97,8 +97,10 @@ def _side(short_sides: np.ndarray) -> int:
 
 
 def _range(low: float, high: float, *, floating: bool) -> list[float]:
-    """The pixel values that become black and white: the bits in use, or what floating-point images hold."""
-    if floating:
+    """The pixel values that become black and white: the bits in use, or what the images hold if they have
+    fractions or negative values.
+    """
+    if floating or low < 0:
         return [low, high]
     bits = max(8, int(high).bit_length())
     return [0.0, float(2**bits - 1)]

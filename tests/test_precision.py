@@ -116,3 +116,14 @@ def test_weights_that_are_converted_once_give_the_same_bits(name):
     assert torch.equal(plain, once)
     assert all(torch.equal(value, stored[key]) for key, value in network.state_dict().items())
     assert converted_weights(network, "float32") == {}
+
+
+def test_layers_that_share_a_parameter_share_its_converted_copy():
+    network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).requires_grad_(False)
+    network[1].weight = network[0].weight
+    x = torch.randn(2, 4)
+    weights = converted_weights(network, "bf16")
+    (plain,) = guarded_maps(lambda x: (network(x),), x, "bf16")
+    (once,) = guarded_maps(lambda x: (functional_call(network, weights, (x,)),), x, "bf16")
+    assert torch.equal(plain, once)
+    assert converted_weights(network, "fp16") == {}

@@ -22,13 +22,16 @@ def computing(device: torch.device, precision: Precision) -> torch.autocast:
 def converted_weights(network: nn.Module, precision: Precision) -> dict[str, torch.Tensor]:
     """Parameter name -> tensor in `precision`, of the layers whose parameters `computing` converts in each pass.
 
-    Empty for float32. For frozen networks: autocast itself keeps what it converted only of parameters that are trained.
+    Empty but for bf16: a pass in fp16 may go through the network again in float32. For frozen
+    networks: autocast itself keeps what it converted only of parameters that are
+    trained.
     """
-    if precision == "float32":
+    if precision != "bf16":
         return {}
     layers = [(name, m) for name, m in network.named_modules() if type(m) in (nn.Linear, nn.Conv2d)]
     every = {f"{name}.{key}" if name else key: p for name, m in layers for key, p in m.named_parameters(recurse=False)}
-    return {name: p.detach().to(DTYPES[precision]) for name, p in every.items()}
+    once = {id(p): p.detach().to(DTYPES[precision]) for p in every.values()}  # layers may share a parameter
+    return {name: once[id(p)] for name, p in every.items()}
 
 
 def guarded_maps(backbone: Network, x: torch.Tensor, precision: Precision) -> list[torch.Tensor]:

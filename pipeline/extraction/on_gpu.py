@@ -144,7 +144,7 @@ class GpuPasses:
             # A capture that fails leaves `aside` as the current stream. Other threads pin memory meanwhile.
             with torch.cuda.stream(current), torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
                 found = stored_pass(backbone, *self._settings, held)
-        except RuntimeError:
+        except (RuntimeError, ValueError):  # ValueError: `functional_call` refuses the weights
             return None
 
         def replayed(x: torch.Tensor) -> list[torch.Tensor]:

@@ -118,6 +118,7 @@ def compare(
         raise UserError(f"say: must be a function of a text; got {say!r:.60}")
     held_back = {"test": share(test), "validation": share(validation), "seed": plain(seed)}
     shares = build(Shares, "compare", held_back)
+    plugins.look_again()
     entries = _methods(methods)
     for name, entry in entries.items():  # before anything is computed
         _entry(name, entry, ratios, seeds, epochs)
@@ -243,6 +244,7 @@ def trained(
 
     Raises UserError, also if `entry` asks for several.
     """
+    plugins.look_again()
     params = _entry(method, entry, [ratio], [seed], epochs, len(labels))
     fitted = plugins.load("hosts", params.host).Host.fitted
     if (asked := len(heads_of(params.grid, fitted=fitted))) > 1:

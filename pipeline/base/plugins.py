@@ -20,6 +20,7 @@ TRACEBACK = "H2T_TRACEBACK"
 
 _LOADED = "h2t_plugins"  # package name of the user's plug-ins in sys.modules
 _SOURCE = "__h2t_source__"  # in such a module, the bytes of its file when it was imported
+_compared: set[str] = set()  # modules of `_LOADED` whose file was compared since `look_again`
 _FILE = re.compile(r"[^\W_][\w-]{0,99}")  # valid file names, without the ending
 KINDS = ("datasets", "backbones", "objectives", "samplers", "pools", "hosts")
 #: Kinds whose file may leave out its parameters: (class with the default, name of the parameters).
@@ -54,8 +55,16 @@ def check(kind: str, name: str) -> None:
         raise UserError(f"{other}: h2t has a {kind.removesuffix('s')} {name!r} of its own; rename the file")
 
 
+def look_again() -> None:
+    """From now on, plug-ins whose files were edited are imported again.
+
+    Every call of `h2t.api` that trains begins with it; in between, a file that is saved does not change a run.
+    """
+    _compared.clear()
+
+
 def load(kind: str, name: str) -> ModuleType:
-    """Imports the module of plug-in `name`, and no other plug-in; again if its file was edited since.
+    """Imports the module of plug-in `name`, and no other plug-in; again if its file was edited before `look_again`.
 
     Raises UserError for an unknown name.
     """
@@ -65,8 +74,13 @@ def load(kind: str, name: str) -> ModuleType:
         return _completed(kind, importlib.import_module(f"h2t.pipeline.{kind}.{name}"))
     qualified = f"{_LOADED}.{kind}.{name}"
     loaded = sys.modules.get(qualified)
+    if loaded is not None and loaded.__file__ != str(path):
+        loaded = None
+    if loaded is not None and qualified in _compared:
+        return loaded
     source = path.read_bytes() if os.access(path, os.R_OK) else b""  # which the import says
-    if loaded is not None and loaded.__file__ == str(path) and loaded.__dict__.get(_SOURCE) == source:
+    _compared.add(qualified)
+    if loaded is not None and loaded.__dict__.get(_SOURCE) == source:
         return loaded
     spec = importlib.util.spec_from_file_location(qualified, path, loader=_FromSource(qualified, str(path)))
     assert spec is not None

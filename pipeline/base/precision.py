@@ -22,9 +22,8 @@ def computing(device: torch.device, precision: Precision) -> torch.autocast:
 def converted_weights(network: nn.Module, precision: Precision) -> dict[str, torch.Tensor]:
     """Parameter name -> tensor in `precision`, of the layers whose parameters `computing` converts in each pass.
 
-    Empty but for bf16: a pass in fp16 may go through the network again in float32. For frozen
-    networks: autocast itself keeps what it converted only of parameters that are
-    trained.
+    Empty but for bf16: a pass in fp16 may go through the network again in float32. For frozen networks: autocast
+    itself keeps what it converted of trained parameters alone.
     """
     if precision != "bf16":
         return {}

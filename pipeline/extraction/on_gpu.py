@@ -2,9 +2,9 @@
 
 The thread that launches shares Python's interpreter with those that decode images and write shards, and may wait for
 it at each of a network's hundreds of kernels. So a pass, from pixels to maps in the stored dtype, is captured once as a
-CUDA graph, for which the weights are converted to half precision once and not in each pass. The results are the same
-bits, which the first batch proves. A network that waits for the GPU, or draws random numbers, is launched kernel by
-kernel.
+CUDA graph, for which weights are converted to bfloat16 once and not in each pass. The results are the same bits; the
+first batch is computed both ways and compared. A network that waits for the GPU, or draws random numbers, is launched
+kernel by kernel.
 """
 
 import warnings
@@ -125,8 +125,11 @@ class GpuPasses:
             return self._compute
         if not torch.equal(drawn, torch.cuda.get_rng_state(self.device)):
             return self._compute
-        converted = converted_weights(self._backbone, self._settings[1])
-        for self._weights in (converted, {}) if converted else ({},):
+        for precision in ("bf16", "float32") if self._settings[1] == "bf16" else ("float32",):
+            try:
+                self._weights = converted_weights(self._backbone, precision)
+            except torch.OutOfMemoryError:
+                continue
             replayed = self._graph(pixels)
             if replayed is not None and all(torch.equal(a, b) for a, b in zip(replayed(pixels), expected, strict=True)):
                 return replayed
@@ -136,7 +139,7 @@ class GpuPasses:
         """A CUDA graph of the pass, with `_weights` in place of the backbone's; None if it cannot be captured."""
 
         def backbone(x: torch.Tensor) -> Any:
-            return functional_call(self._backbone, self._weights, (x,))
+            return functional_call(self._backbone, self._weights, (x,)) if self._weights else self._backbone(x)
 
         held, graph = pixels.clone(), torch.cuda.CUDAGraph()
         current, aside = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)

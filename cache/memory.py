@@ -38,9 +38,9 @@ def _machine() -> int:
     try:
         told = _read(PROC / "meminfo")
     except OSError:
-        import psutil
+        with suppress(OSError, RuntimeError, ImportError):  # on a Linux that hides /proc, it asks there or is missing
+            import psutil
 
-        with suppress(OSError, RuntimeError):  # it asks /proc, too, where this is a Linux that hides it
             return int(psutil.virtual_memory().available)
     else:
         for line in told.splitlines():

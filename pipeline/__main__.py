@@ -5,7 +5,6 @@ import gc
 import os
 import signal
 import sys
-from typing import Any
 
 #: Importing torch makes half a million objects that stay. Looking for garbage among them after every 700 new ones, and
 #: through all of them at the end, takes half a second of every command.
@@ -35,7 +34,7 @@ def run() -> None:
         os._exit(STOPPED)
 
 
-def _ended(_number: int, _frame: Any) -> None:
+def _ended(_number: int, _frame: object) -> None:
     os._exit(STOPPED)
 
 

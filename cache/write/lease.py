@@ -126,7 +126,7 @@ def _process(pid: Any) -> dict[str, Any]:
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         space = str(Path("/proc/self/ns/pid").readlink())
-    with suppress(IndexError, ValueError, TypeError):
+    with suppress(IndexError, ValueError, TypeError, OverflowError):
         try:
             text = Path(f"/proc/{int(pid)}/stat").read_text(encoding="utf-8", errors="replace")
             about = text.rpartition(")")[2].split()

@@ -2,6 +2,7 @@
 
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -217,6 +218,9 @@ def test_parts_at_once_killed_and_repeated_end_in_the_same_bytes(tmp_path, warm_
             else:
                 assert process.returncode == -signal.SIGKILL, errors
                 kills += 1
+        if not left and kills < 2:  # on a busy machine they may end before they are killed: all of them once more
+            shutil.rmtree(staging_of(out))
+            left, kills = {1, 2, 3}, 0
     committed = start(out, "--commit")
     assert committed.wait(600) == 0, committed.stderr.read()
     assert kills > 1

@@ -13,12 +13,7 @@ import click
 from h2t.pipeline.base.run import Run, Say, silent
 from h2t.pipeline.command_line import names, options
 from h2t.pipeline.command_line.caches import cache as cache_group
-from h2t.pipeline.command_line.caches import (
-    further_replicates,
-    named_elsewhere,
-    opened,
-    previous,
-)
+from h2t.pipeline.command_line.caches import further_replicates, named_elsewhere, opened, previous
 from h2t.pipeline.command_line.init import init
 from h2t.pipeline.command_line.lists import list_plugins, list_presets
 from h2t.pipeline.command_line.models import export, predict

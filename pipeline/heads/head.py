@@ -43,7 +43,7 @@ class Head:
     def prepare(self, x: torch.Tensor, labels: torch.Tensor, stage1: StageOneHead) -> None:
         """Shows the host maps or pooled features of all training samples, in ascending order of `labels` (N,)."""
         with torch.no_grad():
-            self.gradient_host.prepare(self.features(self._pool_on(x.device), x), labels, stage1)
+            self.gradient_host.prepare(self.features(self.pool_state(x.device), x), labels, stage1)
 
     def initial(self, stage1: StageOneHead, draws: np.random.Generator) -> dict[str, torch.Tensor]:
         """The state before the first step. Raises UserError if the stage-I classifier does not fit the host."""
@@ -77,11 +77,11 @@ class Head:
         """
         if not isinstance(self.host, FittedHost):
             raise TypeError(f"{type(self.host).__name__} is trained by gradient descent and has no closed-form fit")
-        pool = self._pool_on(x.device)
+        pool = self.pool_state(x.device)
         return {**self.host.fit(self.features(pool, x), labels, stage1), **pool}
 
-    def _pool_on(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """The initial parameters of the pool, as they stand in a head's state."""
+    def pool_state(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """The initial parameters of the pool on `device`, as they stand in a head's state."""
         return {name: t.to(device) for name, t in _with_prefix(self.pool.initial()).items()}
 
 

@@ -17,7 +17,7 @@ from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import Section
 from h2t.pipeline.networks.classifier import expert_logits, expert_mean, logits
 from h2t.pipeline.networks.trained import StageOneHead
-from h2t.pipeline.training.longtail import cross_entropy, log_prior
+from h2t.pipeline.training.longtail import cross_entropy, log_prior, mixed_cross_entropy
 from h2t.pipeline.training.weighted import WeightedLoss
 
 State = Mapping[str, torch.Tensor]
@@ -377,9 +377,8 @@ class MixingHost(GradientHost):
         order, share = noise[:, 0].long(), noise[:, 1]
         partners = labels[order]
         mixed = torch.lerp(features[:, order], features, share.unsqueeze(-1))
-        losses = -self.logits(state, mixed).log_softmax(-1)
-        own, other = (losses.gather(-1, y.unsqueeze(-1)).squeeze(-1) for y in (labels, partners))
-        return torch.lerp(other, own, self.label_share(share, labels, partners)).mean()
+        shares = self.label_share(share, labels, partners)
+        return mixed_cross_entropy(self.logits(state, mixed), labels, partners, shares)
 
 
 class FittedHost(Host):

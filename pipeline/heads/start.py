@@ -29,7 +29,7 @@ from h2t.pipeline.base.text import counted
 from h2t.pipeline.data.classes import recorded_names
 from h2t.pipeline.heads.batches import SampleRows, sample_rows
 from h2t.pipeline.heads.features import FeatureReader, first_not_finite, identity_if_pooled, maps_fingerprint
-from h2t.pipeline.heads.head import POOL, Head
+from h2t.pipeline.heads.head import Head
 from h2t.pipeline.networks import probe
 from h2t.pipeline.networks.classifier import global_average
 from h2t.pipeline.networks.frozen import FrozenPart, load_classifier
@@ -167,7 +167,7 @@ def class_means(
     A linear classifier has the bias -|m|^2 / 2, so that the nearest mean wins (Snell et al., "Prototypical Networks for
     Few-shot Learning", NeurIPS 2017, eq. (8)); for a cosine classifier means are scaled to length 1, as in LIFT.
     """
-    pool = {POOL + name: t.to(device) for name, t in head.pool.initial().items()}
+    pool = head.pool_state(device)
     total, labels = torch.zeros(0), rows.labels
     for first in range(0, len(rows.first), BLOCK_ROWS):
         part = rows.first[first : first + BLOCK_ROWS]

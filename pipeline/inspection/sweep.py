@@ -135,27 +135,23 @@ def _lines(
 ) -> list[Line]:
     """One line for each ratio, donor and selection of heads with these `constants`."""
 
-    def by_seed(found: Sequence[Mapping[str, Any]], name: str, *setting: object) -> dict[int, float]:
-        same = [f for f in found if (f["ratio"], f["donor"], f["selection"]) == setting and f[name] is not None]
-        return {f["seed"]: f[name] for f in same}
+    def of(setting: tuple[float, str, str], found: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        return [f for f in found if (f["ratio"], f["donor"], f["selection"]) == setting]
 
     lines = []
     for donor, selection, ratio in sorted({(f["donor"], f["selection"], f["ratio"]) for f in figures}):
-        mine = [f for f in figures if (f["ratio"], f["donor"], f["selection"]) == (ratio, donor, selection)]
         setting = (ratio, donor, selection)
+        mine, before = of(setting, figures), of(setting, standing)
         difference = next((c.figures for c in apart if (c.setting, c.against) == (setting, "without_h2t")), {})
-        before = by_seed(standing, "top1", ratio, donor, selection)
         lines.append(
             Line(
-                ratio,
-                donor,
-                selection,
+                *setting,
                 constants["lr"],
                 {name: value for name, value in constants.items() if name != "lr"},
                 [f["seed"] for f in mine],
                 over_seeds([{name: f[name] for name in FIGURES} for f in mine]),
                 {name: found for name, found in difference.items() if found} or None,
-                paired(by_seed(figures, "top1", ratio, donor, selection), before),
+                paired(*({f["seed"]: f["top1"] for f in side} for side in (mine, before))),
             )
         )
     return lines

@@ -111,7 +111,7 @@ class Choice:
     reason: str
 
 
-def choose_tier(wanted: Literal["auto", "device", "memory", "stream"], need: int, budget: int, free: int) -> Choice:
+def choose_tier(wanted: Tier | Literal["auto"], need: int, budget: int, free: int) -> Choice:
     """The tier for `need` bytes of features.
 
     `budget`: bytes of host memory for features; `free`: bytes for them on a GPU, 0 without one.
@@ -233,8 +233,7 @@ class Feed:
         `draw`, what else steps draw. A caller must drop a step before it asks for the next one, or a third window stays
         in memory.
         """
-        spec = self.reader.cache.spec
-        row_bytes = sum(spec.row_bytes(expert) for expert in range(spec.experts))
+        row_bytes = self.reader.cache.spec.row_bytes_in_all
         windows = self._planned(epochs, first_epoch, first_step, draw, most)
         streamed = self.choice.tier == "stream"
         for window in in_background(windows, meter=self.meter if streamed else None):

@@ -203,6 +203,6 @@ def _concerns_every(name: str, changes: list[str]) -> bool:
 def _layout(cache: Cache, params: extract.Params) -> list[str]:
     """Differences in codec, rows per chunk and rows per shard."""
     spec = cache.spec
-    chunk_rows, shard_rows = extract.layout(params, max(spec.row_bytes(e) for e in range(spec.experts)), spec.rows)
+    chunk_rows, shard_rows = extract.layout(params, spec.largest_row_bytes, spec.rows)
     asked = {"codec": params.codec, "chunk_rows": chunk_rows, "shard_rows": shard_rows}
     return [f"{k} {spec.layout[k]} -> {v}" for k, v in asked.items() if spec.layout[k] != v]

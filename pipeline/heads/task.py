@@ -14,7 +14,7 @@ import torch
 from h2t.cache.memory import available_memory
 from h2t.cache.reader import Cache
 from h2t.cache.sizes import sized
-from h2t.pipeline.base import clock, plugins
+from h2t.pipeline.base import clock
 from h2t.pipeline.base.columns import column
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.run import Run
@@ -119,8 +119,7 @@ def backbone_start(task: Task) -> StageOneHead:
     """The head of the task's backbone: trained in stage I, or a probe, which is fitted here unless there is one."""
     if task.start is not None:
         return load_head(task.start)
-    kind = plugins.load("hosts", task.params.host).Host
-    if kind.starts_from == "own" or _start_of(task.params) not in (None, "probe"):
+    if task.params.kind.starts_from == "own" or _start_of(task.params) not in (None, "probe"):
         return load_head(task.backbone_dir)
     return backbone_head(
         task.cache, task.backbone_dir, task.params.classifier, task.run.device, task.run.say, task.rows
@@ -129,15 +128,13 @@ def backbone_start(task: Task) -> StageOneHead:
 
 def _start_of(params: Params) -> str | None:
     """What training starts from, as `hosts.NAME.start` says it, or by the host's default."""
-    kind = plugins.load("hosts", params.host).Host
-    return params.start or ("means" if kind.starts_from == "means" else None)
+    return params.start or ("means" if params.kind.starts_from == "means" else None)
 
 
 def train_task(task: Task) -> Made:
     """Trains the classifiers. Raises UserError for settings or caches that do not fit, or if training diverges."""
     params, run, cache, heads = task.params, task.run, task.cache, task.heads
-    recipe = RECIPES[params.batchnorm]
-    kind = plugins.load("hosts", params.host).Host
+    recipe, kind = RECIPES[params.batchnorm], params.kind
     start = _start_of(params)
     stage1 = backbone_start(task)
     fitted = kind.fitted
@@ -208,9 +205,9 @@ def _fitted(
     task: Task, streams: Streams, reader: FeatureReader, stage1: StageOneHead, head_of: Callable[[HeadSetting], Head]
 ) -> tuple[Trained, Summary]:
     """The classifiers of a closed-form fit. Raises UserError, also if they are not finite."""
-    run, heads, kind = task.run, task.heads, plugins.load("hosts", task.params.host).Host
+    run, heads = task.run, task.heads
     clock.begins("training")
-    _check_fit(run.name, streams, reader, holds_logits=kind.holds_logits)
+    _check_fit(run.name, streams, reader, holds_logits=task.params.kind.holds_logits)
     trained = fit([head_of(setting) for setting in heads], stage1, streams, reader, run.device)
     if bad := not_finite(trained.state):
         raise _not_finite_because(run.name, True, task.cache, streams.receivers.first, bad[1], heads[bad[0]])

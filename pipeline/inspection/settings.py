@@ -116,10 +116,9 @@ def check(values: dict[str, Any], say: Callable[[str], None] = lambda line: None
                 f"{where}.batchnorm: must be one of extract.batchnorm ({', '.join(extraction.batchnorm)}); "
                 f"got {host.batchnorm!r}; add it to extract.batchnorm"
             )
-        plugin = plugins.load("hosts", host.host)
-        params.build(plugin.Loss, f"{where}.loss", host.loss)
+        params.build(plugins.load("hosts", host.host).Loss, f"{where}.loss", host.loss)
         host_entry.check_constants(host, name)
-        host_entry.check_start(host, name, plugin.Host, heads[host.backbone])
+        host_entry.check_start(host, name, heads[host.backbone])
         params.build(plugins.load("pools", host.pool).Options, f"{where}.pool_options", host.pool_options)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from h2t.cache.reader import Cache
-from h2t.pipeline.base import clock, params, plugins
+from h2t.pipeline.base import clock, params
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import replace_file
 from h2t.pipeline.base.run import Run
@@ -78,7 +78,7 @@ def sweep(
     ratio. Nothing is chosen. Raises UserError for a host with a closed-form fit, and for settings that do not fit the
     cache.
     """
-    if plugins.load("hosts", params.host).Host.fitted:
+    if params.kind.fitted:
         raise UserError(
             f"hosts.{run.name}: a sweep needs a host that is trained by gradient descent; host {params.host} has a "
             "closed-form fit; give values of its constants in hosts.*.grid.loss, which train-classifier takes"

@@ -150,7 +150,7 @@ def extract(
         with opened(asked.url, fingerprint=asked.fingerprint) as there:
             check_backbone(there, backbone)
             rows = counted(there.spec.rows, "row")
-        elsewhere.stand_in(Run(name, options.as_path(out)), asked.url, asked.fingerprint)
+        elsewhere.stand_in(options.as_path(out), asked.url, asked.fingerprint)
         say(f"{name}: its cache is elsewhere, {rows}; nothing is extracted")
         return {}
     prepared = load_samples(samples)
@@ -215,7 +215,7 @@ def pool(
     section = params.build(stage_module.Params, "pool", params.section(values, "pool"))
     names.check_folders(values, "backbones", name, cache, out)
     if there := named_elsewhere(values, cache):
-        elsewhere.stand_in(Run(name, options.as_path(out)), there.url, there.fingerprint)
+        elsewhere.stand_in(options.as_path(out), there.url, there.fingerprint)
         say(f"{name}: its cache is elsewhere; nothing is pooled, but h2t cache pool CACHE OUT copies it")
         return
     with opened(cache) as maps:

@@ -132,7 +132,7 @@ class Host:
     def __init__(self, classifier: str, scale: float, context: Context, /) -> None: ...
 
     def __init__(self, *given: Any) -> None:
-        """Hosts are made with four arguments. A subclass that uses `loss` itself may pass on the other three.
+        """Hosts are made with four arguments. Those written for version 0.1.0 pass on the last three alone.
 
         Raises UserError for a kind of classifier that the host does not take.
         """

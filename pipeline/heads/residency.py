@@ -20,6 +20,7 @@ from h2t.cache.read.prefetch import in_background
 from h2t.cache.sizes import sized
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import Bytes, Count, Section
+from h2t.pipeline.base.run import Say
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.heads.batches import Batch, Streams
 from h2t.pipeline.heads.draws import Draws
@@ -177,7 +178,7 @@ class Feed:
         choice: Choice,
         budget: int,
         device: torch.device,
-        say: Callable[[str], None],
+        say: Say,
         *,
         dtype: torch.dtype = torch.float32,
         step_rows: int | None = None,

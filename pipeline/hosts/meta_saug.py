@@ -18,10 +18,10 @@ import torch
 from torch.func import grad
 from torch.nn import functional as F
 
-from h2t.pipeline.base.params import NonNegative, Positive, Section
+from h2t.pipeline.base.params import Beta, NonNegative, Positive, Section
 from h2t.pipeline.heads.covariances import CovarianceHost
 from h2t.pipeline.heads.host import Context, State, TrainingBatch
-from h2t.pipeline.training.longtail import Beta, effective_weights
+from h2t.pipeline.training.longtail import effective_weights
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 

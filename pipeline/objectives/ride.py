@@ -18,10 +18,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from h2t.pipeline.base.params import Index, NonNegative, Positive, Ratio, Real, Section
+from h2t.pipeline.base.params import Beta, Index, NonNegative, Positive, Ratio, Real, Section
 from h2t.pipeline.networks.classifier import expert_logits, fresh_linear, global_average
 from h2t.pipeline.training import objective
-from h2t.pipeline.training.longtail import Beta, effective_weights, ldam_margins
+from h2t.pipeline.training.longtail import effective_weights, ldam_margins
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 

@@ -3,17 +3,12 @@
 `counts` (K,): training samples of each class, at least 1. Results are float64.
 """
 
-from typing import Annotated
-
 import torch
 from torch.nn import functional as F
 
-from h2t.pipeline.base.params import within
 from h2t.pipeline.data.classes import groups
 
 LEAST = 1e-12  # smallest base of a power, whose gradient may be infinite at 0
-
-Beta = Annotated[float, within(0, 0.999999)]  # of `effective_weights`, which are 0 / 0 at 1
 
 
 def own_class(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

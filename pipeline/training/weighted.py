@@ -7,14 +7,8 @@ from typing import Literal
 
 import torch
 
-from h2t.pipeline.base.params import NonNegative, Positive, Section
-from h2t.pipeline.training.longtail import (
-    Beta,
-    effective_weights,
-    focal_losses,
-    log_likelihoods,
-    sigmoid_focal_losses,
-)
+from h2t.pipeline.base.params import Beta, NonNegative, Positive, Section
+from h2t.pipeline.training.longtail import effective_weights, focal_losses, log_likelihoods, sigmoid_focal_losses
 from h2t.pipeline.training.objective import LinearObjective
 
 

@@ -227,12 +227,7 @@ def pool(
 @backbone_name
 @cache_place
 @output("Directory to write.")
-@click.option(
-    "--backbone",
-    type=PATH,
-    metavar="DIR",
-    help="Directory that train-backbone wrote; by default CACHE/../../train_backbone/NAME.",
-)
+@options.backbone_of_cache
 @stage
 def probe(values: dict[str, Any], say: Say, name: str, cache: str, out: Path, backbone: Path | None) -> dict[str, Any]:
     """Fit the head of the frozen backbone NAME to a cache.

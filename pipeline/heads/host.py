@@ -8,7 +8,7 @@ randomness comes in through `initial` and `noise`. Under vmap a tensor's values 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeGuard, TypeVar, overload
+from typing import Any, Literal, NamedTuple, TypeGuard, TypeVar
 
 import numpy as np
 import torch
@@ -125,14 +125,8 @@ class Host:
     scale: float
     context: Context
 
-    @overload
-    def __init__(self, loss: Section, classifier: str, scale: float, context: Context, /) -> None: ...
-
-    @overload
-    def __init__(self, classifier: str, scale: float, context: Context, /) -> None: ...
-
     def __init__(self, *given: Any) -> None:
-        """Hosts are made with four arguments. Those written for version 0.1.0 pass on the last three alone.
+        """Hosts are made with (loss, classifier, scale, context). Those of version 0.1.0 pass on the last three alone.
 
         Raises UserError for a kind of classifier that the host does not take.
         """
@@ -144,11 +138,6 @@ class Host:
             raise UserError(
                 f"classifier: host {name} needs a {kind} classifier; got {self.classifier!r}; set it to {kind}"
             )
-
-    @classmethod
-    def needs(cls) -> str:
-        """What it needs besides features and labels of a batch, in words; empty if that is nothing."""
-        return ""
 
     def stage1_state(self, stage1: StageOneHead) -> dict[str, torch.Tensor]:
         """A copy of the parameters it starts from: those of stage I, or what stands in their place.

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from h2t.cache.memory import available_memory
 from h2t.cache.reader import Cache
 from h2t.cache.sizes import sized
-from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.errors import UserError, in_brief
 from h2t.pipeline.base.params import build
 from h2t.pipeline.base.run import Say, silent
 from h2t.pipeline.base.text import counted
@@ -238,8 +238,9 @@ def _vectors(path: Path, content: bytes, listed: list[str], where: str) -> dict[
     try:
         values = torch.from_numpy(np.load(BytesIO(content), allow_pickle=False))
     except (OSError, ValueError, EOFError, TypeError) as error:
-        why = " ".join(str(error).split())[:200]
-        raise UserError(f"{where}: {path.name} is not an .npy file of numbers ({why}); write it again") from None
+        raise UserError(
+            f"{where}: {path.name} is not an .npy file of numbers ({in_brief(error)}); write it again"
+        ) from None
     if values.dim() != 2 or len(values) != len(listed) or len(set(listed)) != len(listed):
         raise UserError(
             f"{where}: {path.name} must have a row for each of the different names in {path.with_suffix('.txt').name}; "

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
-from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.errors import UserError, first_line
 from h2t.pipeline.base.text import counted, some
 
 METADATA = "h2t"
@@ -96,8 +96,7 @@ def load_checkpoint(path: Path) -> dict[str, torch.Tensor]:
         ) from None
     # On a damaged file torch, its unpickler and zipfile raise exceptions that none of them documents.
     except Exception as error:  # noqa: BLE001
-        reason = str(error).splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: not a readable checkpoint ({reason}); save or download it again") from None
+        raise UserError(f"{path}: not a readable checkpoint ({first_line(error)}); save or download it again") from None
     return state_dict_in(content, path)
 
 

@@ -246,8 +246,7 @@ def trained(
     """
     plugins.look_again()
     params = _entry(method, entry, [ratio], [seed], epochs, len(labels))
-    fitted = plugins.load("hosts", params.host).Host.fitted
-    if (asked := len(heads_of(params.grid, fitted=fitted))) > 1:
+    if (asked := len(heads_of(params.grid, fitted=params.kind.fitted))) > 1:
         raise UserError(f"methods.{method}.grid: must ask for one classifier; got {asked}; give each key one value")
     importing.run(importing.split_parts(features, labels, None, None), folder / "cache", silent)
     with open_cache(folder / "cache") as cache:

@@ -33,10 +33,10 @@ class H2TClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     `method`: a host (h2t list hosts). `ratio`: share of the features that H2T replaces by those of donors; 0 is the
     method alone. `settings`: other keys of an entry of `hosts` in params.yaml, such as `{"optimiser": {"lr": 0.1}}`,
-    for one classifier; a method with a closed-form fit takes neither ratio nor epochs. `epochs`: None
-    means 10, or as many as make 500 steps. `l2`: penalty of the logistic
-    regression. With so few features that the ratio replaces none, `fit` warns and trains the method alone. It raises
-    ValueError with one line for what does not fit; features beyond float32 are refused, in `predict` too.
+    for one classifier; a method with a closed-form fit takes neither ratio nor epochs. `epochs`: None means 10, or as
+    many as make 500 steps. `l2`: penalty of the logistic regression. With so few features that the ratio replaces none,
+    `fit` warns and trains the method alone. It raises ValueError with one line for what does not fit; features beyond
+    float32 are refused, in `predict` too.
 
     Attributes: `classes_` (K,), in ascending order; `classifier_`, which h2t.api can save; `n_features_in_`.
     """

@@ -6,6 +6,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from h2t.pipeline.data.splits import Labelled
+from h2t.pipeline.data.texts import Texts
+
 SMALL = {
     "size": 32,
     "resize": 36,
@@ -30,6 +33,12 @@ def encoded(image: Image.Image, kind: str = "JPEG", **save) -> bytes:
     out = io.BytesIO()
     image.save(out, kind, **save)
     return out.getvalue()
+
+
+def labelled(label: np.ndarray) -> Labelled:
+    """Training images with these labels, of classes that are named by their numbers."""
+    classes = [str(j) for j in range(label.max() + 1)]
+    return Labelled(classes, Texts.of([]), label, np.full(len(label), "train", object))
 
 
 def write_list(path: Path, entries) -> Path:

@@ -29,7 +29,7 @@ from h2t.cache.reader import open_cache
 from h2t.cache.write.parts import Part
 from h2t.pipeline.base import params, plugins
 from h2t.pipeline.base.errors import UserError
-from h2t.pipeline.base.run import Run
+from h2t.pipeline.base.run import Run, silent
 from h2t.pipeline.data.classes import ClassIndex
 from h2t.pipeline.data.samples import load_samples
 from h2t.pipeline.heads.batches import Streams
@@ -45,10 +45,6 @@ from h2t.pipeline.stages import evaluate, extract, pool, prepare, train_classifi
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
-
-
-def silent(line: str) -> None:
-    """Takes what a stage says."""
 
 
 @contextmanager

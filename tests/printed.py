@@ -23,7 +23,7 @@ TESTED = {
 }
 
 
-def blocks(page: str, language: str = "sh") -> list[str]:
+def blocks(page: str | Path, language: str = "sh") -> list[str]:
     """The fenced blocks of one language."""
     return [body for name, body in FENCE.findall((ROOT / page).read_text(encoding="utf-8")) if name == language]
 

@@ -12,6 +12,8 @@ from h2t.pipeline.extraction.recipes import RECIPES, stored
 from h2t.pipeline.networks.trained import load_backbone
 from h2t.pipeline.networks.weights import weights_digest
 
+DRAWN = ("balanced", "instance", "reverse")  # samplers of rows that recipes tell apart
+
 
 def state_of(backbone):
     return {k: t.clone() for k, t in backbone.state_dict().items()}
@@ -160,10 +162,10 @@ def test_rows_of_a_recipe(recipes, train, evaluation):
 def test_what_stage_two_reads_under_each_recipe():
     for name in ("stage1", "calibrated"):
         recipe = RECIPES[name]
-        assert {recipe.receiver, recipe.evaluate, *recipe.donors.values()} == {name}
+        assert {recipe.receiver, recipe.evaluate, *map(recipe.read_under, DRAWN)} == {name}
     recipe = RECIPES["branchwise"]
     assert recipe.receiver == "balanced"
-    assert recipe.donors == {"instance": "instance", "balanced": "balanced", "reverse": "reverse"}
+    assert [recipe.read_under(sampler) for sampler in DRAWN] == list(DRAWN)
     assert recipe.evaluate == "mixture"
 
 
@@ -171,8 +173,8 @@ def test_every_recipe_reads_only_what_it_or_the_extra_line_stores():
     for name, recipe in RECIPES.items():
         assert recipe.receiver in stored([name], "train")
         assert recipe.evaluate in stored([name], "test")
-        for donor, statistics in recipe.donors.items():
-            assert statistics in stored([name, "reverse"] if donor == "reverse" else [name], "train")
+        for donor in DRAWN:
+            assert recipe.read_under(donor) in stored([name, "reverse"] if donor == "reverse" else [name], "train")
 
 
 def test_statistics_go_through_bytes_and_the_same_values_give_the_same_bytes():

@@ -62,7 +62,7 @@ def prepared(images, size_of_group=None):
     from h2t.pipeline.stages import prepare
     options = {"images": images, "size_of_group": size_of_group}
     section = prepare.Params(dataset="many", options=options, test=0.1, validation=0.1)
-    return lambda: prepare.run(section, Run("prepare", Path(f"prepared_{images}"), say=lambda line: None))
+    return lambda: prepare.run(section, Run("prepare", Path(f"prepared_{images}")))
 
 def loaded(dataset, options):
     from h2t.pipeline.base import plugins

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from image_builders import (
     SMALL,
+    labelled,
     make_image_folder,
     make_imagenet_lt,
     make_inaturalist18,
@@ -87,7 +88,7 @@ def reference_subset(label: np.ndarray, classes: int, ratio: float) -> list[int]
 def test_the_subset_is_the_published_one():
     label = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 500))
     imbalance = Imbalance(profile="exponential", ratio=100.0)
-    kept = prepare._long_tail(label, np.full(len(label), "train", object), imbalance, [str(j) for j in range(10)])
+    kept = prepare._long_tail(labelled(label), imbalance)
     assert kept.tolist() == reference_subset(label, 10, 100.0)
 
 

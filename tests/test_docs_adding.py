@@ -27,6 +27,7 @@ from conformance import (
 )
 from dvc.repo import Repo
 from pipeline_builders import ROOT, environment, make_params, make_samples, make_stage2_cache
+from printed import blocks
 from repositories import dvc
 
 from h2t.pipeline.base import plugins
@@ -34,10 +35,6 @@ from h2t.pipeline.inspection import settings
 from h2t.pipeline.inspection.setting_up import NAMED_BY_DVC
 
 PAGES = sorted((ROOT / "docs").glob("adding-a*.md"))
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
 
 
 def install(page: Path, folder: Path) -> tuple[str, str]:

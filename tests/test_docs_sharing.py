@@ -1,7 +1,6 @@
 """The code blocks of docs/library.md and docs/sharing.md, as they stand there."""
 
 import contextlib
-import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import pytest
 import yaml
 from PIL import Image
 from pipeline_builders import ROOT, environment, fitted, make_prepare, write_params
+from printed import blocks
 from servers import s3_endpoint
 
 from h2t.cache.reader import open_cache
@@ -25,10 +25,6 @@ KINDS = ("prepare/samples", "train_backbone/ce_mixup", "extract/ce_mixup", "pool
 DVC_YAML = "stages:\n" + "".join(
     f"  {kind.replace('/', '_')}:\n    cmd: cp -r made/{kind} data/{kind}\n    outs: [data/{kind}]\n" for kind in KINDS
 )
-
-
-def blocks(page: str, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +46,7 @@ def test_library(place, tmp_path):
     shutil.copytree(place, tmp_path / "place")
     names: dict = {}
     with contextlib.chdir(tmp_path / "place"):
-        for block in blocks("library.md", "python"):
+        for block in blocks("docs/library.md", "python"):
             exec(block, names)
         assert names["maps"].shape[0] == 32
         with open_cache("digits.cache") as cache:
@@ -96,7 +92,7 @@ def test_sharing(place, tmp_path, warm_h2t):
         assert done.returncode == 0, script + done.stdout + done.stderr
 
     bash("git init --quiet --initial-branch=main && dvc repro --quiet")
-    once, publish, *rest = blocks("sharing.md", "sh")
+    once, publish, *rest = blocks("docs/sharing.md", "sh")
     bash(once)
     bash(publish)
     bash(f"git clone --quiet --bare . {tmp_path}/server.git")
@@ -105,7 +101,7 @@ def test_sharing(place, tmp_path, warm_h2t):
         for block in rest:
             bash(block)
     assert (home / "colleague/data/extract/ce_mixup/cache.json").is_file()
-    (workflow,) = (yaml.safe_load(b) for b in blocks("sharing.md", "yaml") if "runs-on" in b)
+    (workflow,) = (yaml.safe_load(b) for b in blocks("docs/sharing.md", "yaml") if "runs-on" in b)
     steps = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
     pull, verify = (step for step in steps if "h2t cache" in step)
     bash(f"cd colleague && {pull} && {verify}")

@@ -181,10 +181,9 @@ def test_without_weights_an_export_says_what_it_needs(project):
 
 
 def test_no_secret_of_the_url_is_written(project):
-    from h2t.pipeline.base.run import Run
     from h2t.pipeline.extraction.elsewhere import stand_in
 
-    stand_in(Run("b", project[0] / "b"), "https://me:secret@host/b?token=secret", project[1])
+    stand_in(project[0] / "b", "https://me:secret@host/b?token=secret", project[1])
     assert b"secret" not in (project[0] / "b/elsewhere.json").read_bytes()
 
 

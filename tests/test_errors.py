@@ -14,7 +14,7 @@ import torch
 from pipeline_builders import environment, invoke, make_samples, write_params
 from platformdirs import user_config_dir
 
-from h2t.pipeline.base.errors import of_the_machine
+from h2t.pipeline.base.errors import first_line, of_the_machine
 
 LACKS = {
     "room": (OSError(errno.ENOSPC, "", "data/x"), "data/x: No space left on device; free some space"),
@@ -69,6 +69,11 @@ def test_torch_names_the_memory_that_it_does_not_get():
 @pytest.mark.parametrize("bug", [RuntimeError("shapes differ"), OSError(errno.ENOENT, "", "x"), ValueError("memory")])
 def test_a_bug_is_not_the_machines_fault(bug):
     assert of_the_machine(bug) is None
+
+
+@pytest.mark.parametrize(("said", "line"), [("", "ValueError"), ("\n one\ntwo", "one"), ("one", "one")])
+def test_the_first_line_of_an_error_is_never_empty(said, line):
+    assert first_line(ValueError(said)) == line
 
 
 def test_the_command_line_says_it(tmp_path):

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from h2t.pipeline.base import plugins
+from h2t.pipeline.heads.covariances import class_covariances
 from h2t.pipeline.heads.host import Context, TrainingBatch
 from h2t.pipeline.networks.trained import StageOneHead
-from h2t.pipeline.training.longtail import class_covariances
 
 COUNTS = torch.tensor([100, 10, 1])
 WEIGHT = torch.tensor([[0.5, -0.25], [0.1, 0.3], [-0.4, 0.2]], dtype=torch.float64)

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from image_builders import SMALL, encoded, make_image_folder, make_imagenet_lt
+from image_builders import SMALL, encoded, labelled, make_image_folder, make_imagenet_lt
 from PIL import Image
 from pipeline_builders import accepted, make_params, refused, write_params
 
@@ -138,8 +138,7 @@ def test_one_class_is_refused_in_one_line(tmp_path):
 
 def test_100000_classes_are_cut_in_a_second():
     label = np.random.default_rng(0).permutation(np.repeat(np.arange(100_000), 2))
-    split = np.full(len(label), "train", object)
-    kept = _long_tail(label, split, Imbalance(profile="step", ratio=2.0), [str(i) for i in range(100_000)])
+    kept = _long_tail(labelled(label), Imbalance(profile="step", ratio=2.0))
     assert len(kept) == 150_000
     assert np.bincount(label[kept], minlength=100_000).tolist() == [2] * 50_000 + [1] * 50_000
 

@@ -25,7 +25,7 @@ from pipeline_builders import evaluated, make_backbone_dir, make_stage1_head, ma
 
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
-from h2t.pipeline.heads.host import Context, TrainingBatch
+from h2t.pipeline.heads.host import Context, GradientHost, TrainingBatch
 from h2t.pipeline.hosts.mislas import smoothing
 from h2t.pipeline.networks.branches import branch_logits
 from h2t.pipeline.stages import train_classifier
@@ -328,6 +328,16 @@ def test_logistic_regression_is_that_of_scikit_learn(blobs, weights):
     ).fit(joint, labels.numpy())
     expected = torch.from_numpy(peer.decision_function(joint)).log_softmax(1)
     assert torch.allclose(host.logits(state, features).log_softmax(1), expected, atol=1e-4)
+
+
+def test_a_host_of_version_0_1_0_passes_on_three_arguments():
+    class Host(GradientHost):
+        def __init__(self, loss, classifier, scale, context):
+            super().__init__(classifier, scale, context)
+            self.margin = loss
+
+    made = Host(0.5, "linear", 2.0, Context(torch.tensor(COUNTS), CHANNELS, 1))
+    assert (made.margin, made.classifier, made.scale, made.context.classes) == (0.5, "linear", 2.0, len(COUNTS))
 
 
 # The stage, end to end, and the mistakes that the checks must find.

@@ -11,7 +11,7 @@ import yaml
 from builders import tree
 from dvc.repo import Repo
 from golden_cases import FIRST
-from pipeline_builders import ROOT, accepted, refused
+from pipeline_builders import ROOT, accepted, refused, silent
 from repositories import dvc, git
 
 from h2t.pipeline.base import numbers
@@ -46,7 +46,7 @@ def after(before, tmp_path_factory):
     """The same, upgraded."""
     root = shutil.copytree(before, tmp_path_factory.mktemp("after") / "project")
     with contextlib.chdir(root):
-        upgrade(root, lambda line: None, apply=True)
+        upgrade(root, silent, apply=True)
     return root
 
 
@@ -111,7 +111,7 @@ def test_the_lock_file_is_written_once(project, caplog):
     caplog.set_level(logging.INFO, log.name)
     log.addHandler(caplog.handler)
     try:
-        upgrade(project, lambda line: None, apply=True)
+        upgrade(project, silent, apply=True)
     finally:
         log.removeHandler(caplog.handler)
     written = {record for record in caplog.records if "Updating lock file" in record.msg}
@@ -148,7 +148,7 @@ def test_parameters_must_mean_the_same(project, settings, stages):
             at[last] = value
 
     edit(project / "params.yaml", change)
-    plan = upgrade(project, lambda line: None, apply=True)
+    plan = upgrade(project, silent, apply=True)
     assert {redo.stage for redo in plan.redo} == stages | NEWER
     assert changed(project) == stages | NEWER
 
@@ -213,14 +213,14 @@ def test_it_only_looks_where_nothing_can_be_written(project):
 def test_data_that_differ_are_not_taken_over(project):
     path = project / "data/train_backbone/few/backbone.safetensors"
     path.write_bytes(path.read_bytes() + b"x")
-    plan = upgrade(project, lambda line: None)
+    plan = upgrade(project, silent)
     reasons = {redo.stage: redo.reasons for redo in plan.redo if redo.stage not in NEWER}
     assert reasons == {"extract@few": ["data/train_backbone/few/backbone.safetensors has changed"]}
 
 
 def test_it_works_in_a_clone_without_data(project):
     shutil.rmtree(project / "data")
-    plan = upgrade(project, lambda line: None, apply=True)
+    plan = upgrade(project, silent, apply=True)
     assert set(plan.taken_over) == STAGES - NEWER
     old = yaml.safe_load((FIRST / "dvc.lock").read_text())["stages"]
     new = yaml.safe_load((project / "dvc.lock").read_text())["stages"]
@@ -237,7 +237,7 @@ def test_a_plug_in_of_the_project_gets_its_line_and_reruns_what_uses_its_kind(up
     assert found["numbers"].state == "fault"
     assert "hosts.mine" in found["numbers"].detail
     assert "type: h2t upgrade --apply" in str(found["numbers"])
-    plan = upgrade(upgraded, lambda line: None, apply=True)
+    plan = upgrade(upgraded, silent, apply=True)
     assert set(plan.numbers) == {"hosts.mine"}
     assert {redo.stage for redo in plan.redo} == {"train_classifier@dr", "evaluate@dr"} | NEWER
 

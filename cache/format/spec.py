@@ -103,7 +103,7 @@ class CacheSpec:
             problem = f"dtype must be one of {', '.join(sorted(STORED_AS))}; got {self.dtype!r}"
         elif self.chunk_rows < 1 or self.shard_rows < 1 or self.shard_rows % self.chunk_rows:
             problem = f"shard_rows must be a multiple of chunk_rows; got {self.shard_rows} and {self.chunk_rows}"
-        elif max(self.chunk_rows * self.row_bytes(e) for e in range(self.experts)) >= MAX_CHUNK_BYTES:
+        elif self.chunk_rows * self.largest_row_bytes >= MAX_CHUNK_BYTES:
             problem = f"a chunk must hold less than 2 GiB of values; got chunk_rows {self.chunk_rows} of {self.maps}"
         if problem:
             raise CacheError("spec", problem)
@@ -121,6 +121,16 @@ class CacheSpec:
         """Bytes of one row of `expert`, uncompressed."""
         return math.prod(self.maps[expert]) * self.stored_dtype.itemsize
 
+    @property
+    def largest_row_bytes(self) -> int:
+        """Bytes of one row, uncompressed, of the expert whose rows are the largest."""
+        return max(map(self.row_bytes, range(self.experts)))
+
+    @property
+    def row_bytes_in_all(self) -> int:
+        """Bytes of one row of all experts, uncompressed."""
+        return sum(map(self.row_bytes, range(self.experts)))
+
     def chunk_bytes(self, expert: int = 0) -> int | None:
         """Bytes of every encoded chunk of `expert` if the codec is `none`; else None, as sizes differ."""
         return self.chunk_rows * self.row_bytes(expert) if self.codec == "none" else None
@@ -128,7 +138,7 @@ class CacheSpec:
     @property
     def value_bytes(self) -> int:
         """Bytes of all rows of all experts, uncompressed."""
-        return self.rows * sum(self.row_bytes(e) for e in range(self.experts))
+        return self.rows * self.row_bytes_in_all
 
     @property
     def shards(self) -> int:

@@ -74,7 +74,7 @@ def pooled(
             target.staging().clear_remains()
             return have
         raise CacheError("exists", f"{target}: holds another cache; remove it or pass --replace")
-    block = max(1, BLOCK_BYTES // max(parent.row_bytes(e) for e in range(cache.experts)))
+    block = max(1, BLOCK_BYTES // parent.largest_row_bytes)
     same = {"block_rows": block, "numpy": np.__version__, **(token or {})}
 
     with target.held(part) as staging:
@@ -103,7 +103,7 @@ def pooled(
                 progress(len(rows))
 
         # A worker holds a shard, its encoded copy, and a block once in the parent's dtype and twice in float32.
-        own = 2 * sum(spec.shard_rows * spec.row_bytes(e) for e in range(spec.experts)) + 5 * BLOCK_BYTES
+        own = 2 * spec.shard_rows * spec.row_bytes_in_all + 5 * BLOCK_BYTES
         workers = max(1, min(WORKERS, available_memory() // (2 * own)))
         with ThreadPoolExecutor(workers) as threads:
             list(threads.map(shard, pending))

@@ -86,7 +86,7 @@ class RemoteStaging:
         if not self.shared:
             self._take("lock", "cache")
             try:
-                self._refuse_others("lock.part-", "cache")
+                self._refuse_others("lock.part-")
             except BaseException:
                 self._leases.pop().release()
                 raise
@@ -103,7 +103,7 @@ class RemoteStaging:
         """Holds the lock of the part `label` for the block. Raises CacheError `busy` if another process does."""
         self._take(f"lock.{label}", "part")
         try:
-            self._refuse_others("lock", "cache", whole=True)
+            self._refuse_others("lock", whole=True)
             self.keep(label, b"")  # the latest one tells in how many parts the cache is written
             yield
         finally:
@@ -114,13 +114,13 @@ class RemoteStaging:
         lease.take()
         self._leases.append(lease)
 
-    def _refuse_others(self, prefix: str, what: str, *, whole: bool = False) -> None:
+    def _refuse_others(self, prefix: str, *, whole: bool = False) -> None:
         """Raises CacheError `busy` if a lock with this prefix, or of this name, is held."""
         for name in self.objects.below(self._folder):
             if (name == prefix or (not whole and name.startswith(prefix))) and not name.endswith(_NO_LOCK):
                 path = f"{self._folder}/{name}"
                 if (have := self.objects.get(path)) is not None and live(self.objects, path, have):
-                    raise busy(self.objects, path, have, what)
+                    raise busy(self.objects, path, have, "cache")
 
     def check(self) -> None:
         """Raises CacheError `busy` if another process has taken the lock meanwhile."""
@@ -166,9 +166,8 @@ class RemoteStaging:
 
     def discard_if_alone(self) -> None:
         """Removes the staging folder unless another process works there too."""
-        own = len(self._leases)
         locks = [n for n in self.objects.below(self._folder) if n.startswith("lock") and not n.endswith(_NO_LOCK)]
-        if len(locks) <= own:
+        if len(locks) <= len(self._leases):
             self.discard()
 
     def clear_remains(self) -> None:

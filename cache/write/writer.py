@@ -160,9 +160,8 @@ class CacheWriter:
             name = self.spec.shard_file(expert, shard)
             write_durably(self._staging.cache / name, data)
             files[name] = (len(data), sha256(data))
-        line = canonical_json({"shard": shard, "files": files})
         with self._lock, bad_disk_is_one_line(self._journal), self._journal.open("ab") as journal:
-            journal.write(sha256(line)[:16].encode() + b" " + line + b"\n")
+            journal.write(_journal_line(shard, files))
             journal.flush()
             flush(journal.fileno())
             self._done[shard] = files
@@ -238,8 +237,7 @@ class CacheWriter:
             self._done[shard] = {name: (size, digest) for name, (_, size, digest) in files.items()}
         for expert in range(self.spec.experts):
             sync((self._staging.cache / self.spec.shard_file(expert, 0)).parent)
-        lines = [canonical_json({"shard": shard, "files": files}) for shard, files in sorted(self._done.items())]
-        write_durably(self._journal, b"".join(sha256(x)[:16].encode() + b" " + x + b"\n" for x in lines))
+        write_durably(self._journal, b"".join(_journal_line(*done) for done in sorted(self._done.items())))
 
     def _journalled(self) -> list[tuple[int, dict[str, Any]]]:
         entries = []
@@ -265,3 +263,9 @@ class CacheWriter:
                 array.mkdir(parents=True, exist_ok=True)
                 (array / "zarr.json").unlink(missing_ok=True)
             create_group(str(maps), self.spec)
+
+
+def _journal_line(shard: int, files: Mapping[str, Sequence[Any]]) -> bytes:
+    """A finished shard as a line of the journal, after 16 hexadecimal digits of the line's sha256."""
+    line = canonical_json({"shard": shard, "files": files})
+    return sha256(line)[:16].encode() + b" " + line + b"\n"

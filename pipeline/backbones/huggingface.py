@@ -79,8 +79,7 @@ def _config(options: Options, size: int | None = None) -> Any:
         config = known.for_model(str(kind), **values)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise UserError(
-            f"options.config: transformers has no such network ({' '.join(str(error).split())[:200]}); use a "
-            "model_type that it has"
+            f"options.config: transformers has no such network ({in_brief(error)}); use a model_type that it has"
         ) from None
     config = getattr(config, "vision_config", config)
     if size is not None and hasattr(config, "image_size"):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from h2t.pipeline.base.errors import UserError, nearest
+from h2t.pipeline.base.errors import UserError, in_brief, nearest
 from h2t.pipeline.base.params import Section
 from h2t.pipeline.data.network_input import Input, unlike_ours
 from h2t.pipeline.networks.backbone import Backbone
@@ -77,7 +77,7 @@ def _create(options: Options, **more: Any) -> Any:
         return timm.create_model(name, **{**config.get("model_args", {}), **more})
     except (TypeError, ValueError, RuntimeError, AssertionError, KeyError) as error:
         raise UserError(
-            f"options.model: timm cannot build {name!r} ({' '.join(str(error).split())[:200]}); correct the options "
+            f"options.model: timm cannot build {name!r} ({in_brief(error)}); correct the options "
             "or choose another network"
         ) from None
 

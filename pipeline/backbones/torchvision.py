@@ -13,7 +13,7 @@ from torch import nn
 from torchvision.models import get_model, get_model_weights, list_models
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-from h2t.pipeline.base.errors import UserError, nearest
+from h2t.pipeline.base.errors import UserError, first_line, nearest
 from h2t.pipeline.base.params import Section
 from h2t.pipeline.data.network_input import Input
 from h2t.pipeline.networks.backbone import Backbone
@@ -112,7 +112,7 @@ def _last_features(name: str, model: nn.Module, side: int) -> tuple[str, int]:
         nodes = get_graph_node_names(model)[1][-LAST:]
         values = create_feature_extractor(model, {n: n for n in nodes})(torch.zeros(2, 3, side, side))
     except (RuntimeError, ValueError, TypeError, AssertionError, AttributeError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise UserError(f"torchvision model {name!r}: torch cannot trace it ({reason}); choose another one") from None
     for node in reversed(nodes):
         shape = list(getattr(values[node], "shape", ()))

@@ -77,6 +77,11 @@ def in_brief(error: BaseException) -> str:
     return " ".join(str(error).split())[:LONGEST_MESSAGE] or type(error).__name__
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its class."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def nearest(name: object, known: Iterable[object]) -> str:
     """The hint "; did you mean 'x'?" if a name in `known` is close to `name`, else an empty string."""
     if len(text := str(name)) > LONGEST_NAME:

@@ -12,7 +12,7 @@ from types import ModuleType
 import yaml
 
 from h2t.pipeline.base import plugins
-from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.errors import UserError, in_brief
 
 FILE = Path("stages.yaml")
 FIRST = 2026112601  # results of version 0.1.0, which had no numbers yet
@@ -66,9 +66,9 @@ def read(path: Path) -> Numbers:
             entries = {f"{name}.{key}": n for key, n in value.items()} if isinstance(value, dict) else {name: value}
             numbers |= {str(key): int(number) for key, number in entries.items()}
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
-        why = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{path}: must hold a whole number for each stage and plug-in ({why}); restore the file from git"
+            f"{path}: must hold a whole number for each stage and plug-in ({in_brief(error)}); restore the file from "
+            "git"
         ) from None
     return numbers
 

@@ -111,6 +111,7 @@ DISTINCT = pydantic.AfterValidator(_distinct)
 Ratio = Annotated[float, within(0, 1)]
 Positive = Annotated[float, above(0), within(FLOAT32_SMALLEST, MOST)]
 NonNegative = Annotated[float, at_least(0), at_most(MOST)]
+Beta = Annotated[float, within(0, 0.999999)]  # of weights by the effective number of samples, which are 0 / 0 at 1
 Real = Annotated[float, within(-MOST, MOST)]
 Rate = Annotated[Positive, at_most(1e6)]  # a learning rate
 Index = Annotated[int, at_least(0), at_most(INT64_MAX)]

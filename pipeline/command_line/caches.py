@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from h2t.cache.reader import Cache
     from h2t.pipeline.heads.replicate import Replicate
 
-
 LONGEST = 1000  # characters of one fact that `cache info` prints
 
 
@@ -157,9 +156,6 @@ def cache() -> None:
     """Describe, check, share and import caches."""
 
 
-PART = click.option(
-    "--part", type=options.PART, default="1/1", metavar="K/N", help="Take part K of N alone; run all N, at once or not."
-)
 CACHE = click.argument("location", metavar="CACHE", help="Path or URL of the cache.")
 
 
@@ -221,7 +217,9 @@ def info(location: str, as_json: bool) -> None:
 @options.params_file
 @click.option("--seed", default=0, show_default=True, metavar="N", help="With --recompute: seed of the random rows.")
 @options.device("auto", "; with --recompute")
-@PART
+@click.option(
+    "--part", type=options.PART, default="1/1", metavar="K/N", help="Take part K of N alone; run all N, at once or not."
+)
 def verify_command(location: str, quick: bool, count: int | None, part: tuple[int, int], **given: Any) -> None:
     """Check a cache. Print one line per fault and exit 1 if there are any.
 

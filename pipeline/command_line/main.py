@@ -13,12 +13,7 @@ import click
 from h2t.pipeline.base.run import Run, Say, silent
 from h2t.pipeline.command_line import names, options
 from h2t.pipeline.command_line.caches import cache as cache_group
-from h2t.pipeline.command_line.caches import (
-    further_replicates,
-    named_elsewhere,
-    opened,
-    previous,
-)
+from h2t.pipeline.command_line.caches import further_replicates, named_elsewhere, opened, previous
 from h2t.pipeline.command_line.init import init
 from h2t.pipeline.command_line.lists import list_plugins, list_presets
 from h2t.pipeline.command_line.models import export, predict
@@ -155,7 +150,7 @@ def extract(
         with opened(asked.url, fingerprint=asked.fingerprint) as there:
             check_backbone(there, backbone)
             rows = counted(there.spec.rows, "row")
-        elsewhere.stand_in(Run(name, options.as_path(out)), asked.url, asked.fingerprint)
+        elsewhere.stand_in(options.as_path(out), asked.url, asked.fingerprint)
         say(f"{name}: its cache is elsewhere, {rows}; nothing is extracted")
         return {}
     prepared = load_samples(samples)
@@ -220,7 +215,7 @@ def pool(
     section = params.build(stage_module.Params, "pool", params.section(values, "pool"))
     names.check_folders(values, "backbones", name, cache, out)
     if there := named_elsewhere(values, cache):
-        elsewhere.stand_in(Run(name, options.as_path(out)), there.url, there.fingerprint)
+        elsewhere.stand_in(options.as_path(out), there.url, there.fingerprint)
         say(f"{name}: its cache is elsewhere; nothing is pooled, but h2t cache pool CACHE OUT copies it")
         return
     with opened(cache) as maps:
@@ -232,12 +227,7 @@ def pool(
 @backbone_name
 @cache_place
 @output("Directory to write.")
-@click.option(
-    "--backbone",
-    type=PATH,
-    metavar="DIR",
-    help="Directory that train-backbone wrote; by default CACHE/../../train_backbone/NAME.",
-)
+@options.backbone_of_cache
 @stage
 def probe(values: dict[str, Any], say: Say, name: str, cache: str, out: Path, backbone: Path | None) -> dict[str, Any]:
     """Fit the head of the frozen backbone NAME to a cache.

@@ -5,11 +5,12 @@ architecture, options or objective differ, or if the folder has the name of anot
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.run import Say
 
 
 def folder_name(location: object) -> str:
@@ -32,7 +33,7 @@ def check_folders(values: Mapping[str, Any], section: str, name: str, *locations
             )
 
 
-def check_backbone(values: Mapping[str, Any], name: str, folder: Path, say: Callable[[str], None]) -> None:
+def check_backbone(values: Mapping[str, Any], name: str, folder: Path, say: Say) -> None:
     """Raises UserError if the record of the backbone in `folder` differs from `backbones.NAME` in the parameters.
 
     If the parameters do not have NAME, `say` gets a note that nothing was compared.
@@ -83,7 +84,7 @@ def check_host(
     cache: str,
     backbone: Path,
     out: Path,
-    say: Callable[[str], None],
+    say: Say,
     heads: Path | None = None,
 ) -> None:
     """Raises UserError if cache or backbone are not those of `hosts.NAME.backbone`, or other folders are not NAME's."""

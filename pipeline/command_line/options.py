@@ -52,6 +52,12 @@ def as_path(out: Path | str) -> Path:
     return out
 
 
+backbone_of_cache = click.option(
+    "--backbone",
+    type=PATH,
+    metavar="DIR",
+    help="Directory that train-backbone wrote; by default CACHE/../../train_backbone/NAME.",
+)
 replace = click.option("--replace", is_flag=True, help="Replace another cache at OUT.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 

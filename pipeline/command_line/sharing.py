@@ -83,12 +83,7 @@ def import_command(
 @click.option(
     "--samples", type=PATH, metavar="DIR", help="Directory that prepare wrote; by default CACHE/../../prepare."
 )
-@click.option(
-    "--backbone",
-    type=PATH,
-    metavar="DIR",
-    help="Directory that train-backbone wrote; by default CACHE/../../train_backbone/NAME.",
-)
+@options.backbone_of_cache
 @options.params_file
 @options.overrides
 @options.as_json

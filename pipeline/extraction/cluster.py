@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import pydantic
 
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.run import Say
 from h2t.pipeline.base.text import counted
 
 TASKS = 3  # for each worker: one shard is computed, one written, one waits; this bounds the memory of a worker
@@ -48,7 +49,7 @@ def _check(value: str | None) -> str | None:
 ADDRESS = pydantic.AfterValidator(_check)
 
 
-def shards(address: str, job: Job, pending: Sequence[int], say: Callable[[str], None]) -> Iterator[int]:
+def shards(address: str, job: Job, pending: Sequence[int], say: Say) -> Iterator[int]:
     """Every shard in `pending` as soon as it is written, in the order of completion.
 
     `say` gets a line that names the workers waited for when no shard has come for `QUIET` seconds. Raises UserError if
@@ -141,7 +142,7 @@ def _connected(client: Any, at: Any, address: str) -> Any:
     return connected
 
 
-def _next(done: "queue.SimpleQueue[Any]", client: Any, say: Callable[[str], None]) -> Any:
+def _next(done: "queue.SimpleQueue[Any]", client: Any, say: Say) -> Any:
     """The next finished future. Names the workers waited for after `QUIET` seconds, then at growing intervals."""
     started, wait = time.monotonic(), QUIET
     while True:

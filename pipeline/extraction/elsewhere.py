@@ -4,6 +4,7 @@ The output of `extract` and `pool` is then a directory that stands for it (`cach
 fingerprint in it, by way of the parameters; the maps are in no output.
 """
 
+from pathlib import Path
 from typing import Annotated
 
 import pydantic
@@ -12,7 +13,6 @@ from h2t.cache.read.elsewhere import STAND_IN
 from h2t.cache.redaction import redacted
 from h2t.pipeline.base.outputs import fresh_directory, write_json
 from h2t.pipeline.base.params import Section
-from h2t.pipeline.base.run import Run
 
 
 class CacheElsewhere(Section):
@@ -24,7 +24,7 @@ class CacheElsewhere(Section):
     """Fingerprint that the cache must have, which `h2t cache info` prints. DVC watches it in place of the maps."""
 
 
-def stand_in(run: Run, url: str, fingerprint: str) -> None:
-    """Writes the directory `run.out`, which stands for the cache at `url`; a login or query of the URL is left out."""
-    with fresh_directory(run.out) as into:
+def stand_in(out: Path, url: str, fingerprint: str) -> None:
+    """Writes the directory `out`, which stands for the cache at `url`; a login or query of the URL is left out."""
+    with fresh_directory(out) as into:
         write_json(into / STAND_IN, {"url": redacted(url), "fingerprint": fingerprint})

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 class Recipe:
     """Names of the statistics that a recipe stores, and that a host with this recipe reads.
 
-    Stored: `train` for training samples, `evaluation` for evaluation samples. Read: `receiver` and `donors` (by
-    sampler) in stage II, `evaluate` in evaluation.
+    Stored: `train` for training samples, `evaluation` for evaluation samples. Read: `receiver` in stage
+    II, or what `donors` has for the sampler of a row; `evaluate` in evaluation.
     """
 
     train: tuple[str, ...]
@@ -25,12 +25,12 @@ class Recipe:
     evaluate: str
 
     def read_under(self, sampler: str) -> str:
-        """The statistics of rows drawn by `sampler`; those of the receivers for a sampler plug-in."""
+        """The statistics of rows drawn by `sampler`."""
         return self.donors.get(sampler, self.receiver)
 
 
 def _one(name: str) -> Recipe:
-    return Recipe((name,), (name,), name, {"instance": name, "balanced": name, "reverse": name}, name)
+    return Recipe((name,), (name,), name, {}, name)
 
 
 RECIPES: dict[str, Recipe] = {
@@ -40,7 +40,7 @@ RECIPES: dict[str, Recipe] = {
         train=("balanced", "instance"),
         evaluation=("mixture", "balanced"),
         receiver="balanced",
-        donors={"instance": "instance", "balanced": "balanced", "reverse": "reverse"},
+        donors={"instance": "instance", "reverse": "reverse"},
         evaluate="mixture",
     ),
 }

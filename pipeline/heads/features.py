@@ -127,7 +127,7 @@ def first_not_finite(cache: Cache, rows: np.ndarray) -> str | None:
     Reads every map of `rows`, so it is meant for finding the cause of an error.
     """
     spec = cache.spec
-    block = max(1, BLOCK_BYTES // max(spec.row_bytes(expert) for expert in range(spec.experts)))
+    block = max(1, BLOCK_BYTES // spec.largest_row_bytes)
     for first in range(0, len(rows), block):
         part = rows[first : first + block]
         finite = np.ones(len(part), bool)

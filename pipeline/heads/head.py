@@ -1,6 +1,6 @@
 """A head: everything between the maps of a backbone and the logits."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,11 +43,11 @@ class Head:
     def prepare(self, x: torch.Tensor, labels: torch.Tensor, stage1: StageOneHead) -> None:
         """Shows the host maps or pooled features of all training samples, in ascending order of `labels` (N,)."""
         with torch.no_grad():
-            self.gradient_host.prepare(self.features(self._pool_on(x.device), x), labels, stage1)
+            self.gradient_host.prepare(self.features(self.pool_state(x.device), x), labels, stage1)
 
     def initial(self, stage1: StageOneHead, draws: np.random.Generator) -> dict[str, torch.Tensor]:
         """The state before the first step. Raises UserError if the stage-I classifier does not fit the host."""
-        return {**self.gradient_host.initial(stage1, draws), **_with_prefix(self.pool.initial())}
+        return {**self.gradient_host.initial(stage1, draws), **self.pool_state(torch.device("cpu"))}
 
     def features(self, state: State, x: torch.Tensor) -> torch.Tensor:
         """The classifier's input, (E, B, D) or (E, B, D, M): `x`, pooled if it holds maps, after the frozen part."""
@@ -77,16 +77,12 @@ class Head:
         """
         if not isinstance(self.host, FittedHost):
             raise TypeError(f"{type(self.host).__name__} is trained by gradient descent and has no closed-form fit")
-        pool = self._pool_on(x.device)
+        pool = self.pool_state(x.device)
         return {**self.host.fit(self.features(pool, x), labels, stage1), **pool}
 
-    def _pool_on(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """The initial parameters of the pool, as they stand in a head's state."""
-        return {name: t.to(device) for name, t in _with_prefix(self.pool.initial()).items()}
-
-
-def _with_prefix(pool: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {POOL + name: t for name, t in pool.items()}
+    def pool_state(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """The initial parameters of the pool on `device`, as they stand in a head's state."""
+        return {POOL + name: t.to(device) for name, t in self.pool.initial().items()}
 
 
 def _of_host(state: State) -> dict[str, torch.Tensor]:

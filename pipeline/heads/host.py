@@ -8,7 +8,7 @@ randomness comes in through `initial` and `noise`. Under vmap a tensor's values 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeGuard, TypeVar, overload
+from typing import Any, Literal, NamedTuple, TypeGuard, TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import Section
 from h2t.pipeline.networks.classifier import expert_logits, expert_mean, logits
 from h2t.pipeline.networks.trained import StageOneHead
-from h2t.pipeline.training.longtail import cross_entropy, log_prior
+from h2t.pipeline.training.longtail import cross_entropy, log_prior, mixed_cross_entropy
 from h2t.pipeline.training.weighted import WeightedLoss
 
 State = Mapping[str, torch.Tensor]
@@ -125,14 +125,8 @@ class Host:
     scale: float
     context: Context
 
-    @overload
-    def __init__(self, loss: Section, classifier: str, scale: float, context: Context, /) -> None: ...
-
-    @overload
-    def __init__(self, classifier: str, scale: float, context: Context, /) -> None: ...
-
     def __init__(self, *given: Any) -> None:
-        """Hosts are made with four arguments. A subclass that uses `loss` itself may pass on the other three.
+        """Hosts are made with (loss, classifier, scale, context). Those of version 0.1.0 pass on the last three alone.
 
         Raises UserError for a kind of classifier that the host does not take.
         """
@@ -144,11 +138,6 @@ class Host:
             raise UserError(
                 f"classifier: host {name} needs a {kind} classifier; got {self.classifier!r}; set it to {kind}"
             )
-
-    @classmethod
-    def needs(cls) -> str:
-        """What it needs besides features and labels of a batch, in words; empty if that is nothing."""
-        return ""
 
     def stage1_state(self, stage1: StageOneHead) -> dict[str, torch.Tensor]:
         """A copy of the parameters it starts from: those of stage I, or what stands in their place.
@@ -377,9 +366,8 @@ class MixingHost(GradientHost):
         order, share = noise[:, 0].long(), noise[:, 1]
         partners = labels[order]
         mixed = torch.lerp(features[:, order], features, share.unsqueeze(-1))
-        losses = -self.logits(state, mixed).log_softmax(-1)
-        own, other = (losses.gather(-1, y.unsqueeze(-1)).squeeze(-1) for y in (labels, partners))
-        return torch.lerp(other, own, self.label_share(share, labels, partners)).mean()
+        shares = self.label_share(share, labels, partners)
+        return mixed_cross_entropy(self.logits(state, mixed), labels, partners, shares)
 
 
 class FittedHost(Host):

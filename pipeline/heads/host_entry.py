@@ -23,7 +23,6 @@ from h2t.pipeline.base.params import (
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.heads.features import FeatureReader
 from h2t.pipeline.heads.fusion import Rounding, Selection
-from h2t.pipeline.heads.host import Host
 from h2t.pipeline.heads.setting import HeadSetting, Optimiser
 from h2t.pipeline.heads.stored import LOSS
 
@@ -91,6 +90,11 @@ class Params(Section):
     folds: Annotated[Count, at_least(2)] | None = None
     """Parts of a cross-validation on the training samples that chooses from the grid; null is validation images."""
 
+    @property
+    def kind(self) -> Any:
+        """The class `Host` of the method's plug-in."""
+        return plugins.load("hosts", self.host).Host
+
 
 def heads_of(grid: Grid, rounding: Rounding = "floor", *, fitted: bool = False) -> list[HeadSetting]:
     """All combinations of the grid's values; the seed varies fastest, constants slowest.
@@ -105,9 +109,9 @@ def heads_of(grid: Grid, rounding: Rounding = "floor", *, fitted: bool = False) 
     return [HeadSetting(ratio, donor, chosen, seed, rounding, own) for own, ratio, donor, chosen, seed in usual]
 
 
-def check_start(params: Params, name: str, kind: type[Host], head: str) -> None:
+def check_start(params: Params, name: str, head: str) -> None:
     """Raises UserError if host `name` cannot start as asked from a backbone with this `head`."""
-    where, backbone = f"hosts.{name}", f"backbones.{params.backbone}"
+    where, backbone, kind = f"hosts.{name}", f"backbones.{params.backbone}", params.kind
     if kind.starts_from == "own" and params.start:
         raise UserError(f"{where}.start: host {params.host} has a start of its own; got {params.start}; remove the key")
     if kind.starts_from == "trained" and (params.start or head != "trained"):
@@ -153,7 +157,7 @@ def check_choice(params: Params, name: str, cache: Cache) -> None:
         )
 
 
-def check_grid(params: Params, name: str, cache: Cache, fitted: bool, heads: list[HeadSetting]) -> None:
+def check_grid(params: Params, name: str, cache: Cache, heads: list[HeadSetting]) -> None:
     """Raises UserError for settings that do not suit the host or the cache."""
     check_constants(params, name)
     where = f"hosts.{name}"

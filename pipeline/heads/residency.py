@@ -20,6 +20,7 @@ from h2t.cache.read.prefetch import in_background
 from h2t.cache.sizes import sized
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import Bytes, Count, Section
+from h2t.pipeline.base.run import Say
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.heads.batches import Batch, Streams
 from h2t.pipeline.heads.draws import Draws
@@ -111,7 +112,7 @@ class Choice:
     reason: str
 
 
-def choose_tier(wanted: Literal["auto", "device", "memory", "stream"], need: int, budget: int, free: int) -> Choice:
+def choose_tier(wanted: Tier | Literal["auto"], need: int, budget: int, free: int) -> Choice:
     """The tier for `need` bytes of features.
 
     `budget`: bytes of host memory for features; `free`: bytes for them on a GPU, 0 without one.
@@ -177,7 +178,7 @@ class Feed:
         choice: Choice,
         budget: int,
         device: torch.device,
-        say: Callable[[str], None],
+        say: Say,
         *,
         dtype: torch.dtype = torch.float32,
         step_rows: int | None = None,
@@ -233,8 +234,7 @@ class Feed:
         `draw`, what else steps draw. A caller must drop a step before it asks for the next one, or a third window stays
         in memory.
         """
-        spec = self.reader.cache.spec
-        row_bytes = sum(spec.row_bytes(expert) for expert in range(spec.experts))
+        row_bytes = self.reader.cache.spec.row_bytes_in_all
         windows = self._planned(epochs, first_epoch, first_step, draw, most)
         streamed = self.choice.tier == "stream"
         for window in in_background(windows, meter=self.meter if streamed else None):

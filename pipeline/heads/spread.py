@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 import pyarrow.parquet as pq
 import torch
 
-from h2t.pipeline.base import clock, plugins, progress
+from h2t.pipeline.base import clock, progress
 from h2t.pipeline.base.device import choose
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import fresh_directory
@@ -30,7 +30,7 @@ def train_spread(task: Task) -> Made:
     Those of a closed-form fit are always trained here.
     """
     run, heads = task.run, task.heads
-    one_process = plugins.load("hosts", task.params.host).Host.fitted
+    one_process = task.params.kind.fitted
     shares = shares_of(heads, 1 if one_process else task.residency.processes)
     if len(shares) == 1:
         return train_task(task)

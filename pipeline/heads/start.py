@@ -22,14 +22,14 @@ from torch.nn import functional as F
 from h2t.cache.memory import available_memory
 from h2t.cache.reader import Cache
 from h2t.cache.sizes import sized
-from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.errors import UserError, in_brief
 from h2t.pipeline.base.params import build
 from h2t.pipeline.base.run import Say, silent
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.data.classes import recorded_names
 from h2t.pipeline.heads.batches import SampleRows, sample_rows
 from h2t.pipeline.heads.features import FeatureReader, first_not_finite, identity_if_pooled, maps_fingerprint
-from h2t.pipeline.heads.head import POOL, Head
+from h2t.pipeline.heads.head import Head
 from h2t.pipeline.networks import probe
 from h2t.pipeline.networks.classifier import global_average
 from h2t.pipeline.networks.frozen import FrozenPart, load_classifier
@@ -167,7 +167,7 @@ def class_means(
     A linear classifier has the bias -|m|^2 / 2, so that the nearest mean wins (Snell et al., "Prototypical Networks for
     Few-shot Learning", NeurIPS 2017, eq. (8)); for a cosine classifier means are scaled to length 1, as in LIFT.
     """
-    pool = {POOL + name: t.to(device) for name, t in head.pool.initial().items()}
+    pool = head.pool_state(device)
     total, labels = torch.zeros(0), rows.labels
     for first in range(0, len(rows.first), BLOCK_ROWS):
         part = rows.first[first : first + BLOCK_ROWS]
@@ -238,8 +238,9 @@ def _vectors(path: Path, content: bytes, listed: list[str], where: str) -> dict[
     try:
         values = torch.from_numpy(np.load(BytesIO(content), allow_pickle=False))
     except (OSError, ValueError, EOFError, TypeError) as error:
-        why = " ".join(str(error).split())[:200]
-        raise UserError(f"{where}: {path.name} is not an .npy file of numbers ({why}); write it again") from None
+        raise UserError(
+            f"{where}: {path.name} is not an .npy file of numbers ({in_brief(error)}); write it again"
+        ) from None
     if values.dim() != 2 or len(values) != len(listed) or len(set(listed)) != len(listed):
         raise UserError(
             f"{where}: {path.name} must have a row for each of the different names in {path.with_suffix('.txt').name}; "

@@ -1,6 +1,7 @@
 """A training task: classifiers of one host on one cache, in this process."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from h2t.cache.memory import available_memory
 from h2t.cache.reader import Cache
 from h2t.cache.sizes import sized
-from h2t.pipeline.base import clock, plugins
+from h2t.pipeline.base import clock
 from h2t.pipeline.base.columns import column
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.run import Run
@@ -38,7 +39,7 @@ from h2t.pipeline.heads.stack import FLOAT, NotFinite, not_finite
 from h2t.pipeline.heads.start import backbone_head, class_means, from_file
 from h2t.pipeline.heads.step_size import step_size
 from h2t.pipeline.heads.stored import HeadParts, Heads, build_head
-from h2t.pipeline.heads.training import fit, train
+from h2t.pipeline.heads.training import Trained, fit, train
 from h2t.pipeline.networks.frozen import save_classifier
 from h2t.pipeline.networks.pool import Pool
 from h2t.pipeline.networks.trained import StageOneHead, backbone_digest, load_head
@@ -118,8 +119,7 @@ def backbone_start(task: Task) -> StageOneHead:
     """The head of the task's backbone: trained in stage I, or a probe, which is fitted here unless there is one."""
     if task.start is not None:
         return load_head(task.start)
-    kind = plugins.load("hosts", task.params.host).Host
-    if kind.starts_from == "own" or _start_of(task.params) not in (None, "probe"):
+    if task.params.kind.starts_from == "own" or _start_of(task.params) not in (None, "probe"):
         return load_head(task.backbone_dir)
     return backbone_head(
         task.cache, task.backbone_dir, task.params.classifier, task.run.device, task.run.say, task.rows
@@ -128,15 +128,13 @@ def backbone_start(task: Task) -> StageOneHead:
 
 def _start_of(params: Params) -> str | None:
     """What training starts from, as `hosts.NAME.start` says it, or by the host's default."""
-    kind = plugins.load("hosts", params.host).Host
-    return params.start or ("means" if kind.starts_from == "means" else None)
+    return params.start or ("means" if params.kind.starts_from == "means" else None)
 
 
 def train_task(task: Task) -> Made:
     """Trains the classifiers. Raises UserError for settings or caches that do not fit, or if training diverges."""
     params, run, cache, heads = task.params, task.run, task.cache, task.heads
-    recipe = RECIPES[params.batchnorm]
-    kind = plugins.load("hosts", params.host).Host
+    recipe, kind = RECIPES[params.batchnorm], params.kind
     start = _start_of(params)
     stage1 = backbone_start(task)
     fitted = kind.fitted
@@ -197,39 +195,64 @@ def train_task(task: Task) -> Made:
         **({"start": Path(params.start).name} if params.start else {}),
     }
     if fitted:
-        clock.begins("training")
-        _check_fit(run.name, streams, reader, holds_logits=kind.holds_logits)
-        trained = fit([head_of(h) for h in heads], stage1, streams, reader, run.device)
-        summary = Summary(len(heads), 0)
-        if bad := not_finite(trained.state):
-            raise _not_finite_because(run.name, fitted, cache, streams.receivers.first, bad[1], heads[bad[0]])
+        trained, summary = _fitted(task, streams, reader, stage1, head_of)
     else:
-        if head.gradient_host.prepares:
-            _check_fit(run.name, streams, reader, task.host, holds_logits=False)
-        begin = weights_digest(stage1.state)
-        token = f"{cache.spec.fingerprint} {about['backbone']} {params.model_dump_json()} {begin}"
-        token += "" if task.rows is None else f" fold of {streams.samples} samples"
-        room = find_room(task.residency, run.device, task.host)
-        choice = plan_tier(streams, reader, task.residency, room)
-        size = step_size(streams, reader, stage1, head, on_gpu=room.gpu > 0)
-        planned = planned_parts(run, heads, size, choice, room, streams.count * reader.row_bytes, token)
-        if len(planned) > len({h.kind for h in heads}):
-            run.say(
-                f"{run.name}: {counted(len(heads), 'classifier')} in {len(planned)} parts, "
-                f"to stay below {sized(room.step)} per step"
-            )
-        clock.begins("reading")
-        step_rows = max(size.window(part) for part in planned) // reader.row_bytes
-        feed = Feed(streams, reader, choice, room.windows, run.device, run.say, step_rows=step_rows)
-        try:
-            clock.begins("training")
-            trained = train(params.optimiser, run, head_of, planned, feed, stage1, token)
-        except NotFinite as bad:
-            Checkpoint(run.out, "").clear()  # or training on a repaired cache would resume from these weights
-            raise _not_finite_because(run.name, fitted, cache, streams.rows, bad.parameter, heads[bad.head]) from None
-        summary = _summary(len(heads), params.optimiser, streams.steps, trained.restored, feed)
-        run.say(f"{run.name}: {feed.cost}")
+        trained, summary = _descended(task, streams, reader, stage1, head_of, str(about["backbone"]))
     return Made(Heads(trained.state, table(heads, replaced, about), about, frozen), trained.history, summary)
+
+
+def _fitted(
+    task: Task, streams: Streams, reader: FeatureReader, stage1: StageOneHead, head_of: Callable[[HeadSetting], Head]
+) -> tuple[Trained, Summary]:
+    """The classifiers of a closed-form fit. Raises UserError, also if they are not finite."""
+    run, heads = task.run, task.heads
+    clock.begins("training")
+    _check_fit(run.name, streams, reader, holds_logits=task.params.kind.holds_logits)
+    trained = fit([head_of(setting) for setting in heads], stage1, streams, reader, run.device)
+    if bad := not_finite(trained.state):
+        raise _not_finite_because(run.name, True, task.cache, streams.receivers.first, bad[1], heads[bad[0]])
+    return trained, Summary(len(heads), 0)
+
+
+def _descended(
+    task: Task,
+    streams: Streams,
+    reader: FeatureReader,
+    stage1: StageOneHead,
+    head_of: Callable[[HeadSetting], Head],
+    backbone: str,
+) -> tuple[Trained, Summary]:
+    """The classifiers that gradient descent trains, in parts that fit the memory. Raises UserError if it diverges.
+
+    `backbone`: digest of its weights.
+    """
+    run, cache, heads, params = task.run, task.cache, task.heads, task.params
+    head = head_of(heads[0])
+    if head.gradient_host.prepares:
+        _check_fit(run.name, streams, reader, task.host, holds_logits=False)
+    begin = weights_digest(stage1.state)
+    token = f"{cache.spec.fingerprint} {backbone} {params.model_dump_json()} {begin}"
+    token += "" if task.rows is None else f" fold of {streams.samples} samples"
+    room = find_room(task.residency, run.device, task.host)
+    choice = plan_tier(streams, reader, task.residency, room)
+    size = step_size(streams, reader, stage1, head, on_gpu=room.gpu > 0)
+    planned = planned_parts(run, heads, size, choice, room, streams.count * reader.row_bytes, token)
+    if len(planned) > len({h.kind for h in heads}):
+        run.say(
+            f"{run.name}: {counted(len(heads), 'classifier')} in {len(planned)} parts, "
+            f"to stay below {sized(room.step)} per step"
+        )
+    clock.begins("reading")
+    step_rows = max(size.window(part) for part in planned) // reader.row_bytes
+    feed = Feed(streams, reader, choice, room.windows, run.device, run.say, step_rows=step_rows)
+    try:
+        clock.begins("training")
+        trained = train(params.optimiser, run, head_of, planned, feed, stage1, token)
+    except NotFinite as bad:
+        Checkpoint(run.out, "").clear()  # or training on a repaired cache would resume from these weights
+        raise _not_finite_because(run.name, False, cache, streams.rows, bad.parameter, heads[bad.head]) from None
+    run.say(f"{run.name}: {feed.cost}")
+    return trained, _summary(len(heads), params.optimiser, streams.steps, trained.restored, feed)
 
 
 def _start(start: str, params: Params, run: Run, reader: FeatureReader, head: Head, streams: Streams) -> StageOneHead:

@@ -16,9 +16,8 @@ import torch
 from torch.nn import functional as F
 
 from h2t.pipeline.base.params import NonNegative, Section
-from h2t.pipeline.heads.host import GradientHost, State, TrainingBatch
-from h2t.pipeline.networks.trained import StageOneHead
-from h2t.pipeline.training.longtail import class_covariances, spread
+from h2t.pipeline.heads.covariances import CovarianceHost
+from h2t.pipeline.heads.host import State, TrainingBatch
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
@@ -30,27 +29,12 @@ class Loss(Section):
     """Whole covariances take K D^2 numbers per expert, diagonal ones K D."""
 
 
-class Host(GradientHost):
+class Host(CovarianceHost):
     """Needs a linear classifier: the bound does not hold for cosines."""
 
-    only_classifier = "linear"
     linear = True
-    receiver = "instance"
-    constants: Loss
-    covariances: torch.Tensor
-
-    def prepare(self, features: torch.Tensor, labels: torch.Tensor, stage1: StageOneHead) -> None:
-        """Keeps the covariances (E, K, D, D), or their diagonals (E, K, D)."""
-        counts, full = self.context.counts.tolist(), self.constants.covariance == "full"
-        self.covariances = class_covariances(features, counts, full=full)
-
-    def loss_numbers(self) -> int:
-        """Products of all classes' weights with whole covariances, and their gradients."""
-        of_class = self.context.classes * self.context.channels
-        return 4 * self.context.experts * self.context.classes * of_class if self.constants.covariance == "full" else 0
+    products = 4
 
     def batch_loss(self, state: State, batch: TrainingBatch) -> torch.Tensor:
         """Mean cross-entropy of the batch, with the terms of the covariances."""
-        strength = self.constants.strength * batch.progress
-        terms = spread(self.scale * state["weight"], self.covariances, batch.labels)
-        return F.cross_entropy(self.logits(state, batch.features) + strength / 2 * terms, batch.labels)
+        return F.cross_entropy(self.spread_logits(state, self.covariances, batch), batch.labels)

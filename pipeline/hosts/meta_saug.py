@@ -12,16 +12,16 @@ class; here it is drawn from the training samples. Their covariances are estimat
 computed once.
 """
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from torch.func import grad
 from torch.nn import functional as F
 
-from h2t.pipeline.base.params import NonNegative, Positive, Section, within
-from h2t.pipeline.heads.host import Context, GradientHost, State, TrainingBatch
-from h2t.pipeline.networks.trained import StageOneHead
-from h2t.pipeline.training.longtail import class_covariances, effective_weights, spread
+from h2t.pipeline.base.params import Beta, NonNegative, Positive, Section
+from h2t.pipeline.heads.covariances import CovarianceHost
+from h2t.pipeline.heads.host import Context, State, TrainingBatch
+from h2t.pipeline.training.longtail import effective_weights
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
@@ -31,7 +31,7 @@ class Loss(Section):
     """The r of the last epoch; it grows linearly from 0."""
     covariance: Literal["full", "diagonal"] = "diagonal"
     """Whole covariances take K D^2 numbers per expert, and as many again for each classifier of a stack."""
-    beta: Annotated[float, within(0, 0.999999)] = 0.9999
+    beta: Beta = 0.9999
     """Of the class weights."""
     meta_rate: NonNegative = 0.1
     """Step of the covariances."""
@@ -39,28 +39,15 @@ class Loss(Section):
     """Step of the virtual classifier; `optimiser.lr` in the authors' code."""
 
 
-class Host(GradientHost):
+class Host(CovarianceHost):
     """Needs a linear classifier: the bound does not hold for cosines."""
 
-    only_classifier = "linear"
-    receiver = "instance"
     partner = "balanced"
-    constants: Loss
-    covariances: torch.Tensor
+    products = 12
 
     def __init__(self, loss: Loss, classifier: str, scale: float, context: Context) -> None:
         super().__init__(loss, classifier, scale, context)
         self.weights = effective_weights(context.counts, loss.beta)
-
-    def prepare(self, features: torch.Tensor, labels: torch.Tensor, stage1: StageOneHead) -> None:
-        """Keeps the covariances (E, K, D, D), or their diagonals (E, K, D)."""
-        counts, full = self.context.counts.tolist(), self.constants.covariance == "full"
-        self.covariances = class_covariances(features, counts, full=full)
-
-    def loss_numbers(self) -> int:
-        """Products of all classes' weights with whole covariances, and their gradients."""
-        of_class = self.context.classes * self.context.channels
-        return 12 * self.context.experts * self.context.classes * of_class if self.constants.covariance == "full" else 0
 
     def batch_loss(self, state: State, batch: TrainingBatch) -> torch.Tensor:
         """The weighted ISDA loss with the corrected covariances."""
@@ -77,8 +64,5 @@ class Host(GradientHost):
 
     def _augmented(self, state: State, covariances: torch.Tensor, batch: TrainingBatch) -> torch.Tensor:
         """The ISDA loss with class weights, averaged over the batch."""
-        strength = self.constants.strength * batch.progress
-        terms = spread(self.scale * state["weight"], covariances, batch.labels)
-        logits = self.logits(state, batch.features) + strength / 2 * terms
-        losses = F.cross_entropy(logits, batch.labels, reduction="none")
+        losses = F.cross_entropy(self.spread_logits(state, covariances, batch), batch.labels, reduction="none")
         return (self.weights.to(losses)[batch.labels] * losses).mean()

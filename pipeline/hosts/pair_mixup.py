@@ -14,6 +14,7 @@ import torch
 
 from h2t.pipeline.base.params import Positive, Section
 from h2t.pipeline.heads.host import GradientHost, State, TrainingBatch
+from h2t.pipeline.training.longtail import mixed_cross_entropy
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
@@ -35,7 +36,5 @@ class Host(GradientHost):
 
     def batch_loss(self, state: State, batch: TrainingBatch) -> torch.Tensor:
         """The mixed loss, averaged over the batch."""
-        share, partners = batch.noise, batch.partners
-        losses = -self.logits(state, torch.lerp(partners, batch.features, share.unsqueeze(-1))).log_softmax(-1)
-        own, other = (losses.gather(-1, y.unsqueeze(-1)).squeeze(-1) for y in (batch.labels, batch.partner_labels))
-        return torch.lerp(other, own, share).mean()
+        mixed = torch.lerp(batch.partners, batch.features, batch.noise.unsqueeze(-1))
+        return mixed_cross_entropy(self.logits(state, mixed), batch.labels, batch.partner_labels, batch.noise)

@@ -1,12 +1,12 @@
 """Checks all sections of params.yaml before a stage starts, so that mistakes are found early."""
 
 import re
-from collections.abc import Callable
 from copy import copy
 from typing import Annotated, Any
 
 from h2t.pipeline.base import device, params, plugins, replicates
 from h2t.pipeline.base.errors import UserError, nearest
+from h2t.pipeline.base.run import Say, silent
 from h2t.pipeline.extraction.cluster import ADDRESS
 
 #: Every section of params.yaml, in the order of the data.
@@ -50,7 +50,7 @@ class RunSection(params.Section):
     """Where `extract` runs: null (this process), local:N for N processes, or a dask scheduler at tcp://HOST:PORT."""
 
 
-def check(values: dict[str, Any], say: Callable[[str], None] = lambda line: None) -> None:
+def check(values: dict[str, Any], say: Say = silent) -> None:
     """Checks `values` and completes them in place. Raises UserError for the first wrong, missing or unknown key.
 
     Fills in sections that are left out; `host`, `arch` and `objective`, by the entry's name; in each entry the values
@@ -116,14 +116,13 @@ def check(values: dict[str, Any], say: Callable[[str], None] = lambda line: None
                 f"{where}.batchnorm: must be one of extract.batchnorm ({', '.join(extraction.batchnorm)}); "
                 f"got {host.batchnorm!r}; add it to extract.batchnorm"
             )
-        plugin = plugins.load("hosts", host.host)
-        params.build(plugin.Loss, f"{where}.loss", host.loss)
+        params.build(plugins.load("hosts", host.host).Loss, f"{where}.loss", host.loss)
         host_entry.check_constants(host, name)
-        host_entry.check_start(host, name, plugin.Host, heads[host.backbone])
+        host_entry.check_start(host, name, heads[host.backbone])
         params.build(plugins.load("pools", host.pool).Options, f"{where}.pool_options", host.pool_options)
 
 
-def outline(values: dict[str, Any], say: Callable[[str], None] = lambda line: None) -> None:
+def outline(values: dict[str, Any], say: Say = silent) -> None:
     """Completes `values` as `check` does, but checks only the section `prepare` and which other entries there are.
 
     It needs no torch. It serves stages that read names only; every stage that computes calls `check`. Hosts with a
@@ -146,7 +145,7 @@ def _check_mapping(name: str, value: Any) -> None:
         raise UserError(f"{name}: must be a mapping; got {value!r}; write its settings as key: value below it")
 
 
-def _check_sections(values: dict[str, Any], say: Callable[[str], None]) -> None:
+def _check_sections(values: dict[str, Any], say: Say) -> None:
     """Checks the names of the sections and those that name no plug-in; fills in what is left out."""
     for name in values:
         if name not in SECTIONS:

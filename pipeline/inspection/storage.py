@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from h2t.cache.redaction import redacted
-from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.errors import LONGEST_MESSAGE, UserError, first_line
 from h2t.pipeline.inspection.findings import Finding
 from h2t.pipeline.sharing import repository
 
@@ -101,11 +101,11 @@ def _reach(root: Path, name: str) -> tuple[str, str] | None:
                 return _reach_folder(Path(odb.path))
             odb.fs.exists(odb.oid_to_path("00" * 16))
     except DvcException as error:
-        return "remote", redacted(_line(error))
+        return "remote", redacted(first_line(error)[:LONGEST_MESSAGE])
     except PermissionError:
         return "credentials", "access is denied"
     except Exception as error:  # noqa: BLE001 - every protocol raises its own
-        kind, text = type(error).__name__, _line(error)
+        kind, text = type(error).__name__, first_line(error)[:LONGEST_MESSAGE]
         message = f"{kind} {text}".lower()
         signs = ("credential", "auth", "denied", "forbidden", "token", "permission", "login", "signature", "accesskey")
         return ("credentials" if any(s in message for s in signs) else "remote"), redacted(f"{kind}: {text}")
@@ -125,8 +125,3 @@ def _reach_folder(path: Path) -> tuple[str, str] | None:
     if not os.access(store, os.W_OK):
         return "credentials", "the directory cannot be written; pulling works, but publishing needs write access"
     return None
-
-
-def _line(error: BaseException) -> str:
-    """The first line of an error's message, or the name of its class."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

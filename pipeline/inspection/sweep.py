@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from h2t.cache.reader import Cache
-from h2t.pipeline.base import clock, params, plugins
+from h2t.pipeline.base import clock, params
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import replace_file
 from h2t.pipeline.base.run import Run
@@ -78,7 +78,7 @@ def sweep(
     ratio. Nothing is chosen. Raises UserError for a host with a closed-form fit, and for settings that do not fit the
     cache.
     """
-    if plugins.load("hosts", params.host).Host.fitted:
+    if params.kind.fitted:
         raise UserError(
             f"hosts.{run.name}: a sweep needs a host that is trained by gradient descent; host {params.host} has a "
             "closed-form fit; give values of its constants in hosts.*.grid.loss, which train-classifier takes"
@@ -135,27 +135,23 @@ def _lines(
 ) -> list[Line]:
     """One line for each ratio, donor and selection of heads with these `constants`."""
 
-    def by_seed(found: Sequence[Mapping[str, Any]], name: str, *setting: object) -> dict[int, float]:
-        same = [f for f in found if (f["ratio"], f["donor"], f["selection"]) == setting and f[name] is not None]
-        return {f["seed"]: f[name] for f in same}
+    def of(setting: tuple[float, str, str], found: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        return [f for f in found if (f["ratio"], f["donor"], f["selection"]) == setting]
 
     lines = []
     for donor, selection, ratio in sorted({(f["donor"], f["selection"], f["ratio"]) for f in figures}):
-        mine = [f for f in figures if (f["ratio"], f["donor"], f["selection"]) == (ratio, donor, selection)]
         setting = (ratio, donor, selection)
+        mine, before = of(setting, figures), of(setting, standing)
         difference = next((c.figures for c in apart if (c.setting, c.against) == (setting, "without_h2t")), {})
-        before = by_seed(standing, "top1", ratio, donor, selection)
         lines.append(
             Line(
-                ratio,
-                donor,
-                selection,
+                *setting,
                 constants["lr"],
                 {name: value for name, value in constants.items() if name != "lr"},
                 [f["seed"] for f in mine],
                 over_seeds([{name: f[name] for name in FIGURES} for f in mine]),
                 {name: found for name, found in difference.items() if found} or None,
-                paired(by_seed(figures, "top1", ratio, donor, selection), before),
+                paired(*({f["seed"]: f["top1"] for f in side} for side in (mine, before))),
             )
         )
     return lines

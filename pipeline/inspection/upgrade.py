@@ -136,7 +136,7 @@ def _plan(root: Path, repo: Any) -> Plan:
     lock = locked_stages(root)
     watched = False
     for stage in sorted(_stages(root, repo), key=lambda s: str(s.addressing)):
-        watched |= any(_is_params(dep, numbers.FILE) for dep in stage.deps)
+        watched |= any(_is_numbers(dep) for dep in stage.deps)
         recorded = lock.get(stage.addressing)
         if recorded is None:  # never run
             continue
@@ -155,9 +155,9 @@ def _stages(root: Path, repo: Any) -> list[Any]:
     return [stage for stage in repo.index.stages if Path(stage.path) == root / "dvc.yaml"]
 
 
-def _is_params(dep: Any, name: str | Path) -> bool:
-    """Whether the dependency `dep` is on keys of the parameter file `name`."""
-    return hasattr(dep, "params") and Path(dep.def_path).name == str(name)
+def _is_numbers(dep: Any) -> bool:
+    """Whether the dependency `dep` is on keys of stages.yaml."""
+    return hasattr(dep, "params") and Path(dep.def_path).name == str(numbers.FILE)
 
 
 def _recorded(recorded: Mapping[str, Any], dep: Any) -> Mapping[str, Any]:
@@ -169,7 +169,7 @@ def _recorded(recorded: Mapping[str, Any], dep: Any) -> Mapping[str, Any]:
 def _number_reasons(stage: Any, recorded: Mapping[str, Any], code: numbers.Numbers) -> Iterator[str]:
     """Numbers that differ from those that the results were made with."""
     for dep in stage.deps:
-        if _is_params(dep, numbers.FILE):
+        if _is_numbers(dep):
             known = _single(_recorded(recorded, dep))
             for key, now in _single({key: _number(code, key) for key in dep.params}).items():
                 first = numbers.OWN if now == numbers.OWN else numbers.FIRST
@@ -198,7 +198,7 @@ def _other_reasons(root: Path, stage: Any, recorded: Mapping[str, Any]) -> Itera
     """Parameters and data that differ from those recorded in dvc.lock."""
     hashes = {entry["path"]: entry for entry in recorded.get("deps", [])}
     for dep in stage.deps:
-        if _is_params(dep, numbers.FILE):
+        if _is_numbers(dep):
             continue
         if hasattr(dep, "params"):
             known, now = _recorded(recorded, dep), dep.read_params()
@@ -278,7 +278,7 @@ def _is_stale(stage: Any, recorded: Mapping[str, Any], code: numbers.Numbers) ->
     for dep in stage.deps:
         if hasattr(dep, "params"):
             known = _recorded(recorded, dep)
-            of_code = _is_params(dep, numbers.FILE)
+            of_code = _is_numbers(dep)
             now = {key: _number(code, key) for key in dep.params} if of_code else dep.read_params()
             if known != now:
                 return True

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from h2t.cache.format.spec import sha256
 from h2t.cache.reader import Cache
-from h2t.pipeline.base.text import counted
+from h2t.pipeline.base.text import counted, some
 from h2t.pipeline.data.samples import Samples
 from h2t.pipeline.extraction import batchnorm
 from h2t.pipeline.extraction.recorded import ingredients
@@ -176,7 +176,7 @@ def _dataset(have: pa.Table, wanted: pa.Table, kept: bool) -> list[Reason]:
     }
     if not any(parts.values()):
         return []
-    detail = ", ".join(f"{counted(len(v), 'image')} {k}" + _some(v) for k, v in parts.items() if v)
+    detail = ", ".join(f"{counted(len(v), 'image')} {k} ({some(v, EXAMPLES)})" for k, v in parts.items() if v)
     stale = set() if kept else _stale(have, wanted)
     if stale:
         detail += f"; training images differ, so the {', '.join(sorted(stale))} statistics would be estimated again"
@@ -187,12 +187,6 @@ def _samples(table: pa.Table) -> dict[str, tuple[Any, ...]]:
     """Source -> (split, label, digest)."""
     columns = (table[k].to_pylist() for k in ("source", "split", "label", "digest"))
     return {source: tuple(rest) for source, *rest in zip(*columns, strict=True)}
-
-
-def _some(sources: list[str]) -> str:
-    """The first names in parentheses, and how many more there are."""
-    more = f", and {len(sources) - EXAMPLES} more" if len(sources) > EXAMPLES else ""
-    return f" ({', '.join(sources[:EXAMPLES])}{more})"
 
 
 def _without_statistics(value: Any) -> Any:
@@ -209,6 +203,6 @@ def _concerns_every(name: str, changes: list[str]) -> bool:
 def _layout(cache: Cache, params: extract.Params) -> list[str]:
     """Differences in codec, rows per chunk and rows per shard."""
     spec = cache.spec
-    chunk_rows, shard_rows = extract.layout(params, max(spec.row_bytes(e) for e in range(spec.experts)), spec.rows)
+    chunk_rows, shard_rows = extract.layout(params, spec.largest_row_bytes, spec.rows)
     asked = {"codec": params.codec, "chunk_rows": chunk_rows, "shard_rows": shard_rows}
     return [f"{k} {spec.layout[k]} -> {v}" for k, v in asked.items() if spec.layout[k] != v]

@@ -21,7 +21,7 @@ import torch
 from h2t.cache.format.spec import to_float32
 from h2t.cache.reader import Cache
 from h2t.pipeline.base import plugins
-from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.errors import UserError, first_line
 from h2t.pipeline.base.outputs import fresh_directory
 from h2t.pipeline.base.params import Section, build
 from h2t.pipeline.base.run import Run
@@ -299,4 +299,4 @@ def _cause(error: BaseException) -> str:
     """The first line of the error that `error` came from in the end."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    return first_line(error)

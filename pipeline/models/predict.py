@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.errors import UserError, first_line
 from h2t.pipeline.base.params import build
 from h2t.pipeline.base.progress import progress
 from h2t.pipeline.data import list_files, parquet_files, tables
@@ -121,7 +121,7 @@ def onnx_session(path: Path) -> tuple[Any, dict[str, Any]]:
         about = json.loads(session.get_modelmeta().custom_metadata_map["h2t"])
     except Exception as error:  # noqa: BLE001 - onnxruntime has its own classes of errors
         raise UserError(
-            f"{path}: not an ONNX model written by h2t export ({str(error).splitlines()[0]}); export it again"
+            f"{path}: not an ONNX model written by h2t export ({first_line(error)}); export it again"
         ) from None
     return session, about
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from h2t.pipeline.base.errors import UserError, in_brief, of_the_machine
+from h2t.pipeline.base.errors import LONGEST_MESSAGE, UserError, first_line, in_brief, of_the_machine
 
 #: Plug-in -> the package that builds its networks.
 PACKAGES = {"timm": "timm", "huggingface": "transformers"}
@@ -127,7 +127,7 @@ def offline(model: str) -> Iterator[None]:
                 f"options.model: the files in {model} cannot be loaded ({reason}); name a folder whose weights fit its "
                 "config.json, and leave input.size out if the network was trained at another size"
             ) from None
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+        reason = first_line(error)[:LONGEST_MESSAGE]
         raise UserError(
             f"options.model: the files of {model} are not in the local cache of the hub and cannot be downloaded "
             f"({reason}); put config.json and model.safetensors into a folder and name it in options.model, or name "

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from h2t.pipeline.base.errors import UserError, in_brief, of_the_machine
+from h2t.pipeline.base.text import some
 from h2t.pipeline.networks.backbone import Backbone
 from h2t.pipeline.networks.classifier import global_average
 from h2t.pipeline.networks.frozen import FrozenPart, Layer, is_linear, kinds_of, layer, same
@@ -206,9 +207,7 @@ def find_ending(backbone: Tapped, side: int) -> tuple[Ending, set[nn.Module]]:
     if seen:
         return Ending(why=f"its own head reads {seen}"), reached
     between = [f"{name} ({type(model.get_submodule(name)).__name__})" for name in dict.fromkeys(following)]
-    more = f" and {len(between) - NAMED} more" if len(between) > NAMED else ""
-    why = f"between its maps and its logits lie {', '.join(between[:NAMED]) or 'other operations'}{more}"
-    return Ending(why=why), reached
+    return Ending(why=f"between its maps and its logits lie {some(between, NAMED) or 'other operations'}"), reached
 
 
 def _seen_by_the_head(

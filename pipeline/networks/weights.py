@@ -8,7 +8,7 @@ import hashlib
 import json
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
-from h2t.pipeline.base.errors import UserError
-from h2t.pipeline.base.text import counted
+from h2t.pipeline.base.errors import UserError, first_line
+from h2t.pipeline.base.text import counted, some
 
 METADATA = "h2t"
+NAMED = 4  # keys that a message names
 
 #: Keys under which published checkpoints hold their state dict, or two of them: (backbone, classifier).
 WRAPPERS = ("state_dict", "model", "state_dict_best", "state_dict_model")
@@ -95,8 +96,7 @@ def load_checkpoint(path: Path) -> dict[str, torch.Tensor]:
         ) from None
     # On a damaged file torch, its unpickler and zipfile raise exceptions that none of them documents.
     except Exception as error:  # noqa: BLE001
-        reason = str(error).splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: not a readable checkpoint ({reason}); save or download it again") from None
+        raise UserError(f"{path}: not a readable checkpoint ({first_line(error)}); save or download it again") from None
     return state_dict_in(content, path)
 
 
@@ -141,7 +141,7 @@ def split_head(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tenso
     if name is None or plain.get(f"{name}.weight", torch.empty(0, 0)).dim() != 2:
         raise UserError(
             "checkpoint: must hold a linear classifier named fc, linear, linears, classifier or head; "
-            f"got {_some(state)}; rename its keys"
+            f"got {some(sorted(state), NAMED)}; rename its keys"
         )
     head = {}
     for part in ("weight", "bias"):
@@ -227,7 +227,7 @@ def fill(model: torch.nn.Module, state: Mapping[str, torch.Tensor], what: str, o
         if name.endswith("num_batches_tracked"):
             continue
         if name not in state:
-            raise UserError(f"{what}: must hold weights for {name!r}; got {_some(state)}; {asked}")
+            raise UserError(f"{what}: must hold weights for {name!r}; got {some(sorted(state), NAMED)}; {asked}")
         if state[name].shape != tensor.shape:
             raise UserError(
                 f"{what}: {name} must have shape {tuple(tensor.shape)}; got {tuple(state[name].shape)}; {asked}"
@@ -239,10 +239,5 @@ def fill(model: torch.nn.Module, state: Mapping[str, torch.Tensor], what: str, o
             raise UserError(f"{what}: {name} holds NaN or infinity; use other weights")
     unknown = sorted(set(state) - set(own))
     if unknown:
-        raise UserError(f"{what}: {counted(len(unknown), 'key')} not in the network: {_some(unknown)}; {asked}")
+        raise UserError(f"{what}: {counted(len(unknown), 'key')} not in the network: {some(unknown, NAMED)}; {asked}")
     model.load_state_dict(state, strict=False)
-
-
-def _some(keys: Iterable[str]) -> str:
-    names = sorted(keys)
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -7,12 +7,10 @@ CE_w(s (cos_j - 1[j = y] m_y)) with m_j = margin n_j^(-1/4) / max_l n_l^(-1/4). 
 Published setting: 200 epochs on CIFAR-LT, rate 0.1, times 0.01 at epochs 160 and 180 (`gamma: 0.01`), in the presets.
 """
 
-from typing import Annotated
-
 import torch
 from torch.nn import functional as F
 
-from h2t.pipeline.base.params import Index, NonNegative, Positive, Section, within
+from h2t.pipeline.base.params import Beta, Index, NonNegative, Positive, Section
 from h2t.pipeline.training import objective
 from h2t.pipeline.training.longtail import effective_weights, ldam_margins
 
@@ -24,7 +22,7 @@ class Loss(Section):
     """Largest margin, that of the rarest class."""
     scale: Positive = 30.0
     """Factor of the cosine logits."""
-    beta: Annotated[float, within(0, 0.999999)] = 0.9999
+    beta: Beta = 0.9999
     """Class weights by the effective number of samples, from `reweight_epoch` on."""
     reweight_epoch: Index = 160
     """Epoch, counted from 0, from which classes are weighted; 160 of 200 as published."""

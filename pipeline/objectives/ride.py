@@ -12,13 +12,13 @@ Published setting: on CIFAR-100-LT 200 epochs, Nesterov's momentum, weight decay
 as the code of H2T does.
 """
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from h2t.pipeline.base.params import Index, NonNegative, Positive, Ratio, Real, Section, within
+from h2t.pipeline.base.params import Beta, Index, NonNegative, Positive, Ratio, Real, Section
 from h2t.pipeline.networks.classifier import expert_logits, fresh_linear, global_average
 from h2t.pipeline.training import objective
 from h2t.pipeline.training.longtail import effective_weights, ldam_margins
@@ -45,7 +45,7 @@ class Loss(Section):
     """Highest temperature of the divergence, that of the most frequent class."""
     eta: Ratio = 0.05
     """How much temperatures follow the class counts: 0 not at all, 1 in proportion."""
-    beta: Annotated[float, within(0, 0.999999)] = 0.9999
+    beta: Beta = 0.9999
     """Class weights by the effective number of samples, from `reweight_epoch` on."""
     reweight_epoch: Index = 160
     """Epoch, counted from 0, from which classes are weighted and temperatures apply."""

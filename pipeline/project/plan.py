@@ -44,10 +44,9 @@ def plan(images: int, machines: int, known: Rehearsal, machine: Machine) -> dict
     spec, pooled = (replace(each, rows=max(1, round(images * of_image))) for each in (known.spec, known.pooled))
     train = images - images // TEST_SHARE
     steps = -(-train // BATCH)
-    spec = replace(spec, shard_rows=extract.layout(known.params, _row_bytes(spec), spec.rows)[1])
+    spec = replace(spec, shard_rows=extract.layout(known.params, spec.largest_row_bytes, spec.rows)[1])
     costs = known.costs
     share = images / machines
-    row = sum(spec.row_bytes(expert) for expert in range(spec.experts))
     return {
         "images": images,
         "machines": machines,
@@ -69,7 +68,7 @@ def plan(images: int, machines: int, known: Rehearsal, machine: Machine) -> dict
             "steps": steps,
             "seconds": costs["step"].of(steps),
             "bytes_pooled": 2 * train * pooled.value_bytes // pooled.rows,
-            "bytes_maps": 2 * train * row,
+            "bytes_maps": 2 * train * spec.row_bytes_in_all,
         },
         "breaks": [vars(limit) for limit in limits(known, machine)],
         "measured": known.as_dict(),
@@ -80,7 +79,9 @@ def limits(known: Rehearsal, machine: Machine) -> list[Limit]:
     """What breaks as images become more, first things first."""
     spec = known.spec
     of_image = spec.rows / known.images
-    largest = extract.layout(known.params, _row_bytes(spec), 2**62)[1]  # rows of a shard when shards no longer grow
+    largest = extract.layout(known.params, spec.largest_row_bytes, 2**62)[
+        1
+    ]  # rows of a shard when shards no longer grow
     in_shard = largest / of_image / spec.experts  # images for each file
     larger = shard_rows_for(spec.row_bytes(), spec.chunk_rows, LARGE_SHARD) / of_image / spec.experts
     wider = f"set extract.shard_bytes: {LARGE_SHARD}, which moves this to"
@@ -120,10 +121,6 @@ def limits(known: Rehearsal, machine: Machine) -> list[Limit]:
         ),
     ]
     return sorted(found, key=lambda limit: limit.images)
-
-
-def _row_bytes(spec: CacheSpec) -> int:
-    return max(spec.row_bytes(expert) for expert in range(spec.experts))
 
 
 def _files(spec: CacheSpec) -> int:

@@ -255,7 +255,7 @@ def _same(
     else:
         same_statistics = existing.provenance.get("statistics_from") == origin.get("statistics_from")
     same_groups = recorded_groups(existing.provenance) == recorded_groups(origin)
-    chunks = layout(params, max(existing.row_bytes(e) for e in range(existing.experts)), rows)
+    chunks = layout(params, existing.largest_row_bytes, rows)
     # Batch size and threads change results only within the tolerance of a precision, so they are not compared.
     precision = existing.provenance.get("precision", "float32")
     have = (existing.codec, existing.dtype, precision, (existing.chunk_rows, existing.shard_rows), existing.rows)
@@ -354,13 +354,12 @@ class _Sink:
 
 def _bar(job: forward.Job, run: Run) -> tuple[Any, Callable[[int], None]]:
     """(progress bar over the rows of `job`, a function that adds a number of rows to it)."""
-    row_bytes = sum(job.spec.row_bytes(e) for e in range(job.spec.experts))
     total = sum(len(numbers) for numbers in job.todo.values())
     bar = progress(None, f"extract {run.name}", unit="row", total=total, unit_scale=True)
 
     def tick(rows: int) -> None:
         bar.update(rows)
-        bar.set_postfix_str(sized(bar.n * row_bytes), refresh=False)
+        bar.set_postfix_str(sized(bar.n * job.spec.row_bytes_in_all), refresh=False)
 
     return bar, tick
 
@@ -369,7 +368,7 @@ def _extract_here(job: forward.Job, backbone: Backbone, sink: _Sink, passes: for
     """Computes the rows in `job.todo`. Other threads complete shards and write them."""
     work = forward.Work(job, backbone, job.device, passes)
     bar, tick = _bar(job, run)
-    shard_bytes = job.spec.shard_rows * sum(job.spec.row_bytes(e) for e in range(job.spec.experts))
+    shard_bytes = job.spec.shard_rows * job.spec.row_bytes_in_all
     # A writer holds its shard twice; all writers together, a quarter of the memory at most.
     writers = max(1, min(MOST_WRITERS, available_memory() // (8 * shard_bytes)))
     with ThreadPoolExecutor(writers, "write") as write_threads, bar:

@@ -7,7 +7,7 @@ stage does not run again.
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import fresh_directory, write_json
 from h2t.pipeline.base.params import INPUTS, build
+from h2t.pipeline.base.run import Say
 from h2t.pipeline.networks.pretrained import is_folder
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
@@ -24,7 +25,7 @@ NUMBER = 2026112601  # other results, another number: docs/numbers.md
 NO_FILES = ("torchvision", "pretrained", "none")  # values of a backbone's `weights` and `start` that do not name a file
 
 
-def run(values: Mapping[str, Any], digests: Path, out: Path, say: Callable[[str], None]) -> None:
+def run(values: Mapping[str, Any], digests: Path, out: Path, say: Say) -> None:
     """Writes to the directory `out` which digests of the folder `digests` each stage depends on.
 
     Raises UserError if a digest is missing or a link leads to an input that is no longer named.

@@ -1,14 +1,14 @@
 """prepare: chooses the samples. Holds out test and validation images, cuts a long tail if asked, orders the classes.
 
 Writes `samples.parquet` (one row per sample, sorted by split, label, source, with the number of its group if the data
-has groups) and `classes.json` (names, counts, class
-order, groups, transform). Both depend only on the dataset and the parameters, so every machine gets the same subset.
+has groups) and `classes.json` (names, counts, class order, groups, transform). Both depend only on the dataset and the
+parameters, so every machine gets the same subset.
 Each chosen image is decoded once, so that a bad image is found here and not hours into stage I. Bad images that were
 left out are listed in `skipped.parquet`.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -115,7 +115,7 @@ def run(params: Params, run: Run) -> None:
     _hold_out(found, "test", params, run.seed, notes)
     _hold_out(found, "val", params, run.seed, notes)
     before = found.sizes("train")
-    kept = _long_tail(found.label, found.split, params.imbalance, found.classes)
+    kept = _long_tail(found, params.imbalance)
     if len(kept) < before.sum():
         notes.append(_cut(before, len(kept)))
     for note in notes:
@@ -340,12 +340,12 @@ def long_tailed_counts(largest: int, classes: int, imbalance: Imbalance) -> list
     return [largest] * classes
 
 
-def _long_tail(label: np.ndarray, split: np.ndarray, imbalance: Imbalance, names: Sequence[str]) -> np.ndarray:
+def _long_tail(found: Labelled, imbalance: Imbalance) -> np.ndarray:
     """The training samples that are kept, int64. One legacy RandomState shuffles the classes in order.
 
     With seed 0 this is the subset that the published codes of LDAM-DRW, MiSLAS, GCL, RIDE, ResLT and H2T train on.
     """
-    members = Labelled(list(names), Texts.of([]), label, split, None).members("train")
+    names, members = found.classes, found.members("train")
     sizes = [len(m) for m in members]
     if min(sizes) == 0:
         raise UserError(

@@ -8,7 +8,6 @@ The work is done in `.<name>` beside the output `<name>` and stays there, as har
 run resumes, and another replicate or backbone leaves finished ones as they are. It can be removed at any time.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from h2t.cache.write.staging import file_sha256
 from h2t.pipeline.base import numbers, params, plugins
 from h2t.pipeline.base.outputs import fresh_directory, replace_file, write_json
 from h2t.pipeline.base.replicates import further, seed_of
@@ -152,8 +152,7 @@ class _Replicate:
         return path.read_text(encoding="utf-8") if path.is_file() else ""
 
     def _digest(self, part: str) -> str:
-        with (self.folder / part).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(self.folder / part)
 
 
 def _made_of(keys: list[str], **used: ModuleType) -> dict[str, Any]:

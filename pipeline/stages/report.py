@@ -1,4 +1,4 @@
-"""Stage report: tables and figures of every host, from the results of evaluate.
+"""report: tables and figures of every host, from the results of evaluate.
 
 Writes `index.html` (self-contained), `results.md` (the tables), `results.csv` and `results.tex` (the same for a paper),
 `summary.json` (at most five figures a host, for `dvc metrics show`), `metrics.json` (what evaluate wrote, of all hosts)

@@ -120,7 +120,7 @@ def run(params: Params, run: Run, samples: Samples, images: Images, cache: Cache
         about |= {"elsewhere": cache.spec.fingerprint}
     if params.has_weights:
         about |= {"pretrained": True} if params.weights == "pretrained" or hasattr(arch, "input") else {}
-        whole = _weights(params, f"{where}.weights", arch, options, stated)
+        whole = _weights(params, f"{where}.weights", str(params.weights), arch, options, stated)
         reason = _load(whole, f"{where}.weights", backbone, objective if params.head == "trained" else None)
         source = "pretrained" if params.weights == "pretrained" else Path(str(params.weights)).name
         run.say(f"{run.name}: weights from {source}; nothing is trained")
@@ -290,9 +290,10 @@ def _checkpoint(params: Params, key: str, path: Path) -> dict[str, torch.Tensor]
     return state
 
 
-def _weights(params: Params, key: str, arch: ModuleType, options: Section, stated: Input) -> Mapping[str, torch.Tensor]:
-    """The state dict that the parameter `key`, of `weights` or `start`, names. Raises UserError."""
-    named = str(params.start if key.endswith(".start") else params.weights)
+def _weights(
+    params: Params, key: str, named: str, arch: ModuleType, options: Section, stated: Input
+) -> Mapping[str, torch.Tensor]:
+    """The state dict that the parameter `key` has `named`: a file, or the pretrained weights. Raises UserError."""
     if named not in ("pretrained", "torchvision"):
         return _checkpoint(params, key, Path(named))
     if not hasattr(arch, "weights"):
@@ -308,14 +309,14 @@ def _load(whole: Mapping[str, torch.Tensor], where: str, backbone: Backbone, obj
 
     Without an `objective` the classifier is not looked at.
     """
-    if objective is None and not isinstance(backbone, Tapped):
-        fill(backbone, without_head(whole, backbone.state_dict()), where)
-        return "none is asked for"
     if isinstance(backbone, Tapped):
         fill(backbone, {k: v for k, v in whole.items() if k not in backbone.unused}, where)
+    elif objective is None:
+        fill(backbone, without_head(whole, backbone.state_dict()), where)
+    if objective is None:
+        return "none is asked for"
+    if isinstance(backbone, Tapped):
         names = [f"{backbone.last_layer}.{part}" for part in ("weight", "bias")]
-        if objective is None:
-            return "none is asked for"
         if backbone.ending.why:
             return backbone.ending.why
         if names[0] not in whole:
@@ -326,7 +327,6 @@ def _load(whole: Mapping[str, torch.Tensor], where: str, backbone: Backbone, obj
     else:
         body, head = split_head(whole)
         fill(backbone, body, where)
-    assert objective is not None
     own = objective.state_dict()
     if objective.classifier == "linear" and head["weight"].shape[::2] == own["weight"].shape[::2]:
         classes, wanted = head["weight"].shape[1], own["weight"].shape[1]
@@ -339,7 +339,7 @@ def _load(whole: Mapping[str, torch.Tensor], where: str, backbone: Backbone, obj
 def _start(params: Params, where: str, arch: ModuleType, options: Section, backbone: Backbone, stated: Input) -> None:
     """Loads the weights to start from into `backbone`, except those that it declares `fresh`."""
     key = f"{where}.start"
-    pretrained = _weights(params, key, arch, options, stated)
+    pretrained = _weights(params, key, str(params.start), arch, options, stated)
     own = backbone.state_dict()
     used = {k: v for k, v in pretrained.items() if k in own}  # without the classifier, whose keys are not in `own`
     kept = {k: v for k, v in own.items() if k.startswith(backbone.fresh)}

@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from h2t.cache.reader import Cache
-from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import fresh_directory
 from h2t.pipeline.base.replicates import seed_of
@@ -92,7 +91,7 @@ class _Replicate:
 def _replicate(params: Params, run: Run, residency: Residency, replicate: Replicate) -> _Replicate:
     """Trains the classifiers of one replicate; only their unfinished training is written."""
     cache, backbone_dir = replicate.cache, replicate.backbone
-    kind = plugins.load("hosts", params.host).Host
+    kind = params.kind
     if replicate.number:
         said = run.say
         if not kind.fitted:
@@ -103,9 +102,9 @@ def _replicate(params: Params, run: Run, residency: Residency, replicate: Replic
     params = _with_recipe(params, run.name, cache)
     own_head = load_head(backbone_dir)
     head = own_head.about.get("head", "trained" if own_head.state else "none")
-    check_start(params, run.name, kind, head)
+    check_start(params, run.name, head)
     settings = heads_of(params.grid, params.rounding, fitted=kind.fitted)
-    check_grid(params, run.name, cache, kind.fitted, settings)
+    check_grid(params, run.name, cache, settings)
     folds = _cross_validated(params, run, residency, cache, backbone_dir, settings, head) if params.folds else None
     made = train_spread(Task(params, run, residency, cache, backbone_dir, settings))
     epochs = params.optimiser.epochs
@@ -135,7 +134,7 @@ def _cross_validated(
 ) -> pa.Table:
     """How well each setting does on held-out training samples, as `evaluation.folds` describes."""
     assert params.folds is not None
-    recipe, kind = RECIPES[params.batchnorm], plugins.load("hosts", params.host).Host
+    recipe, kind = RECIPES[params.batchnorm], params.kind
     under = [recipe.read_under(params.receiver or kind.receiver)]
     if not kind.fitted:
         under += [recipe.read_under(donor) for donor in params.grid.donor]

@@ -7,7 +7,7 @@ the digest. So training heads needs no images, and moving the images makes no la
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from h2t.cache.sizes import sized
 from h2t.pipeline.base.errors import UserError, nearest
 from h2t.pipeline.base.outputs import creating, write_json
+from h2t.pipeline.base.run import Say
 from h2t.pipeline.base.text import counted
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
@@ -22,7 +23,7 @@ NUMBER = 2026112601  # other results, another number: docs/numbers.md
 THREADS = 8  # files read at the same time; helps on network file systems
 
 
-def run(name: str, inputs: Mapping[str, str], out: Path, say: Callable[[str], None]) -> None:
+def run(name: str, inputs: Mapping[str, str], out: Path, say: Say) -> None:
     """Writes the facts about input `name` to the JSON file `out`. Raises UserError if DVC cannot watch the input."""
     if name not in inputs:
         raise UserError(

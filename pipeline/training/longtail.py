@@ -109,33 +109,10 @@ def clouded(
     return logits - amplitude * noise.abs() * clouds - margin * own.to(logits.dtype)
 
 
-def class_covariances(features: torch.Tensor, counts: list[int], *, full: bool) -> torch.Tensor:
-    """Covariance of the features of each class, divided by its count: (E, K, D, D), or the diagonals (E, K, D).
-
-    From features (E, N, D), sorted by class, `counts` of each. 0 for a class of one sample.
-    """
-    found = []
-    for own in features.split(counts, dim=1):
-        apart = own.double() - own.double().mean(1, keepdim=True)
-        covariance = apart.mT @ apart if full else apart.square().sum(1)
-        found.append((covariance / own.shape[1]).to(features.dtype))
-    return torch.stack(found, 1)
-
-
-def spread(weight: torch.Tensor, covariances: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """d^T S_y d with d = w_k - w_y, the mean over experts, (B, K): the variance of z_k - z_y if features have S_y.
-
-    `weight` (E, K, D), `covariances` (E, K, D, D) or diagonals (E, K, D), `labels` (B,). One product per class rather
-    than per sample.
-    """
-    if covariances.dim() == weight.dim():
-        own = covariances[:, labels]  # (E, B, D)
-        squares = own @ weight.square().mT  # w_k^T S w_k, (E, B, K)
-        crossed = (own * weight[:, labels]) @ weight.mT  # w_k^T S w_y
-    else:
-        products = weight.unsqueeze(1) @ covariances  # of class c: W S_c, (E, C, K, D)
-        by_class = (products * weight.unsqueeze(1)).sum(-1)  # (E, C, K)
-        to_own = (products * weight.unsqueeze(2)).sum(-1)  # w_k^T S_c w_c
-        squares, crossed = by_class[:, labels], to_own[:, labels]
-    own_squares = crossed.gather(-1, labels.expand(len(weight), -1).unsqueeze(-1))
-    return (squares - 2 * crossed + own_squares).mean(0)
+def mixed_cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, others: torch.Tensor, share: torch.Tensor
+) -> torch.Tensor:
+    """Mean of share CE(z, `labels`) + (1 - share) CE(z, `others`), a scalar, from logits (B, K) and the rest (B,)."""
+    losses = -logits.log_softmax(-1)
+    own, other = (losses.gather(-1, y.unsqueeze(-1)).squeeze(-1) for y in (labels, others))
+    return torch.lerp(other, own, share).mean()

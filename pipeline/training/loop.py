@@ -14,6 +14,7 @@ import torch
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.precision import computing
 from h2t.pipeline.base.progress import progress
+from h2t.pipeline.base.run import Say
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.data.classes import class_index
 from h2t.pipeline.data.images import Images
@@ -74,7 +75,7 @@ class StageOne:
         self._scale = torch.tensor([65536.0, 0.0])  # the gradient scaler's scale and its steps since the last change
         self._curves = torch.zeros(params.epochs, 3, dtype=torch.float64)
 
-    def run(self, name: str, save: Checkpoint, say: Callable[[str], None]) -> Curves:
+    def run(self, name: str, save: Checkpoint, say: Say) -> Curves:
         """Trains the epochs that `save` has not finished; returns `lr`, `loss` and `accuracy` (%) of every epoch.
 
         Raises UserError if the loss is not finite, or if there are too few images for one batch.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import distributed
 
-from h2t.pipeline.base.errors import UserError, of_the_machine
+from h2t.pipeline.base.errors import UserError, first_line, of_the_machine
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,9 @@ class Group:
         except RuntimeError as error:  # gloo has no exception class of its own
             if of_the_machine(error) is not None:
                 raise
-            reason = str(error).splitlines()[0]
             raise UserError(
-                f"torchrun: another process of this training has ended ({reason}); mend the error that it printed, "
-                "then run the same command again"
+                f"torchrun: another process of this training has ended ({first_line(error)}); mend the error that "
+                "it printed, then run the same command again"
             ) from None
         for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))

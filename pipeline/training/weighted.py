@@ -3,11 +3,11 @@
 `logits` (..., B, K), `labels` (..., B), int64; losses of samples (..., B). Sources: the plug-ins that bear the names.
 """
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 
-from h2t.pipeline.base.params import NonNegative, Positive, Section, within
+from h2t.pipeline.base.params import Beta, NonNegative, Positive, Section
 from h2t.pipeline.training.longtail import effective_weights, focal_losses, log_likelihoods, sigmoid_focal_losses
 from h2t.pipeline.training.objective import LinearObjective
 
@@ -49,7 +49,7 @@ class Focal(WeightedLoss):
 class ClassBalanced(WeightedLoss):
     """Class-balanced loss: classes weighted by (1 - beta) / (1 - beta^n_j), scaled to sum K."""
 
-    beta: Annotated[float, within(0, 0.999999)] = 0.9999
+    beta: Beta = 0.9999
     """At 0 all classes weigh alike; near 1 weights are proportional to 1 / n_j."""
     base: Literal["softmax", "focal", "sigmoid_focal"] = "softmax"
     """Cross-entropy, or the focal loss of the softmax or of a sigmoid per class."""

@@ -26,6 +26,7 @@ from h2t.pipeline.networks.trained import StageOneHead, backbone_digest
 
 STAGE1 = "stage1"
 BLOCK_BYTES = 16 * 1024**2  # limit of one block of logits, of which a few copies exist; less if memory is short
+AT_ONCE = 2**15  # logits that are graded in one call: copies stay in the processor's cache, and calls are few
 
 
 @dataclass(frozen=True)
@@ -93,17 +94,18 @@ def _scores(
     labels = rows.labels
     kinds = {"guesses": np.int32, "confidence": np.float64, "rank": np.int32, "loss": np.float64}
     kinds |= {"score": np.float32} if classes == 2 else {}
-    said = [Graded(**{name: np.full(len(labels), -1, kind) for name, kind in kinds.items()}) for _ in temperatures]
-    first = 0
+    said = {name: np.full((len(temperatures), len(labels)), -1, kind) for name, kind in kinds.items()}
+    divisors, first = np.array(temperatures)[:, None, None], 0
     for part, block in blocks:
-        finite = _finite(block, cache, part).numpy()
-        for mine, temperature, logits_of_head in zip(said, temperatures, finite, strict=True):
-            block_of = slice(first, first + len(part))
-            found = answers(logits_of_head, labels[block_of], temperature)
-            for name in kinds:
-                getattr(mine, name)[block_of] = getattr(found, name)
+        finite, of_block = _finite(block, cache, part).numpy(), slice(first, first + len(part))
+        heads = max(1, AT_ONCE // finite[0].size)
+        for some in (slice(n, n + heads) for n in range(0, len(finite), heads)):
+            found = answers(finite[some], labels[of_block], divisors[some])
+            for name, of_all in said.items():
+                of_all[some, of_block] = getattr(found, name)
         first += len(part)
-    return Scores(statistics, labels, rows.samples.astype(np.int64), said)
+    of_each = [Graded(**dict(zip(said, one, strict=True))) for one in zip(*said.values(), strict=True)]
+    return Scores(statistics, labels, rows.samples.astype(np.int64), of_each)
 
 
 def head_logits(cache: Cache, heads: Heads, rows: np.ndarray, device: torch.device) -> torch.Tensor:

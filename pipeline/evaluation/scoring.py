@@ -26,6 +26,7 @@ from h2t.pipeline.networks.trained import StageOneHead, backbone_digest
 
 STAGE1 = "stage1"
 BLOCK_BYTES = 16 * 1024**2  # limit of one block of logits, of which a few copies exist; less if memory is short
+FEWEST_ROWS = 8  # of a block, where memory is: each block reads the weights of all heads anew
 AT_ONCE = 2**15  # logits that are graded in one call: copies stay in the processor's cache, and calls are few
 
 
@@ -152,7 +153,8 @@ def _logits_in_blocks(
 
 def _blocks(rows: np.ndarray, numbers: int) -> list[np.ndarray]:
     """Splits `rows` into blocks that fit in memory; each row needs `numbers` float32 values."""
-    block = max(1, min(BLOCK_BYTES, available_memory() // 8) // (4 * numbers))
+    each, room = 4 * numbers, available_memory()
+    block = max(1, max(min(BLOCK_BYTES, room // 8), min(FEWEST_ROWS * each, room // 32)) // each)
     return [rows[first : first + block] for first in range(0, len(rows), block)]
 
 

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from h2t.cache.reader import open_cache
 from h2t.pipeline.data.classes import groups
+from h2t.pipeline.evaluation import scoring
 from h2t.pipeline.heads.batches import sample_rows
 from h2t.pipeline.networks.trained import load_head
 from h2t.pipeline.stages import evaluate
@@ -268,6 +269,14 @@ def test_of_equal_logits_the_first_class_counts_in_every_table(tmp_path, made):
     assert set(guesses[guesses.number >= 0].predicted) == {0}
     assert set(confusions[confusions.number >= 0].predicted) == {0}
     assert set(pd.read_parquet(tmp_path / "e" / "embedding.parquet").with_h2t) == {0}
+
+
+def test_a_block_has_eight_rows_where_memory_is():
+    """Each block reads the weights of all classifiers: two thousand took three times as long in blocks of four rows."""
+    rows = np.arange(20)
+    assert [len(block) for block in scoring._blocks(rows, 2**20)] == [8, 8, 4]
+    assert [len(block) for block in scoring._blocks(rows, 2**18)] == [16, 4]
+    assert [len(block) for block in scoring._blocks(rows, 2**40)] == [1] * 20
 
 
 PEAK = """

@@ -18,7 +18,6 @@ from sklearn.metrics import (
 from h2t.pipeline.data.classes import GROUPS, groups
 from h2t.pipeline.evaluation.metrics import (
     BINS,
-    PREDICTED_AT_ONCE,
     answers,
     calibration_gaps,
     confusion,
@@ -97,15 +96,27 @@ def test_further_figures_agree_with_scikit_learn():
 
 
 def test_precision_and_f1_of_several_classifiers_are_those_of_each_alone():
-    """Exactly, also of classifiers that do not share a call; class 6 does not occur, class 5 is never predicted."""
+    """Exactly those of scikit-learn; class 6 does not occur, class 5 is never predicted."""
     rng = np.random.default_rng(0)
-    labels = rng.integers(0, 6, PREDICTED_AT_ONCE // 2)
+    labels = rng.integers(0, 6, 1000)
     every = [np.where(rng.random(len(labels)) < share, labels, 0) % 5 for share in (0.9, 0.5, 0.1)]
     precision, f1 = precision_and_f1(labels, every, 7)
     for guesses, of_one, f1_of_one in zip(every, precision, f1, strict=True):
         expected = precision_recall_fscore_support(labels, guesses, labels=range(7), zero_division=np.nan)
         assert np.array_equal(of_one, 100 * expected[0], equal_nan=True)
         assert np.array_equal(f1_of_one, 100 * expected[2], equal_nan=True)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 7, 100, 1001])
+def test_answers_of_several_classifiers_are_those_of_each_alone(classes):
+    """To the last bit, as evaluate grades as many at once as fit into the processor's cache."""
+    rng = np.random.default_rng(classes)
+    logits, labels = rng.normal(0, 3, (5, 9, classes)).astype(np.float32).round(1), rng.integers(0, classes, 9)
+    temperatures = np.array([1.0, 0.3, 1.7, 2.0, 9.0])
+    found = vars(answers(logits, labels, temperatures[:, None, None]))
+    for number, temperature in enumerate(temperatures):
+        for name, alone in vars(answers(logits[number], labels, temperature)).items():
+            assert alone is found[name] is None or np.array_equal(found[name][number], alone), name
 
 
 def test_ranks_put_the_first_of_equal_logits_first():

@@ -23,6 +23,7 @@ from h2t.pipeline.evaluation.metrics import Answers
 from h2t.pipeline.heads.replicate import Replicate
 from h2t.pipeline.heads.residency import Residency
 from h2t.pipeline.inspection import settings
+from h2t.pipeline.reporting.results import load_result, per_class
 from h2t.pipeline.stages import evaluate, train_classifier
 
 GROUP_OF = ["head", "medium", "tail", "tail"]
@@ -159,6 +160,12 @@ def test_tables_name_the_replicate_and_number_classifiers_through(evaluated):
     assert of_heads.groupby("replicate").size().nunique() == 1
     assert sorted(heads[heads.number < 0].number.unique()) == [-3, -2, -1]
     assert not heads[heads.number >= 0].duplicated(["number", "split", "statistics"]).any()
+
+
+def test_the_report_shows_each_class_of_stage_one_too(evaluated):
+    shown, table = per_class(load_result("one", evaluated / "all")), pq.read_table(evaluated / "all/per_class.parquet")
+    own = table.to_pandas().query("number < 0 and split == 'test'").groupby("class").accuracy.mean()
+    assert shown[shown.row == "stage I"].accuracy.tolist() == own.tolist()
 
 
 def test_classes_have_the_order_of_replicate_0(evaluated):

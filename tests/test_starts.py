@@ -60,6 +60,18 @@ def test_report_imports_no_torch(tmp_path):
     assert (tmp_path / "out/index.html").is_file()
 
 
+def test_evaluate_imports_no_torchvision_and_no_scikit_learn_once_points_are_known(tmp_path):
+    made = make_evaluated(tmp_path)
+    values = make_params()
+    for arch in ("resnet50", "resnext50", "resnet152", "torchvision"):
+        options = {"model": "efficientnet_b0"} if arch == "torchvision" else {}
+        values["backbones"][arch] = {**values["backbones"]["ce_mixup"], "arch": arch, "options": options}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))
+    folders = ("extract/b0", "train_classifier/dr", "train_backbone/b0", "out")
+    assert not loaded_by("evaluate", "dr", *folders, cwd=tmp_path) & {"sklearn", "torchvision"}
+    assert (tmp_path / "out/heads.parquet").read_bytes() == (made / "dr/heads.parquet").read_bytes()
+
+
 def points_file():
     (path,) = Path(os.environ["XDG_CACHE_HOME"], "h2t/embeddings").iterdir()
     return path

@@ -102,6 +102,20 @@ def test_receivers_are_changed_before_fusion(cache, name):
     assert distance(ours["weight"][0], theirs["weight"][0]) > 1e-6
 
 
+MIXING = [{"ratio": 0.5, "selection": "mixup"}]
+
+
+def test_changed_maps_are_pooled_before_each_head_gets_a_copy(cache):
+    """To the same bits; feature mixup rounds otherwise, so it keeps maps."""
+    heads = [{"ratio": r, "seed": s, "selection": c} for r in (0, 0.5) for s in (0, 1) for c in ("random", "shuffled")]
+    made = make_host("cam_split")
+    ours, theirs, mixing = (make_stack(cache, h, **made.options, batch_size=16) for h in (heads, heads, MIXING))
+    assert (ours._pools, mixing._pools) == (True, False)
+    theirs._pools = False
+    (pooled, _), (whole, _) = trained(ours), trained(theirs)
+    assert all(torch.equal(pooled[name], whole[name]) for name in whole)
+
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     """A cache of whole maps, a pooled copy, and their backbone."""

@@ -10,7 +10,6 @@ from typing import Literal
 import torch
 
 from h2t.pipeline.networks.backbone import Backbone, ExpertOptions
-from h2t.pipeline.networks.resnets import LastBlockResNet, ResNetMaps, pretrained
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
@@ -22,6 +21,8 @@ class Options(ExpertOptions):
 
 def build(options: Options) -> Backbone:
     """The network with initial weights from torch's generator."""
+    from h2t.pipeline.networks.resnets import LastBlockResNet, ResNetMaps  # torchvision takes a second to import
+
     if options.trained == "last_block":
         return LastBlockResNet([3, 8, 36, 3], options.experts)
     return ResNetMaps([3, 8, 36, 3], options.experts)
@@ -32,4 +33,6 @@ def weights(options: Options) -> Mapping[str, torch.Tensor]:
 
     With `last_block` the trunk is a network of one expert, whatever the number of new blocks.
     """
+    from h2t.pipeline.networks.resnets import pretrained
+
     return pretrained("resnet152", "IMAGENET1K_V1", 1 if options.trained == "last_block" else options.experts)

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 import torch
 
 from h2t.pipeline.networks.backbone import Backbone, ExpertOptions
-from h2t.pipeline.networks.resnets import ResNetMaps, pretrained
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
 
@@ -17,9 +16,13 @@ Options = ExpertOptions
 
 def build(options: Options) -> Backbone:
     """The network with initial weights from torch's generator."""
+    from h2t.pipeline.networks.resnets import ResNetMaps  # torchvision takes a second to import
+
     return ResNetMaps([3, 4, 6, 3], options.experts)
 
 
 def weights(options: Options) -> Mapping[str, torch.Tensor]:
     """Torchvision's default weights, trained on ImageNet-1k. Raises UserError."""
+    from h2t.pipeline.networks.resnets import pretrained
+
     return pretrained("resnet50", experts=options.experts)

@@ -10,15 +10,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchvision.models import get_model, get_model_weights, list_models
-from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from h2t.pipeline.base.errors import UserError, first_line, nearest
 from h2t.pipeline.base.params import Section
 from h2t.pipeline.data.network_input import Input
 from h2t.pipeline.networks.backbone import Backbone
 from h2t.pipeline.networks.layouts import Features
-from h2t.pipeline.networks.resnets import pretrained
 from h2t.pipeline.networks.tap import Tapped
 
 NUMBER = 2026112601  # other results, another number: docs/numbers.md
@@ -38,6 +35,8 @@ class _Torchvision(Tapped):
     """Cut at `node` of the model's graph. torch traces one graph for each mode, as only train mode has dropout."""
 
     def __init__(self, model: nn.Module, node: str, channels: int, features: Features, side: int) -> None:
+        from torchvision.models.feature_extraction import create_feature_extractor  # torchvision takes a second
+
         self.__dict__["_graph"] = create_feature_extractor(model, {node: "maps"})
         super().__init__(model, channels, features, side, None)
 
@@ -71,6 +70,8 @@ def input(options: Options) -> Input:
 
 def made_for(options: Options) -> Input:
     """The input that torchvision's default weights of the model were evaluated with."""
+    from torchvision.models import get_model_weights
+
     transform = get_model_weights(options.model).DEFAULT.transforms()
     (size,), (resize,) = transform.crop_size, transform.resize_size
     return Input(
@@ -88,9 +89,9 @@ def build(options: Options, size: int | None = None) -> Backbone:
 
     Raises UserError for an unknown model, and for one that torch cannot trace.
     """
-    import torchvision
+    from torchvision import models
 
-    known = list_models(module=torchvision.models)
+    known = models.list_models(module=models)
     if options.model not in known:
         raise UserError(
             "options.model: must be a classification model of torchvision, such as efficientnet_b0; "
@@ -98,7 +99,7 @@ def build(options: Options, size: int | None = None) -> Backbone:
         )
     fixed: dict[str, Any] = {"image_size": size} if size and options.model.startswith("vit_") else {}
     fixed |= {"input_size": (size, size)} if size and options.model.startswith("maxvit") else {}
-    model = get_model(options.model, weights=None, **fixed)
+    model = models.get_model(options.model, weights=None, **fixed)
     side = size or SIDE
     node, channels = _last_features(options.model, model, side)
     return _Torchvision(model, node, channels, options.features, side)
@@ -107,6 +108,8 @@ def build(options: Options, size: int | None = None) -> Backbone:
 @torch.no_grad()
 def _last_features(name: str, model: nn.Module, side: int) -> tuple[str, int]:
     """(graph node, channels) of the last maps (B, C, H, W) or tokens (B, T, C). Raises UserError if there are none."""
+    from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
     model.eval()
     try:
         nodes = get_graph_node_names(model)[1][-LAST:]
@@ -125,4 +128,6 @@ def _last_features(name: str, model: nn.Module, side: int) -> tuple[str, int]:
 
 def weights(options: Options, size: int | None = None) -> Mapping[str, torch.Tensor]:
     """Torchvision's default weights of the model. Raises UserError."""
+    from h2t.pipeline.networks.resnets import pretrained
+
     return pretrained(options.model)

@@ -9,7 +9,6 @@ from h2t.pipeline.data.classes import GROUPS
 
 BINS = 15
 AUROC = "auroc"
-PREDICTED_AT_ONCE = 2**19  # predictions whose precision is computed in one call, some 100 bytes of memory each
 
 
 def confusion(labels: np.ndarray, guesses: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -109,21 +108,22 @@ class Graded(Answers):
         return 4 + 8 + 4 + 8 + (4 if classes == 2 else 0)
 
 
-def answers(logits: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> Graded:
-    """Predictions from logits (n, classes) for samples of the classes `labels`, int (n,).
+def answers(logits: np.ndarray, labels: np.ndarray, temperature: float | np.ndarray = 1.0) -> Graded:
+    """Predictions from logits (..., n, classes) for samples of the classes `labels`, int (n,); fields are (..., n).
 
     Confidence and loss are those of logits / temperature. Of equal logits, the first class comes first, for the
     predicted class as for ranks. (`top_k_accuracy_score` of scikit-learn puts the last one first, and sorts all
     classes.)
     """
-    own = logits[np.arange(len(labels)), labels][:, None]
-    before = np.arange(logits.shape[1]) < labels[:, None]
-    rank = np.count_nonzero((logits > own) | ((logits == own) & before), axis=1)
-    shifted = (logits.astype(np.float64) - logits.max(1, keepdims=True)) / temperature
-    total = np.exp(shifted).sum(1)
-    loss = np.log(total) - shifted[np.arange(len(labels)), labels]
-    score = logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else None
-    return Graded(logits.argmax(1).astype(np.int32), 1 / total, rank.astype(np.int32), loss, score=score)
+    own = (..., np.arange(len(labels)), labels)
+    of_own, classes = logits[own][..., None], logits.shape[-1]
+    first = np.arange(classes) < labels[:, None]
+    rank = np.count_nonzero(np.where(first, logits >= of_own, logits > of_own), axis=-1)
+    shifted = (logits.astype(np.float64) - logits.max(-1, keepdims=True)) / temperature
+    total = np.exp(shifted).sum(-1)
+    score = logits[..., 1] - logits[..., 0] if classes == 2 else None
+    guesses = logits.argmax(-1).astype(np.int32)
+    return Graded(guesses, 1 / total, rank.astype(np.int32), np.log(total) - shifted[own], score=score)
 
 
 def placements(score: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -162,23 +162,12 @@ def precision_and_f1(labels: np.ndarray, every: Sequence[np.ndarray], classes: i
     `labels`: int (n,); `every`: the predicted classes of each classifier, int (n,). NaN where undefined: precision of a
     class that is never predicted, F1 of one that has no samples either.
     """
-    from sklearn.metrics import precision_recall_fscore_support  # takes two seconds to import
-
-    length = max(1, PREDICTED_AT_ONCE // max(len(labels), 1))
-    found = []
-    for start in range(0, len(every), length):
-        some = every[start : start + length]
-        # A call takes 6 ms, most of it checks, so classifiers share one: each has class numbers of its own.
-        parts = [np.array(confusion(labels, guesses, classes)) for guesses in some]
-        for number, part in enumerate(parts):
-            part[:2] += number * classes
-        true, predicted, count = np.concatenate(parts, axis=1)
-        numbers = np.arange(len(some) * classes)
-        of_some = precision_recall_fscore_support(
-            true, predicted, labels=numbers, sample_weight=count, zero_division=np.nan
-        )
-        found.append(np.array([of_some[0], of_some[2]]).reshape(2, len(some), classes))
-    precision, f1 = 100 * np.concatenate(found, axis=1)
+    of_class, found = np.bincount(labels, minlength=classes), []
+    for guesses in every:
+        right, said = (np.bincount(v, minlength=classes) for v in (labels[guesses == labels], guesses))
+        with np.errstate(invalid="ignore"):  # 0 / 0
+            found.append((100 * (right / said), 100 * (2 * right / (of_class + said))))
+    precision, f1 = np.array(found).swapaxes(0, 1)
     return precision, f1
 
 

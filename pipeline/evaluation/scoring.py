@@ -26,6 +26,8 @@ from h2t.pipeline.networks.trained import StageOneHead, backbone_digest
 
 STAGE1 = "stage1"
 BLOCK_BYTES = 16 * 1024**2  # limit of one block of logits, of which a few copies exist; less if memory is short
+FEWEST_ROWS = 8  # of a block, where memory is: each block reads the weights of all heads anew
+AT_ONCE = 2**15  # logits that are graded in one call: copies stay in the processor's cache, and calls are few
 
 
 @dataclass(frozen=True)
@@ -93,17 +95,18 @@ def _scores(
     labels = rows.labels
     kinds = {"guesses": np.int32, "confidence": np.float64, "rank": np.int32, "loss": np.float64}
     kinds |= {"score": np.float32} if classes == 2 else {}
-    said = [Graded(**{name: np.full(len(labels), -1, kind) for name, kind in kinds.items()}) for _ in temperatures]
-    first = 0
+    said = {name: np.full((len(temperatures), len(labels)), -1, kind) for name, kind in kinds.items()}
+    divisors, first = np.array(temperatures)[:, None, None], 0
     for part, block in blocks:
-        finite = _finite(block, cache, part).numpy()
-        for mine, temperature, logits_of_head in zip(said, temperatures, finite, strict=True):
-            block_of = slice(first, first + len(part))
-            found = answers(logits_of_head, labels[block_of], temperature)
-            for name in kinds:
-                getattr(mine, name)[block_of] = getattr(found, name)
+        finite, of_block = _finite(block, cache, part).numpy(), slice(first, first + len(part))
+        heads = max(1, AT_ONCE // finite[0].size)
+        for some in (slice(n, n + heads) for n in range(0, len(finite), heads)):
+            found = answers(finite[some], labels[of_block], divisors[some])
+            for name, of_all in said.items():
+                of_all[some, of_block] = getattr(found, name)
         first += len(part)
-    return Scores(statistics, labels, rows.samples.astype(np.int64), said)
+    of_each = [Graded(**dict(zip(said, one, strict=True))) for one in zip(*said.values(), strict=True)]
+    return Scores(statistics, labels, rows.samples.astype(np.int64), of_each)
 
 
 def head_logits(cache: Cache, heads: Heads, rows: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -150,7 +153,8 @@ def _logits_in_blocks(
 
 def _blocks(rows: np.ndarray, numbers: int) -> list[np.ndarray]:
     """Splits `rows` into blocks that fit in memory; each row needs `numbers` float32 values."""
-    block = max(1, min(BLOCK_BYTES, available_memory() // 8) // (4 * numbers))
+    each, room = 4 * numbers, available_memory()
+    block = max(1, max(min(BLOCK_BYTES, room // 8), min(FEWEST_ROWS * each, room // 32)) // each)
     return [rows[first : first + block] for first in range(0, len(rows), block)]
 
 

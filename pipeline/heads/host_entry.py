@@ -1,6 +1,7 @@
 """An entry of section `hosts`: its keys, the classifiers that it asks for, and what does not go together."""
 
 import itertools
+import math
 from typing import Annotated, Any, Literal
 
 from h2t.cache.reader import Cache
@@ -169,9 +170,10 @@ def check_grid(params: Params, name: str, cache: Cache, heads: list[HeadSetting]
     channels = cache.spec.maps[0][0]
     for head in heads:
         if head.ratio and not head.replaced(channels):
+            least = math.ceil(1e6 / channels) / 1e6
             raise UserError(
                 f"{where}.grid.ratio[{params.grid.ratio.index(head.ratio)}]: must be 0 or replace at least one of "
-                f"{counted(channels, 'channel')}; got {head.ratio:g}; use 0 or at least {1 / channels:.3g}"
+                f"{counted(channels, 'channel')}; got {head.ratio:g}; use 0 or at least {least:g}"
             )
 
 

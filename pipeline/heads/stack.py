@@ -8,6 +8,7 @@ Head k of a stack equals that head trained alone, up to the rounding of batched 
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from h2t.pipeline.heads.descent import Descent
 from h2t.pipeline.heads.draws import DRAWN_BYTES, Draws, sent
 from h2t.pipeline.heads.folded import Folded, Groups, Plain, Products
 from h2t.pipeline.heads.fusion import Selection, channel_ranks, donor_orders, fixed_channels, fuse, mix, shuffle
-from h2t.pipeline.heads.head import Head
+from h2t.pipeline.heads.head import MAP_AXES, Head
 from h2t.pipeline.heads.host import TrainingBatch
 from h2t.pipeline.heads.linear_heads import LinearHeads, in_blocks, is_at_once, is_folded, threads_for
 from h2t.pipeline.heads.residency import MAX_WINDOW_STEPS, Feed, Step
@@ -92,6 +93,8 @@ class Stack:
         self._mixing = bool((mixed & (self.replaced > 0)).any())
         share = torch.tensor(mixed * self.replaced / channels, device=self.device, dtype=self.dtype)
         self._share = share[:, None, None]
+        # Maps that only the augmentation needs are pooled after it, before each head gets a copy.
+        self._pools = head.pool.commutes and not self._mixing and len(feed.shape) == MAP_AXES - 2
         self.state: dict[str, torch.Tensor] = {}
         self.at_once = at_once and is_at_once(head, feed.shape)
         self._folds = self.at_once and is_folded(self.host, heads)
@@ -182,7 +185,8 @@ class Stack:
     def given(self, at: Step, progress: float = 0.0) -> tuple[TrainingBatch, torch.Tensor | None]:
         """(What a step brings, with a leading axis of seeds; donors (seeds, donors, E, B, C[, H, W]) if any are used).
 
-        `features` are the receivers before fusion, augmented. Where fusion is folded they are pairs, (G, E, 2 B, C).
+        `features` are the receivers before fusion, augmented, then pooled if pooling commutes with fusion. Where fusion
+        is folded they are pairs, (G, E, 2 B, C).
         """
         draws = at.draws
         assert draws is not None
@@ -193,8 +197,13 @@ class Stack:
         given = TrainingBatch(features, draws.labels, draws.noise, draws.samples, partners, labels, progress)
         if not self.host.augments:
             return given, donors
-        each = [given.of(seed, receivers) for seed, receivers in enumerate(given.features)]
-        return given._replace(features=torch.stack([self.host.augment(one) for one in each])), donors
+        each = (self.host.augment(given.of(seed, receivers)) for seed, receivers in enumerate(given.features))
+        features = torch.stack([self._after(maps) for maps in each])
+        return given._replace(features=features, partners=self._after(partners)), self._after(donors)
+
+    def _after(self, maps: Any) -> Any:
+        """Maps or features after augmentation, if there are any: pooled if that commutes with fusion."""
+        return maps if maps is None or not self._pools else self.head.pool({}, maps)
 
     def fused(self, draws: Draws, receivers: torch.Tensor, donors: torch.Tensor | None) -> torch.Tensor:
         """The fused input of every head, (K, E, B, C[, H, W]), in the feed's dtype."""

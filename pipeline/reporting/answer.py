@@ -148,20 +148,18 @@ class Answer:
     runs: Sequence[Mapping[str, Any]] = ()
     evaluated: Path | None = None
     backbones: Mapping[str, str] | None = None
-    #: What `rankings` compared. Copies with other `runs` share it, as comparing takes longest.
-    compared: dict[tuple[str, str, str, str], dict[str, Difference | None]] = field(default_factory=dict, repr=False)
-    #: The luck in the best of each figure, shared likewise.
-    lucky: dict[str, float] = field(default_factory=dict, repr=False)
+    #: What takes long and does not depend on `runs`, by a name. Copies with other `runs` share it.
+    found: dict[tuple[str, ...], Any] = field(default_factory=dict, repr=False)
+
+    def _once(self, *name: str, of: Callable[[], Any]) -> Any:
+        if name not in self.found:
+            self.found[name] = of()
+        return self.found[name]
 
     @cached_property
     def methods(self) -> list[Method]:
         """All hosts, in the order of the parameters."""
         return [Method(r) for r in self.results]
-
-    def _luck(self, figure: str) -> float:
-        if figure not in self.lucky:
-            self.lucky[figure] = self.candidates.luck(figure) or 0.0
-        return self.lucky[figure]
 
     @cached_property
     def candidates(self) -> Candidates:
@@ -176,9 +174,8 @@ class Answer:
 
     def _verdict(self, after: Method, row: str, before: Method, before_row: str, figure: str) -> str | None:
         pair = (after.name, row, before.name, before_row)
-        if pair not in self.compared:
-            self.compared[pair] = rows_apart(after.result, row, before.result, before_row) or {}
-        found = self.compared[pair].get(figure)
+        apart = self._once(*pair, of=lambda: rows_apart(after.result, row, before.result, before_row) or {})
+        found = apart.get(figure)
         return found.verdict if found else None
 
     def lines(self, figure: str = "top1") -> list[str]:
@@ -189,7 +186,7 @@ class Answer:
 
     def sentences(self) -> list[str]:
         """What is said whatever methods are ranked by: H2T, useless classifiers, certainty, cost."""
-        useless = of_one_class(self.results, self.backbones or {})
+        useless = self._once("useless", of=lambda: of_one_class(self.results, self.backbones or {}))
         return [*filter(None, (self.share(), useless, self.certainty(), self.cost()))]
 
     def best(self, figure: str) -> list[str]:
@@ -200,7 +197,7 @@ class Answer:
         first = ranking.best
         row = first.best(figure) or ""
         sentences = [f"Best {RANKED[figure]}: {first.words(row)}; {_figures(first, row, figure)}."]
-        if (luck := self._luck(figure)) >= LEAST_LUCK:
+        if (luck := self._once("luck", figure, of=lambda: self.candidates.luck(figure) or 0.0)) >= LEAST_LUCK:
             rest = (first.figure(row, figure) or 0.0) - luck
             sentences.append(
                 f"It is the best of {len(self.candidates)} classifiers on these test images; chosen on nine tenths of "
@@ -267,7 +264,7 @@ class Answer:
                 f"{said}, {those}trained in {duration(ours)}; the published way takes about {duration(theirs)} "
                 "(estimated)."
             )
-        images = sum(self._published_images(r) for r in self.results)
+        images = self._once("images", of=lambda: sum(self._published_images(r) for r in self.results))
         return f"{said}, no image through the backbone; the published way passes {images:,} through it in every epoch."
 
     def command(self, figure: str = "top1", *, stage1: bool = False) -> str | None:

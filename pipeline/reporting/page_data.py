@@ -123,11 +123,12 @@ def _row(result: HostResult, row: str, runs: Sequence[np.ndarray]) -> dict[str, 
     confusion = np.zeros((len(runs), len(runs)))
     np.add.at(confusion, (place[pairs.true.to_numpy()], place[pairs.predicted.to_numpy()]), pairs["count"].to_numpy())
     bins = []
-    for _, group in reliability.groupby("bin"):
-        count = group["count"].sum()
-        if count:
-            mean = {k: float((group[k].fillna(0) * group["count"]).sum() / count) for k in ("confidence", "accuracy")}
-            bins.append({"count": int(count), **{k: round(v, 2) for k, v in mean.items()}})
+    of_bin, counts = reliability.bin.to_numpy(), reliability["count"].to_numpy()
+    shares = {k: reliability[k].fillna(0).to_numpy() * counts for k in ("confidence", "accuracy")}
+    for number in np.unique(of_bin):
+        if count := int(counts[of_bin == number].sum()):
+            mean = {k: round(float(v[of_bin == number].sum() / count), 2) for k, v in shares.items()}
+            bins.append({"count": count, **mean})
     norms = weights.groupby("class").norm.mean()
     return {
         "accuracy": _accuracy(result, numbers, runs),

@@ -55,7 +55,7 @@ class HostResult:
         heads = self.every_head
         return heads[heads.tuned.astype(bool)] if "tuned" in heads else heads
 
-    @property
+    @cached_property
     def every_head(self) -> pd.DataFrame:
         """The same with heads whose constants were tried and not chosen."""
         heads = self.tables["heads"]
@@ -67,8 +67,8 @@ class HostResult:
         return list(self.about["host"].get("constants", []))
 
     @cached_property
-    def _found(self) -> dict[tuple[float, str, str], pd.DataFrame]:
-        """What `at` has returned: a report asks for the same settings some hundred times."""
+    def found(self) -> dict[tuple[Any, ...], pd.DataFrame]:
+        """What `at` and `class_accuracy` have returned: a report asks for the same some hundred times."""
         return {}
 
     def at(self, ratio: float, donor: str = "instance", selection: str = "random") -> pd.DataFrame:
@@ -77,13 +77,13 @@ class HostResult:
         At ratio 0, donor and selection have no effect.
         """
         setting = (ratio, donor, selection)
-        if setting not in self._found:
+        if setting not in self.found:
             heads = self.heads[self.heads.ratio == ratio]
             by = [name for name in ("replicate", "seed") if name in heads]
             if ratio:
                 heads = heads[(heads.donor == donor) & (heads.selection == selection)]
-            self._found[setting] = heads.drop_duplicates(by).sort_values(by)
-        return self._found[setting]
+            self.found[setting] = heads.drop_duplicates(by).sort_values(by)
+        return self.found[setting]
 
     @cached_property
     def ratios(self) -> list[float]:
@@ -109,20 +109,24 @@ class HostResult:
         """How often the backbone was trained: the number of replicates."""
         return len(set(self.replicates.values()))
 
-    def stated(self, ratio: float, donor: str, selection: str, against: str) -> dict[str, Difference | None]:
-        """The differences of a setting from `against` that evaluate wrote, by figure."""
-        found: dict[str, Difference | None] = dict.fromkeys(FIGURES)
+    @cached_property
+    def _stated(self) -> dict[tuple[float, str, str, str], dict[str, Difference]]:
+        """The lines of `differences`: ratio, donor, selection and what is subtracted -> figure -> difference."""
+        found: dict[tuple[float, str, str, str], dict[str, Difference]] = {}
         table = self.tables["differences"]
-        table = table[(table.ratio == ratio) & (table.donor == donor) & (table.selection == selection)]
-        for line in table[table.against == against].itertuples():
+        for line in table.itertuples():
             verdict = None if pd.isna(line.verdict) else str(line.verdict)
             covers = tuple(str(source) for source in line.covers)
             known = "image_groups" in table and pd.notna(line.image_groups)
             groups = int(line.image_groups) if known else None
-            found[str(line.figure)] = Difference(
+            found.setdefault((line.ratio, line.donor, line.selection, line.against), {})[str(line.figure)] = Difference(
                 line.mean, line.low, line.high, verdict, covers, int(line.seeds), groups
             )
         return found
+
+    def stated(self, ratio: float, donor: str, selection: str, against: str) -> dict[str, Difference | None]:
+        """The differences of a setting from `against` that evaluate wrote, by figure."""
+        return {**dict.fromkeys(FIGURES), **self._stated.get((ratio, donor, selection, against), {})}
 
     @cached_property
     def tested(self) -> list[int]:
@@ -140,17 +144,15 @@ class HostResult:
         if row != "stage1" and self.about["host"]["seeded"]:
             heads = self.at(self.metrics[row]["ratio"])
             seeds = dict(zip(heads.number.astype(int), heads.seed.astype(int), strict=True))
-        table = self.tables["predictions"]
+        columns = {name: column.to_numpy() for name, column in self.tables["predictions"].items()}
         found: dict[int, Predicted] = {}
         for number, seed in seeds.items():
-            part = table[table.number == number].sort_values("sample")
-            score = part.score.to_numpy() if "score" in part else None
-            said = Answers(part.predicted.to_numpy(), part.confidence.to_numpy(np.float64), score=score)
-            groups = part["image_group"].to_numpy() if "image_group" in part else None
-            of = found.setdefault(
-                self.replicates[number], Predicted({}, part["sample"].to_numpy(), part["label"].to_numpy(), groups)
-            )
-            of.said[seed] = said
+            lines = np.flatnonzero(columns["number"] == number)
+            lines = lines[columns["sample"][lines].argsort()]
+            part = {name: column[lines] for name, column in columns.items()}
+            said = Answers(part["predicted"], part["confidence"].astype(np.float64), score=part.get("score"))
+            first = Predicted({}, part["sample"], part["label"], part.get("image_group"))
+            found.setdefault(self.replicates[number], first).said[seed] = said
         return found
 
 
@@ -320,7 +322,8 @@ def variants_at(result: HostResult, ratio: float) -> list[Variant]:
 
 def mean_and_std(heads: pd.DataFrame, figure: str) -> tuple[float | None, float | None]:
     """Mean and standard deviation (ddof 1) of `figure` over the seeds in `heads`; None for too few values."""
-    values = heads[figure].dropna()
+    values = heads[figure].to_numpy(np.float64)
+    values = values[~np.isnan(values)]
     mean = float(values.mean()) if len(values) else None
     return mean, float(values.std(ddof=1)) if len(values) > 1 else None
 
@@ -337,10 +340,14 @@ def ratio_curve(result: HostResult) -> pd.DataFrame:
 
 def class_accuracy(result: HostResult, numbers: Sequence[int]) -> pd.DataFrame:
     """Columns class, count (training images) and accuracy (percent, test split, mean over the heads `numbers`)."""
-    table = result.tables["per_class"]
-    statistics = "stage1" if list(numbers) == [-1] else result.statistics
-    table = table[(table.split == "test") & (table.statistics == statistics) & table.number.isin(list(numbers))]
-    return table.groupby("class").agg({"count": "first", "accuracy": "mean"}).reset_index()
+    if (key := tuple(numbers)) not in result.found:
+        table = result.tables["per_class"]
+        statistics = "stage1" if all(number < 0 for number in numbers) else result.statistics
+        table = table[table.number.isin(key) & (table.split == "test") & (table.statistics == statistics)]
+        classes = table.groupby("class")
+        each = pd.DataFrame({"count": classes["count"].first(), "accuracy": classes["accuracy"].mean()})
+        result.found[key] = each.reset_index()
+    return result.found[key]
 
 
 def per_class(result: HostResult) -> pd.DataFrame:

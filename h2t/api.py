@@ -4,7 +4,7 @@
 
     photos = extract_features("photos", "resnet50")                       # a folder for each class
     found = compare(photos, methods=["crt", "dr"], ratios=[0.0, 0.3])
-    print(found.table)
+    print(found)
     found.take("dr").save("model")
     predict("model", "new photos")
 

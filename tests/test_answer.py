@@ -3,11 +3,13 @@
 import json
 import re
 import shlex
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from pipeline_builders import ROOT
 from report_builders import make_evaluated
 
 from h2t.pipeline.base.run import Run
@@ -299,3 +301,13 @@ def test_the_sentences_of_results_md_are_those_of_the_answer(evaluated, tmp_path
     report.run(report.Params(), Run("report", tmp_path / "r"), ["dr"], evaluated)
     text = (tmp_path / "r" / "results.md").read_text(encoding="utf-8")
     assert re.findall(r"^- (.*)$", text, re.MULTILINE)[:4] == Answer([dr]).lines()
+
+
+def test_make_repro_ends_with_the_answer_and_the_short_table(evaluated, tmp_path, dr):
+    """The tables below are wider than a terminal, and the answer scrolled out of sight."""
+    report.run(report.Params(), Run("report", tmp_path / "r"), ["dr"], evaluated)
+    typed = ["make", "--silent", f"--eval=show: ; @$(ANSWER) {tmp_path / 'r/results.md'}", "show"]
+    text = subprocess.run(typed, cwd=ROOT, check=True, capture_output=True, text=True, timeout=60).stdout
+    assert all(line in text for line in Answer([dr]).lines())
+    assert "| dr" in text
+    assert text.endswith("better top-1.\n\n")

@@ -90,6 +90,11 @@ def test_a_missing_section_and_a_missing_file_are_named(tmp_path):
     assert "no such parameter file" in refused("prepare", tmp_path / "out", "--params", tmp_path / "q.yaml")
 
 
+def test_an_option_without_its_value_leads_to_the_help_of_its_command():
+    assert "report --help)" in refused("report", "--compare", "HEAD", code=2)
+    assert "cache pull --help)" in refused("cache", "pull", "--rev", code=2)
+
+
 USAGE = {
     "no such command": ["prepair"],
     "no argument": ["prepare"],

@@ -592,6 +592,14 @@ def test_a_label_that_the_table_lacks_is_named_beside_folders_too(tmp_path):
         detect.detect(tmp_path, "srt")
 
 
+def test_relative_paths_do_not_leave_the_folder_of_the_table(tmp_path):
+    """They asked for a key of params.yaml, which `h2t init` had not written."""
+    put(tmp_path / "lists/x.csv", "path,label\n../a.jpg,k\n../b.jpg,l\n")
+    put(tmp_path / "about.txt", "", a=True)
+    with pytest.raises(UserError, match=r"got \.\./a\.jpg; write absolute paths, or move the table above the images"):
+        detect.detect(tmp_path / "lists/x.csv")
+
+
 def test_absolute_and_relative_paths_are_not_mixed(tmp_path):
     put(tmp_path / "x.csv", f"path,label\n{tmp_path}/a.jpg,k\nb.jpg,l\n", a=True)
     with pytest.raises(UserError, match="paths must all be absolute, or all relative"):

@@ -1,10 +1,13 @@
 import io
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from builders import make_rows, raises, table_bytes, table_in
+from builders import make_cache, make_rows, raises, table_bytes, table_in
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -94,3 +97,17 @@ def test_types_are_those_of_the_format():
     assert [str(f.type) for f in SCHEMA] == ["int64", "int64", "int16", "string", "string", "int32", "string", "string"]
     assert not any(f.nullable for f in SCHEMA)
     assert np.asarray(make_rows(1)["label"]).dtype == np.int32
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc")
+def test_few_rows_are_read_without_another_thread(cache_dir):
+    """A thread of Arrow that held a Python object when `h2t cache info` ended aborted it, with exit code 134."""
+    make_cache(cache_dir)
+    code = f"""
+import os
+from h2t.cache.reader import open_cache
+before = len(os.listdir("/proc/self/task"))
+assert len(open_cache({str(cache_dir)!r}).rows)
+assert len(os.listdir("/proc/self/task")) == before
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -221,6 +221,21 @@ def test_publish_proves_what_the_remote_holds(lab):
     accepted("cache", "publish")
 
 
+def test_outputs_of_a_host_that_was_removed_are_no_fault(lab, monkeypatch):
+    """dvc.lock keeps their lines, but DVC neither pushes nor pulls them."""
+    (lab / "a/dvc.yaml").write_text(DVC_YAML.partition("  pool:")[0])
+    git("commit", "--quiet", "--all", "--message=without pool", where=lab / "a")
+    assert "pushing 2 outputs" in accepted("cache", "publish")
+    git("commit", "--quiet", "--all", "--message=verify", where=lab / "a")
+    git("clone", "--quiet", server(lab), "b", where=lab)
+    monkeypatch.chdir(lab / "b")
+    dvc("pull", where=lab / "b")
+    assert "pool" not in (told := accepted("doctor"))
+    assert "2 outputs with" in told
+    shutil.copytree(lab / "a/made", lab / "b/made")
+    assert "published" in accepted("cache", "publish")
+
+
 def test_publish_compares_content(lab):
     accepted("cache", "publish")
     path = max(objects(lab), key=lambda p: p.stat().st_size)

@@ -111,9 +111,11 @@ def read_table(source: BinaryIO | pa.NativeFile, expected_rows: int) -> pa.Table
     with _readable():
         file = _opened(source, expected_rows)
         check_memory(expected_rows * ROW_BYTES)
-        # Dictionaries hold each distinct text once, however often it occurs.
-        table = pq.ParquetFile(source, metadata=file.metadata, read_dictionary=TEXTS).read(
-            use_threads=expected_rows > FEW_ROWS
+        # Dictionaries hold each distinct text once, however often it occurs. A thread of Arrow that holds a Python
+        # object when a short command ends may abort it (apache/arrow, issue 34314), so few rows are read without any.
+        many = expected_rows > FEW_ROWS
+        table = pq.ParquetFile(source, metadata=file.metadata, read_dictionary=TEXTS, pre_buffer=many).read(
+            use_threads=many
         )
         if len(table) != expected_rows or any(column.null_count for column in table.columns):
             raise _misnumbered(expected_rows)

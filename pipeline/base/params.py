@@ -242,7 +242,9 @@ def load(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     try:
         values = strict_yaml.parsed(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such parameter file; pass --params FILE") from None
+        raise UserError(
+            f"{path}: no such parameter file; change to the folder of the project, or pass --params FILE"
+        ) from None
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: must be a readable YAML file ({error}); fix it, or pass --params FILE") from None
     if not isinstance(values, dict):

@@ -66,6 +66,14 @@ def _warnings_are_lines() -> Iterator[None]:
 class Command(click.Command):
     """A command whose epilog is an example, printed as it is."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Names this command in errors of click's parser, which leaves it out where an option lacks its value."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            error.ctx = error.ctx or ctx
+            raise
+
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Writes the example."""
         if self.epilog:

@@ -164,6 +164,19 @@ def without(images: Labelled, into: str) -> list[str]:
     return [f"note: no {SPLIT_WORDS[into]} images of {which}, trained but not measured: {images.named(lacking)}"]
 
 
+def left_for_training(images: Labelled, before: np.ndarray) -> list[str]:
+    """A note on the classes of which less than half of the `before` training images stay, by rules of `at_most`."""
+    after = images.sizes("train")
+    bare = [j for j in np.argsort(after, kind="stable") if 2 * after[j] < before[j]]
+    if not bare:
+        return []
+    which = shortened([f"{images.classes[j]} {after[j]:,} of {before[j]:,}" for j in bare])
+    return [
+        f"note: less than half of {counted(len(bare), 'class', 'classes')} stays for training: {which}; for more, "
+        "lower at_most or raise keep in prepare.test and prepare.validation"
+    ]
+
+
 def _wanted(size: int, how: HoldOut) -> int:
     if isinstance(how, AtMost):
         return max(0, min(how.at_most, size - how.keep))

@@ -172,8 +172,8 @@ def table(lines: Sequence[Line]) -> str:
         if line.standing
     ]
     said = (
-        f"Test accuracy in percent, mean over {seeds}. Differences are paired by seed and test image; their 95 % "
-        "intervals cover both, not backbones."
+        f"Test accuracy in percent, mean over {seeds}, on the first replicate; a report is over all replicates. "
+        "Differences are paired by seed and test image; their 95 % intervals cover both, not backbones."
     )
     if against:
         common = [line.standing.seeds for line in lines if line.standing]

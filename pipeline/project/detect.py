@@ -167,6 +167,11 @@ def _root(table: Path, column: str) -> Path:
                 f"{other}; correct the paths, or move the images"
             )
         return shared
+    if outside := next((text for text in given if os.path.normpath(text).startswith("..")), None):
+        raise UserError(
+            f"{table}: column {column!r}: relative paths must stay in the folder of the table; got {outside}; write "
+            "absolute paths, or move the table above the images"
+        )
     inside = sorted(path for path in table.parent.iterdir() if path.is_dir() and not path.name.startswith("."))
     for folder in (table.parent, *inside):
         if any((folder / text).is_file() for text in given):

@@ -134,16 +134,31 @@ def locked_stages(root: Path) -> dict[str, dict[str, Any]]:
 
 
 def outs(root: Path) -> list[Out]:
-    """Every output in dvc.lock. Raises UserError if the file is missing or damaged."""
+    """Every output in dvc.lock of a stage that is still there. Raises UserError if the file is missing or damaged.
+
+    DVC keeps the lines of a host that params.yaml no longer names, and neither pushes nor pulls its outputs.
+    """
     stages = locked_stages(root)
     if not stages:
         raise UserError(f"{root / 'dvc.lock'}: missing, because nothing was run yet; type: dvc repro")
+    present = _present_stages(root)
+    if present is not None:
+        stages = {name: stage for name, stage in stages.items() if name in present}
     with _lock_file(root):
         return [
             Out(name, o["path"], o["md5"], int(o.get("size", 0)))
             for name, stage in stages.items()
             for o in stage.get("outs", [])
         ]
+
+
+def _present_stages(root: Path) -> set[str] | None:
+    """The stages that dvc.yaml and params.yaml make; None if DVC cannot read them, which its own commands explain."""
+    from dvc.repo import Repo
+
+    with suppress(UserError), in_one_line("dvc.yaml"), Repo(str(root)) as repo:
+        return {str(stage.name) for stage in repo.index.stages if Path(stage.path) == root / "dvc.yaml"}
+    return None
 
 
 def dvc_cache(root: Path) -> Path:

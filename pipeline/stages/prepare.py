@@ -112,9 +112,12 @@ def run(params: Params, run: Run) -> None:
             f"dataset {params.dataset!r}: must have two or more classes; got one, {found.classes[0]!r}; correct "
             "prepare.options, or lower prepare.min_per_class.n"
         )
+    whole = found.sizes("train")
     _hold_out(found, "test", params, run.seed, notes)
     _hold_out(found, "val", params, run.seed, notes)
     before = found.sizes("train")
+    if any(isinstance(how, splits.AtMost) for how in (params.test, params.validation)):
+        notes += splits.left_for_training(found, whole)
     kept = _long_tail(found, params.imbalance)
     if len(kept) < before.sum():
         notes.append(_cut(before, len(kept)))

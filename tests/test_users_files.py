@@ -6,6 +6,8 @@ import subprocess
 import sys
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from image_builders import write_image
 from PIL import Image
@@ -82,9 +84,10 @@ def test_a_column_that_is_there_twice_is_not_chosen(photos):
     assert "column 'label': must be there once; got 2 columns of this name" in line
 
 
-def test_a_refused_table_ends_the_command_in_order(photos, tmp_path):
-    """pyarrow's reader of a table in pieces ended the process with SIGABRT."""
-    table(photos, *rows())
+@pytest.mark.parametrize("lines", [rows(), ["file_name,label", *rows(0, 11), '11.png,"b']], ids=["header", "quote"])
+def test_a_refused_table_ends_the_command_in_order(photos, tmp_path, lines):
+    """A thread of Arrow that lets go of a Python object after Python has ended ends the process with SIGABRT."""
+    table(photos, *lines)
     command = [sys.executable, "-m", "h2t.pipeline", "init", str(tmp_path / "p"), "--data", str(photos)]
     for _ in range(3):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -221,3 +224,55 @@ def test_a_folder_may_begin_with_a_tilde(classes):
     for i in range(2):
         write_image(classes / "~birds" / f"{i}.png", i)
     assert detect.detect(classes).collection.classes == ["cat", "dog", "~birds"]
+
+
+def stored(folder, name: str = "image", more=None, **columns):
+    """A Parquet file of twelve images in the column `name`; `more` makes an Arrow column of the list of images."""
+    images = [write_image(folder.parent / f"{i}.png", i).read_bytes() for i in range(12)]
+    folder.mkdir(exist_ok=True)
+    column = (more or pa.array)(images)
+    rows = pa.table({**columns, name: column, "label": [i % 2 for i in range(12)]})
+    pq.write_table(rows.replace_schema_metadata({"classes": "cat,dog"}), folder / "train-0.parquet")
+    return folder
+
+
+KINDS = {
+    "dictionary": lambda images: pa.array(images).dictionary_encode(),
+    "view": lambda images: pa.array(images, pa.binary_view()),
+    "large": lambda images: pa.array(images, pa.large_binary()),
+    "struct of views": lambda images: pa.array(
+        [{"bytes": image} for image in images], pa.struct([("bytes", pa.binary_view())])
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_every_kind_of_bytes_is_read(tmp_path, kind):
+    found = detect.detect(stored(tmp_path / "d", more=kind))
+    assert not survey.survey(found).unreadable
+    assert found.collection.classes == ["cat", "dog"]
+
+
+def test_of_several_columns_of_bytes_the_one_of_a_usual_name_is_read(tmp_path):
+    folder = stored(tmp_path / "d", "Image", hash=[b"x"] * 12)
+    assert detect.detect(folder).options["bytes"] == "Image"
+
+
+def test_a_row_without_an_image_is_left_out_like_a_bad_one(tmp_path):
+    folder = stored(tmp_path / "d", more=lambda images: pa.array([None, *images[1:]]))
+    found = detect.detect(folder)
+    assert survey.survey(found).unreadable == {0: "is missing: its row holds no bytes"}
+    said: list[str] = []
+    section = {"dataset": "table", "options": found.options, "test": 0.4, "bad_images": "skip"}
+    prepare.run(prepare.Params.model_validate(section), Run("prepare", tmp_path / "out", say=said.append))
+    assert "1 bad image left out, listed in skipped.parquet; first: train-0.parquet:000000000 is miss" in " ".join(said)
+
+
+def test_names_of_classes_are_no_names_of_groups(tmp_path):
+    found = detect.detect(stored(tmp_path / "d", site=[i // 2 for i in range(12)]))
+    assert list(found.collection.group) == [str(i // 2) for i in range(12)]
+
+
+def test_a_column_of_lists_is_no_column_of_paths(tmp_path):
+    line = refusal(stored(tmp_path / "d", more=lambda images: pa.array([[image] for image in images])))
+    assert "column 'image': must hold paths or encoded images; got list; correct the file" in line

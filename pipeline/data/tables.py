@@ -56,10 +56,11 @@ class Values(Sequence[Any]):
             yield from self[start : start + PIECE_ROWS]
 
 
-def columns(path: Table, wanted: Sequence[str]) -> dict[str, Sequence[Any]]:
+def columns(path: Table, wanted: Sequence[str], label: str | None = None) -> dict[str, Sequence[Any]]:
     """The columns `wanted` of the table in `path`: text from CSV and TSV, the stored values from the other formats.
 
-    Whole numbers with class names in a Parquet file's metadata become these names. Raises UserError for a file that
+    Whole numbers with class names in a Parquet file's metadata become these names; names of no column in particular
+    are those of the column `label`. Raises UserError for a file that
     cannot be read, or lacks a column.
     """
     known = column_names(path)
@@ -86,7 +87,7 @@ def columns(path: Table, wanted: Sequence[str]) -> dict[str, Sequence[Any]]:
     found: dict[str, Sequence[Any]] = {}
     for name in table.column_names:
         values = Values(table[name])
-        names = class_names(table.schema, name)
+        names = class_names(table.schema, name, labels=label in (None, name))
         found[name] = _named(values, names, f"{path}: column {name!r}") if names else values
     return found
 
@@ -98,16 +99,23 @@ def usual_column(known: Sequence[str], usual: Iterable[str]) -> str | None:
 
 
 def bytes_column(path: Table) -> str | None:
-    """The column of encoded images in a Parquet file, or None. Raises UserError if the file cannot be read."""
+    """The column of encoded images in a Parquet file, of several the one of a usual name; None if there is none.
+
+    Raises UserError if the file cannot be read.
+    """
     if path.suffix.lower() != ".parquet":
         return None
-    for field in _parquet_schema(path):
-        kinds = [field.type]
-        if pa.types.is_struct(field.type):
-            kinds = [part.type for part in field.type if part.name == "bytes"]
-        if any(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) for kind in kinds):
-            return str(field.name)
-    return None
+    stored = [field.name for field in _parquet_schema(path) if _holds_bytes(field.type)]
+    return usual_column(stored, PATHS) or (stored[0] if stored else None)
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    """True for a column of bytes, or of structs with a field `bytes`."""
+    if pa.types.is_struct(kind):
+        return any(part.name == "bytes" and _holds_bytes(part.type) for part in kind)
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
 
 
 def texts(path: Table, name: str, values: Iterable[Any]) -> Iterator[str]:
@@ -178,10 +186,7 @@ def _short(values: list[Any]) -> Sequence[Any]:
 
 
 def _header(path: Table) -> list[str]:
-    """The first line of a CSV or TSV file that is not empty.
-
-    Not by pyarrow: where a command ends soon after, the threads of its reader end the process with SIGABRT.
-    """
+    """The first line of a CSV or TSV file that is not empty."""
     with io.TextIOWrapper(io.BytesIO(_text(path)), "utf-8", newline="") as lines:
         return next((row for row in csv.reader(lines, delimiter=_delimiter(path)) if row), [])
 
@@ -203,14 +208,24 @@ def _delimited(path: Table, wanted: list[str], width: int) -> dict[str, pa.Chunk
         ),
     }
     try:
-        table = pa.csv.read_csv(io.BytesIO(data), **options)
+        table = pa.csv.read_csv(_native(data), **options)
     except pa.ArrowInvalid:  # one thread knows the number of the row, and says it
-        table = pa.csv.read_csv(io.BytesIO(data), pa.csv.ReadOptions(use_threads=False), **options)
+        table = pa.csv.read_csv(_native(data), pa.csv.ReadOptions(use_threads=False), **options)
     if odd:
         if table[wanted[0]][-1].as_py() != LAST:
             raise ValueError(f"row {table.num_rows} opens a quotation mark that nothing closes")
         table = table.slice(0, table.num_rows - 1)
     return {name: table[name] for name in wanted}
+
+
+def _native(data: bytes) -> pa.NativeFile:
+    """A file of a copy of `data` that is no Python object.
+
+    Arrow's threads may let go of an object after Python has ended, which ends the process with SIGABRT.
+    """
+    buffer = pa.allocate_buffer(len(data))
+    pa.FixedSizeBufferWriter(buffer).write(data)
+    return pa.BufferReader(buffer)
 
 
 def _delimiter(path: Table) -> str:

@@ -115,7 +115,7 @@ def load(options: Options) -> Collection:
             path = url_files.UrlFile("prepare.options.table", place, whole=options.path is not None)
         else:
             path = place
-        columns = tables.columns(path, wanted)
+        columns = tables.columns(path, wanted, options.label)
         text = [known.setdefault(name, name) for name in tables.texts(path, options.label, columns[options.label])]
         _check_lines(path, text)
         if root is not None and options.path is not None:

@@ -148,7 +148,13 @@ def _root(table: Path, column: str) -> Path:
 
     Raises UserError if none of the first paths exists.
     """
-    given = [str(text).replace("\\", "/") for text in tables.columns(table, [column])[column][:LOOK]]
+    first = tables.columns(table, [column])[column][:LOOK]
+    if other := next((value for value in first if not isinstance(value, str | int)), None):
+        raise UserError(
+            f"{table}: column {column!r}: must hold paths or encoded images; got {type(other).__name__}; "
+            "correct the file"
+        )
+    given = [str(text).replace("\\", "/") for text in first]
     if not given:
         raise UserError(f"{table}: has no rows; add a row for each image")
     absolute = [str(Path(text).expanduser()) for text in given if text.startswith(("/", "~"))]

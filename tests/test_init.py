@@ -151,7 +151,7 @@ def test_classes_of_similar_names_are_named_by_init_and_prepare(tmp_path):
         accepted("watch", "images", "inputs/images.json")
         accepted("inputs", "inputs", "data/inputs")
         for said in (first, accepted("prepare", "data/prepare")):
-            assert "differ only by case, spaces or Unicode form: 'Cat' and 'cat'; each" in said
+            assert "differ only by case, spaces, invisible signs or Unicode form: 'Cat' and 'cat'; each" in said
 
 
 def test_folders_of_splits_and_a_folder_around_all(tmp_path):

@@ -6,6 +6,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO, Any, NoReturn, TextIO
 
 import click
@@ -40,7 +41,10 @@ def refuse(ctx: click.Context, message: str) -> NoReturn:
 
 @contextmanager
 def _warnings_are_lines() -> Iterator[None]:
-    """Prints the warnings of caches as one line on stderr, without the line of code that raised them."""
+    """Prints the warnings of caches as one line on stderr, without the line of code that raised them.
+
+    Those of Pillow name no image, and what matters in them is said with the image's name.
+    """
     others = warnings.showwarning
 
     def show(
@@ -53,7 +57,7 @@ def _warnings_are_lines() -> Iterator[None]:
     ) -> None:
         if issubclass(category, CacheWarning):
             click.echo(one_line(f"warning: {message}"), err=True)
-        else:
+        elif "PIL" not in Path(filename).parts:
             others(message, category, filename, lineno, file, line)
 
     warnings.showwarning = show

@@ -29,18 +29,19 @@ def recorded_names(provenance: Mapping[str, Any], where: object) -> list[str]:
 
 
 def describe_similar(names: Sequence[str]) -> list[str]:
-    """A line if names of classes differ only by case, by spaces or by Unicode normal form (é as one sign or as two)."""
+    """A line if class names differ only by case, spaces, signs without width or Unicode form (é as one sign or two)."""
     alike: dict[str, list[str]] = {}
     for name in names:
-        alike.setdefault(" ".join(unicodedata.normalize("NFC", name).casefold().split()), []).append(name)
+        seen = "".join(sign for sign in name if unicodedata.category(sign) != "Cf")  # those have no width
+        alike.setdefault(" ".join(unicodedata.normalize("NFC", seen).casefold().split()), []).append(name)
     groups = [group for group in alike.values() if len(group) > 1]
     if not groups:
         return []
     named = [" and ".join(_told_apart(group)) for group in groups[:SHOWN]]
     more = f"; and {len(groups) - SHOWN:,} more" if len(groups) > SHOWN else ""
     return [
-        f"class names that differ only by case, spaces or Unicode form: {'; '.join(named)}{more}; each is a class of "
-        "its own; if they mean the same, give their images one name"
+        f"class names that differ only by case, spaces, invisible signs or Unicode form: {'; '.join(named)}{more}; "
+        "each is a class of its own; if they mean the same, give their images one name"
     ]
 
 

@@ -25,6 +25,12 @@ from h2t.pipeline.data.url_files import Place, UrlFile
 LABEL_DIGITS = 9
 MOST_REMEMBERED = 65536  # paths of which a Root remembers whether they lead out of it
 
+#: Names that are no class and no image, in lower case: what macOS, file servers (Synology, QNAP) and Windows leave.
+OF_THE_SYSTEM = {
+    *("__macosx", "@eadir", "#recycle", "@recycle", "$recycle.bin", "system volume information"),
+    *("thumbs.db", "ehthumbs.db", "desktop.ini"),
+}
+
 
 class Options(Section):
     """Keys of `prepare.options` that list-file datasets share."""
@@ -75,9 +81,9 @@ class Root:
         """
         inside = posixpath.normpath(source)
         path = posixpath.join(self._folder, inside)
-        foreign = "\\" in source and not posixpath.isfile(path)  # a back-slash may be a part of a name
+        foreign = ("\\" in source or source.startswith("~")) and not posixpath.isfile(path)  # both may be in a name
         climbs = ".." in source.split("/")
-        if inside == "." or source.startswith(("/", "~")) or climbs or "\0" in source or foreign:
+        if inside == "." or source.startswith("/") or climbs or "\0" in source or foreign:
             raise _not_relative(source)
         if self._follow_links:
             return path
@@ -299,29 +305,45 @@ def kinds_left_out(folder: Path, endings: Counter[str]) -> list[str]:
     """A note on the files in `folder` that are no images, by their endings, as a list; empty if there are none."""
     if not endings:
         return []
+    return [f"note: {folder}: {counted(endings.total(), 'file')} of other kinds left out: {kinds(endings)}"]
+
+
+def kinds(endings: Counter[str]) -> str:
+    """The five most frequent endings and how many files have them."""
     most = sorted(endings.items(), key=lambda item: (-item[1], item[0]))[:5]
-    kinds = ", ".join(f"{kind} {count:,}" for kind, count in most)
-    return [f"note: {folder}: {counted(endings.total(), 'file')} of other kinds left out: {kinds}"]
+    return ", ".join(f"{kind} {count:,}" for kind, count in most)
 
 
-def visible(root: Path, follow_links: bool) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """Yields each visible folder from `root` on, and the names of the visible folders and files in it."""
+def of_the_system(name: str) -> bool:
+    """True for what an operating system or a file server put beside images: previews, waste, settings."""
+    return name.startswith(".") or name.lower() in OF_THE_SYSTEM
+
+
+def visible(
+    root: Path, follow_links: bool, left_out: Counter[str] | None = None
+) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Yields each visible folder from `root` on, and the names of the visible folders and files in it.
+
+    Folders of the operating system are no visible ones; `left_out` counts those that are not hidden by a dot.
+    """
     seen: set[str] = set()  # real paths of visited folders, so that circular links end
     for folder, inside, files in os.walk(root, followlinks=follow_links):
         real = os.path.realpath(folder)
-        inside[:] = [] if real in seen else sorted(d for d in inside if not d.startswith("."))
+        if left_out is not None and real not in seen:
+            left_out.update(d for d in inside if d.lower() in OF_THE_SYSTEM)
+        inside[:] = [] if real in seen else sorted(d for d in inside if not of_the_system(d))
         if real not in seen:
             seen.add(real)
             yield Path(folder), inside, [f for f in files if not f.startswith(".")]
 
 
-def walk(root: Path, part: str, follow_links: bool) -> Iterator[str]:
-    """Yields all files under `root/part` as paths relative to `root`, without hidden ones, in no order.
+def walk(root: Path, part: str, follow_links: bool, left_out: Counter[str] | None = None) -> Iterator[str]:
+    """Yields all files under `root/part` as paths relative to `root`, without hidden ones (see `visible`), in no order.
 
     Raises UserError for a link to a folder, unless `follow_links` is set, and at the end for names that are not UTF-8.
     """
     foreign: list[str] = []
-    for folder, inside, files in visible(root / part, follow_links):
+    for folder, inside, files in visible(root / part, follow_links, left_out):
         where = folder.relative_to(root).as_posix()
         links = [d for d in inside if not follow_links and posixpath.islink(posixpath.join(folder, d))]
         if links:

@@ -91,16 +91,16 @@ def opened(key: str, path: Place) -> pq.ParquetFile:
     return file
 
 
-def class_names(schema: pa.Schema, column: str) -> list[str] | None:
+def class_names(schema: pa.Schema, column: str, *, labels: bool = True) -> list[str] | None:
     """The names of whole-number labels in the file's metadata, or None.
 
-    They stand in the `huggingface` JSON, or separated by commas under `classes`. Layout:
+    They stand in the `huggingface` JSON, or, for the column of `labels`, separated by commas under `classes`. Layout:
     https://huggingface.co/docs/datasets/image_dataset
     """
     metadata = schema.metadata or {}
     with suppress(KeyError, ValueError, TypeError):
         return [str(n) for n in json.loads(metadata[b"huggingface"])["info"]["features"][column]["names"]]
-    if b"classes" in metadata:
+    if labels and b"classes" in metadata:
         return str(metadata[b"classes"].decode(errors="replace")).split(",")
     return None
 
@@ -109,7 +109,7 @@ def row_reader(files: Mapping[str, pq.ParquetFile], column: str, key: str) -> Ca
     """A function that returns the image bytes of a source. It keeps the most recently used row groups in memory.
 
     `column` holds bytes, or structs with a field `bytes`; the parameter `key` names it. The function raises UserError
-    for a row that does not exist or holds something else, and OSError for a damaged file.
+    for a row that does not exist or holds something else, ValueError for one without bytes, OSError for a damaged file.
     """
     starts = {
         name: np.cumsum([0] + [file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)])
@@ -141,6 +141,8 @@ def row_reader(files: Mapping[str, pq.ParquetFile], column: str, key: str) -> Ca
                 groups.popitem(last=False)
         image = values[number - int(starts[name][group])].as_py()
         data = image.get("bytes") if isinstance(image, dict) else image
+        if data is None:
+            raise ValueError("is missing: its row holds no bytes")
         if not isinstance(data, bytes):
             raise UserError(
                 f"{source}: column {column!r} must hold encoded images as bytes; got {type(data).__name__}; set {key}"

@@ -1,13 +1,14 @@
 """Tables of images in CSV, TSV, JSON Lines and Parquet files: columns as text, with errors that name file and row."""
 
+import csv
 import io
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv
-import pyarrow.json
 import pyarrow.parquet as pq
 
 from h2t.pipeline.base.errors import UserError, nearest
@@ -23,11 +24,19 @@ ENDINGS = (*DELIMITED, *LINES, ".parquet")
 PATHS = ("file_name", "filename", "path", "filepath", "file_path", "image_path", "img_path", "file", "image", "img")
 Table = Path | UrlFile
 BOM = b"\xef\xbb\xbf"
+LAST = "\x1e"  # fills a row after the last one, to see whether a quotation mark was left open
 
 
 def column_names(path: Table) -> list[str]:
     """The columns of the table in `path`. Raises UserError if the file cannot be read."""
-    return _schema(path).names
+    try:
+        if path.suffix.lower() == ".parquet":
+            return list(_parquet_schema(path).names)
+        if path.suffix.lower() in LINES:
+            return list(dict.fromkeys(name for row in _objects(path) for name in row))
+        return _header(path)
+    except (OSError, pa.ArrowException, ValueError, csv.Error) as error:
+        raise _unreadable(path, error) from None
 
 
 class Values(Sequence[Any]):
@@ -47,10 +56,11 @@ class Values(Sequence[Any]):
             yield from self[start : start + PIECE_ROWS]
 
 
-def columns(path: Table, wanted: Sequence[str]) -> dict[str, Sequence[Any]]:
+def columns(path: Table, wanted: Sequence[str], label: str | None = None) -> dict[str, Sequence[Any]]:
     """The columns `wanted` of the table in `path`: text from CSV and TSV, the stored values from the other formats.
 
-    Whole numbers with class names in a Parquet file's metadata become these names. Raises UserError for a file that
+    Whole numbers with class names in a Parquet file's metadata become these names; names of no column in particular
+    are those of the column `label`. Raises UserError for a file that
     cannot be read, or lacks a column.
     """
     known = column_names(path)
@@ -60,11 +70,24 @@ def columns(path: Table, wanted: Sequence[str]) -> dict[str, Sequence[Any]]:
                 f"{path}: no column {name!r}{nearest(name, known)} (there are: {', '.join(known)}); "
                 "correct prepare.options"
             )
-    table = _table(path, list(dict.fromkeys(wanted)))
+        if known.count(name) > 1:
+            raise UserError(
+                f"{path}: column {name!r}: must be there once; got {known.count(name)} columns of this name; rename "
+                "or remove the others"
+            )
+    wanted = list(dict.fromkeys(wanted))
+    try:
+        if path.suffix.lower() in LINES:
+            return _from_lines(path, wanted)
+        if path.suffix.lower() in DELIMITED:
+            return {name: Values(column) for name, column in _delimited(path, wanted, len(known)).items()}
+        table = pq.read_table(_parquet(path), columns=wanted)
+    except (OSError, pa.ArrowException, ValueError) as error:
+        raise _unreadable(path, error) from None
     found: dict[str, Sequence[Any]] = {}
     for name in table.column_names:
         values = Values(table[name])
-        names = class_names(table.schema, name) if path.suffix.lower() == ".parquet" else None
+        names = class_names(table.schema, name, labels=label in (None, name))
         found[name] = _named(values, names, f"{path}: column {name!r}") if names else values
     return found
 
@@ -76,16 +99,23 @@ def usual_column(known: Sequence[str], usual: Iterable[str]) -> str | None:
 
 
 def bytes_column(path: Table) -> str | None:
-    """The column of encoded images in a Parquet file, or None. Raises UserError if the file cannot be read."""
+    """The column of encoded images in a Parquet file, of several the one of a usual name; None if there is none.
+
+    Raises UserError if the file cannot be read.
+    """
     if path.suffix.lower() != ".parquet":
         return None
-    for field in _schema(path):
-        kinds = [field.type]
-        if pa.types.is_struct(field.type):
-            kinds = [part.type for part in field.type if part.name == "bytes"]
-        if any(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) for kind in kinds):
-            return str(field.name)
-    return None
+    stored = [field.name for field in _parquet_schema(path) if _holds_bytes(field.type)]
+    return usual_column(stored, PATHS) or (stored[0] if stored else None)
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    """True for a column of bytes, or of structs with a field `bytes`."""
+    if pa.types.is_struct(kind):
+        return any(part.name == "bytes" and _holds_bytes(part.type) for part in kind)
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
 
 
 def texts(path: Table, name: str, values: Iterable[Any]) -> Iterator[str]:
@@ -106,46 +136,104 @@ def _named(values: Sequence[Any], names: list[str], where: str) -> list[Any]:
     return [names[value] if isinstance(value, int) else value for value in values]
 
 
-def _schema(path: Table) -> Any:
-    try:
-        if path.suffix.lower() == ".parquet":
-            return pq.read_schema(_parquet(path))
-        if path.suffix.lower() in LINES:
-            return _lines(path).schema
-        with pa.csv.open_csv(io.BytesIO(_text(path)), **_csv(path)) as reader:
-            return reader.schema
-    except (OSError, pa.ArrowException, ValueError) as error:
-        raise _unreadable(path, error) from None
-
-
-def _table(path: Table, wanted: list[str]) -> Any:
-    try:
-        if path.suffix.lower() == ".parquet":
-            return pq.read_table(_parquet(path), columns=wanted)
-        if path.suffix.lower() in LINES:
-            return _lines(path).select(wanted)
-        as_text = {name: pa.string() for name in wanted}
-        convert = pa.csv.ConvertOptions(include_columns=wanted, column_types=as_text, strings_can_be_null=False)
-        return pa.csv.read_csv(io.BytesIO(_text(path)), **_csv(path), convert_options=convert)
-    except (OSError, pa.ArrowException, ValueError) as error:
-        raise _unreadable(path, error) from None
-
-
 def _parquet(path: Table) -> Any:
     return path.parquet() if isinstance(path, UrlFile) else path
 
 
-def _lines(path: Table) -> Any:
-    return pa.json.read_json(io.BytesIO(_text(path)))
+def _parquet_schema(path: Table) -> Any:
+    try:
+        return pq.read_schema(_parquet(path))
+    except (OSError, pa.ArrowException, ValueError) as error:
+        raise _unreadable(path, error) from None
 
 
-def _csv(path: Table) -> dict[str, Any]:
-    """Options of pyarrow's reader. The delimiter of a CSV file is the sign that its first line has most of."""
-    delimiter = "\t"
-    if path.suffix.lower() == ".csv":
-        first = _text(path).split(b"\n", 1)[0].decode("utf-8", "replace")
-        delimiter = max((",", ";", "\t"), key=first.count)
-    return {"parse_options": pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)}
+def _objects(path: Table) -> Iterator[dict[str, Any]]:
+    """Yields the objects of JSON Lines. Raises ValueError for a line that holds none.
+
+    pyarrow would make times of texts such as 2026-11-28, and refuse a table for a column that nobody reads.
+    """
+    for number, line in enumerate(io.BytesIO(_text(path)), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number} is no JSON: {error.msg}") from None
+        except RecursionError:
+            raise ValueError(f"line {number} is nested too deeply") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"line {number} must be an object in braces")
+        yield row
+
+
+def _from_lines(path: Table, wanted: list[str]) -> dict[str, Sequence[Any]]:
+    """The columns `wanted` of JSON Lines, as they are written; None where an object lacks the name."""
+    found: dict[str, list[Any]] = {name: [] for name in wanted}
+    for row in _objects(path):
+        for name, values in found.items():
+            values.append(row.get(name))
+    return {name: _short(values) for name, values in found.items()}
+
+
+def _short(values: list[Any]) -> Sequence[Any]:
+    """The values in Arrow's memory if all are texts, else as they are. Raises ValueError for half a UTF-16 sign."""
+    if all(isinstance(value, str) for value in values):
+        return Values(pa.chunked_array([pa.array(values, pa.string())]))
+    for value in values:
+        if isinstance(value, str):
+            value.encode()
+    return values
+
+
+def _header(path: Table) -> list[str]:
+    """The first line of a CSV or TSV file that is not empty."""
+    with io.TextIOWrapper(io.BytesIO(_text(path)), "utf-8", newline="") as lines:
+        return next((row for row in csv.reader(lines, delimiter=_delimiter(path)) if row), [])
+
+
+def _delimited(path: Table, wanted: list[str], width: int) -> dict[str, pa.ChunkedArray]:
+    """The columns `wanted` of a CSV or TSV file of `width` columns, as text.
+
+    Raises ValueError if a quotation mark is left open: all lines after it would be one value.
+    """
+    data, delimiter = _text(path), _delimiter(path)
+    odd = data.count(b'"') % 2 == 1
+    if odd:
+        data += f"\n{delimiter.join([LAST] * width)}\n".encode()
+    as_text = dict.fromkeys(wanted, pa.string())
+    options = {
+        "parse_options": pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+        "convert_options": pa.csv.ConvertOptions(
+            include_columns=wanted, column_types=as_text, strings_can_be_null=False
+        ),
+    }
+    try:
+        table = pa.csv.read_csv(_native(data), **options)
+    except pa.ArrowInvalid:  # one thread knows the number of the row, and says it
+        table = pa.csv.read_csv(_native(data), pa.csv.ReadOptions(use_threads=False), **options)
+    if odd:
+        if table[wanted[0]][-1].as_py() != LAST:
+            raise ValueError(f"row {table.num_rows} opens a quotation mark that nothing closes")
+        table = table.slice(0, table.num_rows - 1)
+    return {name: table[name] for name in wanted}
+
+
+def _native(data: bytes) -> pa.NativeFile:
+    """A file of a copy of `data` that is no Python object.
+
+    Arrow's threads may let go of an object after Python has ended, which ends the process with SIGABRT.
+    """
+    buffer = pa.allocate_buffer(len(data))
+    pa.FixedSizeBufferWriter(buffer).write(data)
+    return pa.BufferReader(buffer)
+
+
+def _delimiter(path: Table) -> str:
+    """The sign that the first line of a CSV file has most of; a tab in other files."""
+    if path.suffix.lower() != ".csv":
+        return "\t"
+    first = _text(path).split(b"\n", 1)[0].decode("utf-8", "replace")
+    return max((",", ";", "\t"), key=first.count)
 
 
 def _text(path: Table) -> bytes:

@@ -5,13 +5,13 @@ images `prepare` holds some out (`prepare.test`). A `metadata.csv` of Hugging Fa
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from h2t.pipeline.base.errors import UserError, nearest
-from h2t.pipeline.base.text import counted
+from h2t.pipeline.base.text import counted, some
 from h2t.pipeline.data import decoding, list_files, tables
 from h2t.pipeline.data.images import Collection
 from h2t.pipeline.data.labels import USUAL, split_of
@@ -19,7 +19,7 @@ from h2t.pipeline.data.texts import Texts
 from h2t.pipeline.data.transforms import OwnImages
 from h2t.pipeline.data.transforms import transform as transform
 
-NUMBER = 2026112602  # other results, another number: docs/numbers.md
+NUMBER = 2026112801  # other results, another number: docs/numbers.md
 
 
 class Options(OwnImages):
@@ -70,12 +70,13 @@ def _images(options: Options, part: str) -> tuple[list[str], Texts, list[str]]:
     inner: dict[str, set[str]] = {}  # the folders inside those of each class
     loose: list[str] = []
     others: Counter[str] = Counter()
+    system: Counter[str] = Counter()
     class_of: list[int] = []
 
     depth = len(PurePosixPath(part).parts)  # the folder of the class comes after them
 
     def images() -> Iterator[str]:
-        for source in list_files.walk(root, part, options.follow_links):
+        for source in list_files.walk(root, part, options.follow_links, system):
             inside_part = source.split("/")[depth:]
             stem, ending = list_files.stem_and_ending(inside_part[-1])
             if len(inside_part) < 3 and stem == "metadata" and ending in tables.ENDINGS:
@@ -98,6 +99,7 @@ def _images(options: Options, part: str) -> tuple[list[str], Texts, list[str]]:
         raise UserError(
             f"{root / part}: must hold a folder of images per class; got "
             + (f"{counted(len(loose), 'image')} and no folders of images" if loose else "no images")
+            + (f", but {list_files.kinds(others)} (convert photos of other kinds to JPEG or PNG)" if others else "")
             + "; set prepare.options.train, val and test, or list labels in a table (prepare.dataset=table)"
         )
     if all(split_of(name) for name in number):
@@ -110,6 +112,7 @@ def _images(options: Options, part: str) -> tuple[list[str], Texts, list[str]]:
     order = order[np.argsort(rank[class_of][order], kind="stable")]
     notes = [
         *_left_out(root / part, loose, others),
+        *_of_the_system(root / part, system),
         *_without_images(root / part, set(number)),
         *_same_folders(root / part, inner),
     ]
@@ -126,10 +129,41 @@ def _left_out(folder: Path, loose: list[str], others: Counter[str]) -> list[str]
     return notes + list_files.kinds_left_out(folder, others)
 
 
+def _of_the_system(folder: Path, names: Counter[str]) -> list[str]:
+    """A note on folders that an operating system or a file server made."""
+    if not names:
+        return []
+    named = ", ".join(sorted(names))
+    return [f"note: {folder}: {counted(names.total(), 'folder')} of the operating system left out: {named}"]
+
+
+def _beside_splits(options: Options, parts: Iterable[str]) -> list[str]:
+    """Notes on what lies beside the folders of the splits, as `test` beside `testing`, and is not read."""
+    root = Path(options.root)
+    if options.train == "." or not root.is_dir():
+        return []
+    read = {"".join(PurePosixPath(part).parts[:1]) for part in parts}
+    if "" in read:
+        return []
+    beside = sorted(p for p in root.iterdir() if p.name not in read and not list_files.of_the_system(p.name))
+    folders = [path.name for path in beside if path.is_dir()]
+    loose = [p.name for p in beside if p.is_file() and list_files.stem_and_ending(p.name)[1] in decoding.endings()]
+    notes = []
+    if folders:
+        where = f"beside {', '.join(sorted(read))}"
+        notes.append(f"note: {root}: {counted(len(folders), 'folder')} {where} left out: {some(folders, 5)}")
+    if loose:
+        what = counted(len(loose), "image")
+        notes.append(f"note: {root}: {what} in no folder of a split, left out; first: {loose[0]}")
+    return notes
+
+
 def _without_images(folder: Path, classes: set[str]) -> list[str]:
     """A note on class folders without an image."""
     empty = sorted(
-        p.name for p in folder.iterdir() if p.is_dir() and p.name not in classes and not p.name.startswith(".")
+        p.name
+        for p in folder.iterdir()
+        if p.is_dir() and p.name not in classes and not list_files.of_the_system(p.name)
     )
     if not empty:
         return []
@@ -173,7 +207,8 @@ def load(options: Options) -> Collection:
             label.append(number[name])
         split += [part] * len(names)
     sources = Texts.joined(source for _, source, _ in found.values())
-    return Collection(classes, sources, label, split, notes=[note for *_, notes in found.values() for note in notes])
+    notes = [note for *_, notes in found.values() for note in notes] + _beside_splits(options, folders.values())
+    return Collection(classes, sources, label, split, notes=notes)
 
 
 def inputs(options: Options) -> dict[str, str]:

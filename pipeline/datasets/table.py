@@ -23,7 +23,9 @@ from h2t.pipeline.data.transforms import OwnImages
 from h2t.pipeline.data.transforms import transform as transform
 from h2t.pipeline.data.url_files import Place
 
-NUMBER = 2026112601  # other results, another number: docs/numbers.md
+NUMBER = 2026112801  # other results, another number: docs/numbers.md
+
+STRAY = "a stray quotation mark joins lines: correct the table"
 
 
 class Options(OwnImages):
@@ -113,8 +115,9 @@ def load(options: Options) -> Collection:
             path = url_files.UrlFile("prepare.options.table", place, whole=options.path is not None)
         else:
             path = place
-        columns = tables.columns(path, wanted)
+        columns = tables.columns(path, wanted, options.label)
         text = [known.setdefault(name, name) for name in tables.texts(path, options.label, columns[options.label])]
+        _check_lines(path, text)
         if root is not None and options.path is not None:
             given = tables.texts(path, options.path, columns[options.path])
             own = Texts.of(_sources(given, place, root, path, options))
@@ -145,6 +148,15 @@ def load(options: Options) -> Collection:
         )
     classes, label = labels.numbered(texts)
     return Collection(classes, source, label, split, Texts.joined(groups) if options.group else None, read=read)
+
+
+def _check_lines(path: tables.Table, labels_of: list[str]) -> None:
+    """Raises UserError for a label of several lines: a stray quotation mark makes one value of them."""
+    if path.suffix.lower() not in tables.DELIMITED:
+        return
+    for row, label in enumerate(labels_of, 1):
+        if "\n" in label or "\r" in label:
+            raise UserError(f"{path}: row {row}: a label must be one line; got {label!r:.60}; {STRAY}")
 
 
 def _splits(part: str, path: tables.Table, options: Options, columns: Mapping[str, Sequence[object]]) -> Iterator[str]:
@@ -184,8 +196,10 @@ def _source(text: str, base: Path, root: Path, images: list_files.Root, where: s
 
     Back-slashes separate folders, as in tables from Windows, unless a file has that name.
     """
-    if "\\" in text and not (base / text).is_file():
+    if "\\" in text and not posixpath.isfile(base / text):
         text = text.replace("\\", "/")
+    if "\n" in text and not posixpath.isfile(base / text):
+        raise UserError(f"{where}: must be the path of an image; got {text!r:.60}; {STRAY}")
     path = posixpath.normpath(posixpath.join(base, posixpath.expanduser(text)))
     source = posixpath.relpath(path, root)
     if source == ".." or source.startswith("../"):

@@ -101,7 +101,8 @@ def _named_in(table: Path, column: str | None) -> list[str]:
             f"{table}: which column holds the paths of images? There are: {', '.join(known)}; add --column NAME"
         )
     texts = tables.texts(table, column, tables.columns(table, [column])[column])
-    separated = (text if (table.parent / text).is_file() else text.replace("\\", "/") for text in texts)
+    here = str(table.parent)
+    separated = (text if os.path.isfile(f"{here}/{text}") else text.replace("\\", "/") for text in texts)  # noqa: PTH113
     return [str(table.parent / Path(text).expanduser()) for text in separated]
 
 

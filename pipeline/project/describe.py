@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from h2t.cache.redaction import printable
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.data.classes import describe_similar
 from h2t.pipeline.data.labels import USUAL
@@ -20,7 +21,11 @@ SAID = 3  # unreadable images that are named
 
 
 def lines(found: Found, seen: Survey, *, bar: str = "█") -> Iterator[str]:
-    """Yields the lines of the report. `bar` is the sign that bars are drawn with."""
+    """Yields the lines of the report, without signs that control a terminal. `bar` is the sign of bars."""
+    return map(printable, _lines(found, seen, bar))
+
+
+def _lines(found: Found, seen: Survey, bar: str) -> Iterator[str]:
     images = found.collection
     classes = counted(len(images.classes), "class", "classes")
     sizes = ", ".join(f"{split} {size:,}" for split in USUAL if (size := images.split.count(split)))
@@ -59,12 +64,13 @@ def bars(classes: list[str], label: list[int], bar: str) -> Iterator[str]:
     ordered = sorted(range(len(classes)), key=lambda j: (-counts[j], classes[j]))
     largest = max(counts.values())
     shown = ordered if len(ordered) <= MOST else [*ordered[: MOST - LAST], -1, *ordered[-LAST:]]
-    width = min(NAME, max(len(classes[j]) for j in shown if j >= 0))
+    names = {j: printable(classes[j]) for j in shown if j >= 0}
+    width = min(NAME, max(map(len, names.values())))
     for j in shown:
         if j < 0:
             yield f"  ... {counted(len(ordered) - MOST, 'class', 'classes')} between"
             continue
-        name = classes[j] if len(classes[j]) <= width else classes[j][: width - 1] + "…"
+        name = names[j] if len(names[j]) <= width else names[j][: width - 1] + "…"
         yield f"  {name:{width}} {counts[j]:>7,} {bar * max(1, round(WIDTH * counts[j] / largest))}"
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.params import INPUTS, build
-from h2t.pipeline.data import parquet_files, tables
+from h2t.pipeline.data import list_files, parquet_files, tables
 from h2t.pipeline.data.images import Collection
 from h2t.pipeline.data.labels import USUAL, split_of
 
@@ -148,7 +148,13 @@ def _root(table: Path, column: str) -> Path:
 
     Raises UserError if none of the first paths exists.
     """
-    given = [str(text).replace("\\", "/") for text in tables.columns(table, [column])[column][:LOOK]]
+    first = tables.columns(table, [column])[column][:LOOK]
+    if other := next((value for value in first if not isinstance(value, str | int)), None):
+        raise UserError(
+            f"{table}: column {column!r}: must hold paths or encoded images; got {type(other).__name__}; "
+            "correct the file"
+        )
+    given = [str(text).replace("\\", "/") for text in first]
     if not given:
         raise UserError(f"{table}: has no rows; add a row for each image")
     absolute = [str(Path(text).expanduser()) for text in given if text.startswith(("/", "~"))]
@@ -172,9 +178,9 @@ def _root(table: Path, column: str) -> Path:
             f"{table}: column {column!r}: relative paths must stay in the folder of the table; got {outside}; write "
             "absolute paths, or move the table above the images"
         )
-    inside = sorted(path for path in table.parent.iterdir() if path.is_dir() and not path.name.startswith("."))
+    inside = [path for path in _visible(table.parent) if path.is_dir()]
     for folder in (table.parent, *inside):
-        if any((folder / text).is_file() for text in given):
+        if any(os.path.isfile(folder / text) for text in given):  # noqa: PTH113 - False for a name that is too long
             return folder
     raise UserError(
         f"{table}: column {column!r}: no file {table.parent / given[0]}, nor in a folder beside "
@@ -229,6 +235,7 @@ def _by_metadata(data: Path, label: str | None) -> Found | None:
 def _by_parquet(data: Path, label: str | None) -> Found | None:
     """Parquet files with images, of splits that their names or folders tell: data/train-00000-of-00002.parquet."""
     paths = sorted(path for depth in ("*", "*/*", "*/*/*") for path in data.glob(f"{depth}.parquet"))
+    paths = [path for path in paths if not any(map(list_files.of_the_system, path.relative_to(data).parts))]
     paths = [path for path in paths if tables.bytes_column(path)]
     if not paths:
         return None
@@ -249,7 +256,7 @@ def _by_parquet(data: Path, label: str | None) -> Found | None:
 
 def _by_table(data: Path, label: str | None) -> Found | None:
     """A table in the folder that names images, or one for each split: labels.csv, or train.csv and test.csv."""
-    paths = sorted(path for path in data.iterdir() if path.suffix.lower() in tables.ENDINGS and path.is_file())
+    paths = sorted(path for path in _visible(data) if path.suffix.lower() in tables.ENDINGS and path.is_file())
     known = {path: tables.column_names(path) for path in paths}
     usable = [
         p
@@ -277,13 +284,18 @@ def _by_table(data: Path, label: str | None) -> Found | None:
 
 
 def _has_class_folders(data: Path) -> bool:
-    return any(path.is_dir() and not path.name.startswith(".") for path in data.iterdir())
+    return any(path.is_dir() for path in _visible(data))
+
+
+def _visible(folder: Path) -> list[Path]:
+    """What lies in `folder`, without what an operating system put there: `__MACOSX`, `._labels.csv`, `Thumbs.db`."""
+    return sorted(path for path in folder.iterdir() if not list_files.of_the_system(path.name))
 
 
 def _by_folders(data: Path, label: str | None) -> Found:
     """A folder for each class, below folders of splits or without them. Raises UserError if a `label` is named."""
     by_split = _folders_of_splits(data)
-    inside = [path for path in sorted(data.iterdir()) if not path.name.startswith(".")]
+    inside = _visible(data)
     wrapped = len(inside) == 1 and inside[0].is_dir() and _has_class_folders(inside[0])  # as archives unpack
     if wrapped and "train" not in by_split:
         return detect(inside[0], label)

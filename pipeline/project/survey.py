@@ -3,6 +3,7 @@
 import hashlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,8 +86,10 @@ def survey(found: Found, *, headers: bool = False) -> Survey:
         """(what image i holds, or why it cannot be read; its sha256)."""
         try:
             if headers and root is not None:
-                with (root / sources[i]).open("rb") as file:
-                    return properties(file.read(HEADER_BYTES), headers=True), ""
+                path = root / sources[i]
+                if path.is_file() and path.stat().st_size > HEADER_BYTES:  # a pipe would wait for ever
+                    with path.open("rb") as file, suppress(ValueError):  # some formats keep their header at the end
+                        return properties(file.read(HEADER_BYTES), headers=True), ""
             data = read(sources[i])
             return properties(data, headers=headers), "" if headers else hashlib.sha256(data).hexdigest()
         except FileNotFoundError:

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pydantic
 
+from h2t.cache.redaction import printable
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import fresh_directory, write_json
@@ -90,13 +91,17 @@ def run(params: Params, run: Run) -> None:
 
     `run.seed` decides which samples are held out. Raises UserError for data that cannot be used, BadImage for an image.
     """
+
+    def say(text: str) -> None:
+        run.say(printable(text))  # names of files and classes may hold line breaks
+
     dataset = plugins.load("datasets", params.dataset)
     options = build(dataset.Options, "prepare.options", params.options)
     images: Collection = dataset.load(options)
     for note in images.notes:
-        run.say(note)
+        say(note)
     for line in describe_similar(images.classes):
-        run.say(f"note: {line}")
+        say(f"note: {line}")
     found, listed_split, read = Labelled.of(images), images.split, images.read
     del images  # its lists are as large as the arrays made of them
     opened = open_images(dataset, options, found.source, None, dataset.transform(options))  # no digests exist yet
@@ -105,7 +110,7 @@ def run(params: Params, run: Run) -> None:
     bad: dict[int, BadImage] = {}
     if params.duplicates == "drop":
         bad = _digest(opened, np.arange(len(found.source), dtype=np.int32), digests, params.bad_images)
-        _drop_copies(found, digests, bad, run.say)
+        _drop_copies(found, digests, bad, say)
     found, notes = splits.treat_small_classes(found, params.min_per_class)
     if len(found.classes) < 2:
         raise UserError(
@@ -122,14 +127,14 @@ def run(params: Params, run: Run) -> None:
     if len(kept) < before.sum():
         notes.append(_cut(before, len(kept)))
     for note in notes:
-        run.say(note)
+        say(note)
 
     chosen = (found.split == "val") | (found.split == "test")
     chosen[kept] = True
     del kept
     if params.duplicates != "drop":
         bad = _digest(opened, np.flatnonzero(chosen), digests, params.bad_images)
-        _name_copies(found, digests, params.duplicates, run.say)
+        _name_copies(found, digests, params.duplicates, say)
     chosen &= digests.known
     label, split, classes = found.label, found.split, found.classes
     counts = np.bincount(label[chosen & (split == "train")], minlength=len(classes))
@@ -169,17 +174,15 @@ def run(params: Params, run: Run) -> None:
     class_count = counted(len(order), "class", "classes")
     most, fewest = ordered[0], ordered[-1]
     each = f"{most:,} to {fewest:,} training images" if most > fewest else f"{counted(most, 'training image')} each"
-    run.say(
-        f"{params.dataset}: {class_count} of {each}; " + ", ".join(f"{name} {size:,}" for name, size in sizes.items())
-    )
+    say(f"{params.dataset}: {class_count} of {each}; " + ", ".join(f"{name} {size:,}" for name, size in sizes.items()))
     if bad:
         first = next(iter(bad.values()))
         left_out = counted(len(bad), "bad image")
-        run.say(f"note: {left_out} left out, listed in skipped.parquet; first: {first.source} {first.reason}")
+        say(f"note: {left_out} left out, listed in skipped.parquet; first: {first.source} {first.reason}")
     if ordered[-1] == 1:
-        run.say("note: at least one class has only one training sample")
+        say("note: at least one class has only one training sample")
     if not sizes["val"]:
-        run.say("note: no validation split, so no ratio can be chosen; evaluate.ratio is the ratio that is reported")
+        say("note: no validation split, so no ratio can be chosen; evaluate.ratio is the ratio that is reported")
 
 
 def _digest(images: Images, chosen: np.ndarray, into: Digests, policy: str) -> dict[int, BadImage]:

@@ -420,9 +420,9 @@ def test_the_way_out_of_a_project_beside_its_table_keeps_the_table(tmp_path):
 @pytest.mark.parametrize(
     ("splits", "says"),
     [
-        (["photos"], ["test        up to 2 images of each class are held out, as long as 3 stay",
-                      "validation  up to 2 images of each class are held out, as long as 2 stay"]),
-        (["photos/train", "photos/test"], ["validation  up to 2 images of each class are held out, as long as 2 stay"]),
+        (["photos"], ["test        up to 2 images of each class are held out, at most 40% of it",
+                      "validation  up to 2 images of each class are held out, at most 25% of it"]),
+        (["photos/train", "photos/test"], ["validation  up to 2 images of each class are held out, at most 25% of it"]),
         (["photos/train", "photos/val", "photos/test"], []),
     ],
 )  # fmt: skip
@@ -540,8 +540,18 @@ def test_most_images_of_a_rare_class_stay_for_training(tmp_path):
     own_data.sort(tmp_path / "photos", {"normal": 400, "lesion": 20})
     found = detect.detect(tmp_path / "photos")
     chosen = choose.choose(found, survey.survey(found, headers=True), None).prepare
-    assert chosen["test"] == {"at_most": 50, "keep": 12}
-    assert chosen["validation"] == {"at_most": 25, "keep": 9}
+    assert chosen["test"] == {"at_most": 50, "share": 0.4}
+    assert chosen["validation"] == {"at_most": 25, "share": 0.25}
+
+
+def test_nearly_half_of_each_class_stays_for_training(tmp_path):
+    own_data.sort(tmp_path / "photos", {"wren": 120, "owl": 34, "kite": 16, "stilt": 8})
+    found = detect.detect(tmp_path / "photos")
+    chosen = choose.choose(found, survey.survey(found, headers=True), None).prepare
+    chosen["options"]["root"] = str(tmp_path / "photos")
+    prepare.run(prepare.Params(**chosen), Run("", tmp_path / "samples", torch.device("cpu")))
+    samples = load_samples(tmp_path / "samples")
+    assert [int(n) for n in samples.counts] == [107, 21, 8, 4]
 
 
 def test_the_rarer_of_two_classes_is_the_tail(tmp_path):

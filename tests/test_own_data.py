@@ -314,15 +314,15 @@ def test_lists_and_roots_that_are_not_there(photos):
 # Splits.
 
 
-def test_classes_that_keep_less_than_half_are_named(tmp_path):
+def test_classes_that_keep_less_than_a_third_are_named(tmp_path):
     """Photos that are added to a small class are held out first: the new ones are tested on, not trained on."""
     folder(tmp_path / "i", cat=40, dog=18, owl=6)
     options = {"root": str(tmp_path / "i"), "train": ".", "transform": {"size": 32, "resize": 36}}
     _, facts, said = prepared(tmp_path, "image_folder", options, test={"at_most": 14, "keep": 4})
     assert facts["counts"] == [26, 4, 4]
-    assert "note: less than half of 1 class stays for training: dog 4 of 18; for more, lower at_most" in " ".join(said)
+    assert "note: less than a third of 1 class stays for training: dog 4 of 18; for more, set share" in " ".join(said)
     _, facts, said = prepared(tmp_path / "b", "image_folder", options, test=0.2)
-    assert "less than half" not in " ".join(said)
+    assert "less than a third" not in " ".join(said)
 
 
 def skewed(counts=(50, 20, 7, 2, 1), groups=0, seed=0) -> Labelled:
@@ -348,6 +348,7 @@ def held(images: Labelled, how, small=None, seed=0) -> set[str]:
         (0.5, [25, 10, 4, 1, 0]),
         (AtMost(at_most=5), [5, 5, 5, 1, 0]),
         (AtMost(at_most=5, keep=4), [5, 5, 3, 0, 0]),
+        (AtMost(at_most=15, share=0.4), [15, 8, 2, 0, 0]),
     ],
 )
 def test_shares_and_numbers_leave_every_class_an_image(how, expected):

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import numpy as np
 
 from h2t.pipeline.base.errors import UserError
-from h2t.pipeline.base.params import Count, Index, Section, above, within
+from h2t.pipeline.base.params import Count, Index, Ratio, Section, above, within
 from h2t.pipeline.base.seeds import stream
 from h2t.pipeline.base.text import counted, some
 from h2t.pipeline.data.images import Collection
@@ -27,6 +27,8 @@ class AtMost(Section):
 
     at_most: Count
     """Images of each class that are held out, at most."""
+    share: Ratio = 1.0
+    """Of a class's images, at most this share is held out."""
     keep: Count = 1
     """Images of each class that stay for training, at least."""
 
@@ -139,11 +141,11 @@ def _relabelled(images: Labelled, new: Mapping[int, int], classes: list[str]) ->
 def hold_out(images: Labelled, into: str, how: HoldOut, small: SmallClasses, seed: int) -> None:
     """Moves training images to the split `into`, "test" or "val", in place.
 
-    A share gives round(share * n) of a class's n images, `at_most` gives min(at_most, n - keep); at least one image of
-    each class stays. With groups, whole groups move, so that the numbers are met as nearly as groups allow.
+    A share gives round(share * n) of a class's n images, `at_most` gives min(at_most, share * n, n - keep); at least
+    one image of each class stays. With groups, whole groups move, so that the numbers are met as nearly as these allow.
     """
     members = images.members("train")
-    wanted = np.array([_wanted(len(m), how) if len(m) >= small.n else 0 for m in members])
+    wanted = np.array([number_held(len(m), how) if len(m) >= small.n else 0 for m in members])
     keep = np.full(len(members), how.keep if isinstance(how, AtMost) else 1)
     if images.group is None:
         for j, positions in enumerate(members):
@@ -165,21 +167,22 @@ def without(images: Labelled, into: str) -> list[str]:
 
 
 def left_for_training(images: Labelled, before: np.ndarray) -> list[str]:
-    """A note on the classes of which less than half of the `before` training images stay, by rules of `at_most`."""
+    """A note on the classes of which less than a third of the `before` training images stay, by rules of `at_most`."""
     after = images.sizes("train")
-    bare = [j for j in np.argsort(after, kind="stable") if 2 * after[j] < before[j]]
+    bare = [j for j in np.argsort(after, kind="stable") if 3 * after[j] < before[j]]
     if not bare:
         return []
     which = shortened([f"{images.classes[j]} {after[j]:,} of {before[j]:,}" for j in bare])
     return [
-        f"note: less than half of {counted(len(bare), 'class', 'classes')} stays for training: {which}; for more, "
-        "lower at_most or raise keep in prepare.test and prepare.validation"
+        f"note: less than a third of {counted(len(bare), 'class', 'classes')} stays for training: {which}; for more, "
+        "set share in prepare.test and prepare.validation, such as {at_most: 20, share: 0.4}"
     ]
 
 
-def _wanted(size: int, how: HoldOut) -> int:
+def number_held(size: int, how: HoldOut) -> int:
+    """How many of the `size` training images of a class are to be held out."""
     if isinstance(how, AtMost):
-        return max(0, min(how.at_most, size - how.keep))
+        return max(0, min(how.at_most, int(how.share * size + 1e-9), size - how.keep))  # 0.29 * 100 is below 29
     return min(int(how * size + 0.5), max(0, size - 1))
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from h2t.pipeline.base import plugins
 from h2t.pipeline.base.errors import UserError, nearest
 from h2t.pipeline.base.params import INPUTS
+from h2t.pipeline.data import splits
 from h2t.pipeline.evaluation.intervals import FEWEST_CHANGED
 from h2t.pipeline.heads.setting import Optimiser
 from h2t.pipeline.project.detect import Found
@@ -20,6 +21,7 @@ LARGEST_SIDE = 64  # pixels of a small ResNet's input; it trains on a CPU
 PASS = 128  # images in a pass that estimates batch-norm statistics
 SHARE = 0.15  # of all images that are held out for testing, where classes allow it
 MOST_HELD = 50  # test images of a class
+TEST, VALIDATION = 0.4, 0.25  # of a class's images at most, then of those left: 45 % of a rare class stay
 MANY = 10_000  # images, from which fewer epochs are enough
 
 
@@ -86,8 +88,13 @@ def _left(found: Found, prepare: dict[str, Any]) -> int:
     images = found.collection
     sizes = np.bincount([j for j, split in zip(images.label, images.split, strict=True) if split == "train"])
     for rule in filter(None, (prepare.get("test"), prepare.get("validation"))):
-        sizes = sizes - np.minimum(rule["at_most"], sizes - rule["keep"]).clip(0)
+        sizes = sizes - _held(sizes, rule)
     return int(sizes.sum())
+
+
+def _held(sizes: np.ndarray, rule: dict[str, Any]) -> np.ndarray:
+    """How many images of each class, of which there are `sizes`, int (K,), a rule of `prepare` holds out."""
+    return np.array([splits.number_held(int(size), splits.AtMost(**rule)) for size in sizes])
 
 
 def _side(short_sides: np.ndarray) -> int:
@@ -124,25 +131,31 @@ def _hold_outs(found: Found, prepare: dict[str, Any]) -> list[str]:
         )
     if empty:
         prepare["min_per_class"] = {"n": 1, "then": "drop"}
-    rarest = int(sizes[sizes > 0].min())
-    keep = then_keep = 1
-    if np.median(sizes[sizes > 0]) >= 6:  # of two classes 40 : 1, `at_most` alone would hold out the rare one
-        keep, then_keep = max(3, rarest * 3 // 5), max(2, rarest * 9 // 20)
-    test = next(
-        (n for n in range(2, MOST_HELD) if np.minimum(n, sizes - keep).clip(0).sum() >= SHARE * sizes.sum()), MOST_HELD
-    )
+    shares = [{"share": TEST}, {"share": VALIDATION}]
+    if np.median(sizes[sizes > 0]) < 6:  # no share of so few images is one image
+        shares = [{}, {}]
+    elif images.group:  # whole groups are held out, as nearly as they allow: of a rare class they may be too large
+        rarest = int(sizes[sizes > 0].min())
+        shares = [{**shares[0], "keep": max(3, rarest * 3 // 5)}, {**shares[1], "keep": max(2, rarest * 9 // 20)}]
+
+    def held(most: int) -> int:
+        """How many test images there are, with `most` of a class at most."""
+        return int(_held(sizes, {"at_most": most, **shares[0]}).sum())
+
+    test = next((n for n in range(2, MOST_HELD) if held(n) >= SHARE * sizes.sum()), MOST_HELD)
     if "test" not in images.split:
-        if sizes.max() <= keep:
+        if sizes.max() < 2:
             raise UserError(
                 "--data: no class has two images, so no test image can be held out; add images, or if these are not "
                 "the classes, give another folder or --label COLUMN"
             )
-        prepare["test"] = {"at_most": test, "keep": keep}
+        prepare["test"] = {"at_most": test, **shares[0]}
     if "val" not in images.split:
-        prepare["validation"] = {"at_most": max(2, test // 2), "keep": then_keep}
-    few = _few_groups(images.group, sizes, test, keep) if "test" in prepare and images.group else []
+        prepare["validation"] = {"at_most": max(2, test // 2), **shares[1]}
+    few = _few_groups(images.group, held(test) / sizes.sum()) if "test" in prepare and images.group else []
     lines = [
-        f"{key:12}up to {rule['at_most']} images of each class are held out, as long as {rule['keep']} stay"
+        f"{key:12}up to {rule['at_most']} images of each class are held out"
+        + (f", at most {rule['share']:.0%} of it" if "share" in rule else ", as long as one stays")
         for key in ("test", "validation")
         if (rule := prepare.get(key))
     ]
@@ -150,10 +163,10 @@ def _hold_outs(found: Found, prepare: dict[str, Any]) -> list[str]:
     return [*lines, *dropped, *few]
 
 
-def _few_groups(group: Sequence[str], sizes: np.ndarray, test: int, keep: int) -> list[str]:
-    """A line if so few groups will be test images that no difference between methods can be told."""
+def _few_groups(group: Sequence[str], share: float) -> list[str]:
+    """A line if so few groups, a `share` of all, will be test images that no difference between methods can be told."""
     groups = len(set(group))
-    held = round(groups * float(np.minimum(test, sizes - keep).clip(0).sum() / sizes.sum()))
+    held = round(groups * share)
     if held >= FEWEST_CHANGED:
         return []
     return [

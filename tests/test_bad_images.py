@@ -14,7 +14,7 @@ from h2t.features import as_file
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.data import images
-from h2t.pipeline.data.decoding import decode
+from h2t.pipeline.data.decoding import decode, properties
 from h2t.pipeline.data.images import BadImage
 from h2t.pipeline.data.samples import load_samples
 from h2t.pipeline.stages import prepare
@@ -206,3 +206,20 @@ def test_the_first_frame_counts_and_orientation_is_not_applied():
     turned = Image.Exif()
     turned[0x0112] = 6
     assert decode(encoded(Image.new("RGB", (4, 2)), "JPEG", exif=turned)).shape == (2, 4, 3)
+
+
+@pytest.mark.parametrize("levels", [None, (0, 2**32)])
+@pytest.mark.parametrize("exif", [True, False])
+def test_unsigned_values_of_32_bits_are_never_taken_for_negative_ones(exif, levels):
+    """Pillow reads those beyond 31 bits as negative: with a range they were black."""
+    data = bytearray(encoded(Image.fromarray(np.array([[5, -1]], np.int32)), "TIFF"))
+    entry = data.find(bytes([0x53, 0x01, 3, 0]))  # SampleFormat, which Pillow writes as 2, signed
+    data[entry + 8] = 1
+    with pytest.raises(ValueError, match="has unsigned values beyond 2147483647; convert it to 16 bits"):
+        decode(bytes(data), exif=exif, levels=levels)
+
+
+def test_a_turned_tiff_is_seen_before_pillow_turns_it():
+    data = encoded(Image.new("L", (40, 30)), "TIFF", tiffinfo={274: 6})
+    assert [properties(data, headers=headers).turned for headers in (True, False)] == [True, True]
+    assert decode(data, exif=True).shape == decode(data, exif=False).shape == (40, 30, 3)

@@ -149,6 +149,7 @@ def test_ctrl_c_while_the_command_line_is_imported_is_no_traceback():
 
 LOST = """
 import os, signal, threading, time
+import click
 from concurrent.futures import ThreadPoolExecutor, wait
 from h2t.pipeline.command_line.main import main
 class Closing:
@@ -156,6 +157,12 @@ class Closing:
         os.kill(os.getpid(), signal.SIGINT)
         for _ in range(1000):
             pass
+class Option(click.ParamType):
+    name = "option"
+    def convert(self, value, param, ctx):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+main.params.append(click.Option(["--option"], type=Option(), expose_value=False))
 @main.command("thread")
 def thread():
     threading.Thread(target=threading.Event().wait).start()
@@ -178,10 +185,10 @@ main()
 """
 
 
-@pytest.mark.parametrize("met", ["thread", "callback", "store"])
+@pytest.mark.parametrize("met", ["thread", "callback", "store", "--option=x"])
 def test_ctrl_c_ends_a_command_wherever_it_meets_it(tmp_path, met):
     """While a pool starts a thread, which Python then waits for in vain; in a callback, where Python forgets it; or
-    while a reader waits for its threads, which wait for a store that is silent.
+    while a reader waits for its threads, which wait for a store that is silent; or while options are parsed.
     """
     command = [sys.executable, "-c", LOST, met]
     done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=30)

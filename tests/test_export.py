@@ -484,6 +484,12 @@ def test_without_a_readable_image_nothing_is_written(model, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.png"]
 
 
+def test_who_predicts_is_not_told_to_change_parameters(model, tmp_path):
+    Image.new("F", (40, 40)).save(tmp_path / "deep.tif")
+    line = invoke("predict", model / "m", tmp_path / "deep.tif").stderr.splitlines()[0]
+    assert line.endswith("deep.tif: has floating-point pixels; convert it to what the model was trained on")
+
+
 def test_predict_leaves_out_what_is_no_image_and_says_so(model, tmp_path):
     shutil.copy(model / "pictures/deep/0.png", tmp_path / "good.png")
     (tmp_path / "bad.png").write_bytes(b"no picture")

@@ -115,6 +115,9 @@ class OneLineErrors(click.Group):
             raise
         except click.UsageError as error:
             raise Misuse(error) from None
+        except KeyboardInterrupt:  # click would say "Aborted!", with exit code 1
+            interrupts.say_so()
+            raise SystemExit(interrupts.STOPPED) from None
 
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the chosen command."""

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP")
 ANIMATIONS = ("AVIF", "GIF", "PNG", "WEBP")  # formats whose frames follow each other; MPO's are views of one photo
 ORIENTATION = 0x0112  # the EXIF tag
+SAMPLE_FORMAT, SIGNED = 339, 2  # the tag of TIFF, and its value for signed whole numbers
 MAX_PIXELS = 89_478_485  # larger images are refused before decoding; Pillow's limit against decompression bombs
 
 
@@ -34,7 +35,7 @@ def decode(data: bytes, *, exif: bool = False, levels: Sequence[float] | None = 
     with _opened(data) as image:
         upright = _turned(image) if exif else image
         if upright.mode == "F" or upright.mode.startswith("I"):  # Pillow would clip these to 255
-            return np.repeat(_eight_bits(np.asarray(upright), levels)[..., None], 3, axis=2)
+            return np.repeat(_eight_bits(_values(upright, image), levels)[..., None], 3, axis=2)
         return np.asarray(upright.convert("RGB"))
 
 
@@ -83,6 +84,7 @@ def properties(data: bytes, *, headers: bool = False) -> Properties:
     """
     with _opened(data) as image:
         width, height, mode = image.width, image.height, image.mode
+        turned = _orientation(image) not in (0, 1)  # looked at first: loading a TIFF turns it, whatever is asked for
         low = high = 0.0
         animated = False
         if not headers:
@@ -90,9 +92,9 @@ def properties(data: bytes, *, headers: bool = False) -> Properties:
             image.draft(None, (max(1, width // 8), max(1, height // 8)))
             image.load()
             if mode == "F" or mode.startswith("I"):
-                values = np.asarray(image)
+                values = _values(image, image)
                 low, high = float(values.min()), float(values.max())
-        return Properties(width, height, mode, _orientation(image) not in (0, 1), low, high, animated)
+        return Properties(width, height, mode, turned, low, high, animated)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -110,6 +112,18 @@ def _turned(image: Image.Image) -> Image.Image:
         return ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, EOFError, struct.error, ValueError, LookupError, TypeError, AttributeError):
         return image
+
+
+def _values(image: Image.Image, opened: Image.Image) -> np.ndarray:
+    """Grey values of 16 or 32 bits, or floating point, (H, W), of what was `opened` and perhaps turned.
+
+    Raises ValueError for values that Pillow cannot hold: unsigned ones beyond 31 bits become negative in it.
+    """
+    values = np.asarray(image)
+    unsigned = opened.format == "TIFF" and SIGNED not in getattr(opened, "tag_v2", {}).get(SAMPLE_FORMAT, ())
+    if image.mode == "I" and unsigned and values.min() < 0:
+        raise ValueError(f"has unsigned values beyond {2**31 - 1}; convert it to 16 bits")
+    return values
 
 
 def _eight_bits(values: np.ndarray, levels: Sequence[float] | None) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -201,7 +202,9 @@ def _readable(images: Images, wanted: range, complain: Callable[[str], None]) ->
             inputs.append(images.batch([number], [None]))
             numbers.append(number)
         except BadImage as bad:
-            complain(f"{bad.source}: {bad.reason}")
+            # A way out by a parameter is one for those who train.
+            what, *parameter = re.split("(?:;| and) set ", bad.reason, maxsplit=1)
+            complain(f"{bad.source}: {what}" + ("; convert it to what the model was trained on" if parameter else ""))
         except UserError as error:
             complain(str(error))
     return numbers, torch.cat(inputs) if inputs else torch.empty(0)

@@ -203,6 +203,23 @@ def test_a_project_below_the_root_of_its_repository_is_the_one_that_is_meant(aft
     assert "extract: 2026112601" in path.read_text()
 
 
+def test_the_example_keeps_its_numbers_in_the_folder_above_and_its_parameters(tmp_path, monkeypatch):
+    project = tmp_path / "examples/cifar10_lt"
+    project.mkdir(parents=True)
+    for name in ("dvc.yaml", "params.yaml"):
+        shutil.copy(ROOT / "examples/cifar10_lt" / name, project / name)
+    shutil.copy(ROOT / "stages.yaml", tmp_path / "stages.yaml")
+    git("init", "--quiet", where=tmp_path)
+    dvc("init", where=tmp_path)
+    monkeypatch.chdir(project)
+    assert "nothing to change" in accepted("upgrade")
+    edit(tmp_path / "stages.yaml", lambda values: values.update(prepare=1))
+    assert "stages.yaml: prepare: 1 -> " in accepted("upgrade", "--apply")
+    assert numbers.read(tmp_path / "stages.yaml") == numbers.in_code()
+    assert sorted(path.name for path in project.iterdir()) == ["dvc.yaml", "params.yaml"]
+    assert (project / "params.yaml").read_bytes() == (ROOT / "examples/cifar10_lt/params.yaml").read_bytes()
+
+
 def test_it_only_looks_where_nothing_can_be_written(project):
     """DVC's lock takes a folder that can be written; another process that holds it is in the way alike."""
     with Repo(str(project)) as repo, repo.lock:

@@ -39,8 +39,14 @@ class Redo:
 
 @dataclass
 class Plan:
-    """What an upgrade does. `numbers`: key -> (number in stages.yaml, number in the code); 0 means none."""
+    """What an upgrade does to `file`, the stages.yaml that dvc.yaml watches, which may lie in another folder.
 
+    `watched`: the sections of params.yaml that dvc.yaml watches. `numbers`: key -> (number in `file`, number in the
+    code); 0 means none.
+    """
+
+    file: Path
+    watched: set[str]
     numbers: dict[str, tuple[int, int]]
     redo: list[Redo] = field(default_factory=list)
     taken_over: list[str] = field(default_factory=list)
@@ -64,10 +70,10 @@ def upgrade(start: Path, say: Say, *, apply: bool = False) -> Plan:
         elif not apply:
             say("nothing was written; to write stages.yaml and dvc.lock, type: h2t upgrade --apply")
         else:
-            partial = root / f".{numbers.FILE}.partial"
+            partial = plan.file.with_name(f".{numbers.FILE}.partial")
             partial.write_text(numbers.text(numbers.in_code()), encoding="utf-8")
-            replace_file(partial, root / numbers.FILE)
-            _add_sections(root)
+            replace_file(partial, plan.file)
+            _add_sections(root, plan.watched)
             written = _write_missing(root, present, say) if (root / "dvc.lock").is_file() else []
             with _dvc(root, alone=True) as repo:  # opened again, to read the new stages.yaml
                 _record(repo, plan.taken_over, written)
@@ -75,11 +81,11 @@ def upgrade(start: Path, say: Say, *, apply: bool = False) -> Plan:
     return plan
 
 
-def _add_sections(root: Path) -> None:
+def _add_sections(root: Path, watched: set[str]) -> None:
     """Adds to params.yaml the sections of defaults that dvc.yaml watches; DVC stops at one that is missing."""
     path = root / "params.yaml"
     text = path.read_text(encoding="utf-8")
-    missing = [name for name in DEFAULTS if name not in (yaml.safe_load(text) or {})]
+    missing = [name for name in DEFAULTS if name in watched and name not in (yaml.safe_load(text) or {})]
     if missing:
         partial = root / ".params.yaml.partial"
         partial.write_text(
@@ -125,18 +131,19 @@ def _dvc(root: Path, *, alone: bool) -> Iterator[Any]:
 
 
 def _plan(root: Path, repo: Any) -> Plan:
-    code = numbers.in_code()
-    file = numbers.read(root / numbers.FILE) if (root / numbers.FILE).is_file() else {}
+    code, stages = numbers.in_code(), _stages(root, repo)
+    parameters = [dep for stage in stages for dep in stage.deps if hasattr(dep, "params")]
+    watched = {root / dep.def_path for dep in parameters if _is_numbers(dep)}
+    path = min(watched, default=root / numbers.FILE)
+    file = numbers.read(path) if path.is_file() else {}
     changed = {
         key: (file.get(key, 0), code.get(key, 0))
         for key in sorted(code.keys() | file.keys())
         if file.get(key) != code.get(key)
     }
-    plan = Plan(changed)
+    plan = Plan(path, {key.partition(".")[0] for dep in parameters for key in dep.params}, changed)
     lock = locked_stages(root)
-    watched = False
-    for stage in sorted(_stages(root, repo), key=lambda s: str(s.addressing)):
-        watched |= any(_is_numbers(dep) for dep in stage.deps)
+    for stage in sorted(stages, key=lambda s: str(s.addressing)):
         recorded = lock.get(stage.addressing)
         if recorded is None:  # never run
             continue

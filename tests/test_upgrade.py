@@ -266,6 +266,17 @@ def test_a_dvc_yaml_that_watches_no_numbers_is_one_line(project):
     assert "dvc.yaml: watches no numbers" in line
 
 
+def test_a_dvc_yaml_of_something_else_is_not_called_older_and_gets_no_numbers(tmp_path, monkeypatch):
+    git("init", "--quiet", where=tmp_path)
+    dvc("init", where=tmp_path)
+    (tmp_path / "dvc.yaml").write_text("stages: {prepare: {cmd: python prepare.py, outs: [data]}}\n")
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    assert "dvc.yaml: watches no numbers of stages.yaml" in refused("upgrade", "--apply", code=1)
+    assert sorted(tmp_path.iterdir()) == before
+    assert not [f for f in examine(tmp_path, tmp_path / "params.yaml") if "older version" in f.detail]
+
+
 def test_a_dvc_yaml_without_stages_that_others_need_is_one_line(project):
     edit(project / "dvc.yaml", lambda values: values["stages"].pop("inputs"))
     before = tree(project)

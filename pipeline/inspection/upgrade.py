@@ -134,7 +134,9 @@ def _plan(root: Path, repo: Any) -> Plan:
     code, stages = numbers.in_code(), _stages(root, repo)
     parameters = [dep for stage in stages for dep in stage.deps if hasattr(dep, "params")]
     watched = {root / dep.def_path for dep in parameters if _is_numbers(dep)}
-    path = min(watched, default=root / numbers.FILE)
+    if not watched:  # it is an older one, or another program's
+        raise UserError("dvc.yaml: watches no numbers of stages.yaml; replace it by the dvc.yaml of this version first")
+    path = min(watched)
     file = numbers.read(path) if path.is_file() else {}
     changed = {
         key: (file.get(key, 0), code.get(key, 0))
@@ -152,8 +154,6 @@ def _plan(root: Path, repo: Any) -> Plan:
             plan.redo.append(Redo(stage.addressing, reasons, [str(o) for o in stage.outs], _followers(repo, stage)))
         elif _is_stale(stage, recorded, code):
             plan.taken_over.append(stage.addressing)
-    if lock and not watched:
-        raise UserError("dvc.yaml: watches no numbers of stages.yaml; replace it by the dvc.yaml of this version first")
     return plan
 
 

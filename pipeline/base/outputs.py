@@ -1,4 +1,4 @@
-"""Writing a stage's outputs: completely or not at all, and the same bytes for the same content."""
+"""Writing outputs and files of the user: completely or not at all, and the same bytes for the same content."""
 
 import datetime
 import errno
@@ -141,14 +141,69 @@ def _clear_abandoned(out: Path) -> None:
     A killed run may have had the process number of this one. Names that do not end in a process number are left alone.
     """
     name = glob.escape(out.name)
-    for path in (*out.parent.glob(f".{name}.replaced-*"), *out.parent.glob(f".{name}.partial-*")):
+    for path in (p for kind in ("replaced", "partial", "trial") for p in out.parent.glob(f".{name}.{kind}-*")):
         pid = path.name.rpartition("-")[2]
         if not pid.isdecimal() or (pid != str(os.getpid()) and alive(int(pid))):
             continue
         if ".replaced-" in path.name[len(out.name) :] and not os.path.lexists(out):
             path.rename(out)
         else:
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Removes a file, a link or a folder as far as it can be removed."""
+    with suppress(OSError):
+        path.unlink() if path.is_symlink() or not path.is_dir() else shutil.rmtree(path)
+
+
+@contextmanager
+def fresh_file(path: Path) -> Iterator[Path]:
+    """Yields a path beside `path` to write a file to. It becomes `path` by one rename if the block succeeds, and is
+    removed if not; what killed processes left of theirs is removed, too. A link at `path` is replaced.
+    """
+    partial = _partial(path)
+    _clear_abandoned(path)
+    try:
+        yield partial
+        replace_file(partial, path)
+        _make_durable(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def rewriting(path: Path) -> Iterator[Path]:
+    """As `fresh_file`, for a file of the user: a link stays one, and so do mode and owner.
+
+    What is yielded is a copy of the file, or nothing where there is none yet. Raises UserError where it cannot be
+    written.
+    """
+    path = Path(os.path.realpath(path))  # `resolve` raises for links in a circle
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: must be a file; got something else; move it away")
+    with _writing(path), creating(path), fresh_file(path) as partial:
+        with suppress(FileNotFoundError), path.open("r+b") as file:  # "+": refused where the file may not be written
+            partial.write_bytes(file.read())
+            before = os.fstat(file.fileno())
+            with suppress(PermissionError):  # another user's file, in a folder that is ours as well
+                os.chown(partial, before.st_uid, before.st_gid)
+            partial.chmod(stat.S_IMODE(before.st_mode))
+        yield partial
+
+
+def rewrite(path: Path, text: str) -> None:
+    """Writes `text` to a file of the user, by `rewriting`, unless the file holds it already."""
+    data = text.encode(errors="surrogateescape")
+    if not path.is_file() or path.read_bytes() != data:
+        with rewriting(path) as partial:
+            partial.write_bytes(data)
+
+
+def text_of(path: Path) -> tuple[str, str]:
+    """(the text of a file of the user as it is, for `rewrite`; how its lines end). Empty if there is none."""
+    text = path.read_bytes().decode(errors="surrogateescape") if path.is_file() else ""
+    return text, "\r\n" if "\r\n" in text else "\n"
 
 
 def replace_file(partial: Path, path: Path) -> None:

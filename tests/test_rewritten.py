@@ -8,12 +8,14 @@ from functools import partial
 
 import pytest
 from kills import struck
+from repositories import dvc, git
 
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import rewrite
 from h2t.pipeline.project.write import _append
+from h2t.pipeline.sharing.publish import set_verify
 
-ENDED = 2**22 + 1  # no process has this number
+CONFIG = b"[core]\n    remote = a  # mine\n['remote \"a\"']\n    url = /store\n"
 
 
 @contextmanager
@@ -31,13 +33,14 @@ def names(folder):
     return sorted(p.name for p in folder.iterdir())
 
 
-def kept(path, change, before: bytes):
-    """Whether `path` holds `before` after a full disk, and after a kill before any change of the disk but the last."""
+def kept(path, change, before: bytes) -> bytes:
+    """What `change` makes of `path`, which holds `before` after a full disk, and until the last step when killed."""
+    beside = {*names(path.parent), path.name}
     path.write_bytes(before)
     with no_room(), pytest.raises(UserError, match="cannot be written"):
         change()
     assert path.read_bytes() == before
-    assert names(path.parent) == [path.name]
+    assert set(names(path.parent)) == beside
     for step in range(20):
         code = struck(change, step)
         if code == 0 or path.read_bytes() != before:
@@ -46,7 +49,7 @@ def kept(path, change, before: bytes):
     assert path.read_bytes() != before
     path.write_bytes(before)
     change()
-    assert names(path.parent) == [path.name]  # nothing of the killed ones
+    assert set(names(path.parent)) == beside  # nothing of the killed ones
     return path.read_bytes()
 
 
@@ -80,3 +83,25 @@ def test_what_is_no_file_is_not_replaced(tmp_path):
     with pytest.raises(UserError, match="must be a file; got something else"):
         rewrite(tmp_path / "pipe", "text")
     assert (tmp_path / "pipe").is_fifo()
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A repository of DVC with a remote."""
+    git("init", "--quiet", where=tmp_path)
+    dvc("init", where=tmp_path)
+    return tmp_path
+
+
+def test_remotes_are_never_lost(project):
+    before = names(project / ".dvc")
+    config = project / ".dvc/config"
+    set_it = partial(set_verify, project, "a")
+    for spelt in (CONFIG, CONFIG.replace(b"'", b""), CONFIG.replace(b"\n", b"\r\n")):  # DVC edits the second one
+        after = kept(config, set_it, spelt)
+        assert after.replace(b"'", b"").count(b'[remote "a"]') == 1
+        assert b"url = /store" in after
+        assert not set_it()
+        assert (b"# mine" in after) == (b"'" in spelt)
+        assert (b"\r\n" in after) == (b"\r\n" in spelt)
+    assert names(project / ".dvc") == before

@@ -184,11 +184,12 @@ def rewriting(path: Path) -> Iterator[Path]:
         raise UserError(f"{path}: must be a file; got something else; move it away")
     with _writing(path), creating(path), fresh_file(path) as partial:
         with suppress(FileNotFoundError), path.open("r+b") as file:  # "+": refused where the file may not be written
-            partial.write_bytes(file.read())
             before = os.fstat(file.fileno())
+            partial.touch(0o600)  # the text may be a secret
             with suppress(PermissionError):  # another user's file, in a folder that is ours as well
                 os.chown(partial, before.st_uid, before.st_gid)
             partial.chmod(stat.S_IMODE(before.st_mode))
+            partial.write_bytes(file.read())
         yield partial
 
 

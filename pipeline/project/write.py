@@ -204,7 +204,7 @@ def _versioned(folder: Path) -> Iterator[str]:
     made = config.read_text(encoding="utf-8")
     if made.strip() in ("", NO_GIT):  # as `dvc init` leaves it, also if this command was killed then
         own = (FILES / "dvc-config").read_text(encoding="utf-8")
-        config.write_text(own.replace("[core]", NO_GIT) if top is None else own, encoding="utf-8")
+        rewrite(config, own.replace("[core]", NO_GIT) if top is None else own)
         yield "DVC: initialised"
 
 

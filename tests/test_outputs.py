@@ -259,6 +259,27 @@ def test_killed_at_any_step_the_output_is_the_old_or_the_new_one(tmp_path):
     assert len(ends) > 5
 
 
+def test_killed_at_any_step_a_link_as_output_is_the_old_or_the_new_one(tmp_path):
+    """The run that comes next puts the link back if it was away; what it leads to stays."""
+    filled(tmp_path / "target", "abc")
+    ends = []
+    for step in range(40):
+        out = tmp_path / str(step) / "out"
+        out.parent.mkdir()
+        out.symlink_to(tmp_path / "target")
+        code = struck(partial(renewed, out), step)
+        with pytest.raises(ZeroDivisionError), fresh_directory(out):
+            raise ZeroDivisionError
+        assert names(out.parent) == ["out"]
+        ends.append(contents(out))
+        if code == 0:
+            break
+    assert all(end in (OLD, NEW) for end in ends), ends
+    assert OLD in ends
+    assert ends[-1] == NEW
+    assert contents(tmp_path / "target") == OLD
+
+
 def interrupted():
     raise KeyboardInterrupt
 

@@ -1,5 +1,6 @@
 """Files of the user that h2t adds to: a kill or a full disk loses nothing, and links, modes and line ends stay."""
 
+import json
 import os
 import resource
 import signal
@@ -8,12 +9,14 @@ from functools import partial
 
 import pytest
 from kills import struck
+from pipeline_builders import silent
 from repositories import dvc, git
 
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.outputs import rewrite
 from h2t.pipeline.project.write import _append
 from h2t.pipeline.sharing.publish import set_verify
+from h2t.pipeline.stages import watch
 
 CONFIG = b"[core]\n    remote = a  # mine\n['remote \"a\"']\n    url = /store\n"
 
@@ -105,3 +108,19 @@ def test_remotes_are_never_lost(project):
         assert (b"# mine" in after) == (b"'" in spelt)
         assert (b"\r\n" in after) == (b"\r\n" in spelt)
     assert names(project / ".dvc") == before
+
+
+def test_the_digest_of_an_input_is_never_lost(tmp_path):
+    """As long as nothing has taken its place; DVC runs the stage again then."""
+    (tmp_path / "photo").write_bytes(b"new")
+    out = tmp_path / "inputs/photo.json"
+    out.parent.mkdir()
+    out.write_text("old")
+    work = partial(watch.run, "photo", {"photo": str(tmp_path / "photo")}, out, silent)
+    with no_room(), pytest.raises(OSError, match="File too large"):
+        work()
+    assert struck(work, 0) == -signal.SIGKILL
+    assert out.read_text() == "old"
+    work()
+    assert json.loads(out.read_text())["files"] == 1
+    assert names(out.parent) == ["photo.json"]

@@ -115,24 +115,22 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 
 def _replace_directory(partial: Path, out: Path) -> None:
-    if out.is_dir() and not out.is_symlink():
-        foreign = sorted({p.name for p in out.iterdir()} - {p.name for p in partial.iterdir()} - LITTER)
-        if foreign:
-            raise UserError(
-                f"{out}: must hold outputs of this stage only; got {foreign[0]!r}; give another path or remove it"
-            )
-        replaced = out.parent / f".{out.name}.replaced-{os.getpid()}"
-        try:
-            out.rename(replaced)
-            partial.rename(out)
-        finally:
-            if not os.path.lexists(out):  # Ctrl-C between the two renames
-                replaced.rename(out)
-            shutil.rmtree(replaced, ignore_errors=True)
+    if not os.path.lexists(out):
+        partial.rename(out)
         return
-    if out.is_symlink():
-        out.unlink()
-    partial.rename(out)
+    foreign = [] if out.is_symlink() else {p.name for p in out.iterdir()} - {p.name for p in partial.iterdir()} - LITTER
+    if foreign:
+        raise UserError(
+            f"{out}: must hold outputs of this stage only; got {min(foreign)!r}; give another path or remove it"
+        )
+    replaced = out.parent / f".{out.name}.replaced-{os.getpid()}"
+    try:
+        out.rename(replaced)
+        partial.rename(out)
+    finally:
+        if not os.path.lexists(out):  # Ctrl-C between the two renames
+            replaced.rename(out)
+        _remove(replaced)
 
 
 def _clear_abandoned(out: Path) -> None:
@@ -238,7 +236,6 @@ def write_run_record(path: Path, facts: Mapping[str, Any]) -> None:
     If the record cannot be written, the run still succeeds, and no incomplete record is left. A device such as
     /dev/null stays what it is.
     """
-    partial = path.with_name(f".{path.name}.partial")
     with suppress(OSError):
         if path.exists() and not path.is_file():
             return
@@ -253,11 +250,8 @@ def write_run_record(path: Path, facts: Mapping[str, Any]) -> None:
             "code": code.digests(sys.modules),
             **facts,
         }
-        try:
+        with fresh_file(path) as partial:
             write_json(partial, record)
-            replace_file(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def _version(name: str) -> str | None:

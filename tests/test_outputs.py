@@ -188,6 +188,39 @@ def test_a_second_prediction_into_a_file_leaves_the_first_one_alone(tmp_path):
     assert names(tmp_path) == ["p.csv"]
 
 
+def test_predictions_of_two_processes_do_not_mix(tmp_path):
+    """The one that ends later wins; both are whole."""
+    line = {"image": "a.png", "rank": 1, "class": "owl", "confidence": 0.5}
+
+    def other():
+        with prediction_files.as_file(tmp_path / "p.csv") as write:
+            write([line])
+
+    with prediction_files.as_file(tmp_path / "p.csv") as write:
+        write([line] * 3)
+        assert struck(other, 100) == 0
+        assert (tmp_path / "p.csv").read_text().count("owl") == 1
+    assert (tmp_path / "p.csv").read_text().count("owl") == 3
+    assert names(tmp_path) == ["p.csv"]
+
+
+def test_what_killed_predictions_left_is_removed(tmp_path):
+    line = {"image": "a.png", "rank": 1, "class": "owl", "confidence": 0.5}
+
+    def predict():
+        prediction_files.check(tmp_path / "p.csv")
+        with prediction_files.as_file(tmp_path / "p.csv") as write:
+            write([line])
+
+    assert [struck(predict, step) for step in (0, 2)] == [-signal.SIGKILL] * 2
+    left = names(tmp_path)
+    assert len(left) == 1
+    assert left[0].startswith(".p.csv.partial-")  # the second one has removed the trial of the first
+    (tmp_path / f".p.csv.partial-{os.getppid()}").touch()  # of a process that is at work
+    predict()
+    assert names(tmp_path) == [f".p.csv.partial-{os.getppid()}", "p.csv"]
+
+
 def test_json_has_no_nan(tmp_path):
     with pytest.raises(ValueError, match="Out of range"):
         write_json(tmp_path / "x.json", {"a": float("nan")})
@@ -224,6 +257,27 @@ def test_killed_at_any_step_the_output_is_the_old_or_the_new_one(tmp_path):
     assert all(end in (OLD, NEW) for end in ends), ends
     assert ends[-1] == NEW
     assert len(ends) > 5
+
+
+def test_killed_at_any_step_a_link_as_output_is_the_old_or_the_new_one(tmp_path):
+    """The run that comes next puts the link back if it was away; what it leads to stays."""
+    filled(tmp_path / "target", "abc")
+    ends = []
+    for step in range(40):
+        out = tmp_path / str(step) / "out"
+        out.parent.mkdir()
+        out.symlink_to(tmp_path / "target")
+        code = struck(partial(renewed, out), step)
+        with pytest.raises(ZeroDivisionError), fresh_directory(out):
+            raise ZeroDivisionError
+        assert names(out.parent) == ["out"]
+        ends.append(contents(out))
+        if code == 0:
+            break
+    assert all(end in (OLD, NEW) for end in ends), ends
+    assert OLD in ends
+    assert ends[-1] == NEW
+    assert contents(tmp_path / "target") == OLD
 
 
 def interrupted():

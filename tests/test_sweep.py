@@ -195,7 +195,7 @@ def test_a_full_disk_leaves_the_parameters_as_they_are(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))  # bytes of a file
     try:
-        with pytest.raises(OSError, match="File too large"):
+        with pytest.raises(UserError, match=r"params\.yaml: cannot be written \(File too large\)"):
             keep_grid(path, "dr", {"ratio": [0.1]})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -118,6 +118,28 @@ def test_the_lock_file_is_written_once(project, caplog):
     assert len(written) == 1
 
 
+def test_an_upgrade_empties_no_file_of_the_user(project):
+    """Opened for writing, a file would have changed under its name `old-...` too, as long as it is the same file."""
+    (project / "own.yaml").write_bytes((project / "params.yaml").read_bytes().replace(b"\n", b"\r\n"))
+    (project / "own.yaml").chmod(0o640)
+    (project / "params.yaml").unlink()
+    (project / "params.yaml").symlink_to("own.yaml")
+    files = ("dvc.lock", "stages.yaml", "own.yaml")
+    edit(project / "stages.yaml", lambda values: values.update(prepare=1))
+    for name in files:
+        (project / f"old-{name}").hardlink_to(project / name)
+    before = {name: (project / name).read_bytes() for name in files}
+    upgrade(project, silent, apply=True)
+    assert {name: (project / f"old-{name}").read_bytes() for name in files} == before
+    after = {name: (project / name).read_bytes() for name in files}
+    assert all(after[name] != before[name] for name in files)
+    assert (project / "params.yaml").is_symlink()
+    assert after["own.yaml"].startswith(before["own.yaml"])
+    assert after["own.yaml"].count(b"\n") == after["own.yaml"].count(b"\r\n")
+    assert (project / "own.yaml").stat().st_mode & 0o777 == 0o640
+    assert not list(project.glob(".*.partial*"))
+
+
 def test_what_the_first_version_wrote_is_verified_and_trained_on(project):
     accepted("cache", "verify", "data/extract/few")
     accepted("train-classifier", "dr", "data/extract/few", "data/train_backbone/few", "heads")

@@ -1,4 +1,4 @@
-"""Writing a stage's outputs: completely or not at all, and the same bytes for the same content."""
+"""Writing outputs and files of the user: completely or not at all, and the same bytes for the same content."""
 
 import datetime
 import errno
@@ -115,24 +115,22 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 
 def _replace_directory(partial: Path, out: Path) -> None:
-    if out.is_dir() and not out.is_symlink():
-        foreign = sorted({p.name for p in out.iterdir()} - {p.name for p in partial.iterdir()} - LITTER)
-        if foreign:
-            raise UserError(
-                f"{out}: must hold outputs of this stage only; got {foreign[0]!r}; give another path or remove it"
-            )
-        replaced = out.parent / f".{out.name}.replaced-{os.getpid()}"
-        try:
-            out.rename(replaced)
-            partial.rename(out)
-        finally:
-            if not os.path.lexists(out):  # Ctrl-C between the two renames
-                replaced.rename(out)
-            shutil.rmtree(replaced, ignore_errors=True)
+    if not os.path.lexists(out):
+        partial.rename(out)
         return
-    if out.is_symlink():
-        out.unlink()
-    partial.rename(out)
+    foreign = [] if out.is_symlink() else {p.name for p in out.iterdir()} - {p.name for p in partial.iterdir()} - LITTER
+    if foreign:
+        raise UserError(
+            f"{out}: must hold outputs of this stage only; got {min(foreign)!r}; give another path or remove it"
+        )
+    replaced = out.parent / f".{out.name}.replaced-{os.getpid()}"
+    try:
+        out.rename(replaced)
+        partial.rename(out)
+    finally:
+        if not os.path.lexists(out):  # Ctrl-C between the two renames
+            replaced.rename(out)
+        _remove(replaced)
 
 
 def _clear_abandoned(out: Path) -> None:
@@ -141,14 +139,70 @@ def _clear_abandoned(out: Path) -> None:
     A killed run may have had the process number of this one. Names that do not end in a process number are left alone.
     """
     name = glob.escape(out.name)
-    for path in (*out.parent.glob(f".{name}.replaced-*"), *out.parent.glob(f".{name}.partial-*")):
+    for path in (p for kind in ("replaced", "partial", "trial") for p in out.parent.glob(f".{name}.{kind}-*")):
         pid = path.name.rpartition("-")[2]
         if not pid.isdecimal() or (pid != str(os.getpid()) and alive(int(pid))):
             continue
         if ".replaced-" in path.name[len(out.name) :] and not os.path.lexists(out):
             path.rename(out)
         else:
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Removes a file, a link or a folder as far as it can be removed."""
+    with suppress(OSError):
+        path.unlink() if path.is_symlink() or not path.is_dir() else shutil.rmtree(path)
+
+
+@contextmanager
+def fresh_file(path: Path) -> Iterator[Path]:
+    """Yields a path beside `path` to write a file to. It becomes `path` by one rename if the block succeeds, and is
+    removed if not; what killed processes left of theirs is removed, too. A link at `path` is replaced.
+    """
+    partial = _partial(path)
+    _clear_abandoned(path)
+    try:
+        yield partial
+        replace_file(partial, path)
+        _make_durable(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def rewriting(path: Path) -> Iterator[Path]:
+    """As `fresh_file`, for a file of the user: a link stays one, and so do mode and owner.
+
+    What is yielded is a copy of the file, or nothing where there is none yet. Raises UserError where it cannot be
+    written.
+    """
+    path = Path(os.path.realpath(path))  # `resolve` raises for links in a circle
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: must be a file; got something else; move it away")
+    with _writing(path), creating(path), fresh_file(path) as partial:
+        with suppress(FileNotFoundError), path.open("r+b") as file:  # "+": refused where the file may not be written
+            before = os.fstat(file.fileno())
+            partial.touch(0o600)  # the text may be a secret
+            with suppress(PermissionError):  # another user's file, in a folder that is ours as well
+                os.chown(partial, before.st_uid, before.st_gid)
+            partial.chmod(stat.S_IMODE(before.st_mode))
+            partial.write_bytes(file.read())
+        yield partial
+
+
+def rewrite(path: Path, text: str) -> None:
+    """Writes `text` to a file of the user, by `rewriting`, unless the file holds it already."""
+    data = text.encode(errors="surrogateescape")
+    if not path.is_file() or path.read_bytes() != data:
+        with rewriting(path) as partial:
+            partial.write_bytes(data)
+
+
+def text_of(path: Path) -> tuple[str, str]:
+    """(the text of a file of the user as it is, for `rewrite`; how its lines end). Empty if there is none."""
+    text = path.read_bytes().decode(errors="surrogateescape") if path.is_file() else ""
+    return text, "\r\n" if "\r\n" in text else "\n"
 
 
 def replace_file(partial: Path, path: Path) -> None:
@@ -182,7 +236,6 @@ def write_run_record(path: Path, facts: Mapping[str, Any]) -> None:
     If the record cannot be written, the run still succeeds, and no incomplete record is left. A device such as
     /dev/null stays what it is.
     """
-    partial = path.with_name(f".{path.name}.partial")
     with suppress(OSError):
         if path.exists() and not path.is_file():
             return
@@ -197,11 +250,8 @@ def write_run_record(path: Path, facts: Mapping[str, Any]) -> None:
             "code": code.digests(sys.modules),
             **facts,
         }
-        try:
+        with fresh_file(path) as partial:
             write_json(partial, record)
-            replace_file(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def _version(name: str) -> str | None:

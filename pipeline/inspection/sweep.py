@@ -6,7 +6,6 @@ One process trains, scores the test rows and compares. No output of the pipeline
 import io
 import itertools
 import json
-import os
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ import pyarrow.parquet as pq
 from h2t.cache.reader import Cache
 from h2t.pipeline.base import clock, params
 from h2t.pipeline.base.errors import UserError
-from h2t.pipeline.base.outputs import replace_file
+from h2t.pipeline.base.outputs import rewrite, text_of
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.evaluation.intervals import FIGURES, Difference, paired
@@ -243,9 +242,8 @@ def keep_grid(params_file: Path, name: str, lists: Mapping[str, Sequence[Any]]) 
     crash or a full disk leaves the old one. Raises UserError as `check_entry` does.
     """
     check_entry(params_file, name)
-    text = params_file.read_text(encoding="utf-8")
-    with params_file.open(encoding="utf-8", newline="") as file:
-        line_end = "\r\n" if file.readline().endswith("\r\n") else "\n"
+    text, end = text_of(params_file)
+    text = text.replace("\r\n", "\n")
     editor = _editor(text)
     given = editor.load(text)
     entry = given["hosts"][name]
@@ -256,13 +254,7 @@ def keep_grid(params_file: Path, name: str, lists: Mapping[str, Sequence[Any]]) 
         entry["grid"] = grid
     else:
         entry["grid"].update(grid)
-    path = params_file.resolve()  # a link stays one
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        with partial.open("w", encoding="utf-8", newline=line_end) as file:
-            editor.dump(given, file)
-        partial.chmod(path.stat().st_mode)
-        replace_file(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    copy = io.StringIO()
+    editor.dump(given, copy)
+    rewrite(params_file, copy.getvalue().replace("\n", end))
     return grid

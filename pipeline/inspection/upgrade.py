@@ -15,7 +15,7 @@ import yaml
 
 from h2t.pipeline.base import numbers, plugins
 from h2t.pipeline.base.errors import UserError
-from h2t.pipeline.base.outputs import replace_file
+from h2t.pipeline.base.outputs import rewrite, rewriting, text_of
 from h2t.pipeline.base.run import Say
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.inspection.project import stages_of
@@ -70,9 +70,7 @@ def upgrade(start: Path, say: Say, *, apply: bool = False) -> Plan:
         elif not apply:
             say("nothing was written; to write stages.yaml and dvc.lock, type: h2t upgrade --apply")
         else:
-            partial = plan.file.with_name(f".{numbers.FILE}.partial")
-            partial.write_text(numbers.text(numbers.in_code()), encoding="utf-8")
-            replace_file(partial, plan.file)
+            rewrite(plan.file, numbers.text(numbers.in_code()))
             _add_sections(root, plan.watched)
             written = _write_missing(root, present, say) if (root / "dvc.lock").is_file() else []
             with _dvc(root, alone=True) as repo:  # opened again, to read the new stages.yaml
@@ -84,14 +82,10 @@ def upgrade(start: Path, say: Say, *, apply: bool = False) -> Plan:
 def _add_sections(root: Path, watched: set[str]) -> None:
     """Adds to params.yaml the sections of defaults that dvc.yaml watches; DVC stops at one that is missing."""
     path = root / "params.yaml"
-    text = path.read_text(encoding="utf-8")
+    text, end = text_of(path)
     missing = [name for name in DEFAULTS if name in watched and name not in (yaml.safe_load(text) or {})]
     if missing:
-        partial = root / ".params.yaml.partial"
-        partial.write_text(
-            text.rstrip("\n") + "\n" + "".join(f"\n{name}: {DEFAULTS[name]}\n" for name in missing), encoding="utf-8"
-        )
-        replace_file(partial, path)
+        rewrite(path, text.rstrip("\r\n") + end + "".join(f"{end}{name}: {DEFAULTS[name]}{end}" for name in missing))
 
 
 def _write_missing(root: Path, present: set[str], say: Say) -> list[str]:
@@ -299,6 +293,8 @@ def _record(repo: Any, kept: list[str], written: list[str]) -> None:
     is written once, at the end: with thousands of lines DVC takes seconds to read and write it. A kill before leaves
     the old one, and `dvc repro` then runs the `written` ones again.
     """
+    from dvc.dvcfile import Lockfile
+
     known = {stage.addressing: stage for stage in repo.index.stages}
     stages = [known[name] for name in (*written, *kept)]
     for stage in stages[: len(written)]:
@@ -308,8 +304,9 @@ def _record(repo: Any, kept: list[str], written: list[str]) -> None:
         for dep in stage.deps:
             if hasattr(dep, "params") or not dep.hash_info:
                 dep.save()
-    for dvcfile in {stage.dvcfile.path: stage.dvcfile for stage in stages}.values():
-        dvcfile.dump_stages([s for s in stages if s.dvcfile.path == dvcfile.path], update_pipeline=False)
+    for path in {stage.dvcfile.path for stage in stages}:
+        with rewriting(Path(path).with_suffix(".lock")) as partial:  # DVC empties a file before it writes it
+            Lockfile(repo, str(partial)).dump_stages([s for s in stages if s.dvcfile.path == path])
 
 
 def _say(plan: Plan, say: Say) -> None:

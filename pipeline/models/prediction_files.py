@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from h2t.pipeline.base.errors import UserError
-from h2t.pipeline.base.outputs import creating, replace_file
+from h2t.pipeline.base.outputs import creating, fresh_file
 
 COLUMNS = pa.schema({"image": pa.string(), "rank": pa.int64(), "class": pa.string(), "confidence": pa.float64()})
 TEXT = ("csv", "json", "jsonl")
@@ -62,14 +62,10 @@ def check(path: Path) -> None:
 @contextmanager
 def as_file(path: Path) -> Iterator[Write]:
     """A function that writes lines to the file `path`, which appears when the block has succeeded."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with fresh_file(path) as partial:
         if path.suffix == ".parquet":
             with pq.ParquetWriter(partial, COLUMNS, compression="zstd") as table:
                 yield lambda lines: table.write_table(pa.Table.from_pylist(list(lines), COLUMNS))
         else:
             with partial.open("w", encoding="utf-8", newline="") as out, as_text(out, path.suffix[1:]) as write:
                 yield write
-        replace_file(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import yaml
 
-from h2t.cache.write.staging import write_durably
 from h2t.pipeline.base import numbers, plugins
 from h2t.pipeline.base.errors import UserError
-from h2t.pipeline.base.outputs import creating
+from h2t.pipeline.base.outputs import creating, rewrite, text_of
 from h2t.pipeline.base.params import check_path
 from h2t.pipeline.project.choose import Settings
 from h2t.pipeline.project.detect import Found
@@ -169,7 +168,8 @@ def write(folder: Path, files: dict[str, str], found: Found, weights: Path | Non
     yield from _versioned(folder)
     for name, text in files.items():  # params.yaml last: without it the command is not done, and goes on
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        write_durably(folder / name, text.encode())
+        if not (folder / name).exists():  # else it has the same text
+            rewrite(folder / name, text)
     if not str(here).isascii():
         yield f"note: {here}: DVC's experiment queue needs a path of ASCII letters; dvc repro works"
     shown = sorted({name.split("/")[0] + ("/" if "/" in name else "") for name in files} - {".dvc/"})
@@ -182,10 +182,12 @@ def _pattern(place: Path) -> str:
 
 
 def _append(path: Path, wanted: list[str] | tuple[str, ...]) -> None:
-    """Adds the lines that the file lacks."""
-    there = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    lines = [*there, *(line for line in wanted if line not in there)]
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    """Adds the lines that the file lacks; what is there stays as it is."""
+    there, end = text_of(path)
+    lacking = [line for line in wanted if line not in there.splitlines()]
+    if lacking:
+        between = end if there and not there.endswith("\n") else ""
+        rewrite(path, there + between + "".join(f"{line}{end}" for line in lacking))
 
 
 def _versioned(folder: Path) -> Iterator[str]:
@@ -202,7 +204,7 @@ def _versioned(folder: Path) -> Iterator[str]:
     made = config.read_text(encoding="utf-8")
     if made.strip() in ("", NO_GIT):  # as `dvc init` leaves it, also if this command was killed then
         own = (FILES / "dvc-config").read_text(encoding="utf-8")
-        config.write_text(own.replace("[core]", NO_GIT) if top is None else own, encoding="utf-8")
+        rewrite(config, own.replace("[core]", NO_GIT) if top is None else own)
         yield "DVC: initialised"
 
 

@@ -18,6 +18,7 @@ from h2t.cache.redaction import redacted
 from h2t.cache.sizes import sized
 from h2t.pipeline.base import params, plugins
 from h2t.pipeline.base.errors import UserError
+from h2t.pipeline.base.outputs import rewrite, rewriting, text_of
 from h2t.pipeline.base.run import Say
 from h2t.pipeline.base.text import counted
 from h2t.pipeline.sharing.repository import (
@@ -147,14 +148,16 @@ def set_verify(root: Path, name: str) -> bool:
     inside = [level for level in ("local", "repo") if name in config.load_one(level).get("remote", {})]
     level = inside[0] if inside else "local"  # for a remote configured for the user or the machine
     path = Path(config.files[level])
-    header = f"['remote \"{name}\"']\n"
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    text, end = text_of(path)
+    header = f"['remote \"{name}\"']{end}"
     if header in text and "verify" not in config.load_one(level)["remote"][name]:
         # Edited as text, because DVC would drop the comments.
-        path.write_text(text.replace(header, f"{header}    verify = true\n"), encoding="utf-8")
+        rewrite(path, text.replace(header, f"{header}    verify = true{end}"))
         return True
-    with config.edit(level) as section:
-        section["remote"].setdefault(name, {})["verify"] = "true"
+    with rewriting(path) as partial:
+        config.files[level] = str(partial)  # DVC empties a file before it writes it
+        with config.edit(level) as section:
+            section["remote"].setdefault(name, {})["verify"] = "true"
     return True
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from h2t.cache.sizes import sized
 from h2t.pipeline.base.errors import UserError, nearest
-from h2t.pipeline.base.outputs import creating, write_json
+from h2t.pipeline.base.outputs import creating, fresh_file, write_json
 from h2t.pipeline.base.run import Say
 from h2t.pipeline.base.text import counted
 
@@ -32,7 +32,8 @@ def run(name: str, inputs: Mapping[str, str], out: Path, say: Say) -> None:
     found = facts(name, inputs)
     with creating(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(out, found)
+        with fresh_file(out) as partial:
+            write_json(partial, found)
     say(f"{name}: {counted(found['files'], 'file')}, {sized(found['bytes'])}")
 
 

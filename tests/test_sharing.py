@@ -625,6 +625,24 @@ def test_publish_asks_for_that_project_alone(below):
         publish._check_workspace(repo, below)
 
 
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("stages:\n  a:\n    cmd: x\n    dep: [x]\n", "line 4: extra keys not allowed in stages.a.dep; correct it"),
+        ("stages:\n  a:\n    bar: x\n    foo: 1\n", ", and 2 other faults; correct it"),
+        ("stages:\n  a:\n    deps: [x]\n", "line 2: required key not provided in stages.a.cmd; correct it"),
+        ("- a\n", "dvc.yaml: expected a dictionary; correct it"),
+        ("stages:\n  a: [\n", "line 3: not YAML (expected the node content, but found '<stream end>'); correct it"),
+        ("stages:\n<<<<<<< HEAD\n  a: {}\n", "dvc.yaml: holds marks of a merge (<<<<<<<); settle it"),
+    ],
+)
+def test_a_fault_in_dvc_yaml_is_told_with_its_line(below, text, line):
+    (below / "dvc.yaml").write_text(text)
+    said = refused("upgrade")
+    assert "dvc.yaml: " in said
+    assert said.endswith(line + "\n")
+
+
 def test_a_cache_that_cannot_be_made_is_not_taken_for_a_project_that_cannot_be_written(healthy):
     dvc("config", "--local", "cache.dir", "/proc/nothing/here", where=healthy / "a")
     assert "DVC's cache cannot be written" in faults(healthy)["links"]

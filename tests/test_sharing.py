@@ -625,6 +625,21 @@ def test_publish_asks_for_that_project_alone(below):
         publish._check_workspace(repo, below)
 
 
+def test_a_project_in_a_folder_is_published_with_the_others_and_read_by_its_path(below, monkeypatch):
+    """As DVC's records of runs are those of all projects; both commands say so."""
+    top = below.parents[1]
+    (top / "dvc.yaml").write_text("stages: {other: {cmd: echo > other, outs: [other]}}")
+    dvc("repro", "extract", where=below)
+    dvc("repro", "other", where=top)
+    git("add", ".", where=top)
+    git("commit", "--quiet", "--message=below", where=top)
+    assert "note: dvc push takes what other projects of this repository have here" in accepted("cache", "publish")
+    line = refused("cache", "pull", top, "--into", top / "pulled", code=1)
+    assert f"read that of a folder as dvc+{top}#examples/small/data/extract/b, or clone" in line
+    with open_cache(f"dvc+{top}#examples/small/data/extract/b") as cache:
+        assert len(cache.read([0])) == 1
+
+
 @pytest.mark.parametrize(
     ("text", "line"),
     [

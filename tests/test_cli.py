@@ -55,6 +55,12 @@ SETTINGS = {
     "no hosts": ("hosts={}", "hosts: must be a mapping with at least one entry; got {}"),
     "a host that is a path": ("hosts={../x: {}}", "hosts: a name must consist of letters, digits, _ and -"),
     "a host that is a number": ("hosts={1: {}}", "hosts: a name must consist of letters, digits, _ and -"),
+    "hosts in one folder of a Mac": (
+        "hosts={dr: {}, DR: {}}",
+        "hosts: two names must differ by more than upper and lower case, as folders are named after them and some",
+    ),
+    "backbones in one folder of a Mac": ("backbones={a-B: {}, A-b: {}}", "backbones: two names must differ by more"),
+    "inputs in one file of a Mac": ("inputs={x: a, X: b}", "inputs: two names must differ by more than upper and"),
     "an empty section": ("extract=", "extract: must be a mapping of keys; got None"),
     "a ratio below 1": ("prepare.imbalance.ratio=0.5", "prepare.imbalance.ratio: must be at least 1; got 0.5"),
     "no value": ("seed", "--set seed: must have the form key=value"),

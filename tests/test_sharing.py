@@ -625,6 +625,39 @@ def test_publish_asks_for_that_project_alone(below):
         publish._check_workspace(repo, below)
 
 
+def test_a_project_in_a_folder_is_published_with_the_others_and_read_by_its_path(below, monkeypatch):
+    """As DVC's records of runs are those of all projects; both commands say so."""
+    top = below.parents[1]
+    (top / "dvc.yaml").write_text("stages: {other: {cmd: echo > other, outs: [other]}}")
+    dvc("repro", "extract", where=below)
+    dvc("repro", "other", where=top)
+    git("add", ".", where=top)
+    git("commit", "--quiet", "--message=below", where=top)
+    assert "note: dvc push takes what other projects of this repository have here" in accepted("cache", "publish")
+    line = refused("cache", "pull", top, "--into", top / "pulled", code=1)
+    assert f"read that of a folder as dvc+{top}#examples/small/data/extract/b, or clone" in line
+    with open_cache(f"dvc+{top}#examples/small/data/extract/b") as cache:
+        assert len(cache.read([0])) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("stages:\n  a:\n    cmd: x\n    dep: [x]\n", "line 4: extra keys not allowed in stages.a.dep; correct it"),
+        ("stages:\n  a:\n    bar: x\n    foo: 1\n", ", and 2 other faults; correct it"),
+        ("stages:\n  a:\n    deps: [x]\n", "line 2: required key not provided in stages.a.cmd; correct it"),
+        ("- a\n", "dvc.yaml: expected a dictionary; correct it"),
+        ("stages:\n  a: [\n", "line 3: not YAML (expected the node content, but found '<stream end>'); correct it"),
+        ("stages:\n<<<<<<< HEAD\n  a: {}\n", "dvc.yaml: holds marks of a merge (<<<<<<<); settle it"),
+    ],
+)
+def test_a_fault_in_dvc_yaml_is_told_with_its_line(below, text, line):
+    (below / "dvc.yaml").write_text(text)
+    said = refused("upgrade")
+    assert "dvc.yaml: " in said
+    assert said.endswith(line + "\n")
+
+
 def test_a_cache_that_cannot_be_made_is_not_taken_for_a_project_that_cannot_be_written(healthy):
     dvc("config", "--local", "cache.dir", "/proc/nothing/here", where=healthy / "a")
     assert "DVC's cache cannot be written" in faults(healthy)["links"]

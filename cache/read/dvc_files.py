@@ -140,6 +140,11 @@ def folders(repo: Any, path: str) -> list[str]:
     return sorted({rest.partition("/")[0] for rest in inside})
 
 
+def of_projects_below(repo: Any, path: str) -> list[str]:
+    """Paths of the outputs directly in `path` of projects that have a folder of their own in `repo`, sorted."""
+    return sorted(place for place in _outputs(repo) if place.rpartition("/")[0].endswith(f"/{path}"))
+
+
 def members(listing: bytes) -> dict[str, str]:
     """Name -> md5 of the files of a directory, from DVC's JSON `listing` of it.
 

@@ -1,6 +1,7 @@
 """Checks all sections of params.yaml before a stage starts, so that mistakes are found early."""
 
 import re
+from collections.abc import Iterable
 from copy import copy
 from typing import Annotated, Any
 
@@ -170,8 +171,7 @@ def _check_sections(values: dict[str, Any], say: Say) -> None:
     named = values["inputs"]
     if named is not None and not isinstance(named, dict):
         raise UserError(f"inputs: must be a mapping of names to files or folders; got {named!r}")
-    for name in named or ():
-        _check_name("inputs", name, "files")
+    _check_names("inputs", named or {}, "files")
 
 
 def complete(values: dict[str, Any], name: str, *, narrow: bool = True) -> dict[str, Any]:
@@ -186,8 +186,8 @@ def complete(values: dict[str, Any], name: str, *, narrow: bool = True) -> dict[
         raise UserError(f"{name}: must be a mapping with at least one entry; got {section!r}")
     defaults_name, kinds = ENTRIES[name]
     defaults = values.get(defaults_name, {})
+    _check_names(name, section, "folders")
     for key, entry in section.items():
-        _check_name(name, key, "folders")
         if isinstance(entry, dict):
             named = {k: key for k, kind in kinds.items() if key in plugins.names(kind)}
             own = {**named, **entry} if name == "hosts" else entry
@@ -196,12 +196,20 @@ def complete(values: dict[str, Any], name: str, *, narrow: bool = True) -> dict[
     return section
 
 
-def _check_name(section: str, key: Any, become: str) -> None:
-    if not isinstance(key, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", key):
-        raise UserError(
-            f"{section}: a name must consist of letters, digits, _ and -, as {become} are named after it; got {key!r}; "
-            "rename the entry"
-        )
+def _check_names(section: str, keys: Iterable[Any], become: str) -> None:
+    """Checks the names of the entries of a section. Some disks, such as those of Macs, do not tell A from a."""
+    seen: dict[str, str] = {}
+    for key in keys:
+        if not isinstance(key, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", key):
+            raise UserError(
+                f"{section}: a name must consist of letters, digits, _ and -, as {become} are named after it; got "
+                f"{key!r}; rename the entry"
+            )
+        if (other := seen.setdefault(key.lower(), key)) != key:
+            raise UserError(
+                f"{section}: two names must differ by more than upper and lower case, as {become} are named after them "
+                f"and some disks take these for one; got {other!r} and {key!r}; rename one"
+            )
 
 
 def _for_host(host: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

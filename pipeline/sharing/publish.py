@@ -82,6 +82,8 @@ def publish(
         if set_verify(root, name):
             say(f"remote {name}: set verify = true, so that a damaged object is refused when it is pulled")
         say(f"pushing {counted(len(outputs), 'output')}, of which {counted(len(caches(root)), 'cache')}, to {name}")
+        if any(Path(stage.path).parent != root for stage in repo.index.stages if stage.path.endswith("dvc.yaml")):
+            say("note: dvc push takes what other projects of this repository have here, too")
         with in_one_line(f"remote {name}"):
             repo.push(run_cache=True, remote=name)
             proof = prove(repo, name, outputs, quick=quick)

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from h2t.cache.errors import CacheError
 from h2t.cache.format.spec import MAX_RECORD_BYTES, RECORD, parse_record
 from h2t.cache.machine import flush
-from h2t.cache.read.dvc_files import DvcFiles, folders, split_revision
+from h2t.cache.read.dvc_files import DvcFiles, folders, of_projects_below, split_revision
 from h2t.cache.redaction import redacted
 from h2t.cache.sizes import sized
 from h2t.cache.write.staging import Staging, bad_disk_is_one_line, sync
@@ -62,7 +62,13 @@ def pull(
                     f"{where}: has no default DVC remote to fetch from; there, type: dvc remote default NAME, or dvc "
                     "remote add --default store PATH, then h2t cache publish"
                 )
-            chosen = _one_of(folders(repo, f"data/{kind}"), name, where, kind)
+            known = folders(repo, f"data/{kind}")
+            if not known and (below := of_projects_below(repo, f"data/{kind}")):
+                raise UserError(
+                    f"{where}: only the project at its top can be pulled from, and has no cache; read that of a folder "
+                    f"as dvc+{where}#{below[0]}, or clone it and type, in that folder: dvc repro --pull"
+                )
+            chosen = _one_of(known, name, where, kind)
             names = (f"{kind}/{chosen}", f"train_backbone/{chosen}")
             parts = {part: DvcFiles.of(repo, f"{url}@{rev}" if rev else url, f"data/{part}") for part in names}
             for files in parts.values():

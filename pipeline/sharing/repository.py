@@ -16,6 +16,7 @@ from h2t.cache.errors import CacheError
 from h2t.cache.format.spec import RECORD
 from h2t.cache.redaction import redacted
 from h2t.pipeline.base.errors import UserError, in_brief, of_the_machine
+from h2t.pipeline.base.text import counted
 
 
 def git(*arguments: str, where: Path) -> str:
@@ -61,7 +62,33 @@ def in_one_line(what: str) -> Iterator[None]:
         # S3 gives numbers of disk errors to errors of its own, with other words.
         theirs = isinstance(error, OSError) and error.errno is not None and error.strerror != os.strerror(error.errno)
         known = None if theirs else of_the_machine(error)
-        raise _not_trusted(str(error), what) or UserError(f"{what}: {known or redacted(in_brief(error))}") from None
+        said = known or redacted(_of_yaml(error) or in_brief(error))
+        raise _not_trusted(str(error), what) or UserError(f"{what}: {said}") from None
+
+
+def _of_yaml(error: Exception) -> str:
+    """What is wrong where in a YAML file of DVC, which says it on its screen only; empty for any other error."""
+    from dvc.utils.serialize import parse_yaml_for_update
+    from dvc.utils.strictyaml import YAMLSyntaxError, YAMLValidationError
+
+    if isinstance(error, YAMLSyntaxError):
+        if error.hint:
+            return f"{error.relpath}: holds marks of a merge (<<<<<<<); settle it"
+        at, why = getattr(error.__cause__, "problem_mark", None), getattr(error.__cause__, "problem", None)
+        return f"{error.relpath}: {f'line {at.line + 1}: ' if at else ''}not YAML ({why}); correct it" if why else ""
+    if not isinstance(error, YAMLValidationError):
+        return ""
+    first, *others = error.exc.errors
+    here: Any = parse_yaml_for_update(error.text, error.path)
+    line = 0
+    with suppress(KeyError, IndexError, TypeError, AttributeError):  # what is missing has no line, its parent has
+        for key in first.path:
+            place = here.lc
+            line = (place.key(key) if isinstance(here, dict) else place.item(key))[0] + 1
+            here = here[key]
+    more = f", and {counted(len(others), 'other fault')}" if others else ""
+    where = f" in {'.'.join(map(str, first.path))}" if first.path else ""
+    return f"{error.path}: {f'line {line}: ' if line else ''}{first.error_message}{where}{more}; correct it"
 
 
 def repository(start: Path) -> Path:

@@ -8,7 +8,7 @@ import os
 import resource
 from contextlib import suppress
 
-#: All caches together keep 256 open while unused, and each thread that reads 128 more; macOS allows 10,240.
+#: A cache keeps 256 open at most, and each thread that reads 128 more; macOS allows 10,240.
 MANY_FILES = 4096
 #: What macOS leaves in each folder that its Finder shows. It is nobody's work.
 LITTER = frozenset({".DS_Store"})

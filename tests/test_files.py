@@ -10,8 +10,7 @@ import pytest
 from builders import raises
 
 from h2t.cache.errors import CacheError
-from h2t.cache.read.descriptors import MAX_OPEN
-from h2t.cache.read.files import LocalFiles, files_at
+from h2t.cache.read.files import MAX_OPEN, LocalFiles, files_at
 from h2t.cache.read.remote import RemoteFiles
 
 DATA = np.random.default_rng(0).integers(0, 256, 5000, np.uint8).tobytes()

@@ -106,29 +106,6 @@ def test_a_cache_of_more_shards_than_files_may_be_open(tmp_path, compiled):
     assert open_cache(tmp_path / "c").spec.shards == 300
 
 
-@pytest.mark.parametrize("compiled", ["", "r.compiled = lambda: None"])
-@pytest.mark.parametrize("at_once", [1, 8])
-def test_many_caches_share_the_files_that_the_process_may_open(tmp_path, compiled, at_once):
-    maps = make_cache(tmp_path / "c", rows=make_rows(800), maps=((64, 8, 8),))[0]
-    np.save(tmp_path / "maps.npy", maps)
-    done = child(f"""if True:
-        import os, resource, numpy as np
-        from concurrent.futures import ThreadPoolExecutor
-        resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
-        import h2t.cache.reader as r
-        {compiled}
-        caches = [r.open_cache({str(tmp_path / "c")!r}) for _ in range(8)]
-        maps = np.load({str(tmp_path / "maps.npy")!r})
-        with ThreadPoolExecutor({at_once}) as pool:
-            assert all(pool.map(lambda cache: (cache.read(np.arange(800)) == maps).all(), caches * 3))
-        child = os.fork()
-        if not child:
-            os._exit(0 if all((cache.read(np.arange(800)) == maps).all() for cache in caches) else 1)
-        assert os.waitpid(child, 0)[1] == 0
-    """)
-    assert done.returncode == 0, done.stderr
-
-
 def test_too_many_open_files_is_one_line():
     assert "ulimit -n 4096" in str(of_the_machine(OSError(errno.EMFILE, "")))
 

@@ -2,9 +2,10 @@
 
 import errno
 import hashlib
-import itertools
 import os
 import stat
+import threading
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,21 +13,25 @@ from typing import Any
 
 from h2t.cache.errors import CacheError
 from h2t.cache.format.spec import RECORD
-from h2t.cache.read.descriptors import DESCRIPTORS, Opened
+from h2t.cache.machine import open_files
 from h2t.cache.read.elsewhere import elsewhere
 from h2t.cache.read.in_use import InUse
 from h2t.cache.read.store import FileStore
 
 NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
-_numbers = itertools.count()
+MAX_OPEN = 256  # file descriptors kept open per cache; fewer where the process may open few
+
 
 #: Identifies a file: inode, size in bytes, mtime in ns. Not its device, which differs between machines that mount the
 #: same disk, and not its ctime, which linking and chmod change.
 Stamp = tuple[int, int, int]
+#: A file descriptor, and the size in bytes and mtime in ns that its file had when it was opened.
+Opened = tuple[int, int, int]
 
 
 class LocalFiles(FileStore):
-    """The files below a local directory; some stay open while unused (`read.descriptors`).
+    """The files below a local directory; at most `MAX_OPEN` descriptors, and a fourth of those that
+    the process may have, stay open while unused.
 
     The first access pins a file. Later accesses, in any thread and in any process that received this object, must find
     the same file or one with the sha256 in the commit record (`expect`); else they raise CacheError `replaced`. So
@@ -44,7 +49,10 @@ class LocalFiles(FileStore):
         self.root = root
         self._pins: dict[str, Stamp] = dict(pins or {})
         self._recorded: Mapping[str, tuple[int, str]] = recorded or {}
-        self._number = next(_numbers)
+        self._open: OrderedDict[str, Opened] = OrderedDict()
+        self._busy: dict[int, int] = {}
+        self._most = min(MAX_OPEN, open_files() // 4)
+        self._lock = threading.Lock()
         self._use = InUse(self)
 
     def __reduce__(self) -> tuple[type["LocalFiles"], tuple[Any, ...]]:
@@ -107,9 +115,21 @@ class LocalFiles(FileStore):
 
         After reading, the caller must check that each file still has the size and mtime it was opened with.
         """
-        keys = [(self._number, name) for name in names]
-        with self._use, DESCRIPTORS.held(keys, self._found) as held, self.in_one_line(names[0]):
-            yield held
+        with self._use:
+            held: list[Opened] = []
+            try:
+                with self._lock:
+                    for name in names:
+                        held.append(self._acquire(name))  # noqa: PERF401 - if one fails, the others are released below
+                    self._close_idle()
+                with self.in_one_line(names[0]):
+                    yield held
+            finally:
+                with self._lock:
+                    for handle, *_ in held:
+                        self._busy[handle] -= 1
+                        if not self._busy[handle]:
+                            del self._busy[handle]
 
     @contextmanager
     def _unchanged(self, name: str) -> Iterator[int]:
@@ -144,9 +164,14 @@ class LocalFiles(FileStore):
     def close(self) -> None:
         """Waits for reads in progress, then closes all descriptors. Later calls raise CacheError `closed`."""
         self._use.close()
-        DESCRIPTORS.close(self._number)
+        with self._lock:
+            for handle, *_ in self._open.values():
+                os.close(handle)
+            self._open.clear()
 
     def after_fork(self) -> None:
+        self._lock = threading.Lock()
+        self._busy = {}
         self._use.after_fork()
 
     @contextmanager
@@ -167,9 +192,22 @@ class LocalFiles(FileStore):
                 ) from None
             raise
 
-    def _found(self, name: str) -> Opened:
-        with self.in_one_line(name):
-            return self._opened(name)
+    def _acquire(self, name: str) -> Opened:
+        opened = self._open.get(name)
+        if opened is None:
+            with self.in_one_line(name):
+                opened = self._open[name] = self._opened(name)
+        else:
+            self._open.move_to_end(name)
+        self._busy[opened[0]] = self._busy.get(opened[0], 0) + 1
+        return opened
+
+    def _close_idle(self) -> None:
+        """Closes the least recently used idle descriptors until at most `_most` are left."""
+        if len(self._open) > self._most:
+            idle = [name for name, (handle, *_) in self._open.items() if not self._busy.get(handle)]
+            for name in idle[: len(self._open) - self._most]:
+                os.close(self._open.pop(name)[0])
 
     def _opened(self, name: str) -> Opened:
         """A new descriptor of `name`. Raises CacheError `replaced` if it is not the pinned file."""

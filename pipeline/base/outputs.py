@@ -151,8 +151,11 @@ def _clear_abandoned(out: Path) -> None:
 
 def _remove(path: Path) -> None:
     """Removes a file, a link or a folder as far as it can be removed."""
-    with suppress(OSError):
-        path.unlink() if path.is_symlink() or not path.is_dir() else shutil.rmtree(path)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 @contextmanager

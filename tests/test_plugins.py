@@ -1,5 +1,3 @@
-import sys
-
 import pytest
 import small_jobs
 from pipeline_builders import accepted, invoke, refused, write_params
@@ -48,36 +46,6 @@ def test_a_plugin_that_is_edited_is_imported_again(tmp_path, monkeypatch):
     plugins.look_again()
     with pytest.raises(UserError, match=r"mine\.py: cannot be imported"):
         plugins.load("pools", "mine")
-
-
-@pytest.mark.parametrize(
-    ("helper", "statement"),
-    [
-        ("plugins/pools/_tools.py", "from plugins.pools import _tools"),
-        ("plugins/pools/other.py", "import plugins.pools.other as _tools"),
-        ("plugins/_tools.py", "import sys; sys.path.insert(0, 'plugins'); import _tools"),
-    ],
-)
-def test_a_plugin_is_imported_again_after_an_edit_of_what_it_imports(tmp_path, monkeypatch, helper, statement):
-    """As in a notebook, which has the project's folder on its path; also within a second, with as many bytes."""
-    (tmp_path / "plugins/pools").mkdir(parents=True)
-    (tmp_path / "plugins/pools/helped.py").write_text(f'"""Mine."""\n{statement}\nVALUE = _tools.VALUE\n')
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    for name in ("plugins", "plugins.pools", "plugins.pools.other", "plugins.pools._tools", "_tools"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    for value in (7, 8, 9):
-        (tmp_path / helper).write_text(f'"""A pool."""\nVALUE = {value}\n')
-        if value > 7:
-            assert value - 1 == plugins.load("pools", "helped").VALUE
-        plugins.look_again()
-        assert value == plugins.load("pools", "helped").VALUE
-        plugins.look_again()
-        assert plugins.load("pools", "helped") is plugins.load("pools", "helped")
-    (tmp_path / helper).unlink()
-    plugins.look_again()
-    with pytest.raises(UserError, match=r"helped\.py: cannot be imported"):
-        plugins.load("pools", "helped")
 
 
 def test_a_folder_outside_adds_plugins_and_must_not_take_our_names(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from PIL import Image
 from h2t.pipeline.base.errors import UserError
 from h2t.pipeline.base.run import Run
 from h2t.pipeline.data.classes import describe_similar
+from h2t.pipeline.datasets import table as table_dataset
 from h2t.pipeline.project import describe, detect, survey
 from h2t.pipeline.stages import prepare
 
@@ -276,3 +277,20 @@ def test_names_of_classes_are_no_names_of_groups(tmp_path):
 def test_a_column_of_lists_is_no_column_of_paths(tmp_path):
     line = refusal(stored(tmp_path / "d", more=lambda images: pa.array([[image] for image in images])))
     assert "column 'image': must hold paths or encoded images; got list; correct the file" in line
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        (["path,label,site", "0.png,y,s0", '1.png,y,"s1', "2.png,y,s2", '3.png,y,s3"'], "a group must be one line"),
+        (['path,"label', "1.png,x"], "the header opens a quotation mark"),
+        (["path,label", *["some/path/to/an/image.png,y"] * 60_000, 'a.png,"x', *["a/path/to/an/image.png,y"] * 60_000],
+         "row 60001 opens a quotation mark that nothing closes"),
+    ],
+)  # fmt: skip
+def test_a_quotation_mark_is_named_wherever_it_stands(tmp_path, lines, says):
+    (tmp_path / "l.csv").write_text("\n".join(lines) + "\n")
+    (tmp_path / "0.png").touch()
+    options = {"table": str(tmp_path / "l.csv"), "path": "path", "label": "label", "root": str(tmp_path)}
+    with pytest.raises(UserError, match=says):
+        table_dataset.load(table_dataset.Options(**options, **({"group": "site"} if "site" in lines[0] else {})))

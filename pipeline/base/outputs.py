@@ -187,9 +187,12 @@ def rewriting(path: Path) -> Iterator[Path]:
         with suppress(FileNotFoundError), path.open("r+b") as file:  # "+": refused where the file may not be written
             before = os.fstat(file.fileno())
             partial.touch(0o600)  # the text may be a secret
-            with suppress(PermissionError):  # another user's file, in a folder that is ours as well
+            with suppress(
+                OSError
+            ):  # another user's file, in a folder that is ours as well; a user without a number here
                 os.chown(partial, before.st_uid, before.st_gid)
-            partial.chmod(stat.S_IMODE(before.st_mode))
+            with suppress(OSError):  # a disk without modes
+                partial.chmod(stat.S_IMODE(before.st_mode))
             partial.write_bytes(file.read())
         yield partial
 

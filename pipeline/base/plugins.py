@@ -7,7 +7,6 @@ import os
 import re
 import sys
 import traceback
-from contextlib import suppress
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +21,6 @@ TRACEBACK = "H2T_TRACEBACK"
 _LOADED = "h2t_plugins"  # package name of the user's plug-ins in sys.modules
 _SOURCE = "__h2t_source__"  # in such a module, the bytes of its file when it was imported
 _compared: set[str] = set()  # modules of `_LOADED` whose file was compared since `look_again`
-_helpers: dict[str, tuple[ModuleType, bytes]] = {}  # modules that plug-ins import from their folders, and their files
 _FILE = re.compile(r"[^\W_][\w-]{0,99}")  # valid file names, without the ending
 KINDS = ("datasets", "backbones", "objectives", "samplers", "pools", "hosts")
 #: Kinds whose file may leave out its parameters: (class with the default, name of the parameters).
@@ -58,47 +56,11 @@ def check(kind: str, name: str) -> None:
 
 
 def look_again() -> None:
-    """From now on, plug-ins whose files were edited are imported again; all are if a module beside them was edited.
+    """From now on, plug-ins whose files were edited are imported again.
 
     Every call of `h2t.api` that trains begins with it; in between, a file that is saved does not change a run.
     """
     _compared.clear()
-    if any(sys.modules.get(name) is not there or _bytes_of(there) != read for name, (there, read) in _helpers.items()):
-        for name, (module, _) in _helpers.items():
-            _forget(name, module)
-        for name in [name for name in sys.modules if name.startswith(f"{_LOADED}.")]:  # any may have imported it
-            del sys.modules[name]
-        _helpers.clear()
-        importlib.invalidate_caches()
-
-
-def _note_helpers() -> None:
-    """Keeps in mind which modules were imported from the users' folders of plug-ins by an `import` of theirs."""
-    roots = {str(folder.parent) for folder in folders(KINDS[0])[1:]}
-    inside = tuple(form(root) + os.sep for root in roots for form in (os.path.abspath, os.path.realpath))
-    for name, module in list(sys.modules.items()):
-        file = getattr(module, "__dict__", {}).get("__file__")
-        if isinstance(file, str) and file.startswith(inside) and name.partition(".")[0] not in (_LOADED, "__main__"):
-            _helpers.setdefault(name, (module, _bytes_of(module)))
-
-
-def _bytes_of(module: ModuleType) -> bytes:
-    """The file of `module` as it is now; nothing if it cannot be read."""
-    with suppress(OSError):
-        return Path(str(module.__file__)).read_bytes()
-    return b""
-
-
-def _forget(name: str, module: ModuleType) -> None:
-    """Makes the next import of `module` read its file, even if it was edited within the second of the last import."""
-    if sys.modules.get(name) is module:
-        del sys.modules[name]
-    parent, _, child = name.rpartition(".")
-    if getattr(sys.modules.get(parent), child, None) is module:  # `from parent import child` would find it there
-        delattr(sys.modules[parent], child)
-    if module.__spec__ and module.__spec__.cached:
-        with suppress(OSError):
-            Path(module.__spec__.cached).unlink()
 
 
 def load(kind: str, name: str) -> ModuleType:
@@ -133,7 +95,6 @@ def load(kind: str, name: str) -> ModuleType:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: cannot be imported ({_said(error, path)}); correct the plug-in") from error
-    _note_helpers()
     return _completed(kind, module)
 
 

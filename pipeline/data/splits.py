@@ -173,9 +173,10 @@ def left_for_training(images: Labelled, before: np.ndarray) -> list[str]:
     if not bare:
         return []
     which = shortened([f"{images.classes[j]} {after[j]:,} of {before[j]:,}" for j in bare])
+    key, example = ("share", "share: 0.4") if images.group is None else ("keep", "share: 0.4, keep: 10")
     return [
         f"note: less than a third of {counted(len(bare), 'class', 'classes')} stays for training: {which}; for more, "
-        "set share in prepare.test and prepare.validation, such as {at_most: 20, share: 0.4}"
+        f"set {key} in prepare.test and prepare.validation, such as {{at_most: 20, {example}}}"
     ]
 
 

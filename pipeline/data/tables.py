@@ -188,7 +188,10 @@ def _short(values: list[Any]) -> Sequence[Any]:
 def _header(path: Table) -> list[str]:
     """The first line of a CSV or TSV file that is not empty."""
     with io.TextIOWrapper(io.BytesIO(_text(path)), "utf-8", newline="") as lines:
-        return next((row for row in csv.reader(lines, delimiter=_delimiter(path)) if row), [])
+        names = next((row for row in csv.reader(lines, delimiter=_delimiter(path)) if row), [])
+    if any("\n" in name or "\r" in name for name in names):
+        raise ValueError("the header opens a quotation mark that its line does not close")
+    return names
 
 
 def _delimited(path: Table, wanted: list[str], width: int) -> dict[str, pa.ChunkedArray]:
@@ -209,8 +212,9 @@ def _delimited(path: Table, wanted: list[str], width: int) -> dict[str, pa.Chunk
     }
     try:
         table = pa.csv.read_csv(_native(data), **options)
-    except pa.ArrowInvalid:  # one thread knows the number of the row, and says it
-        table = pa.csv.read_csv(_native(data), pa.csv.ReadOptions(use_threads=False), **options)
+    except pa.ArrowInvalid:  # one thread and one block know the number of the row, and where a value ends
+        whole = pa.csv.ReadOptions(use_threads=False, block_size=min(len(data) + 1, 2**31 - 1))
+        table = pa.csv.read_csv(_native(data), whole, **options)
     if odd:
         if table[wanted[0]][-1].as_py() != LAST:
             raise ValueError(f"row {table.num_rows} opens a quotation mark that nothing closes")

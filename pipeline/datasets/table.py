@@ -117,7 +117,7 @@ def load(options: Options) -> Collection:
             path = place
         columns = tables.columns(path, wanted, options.label)
         text = [known.setdefault(name, name) for name in tables.texts(path, options.label, columns[options.label])]
-        _check_lines(path, text)
+        _check_lines(path, "label", text)
         if root is not None and options.path is not None:
             given = tables.texts(path, options.path, columns[options.path])
             own = Texts.of(_sources(given, place, root, path, options))
@@ -130,7 +130,8 @@ def load(options: Options) -> Collection:
         texts += text
         split += list(_splits(part, path, options, columns)) if options.split else [part or "train"] * len(text)
         if options.group:
-            named = (None if value is None else str(value).strip() for value in columns[options.group])
+            named = [None if value is None else str(value).strip() for value in columns[options.group]]
+            _check_lines(path, "group", named)
             # An image without a name is a group of its own.
             groups.append(Texts.of(one or source for one, source in zip(named, own, strict=True)))
     if not texts:
@@ -150,13 +151,13 @@ def load(options: Options) -> Collection:
     return Collection(classes, source, label, split, Texts.joined(groups) if options.group else None, read=read)
 
 
-def _check_lines(path: tables.Table, labels_of: list[str]) -> None:
-    """Raises UserError for a label of several lines: a stray quotation mark makes one value of them."""
+def _check_lines(path: tables.Table, what: str, values: Sequence[str | None]) -> None:
+    """Raises UserError for a label or group of several lines: a stray quotation mark makes one value of them."""
     if path.suffix.lower() not in tables.DELIMITED:
         return
-    for row, label in enumerate(labels_of, 1):
-        if "\n" in label or "\r" in label:
-            raise UserError(f"{path}: row {row}: a label must be one line; got {label!r:.60}; {STRAY}")
+    for row, value in enumerate(values, 1):
+        if value and ("\n" in value or "\r" in value):
+            raise UserError(f"{path}: row {row}: a {what} must be one line; got {value!r:.60}; {STRAY}")
 
 
 def _splits(part: str, path: tables.Table, options: Options, columns: Mapping[str, Sequence[object]]) -> Iterator[str]:

@@ -103,7 +103,7 @@ def _named_in(table: Path, column: str | None) -> list[str]:
         )
     texts = tables.texts(table, column, tables.columns(table, [column])[column])
     here = str(table.parent)
-    separated = (text if os.path.isfile(f"{here}/{text}") else text.replace("\\", "/") for text in texts)  # noqa: PTH113
+    separated = (text if os.path.isfile(os.path.join(here, text)) else text.replace("\\", "/") for text in texts)  # noqa: PTH113, PTH118
     return [str(table.parent / Path(text).expanduser()) for text in separated]
 
 

@@ -156,6 +156,7 @@ def _hold_outs(found: Found, prepare: dict[str, Any]) -> list[str]:
     lines = [
         f"{key:12}up to {rule['at_most']} images of each class are held out"
         + (f", at most {rule['share']:.0%} of it" if "share" in rule else ", as long as one stays")
+        + (", as nearly as whole groups allow" if images.group else "")
         for key in ("test", "validation")
         if (rule := prepare.get(key))
     ]

@@ -173,7 +173,7 @@ def _root(table: Path, column: str) -> Path:
                 f"{other}; correct the paths, or move the images"
             )
         return shared
-    if outside := next((text for text in given if os.path.normpath(text).startswith("..")), None):
+    if outside := next((text for text in given if os.path.normpath(text).split("/")[0] == ".."), None):
         raise UserError(
             f"{table}: column {column!r}: relative paths must stay in the folder of the table; got {outside}; write "
             "absolute paths, or move the table above the images"

@@ -65,8 +65,8 @@ class Params(Section):
     """The long tail that is cut from the training images."""
     test: HoldOut | None = None
     """Test images held out before the tail is cut, for a dataset without test images: a share of each class, or
-    `{at_most: n, share: s, keep: k}`: up to n images of each class, at most the share s of it, as long as k stay for
-    training."""
+    `{at_most: n, share: s, keep: k}`: up to n images of each class, at most the share s of it (with groups, as
+    nearly as these allow), as long as k stay for training."""
     validation: HoldOut | None = None
     """The same for validation images, which then choose the ratio; of the images that `test` leaves."""
     test_per_class: Index = 0

@@ -294,3 +294,14 @@ def test_a_quotation_mark_is_named_wherever_it_stands(tmp_path, lines, says):
     options = {"table": str(tmp_path / "l.csv"), "path": "path", "label": "label", "root": str(tmp_path)}
     with pytest.raises(UserError, match=says):
         table_dataset.load(table_dataset.Options(**options, **({"group": "site"} if "site" in lines[0] else {})))
+
+
+def test_rows_that_quotation_marks_hide_in_a_column_that_is_not_read_are_said(tmp_path):
+    rows = [f"{i}.png,y,{note}" for i, note in enumerate(["short", '"tall', "thin", 'wide"', "old"])]
+    (tmp_path / "l.csv").write_text("\n".join(["path,label,note", *rows]) + "\n")
+    (tmp_path / "0.png").touch()
+    options = {"table": str(tmp_path / "l.csv"), "path": "path", "label": "label", "root": str(tmp_path)}
+    found = table_dataset.load(table_dataset.Options(**options))
+    assert len(found.label) == 3
+    (note,) = found.notes
+    assert "5 lines below the header, but 3 rows" in note

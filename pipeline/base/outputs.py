@@ -187,9 +187,7 @@ def rewriting(path: Path) -> Iterator[Path]:
         with suppress(FileNotFoundError), path.open("r+b") as file:  # "+": refused where the file may not be written
             before = os.fstat(file.fileno())
             partial.touch(0o600)  # the text may be a secret
-            with suppress(
-                OSError
-            ):  # another user's file, in a folder that is ours as well; a user without a number here
+            with suppress(OSError):  # another user's file in a folder of ours; a user without a number here
                 os.chown(partial, before.st_uid, before.st_gid)
             with suppress(OSError):  # a disk without modes
                 partial.chmod(stat.S_IMODE(before.st_mode))

@@ -12,6 +12,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from h2t.pipeline.base.errors import UserError, nearest
+from h2t.pipeline.base.text import counted
 from h2t.pipeline.data.labels import check_text
 from h2t.pipeline.data.parquet_files import class_names
 from h2t.pipeline.data.texts import PIECE_ROWS
@@ -60,8 +61,7 @@ def columns(path: Table, wanted: Sequence[str], label: str | None = None) -> dic
     """The columns `wanted` of the table in `path`: text from CSV and TSV, the stored values from the other formats.
 
     Whole numbers with class names in a Parquet file's metadata become these names; names of no column in particular
-    are those of the column `label`. Raises UserError for a file that
-    cannot be read, or lacks a column.
+    are those of the column `label`. Raises UserError for a file that cannot be read, or lacks a column.
     """
     known = column_names(path)
     for name in wanted:
@@ -220,6 +220,19 @@ def _delimited(path: Table, wanted: list[str], width: int) -> dict[str, pa.Chunk
             raise ValueError(f"row {table.num_rows} opens a quotation mark that nothing closes")
         table = table.slice(0, table.num_rows - 1)
     return {name: table[name] for name in wanted}
+
+
+def joined_lines(path: Table, rows: int) -> list[str]:
+    """A note if values of a CSV or TSV file of `rows` rows span lines: stray quotation marks hide rows in them."""
+    if path.suffix.lower() not in DELIMITED or b'"' not in (data := _text(path)):
+        return []
+    lines = sum(bool(line.strip()) for line in data.splitlines()) - 1
+    if lines == rows:
+        return []
+    return [
+        f"note: {path}: {counted(lines, 'line')} below the header, but {counted(rows, 'row')}, as values in quotation "
+        "marks span lines; if none should, remove a stray quotation mark"
+    ]
 
 
 def _native(data: bytes) -> pa.NativeFile:

@@ -105,6 +105,7 @@ def load(options: Options) -> Collection:
     texts: list[str] = []
     split: list[str] = []
     groups: list[Texts] = []
+    notes: list[str] = []
     read: dict[str, str] = {}
     places = [place for _, place in found]
     parquet_files.named_once(places)
@@ -118,6 +119,7 @@ def load(options: Options) -> Collection:
         columns = tables.columns(path, wanted, options.label)
         text = [known.setdefault(name, name) for name in tables.texts(path, options.label, columns[options.label])]
         _check_lines(path, "label", text)
+        notes += tables.joined_lines(path, len(text))
         if root is not None and options.path is not None:
             given = tables.texts(path, options.path, columns[options.path])
             own = Texts.of(_sources(given, place, root, path, options))
@@ -148,7 +150,8 @@ def load(options: Options) -> Collection:
             f"({texts[twice[0]]}); remove one of the rows"
         )
     classes, label = labels.numbered(texts)
-    return Collection(classes, source, label, split, Texts.joined(groups) if options.group else None, read=read)
+    grouped = Texts.joined(groups) if options.group else None
+    return Collection(classes, source, label, split, grouped, notes, read=read)
 
 
 def _check_lines(path: tables.Table, what: str, values: Sequence[str | None]) -> None:

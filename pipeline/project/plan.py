@@ -79,9 +79,7 @@ def limits(known: Rehearsal, machine: Machine) -> list[Limit]:
     """What breaks as images become more, first things first."""
     spec = known.spec
     of_image = spec.rows / known.images
-    largest = extract.layout(known.params, spec.largest_row_bytes, 2**62)[
-        1
-    ]  # rows of a shard when shards no longer grow
+    _, largest = extract.layout(known.params, spec.largest_row_bytes, 2**62)  # rows of a shard that grows no more
     in_shard = largest / of_image / spec.experts  # images for each file
     larger = shard_rows_for(spec.row_bytes(), spec.chunk_rows, LARGE_SHARD) / of_image / spec.experts
     wider = f"set extract.shard_bytes: {LARGE_SHARD}, which moves this to"
